@@ -1,0 +1,1 @@
+"""Implementations of the ops, each with the reasons for which it cannot serve a call."""

@@ -1,0 +1,62 @@
+"""The compiled CPU extension: loads it, says why it is missing, and names the calls it cannot serve."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import types
+import warnings
+
+import torch
+
+from ..ops._dispatch import Call, Candidate
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ALGORITHMS = {
+    "lora_linear": "C++ prologue into BLAS addmm",
+    "lora_linear_backward": "C++ row passes around BLAS addmm",
+    "ewc_penalty": "C++ one pass over F",
+    "fisher_accumulate_": "C++ tiled product, squared in cache",
+    "merge_": "C++ one pass over W",
+    "soft_threshold_": "C++ in place",
+}
+
+
+@functools.cache
+def _load() -> tuple[types.ModuleType | None, str | None]:
+    try:
+        return importlib.import_module("fused_ewclora._C"), None
+    except ModuleNotFoundError:
+        return None, "the C++ extension was not built (FUSED_EWCLORA_BUILD=none, or no compiler at install time)"
+    except ImportError as error:
+        reason = f"the C++ extension failed to load: {error}"
+        warnings.warn(f"fused_ewclora: {reason}; falling back to the reference backend", RuntimeWarning, stacklevel=2)
+        return None, reason
+
+
+def extension() -> types.ModuleType | None:
+    """The module `fused_ewclora._C`, or None when it is not available."""
+    return _load()[0]
+
+
+def unavailable() -> str | None:
+    """Why the CPU backend cannot be used, or None."""
+    return _load()[1]
+
+
+def _supports(call: Call) -> str | None:
+    if (reason := unavailable()) is not None:
+        return reason
+    if call.device != "cpu":
+        return f"tensors are on {call.device}"
+    return None if call.dtype in DTYPES else f"{call.dtype} runs on the reference"
+
+
+def candidates(op: str) -> tuple[Candidate, ...]:
+    """The C++ implementation of `op`; listed with its reason when the extension is missing."""
+    module = extension()
+    return (Candidate("cpu", _ALGORITHMS[op], _supports, getattr(module, op, _missing)),)
+
+
+def _missing(*_: object) -> None:
+    raise AssertionError("chosen although the extension is missing")

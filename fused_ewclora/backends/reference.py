@@ -1,0 +1,24 @@
+"""The plain PyTorch reference as a backend: serves every device and dtype."""
+
+from __future__ import annotations
+
+from ..ops._dispatch import Call, Candidate
+from ..reference import ewc_penalty, fisher_accumulate, lora_linear, merge
+
+_RUN = {
+    "lora_linear": lora_linear.forward,
+    "lora_linear_backward": lora_linear.backward,
+    "ewc_penalty": ewc_penalty.penalty_and_grads,
+    "fisher_accumulate_": fisher_accumulate.fisher_accumulate_,
+    "merge_": merge.merge_,
+    "soft_threshold_": merge.soft_threshold_,
+}
+
+
+def _supports(call: Call) -> str | None:
+    return None
+
+
+def candidates(op: str) -> tuple[Candidate, ...]:
+    """The reference implementation of `op`."""
+    return (Candidate("reference", "plain PyTorch", _supports, _RUN[op]),)

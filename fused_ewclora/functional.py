@@ -1,0 +1,241 @@
+"""Public operations: every argument is checked once, here, and handed to the ops.
+
+Shapes: x `[..., d_in]`, weight `[d_out, d_in]`, lora_a `[r, d_in]`, lora_b `[d_out, r]`, scale a float, 0-d or `[r]`. dtypes: x and weight
+share one floating dtype; adapters have that dtype or fp32. Products accumulate in fp32 (fp64 for fp64) and every gradient has the
+dtype of its parameter. `backend=None` is the current choice; a backend that is named serves the call or raises `BackendError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _checks as check
+from ._checks import Adapter, Scale
+from .errors import ArgumentError
+from .ops import _dispatch
+from .ops import ewc_penalty as _penalty
+from .ops import lora_linear as _linear
+from .ops.capture import FisherCapture
+from .reference.fisher_accumulate import sample_bounds
+
+__all__ = [
+    "Adapter",
+    "ewc_penalty",
+    "ewc_penalty_grad_",
+    "fisher_accumulate_",
+    "lora_linear",
+    "lora_linear_adapters",
+    "lora_linear_slices",
+    "merge_",
+    "soft_threshold_",
+]
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: Scale = 1.0,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y = x W^T + bias + ((x A^T) * s) B^T, differentiable in x, weight, bias, lora_a, lora_b and a tensor scale.
+
+    Dropout (when `training`) acts on the x of the low-rank branch only; its mask comes from `seed`, or from the default generator.
+    Raises `ArgumentError` or `DtypeError` naming the argument that does not fit.
+
+        >>> y = lora_linear(x, weight, bias, lora_a, lora_b, 0.5)
+    """
+    adapters = (Adapter(lora_a, lora_b, scale, ((0, weight.shape[0]),)),)
+    return lora_linear_adapters(
+        x, weight, bias, adapters, dropout_p=dropout_p, training=training, seed=seed, backend=backend
+    )
+
+
+def lora_linear_slices(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slices: Sequence[tuple[int, int, Tensor, Tensor, Scale]],
+    *,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """As `lora_linear`, with an adapter on each of several disjoint ranges of output rows of one packed projection.
+
+    `slices` holds (row_start, row_stop, lora_a, lora_b, scale), lora_b `[row_stop - row_start, r]`, ranks may differ.
+
+        >>> y = lora_linear_slices(x, qkv_weight, qkv_bias, [(d, 2 * d, a_k, b_k, 1.0), (2 * d, 3 * d, a_v, b_v, 1.0)])
+    """
+    adapters = [Adapter(a, b, scale, ((start, stop),)) for start, stop, a, b, scale in slices]
+    return lora_linear_adapters(
+        x, weight, bias, adapters, dropout_p=dropout_p, training=training, seed=seed, backend=backend
+    )
+
+
+def lora_linear_adapters(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    *,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+    capture: FisherCapture | None = None,
+) -> Tensor:
+    """The general form: each `Adapter(lora_a, lora_b, scale, rows)` may own several row ranges (heads that interleave q, k, v).
+
+    `capture` collects the layer's Fisher during backward.
+    """
+    x, weight, bias = check.autocast(x, weight, bias)
+    rows = check.lora_linear(x, weight, bias, adapters, dropout_p)
+    if not training:
+        dropout_p = 0.0
+    mask_seed = check.seed_tensor(seed, x.device) if dropout_p > 0.0 else None
+    factors = tuple(1.0 if isinstance(a.scale, Tensor) else float(a.scale) for a in adapters)
+    flat: list[Tensor | None] = []
+    for adapter in adapters:
+        flat += (adapter.lora_a, adapter.lora_b, adapter.scale if isinstance(adapter.scale, Tensor) else None)
+    meta = _linear.LoRALinearMeta(factors, rows, float(dropout_p), _dispatch.resolve(backend))
+    return _linear.lora_linear(x, weight, bias, flat, meta, mask_seed, capture)
+
+
+def _penalty_arguments(
+    fishers: Sequence[Tensor], lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], scales: Sequence[Scale] | None
+) -> tuple[list[Tensor | None], tuple[float, ...]]:
+    scales = [1.0] * len(fishers) if scales is None else scales
+    check.penalty(fishers, lora_as, lora_bs, scales)
+    tensors: list[Tensor | None] = []
+    for a, b, scale in zip(lora_as, lora_bs, scales, strict=True):
+        tensors += (a, b, scale if isinstance(scale, Tensor) else None)
+    return tensors, tuple(1.0 if isinstance(s, Tensor) else float(s) for s in scales)
+
+
+def ewc_penalty(
+    fishers: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[Scale] | None = None,
+    ewc_lambda: float = 1.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """P = (lambda/2) sum_l sum_ij F_l[i,j] (B_l diag(s_l) A_l)[i,j]^2 over all adapters, one read of each F (EWC-LoRA, arXiv 2602.17559).
+
+    fishers `[d_out, d_in]` fp32 or bf16, not differentiated. Returns a 0-d fp32 tensor (fp64 when all adapters are fp64), a sum and not a
+    mean, differentiable in lora_as, lora_bs and tensor scales; no adapters give 0.
+
+        >>> loss = criterion(model(x), y) + ewc_penalty(fishers, lora_as, lora_bs, ewc_lambda=1e7)
+    """
+    tensors, factors = _penalty_arguments(fishers, lora_as, lora_bs, scales)
+    if not fishers:
+        return torch.zeros(())
+    name = _dispatch.resolve(backend)
+    return _penalty.EWCPenaltyFunction.apply(factors, float(ewc_lambda), name, list(fishers), *tensors)
+
+
+@torch.no_grad()
+def ewc_penalty_grad_(
+    fishers: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[Scale] | None = None,
+    ewc_lambda: float = 1.0,
+    *,
+    grad_scale: float | Tensor = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Adds grad_scale * dP to `.grad` of the adapters that require gradients, without a graph; returns the unscaled penalty (0-d).
+
+    Under a GradScaler pass its scale, so that a later unscale restores lambda. No host synchronisation.
+
+        >>> loss.backward(); ewc_penalty_grad_(fishers, lora_as, lora_bs, ewc_lambda=1e7)
+    """
+    tensors, factors = _penalty_arguments(fishers, lora_as, lora_bs, scales)
+    if not fishers:
+        return torch.zeros(())
+    wanted = [t is not None and t.requires_grad for t in tensors]
+    needs = [any(wanted[0::3]), any(wanted[1::3]), any(wanted[2::3])]
+    value, grads = torch.ops.fused_ewclora.ewc_penalty(
+        fishers, lora_as, lora_bs, tensors[2::3], factors, float(ewc_lambda), needs, _dispatch.resolve(backend)
+    )
+    slots = [i for i, tensor in enumerate(tensors) if needs[i % 3] and tensor is not None]
+    pairs = [(tensors[i], grad) for i, grad in zip(slots, grads, strict=True) if wanted[i]]
+    if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
+        torch._foreach_mul_([grad for _, grad in pairs], grad_scale)
+    held = [(p.grad, grad) for p, grad in pairs if p is not None and p.grad is not None]
+    for parameter, grad in pairs:
+        if parameter is not None and parameter.grad is None:
+            parameter.grad = grad.to(parameter.dtype)
+    if held:
+        torch._foreach_add_([old for old, _ in held], [new.to(old.dtype) for old, new in held])
+    return value
+
+
+@torch.no_grad()
+def fisher_accumulate_(
+    fisher: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    *,
+    mode: str = "sample",
+    weight: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    check_finite: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """F += weight * sum_n (dy_n^T x_n)^2 (`"sample"`) or F += weight * (sum_n dy_n^T x_n)^2 (`"batch"`), in place; returns fisher.
+
+    fisher `[d_out, d_in]` fp32 or bf16; x `[N, T, d_in]` or `[N, d_in]`, dy likewise with d_out, fp32, bf16 or fp16. With `cu_seqlens`
+    `[N + 1]` (int32 or int64), x and dy are packed `[rows, d]` and sample n owns rows cu_seqlens[n] to cu_seqlens[n + 1]. Products and squares are
+    fp32. NaN or Inf in x or dy raises `ArgumentError` and leaves fisher as it was, unless `check_finite=False` (which saves a host
+    synchronisation on GPUs).
+
+        >>> fisher_accumulate_(fisher, x, dy, weight=len(x) ** 2 / total)  # dy of a mean loss
+    """
+    check.fisher(fisher, x, dy, mode, cu_seqlens)
+    if cu_seqlens is not None:
+        check.offsets(sample_bounds(x, cu_seqlens), x.shape[0])
+    if check_finite:
+        check.finite(x, "x")
+        check.finite(dy, "dy")
+    name = _dispatch.resolve(backend)
+    torch.ops.fused_ewclora.fisher_accumulate_(fisher, x, dy, mode, float(weight), cu_seqlens, name)
+    return fisher
+
+
+@torch.no_grad()
+def merge_(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Scale = 1.0, *, backend: str | None = None) -> Tensor:
+    """W <- W + B diag(s) A in place, summed in fp32 (fp64 for fp64) and rounded once; returns weight `[d_out, d_in]`, which may be a row slice.
+
+    >>> merge_(qkv_weight[d : 2 * d], lora_a_k, lora_b_k)
+    """
+    check.merge(weight, lora_a, lora_b, scale)
+    tensor, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
+    torch.ops.fused_ewclora.merge_(weight, lora_a, lora_b, tensor, factor, _dispatch.resolve(backend))
+    return weight
+
+
+@torch.no_grad()
+def soft_threshold_(scale: Tensor, kappa: float, *, backend: str | None = None) -> Tensor:
+    """s <- sign(s) max(|s| - kappa, 0) in place, the proximal step of the l1 norm (CoDyRA, arXiv 2412.01004); returns scale.
+
+    >>> soft_threshold_(layer.scale, 5e-3)
+    """
+    check.floating(scale, "scale")
+    if not kappa >= 0.0:
+        raise ArgumentError(f"kappa: expected a number >= 0, got {kappa}")
+    torch.ops.fused_ewclora.soft_threshold_(scale, float(kappa), _dispatch.resolve(backend))
+    return scale

@@ -1,0 +1,1 @@
+"""Operators: schemas and fakes (`_library`), choice of implementation (`_dispatch`), and one autograd.Function per op."""

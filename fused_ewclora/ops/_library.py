@@ -1,0 +1,120 @@
+"""Schemas and fakes of every op, in one list. Each op is opaque to torch.compile and picks its implementation when it runs.
+
+`rows` is a flat list of triples (adapter, row_start, row_stop): the next `row_stop - row_start` rows of that adapter's B belong to
+those output rows. `scales[i] * factors[i]` is the scale of adapter i, `factors[i]` alone where `scales[i]` is None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.ewc_penalty import accumulate_dtype as joint_accumulate_dtype
+from ..reference.lora_linear import accumulate_dtype
+from ._dispatch import Call, choose
+
+_ADAPTERS = "Tensor[] lora_as, Tensor[] lora_bs, Tensor?[] scales, float[] factors"
+SCHEMAS = {
+    "lora_linear": f"(Tensor x, Tensor weight, Tensor? bias, {_ADAPTERS}, int[] rows, float dropout_p, Tensor? seed, "
+    "str backend) -> (Tensor, Tensor)",
+    "lora_linear_backward": f"(Tensor dy, Tensor? x, Tensor weight, Tensor? bias, Tensor? z, {_ADAPTERS}, int[] rows, "
+    "float dropout_p, Tensor? seed, bool[] needs, str backend) -> Tensor[]",
+    "ewc_penalty": f"(Tensor[] fishers, {_ADAPTERS}, float ewc_lambda, bool[] needs, str backend) -> (Tensor, Tensor[])",
+    "fisher_accumulate_": "(Tensor(a!) fisher, Tensor x, Tensor dy, str mode, float weight, Tensor? cu_seqlens, "
+    "str backend) -> ()",
+    "merge_": "(Tensor(a!) weight, Tensor lora_a, Tensor lora_b, Tensor? scale, float factor, str backend) -> ()",
+    "soft_threshold_": "(Tensor(a!) scale, float kappa, str backend) -> ()",
+}
+
+_library = torch.library.Library("fused_ewclora", "DEF")
+
+
+def _lora_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, lora_as: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+    rows = 1
+    for size in x.shape[:-1]:
+        rows = rows * size
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    z = x.new_empty((rows, sum(a.shape[0] for a in lora_as)), dtype=accumulate_dtype(x.dtype))
+    return y, z
+
+
+def _lora_linear_backward_fake(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    factors: Sequence[float],
+    rows: Sequence[int],
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+    backend: str,
+) -> list[Tensor]:
+    inputs: list[Tensor | None] = [weight, bias]
+    for triple in zip(lora_as, lora_bs, scales, strict=True):
+        inputs += triple
+    grads = [dy.new_empty((*dy.shape[:-1], weight.shape[1]))] if needs[0] else []
+    return grads + [t.new_empty(t.shape) for t, need in zip(inputs, needs[1:], strict=True) if need and t is not None]
+
+
+def _ewc_penalty_fake(
+    fishers: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    factors: Sequence[float],
+    ewc_lambda: float,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, list[Tensor]]:
+    acc = joint_accumulate_dtype([*lora_as, *lora_bs])
+    grads = []
+    for triple in zip(lora_as, lora_bs, scales, strict=True):
+        grads += [t.new_empty(t.shape, dtype=acc) for t, need in zip(triple, needs, strict=True) if need and t is not None]
+    return lora_as[0].new_empty((), dtype=acc), grads
+
+
+def _writes_its_argument(*_: Any) -> None:
+    return None
+
+
+# The argument whose device and dtype decide the implementation.
+_DEFINING: dict[str, Callable[..., Tensor]] = {
+    "lora_linear": lambda x, *_: x,
+    "lora_linear_backward": lambda dy, *_: dy,
+    "ewc_penalty": lambda fishers, lora_as, *_: lora_as[0],
+    "fisher_accumulate_": lambda fisher, x, *_: x,
+    "merge_": lambda weight, *_: weight,
+    "soft_threshold_": lambda scale, *_: scale,
+}
+_FAKES = {
+    "lora_linear": _lora_linear_fake,
+    "lora_linear_backward": _lora_linear_backward_fake,
+    "ewc_penalty": _ewc_penalty_fake,
+}
+
+
+def _implementation(op: str) -> Callable[..., Any]:
+    defining = _DEFINING[op]
+    writes = op.endswith("_")
+
+    def run(*args: Any) -> Any:
+        tensor = defining(*args)
+        candidate = choose(op, args[-1], Call(tensor.device.type, tensor.dtype))
+        result = candidate.run(*args[:-1])
+        return None if writes else result
+
+    return run
+
+
+for _op, _schema in SCHEMAS.items():
+    _library.define(_op + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_op, _implementation(_op), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused_ewclora::{_op}", _FAKES.get(_op, _writes_its_argument), lib=_library)

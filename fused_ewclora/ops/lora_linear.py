@@ -1,0 +1,82 @@
+"""Autograd of the LoRA linear: save x and z, call the op, return what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _library  # noqa: F401 - registers the ops
+from .capture import FisherCapture
+
+
+@dataclass(frozen=True)
+class LoRALinearMeta:
+    """The constants of one call; `rows` and `factors` as in `_library`."""
+
+    factors: tuple[float, ...]
+    rows: tuple[int, ...]
+    dropout_p: float
+    backend: str
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """y = x W^T + bias + sum over adapters of ((x A^T) * s) B^T on their rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        meta: LoRALinearMeta,
+        capture: FisherCapture | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        *adapters: Tensor | None,
+    ) -> Tensor:
+        lora_as, lora_bs, scales = list(adapters[0::3]), list(adapters[1::3]), list(adapters[2::3])
+        y, z = torch.ops.fused_ewclora.lora_linear(
+            x, weight, bias, lora_as, lora_bs, scales, meta.factors, meta.rows, meta.dropout_p, seed, meta.backend
+        )
+        needs = ctx.needs_input_grad
+        # A layer that needs only dx (everything of its own frozen) keeps neither x nor z.
+        keep_x = needs[3] or any(needs[6::3]) or capture is not None
+        keep_z = any(needs[7::3]) or any(needs[8::3])
+        ctx.save_for_backward(x if keep_x else None, weight, bias, z if keep_z else None, seed, *adapters)
+        ctx.meta, ctx.capture = meta, capture
+        if capture is not None:
+            capture.note_forward()
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, z, seed, *adapters = ctx.saved_tensors
+        meta, wanted = ctx.meta, ctx.needs_input_grad
+        if ctx.capture is not None:
+            ctx.capture.record(x, dy)
+        needs = [wanted[2], wanted[3], wanted[4], *wanted[6:]]
+        grads = iter(
+            torch.ops.fused_ewclora.lora_linear_backward(
+                dy, x, weight, bias, z, adapters[0::3], adapters[1::3], adapters[2::3],
+                meta.factors, meta.rows, meta.dropout_p, seed, needs, meta.backend,
+            )
+        )  # fmt: skip
+        dx, dweight, dbias, *rest = [next(grads) if need else None for need in needs]
+        return (None, None, dx, dweight, dbias, None, *rest)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[Tensor | None],
+    meta: LoRALinearMeta,
+    seed: Tensor | None,
+    capture: FisherCapture | None,
+) -> Tensor:
+    """`adapters` is flat: A, B, scale tensor or None, per adapter."""
+    return LoRALinearFunction.apply(meta, capture, x, weight, bias, seed, *adapters)

@@ -1,0 +1,1 @@
+"""Every operation in plain PyTorch: the truth that all other implementations are tested against."""

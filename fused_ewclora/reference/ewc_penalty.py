@@ -1,0 +1,64 @@
+"""EWC penalty on the product in plain PyTorch: P = (lambda/2) sum F * (B diag(s) A)^2 (docs/mathematics.md, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Scale = float | Tensor
+
+
+def accumulate_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """fp32, or fp64 when every tensor is fp64."""
+    return torch.float64 if tensors and all(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def ewc_penalty(
+    fishers: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[Scale] | None = None,
+    ewc_lambda: float = 1.0,
+) -> Tensor:
+    """The differentiable truth of `functional.ewc_penalty`."""
+    acc = accumulate_dtype([*lora_as, *lora_bs])
+    total = torch.zeros((), dtype=torch.float64, device=fishers[0].device if fishers else None)
+    for i, (fisher, a, b) in enumerate(zip(fishers, lora_as, lora_bs, strict=True)):
+        delta = (b.to(acc) * (1.0 if scales is None else scales[i])) @ a.to(acc)  # [d_out, d_in]
+        total = total + (fisher.to(acc) * delta.square()).sum(dtype=torch.float64)
+    return (0.5 * ewc_lambda * total).to(acc)
+
+
+def penalty_and_grads(
+    fishers: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    factors: Sequence[float],
+    ewc_lambda: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    """The op `fused_ewclora::ewc_penalty`: penalty and, as `needs` = (dA, dB, ds) asks, gradients in the accumulation dtype.
+
+    ds is returned for the adapters whose scale is a tensor, in its shape.
+    """
+    acc = accumulate_dtype([*lora_as, *lora_bs])
+    total = torch.zeros((), dtype=torch.float64, device=fishers[0].device if fishers else None)
+    grads: list[Tensor] = []
+    for fisher, lora_a, lora_b, scale, factor in zip(fishers, lora_as, lora_bs, scales, factors, strict=True):
+        s = factor if scale is None else scale.to(acc) * factor
+        a, b = lora_a.to(acc), lora_b.to(acc)
+        delta = (b * s) @ a
+        h = (ewc_lambda * fisher.to(acc)) * delta
+        total += 0.5 * (h * delta).sum(dtype=torch.float64)
+        h_a = h @ a.T  # [d_out, r]
+        if needs[0]:
+            grads.append((b * s).T @ h)
+        if needs[1]:
+            grads.append(h_a * s)
+        if needs[2] and scale is not None:
+            ds = (b * h_a).sum(0) * factor
+            grads.append(ds.sum() if scale.dim() == 0 else ds)
+    return total.to(acc), grads

@@ -1,0 +1,28 @@
+"""Squared-gradient Fisher accumulation in plain PyTorch, one sample at a time (docs/mathematics.md, section 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sample_bounds(x: Tensor, cu_seqlens: Tensor | None) -> list[int]:
+    """Row offsets of the samples after flattening x to `[rows, d_in]`: N + 1 numbers."""
+    if cu_seqlens is not None:
+        return [int(offset) for offset in cu_seqlens.tolist()]
+    samples = x.shape[0]
+    tokens = x[0].numel() // max(x.shape[-1], 1) if samples else 0
+    return [n * tokens for n in range(samples + 1)]
+
+
+def fisher_accumulate_(
+    fisher: Tensor, x: Tensor, dy: Tensor, mode: str = "sample", weight: float = 1.0, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """F += weight * sum_n (dy_n^T x_n)^2 (mode "sample") or F += weight * (sum_n dy_n^T x_n)^2 (mode "batch"), in place."""
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    bounds = sample_bounds(x, cu_seqlens) if mode == "sample" else [0, x2.shape[0]]
+    total = torch.zeros(fisher.shape, dtype=acc, device=fisher.device)
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        total += (dy2[start:stop].to(acc).T @ x2[start:stop].to(acc)).square()
+    return fisher.copy_(fisher.to(acc) + weight * total)
