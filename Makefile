@@ -1,0 +1,64 @@
+# Every target sets up what it needs in .venv; nothing is installed outside the checkout.
+#   make test    the whole test suite           make lint    ruff, mypy, clang-format
+#   make demo    the continual learning demo    make bench   microbenchmarks
+#   make format  rewrite sources in style       make clean   remove build outputs (make distclean: .venv as well)
+# Variables: PYTHON, MAX_JOBS, FUSED_EWCLORA_BUILD, TEST_ARGS, DEMO_ARGS, BENCH_ARGS
+
+PYTHON ?= python3
+TEST_ARGS ?= -n 2 --dist loadfile
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+REQUIREMENTS := .venv/.requirements
+INSTALL := .venv/.install
+EXTENSION := build/.extension
+
+.PHONY: test demo lint format bench setup clean distclean
+.DELETE_ON_ERROR:
+
+test: setup
+	python -m pytest $(TEST_ARGS)
+
+demo: setup
+	python -m fused_ewclora demo $(DEMO_ARGS)
+
+bench: setup
+	python -m benchmarks.run $(BENCH_ARGS)
+
+lint: $(REQUIREMENTS)
+	ruff check .
+	ruff format --check .
+	mypy
+	$(if $(CPP),clang-format --dry-run --Werror $(CPP))
+
+format: $(REQUIREMENTS)
+	ruff check --fix .
+	ruff format .
+	$(if $(CPP),clang-format -i $(CPP))
+
+setup: $(INSTALL) $(EXTENSION)
+
+$(REQUIREMENTS): requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+	    "the pinned versions need Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=")'
+	$(PYTHON) -m venv .venv
+	python -m pip install --quiet --upgrade pip setuptools wheel
+	python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+# The package is installed as a link to this folder; its extension is compiled in place, so that only changed files recompile.
+$(INSTALL): $(REQUIREMENTS) setup.py pyproject.toml
+	FUSED_EWCLORA_BUILD=none python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(EXTENSION): $(REQUIREMENTS) setup.py $(CPP)
+	python setup.py --quiet build_ext --inplace
+	mkdir -p build && touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis fused_ewclora/_C*.so
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv
