@@ -43,7 +43,7 @@ $(REQUIREMENTS): requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
 	    "the pinned versions need Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=")'
 	$(PYTHON) -m venv .venv
-	python -m pip install --quiet --upgrade pip setuptools wheel
+	python -m pip install --quiet $$(grep -E '^(pip|setuptools|wheel)==' requirements-dev.txt)
 	python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 

@@ -1,0 +1,43 @@
+"""Settings that every test shares: fresh random inputs, a known thread count, and memory that is never zero by luck."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Fresh inputs on every run find more than the same ones forever; a failure prints the blob that reproduces it.
+settings.register_profile(
+    "default",
+    deadline=None,
+    derandomize=False,
+    print_blob=True,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("default")
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
+
+
+@pytest.fixture(autouse=True)
+def known_threads() -> Iterator[None]:
+    """Every test starts with its share of the cores; one that needs another number sets it and need not restore it."""
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Every `torch.empty` made through PyTorch holds NaN (integers: the largest value), so that an unwritten element shows."""
+    before = (torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
