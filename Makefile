@@ -9,7 +9,7 @@ TEST_ARGS ?= -n 2 --dist loadfile
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 REQUIREMENTS := .venv/.requirements
 INSTALL := .venv/.install
 EXTENSION := build/.extension

@@ -49,7 +49,7 @@ def cpu_extension():
         "fused_ewclora._C",
         sources("cpu/*.cpp"),
         include_dirs=[str(ROOT / "csrc")],
-        depends=sources("**/*.h"),
+        depends=[*sources("**/*.h"), *sources("**/*.inl")],
         # No -march and no -std: instruction sets are chosen per file by pragmas, the C++ standard is PyTorch's.
         extra_compile_args=["-O3", "-g0", "-Wall", "-fvisibility=hidden", *openmp],
         extra_link_args=openmp,

@@ -1,0 +1,55 @@
+"""Command line: `python -m fused_ewclora info | demo`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from .errors import EWCLoRAError
+
+DEMO_EXTRAS = ("sklearn", "matplotlib")
+
+
+def _info(args: argparse.Namespace) -> int:
+    from . import info
+
+    data = info.collect()
+    print(json.dumps(data, indent=2) if args.json else info.render(data))
+    return 0
+
+
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fused_ewclora", description="Fused EWC-LoRA for PyTorch.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    info_parser = commands.add_parser("info", help="versions, build, and which backend serves which op, with reasons")
+    info_parser.add_argument("--json", action="store_true", help="print one JSON object")
+    info_parser.set_defaults(run=_info)
+    demo_parser = commands.add_parser("demo", help="continual learning on real images, with and without EWC")
+    if command == "demo":  # imported only here: the other commands work without the demo's extra packages
+        from . import demo
+
+        demo.add_arguments(demo_parser)
+        demo_parser.set_defaults(run=demo.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (0 done, 1 failed, 2 wrong usage or a missing extra)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parser(arguments[0] if arguments else None).parse_args(arguments)
+        return int(args.run(args) or 0)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in DEMO_EXTRAS:
+            raise
+        print(f"demo: {error.name} is not installed: pip install 'fused-ewclora[demo]'", file=sys.stderr)
+        return 2
+    except EWCLoRAError as error:
+        print(f"fused_ewclora: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

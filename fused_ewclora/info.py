@@ -1,0 +1,107 @@
+"""What is installed, what was compiled, and which backend serves which op, each with its reason."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+from .backends import native
+from .errors import EWCLoRAError
+from .ops import _dispatch, _library
+
+ENVIRONMENT = {
+    "FUSED_EWCLORA_BACKEND": "backend that calls use unless they name one: auto, cpu or reference",
+    "FUSED_EWCLORA_BUILD": "read when the package is built: auto, none, cpu or cuda",
+    "FUSED_EWCLORA_CPU_ISA": "instruction set of the CPU kernels, instead of the widest that the processor has",
+}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _default_backend() -> str:
+    try:
+        return _dispatch.current_backend()
+    except EWCLoRAError as error:
+        return f"none: {error}"
+
+
+def _op_table(call: _dispatch.Call) -> dict[str, dict[str, str | None]]:
+    """Op -> backend -> None when it serves fp32 CPU tensors, or why it does not."""
+    missing = _dispatch.available_backends()
+    table = {}
+    for op in _library.SCHEMAS:
+        served = {backend: reason for backend, _, reason in _dispatch.explain(op, call, backend="auto")}
+        table[op] = {
+            backend: reason if reason is not None else served.get(backend, f"{op} is not implemented")
+            for backend, reason in missing.items()
+        }
+    return table
+
+
+def collect() -> dict[str, Any]:
+    """Everything that `info` prints, as plain data for JSON.
+
+    >>> collect()["backends"]["reference"] is None
+    True
+    """
+    extension = native.extension()
+    return {
+        "versions": {name: _version(name) for name in ("fused-ewclora", "torch", "numpy", "safetensors", "triton")}
+        | {"python": platform.python_version()},
+        "platform": platform.platform(),
+        "build": "pure Python" if extension is None else "CPU extension",
+        "extension": {"path": getattr(extension, "__file__", None), "reason": native.unavailable()},
+        "cpu": {
+            "pytorch": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+        },
+        "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
+        "default_backend": _default_backend(),
+        "backends": _dispatch.available_backends(),
+        "ops": _op_table(_dispatch.Call("cpu", torch.float32)),
+    }
+
+
+def _lines(title: str, values: dict[str, Any]) -> list[str]:
+    width = max(map(len, values), default=0)
+    return [title, *(f"  {name:{width}}  {value}" for name, value in values.items()), ""]
+
+
+def render(data: dict[str, Any]) -> str:
+    """The text form of `collect()`."""
+    extension = data["extension"]
+    lines = _lines("Versions", {name: value or "not installed" for name, value in data["versions"].items()})
+    lines += _lines(
+        "Build",
+        {
+            "mode": data["build"],
+            "extension": extension["path"] or extension["reason"],
+            "platform": data["platform"],
+            "instruction set": ", ".join(f"{name} {isa}" for name, isa in data["cpu"].items() if name != "threads"),
+            "threads": data["cpu"]["threads"],
+        },
+    )
+    lines += _lines(
+        "Environment",
+        {
+            name: f"{'unset' if value is None else value}  ({ENVIRONMENT[name]})"
+            for name, value in data["environment"].items()
+        },
+    )
+    lines += _lines("Backends", {name: reason or "available" for name, reason in data["backends"].items()})
+    lines += [f"Default backend: {data['default_backend']}", ""]
+    shown = [name for name, reason in data["backends"].items() if reason is None]
+    table = {
+        op: "; ".join(f"{backend}: {row[backend] or 'yes'}" for backend in shown) for op, row in data["ops"].items()
+    }
+    lines += _lines("Ops, fp32 on the CPU", table)
+    return "\n".join(lines).rstrip()

@@ -1,0 +1,93 @@
+"""The command line: exit statuses, JSON, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fused_ewclora import __main__ as cli
+from fused_ewclora.ops._dispatch import available_backends
+from fused_ewclora.ops._library import SCHEMAS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments: str, code: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    start = ["-c", code] if code else ["-m", "fused_ewclora"]
+    return subprocess.run(
+        [sys.executable, *start, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_info_json_is_one_object_that_covers_every_op_and_backend():
+    result = run("info", "--json")
+    assert result.returncode == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert set(data["ops"]) == set(SCHEMAS)
+    for row in data["ops"].values():
+        assert set(row) == set(available_backends()) == set(data["backends"])
+        assert row["reference"] is None
+
+
+def test_info_gives_a_reason_wherever_a_backend_is_missing(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    for name, reason in available_backends().items():
+        assert name in text
+        assert reason is None or reason in text
+
+
+def test_info_reports_the_environment_and_an_unusable_default_backend():
+    result = run("info", "--json", FUSED_EWCLORA_BACKEND="abacus")
+    assert result.returncode == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert data["environment"]["FUSED_EWCLORA_BACKEND"] == "abacus"
+    assert "expected one of" in data["default_backend"] and "abacus" in data["default_backend"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["info", "--nonsense"]])
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("extra", cli.DEMO_EXTRAS)
+def test_demo_without_its_extras_says_what_to_install(extra: str, tmp_path: Path):
+    blocked = f"import sys; sys.modules[{extra!r}] = None; "
+    code = blocked + "from fused_ewclora.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    result = run("demo", code=code)
+    assert result.returncode == 2, result.stderr
+    assert extra in result.stderr and "pip install 'fused-ewclora[demo]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_info_works_without_the_demo_extras():
+    code = "import sys; sys.modules.update(sklearn=None, matplotlib=None); "
+    code += "from fused_ewclora.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    result = run("info", code=code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_errors_of_the_library_end_a_command_with_1_and_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from fused_ewclora import errors, info
+
+    def fail() -> dict[str, object]:
+        raise errors.BackendError("backend 'cpu' is not available: no reason")
+
+    monkeypatch.setattr(info, "collect", fail)
+    assert cli.main(["info"]) == 1
+    assert capsys.readouterr().err == "fused_ewclora: backend 'cpu' is not available: no reason\n"
