@@ -1,0 +1,203 @@
+"""What to inject: `LoRAConfig` in PEFT's vocabulary, and `QKVLayout`, the row layout of a packed projection."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ArgumentError, DtypeError, LayoutError
+
+ALL_LINEAR = "all-linear"
+Rows = tuple[tuple[int, int], ...]
+Targets = str | Sequence[str]
+
+
+def _names(value: object, name: str) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise DtypeError(f"{name}: expected a sequence of names, got {value!r}")
+    names = tuple(value)
+    if not names or not all(isinstance(n, str) and n for n in names):
+        raise ArgumentError(f"{name}: expected one name or more, got {value!r}")
+    if len(set(names)) != len(names):
+        raise ArgumentError(f"{name}: expected distinct names, got {list(names)}")
+    return names
+
+
+def _segments(value: object, name: str) -> tuple[str, ...]:
+    names = _names(value, name)
+    for n in names:
+        if not re.fullmatch(r"\w+", n):  # becomes part of a parameter name, lora_A_<segment>
+            raise ArgumentError(f"{name}: expected letters, digits and underscores, got {n!r}")
+    return names
+
+
+def _positive(value: object, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise DtypeError(f"{name}: expected an integer, got {value!r}")
+    if value < 1:
+        raise ArgumentError(f"{name}: expected an integer >= 1, got {value}")
+    return value
+
+
+def _finite(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise DtypeError(f"{name}: expected a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ArgumentError(f"{name}: expected a finite number, got {value}")
+    return value
+
+
+@dataclass(frozen=True)
+class QKVLayout:
+    """Which output rows of a packed projection belong to which segment.
+
+    segments: names in the order of the rows. sizes: rows per segment, unequal with grouped queries; None gives every segment the same share
+    of whatever layer it is used on. interleave: None for contiguous segments (timm ViT); h for rows laid out as
+    [h heads][segments][size / h] (GPT-NeoX), so that a segment is h ranges.
+    Raises `ArgumentError` or `DtypeError` for malformed fields, `LayoutError` when it does not fit a layer.
+
+        >>> QKVLayout(("q", "k", "v"), (8, 8, 8)).rows("k", 24)
+        ((8, 16),)
+    """
+
+    segments: tuple[str, ...]
+    sizes: tuple[int, ...] | None = None
+    interleave: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "segments", _segments(self.segments, "segments"))
+        if self.interleave is not None:
+            _positive(self.interleave, "interleave")
+        if self.sizes is None:
+            return
+        if isinstance(self.sizes, (str, int)) or len(self.sizes) != len(self.segments):
+            raise ArgumentError(f"sizes: expected {len(self.segments)} numbers of rows, one per segment, got {self.sizes!r}")
+        object.__setattr__(self, "sizes", tuple(_positive(s, f"sizes[{i}]") for i, s in enumerate(self.sizes)))
+        self._check_heads(self.sizes)
+
+    def _check_heads(self, sizes: Sequence[int]) -> None:
+        for segment, size in zip(self.segments, sizes, strict=True):
+            if self.interleave is not None and size % self.interleave:
+                raise LayoutError(
+                    f"interleave: the {size} rows of segment {segment!r} cannot be cut into {self.interleave} heads"
+                )
+
+    def sizes_of(self, out_features: int) -> tuple[int, ...]:
+        """Rows per segment on a layer of `out_features` rows; raises `LayoutError` when they do not add up to it."""
+        if self.sizes is None:
+            share, rest = divmod(out_features, len(self.segments))
+            if rest or not share:
+                raise LayoutError(
+                    f"layout: {out_features} rows cannot be shared equally by segments {list(self.segments)}; give sizes=(...)"
+                )
+            sizes = (share,) * len(self.segments)
+            self._check_heads(sizes)
+            return sizes
+        if sum(self.sizes) != out_features:
+            raise LayoutError(f"layout: sizes {list(self.sizes)} add up to {sum(self.sizes)} rows, the layer has {out_features}")
+        return self.sizes
+
+    def rows(self, segment: str, out_features: int) -> Rows:
+        """(start, stop) row ranges of one segment, ascending."""
+        if segment not in self.segments:
+            raise LayoutError(f"slices: expected names among the layout's segments {list(self.segments)}, got {segment!r}")
+        heads = self.interleave or 1
+        parts = [size // heads for size in self.sizes_of(out_features)]
+        position = self.segments.index(segment)
+        offset, length, stride = sum(parts[:position]), parts[position], sum(parts)
+        return tuple((h * stride + offset, h * stride + offset + length) for h in range(heads))
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Where adapters go and how large they are; names and matching rules are PEFT's.
+
+    r: rank, >= 1. lora_alpha: None for scale 1 (the EWC-LoRA paper), else the scale is lora_alpha / r. lora_dropout: on the input of the
+    low-rank branch. target_modules, exclude_modules: a string is a regular expression that must match the whole dotted name, a list holds
+    names or dotted suffixes; `"all-linear"` targets every `nn.Linear` but the output head. slices: segments of a packed projection that get an
+    adapter each; layout: its `QKVLayout`. rank_pattern, alpha_pattern: {regular expression for the end of the dotted name: value}.
+    Raises `ArgumentError` or `DtypeError` naming the field.
+
+        >>> LoRAConfig(r=10, target_modules=["qkv"], slices=("k", "v"), layout=QKVLayout(("q", "k", "v")))
+    """
+
+    r: int = 8
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    target_modules: Targets | None = None
+    exclude_modules: Targets | None = None
+    slices: Sequence[str] | None = None
+    layout: QKVLayout | None = None
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        _positive(self.r, "r")
+        if self.lora_alpha is not None:
+            _finite(self.lora_alpha, "lora_alpha")
+        if not 0.0 <= _finite(self.lora_dropout, "lora_dropout") <= 1.0:
+            raise ArgumentError(f"lora_dropout: expected a probability in [0, 1], got {self.lora_dropout}")
+        for field in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, field, _targets(getattr(self, field), field))
+        if self.slices is not None:
+            object.__setattr__(self, "slices", _segments(self.slices, "slices"))
+        if self.layout is not None:
+            if not isinstance(self.layout, QKVLayout):
+                raise DtypeError(f"layout: expected a QKVLayout, got {type(self.layout).__name__}")
+            for name in self.slices or ():
+                if name not in self.layout.segments:
+                    raise LayoutError(f"slices: expected names among {list(self.layout.segments)} (of layout), got {name!r}")
+        object.__setattr__(self, "rank_pattern", _pattern(self.rank_pattern, "rank_pattern", _positive))
+        object.__setattr__(self, "alpha_pattern", _pattern(self.alpha_pattern, "alpha_pattern", _finite))
+
+    def rank_of(self, name: str) -> int:
+        """The rank of the adapters of the module called `name`."""
+        return _lookup(self.rank_pattern, name, self.r)
+
+    def alpha_of(self, name: str) -> float | None:
+        """lora_alpha of the module called `name`."""
+        return _lookup(self.alpha_pattern, name, self.lora_alpha)
+
+
+def matches(targets: Targets, name: str) -> bool:
+    """PEFT's rule: a string must match the whole dotted name, a list holds names or dotted suffixes of it."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _targets(value: Targets | None, name: str) -> Targets | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        return _names(value, name)
+    _compiled(value, name)
+    return value
+
+
+def _compiled(pattern: str, name: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ArgumentError(f"{name}: expected a regular expression, got {pattern!r}: {error}") from None
+
+
+def _pattern(value: Any, name: str, check: Any) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise DtypeError(f"{name}: expected a mapping from a regular expression to a value, got {value!r}")
+    for key, entry in value.items():
+        _compiled(key, name)
+        check(entry, f"{name}[{key!r}]")
+    return dict(value)
+
+
+def _lookup(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    for key, value in (patterns or {}).items():
+        if re.fullmatch(rf"(?:.*\.)?(?:{key})", name):
+            return value
+    return default
