@@ -54,7 +54,8 @@ class FisherCapture:
         self.mode, self.reduction, self.loss_scale, self.batch_size = mode, reduction, loss_scale, batch_size
         self.samples = 0
         self.batches = 0
-        self._calls = 0  # calls of the layer in the forward pass that have not had their backward yet
+        self._calls = 0  # calls of the layer in the latest forward pass
+        self._closed = False  # that forward pass had a backward; a retained graph may have more, each with as many calls
         self._held: list[tuple[Tensor, Tensor]] = []
 
     def note_forward(self) -> None:
@@ -63,6 +64,8 @@ class FisherCapture:
             return
         if self._held:
             self.finish()
+        if self._closed:
+            self._calls, self._closed = 0, False
         self._calls += 1
 
     def record(self, x: Tensor, dy: Tensor) -> None:
@@ -73,7 +76,7 @@ class FisherCapture:
 
     def finish(self) -> None:
         """Accumulate what is held back for calls whose output took no part in the loss; call it after the last backward."""
-        held, self._held, self._calls = self._held, [], 0
+        held, self._held, self._closed = self._held, [], True
         if not held:
             return
         sizes = sorted({x.shape[0] for x, _ in held})

@@ -1,0 +1,135 @@
+"""The end of a task: every new value is computed and checked first, then all of them are copied in, or none (docs/mathematics.md, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._ewc_state import EWCState, Factors, TaskRecord
+from ._fisher_pass import TaskFisher, nonfinite
+from ._transaction import Transaction
+from .errors import ArgumentError, FisherError
+from .layers import AdapterSlice, LoRALinear
+
+Rows = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One adapter of one layer, as the Fisher key names it."""
+
+    key: str
+    layer: LoRALinear
+    piece: AdapterSlice
+    index: int  # of the piece in layer.adapter_parameters()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """lora_A and lora_B."""
+        return self.layer.adapter_parameters()[self.index][1:]
+
+
+def take_rows(weight: Tensor, rows: Rows) -> Tensor:
+    """The rows of an adapter, in its order: a new `[sum of lengths, d_in]`."""
+    return torch.cat([weight.detach()[start:stop] for start, stop in rows])
+
+
+def put_rows(weight: Tensor, rows: Rows, values: Tensor) -> None:
+    """The reverse of `take_rows`, in place."""
+    done = 0
+    for start, stop in rows:
+        weight[start:stop] = values[done : done + stop - start]
+        done += stop - start
+
+
+@torch.no_grad()
+def new_fisher(old: Tensor | None, task: TaskFisher, key: str, gamma: float, update: str, dtype: torch.dtype) -> Tensor:
+    """gamma F + F_task ("sum") or gamma F + (1 - gamma) F_task ("convex"), F_task = buffer / samples; one rounding to `dtype`.
+
+    gamma = 0 copies F_task, so that an Inf in the old F does not survive as 0 * Inf; so does the first task.
+    """
+    fresh = task.buffers[key] / task.samples
+    if old is not None and gamma != 0.0:
+        if update == "convex":
+            fresh.mul_(1.0 - gamma)
+        fresh.add_(old.to(fresh.dtype), alpha=gamma)
+    return fresh.to(dtype)
+
+
+@torch.no_grad()
+def new_factors(slots: list[Slot], old: Mapping[str, Factors]) -> dict[str, Factors]:
+    """sum A, sum B and the original rows of W, as the official code accumulates them."""
+    factors = {}
+    for slot in slots:
+        a, b = slot.factors()
+        held = old.get(slot.key)
+        wide = torch.promote_types(a.dtype, torch.float32)
+        base = take_rows(slot.layer.weight, slot.piece.rows) if held is None else held.base
+        sum_a = a.detach().to(wide, copy=True) if held is None else held.lora_a + a
+        sum_b = b.detach().to(wide, copy=True) if held is None else held.lora_b + b
+        factors[slot.key] = Factors(sum_a, sum_b, base)
+    return factors
+
+
+@torch.no_grad()
+def new_weights(slots: list[Slot], factors: Mapping[str, Factors]) -> list[tuple[Tensor, Tensor]]:
+    """(weight, its value after the task) per layer; W0 + s (sum B)(sum A) where factors are kept, else W + B diag(s) A."""
+    layers = list(dict.fromkeys(slot.layer for slot in slots))
+    if not factors:
+        return [(layer.weight, layer.consolidated_weight()) for layer in layers]
+    weights = {layer: layer.weight.detach().clone() for layer in layers}
+    for slot in slots:
+        held = factors[slot.key]
+        delta = (held.lora_b * slot.piece.scaling) @ held.lora_a
+        put_rows(weights[slot.layer], slot.piece.rows, (held.base.to(delta.dtype) + delta).to(held.base.dtype))
+    return [(layer.weight, weights[layer]) for layer in layers]
+
+
+def consolidate(
+    state: EWCState,
+    slots: list[Slot],
+    *,
+    gamma: float,
+    update: str,
+    merge_mode: str,
+    fisher_dtype: torch.dtype,
+    check_finite: bool,
+    generator: torch.Generator | None,
+) -> EWCState:
+    """The state after the task; weights, cumulative Fishers and adapters are updated in place, all of them or none."""
+    task = state.task
+    if task is None:
+        raise FisherError("consolidate: this task has no Fisher yet; call estimate_fisher(loader, loss_fn) first")
+    if merge_mode == "factors" and (learned := [s.key for s in slots if isinstance(s.layer.adapter_scale(s.piece), Tensor)]):
+        raise ArgumentError(f"merge_mode: 'factors' has one scale for the sums of all tasks, but {learned[0]} has a lora_scale; use 'delta'")
+    fishers = {
+        slot.key: new_fisher(state.fishers.get(slot.key), task, slot.key, gamma, update, fisher_dtype) for slot in slots
+    }
+    factors = new_factors(slots, state.factors) if merge_mode == "factors" else {}
+    weights = new_weights(slots, factors)
+    if check_finite:
+        _check(slots, fishers, weights)
+    adapters = [tensor for slot in slots for tensor in slot.factors()]
+    with Transaction() as change:
+        for weight, value in weights:
+            change.copy_(weight, value)
+        for key, old in state.fishers.items():
+            change.copy_(old, fishers[key])
+        for tensor in adapters:
+            change.remember(tensor)
+        for layer in dict.fromkeys(slot.layer for slot in slots):
+            layer.reset_adapters(generator)
+    for slot in slots:
+        slot.layer.consolidated_tasks = len(state.history) + 1
+    record = TaskRecord("+".join(task.labels), task.samples, task.batch_size, gamma)
+    return EWCState(state.fishers or fishers, factors, (*state.history, record), None)
+
+
+def _check(slots: list[Slot], fishers: Mapping[str, Tensor], weights: list[tuple[Tensor, Tensor]]) -> None:
+    names = {slot.layer.weight: slot.key for slot in slots}
+    values = {f"Fisher of {key}": fisher for key, fisher in fishers.items()}
+    values |= {f"merged weight of {names[weight]}": value for weight, value in weights}
+    if bad := nonfinite(values):
+        raise FisherError(f"consolidate: {bad[0]}: expected finite values, got NaN or Inf ({len(bad)} such tensors); nothing was changed")

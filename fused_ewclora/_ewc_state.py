@@ -1,0 +1,178 @@
+"""What an EWC controller remembers between tasks, and the check of a saved one before anything is taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._fisher_pass import TaskFisher, nonfinite
+from ._transaction import canonical_name
+from .errors import FisherError
+
+FORMAT = 1  # of state_dict
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """How the Fisher of one consolidated task was made."""
+
+    labels: str
+    samples: int
+    batch_size: int
+    gamma: float
+
+
+@dataclass(frozen=True)
+class Factors:
+    """merge_mode "factors": W = base + s (sum B)(sum A); base holds the rows of W before the first task."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    base: Tensor
+
+
+@dataclass(frozen=True)
+class EWCState:
+    """Replaced as a whole, so that it is never half updated; the cumulative Fishers inside it are updated in place."""
+
+    fishers: dict[str, Tensor] = field(default_factory=dict)
+    factors: dict[str, Factors] = field(default_factory=dict)
+    history: tuple[TaskRecord, ...] = ()
+    task: TaskFisher | None = None
+
+    def copied(self, devices: Mapping[str, torch.device], dtype: torch.dtype) -> EWCState:
+        """Tensors of its own, Fishers in `dtype`, on the given devices in their order."""
+
+        def put(tensor: Tensor, key: str) -> Tensor:
+            return tensor.detach().to(devices[key], copy=True)
+
+        fishers = {key: put(self.fishers[key], key).to(dtype) for key in devices if self.fishers}
+        factors = {
+            key: Factors(*(put(tensor, key) for tensor in (held.lora_a, held.lora_b, held.base)))
+            for key, held in self.factors.items()
+        }
+        task = self.task
+        if task is not None:
+            buffers = {key: put(task.buffers[key], key).to(torch.promote_types(task.buffers[key].dtype, torch.float32)) for key in devices}
+            task = TaskFisher(buffers, task.samples, task.batch_size, task.labels)
+        return EWCState(fishers, factors, self.history, task)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a state must look like to fit a controller; shapes are (rows, rank, columns) per Fisher key."""
+
+    shapes: dict[str, tuple[int, int, int]]
+    settings: dict[str, str]
+    check_finite: bool
+
+
+def dump(state: EWCState, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat state: tensors by name, and plain numbers and strings under "config"."""
+    tensors: dict[str, Tensor] = {f"fisher.{key}": tensor for key, tensor in state.fishers.items()}
+    for key, factors in state.factors.items():
+        tensors |= {f"sum_A.{key}": factors.lora_a, f"sum_B.{key}": factors.lora_b, f"base.{key}": factors.base}
+    config: dict[str, Any] = {"format": FORMAT, **settings, "history": [asdict(record) for record in state.history]}
+    if state.task is not None:
+        tensors |= {f"task.{key}": tensor for key, tensor in state.task.buffers.items()}
+        config["task"] = {k: getattr(state.task, k) for k in ("samples", "batch_size")} | {"labels": list(state.task.labels)}
+    return {"tensors": tensors, "config": config}
+
+
+def parse(saved: Any, expected: Expected) -> EWCState:
+    """The state that `dump` wrote; raises `FisherError` naming what does not fit. Tensors are shared with `saved`."""
+    try:
+        tensors, config = dict(saved["tensors"]), dict(saved["config"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise FisherError("state: expected the dictionary that EWC.state_dict() returns, with 'tensors' and 'config'") from error
+    if config.get("format") != FORMAT:
+        raise FisherError(f"state: expected format {FORMAT}, got {config.get('format')!r}")
+    for name, value in expected.settings.items():
+        if config.get(name) != value:
+            raise FisherError(
+                f"{name}: the state was made with {config.get(name)!r}, this EWC has {value!r}; construct it with the same (ewc_lambda "
+                "means nothing without it, see convert_lambda)"
+            )
+    grouped = _group(tensors)
+    history = tuple(_record(entry) for entry in _list(config, "history"))
+    task = _task(config.get("task"), grouped.get("task", {}), expected)
+    fishers = grouped.get("fisher", {})
+    if fishers or history:
+        _check_group("fisher", fishers, {k: (rows, cols) for k, (rows, _, cols) in expected.shapes.items()}, expected)
+    if bool(fishers) != bool(history):
+        raise FisherError("state: expected a Fisher exactly when tasks were consolidated; fisher and history disagree")
+    return EWCState(fishers, _factors(grouped, bool(history), expected), history, task)
+
+
+def _group(tensors: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, _, key = str(name).partition(".")
+        if kind not in ("fisher", "task", "sum_A", "sum_B", "base") or not isinstance(tensor, Tensor):
+            raise FisherError(f"state: did not expect an entry {name!r} of type {type(tensor).__name__}")
+        grouped.setdefault(kind, {})[canonical_name(key)] = tensor
+    return grouped
+
+
+def _check_group(kind: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], expected: Expected) -> None:
+    missing, foreign = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
+    if missing or foreign:
+        raise FisherError(f"state: {kind} of other adapters than the model's; missing {missing[:3]}, unexpected {foreign[:3]}")
+    for key, shape in shapes.items():
+        if tuple(tensors[key].shape) != shape or not tensors[key].is_floating_point():
+            got = f"{list(tensors[key].shape)} {tensors[key].dtype}"
+            raise FisherError(f"state: {kind} of {key}: expected a floating-point {list(shape)}, got {got}")
+    if expected.check_finite and (bad := nonfinite(tensors)):
+        raise FisherError(f"state: {kind} of {bad[0]}: expected finite values, got NaN or Inf")
+    if kind in ("fisher", "task") and (negative := [key for key, tensor in tensors.items() if bool((tensor < 0).any())]):
+        raise FisherError(f"state: {kind} of {negative[0]}: expected squares, got negative values")
+
+
+def _factors(grouped: Mapping[str, dict[str, Tensor]], trained: bool, expected: Expected) -> dict[str, Factors]:
+    if expected.settings["merge_mode"] != "factors" or not trained:
+        if found := sorted({"sum_A", "sum_B", "base"} & set(grouped)):
+            raise FisherError(f"state: did not expect {found}, which only merge_mode='factors' has, after its first task")
+        return {}
+    shapes = expected.shapes
+    parts = {kind: grouped.get(kind, {}) for kind in ("sum_A", "sum_B", "base")}
+    _check_group("sum_A", parts["sum_A"], {k: (rank, cols) for k, (_, rank, cols) in shapes.items()}, expected)
+    _check_group("sum_B", parts["sum_B"], {k: (rows, rank) for k, (rows, rank, _) in shapes.items()}, expected)
+    _check_group("base", parts["base"], {k: (rows, cols) for k, (rows, _, cols) in shapes.items()}, expected)
+    return {key: Factors(parts["sum_A"][key], parts["sum_B"][key], parts["base"][key]) for key in shapes}
+
+
+def _task(config: Any, buffers: dict[str, Tensor], expected: Expected) -> TaskFisher | None:
+    if config is None:
+        if buffers:
+            raise FisherError("state: buffers of a task without its record")
+        return None
+    _check_group("task", buffers, {k: (rows, cols) for k, (rows, _, cols) in expected.shapes.items()}, expected)
+    labels = tuple(str(label) for label in _list(config, "labels"))
+    return TaskFisher(buffers, _count(config, "samples"), _count(config, "batch_size"), labels)
+
+
+def _record(entry: Any) -> TaskRecord:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("labels"), str):
+        raise FisherError(f"state: expected a record of a task, got {entry!r}")
+    gamma = entry.get("gamma")
+    if not isinstance(gamma, (int, float)) or not 0 <= gamma <= 1:
+        raise FisherError(f"state: expected gamma in [0, 1] in the record of a task, got {gamma!r}")
+    return TaskRecord(entry["labels"], _count(entry, "samples"), _count(entry, "batch_size"), float(gamma))
+
+
+def _count(entry: Any, name: str) -> int:
+    value = entry.get(name) if isinstance(entry, Mapping) else None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise FisherError(f"state: expected an integer >= 1 for {name}, got {value!r}")
+    return value
+
+
+def _list(config: Mapping[str, Any], name: str) -> list[Any]:
+    value = config.get(name) if isinstance(config, Mapping) else None
+    if not isinstance(value, list):
+        raise FisherError(f"state: expected a list for {name}, got {value!r}")
+    return value

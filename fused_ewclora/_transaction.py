@@ -1,0 +1,57 @@
+"""Changes to many tensors of which either all happen or none, and names that do not depend on how a model is wrapped."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+_WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # torch.compile, FSDP, checkpointing
+_WRAPPER_PREFIXES = ("module.", "base_model.model.")  # DDP, PEFT
+
+
+def canonical_name(name: str) -> str:
+    """The name of a module or tensor without what DDP, torch.compile, FSDP, activation checkpointing and PEFT add to it."""
+    parts = [part for part in name.split(".") if part not in _WRAPPER_PARTS]
+    name = ".".join(parts)
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in _WRAPPER_PREFIXES:
+            if name.startswith(prefix):
+                name, stripped = name[len(prefix) :], True
+    return name
+
+
+class Transaction:
+    """In-place updates that are undone, bit for bit, when the block that makes them raises.
+
+    Tensors keep their identity and storage. One old copy per changed tensor is held until the block ends.
+
+        with Transaction() as change:
+            change.copy_(weight, new_weight)
+    """
+
+    def __init__(self) -> None:
+        self._old: list[tuple[Tensor, Tensor]] = []
+
+    def __enter__(self) -> Transaction:
+        return self
+
+    def remember(self, target: Tensor) -> None:
+        """Keep the present value of a tensor that is about to be changed by other means."""
+        self._old.append((target, target.detach().clone()))
+
+    def copy_(self, target: Tensor, value: Tensor) -> None:
+        """target <- value, rounded to the dtype of target."""
+        self.remember(target)
+        with torch.no_grad():
+            target.copy_(value)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            with torch.no_grad():
+                for target, old in reversed(self._old):
+                    target.copy_(old)
+        self._old.clear()

@@ -1,0 +1,319 @@
+"""EWC on the product of LoRA factors, over a sequence of tasks (EWC-LoRA, arXiv 2602.17559)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import fisher as passes
+from . import functional as FE
+from ._consolidate import Slot, consolidate
+from ._ewc_state import EWCState, Expected, TaskRecord, dump, parse
+from ._fisher_pass import FisherPass, TaskFisher
+from ._transaction import Transaction, canonical_name
+from .errors import ArgumentError, DtypeError, FisherError, TargetError
+from .inject import adapters
+from .layers import LoRALinear, fisher_key
+
+FISHER_MODES = ("sample", "batch")
+MERGE_MODES = ("delta", "factors")
+UPDATES = ("sum", "convex")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ArgumentError(f"{name}: expected one of {allowed}, got {value!r}")
+    return value
+
+
+def _number(name: str, value: float, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (low <= value <= high and math.isfinite(value)):
+        upper = "" if math.isinf(high) else f" and <= {high}"
+        raise ArgumentError(f"{name}: expected a finite number >= {low}{upper}, got {value!r}")
+    return float(value)
+
+
+def convert_lambda(ewc_lambda: float, from_mode: str, to_mode: str, batch_size: int) -> float:
+    """The lambda that gives the same penalty with a Fisher of the other mode: lambda_sample = lambda_batch / batch_size.
+
+    It rests on F_batch ~ F_sample / batch_size, which holds in expectation where the mean gradient of a batch is small beside the
+    gradients of single samples, that is near an optimum: E F_batch = F_sample / n + (1 - 1/n) (E g)^2. Measured at n = 32: 25.
+    The published lambda = 1e7 belongs to mode "batch" at batch size 128. Raises `ArgumentError`.
+
+        >>> convert_lambda(1e7, "batch", "sample", batch_size=128)
+        78125.0
+    """
+    _number("ewc_lambda", ewc_lambda, 0.0, math.inf)
+    _one_of("from_mode", from_mode, FISHER_MODES)
+    _one_of("to_mode", to_mode, FISHER_MODES)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ArgumentError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
+    if from_mode == to_mode:
+        return float(ewc_lambda)
+    return ewc_lambda / batch_size if to_mode == "sample" else ewc_lambda * batch_size
+
+
+class EWC:
+    """Penalty, Fisher and consolidation of all adapters of a model, (lambda/2) sum F (B diag(s) A)^2.
+
+    Args:
+        model: a model with injected adapters, also wrapped by DDP or torch.compile.
+        ewc_lambda: strength of the penalty. It means nothing without fisher_mode and, for "batch", the batch size: `convert_lambda`.
+        gamma: decay of the Fishers of earlier tasks, in [0, 1]; 1 is the published value, 0 forgets them.
+        fisher_mode: "sample", the mean of squared per-sample gradients, or "batch", n times the squared mean gradient of a batch of n,
+            averaged over samples (the official code).
+        fisher_dtype: of the cumulative Fisher, fp32 or bf16 (fp64 beside fp64 adapters); a task's Fisher is accumulated in fp32.
+        merge_mode: "delta", W + s B A, or "factors", W0 + s (sum B)(sum A) with the cross terms of the official code.
+        check_finite: refuse NaN and Inf in Fishers and weights (one host synchronisation per task).
+        update: "sum", gamma F + F_task, or "convex", gamma F + (1 - gamma) F_task; the first task gives F_task.
+        generator: source of the A of each new task; None is the default generator.
+
+    Consolidation resets lora_A and lora_B in place; moments in an optimizer belong to the task that ended, so make a new one.
+    Raises `ArgumentError`, `DtypeError`, and `TargetError` for a model without adapters.
+
+        >>> ewc = EWC(model); loss = criterion(model(x), y) + ewc.penalty()
+        >>> ewc.end_task(loader, criterion)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ewc_lambda: float = 1e7,
+        gamma: float = 1.0,
+        fisher_mode: str = "sample",
+        fisher_dtype: torch.dtype = torch.float32,
+        merge_mode: str = "delta",
+        check_finite: bool = True,
+        update: str = "sum",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.model = model
+        self.ewc_lambda = _number("ewc_lambda", ewc_lambda, 0.0, math.inf)
+        self.gamma = _number("gamma", gamma, 0.0, 1.0)
+        self.fisher_mode = _one_of("fisher_mode", fisher_mode, FISHER_MODES)
+        self.merge_mode = _one_of("merge_mode", merge_mode, MERGE_MODES)
+        self.update = _one_of("update", update, UPDATES)
+        self.check_finite, self.generator = bool(check_finite), generator
+        self.layers: dict[str, LoRALinear] = {canonical_name(name): layer for name, layer in adapters(model).items()}
+        if not self.layers:
+            raise TargetError("model: expected adapters, found none; call fused_ewclora.inject(model, config) first")
+        self._slots = self._find_slots()
+        self._state = EWCState()
+        self.fisher_dtype = self._checked_dtype(fisher_dtype)
+
+    def _find_slots(self) -> list[Slot]:
+        slots = []
+        for name, layer in self.layers.items():
+            for index, (piece, _, _) in enumerate(layer.adapter_parameters()):
+                slots.append(Slot(fisher_key(name, piece), layer, piece, index))
+        return slots
+
+    def _checked_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        wide = [slot.key for slot in self._slots if slot.layer.weight.dtype == torch.float64]
+        allowed = (torch.float32, torch.float64) if wide else (torch.float32, torch.bfloat16)
+        if dtype not in allowed:
+            beside = f" beside fp64 layers ({wide[0]})" if wide else ""
+            raise DtypeError(f"fisher_dtype: expected one of {allowed}{beside}, got {dtype}")
+        return dtype
+
+    @property
+    def fishers(self) -> dict[str, Tensor]:
+        """The cumulative Fisher `[rows of the adapter, d_in]` by module name, with ".k" etc. for slices; empty before the first task."""
+        return dict(self._state.fishers)
+
+    @property
+    def tasks(self) -> int:
+        """Tasks consolidated so far."""
+        return len(self._state.history)
+
+    @property
+    def history(self) -> tuple[TaskRecord, ...]:
+        """How the Fisher of each consolidated task was made: labels, samples, batch size, gamma."""
+        return self._state.history
+
+    def _operands(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float | Tensor]]:
+        """Fishers, lora_As, lora_Bs and scales; asked for on every step, because some `.to()` and load calls replace Parameters."""
+        lora_as: list[Tensor] = []
+        lora_bs: list[Tensor] = []
+        scales: list[float | Tensor] = []
+        for layer in self.layers.values():
+            for piece, lora_a, lora_b in layer.adapter_parameters():
+                lora_as.append(lora_a)
+                lora_bs.append(lora_b)
+                scales.append(layer.adapter_scale(piece))
+        return list(self._state.fishers.values()), lora_as, lora_bs, scales
+
+    def penalty(self) -> Tensor:
+        """P = (lambda/2) sum F (B diag(s) A)^2 over all adapters, 0-d fp32, differentiable; exactly 0 before the first consolidation.
+
+        >>> loss = criterion(model(x), y) + ewc.penalty()
+        """
+        if not self._state.fishers:
+            device = next(iter(self.layers.values())).weight.device
+            return torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
+        return FE.ewc_penalty(*self._operands(), self.ewc_lambda)
+
+    def add_penalty_grad_(self, grad_scale: float | Tensor = 1.0) -> Tensor:
+        """Adds grad_scale * dP to `.grad` of the adapters, without a graph; returns the unscaled P, 0-d. Under a GradScaler pass its scale.
+
+        >>> scaler.scale(loss).backward(); ewc.add_penalty_grad_(scaler.get_scale())
+        """
+        if not self._state.fishers:
+            return self.penalty().detach()
+        return FE.ewc_penalty_grad_(*self._operands(), self.ewc_lambda, grad_scale=grad_scale)
+
+    @contextmanager
+    def accumulate_fisher(
+        self, reduction: str = "mean", batch_size: int | None = None, loss_scale: float = 1.0, labels: str = "empirical"
+    ) -> Iterator[FisherPass]:
+        """Backward passes inside the block add to the Fisher of the current task; several blocks before `consolidate` add up.
+
+        reduction is that of the loss over samples; batch_size the samples per batch where it is not the leading dimension of every
+        layer's input (set `.batch_size` on the block's value when it varies); loss_scale the factor on the loss; labels is only
+        recorded. Train or eval mode is the caller's choice. Compiled models run eagerly inside. At the end every adapted layer must
+        have been reached, else `TargetError` or `FisherError`; an exception or non-finite values discard what the block gathered.
+
+        >>> with ewc.accumulate_fisher():
+        ...     for x, y in loader: criterion(model(x), y).backward()
+        """
+        keys: dict[str, list[str]] = {name: [] for name in self.layers}
+        for name, layer in self.layers.items():
+            keys[name] = [slot.key for slot in self._slots if slot.layer is layer]
+        passing = FisherPass(self.layers, keys, self.fisher_mode, reduction, batch_size, loss_scale)
+        with passing:
+            yield passing
+        self._add(passing.result(labels, self.check_finite))
+
+    def _add(self, gathered: TaskFisher) -> None:
+        old = self._state
+        task = gathered if old.task is None else gathered.plus(old.task)
+        self._state = EWCState(old.fishers, old.factors, old.history, task)
+
+    def estimate_fisher(
+        self,
+        loader: Iterable[Any],
+        loss_fn: passes.LossFunction | None = None,
+        labels: str = "empirical",
+        max_batches: int | None = None,
+        progress: bool | None = None,
+        *,
+        reduction: str = "mean",
+        forward: passes.Forward = passes.default_forward,
+        logits_fn: Callable[[Any], Tensor] = passes.default_logits,
+        batch_size_fn: Callable[[Any], int] = passes.batch_size_of,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Adds the Fisher of the data in `loader` to the current task's, in eval mode; modes and gradients are restored.
+
+        Batches are (x, y), x, or mappings for model(**batch) with targets "labels"; `forward(model, batch)` -> (output, targets)
+        adapts others. loss_fn(output, y) is a mean over samples (reduction "mean"; or "sum"); None takes output.loss if there is one,
+        else -log p(y). labels: "empirical"; "sampled", y ~ softmax(logits_fn(output)) with `generator`; "exact", the
+        expectation over classes of -log p, one backward per class, without loss_fn. Raises `FisherError` for an empty loader or
+        non-finite values and `TargetError` for layers that never ran; what this call gathered is then discarded.
+
+        >>> ewc.estimate_fisher(loader, torch.nn.functional.cross_entropy, labels="sampled")
+        """
+        passes.check_labels(labels, self.fisher_mode)
+        policy = passes.LabelPolicy(labels, loss_fn, reduction, logits_fn, generator)
+        passes.check_max_batches(max_batches)
+        device = next(iter(self.layers.values())).weight.device
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            passes.evaluation_mode(self.model),
+            passes.gradients_untouched(self.model) as clear_gradients,
+            self.accumulate_fisher(policy.backward_reduction, labels=labels) as passing,
+        ):
+            passing.samples = 0
+            for batch in passes.limited(loader, max_batches, progress):
+                samples = batch_size_fn(batch)
+                if samples == 0:
+                    continue
+                passing.batch_size = samples
+                output, targets = forward(self.model, passes.to_device(batch, device))
+                for loss, keep_graph in policy.passes(output, targets):
+                    passes.check_loss(loss)
+                    loss.backward(retain_graph=keep_graph)  # type: ignore[no-untyped-call]
+                    passing.finish_batch()
+                    clear_gradients()
+                passing.samples += samples
+
+    def consolidate(self, gamma: float | None = None) -> None:
+        """Ends a task: F <- gamma F + F_task, W <- W + B diag(s) A (fp32 sum, one rounding), A and B reset; all or nothing.
+
+        The model computes what it computed before, to one rounding of W. Raises `FisherError` when the task has no Fisher or a new
+        value is not finite; weights, Fishers, adapters and counters are then as they were.
+
+        >>> ewc.estimate_fisher(loader, criterion); ewc.consolidate()
+        """
+        gamma = self.gamma if gamma is None else _number("gamma", gamma, 0.0, 1.0)
+        for name, layer in self.layers.items():
+            if layer.merged:
+                raise TargetError(f"{name}: its adapter is merged into the base weight; call unmerge(model) before consolidate")
+            if layer.fisher_capture is not None:
+                raise FisherError(f"{name}: a Fisher pass is active; leave its block before consolidate")
+        self._state = consolidate(
+            self._state,
+            self._slots,
+            gamma=gamma,
+            update=self.update,
+            merge_mode=self.merge_mode,
+            fisher_dtype=self.fisher_dtype,
+            check_finite=self.check_finite,
+            generator=self.generator,
+        )
+
+    def end_task(
+        self, loader: Iterable[Any], loss_fn: passes.LossFunction | None = None, *, gamma: float | None = None, **kwargs: Any
+    ) -> None:
+        """`estimate_fisher(loader, loss_fn, **kwargs)`, then `consolidate(gamma)`.
+
+        >>> ewc.end_task(loader, criterion, max_batches=100)
+        """
+        if gamma is not None:
+            _number("gamma", gamma, 0.0, 1.0)
+        self.estimate_fisher(loader, loss_fn, **kwargs)
+        self.consolidate(gamma)
+
+    def _settings(self) -> dict[str, str]:
+        return {"fisher_mode": self.fisher_mode, "merge_mode": self.merge_mode, "update": self.update}
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"tensors": Fishers and, with merge_mode "factors", the factor sums; "config": how they were made}. Tensors are not copied.
+
+        >>> torch.save(ewc.state_dict(), "ewc.pt")
+        """
+        return dump(self._state, self._settings())
+
+    def parse_state(self, saved: Mapping[str, Any]) -> EWCState:
+        """The validated state in `saved`, not yet taken over; raises `FisherError` naming what does not fit."""
+        shapes = {}
+        for slot in self._slots:
+            a, b = slot.factors()
+            shapes[slot.key] = (b.shape[0], a.shape[0], a.shape[1])
+        return parse(saved, Expected(shapes, self._settings(), self.check_finite))
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Takes over a `state_dict()` of an EWC with the same settings and adapters; nothing changes unless all of it fits.
+
+        The state of the model (weights, adapters) is the model's own and loaded by itself. Raises `FisherError`.
+
+        >>> ewc.load_state_dict(torch.load("ewc.pt", weights_only=True))
+        """
+        with Transaction() as change:
+            self._state = self.adopted(self.parse_state(saved), change)
+
+    def adopted(self, parsed: EWCState, change: Transaction) -> EWCState:
+        """A parsed state on the devices of the layers; Fishers that exist already are updated in place through `change`."""
+        devices = {slot.key: slot.layer.weight.device for slot in self._slots}
+        new = parsed.copied(devices, self.fisher_dtype)
+        if self._state.fishers and new.fishers:
+            for key, tensor in self._state.fishers.items():
+                change.copy_(tensor, new.fishers[key])
+            return EWCState(self._state.fishers, new.factors, new.history, new.task)
+        return new
