@@ -1,0 +1,106 @@
+// What the CPU kernels need from a call, and the table of kernels of one instruction set. No ATen, no allocation: plain pointers and
+// sizes, so that the same sources compile anywhere. Every kernel does the share of one thread.
+//
+// "Panel" is the layout all low-rank factors are packed into: a [r, n] matrix stored as [ceil(n / L)][r][L] with zero padding, L the
+// vector length of the instruction set. Walking along n reads it sequentially for every rank, whatever n and r are, and no kernel
+// needs a tail for it.
+#pragma once
+#include <cstdint>
+
+namespace fe {
+
+enum class Dtype : int { f32, bf16, f16 };
+
+static inline int64_t bytes_of(Dtype t) { return t == Dtype::f32 ? 4 : 2; }
+
+// A row-major matrix with contiguous rows.
+struct Matrix {
+  void* data = nullptr;
+  int64_t stride = 0;  // elements between rows
+  Dtype dtype = Dtype::f32;
+};
+
+// Output rows [start, stop) of the layer belong to rows [offset, offset + stop - start) of B of one adapter.
+struct RowRange {
+  int adapter = 0;
+  int64_t start = 0, stop = 0;
+  int64_t panel = 0;  // offset in floats of this range's panel of B^T, and of its gradient
+};
+
+// The low-rank part of a LoRA linear: R is the sum of the adapters' ranks.
+struct LoraShape {
+  int64_t d_in = 0, d_out = 0, total_rank = 0;
+  const int64_t* rank_begin = nullptr;  // [adapters + 1]
+  const RowRange* ranges = nullptr;
+  int64_t n_ranges = 0;
+  const float* a_panel = nullptr;   // all A stacked: panel [R, d_in]
+  const float* b_panel = nullptr;   // per range: panel [r, stop - start] of its rows of B, transposed
+  const float* scale = nullptr;     // [R]
+  float dropout_p = 0.f;
+  uint64_t seed = 0;
+};
+
+struct LoraForward {
+  LoraShape shape;
+  Matrix x, y;
+  const void* bias = nullptr;  // in y's dtype, or null
+  float* z = nullptr;          // [M, R], without the scale
+};
+
+// Gradients are accumulated per thread (partials in panel layout) and reduced by the caller in thread order.
+struct LoraBackward {
+  LoraShape shape;
+  Matrix dy, x, dx;
+  const float* z = nullptr;  // [M, R]
+  bool need_dx = false, need_a = false, need_b = false, need_s = false, need_bias = false;
+  float* grad_a = nullptr;  // panel [R, d_in] of this thread
+  float* grad_b = nullptr;  // as b_panel, of this thread
+  float* grad_s = nullptr;     // [R] of this thread
+  float* grad_bias = nullptr;  // [d_out] of this thread
+};
+
+struct PenaltyAdapter {
+  Matrix fisher;  // [rows, d_in], f32 or bf16
+  int64_t rows = 0, d_in = 0, rank = 0;
+  const float* a = nullptr;      // [r, d_in]
+  const float* b = nullptr;      // [rows, r]
+  const float* scale = nullptr;  // [r], or null for 1
+  float lambda = 0.f;
+  bool need_a = false, need_b = false, need_s = false;
+  float* grad_b = nullptr;  // [rows, r]
+};
+
+struct FisherBlock {
+  Matrix x, dy, fisher;           // x [rows, d_in], dy [rows, d_out]
+  const int64_t* bounds = nullptr;  // [samples + 1] row offsets
+  int64_t samples = 0;
+  bool square_inputs = false;  // one token per sample: (dy^2)^T (x^2) over all rows of a segment, not squared again
+  float weight = 1.f;
+  int64_t i0 = 0, i1 = 0, j0 = 0, j1 = 0;  // the block of F this call owns
+};
+
+struct Kernels {
+  const char* name;
+  int64_t lanes;  // floats per vector
+  void (*pack_panel)(const float* rows, int64_t r, int64_t n, int64_t row_stride, int64_t column_stride, int64_t total_rank,
+                     int64_t first_rank, float* panel);
+  void (*unpack_panel)(const float* panel, int64_t r, int64_t n, int64_t row_stride, int64_t column_stride,
+                       int64_t total_rank, int64_t first_rank, float* rows);
+  int64_t (*lora_scratch)(const LoraShape&);  // floats of scratch per thread
+  void (*lora_forward)(const LoraForward&, int64_t m0, int64_t m1, float* scratch);
+  void (*lora_backward)(const LoraBackward&, int64_t m0, int64_t m1, float* scratch);
+  int64_t (*penalty_scratch)(int64_t rank, int64_t rows, int64_t d_in);
+  int64_t penalty_rows;  // row ranges that start at multiples of this waste nothing
+  // Rows [row0, row1): returns their loss, overwrites grad_a [r, d_in], adds to grad_s [r].
+  double (*penalty)(const PenaltyAdapter&, int64_t row0, int64_t row1, float* grad_a, float* grad_s, float* scratch);
+  int64_t (*fisher_scratch)(const FisherBlock&);
+  int64_t fisher_block;                       // largest side of a block that keeps the scratch of one thread in its cache
+  int64_t fisher_tile_rows, fisher_tile_columns;  // blocks whose sides are multiples of these waste nothing
+  void (*fisher)(const FisherBlock&, float* scratch);
+  void (*merge)(Matrix weight, int64_t d_in, int64_t rank, const float* a_panel, const float* sb, int64_t row0, int64_t row1);
+};
+
+// The widest instruction set that this processor has (or that FUSED_EWCLORA_CPU_ISA names).
+const Kernels& kernels();
+
+}  // namespace fe

@@ -1,0 +1,164 @@
+// The row passes around the base product of a LoRA linear. The base product itself is BLAS's, accumulating onto what these write:
+//   forward   z = x A^T;  y <- bias + (z s) B^T          then y += x W^T
+//   backward  u = (dy B) s;  dB += dy^T (z s);  dA += u^T x;  dx <- u A          then dx += dy W
+// Rows go in chunks that stay in the second-level cache, so dy and x are read from memory once for all that is computed from them.
+#pragma once
+#include "lowrank.h"
+#include "philox.h"
+
+namespace fe::FE_ISA {
+
+constexpr int64_t CHUNK_FLOATS = 128 * 1024, MIN_CHUNK = 12, MAX_CHUNK = 48;
+
+inline int64_t widest(const LoraShape& s) { return round_up(s.d_in > s.d_out ? s.d_in : s.d_out, L); }
+
+inline int64_t chunk_rows(const LoraShape& s) {
+  int64_t rows = CHUNK_FLOATS / widest(s) / MIN_CHUNK * MIN_CHUNK;
+  return rows < MIN_CHUNK ? MIN_CHUNK : rows > MAX_CHUNK ? MAX_CHUNK : rows;
+}
+
+inline int64_t lora_scratch(const LoraShape& s) { return chunk_rows(s) * (3 * widest(s) + 2 * s.total_rank); }
+
+struct Rows {
+  const float* data;
+  int64_t stride;
+};
+
+// Rows [m, m + n) as floats: in place where they are, else converted into `buffer`.
+inline Rows float_rows(const Matrix& source, int64_t m, int64_t n, int64_t columns, float* buffer) {
+  if (source.dtype == Dtype::f32) return {static_cast<const float*>(at(source, m, 0)), source.stride};
+  for (int64_t i = 0; i < n; ++i) to_float(at(source, m + i, 0), source.dtype, columns, buffer + i * columns);
+  return {buffer, columns};
+}
+
+inline void mask_rows(const LoraShape& s, int64_t m, int64_t n, float* mask) {
+  for (int64_t i = 0; i < n; ++i) dropout_row(s.seed, m + i, s.d_in, s.dropout_p, mask + i * s.d_in);
+}
+
+inline Rows times(Rows x, const float* mask, int64_t n, int64_t columns, float* out) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < columns; ++j) out[i * columns + j] = x.data[i * x.stride + j] * mask[i * columns + j];
+  return {out, columns};
+}
+
+inline void scale_rows(const float* in, const float* scale, int64_t n, int64_t ranks, float* out) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t k = 0; k < ranks; ++k) out[i * ranks + k] = in[i * ranks + k] * scale[k];
+}
+
+// y rows <- bias + (z s) B^T on the adapters' columns, bias elsewhere; `out` is fp32 with the given stride.
+inline void seed_output(const LoraShape& s, const float* zs, int64_t n, const float* bias, float* out, int64_t stride) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (bias)
+      std::memcpy(out + i * stride, bias, s.d_out * sizeof(float));
+    else
+      std::memset(out + i * stride, 0, s.d_out * sizeof(float));
+  }
+  for (int64_t q = 0; q < s.n_ranges; ++q) {
+    const RowRange& range = s.ranges[q];
+    const int64_t first = s.rank_begin[range.adapter], rank = s.rank_begin[range.adapter + 1] - first;
+    const int64_t columns = range.stop - range.start;
+    float* base = out + range.start;
+    expand(zs + first, s.total_rank, n, s.b_panel + range.panel, rank, 0, rank, columns,
+           [=](int64_t row, int64_t column, vfloat v) __attribute__((always_inline)) {
+             float* p = base + row * stride + column;
+             if (column + L <= columns)
+               store(p, load(p) + v);
+             else
+               store_first(p, load_first(p, columns - column) + v, columns - column);
+           });
+  }
+}
+
+inline void lora_forward(const LoraForward& p, int64_t m0, int64_t m1, float* scratch) {
+  const LoraShape& s = p.shape;
+  const int64_t chunk = chunk_rows(s), R = s.total_rank, wide = widest(s);
+  float *rows = scratch, *mask = rows + chunk * wide, *bias = mask + chunk * wide, *zs = scratch + 3 * chunk * wide;
+  if (p.bias) to_float(p.bias, p.y.dtype, s.d_out, bias);
+  for (int64_t m = m0; m < m1; m += chunk) {
+    const int64_t n = m1 - m < chunk ? m1 - m : chunk;
+    Rows x = float_rows(p.x, m, n, s.d_in, rows);
+    if (s.dropout_p > 0.f) {
+      mask_rows(s, m, n, mask);
+      x = times(x, mask, n, s.d_in, rows);
+    }
+    float* z = p.z + m * R;
+    dot<false>(x.data, x.stride, n, s.d_in, s.a_panel, R, 0, R, z, R);
+    scale_rows(z, s.scale, n, R, zs);
+    Matrix y = p.y;
+    if (y.dtype == Dtype::f32) {
+      seed_output(s, zs, n, p.bias ? bias : nullptr, static_cast<float*>(at(y, m, 0)), y.stride);
+    } else {
+      seed_output(s, zs, n, p.bias ? bias : nullptr, rows, s.d_out);
+      for (int64_t i = 0; i < n; ++i) from_float(rows + i * s.d_out, s.d_out, at(y, m + i, 0), y.dtype);
+    }
+  }
+}
+
+// u = (dy B) s over all ranges of every adapter; with grad_s also ds += (dy B) z.
+inline void project(const LoraBackward& p, Rows dy, int64_t n, const float* z, float* u) {
+  const LoraShape& s = p.shape;
+  const int64_t R = s.total_rank;
+  std::memset(u, 0, n * R * sizeof(float));
+  for (int64_t q = 0; q < s.n_ranges; ++q) {
+    const RowRange& range = s.ranges[q];
+    const int64_t first = s.rank_begin[range.adapter], rank = s.rank_begin[range.adapter + 1] - first;
+    dot<true>(dy.data + range.start, dy.stride, n, range.stop - range.start, s.b_panel + range.panel, rank, 0, rank, u + first, R);
+  }
+  if (p.need_s)
+    for (int64_t i = 0; i < n * R; ++i) p.grad_s[i % R] += u[i] * z[i];
+  scale_rows(u, s.scale, n, R, u);
+}
+
+inline void seed_dx(const LoraBackward& p, const float* u, int64_t m, int64_t n, const float* mask, float* rows) {
+  const LoraShape& s = p.shape;
+  Matrix dx = p.dx;
+  const bool direct = dx.dtype == Dtype::f32 && !mask;
+  float* base = direct ? static_cast<float*>(at(dx, m, 0)) : rows;
+  const int64_t stride = direct ? dx.stride : s.d_in, columns = s.d_in;
+  expand(u, s.total_rank, n, s.a_panel, s.total_rank, 0, s.total_rank, columns,
+         [=](int64_t row, int64_t column, vfloat v) __attribute__((always_inline)) {
+           float* to = base + row * stride + column;
+           if (column + L <= columns)
+             store(to, v);
+           else
+             store_first(to, v, columns - column);
+         });
+  if (direct) return;
+  if (mask) times({rows, columns}, mask, n, columns, rows);
+  for (int64_t i = 0; i < n; ++i) from_float(rows + i * columns, columns, at(dx, m + i, 0), dx.dtype);
+}
+
+inline void lora_backward(const LoraBackward& p, int64_t m0, int64_t m1, float* scratch) {
+  const LoraShape& s = p.shape;
+  const int64_t chunk = chunk_rows(s), R = s.total_rank, wide = widest(s);
+  float *rows = scratch, *mask = rows + chunk * wide, *grads = mask + chunk * wide;
+  float *zs = scratch + 3 * chunk * wide, *u = zs + chunk * R;
+  const bool masked = s.dropout_p > 0.f && (p.need_a || p.need_dx);
+  for (int64_t m = m0; m < m1; m += chunk) {
+    const int64_t n = m1 - m < chunk ? m1 - m : chunk;
+    const Rows dy = float_rows(p.dy, m, n, s.d_out, grads);
+    const float* z = p.z ? p.z + m * R : nullptr;
+    if (p.need_bias)
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < s.d_out; ++j) p.grad_bias[j] += dy.data[i * dy.stride + j];
+    if (p.need_dx || p.need_a || p.need_s) project(p, dy, n, z, u);
+    if (p.need_b) {
+      scale_rows(z, s.scale, n, R, zs);
+      for (int64_t q = 0; q < s.n_ranges; ++q) {
+        const RowRange& range = s.ranges[q];
+        const int64_t first = s.rank_begin[range.adapter], rank = s.rank_begin[range.adapter + 1] - first;
+        reduce(zs + first, R, dy.data + range.start, dy.stride, n, range.stop - range.start, p.grad_b + range.panel, rank, 0, rank);
+      }
+    }
+    if (masked) mask_rows(s, m, n, mask);
+    if (p.need_a) {
+      Rows x = float_rows(p.x, m, n, s.d_in, rows);
+      if (masked) x = times(x, mask, n, s.d_in, rows);
+      reduce(u, R, x.data, x.stride, n, s.d_in, p.grad_a, R, 0, R);
+    }
+    if (p.need_dx) seed_dx(p, u, m, n, masked ? mask : nullptr, rows);
+  }
+}
+
+}  // namespace fe::FE_ISA

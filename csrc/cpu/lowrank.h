@@ -1,0 +1,216 @@
+// The three products that every low-rank pass is made of, on rows X [m, n] (fp32, contiguous rows) and a panel P of [r, n]:
+//   dot     out[m, k]  = sum_j X[m, j] P[k, j]          z = x A^T, u = dy B, dB = H A^T
+//   expand  out[m, j]  = sum_k C[m, k] P[k, j]          y += z B^T, dx += u A, D = B A; an epilogue takes each vector
+//   reduce  G[k, j]   += sum_m C[m, k] X[m, j]          dB = dy^T z, dA = u^T x, dA = B^T H; G is a panel
+// Ranks go in register blocks of at most RANK_BLOCK, balanced so that r = 10 is 5 + 5 and not 6 + 4.
+#pragma once
+#include "simd.h"
+
+namespace fe::FE_ISA {
+
+inline int rank_block(int64_t remaining) {
+  int64_t blocks = (remaining + RANK_BLOCK - 1) / RANK_BLOCK;
+  return int((remaining + blocks - 1) / blocks);
+}
+
+// Calls f with std::integral_constant-like width K in 1..RANK_BLOCK.
+template <int K>
+struct Width {
+  static constexpr int value = K;
+};
+template <class F>
+inline __attribute__((always_inline)) void with_width(int k, F&& f) {
+  switch (k) {
+    case 1: f(Width<1>{}); break;
+    case 2: f(Width<2>{}); break;
+    case 3: f(Width<3>{}); break;
+#if FE_VECTOR_BYTES == 64
+    case 4: f(Width<4>{}); break;
+    case 5: f(Width<5>{}); break;
+    case 6: f(Width<6>{}); break;
+#endif
+  }
+}
+
+// out[m * ldo + k] for MR rows and KR ranks; adds to what is there when ACC.
+template <int MR, int KR, bool ACC>
+inline __attribute__((always_inline)) void dot_block(const float* x, int64_t ldx, int64_t n, const float* panel, int64_t r,
+                                                     float* out, int64_t ldo) {
+  vfloat acc[MR][KR] = {};
+  int64_t j = 0;
+  for (; j + L <= n; j += L, panel += r * L) {
+    vfloat xs[MR];
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) xs[m] = load(x + m * ldx + j);
+#pragma GCC unroll 8
+    for (int k = 0; k < KR; ++k) {
+      vfloat p = load(panel + k * L);
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) acc[m][k] += xs[m] * p;
+    }
+  }
+  if (j < n) {
+    for (int m = 0; m < MR; ++m) {
+      vfloat tail = load_first(x + m * ldx + j, n - j);
+      for (int k = 0; k < KR; ++k) acc[m][k] += tail * load(panel + k * L);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 8
+    for (int k = 0; k < KR; ++k) {
+      float s = sum(acc[m][k]);
+      out[m * ldo + k] = ACC ? out[m * ldo + k] + s : s;
+    }
+  }
+}
+
+// Ranks [first, first + count) of a panel that holds r ranks.
+template <bool ACC>
+inline void dot(const float* x, int64_t ldx, int64_t rows, int64_t n, const float* panel, int64_t r, int64_t first, int64_t count,
+                float* out, int64_t ldo) {
+  constexpr int MR = FE_VECTOR_BYTES == 64 ? 4 : 3;
+  int64_t m = 0;
+  for (; m < rows;) {
+    int64_t left = rows - m;
+    for (int64_t k = 0; k < count;) {
+      int block = rank_block(count - k);
+      const float* p = panel + (first + k) * L;
+      float* o = out + m * ldo + k;
+      with_width(block, [&](auto w) __attribute__((always_inline)) {
+        constexpr int KR = decltype(w)::value;
+        if (left >= MR)
+          dot_block<MR, KR, ACC>(x + m * ldx, ldx, n, p, r, o, ldo);
+        else if (left == 1)
+          dot_block<1, KR, ACC>(x + m * ldx, ldx, n, p, r, o, ldo);
+        else
+          dot_block<2, KR, ACC>(x + m * ldx, ldx, n, p, r, o, ldo);
+      });
+      k += block;
+    }
+    m += left >= MR ? MR : (left == 1 ? 1 : 2);
+  }
+}
+
+// epilogue(row, column, vectors[V], valid) receives sum_k C[row, k] P[k, column ...]; valid < V * L only in the last vectors.
+template <int MR, int NV, class Epilogue>
+inline __attribute__((always_inline)) void expand_block(const float* c, int64_t ldc, const float* panel, int64_t r, int64_t first,
+                                                        int64_t count, int64_t row, int64_t column, Epilogue&& epilogue) {
+  vfloat acc[MR][NV] = {};
+  const float* p = panel + (column / L * r + first) * L;
+  for (int64_t k = 0; k < count; ++k, p += L) {
+    vfloat ps[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) ps[v] = load(p + v * r * L);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      vfloat s = splat(c[m * ldc + k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) acc[m][v] += s * ps[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) epilogue(row + m, column + v * L, acc[m][v]);
+  }
+}
+
+// Rows [0, rows) and columns [0, n), n rounded up to whole vectors: the epilogue knows where the matrix ends.
+template <class Epilogue>
+inline __attribute__((always_inline)) void expand(const float* c, int64_t ldc, int64_t rows, const float* panel, int64_t r,
+                                                  int64_t first, int64_t count, int64_t n, Epilogue&& epilogue) {
+  constexpr int MR = FE_VECTOR_BYTES == 64 ? 6 : 3;
+  constexpr int NV = COLUMNS;
+  int64_t end = round_up(n, L);
+  int64_t m = 0;
+  for (; m + MR <= rows; m += MR) {
+    int64_t j = 0;
+    for (; j + NV * L <= end; j += NV * L)
+      expand_block<MR, NV>(c + m * ldc, ldc, panel, r, first, count, m, j, epilogue);
+    for (; j < end; j += L) expand_block<MR, 1>(c + m * ldc, ldc, panel, r, first, count, m, j, epilogue);
+  }
+  for (; m < rows; ++m) {
+    int64_t j = 0;
+    for (; j + NV * L <= end; j += NV * L)
+      expand_block<1, NV>(c + m * ldc, ldc, panel, r, first, count, m, j, epilogue);
+    for (; j < end; j += L) expand_block<1, 1>(c + m * ldc, ldc, panel, r, first, count, m, j, epilogue);
+  }
+}
+
+template <int KR, int NV>
+inline __attribute__((always_inline)) void reduce_block(const float* c, int64_t ldc, const float* x, int64_t ldx, int64_t rows,
+                                                        float* grad, int64_t r) {
+  vfloat acc[KR][NV];
+#pragma GCC unroll 8
+  for (int k = 0; k < KR; ++k) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) acc[k][v] = load(grad + (v * r + k) * L);
+  }
+  for (int64_t m = 0; m < rows; ++m, c += ldc, x += ldx) {
+    vfloat xs[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) xs[v] = load(x + v * L);
+#pragma GCC unroll 8
+    for (int k = 0; k < KR; ++k) {
+      vfloat s = splat(c[k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) acc[k][v] += s * xs[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < KR; ++k) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) store(grad + (v * r + k) * L, acc[k][v]);
+  }
+}
+
+template <int KR>
+inline void reduce_tail(const float* c, int64_t ldc, const float* x, int64_t ldx, int64_t rows, int64_t valid, float* grad, int64_t r) {
+  for (int64_t m = 0; m < rows; ++m, c += ldc, x += ldx) {
+    vfloat xs = load_first(x, valid);
+    for (int k = 0; k < KR; ++k) store(grad + k * L, load(grad + k * L) + splat(c[k]) * xs);
+  }
+}
+
+// Adds to ranks [first, first + count) of the gradient panel that holds r ranks.
+inline void reduce(const float* c, int64_t ldc, const float* x, int64_t ldx, int64_t rows, int64_t n, float* grad, int64_t r,
+                   int64_t first, int64_t count) {
+  constexpr int NV = COLUMNS;
+  for (int64_t k = 0; k < count;) {
+    int block = rank_block(count - k);
+    with_width(block, [&](auto w) __attribute__((always_inline)) {
+      constexpr int KR = decltype(w)::value;
+      const float* ck = c + k;
+      int64_t j = 0;
+      for (; j + NV * L <= n; j += NV * L)
+        reduce_block<KR, NV>(ck, ldc, x + j, ldx, rows, grad + (j / L * r + first + k) * L, r);
+      for (; j + L <= n; j += L) reduce_block<KR, 1>(ck, ldc, x + j, ldx, rows, grad + (j / L * r + first + k) * L, r);
+      if (j < n) reduce_tail<KR>(ck, ldc, x + j, ldx, rows, n - j, grad + (j / L * r + first + k) * L, r);
+    });
+    k += block;
+  }
+}
+
+// Panel of ranks [first, first + r) out of total: element (k, j) of the source is rows[k * row_stride + j * column_stride].
+inline void pack_panel(const float* rows, int64_t r, int64_t n, int64_t row_stride, int64_t column_stride, int64_t total,
+                       int64_t first, float* panel) {
+  for (int64_t j0 = 0; j0 < n; j0 += L) {
+    int64_t valid = n - j0 < L ? n - j0 : L;
+    for (int64_t k = 0; k < r; ++k) {
+      float* to = panel + (j0 / L * total + first + k) * L;
+      const float* from = rows + k * row_stride + j0 * column_stride;
+      for (int64_t l = 0; l < valid; ++l) to[l] = from[l * column_stride];
+      for (int64_t l = valid; l < L; ++l) to[l] = 0.f;
+    }
+  }
+}
+
+inline void unpack_panel(const float* panel, int64_t r, int64_t n, int64_t row_stride, int64_t column_stride, int64_t total,
+                         int64_t first, float* rows) {
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t k = 0; k < r; ++k)
+      rows[k * row_stride + j * column_stride] = panel[(j / L * total + first + k) * L + j % L];
+}
+
+}  // namespace fe::FE_ISA
