@@ -38,7 +38,7 @@ def eager() -> AbstractContextManager[Any]:
     """Compiled models run eagerly inside: a graph that was traced without capture would not feed it."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()  # nothing can have been compiled, and importing dynamo takes a second
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+    return torch.compiler.set_stance("force_eager")
 
 
 def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -238,7 +238,7 @@ class EWC:
                 output, targets = forward(self.model, passes.to_device(batch, device))
                 for loss, keep_graph in policy.passes(output, targets):
                     passes.check_loss(loss)
-                    loss.backward(retain_graph=keep_graph)  # type: ignore[no-untyped-call]
+                    loss.backward(retain_graph=keep_graph)
                     passing.finish_batch()
                     clear_gradients()
                 passing.samples += samples

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -185,7 +185,7 @@ def limited(loader: Iterable[Batch], max_batches: int | None, progress: bool | N
     if sys.stderr.isatty() if progress is None else progress:
         from tqdm import tqdm
 
-        total = len(loader) if hasattr(loader, "__len__") else None
+        total = len(loader) if isinstance(loader, Sized) else None
         total = max_batches if total is None else min(total, max_batches or total)
         batches = tqdm(batches, total=total, desc="Fisher", unit="batch", leave=False)
     yield from batches

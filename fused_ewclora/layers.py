@@ -92,6 +92,7 @@ class LoRALinear(nn.Linear):
     fisher_capture: FisherCapture | None
     forward_calls: int  # calls outside compiled graphs; a call inside one sets it to 1, which needs no guard and no recompilation
     origin_fingerprint: str
+    consolidated_tasks: int  # tasks whose B diag(s) A has been added to weight for good
     base_trainable: tuple[str, ...]  # which of weight and bias required gradients before the layer was adapted
     rows_before_merge: Tensor  # only while merged
 
@@ -165,6 +166,7 @@ class LoRALinear(nn.Linear):
         self.adapters_enabled, self.merged = True, False
         self.fisher_capture = None
         self.forward_calls = 0
+        self.consolidated_tasks = 0
         self.origin_fingerprint = fingerprint(self.weight)
         self.base_trainable = tuple(n for n in ("weight", "bias") if (p := getattr(self, n)) is not None and p.requires_grad)
         for name in self.base_trainable:
