@@ -1,7 +1,7 @@
 """Builds the package; metadata is in pyproject.toml.
 
 FUSED_EWCLORA_BUILD chooses what is compiled:
-    auto   the CPU extension if a compiler, Python's headers and PyTorch are there, else a pure-Python install (default)
+    auto   the CPU extension if a compiler, Python's headers and PyTorch are there, else as none (default)
     none   a pure-Python install that runs on the reference backend
     cpu    the CPU extension, or an error that names what is missing
     cuda   the CPU and CUDA extensions, or an error that names what is missing
@@ -36,21 +36,21 @@ def missing_for_cpu():
     try:
         import torch.utils.cpp_extension  # noqa: F401
     except ImportError as error:
-        return f"PyTorch cannot be imported here ({error}): install it first and build with --no-build-isolation"
+        return f"PyTorch cannot be imported ({error}): install it first and build with --no-build-isolation"
     return None
 
 
 def cpu_extension():
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    # at::parallel_for is header code: it runs in parallel only where the extension itself is compiled with OpenMP.
+    # at::parallel_for is header code: it runs in parallel only in sources compiled with OpenMP.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     extension = CppExtension(
         "fused_ewclora._C",
         sources("cpu/*.cpp"),
         include_dirs=[str(ROOT / "csrc")],
         depends=[*sources("**/*.h"), *sources("**/*.inl")],
-        # No -march and no -std: instruction sets are chosen per file by pragmas, the C++ standard is PyTorch's.
+        # No -march: files choose instruction sets by pragmas. No -std: PyTorch adds the one it needs.
         extra_compile_args=["-O3", "-g0", "-Wall", "-fvisibility=hidden", *openmp],
         extra_link_args=openmp,
     )
@@ -65,7 +65,7 @@ def build_options(mode):
     missing = None if mode == "none" else missing_for_cpu()
     if mode == "none" or (mode == "auto" and missing):
         if missing:
-            print(f"fused_ewclora: the CPU extension is not built, {missing}. The reference backend works without it.")
+            print(f"fused_ewclora: the CPU extension is not built, {missing}. The reference backend remains.")
         return {}
     if missing:
         sys.exit(f"FUSED_EWCLORA_BUILD=cpu: the CPU extension cannot be built, {missing}")

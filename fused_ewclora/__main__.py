@@ -1,4 +1,4 @@
-"""Command line: `python -m fused_ewclora info | demo`."""
+"""Fused LoRA and EWC for PyTorch, from the command line."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fused_ewclora", description="Fused EWC-LoRA for PyTorch.")
+    parser = argparse.ArgumentParser(prog="python -m fused_ewclora", description=__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    info_parser = commands.add_parser("info", help="versions, build, and which backend serves which op, with reasons")
+    info_parser = commands.add_parser("info", help="versions, build, and which backend serves which op")
     info_parser.add_argument("--json", action="store_true", help="print one JSON object")
     info_parser.set_defaults(run=_info)
     demo_parser = commands.add_parser("demo", help="continual learning on real images, with and without EWC")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .ops import _dispatch, _library
 ENVIRONMENT = {
     "FUSED_EWCLORA_BACKEND": "backend that calls use unless they name one: auto, cpu or reference",
     "FUSED_EWCLORA_BUILD": "read when the package is built: auto, none, cpu or cuda",
-    "FUSED_EWCLORA_CPU_ISA": "instruction set of the CPU kernels, instead of the widest that the processor has",
+    "FUSED_EWCLORA_CPU_ISA": "instruction set of the CPU kernels: baseline, avx2 or avx512",
 }
 
 
@@ -31,6 +32,15 @@ def _default_backend() -> str:
     try:
         return _dispatch.current_backend()
     except EWCLoRAError as error:
+        return f"none: {error}"
+
+
+def _instruction_set(extension: ModuleType | None) -> str | None:
+    if extension is None:
+        return None
+    try:
+        return str(extension.instruction_set())
+    except RuntimeError as error:  # FUSED_EWCLORA_CPU_ISA names one that this processor lacks
         return f"none: {error}"
 
 
@@ -54,13 +64,14 @@ def collect() -> dict[str, Any]:
     True
     """
     extension = native.extension()
+    distributions = ("fused-ewclora", "torch", "numpy", "safetensors", "triton")
     return {
-        "versions": {name: _version(name) for name in ("fused-ewclora", "torch", "numpy", "safetensors", "triton")}
-        | {"python": platform.python_version()},
+        "versions": {name: _version(name) for name in distributions} | {"python": platform.python_version()},
         "platform": platform.platform(),
         "build": "pure Python" if extension is None else "CPU extension",
         "extension": {"path": getattr(extension, "__file__", None), "reason": native.unavailable()},
         "cpu": {
+            "extension": _instruction_set(extension),
             "pytorch": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
         },
@@ -86,7 +97,7 @@ def render(data: dict[str, Any]) -> str:
             "mode": data["build"],
             "extension": extension["path"] or extension["reason"],
             "platform": data["platform"],
-            "instruction set": ", ".join(f"{name} {isa}" for name, isa in data["cpu"].items() if name != "threads"),
+            "instruction set": f"extension {data['cpu']['extension']}, PyTorch {data['cpu']['pytorch']}",
             "threads": data["cpu"]["threads"],
         },
     )
@@ -101,7 +112,8 @@ def render(data: dict[str, Any]) -> str:
     lines += [f"Default backend: {data['default_backend']}", ""]
     shown = [name for name, reason in data["backends"].items() if reason is None]
     table = {
-        op: "; ".join(f"{backend}: {row[backend] or 'yes'}" for backend in shown) for op, row in data["ops"].items()
+        op: "; ".join(f"{backend}: {row[backend] or 'yes'}" for backend in shown)
+        for op, row in data["ops"].items()
     }
     lines += _lines("Ops, fp32 on the CPU", table)
     return "\n".join(lines).rstrip()

@@ -1,4 +1,4 @@
-"""Settings that every test shares: fresh random inputs, a known thread count, and memory that is never zero by luck."""
+"""Settings that tests share: fresh random inputs, a known thread count, memory that is not zero by luck."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# Fresh inputs on every run find more than the same ones forever; a failure prints the blob that reproduces it.
+# Fresh inputs on every run find more than the same ones forever; a failure prints how to reproduce it.
 settings.register_profile(
     "default",
     deadline=None,
@@ -26,7 +26,7 @@ THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
 
 @pytest.fixture(autouse=True)
 def known_threads() -> Iterator[None]:
-    """Every test starts with its share of the cores; one that needs another number sets it and need not restore it."""
+    """Every test starts with its share of the cores; one that sets another number need not restore it."""
     torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(THREADS)
@@ -34,7 +34,7 @@ def known_threads() -> Iterator[None]:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Every `torch.empty` holds NaN, so that an element that nobody wrote shows; with @given ask for it by usefixtures."""
+    """Every `torch.empty` holds NaN, so that unwritten elements show; beside @given use usefixtures."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory

@@ -1,0 +1,214 @@
+"""What wheels and source distributions contain, how each build mode behaves, and what an import costs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+FOLDERS = ("fused_ewclora", "kernels", "csrc", "tests")
+SETTINGS = ("PYTHONPATH", "FUSED_EWCLORA_BUILD", "FUSED_EWCLORA_BACKEND")
+IMPORT_LIMIT_SECONDS = 0.15
+# The smallest extension that compiles: it stands for csrc/cpu, which takes a minute.
+TINY_EXTENSION = """#include <Python.h>
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
+"""
+HAS_COMPILER = (
+    shutil.which(os.environ.get("CXX", "c++").split()[0]) is not None
+    and Path(sysconfig.get_path("include"), "Python.h").exists()
+)
+
+
+def python(
+    *arguments: str | Path, cwd: Path, check: bool = True, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter without this project's settings; `cwd` comes before what is installed."""
+    env = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**env, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def copy_of_sources(folder: Path) -> Path:
+    """The checkout without what was built in it."""
+    skip = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=skip)
+    for name in FILES:
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def wheel(source: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    return python("setup.py", "bdist_wheel", "--dist-dir", "dist", cwd=source, check=check, **environment)
+
+
+def pip_install(*arguments: str | Path, cwd: Path) -> None:
+    options = ("--quiet", "--no-build-isolation", "--no-deps", "--no-index")
+    python("-m", "pip", "install", *options, *arguments, cwd=cwd, FUSED_EWCLORA_BUILD="none")
+
+
+def names(archive: Path) -> list[str]:
+    if archive.suffix == ".whl":
+        return zipfile.ZipFile(archive).namelist()
+    with tarfile.open(archive) as tar:
+        return [name.partition("/")[2] for name in tar.getnames()]
+
+
+def only(paths: Sequence[Path]) -> Path:
+    assert len(paths) == 1, paths
+    return paths[0]
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = copy_of_sources(tmp_path_factory.mktemp("pure"))
+    (source / "fused_ewclora" / "_C.cpython-39-stale.so").touch()  # left over from an earlier build in place
+    wheel(source, FUSED_EWCLORA_BUILD="none")
+    return only(list((source / "dist").glob("*.whl")))
+
+
+@pytest.fixture(scope="module")
+def installed(pure_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("site")
+    pip_install("--target", target, pure_wheel, cwd=target)
+    return target
+
+
+def test_pure_wheel_holds_the_package_the_kernels_and_nothing_else(pure_wheel: Path):
+    found = names(pure_wheel)
+    assert pure_wheel.name.endswith("-py3-none-any.whl")
+    assert {"fused_ewclora/py.typed", "fused_ewclora/kernels/py.typed"} <= set(found)
+    assert not [name for name in found if name.endswith((".so", ".cpp", ".h", ".inl"))]
+    assert {name.split("/")[0].partition("-")[0] for name in found} == {"fused_ewclora"}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fused_ewclora").rglob("*.py")}
+    assert modules <= set(found)
+    assert not [name for name in found if name.endswith("kernels/__init__.py")]
+
+
+def test_source_distribution_holds_everything_a_build_needs(tmp_path: Path):
+    source = copy_of_sources(tmp_path)
+    python("setup.py", "sdist", "--dist-dir", "dist", cwd=source, FUSED_EWCLORA_BUILD="none")
+    found = set(names(only(list((source / "dist").glob("*.tar.gz")))))
+    folders = ("csrc", "kernels", "fused_ewclora")
+    files = [path for folder in folders for path in (source / folder).rglob("*") if path.is_file()]
+    assert {str(path.relative_to(source)) for path in files} - found == set()
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= found
+    assert not [name for name in found if name.startswith("tests/")]
+
+
+def test_installed_without_extension_it_computes_on_the_reference(installed: Path):
+    code = """
+import torch, fused_ewclora, fused_ewclora.kernels
+from fused_ewclora import functional as FE
+assert fused_ewclora.__file__.startswith({site!r}), fused_ewclora.__file__
+assert list(fused_ewclora.kernels.__path__)[0].startswith({site!r}), fused_ewclora.kernels.__path__
+assert fused_ewclora.available_backends()["cpu"] is not None
+x, w, a, b = (torch.randn(*s, dtype=torch.float64) for s in ((3, 5), (4, 5), (2, 5), (4, 2)))
+torch.testing.assert_close(FE.lora_linear(x, w, None, a, b, 0.5), x @ (w + 0.5 * b @ a).T)
+""".format(site=str(installed))
+    python("-W", "ignore", "-c", code, cwd=installed, PYTHONPATH=str(installed))
+
+
+def test_kernels_import_from_the_checkout_without_shadowing_other_packages():
+    code = (
+        "import kernels, fused_ewclora.kernels as ours; print(list(ours.__path__), kernels.__file__, sep='|')"
+    )
+    result = python("-c", code, cwd=ROOT)
+    inside, outside = result.stdout.strip().split("|")
+    assert str(ROOT / "kernels") in inside
+    assert outside == "None", "a regular package here would shadow the unrelated package `kernels`"
+
+
+def test_kernels_import_from_an_editable_install(tmp_path: Path):
+    source = copy_of_sources(tmp_path / "source")
+    site = tmp_path / "site"
+    pip_install("--target", site, "--editable", source, cwd=tmp_path)
+    code = f"""
+import site, sys
+site.addsitedir({str(site)!r})
+sys.path.append({sysconfig.get_path("purelib")!r})
+import fused_ewclora.kernels
+print(fused_ewclora.__file__, list(fused_ewclora.kernels.__path__))
+"""
+    # -S: without links to checkouts that this environment may hold
+    out = python("-S", "-c", code, cwd=tmp_path).stdout
+    assert str(source / "fused_ewclora") in out and str(source / "kernels") in out
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler and Python's headers")
+def test_compiled_wheel_holds_the_extension_beside_the_package(tmp_path: Path):
+    source = copy_of_sources(tmp_path)
+    for path in (source / "csrc" / "cpu").iterdir():
+        path.unlink()
+    (source / "csrc" / "cpu" / "tiny.cpp").write_text(TINY_EXTENSION)
+    wheel(source, FUSED_EWCLORA_BUILD="cpu")
+    built = only(list((source / "dist").glob("*.whl")))
+    assert "none-any" not in built.name
+    assert f"fused_ewclora/_C{sysconfig.get_config_var('EXT_SUFFIX')}" in names(built)
+
+
+def test_auto_without_a_compiler_says_so_and_builds_pure_python(tmp_path: Path):
+    source = copy_of_sources(tmp_path)
+    result = wheel(source, CC="/nonexistent", CXX="/nonexistent")
+    assert "no C++ compiler: '/nonexistent' was not found" in result.stdout
+    assert only(list((source / "dist").glob("*.whl"))).name.endswith("-py3-none-any.whl")
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("cpu", "=cpu: the CPU extension cannot be built, no C++ compiler: '/nonexistent'"),
+        ("cuda", "=cuda: this version has no CUDA sources"),
+        ("abacus", ": expected one of auto, none, cpu, cuda, got 'abacus'"),
+    ],
+)
+def test_a_mode_that_cannot_be_built_stops_with_the_reason(mode: str, said: str):
+    environment = {"CXX": "/nonexistent", "FUSED_EWCLORA_BUILD": mode}
+    result = python("setup.py", "--version", cwd=ROOT, check=False, **environment)
+    assert result.returncode == 1
+    assert f"FUSED_EWCLORA_BUILD{said}" in result.stderr
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler and Python's headers")
+@pytest.mark.skipif(os.environ.get("FUSED_EWCLORA_BUILD") == "none", reason="built without it on purpose")
+def test_the_extension_loads_where_it_could_be_built():
+    code = "import fused_ewclora; print(fused_ewclora.available_backends()['cpu'])"
+    assert python("-c", code, cwd=ROOT).stdout.strip() == "None"
+
+
+def test_import_adds_little_to_that_of_torch():
+    code = """
+import time, torch
+start = time.perf_counter()
+import fused_ewclora
+print(time.perf_counter() - start)
+"""
+    seconds = [float(python("-c", code, cwd=ROOT).stdout) for _ in range(5)]
+    assert statistics.median(seconds) <= IMPORT_LIMIT_SECONDS, seconds
+
+
+def test_import_loads_neither_extras_nor_compilers():
+    heavy = ("sklearn", "matplotlib", "scipy", "triton", "timm", "transformers", "peft", "fused_ewclora.demo")
+    code = f"import torch, sys; before = set(sys.modules); import fused_ewclora; print([m for m in {heavy} "
+    code += "if m in set(sys.modules) - before])"
+    assert python("-c", code, cwd=ROOT).stdout.strip() == "[]"
