@@ -1,4 +1,5 @@
-"""What to inject: `LoRAConfig` in PEFT's vocabulary, and `QKVLayout`, the row layout of a packed projection."""
+"""What to inject: `LoRAConfig` in PEFT's vocabulary, and `QKVLayout`, the row layout of a packed
+projection."""
 
 from __future__ import annotations
 
@@ -54,9 +55,10 @@ def _finite(value: object, name: str) -> float:
 class QKVLayout:
     """Which output rows of a packed projection belong to which segment.
 
-    segments: names in the order of the rows. sizes: rows per segment, unequal with grouped queries; None gives every segment the same share
-    of whatever layer it is used on. interleave: None for contiguous segments (timm ViT); h for rows laid out as
-    [h heads][segments][size / h] (GPT-NeoX), so that a segment is h ranges.
+    segments: names in the order of the rows. sizes: rows per segment, unequal with grouped queries; None
+    gives every segment the same share of whatever layer it is used on. interleave: None for contiguous
+    segments (timm ViT); h for rows laid out as [h heads][segments][size / h] (GPT-NeoX), so that a segment is
+    h ranges.
     Raises `ArgumentError` or `DtypeError` for malformed fields, `LayoutError` when it does not fit a layer.
 
         >>> QKVLayout(("q", "k", "v"), (8, 8, 8)).rows("k", 24)
@@ -74,36 +76,45 @@ class QKVLayout:
         if self.sizes is None:
             return
         if isinstance(self.sizes, (str, int)) or len(self.sizes) != len(self.segments):
-            raise ArgumentError(f"sizes: expected {len(self.segments)} numbers of rows, one per segment, got {self.sizes!r}")
-        object.__setattr__(self, "sizes", tuple(_positive(s, f"sizes[{i}]") for i, s in enumerate(self.sizes)))
+            raise ArgumentError(
+                f"sizes: expected {len(self.segments)} numbers of rows, one per segment, got {self.sizes!r}"
+            )
+        object.__setattr__(
+            self, "sizes", tuple(_positive(s, f"sizes[{i}]") for i, s in enumerate(self.sizes))
+        )
         self._check_heads(self.sizes)
 
     def _check_heads(self, sizes: Sequence[int]) -> None:
         for segment, size in zip(self.segments, sizes, strict=True):
             if self.interleave is not None and size % self.interleave:
                 raise LayoutError(
-                    f"interleave: the {size} rows of segment {segment!r} cannot be cut into {self.interleave} heads"
+                    f"interleave: {size} rows of {segment!r} are no multiple of {self.interleave} heads"
                 )
 
     def sizes_of(self, out_features: int) -> tuple[int, ...]:
-        """Rows per segment on a layer of `out_features` rows; raises `LayoutError` when they do not add up to it."""
+        """Rows per segment on a layer of `out_features` rows; raises `LayoutError` when they do not add up to
+        it."""
         if self.sizes is None:
             share, rest = divmod(out_features, len(self.segments))
             if rest or not share:
                 raise LayoutError(
-                    f"layout: {out_features} rows cannot be shared equally by segments {list(self.segments)}; give sizes=(...)"
+                    f"layout: {len(self.segments)} segments cannot share {out_features} rows equally; give sizes"
                 )
             sizes = (share,) * len(self.segments)
             self._check_heads(sizes)
             return sizes
         if sum(self.sizes) != out_features:
-            raise LayoutError(f"layout: sizes {list(self.sizes)} add up to {sum(self.sizes)} rows, the layer has {out_features}")
+            raise LayoutError(
+                f"layout: sizes {list(self.sizes)} are {sum(self.sizes)} rows, the layer has {out_features}"
+            )
         return self.sizes
 
     def rows(self, segment: str, out_features: int) -> Rows:
         """(start, stop) row ranges of one segment, ascending."""
         if segment not in self.segments:
-            raise LayoutError(f"slices: expected names among the layout's segments {list(self.segments)}, got {segment!r}")
+            raise LayoutError(
+                f"slices: expected names among the layout's segments {list(self.segments)}, got {segment!r}"
+            )
         heads = self.interleave or 1
         parts = [size // heads for size in self.sizes_of(out_features)]
         position = self.segments.index(segment)
@@ -115,10 +126,12 @@ class QKVLayout:
 class LoRAConfig:
     """Where adapters go and how large they are; names and matching rules are PEFT's.
 
-    r: rank, >= 1. lora_alpha: None for scale 1 (the EWC-LoRA paper), else the scale is lora_alpha / r. lora_dropout: on the input of the
-    low-rank branch. target_modules, exclude_modules: a string is a regular expression that must match the whole dotted name, a list holds
-    names or dotted suffixes; `"all-linear"` targets every `nn.Linear` but the output head. slices: segments of a packed projection that get an
-    adapter each; layout: its `QKVLayout`. rank_pattern, alpha_pattern: {regular expression for the end of the dotted name: value}.
+    r: rank, >= 1. lora_alpha: None for scale 1 (the EWC-LoRA paper), else the scale is lora_alpha / r.
+    lora_dropout: on the input of the low-rank branch. target_modules, exclude_modules: a string is a regular
+    expression that must match the whole dotted name, a list holds names or dotted suffixes; `"all-linear"`
+    targets every `nn.Linear` but the output head. slices: segments of a packed projection that get an adapter
+    each; layout: its `QKVLayout`. rank_pattern, alpha_pattern: {regular expression for the end of the dotted
+    name: value}.
     Raises `ArgumentError` or `DtypeError` naming the field.
 
         >>> LoRAConfig(r=10, target_modules=["qkv"], slices=("k", "v"), layout=QKVLayout(("q", "k", "v")))
@@ -149,7 +162,9 @@ class LoRAConfig:
                 raise DtypeError(f"layout: expected a QKVLayout, got {type(self.layout).__name__}")
             for name in self.slices or ():
                 if name not in self.layout.segments:
-                    raise LayoutError(f"slices: expected names among {list(self.layout.segments)} (of layout), got {name!r}")
+                    raise LayoutError(
+                        f"slices: expected names among {list(self.layout.segments)} (of layout), got {name!r}"
+                    )
         object.__setattr__(self, "rank_pattern", _pattern(self.rank_pattern, "rank_pattern", _positive))
         object.__setattr__(self, "alpha_pattern", _pattern(self.alpha_pattern, "alpha_pattern", _finite))
 

@@ -1,4 +1,5 @@
-"""`LoRALinear`: an `nn.Linear` whose adapters are parameters of the same module, so that the base keys of its state_dict stay as they were."""
+"""`LoRALinear`: an `nn.Linear` whose adapters are parameters of the same module, so that the base keys of its
+state_dict stay as they were."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ FINGERPRINT_ROWS = 64  # enough to tell checkpoints apart, small enough to read 
 
 @dataclass(frozen=True)
 class AdapterSlice:
-    """One adapter of a layer: its segment (`""` for the whole layer), the output rows it owns, its rank and its scale."""
+    """One adapter of a layer: its segment (`""` for the whole layer), the output rows it owns, its rank and
+    its scale."""
 
     name: str
     rows: Rows
@@ -46,24 +48,33 @@ def fisher_key(module_name: str, adapter: AdapterSlice) -> str:
 
 
 def plan_slices(
-    out_features: int, r: int, lora_alpha: float | None, slices: Sequence[str] | None, layout: QKVLayout | None
+    out_features: int,
+    r: int,
+    lora_alpha: float | None,
+    slices: Sequence[str] | None,
+    layout: QKVLayout | None,
 ) -> tuple[AdapterSlice, ...]:
-    """The adapters of a layer with `out_features` rows; raises `LayoutError` when slices are asked for without a layout that fits."""
+    """The adapters of a layer with `out_features` rows; raises `LayoutError` when slices are asked for
+    without a layout that fits."""
     _positive(r, "r")
     scaling = 1.0 if lora_alpha is None else _finite(lora_alpha, "lora_alpha") / r
     if slices is None:
         return (AdapterSlice("", ((0, out_features),), r, scaling),)
     if layout is None:
         raise LayoutError(
-            f"slices: expected a layout for slices {list(slices)}, because which of the {out_features} rows they are is not known. "
-            'Either declare it: layout=fe.QKVLayout(segments=("q", "k", "v"), sizes=(...), interleave=None), sizes in rows adding up to '
-            f"{out_features}, interleave=heads when rows are grouped by head. Or leave slices out: one adapter on all rows"
+            f"slices: expected a layout saying which of {out_features} rows are {list(slices)}, got None.\n"
+            '  Either declare it: layout=fe.QKVLayout(segments=("q", "k", "v"), sizes=(d_q, d_k, d_v),\n'
+            f"    interleave=None), sizes adding up to {out_features}, interleave=heads for rows by head;\n"
+            "  or leave slices out, for one adapter on all rows"
         )
-    return tuple(AdapterSlice(n, layout.rows(n, out_features), r, scaling) for n in _segments(slices, "slices"))
+    return tuple(
+        AdapterSlice(n, layout.rows(n, out_features), r, scaling) for n in _segments(slices, "slices")
+    )
 
 
 def fingerprint(weight: Tensor) -> str:
-    """A hash of the shape and of up to 64 evenly spaced rows in bf16, the same for an fp32 weight and its bf16 copy; `""` on meta."""
+    """A hash of the shape and of up to 64 evenly spaced rows in bf16, the same for an fp32 weight and its
+    bf16 copy; `""` on meta."""
     if weight.is_meta:
         return ""
     rows = torch.linspace(0, weight.shape[0] - 1, min(FINGERPRINT_ROWS, weight.shape[0])).long()
@@ -76,9 +87,10 @@ def fingerprint(weight: Tensor) -> str:
 class LoRALinear(nn.Linear):
     """y = x W^T + bias + ((x A^T) s) B^T on the rows of each adapter; W and bias frozen (math.md section 1).
 
-    x `[..., in_features]`, y `[..., out_features]`; lora_A `[r, in_features]` and lora_B `[rows, r]`, with slices lora_A_k, lora_B_k and so on.
-    Adapters are fp32 beside an fp16 or bf16 weight, else of its dtype. A parameter `lora_scale` (`lora_scale_k`) assigned later, 0-d or `[r]`,
-    multiplies the scale. Raises `ArgumentError`, `DtypeError` or `LayoutError` naming the argument.
+    x `[..., in_features]`, y `[..., out_features]`; lora_A `[r, in_features]` and lora_B `[rows, r]`, with
+    slices lora_A_k, lora_B_k and so on. Adapters are fp32 beside an fp16 or bf16 weight, else of its dtype. A
+    parameter `lora_scale` (`lora_scale_k`) assigned later, 0-d or `[r]`, multiplies the scale. Raises
+    `ArgumentError`, `DtypeError` or `LayoutError` naming the argument.
 
         >>> layer = LoRALinear(768, 2304, r=8, slices=("k", "v"), layout=QKVLayout(("q", "k", "v")))
     """
@@ -90,10 +102,12 @@ class LoRALinear(nn.Linear):
     adapters_enabled: bool
     merged: bool
     fisher_capture: FisherCapture | None
-    forward_calls: int  # calls outside compiled graphs; a call inside one sets it to 1, which needs no guard and no recompilation
+    forward_calls: int  # eager calls; a compiled call sets it to 1, which needs no guard and no recompilation
     origin_fingerprint: str
     consolidated_tasks: int  # tasks whose B diag(s) A has been added to weight for good
-    base_trainable: tuple[str, ...]  # which of weight and bias required gradients before the layer was adapted
+    base_trainable: tuple[
+        str, ...
+    ]  # which of weight and bias required gradients before the layer was adapted
     rows_before_merge: Tensor  # only while merged
 
     def __init__(
@@ -139,19 +153,29 @@ class LoRALinear(nn.Linear):
 
     @classmethod
     def adopt_(
-        cls, linear: nn.Linear, adapters: tuple[AdapterSlice, ...], lora_alpha: float | None, lora_dropout: float
+        cls,
+        linear: nn.Linear,
+        adapters: tuple[AdapterSlice, ...],
+        lora_alpha: float | None,
+        lora_dropout: float,
     ) -> LoRALinear:
-        """Turn `linear` itself into this class, keeping its hooks, its place in the model and its keys; the caller has validated everything."""
+        """Turn `linear` itself into this class, keeping its hooks, its place in the model and its keys; the
+        caller has validated everything."""
         linear.__class__ = cls
         layer = cast(LoRALinear, linear)
-        layer._add_adapters(adapters, lora_alpha, lora_dropout)
+        try:
+            layer._add_adapters(adapters, lora_alpha, lora_dropout)
+        except BaseException:  # out of memory
+            layer.release_()
+            raise
         return layer
 
     def release_(self) -> nn.Linear:
-        """Turn this module back into an `nn.Linear` in place: adapters dropped, requires_grad of weight and bias as it was."""
+        """Turn this module back into an `nn.Linear` in place: adapters dropped, requires_grad of weight and
+        bias as it was."""
         for name in self.base_trainable:
             self._parameters[name].requires_grad_(True)  # type: ignore[union-attr]
-        for name in [n for n in self._parameters if n.startswith("lora_")]:
+        for name, _ in self.named_lora_parameters():
             del self._parameters[name]
         if self.merged:
             del self.rows_before_merge
@@ -160,7 +184,9 @@ class LoRALinear(nn.Linear):
         self.__class__ = nn.Linear  # type: ignore[assignment]
         return self
 
-    def _add_adapters(self, adapters: tuple[AdapterSlice, ...], lora_alpha: float | None, lora_dropout: float) -> None:
+    def _add_adapters(
+        self, adapters: tuple[AdapterSlice, ...], lora_alpha: float | None, lora_dropout: float
+    ) -> None:
         self.adapter_slices = adapters
         self.r, self.lora_alpha, self.lora_dropout = adapters[0].r, lora_alpha, lora_dropout
         self.adapters_enabled, self.merged = True, False
@@ -168,21 +194,28 @@ class LoRALinear(nn.Linear):
         self.forward_calls = 0
         self.consolidated_tasks = 0
         self.origin_fingerprint = fingerprint(self.weight)
-        self.base_trainable = tuple(n for n in ("weight", "bias") if (p := getattr(self, n)) is not None and p.requires_grad)
+        self.base_trainable = tuple(
+            n for n in ("weight", "bias") if (p := getattr(self, n)) is not None and p.requires_grad
+        )
         for name in self.base_trainable:
             getattr(self, name).requires_grad_(False)
         dtype = torch.float32 if self.weight.dtype in (torch.float16, torch.bfloat16) else self.weight.dtype
         for adapter in adapters:
-            for letter, shape in (("A", (adapter.r, self.in_features)), ("B", (adapter.row_count, adapter.r))):
+            for letter, shape in (
+                ("A", (adapter.r, self.in_features)),
+                ("B", (adapter.row_count, adapter.r)),
+            ):
                 value = torch.empty(shape, dtype=dtype, device=self.weight.device)
                 setattr(self, f"lora_{letter}{adapter.suffix}", nn.Parameter(value))
         self.reset_adapters()
 
     @torch.no_grad()
     def reset_adapters(self, generator: torch.Generator | None = None) -> None:
-        """A ~ U(-1/sqrt(in_features), 1/sqrt(in_features)) (Kaiming uniform with a = sqrt 5) and B = 0, in place, as at the start of a task.
+        """A ~ U(-1/sqrt(in_features), 1/sqrt(in_features)) (Kaiming uniform with a = sqrt 5) and B = 0, in
+        place, as at the start of a task.
 
-        A generator of another device is used there and its numbers are copied, so that one seed gives the same A everywhere.
+        A generator of another device is used there and its numbers are copied, so that one seed gives the
+        same A everywhere.
         """
         bound = 1.0 / math.sqrt(self.in_features)
         for _, lora_a, lora_b in self.adapter_parameters():
@@ -199,19 +232,31 @@ class LoRALinear(nn.Linear):
         if "adapter_slices" in self.__dict__:  # nn.Linear.__init__ calls this before there are adapters
             self.reset_adapters()
 
+    def named_lora_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of everything that adaptation added: lora_A, lora_B and a lora_scale where there
+        is one."""
+        return [
+            (name, p) for name, p in self._parameters.items() if p is not None and name.startswith("lora_")
+        ]
+
     def adapter_parameters(self) -> list[tuple[AdapterSlice, nn.Parameter, nn.Parameter]]:
         """(slice, lora_A, lora_B) per adapter, in the order of `FisherCapture.fishers`."""
-        return [(s, getattr(self, f"lora_A{s.suffix}"), getattr(self, f"lora_B{s.suffix}")) for s in self.adapter_slices]
+        return [
+            (s, getattr(self, f"lora_A{s.suffix}"), getattr(self, f"lora_B{s.suffix}"))
+            for s in self.adapter_slices
+        ]
 
     def adapter_scale(self, adapter: AdapterSlice) -> float | Tensor:
-        """The scale of one adapter: its `scaling`, times the parameter `lora_scale` where the layer has been given one."""
+        """The scale of one adapter: its `scaling`, times the parameter `lora_scale` where the layer has been
+        given one."""
         factor = self._parameters.get(f"lora_scale{adapter.suffix}")
         if factor is None:
             return adapter.scaling
         return factor if adapter.scaling == 1.0 else factor * adapter.scaling
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `[..., in_features]` -> y `[..., out_features]` in one op; the plain linear while merged or disabled."""
+        """x `[..., in_features]` -> y `[..., out_features]` in one op; the plain linear while merged or
+        disabled."""
         if torch.compiler.is_compiling():
             self.forward_calls = 1
         else:
@@ -230,12 +275,15 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def consolidated_weight(self) -> Tensor:
-        """A new tensor W + B diag(s) A, summed in fp32 (fp64 for fp64) and rounded once; rows without an adapter are copied.
+        """A new tensor W + B diag(s) A, summed in fp32 (fp64 for fp64) and rounded once; rows without an
+        adapter are copied.
 
         Raises `TargetError` while merged, when W holds the sum already.
         """
         if self.merged:
-            raise TargetError("consolidated_weight: expected unmerged adapters, but they are merged; call fe.unmerge(model) first")
+            raise TargetError(
+                "consolidated_weight: expected unmerged adapters, got merged ones; call fe.unmerge(model)"
+            )
         weight = self.weight.detach().clone()
         for adapter, lora_a, lora_b in self.adapter_parameters():
             first = 0
@@ -255,7 +303,9 @@ class LoRALinear(nn.Linear):
             return
         weight = self.consolidated_weight()
         if not bool(torch.isfinite(weight).all()):
-            raise ArgumentError("merge: expected finite adapters and weights, but W + B diag(s) A has NaN or Inf; nothing was changed")
+            raise ArgumentError(
+                "merge: expected a finite W + B diag(s) A, got NaN or Inf; nothing was changed"
+            )
         before = torch.cat([self.weight[start:stop] for start, stop in self._owned_rows()])
         self.register_buffer("rows_before_merge", before, persistent=False)
         self.weight.copy_(weight)
@@ -279,17 +329,28 @@ class LoRALinear(nn.Linear):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}weight" in state_dict and self.merged:
             error_msgs = args[-1]
-            error_msgs.append(f"{prefix}weight: the adapters are merged into it; call fe.unmerge(model) before loading")
+            error_msgs.append(
+                f"{prefix}weight: the adapters are merged into it; call fe.unmerge(model) before loading"
+            )
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if f"{prefix}weight" in state_dict and not any(key.startswith(f"{prefix}lora_") for key in state_dict):
-            self.origin_fingerprint = fingerprint(self.weight)  # a plain base checkpoint: these are the base weights now
+        if f"{prefix}weight" in state_dict and not any(
+            key.startswith(f"{prefix}lora_") for key in state_dict
+        ):
+            self.origin_fingerprint = fingerprint(
+                self.weight
+            )  # a plain base checkpoint: these are the base weights now
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "fisher_capture": None}  # buffers of a running Fisher pass belong to it, not to copies of the layer
+        return {
+            **self.__dict__,
+            "fisher_capture": None,
+        }  # buffers of a running Fisher pass belong to it, not to copies of the layer
 
     def extra_repr(self) -> str:
-        adapters = ", ".join(f"{s.name or 'lora'}(r={s.r}, scaling={s.scaling:.4g})" for s in self.adapter_slices)
+        adapters = ", ".join(
+            f"{s.name or 'lora'}(r={s.r}, scaling={s.scaling:.4g})" for s in self.adapter_slices
+        )
         return f"{super().extra_repr()}, {adapters}" + (", merged" if self.merged else "")
 
 

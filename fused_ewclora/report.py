@@ -21,7 +21,8 @@ def _cell(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows of one table, each a dict with the same keys; `summary` holds totals, `notes` are sentences below the table.
+    """Rows of one table, each a dict with the same keys; `summary` holds totals, `notes` are sentences below
+    the table.
 
     >>> print(Report("ranks", [{"name": "qkv", "r": 8}]))
     """

@@ -1,0 +1,87 @@
+"""Fused LoRA linear layers, the EWC penalty on their products, and Fisher accumulation, for continual
+learning.
+
+import fused_ewclora as fe
+fe.inject(model, fe.LoRAConfig(r=10, target_modules=["qkv"]))
+ewc = fe.EWC(model)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from .config import LoRAConfig, QKVLayout
+from .errors import (
+    ArgumentError,
+    BackendError,
+    CheckpointError,
+    DtypeError,
+    EWCLoRAError,
+    FisherError,
+    LayoutError,
+    NotExactlyRepresentable,
+    TargetError,
+)
+from .explain import check_bypass, explain, verify_forward
+from .inject import adapters, disabled, eject, inject, merge, unmerge
+from .layers import LoRALinear
+from .matching import register_layout
+from .ops._dispatch import available_backends, use_backend
+from .report import Report
+
+# Loaded on first use: what few programs need, or what is slow to import. Name -> module that defines it.
+_LAZY = {
+    "EWC": "ewc",
+    "convert_lambda": "ewc",
+    "save_pretrained": "checkpoint",
+    "load_pretrained": "checkpoint",
+    "export_peft": "checkpoint",
+    "import_peft": "checkpoint",
+}
+_LAZY_MODULES = ("integrations", "methods", "metrics")
+
+__all__ = [
+    "EWC",
+    "ArgumentError",
+    "BackendError",
+    "CheckpointError",
+    "DtypeError",
+    "EWCLoRAError",
+    "FisherError",
+    "LayoutError",
+    "LoRAConfig",
+    "LoRALinear",
+    "NotExactlyRepresentable",
+    "QKVLayout",
+    "Report",
+    "TargetError",
+    "adapters",
+    "available_backends",
+    "check_bypass",
+    "convert_lambda",
+    "disabled",
+    "eject",
+    "explain",
+    "inject",
+    "merge",
+    "register_layout",
+    "unmerge",
+    "use_backend",
+    "verify_forward",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    elif name in _LAZY_MODULES:
+        value = importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, *_LAZY_MODULES})

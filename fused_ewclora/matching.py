@@ -1,0 +1,180 @@
+"""Which layers of a model a `LoRAConfig` means, decided and validated before anything is changed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .config import ALL_LINEAR, LoRAConfig, QKVLayout, matches
+from .errors import LayoutError, TargetError
+from .layers import AdapterSlice, LoRALinear, plan_slices
+
+LayoutRule = Callable[[nn.Module, str], QKVLayout | None]
+MAX_NAMES = 12  # of a list in an error message
+
+_layout_rules: list[LayoutRule] = []
+
+
+def register_layout(rule: LayoutRule) -> LayoutRule:
+    """Add a rule that knows packed projections: rule(parent module, child name) -> `QKVLayout` or None;
+    usable as a decorator.
+
+    Rules serve layers that `slices` are asked for without a `layout`; the first that answers wins.
+    """
+    _layout_rules.append(rule)
+    return rule
+
+
+@dataclass(frozen=True)
+class Match:
+    """A layer that will be adapted."""
+
+    name: str
+    module: nn.Linear
+    adapters: tuple[AdapterSlice, ...]
+    lora_alpha: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything an injection will do; `skipped` maps a reason to the names it applies to."""
+
+    matches: tuple[Match, ...]
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+    unmatched: tuple[str, ...] = ()
+
+
+def plan(model: nn.Module, config: LoRAConfig) -> Plan:
+    """Match and validate; raises `TargetError` or `LayoutError` naming the layer, and changes nothing.
+
+    PEFT's rules on names. Only exact `nn.Linear`s are adapted: other classes are skipped with a reason, and
+    an `nn.Linear` that cannot be adapted raises when targets name it. `"all-linear"` leaves out what
+    `get_output_embeddings()` or `get_classifier()` return.
+    """
+    if config.target_modules is None:
+        raise TargetError(
+            f"target_modules: expected a string, names or {ALL_LINEAR!r}, got None; {_available(model)}"
+        )
+    everything = config.target_modules == ALL_LINEAR
+    heads = set(_output_heads(model)) if everything else set()
+    found: list[tuple[str, nn.Linear]] = []
+    skipped: dict[str, list[str]] = {}
+    for name, module in _wanted(model, config):
+        reason = "output head" if module in heads else _unfit(module)
+        if reason is None:
+            found.append((name, module))  # type: ignore[arg-type]
+        elif isinstance(module, LoRALinear):
+            raise TargetError(
+                f"{name or 'model'}: has adapters already; fe.eject(model) removes them. Nothing was changed"
+            )
+        elif isinstance(module, nn.Linear) and not everything:
+            raise TargetError(
+                f"{name}: {reason}; leave it out with exclude_modules=[{name!r}]. Nothing was changed"
+            )
+        else:
+            skipped.setdefault(reason, []).append(name)
+    if not found:
+        raise TargetError(_nothing_matched(model, config, skipped))
+    planned = tuple(_match(model, name, module, config) for name, module in found)
+    return Plan(planned, skipped, _unmatched(config, [name for name, _ in _wanted(model, config)]))
+
+
+def _wanted(model: nn.Module, config: LoRAConfig) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that the names select, each once, under the first of its names; any of its names counts."""
+    aliases: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(module, []).append(name)
+    targets, exclude = config.target_modules, config.exclude_modules
+    for module, names in aliases.items():
+        if exclude is not None and any(matches(exclude, name) for name in names):
+            continue
+        if targets == ALL_LINEAR:
+            if isinstance(module, nn.Linear):
+                yield names[0], module
+        elif targets is not None and any(matches(targets, name) for name in names):
+            yield names[0], module
+
+
+def _output_heads(model: nn.Module) -> Iterator[nn.Module]:
+    for getter in ("get_output_embeddings", "get_classifier"):
+        method = getattr(model, getter, None)
+        head = method() if callable(method) else None
+        if isinstance(head, nn.Module):
+            yield from head.modules()
+
+
+def _unfit(module: nn.Module) -> str | None:
+    """Why a module cannot be adapted in place, or None."""
+    kind = type(module).__name__
+    if not isinstance(module, nn.Linear):
+        return f"{kind} is not nn.Linear"
+    if type(module) is not nn.Linear:
+        hint = " (nn.MultiheadAttention uses its weight without calling it)" if "Dynamically" in kind else ""
+        return f"{kind} is a subclass of nn.Linear whose behaviour would be lost{hint}"
+    if "forward" in vars(module):
+        return "its forward has been replaced on the instance, so an adapter would never run"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is not a plain parameter (weight norm, pruning or another wrapper)"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}, not floating point"
+    if weight.shape != (module.out_features, module.in_features):
+        return f"its weight has shape {list(weight.shape)}, not [out_features, in_features]"
+    return None
+
+
+def _match(model: nn.Module, name: str, module: nn.Linear, config: LoRAConfig) -> Match:
+    layout = config.layout
+    if config.slices is not None and layout is None:
+        parent, _, child = name.rpartition(".")
+        answers = (rule(model.get_submodule(parent), child) for rule in _layout_rules)
+        layout = next((answer for answer in answers if answer is not None), None)
+    alpha = config.alpha_of(name)
+    try:
+        adapters = plan_slices(module.out_features, config.rank_of(name), alpha, config.slices, layout)
+    except LayoutError as error:
+        hint = "; layers of another layout take a call of inject of their own" if layout is not None else ""
+        raise LayoutError(f"{name or 'model'}: {error}{hint}. Nothing was changed") from None
+    return Match(name, module, adapters, alpha)
+
+
+def _unmatched(config: LoRAConfig, names: list[str]) -> tuple[str, ...]:
+    targets = config.target_modules
+    if targets is None or isinstance(targets, str):
+        return ()
+    return tuple(target for target in targets if not any(matches((target,), name) for name in names))
+
+
+def shorten(names: Iterable[str]) -> str:
+    """`a, b, c and 9 more`."""
+    names = list(names)
+    rest = len(names) - MAX_NAMES
+    return ", ".join(name or "(the model)" for name in names[:MAX_NAMES]) + (
+        f" and {rest} more" if rest > 0 else ""
+    )
+
+
+def _available(model: nn.Module) -> str:
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return f"nn.Linear layers of the model: {shorten(names)}" if names else "the model has no nn.Linear"
+
+
+def _nothing_matched(model: nn.Module, config: LoRAConfig, skipped: dict[str, list[str]]) -> str:
+    targets = config.target_modules or ()
+    message = (
+        f"target_modules: no nn.Linear matches {targets if isinstance(targets, str) else list(targets)!r}"
+    )
+    if config.exclude_modules is not None:
+        message += f" outside exclude_modules={config.exclude_modules!r}"
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    known = dict.fromkeys(part for name in names for part in (name, name.rpartition(".")[2]))
+    asked = [targets] if isinstance(targets, str) else list(targets)
+    close = [guess for target in asked for guess in difflib.get_close_matches(target, known, n=2)]
+    if close:
+        message += f"; did you mean {' or '.join(map(repr, dict.fromkeys(close)))}"
+    for reason, which in skipped.items():
+        message += f"; {shorten(which)}: {reason}"
+    return f"{message}; {_available(model)}"
