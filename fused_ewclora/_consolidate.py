@@ -45,7 +45,9 @@ def put_rows(weight: Tensor, rows: Rows, values: Tensor) -> None:
 
 
 @torch.no_grad()
-def new_fisher(old: Tensor | None, task: TaskFisher, key: str, gamma: float, update: str, dtype: torch.dtype) -> Tensor:
+def new_fisher(
+    old: Tensor | None, task: TaskFisher, key: str, gamma: float, update: str, dtype: torch.dtype
+) -> Tensor:
     """gamma F + F_task ("sum") or gamma F + (1 - gamma) F_task ("convex"), F_task = buffer / samples; one rounding to `dtype`.
 
     gamma = 0 copies F_task, so that an Inf in the old F does not survive as 0 * Inf; so does the first task.
@@ -83,7 +85,9 @@ def new_weights(slots: list[Slot], factors: Mapping[str, Factors]) -> list[tuple
     for slot in slots:
         held = factors[slot.key]
         delta = (held.lora_b * slot.piece.scaling) @ held.lora_a
-        put_rows(weights[slot.layer], slot.piece.rows, (held.base.to(delta.dtype) + delta).to(held.base.dtype))
+        put_rows(
+            weights[slot.layer], slot.piece.rows, (held.base.to(delta.dtype) + delta).to(held.base.dtype)
+        )
     return [(layer.weight, weights[layer]) for layer in layers]
 
 
@@ -101,11 +105,18 @@ def consolidate(
     """The state after the task; weights, cumulative Fishers and adapters are updated in place, all of them or none."""
     task = state.task
     if task is None:
-        raise FisherError("consolidate: this task has no Fisher yet; call estimate_fisher(loader, loss_fn) first")
-    if merge_mode == "factors" and (learned := [s.key for s in slots if isinstance(s.layer.adapter_scale(s.piece), Tensor)]):
-        raise ArgumentError(f"merge_mode: 'factors' has one scale for the sums of all tasks, but {learned[0]} has a lora_scale; use 'delta'")
+        raise FisherError(
+            "consolidate: this task has no Fisher yet; call estimate_fisher(loader, loss_fn) first"
+        )
+    if merge_mode == "factors" and (
+        learned := [s.key for s in slots if isinstance(s.layer.adapter_scale(s.piece), Tensor)]
+    ):
+        raise ArgumentError(
+            f"merge_mode: 'factors' has one scale for the sums of all tasks, but {learned[0]} has a lora_scale; use 'delta'"
+        )
     fishers = {
-        slot.key: new_fisher(state.fishers.get(slot.key), task, slot.key, gamma, update, fisher_dtype) for slot in slots
+        slot.key: new_fisher(state.fishers.get(slot.key), task, slot.key, gamma, update, fisher_dtype)
+        for slot in slots
     }
     factors = new_factors(slots, state.factors) if merge_mode == "factors" else {}
     weights = new_weights(slots, factors)
@@ -121,8 +132,8 @@ def consolidate(
             change.remember(tensor)
         for layer in dict.fromkeys(slot.layer for slot in slots):
             layer.reset_adapters(generator)
-    for slot in slots:
-        slot.layer.consolidated_tasks = len(state.history) + 1
+    for layer in dict.fromkeys(slot.layer for slot in slots):
+        layer.consolidated_tasks += 1
     record = TaskRecord("+".join(task.labels), task.samples, task.batch_size, gamma)
     return EWCState(state.fishers or fishers, factors, (*state.history, record), None)
 
@@ -132,4 +143,6 @@ def _check(slots: list[Slot], fishers: Mapping[str, Tensor], weights: list[tuple
     values = {f"Fisher of {key}": fisher for key, fisher in fishers.items()}
     values |= {f"merged weight of {names[weight]}": value for weight, value in weights}
     if bad := nonfinite(values):
-        raise FisherError(f"consolidate: {bad[0]}: expected finite values, got NaN or Inf ({len(bad)} such tensors); nothing was changed")
+        raise FisherError(
+            f"consolidate: {bad[0]}: expected finite values, got NaN or Inf ({len(bad)} such tensors); nothing was changed"
+        )

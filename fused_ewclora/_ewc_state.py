@@ -57,7 +57,12 @@ class EWCState:
         }
         task = self.task
         if task is not None:
-            buffers = {key: put(task.buffers[key], key).to(torch.promote_types(task.buffers[key].dtype, torch.float32)) for key in devices}
+            buffers = {
+                key: put(task.buffers[key], key).to(
+                    torch.promote_types(task.buffers[key].dtype, torch.float32)
+                )
+                for key in devices
+            }
             task = TaskFisher(buffers, task.samples, task.batch_size, task.labels)
         return EWCState(fishers, factors, self.history, task)
 
@@ -75,11 +80,21 @@ def dump(state: EWCState, settings: Mapping[str, Any]) -> dict[str, Any]:
     """A flat state: tensors by name, and plain numbers and strings under "config"."""
     tensors: dict[str, Tensor] = {f"fisher.{key}": tensor for key, tensor in state.fishers.items()}
     for key, factors in state.factors.items():
-        tensors |= {f"sum_A.{key}": factors.lora_a, f"sum_B.{key}": factors.lora_b, f"base.{key}": factors.base}
-    config: dict[str, Any] = {"format": FORMAT, **settings, "history": [asdict(record) for record in state.history]}
+        tensors |= {
+            f"sum_A.{key}": factors.lora_a,
+            f"sum_B.{key}": factors.lora_b,
+            f"base.{key}": factors.base,
+        }
+    config: dict[str, Any] = {
+        "format": FORMAT,
+        **settings,
+        "history": [asdict(record) for record in state.history],
+    }
     if state.task is not None:
         tensors |= {f"task.{key}": tensor for key, tensor in state.task.buffers.items()}
-        config["task"] = {k: getattr(state.task, k) for k in ("samples", "batch_size")} | {"labels": list(state.task.labels)}
+        config["task"] = {k: getattr(state.task, k) for k in ("samples", "batch_size")} | {
+            "labels": list(state.task.labels)
+        }
     return {"tensors": tensors, "config": config}
 
 
@@ -88,7 +103,9 @@ def parse(saved: Any, expected: Expected) -> EWCState:
     try:
         tensors, config = dict(saved["tensors"]), dict(saved["config"])
     except (TypeError, KeyError, ValueError) as error:
-        raise FisherError("state: expected the dictionary that EWC.state_dict() returns, with 'tensors' and 'config'") from error
+        raise FisherError(
+            "state: expected the dictionary that EWC.state_dict() returns, with 'tensors' and 'config'"
+        ) from error
     if config.get("format") != FORMAT:
         raise FisherError(f"state: expected format {FORMAT}, got {config.get('format')!r}")
     for name, value in expected.settings.items():
@@ -102,9 +119,13 @@ def parse(saved: Any, expected: Expected) -> EWCState:
     task = _task(config.get("task"), grouped.get("task", {}), expected)
     fishers = grouped.get("fisher", {})
     if fishers or history:
-        _check_group("fisher", fishers, {k: (rows, cols) for k, (rows, _, cols) in expected.shapes.items()}, expected)
+        _check_group(
+            "fisher", fishers, {k: (rows, cols) for k, (rows, _, cols) in expected.shapes.items()}, expected
+        )
     if bool(fishers) != bool(history):
-        raise FisherError("state: expected a Fisher exactly when tasks were consolidated; fisher and history disagree")
+        raise FisherError(
+            "state: expected a Fisher exactly when tasks were consolidated; fisher and history disagree"
+        )
     return EWCState(fishers, _factors(grouped, bool(history), expected), history, task)
 
 
@@ -118,29 +139,43 @@ def _group(tensors: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     return grouped
 
 
-def _check_group(kind: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], expected: Expected) -> None:
+def _check_group(
+    kind: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], expected: Expected
+) -> None:
     missing, foreign = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
     if missing or foreign:
-        raise FisherError(f"state: {kind} of other adapters than the model's; missing {missing[:3]}, unexpected {foreign[:3]}")
+        raise FisherError(
+            f"state: {kind} of other adapters than the model's; missing {missing[:3]}, unexpected {foreign[:3]}"
+        )
     for key, shape in shapes.items():
         if tuple(tensors[key].shape) != shape or not tensors[key].is_floating_point():
             got = f"{list(tensors[key].shape)} {tensors[key].dtype}"
             raise FisherError(f"state: {kind} of {key}: expected a floating-point {list(shape)}, got {got}")
     if expected.check_finite and (bad := nonfinite(tensors)):
         raise FisherError(f"state: {kind} of {bad[0]}: expected finite values, got NaN or Inf")
-    if kind in ("fisher", "task") and (negative := [key for key, tensor in tensors.items() if bool((tensor < 0).any())]):
+    if kind in ("fisher", "task") and (
+        negative := [key for key, tensor in tensors.items() if bool((tensor < 0).any())]
+    ):
         raise FisherError(f"state: {kind} of {negative[0]}: expected squares, got negative values")
 
 
-def _factors(grouped: Mapping[str, dict[str, Tensor]], trained: bool, expected: Expected) -> dict[str, Factors]:
+def _factors(
+    grouped: Mapping[str, dict[str, Tensor]], trained: bool, expected: Expected
+) -> dict[str, Factors]:
     if expected.settings["merge_mode"] != "factors" or not trained:
         if found := sorted({"sum_A", "sum_B", "base"} & set(grouped)):
-            raise FisherError(f"state: did not expect {found}, which only merge_mode='factors' has, after its first task")
+            raise FisherError(
+                f"state: did not expect {found}, which only merge_mode='factors' has, after its first task"
+            )
         return {}
     shapes = expected.shapes
     parts = {kind: grouped.get(kind, {}) for kind in ("sum_A", "sum_B", "base")}
-    _check_group("sum_A", parts["sum_A"], {k: (rank, cols) for k, (_, rank, cols) in shapes.items()}, expected)
-    _check_group("sum_B", parts["sum_B"], {k: (rows, rank) for k, (rows, rank, _) in shapes.items()}, expected)
+    _check_group(
+        "sum_A", parts["sum_A"], {k: (rank, cols) for k, (_, rank, cols) in shapes.items()}, expected
+    )
+    _check_group(
+        "sum_B", parts["sum_B"], {k: (rows, rank) for k, (rows, rank, _) in shapes.items()}, expected
+    )
     _check_group("base", parts["base"], {k: (rows, cols) for k, (rows, _, cols) in shapes.items()}, expected)
     return {key: Factors(parts["sum_A"][key], parts["sum_B"][key], parts["base"][key]) for key in shapes}
 
@@ -150,7 +185,9 @@ def _task(config: Any, buffers: dict[str, Tensor], expected: Expected) -> TaskFi
         if buffers:
             raise FisherError("state: buffers of a task without its record")
         return None
-    _check_group("task", buffers, {k: (rows, cols) for k, (rows, _, cols) in expected.shapes.items()}, expected)
+    _check_group(
+        "task", buffers, {k: (rows, cols) for k, (rows, _, cols) in expected.shapes.items()}, expected
+    )
     labels = tuple(str(label) for label in _list(config, "labels"))
     return TaskFisher(buffers, _count(config, "samples"), _count(config, "batch_size"), labels)
 

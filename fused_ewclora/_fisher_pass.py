@@ -31,7 +31,9 @@ class TaskFisher:
         """The sum with an earlier gathering, in this one's buffers."""
         torch._foreach_add_(list(self.buffers.values()), [other.buffers[key] for key in self.buffers])
         labels = tuple(dict.fromkeys((*other.labels, *self.labels)))
-        return TaskFisher(self.buffers, self.samples + other.samples, max(self.batch_size, other.batch_size), labels)
+        return TaskFisher(
+            self.buffers, self.samples + other.samples, max(self.batch_size, other.batch_size), labels
+        )
 
 
 def eager() -> AbstractContextManager[Any]:
@@ -74,7 +76,9 @@ class FisherPass:
         self._captures: dict[str, FisherCapture] = {}
         self._stance: AbstractContextManager[Any] = nullcontext()
         self._calls: dict[str, int] = {}
-        self.samples: int | None = None  # set by estimate_fisher, whose "exact" policy passes each sample several times
+        self.samples: int | None = (
+            None  # set by estimate_fisher, whose "exact" policy passes each sample several times
+        )
         self.batch_size = batch_size
 
     @property
@@ -96,7 +100,11 @@ class FisherPass:
             if layer.fisher_capture is not None:
                 raise FisherError(f"{name}: another Fisher pass is active on this layer; end it first")
             if layer.merged:
-                raise FisherError(f"{name}: its adapter is merged into the base weight; call unmerge(model) first")
+                raise FisherError(
+                    f"{name}: its adapter is merged into the base weight; call unmerge(model) first"
+                )
+            if not layer.adapters_enabled:
+                raise FisherError(f"{name}: its adapter is disabled; leave the `disabled` block first")
         self._captures = {name: self._capture(layer) for name, layer in self._layers.items()}
         self._stance = eager()
         self._stance.__enter__()
@@ -108,7 +116,10 @@ class FisherPass:
     def _capture(self, layer: LoRALinear) -> FisherCapture:
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
         adapters = layer.adapter_parameters()
-        buffers = [torch.zeros(b.shape[0], a.shape[1], dtype=dtype, device=layer.weight.device) for _, a, b in adapters]
+        buffers = [
+            torch.zeros(b.shape[0], a.shape[1], dtype=dtype, device=layer.weight.device)
+            for _, a, b in adapters
+        ]
         rows = [piece.rows for piece, _, _ in adapters]
         return FisherCapture(buffers, rows, self._mode, self._reduction, self._loss_scale, self._batch_size)
 
@@ -117,7 +128,9 @@ class FisherPass:
         for capture in self._captures.values():
             capture.finish()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for layer in self._layers.values():
             layer.fisher_capture = None
         self._stance.__exit__(kind, error, trace)
@@ -141,7 +154,9 @@ class FisherPass:
     def _check_reached(self) -> None:
         missed = [name for name, capture in self._captures.items() if capture.batches == 0]
         if len(missed) == len(self._captures) and not self._ran_forward():
-            raise FisherError("no forward and backward pass ran: the loader is empty, or the block ran no loss.backward()")
+            raise FisherError(
+                "no forward and backward pass ran: the loader is empty, or the block ran no loss.backward()"
+            )
         bypassed = [name for name in missed if self._layers[name].forward_calls == self._calls[name]]
         if bypassed:
             raise TargetError(

@@ -7,7 +7,11 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-_WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # torch.compile, FSDP, checkpointing
+_WRAPPER_PARTS = (
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+)  # torch.compile, FSDP, checkpointing
 _WRAPPER_PREFIXES = ("module.", "base_model.model.")  # DDP, PEFT
 
 
@@ -49,7 +53,9 @@ class Transaction:
         with torch.no_grad():
             target.copy_(value)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is not None:
             with torch.no_grad():
                 for target, old in reversed(self._old):

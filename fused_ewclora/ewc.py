@@ -17,7 +17,7 @@ from ._ewc_state import EWCState, Expected, TaskRecord, dump, parse
 from ._fisher_pass import FisherPass, TaskFisher
 from ._transaction import Transaction, canonical_name
 from .errors import ArgumentError, DtypeError, FisherError, TargetError
-from .inject import adapters
+from .inject import adapters, check_mergeable
 from .layers import LoRALinear, fisher_key
 
 FISHER_MODES = ("sample", "batch")
@@ -32,7 +32,11 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
 
 
 def _number(name: str, value: float, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (low <= value <= high and math.isfinite(value)):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not (low <= value <= high and math.isfinite(value))
+    ):
         upper = "" if math.isinf(high) else f" and <= {high}"
         raise ArgumentError(f"{name}: expected a finite number >= {low}{upper}, got {value!r}")
     return float(value)
@@ -99,9 +103,13 @@ class EWC:
         self.merge_mode = _one_of("merge_mode", merge_mode, MERGE_MODES)
         self.update = _one_of("update", update, UPDATES)
         self.check_finite, self.generator = bool(check_finite), generator
-        self.layers: dict[str, LoRALinear] = {canonical_name(name): layer for name, layer in adapters(model).items()}
+        self.layers: dict[str, LoRALinear] = {
+            canonical_name(name): layer for name, layer in adapters(model).items()
+        }
         if not self.layers:
-            raise TargetError("model: expected adapters, found none; call fused_ewclora.inject(model, config) first")
+            raise TargetError(
+                "model: expected adapters, found none; call fused_ewclora.inject(model, config) first"
+            )
         self._slots = self._find_slots()
         self._state = EWCState()
         self.fisher_dtype = self._checked_dtype(fisher_dtype)
@@ -169,7 +177,11 @@ class EWC:
 
     @contextmanager
     def accumulate_fisher(
-        self, reduction: str = "mean", batch_size: int | None = None, loss_scale: float = 1.0, labels: str = "empirical"
+        self,
+        reduction: str = "mean",
+        batch_size: int | None = None,
+        loss_scale: float = 1.0,
+        labels: str = "empirical",
     ) -> Iterator[FisherPass]:
         """Backward passes inside the block add to the Fisher of the current task; several blocks before `consolidate` add up.
 
@@ -247,16 +259,19 @@ class EWC:
         """Ends a task: F <- gamma F + F_task, W <- W + B diag(s) A (fp32 sum, one rounding), A and B reset; all or nothing.
 
         The model computes what it computed before, to one rounding of W. Raises `FisherError` when the task has no Fisher or a new
-        value is not finite; weights, Fishers, adapters and counters are then as they were.
+        value is not finite, `TargetError` for merged or tied weights; weights, Fishers, adapters and counters are then as they were.
 
         >>> ewc.estimate_fisher(loader, criterion); ewc.consolidate()
         """
         gamma = self.gamma if gamma is None else _number("gamma", gamma, 0.0, 1.0)
         for name, layer in self.layers.items():
             if layer.merged:
-                raise TargetError(f"{name}: its adapter is merged into the base weight; call unmerge(model) before consolidate")
+                raise TargetError(
+                    f"{name}: its adapter is merged into the base weight; call unmerge(model) before consolidate"
+                )
             if layer.fisher_capture is not None:
                 raise FisherError(f"{name}: a Fisher pass is active; leave its block before consolidate")
+        check_mergeable(self.model)
         self._state = consolidate(
             self._state,
             self._slots,
@@ -269,7 +284,12 @@ class EWC:
         )
 
     def end_task(
-        self, loader: Iterable[Any], loss_fn: passes.LossFunction | None = None, *, gamma: float | None = None, **kwargs: Any
+        self,
+        loader: Iterable[Any],
+        loss_fn: passes.LossFunction | None = None,
+        *,
+        gamma: float | None = None,
+        **kwargs: Any,
     ) -> None:
         """`estimate_fisher(loader, loss_fn, **kwargs)`, then `consolidate(gamma)`.
 
@@ -305,15 +325,16 @@ class EWC:
 
         >>> ewc.load_state_dict(torch.load("ewc.pt", weights_only=True))
         """
+        parsed = self.parse_state(saved)
         with Transaction() as change:
-            self._state = self.adopted(self.parse_state(saved), change)
+            self.take_over(parsed, change)
 
-    def adopted(self, parsed: EWCState, change: Transaction) -> EWCState:
-        """A parsed state on the devices of the layers; Fishers that exist already are updated in place through `change`."""
+    def take_over(self, parsed: EWCState, change: Transaction) -> None:
+        """Copies a parsed state in, on the devices of the layers; Fishers that exist already are updated in place through `change`."""
         devices = {slot.key: slot.layer.weight.device for slot in self._slots}
         new = parsed.copied(devices, self.fisher_dtype)
         if self._state.fishers and new.fishers:
             for key, tensor in self._state.fishers.items():
                 change.copy_(tensor, new.fishers[key])
-            return EWCState(self._state.fishers, new.factors, new.history, new.task)
-        return new
+            new = EWCState(self._state.fishers, new.factors, new.history, new.task)
+        self._state = new

@@ -55,7 +55,9 @@ def default_logits(output: Any) -> Tensor:
     """The logits of a model output: the tensor itself, its `logits` attribute, or its "logits" entry."""
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
-        raise ArgumentError(f"logits_fn: expected to find logits in the model's {type(output).__name__}; give logits_fn=")
+        raise ArgumentError(
+            f"logits_fn: expected to find logits in the model's {type(output).__name__}; give logits_fn="
+        )
     return logits
 
 
@@ -82,7 +84,9 @@ def leading_size(value: Any) -> int | None:
     """The number of samples of the first tensor (or plain sequence of numbers) found in a batch part."""
     if isinstance(value, Tensor):
         return value.shape[0] if value.dim() else None
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    parts = (
+        value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    )
     for part in parts:
         if isinstance(part, (int, float)):
             return len(value)
@@ -101,7 +105,9 @@ def batch_size_of(batch: Batch) -> int:
     size = leading_size(targets)
     size = leading_size(batch) if size is None else size
     if size is None:
-        raise ArgumentError("loader: cannot tell the number of samples of a batch that holds no tensor; give batch_size_fn=")
+        raise ArgumentError(
+            "loader: cannot tell the number of samples of a batch that holds no tensor; give batch_size_fn="
+        )
     return size
 
 
@@ -112,7 +118,9 @@ def sample_labels(logits: Tensor, targets: Any, generator: torch.Generator | Non
     if not bool(torch.isfinite(flat).all()):
         raise FisherError("logits: expected finite class probabilities to sample labels from, got NaN")
     device = logits.device if generator is None else generator.device
-    drawn = torch.multinomial(flat.to(device), 1, generator=generator).to(logits.device).view(logits.shape[:-1])
+    drawn = (
+        torch.multinomial(flat.to(device), 1, generator=generator).to(logits.device).view(logits.shape[:-1])
+    )
     if isinstance(targets, Tensor) and targets.shape == drawn.shape and not targets.is_floating_point():
         return torch.where(targets < 0, targets, drawn)
     return drawn
@@ -126,7 +134,9 @@ def exact_terms(logits: Tensor) -> Iterator[Tensor]:
     """
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)  # [N, C]
     weights = log_p.detach().exp().sqrt()
-    log_p = log_p.masked_fill(weights == 0, 0.0)  # a class masked by -inf has weight 0, and 0 * inf would be NaN
+    log_p = log_p.masked_fill(
+        weights == 0, 0.0
+    )  # a class masked by -inf has weight 0, and 0 * inf would be NaN
     for c in range(logits.shape[1]):
         yield (weights[:, c] * log_p[:, c]).sum()
 
@@ -153,7 +163,11 @@ class LabelPolicy:
     def passes(self, output: Any, targets: Any) -> Iterator[tuple[Tensor, bool]]:
         """(scalar to backpropagate, whether the graph is needed again) per backward pass of one batch."""
         if self.labels == "empirical":
-            loss = default_loss(output, targets, self.reduction) if self.loss_fn is None else self.loss_fn(output, targets)
+            loss = (
+                default_loss(output, targets, self.reduction)
+                if self.loss_fn is None
+                else self.loss_fn(output, targets)
+            )
             yield loss, False
             return
         logits = self.logits_fn(output)
@@ -165,7 +179,9 @@ class LabelPolicy:
                 yield self.loss_fn(output, drawn), False
             return
         if logits.dim() != 2:
-            raise FisherError(f"logits: expected [N, C] with labels='exact', got {list(logits.shape)}; use labels='sampled'")
+            raise FisherError(
+                f"logits: expected [N, C] with labels='exact', got {list(logits.shape)}; use labels='sampled'"
+            )
         for c, term in enumerate(exact_terms(logits)):
             yield term, c + 1 < logits.shape[1]
 
@@ -225,7 +241,9 @@ def check_labels(labels: str, mode: str) -> None:
     if labels not in LABELS:
         raise ArgumentError(f"labels: expected one of {LABELS}, got {labels!r}")
     if labels == "exact" and mode != "sample":
-        raise ArgumentError("labels: expected 'empirical' or 'sampled' with fisher_mode='batch', got 'exact', a per-sample quantity")
+        raise ArgumentError(
+            "labels: expected 'empirical' or 'sampled' with fisher_mode='batch', got 'exact', a per-sample quantity"
+        )
 
 
 def check_max_batches(max_batches: int | None) -> None:
