@@ -9,6 +9,7 @@ ewc = fe.EWC(model)
 from __future__ import annotations
 
 import importlib
+import os.path
 from typing import Any
 
 from .config import LoRAConfig, QKVLayout
@@ -29,6 +30,9 @@ from .layers import LoRALinear
 from .matching import register_layout
 from .ops._dispatch import available_backends, use_backend
 from .report import Report
+
+if not os.path.isdir(os.path.join(__path__[0], "kernels")):
+    __path__.append(os.path.dirname(__path__[0]))  # a checkout: kernels/ lies beside the package, not in it
 
 # Loaded on first use: what few programs need, or what is slow to import. Name -> module that defines it.
 _LAZY = {
