@@ -48,6 +48,13 @@ def python(
     return result
 
 
+def python_with(site: Path, code: str) -> str:
+    """Output of `code` with the packages in `site`, without this environment's links to checkouts."""
+    paths = f"site.addsitedir({str(site)!r}); sys.path.append({sysconfig.get_path('purelib')!r})"
+    start = f"import site, sys; {paths}\n"
+    return python("-S", "-W", "ignore", "-c", start + code, cwd=site).stdout
+
+
 def copy_of_sources(folder: Path) -> Path:
     """The checkout without what was built in it."""
     skip = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
@@ -126,7 +133,7 @@ assert fused_ewclora.available_backends()["cpu"] is not None
 x, w, a, b = (torch.randn(*s, dtype=torch.float64) for s in ((3, 5), (4, 5), (2, 5), (4, 2)))
 torch.testing.assert_close(FE.lora_linear(x, w, None, a, b, 0.5), x @ (w + 0.5 * b @ a).T)
 """.format(site=str(installed))
-    python("-W", "ignore", "-c", code, cwd=installed, PYTHONPATH=str(installed))
+    python_with(installed, code)
 
 
 def test_kernels_import_from_the_checkout_without_shadowing_other_packages():
@@ -143,15 +150,9 @@ def test_kernels_import_from_an_editable_install(tmp_path: Path):
     source = copy_of_sources(tmp_path / "source")
     site = tmp_path / "site"
     pip_install("--target", site, "--editable", source, cwd=tmp_path)
-    code = f"""
-import site, sys
-site.addsitedir({str(site)!r})
-sys.path.append({sysconfig.get_path("purelib")!r})
-import fused_ewclora.kernels
-print(fused_ewclora.__file__, list(fused_ewclora.kernels.__path__))
-"""
-    # -S: without links to checkouts that this environment may hold
-    out = python("-S", "-c", code, cwd=tmp_path).stdout
+    code = "import fused_ewclora, fused_ewclora.kernels; "
+    code += "print(fused_ewclora.__file__, list(fused_ewclora.kernels.__path__))"
+    out = python_with(site, code)
     assert str(source / "fused_ewclora") in out and str(source / "kernels") in out
 
 
