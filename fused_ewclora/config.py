@@ -27,15 +27,17 @@ def _names(value: object, name: str) -> tuple[str, ...]:
     return names
 
 
-def _segments(value: object, name: str) -> tuple[str, ...]:
+def segment_names(value: object, name: str) -> tuple[str, ...]:
+    """Distinct names that can be part of a parameter name."""
     names = _names(value, name)
     for n in names:
-        if not re.fullmatch(r"\w+", n):  # becomes part of a parameter name, lora_A_<segment>
+        if not re.fullmatch(r"\w+", n):
             raise ArgumentError(f"{name}: expected letters, digits and underscores, got {n!r}")
     return names
 
 
-def _positive(value: object, name: str) -> int:
+def positive(value: object, name: str) -> int:
+    """An integer >= 1."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise DtypeError(f"{name}: expected an integer, got {value!r}")
     if value < 1:
@@ -43,12 +45,21 @@ def _positive(value: object, name: str) -> int:
     return value
 
 
-def _finite(value: object, name: str) -> float:
+def finite(value: object, name: str) -> float:
+    """A number that is not NaN or infinite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise DtypeError(f"{name}: expected a number, got {value!r}")
     if not math.isfinite(value):
         raise ArgumentError(f"{name}: expected a finite number, got {value}")
     return value
+
+
+def probability(value: object, name: str) -> float:
+    """A number in [0, 1]."""
+    number = finite(value, name)
+    if not 0.0 <= number <= 1.0:
+        raise ArgumentError(f"{name}: expected a probability in [0, 1], got {number}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -70,18 +81,16 @@ class QKVLayout:
     interleave: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "segments", _segments(self.segments, "segments"))
+        object.__setattr__(self, "segments", segment_names(self.segments, "segments"))
         if self.interleave is not None:
-            _positive(self.interleave, "interleave")
+            positive(self.interleave, "interleave")
         if self.sizes is None:
             return
         if isinstance(self.sizes, (str, int)) or len(self.sizes) != len(self.segments):
             raise ArgumentError(
                 f"sizes: expected {len(self.segments)} numbers of rows, one per segment, got {self.sizes!r}"
             )
-        object.__setattr__(
-            self, "sizes", tuple(_positive(s, f"sizes[{i}]") for i, s in enumerate(self.sizes))
-        )
+        object.__setattr__(self, "sizes", tuple(positive(s, f"sizes[{i}]") for i, s in enumerate(self.sizes)))
         self._check_heads(self.sizes)
 
     def _check_heads(self, sizes: Sequence[int]) -> None:
@@ -98,7 +107,7 @@ class QKVLayout:
             share, rest = divmod(out_features, len(self.segments))
             if rest or not share:
                 raise LayoutError(
-                    f"layout: {len(self.segments)} segments cannot share {out_features} rows equally; give sizes"
+                    f"layout: {len(self.segments)} segments cannot share {out_features} rows; give sizes"
                 )
             sizes = (share,) * len(self.segments)
             self._check_heads(sizes)
@@ -148,15 +157,14 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        _positive(self.r, "r")
+        positive(self.r, "r")
         if self.lora_alpha is not None:
-            _finite(self.lora_alpha, "lora_alpha")
-        if not 0.0 <= _finite(self.lora_dropout, "lora_dropout") <= 1.0:
-            raise ArgumentError(f"lora_dropout: expected a probability in [0, 1], got {self.lora_dropout}")
+            finite(self.lora_alpha, "lora_alpha")
+        probability(self.lora_dropout, "lora_dropout")
         for field in ("target_modules", "exclude_modules"):
             object.__setattr__(self, field, _targets(getattr(self, field), field))
         if self.slices is not None:
-            object.__setattr__(self, "slices", _segments(self.slices, "slices"))
+            object.__setattr__(self, "slices", segment_names(self.slices, "slices"))
         if self.layout is not None:
             if not isinstance(self.layout, QKVLayout):
                 raise DtypeError(f"layout: expected a QKVLayout, got {type(self.layout).__name__}")
@@ -165,8 +173,8 @@ class LoRAConfig:
                     raise LayoutError(
                         f"slices: expected names among {list(self.layout.segments)} (of layout), got {name!r}"
                     )
-        object.__setattr__(self, "rank_pattern", _pattern(self.rank_pattern, "rank_pattern", _positive))
-        object.__setattr__(self, "alpha_pattern", _pattern(self.alpha_pattern, "alpha_pattern", _finite))
+        object.__setattr__(self, "rank_pattern", _pattern(self.rank_pattern, "rank_pattern", positive))
+        object.__setattr__(self, "alpha_pattern", _pattern(self.alpha_pattern, "alpha_pattern", finite))
 
     def rank_of(self, name: str) -> int:
         """The rank of the adapters of the module called `name`."""

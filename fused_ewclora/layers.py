@@ -3,10 +3,8 @@ state_dict stay as they were."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,74 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional as FE
-from .config import QKVLayout, Rows, _finite, _positive, _segments
-from .errors import ArgumentError, LayoutError, TargetError
+from .config import QKVLayout, probability
+from .errors import ArgumentError, TargetError
 from .ops.capture import FisherCapture
+from .slices import AdapterSlice, fingerprint, fisher_key, plan_slices
 
-FINGERPRINT_ROWS = 64  # enough to tell checkpoints apart, small enough to read back from a GPU
-
-
-@dataclass(frozen=True)
-class AdapterSlice:
-    """One adapter of a layer: its segment (`""` for the whole layer), the output rows it owns, its rank and
-    its scale."""
-
-    name: str
-    rows: Rows
-    r: int
-    scaling: float
-
-    @property
-    def suffix(self) -> str:
-        """`""` or `"_k"`: what follows `lora_A` in parameter names."""
-        return f"_{self.name}" if self.name else ""
-
-    @property
-    def row_count(self) -> int:
-        """Rows of its lora_B."""
-        return sum(stop - start for start, stop in self.rows)
-
-
-def fisher_key(module_name: str, adapter: AdapterSlice) -> str:
-    """The name of an adapter's Fisher: the module's name, plus `.k` etc. for a slice."""
-    return ".".join(part for part in (module_name, adapter.name) if part)
-
-
-def plan_slices(
-    out_features: int,
-    r: int,
-    lora_alpha: float | None,
-    slices: Sequence[str] | None,
-    layout: QKVLayout | None,
-) -> tuple[AdapterSlice, ...]:
-    """The adapters of a layer with `out_features` rows; raises `LayoutError` when slices are asked for
-    without a layout that fits."""
-    _positive(r, "r")
-    scaling = 1.0 if lora_alpha is None else _finite(lora_alpha, "lora_alpha") / r
-    if slices is None:
-        return (AdapterSlice("", ((0, out_features),), r, scaling),)
-    if layout is None:
-        raise LayoutError(
-            f"slices: expected a layout saying which of {out_features} rows are {list(slices)}, got None.\n"
-            '  Either declare it: layout=fe.QKVLayout(segments=("q", "k", "v"), sizes=(d_q, d_k, d_v),\n'
-            f"    interleave=None), sizes adding up to {out_features}, interleave=heads for rows by head;\n"
-            "  or leave slices out, for one adapter on all rows"
-        )
-    return tuple(
-        AdapterSlice(n, layout.rows(n, out_features), r, scaling) for n in _segments(slices, "slices")
-    )
-
-
-def fingerprint(weight: Tensor) -> str:
-    """A hash of the shape and of up to 64 evenly spaced rows in bf16, the same for an fp32 weight and its
-    bf16 copy; `""` on meta."""
-    if weight.is_meta:
-        return ""
-    rows = torch.linspace(0, weight.shape[0] - 1, min(FINGERPRINT_ROWS, weight.shape[0])).long()
-    sample = weight.detach()[rows.to(weight.device)].to(torch.bfloat16).cpu().contiguous()
-    digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
-    digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+__all__ = ["AdapterSlice", "LoRALinear", "fisher_key"]
 
 
 class LoRALinear(nn.Linear):
@@ -124,7 +60,7 @@ class LoRALinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         adapters = plan_slices(out_features, r, lora_alpha, slices, layout)
-        _dropout(lora_dropout)
+        probability(lora_dropout, "lora_dropout")
         super().__init__(in_features, out_features, bias, device, dtype)
         self._add_adapters(adapters, lora_alpha, lora_dropout)
 
@@ -143,7 +79,7 @@ class LoRALinear(nn.Linear):
         >>> layer = LoRALinear.from_linear(nn.Linear(16, 16), r=4)
         """
         adapters = plan_slices(linear.out_features, r, lora_alpha, slices, layout)
-        _dropout(lora_dropout)
+        probability(lora_dropout, "lora_dropout")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
@@ -352,8 +288,3 @@ class LoRALinear(nn.Linear):
             f"{s.name or 'lora'}(r={s.r}, scaling={s.scaling:.4g})" for s in self.adapter_slices
         )
         return f"{super().extra_repr()}, {adapters}" + (", merged" if self.merged else "")
-
-
-def _dropout(lora_dropout: float) -> None:
-    if not 0.0 <= _finite(lora_dropout, "lora_dropout") <= 1.0:
-        raise ArgumentError(f"lora_dropout: expected a probability in [0, 1], got {lora_dropout}")

@@ -10,7 +10,8 @@ from torch import nn
 
 from .config import ALL_LINEAR, LoRAConfig, QKVLayout, matches
 from .errors import LayoutError, TargetError
-from .layers import AdapterSlice, LoRALinear, plan_slices
+from .layers import LoRALinear
+from .slices import AdapterSlice, plan_slices
 
 LayoutRule = Callable[[nn.Module, str], QKVLayout | None]
 MAX_NAMES = 12  # of a list in an error message
