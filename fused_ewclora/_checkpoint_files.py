@@ -1,7 +1,9 @@
-"""A set of files that is replaced as a whole: whenever the writer dies, the old set or the new one can be read.
+"""A set of files that is replaced as a whole: whenever the writer dies, the old set or the new one can be
+read.
 
-The manifest names every other file with its hash and is replaced last, in one rename. Before that, new contents lie beside the old files
-as `<name>.new`; after it they are renamed to their final names. A reader takes whichever of the two has the hash in the manifest.
+The manifest names every other file with its hash and is replaced last, in one rename. Before that, new
+contents lie beside the old files as `<name>.new`; after it they are renamed to their final names. A reader
+takes whichever of the two has the hash in the manifest.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ PENDING = ".new"
 
 
 def write_files(folder: Path, files: dict[str, bytes], config: dict[str, Any]) -> None:
-    """Replace the checkpoint in `folder` by `files` (names among NAMES) and `config`; other files there are left alone."""
+    """Replace the checkpoint in `folder` by `files` (names among NAMES) and `config`; other files there are
+    left alone."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a folder or a new path, got a file")
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,13 +49,15 @@ def write_files(folder: Path, files: dict[str, bytes], config: dict[str, Any]) -
 
 
 def read_files(folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """The contents of every file in the manifest, each with the right hash, and the manifest; else `CheckpointError`."""
+    """The contents of every file in the manifest, each with the right hash, and the manifest; else
+    `CheckpointError`."""
     config = _read_manifest(folder)
     return {name: _read_verified(folder, name, digest) for name, digest in config["files"].items()}, config
 
 
 def _settle(folder: Path) -> None:
-    """Give pending contents of the present checkpoint their final names, which a writer that died had not come to do."""
+    """Give pending contents of the present checkpoint their final names, which a writer that died had not
+    come to do."""
     try:
         digests = _read_manifest(folder)["files"]
     except CheckpointError:
@@ -76,7 +81,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path}: missing; expected a checkpoint of save_pretrained (plain PEFT folders load with import_peft). Nothing was loaded"
+            f"{path}: missing; expected a checkpoint of save_pretrained (plain PEFT folders load with "
+            "import_peft). Nothing was loaded"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(

@@ -1,4 +1,5 @@
-"""The end of a task: every new value is computed and checked first, then all of them are copied in, or none (docs/mathematics.md, section 4)."""
+"""The end of a task: every new value is computed and checked first, then all of them are copied in, or none
+(docs/mathematics.md, section 4)."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def put_rows(weight: Tensor, rows: Rows, values: Tensor) -> None:
 def new_fisher(
     old: Tensor | None, task: TaskFisher, key: str, gamma: float, update: str, dtype: torch.dtype
 ) -> Tensor:
-    """gamma F + F_task ("sum") or gamma F + (1 - gamma) F_task ("convex"), F_task = buffer / samples; one rounding to `dtype`.
+    """gamma F + F_task ("sum") or gamma F + (1 - gamma) F_task ("convex"), F_task = buffer / samples; one
+    rounding to `dtype`.
 
     gamma = 0 copies F_task, so that an Inf in the old F does not survive as 0 * Inf; so does the first task.
     """
@@ -77,7 +79,8 @@ def new_factors(slots: list[Slot], old: Mapping[str, Factors]) -> dict[str, Fact
 
 @torch.no_grad()
 def new_weights(slots: list[Slot], factors: Mapping[str, Factors]) -> list[tuple[Tensor, Tensor]]:
-    """(weight, its value after the task) per layer; W0 + s (sum B)(sum A) where factors are kept, else W + B diag(s) A."""
+    """(weight, its value after the task) per layer; W0 + s (sum B)(sum A) where factors are kept, else W + B
+    diag(s) A."""
     layers = list(dict.fromkeys(slot.layer for slot in slots))
     if not factors:
         return [(layer.weight, layer.consolidated_weight()) for layer in layers]
@@ -102,7 +105,8 @@ def consolidate(
     check_finite: bool,
     generator: torch.Generator | None,
 ) -> EWCState:
-    """The state after the task; weights, cumulative Fishers and adapters are updated in place, all of them or none."""
+    """The state after the task; weights, cumulative Fishers and adapters are updated in place, all of them or
+    none."""
     task = state.task
     if task is None:
         raise FisherError(
@@ -112,7 +116,8 @@ def consolidate(
         learned := [s.key for s in slots if isinstance(s.layer.adapter_scale(s.piece), Tensor)]
     ):
         raise ArgumentError(
-            f"merge_mode: 'factors' has one scale for the sums of all tasks, but {learned[0]} has a lora_scale; use 'delta'"
+            f"merge_mode: 'factors' has one scale for the sums of all tasks, but {learned[0]} has a "
+            "lora_scale; use 'delta'"
         )
     fishers = {
         slot.key: new_fisher(state.fishers.get(slot.key), task, slot.key, gamma, update, fisher_dtype)
@@ -144,5 +149,6 @@ def _check(slots: list[Slot], fishers: Mapping[str, Tensor], weights: list[tuple
     values |= {f"merged weight of {names[weight]}": value for weight, value in weights}
     if bad := nonfinite(values):
         raise FisherError(
-            f"consolidate: {bad[0]}: expected finite values, got NaN or Inf ({len(bad)} such tensors); nothing was changed"
+            f"consolidate: {bad[0]}: expected finite values, got NaN or Inf ({len(bad)} such tensors); "
+            "nothing was changed"
         )

@@ -1,4 +1,5 @@
-"""What an EWC controller remembers between tasks, and the check of a saved one before anything is taken over."""
+"""What an EWC controller remembers between tasks, and the check of a saved one before anything is taken
+over."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Factors:
 
 @dataclass(frozen=True)
 class EWCState:
-    """Replaced as a whole, so that it is never half updated; the cumulative Fishers inside it are updated in place."""
+    """Replaced as a whole, so that it is never half updated; the cumulative Fishers inside it are updated in
+    place."""
 
     fishers: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[str, Factors] = field(default_factory=dict)
@@ -99,7 +101,8 @@ def dump(state: EWCState, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse(saved: Any, expected: Expected) -> EWCState:
-    """The state that `dump` wrote; raises `FisherError` naming what does not fit. Tensors are shared with `saved`."""
+    """The state that `dump` wrote; raises `FisherError` naming what does not fit. Tensors are shared with
+    `saved`."""
     try:
         tensors, config = dict(saved["tensors"]), dict(saved["config"])
     except (TypeError, KeyError, ValueError) as error:
@@ -111,7 +114,8 @@ def parse(saved: Any, expected: Expected) -> EWCState:
     for name, value in expected.settings.items():
         if config.get(name) != value:
             raise FisherError(
-                f"{name}: the state was made with {config.get(name)!r}, this EWC has {value!r}; construct it with the same (ewc_lambda "
+                f"{name}: the state was made with {config.get(name)!r}, this EWC has {value!r}; construct "
+                "it with the same (ewc_lambda "
                 "means nothing without it, see convert_lambda)"
             )
     grouped = _group(tensors)
@@ -145,7 +149,8 @@ def _check_group(
     missing, foreign = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
     if missing or foreign:
         raise FisherError(
-            f"state: {kind} of other adapters than the model's; missing {missing[:3]}, unexpected {foreign[:3]}"
+            f"state: {kind} of other adapters than the model's; missing {missing[:3]}, unexpected "
+            f"{foreign[:3]}"
         )
     for key, shape in shapes.items():
         if tuple(tensors[key].shape) != shape or not tensors[key].is_floating_point():

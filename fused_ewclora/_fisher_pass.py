@@ -20,7 +20,8 @@ from .ops.capture import FisherCapture
 
 @dataclass
 class TaskFisher:
-    """What has been gathered for the current task: unnormalised buffers per Fisher key, and how they came about."""
+    """What has been gathered for the current task: unnormalised buffers per Fisher key, and how they came
+    about."""
 
     buffers: dict[str, Tensor]
     samples: int
@@ -55,7 +56,8 @@ def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
 class FisherPass:
     """Inside the block every backward pass through the adapted layers adds to fresh buffers.
 
-    `batch_size` may be set before a batch: the number of samples in it. None takes the leading dimension of each layer's input.
+    `batch_size` may be set before a batch: the number of samples in it. None takes the leading dimension of
+    each layer's input.
     """
 
     def __init__(
@@ -124,7 +126,8 @@ class FisherPass:
         return FisherCapture(buffers, rows, self._mode, self._reduction, self._loss_scale, self._batch_size)
 
     def finish_batch(self) -> None:
-        """All backward passes of the batch are done: square what is held for layers whose later calls took no part in the loss."""
+        """All backward passes of the batch are done: square what is held for layers whose later calls took no
+        part in the loss."""
         for capture in self._captures.values():
             capture.finish()
 
@@ -136,7 +139,8 @@ class FisherPass:
         self._stance.__exit__(kind, error, trace)
 
     def result(self, labels: str, check_finite: bool) -> TaskFisher:
-        """What was gathered, after the block; raises when a layer was missed, counts disagree or a value is not finite."""
+        """What was gathered, after the block; raises when a layer was missed, counts disagree or a value is
+        not finite."""
         self.finish_batch()
         self._check_reached()
         samples = self._counted_samples() if self.samples is None else self.samples
@@ -145,8 +149,10 @@ class FisherPass:
             buffers.update(zip(self._keys[name], capture.fishers, strict=True))
         if check_finite and (bad := nonfinite(buffers)):
             raise FisherError(
-                f"Fisher of {_some(bad)}: expected finite values, got NaN or Inf; look for NaN or Inf in the data, the loss or the "
-                "weights, or an overflow of the loss scale. What this pass gathered was discarded, nothing else was changed"
+                f"Fisher of {_some(bad)}: expected finite values, got NaN or Inf; look for NaN or Inf in "
+                "the data, the loss or the "
+                "weights, or an overflow of the loss scale. What this pass gathered was discarded, nothing "
+                "else was changed"
             )
         batches = max(capture.batches for capture in self._captures.values())
         return TaskFisher(buffers, samples, self._largest or math.ceil(samples / batches), (labels,))
@@ -160,13 +166,16 @@ class FisherPass:
         bypassed = [name for name in missed if self._layers[name].forward_calls == self._calls[name]]
         if bypassed:
             raise TargetError(
-                f"{_some(bypassed)}: the layer's forward never ran, so its adapter has no effect and no Fisher. The model reads its weight "
-                "directly (timm BEiT, EVA02 and SwinV2 do so for attn.qkv; build them with qkv_bias_separate=True) or skips it; "
+                f"{_some(bypassed)}: the layer's forward never ran, so its adapter has no effect and no "
+                "Fisher. The model reads its weight "
+                "directly (timm BEiT, EVA02 and SwinV2 do so for attn.qkv; build them with "
+                "qkv_bias_separate=True) or skips it; "
                 "otherwise leave it out with exclude_modules"
             )
         if missed:
             raise FisherError(
-                f"{_some(missed)}: the layer ran but no gradient reached it; its output takes no part in the loss, or the pass ran under "
+                f"{_some(missed)}: the layer ran but no gradient reached it; its output takes no part in "
+                "the loss, or the pass ran under "
                 "torch.no_grad. Leave it out with exclude_modules, or use a loss that depends on it"
             )
 
@@ -178,8 +187,10 @@ class FisherPass:
         low, high = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
         if self._batch_size is None and counts[low] != counts[high]:
             raise FisherError(
-                f"batch_size: layers disagree about the number of samples ({low}: {counts[low]}, {high}: {counts[high]}); windows or "
-                "tokens were folded into the leading dimension, so give batch_size, or set it on the block's value before each batch"
+                f"batch_size: layers disagree about the number of samples ({low}: {counts[low]}, {high}: "
+                f"{counts[high]}); windows or "
+                "tokens were folded into the leading dimension, so give batch_size, or set it on the "
+                "block's value before each batch"
             )
         return counts[high]
 

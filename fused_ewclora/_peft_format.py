@@ -1,4 +1,5 @@
-"""The adapter files in the layout of PEFT where PEFT would compute the same, and one that it refuses where it would not."""
+"""The adapter files in the layout of PEFT where PEFT would compute the same, and one that it refuses where it
+would not."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def own_config(reason: str) -> dict[str, Any]:
 
 
 def exact_alpha(scaling: float, r: int) -> float:
-    """The lora_alpha with lora_alpha / r == scaling, bit for bit; raises `NotExactlyRepresentable` when there is none."""
+    """The lora_alpha with lora_alpha / r == scaling, bit for bit; raises `NotExactlyRepresentable` when there
+    is none."""
     guess = scaling * r
     for alpha in (
         float(round(guess)),
@@ -55,7 +57,8 @@ def _ambiguous(name: str, others: Iterable[str]) -> bool:
 
 
 def peft_config(model: nn.Module, layers: Mapping[str, LoRALinear], extras: Iterable[str]) -> dict[str, Any]:
-    """adapter_config.json of stock PEFT; raises `NotExactlyRepresentable` with the reason when PEFT would compute something else."""
+    """adapter_config.json of stock PEFT; raises `NotExactlyRepresentable` with the reason when PEFT would
+    compute something else."""
     for name, layer in layers.items():
         if layer.adapter_slices[0].name or len(layer.adapter_slices) != 1:
             raise NotExactlyRepresentable(f"{name} has adapters on slices of its rows")

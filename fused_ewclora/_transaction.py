@@ -1,4 +1,5 @@
-"""Changes to many tensors of which either all happen or none, and names that do not depend on how a model is wrapped."""
+"""Changes to many tensors of which either all happen or none, and names that do not depend on how a model is
+wrapped."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _WRAPPER_PREFIXES = ("module.", "base_model.model.")  # DDP, PEFT
 
 
 def canonical_name(name: str) -> str:
-    """The name of a module or tensor without what DDP, torch.compile, FSDP, activation checkpointing and PEFT add to it."""
+    """The name of a module or tensor without what DDP, torch.compile, FSDP, activation checkpointing and PEFT
+    add to it."""
     parts = [part for part in name.split(".") if part not in _WRAPPER_PARTS]
     name = ".".join(parts)
     stripped = True

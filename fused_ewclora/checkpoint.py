@@ -1,4 +1,5 @@
-"""Saving and resuming adapters, consolidated weights and the EWC state: safetensors and JSON, replaced as a whole, loaded as a whole."""
+"""Saving and resuming adapters, consolidated weights and the EWC state: safetensors and JSON, replaced as a
+whole, loaded as a whole."""
 
 from __future__ import annotations
 
@@ -27,13 +28,15 @@ Updates = list[tuple[Tensor, Tensor]]
 
 
 def save_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | None = None) -> None:
-    """Write everything that differs from the pretrained model into the folder `path`, in one step for whoever reads it.
+    """Write everything that differs from the pretrained model into the folder `path`, in one step for whoever
+    reads it.
 
-    adapter_model.safetensors and adapter_config.json hold the adapters and all other trained parameters and running statistics, in
-    PEFT's own layout when PEFT would compute exactly the same, else in one that PEFT refuses. ewc_state.safetensors holds the
-    Fishers and the base weight rows changed by consolidation; ewc_config.json how they were made, and the hashes. Optimizers and random
-    states are not included. A process that dies here leaves the checkpoint that was there. Raises `CheckpointError` while adapters
-    are merged, `ArgumentError` for an EWC of another model, `OSError` when the disk refuses.
+    adapter_model.safetensors and adapter_config.json hold the adapters and all other trained parameters and
+    running statistics, in PEFT's own layout when PEFT would compute exactly the same, else in one that PEFT
+    refuses. ewc_state.safetensors holds the Fishers and the base weight rows changed by consolidation;
+    ewc_config.json how they were made, and the hashes. Optimizers and random states are not included. A
+    process that dies here leaves the checkpoint that was there. Raises `CheckpointError` while adapters are
+    merged, `ArgumentError` for an EWC of another model, `OSError` when the disk refuses.
 
         >>> save_pretrained("run/task3", model, ewc)
     """
@@ -66,11 +69,13 @@ def save_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
 
 
 def load_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | None = None) -> None:
-    """Bring a freshly injected model (and its EWC) to the saved state; training continues bit for bit as if uninterrupted.
+    """Bring a freshly injected model (and its EWC) to the saved state; training continues bit for bit as if
+    uninterrupted.
 
-    The model must have been built from the same pretrained weights and injected with the same configuration; prefixes of DDP,
-    torch.compile, FSDP and PEFT are ignored. Files are read, hashed and checked before the model is touched. Raises `CheckpointError`
-    naming the file or layer and the mend; the model and the EWC are then as they were.
+    The model must have been built from the same pretrained weights and injected with the same configuration;
+    prefixes of DDP, torch.compile, FSDP and PEFT are ignored. Files are read, hashed and checked before the
+    model is touched. Raises `CheckpointError` naming the file or layer and the mend; the model and the EWC
+    are then as they were.
 
         >>> inject(model, config); ewc = EWC(model); load_pretrained("run/task3", model, ewc)
     """
@@ -147,7 +152,8 @@ def _adapter_file(
     try:
         if changed:
             raise NotExactlyRepresentable(
-                f"tasks were consolidated into the base weight of {changed[0]}, which PEFT would take as pretrained"
+                f"tasks were consolidated into the base weight of {changed[0]}, which PEFT would take as "
+                "pretrained"
             )
         config = peft_config(model, layers, trained)
     except NotExactlyRepresentable as reason:
@@ -202,20 +208,24 @@ def _check_layers(layers: Mapping[str, LoRALinear], saved: Any) -> dict[str, int
     if missing := sorted(set(saved) ^ set(layers)):
         where = "the checkpoint" if missing[0] in saved else "the model"
         raise CheckpointError(
-            f"{missing[0]}: adapted in {where} only; inject with the configuration of the checkpoint. Nothing was loaded"
+            f"{missing[0]}: adapted in {where} only; inject with the configuration of the checkpoint. "
+            "Nothing was loaded"
         )
     for name, layer in layers.items():
         ours = _describe(layer)
         for field in ("shape", "adapters"):
             if saved[name].get(field) != ours[field]:
                 raise CheckpointError(
-                    f"{name}: {field}: the checkpoint has {saved[name].get(field)}, the model {ours[field]}; inject with the same "
+                    f"{name}: {field}: the checkpoint has {saved[name].get(field)}, the model "
+                    f"{ours[field]}; inject with the same "
                     "configuration. Nothing was loaded"
                 )
         if saved[name].get("fingerprint") != ours["fingerprint"]:
             raise CheckpointError(
-                f"{name}: the checkpoint belongs to other base weights (fingerprint {saved[name].get('fingerprint')}, the model has "
-                f"{ours['fingerprint']}); load the pretrained weights it was trained from before inject. Nothing was loaded"
+                f"{name}: the checkpoint belongs to other base weights (fingerprint "
+                f"{saved[name].get('fingerprint')}, the model has "
+                f"{ours['fingerprint']}); load the pretrained weights it was trained from before inject. "
+                "Nothing was loaded"
             )
         if not isinstance(saved[name].get("consolidated_tasks"), int):
             raise CheckpointError(
@@ -249,7 +259,8 @@ def _tensor_updates(
 
 
 def _row_updates(layers: Mapping[str, LoRALinear], saved: Mapping[str, Tensor]) -> Updates:
-    """New base weights from the saved rows; layers without saved rows must still have their pretrained weights."""
+    """New base weights from the saved rows; layers without saved rows must still have their pretrained
+    weights."""
     left = {canonical_name(key.removeprefix(ROWS)): value for key, value in saved.items()}
     updates: Updates = []
     for name, layer in layers.items():
@@ -257,7 +268,8 @@ def _row_updates(layers: Mapping[str, LoRALinear], saved: Mapping[str, Tensor]) 
         if not any(key in left for key in keys):
             if _is_changed(layer):
                 raise CheckpointError(
-                    f"{name}: the checkpoint is from before consolidation and the model's base weight has been changed since; load it into "
+                    f"{name}: the checkpoint is from before consolidation and the model's base weight has "
+                    "been changed since; load it into "
                     "a freshly built and injected model. Nothing was loaded"
                 )
             continue
@@ -277,7 +289,8 @@ def _row_updates(layers: Mapping[str, LoRALinear], saved: Mapping[str, Tensor]) 
 def _same_kind(name: str, target: Tensor, value: Tensor, file: str) -> None:
     if target.shape != value.shape or target.dtype != value.dtype:
         raise CheckpointError(
-            f"{file}: {name}: the checkpoint has {list(value.shape)} {value.dtype}, the model {list(target.shape)} {target.dtype}; build the "
+            f"{file}: {name}: the checkpoint has {list(value.shape)} {value.dtype}, the model "
+            f"{list(target.shape)} {target.dtype}; build the "
             "model with the same shapes and dtype. Nothing was loaded"
         )
 

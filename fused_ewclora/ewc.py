@@ -43,11 +43,13 @@ def _number(name: str, value: float, low: float, high: float) -> float:
 
 
 def convert_lambda(ewc_lambda: float, from_mode: str, to_mode: str, batch_size: int) -> float:
-    """The lambda that gives the same penalty with a Fisher of the other mode: lambda_sample = lambda_batch / batch_size.
+    """The lambda that gives the same penalty with a Fisher of the other mode: lambda_sample = lambda_batch /
+    batch_size.
 
-    It rests on F_batch ~ F_sample / batch_size, which holds in expectation where the mean gradient of a batch is small beside the
-    gradients of single samples, that is near an optimum: E F_batch = F_sample / n + (1 - 1/n) (E g)^2. Measured at n = 32: 25.
-    The published lambda = 1e7 belongs to mode "batch" at batch size 128. Raises `ArgumentError`.
+    It rests on F_batch ~ F_sample / batch_size, which holds in expectation where the mean gradient of a batch
+    is small beside the gradients of single samples, that is near an optimum: E F_batch = F_sample / n + (1 -
+    1/n) (E g)^2. Measured at n = 32: 25. The published lambda = 1e7 belongs to mode "batch" at batch size
+    128. Raises `ArgumentError`.
 
         >>> convert_lambda(1e7, "batch", "sample", batch_size=128)
         78125.0
@@ -67,18 +69,23 @@ class EWC:
 
     Args:
         model: a model with injected adapters, also wrapped by DDP or torch.compile.
-        ewc_lambda: strength of the penalty. It means nothing without fisher_mode and, for "batch", the batch size: `convert_lambda`.
+        ewc_lambda: strength of the penalty. It means nothing without fisher_mode and, for "batch", the batch
+        size: `convert_lambda`.
         gamma: decay of the Fishers of earlier tasks, in [0, 1]; 1 is the published value, 0 forgets them.
-        fisher_mode: "sample", the mean of squared per-sample gradients, or "batch", n times the squared mean gradient of a batch of n,
+        fisher_mode: "sample", the mean of squared per-sample gradients, or "batch", n times the squared mean
+        gradient of a batch of n,
             averaged over samples (the official code).
-        fisher_dtype: of the cumulative Fisher, fp32 or bf16 (fp64 beside fp64 adapters); a task's Fisher is accumulated in fp32.
-        merge_mode: "delta", W + s B A, or "factors", W0 + s (sum B)(sum A) with the cross terms of the official code.
+        fisher_dtype: of the cumulative Fisher, fp32 or bf16 (fp64 beside fp64 adapters); a task's Fisher is
+        accumulated in fp32.
+        merge_mode: "delta", W + s B A, or "factors", W0 + s (sum B)(sum A) with the cross terms of the
+        official code.
         check_finite: refuse NaN and Inf in Fishers and weights (one host synchronisation per task).
-        update: "sum", gamma F + F_task, or "convex", gamma F + (1 - gamma) F_task; the first task gives F_task.
+        update: "sum", gamma F + F_task, or "convex", gamma F + (1 - gamma) F_task; the first task gives
+        F_task.
         generator: source of the A of each new task; None is the default generator.
 
-    Consolidation resets lora_A and lora_B in place; moments in an optimizer belong to the task that ended, so make a new one.
-    Raises `ArgumentError`, `DtypeError`, and `TargetError` for a model without adapters.
+    Consolidation resets lora_A and lora_B in place; moments in an optimizer belong to the task that ended, so
+    make a new one. Raises `ArgumentError`, `DtypeError`, and `TargetError` for a model without adapters.
 
         >>> ewc = EWC(model); loss = criterion(model(x), y) + ewc.penalty()
         >>> ewc.end_task(loader, criterion)
@@ -131,7 +138,8 @@ class EWC:
 
     @property
     def fishers(self) -> dict[str, Tensor]:
-        """The cumulative Fisher `[rows of the adapter, d_in]` by module name, with ".k" etc. for slices; empty before the first task."""
+        """The cumulative Fisher `[rows of the adapter, d_in]` by module name, with ".k" etc. for slices;
+        empty before the first task."""
         return dict(self._state.fishers)
 
     @property
@@ -145,7 +153,8 @@ class EWC:
         return self._state.history
 
     def _operands(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float | Tensor]]:
-        """Fishers, lora_As, lora_Bs and scales; asked for on every step, because some `.to()` and load calls replace Parameters."""
+        """Fishers, lora_As, lora_Bs and scales; asked for on every step, because some `.to()` and load calls
+        replace Parameters."""
         lora_as: list[Tensor] = []
         lora_bs: list[Tensor] = []
         scales: list[float | Tensor] = []
@@ -157,7 +166,8 @@ class EWC:
         return list(self._state.fishers.values()), lora_as, lora_bs, scales
 
     def penalty(self) -> Tensor:
-        """P = (lambda/2) sum F (B diag(s) A)^2 over all adapters, 0-d fp32, differentiable; exactly 0 before the first consolidation.
+        """P = (lambda/2) sum F (B diag(s) A)^2 over all adapters, 0-d fp32, differentiable; exactly 0 before
+        the first consolidation.
 
         >>> loss = criterion(model(x), y) + ewc.penalty()
         """
@@ -167,7 +177,8 @@ class EWC:
         return FE.ewc_penalty(*self._operands(), self.ewc_lambda)
 
     def add_penalty_grad_(self, grad_scale: float | Tensor = 1.0) -> Tensor:
-        """Adds grad_scale * dP to `.grad` of the adapters, without a graph; returns the unscaled P, 0-d. Under a GradScaler pass its scale.
+        """Adds grad_scale * dP to `.grad` of the adapters, without a graph; returns the unscaled P, 0-d.
+        Under a GradScaler pass its scale.
 
         >>> scaler.scale(loss).backward(); ewc.add_penalty_grad_(scaler.get_scale())
         """
@@ -183,12 +194,14 @@ class EWC:
         loss_scale: float = 1.0,
         labels: str = "empirical",
     ) -> Iterator[FisherPass]:
-        """Backward passes inside the block add to the Fisher of the current task; several blocks before `consolidate` add up.
+        """Backward passes inside the block add to the Fisher of the current task; several blocks before
+        `consolidate` add up.
 
-        reduction is that of the loss over samples; batch_size the samples per batch where it is not the leading dimension of every
-        layer's input (set `.batch_size` on the block's value when it varies); loss_scale the factor on the loss; labels is only
-        recorded. Train or eval mode is the caller's choice. Compiled models run eagerly inside. At the end every adapted layer must
-        have been reached, else `TargetError` or `FisherError`; an exception or non-finite values discard what the block gathered.
+        reduction is that of the loss over samples; batch_size the samples per batch where it is not the
+        leading dimension of every layer's input (set `.batch_size` on the block's value when it varies);
+        loss_scale the factor on the loss; labels is only recorded. Train or eval mode is the caller's choice.
+        Compiled models run eagerly inside. At the end every adapted layer must have been reached, else
+        `TargetError` or `FisherError`; an exception or non-finite values discard what the block gathered.
 
         >>> with ewc.accumulate_fisher():
         ...     for x, y in loader: criterion(model(x), y).backward()
@@ -220,13 +233,15 @@ class EWC:
         batch_size_fn: Callable[[Any], int] = passes.batch_size_of,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Adds the Fisher of the data in `loader` to the current task's, in eval mode; modes and gradients are restored.
+        """Adds the Fisher of the data in `loader` to the current task's, in eval mode; modes and gradients
+        are restored.
 
-        Batches are (x, y), x, or mappings for model(**batch) with targets "labels"; `forward(model, batch)` -> (output, targets)
-        adapts others. loss_fn(output, y) is a mean over samples (reduction "mean"; or "sum"); None takes output.loss if there is one,
-        else -log p(y). labels: "empirical"; "sampled", y ~ softmax(logits_fn(output)) with `generator`; "exact", the
-        expectation over classes of -log p, one backward per class, without loss_fn. Raises `FisherError` for an empty loader or
-        non-finite values and `TargetError` for layers that never ran; what this call gathered is then discarded.
+        Batches are (x, y), x, or mappings for model(**batch) with targets "labels"; `forward(model, batch)`
+        -> (output, targets) adapts others. loss_fn(output, y) is a mean over samples (reduction "mean"; or
+        "sum"); None takes output.loss if there is one, else -log p(y). labels: "empirical"; "sampled", y ~
+        softmax(logits_fn(output)) with `generator`; "exact", the expectation over classes of -log p, one
+        backward per class, without loss_fn. Raises `FisherError` for an empty loader or non-finite values and
+        `TargetError` for layers that never ran; what this call gathered is then discarded.
 
         >>> ewc.estimate_fisher(loader, torch.nn.functional.cross_entropy, labels="sampled")
         """
@@ -256,10 +271,12 @@ class EWC:
                 passing.samples += samples
 
     def consolidate(self, gamma: float | None = None) -> None:
-        """Ends a task: F <- gamma F + F_task, W <- W + B diag(s) A (fp32 sum, one rounding), A and B reset; all or nothing.
+        """Ends a task: F <- gamma F + F_task, W <- W + B diag(s) A (fp32 sum, one rounding), A and B reset;
+        all or nothing.
 
-        The model computes what it computed before, to one rounding of W. Raises `FisherError` when the task has no Fisher or a new
-        value is not finite, `TargetError` for merged or tied weights; weights, Fishers, adapters and counters are then as they were.
+        The model computes what it computed before, to one rounding of W. Raises `FisherError` when the task
+        has no Fisher or a new value is not finite, `TargetError` for merged or tied weights; weights,
+        Fishers, adapters and counters are then as they were.
 
         >>> ewc.estimate_fisher(loader, criterion); ewc.consolidate()
         """
@@ -267,7 +284,8 @@ class EWC:
         for name, layer in self.layers.items():
             if layer.merged:
                 raise TargetError(
-                    f"{name}: its adapter is merged into the base weight; call unmerge(model) before consolidate"
+                    f"{name}: its adapter is merged into the base weight; call unmerge(model) before "
+                    "consolidate"
                 )
             if layer.fisher_capture is not None:
                 raise FisherError(f"{name}: a Fisher pass is active; leave its block before consolidate")
@@ -304,14 +322,16 @@ class EWC:
         return {"fisher_mode": self.fisher_mode, "merge_mode": self.merge_mode, "update": self.update}
 
     def state_dict(self) -> dict[str, Any]:
-        """{"tensors": Fishers and, with merge_mode "factors", the factor sums; "config": how they were made}. Tensors are not copied.
+        """{"tensors": Fishers and, with merge_mode "factors", the factor sums; "config": how they were made}.
+        Tensors are not copied.
 
         >>> torch.save(ewc.state_dict(), "ewc.pt")
         """
         return dump(self._state, self._settings())
 
     def parse_state(self, saved: Mapping[str, Any]) -> EWCState:
-        """The validated state in `saved`, not yet taken over; raises `FisherError` naming what does not fit."""
+        """The validated state in `saved`, not yet taken over; raises `FisherError` naming what does not
+        fit."""
         shapes = {}
         for slot in self._slots:
             a, b = slot.factors()
@@ -319,9 +339,11 @@ class EWC:
         return parse(saved, Expected(shapes, self._settings(), self.check_finite))
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Takes over a `state_dict()` of an EWC with the same settings and adapters; nothing changes unless all of it fits.
+        """Takes over a `state_dict()` of an EWC with the same settings and adapters; nothing changes unless
+        all of it fits.
 
-        The state of the model (weights, adapters) is the model's own and loaded by itself. Raises `FisherError`.
+        The state of the model (weights, adapters) is the model's own and loaded by itself. Raises
+        `FisherError`.
 
         >>> ewc.load_state_dict(torch.load("ewc.pt", weights_only=True))
         """
@@ -330,7 +352,8 @@ class EWC:
             self.take_over(parsed, change)
 
     def take_over(self, parsed: EWCState, change: Transaction) -> None:
-        """Copies a parsed state in, on the devices of the layers; Fishers that exist already are updated in place through `change`."""
+        """Copies a parsed state in, on the devices of the layers; Fishers that exist already are updated in
+        place through `change`."""
         devices = {slot.key: slot.layer.weight.device for slot in self._slots}
         new = parsed.copied(devices, self.fisher_dtype)
         if self._state.fishers and new.fishers:

@@ -35,7 +35,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def default_forward(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
-    """(output, targets) of a batch: a mapping calls model(**batch) with targets batch["labels"]; (x, y) calls model(x)."""
+    """(output, targets) of a batch: a mapping calls model(**batch) with targets batch["labels"]; (x, y) calls
+    model(x)."""
     if isinstance(batch, Mapping):
         return model(**batch), batch.get("labels")
     if isinstance(batch, Tensor):
@@ -62,7 +63,8 @@ def default_logits(output: Any) -> Tensor:
 
 
 def negative_log_likelihood(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """-log p(targets) of logits `[N, ..., C]`, summed over the positions of a sample (negative targets do not count).
+    """-log p(targets) of logits `[N, ..., C]`, summed over the positions of a sample (negative targets do not
+    count).
 
     The mean or sum is over the N samples, not over positions: log p(y_n | x_n) is a sum over its tokens.
     """
@@ -112,7 +114,8 @@ def batch_size_of(batch: Batch) -> int:
 
 
 def sample_labels(logits: Tensor, targets: Any, generator: torch.Generator | None) -> Tensor:
-    """y ~ softmax(logits) over the last dimension; positions whose given target is negative (ignored) keep it."""
+    """y ~ softmax(logits) over the last dimension; positions whose given target is negative (ignored) keep
+    it."""
     probabilities = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
     flat = probabilities.flatten(0, -2)
     if not bool(torch.isfinite(flat).all()):
@@ -129,8 +132,8 @@ def sample_labels(logits: Tensor, targets: Any, generator: torch.Generator | Non
 def exact_terms(logits: Tensor) -> Iterator[Tensor]:
     """One scalar per class c, sum_n sqrt(p_nc) log p_nc with the weights detached.
 
-    The gradient of sample n is sqrt(p_nc) grad log p_nc, so squares add up to sum_c p_nc (grad log p_nc)^2: the exact Fisher
-    of n in C backward passes (the identity used by mammoth's second-order methods).
+    The gradient of sample n is sqrt(p_nc) grad log p_nc, so squares add up to sum_c p_nc (grad log p_nc)^2:
+    the exact Fisher of n in C backward passes (the identity used by mammoth's second-order methods).
     """
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)  # [N, C]
     weights = log_p.detach().exp().sqrt()
@@ -145,8 +148,9 @@ def exact_terms(logits: Tensor) -> Iterator[Tensor]:
 class LabelPolicy:
     """How the loss of a batch is formed.
 
-    labels: `"empirical"` (the given targets), `"sampled"` (y ~ p(.|x), an unbiased estimate of the true Fisher) or `"exact"` (the
-    expectation over classes, one backward pass per class; always -log p of `logits_fn(output)`, so `loss_fn` is not called).
+    labels: `"empirical"` (the given targets), `"sampled"` (y ~ p(.|x), an unbiased estimate of the true
+    Fisher) or `"exact"` (the expectation over classes, one backward pass per class; always -log p of
+    `logits_fn(output)`, so `loss_fn` is not called).
     """
 
     labels: str
@@ -221,7 +225,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gradients_untouched(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Parameters have no `.grad` inside and get back the very tensors they had; yields a function that clears them."""
+    """Parameters have no `.grad` inside and get back the very tensors they had; yields a function that clears
+    them."""
     held = [(parameter, parameter.grad) for parameter in model.parameters()]
 
     def clear() -> None:
@@ -242,7 +247,8 @@ def check_labels(labels: str, mode: str) -> None:
         raise ArgumentError(f"labels: expected one of {LABELS}, got {labels!r}")
     if labels == "exact" and mode != "sample":
         raise ArgumentError(
-            "labels: expected 'empirical' or 'sampled' with fisher_mode='batch', got 'exact', a per-sample quantity"
+            "labels: expected 'empirical' or 'sampled' with fisher_mode='batch', got 'exact', a per-sample "
+            "quantity"
         )
 
 
