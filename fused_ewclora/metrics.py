@@ -1,0 +1,202 @@
+"""Continual-learning metrics from an accuracy matrix, every one under a name that says how it is averaged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from .errors import ArgumentError
+
+PROTOCOLS = ("class_incremental", "task_aware")
+AVERAGES = ("sample_weighted", "task_mean")
+
+
+class ContinualMetrics:
+    """Accuracy matrices of one continual run, and the metrics of it.
+
+    `a[t][i]` is the accuracy on the test set of task `i` (of `n_i` samples) after training task `t`, `i <= t`,
+    once where all heads compete (`class_incremental`) and, if given, once where the task is known (`task_aware`).
+    Accuracies keep the unit they come in (0..1 or 0..100); `scale` is the value of a perfect score.
+
+    Formulas (Lopez-Paz & Ranzato 2017; Chaudhry et al. 2018), `T` tasks seen, `D_i = a[i][i]`:
+
+        A_t              sample_weighted: sum_{i<=t} n_i a[t][i] / sum_{i<=t} n_i, task_mean: mean_{i<=t} a[t][i]
+        A_last, A_avg    A_T, and the mean of A_1 .. A_T
+        bwt              mean_{i<T}(a[T][i] - D_i)
+        forgetting_max   mean_{i<T}(max_{t<T} a[t][i] - a[T][i])
+        stability        scale - forgetting_max
+        stability_ratio  mean_{i<T}(a[T][i] / D_i)
+        plasticity_cil   mean_i D_i, class-incremental
+        plasticity_til   mean_i D_i, task-aware
+
+    Raises `ArgumentError` for NaN, entries outside `[0, scale]`, rows of the wrong length and missing data.
+
+    Example::
+
+        m = ContinualMetrics.from_matrix([[0.9], [0.6, 0.8]], test_sizes=[100, 300])
+        m.bwt(), m.A_last("sample_weighted")    # (-0.3, 0.75)
+    """
+
+    def __init__(self, test_sizes: Sequence[int], scale: float = 1.0) -> None:
+        if not len(test_sizes):
+            raise ArgumentError("test_sizes: expected one size per task, got an empty sequence")
+        for i, n in enumerate(test_sizes):
+            if isinstance(n, bool) or int(n) != n or n < 1:
+                raise ArgumentError(f"test_sizes[{i}]: expected an integer >= 1, got {n!r}")
+        if not (math.isfinite(scale) and scale > 0):
+            raise ArgumentError(f"scale: expected a finite number > 0, got {scale!r}")
+        self.test_sizes = [int(n) for n in test_sizes]
+        self.scale = float(scale)
+        self._rows: dict[str, list[list[float]]] = {name: [] for name in PROTOCOLS}
+
+    @classmethod
+    def from_matrix(
+        cls,
+        class_incremental: Iterable[Sequence[float]],
+        test_sizes: Sequence[int],
+        task_aware: Iterable[Sequence[float]] | None = None,
+        scale: float = 1.0,
+    ) -> ContinualMetrics:
+        """Build from rows of `t + 1` entries, or from square matrices, where `i > t` is ignored."""
+        metrics = cls(test_sizes, scale)
+        rows = [list(row)[: t + 1] for t, row in enumerate(class_incremental)]
+        aware = None if task_aware is None else [list(row)[: t + 1] for t, row in enumerate(task_aware)]
+        if aware is not None and len(aware) != len(rows):
+            raise ArgumentError(
+                f"task_aware: expected {len(rows)} rows as in class_incremental, got {len(aware)}"
+            )
+        for t, row in enumerate(rows):
+            metrics.add(row, None if aware is None else aware[t])
+        return metrics
+
+    def add(self, class_incremental: Sequence[float], task_aware: Sequence[float] | None = None) -> None:
+        """Append the accuracies after one more task `t`: entry `i` belongs to task `i`, `i = 0 .. t`."""
+        t = self.tasks_seen
+        if t == len(self.test_sizes):
+            raise ArgumentError(f"class_incremental: all {t} tasks of test_sizes already have a row")
+        if t and (task_aware is not None) != bool(self._rows["task_aware"]):
+            raise ArgumentError("task_aware: give it for every task or for none")
+        row = self._checked("class_incremental", class_incremental, t)
+        aware = None if task_aware is None else self._checked("task_aware", task_aware, t)
+        self._rows["class_incremental"].append(row)
+        if aware is not None:
+            self._rows["task_aware"].append(aware)
+
+    def _checked(self, name: str, row: Sequence[float], t: int) -> list[float]:
+        if len(row) != t + 1:
+            raise ArgumentError(
+                f"{name}: row of task {t}: expected {t + 1} accuracies (tasks 0..{t}), got {len(row)}"
+            )
+        values = [math.nan if v is None else float(v) for v in row]
+        for i, value in enumerate(values):
+            if not 0.0 <= value <= self.scale:
+                raise ArgumentError(
+                    f"{name}: accuracy on task {i} after task {t}: "
+                    f"expected a number in [0, {self.scale:g}], got {row[i]!r}"
+                )
+        return values
+
+    @property
+    def tasks_seen(self) -> int:
+        """Number of rows so far."""
+        return len(self._rows["class_incremental"])
+
+    @property
+    def has_task_aware(self) -> bool:
+        """Whether task-aware accuracies were given."""
+        return bool(self._rows["task_aware"])
+
+    def matrix(self, protocol: str = "class_incremental") -> np.ndarray:
+        """Accuracies `[T, T]`, fp64, NaN above the diagonal (those tasks were not trained yet)."""
+        rows = self._get(protocol)
+        out = np.full((len(rows), len(rows)), np.nan)
+        for t, row in enumerate(rows):
+            out[t, : t + 1] = row
+        return out
+
+    def _get(self, protocol: str, minimum: int = 1) -> list[list[float]]:
+        if protocol not in PROTOCOLS:
+            raise ArgumentError(f"protocol: expected one of {PROTOCOLS}, got {protocol!r}")
+        rows = self._rows[protocol]
+        if not rows and self.tasks_seen:
+            raise ArgumentError(f"{protocol}: no {protocol} accuracies were given to this object")
+        if len(rows) < minimum:
+            raise ArgumentError(f"{protocol}: this metric needs at least {minimum} tasks, got {len(rows)}")
+        return rows
+
+    def A(self, t: int, average: str = "sample_weighted", protocol: str = "class_incremental") -> float:
+        """Accuracy over the tasks seen after task `t` (0-based)."""
+        rows = self._get(protocol)
+        if average not in AVERAGES:
+            raise ArgumentError(f"average: expected one of {AVERAGES}, got {average!r}")
+        if not 0 <= t < len(rows):
+            raise ArgumentError(f"t: expected a task in 0..{len(rows) - 1}, got {t}")
+        weights = self.test_sizes[: t + 1] if average == "sample_weighted" else None
+        return float(np.average(rows[t], weights=weights))
+
+    def curve(self, average: str = "sample_weighted", protocol: str = "class_incremental") -> list[float]:
+        """`[A_1, .., A_T]`."""
+        return [self.A(t, average, protocol) for t in range(len(self._get(protocol)))]
+
+    def A_last(self, average: str = "sample_weighted", protocol: str = "class_incremental") -> float:
+        """`A_T`, the accuracy after the last task."""
+        return self.curve(average, protocol)[-1]
+
+    def A_avg(self, average: str = "sample_weighted", protocol: str = "class_incremental") -> float:
+        """Mean of `A_1 .. A_T` (also called average incremental accuracy)."""
+        return float(np.mean(self.curve(average, protocol)))
+
+    def bwt(self, protocol: str = "class_incremental") -> float:
+        """Backward transfer `mean_{i<T}(a[T][i] - a[i][i])`; negative when earlier tasks were forgotten."""
+        rows = self._get(protocol, minimum=2)
+        return float(np.mean([rows[-1][i] - rows[i][i] for i in range(len(rows) - 1)]))
+
+    def forgetting_max(self, protocol: str = "class_incremental") -> float:
+        """`mean_{i<T}(max_{t<T} a[t][i] - a[T][i])`: the drop from the best accuracy before the last task."""
+        rows = self._get(protocol, minimum=2)
+        last = len(rows) - 1
+        return float(np.mean([max(rows[t][i] for t in range(i, last)) - rows[last][i] for i in range(last)]))
+
+    def stability(self, protocol: str = "class_incremental") -> float:
+        """`scale - forgetting_max`: the perfect score less what was forgotten."""
+        return self.scale - self.forgetting_max(protocol)
+
+    def stability_ratio(self, protocol: str = "class_incremental") -> float:
+        """`mean_{i<T}(a[T][i] / a[i][i])`; undefined (an error) for a task that was never learned at all."""
+        rows = self._get(protocol, minimum=2)
+        for i in range(len(rows) - 1):
+            if rows[i][i] == 0.0:
+                raise ArgumentError(f"stability_ratio: accuracy on task {i} right after training it is 0")
+        return float(np.mean([rows[-1][i] / rows[i][i] for i in range(len(rows) - 1)]))
+
+    def plasticity_cil(self) -> float:
+        """Mean class-incremental accuracy on each task right after learning it."""
+        return self._diagonal_mean("class_incremental")
+
+    def plasticity_til(self) -> float:
+        """Mean task-aware accuracy on each task right after learning it."""
+        return self._diagonal_mean("task_aware")
+
+    def _diagonal_mean(self, protocol: str) -> float:
+        return float(np.mean([row[-1] for row in self._get(protocol)]))
+
+    def summary(self) -> dict[str, dict[str, float | None]]:
+        """Every metric by protocol and name; `None` where one is undefined (one task, or an accuracy of 0)."""
+        out: dict[str, dict[str, float | None]] = {}
+        for protocol in PROTOCOLS[: 1 + self.has_task_aware]:
+            rows = self._get(protocol)
+            values: dict[str, float | None] = {}
+            for average in AVERAGES:
+                values[f"A_last_{average}"] = self.A_last(average, protocol)
+                values[f"A_avg_{average}"] = self.A_avg(average, protocol)
+            enough = len(rows) > 1
+            ratio_defined = enough and all(rows[i][i] for i in range(len(rows) - 1))
+            values["bwt"] = self.bwt(protocol) if enough else None
+            values["forgetting_max"] = self.forgetting_max(protocol) if enough else None
+            values["stability"] = self.stability(protocol) if enough else None
+            values["stability_ratio"] = self.stability_ratio(protocol) if ratio_defined else None
+            values["plasticity"] = self._diagonal_mean(protocol)
+            out[protocol] = values
+        return out

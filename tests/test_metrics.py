@@ -1,0 +1,161 @@
+"""Metrics against matrices worked out by hand, and properties that hold for every matrix."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fused_ewclora.errors import ArgumentError
+from fused_ewclora.metrics import ContinualMetrics
+
+CIL = [[90.0], [60.0, 80.0], [70.0, 40.0, 50.0]]
+TIL = [[90.0], [80.0, 90.0], [85.0, 88.0, 95.0]]
+SIZES = [100, 300, 600]
+Case = tuple[list[list[float]], list[int]]  # rows and test sizes
+
+
+@pytest.fixture
+def metrics() -> ContinualMetrics:
+    return ContinualMetrics.from_matrix(CIL, SIZES, TIL, scale=100.0)
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> Case:
+    tasks = draw(st.integers(2, 6))
+    unit = st.floats(0.0, 1.0, allow_nan=False)
+    rows = [draw(st.lists(unit, min_size=t + 1, max_size=t + 1)) for t in range(tasks)]
+    return rows, draw(st.lists(st.integers(1, 5000), min_size=tasks, max_size=tasks))
+
+
+def test_named_metrics_match_hand_computation(metrics: ContinualMetrics) -> None:
+    assert metrics.curve("task_mean") == pytest.approx([90.0, 70.0, 160.0 / 3])
+    assert metrics.curve("sample_weighted") == pytest.approx(
+        [90.0, (6000 + 24000) / 400, (7000 + 12000 + 30000) / 1000]
+    )
+    assert metrics.A_last("sample_weighted") == pytest.approx(49.0)
+    assert metrics.A_avg("sample_weighted") == pytest.approx((90 + 75 + 49) / 3)
+    assert metrics.bwt() == pytest.approx(((70 - 90) + (40 - 80)) / 2)
+    assert metrics.forgetting_max() == pytest.approx(((90 - 70) + (80 - 40)) / 2)
+    assert metrics.stability() == pytest.approx(70.0)
+    assert metrics.stability_ratio() == pytest.approx((70 / 90 + 40 / 80) / 2)
+    assert metrics.plasticity_cil() == pytest.approx((90 + 80 + 50) / 3)
+    assert metrics.plasticity_til() == pytest.approx((90 + 90 + 95) / 3)
+    assert metrics.bwt("task_aware") == pytest.approx(((85 - 90) + (88 - 90)) / 2)
+
+
+def test_forgetting_max_uses_the_best_row_before_the_last_not_the_diagonal() -> None:
+    m = ContinualMetrics.from_matrix([[0.5], [0.9, 0.7], [0.6, 0.7, 0.1]], [1, 1, 1])
+    assert m.forgetting_max() == pytest.approx(0.15)
+    assert m.bwt() == pytest.approx(0.05)
+
+
+def test_forgetting_max_is_negative_when_the_last_row_is_the_best() -> None:
+    assert ContinualMetrics.from_matrix([[0.5], [0.8, 0.1]], [1, 1]).forgetting_max() == pytest.approx(-0.3)
+
+
+@given(matrices())
+def test_equal_sizes_make_both_averages_agree(case: Case) -> None:
+    rows, _ = case
+    m = ContinualMetrics.from_matrix(rows, [7] * len(rows))
+    assert m.curve("sample_weighted") == pytest.approx(m.curve("task_mean"))
+
+
+@given(matrices())
+def test_forgetting_is_at_least_minus_bwt_and_values_are_bounded(case: Case) -> None:
+    rows, sizes = case
+    m = ContinualMetrics.from_matrix(rows, sizes)
+    assert m.forgetting_max() >= -m.bwt() - 1e-12
+    assert -1.0 <= m.bwt() <= 1.0
+    for average in ("sample_weighted", "task_mean"):
+        for t, value in enumerate(m.curve(average)):
+            assert min(rows[t]) - 1e-12 <= value <= max(rows[t]) + 1e-12
+
+
+@given(matrices(), st.floats(1.0, 100.0))
+def test_metrics_scale_with_the_unit_of_accuracy(case: Case, unit: float) -> None:
+    rows, sizes = case
+    small = ContinualMetrics.from_matrix(rows, sizes).summary()["class_incremental"]
+    large = ContinualMetrics.from_matrix(
+        [[min(v * unit, unit) for v in row] for row in rows], sizes, scale=unit
+    ).summary()["class_incremental"]
+    for name, value in small.items():
+        factor = 1.0 if name == "stability_ratio" else unit
+        if name == "stability_ratio" and min(row[-1] for row in rows) < 1e-100:
+            continue  # undefined at 0, and overflows just above it
+        assert value is not None
+        assert large[name] == pytest.approx(value * factor, rel=1e-9, abs=1e-9 * unit), name
+
+
+@given(matrices())
+def test_entries_above_the_diagonal_are_ignored(case: Case) -> None:
+    rows, sizes = case
+    square = np.full((len(rows), len(rows)), np.nan)
+    for t, row in enumerate(rows):
+        square[t, : t + 1] = row
+    m = ContinualMetrics.from_matrix(square.tolist(), sizes)
+    assert m.summary() == ContinualMetrics.from_matrix(rows, sizes).summary()
+    np.testing.assert_array_equal(m.matrix(), square)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -0.1, 1.5, None])
+def test_impossible_accuracies_are_refused_and_nothing_is_added(bad: float | None) -> None:
+    m = ContinualMetrics([10, 10])
+    m.add([0.5], [0.5])
+    with pytest.raises(ArgumentError, match=r"task_aware: accuracy on task 1 after task 1.*\[0, 1\]"):
+        m.add([0.5, 0.5], [0.5, bad])  # type: ignore[list-item]
+    assert m.tasks_seen == 1
+    assert m.matrix("task_aware").shape == (1, 1)
+
+
+def test_rows_of_the_wrong_length_are_refused() -> None:
+    m = ContinualMetrics([10, 10])
+    m.add([0.5])
+    with pytest.raises(ArgumentError, match=r"expected 2 accuracies \(tasks 0\.\.1\), got 1"):
+        m.add([0.5])
+    m.add([0.5, 0.5])
+    with pytest.raises(ArgumentError, match="all 2 tasks"):
+        m.add([0.5, 0.5, 0.5])
+
+
+def test_missing_data_is_named(metrics: ContinualMetrics) -> None:
+    only_cil = ContinualMetrics.from_matrix(CIL, SIZES, scale=100.0)
+    with pytest.raises(ArgumentError, match="no task_aware accuracies"):
+        only_cil.plasticity_til()
+    with pytest.raises(ArgumentError, match="at least 1 tasks, got 0"):
+        ContinualMetrics([5]).A_last()
+    with pytest.raises(ArgumentError, match="at least 2 tasks, got 1"):
+        ContinualMetrics.from_matrix([[0.5]], [5]).bwt()
+    with pytest.raises(ArgumentError, match="every task or for none"):
+        mixed = ContinualMetrics([5, 5])
+        mixed.add([0.5], [0.5])
+        mixed.add([0.5, 0.5])
+    with pytest.raises(ArgumentError, match="expected 3 rows"):
+        ContinualMetrics.from_matrix(CIL, SIZES, TIL[:2], scale=100.0)
+    with pytest.raises(ArgumentError, match="right after training it is 0"):
+        ContinualMetrics.from_matrix([[0.0], [0.5, 0.5]], [1, 1]).stability_ratio()
+
+
+def test_bad_arguments_are_named(metrics: ContinualMetrics) -> None:
+    with pytest.raises(ArgumentError, match="protocol"):
+        metrics.bwt("cil")
+    with pytest.raises(ArgumentError, match="average"):
+        metrics.A_last("mean")
+    with pytest.raises(ArgumentError, match=r"t: expected a task in 0\.\.2, got 3"):
+        metrics.A(3)
+    for sizes in ([], [0], [1.5], [-3], [True]):
+        with pytest.raises(ArgumentError, match="test_sizes"):
+            ContinualMetrics(sizes)
+    for scale in (0.0, math.nan, math.inf, -1.0):
+        with pytest.raises(ArgumentError, match="scale"):
+            ContinualMetrics([1], scale=scale)
+
+
+def test_summary_of_one_task_has_no_backward_transfer() -> None:
+    summary = ContinualMetrics.from_matrix([[0.5]], [5]).summary()
+    assert list(summary) == ["class_incremental"]
+    assert summary["class_incremental"]["bwt"] is None
+    assert summary["class_incremental"]["A_last_task_mean"] == 0.5
