@@ -97,6 +97,7 @@ def new_weights(slots: list[Slot], factors: Mapping[str, Factors]) -> list[tuple
 def consolidate(
     state: EWCState,
     slots: list[Slot],
+    change: Transaction,
     *,
     gamma: float,
     update: str,
@@ -105,8 +106,8 @@ def consolidate(
     check_finite: bool,
     generator: torch.Generator | None,
 ) -> EWCState:
-    """The state after the task; weights, cumulative Fishers and adapters are updated in place, all of them or
-    none."""
+    """The state after the task; weights, Fishers and adapters are updated in place through `change`, all of
+    them or none."""
     task = state.task
     if task is None:
         raise FisherError(
@@ -127,20 +128,21 @@ def consolidate(
     weights = new_weights(slots, factors)
     if check_finite:
         _check(slots, fishers, weights)
-    adapters = [tensor for slot in slots for tensor in slot.factors()]
-    with Transaction() as change:
-        for weight, value in weights:
-            change.copy_(weight, value)
-        for key, old in state.fishers.items():
-            change.copy_(old, fishers[key])
-        for tensor in adapters:
-            change.remember(tensor)
-        for layer in dict.fromkeys(slot.layer for slot in slots):
-            layer.reset_adapters(generator)
-    for layer in dict.fromkeys(slot.layer for slot in slots):
-        layer.consolidated_tasks += 1
     record = TaskRecord("+".join(task.labels), task.samples, task.batch_size, gamma)
-    return EWCState(state.fishers or fishers, factors, (*state.history, record), None)
+    after = EWCState(state.fishers or fishers, factors, (*state.history, record), None)
+    layers = list(dict.fromkeys(slot.layer for slot in slots))
+    for weight, value in weights:
+        change.copy_(weight, value)
+    for key, old in state.fishers.items():
+        change.copy_(old, fishers[key])
+    for slot in slots:
+        for tensor in slot.factors():
+            change.remember(tensor)
+    for layer in layers:
+        layer.reset_adapters(generator)
+    for layer in layers:
+        layer.consolidated_tasks += 1
+    return after
 
 
 def _check(slots: list[Slot], fishers: Mapping[str, Tensor], weights: list[tuple[Tensor, Tensor]]) -> None:

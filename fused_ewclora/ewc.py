@@ -173,7 +173,9 @@ class EWC:
         """
         if not self._state.fishers:
             device = next(iter(self.layers.values())).weight.device
-            return torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
+            # A leaf, so that .backward() works on it alone; torch.compile has no leaves inside its graphs.
+            leaf = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            return torch.zeros((), device=device, requires_grad=leaf)
         return FE.ewc_penalty(*self._operands(), self.ewc_lambda)
 
     def add_penalty_grad_(self, grad_scale: float | Tensor = 1.0) -> Tensor:
@@ -290,16 +292,18 @@ class EWC:
             if layer.fisher_capture is not None:
                 raise FisherError(f"{name}: a Fisher pass is active; leave its block before consolidate")
         check_mergeable(self.model)
-        self._state = consolidate(
-            self._state,
-            self._slots,
-            gamma=gamma,
-            update=self.update,
-            merge_mode=self.merge_mode,
-            fisher_dtype=self.fisher_dtype,
-            check_finite=self.check_finite,
-            generator=self.generator,
-        )
+        with Transaction() as change:
+            self._state = consolidate(
+                self._state,
+                self._slots,
+                change,
+                gamma=gamma,
+                update=self.update,
+                merge_mode=self.merge_mode,
+                fisher_dtype=self.fisher_dtype,
+                check_finite=self.check_finite,
+                generator=self.generator,
+            )
 
     def end_task(
         self,

@@ -31,7 +31,11 @@ def products(model) -> dict[str, Tensor]:
 def explicit_penalty(ewc, model) -> Tensor:
     """(lambda/2) sum F (B diag(s) A)^2, written out."""
     delta = products(model)
-    return 0.5 * ewc.ewc_lambda * sum((ewc.fishers[key].to(delta[key].dtype) * delta[key] ** 2).sum() for key in KEYS)
+    return (
+        0.5
+        * ewc.ewc_lambda
+        * sum((ewc.fishers[key].to(delta[key].dtype) * delta[key] ** 2).sum() for key in KEYS)
+    )
 
 
 def after_one_task(**options) -> tuple:
@@ -58,7 +62,9 @@ def test_penalty_is_exactly_zero_in_the_first_task_and_can_be_backpropagated():
     (loss + ewc.penalty()).backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert ewc.add_penalty_grad_().item() == 0.0
-    assert grads and all(torch.equal(p.grad, grads[name]) for name, p in model.named_parameters() if name in grads)
+    assert grads and all(
+        torch.equal(p.grad, grads[name]) for name, p in model.named_parameters() if name in grads
+    )
 
 
 @pytest.mark.parametrize("lora_alpha", [None, 3.0])
@@ -79,7 +85,9 @@ def test_penalty_is_one_call_for_all_adapters(monkeypatch):
     _, ewc = after_one_task()
     calls = []
     original = FE.ewc_penalty
-    monkeypatch.setattr(FE, "ewc_penalty", lambda *args, **kw: calls.append(len(args[0])) or original(*args, **kw))
+    monkeypatch.setattr(
+        FE, "ewc_penalty", lambda *args, **kw: calls.append(len(args[0])) or original(*args, **kw)
+    )
     ewc.penalty()
     assert calls == [len(KEYS)]
 
@@ -104,7 +112,9 @@ def test_adding_gradients_equals_scaled_backward(grad_scale):
     assert not value.requires_grad and torch.equal(value, penalty.detach())
     for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
         if theirs.grad is not None:
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12 * float(theirs.grad.abs().max()), msg=name)
+            torch.testing.assert_close(
+                ours.grad, theirs.grad, rtol=1e-12, atol=1e-12 * float(theirs.grad.abs().max()), msg=name
+            )
 
 
 def test_a_grad_scaler_restores_lambda():
@@ -127,7 +137,9 @@ def test_consolidation_keeps_the_function_to_one_rounding_of_the_weight(dtype, m
     x, y = data(6, dtype=dtype)
     before = model(x).detach().double()
     exact = {name: _exact_weight(model.get_submodule(name)) for name in ("qkv", "fc")}
-    ewc = EWC(model, merge_mode=merge_mode, fisher_dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    ewc = EWC(
+        model, merge_mode=merge_mode, fisher_dtype=torch.float64 if dtype == torch.float64 else torch.float32
+    )
     ewc.end_task([(x, y)], F.cross_entropy)
     for name, weight in exact.items():
         layer = model.get_submodule(name)
@@ -157,7 +169,11 @@ def test_rows_without_an_adapter_never_change():
     assert torch.equal(model.qkv.weight[:WIDTH], before)
 
 
-@given(gamma=st.sampled_from([0.0, 0.3, 0.9, 1.0]), update=st.sampled_from(["sum", "convex"]), override=st.booleans())
+@given(
+    gamma=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+    update=st.sampled_from(["sum", "convex"]),
+    override=st.booleans(),
+)
 def test_two_tasks_follow_the_recursion(gamma, update, override):
     """F = gamma F_1 + F_2, or gamma F_1 + (1 - gamma) F_2; F_t from a fresh controller on the same model."""
     model = adapted()
@@ -174,7 +190,9 @@ def test_two_tasks_follow_the_recursion(gamma, update, override):
         randomise(model)
     weight = 1.0 if update == "sum" else 1.0 - gamma
     for key in KEYS:
-        torch.testing.assert_close(ewc.fishers[key], gamma * alone[0][key] + weight * alone[1][key], rtol=1e-14, atol=0.0)
+        torch.testing.assert_close(
+            ewc.fishers[key], gamma * alone[0][key] + weight * alone[1][key], rtol=1e-14, atol=0.0
+        )
     assert [record.gamma for record in ewc.history] == [gamma, gamma] and ewc.tasks == 2
 
 
@@ -250,7 +268,10 @@ def test_the_generator_decides_the_next_adapters():
 
 
 def test_bf16_fisher_is_the_fp32_one_rounded_once_per_task():
-    ewcs = [after_one_task(dtype=torch.float32, fisher_dtype=dtype)[1] for dtype in (torch.float32, torch.bfloat16)]
+    ewcs = [
+        after_one_task(dtype=torch.float32, fisher_dtype=dtype)[1]
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
     for key in KEYS:
         assert ewcs[1].fishers[key].dtype == torch.bfloat16
         assert torch.equal(ewcs[1].fishers[key], ewcs[0].fishers[key].bfloat16())
@@ -318,7 +339,9 @@ def test_compiled_models_give_the_same_fisher_and_compiled_penalties_the_same_va
         torch.manual_seed(3)
         randomise(one)
     assert all(torch.equal(ewcs[0].fishers[key], ewcs[1].fishers[key]) for key in KEYS)
-    step = torch.compile(lambda a: F.cross_entropy(model(a), y) + ewcs[0].penalty(), backend="aot_eager", fullgraph=True)
+    step = torch.compile(
+        lambda a: F.cross_entropy(model(a), y) + ewcs[0].penalty(), backend="aot_eager", fullgraph=True
+    )
     torch.testing.assert_close(step(x), F.cross_entropy(model(x), y) + ewcs[0].penalty())
 
 
@@ -332,3 +355,13 @@ def test_module_is_part_of_the_public_names():
     import fused_ewclora as fe
 
     assert fe.EWC is ewc_module.EWC and fe.convert_lambda is convert_lambda
+
+
+def test_the_first_task_compiles_without_a_graph_break():
+    model = adapted(dtype=torch.float32)
+    ewc = EWC(model)
+    x, y = data(3, dtype=torch.float32)
+    step = torch.compile(
+        lambda a: F.cross_entropy(model(a), y) + ewc.penalty(), backend="aot_eager", fullgraph=True
+    )
+    torch.testing.assert_close(step(x), F.cross_entropy(model(x), y))

@@ -30,7 +30,8 @@ def consolidated(model, loader, loss_fn=F.cross_entropy, mode="sample", dtype=to
 
 
 def assert_close(actual, expected, eps=EPS):
-    """Sums of a few hundred products whose gradients passed through about 10 layers: 1e3 roundings of the largest entry."""
+    """Sums of a few hundred products whose gradients passed through about 10 layers: 1e3 roundings of the
+    largest entry."""
     for key, value in expected.items():
         tolerance = 1e3 * eps * float(value.abs().max())
         error = float((actual[key] - value).abs().max())
@@ -256,7 +257,8 @@ def test_batches_of_every_common_form_give_the_same_fisher():
     forms = {
         "list": ([list(part) for part in parts], adapted(), F.cross_entropy, {}),
         "default loss": (parts, adapted(), None, {}),
-        "forward": ([(y, x) for x, y in parts], adapted(), F.cross_entropy, {"forward": lambda m, b: (m(b[1]), b[0])}),
+        "forward": ([(y, x) for x, y in parts], adapted(), F.cross_entropy, "
+        "{"forward": lambda m, b: (m(b[1]), b[0])}),
     }
     for form, (loader, model, loss_fn, options) in forms.items():
         actual = consolidated(model, loader, loss_fn, **options)

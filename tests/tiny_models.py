@@ -1,4 +1,5 @@
-"""A small attention model for tests of whole tasks, and the Fisher of its weights one sample at a time in plain PyTorch."""
+"""A small attention model for tests of whole tasks, and the Fisher of its weights one sample at a time in
+plain PyTorch."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ KEYS = ("qkv.k", "qkv.v", "fc")
 
 
 class Tiny(nn.Module):
-    """x `[N, T, 6]` -> logits `[N, 4]`: packed attention, a layer that may run twice, a mean over tokens and a head."""
+    """x `[N, T, 6]` -> logits `[N, 4]`: packed attention, a layer that may run twice, a mean over tokens and
+    a head."""
 
     def __init__(self, calls: int = 1, reentrant: bool | None = None) -> None:
         super().__init__()
@@ -43,12 +45,18 @@ class Tiny(nn.Module):
         return self.head(x.mean(1))
 
 
-def adapted(seed: int = 0, r: int = 2, lora_alpha: float | None = None, dtype=torch.float64, **options) -> Tiny:
-    """A Tiny with random non-zero adapters on k and v of `qkv` (per-head interleaved rows) and on `fc`; the head trains."""
+def adapted(
+    seed: int = 0, r: int = 2, lora_alpha: float | None = None, dtype=torch.float64, **options
+) -> Tiny:
+    """A Tiny with random non-zero adapters on k and v of `qkv` (per-head interleaved rows) and on `fc`; the
+    head trains."""
     torch.manual_seed(seed)
     model = Tiny(**options).to(dtype)
     layout = QKVLayout(("q", "k", "v"))
-    inject(model, LoRAConfig(r=r, lora_alpha=lora_alpha, target_modules=["qkv"], slices=("k", "v"), layout=layout))
+    inject(
+        model,
+        LoRAConfig(r=r, lora_alpha=lora_alpha, target_modules=["qkv"], slices=("k", "v"), layout=layout),
+    )
     inject(model, LoRAConfig(r=r, lora_alpha=lora_alpha, target_modules=["fc"]))
     model.head.requires_grad_(True)
     randomise(model)
@@ -97,7 +105,9 @@ def weight_gradients(model: Tiny, loss: Callable[[Tiny], Tensor]) -> dict[str, T
     return {"qkv.k": qkv[WIDTH : 2 * WIDTH], "qkv.v": qkv[2 * WIDTH :], "fc": fc}
 
 
-def squares(model: Tiny, losses: Iterable[Callable[[Tiny], Tensor]], weights: Iterable[float]) -> dict[str, Tensor]:
+def squares(
+    model: Tiny, losses: Iterable[Callable[[Tiny], Tensor]], weights: Iterable[float]
+) -> dict[str, Tensor]:
     """sum_i weight_i * gradient_i^2."""
     total: dict[str, Tensor] = {}
     for loss, weight in zip(losses, weights, strict=True):
@@ -118,4 +128,5 @@ def assert_same(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
     """Bitwise equality of two snapshots, NaN equal to itself."""
     assert before.keys() == after.keys()
     for name, tensor in before.items():
-        assert torch.equal(tensor.view(torch.uint8) if tensor.dim() else tensor, after[name].view(torch.uint8) if tensor.dim() else after[name]), name
+        bits = [t.contiguous().flatten().view(torch.uint8) for t in (tensor, after[name])]
+        assert tensor.shape == after[name].shape and torch.equal(*bits), name
