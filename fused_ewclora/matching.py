@@ -175,7 +175,7 @@ def _nothing_matched(model: nn.Module, config: LoRAConfig, skipped: dict[str, li
     asked = [targets] if isinstance(targets, str) else list(targets)
     close = [guess for target in asked for guess in difflib.get_close_matches(target, known, n=2)]
     if close:
-        message += f"; did you mean {' or '.join(map(repr, dict.fromkeys(close)))}"
+        message += f" (did you mean {' or '.join(map(repr, dict.fromkeys(close)))}?)"
     for reason, which in skipped.items():
         message += f"; {shorten(which)}: {reason}"
     return f"{message}; {_available(model)}"

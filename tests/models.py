@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -148,3 +150,33 @@ def rounding_bound(layer: fe.LoRALinear, x: Tensor, eps: float) -> Tensor:
     sums = layer.in_features + layer.r + 4
     magnitude = _fp64(x).abs() @ (_fp64(layer.weight).abs() + _on_rows(layer, magnitude=True)).T
     return sums * eps * (magnitude if layer.bias is None else magnitude + _fp64(layer.bias).abs())
+
+
+X = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+ALL = fe.LoRAConfig(r=2, target_modules="all-linear")
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Everything that a refused operation must leave as it was."""
+    return {
+        "classes": [(name, type(module)) for name, module in model.named_modules()],
+        "values": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "trainable": {name: p.requires_grad for name, p in model.named_parameters()},
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+    }
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    for key in ("classes", "trainable", "attributes"):
+        assert before[key] == after[key]
+    assert list(before["values"]) == list(after["values"])
+    for name, value in before["values"].items():
+        assert torch.equal(value, after["values"][name]), name
+
+
+def injected(config: fe.LoRAConfig = KV, attention: type[Attention] = Attention) -> TinyViT:
+    torch.manual_seed(0)
+    model = TinyViT(attention=attention)
+    fe.inject(model, config)
+    randomize_adapters_(model)
+    return model
