@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import CLASSES, KEYS, TOKENS, WIDTH, adapted, assert_same, batches, data, layers, snapshot, squares
+from tiny_models import CLASSES, KEYS, adapted, assert_same, batches, data, layers, snapshot, squares
 from torch import nn
 
 from fused_ewclora import fisher
 from fused_ewclora.config import LoRAConfig
-from fused_ewclora.errors import ArgumentError, FisherError, TargetError
+from fused_ewclora.errors import FisherError
 from fused_ewclora.ewc import EWC
 from fused_ewclora.inject import inject
 
@@ -76,7 +76,8 @@ def test_batch_mode_is_the_official_estimate():
 
 def test_at_batch_size_one_both_modes_agree():
     x, y = data(5)
-    assert_close(consolidated(adapted(), batches(x, y, 1), mode="batch"), consolidated(adapted(), batches(x, y, 1)))
+    parts = batches(x, y, 1)
+    assert_close(consolidated(adapted(), parts, mode="batch"), consolidated(adapted(), parts))
 
 
 def test_batch_law_holds_in_expectation_for_sampled_labels():
@@ -101,14 +102,16 @@ def test_exact_labels_are_the_expectation_over_classes():
         for c in range(CLASSES):
             losses.append(lambda m, n=n, c=c: -m(x[n : n + 1]).log_softmax(-1)[0, c])
             weights.append(float(p[n, c]) / 5)
-    assert_close(consolidated(model, batches(x, y, 2), None, labels="exact"), squares(adapted(), losses, weights))
+    actual = consolidated(model, batches(x, y, 2), None, labels="exact")
+    assert_close(actual, squares(adapted(), losses, weights))
 
 
 def test_exact_labels_ignore_classes_masked_by_minus_infinity():
     x, y = data(5)
     mask = torch.tensor([0.0, -math.inf, 0.0, -math.inf], dtype=torch.float64)
-    masked = consolidated(adapted(), batches(x, y, 2), None, labels="exact", logits_fn=lambda logits: logits + mask)
-    kept = consolidated(adapted(), batches(x, y, 2), None, labels="exact", logits_fn=lambda logits: logits[:, ::2])
+    exact = {"loss_fn": None, "labels": "exact"}
+    masked = consolidated(adapted(), batches(x, y, 2), **exact, logits_fn=lambda logits: logits + mask)
+    kept = consolidated(adapted(), batches(x, y, 2), **exact, logits_fn=lambda logits: logits[:, ::2])
     assert_close(masked, kept)
 
 
@@ -117,13 +120,16 @@ def test_sampled_labels_are_drawn_from_the_model_and_repeat_with_the_generator()
     model, parts = adapted(), batches(x, y, 6)
     generator = torch.Generator().manual_seed(5)
     drawn = fisher.sample_labels(model(x), None, generator)
-    first = consolidated(model, parts, F.cross_entropy, labels="sampled", generator=generator.manual_seed(5))
+    generator.manual_seed(5)
+    first = consolidated(model, parts, F.cross_entropy, labels="sampled", generator=generator)
     assert_close(first, oracle(adapted(), x, drawn))
 
 
 def test_sampled_labels_have_the_model_s_frequencies():
     logits = torch.tensor([[0.0, 1.0, -1.0, -math.inf]]).expand(20000, 4)
-    counts = fisher.sample_labels(logits, None, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000
+    counts = (
+        fisher.sample_labels(logits, None, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000
+    )
     p = logits[0].softmax(-1)
     assert torch.all((counts - p).abs() <= 5 * (p * (1 - p) / 20000).sqrt())
 
@@ -209,7 +215,8 @@ def test_samples_folded_into_windows_are_counted_as_the_batch_size_says():
     total = torch.zeros_like(weight)
     for n in range(5):
         hidden = torch.tanh(F.linear(x[n], weight, model.fc.bias))
-        total += torch.autograd.grad(F.cross_entropy(model.head(hidden.mean((0, 1)))[None], y[n : n + 1]), weight)[0] ** 2
+        loss = F.cross_entropy(model.head(hidden.mean((0, 1)))[None], y[n : n + 1])
+        total += torch.autograd.grad(loss, weight)[0] ** 2
     assert_close(ewc.fishers, {"fc": total.detach() / 5})
 
 
@@ -226,7 +233,7 @@ def test_layers_that_disagree_about_the_number_of_samples_are_refused():
     inject(model, LoRAConfig(r=2, target_modules=["fc", "out"]))
     ewc = EWC(model)
     x, y = torch.randn(5, 3, 4), torch.randint(0, 2, (5,))
-    with pytest.raises(FisherError, match="batch_size.*fc: 15|batch_size.*out: 5"), ewc.accumulate_fisher():
+    with pytest.raises(FisherError, match=r"batch_size.*fc: 15|batch_size.*out: 5"), ewc.accumulate_fisher():
         F.cross_entropy(model(x), y).backward()
     with ewc.accumulate_fisher(batch_size=5):
         F.cross_entropy(model(x), y).backward()
@@ -257,8 +264,12 @@ def test_batches_of_every_common_form_give_the_same_fisher():
     forms = {
         "list": ([list(part) for part in parts], adapted(), F.cross_entropy, {}),
         "default loss": (parts, adapted(), None, {}),
-        "forward": ([(y, x) for x, y in parts], adapted(), F.cross_entropy, "
-        "{"forward": lambda m, b: (m(b[1]), b[0])}),
+        "forward": (
+            [(y, x) for x, y in parts],
+            adapted(),
+            F.cross_entropy,
+            {"forward": lambda m, b: (m(b[1]), b[0])},
+        ),
     }
     for form, (loader, model, loss_fn, options) in forms.items():
         actual = consolidated(model, loader, loss_fn, **options)
@@ -275,7 +286,7 @@ def test_modes_and_gradients_are_as_before_also_after_an_error():
     model.train()
     model.head.eval()
     F.cross_entropy(model(x), y).backward()
-    held = {name: (p.grad, None if p.grad is None else p.grad.clone()) for name, p in model.named_parameters()}
+    held = {n: (p.grad, None if p.grad is None else p.grad.clone()) for n, p in model.named_parameters()}
     ewc = EWC(model)
 
     def failing(output, target):
@@ -301,7 +312,7 @@ def test_nonfinite_data_raises_and_discards_only_what_was_gathered_in_that_pass(
     before = snapshot(model)
     broken = x.clone()
     broken[4, 1, 2] = bad
-    with pytest.raises(FisherError, match="finite.*discarded"):
+    with pytest.raises(FisherError, match=r"finite.*discarded"):
         ewc.estimate_fisher(batches(broken, y, 2), F.cross_entropy)
     assert_same(before, snapshot(model))
     ewc.consolidate()
