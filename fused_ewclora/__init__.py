@@ -40,10 +40,8 @@ _LAZY = {
     "convert_lambda": "ewc",
     "save_pretrained": "checkpoint",
     "load_pretrained": "checkpoint",
-    "export_peft": "checkpoint",
-    "import_peft": "checkpoint",
 }
-_LAZY_MODULES = ("integrations", "methods", "metrics")
+_LAZY_MODULES = ("metrics",)
 
 __all__ = [
     "EWC",
@@ -68,8 +66,10 @@ __all__ = [
     "eject",
     "explain",
     "inject",
+    "load_pretrained",
     "merge",
     "register_layout",
+    "save_pretrained",
     "unmerge",
     "use_backend",
     "verify_forward",

@@ -85,13 +85,10 @@ def eject(model: nn.Module, merge: bool = True) -> None:
     for layer in layers.values():
         layer.release_()
     for module in model.modules():
+        present = dict(module.named_parameters(remove_duplicate=False))
         for name in vars(module).pop(FROZEN, ()):
-            _parameter(module, name).requires_grad_(True)
-
-
-def _parameter(module: nn.Module, name: str) -> nn.Parameter:
-    parent, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(parent), leaf)
+            if name in present:  # heads are replaced between tasks
+                present[name].requires_grad_(True)
 
 
 @contextmanager

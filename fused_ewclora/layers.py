@@ -17,7 +17,7 @@ from .errors import ArgumentError, TargetError
 from .ops.capture import FisherCapture
 from .slices import AdapterSlice, fingerprint, fisher_key, plan_slices
 
-__all__ = ["AdapterSlice", "LoRALinear", "fisher_key"]
+__all__ = ["AdapterSlice", "LoRALinear", "fingerprint", "fisher_key"]
 
 
 class LoRALinear(nn.Linear):
@@ -137,12 +137,10 @@ class LoRALinear(nn.Linear):
             getattr(self, name).requires_grad_(False)
         dtype = torch.float32 if self.weight.dtype in (torch.float16, torch.bfloat16) else self.weight.dtype
         for adapter in adapters:
-            for letter, shape in (
-                ("A", (adapter.r, self.in_features)),
-                ("B", (adapter.row_count, adapter.r)),
-            ):
+            a_shape, b_shape = (adapter.r, self.in_features), (adapter.row_count, adapter.r)
+            for name, shape in ((adapter.a_name, a_shape), (adapter.b_name, b_shape)):
                 value = torch.empty(shape, dtype=dtype, device=self.weight.device)
-                setattr(self, f"lora_{letter}{adapter.suffix}", nn.Parameter(value))
+                setattr(self, name, nn.Parameter(value))
         self.reset_adapters()
 
     @torch.no_grad()
@@ -177,15 +175,12 @@ class LoRALinear(nn.Linear):
 
     def adapter_parameters(self) -> list[tuple[AdapterSlice, nn.Parameter, nn.Parameter]]:
         """(slice, lora_A, lora_B) per adapter, in the order of `FisherCapture.fishers`."""
-        return [
-            (s, getattr(self, f"lora_A{s.suffix}"), getattr(self, f"lora_B{s.suffix}"))
-            for s in self.adapter_slices
-        ]
+        return [(s, getattr(self, s.a_name), getattr(self, s.b_name)) for s in self.adapter_slices]
 
     def adapter_scale(self, adapter: AdapterSlice) -> float | Tensor:
         """The scale of one adapter: its `scaling`, times the parameter `lora_scale` where the layer has been
         given one."""
-        factor = self._parameters.get(f"lora_scale{adapter.suffix}")
+        factor = self._parameters.get(adapter.scale_name)
         if factor is None:
             return adapter.scaling
         return factor if adapter.scaling == 1.0 else factor * adapter.scaling
@@ -263,19 +258,15 @@ class LoRALinear(nn.Linear):
         return [rows for adapter in self.adapter_slices for rows in adapter.rows]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if f"{prefix}weight" in state_dict and self.merged:
-            error_msgs = args[-1]
-            error_msgs.append(
-                f"{prefix}weight: the adapters are merged into it; call fe.unmerge(model) before loading"
-            )
+        has_weight = f"{prefix}weight" in state_dict
+        if has_weight and self.merged:
+            message = "the adapters are merged into it; call fe.unmerge(model) before loading"
+            args[-1].append(f"{prefix}weight: {message}")  # error_msgs, which load_state_dict raises
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if f"{prefix}weight" in state_dict and not any(
-            key.startswith(f"{prefix}lora_") for key in state_dict
-        ):
-            self.origin_fingerprint = fingerprint(
-                self.weight
-            )  # a plain base checkpoint: these are the base weights now
+        if has_weight and not any(key.startswith(f"{prefix}lora_") for key in state_dict):
+            # A plain checkpoint: these are the base weights from now on.
+            self.origin_fingerprint, self.consolidated_tasks = fingerprint(self.weight), 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,11 +25,18 @@ class AdapterSlice:
     rows: Rows
     r: int
     scaling: float
+    a_name: str = field(init=False, repr=False, compare=False)  # names of its parameters, lora_A or lora_A_k
+    b_name: str = field(init=False, repr=False, compare=False)
+    scale_name: str = field(init=False, repr=False, compare=False)
 
-    @property
-    def suffix(self) -> str:
-        """`""` or `"_k"`: what follows `lora_A` in parameter names."""
-        return f"_{self.name}" if self.name else ""
+    def __post_init__(self) -> None:
+        suffix = f"_{self.name}" if self.name else ""
+        for field_name, parameter in (
+            ("a_name", "lora_A"),
+            ("b_name", "lora_B"),
+            ("scale_name", "lora_scale"),
+        ):
+            object.__setattr__(self, field_name, parameter + suffix)
 
     @property
     def row_count(self) -> int:

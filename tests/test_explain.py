@@ -47,3 +47,24 @@ def test_explain_names_the_backend_of_every_layer():
     assert all(row["name"] in str(report) for row in report.rows)
     fe.merge(model)
     assert {row["algorithm"] for row in fe.explain(model).rows} == {"linear (merged)"}
+
+
+def test_explain_says_why_faster_implementations_do_not_serve(monkeypatch: pytest.MonkeyPatch):
+    answers = [("cuda", "tensor cores", "no GPU"), ("cpu", "vectors", "fp8"), ("reference", "plain", None)]
+    asked = []
+
+    def answer(op: str, call: object) -> list[tuple[str, str, str | None]]:
+        asked.append((op, call))
+        return answers
+
+    monkeypatch.setattr("fused_ewclora.ops._dispatch.explain", answer)
+    model = injected()
+    row = fe.explain(model).rows[0]
+    assert (row["backend"], row["algorithm"]) == ("reference", "plain")
+    assert row["why_not_faster"] == "cuda tensor cores: no GPU; cpu vectors: fp8"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fe.explain(model).rows[0]["dtype"] == "bfloat16"
+    assert asked[0] == ("lora_linear", ("cpu", torch.float32))
+    answers.pop()
+    row = fe.explain(model).rows[0]
+    assert row["backend"] is None and "fp8" in row["why_not_faster"]

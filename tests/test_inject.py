@@ -100,6 +100,10 @@ def test_all_linear_leaves_out_the_head_where_the_model_names_it():
     report = fe.inject(model, ALL)
     assert report.summary["skipped"] == {"head": "output head"}
     assert {name.rpartition(".")[2] for name in fe.adapters(model)} == {"qkv", "proj", "fc1", "fc2"}
+    language_model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    language_model.get_output_embeddings = lambda: language_model[1]
+    fe.inject(language_model, ALL)
+    assert list(fe.adapters(language_model)) == ["0"]
     plain = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     fe.inject(plain, ALL)
     assert list(fe.adapters(plain)) == ["0", "1"]

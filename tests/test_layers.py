@@ -205,11 +205,11 @@ def test_copies_are_independent_and_leave_the_fisher_pass_behind():
 
 def test_plain_base_checkpoints_load_and_are_remembered():
     layer, base = trained_kv(), nn.Linear(8, 24)
-    before = layer.origin_fingerprint
+    before, layer.consolidated_tasks = layer.origin_fingerprint, 3
     result = layer.load_state_dict(base.state_dict(), strict=False)
     assert sorted(result.missing_keys) == ["lora_A_k", "lora_A_v", "lora_B_k", "lora_B_v"]
     assert not result.unexpected_keys
-    assert layer.origin_fingerprint != before
+    assert layer.origin_fingerprint != before and layer.consolidated_tasks == 0
     assert layer.origin_fingerprint == fe.LoRALinear.from_linear(base, r=1).origin_fingerprint
     full = trained_kv()
     kept = layer.origin_fingerprint

@@ -121,3 +121,10 @@ def test_eject_reaches_through_a_compile_wrapper():
     model = injected()
     fe.eject(torch.compile(model, backend="eager"))
     assert not fe.adapters(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_eject_after_the_head_was_replaced_restores_what_is_left():
+    model = injected()
+    model.head = nn.Linear(8, 9, bias=False)
+    fe.eject(model)
+    assert all(p.requires_grad for p in model.parameters())
