@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fused_ewclora.config import LoRAConfig, QKVLayout
+from fused_ewclora.ewc import EWC
 from fused_ewclora.inject import inject
 from fused_ewclora.layers import LoRALinear
 
@@ -130,3 +131,31 @@ def assert_same(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
     for name, tensor in before.items():
         bits = [t.contiguous().flatten().view(torch.uint8) for t in (tensor, after[name])]
         assert tensor.shape == after[name].shape and torch.equal(*bits), name
+
+
+def controller(model, **options) -> EWC:
+    return EWC(model, ewc_lambda=20.0, fisher_dtype=torch.float64, **options)
+
+
+def train(model, ewc, seed: int, steps: int = 3):
+    """A few steps with a fresh optimizer, as after a task boundary."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    for step in range(steps):
+        x, y = data(8, seed=100 * seed + step)
+        optimizer.zero_grad()
+        (F.cross_entropy(model(x), y) + ewc.penalty()).backward()
+        optimizer.step()
+
+
+def two_tasks(**options):
+    model = adapted()
+    ewc = controller(model, **options)
+    for task in range(2):
+        train(model, ewc, task)
+        ewc.end_task(batches(*data(9, seed=task), 4), F.cross_entropy)
+    return model, ewc
+
+
+def whole(model, ewc):
+    return snapshot(model, ewc.state_dict()["tensors"])
