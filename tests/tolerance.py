@@ -1,0 +1,68 @@
+"""Error bounds that are derived, and printed when they do not hold.
+
+A sum of n products with unit roundoff u = eps / 2 misses its exact value by at most n u times the sum of
+absolute values; roundings of random sign add up to lambda sqrt(n) u with overwhelming probability (Higham &
+Mary, 2019). `sum_bound` takes lambda = 4, plus one rounding for each of the few operations that follow the sum.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
+TINY = {dtype: torch.finfo(dtype).smallest_normal for dtype in EPS}
+SPACING = {dtype: TINY[dtype] * EPS[dtype] for dtype in EPS}  # of subnormal numbers
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are kept in beside tensors of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sum_bound(magnitude: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """Error of sums of `length` products, kept in the accumulation dtype of `dtype`.
+
+    magnitude: the sums of the products' absolute values.
+    """
+    acc = accumulation(dtype)
+    return EPS[acc] * (2.0 * math.sqrt(max(length, 1)) + 4.0) * magnitude + TINY[acc]
+
+
+def rounding_bound(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Error of one rounding to `dtype`: half a unit in the last place, or half a subnormal's spacing."""
+    return 0.5 * EPS[dtype] * value.abs() + 0.5 * SPACING[dtype]
+
+
+def assert_within(actual: Tensor, exact: Tensor, bound: Tensor | float, what: str) -> None:
+    """|actual - exact| <= bound elementwise; NaN and Inf never pass."""
+    assert actual.shape == exact.shape, f"{what}: shape {list(actual.shape)}, expected {list(exact.shape)}"
+    if actual.numel() == 0:
+        return
+    value = actual.detach().cpu().to(torch.float64)
+    bound = torch.as_tensor(bound, dtype=torch.float64).expand(exact.shape)
+    error = (value - exact).abs()
+    excess = torch.where(torch.isfinite(value), error - bound, torch.inf)
+    if bool((excess > 0).any()):
+        worst = int(excess.flatten().argmax())
+        where = [int(i) for i in torch.unravel_index(torch.tensor(worst), exact.shape)]
+        raise AssertionError(
+            f"{what}: {int((excess > 0).sum())} of {exact.numel()} elements out of bounds; worst at {where}: "
+            f"got {value.flatten()[worst]:.9g}, exact {exact.flatten()[worst]:.9g}, error "
+            f"{error.flatten()[worst]:.3g} > bound {bound.flatten()[worst]:.3g}"
+        )
+
+
+def assert_as_good(actual: Tensor, plain: Tensor, exact: Tensor, bound: Tensor, what: str) -> None:
+    """The largest error is at most twice that of PyTorch's own `plain`, plus the largest derived `bound`."""
+    own = (plain.detach().cpu().to(torch.float64) - exact).abs()
+    limit = 2.0 * (own.max() if own.numel() else 0.0) + (bound.max() if bound.numel() else 0.0)
+    assert_within(actual, exact, float(limit), f"{what} (twice PyTorch's own error plus {float(limit):.3g})")
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """Frobenius norm of the error over that of `exact`."""
+    return float((actual.detach().cpu().to(torch.float64) - exact).norm() / exact.norm())
