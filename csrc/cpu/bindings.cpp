@@ -1,4 +1,6 @@
 // The extension module fused_ewclora._C: one function per op, under the op's name.
+#include <torch/extension.h>
+
 #include "tensors.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -48,10 +48,10 @@ std::tuple<at::Tensor, Tensors> ewc_penalty(const Tensors& fishers, const Tensor
     k.lambda = float(ewc_lambda);
     k.need_a = needs[0], k.need_b = needs[1], k.need_s = needs[2] && scales[i];
     if (k.need_a) a.grad_a = at::empty_like(a.a);
-    if (k.need_b || k.need_s) a.grad_b = at::empty_like(a.b), k.grad_b = a.grad_b.data_ptr<float>();
+    if (k.need_b) a.grad_b = at::empty_like(a.b), k.grad_b = a.grad_b.data_ptr<float>();
     a.first_rank = ranks, ranks += k.rank;
     a.cost = total, total += row_cost(k) * k.rows;
-    scratch = std::max(scratch, kernels().penalty_scratch(k.rank, k.rows, k.d_in));
+    scratch = std::max(scratch, kernels().penalty_scratch(k.rank, k.d_in));
     widest = std::max(widest, k.rank * k.d_in);
   }
 

@@ -1,83 +1,98 @@
 // EWC penalty of one adapter over a range of rows: loss, dA, dB and ds from one read of F.
-//   D = (B s) A;  H = lambda F * D;  loss += H * D / 2;  dB = (H A^T) s;  dA = (B s)^T H;  ds = sum_i B (H A^T)
-// H exists only as a tile of TILE_ROWS_F x TILE_COLUMNS_F floats in the first-level cache.
+//   D = (B s) A;  H = F * D;  loss = lambda/2 sum H * D;  dB = lambda (H A^T) s;  dA = lambda (B s)^T H;  ds = lambda sum_i B (H A^T)
+// H exists only as a tile of F_ROWS x F_COLUMNS floats in the first-level cache. Strips of rows run along F as it lies in memory; the
+// lanes of H A^T are summed once per strip.
 #pragma once
 #include "lowrank.h"
 
 namespace fe::FE_ISA {
 
-constexpr int64_t F_ROWS = 12, F_COLUMNS = 256;  // H 12 KiB; beside it 10 ranks of A and of dA take 20 KiB
+constexpr int64_t F_ROWS = 12, F_COLUMNS = 512;  // H 24 KiB: measured best of 128 to 512 columns, 12 and 24 rows at r = 10
 
-inline int64_t penalty_scratch(int64_t rank, int64_t, int64_t d_in) {
-  return 2 * F_ROWS * F_COLUMNS + F_ROWS * rank + 2 * rank * round_up(d_in, L);
+inline int64_t penalty_scratch(int64_t rank, int64_t d_in) {
+  return 2 * F_ROWS * F_COLUMNS + aligned(F_ROWS * rank) + F_ROWS * rank * L + 2 * rank * round_up(d_in, L);
 }
 
-// Loss of one tile; writes H. fisher is fp32 with the given stride.
-inline float penalty_tile(const float* fisher, int64_t stride, int64_t rows, int64_t columns, const float* sb, const float* panel,
-                          int64_t r, float lambda, float* h) {
-  vfloat loss{};
-  vfloat* total = &loss;
-  const vfloat l = splat(lambda);
-  expand(sb, r, rows, panel, r, 0, r, columns, [=](int64_t row, int64_t column, vfloat d) __attribute__((always_inline)) {
+// Writes H of one tile and adds H * D to `loss`. fisher is fp32 with the given stride.
+inline void penalty_tile(const float* fisher, int64_t stride, int64_t rows, int64_t columns, const float* sb, const float* panel,
+                         int64_t r, float* h, vfloat& loss) {
+  vfloat sums[COLUMNS] = {};
+  vfloat* total = sums;
+  expand(sb, r, rows, panel, r, columns, [=](int64_t row, int64_t column, int v, vfloat d, auto extent) __attribute__((always_inline)) {
     const float* f = fisher + row * stride + column;
-    vfloat value;
-    if (column + L <= columns) {
-      value = load(f);
-      __builtin_prefetch(f + F_ROWS * stride);
-    } else {
-      value = load_first(f, columns - column);
-    }
-    value = l * value * d;
-    *total += value * d;
+    const vfloat value = load(f, extent) * d;
+    __builtin_prefetch(f + F_ROWS * stride);  // the strips run too short a way along a row for the hardware to see them coming
+    total[v] += value * d;
     store(h + row * F_COLUMNS + column, value);
   });
-  return 0.5f * sum(loss);
+  for (int v = 0; v < COLUMNS; ++v) loss += sums[v];
 }
 
-inline void add_h_a(const PenaltyAdapter& p, int64_t row0, int64_t row1, float* grad_s) {
-  for (int64_t i = row0; i < row1; ++i)
-    for (int64_t k = 0; k < p.rank; ++k) {
-      float& g = p.grad_b[i * p.rank + k];
-      if (p.need_s) grad_s[k] += p.b[i * p.rank + k] * g;
-      if (p.scale) g *= p.scale[k];
+// Buffers of one call, cut from its scratch.
+struct PenaltyScratch {
+  float *h, *converted, *scaled, *lanes, *panel, *grad_panel;
+
+  PenaltyScratch(const PenaltyAdapter& p, float* scratch)
+      : h(scratch),
+        converted(h + F_ROWS * F_COLUMNS),
+        scaled(converted + F_ROWS * F_COLUMNS),
+        lanes(scaled + aligned(F_ROWS * p.rank)),
+        panel(lanes + F_ROWS * p.rank * L),
+        grad_panel(panel + p.rank * round_up(p.d_in, L)) {}
+};
+
+// Rows [i, i + rows) of F: returns sum H * D, adds to the panel of (B s)^T H, leaves H A^T in s.lanes.
+inline float penalty_strip(const PenaltyAdapter& p, const PenaltyScratch& s, int64_t i, int64_t rows) {
+  const int64_t r = p.rank;
+  const float* sb = p.b + i * r;
+  if (p.scale) {
+    for (int64_t q = 0; q < rows; ++q)
+      for (int64_t k = 0; k < r; ++k) s.scaled[q * r + k] = sb[q * r + k] * p.scale[k];
+    sb = s.scaled;
+  }
+  vfloat loss{};
+  const bool need_h_a = p.need_b || p.need_s;
+  if (need_h_a) std::memset(s.lanes, 0, rows * r * L * sizeof(float));
+  for (int64_t j = 0; j < p.d_in; j += F_COLUMNS) {
+    const int64_t columns = p.d_in - j < F_COLUMNS ? p.d_in - j : F_COLUMNS;
+    const float *f = s.converted, *a = s.panel + j * r;  // F_COLUMNS is a multiple of L
+    int64_t stride = F_COLUMNS;
+    if (p.fisher.dtype == Dtype::f32) {
+      f = static_cast<const float*>(at(p.fisher, i, j));
+      stride = p.fisher.stride;
+    } else {
+      for (int64_t q = 0; q < rows; ++q) to_float(at(p.fisher, i + q, j), p.fisher.dtype, columns, s.converted + q * F_COLUMNS);
     }
+    penalty_tile(f, stride, rows, columns, sb, a, r, s.h, loss);
+    if (need_h_a) dot(s.h, F_COLUMNS, rows, columns, a, r, s.lanes, r);
+    if (p.need_a) reduce(sb, r, s.h, F_COLUMNS, rows, columns, s.grad_panel + j * r, r);
+  }
+  return sum(loss);
 }
 
 inline double penalty(const PenaltyAdapter& p, int64_t row0, int64_t row1, float* grad_a, float* grad_s, float* scratch) {
-  const int64_t r = p.rank;
-  float *h = scratch, *converted = h + F_ROWS * F_COLUMNS, *scaled = converted + F_ROWS * F_COLUMNS;
-  float *panel = scaled + F_ROWS * r, *grad_panel = panel + r * round_up(p.d_in, L);
-  pack_panel(p.a, r, p.d_in, p.d_in, 1, r, 0, panel);
-  if (p.need_a) std::memset(grad_panel, 0, r * round_up(p.d_in, L) * sizeof(float));
+  const PenaltyScratch s(p, scratch);
+  const int64_t r = p.rank, panel_floats = r * round_up(p.d_in, L);
+  pack_panel(p.a, r, p.d_in, p.d_in, 1, r, 0, s.panel);
+  if (p.need_a) std::memset(s.grad_panel, 0, panel_floats * sizeof(float));
   double loss = 0.0;
-  for (int64_t j = 0; j < p.d_in; j += F_COLUMNS) {
-    const int64_t columns = p.d_in - j < F_COLUMNS ? p.d_in - j : F_COLUMNS;
-    const float* a = panel + j * r;  // F_COLUMNS is a multiple of L
-    for (int64_t i = row0; i < row1; i += F_ROWS) {
-      const int64_t rows = row1 - i < F_ROWS ? row1 - i : F_ROWS;
-      const float* sb = p.b + i * r;
-      if (p.scale) {
-        for (int64_t q = 0; q < rows * r; ++q) scaled[q] = sb[q] * p.scale[q % r];
-        sb = scaled;
+  for (int64_t i = row0; i < row1; i += F_ROWS) {
+    const int64_t rows = row1 - i < F_ROWS ? row1 - i : F_ROWS;
+    loss += penalty_strip(p, s, i, rows);
+    if (!p.need_b && !p.need_s) continue;
+    sum_lanes(s.lanes, rows * r, s.scaled);
+    for (int64_t q = 0; q < rows; ++q)
+      for (int64_t k = 0; k < r; ++k) {
+        const float h_a = p.lambda * s.scaled[q * r + k];
+        if (p.need_s) grad_s[k] += p.b[(i + q) * r + k] * h_a;
+        if (p.need_b) p.grad_b[(i + q) * r + k] = p.scale ? h_a * p.scale[k] : h_a;
       }
-      const float* f = converted;
-      int64_t stride = F_COLUMNS;
-      if (p.fisher.dtype == Dtype::f32) {
-        f = static_cast<const float*>(at(p.fisher, i, j));
-        stride = p.fisher.stride;
-      } else {
-        for (int64_t q = 0; q < rows; ++q) to_float(at(p.fisher, i + q, j), p.fisher.dtype, columns, converted + q * F_COLUMNS);
-      }
-      loss += penalty_tile(f, stride, rows, columns, sb, a, r, p.lambda, h);
-      float* h_a = p.grad_b + i * r;
-      if ((p.need_b || p.need_s) && j == 0) dot<false>(h, F_COLUMNS, rows, columns, a, r, 0, r, h_a, r);
-      if ((p.need_b || p.need_s) && j > 0) dot<true>(h, F_COLUMNS, rows, columns, a, r, 0, r, h_a, r);
-      if (p.need_a) reduce(sb, r, h, F_COLUMNS, rows, columns, grad_panel + j * r, r, 0, r);
-    }
   }
-  if (p.need_b || p.need_s) add_h_a(p, row0, row1, grad_s);
-  if (p.need_a) unpack_panel(grad_panel, r, p.d_in, p.d_in, 1, r, 0, grad_a);
-  return loss;
+  if (p.need_a) {
+    for (int64_t q = 0; q < panel_floats; ++q) s.grad_panel[q] *= p.lambda;
+    unpack_panel(s.grad_panel, r, p.d_in, p.d_in, 1, r, 0, grad_a);
+  }
+  return 0.5 * double(p.lambda) * loss;
 }
 
 }  // namespace fe::FE_ISA

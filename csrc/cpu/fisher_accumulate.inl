@@ -34,7 +34,7 @@ inline FisherLayout fisher_layout(const FisherBlock& p) {
 inline int64_t fisher_scratch(const FisherBlock& p) {
   const FisherLayout f = fisher_layout(p);
   const int64_t block = f.row_tiles * f.column_tiles * f.tile_floats;
-  return block * (f.carried ? 2 : 1) + f.tokens * (f.row_tiles * TILE_ROWS + f.column_tiles * WIDTH);
+  return block * (f.carried ? 2 : 1) + aligned(f.tokens * f.row_tiles * TILE_ROWS) + f.tokens * f.column_tiles * WIDTH;
 }
 
 // [tiles][tokens][width], zero beyond the matrix.
@@ -104,7 +104,7 @@ inline void fisher(const FisherBlock& p, float* scratch) {
   float* sums = scratch;
   float* carry = scratch + block;
   float* dy_panel = carry + (f.carried ? block : 0);
-  float* x_panel = dy_panel + f.tokens * f.row_tiles * TILE_ROWS;
+  float* x_panel = dy_panel + aligned(f.tokens * f.row_tiles * TILE_ROWS);
   std::memset(sums, 0, block * sizeof(float));
   for (int64_t n = 0; n < p.samples; ++n) {
     for (int64_t t = p.bounds[n]; t < p.bounds[n + 1];) {

@@ -89,7 +89,7 @@ struct Kernels {
   int64_t (*lora_scratch)(const LoraShape&);  // floats of scratch per thread
   void (*lora_forward)(const LoraForward&, int64_t m0, int64_t m1, float* scratch);
   void (*lora_backward)(const LoraBackward&, int64_t m0, int64_t m1, float* scratch);
-  int64_t (*penalty_scratch)(int64_t rank, int64_t rows, int64_t d_in);
+  int64_t (*penalty_scratch)(int64_t rank, int64_t d_in);  // floats of scratch per thread
   int64_t penalty_rows;  // row ranges that start at multiples of this waste nothing
   // Rows [row0, row1): returns their loss, overwrites grad_a [r, d_in], adds to grad_s [r].
   double (*penalty)(const PenaltyAdapter&, int64_t row0, int64_t row1, float* grad_a, float* grad_s, float* scratch);

@@ -10,14 +10,14 @@ namespace fe::FE_ISA {
 
 constexpr int64_t CHUNK_FLOATS = 128 * 1024, MIN_CHUNK = 12, MAX_CHUNK = 48;
 
-inline int64_t widest(const LoraShape& s) { return round_up(s.d_in > s.d_out ? s.d_in : s.d_out, L); }
+inline int64_t widest(const LoraShape& s) { return round_up(s.d_in > s.d_out ? s.d_in : s.d_out, MASK_BLOCK); }
 
 inline int64_t chunk_rows(const LoraShape& s) {
   int64_t rows = CHUNK_FLOATS / widest(s) / MIN_CHUNK * MIN_CHUNK;
   return rows < MIN_CHUNK ? MIN_CHUNK : rows > MAX_CHUNK ? MAX_CHUNK : rows;
 }
 
-inline int64_t lora_scratch(const LoraShape& s) { return chunk_rows(s) * (3 * widest(s) + 2 * s.total_rank); }
+inline int64_t lora_scratch(const LoraShape& s) { return chunk_rows(s) * (3 * widest(s) + L * s.total_rank) + 2 * aligned(chunk_rows(s) * s.total_rank); }
 
 struct Rows {
   const float* data;
@@ -32,12 +32,12 @@ inline Rows float_rows(const Matrix& source, int64_t m, int64_t n, int64_t colum
 }
 
 inline void mask_rows(const LoraShape& s, int64_t m, int64_t n, float* mask) {
-  for (int64_t i = 0; i < n; ++i) dropout_row(s.seed, m + i, s.d_in, s.dropout_p, mask + i * s.d_in);
+  for (int64_t i = 0; i < n; ++i) dropout_row(s.seed, m + i, s.d_in, s.dropout_p, mask + i * widest(s));
 }
 
-inline Rows times(Rows x, const float* mask, int64_t n, int64_t columns, float* out) {
+inline Rows times(Rows x, Rows mask, int64_t n, int64_t columns, float* out) {
   for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < columns; ++j) out[i * columns + j] = x.data[i * x.stride + j] * mask[i * columns + j];
+    for (int64_t j = 0; j < columns; ++j) out[i * columns + j] = x.data[i * x.stride + j] * mask.data[i * mask.stride + j];
   return {out, columns};
 }
 
@@ -59,13 +59,10 @@ inline void seed_output(const LoraShape& s, const float* zs, int64_t n, const fl
     const int64_t first = s.rank_begin[range.adapter], rank = s.rank_begin[range.adapter + 1] - first;
     const int64_t columns = range.stop - range.start;
     float* base = out + range.start;
-    expand(zs + first, s.total_rank, n, s.b_panel + range.panel, rank, 0, rank, columns,
-           [=](int64_t row, int64_t column, vfloat v) __attribute__((always_inline)) {
+    expand(zs + first, s.total_rank, n, s.b_panel + range.panel, rank, columns,
+           [=](int64_t row, int64_t column, int, vfloat v, auto extent) __attribute__((always_inline)) {
              float* p = base + row * stride + column;
-             if (column + L <= columns)
-               store(p, load(p) + v);
-             else
-               store_first(p, load_first(p, columns - column) + v, columns - column);
+             store(p, load(p, extent) + v, extent);
            });
   }
 }
@@ -73,17 +70,19 @@ inline void seed_output(const LoraShape& s, const float* zs, int64_t n, const fl
 inline void lora_forward(const LoraForward& p, int64_t m0, int64_t m1, float* scratch) {
   const LoraShape& s = p.shape;
   const int64_t chunk = chunk_rows(s), R = s.total_rank, wide = widest(s);
-  float *rows = scratch, *mask = rows + chunk * wide, *bias = mask + chunk * wide, *zs = scratch + 3 * chunk * wide;
+  float *rows = scratch, *mask = rows + chunk * wide, *bias = mask + chunk * wide, *zs = scratch + 3 * chunk * wide, *lanes = zs + aligned(chunk * R);
   if (p.bias) to_float(p.bias, p.y.dtype, s.d_out, bias);
   for (int64_t m = m0; m < m1; m += chunk) {
     const int64_t n = m1 - m < chunk ? m1 - m : chunk;
     Rows x = float_rows(p.x, m, n, s.d_in, rows);
     if (s.dropout_p > 0.f) {
       mask_rows(s, m, n, mask);
-      x = times(x, mask, n, s.d_in, rows);
+      x = times(x, {mask, wide}, n, s.d_in, rows);
     }
     float* z = p.z + m * R;
-    dot<false>(x.data, x.stride, n, s.d_in, s.a_panel, R, 0, R, z, R);
+    std::memset(lanes, 0, n * R * L * sizeof(float));
+    dot(x.data, x.stride, n, s.d_in, s.a_panel, R, lanes, R);
+    sum_lanes(lanes, n * R, z);
     scale_rows(z, s.scale, n, R, zs);
     Matrix y = p.y;
     if (y.dtype == Dtype::f32) {
@@ -96,15 +95,16 @@ inline void lora_forward(const LoraForward& p, int64_t m0, int64_t m1, float* sc
 }
 
 // u = (dy B) s over all ranges of every adapter; with grad_s also ds += (dy B) z.
-inline void project(const LoraBackward& p, Rows dy, int64_t n, const float* z, float* u) {
+inline void project(const LoraBackward& p, Rows dy, int64_t n, const float* z, float* u, float* lanes) {
   const LoraShape& s = p.shape;
   const int64_t R = s.total_rank;
-  std::memset(u, 0, n * R * sizeof(float));
+  std::memset(lanes, 0, n * R * L * sizeof(float));
   for (int64_t q = 0; q < s.n_ranges; ++q) {
     const RowRange& range = s.ranges[q];
     const int64_t first = s.rank_begin[range.adapter], rank = s.rank_begin[range.adapter + 1] - first;
-    dot<true>(dy.data + range.start, dy.stride, n, range.stop - range.start, s.b_panel + range.panel, rank, 0, rank, u + first, R);
+    dot(dy.data + range.start, dy.stride, n, range.stop - range.start, s.b_panel + range.panel, rank, lanes + first * L, R);
   }
+  sum_lanes(lanes, n * R, u);
   if (p.need_s)
     for (int64_t i = 0; i < n * R; ++i) p.grad_s[i % R] += u[i] * z[i];
   scale_rows(u, s.scale, n, R, u);
@@ -116,16 +116,12 @@ inline void seed_dx(const LoraBackward& p, const float* u, int64_t m, int64_t n,
   const bool direct = dx.dtype == Dtype::f32 && !mask;
   float* base = direct ? static_cast<float*>(at(dx, m, 0)) : rows;
   const int64_t stride = direct ? dx.stride : s.d_in, columns = s.d_in;
-  expand(u, s.total_rank, n, s.a_panel, s.total_rank, 0, s.total_rank, columns,
-         [=](int64_t row, int64_t column, vfloat v) __attribute__((always_inline)) {
-           float* to = base + row * stride + column;
-           if (column + L <= columns)
-             store(to, v);
-           else
-             store_first(to, v, columns - column);
+  expand(u, s.total_rank, n, s.a_panel, s.total_rank, columns,
+         [=](int64_t row, int64_t column, int, vfloat v, auto extent) __attribute__((always_inline)) {
+           store(base + row * stride + column, v, extent);
          });
   if (direct) return;
-  if (mask) times({rows, columns}, mask, n, columns, rows);
+  if (mask) times({rows, columns}, {mask, widest(s)}, n, columns, rows);
   for (int64_t i = 0; i < n; ++i) from_float(rows + i * columns, columns, at(dx, m + i, 0), dx.dtype);
 }
 
@@ -133,7 +129,7 @@ inline void lora_backward(const LoraBackward& p, int64_t m0, int64_t m1, float* 
   const LoraShape& s = p.shape;
   const int64_t chunk = chunk_rows(s), R = s.total_rank, wide = widest(s);
   float *rows = scratch, *mask = rows + chunk * wide, *grads = mask + chunk * wide;
-  float *zs = scratch + 3 * chunk * wide, *u = zs + chunk * R;
+  float *zs = scratch + 3 * chunk * wide, *u = zs + aligned(chunk * R), *lanes = u + aligned(chunk * R);
   const bool masked = s.dropout_p > 0.f && (p.need_a || p.need_dx);
   for (int64_t m = m0; m < m1; m += chunk) {
     const int64_t n = m1 - m < chunk ? m1 - m : chunk;
@@ -142,20 +138,20 @@ inline void lora_backward(const LoraBackward& p, int64_t m0, int64_t m1, float* 
     if (p.need_bias)
       for (int64_t i = 0; i < n; ++i)
         for (int64_t j = 0; j < s.d_out; ++j) p.grad_bias[j] += dy.data[i * dy.stride + j];
-    if (p.need_dx || p.need_a || p.need_s) project(p, dy, n, z, u);
+    if (p.need_dx || p.need_a || p.need_s) project(p, dy, n, z, u, lanes);
     if (p.need_b) {
       scale_rows(z, s.scale, n, R, zs);
       for (int64_t q = 0; q < s.n_ranges; ++q) {
         const RowRange& range = s.ranges[q];
         const int64_t first = s.rank_begin[range.adapter], rank = s.rank_begin[range.adapter + 1] - first;
-        reduce(zs + first, R, dy.data + range.start, dy.stride, n, range.stop - range.start, p.grad_b + range.panel, rank, 0, rank);
+        reduce(zs + first, R, dy.data + range.start, dy.stride, n, range.stop - range.start, p.grad_b + range.panel, rank);
       }
     }
     if (masked) mask_rows(s, m, n, mask);
     if (p.need_a) {
       Rows x = float_rows(p.x, m, n, s.d_in, rows);
-      if (masked) x = times(x, mask, n, s.d_in, rows);
-      reduce(u, R, x.data, x.stride, n, s.d_in, p.grad_a, R, 0, R);
+      if (masked) x = times(x, {mask, wide}, n, s.d_in, rows);
+      reduce(u, R, x.data, x.stride, n, s.d_in, p.grad_a, R);
     }
     if (p.need_dx) seed_dx(p, u, m, n, masked ? mask : nullptr, rows);
   }

@@ -1,5 +1,5 @@
 // The three products that every low-rank pass is made of, on rows X [m, n] (fp32, contiguous rows) and a panel P of [r, n]:
-//   dot     out[m, k]  = sum_j X[m, j] P[k, j]          z = x A^T, u = dy B, dB = H A^T
+//   dot     out[m, k] += sum_j X[m, j] P[k, j]          z = x A^T, u = dy B, dB = H A^T
 //   expand  out[m, j]  = sum_k C[m, k] P[k, j]          y += z B^T, dx += u A, D = B A; an epilogue takes each vector
 //   reduce  G[k, j]   += sum_m C[m, k] X[m, j]          dB = dy^T z, dA = u^T x, dA = B^T H; G is a panel
 // Ranks go in register blocks of at most RANK_BLOCK, balanced so that r = 10 is 5 + 5 and not 6 + 4.
@@ -32,11 +32,10 @@ inline __attribute__((always_inline)) void with_width(int k, F&& f) {
   }
 }
 
-// out[m * ldo + k] for MR rows and KR ranks; adds to what is there when ACC.
-template <int MR, int KR, bool ACC>
-inline __attribute__((always_inline)) void dot_block(const float* x, int64_t ldx, int64_t n, const float* panel, int64_t r,
-                                                     float* out, int64_t ldo) {
-  vfloat acc[MR][KR] = {};
+// Lanes of out[m, k] for MR rows and KR ranks, not summed yet: acc += X[m, j..] P[k, j..].
+template <int MR, int KR>
+inline __attribute__((always_inline)) void dot_lanes(const float* x, int64_t ldx, int64_t n, const float* panel, int64_t r,
+                                                     vfloat (&acc)[MR][KR]) {
   int64_t j = 0;
   for (; j + L <= n; j += L, panel += r * L) {
     vfloat xs[MR];
@@ -51,54 +50,59 @@ inline __attribute__((always_inline)) void dot_block(const float* x, int64_t ldx
   }
   if (j < n) {
     for (int m = 0; m < MR; ++m) {
-      vfloat tail = load_first(x + m * ldx + j, n - j);
+      vfloat tail = load(x + m * ldx + j, Part{n - j});
       for (int k = 0; k < KR; ++k) acc[m][k] += tail * load(panel + k * L);
     }
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 8
-    for (int k = 0; k < KR; ++k) {
-      float s = sum(acc[m][k]);
-      out[m * ldo + k] = ACC ? out[m * ldo + k] + s : s;
-    }
-  }
 }
 
-// Ranks [first, first + count) of a panel that holds r ranks.
-template <bool ACC>
-inline void dot(const float* x, int64_t ldx, int64_t rows, int64_t n, const float* panel, int64_t r, int64_t first, int64_t count,
-                float* out, int64_t ldo) {
+// Calls f(first row, rows MR, first rank, ranks KR) over blocks of rows and ranks; MR and KR are compile-time widths.
+template <class F>
+inline __attribute__((always_inline)) void dot_blocks(int64_t rows, int64_t ranks, F&& f) {
   constexpr int MR = FE_VECTOR_BYTES == 64 ? 4 : 3;
-  int64_t m = 0;
-  for (; m < rows;) {
-    int64_t left = rows - m;
-    for (int64_t k = 0; k < count;) {
-      int block = rank_block(count - k);
-      const float* p = panel + (first + k) * L;
-      float* o = out + m * ldo + k;
+  for (int64_t m = 0; m < rows;) {
+    const int64_t left = rows - m;
+    for (int64_t k = 0; k < ranks;) {
+      const int block = rank_block(ranks - k);
       with_width(block, [&](auto w) __attribute__((always_inline)) {
-        constexpr int KR = decltype(w)::value;
         if (left >= MR)
-          dot_block<MR, KR, ACC>(x + m * ldx, ldx, n, p, r, o, ldo);
-        else if (left == 1)
-          dot_block<1, KR, ACC>(x + m * ldx, ldx, n, p, r, o, ldo);
+          f(m, Width<MR>{}, k, w);
+        else if (left >= 2)
+          f(m, Width<2>{}, k, w);
         else
-          dot_block<2, KR, ACC>(x + m * ldx, ldx, n, p, r, o, ldo);
+          f(m, Width<1>{}, k, w);
       });
       k += block;
     }
-    m += left >= MR ? MR : (left == 1 ? 1 : 2);
+    m += left >= MR ? MR : left >= 2 ? 2 : 1;
   }
 }
 
-// epilogue(row, column, vectors[V], valid) receives sum_k C[row, k] P[k, column ...]; valid < V * L only in the last vectors.
-template <int MR, int NV, class Epilogue>
-inline __attribute__((always_inline)) void expand_block(const float* c, int64_t ldc, const float* panel, int64_t r, int64_t first,
-                                                        int64_t count, int64_t row, int64_t column, Epilogue&& epilogue) {
+// lanes[m * ldl + k], vectors in memory, += the lanes of out[m, k]. The sum may go on over several column blocks; sum_lanes ends it.
+inline void dot(const float* x, int64_t ldx, int64_t rows, int64_t n, const float* panel, int64_t r, float* lanes, int64_t ldl) {
+  dot_blocks(rows, r, [&](int64_t m, auto mr, int64_t k, auto kr) __attribute__((always_inline)) {
+    constexpr int MR = decltype(mr)::value, KR = decltype(kr)::value;
+    vfloat acc[MR][KR];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+      for (int q = 0; q < KR; ++q) acc[i][q] = load(lanes + ((m + i) * ldl + k + q) * L);
+    dot_lanes<MR, KR>(x + m * ldx, ldx, n, panel + k * L, r, acc);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+      for (int q = 0; q < KR; ++q) store(lanes + ((m + i) * ldl + k + q) * L, acc[i][q]);
+  });
+}
+
+// epilogue(row, column, v, vector, extent) receives sum_k C[row, k] P[k, column .. column + L), the v-th of at most COLUMNS neighbours;
+// extent is Whole, or Part at the right edge.
+template <int MR, int NV, class Extent, class Epilogue>
+inline __attribute__((always_inline)) void expand_block(const float* c, int64_t ldc, const float* panel, int64_t r, int64_t row,
+                                                        int64_t column, Extent extent, Epilogue&& epilogue) {
   vfloat acc[MR][NV] = {};
-  const float* p = panel + (column / L * r + first) * L;
-  for (int64_t k = 0; k < count; ++k, p += L) {
+  const float* p = panel + column * r;
+  for (int64_t k = 0; k < r; ++k, p += L) {
     vfloat ps[NV];
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) ps[v] = load(p + v * r * L);
@@ -112,30 +116,26 @@ inline __attribute__((always_inline)) void expand_block(const float* c, int64_t 
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) epilogue(row + m, column + v * L, acc[m][v]);
+    for (int v = 0; v < NV; ++v) epilogue(row + m, column + v * L, v, acc[m][v], extent);
   }
 }
 
-// Rows [0, rows) and columns [0, n), n rounded up to whole vectors: the epilogue knows where the matrix ends.
+template <int MR, class Epilogue>
+inline __attribute__((always_inline)) void expand_rows(const float* c, int64_t ldc, const float* panel, int64_t r, int64_t row,
+                                                       int64_t n, Epilogue&& epilogue) {
+  int64_t j = 0;
+  for (; j + COLUMNS * L <= n; j += COLUMNS * L) expand_block<MR, COLUMNS>(c, ldc, panel, r, row, j, Whole{}, epilogue);
+  for (; j + L <= n; j += L) expand_block<MR, 1>(c, ldc, panel, r, row, j, Whole{}, epilogue);
+  if (j < n) expand_block<MR, 1>(c, ldc, panel, r, row, j, Part{n - j}, epilogue);
+}
+
 template <class Epilogue>
-inline __attribute__((always_inline)) void expand(const float* c, int64_t ldc, int64_t rows, const float* panel, int64_t r,
-                                                  int64_t first, int64_t count, int64_t n, Epilogue&& epilogue) {
+inline __attribute__((always_inline)) void expand(const float* c, int64_t ldc, int64_t rows, const float* panel, int64_t r, int64_t n,
+                                                  Epilogue&& epilogue) {
   constexpr int MR = FE_VECTOR_BYTES == 64 ? 6 : 3;
-  constexpr int NV = COLUMNS;
-  int64_t end = round_up(n, L);
   int64_t m = 0;
-  for (; m + MR <= rows; m += MR) {
-    int64_t j = 0;
-    for (; j + NV * L <= end; j += NV * L)
-      expand_block<MR, NV>(c + m * ldc, ldc, panel, r, first, count, m, j, epilogue);
-    for (; j < end; j += L) expand_block<MR, 1>(c + m * ldc, ldc, panel, r, first, count, m, j, epilogue);
-  }
-  for (; m < rows; ++m) {
-    int64_t j = 0;
-    for (; j + NV * L <= end; j += NV * L)
-      expand_block<1, NV>(c + m * ldc, ldc, panel, r, first, count, m, j, epilogue);
-    for (; j < end; j += L) expand_block<1, 1>(c + m * ldc, ldc, panel, r, first, count, m, j, epilogue);
-  }
+  for (; m + MR <= rows; m += MR) expand_rows<MR>(c + m * ldc, ldc, panel, r, m, n, epilogue);
+  for (; m < rows; ++m) expand_rows<1>(c + m * ldc, ldc, panel, r, m, n, epilogue);
 }
 
 template <int KR, int NV>
@@ -168,25 +168,24 @@ inline __attribute__((always_inline)) void reduce_block(const float* c, int64_t 
 template <int KR>
 inline void reduce_tail(const float* c, int64_t ldc, const float* x, int64_t ldx, int64_t rows, int64_t valid, float* grad, int64_t r) {
   for (int64_t m = 0; m < rows; ++m, c += ldc, x += ldx) {
-    vfloat xs = load_first(x, valid);
+    vfloat xs = load(x, Part{valid});
     for (int k = 0; k < KR; ++k) store(grad + k * L, load(grad + k * L) + splat(c[k]) * xs);
   }
 }
 
-// Adds to ranks [first, first + count) of the gradient panel that holds r ranks.
-inline void reduce(const float* c, int64_t ldc, const float* x, int64_t ldx, int64_t rows, int64_t n, float* grad, int64_t r,
-                   int64_t first, int64_t count) {
+// Adds to all r ranks of the gradient panel.
+inline void reduce(const float* c, int64_t ldc, const float* x, int64_t ldx, int64_t rows, int64_t n, float* grad, int64_t r) {
   constexpr int NV = COLUMNS;
-  for (int64_t k = 0; k < count;) {
-    int block = rank_block(count - k);
+  for (int64_t k = 0; k < r;) {
+    const int block = rank_block(r - k);
     with_width(block, [&](auto w) __attribute__((always_inline)) {
       constexpr int KR = decltype(w)::value;
       const float* ck = c + k;
       int64_t j = 0;
       for (; j + NV * L <= n; j += NV * L)
-        reduce_block<KR, NV>(ck, ldc, x + j, ldx, rows, grad + (j / L * r + first + k) * L, r);
-      for (; j + L <= n; j += L) reduce_block<KR, 1>(ck, ldc, x + j, ldx, rows, grad + (j / L * r + first + k) * L, r);
-      if (j < n) reduce_tail<KR>(ck, ldc, x + j, ldx, rows, n - j, grad + (j / L * r + first + k) * L, r);
+        reduce_block<KR, NV>(ck, ldc, x + j, ldx, rows, grad + j * r + k * L, r);
+      for (; j + L <= n; j += L) reduce_block<KR, 1>(ck, ldc, x + j, ldx, rows, grad + j * r + k * L, r);
+      if (j < n) reduce_tail<KR>(ck, ldc, x + j, ldx, rows, n - j, grad + j * r + k * L, r);
     });
     k += block;
   }

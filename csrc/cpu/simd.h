@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__)
+#if FE_VECTOR_BYTES > 16
 #include <immintrin.h>
 #endif
 
@@ -23,37 +23,78 @@ constexpr int COLUMNS = 3;
 constexpr int TILE_ROWS = 6, TILE_COLUMNS = 2;
 #endif
 
+// The lane numbers 0 .. L - 1 as template arguments.
+template <int64_t... I>
+struct Lanes {};
+template <int64_t N, int64_t... I>
+struct CountLanes : CountLanes<N - 1, N - 1, I...> {};
+template <int64_t... I>
+struct CountLanes<0, I...> {
+  using type = Lanes<I...>;
+};
+using AllLanes = CountLanes<L>::type;
+
 inline __attribute__((always_inline)) vfloat load(const float* p) {
   vfloat v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 inline __attribute__((always_inline)) void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
-inline __attribute__((always_inline)) vfloat splat(float s) { return vfloat{} + s; }
+// s - 0 is s for every s, so this is one broadcast; s + 0 would be an addition (it turns -0 into 0).
+inline __attribute__((always_inline)) vfloat splat(float s) { return s - vfloat{}; }
 
-inline vfloat load_first(const float* p, int64_t n) {
+// How much of a vector lies inside a matrix: all of it, or the first n lanes at its right edge. Known at compile time in the main loops.
+struct Whole {};
+struct Part {
+  int64_t n;
+};
+inline __attribute__((always_inline)) vfloat load(const float* p, Whole) { return load(p); }
+inline __attribute__((always_inline)) void store(float* p, vfloat v, Whole) { store(p, v); }
+inline vfloat load(const float* p, Part part) {
   vfloat v{};
-  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  for (int64_t i = 0; i < part.n; ++i) v[i] = p[i];
   return v;
 }
-inline void store_first(float* p, vfloat v, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+inline void store(float* p, vfloat v, Part part) {
+  for (int64_t i = 0; i < part.n; ++i) p[i] = v[i];
 }
 
 inline __attribute__((always_inline)) float sum(vfloat v) {
-#if FE_VECTOR_BYTES == 64
-  typedef float half __attribute__((vector_size(32)));
-  half h = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-#elif FE_VECTOR_BYTES == 32
-  vfloat h = v;
-#endif
-  typedef float quarter __attribute__((vector_size(16)));
-#if FE_VECTOR_BYTES == 16
-  quarter q = v;
-#else
-  quarter q = __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
-#endif
-  return (q[0] + q[2]) + (q[1] + q[3]);
+  float s = 0.f;
+  for (int64_t l = 0; l < L; ++l) s += v[l];
+  return s;
+}
+
+// Within each group of S lanes: the first (HIGH = false) or second halves of a's and b's group, side by side.
+template <int64_t S, bool HIGH, int64_t... I>
+inline __attribute__((always_inline)) vfloat halves(vfloat a, vfloat b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, ((I / S) * S + I % (S / 2) + (HIGH ? S / 2 : 0) + (I % S >= S / 2 ? L : 0))...);
+}
+
+// out[i] = sum of the lanes of v[i], for L vectors: each step folds two vectors into one, L - 1 additions in all.
+template <int64_t S>
+inline __attribute__((always_inline)) vfloat sums_of(const vfloat* v) {
+  if constexpr (S == 1) {
+    return v[0];
+  } else {
+    vfloat folded[S / 2];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < S / 2; ++i)
+      folded[i] = halves<S, false>(v[i], v[i + S / 2], AllLanes{}) + halves<S, true>(v[i], v[i + S / 2], AllLanes{});
+    return sums_of<S / 2>(folded);
+  }
+}
+
+// out[i] = sum of the lanes of vector i of n vectors in memory.
+inline void sum_lanes(const float* lanes, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + L <= n; i += L) {
+    vfloat v[L];
+#pragma GCC unroll 16
+    for (int64_t q = 0; q < L; ++q) v[q] = load(lanes + (i + q) * L);
+    store(out + i, sums_of<L>(v));
+  }
+  for (; i < n; ++i) out[i] = sum(load(lanes + i * L));
 }
 
 inline float from_bf16(uint16_t b) {
@@ -112,5 +153,8 @@ inline void* at(Matrix& m, int64_t row, int64_t column) {
 }
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Buffers are cut from 64-byte aligned scratch in whole cache lines: a vector that straddles two lines costs two accesses.
+inline int64_t aligned(int64_t floats) { return round_up(floats, 16); }
 
 }  // namespace fe::FE_ISA

@@ -1,7 +1,7 @@
 // From tensors to what the kernels take, and the one way in which work is split over threads.
 #pragma once
+#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <torch/extension.h>
 
 #include <optional>
 #include <vector>
