@@ -40,6 +40,7 @@ NAMES = (files.MANIFEST, files.ADAPTER, files.ADAPTER_CONFIG, files.STATE)
 
 
 def whole_layer_model(seed: int = 0) -> Tiny:
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     model = Tiny().double()
     inject(model, LoRAConfig(r=2, lora_alpha=3.0, target_modules=["qkv", "fc"]))

@@ -51,6 +51,7 @@ def adapted(
 ) -> Tiny:
     """A Tiny with random non-zero adapters on k and v of `qkv` (per-head interleaved rows) and on `fc`; the
     head trains."""
+    torch.set_num_threads(1)  # matrices this small only wait for each other's threads
     torch.manual_seed(seed)
     model = Tiny(**options).to(dtype)
     layout = QKVLayout(("q", "k", "v"))
