@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,18 +70,17 @@ class EWC:
     Args:
         model: a model with injected adapters, also wrapped by DDP or torch.compile.
         ewc_lambda: strength of the penalty. It means nothing without fisher_mode and, for "batch", the batch
-        size: `convert_lambda`.
+            size: `convert_lambda`.
         gamma: decay of the Fishers of earlier tasks, in [0, 1]; 1 is the published value, 0 forgets them.
         fisher_mode: "sample", the mean of squared per-sample gradients, or "batch", n times the squared mean
-        gradient of a batch of n,
-            averaged over samples (the official code).
+            gradient of a batch of n, averaged over samples (the official code).
         fisher_dtype: of the cumulative Fisher, fp32 or bf16 (fp64 beside fp64 adapters); a task's Fisher is
-        accumulated in fp32.
+            accumulated in fp32.
         merge_mode: "delta", W + s B A, or "factors", W0 + s (sum B)(sum A) with the cross terms of the
-        official code.
+            official code; it keeps the original rows W0.
         check_finite: refuse NaN and Inf in Fishers and weights (one host synchronisation per task).
         update: "sum", gamma F + F_task, or "convex", gamma F + (1 - gamma) F_task; the first task gives
-        F_task.
+            F_task.
         generator: source of the A of each new task; None is the default generator.
 
     Consolidation resets lora_A and lora_B in place; moments in an optimizer belong to the task that ended, so
@@ -153,16 +152,12 @@ class EWC:
         return self._state.history
 
     def _operands(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float | Tensor]]:
-        """Fishers, lora_As, lora_Bs and scales; asked for on every step, because some `.to()` and load calls
-        replace Parameters."""
-        lora_as: list[Tensor] = []
-        lora_bs: list[Tensor] = []
-        scales: list[float | Tensor] = []
-        for layer in self.layers.values():
-            for piece, lora_a, lora_b in layer.adapter_parameters():
-                lora_as.append(lora_a)
-                lora_bs.append(lora_b)
-                scales.append(layer.adapter_scale(piece))
+        """Fishers, lora_As, lora_Bs and scales, looked up on every step: some `.to()` and load calls replace
+        Parameters."""
+        held = [(slot.layer._parameters, slot.piece) for slot in self._slots]
+        lora_as = [cast(Tensor, parameters[piece.a_name]) for parameters, piece in held]
+        lora_bs = [cast(Tensor, parameters[piece.b_name]) for parameters, piece in held]
+        scales = [slot.layer.adapter_scale(slot.piece) for slot in self._slots]
         return list(self._state.fishers.values()), lora_as, lora_bs, scales
 
     def penalty(self) -> Tensor:
