@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,8 +27,7 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def inject(model: nn.Module, config: LoRAConfig) -> Report:
-    """Adapt the matching `nn.Linear`s of `model` in place and freeze everything but adapters; returns a
-    printable table.
+    """Adapt matching `nn.Linear`s of `model` in place and freeze all but adapters; returns a printable table.
 
     Names match as in PEFT; `"all-linear"` leaves out the head that `get_output_embeddings()` or
     `get_classifier()` returns, and takes every layer of a model that has neither. Keys of the base state_dict
@@ -38,6 +37,10 @@ def inject(model: nn.Module, config: LoRAConfig) -> Report:
         >>> print(inject(model, LoRAConfig(r=10, target_modules=["attn.qkv", "fc1"])))
     """
     planned = plan(model, config)
+    if tied := _tied_weights(model, {match.name: match.module for match in planned.matches}):
+        warnings.warn(
+            f"{_tied_message(tied)}; training works, merging and consolidation will refuse", stacklevel=2
+        )
     adopted: list[LoRALinear] = []
     try:
         for match in planned.matches:
@@ -49,11 +52,6 @@ def inject(model: nn.Module, config: LoRAConfig) -> Report:
             layer.release_()
         raise
     _freeze(model)
-    tied = tied_weights(model)
-    if tied:
-        warnings.warn(
-            f"{_tied_message(tied)}; training works, merging and consolidation will refuse", stacklevel=2
-        )
     return _report(model, planned)
 
 
@@ -67,8 +65,7 @@ def _freeze(model: nn.Module) -> None:
 
 
 def eject(model: nn.Module, merge: bool = True) -> None:
-    """Back to plain `nn.Linear`s in place, with the adapters folded in (`merge=True`, fp32 sum, one rounding)
-    or dropped.
+    """Back to plain `nn.Linear`s in place, with the adapters folded in (`merge=True`) or dropped.
 
     State_dict keys are those of the base model again, and parameters that injection froze require gradients
     again. Raises `TargetError` without adapters or when a tied weight cannot be merged, `ArgumentError` when
@@ -93,10 +90,10 @@ def eject(model: nn.Module, merge: bool = True) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model computes what its base weights alone compute; merged adapters are taken out
-    and put back.
+    """Inside the block the model computes what its base weights alone compute.
 
-    Blocks nest; the state of every layer is restored on leaving, also by an exception.
+    Merged adapters are taken out and put back. Blocks nest; the state of every layer is restored on leaving,
+    also by an exception.
 
         >>> with disabled(model): base = model(x)
     """
@@ -168,17 +165,14 @@ def _adapted(model: nn.Module) -> dict[str, LoRALinear]:
     return layers
 
 
-def tied_weights(model: nn.Module) -> dict[str, list[str]]:
-    """Adapted layers whose weight other modules use too: their name -> the other names of the weight."""
+def _tied_weights(model: nn.Module, layers: Mapping[str, nn.Linear]) -> dict[str, list[str]]:
+    """Those of `layers` whose weight other modules use too: their name -> the other names of the weight."""
     users: dict[int, list[str]] = {}
-    seen: set[tuple[int, str]] = set()
     for name, module in model.named_modules():
         for leaf, parameter in module._parameters.items():
-            if parameter is not None and (id(module), leaf) not in seen:
-                seen.add((id(module), leaf))
-                users.setdefault(id(parameter), []).append(f"{name}.{leaf}".lstrip("."))
+            users.setdefault(id(parameter), []).append(f"{name}.{leaf}".lstrip("."))
     tied = {}
-    for name, layer in adapters(model).items():
+    for name, layer in layers.items():
         others = [user for user in users[id(layer.weight)] if user != f"{name}.weight".lstrip(".")]
         if others:
             tied[name] = others
@@ -188,7 +182,7 @@ def tied_weights(model: nn.Module) -> dict[str, list[str]]:
 def check_mergeable(model: nn.Module) -> None:
     """Raises `TargetError` when the weight of an adapted layer is tied to another module, which merging into
     it would change."""
-    if tied := tied_weights(model):
+    if tied := _tied_weights(model, adapters(model)):
         raise TargetError(f"merge: {_tied_message(tied)}, and would change with it. Nothing was changed")
 
 

@@ -1,5 +1,4 @@
-"""`LoRALinear`: an `nn.Linear` whose adapters are parameters of the same module, so that the base keys of its
-state_dict stay as they were."""
+"""`LoRALinear`: an `nn.Linear` whose adapters are parameters of the same module: base keys never change."""
 
 from __future__ import annotations
 
@@ -41,9 +40,7 @@ class LoRALinear(nn.Linear):
     forward_calls: int  # eager calls; a compiled call sets it to 1, which needs no guard and no recompilation
     origin_fingerprint: str
     consolidated_tasks: int  # tasks whose B diag(s) A has been added to weight for good
-    base_trainable: tuple[
-        str, ...
-    ]  # which of weight and bias required gradients before the layer was adapted
+    base_trainable: tuple[str, ...]  # which of weight and bias required gradients before
     rows_before_merge: Tensor  # only while merged
 
     def __init__(
@@ -95,8 +92,7 @@ class LoRALinear(nn.Linear):
         lora_alpha: float | None,
         lora_dropout: float,
     ) -> LoRALinear:
-        """Turn `linear` itself into this class, keeping its hooks, its place in the model and its keys; the
-        caller has validated everything."""
+        """Turn `linear` itself into this class, keeping hooks, place and keys; the caller validates."""
         linear.__class__ = cls
         layer = cast(LoRALinear, linear)
         try:
@@ -107,8 +103,7 @@ class LoRALinear(nn.Linear):
         return layer
 
     def release_(self) -> nn.Linear:
-        """Turn this module back into an `nn.Linear` in place: adapters dropped, requires_grad of weight and
-        bias as it was."""
+        """Turn this module back into an `nn.Linear` in place, without adapters, requires_grad as it was."""
         for name in self.base_trainable:
             self._parameters[name].requires_grad_(True)  # type: ignore[union-attr]
         for name, _ in self.named_lora_parameters():
@@ -167,8 +162,7 @@ class LoRALinear(nn.Linear):
             self.reset_adapters()
 
     def named_lora_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """(name, parameter) of everything that adaptation added: lora_A, lora_B and a lora_scale where there
-        is one."""
+        """(name, parameter) of all that adaptation added: lora_A, lora_B, lora_scale where there is one."""
         return [
             (name, p) for name, p in self._parameters.items() if p is not None and name.startswith("lora_")
         ]
@@ -178,16 +172,14 @@ class LoRALinear(nn.Linear):
         return [(s, getattr(self, s.a_name), getattr(self, s.b_name)) for s in self.adapter_slices]
 
     def adapter_scale(self, adapter: AdapterSlice) -> float | Tensor:
-        """The scale of one adapter: its `scaling`, times the parameter `lora_scale` where the layer has been
-        given one."""
+        """The scale of one adapter: its `scaling`, times the parameter `lora_scale` where there is one."""
         factor = self._parameters.get(adapter.scale_name)
         if factor is None:
             return adapter.scaling
         return factor if adapter.scaling == 1.0 else factor * adapter.scaling
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `[..., in_features]` -> y `[..., out_features]` in one op; the plain linear while merged or
-        disabled."""
+        """x `[..., in_features]` -> y `[..., out_features]`; the plain linear while merged or disabled."""
         if torch.compiler.is_compiling():
             self.forward_calls = 1
         else:
@@ -206,10 +198,9 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def consolidated_weight(self) -> Tensor:
-        """A new tensor W + B diag(s) A, summed in fp32 (fp64 for fp64) and rounded once; rows without an
-        adapter are copied.
+        """A new tensor W + B diag(s) A, summed in fp32 (fp64 for fp64) and rounded once.
 
-        Raises `TargetError` while merged, when W holds the sum already.
+        Rows without an adapter are copied. Raises `TargetError` while merged, when W holds the sum already.
         """
         if self.merged:
             raise TargetError(
@@ -269,10 +260,8 @@ class LoRALinear(nn.Linear):
             self.origin_fingerprint, self.consolidated_tasks = fingerprint(self.weight), 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "fisher_capture": None,
-        }  # buffers of a running Fisher pass belong to it, not to copies of the layer
+        # The buffers of a running Fisher pass belong to it, not to copies of the layer.
+        return {**self.__dict__, "fisher_capture": None}
 
     def extra_repr(self) -> str:
         adapters = ", ".join(

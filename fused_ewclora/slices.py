@@ -1,5 +1,4 @@
-"""The adapters of one layer as data: which rows they own, what they are called, and which base weights they
-belong to."""
+"""The adapters of one layer as data: the rows they own, their names, and the base weights they belong to."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ FINGERPRINT_ROWS = 64  # enough to tell checkpoints apart, small enough to read 
 
 @dataclass(frozen=True)
 class AdapterSlice:
-    """One adapter of a layer: its segment (`""` for the whole layer), the output rows it owns, its rank and
-    its scale."""
+    """One adapter of a layer: its segment (`""` for the whole layer), output rows, rank and scale."""
 
     name: str
     rows: Rows
@@ -56,8 +54,7 @@ def plan_slices(
     slices: Sequence[str] | None,
     layout: QKVLayout | None,
 ) -> tuple[AdapterSlice, ...]:
-    """The adapters of a layer with `out_features` rows; raises `LayoutError` when slices are asked for
-    without a layout that fits."""
+    """The adapters of a layer; raises `LayoutError` when slices are asked for without a layout that fits."""
     positive(r, "r")
     scaling = 1.0 if lora_alpha is None else finite(lora_alpha, "lora_alpha") / r
     if slices is None:
