@@ -68,11 +68,11 @@ class Values:
         values = torch.randn(shape, generator=self.generator, dtype=torch.float64) * std
         return with_layout(values.to(dtype).to(self.device), layout)
 
-    def fisher(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def fisher(self, *shape: int, dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> Tensor:
         """Non-negative, over several orders of magnitude, some exactly zero."""
         values = torch.randn(shape, generator=self.generator, dtype=torch.float64).exp()
         values[torch.rand(shape, generator=self.generator) < 0.1] = 0.0
-        return values.to(dtype).to(self.device)
+        return with_layout(values.to(dtype).to(self.device), layout)
 
 
 def with_layout(tensor: Tensor, layout: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 A sum of n products with unit roundoff u = eps / 2 misses its exact value by at most n u times the sum of
 absolute values; roundings of random sign add up to lambda sqrt(n) u with overwhelming probability (Higham &
-Mary, 2019). `sum_bound` takes lambda = 4, plus one rounding for each of the few operations that follow the sum.
+Mary, 2019). `sum_bound` takes lambda = 4, plus one rounding for each of the few operations after the sum.
 """
 
 from __future__ import annotations

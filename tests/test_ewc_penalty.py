@@ -1,0 +1,197 @@
+"""The EWC penalty and its gradients under autograd: the formula in fp64, and its algebra."""
+
+from __future__ import annotations
+
+import oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from penalty_cases import BIG, assert_equals_oracle, cases, make
+from strategies import BACKENDS, LOW_PRECISION, Values, dtypes_of, seeds
+from tolerance import EPS, assert_within, relative_error, sum_bound
+from torch import Tensor
+
+from fused_ewclora import functional as FE
+
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.parametrize("backend", BACKENDS)]
+
+
+@given(data=st.data(), threads=st.sampled_from((1, 2, 3)))
+@settings(max_examples=40)
+def test_value_and_gradients_equal_fp64_for_any_shapes_ranks_dtypes_and_strides(backend, data, threads):
+    torch.set_num_threads(threads)
+    case = data.draw(cases(backend))
+    assert_equals_oracle(case, *case.gradients())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_work_split_over_threads_gives_the_same_values(backend, threads):
+    torch.set_num_threads(threads)
+    case = make(Values(1, backend), BIG, backend, ewc_lambda=1e7)
+    assert_equals_oracle(case, *case.gradients())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_runs_repeat_bit_by_bit_with_the_same_number_of_threads(backend, threads):
+    torch.set_num_threads(threads)
+    case = make(Values(1, backend), BIG, backend)
+    value, grads = case.gradients()
+    for _ in range(3):
+        value2, grads2 = case.gradients()
+        assert torch.equal(value, value2) and all(map(torch.equal, grads, grads2))
+
+
+def test_sums_of_millions_of_terms_keep_their_accuracy(backend):
+    """4 million equal terms: a single fp32 accumulator would be off by about 1e-3."""
+    fisher = torch.ones(4096, 1024)
+    a, b = torch.full((1, 1024), 0.1), torch.full((4096, 1), 0.3)
+    value = FE.ewc_penalty([fisher], [a], [b], backend=backend)
+    exact = 0.5 * fisher.numel() * (float(a[0, 0]) * float(b[0, 0])) ** 2
+    bound = sum_bound(torch.tensor(exact, dtype=torch.float64), 1024, torch.float32)
+    assert_within(value, torch.tensor(exact, dtype=torch.float64), bound, "penalty")
+
+
+def test_a_zero_fisher_gives_exact_zeros(backend):
+    case = make(Values(2, backend), BIG[:3], backend, ewc_lambda=1e7)
+    case.fishers = [torch.zeros_like(f) for f in case.fishers]
+    value, grads = case.gradients()
+    assert value.item() == 0.0 and not any(bool(grad.any()) for grad in grads)
+
+
+def test_at_the_start_of_a_task_b_is_zero_and_so_is_everything(backend):
+    case = make(Values(2, backend), BIG[:3], backend, ewc_lambda=1e7)
+    case.lora_bs = [torch.zeros_like(b).requires_grad_() for b in case.lora_bs]
+    value, grads = case.gradients()
+    assert value.item() == 0.0 and not any(bool(grad.any()) for grad in grads)
+
+
+def test_no_adapters_give_zero(backend):
+    assert FE.ewc_penalty([], [], [], backend=backend).item() == 0.0
+    assert FE.ewc_penalty_grad_([], [], [], backend=backend).item() == 0.0
+
+
+@given(seed=seeds, power=st.integers(-3, 3))
+def test_it_is_quadratic_in_b_and_linear_in_lambda_and_fisher(backend, seed, power):
+    """Bitwise, since the factors are powers of two."""
+    case, factor = make(Values(seed, backend), [(13, 17, 3), (5, 33, 10)], backend), 2.0**power
+    value = case.run()
+    assert torch.equal(case.run(lora_bs=[factor * b for b in case.lora_bs]), factor**2 * value)
+    assert torch.equal(case.run(ewc_lambda=factor), factor * value)
+    assert torch.equal(case.run(fishers=[factor * f for f in case.fishers]), factor * value)
+
+
+@given(seed=seeds)
+def test_it_is_additive_over_adapters_and_blind_to_their_order(backend, seed):
+    case = make(Values(seed, backend), [(13, 17, 3), (5, 33, 10), (40, 2, 31)], backend)
+    columns = list(zip(case.fishers, case.lora_as, case.lora_bs, case.scales, strict=True))
+    parts = sum(FE.ewc_penalty(*([c] for c in column), backend=backend).double() for column in columns)
+    swapped = FE.ewc_penalty(*map(list, zip(*columns[::-1], strict=True)), backend=backend)
+    bound = (
+        8 * EPS[torch.float32] * float(parts.detach())
+    )  # one rounding of the total, of each part, and of each term
+    assert_within(case.run(), parts.detach().cpu(), bound, "sum of the parts")
+    assert_within(swapped, parts.detach().cpu(), bound, "other order")
+
+
+def test_scales_may_be_folded_into_a(backend):
+    """diag(s) is a reparametrisation: P(A, B, s) = P(diag(s) A, B, 1), and dA carries the factor s."""
+    case = make(Values(4, backend), [(31, 47, 10)] * 3, backend)
+    case.scales = [s if isinstance(s, Tensor) else torch.full((10,), s) for s in case.scales]
+    folded = [
+        (a * s.reshape(-1, 1)).detach().requires_grad_()
+        for a, s in zip(case.lora_as, case.scales, strict=True)
+    ]
+    value = case.run(lora_as=folded, scales=None)
+    wide = oracles.ewc_penalty(
+        *[list(map(oracles.magnitude, t)) for t in (case.fishers, case.lora_as, case.lora_bs, case.scales)],
+        1.0,
+    )
+    assert_within(value, case.run().double().cpu(), sum_bound(wide[0], 47, torch.float32), "penalty")
+    grads = torch.autograd.grad(case.run(), case.lora_as)
+    others = torch.autograd.grad(value, folded)
+    for g, h, s, (da, _, _) in zip(grads, others, case.scales, wide[1], strict=True):
+        exact = (h.double() * s.detach().double().reshape(-1, 1)).cpu()
+        assert_within(g, exact, sum_bound(da, 31 + 47, torch.float32), "dA")
+
+
+def test_an_anchor_is_a_concatenated_adapter(backend):
+    """lambda/2 sum F (B A - B0 A0)^2 is the penalty of [B, -B0] and [A; A0]; the first r gradients count."""
+    values = Values(6, backend)
+    f = values.fisher(31, 47)
+    a, b, a0, b0 = (values.normal(*shape, std=0.3) for shape in ((5, 47), (31, 5), (5, 47), (31, 5)))
+    joint_a, joint_b = torch.cat([a, a0]).requires_grad_(), torch.cat([b, -b0], dim=1).requires_grad_()
+    value = FE.ewc_penalty([f], [joint_a], [joint_b], None, 3.0, backend=backend)
+    da, db = torch.autograd.grad(value, [joint_a, joint_b])
+    a64, b64 = oracles.exact(a).requires_grad_(), oracles.exact(b).requires_grad_()
+    delta = b64 @ a64 - oracles.exact(b0) @ oracles.exact(a0)
+    exact = 1.5 * (oracles.exact(f) * delta.square()).sum()
+    da64, db64 = torch.autograd.grad(exact, [a64, b64])
+    joint = ([f], [joint_a], [joint_b], [1.0])
+    wide, ((wa, wb, _),) = oracles.ewc_penalty(*[list(map(oracles.magnitude, t)) for t in joint], 3.0)
+    assert_within(value, exact.detach(), sum_bound(wide, 47 + 20, torch.float32), "penalty")
+    assert_within(da[:5], da64, sum_bound(wa[:5], 31 + 10, torch.float32), "dA")
+    assert_within(db[:, :5], db64, sum_bound(wb[:, :5], 47 + 10, torch.float32), "dB")
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("fisher_dtype", [torch.float32, torch.bfloat16])
+def test_the_published_lambda_stays_finite_beside_low_precision_adapters(backend, dtype, fisher_dtype):
+    """lambda F overflows fp16 by far; the penalty and its gradients do not, as long as they can be held."""
+    values = Values(7, backend)
+    case = make(values, [(97, 131, 10)], backend, dtype=dtype, fisher_dtype=fisher_dtype, ewc_lambda=1e7)
+    case.fishers = [f * 1e-4 for f in case.fishers]
+    value, grads = case.gradients()
+    assert value.item() > 65504.0 and all(bool(grad.isfinite().all()) for grad in grads)
+    assert_equals_oracle(case, value, grads)
+
+
+def test_backward_may_run_twice_and_scales_with_the_incoming_gradient(backend):
+    case = make(Values(8, backend), BIG[:3], backend)
+    value = case.run()
+    once = torch.autograd.grad(value, case.leaves(), retain_graph=True)
+    again = torch.autograd.grad(4.0 * value, case.leaves())
+    assert all(torch.equal(4.0 * one, two) for one, two in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize("frozen", ["A", "B", "s", "A and B"])
+def test_frozen_factors_get_no_gradient_and_change_no_other(backend, frozen):
+    case = make(Values(9, backend), BIG[:3], backend)
+    whole = {id(leaf): grad for leaf, grad in zip(case.leaves(), case.gradients()[1], strict=True)}
+    scales = [s for s in case.scales if isinstance(s, Tensor)]
+    groups = {"A": case.lora_as, "B": case.lora_bs, "s": scales, "A and B": case.lora_as + case.lora_bs}
+    for tensor in groups[frozen]:
+        tensor.requires_grad_(False)
+    _, grads = case.gradients()
+    assert 0 < len(grads) < len(whole)
+    for leaf, grad in zip(case.leaves(), grads, strict=True):
+        assert relative_error(grad, whole[id(leaf)].double().cpu()) <= 4 * EPS[torch.float32]
+    case.lora_as[0].requires_grad_(True)  # one of several: the others still get none
+    case.run().backward()
+    assert all((t.grad is None) == (not t.requires_grad) for t in groups[frozen])
+
+
+def test_nothing_is_recorded_without_gradients(backend):
+    case = make(Values(9, backend), BIG[:2], backend)
+    for leaf in case.leaves():
+        leaf.requires_grad_(False)
+    assert not case.run().requires_grad
+
+
+def test_a_second_derivative_raises_and_says_why(backend):
+    case = make(Values(9, backend), [(5, 7, 2)], backend)
+    grads = torch.autograd.grad(case.run().square(), case.leaves(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grads[0].sum().backward()
+
+
+def test_fp64_gradients_agree_with_finite_differences(backend):
+    if torch.float64 not in dtypes_of(backend, "ewc_penalty"):
+        pytest.skip("no fp64")
+    case = make(Values(10), [(5, 7, 2), (3, 4, 6), (6, 2, 3)], backend, dtype=torch.float64)
+    a, b, s = case.lora_as, case.lora_bs, case.scales[1:]
+
+    def run(*flat: Tensor) -> Tensor:
+        return case.run(lora_as=flat[:3], lora_bs=flat[3:6], scales=[0.5, *flat[6:]])
+
+    assert torch.autograd.gradcheck(run, [*a, *b, *s])

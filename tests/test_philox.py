@@ -1,0 +1,85 @@
+"""The dropout generator is Philox4x32-10 bit by bit, with the documented map from seed, row and column."""
+
+from __future__ import annotations
+
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import BACKENDS, device_of
+
+from fused_ewclora import functional as FE
+from fused_ewclora.reference import philox
+
+WORDS = st.integers(0, 2**32 - 1)
+ONES = 2**32 - 1
+# Published with Random123 (kat_vectors, philox 4x32 10 rounds).
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((ONES,) * 4, (ONES, ONES), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+]
+
+
+def kept_of(backend: str, seed: int, rows: int, columns: int, p: float) -> torch.Tensor:
+    """The dropout factors that a backend applies: W = 0 and A = B = I let x = 1 through the mask alone."""
+    device = device_of(backend)
+    eye = torch.eye(columns, device=device)
+    x, weight = torch.ones(rows, columns, device=device), torch.zeros(columns, columns, device=device)
+    options = {"dropout_p": p, "training": True, "seed": seed, "backend": backend}
+    return FE.lora_linear(x, weight, None, eye, eye, **options).cpu()
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS)
+def test_the_oracle_gives_the_published_answers(counter, key, words):
+    assert oracles.philox4x32(counter, key) == words
+
+
+def test_the_reference_gives_the_published_answer_for_counter_and_key_zero():
+    assert tuple(philox.philox_words(torch.tensor(0), 1, 1)[0].tolist()) == KNOWN_ANSWERS[0][2]
+
+
+@given(seed=st.integers(-(2**63), 2**63 - 1), rows=st.integers(1, 5), blocks=st.integers(1, 5))
+def test_words_equal_integer_arithmetic_for_every_seed(seed, rows, blocks):
+    words = philox.philox_words(torch.tensor(seed), rows, blocks).tolist()
+    key = (seed % 2**32, (seed >> 32) % 2**32)
+    expected = [
+        [w for b in range(blocks) for w in oracles.philox4x32((b, m, 0, 0), key)] for m in range(rows)
+    ]
+    assert words == expected
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(seed=st.integers(-(2**63), 2**63 - 1), shape=st.tuples(st.integers(1, 9), st.integers(1, 70)))
+def test_masks_of_every_backend_equal_integer_arithmetic(backend, seed, shape):
+    expected = oracles.dropout_mask(seed, *shape, 0.4)
+    assert torch.equal(kept_of(backend, seed, *shape, 0.4), expected.float())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_threshold_is_that_of_p_in_double_precision(backend):
+    """A word between p rounded to fp32 and p tells the two thresholds apart; this one was found by search."""
+    seed, row, column, p = 123, 39, 2717, 0.7
+    word = oracles.dropout_word(seed, row, column)
+    assert float(torch.tensor(p)) * 2**32 <= word < p * 2**32
+    block = 4 * (column // 4 + 1)
+    device = device_of(backend)
+    # One output column that reads this element alone: rank 1, A selects the column.
+    a = torch.zeros(1, block, device=device)
+    a[0, column] = 1.0
+    x, weight = torch.ones(row + 1, block, device=device), torch.zeros(1, block, device=device)
+    one = torch.ones(1, 1, device=device)
+    options = {"dropout_p": p, "training": True, "seed": seed, "backend": backend}
+    y = FE.lora_linear(x, weight, None, a, one, **options)
+    assert y[row, 0] == 0, f"word {word} < threshold {round(p * 2**32)}"
+
+
+def test_rows_beyond_32_bits_use_the_next_counter_word():
+    """The counter holds the row's low and high half: 2^32 rows later the words differ."""
+    assert oracles.dropout_word(5, 2**32 + 1, 0) == oracles.philox4x32((0, 1, 1, 0), (5, 0))[0]
+    assert oracles.dropout_word(5, 2**32 + 1, 0) != oracles.dropout_word(5, 1, 0)
+
+
+def test_the_threshold_never_exceeds_a_word():
+    assert philox.drop_threshold(1.0) == ONES and philox.inverse_keep(1.0) == 0.0
+    assert philox.drop_threshold(0.0) == 0
