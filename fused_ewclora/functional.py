@@ -173,7 +173,7 @@ def ewc_penalty_grad_(
     )
     slots = [i for i, tensor in enumerate(tensors) if needs[i % 3] and tensor is not None]
     pairs = [(tensors[i], grad) for i, grad in zip(slots, grads, strict=True) if wanted[i]]
-    if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
+    if pairs and (isinstance(grad_scale, Tensor) or grad_scale != 1.0):  # everything may be frozen
         torch._foreach_mul_([grad for _, grad in pairs], grad_scale)
     held = [(p.grad, grad) for p, grad in pairs if p is not None and p.grad is not None]
     for parameter, grad in pairs:

@@ -14,5 +14,6 @@ def merge_(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Tensor | None,
 
 
 def soft_threshold_(scale: Tensor, kappa: float) -> None:
-    """s <- sign(s) max(|s| - kappa, 0) in place."""
-    scale.copy_(scale.sign() * (scale.abs() - kappa).clamp(min=0))
+    """s <- sign(s) max(|s| - kappa, 0) in place; in fp32 for low precision, where PyTorch would round kappa first."""
+    s = scale.to(torch.float64 if scale.dtype == torch.float64 else torch.float32)
+    scale.copy_(s.sign() * (s.abs() - kappa).clamp(min=0))
