@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,20 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+def _demo(args: argparse.Namespace) -> int:
+    # Asked before minutes of training, not when the picture is drawn.
+    missing = [name for name in DEMO_EXTRAS if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"demo: not installed: {', '.join(missing)}; pip install 'fused-ewclora[demo]' brings them",
+            file=sys.stderr,
+        )
+        return 2
+    from . import demo
+
+    return int(demo.run(args) or 0)
+
+
 def _parser(command: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fused_ewclora", description=__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -27,25 +42,20 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     info_parser.add_argument("--json", action="store_true", help="print one JSON object")
     info_parser.set_defaults(run=_info)
     demo_parser = commands.add_parser("demo", help="continual learning on real images, with and without EWC")
-    if command == "demo":  # imported only here: the other commands work without the demo's extra packages
+    demo_parser.set_defaults(run=_demo)
+    if command == "demo":  # the other commands do not load it
         from . import demo
 
         demo.add_arguments(demo_parser)
-        demo_parser.set_defaults(run=demo.run)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0 done, 1 failed, 2 wrong usage or a missing extra)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    args = _parser(arguments[0] if arguments else None).parse_args(arguments)
     try:
-        args = _parser(arguments[0] if arguments else None).parse_args(arguments)
-        return int(args.run(args) or 0)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] not in DEMO_EXTRAS:
-            raise
-        print(f"demo: {error.name} is not installed: pip install 'fused-ewclora[demo]'", file=sys.stderr)
-        return 2
+        return int(args.run(args))
     except EWCLoRAError as error:
         print(f"fused_ewclora: {error}", file=sys.stderr)
         return 1

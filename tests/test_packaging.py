@@ -198,11 +198,12 @@ def test_the_extension_loads_where_it_could_be_built():
 
 
 def test_import_adds_little_to_that_of_torch():
+    # Time of this process on a processor: that on the clock measures what else the machine does.
     code = """
 import time, torch
-start = time.perf_counter()
+start = time.process_time()
 import fused_ewclora
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 """
     seconds = [float(python("-c", code, cwd=ROOT).stdout) for _ in range(5)]
     assert statistics.median(seconds) <= IMPORT_LIMIT_SECONDS, seconds
