@@ -15,7 +15,7 @@ from torch import Tensor
 from . import _checks as check
 from ._checks import Adapter, Scale
 from .errors import ArgumentError
-from .ops import _dispatch
+from .ops import _dispatch, _library
 from .ops import ewc_penalty as _penalty
 from .ops import lora_linear as _linear
 from .ops.capture import FisherCapture
@@ -54,6 +54,7 @@ def lora_linear(
 
         >>> y = lora_linear(x, weight, bias, lora_a, lora_b, 0.5)
     """
+    check.matrix(weight, "weight")
     adapters = (Adapter(lora_a, lora_b, scale, ((0, weight.shape[0]),)),)
     return lora_linear_adapters(
         x, weight, bias, adapters, dropout_p=dropout_p, training=training, seed=seed, backend=backend
@@ -168,7 +169,7 @@ def ewc_penalty_grad_(
         return torch.zeros(())
     wanted = [t is not None and t.requires_grad for t in tensors]
     needs = [any(wanted[0::3]), any(wanted[1::3]), any(wanted[2::3])]
-    value, grads = torch.ops.fused_ewclora.ewc_penalty(
+    value, grads = _library.ewc_penalty(
         fishers, lora_as, lora_bs, tensors[2::3], factors, float(ewc_lambda), needs, _dispatch.resolve(backend)
     )
     slots = [i for i, tensor in enumerate(tensors) if needs[i % 3] and tensor is not None]
@@ -212,7 +213,7 @@ def fisher_accumulate_(
         check.finite(x, "x")
         check.finite(dy, "dy")
     name = _dispatch.resolve(backend)
-    torch.ops.fused_ewclora.fisher_accumulate_(fisher, x, dy, mode, float(weight), cu_seqlens, name)
+    _library.fisher_accumulate_(fisher, x, dy, mode, float(weight), cu_seqlens, name)
     return fisher
 
 
@@ -224,7 +225,7 @@ def merge_(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Scale = 1.0, *
     """
     check.merge(weight, lora_a, lora_b, scale)
     tensor, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
-    torch.ops.fused_ewclora.merge_(weight, lora_a, lora_b, tensor, factor, _dispatch.resolve(backend))
+    _library.merge_(weight, lora_a, lora_b, tensor, factor, _dispatch.resolve(backend))
     return weight
 
 
@@ -237,5 +238,5 @@ def soft_threshold_(scale: Tensor, kappa: float, *, backend: str | None = None) 
     check.floating(scale, "scale")
     if not kappa >= 0.0:
         raise ArgumentError(f"kappa: expected a number >= 0, got {kappa}")
-    torch.ops.fused_ewclora.soft_threshold_(scale, float(kappa), _dispatch.resolve(backend))
+    _library.soft_threshold_(scale, float(kappa), _dispatch.resolve(backend))
     return scale

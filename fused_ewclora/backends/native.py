@@ -9,7 +9,8 @@ import warnings
 
 import torch
 
-from ..ops._dispatch import Call, Candidate
+from .candidate import Call, Candidate
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALGORITHMS = {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from ..ops._dispatch import Call, Candidate
-from ..reference import ewc_penalty, fisher_accumulate, lora_linear, merge
+from collections.abc import Callable
+from typing import Any
 
-_RUN = {
+from ..reference import ewc_penalty, fisher_accumulate, lora_linear, merge
+from .candidate import Call, Candidate
+
+_RUN: dict[str, Callable[..., Any]] = {
     "lora_linear": lora_linear.forward,
     "lora_linear_backward": lora_linear.backward,
     "ewc_penalty": ewc_penalty.penalty_and_grads,

@@ -9,31 +9,12 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import torch
-
+from ..backends.candidate import Call as Call
+from ..backends.candidate import Candidate as Candidate
 from ..errors import ArgumentError, BackendError
 
 BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "FUSED_EWCLORA_BACKEND"
-
-
-class Call(NamedTuple):
-    """What the choice depends on."""
-
-    device: str
-    dtype: torch.dtype
-
-
-class Candidate(NamedTuple):
-    """One implementation of one op."""
-
-    backend: str
-    algorithm: str
-    supports: Callable[[Call], str | None]
-    run: Callable[..., Any]
 
 
 @functools.cache

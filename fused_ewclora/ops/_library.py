@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.candidate import Call
 from ..reference.ewc_penalty import accumulate_dtype as joint_accumulate_dtype
 from ..reference.lora_linear import accumulate_dtype
-from ._dispatch import Call, choose
+from ._dispatch import choose
 
 _ADAPTERS = "Tensor[] lora_as, Tensor[] lora_bs, Tensor?[] scales, float[] factors"
 SCHEMAS = {
@@ -118,3 +119,11 @@ for _op, _schema in SCHEMAS.items():
     _library.define(_op + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_op, _implementation(_op), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_ewclora::{_op}", _FAKES.get(_op, _writes_its_argument), lib=_library)
+
+# Calls through the overload skip the lookup that a call through torch.ops.fused_ewclora.<op> makes every time.
+lora_linear = torch.ops.fused_ewclora.lora_linear.default
+lora_linear_backward = torch.ops.fused_ewclora.lora_linear_backward.default
+ewc_penalty = torch.ops.fused_ewclora.ewc_penalty.default
+fisher_accumulate_ = torch.ops.fused_ewclora.fisher_accumulate_.default
+merge_ = torch.ops.fused_ewclora.merge_.default
+soft_threshold_ = torch.ops.fused_ewclora.soft_threshold_.default

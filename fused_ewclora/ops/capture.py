@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, FisherError
-from . import _library  # noqa: F401 - registers the ops
+from . import _library
 
 Rows = tuple[tuple[int, int], ...]
 MODES = ("sample", "batch")
@@ -110,6 +110,6 @@ class FisherCapture:
         for fisher, ranges in zip(self.fishers, self.rows, strict=True):
             parts = [dy[..., start:stop] for start, stop in ranges]
             dy_rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-            torch.ops.fused_ewclora.fisher_accumulate_(fisher, x, dy_rows, self.mode, self._factor(samples), None, "auto")
+            _library.fisher_accumulate_(fisher, x, dy_rows, self.mode, self._factor(samples), None, "auto")
         self.samples += samples
         self.batches += 1

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library  # noqa: F401 - registers the ops
+from . import _library
 
 
 class EWCPenaltyFunction(torch.autograd.Function):
@@ -25,7 +25,7 @@ class EWCPenaltyFunction(torch.autograd.Function):
     ) -> Tensor:
         wanted = ctx.needs_input_grad[4:]
         needs = [any(wanted[0::3]), any(wanted[1::3]), any(wanted[2::3])]
-        penalty, grads = torch.ops.fused_ewclora.ewc_penalty(
+        penalty, grads = _library.ewc_penalty(
             fishers, list(adapters[0::3]), list(adapters[1::3]), list(adapters[2::3]), factors, ewc_lambda, needs, backend
         )
         ctx.save_for_backward(*grads)

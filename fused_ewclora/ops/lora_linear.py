@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library  # noqa: F401 - registers the ops
+from . import _library
 from .capture import FisherCapture
 
 
@@ -38,7 +38,7 @@ class LoRALinearFunction(torch.autograd.Function):
         *adapters: Tensor | None,
     ) -> Tensor:
         lora_as, lora_bs, scales = list(adapters[0::3]), list(adapters[1::3]), list(adapters[2::3])
-        y, z = torch.ops.fused_ewclora.lora_linear(
+        y, z = _library.lora_linear(
             x, weight, bias, lora_as, lora_bs, scales, meta.factors, meta.rows, meta.dropout_p, seed, meta.backend
         )
         needs = ctx.needs_input_grad
@@ -60,7 +60,7 @@ class LoRALinearFunction(torch.autograd.Function):
             ctx.capture.record(x, dy)
         needs = [wanted[2], wanted[3], wanted[4], *wanted[6:]]
         grads = iter(
-            torch.ops.fused_ewclora.lora_linear_backward(
+            _library.lora_linear_backward(
                 dy, x, weight, bias, z, adapters[0::3], adapters[1::3], adapters[2::3],
                 meta.factors, meta.rows, meta.dropout_p, seed, needs, meta.backend,
             )
