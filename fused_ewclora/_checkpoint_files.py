@@ -48,6 +48,16 @@ def write_files(folder: Path, files: dict[str, bytes], config: dict[str, Any]) -
     _settle(folder)
 
 
+def write_plain(folder: Path, files: dict[str, bytes]) -> None:
+    """Files without a manifest, each replaced in one rename."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        _write(folder / (name + PENDING), content)
+    for name in files:
+        os.replace(folder / (name + PENDING), folder / name)
+    _sync_folder(folder)
+
+
 def read_files(folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     """The contents of every file in the manifest, each with the right hash, and the manifest; else
     `CheckpointError`."""

@@ -56,28 +56,38 @@ def _ambiguous(name: str, others: Iterable[str]) -> bool:
     return any(other.endswith("." + name) for other in others)
 
 
-def peft_config(model: nn.Module, layers: Mapping[str, LoRALinear], extras: Iterable[str]) -> dict[str, Any]:
-    """adapter_config.json of stock PEFT; raises `NotExactlyRepresentable` with the reason when PEFT would
-    compute something else."""
+def stock_shapes(layers: Mapping[str, LoRALinear]) -> dict[str, tuple[int, float]]:
+    """(r, lora_alpha) of each layer; raises `NotExactlyRepresentable` for adapters that PEFT has no form
+    for."""
+    shapes = {}
     for name, layer in layers.items():
-        if layer.adapter_slices[0].name or len(layer.adapter_slices) != 1:
+        piece = layer.adapter_slices[0]
+        if piece.name or len(layer.adapter_slices) != 1:
             raise NotExactlyRepresentable(f"{name} has adapters on slices of its rows")
-        if "lora_scale" in layer._parameters:
+        if piece.scale_name in layer._parameters:
             raise NotExactlyRepresentable(f"{name} has a learned lora_scale")
+        shapes[name] = (piece.r, exact_alpha(piece.scaling, piece.r))
+    return shapes
+
+
+def peft_config(
+    model: nn.Module,
+    layers: Mapping[str, LoRALinear],
+    extras: Iterable[str],
+    shapes: Mapping[str, tuple[int, float]],
+) -> dict[str, Any]:
+    """adapter_config.json of stock PEFT for adapters of these (r, lora_alpha) and other trained tensors;
+    raises `NotExactlyRepresentable` with the reason when PEFT would compute something else."""
     first = next(iter(layers.values()))
     if any(layer.lora_dropout != first.lora_dropout for layer in layers.values()):
         raise NotExactlyRepresentable("layers differ in lora_dropout")
-    ranks = {name: layer.adapter_slices[0].r for name, layer in layers.items()}
-    alphas = {
-        name: exact_alpha(layer.adapter_slices[0].scaling, ranks[name]) for name, layer in layers.items()
-    }
-    r, alpha = ranks[next(iter(ranks))], alphas[next(iter(alphas))]
+    r, alpha = shapes[next(iter(layers))]
     modules = [canonical_name(name) for name, _ in model.named_modules()]
     if any(_ambiguous(name, modules) for name in layers):
         targets: Any = "|".join(re.escape(name) for name in layers)  # a string is matched in full
     else:
         targets = list(layers)
-    patterned = [name for name in layers if ranks[name] != r or alphas[name] != alpha]
+    patterned = [name for name in layers if shapes[name] != (r, alpha)]
     if any(_ambiguous(name, layers) for name in patterned):
         raise NotExactlyRepresentable(
             "ranks differ between layers of which one's name is a suffix of another's"
@@ -91,8 +101,8 @@ def peft_config(model: nn.Module, layers: Mapping[str, LoRALinear], extras: Iter
         "lora_alpha": alpha,
         "lora_dropout": first.lora_dropout,
         "target_modules": targets,
-        "rank_pattern": {re.escape(name): ranks[name] for name in patterned},
-        "alpha_pattern": {re.escape(name): alphas[name] for name in patterned},
+        "rank_pattern": {re.escape(name): shapes[name][0] for name in patterned},
+        "alpha_pattern": {re.escape(name): shapes[name][1] for name in patterned},
         "modules_to_save": _modules_to_save(model, extras),
         "bias": "none",
         "fan_in_fan_out": False,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ._checkpoint_files import ADAPTER, ADAPTER_CONFIG, MANIFEST, STATE, read_files, write_files
 from ._consolidate import put_rows, take_rows
 from ._ewc_state import EWCState
-from ._peft_format import disk_key, model_key, own_config, peft_config
+from ._peft_format import disk_key, model_key, own_config, peft_config, stock_shapes
 from ._transaction import Transaction, canonical_name
 from .errors import ArgumentError, CheckpointError, FisherError, NotExactlyRepresentable
 from .ewc import EWC
@@ -45,8 +45,8 @@ def save_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
         raise CheckpointError(
             f"{merged[0]}: its adapter is merged into the base weight; call unmerge(model) before saving"
         )
-    trained = _trained(model, layers)
-    changed = [name for name, layer in layers.items() if _is_changed(layer)]
+    trained = trained_tensors(model, layers)
+    changed = [name for name, layer in layers.items() if is_changed(layer)]
     tensors, adapter_config = _adapter_file(model, layers, trained, changed)
     files = {ADAPTER: _pack(tensors), ADAPTER_CONFIG: json.dumps(adapter_config, indent=1).encode()}
     state: dict[str, Tensor] = {}
@@ -120,7 +120,8 @@ def _origin(layer: LoRALinear) -> str:
     )  # empty when it was injected on the meta device
 
 
-def _is_changed(layer: LoRALinear) -> bool:
+def is_changed(layer: LoRALinear) -> bool:
+    """Whether the base weight is no longer the pretrained one."""
     return layer.consolidated_tasks > 0 or fingerprint(layer.weight) != _origin(layer)
 
 
@@ -132,7 +133,7 @@ def _adapters_of(layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
     return {f"{name}.{p}": getattr(layer, p) for name, layer in layers.items() for p in _adapter_names(layer)}
 
 
-def _trained(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
+def trained_tensors(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
     """Parameters beside the adapters that train (heads, norms), and running statistics."""
     known = _adapters_of(layers)
     trained: dict[str, Tensor] = {
@@ -155,7 +156,7 @@ def _adapter_file(
                 f"tasks were consolidated into the base weight of {changed[0]}, which PEFT would take as "
                 "pretrained"
             )
-        config = peft_config(model, layers, trained)
+        config = peft_config(model, layers, trained, stock_shapes(layers))
     except NotExactlyRepresentable as reason:
         config = own_config(str(reason))
     peft = config["peft_type"] == "LORA"
@@ -266,7 +267,7 @@ def _row_updates(layers: Mapping[str, LoRALinear], saved: Mapping[str, Tensor]) 
     for name, layer in layers.items():
         keys = [fisher_key(name, piece) for piece in layer.adapter_slices]
         if not any(key in left for key in keys):
-            if _is_changed(layer):
+            if is_changed(layer):
                 raise CheckpointError(
                     f"{name}: the checkpoint is from before consolidation and the model's base weight has "
                     "been changed since; load it into "

@@ -51,6 +51,22 @@ def test_empirical_fisher_is_the_mean_of_squared_sample_gradients_for_any_batchi
     assert_close(consolidated(model, batches(x, y, size)), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["sample", "batch"])
+def test_low_precision_models_give_the_fp64_fisher_of_the_same_weights(dtype, mode):
+    """x and dy carry the rounding of the model; squares and sums are fp32."""
+    x, y = data(6, dtype=dtype)
+    model = adapted(dtype=dtype)
+    wide = adapted(dtype=dtype).double()
+    expected = consolidated(wide, batches(x.double(), y, 4), mode=mode)
+    actual = consolidated(model, batches(x, y, 4), mode=mode, dtype=torch.float32)
+    for key in KEYS:
+        # About 10 roundings on the way to dy, doubled by the square, of entries up to the largest.
+        tolerance = 20 * torch.finfo(dtype).eps * float(expected[key].max())
+        assert actual[key].dtype == torch.float32
+        assert float((actual[key] - expected[key]).abs().max()) <= tolerance, key
+
+
 @given(order=st.permutations(range(6)))
 def test_fisher_is_invariant_to_sample_order(order):
     (x, y), order = data(6), torch.tensor(order)
@@ -148,6 +164,19 @@ def test_activation_checkpointing_counts_once(labels, reentrant):
     plain = consolidated(adapted(calls=2), batches(x, y, 3), **options)
     options["generator"].manual_seed(2)
     assert_close(consolidated(adapted(calls=2, reentrant=reentrant), batches(x, y, 3), **options), plain)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_counts_once_by_hand(reentrant):
+    x, y = data(5)
+    model = adapted(calls=2, reentrant=reentrant)
+    ewc = EWC(model, fisher_dtype=torch.float64)
+    with ewc.accumulate_fisher():
+        for part_x, part_y in batches(x, y, 2):
+            F.cross_entropy(model(part_x), part_y).backward()
+    ewc.consolidate()
+    assert_close(ewc.fishers, oracle(adapted(calls=2), x, y))
+    assert ewc.history[0].samples == 5
 
 
 @pytest.mark.parametrize("labels", ["empirical", "exact"])

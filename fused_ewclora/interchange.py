@@ -1,0 +1,196 @@
+"""Adapters to and from plain PEFT folders: exactly, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ._checkpoint_files import ADAPTER, ADAPTER_CONFIG, write_plain
+from ._consolidate import put_rows
+from ._peft_format import PREFIX, exact_alpha, model_key, peft_config
+from ._transaction import Transaction, canonical_name
+from .checkpoint import is_changed, trained_tensors
+from .config import LoRAConfig
+from .errors import CheckpointError, NotExactlyRepresentable
+from .inject import adapters, eject, inject
+from .layers import LoRALinear
+
+# Settings that change what the tensors of a PEFT folder mean, with the value that means what LoRALinear does.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False, None),
+    "use_rslora": (False, None),
+    "bias": ("none", None),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "trainable_token_indices": (None,),
+    "use_qalora": (False, None),
+    "target_parameters": (None, []),
+}
+_FACTOR = re.compile(r"(.+)\.lora_([AB])$")
+
+
+def export_peft(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write adapter_model.safetensors and adapter_config.json that PEFT loads onto the pretrained model
+    exactly.
+
+    Adapters on slices of a packed projection become one adapter of the summed rank with a block-structured B.
+    Other trained modules go along as modules_to_save. Raises `NotExactlyRepresentable` with the reason (tasks
+    consolidated into the base weights, a learned lora_scale, ...) and then writes nothing.
+
+        >>> export_peft(model, "adapter")
+    """
+    layers = {canonical_name(name): layer for name, layer in adapters(model).items()}
+    if not layers:
+        raise NotExactlyRepresentable(
+            "the model has no adapters; call fused_ewclora.inject(model, config) first"
+        )
+    tensors: dict[str, Tensor] = {}
+    shapes: dict[str, tuple[int, float]] = {}
+    for name, layer in layers.items():
+        lora_a, lora_b, scaling = _whole_layer(name, layer)
+        tensors |= {f"{PREFIX}{name}.lora_A.weight": lora_a, f"{PREFIX}{name}.lora_B.weight": lora_b}
+        shapes[name] = (lora_a.shape[0], exact_alpha(scaling, lora_a.shape[0]))
+    trained = trained_tensors(model, layers)
+    config = peft_config(model, layers, trained, shapes)
+    tensors |= {f"{PREFIX}{name}": tensor.detach() for name, tensor in trained.items()}
+    packed = safetensors.torch.save({n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()})
+    write_plain(Path(path), {ADAPTER: packed, ADAPTER_CONFIG: json.dumps(config, indent=1).encode()})
+
+
+@torch.no_grad()
+def _whole_layer(name: str, layer: LoRALinear) -> tuple[Tensor, Tensor, float]:
+    """One A `[R, d_in]`, B `[d_out, R]` and scale that equal all adapters of the layer."""
+    if layer.merged:
+        raise NotExactlyRepresentable(f"{name}: its adapter is merged; call unmerge(model) first")
+    if is_changed(layer):
+        raise NotExactlyRepresentable(
+            f"{name}: earlier tasks were consolidated into its base weight, of which a rank-r adapter knows "
+            "nothing; "
+            "use save_pretrained, or eject(model) and save the whole model"
+        )
+    pieces = layer.adapter_parameters()
+    scales = {layer.adapter_scale(piece) for piece, _, _ in pieces}
+    if any(isinstance(scale, Tensor) for scale in scales) or len(scales) != 1:
+        raise NotExactlyRepresentable(f"{name}: its adapters have learned or different scales")
+    if len(pieces) == 1 and not pieces[0][0].name:
+        return pieces[0][1].detach(), pieces[0][2].detach(), float(scales.pop())
+    lora_a = torch.cat([a for _, a, _ in pieces])
+    lora_b = lora_a.new_zeros(layer.out_features, lora_a.shape[0])
+    column = 0
+    for piece, a, b in pieces:
+        put_rows(lora_b[:, column : column + a.shape[0]], piece.rows, b)
+        column += a.shape[0]
+    return lora_a, lora_b, float(scales.pop())
+
+
+def import_peft(path: str | os.PathLike[str], model: nn.Module) -> None:
+    """Inject the adapters of a PEFT folder into a model without adapters; it then computes what PEFT
+    computes.
+
+    Raises `CheckpointError` for files that are missing or malformed and `NotExactlyRepresentable` for
+    settings such as DoRA that LoRALinear does not compute; the model is then as it was.
+
+        >>> import_peft("adapter", model)
+    """
+    if adapters(model):
+        raise CheckpointError("model: expected one without adapters, because the folder says where they go")
+    config, tensors = _read(Path(path))
+    for key, values in _NEUTRAL.items():
+        if key in config and config[key] not in values:
+            raise NotExactlyRepresentable(f"{ADAPTER_CONFIG}: {key}={config[key]!r}; expected {values[0]!r}")
+    factors: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = model_key(key)
+        match = _FACTOR.fullmatch(name)
+        if match:
+            factors.setdefault(match[1], {})[match[2]] = tensor
+        else:
+            others[name.replace(".modules_to_save.default.", ".")] = tensor
+    plans = {name: _plan(model, name, pair, config) for name, pair in factors.items()}
+    targets = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, tensor in others.items():
+        if name not in targets or targets[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{ADAPTER}: {name} {list(tensor.shape)} fits nothing in the model; nothing was loaded"
+            )
+    _install(model, plans, factors, others)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: cannot be read: {error}; nothing was loaded"
+        ) from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: expected peft_type 'LORA', got {kind!r}; nothing was loaded"
+        )
+    try:
+        return config, safetensors.torch.load((folder / ADAPTER).read_bytes())
+    except Exception as error:  # the parser's own errors are of several unrelated types
+        raise CheckpointError(
+            f"{folder / ADAPTER}: expected safetensors: {error}; nothing was loaded"
+        ) from error
+
+
+def _pattern_value(patterns: Any, name: str, default: Any) -> Any:
+    """PEFT's rule: the first key that matches the name or its end after a dot."""
+    for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _plan(model: nn.Module, name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]) -> LoRAConfig:
+    """The configuration of one layer, checked against its tensors."""
+    module = dict(model.named_modules()).get(name)
+    if set(pair) != {"A", "B"} or not isinstance(module, nn.Linear):
+        raise CheckpointError(
+            f"{ADAPTER}: {name}: expected lora_A and lora_B of a linear layer; nothing was loaded"
+        )
+    rank = _pattern_value(config.get("rank_pattern"), name, config.get("r"))
+    alpha = _pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha"))
+    expected = {"A": [rank, module.in_features], "B": [module.out_features, rank]}
+    found = {letter: list(tensor.shape) for letter, tensor in pair.items()}
+    if found != expected or not isinstance(alpha, (int, float)):
+        raise CheckpointError(
+            f"{ADAPTER}: {name}: expected shapes {expected}, got {found}; nothing was loaded"
+        )
+    dropout = config.get("lora_dropout", 0.0)
+    return LoRAConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=re.escape(name))
+
+
+def _install(
+    model: nn.Module,
+    plans: Mapping[str, LoRAConfig],
+    factors: Mapping[str, Mapping[str, Tensor]],
+    others: Mapping[str, Tensor],
+) -> None:
+    try:
+        with Transaction() as change:
+            for plan in plans.values():
+                inject(model, plan)
+            parameters = dict(model.named_parameters()) | dict(model.named_buffers())
+            for name, pair in factors.items():
+                change.copy_(parameters[f"{name}.lora_A"], pair["A"])
+                change.copy_(parameters[f"{name}.lora_B"], pair["B"])
+            for name, tensor in others.items():
+                change.copy_(parameters[name], tensor)
+                if isinstance(parameters[name], nn.Parameter):
+                    parameters[name].requires_grad_(True)
+    except BaseException:
+        if adapters(model):
+            eject(model, merge=False)
+        raise
