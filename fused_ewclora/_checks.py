@@ -46,7 +46,8 @@ def finite(tensor: Tensor, name: str) -> None:
         raise ArgumentError(f"{name}: expected finite values, got {bad} NaN or Inf of {tensor.numel()}; nothing was changed")
 
 
-def _matrix(tensor: Tensor, name: str) -> None:
+def matrix(tensor: Tensor, name: str) -> None:
+    """A real floating-point matrix."""
     floating(tensor, name)
     if tensor.dim() != 2:
         raise ArgumentError(f"{name}: expected a matrix, got shape {_shape(tensor)}")
@@ -61,8 +62,8 @@ def _same(tensor: Tensor, name: str, other: Tensor, other_name: str) -> None:
 
 def _factors(lora_a: Tensor, lora_b: Tensor, scale: Scale, where: str, like: Tensor, like_name: str) -> None:
     """Shapes of one adapter, and dtypes: that of `like`, or fp32 masters beside a low-precision `like`."""
-    _matrix(lora_a, f"lora_a{where}")
-    _matrix(lora_b, f"lora_b{where}")
+    matrix(lora_a, f"lora_a{where}")
+    matrix(lora_b, f"lora_b{where}")
     rank = lora_a.shape[0]
     if rank < 1:
         raise ArgumentError(f"lora_a{where}: expected rank (rows) >= 1, got shape {_shape(lora_a)}")
@@ -98,7 +99,7 @@ def lora_linear(
 ) -> tuple[int, ...]:
     """Everything about a LoRA linear; returns the flat (adapter, start, stop) triples of the ops."""
     floating(x, "x")
-    _matrix(weight, "weight")
+    matrix(weight, "weight")
     _same(weight, "weight", x, "x")
     d_out, d_in = weight.shape
     if x.dim() < 1 or x.shape[-1] != d_in:
@@ -147,6 +148,10 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise DtypeError(f"seed: expected one int64 number, got {seed.dtype} of shape {_shape(seed)}")
         return seed.to(device).reshape(())
+    if not hasattr(seed, "__index__"):
+        raise DtypeError(f"seed: expected an int or an int64 tensor, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ArgumentError(f"seed: expected an integer of 64 bits, got {seed}")
     return torch.tensor(seed, dtype=torch.int64, device=device)
 
 
@@ -167,7 +172,7 @@ def penalty(
 
 
 def _accumulator(fisher_: Tensor, name: str, like: Tensor, like_name: str) -> None:
-    _matrix(fisher_, name)
+    matrix(fisher_, name)
     wide = like.dtype == torch.float64
     allowed = (torch.float64, torch.float32) if wide else (torch.float32, torch.bfloat16)
     if fisher_.dtype not in allowed:
@@ -196,6 +201,8 @@ def fisher(fisher_: Tensor, x: Tensor, dy: Tensor, mode: str, cu_seqlens: Tensor
     if cu_seqlens is not None:
         if mode == "batch":
             raise ArgumentError("cu_seqlens: expected None in mode 'batch', which does not tell samples apart")
+        if not isinstance(cu_seqlens, Tensor):
+            raise DtypeError(f"cu_seqlens: expected an int32 or int64 tensor, got {type(cu_seqlens).__name__}")
         if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1:
             raise DtypeError(f"cu_seqlens: expected int32 or int64 [N + 1], got {cu_seqlens.dtype} {_shape(cu_seqlens)}")
 
@@ -209,7 +216,7 @@ def offsets(bounds: Sequence[int], rows: int) -> None:
 
 def merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Scale) -> None:
     """Shapes and dtypes of a merge."""
-    _matrix(weight, "weight")
+    matrix(weight, "weight")
     _factors(lora_a, lora_b, scale, "", weight, "weight")
     if isinstance(scale, float) and not math.isfinite(scale):
         raise ArgumentError(f"scale: expected a finite number, got {scale}")
