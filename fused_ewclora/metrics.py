@@ -16,13 +16,14 @@ AVERAGES = ("sample_weighted", "task_mean")
 class ContinualMetrics:
     """Accuracy matrices of one continual run, and the metrics of it.
 
-    `a[t][i]` is the accuracy on the test set of task `i` (of `n_i` samples) after training task `t`, `i <= t`,
-    once where all heads compete (`class_incremental`) and, if given, once where the task is known (`task_aware`).
+    `a[t][i]` is the accuracy on the test set of task `i` (`n_i` samples) after training task `t`, `i <= t`:
+    `class_incremental`, where all heads compete, and optionally `task_aware`, where the task is known.
     Accuracies keep the unit they come in (0..1 or 0..100); `scale` is the value of a perfect score.
 
     Formulas (Lopez-Paz & Ranzato 2017; Chaudhry et al. 2018), `T` tasks seen, `D_i = a[i][i]`:
 
-        A_t              sample_weighted: sum_{i<=t} n_i a[t][i] / sum_{i<=t} n_i, task_mean: mean_{i<=t} a[t][i]
+        A_t              sample_weighted: sum_{i<=t} n_i a[t][i] / sum_{i<=t} n_i
+                         task_mean:       mean_{i<=t} a[t][i]
         A_last, A_avg    A_T, and the mean of A_1 .. A_T
         bwt              mean_{i<T}(a[T][i] - D_i)
         forgetting_max   mean_{i<T}(max_{t<T} a[t][i] - a[T][i])
@@ -183,7 +184,7 @@ class ContinualMetrics:
         return float(np.mean([row[-1] for row in self._get(protocol)]))
 
     def summary(self) -> dict[str, dict[str, float | None]]:
-        """Every metric by protocol and name; `None` where one is undefined (one task, or an accuracy of 0)."""
+        """Every metric by protocol and name; `None` where undefined (one task, or an accuracy of 0)."""
         out: dict[str, dict[str, float | None]] = {}
         for protocol in PROTOCOLS[: 1 + self.has_task_aware]:
             rows = self._get(protocol)
