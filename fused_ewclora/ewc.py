@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from . import fisher as passes
 from . import functional as FE
@@ -16,6 +18,7 @@ from ._consolidate import Slot, consolidate
 from ._ewc_state import EWCState, Expected, TaskRecord, dump, parse
 from ._fisher_pass import FisherPass, TaskFisher
 from ._transaction import Transaction, canonical_name
+from .distributed import reduced
 from .errors import ArgumentError, DtypeError, FisherError, TargetError
 from .inject import adapters, check_mergeable
 from .layers import LoRALinear, fisher_key
@@ -81,7 +84,8 @@ class EWC:
         check_finite: refuse NaN and Inf in Fishers and weights (one host synchronisation per task).
         update: "sum", gamma F + F_task, or "convex", gamma F + (1 - gamma) F_task; the first task gives
             F_task.
-        generator: source of the A of each new task; None is the default generator.
+        generator: source of the A of each new task; None is the default generator. With several processes give
+            each one a generator of the same seed, else their A differ from the second task on.
 
     Consolidation resets lora_A and lora_B in place; moments in an optimizer belong to the task that ended, so
     make a new one. Raises `ArgumentError`, `DtypeError`, and `TargetError` for a model without adapters.
@@ -214,7 +218,7 @@ class EWC:
     def _add(self, gathered: TaskFisher) -> None:
         old = self._state
         task = gathered if old.task is None else gathered.plus(old.task)
-        self._state = EWCState(old.fishers, old.factors, old.history, task)
+        self._state = replace(old, task=task)
 
     def estimate_fisher(
         self,
@@ -266,6 +270,18 @@ class EWC:
                     passing.finish_batch()
                     clear_gradients()
                 passing.samples += samples
+
+    def reduce_fisher_(self, group: ProcessGroup | None = None) -> None:
+        """Sums the Fisher of the current task, and its number of samples, over the processes of `group`.
+
+        Call it once on every process between estimate_fisher and consolidate, each having passed over its own
+        share of the data. Raises `FisherError` before any estimate or without a process group.
+
+            >>> ewc.estimate_fisher(loader, criterion); ewc.reduce_fisher_(); ewc.consolidate()
+        """
+        if self._state.task is None:
+            raise FisherError("reduce_fisher_: this task has no Fisher yet; call estimate_fisher first")
+        self._state = replace(self._state, task=reduced(self._state.task, group))
 
     def consolidate(self, gamma: float | None = None) -> None:
         """Ends a task: F <- gamma F + F_task, W <- W + B diag(s) A (fp32 sum, one rounding), A and B reset;
@@ -358,5 +374,5 @@ class EWC:
         if self._state.fishers and new.fishers:
             for key, tensor in self._state.fishers.items():
                 change.copy_(tensor, new.fishers[key])
-            new = EWCState(self._state.fishers, new.factors, new.history, new.task)
+            new = replace(new, fishers=self._state.fishers)
         self._state = new

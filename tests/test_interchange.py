@@ -105,7 +105,7 @@ def damage(name):
         "alpha": (edit_config(lora_alpha="x", alpha_pattern={}), "expected shapes", CheckpointError),
         "no A": (edit_tensors(lambda t: t.pop(key)), "fc: expected lora_A and lora_B", CheckpointError),
         "no layer": (edit_tensors(lambda t: t.update({gone: t[key].clone()})), "gone: exp", CheckpointError),
-        "foreign": (edit_tensors(lambda t: t.update(other=t[key].clone())), "other .*fits nothing", CheckpointError),
+        "foreign": (edit_tensors(lambda t: t.update(other=t[key].clone())), "fits nothing", CheckpointError),
         "cut": (lambda folder: (folder / files.ADAPTER).write_bytes(b"xx"), "safetensors", CheckpointError),
         "missing": (lambda folder: (folder / files.ADAPTER).unlink(), "adapter_model", CheckpointError),
         "no config": (lambda f: (f / files.ADAPTER_CONFIG).unlink(), "adapter_config", CheckpointError),
