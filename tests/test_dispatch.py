@@ -1,0 +1,202 @@
+"""Which backend serves a call: choices, reasons, and the errors of choices that cannot be met."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import every_operation
+import pytest
+import torch
+from strategies import BACKENDS, device_of
+from tolerance import EPS
+
+import fused_ewclora as fe
+from fused_ewclora import functional as FE
+from fused_ewclora.errors import ArgumentError, BackendError
+from fused_ewclora.ops import _dispatch
+from fused_ewclora.ops._dispatch import Call
+from fused_ewclora.ops._library import SCHEMAS
+
+TESTS = Path(__file__).parent
+UNAVAILABLE = [name for name, why in fe.available_backends().items() if why is not None]
+needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+# Chains of four sums of at most 45 terms: 2 sqrt(45) + 4 roundings each, of the largest element.
+TOLERANCE = 4 * 17.5 * EPS[torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def restored_choice():
+    choice = _dispatch.current_backend()
+    yield
+    fe.use_backend(choice)
+
+
+def in_subprocess(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "2", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def penalty(**options) -> torch.Tensor:
+    return FE.ewc_penalty([torch.ones(7, 5)], [torch.ones(2, 5)], [torch.ones(7, 2)], **options)
+
+
+def test_use_backend_sets_the_choice_for_good():
+    fe.use_backend("reference")
+    assert _dispatch.current_backend() == "reference"
+    assert _dispatch.resolve(None) == "reference"
+    fe.use_backend("auto")
+    assert _dispatch.current_backend() == "auto"
+
+
+def test_use_backend_as_a_context_ends_with_the_block_even_by_an_error():
+    fe.use_backend("auto")
+    with fe.use_backend("reference"):
+        assert _dispatch.current_backend() == "reference"
+        with fe.use_backend("auto"):
+            assert _dispatch.current_backend() == "auto"
+        assert _dispatch.current_backend() == "reference"
+    with pytest.raises(ZeroDivisionError), fe.use_backend("reference"):
+        raise ZeroDivisionError
+    assert _dispatch.current_backend() == "auto"
+
+
+def test_a_backend_named_in_the_call_wins_over_the_choice():
+    with fe.use_backend("reference"):
+        assert _dispatch.resolve("auto") == "auto"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_choice_decides_who_computes(backend, monkeypatch):
+    """Observed, not inferred: the chosen candidate is replaced by one that reports itself."""
+    asked = []
+
+    def chosen(op, name, call):
+        asked.append((op, name))
+        return original(op, name, call)
+
+    original = _dispatch.choose
+    monkeypatch.setattr("fused_ewclora.ops._library.choose", chosen)
+    with fe.use_backend(backend):
+        penalty()
+    assert ("ewc_penalty", backend) in asked
+
+
+@pytest.mark.parametrize("wrong", ["CPU", "rocm", "", "None"])
+def test_unknown_names_are_refused_with_the_list_and_change_nothing(wrong):
+    fe.use_backend("reference")
+    with pytest.raises(
+        ArgumentError, match="use_backend: expected one of auto, triton, cuda, cpu, reference"
+    ):
+        fe.use_backend(wrong)
+    with pytest.raises(ArgumentError, match=f"backend: expected one of .*, got '{wrong}'"):
+        penalty(backend=wrong)
+    assert _dispatch.current_backend() == "reference"
+
+
+@pytest.mark.parametrize("name", UNAVAILABLE)
+def test_an_unavailable_backend_is_refused_with_its_reason_and_changes_nothing(name):
+    reason = fe.available_backends()[name]
+    fe.use_backend("reference")
+    with pytest.raises(BackendError) as caught:
+        fe.use_backend(name)
+    assert name in str(caught.value) and reason in str(caught.value)
+    with pytest.raises(BackendError) as caught:
+        penalty(backend=name)
+    assert name in str(caught.value) and reason in str(caught.value)
+    assert _dispatch.current_backend() == "reference"
+
+
+@needs_cpu
+def test_a_named_backend_never_falls_back():
+    """fp64 runs on the reference: `auto` goes there, `cpu` says that it cannot."""
+    double = [torch.ones(*shape, dtype=torch.float64) for shape in ((7, 5), (2, 5), (7, 2))]
+    assert FE.ewc_penalty(*([t] for t in double), backend="auto").dtype == torch.float64
+    with pytest.raises(BackendError, match=r"'cpu' cannot run ewc_penalty on cpu torch.float64: .*reference"):
+        FE.ewc_penalty(*([t] for t in double), backend="cpu")
+    weight = torch.zeros(7, 5, dtype=torch.float64)
+    with pytest.raises(BackendError, match="'cpu' cannot run merge_"):
+        FE.merge_(weight, double[1], double[2], backend="cpu")
+    assert not weight.any()
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_every_op_is_served_on_every_dtype_of_the_cpu(op):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        rows = _dispatch.explain(op, Call("cpu", dtype), "auto")
+        assert rows[-1][0] == "reference" and rows[-1][2] is None
+        chosen = _dispatch.choose(op, "auto", Call("cpu", dtype))
+        assert chosen.backend == next(backend for backend, _, reason in rows if reason is None)
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_explain_gives_a_reason_in_words_for_all_that_do_not_serve(op):
+    with fe.use_backend("reference"):
+        for backend, algorithm, reason in _dispatch.explain(op, Call("cpu", torch.float32)):
+            assert algorithm and (reason is None) == (backend == "reference")
+            assert reason is None or "reference" in reason
+    for backend, _, reason in _dispatch.explain(op, Call("cuda", torch.float32), "auto"):
+        if backend == "cpu":
+            assert reason is not None and "cuda" in reason
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_agree_on_every_operation(backend):
+    if device_of(backend) != "cpu":
+        pytest.skip("tensors of this comparison are on the CPU")
+    exact = every_operation.results("reference", torch.float64)
+    error = every_operation.worst_error(every_operation.results(backend), exact)
+    assert error <= TOLERANCE, f"error {error:.3g} > {TOLERANCE:.3g}"
+
+
+def test_the_environment_names_the_backend():
+    code = "from fused_ewclora.ops._dispatch import current_backend; print(current_backend())"
+    done = in_subprocess(code, FUSED_EWCLORA_BACKEND="reference")
+    assert done.stdout.strip() == "reference", done.stderr
+
+
+def test_a_wrong_name_in_the_environment_is_an_error_that_names_the_variable():
+    code = (
+        "import torch, fused_ewclora.functional as FE\n"
+        "FE.merge_(torch.zeros(7, 5), torch.zeros(2, 5), torch.zeros(7, 2))"
+    )
+    done = in_subprocess(code, FUSED_EWCLORA_BACKEND="rocm")
+    assert done.returncode != 0
+    assert "ArgumentError: FUSED_EWCLORA_BACKEND: expected one of" in done.stderr and "'rocm'" in done.stderr
+
+
+@needs_cpu
+@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+def test_every_instruction_set_gives_the_same_results(isa, tmp_path):
+    """Processors without AVX-512 or AVX2 run other code from the same sources."""
+    if isa == "avx2" and "AVX" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("this processor has no AVX2")
+    path = tmp_path / "results.pt"
+    code = (
+        "import torch, every_operation\n"
+        "from fused_ewclora import _C\n"
+        f"torch.save(every_operation.results('cpu'), {str(path)!r})\n"
+        "print(_C.instruction_set())"
+    )
+    done = in_subprocess(code, FUSED_EWCLORA_CPU_ISA=isa)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == isa
+    exact = every_operation.results("reference", torch.float64)
+    error = every_operation.worst_error(torch.load(path), exact)
+    assert error <= TOLERANCE, f"error {error:.3g} > {TOLERANCE:.3g}"
+
+
+@needs_cpu
+def test_an_unknown_instruction_set_is_an_error_that_names_the_variable():
+    done = in_subprocess(
+        "import every_operation; every_operation.results('cpu')", FUSED_EWCLORA_CPU_ISA="mmx"
+    )
+    assert done.returncode != 0
+    assert "FUSED_EWCLORA_CPU_ISA: expected" in done.stderr and "mmx" in done.stderr
