@@ -84,8 +84,8 @@ class EWC:
         check_finite: refuse NaN and Inf in Fishers and weights (one host synchronisation per task).
         update: "sum", gamma F + F_task, or "convex", gamma F + (1 - gamma) F_task; the first task gives
             F_task.
-        generator: source of the A of each new task; None is the default generator. With several processes give
-            each one a generator of the same seed, else their A differ from the second task on.
+        generator: source of the A of each new task; None is the default generator. With several processes
+            give each one a generator of the same seed, else their A differ from the second task on.
 
     Consolidation resets lora_A and lora_B in place; moments in an optimizer belong to the task that ended, so
     make a new one. Raises `ArgumentError`, `DtypeError`, and `TargetError` for a model without adapters.
