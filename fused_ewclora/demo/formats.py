@@ -18,23 +18,34 @@ IDX_UBYTE = 0x08  # type code of unsigned bytes, the only one that image data se
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 CIFAR_SIDE = 32
 
-# What a pickle of NumPy arrays names; everything else, and so every way to run code, is refused.
-_NUMPY_GLOBALS = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-    ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-}
-
 
 class DataError(ArgumentError):
     """A data set is missing, truncated or not what its name says."""
 
 
+def _latin1(text: str, encoding: str) -> bytes:
+    """Python 3 writes bytes for Python 2 as `_codecs.encode(text, "latin1")`; this does that and no more."""
+    if encoding not in ("latin1", b"latin1"):
+        raise DataError(f"pickle: expected bytes written as latin1, got encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+# All that a pickle of arrays may name; everything else, and so every way to run code, is refused.
+# NumPy's two makers of arrays are private names that moved between versions: taken from what uses them.
+_ALLOWED = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _latin1,
+}
+for _core in ("numpy.core", "numpy._core"):
+    _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = np.empty(0).__reduce__()[0]
+    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = np.empty(0).__reduce_ex__(5)[0]
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _NUMPY_GLOBALS[module, name]
+            return _ALLOWED[module, name]
         except KeyError:
             raise DataError(
                 f"pickle: expected only containers and NumPy arrays, refused {module}.{name}"
