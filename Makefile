@@ -24,7 +24,7 @@ demo: setup
 	python -m fused_ewclora demo $(DEMO_ARGS)
 
 bench: setup
-	python -m benchmarks.run $(BENCH_ARGS)
+	python -m benchmarks $(BENCH_ARGS)
 
 lint: $(REQUIREMENTS)
 	ruff check .
