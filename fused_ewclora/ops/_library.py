@@ -24,7 +24,7 @@ SCHEMAS = {
     "lora_linear_backward": f"(Tensor dy, Tensor? x, Tensor weight, Tensor? bias, Tensor? z, {_ADAPTERS}, int[] rows, "
     "float dropout_p, Tensor? seed, bool[] needs, str backend) -> Tensor[]",
     "ewc_penalty": f"(Tensor[] fishers, {_ADAPTERS}, float ewc_lambda, bool[] needs, str backend) -> (Tensor, Tensor[])",
-    "fisher_accumulate_": "(Tensor(a!) fisher, Tensor x, Tensor dy, str mode, float weight, Tensor? cu_seqlens, "
+    "fisher_accumulate_": "(Tensor(a!) fisher, Tensor x, Tensor dy, str squares, float weight, Tensor? cu_seqlens, "
     "str backend) -> ()",
     "merge_": "(Tensor(a!) weight, Tensor lora_a, Tensor lora_b, Tensor? scale, float factor, str backend) -> ()",
     "soft_threshold_": "(Tensor(a!) scale, float kappa, str backend) -> ()",
@@ -108,8 +108,13 @@ def _implementation(op: str) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         tensor = defining(*args)
-        candidate = choose(op, args[-1], Call(tensor.device.type, tensor.dtype))
-        result = candidate.run(*args[:-1])
+        device = tensor.device.type
+        candidate = choose(op, args[-1], Call(device, tensor.dtype))
+        if torch.is_autocast_enabled(device):  # it has chosen the dtypes of the inputs; sums inside stay as they are
+            with torch.autocast(device, enabled=False):
+                result = candidate.run(*args[:-1])
+        else:
+            result = candidate.run(*args[:-1])
         return None if writes else result
 
     return run
