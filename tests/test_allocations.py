@@ -1,0 +1,117 @@
+"""How much memory operations take besides their results: nothing of the size of a weight, little per thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from strategies import BACKENDS, device_of
+
+from fused_ewclora import functional as FE
+
+# The reference is plain PyTorch and materialises what its formulas say.
+LEAN = [name for name in BACKENDS if name != "reference" and device_of(name) == "cpu"]
+pytestmark = pytest.mark.parametrize("backend", LEAN)
+MIB = 2**20
+PER_THREAD = 2 * MIB
+
+
+def peak_and_largest(run: Callable[[], object]) -> tuple[int, int]:
+    """Bytes held at the worst moment beyond those held before, and the largest single allocation."""
+    with torch.profiler.profile(profile_memory=True, record_shapes=False) as profiler:
+        kept = run()
+    held = peak = largest = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() != "[memory]":
+            continue
+        held += event.nbytes()
+        peak, largest = max(peak, held), max(largest, event.nbytes())
+    del kept
+    return peak, largest
+
+
+def nbytes(*tensors: torch.Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_the_profiler_sees_allocations(backend):
+    """4 MiB and 8 MiB at once, 4 MiB after: the measurement itself can fail."""
+
+    def run() -> torch.Tensor:
+        small = torch.empty(MIB)
+        large = torch.empty(2 * MIB)
+        del large
+        return small
+
+    assert peak_and_largest(run) == (12 * MIB, 8 * MIB)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("fisher_dtype", [torch.float32, torch.bfloat16])
+def test_the_penalty_of_vit_l_needs_little_besides_its_gradients(backend, threads, fisher_dtype):
+    """8 of the 48 matrices (k and v of 24 layers), 1024 x 1024, r = 10, with gradients."""
+    torch.set_num_threads(threads)
+    a = [torch.randn(10, 1024).requires_grad_() for _ in range(8)]
+    b = [torch.randn(1024, 10).requires_grad_() for _ in range(8)]
+    fishers = [torch.rand(1024, 1024).to(fisher_dtype) for _ in range(8)]
+    FE.ewc_penalty(fishers, a, b, backend=backend)  # one-time costs
+    peak, largest = peak_and_largest(lambda: FE.ewc_penalty(fishers, a, b, ewc_lambda=1e7, backend=backend))
+    extra = peak - nbytes(*a, *b)
+    assert extra <= threads * PER_THREAD, f"{extra / MIB:.2f} MiB besides the gradients"
+    assert largest < 1024 * 1024 * 2, f"one allocation of {largest / MIB:.2f} MiB"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["sample", "batch"])
+def test_the_fisher_of_vit_l_needs_no_gradient_matrix(backend, mode, dtype, threads):
+    """fc1, 4096 x 1024, T = 197: one dense gradient would be 16 MiB, one per sample N times that."""
+    torch.set_num_threads(threads)
+    x, dy = torch.randn(2, 197, 1024).to(dtype), torch.randn(2, 197, 4096).to(dtype)
+    fisher = torch.zeros(4096, 1024)
+
+    def run() -> torch.Tensor:
+        return FE.fisher_accumulate_(fisher, x, dy, mode=mode, check_finite=False, backend=backend)
+
+    peak, largest = peak_and_largest(run)
+    assert peak <= threads * PER_THREAD, f"{peak / MIB:.2f} MiB"
+    assert largest < nbytes(fisher) // 2, f"one allocation of {largest / MIB:.2f} MiB"
+
+
+def test_the_check_for_bad_values_needs_less_than_its_input(backend):
+    """isfinite makes masks of one byte per element, no more."""
+    x, dy = torch.randn(2, 197, 64), torch.randn(2, 197, 4096)
+    fisher = torch.zeros(4096, 64)
+    FE.fisher_accumulate_(fisher, x, dy, backend=backend)
+    peak, _ = peak_and_largest(lambda: FE.fisher_accumulate_(fisher, x, dy, backend=backend))
+    assert peak <= max(2 * PER_THREAD, nbytes(dy))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_makes_no_copy_of_the_weight(backend, dtype):
+    torch.set_num_threads(1)
+    weight = torch.randn(1024, 1024).to(dtype)
+    a, b = torch.randn(10, 1024), torch.randn(1024, 10)
+    peak, largest = peak_and_largest(lambda: FE.merge_(weight, a, b, 2.0, backend=backend))
+    assert peak <= PER_THREAD and largest < nbytes(weight), f"{peak / MIB:.2f} MiB, {largest / MIB:.2f} MiB"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_the_linear_keeps_y_and_z_and_needs_little_else(backend, dropout_p, threads):
+    """197 tokens of ViT-L's fc1: forward returns y and z, backward dx, dA and dB; packed factors are per thread."""
+    torch.set_num_threads(threads)
+    x = torch.randn(1, 197, 1024, requires_grad=True)
+    weight = torch.randn(4096, 1024)
+    a, b = torch.randn(10, 1024, requires_grad=True), torch.randn(4096, 10, requires_grad=True)
+    options = {"dropout_p": dropout_p, "training": True, "seed": 1, "backend": backend}
+    y, z_bytes = FE.lora_linear(x, weight, None, a, b, **options), 197 * 10 * 4
+    peak, largest = peak_and_largest(lambda: FE.lora_linear(x, weight, None, a, b, **options))
+    assert peak - nbytes(y) - z_bytes <= (1 + threads) * PER_THREAD, f"{(peak - nbytes(y)) / MIB:.2f} MiB"
+    assert largest <= nbytes(y)
+    dy = torch.randn_like(y)
+    peak, largest = peak_and_largest(lambda: torch.autograd.grad(y, [x, a, b], dy))
+    extra = peak - nbytes(x, a, b)
+    assert extra <= (1 + threads) * PER_THREAD, f"{extra / MIB:.2f} MiB besides the gradients"
+    assert largest < nbytes(weight) // 4, f"one allocation of {largest / MIB:.2f} MiB"

@@ -1,0 +1,200 @@
+"""Under torch.compile: one graph, the same values, no recompilation for other values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from strategies import BACKENDS, Values
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fused_ewclora import functional as FE
+from fused_ewclora.ops._library import SCHEMAS
+
+OPS = torch.ops.fused_ewclora
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def parameters(seed: int = 0, rows: int = 6) -> list[Tensor]:
+    """x, W, bias, A, B, s."""
+    values = Values(seed)
+    shapes = ((rows, 5), (7, 5), (7,), (3, 5), (7, 3), (3,))
+    return [values.normal(*shape).requires_grad_() for shape in shapes]
+
+
+def linear(x: Tensor, *rest: Tensor) -> Tensor:
+    return FE.lora_linear(x, *rest)
+
+
+def dropout(x: Tensor, *rest: Tensor) -> Tensor:
+    return FE.lora_linear(x, *rest, dropout_p=0.5, training=True, seed=7)
+
+
+def slices(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+    return FE.lora_linear_slices(x, w, bias, [(4, 6, a, b[:2], s), (0, 3, 2 * a, b[2:5], 0.5)])
+
+
+def penalty(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+    fisher = torch.arange(35.0).reshape(7, 5)
+    value = FE.ewc_penalty([fisher, fisher], [a, 2 * a], [b, 2 * b], [s, 0.5], 10.0)
+    return value + x.sum() * w.sum() * bias.sum()
+
+
+DIFFERENTIABLE = [linear, dropout, slices, penalty]
+
+
+def with_gradients(function: Callable[..., Tensor], arguments: list[Tensor]) -> list[Tensor]:
+    y = function(*arguments)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), arguments)]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("function", DIFFERENTIABLE)
+def test_forward_and_backward_in_one_graph_give_the_same_bits(function, dynamic):
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for rows in (6, 9, 1) if dynamic else (6,):
+        arguments = parameters(rows, rows)
+        expected, got = with_gradients(function, arguments), with_gradients(compiled, arguments)
+        for one, two in zip(expected, got, strict=True):
+            torch.testing.assert_close(one, two, rtol=4e-7, atol=0.0)  # sums outside the op may be reordered
+
+
+def fisher_step(fisher: Tensor, x: Tensor, dy: Tensor) -> Tensor:
+    return FE.fisher_accumulate_(fisher, x, dy, weight=2.0, check_finite=False) * 1.0
+
+
+def merge_step(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return FE.merge_(weight, a, b, 0.5) * 1.0
+
+
+def threshold_step(scale: Tensor) -> Tensor:
+    return FE.soft_threshold_(scale, 0.3) * 1.0
+
+
+def penalty_grad_step(fisher: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return FE.ewc_penalty_grad_([fisher], [a], [b], None, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (fisher_step, ((7, 5), (2, 3, 5), (2, 3, 7))),
+        (merge_step, ((7, 5), (2, 5), (7, 2))),
+        (threshold_step, ((9,),)),
+        (penalty_grad_step, ((7, 5), (2, 5), (7, 2))),
+    ],
+)
+def test_mutating_operations_compile_to_one_graph(function, shapes):
+    tensors = [Values(1).normal(*shape) for shape in shapes]
+    first, second = [t.clone() for t in tensors], [t.clone() for t in tensors]
+    value = function(*first)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*second), value)
+    assert all(map(torch.equal, first, second))
+
+
+def test_gradients_added_in_a_compiled_step_are_those_of_an_eager_one():
+    fisher, a, b = (Values(1).fisher(7, 5), Values(2).normal(2, 5), Values(3).normal(7, 2))
+    results = []
+    for compiled in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (a, b)]
+        for leaf in leaves:
+            leaf.grad = torch.ones_like(leaf)
+        step = torch.compile(penalty_grad_step, backend="aot_eager") if compiled else penalty_grad_step
+        step(fisher, *leaves)
+        results.append([leaf.grad for leaf in leaves])
+    assert all(map(torch.equal, *results))
+
+
+def test_inductor_runs_forward_and_backward():
+    arguments = parameters()
+    compiled = torch.compile(linear, fullgraph=True)
+    expected = with_gradients(linear, arguments)
+    for one, two in zip(expected, with_gradients(compiled, arguments), strict=True):
+        torch.testing.assert_close(one, two, rtol=4e-7, atol=0.0)
+
+
+def test_other_values_of_the_same_shapes_do_not_recompile():
+    """New data, new seeds, new scale tensors: one compilation for all of them."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(seed: Tensor, *tensors: Tensor) -> Tensor:
+        y = FE.lora_linear(*tensors, dropout_p=0.5, training=True, seed=seed)
+        return y.sum() + FE.ewc_penalty([tensors[1].detach()], [tensors[3]], [tensors[4]], [tensors[5]], 10.0)
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    for seed in range(4):
+        compiled(torch.tensor(seed), *parameters(seed)).backward()
+    assert counter.frame_count == 1
+
+
+def test_dropout_without_a_seed_draws_anew_in_every_compiled_call():
+    compiled = torch.compile(
+        lambda *t: FE.lora_linear(*t, dropout_p=0.5, training=True), backend="aot_eager", fullgraph=True
+    )
+    arguments = parameters()
+    torch.manual_seed(3)
+    first, second = compiled(*arguments), compiled(*arguments)
+    torch.manual_seed(3)
+    assert torch.equal(compiled(*arguments), first)
+    assert not torch.equal(first, second)
+
+
+def op_calls() -> dict[str, list[tuple[Any, ...]]]:
+    """Several argument lists for each op, with and without the optional ones."""
+    x, w, bias, a, b, s = (t.detach() for t in parameters())
+    dy, seed, fisher = Values(4).normal(6, 7), torch.tensor(3), Values(5).fisher(7, 5)
+    one = ([a], [b], [s], [1.0], [0, 0, 7])
+    two = ([a, a], [b[:2], b[:4]], [None, s[0].clone()], [0.5, 1.0], [1, 0, 2, 0, 3, 5, 1, 5, 7])
+    z, z2 = torch.ones(6, 3), torch.ones(6, 6)
+    everything, frozen_a = [True] * 6, [True, False, False, False, True, False]
+    backward = [
+        (dy, x, w, bias, z, *one, 0.0, None, everything),
+        (dy, x, w, bias, z, *one, 0.5, seed, everything),
+        (dy, None, w, None, z, *one, 0.0, None, frozen_a),
+        (dy, x, w, None, z2, *two, 0.0, None, [True, False, False] + [True, True, False] + [True] * 3),
+    ]
+    tokens, grads = Values(6).normal(3, 2, 5), Values(7).normal(3, 2, 7)
+    offsets = torch.tensor([0, 1, 6])
+    return {
+        "lora_linear": [
+            (x, w, bias, *one, 0.0, None),
+            (x.view(2, 3, 5), w, None, *two, 0.0, None),
+            (x, w, bias, *one, 0.5, seed),
+            (x.bfloat16(), w.bfloat16(), None, *one, 0.0, None),
+        ],
+        "lora_linear_backward": backward,
+        "ewc_penalty": [
+            ([fisher], [a], [b], [s], [1.0], 3.0, [True, True, True]),
+            ([fisher, fisher], [a, a], [b, b], [None, s], [0.5, 1.0], 3.0, [False, True, False]),
+            ([fisher.bfloat16()], [a.bfloat16()], [b.bfloat16()], [None], [0.5], 3.0, [True, False, False]),
+        ],
+        "fisher_accumulate_": [
+            (fisher, tokens, grads, "sample", 1.0, None),
+            (fisher, tokens, grads, "batch", 0.5, None),
+            (fisher, x, dy, "sample", 1.0, offsets),
+        ],
+        "merge_": [(w.clone(), a, b, None, 0.5), (w.clone(), a, b, s, 1.0)],
+        "soft_threshold_": [(s.clone(), 0.1)],
+    }
+
+
+def test_every_op_is_checked():
+    assert op_calls().keys() == SCHEMAS.keys()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_registrations_are_sound(op, backend):
+    """Schema (what is written, what aliases), shapes and dtypes of fakes, tracing with dynamic shapes."""
+    for arguments in op_calls()[op]:
+        torch.library.opcheck(getattr(OPS, op).default, (*arguments, backend))
