@@ -24,10 +24,11 @@ from .scenario import Scenario, make_scenario
 WIDE = {"dim": 768, "depth": 2, "side": 56, "patch": 7, "batch": 8}
 QUICK = {
     "tasks": 3,
-    "epochs": 2,
-    "train_per_class": 40,
-    "test_per_class": 20,
-    "base_steps": 60,
+    "epochs": 4,
+    "batch_size": 16,
+    "train_per_class": 60,
+    "test_per_class": 30,
+    "base_steps": 200,
     "dim": 32,
     "depth": 2,
 }

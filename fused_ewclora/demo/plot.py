@@ -38,10 +38,12 @@ def plot(path: Path, results: list[Result], title: str) -> None:
                 textcoords="offset points",
                 color=colour,
             )
+        axis.plot([], [], color="grey", linewidth=0.8, label="single seeds")
         axis.set_title(f"{protocol.replace('_', '-')} accuracy")
         axis.set_xlabel("tasks learned")
         axis.set_xticks(tasks)
         axis.set_xlim(0.8, tasks[-1] + 0.5)
+        axis.margins(y=0.12)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy on all classes so far (%)")
     axes[0].legend()

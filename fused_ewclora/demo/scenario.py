@@ -64,7 +64,7 @@ def make_scenario(dataset: str, root: Path) -> Scenario:
 
 
 def task_classes(scenario: Scenario, tasks: int, seed: int) -> list[tuple[int, ...]]:
-    """Classes of each task, in an order drawn from the seed; at least 2, a softmax over one being constant."""
+    """Classes of each task, in an order drawn from the seed; at least 2, a softmax over 1 is constant."""
     available = torch.tensor(scenario.continual_classes)
     if len(available) < 2 * tasks:
         raise DataError(
