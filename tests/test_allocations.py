@@ -1,4 +1,4 @@
-"""How much memory operations take besides their results: nothing of the size of a weight, little per thread."""
+"""What operations allocate besides their results: nothing as large as a weight, little per thread."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def test_the_fisher_of_vit_l_needs_no_gradient_matrix(backend, mode, dtype, thre
     assert largest < nbytes(fisher) // 2, f"one allocation of {largest / MIB:.2f} MiB"
 
 
-def test_the_check_for_bad_values_needs_less_than_its_input(backend):
-    """isfinite makes masks of one byte per element, no more."""
+def test_the_check_for_bad_values_needs_no_mask_of_its_input(backend):
+    torch.set_num_threads(1)
     x, dy = torch.randn(2, 197, 64), torch.randn(2, 197, 4096)
     fisher = torch.zeros(4096, 64)
     FE.fisher_accumulate_(fisher, x, dy, backend=backend)
     peak, _ = peak_and_largest(lambda: FE.fisher_accumulate_(fisher, x, dy, backend=backend))
-    assert peak <= max(2 * PER_THREAD, nbytes(dy))
+    assert peak <= PER_THREAD, f"{peak / MIB:.2f} MiB beside a dy of {nbytes(dy) / MIB:.2f} MiB"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -100,7 +100,7 @@ def test_merging_makes_no_copy_of_the_weight(backend, dtype):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_the_linear_keeps_y_and_z_and_needs_little_else(backend, dropout_p, threads):
-    """197 tokens of ViT-L's fc1: forward returns y and z, backward dx, dA and dB; packed factors are per thread."""
+    """197 tokens of ViT-L's fc1: forward makes y and z, backward dx, dA and dB."""
     torch.set_num_threads(threads)
     x = torch.randn(1, 197, 1024, requires_grad=True)
     weight = torch.randn(4096, 1024)
