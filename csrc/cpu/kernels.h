@@ -36,7 +36,7 @@ struct LoraShape {
   const float* a_panel = nullptr;   // all A stacked: panel [R, d_in]
   const float* b_panel = nullptr;   // per range: panel [r, stop - start] of its rows of B, transposed
   const float* scale = nullptr;     // [R]
-  float dropout_p = 0.f;
+  double dropout_p = 0.0;
   uint64_t seed = 0;
 };
 

@@ -59,7 +59,7 @@ struct Packed {
     shape.a_panel = data;
     shape.b_panel = data + a_floats;
     shape.scale = scale.data();
-    shape.dropout_p = float(dropout_p);
+    shape.dropout_p = dropout_p;
     shape.seed = seed ? uint64_t(seed->item<int64_t>()) : 0;
   }
 };

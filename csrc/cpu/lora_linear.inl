@@ -75,7 +75,7 @@ inline void lora_forward(const LoraForward& p, int64_t m0, int64_t m1, float* sc
   for (int64_t m = m0; m < m1; m += chunk) {
     const int64_t n = m1 - m < chunk ? m1 - m : chunk;
     Rows x = float_rows(p.x, m, n, s.d_in, rows);
-    if (s.dropout_p > 0.f) {
+    if (s.dropout_p > 0.0) {
       mask_rows(s, m, n, mask);
       x = times(x, {mask, wide}, n, s.d_in, rows);
     }
@@ -130,7 +130,7 @@ inline void lora_backward(const LoraBackward& p, int64_t m0, int64_t m1, float* 
   const int64_t chunk = chunk_rows(s), R = s.total_rank, wide = widest(s);
   float *rows = scratch, *mask = rows + chunk * wide, *grads = mask + chunk * wide;
   float *zs = scratch + 3 * chunk * wide, *u = zs + aligned(chunk * R), *lanes = u + aligned(chunk * R);
-  const bool masked = s.dropout_p > 0.f && (p.need_a || p.need_dx);
+  const bool masked = s.dropout_p > 0.0 && (p.need_a || p.need_dx);
   for (int64_t m = m0; m < m1; m += chunk) {
     const int64_t n = m1 - m < chunk ? m1 - m : chunk;
     const Rows dy = float_rows(p.dy, m, n, s.d_out, grads);

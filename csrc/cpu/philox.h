@@ -56,11 +56,11 @@ inline __attribute__((always_inline)) void keep_words(vwords words, uint32_t thr
 }
 
 // keep[j] = 1 / (1 - p) where column j of the row is kept, 0 where it is dropped; writes up to the next multiple of MASK_BLOCK.
-inline void dropout_row(uint64_t seed, int64_t row, int64_t columns, float p, float* keep) {
+inline void dropout_row(uint64_t seed, int64_t row, int64_t columns, double p, float* keep) {
   using All = CountLanes<COUNTERS>::type;
-  const double rounded = __builtin_nearbyint(double(p) * 4294967296.0);
+  const double rounded = __builtin_nearbyint(p * 4294967296.0);
   const uint32_t threshold = rounded >= 4294967295.0 ? 0xFFFFFFFFu : uint32_t(rounded);
-  const float factor = p >= 1.f ? 0.f : float(1.0 / (1.0 - double(p)));
+  const float factor = p >= 1.0 ? 0.f : float(1.0 / (1.0 - p));
   for (int64_t j = 0; j < columns; j += MASK_BLOCK) {
     Counters c[2];
     for (int64_t half = 0; half < 2; ++half) {
