@@ -40,6 +40,8 @@ _LAZY = {
     "convert_lambda": "ewc",
     "save_pretrained": "checkpoint",
     "load_pretrained": "checkpoint",
+    "export_peft": "interchange",
+    "import_peft": "interchange",
 }
 _LAZY_MODULES = ("metrics",)
 
@@ -65,6 +67,8 @@ __all__ = [
     "disabled",
     "eject",
     "explain",
+    "export_peft",
+    "import_peft",
     "inject",
     "load_pretrained",
     "merge",
