@@ -27,7 +27,7 @@ class Gradients(NamedTuple):
 
 
 def exact(value: Scale) -> Tensor:
-    return torch.as_tensor(value).detach().cpu().to(torch.float64).contiguous()
+    return torch.as_tensor(value).detach().cpu().to(torch.float64, copy=True).contiguous()
 
 
 def magnitude(value: Scale) -> Tensor:
