@@ -32,6 +32,23 @@ def test_work_split_over_threads_gives_the_same_values(backend, threads):
     assert_equals_oracle(case, *case.gradients())
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_a_small_adapter_between_two_large_ones_may_be_split_as_well(backend, threads):
+    """The middle of the work lies in the small one, and rounds to rows of its neighbours, too."""
+    torch.set_num_threads(threads)
+    shapes = [(61, 47, 30), (13, 1, 1), (47, 61, 30)] if threads == 2 else [(61, 47, 30), (13, 1, 1)] * 3
+    case = make(Values(1, backend), shapes, backend)
+    assert_equals_oracle(case, *case.gradients())
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_a_cut_near_the_end_of_an_adapter_loses_no_rows(backend, threads):
+    """Row counts that are no multiple of a tile, cut where rounding would fall short of the last row."""
+    torch.set_num_threads(threads)
+    case = make(Values(3, backend), [(61, 47, 30), (13, 1, 1), (47, 61, 30)], backend)
+    assert_equals_oracle(case, *case.gradients())
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_runs_repeat_bit_by_bit_with_the_same_number_of_threads(backend, threads):
     torch.set_num_threads(threads)

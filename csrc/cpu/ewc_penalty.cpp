@@ -12,16 +12,24 @@ struct Adapter {
   PenaltyAdapter kernel;
 };
 
-// Rows of adapter i that part `part` of `parts` owns, when the whole work is split into parts of equal cost.
-std::pair<int64_t, int64_t> rows_of(const Adapter& a, double row_cost, double total, int64_t part, int64_t parts) {
-  auto row_at = [&](double cost) {
-    const int64_t unit = kernels().penalty_rows;
-    const int64_t row = int64_t((cost - a.cost) / row_cost / unit + 0.5) * unit;
-    return std::clamp<int64_t>(row, 0, a.kernel.rows);
-  };
-  const int64_t begin = part == 0 ? 0 : row_at(total * part / parts);
-  const int64_t end = part == parts - 1 ? a.kernel.rows : row_at(total * (part + 1) / parts);
-  return {begin, end};
+double row_cost(const PenaltyAdapter& k) { return double(k.d_in) * double(k.rank); }
+
+// A place in the sequence of all rows of all adapters; row < rows of the adapter, or the end.
+struct Cut {
+  size_t adapter;
+  int64_t row;
+};
+
+// Where the share of `part` begins when all rows are split into `parts` of about equal cost, at whole strips of rows.
+Cut cut_at(const std::vector<Adapter>& adapters, double total, int64_t part, int64_t parts) {
+  if (part == parts) return {adapters.size(), 0};
+  const double target = total * double(part) / double(parts);
+  size_t i = adapters.size() - 1;
+  while (i > 0 && adapters[i].cost > target) --i;
+  const PenaltyAdapter& k = adapters[i].kernel;
+  const int64_t unit = kernels().penalty_rows;
+  const int64_t row = std::llround((target - adapters[i].cost) / row_cost(k) / double(unit)) * unit;
+  return row < k.rows ? Cut{i, row} : Cut{i + 1, 0};
 }
 
 }  // namespace
@@ -32,7 +40,6 @@ std::tuple<at::Tensor, Tensors> ewc_penalty(const Tensors& fishers, const Tensor
   std::vector<Adapter> adapters(fishers.size());
   int64_t ranks = 0, scratch = 0, widest = 0;
   double total = 0.0;
-  auto row_cost = [](const PenaltyAdapter& k) { return double(k.d_in) * double(k.rank); };
   for (size_t i = 0; i < adapters.size(); ++i) {
     Adapter& a = adapters[i];
     a.a = as_float(lora_as[i]);
@@ -62,9 +69,10 @@ std::tuple<at::Tensor, Tensors> ewc_penalty(const Tensors& fishers, const Tensor
   at::Tensor grad_s = at::zeros({parts * ranks}, at::kFloat), memory = floats(parts * scratch);
   at::Tensor spill = floats(needs[0] && parts > 1 ? parts * widest : 0);
   over_parts(parts, parts, [&](int64_t part, int64_t, int64_t) {
-    for (size_t i = 0; i < adapters.size(); ++i) {
+    const Cut first = cut_at(adapters, total, part, parts), last = cut_at(adapters, total, part + 1, parts);
+    for (size_t i = first.adapter; i < adapters.size() && i <= last.adapter; ++i) {
       Adapter& a = adapters[i];
-      const auto [begin, end] = rows_of(a, row_cost(a.kernel), total, part, parts);
+      const int64_t begin = i == first.adapter ? first.row : 0, end = i == last.adapter ? last.row : a.kernel.rows;
       if (begin >= end) continue;
       float* grad_a = !needs[0] ? nullptr : begin == 0 ? a.grad_a.data_ptr<float>() : spill.data_ptr<float>() + part * widest;
       if (begin > 0) spilled[part] = int64_t(i);
