@@ -50,6 +50,9 @@ class Case:
         named = ", ".join(f"{name} {told(t)}" for name, t in tensors.items())
         return f"<{self.backend}: {named}, adapters {adapters}, p {self.dropout_p}, seed {self.seed}>"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))  # hypothesis prints dataclasses by their fields otherwise
+
     def run(self, backend: str | None = None) -> Tensor:
         return FE.lora_linear_adapters(
             self.x, self.weight, self.bias, self.adapters, dropout_p=self.dropout_p, training=True,

@@ -34,6 +34,9 @@ class Case:
         told = [(a.shape[0], a.dtype, a.stride()) for a in self.lora_as]
         return f"<{self.backend}: lambda {self.ewc_lambda}, Fishers {fishers}, adapters {told}>"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))  # hypothesis prints dataclasses by their fields otherwise
+
     def run(self, **changed: Any) -> Tensor:
         names = ("fishers", "lora_as", "lora_bs", "scales", "ewc_lambda")
         arguments = {name: changed.get(name, getattr(self, name)) for name in names}
