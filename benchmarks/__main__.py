@@ -1,4 +1,5 @@
-"""Runs the microbenchmarks: `python -m benchmarks [--suite NAME ...] [--threads N]`; exit status 1 when a target is missed or a result wrong."""
+"""Runs the microbenchmarks: `python -m benchmarks [--suite NAME ...] [--threads N]`; exit status 1 when a
+target is missed or a result wrong."""
 
 from __future__ import annotations
 
@@ -25,8 +26,11 @@ SUITES: dict[str, Callable[[], Iterator[Case]]] = {
 def show(case: Case, records: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
     """A table of one case: time, ratio to each peer, rate, error, then its targets."""
     print(f"\n{case.op}  {', '.join(f'{k} {v}' for k, v in case.shape.items())}  {case.dtype}")
-    ours = next((r["seconds"]["p50"] for r in records if r["provider"] == case.ours and "seconds" in r), math.nan)
-    print(f"  {'provider':34}{'p50 ms':>9}{'p20':>9}{'p80':>9}{'peer/ours':>11}{'GFLOP/s':>9}{'GB/s':>7}{'error':>10}")
+    ours = next(
+        (r["seconds"]["p50"] for r in records if r["provider"] == case.ours and "seconds" in r), math.nan
+    )
+    heads = f"{'p50 ms':>9}{'p20':>9}{'p80':>9}{'peer/ours':>11}{'GFLOP/s':>9}{'GB/s':>7}{'error':>10}"
+    print(f"  {'provider':34}{heads}")
     for r in records:
         if "failed" in r:
             print(f"  {r['provider']:34}{r['failed']}")
@@ -38,21 +42,27 @@ def show(case: Case, records: list[dict[str, Any]], rows: list[dict[str, Any]]) 
             f"{r['gflops_per_second']:9.1f}{r['gbytes_per_second']:7.1f}{error:>10}"
         )
     for row in rows:
-        print(f"  {'PASS' if row['met'] else 'FALL SHORT'}: {row['target']} (ratio {row['ratio']:.3f}, limit {row['limit']:.3f})")
+        verdict = "PASS" if row["met"] else "FALL SHORT"
+        print(f"  {verdict}: {row['target']} (ratio {row['ratio']:.3f}, limit {row['limit']:.3f})")
 
 
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--suite", nargs="*", choices=sorted(SUITES), default=sorted(SUITES))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of all providers")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="threads of all providers"
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="time per provider and case")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "cpu", help="folder the records are appended to")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "results" / "cpu", help="folder the records are appended to"
+    )
     parser.add_argument("--dry", action="store_true", help="measure and print without writing records")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    stamp = {"environment": environment(), "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    stamp = {"environment": environment(), "time": now}
     failed = False
     for suite in args.suite:
         for case in SUITES[suite]():

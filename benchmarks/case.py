@@ -10,7 +10,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute a case. `floor` marks work of equal size whose result is not the case's (a plain product, a frozen layer)."""
+    """One way to compute a case. `floor` marks work of equal size whose result is not the case's (a plain
+    product, a frozen layer)."""
 
     name: str
     run: Callable[[], Sequence[Tensor]]
@@ -30,7 +31,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Case:
-    """`truth` gives the fp64 results that every provider must match to `tolerance` (relative, in the norm of each result)."""
+    """`truth` gives the fp64 results that every provider must match to `tolerance` (relative, in the norm of
+    each result)."""
 
     op: str
     shape: dict[str, int | str]

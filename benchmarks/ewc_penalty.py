@@ -1,4 +1,4 @@
-"""The EWC penalty and its gradients: all adapters in one call, against the ways in which PyTorch users write it."""
+"""The EWC penalty and its gradients, all adapters in one call, against how PyTorch users write it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def cases() -> Iterator[Case]:
             flops=flops,
             bytes=float(fishers[0].element_size() * d * d * count),
             providers=[
-                Provider("fused_ewclora", with_gradients(fused), backend="cpu", algorithm="C++ one pass over F"),
+                Provider(
+                    "fused_ewclora", with_gradients(fused), backend="cpu", algorithm="C++ one pass over F"
+                ),
                 Provider("eager autograd", with_gradients(eager)),
                 Provider("torch.compile", with_gradients(torch.compile(eager))),
                 Provider("stacked bmm", with_gradients(stacked)),

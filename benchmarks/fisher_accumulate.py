@@ -1,4 +1,4 @@
-"""Exact per-sample Fisher of one layer, against a plain product of the same size and the per-sample methods in use."""
+"""Exact per-sample Fisher of one layer, against a plain product of its size and the methods in use."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 from .case import Case, Provider
 
 ROOT = Path(__file__).resolve().parent
@@ -80,7 +79,9 @@ def sgemm_rate(seconds: float = 0.5) -> float:
     return 2.0 * 2048 * 1024 * 1024 / statistics.median(times)
 
 
-def _record(case: Case, provider: Provider, error: float | None, times: list[float], ceiling: float) -> dict[str, Any]:
+def _record(
+    case: Case, provider: Provider, error: float | None, times: list[float], ceiling: float
+) -> dict[str, Any]:
     p20, p50, p80 = (statistics.quantiles(times, n=10)[i] for i in (1, 4, 7))
     return {
         "op": case.op,
@@ -103,7 +104,8 @@ def _record(case: Case, provider: Provider, error: float | None, times: list[flo
 
 
 def measure(case: Case, seconds: float, ceiling: float) -> list[dict[str, Any]]:
-    """Records of the providers of one case. A provider that fails or is wrong is recorded with its reason and never timed."""
+    """Records of the providers of one case. A provider that fails or is wrong is recorded with its reason and
+    never timed."""
     truth = [t.detach() for t in case.truth()]
     records: list[dict[str, Any]] = []
     sound: list[tuple[Provider, float | None]] = []
@@ -116,7 +118,8 @@ def measure(case: Case, seconds: float, ceiling: float) -> list[dict[str, Any]]:
             continue
         error = None if provider.floor else error_to_truth(results, truth)
         if error is not None and not error <= case.tolerance:
-            records.append({**common, "failed": f"wrong: error {error:.3g} against fp64, allowed {case.tolerance:.3g}"})
+            wrong = f"wrong: error {error:.3g} against fp64, allowed {case.tolerance:.3g}"
+            records.append({**common, "failed": wrong})
             continue
         sound.append((provider, error))
     times = interleaved([provider.run for provider, _ in sound], seconds)
@@ -129,13 +132,17 @@ def verdicts(case: Case, records: Sequence[dict[str, Any]]) -> list[dict[str, An
     medians = {r["provider"]: r["seconds"]["p50"] for r in records if "seconds" in r}
     rows = []
     for target in case.targets:
-        peers = [name for name in medians if name != case.ours] if target.peer == "best peer" else [target.peer]
+        peers = (
+            [name for name in medians if name != case.ours] if target.peer == "best peer" else [target.peer]
+        )
         floors = {p.name for p in case.providers if p.floor}
         if target.peer == "best peer":
             peers = [name for name in peers if name not in floors]
         times = [medians[name] for name in peers if name in medians]
         ratio = medians[case.ours] / min(times) if times and case.ours in medians else math.nan
-        rows.append({"target": target.name, "ratio": ratio, "limit": target.limit, "met": ratio <= target.limit})
+        rows.append(
+            {"target": target.name, "ratio": ratio, "limit": target.limit, "met": ratio <= target.limit}
+        )
     return rows
 
 

@@ -40,19 +40,23 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tens
 
 
 def on_slices(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """k and v of a packed qkv by adding to slices of its output: what users write without slices in the op."""
+    """k and v of a packed qkv by adding to slices of its output, which is what users write by hand."""
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor, a_k: Tensor, b_k: Tensor, a_v: Tensor, b_v: Tensor) -> Tensor:
+    def run(x: Tensor, weight: Tensor, bias: Tensor, *adapters: Tensor) -> Tensor:
+        a_k, b_k, a_v, b_v = adapters
         d = weight.shape[0] // 3
         if method is fused:
-            return FE.lora_linear_slices(x, weight, bias, [(d, 2 * d, a_k, b_k, 1.0), (2 * d, 3 * d, a_v, b_v, 1.0)])
+            slices = [(d, 2 * d, a_k, b_k, 1.0), (2 * d, 3 * d, a_v, b_v, 1.0)]
+            return FE.lora_linear_slices(x, weight, bias, slices)
         q, k, v = linear(x, weight, bias).split(d, dim=-1)
         return torch.cat([q, k + linear(linear(x, a_k), b_k), v + linear(linear(x, a_v), b_v)], dim=-1)
 
     return run
 
 
-def forward_backward(method: Callable[..., Tensor], x: Tensor, fixed: tuple[Tensor, Tensor], adapters: list[Tensor], dy: Tensor):  # type: ignore[no-untyped-def]
+def forward_backward(
+    method: Callable[..., Tensor], x: Tensor, fixed: tuple[Tensor, Tensor], adapters: list[Tensor], dy: Tensor
+) -> Callable[[], list[Tensor]]:
     """One forward and backward; results are y and the gradients."""
 
     def run() -> list[Tensor]:
@@ -76,8 +80,11 @@ def _case(model: str, rows: int, d_in: int, d_out: int, rank: int, slices: bool)
     methods = {"composition": wrap(composition)} if slices else {"composition": composition, "addmm": addmm}
     methods["torch.compile of the composition"] = torch.compile(wrap(composition))
 
-    def provider(name: str, method: Callable[..., Tensor], **labels: str) -> Provider:
-        return Provider(name, forward_backward(method, x, fixed, adapters, dy), **labels)
+    def provider(
+        name: str, method: Callable[..., Tensor], backend: str = "", algorithm: str = ""
+    ) -> Provider:
+        run = forward_backward(method, x, fixed, adapters, dy)
+        return Provider(name, run, backend=backend, algorithm=algorithm)
 
     def frozen() -> list[Tensor]:
         y = linear(x, *fixed)
@@ -105,7 +112,11 @@ def _case(model: str, rows: int, d_in: int, d_out: int, rank: int, slices: bool)
         tolerance=1e-5,
         targets=[
             Target("best peer", 1.0, "never slower than the best peer"),
-            *([Target("frozen linear", VIT_LIMIT, f"at most {VIT_LIMIT} x the frozen linear")] if vit else []),
+            *(
+                [Target("frozen linear", VIT_LIMIT, f"at most {VIT_LIMIT} x the frozen linear")]
+                if vit
+                else []
+            ),
         ],
     )
 

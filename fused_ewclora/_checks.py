@@ -1,7 +1,8 @@
-"""Argument checks of the public operations: every error names the argument, what was expected and what came."""
+"""Argument checks of the public operations: errors name the argument, what was expected and what came."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,7 +19,10 @@ Scale = float | Tensor
 class Adapter(NamedTuple):
     """One low-rank adapter of a linear layer.
 
-    lora_a `[r, d_in]`, lora_b `[rows, r]`, scale a float, 0-d or `[r]`; rows are the output row ranges that lora_b's rows belong to, in order.
+    lora_a `[r, d_in]`, lora_b `[rows, r]`, scale a float, 0-d or `[r]`; rows are the output row ranges that
+    lora_b's rows belong to, in order.
+
+        >>> Adapter(lora_a, lora_b, 1.0, rows=((0, 768),))
     """
 
     lora_a: Tensor
@@ -43,7 +47,9 @@ def finite(tensor: Tensor, name: str) -> None:
     """No NaN, no Inf. The extremes tell, in one pass and without masks as large as the tensor."""
     if tensor.numel() and not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):
         bad = int((~torch.isfinite(tensor)).sum())
-        raise ArgumentError(f"{name}: expected finite values, got {bad} NaN or Inf of {tensor.numel()}; nothing was changed")
+        raise ArgumentError(
+            f"{name}: expected finite values, got {bad} NaN or Inf of {tensor.numel()}; nothing was changed"
+        )
 
 
 def matrix(tensor: Tensor, name: str) -> None:
@@ -68,7 +74,9 @@ def _factors(lora_a: Tensor, lora_b: Tensor, scale: Scale, where: str, like: Ten
     if rank < 1:
         raise ArgumentError(f"lora_a{where}: expected rank (rows) >= 1, got shape {_shape(lora_a)}")
     if lora_b.shape[1] != rank:
-        raise ArgumentError(f"lora_b{where}: expected {rank} columns (rank of lora_a), got shape {_shape(lora_b)}")
+        raise ArgumentError(
+            f"lora_b{where}: expected {rank} columns (rank of lora_a), got shape {_shape(lora_b)}"
+        )
     tensors = [(f"lora_a{where}", lora_a), (f"lora_b{where}", lora_b)]
     if isinstance(scale, Tensor):
         floating(scale, f"scale{where}")
@@ -80,14 +88,19 @@ def _factors(lora_a: Tensor, lora_b: Tensor, scale: Scale, where: str, like: Ten
     allowed = (like.dtype,) if like.dtype == torch.float64 else (like.dtype, torch.float32)
     for name, tensor in tensors:
         if tensor.device != like.device:
-            raise ArgumentError(f"{name}: expected device {like.device} (of {like_name}), got {tensor.device}")
+            raise ArgumentError(
+                f"{name}: expected device {like.device} (of {like_name}), got {tensor.device}"
+            )
         if tensor.dtype not in allowed:
             expected = " or ".join(map(str, dict.fromkeys(allowed)))
-            raise DtypeError(f"{name}: expected {expected} beside {like_name} in {like.dtype}, got {tensor.dtype}")
+            raise DtypeError(
+                f"{name}: expected {expected} beside {like_name} in {like.dtype}, got {tensor.dtype}"
+            )
 
 
 def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Inputs of the base product in autocast's dtype when autocast is on for their device, as `F.linear` would have them."""
+    """Inputs of the base product in autocast's dtype when autocast is on for their device, as `F.linear`
+    would have them."""
     if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
@@ -118,10 +131,14 @@ def lora_linear(
         where = "" if len(adapters) == 1 else f" of adapter {index}"
         _factors(lora_a, lora_b, scale, where, x, "x")
         if lora_a.shape[1] != d_in:
-            raise ArgumentError(f"lora_a{where}: expected {d_in} columns (columns of weight), got {lora_a.shape[1]}")
+            raise ArgumentError(
+                f"lora_a{where}: expected {d_in} columns (columns of weight), got {lora_a.shape[1]}"
+            )
         owned = sum(stop - start for start, stop in rows)
         if lora_b.shape[0] != owned:
-            raise ArgumentError(f"lora_b{where}: expected {owned} rows (its output rows), got {lora_b.shape[0]}")
+            raise ArgumentError(
+                f"lora_b{where}: expected {owned} rows (its output rows), got {lora_b.shape[0]}"
+            )
         for start, stop in rows:
             triples += (index, start, stop)
     _disjoint(triples, d_out)
@@ -134,14 +151,16 @@ def _disjoint(triples: list[int], d_out: int) -> None:
     done = 0
     for start, stop in sorted(zip(triples[1::3], triples[2::3], strict=True)):
         if not 0 <= start < stop <= d_out:
-            raise ArgumentError(f"rows: expected 0 <= start < stop <= {d_out} (rows of weight), got ({start}, {stop})")
+            raise ArgumentError(
+                f"rows: expected 0 <= start < stop <= {d_out} (rows of weight), got ({start}, {stop})"
+            )
         if start < done:
             raise ArgumentError(f"rows: expected disjoint ranges, but row {start} is in two of them")
         done = stop
 
 
 def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """A 0-d int64 seed; drawn from the default generator of `device` when None, which needs no synchronisation."""
+    """A 0-d int64 seed; None draws one from the default generator of `device`, without synchronisation."""
     if seed is None:
         return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
@@ -177,7 +196,9 @@ def _accumulator(fisher_: Tensor, name: str, like: Tensor, like_name: str) -> No
     allowed = (torch.float64, torch.float32) if wide else (torch.float32, torch.bfloat16)
     if fisher_.dtype not in allowed:
         expected = " or ".join(map(str, allowed))
-        raise DtypeError(f"{name}: expected {expected} beside {like_name} in {like.dtype}, got {fisher_.dtype}")
+        raise DtypeError(
+            f"{name}: expected {expected} beside {like_name} in {like.dtype}, got {fisher_.dtype}"
+        )
     if fisher_.device != like.device:
         raise ArgumentError(f"{name}: expected device {like.device} (of {like_name}), got {fisher_.device}")
 
@@ -192,26 +213,38 @@ def fisher(fisher_: Tensor, x: Tensor, dy: Tensor, mode: str, cu_seqlens: Tensor
     _accumulator(fisher_, "fisher", x, "x")
     dims = (2,) if cu_seqlens is not None else (2, 3)
     if x.dim() not in dims or dy.dim() not in dims:
-        raise ArgumentError(f"x, dy: expected {' or '.join(map(str, dims))} dimensions, got {_shape(x)} and {_shape(dy)}")
+        raise ArgumentError(
+            f"x, dy: expected {' or '.join(map(str, dims))} dimensions, got {_shape(x)} and {_shape(dy)}"
+        )
     if x.shape[:-1] != dy.shape[:-1]:
         raise ArgumentError(f"dy: expected leading shape {list(x.shape[:-1])} (of x), got {_shape(dy)}")
     if fisher_.shape != (dy.shape[-1], x.shape[-1]):
         expected = [dy.shape[-1], x.shape[-1]]
-        raise ArgumentError(f"fisher: expected shape {expected} (features of dy and x), got {_shape(fisher_)}")
+        raise ArgumentError(
+            f"fisher: expected shape {expected} (features of dy and x), got {_shape(fisher_)}"
+        )
     if cu_seqlens is not None:
         if mode == "batch":
-            raise ArgumentError("cu_seqlens: expected None in mode 'batch', which does not tell samples apart")
+            raise ArgumentError(
+                "cu_seqlens: expected None in mode 'batch', which does not tell samples apart"
+            )
         if not isinstance(cu_seqlens, Tensor):
-            raise DtypeError(f"cu_seqlens: expected an int32 or int64 tensor, got {type(cu_seqlens).__name__}")
+            raise DtypeError(
+                f"cu_seqlens: expected an int32 or int64 tensor, got {type(cu_seqlens).__name__}"
+            )
         if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1:
-            raise DtypeError(f"cu_seqlens: expected int32 or int64 [N + 1], got {cu_seqlens.dtype} {_shape(cu_seqlens)}")
+            raise DtypeError(
+                f"cu_seqlens: expected int32 or int64 [N + 1], got {cu_seqlens.dtype} {_shape(cu_seqlens)}"
+            )
 
 
 def offsets(bounds: Sequence[int], rows: int) -> None:
     """Sample offsets start at 0, never decrease and end at the number of rows."""
-    ordered = all(a <= b for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+    ordered = all(a <= b for a, b in itertools.pairwise(bounds))
     if not bounds or bounds[0] != 0 or bounds[-1] != rows or not ordered:
-        raise ArgumentError(f"cu_seqlens: expected offsets rising from 0 to {rows} (rows of x), got {list(bounds)[:8]}")
+        raise ArgumentError(
+            f"cu_seqlens: expected offsets rising from 0 to {rows} (rows of x), got {list(bounds)[:8]}"
+        )
 
 
 def merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Scale) -> None:

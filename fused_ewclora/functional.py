@@ -1,8 +1,9 @@
 """Public operations: every argument is checked once, here, and handed to the ops.
 
-Shapes: x `[..., d_in]`, weight `[d_out, d_in]`, lora_a `[r, d_in]`, lora_b `[d_out, r]`, scale a float, 0-d or `[r]`. dtypes: x and weight
-share one floating dtype; adapters have that dtype or fp32. Products accumulate in fp32 (fp64 for fp64) and every gradient has the
-dtype of its parameter. `backend=None` is the current choice; a backend that is named serves the call or raises `BackendError`.
+Shapes: x `[..., d_in]`, weight `[d_out, d_in]`, lora_a `[r, d_in]`, lora_b `[d_out, r]`, scale a float, 0-d
+or `[r]`. dtypes: x and weight share one floating dtype; adapters have that dtype or fp32. Products accumulate
+in fp32 (fp64 for fp64) and every gradient has the dtype of its parameter. `backend=None` is the current
+choice; a backend that is named serves the call or raises `BackendError`.
 """
 
 from __future__ import annotations
@@ -47,12 +48,16 @@ def lora_linear(
     seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """y = x W^T + bias + ((x A^T) * s) B^T, differentiable in x, weight, bias, lora_a, lora_b and a tensor scale.
+    """y = x W^T + bias + ((x A^T) * s) B^T, differentiable in x, weight, bias, lora_a, lora_b and a tensor
+    scale (docs/mathematics.md, section 1).
 
-    Dropout (when `training`) acts on the x of the low-rank branch only; its mask comes from `seed`, or from the default generator.
-    Raises `ArgumentError` or `DtypeError` naming the argument that does not fit.
+    x `[..., d_in]`, weight `[d_out, d_in]`, lora_a `[r, d_in]`, lora_b `[d_out, r]`; returns `[..., d_out]`
+    in the dtype of x. Dropout (when `training`) acts on the x of the low-rank branch only; its mask comes
+    from `seed`, or from the default generator. Raises `ArgumentError` or `DtypeError` naming the argument
+    that does not fit.
 
-        >>> y = lora_linear(x, weight, bias, lora_a, lora_b, 0.5)
+        >>> x, weight, bias = torch.randn(3, 8), torch.randn(4, 8), None
+        >>> y = lora_linear(x, weight, bias, torch.randn(2, 8), torch.zeros(4, 2), 0.5)
     """
     check.matrix(weight, "weight")
     adapters = (Adapter(lora_a, lora_b, scale, ((0, weight.shape[0]),)),)
@@ -72,11 +77,14 @@ def lora_linear_slices(
     seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """As `lora_linear`, with an adapter on each of several disjoint ranges of output rows of one packed projection.
+    """As `lora_linear`, with an adapter on each of several disjoint ranges of output rows of one packed
+    projection.
 
-    `slices` holds (row_start, row_stop, lora_a, lora_b, scale), lora_b `[row_stop - row_start, r]`, ranks may differ.
+    `slices` holds (row_start, row_stop, lora_a, lora_b, scale), lora_b `[row_stop - row_start, r]`; ranks may
+    differ. Raises `ArgumentError` or `DtypeError` naming the argument, also for ranges that overlap.
 
-        >>> y = lora_linear_slices(x, qkv_weight, qkv_bias, [(d, 2 * d, a_k, b_k, 1.0), (2 * d, 3 * d, a_v, b_v, 1.0)])
+        >>> slices = [(d, 2 * d, a_k, b_k, 1.0), (2 * d, 3 * d, a_v, b_v, 1.0)]
+        >>> y = lora_linear_slices(x, qkv_weight, qkv_bias, slices)
     """
     adapters = [Adapter(a, b, scale, ((start, stop),)) for start, stop, a, b, scale in slices]
     return lora_linear_adapters(
@@ -96,9 +104,14 @@ def lora_linear_adapters(
     backend: str | None = None,
     capture: FisherCapture | None = None,
 ) -> Tensor:
-    """The general form: each `Adapter(lora_a, lora_b, scale, rows)` may own several row ranges (heads that interleave q, k, v).
+    """The general form of `lora_linear`: each `Adapter(lora_a, lora_b, scale, rows)` may own several row
+    ranges (heads that interleave q, k, v).
 
-    `capture` collects the layer's Fisher during backward.
+    lora_b `[sum of the lengths of rows, r]`, other shapes as in `lora_linear`. `capture` collects the layer's
+    Fisher during backward. Raises `ArgumentError` or `DtypeError` naming the argument.
+
+        >>> heads = Adapter(lora_a, lora_b, 1.0, ((64, 128), (256, 320)))
+        >>> y = lora_linear_adapters(x, weight, None, [heads])
     """
     x, weight, bias = check.autocast(x, weight, bias)
     rows = check.lora_linear(x, weight, bias, adapters, dropout_p)
@@ -114,7 +127,10 @@ def lora_linear_adapters(
 
 
 def _penalty_arguments(
-    fishers: Sequence[Tensor], lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], scales: Sequence[Scale] | None
+    fishers: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[Scale] | None,
 ) -> tuple[list[Tensor | None], tuple[float, ...]]:
     scales = [1.0] * len(fishers) if scales is None else scales
     check.penalty(fishers, lora_as, lora_bs, scales)
@@ -133,10 +149,13 @@ def ewc_penalty(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """P = (lambda/2) sum_l sum_ij F_l[i,j] (B_l diag(s_l) A_l)[i,j]^2 over all adapters, one read of each F (EWC-LoRA, arXiv 2602.17559).
+    """P = (lambda/2) sum_l sum_ij F_l[i,j] (B_l diag(s_l) A_l)[i,j]^2 over all adapters, one read of each F
+    (EWC-LoRA, arXiv 2602.17559).
 
-    fishers `[d_out, d_in]` fp32 or bf16, not differentiated. Returns a 0-d fp32 tensor (fp64 when all adapters are fp64), a sum and not a
-    mean, differentiable in lora_as, lora_bs and tensor scales; no adapters give 0.
+    fishers `[d_out, d_in]` fp32 or bf16 (fp32 or fp64 beside fp64 adapters), not differentiated; lora_as `[r,
+    d_in]`, lora_bs `[d_out, r]`, all of one dtype and device. Returns a 0-d fp32 tensor (fp64 when all
+    adapters are fp64), a sum and not a mean, differentiable in lora_as, lora_bs and tensor scales; no
+    adapters give 0. Raises `ArgumentError` or `DtypeError` naming the entry.
 
         >>> loss = criterion(model(x), y) + ewc_penalty(fishers, lora_as, lora_bs, ewc_lambda=1e7)
     """
@@ -158,9 +177,11 @@ def ewc_penalty_grad_(
     grad_scale: float | Tensor = 1.0,
     backend: str | None = None,
 ) -> Tensor:
-    """Adds grad_scale * dP to `.grad` of the adapters that require gradients, without a graph; returns the unscaled penalty (0-d).
+    """Adds grad_scale * dP to `.grad` of the adapters that require gradients, without a graph; returns the
+    unscaled penalty (0-d).
 
-    Under a GradScaler pass its scale, so that a later unscale restores lambda. No host synchronisation.
+    Shapes, dtypes and errors as in `ewc_penalty`. Under a GradScaler pass its scale, so that a later unscale
+    restores lambda. No host synchronisation.
 
         >>> loss.backward(); ewc_penalty_grad_(fishers, lora_as, lora_bs, ewc_lambda=1e7)
     """
@@ -170,7 +191,14 @@ def ewc_penalty_grad_(
     wanted = [t is not None and t.requires_grad for t in tensors]
     needs = [any(wanted[0::3]), any(wanted[1::3]), any(wanted[2::3])]
     value, grads = _library.ewc_penalty(
-        fishers, lora_as, lora_bs, tensors[2::3], factors, float(ewc_lambda), needs, _dispatch.resolve(backend)
+        fishers,
+        lora_as,
+        lora_bs,
+        tensors[2::3],
+        factors,
+        float(ewc_lambda),
+        needs,
+        _dispatch.resolve(backend),
     )
     slots = [i for i, tensor in enumerate(tensors) if needs[i % 3] and tensor is not None]
     pairs = [(tensors[i], grad) for i, grad in zip(slots, grads, strict=True) if wanted[i]]
@@ -197,11 +225,14 @@ def fisher_accumulate_(
     check_finite: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """F += weight * sum_n (dy_n^T x_n)^2 (`"sample"`) or F += weight * (sum_n dy_n^T x_n)^2 (`"batch"`), in place; returns fisher.
+    """F += weight * sum_n (dy_n^T x_n)^2 (`"sample"`) or F += weight * (sum_n dy_n^T x_n)^2 (`"batch"`), in
+    place; returns fisher (docs/mathematics.md, section 3).
 
-    fisher `[d_out, d_in]` fp32 or bf16; x `[N, T, d_in]` or `[N, d_in]`, dy likewise with d_out, fp32, bf16 or fp16. With `cu_seqlens`
-    `[N + 1]` (int32 or int64), x and dy are packed `[rows, d]` and sample n owns rows cu_seqlens[n] to cu_seqlens[n + 1]. Products and squares are
-    fp32. NaN or Inf in x or dy raises `ArgumentError` and leaves fisher as it was, unless `check_finite=False` (which saves a host
+    fisher `[d_out, d_in]` fp32 or bf16; x `[N, T, d_in]` or `[N, d_in]`, dy likewise with d_out, fp32, bf16
+    or fp16 (fp64 beside an fp32 or fp64 fisher). With `cu_seqlens` `[N + 1]` (int32 or int64), x and dy are
+    packed `[rows, d]` and sample n owns rows cu_seqlens[n] to cu_seqlens[n + 1]. Products and squares are
+    fp32 (fp64 for fp64). Raises `ArgumentError` or `DtypeError` naming the argument; NaN or Inf in x or dy
+    raises `ArgumentError` and leaves fisher as it was, unless `check_finite=False` (which saves a host
     synchronisation on GPUs).
 
         >>> fisher_accumulate_(fisher, x, dy, weight=len(x) ** 2 / total)  # dy of a mean loss
@@ -218,10 +249,17 @@ def fisher_accumulate_(
 
 
 @torch.no_grad()
-def merge_(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Scale = 1.0, *, backend: str | None = None) -> Tensor:
-    """W <- W + B diag(s) A in place, summed in fp32 (fp64 for fp64) and rounded once; returns weight `[d_out, d_in]`, which may be a row slice.
+def merge_(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Scale = 1.0, *, backend: str | None = None
+) -> Tensor:
+    """W <- W + B diag(s) A in place, summed in fp32 (fp64 for fp64) and rounded once; returns weight
+    (docs/mathematics.md, section 4).
 
-    >>> merge_(qkv_weight[d : 2 * d], lora_a_k, lora_b_k)
+    weight `[d_out, d_in]`, which may be a slice of rows; lora_a `[r, d_in]` and lora_b `[d_out, r]` in its
+    dtype or fp32. Values are not checked for NaN. Raises `ArgumentError` or `DtypeError` naming the argument.
+
+        >>> qkv, lora_a, lora_b = torch.randn(24, 8), torch.randn(2, 8), torch.randn(8, 2)
+        >>> k = merge_(qkv[8:16], lora_a, lora_b)  # in place, only the rows of k
     """
     check.merge(weight, lora_a, lora_b, scale)
     tensor, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
@@ -231,9 +269,14 @@ def merge_(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Scale = 1.0, *
 
 @torch.no_grad()
 def soft_threshold_(scale: Tensor, kappa: float, *, backend: str | None = None) -> Tensor:
-    """s <- sign(s) max(|s| - kappa, 0) in place, the proximal step of the l1 norm (CoDyRA, arXiv 2412.01004); returns scale.
+    """s <- sign(s) max(|s| - kappa, 0) in place, the proximal step of the l1 norm; returns scale (CoDyRA,
+    arXiv 2412.01004; docs/mathematics.md, section 6).
 
-    >>> soft_threshold_(layer.scale, 5e-3)
+    scale of any shape and floating dtype, computed in fp32 (fp64 for fp64). Raises `ArgumentError` for a
+    kappa that is not >= 0, `DtypeError` for a scale that is not floating point.
+
+        >>> soft_threshold_(torch.tensor([0.5, -0.25, 0.0625]), 0.125)
+        tensor([ 0.3750, -0.1250,  0.0000])
     """
     check.floating(scale, "scale")
     if not kappa >= 0.0:

@@ -11,7 +11,6 @@ import torch
 
 from .candidate import Call, Candidate
 
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALGORITHMS = {
     "lora_linear": "C++ prologue into BLAS addmm",
@@ -28,10 +27,12 @@ def _load() -> tuple[types.ModuleType | None, str | None]:
     try:
         return importlib.import_module("fused_ewclora._C"), None
     except ModuleNotFoundError:
-        return None, "the C++ extension was not built (FUSED_EWCLORA_BUILD=none, or no compiler at install time)"
+        reason = "the C++ extension was not built (FUSED_EWCLORA_BUILD=none, or no compiler at install time)"
+        return None, reason
     except ImportError as error:
         reason = f"the C++ extension failed to load: {error}"
-        warnings.warn(f"fused_ewclora: {reason}; falling back to the reference backend", RuntimeWarning, stacklevel=2)
+        message = f"fused_ewclora: {reason}; falling back to the reference backend"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
         return None, reason
 
 

@@ -1,7 +1,7 @@
 """Which implementation serves a call, and why the others do not.
 
-Every op has a list of candidates, fastest first; each says in words why it cannot serve a call, or None. `auto` takes the first
-that can; a backend named explicitly either serves the call or raises with those words.
+Every op has a list of candidates, fastest first; each says in words why it cannot serve a call, or None.
+`auto` takes the first that can; a backend named explicitly either serves the call or raises with those words.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+
 from ..backends.candidate import Call as Call
 from ..backends.candidate import Candidate as Candidate
 from ..errors import ArgumentError, BackendError
@@ -27,7 +28,11 @@ def candidates(op: str) -> tuple[Candidate, ...]:
 
 @functools.cache
 def available_backends() -> dict[str, str | None]:
-    """Backend name -> None when it can be used, or why it cannot."""
+    """Backend name -> None when it can be used, or why it cannot.
+
+    >>> available_backends()["reference"] is None
+    True
+    """
     native = importlib.import_module("fused_ewclora.backends.native")
     return {
         "triton": "this version has no Triton kernels",
@@ -56,13 +61,13 @@ def current_backend() -> str:
     return _current
 
 
-class use_backend:  # noqa: N801 - used like a function, api name
-    """Choose the backend that `backend=None` means, for the process; as a context manager, until the block ends.
+class use_backend:  # lower case: it is used like a function
+    """Choose the backend that `backend=None` means, for the process, or until the end of a `with` block.
 
     Raises `ArgumentError` for an unknown name and `BackendError` for one that is not available.
 
-        fe.use_backend("reference")
-        with fe.use_backend("cpu"): ...
+        >>> use_backend("reference")
+        >>> with use_backend("cpu"): y = model(x)
     """
 
     def __init__(self, name: str) -> None:
@@ -85,7 +90,7 @@ def resolve(backend: str | None) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def choose(op: str, backend: str, call: Call) -> Candidate:
-    """The candidate that serves `call`; raises `BackendError` with every reason when a named backend cannot."""
+    """The candidate that serves `call`; `BackendError` with every reason when a named backend cannot."""
     reasons = []
     for candidate in candidates(op):
         if backend not in ("auto", candidate.backend):
@@ -99,7 +104,7 @@ def choose(op: str, backend: str, call: Call) -> Candidate:
 
 
 def explain(op: str, call: Call, backend: str | None = None) -> list[tuple[str, str, str | None]]:
-    """(backend, algorithm, reason) per candidate in order of preference; reason None marks those that can serve the call."""
+    """(backend, algorithm, reason) per candidate, preferred first; reason None: it can serve the call."""
     asked = resolve(backend)
     rows = []
     for candidate in candidates(op):

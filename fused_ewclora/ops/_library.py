@@ -1,7 +1,9 @@
-"""Schemas and fakes of every op, in one list. Each op is opaque to torch.compile and picks its implementation when it runs.
+"""Schemas and fakes of every op, in one list. Each op is opaque to torch.compile and picks its implementation
+when it runs.
 
-`rows` is a flat list of triples (adapter, row_start, row_stop): the next `row_stop - row_start` rows of that adapter's B belong to
-those output rows. `scales[i] * factors[i]` is the scale of adapter i, `factors[i]` alone where `scales[i]` is None.
+`rows` is a flat list of triples (adapter, row_start, row_stop): the next `row_stop - row_start` rows of that
+adapter's B belong to those output rows. `scales[i] * factors[i]` is the scale of adapter i, `factors[i]`
+alone where `scales[i]` is None.
 """
 
 from __future__ import annotations
@@ -19,21 +21,25 @@ from ._dispatch import choose
 
 _ADAPTERS = "Tensor[] lora_as, Tensor[] lora_bs, Tensor?[] scales, float[] factors"
 SCHEMAS = {
-    "lora_linear": f"(Tensor x, Tensor weight, Tensor? bias, {_ADAPTERS}, int[] rows, float dropout_p, Tensor? seed, "
-    "str backend) -> (Tensor, Tensor)",
-    "lora_linear_backward": f"(Tensor dy, Tensor? x, Tensor weight, Tensor? bias, Tensor? z, {_ADAPTERS}, int[] rows, "
-    "float dropout_p, Tensor? seed, bool[] needs, str backend) -> Tensor[]",
-    "ewc_penalty": f"(Tensor[] fishers, {_ADAPTERS}, float ewc_lambda, bool[] needs, str backend) -> (Tensor, Tensor[])",
-    "fisher_accumulate_": "(Tensor(a!) fisher, Tensor x, Tensor dy, str squares, float weight, Tensor? cu_seqlens, "
-    "str backend) -> ()",
-    "merge_": "(Tensor(a!) weight, Tensor lora_a, Tensor lora_b, Tensor? scale, float factor, str backend) -> ()",
+    "lora_linear": f"(Tensor x, Tensor weight, Tensor? bias, {_ADAPTERS}, int[] rows, float dropout_p, "
+    "Tensor? seed, str backend) -> (Tensor, Tensor)",
+    "lora_linear_backward": f"(Tensor dy, Tensor? x, Tensor weight, Tensor? bias, Tensor? z, {_ADAPTERS}, "
+    "int[] rows, float dropout_p, Tensor? seed, bool[] needs, str backend) -> Tensor[]",
+    "ewc_penalty": f"(Tensor[] fishers, {_ADAPTERS}, float ewc_lambda, bool[] needs, str backend) "
+    "-> (Tensor, Tensor[])",
+    "fisher_accumulate_": "(Tensor(a!) fisher, Tensor x, Tensor dy, str squares, float weight, "
+    "Tensor? cu_seqlens, str backend) -> ()",
+    "merge_": "(Tensor(a!) weight, Tensor lora_a, Tensor lora_b, Tensor? scale, float factor, str backend) "
+    "-> ()",
     "soft_threshold_": "(Tensor(a!) scale, float kappa, str backend) -> ()",
 }
 
 _library = torch.library.Library("fused_ewclora", "DEF")
 
 
-def _lora_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, lora_as: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+def _lora_linear_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_as: Sequence[Tensor], *_: Any
+) -> tuple[Tensor, Tensor]:
     rows = 1
     for size in x.shape[:-1]:
         rows = rows * size
@@ -62,7 +68,9 @@ def _lora_linear_backward_fake(
     for triple in zip(lora_as, lora_bs, scales, strict=True):
         inputs += triple
     grads = [dy.new_empty((*dy.shape[:-1], weight.shape[1]))] if needs[0] else []
-    return grads + [t.new_empty(t.shape) for t, need in zip(inputs, needs[1:], strict=True) if need and t is not None]
+    return grads + [
+        t.new_empty(t.shape) for t, need in zip(inputs, needs[1:], strict=True) if need and t is not None
+    ]
 
 
 def _ewc_penalty_fake(
@@ -78,7 +86,11 @@ def _ewc_penalty_fake(
     acc = joint_accumulate_dtype([*lora_as, *lora_bs])
     grads = []
     for triple in zip(lora_as, lora_bs, scales, strict=True):
-        grads += [t.new_empty(t.shape, dtype=acc) for t, need in zip(triple, needs, strict=True) if need and t is not None]
+        grads += [
+            t.new_empty(t.shape, dtype=acc)
+            for t, need in zip(triple, needs, strict=True)
+            if need and t is not None
+        ]
     return lora_as[0].new_empty((), dtype=acc), grads
 
 
@@ -110,7 +122,8 @@ def _implementation(op: str) -> Callable[..., Any]:
         tensor = defining(*args)
         device = tensor.device.type
         candidate = choose(op, args[-1], Call(device, tensor.dtype))
-        if torch.is_autocast_enabled(device):  # it has chosen the dtypes of the inputs; sums inside stay as they are
+        # Autocast has chosen the dtypes of the inputs; sums inside stay as they are.
+        if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 result = candidate.run(*args[:-1])
         else:
@@ -125,7 +138,7 @@ for _op, _schema in SCHEMAS.items():
     _library.impl(_op, _implementation(_op), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_ewclora::{_op}", _FAKES.get(_op, _writes_its_argument), lib=_library)
 
-# Calls through the overload skip the lookup that a call through torch.ops.fused_ewclora.<op> makes every time.
+# Calls through the overload skip the lookup that torch.ops.fused_ewclora.<op> makes every time.
 lora_linear = torch.ops.fused_ewclora.lora_linear.default
 lora_linear_backward = torch.ops.fused_ewclora.lora_linear_backward.default
 ewc_penalty = torch.ops.fused_ewclora.ewc_penalty.default

@@ -1,8 +1,9 @@
 """Collects the Fisher of one layer from inside the backward of its op.
 
-Module hooks fire twice under activation checkpointing; the op's backward runs once per call of the layer in the forward pass, whatever
-is recomputed. A layer called several times in one forward (weight sharing) has one gradient per sample, the sum over its calls, so
-its calls are joined along the token axis before anything is squared.
+Module hooks fire twice under activation checkpointing; the op's backward runs once per call of the layer in
+the forward pass, whatever is recomputed. A layer called several times in one forward (weight sharing) has one
+gradient per sample, the sum over its calls, so its calls are joined along the token axis before anything is
+squared.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ class FisherCapture:
     """Accumulates the unnormalised Fisher of a layer's adapters, in place, during backward.
 
     Args:
-        fishers: one buffer `[rows of the adapter, d_in]` per adapter, fp32 (fp64 for fp64 layers), in the order of the adapters.
+        fishers: one buffer `[rows of the adapter, d_in]` per adapter, fp32 (fp64 for fp64 layers), in the
+            order of the adapters.
         rows: output row ranges of each adapter, in the same order.
-        mode: `"sample"` adds sum_n g_n^2 with g_n the gradient of the loss of sample n; `"batch"` adds n_b * (mean of g_n)^2.
-            The caller divides by the number of samples at the end.
+        mode: `"sample"` adds sum_n g_n^2 with g_n the gradient of the loss of sample n; `"batch"` adds
+            n_b * (mean of g_n)^2. The caller divides by the number of samples at the end.
         reduction: how the loss that is backpropagated reduces over samples, `"mean"` or `"sum"`.
         loss_scale: factor on the loss (gradient scaling); squares are divided by its square, in fp32.
-        batch_size: samples per batch; None takes the leading dimension of the layer's input. May be set before each batch.
+        batch_size: samples per batch; None takes the leading dimension of the layer's input. May be set
+            before each batch.
     """
 
     def __init__(
@@ -55,11 +58,12 @@ class FisherCapture:
         self.samples = 0
         self.batches = 0
         self._calls = 0  # calls of the layer in the latest forward pass
-        self._closed = False  # that forward pass had a backward; a retained graph may have more, each with as many calls
+        # That forward pass had a backward; a retained graph may have more, each with as many calls.
+        self._closed = False
         self._held: list[tuple[Tensor, Tensor]] = []
 
     def note_forward(self) -> None:
-        """Count a call of the layer. Recomputation under checkpointing runs inside a backward pass and is not a call."""
+        """Count a call of the layer, but not its recomputation under checkpointing, inside a backward."""
         if _inside_backward():
             return
         if self._held:
@@ -75,26 +79,30 @@ class FisherCapture:
             self.finish()
 
     def finish(self) -> None:
-        """Accumulate what is held back for calls whose output took no part in the loss; call it after the last backward."""
+        """Accumulate what is held back for calls whose output took no part in the loss; call it after the
+        last backward."""
         held, self._held, self._closed = self._held, [], True
         if not held:
             return
         sizes = sorted({x.shape[0] for x, _ in held})
         if len(sizes) > 1:
-            raise FisherError(f"batch_size: a layer was called with {sizes} samples in one forward pass; give their number")
+            raise FisherError(
+                f"batch_size: a layer was called with {sizes} samples in one forward pass; give their number"
+            )
         x = held[0][0] if len(held) == 1 else torch.cat([x for x, _ in held], dim=1)
         dy = held[0][1] if len(held) == 1 else torch.cat([dy for _, dy in held], dim=1)
         self._accumulate(x, dy)
 
     def _by_sample(self, tensor: Tensor) -> Tensor:
-        """`[N, T, d]`; extra dimensions are tokens, and samples spread over several leading rows (windows) are rejoined."""
+        """`[N, T, d]`; extra dimensions are tokens, and samples spread over several leading rows (windows)
+        are rejoined."""
         leading = tensor.shape[0] if tensor.dim() > 1 else 1
         samples = self.batch_size or leading
         count = tensor.numel() // tensor.shape[-1]
         if leading % samples:
             raise FisherError(
-                f"batch_size: {samples} samples do not divide the {leading} leading rows of a layer's input; the tokens of one "
-                "sample must arrive in one batch, samples first"
+                f"batch_size: {samples} samples do not divide the {leading} leading rows of a layer's input; "
+                "the tokens of one sample must arrive in one batch, samples first"
             )
         return tensor.reshape(samples, count // samples, tensor.shape[-1])
 

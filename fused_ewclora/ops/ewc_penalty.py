@@ -25,8 +25,9 @@ class EWCPenaltyFunction(torch.autograd.Function):
     ) -> Tensor:
         wanted = ctx.needs_input_grad[4:]
         needs = [any(wanted[0::3]), any(wanted[1::3]), any(wanted[2::3])]
+        lora_as, lora_bs, scales = list(adapters[0::3]), list(adapters[1::3]), list(adapters[2::3])
         penalty, grads = _library.ewc_penalty(
-            fishers, list(adapters[0::3]), list(adapters[1::3]), list(adapters[2::3]), factors, ewc_lambda, needs, backend
+            fishers, lora_as, lora_bs, scales, factors, ewc_lambda, needs, backend
         )
         ctx.save_for_backward(*grads)
         # Which input each gradient belongs to, and the dtype it must come back in.

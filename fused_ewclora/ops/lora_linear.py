@@ -39,8 +39,9 @@ class LoRALinearFunction(torch.autograd.Function):
     ) -> Tensor:
         lora_as, lora_bs, scales = list(adapters[0::3]), list(adapters[1::3]), list(adapters[2::3])
         y, z = _library.lora_linear(
-            x, weight, bias, lora_as, lora_bs, scales, meta.factors, meta.rows, meta.dropout_p, seed, meta.backend
-        )
+            x, weight, bias, lora_as, lora_bs, scales,
+            meta.factors, meta.rows, meta.dropout_p, seed, meta.backend,
+        )  # fmt: skip
         needs = ctx.needs_input_grad
         # A layer that needs only dx (everything of its own frozen) keeps neither x nor z.
         keep_x = needs[3] or any(needs[6::3]) or capture is not None

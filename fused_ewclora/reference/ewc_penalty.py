@@ -1,4 +1,5 @@
-"""EWC penalty on the product in plain PyTorch: P = (lambda/2) sum F * (B diag(s) A)^2 (docs/mathematics.md, section 2)."""
+"""EWC penalty on the product in plain PyTorch: P = (lambda/2) sum F * (B diag(s) A)^2 (docs/mathematics.md,
+section 2)."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def penalty_and_grads(
     ewc_lambda: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor]]:
-    """The op `fused_ewclora::ewc_penalty`: penalty and, as `needs` = (dA, dB, ds) asks, gradients in the accumulation dtype.
+    """The op `fused_ewclora::ewc_penalty`: penalty and, as `needs` = (dA, dB, ds) asks, gradients in the
+    accumulation dtype.
 
     ds is returned for the adapters whose scale is a tensor, in its shape.
     """

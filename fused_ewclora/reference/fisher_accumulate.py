@@ -1,6 +1,9 @@
-"""Squared-gradient Fisher accumulation in plain PyTorch, one sample at a time (docs/mathematics.md, section 3)."""
+"""Squared-gradient Fisher accumulation in plain PyTorch, one sample at a time (docs/mathematics.md,
+section 3)."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -16,13 +19,19 @@ def sample_bounds(x: Tensor, cu_seqlens: Tensor | None) -> list[int]:
 
 
 def fisher_accumulate_(
-    fisher: Tensor, x: Tensor, dy: Tensor, mode: str = "sample", weight: float = 1.0, cu_seqlens: Tensor | None = None
+    fisher: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    mode: str = "sample",
+    weight: float = 1.0,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """F += weight * sum_n (dy_n^T x_n)^2 (mode "sample") or F += weight * (sum_n dy_n^T x_n)^2 (mode "batch"), in place."""
+    """F += weight * sum_n (dy_n^T x_n)^2 (mode "sample") or F += weight * (sum_n dy_n^T x_n)^2 (mode
+    "batch"), in place."""
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     bounds = sample_bounds(x, cu_seqlens) if mode == "sample" else [0, x2.shape[0]]
     total = torch.zeros(fisher.shape, dtype=acc, device=fisher.device)
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         total += (dy2[start:stop].to(acc).T @ x2[start:stop].to(acc)).square()
     return fisher.copy_(fisher.to(acc) + weight * total)

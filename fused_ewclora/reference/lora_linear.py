@@ -1,7 +1,8 @@
-"""LoRA linear in plain PyTorch: y = x W^T + bias + ((x A^T) * s) B^T, and its backward (the formulas of docs/mathematics.md, section 1).
+"""LoRA linear in plain PyTorch: y = x W^T + bias + ((x A^T) * s) B^T, and its backward (the formulas of
+docs/mathematics.md, section 1).
 
-`lora_linear` and `lora_linear_slices` are the differentiable truth. `forward` and `backward` carry the signature of the ops
-`fused_ewclora::lora_linear` and `fused_ewclora::lora_linear_backward`.
+`lora_linear` and `lora_linear_slices` are the differentiable truth. `forward` and `backward` carry the
+signature of the ops `fused_ewclora::lora_linear` and `fused_ewclora::lora_linear_backward`.
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ def backward(
     seed: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients asked for by `needs` = (x, weight, bias, then A, B, s of each adapter), in that order, each in its input's dtype.
+    """Gradients asked for by `needs` = (x, weight, bias, then A, B, s of each adapter), in that order, each
+    in its input's dtype.
 
     x is needed for dA and dweight, z for dB and ds.
     """
@@ -144,9 +146,10 @@ def backward(
             assert z_i is not None
             adapter_grads.append((g_i.T @ (z_i * scale)).to(lora_b.dtype))
         if need_s:
-            assert z_i is not None and scales[i] is not None
+            learned = scales[i]
+            assert z_i is not None and learned is not None
             ds = (p * z_i).sum(0) * factors[i]
-            adapter_grads.append((ds.sum() if scales[i].dim() == 0 else ds).to(scales[i].dtype))
+            adapter_grads.append((ds.sum() if learned.dim() == 0 else ds).to(learned.dtype))
     grads: list[Tensor] = []
     if dx_branch is not None:
         dx = g @ weight.to(acc) + dropout(dx_branch, dropout_p, seed)

@@ -1,7 +1,9 @@
-"""Counter-based dropout mask: Philox4x32-10 (Salmon et al., SC'11) on PyTorch integers.
+"""Counter-based dropout mask: Philox4x32-10 (Salmon et al., SC'11) on PyTorch integers (docs/mathematics.md,
+section 10).
 
-Element (row m, column j) of a mask uses word `j % 4` of the block with counter `(j // 4, m mod 2^32, m div 2^32, 0)` and key
-`(seed mod 2^32, seed div 2^32)`. Every backend uses this map, so a mask depends on the seed and on nothing else.
+Element (row m, column j) of a mask uses word `j % 4` of the block with counter
+`(j // 4, m mod 2^32, m div 2^32, 0)` and key `(seed mod 2^32, seed div 2^32)`. Every backend uses this map,
+so a mask depends on the seed and on nothing else.
 """
 
 from __future__ import annotations
@@ -16,14 +18,16 @@ WORD = 0xFFFFFFFF
 
 
 def philox_words(seed: Tensor, rows: int, blocks: int) -> Tensor:
-    """Random words `[rows, 4 * blocks]` (int64 holding uint32) of the counter block `[0, rows) x [0, blocks)`."""
+    """Random words `[rows, 4 * blocks]` (int64 holding uint32) of the counter block
+    `[0, rows) x [0, blocks)`."""
     device = seed.device
     row = torch.arange(rows, dtype=torch.int64, device=device)[:, None].expand(rows, blocks)
     block = torch.arange(blocks, dtype=torch.int64, device=device)[None, :].expand(rows, blocks)
     c0, c1, c2, c3 = block, row & WORD, row >> 32, torch.zeros_like(row)
     k0, k1 = seed & WORD, (seed >> 32) & WORD
     for _ in range(ROUNDS):
-        # int64 products wrap, but their 64 bits are those of the unsigned product; >> is arithmetic, hence the mask
+        # int64 products wrap, but their 64 bits are those of the unsigned product; >> is arithmetic, hence
+        # the mask.
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = ((p1 >> 32) & WORD) ^ c1 ^ k0, p1 & WORD, ((p0 >> 32) & WORD) ^ c3 ^ k1, p0 & WORD
         k0, k1 = (k0 + WEYL[0]) & WORD, (k1 + WEYL[1]) & WORD
