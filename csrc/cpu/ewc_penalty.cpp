@@ -12,7 +12,9 @@ struct Adapter {
   PenaltyAdapter kernel;
 };
 
-double row_cost(const PenaltyAdapter& k) { return double(k.d_in) * double(k.rank); }
+double row_cost(const PenaltyAdapter& k) {
+  return double(k.d_in) * double(k.rank);
+}
 
 // A place in the sequence of all rows of all adapters; row < rows of the adapter, or the end.
 struct Cut {

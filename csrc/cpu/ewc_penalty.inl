@@ -14,8 +14,8 @@ inline int64_t penalty_scratch(int64_t rank, int64_t d_in) {
 }
 
 // Writes H of one tile and adds H * D to `loss`. fisher is fp32 with the given stride.
-inline void penalty_tile(const float* fisher, int64_t stride, int64_t rows, int64_t columns, const float* sb, const float* panel,
-                         int64_t r, float* h, vfloat& loss) {
+inline void penalty_tile(const float* fisher, int64_t stride, int64_t rows, int64_t columns, const float* sb, const float* panel, int64_t r,
+                         float* h, vfloat& loss) {
   vfloat sums[COLUMNS] = {};
   vfloat* total = sums;
   expand(sb, r, rows, panel, r, columns, [=](int64_t row, int64_t column, int v, vfloat d, auto extent) __attribute__((always_inline)) {

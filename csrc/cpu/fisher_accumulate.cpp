@@ -8,7 +8,9 @@ struct Grid {
   int64_t rows, columns, row_size, column_size;
 };
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // Fewest blocks of at most fisher_block per side whose number leaves no thread idle for more than a tenth of the time.
 Grid grid_for(int64_t d_out, int64_t d_in, int64_t threads) {
@@ -30,8 +32,8 @@ Grid grid_for(int64_t d_out, int64_t d_in, int64_t threads) {
   return best;
 }
 
-std::vector<int64_t> sample_bounds(const at::Tensor& x, const std::string& mode, const std::optional<at::Tensor>& cu_seqlens,
-                                   int64_t rows, bool one_token) {
+std::vector<int64_t> sample_bounds(const at::Tensor& x, const std::string& mode, const std::optional<at::Tensor>& cu_seqlens, int64_t rows,
+                                   bool one_token) {
   if (mode == "batch" || one_token) return {0, rows};
   if (cu_seqlens) {
     const at::Tensor offsets = cu_seqlens->to(at::kLong).contiguous();

@@ -11,7 +11,9 @@ namespace fe {
 
 enum class Dtype : int { f32, bf16, f16 };
 
-static inline int64_t bytes_of(Dtype t) { return t == Dtype::f32 ? 4 : 2; }
+static inline int64_t bytes_of(Dtype t) {
+  return t == Dtype::f32 ? 4 : 2;
+}
 
 // A row-major matrix with contiguous rows.
 struct Matrix {
@@ -33,9 +35,9 @@ struct LoraShape {
   const int64_t* rank_begin = nullptr;  // [adapters + 1]
   const RowRange* ranges = nullptr;
   int64_t n_ranges = 0;
-  const float* a_panel = nullptr;   // all A stacked: panel [R, d_in]
-  const float* b_panel = nullptr;   // per range: panel [r, stop - start] of its rows of B, transposed
-  const float* scale = nullptr;     // [R]
+  const float* a_panel = nullptr;  // all A stacked: panel [R, d_in]
+  const float* b_panel = nullptr;  // per range: panel [r, stop - start] of its rows of B, transposed
+  const float* scale = nullptr;    // [R]
   double dropout_p = 0.0;
   uint64_t seed = 0;
 };
@@ -53,8 +55,8 @@ struct LoraBackward {
   Matrix dy, x, dx;
   const float* z = nullptr;  // [M, R]
   bool need_dx = false, need_a = false, need_b = false, need_s = false, need_bias = false;
-  float* grad_a = nullptr;  // panel [R, d_in] of this thread
-  float* grad_b = nullptr;  // as b_panel, of this thread
+  float* grad_a = nullptr;     // panel [R, d_in] of this thread
+  float* grad_b = nullptr;     // as b_panel, of this thread
   float* grad_s = nullptr;     // [R] of this thread
   float* grad_bias = nullptr;  // [d_out] of this thread
 };
@@ -71,7 +73,7 @@ struct PenaltyAdapter {
 };
 
 struct FisherBlock {
-  Matrix x, dy, fisher;           // x [rows, d_in], dy [rows, d_out]
+  Matrix x, dy, fisher;             // x [rows, d_in], dy [rows, d_out]
   const int64_t* bounds = nullptr;  // [samples + 1] row offsets
   int64_t samples = 0;
   bool square_inputs = false;  // one token per sample: (dy^2)^T (x^2) over all rows of a segment, not squared again
@@ -84,17 +86,17 @@ struct Kernels {
   int64_t lanes;  // floats per vector
   void (*pack_panel)(const float* rows, int64_t r, int64_t n, int64_t row_stride, int64_t column_stride, int64_t total_rank,
                      int64_t first_rank, float* panel);
-  void (*unpack_panel)(const float* panel, int64_t r, int64_t n, int64_t row_stride, int64_t column_stride,
-                       int64_t total_rank, int64_t first_rank, float* rows);
+  void (*unpack_panel)(const float* panel, int64_t r, int64_t n, int64_t row_stride, int64_t column_stride, int64_t total_rank,
+                       int64_t first_rank, float* rows);
   int64_t (*lora_scratch)(const LoraShape&);  // floats of scratch per thread
   void (*lora_forward)(const LoraForward&, int64_t m0, int64_t m1, float* scratch);
   void (*lora_backward)(const LoraBackward&, int64_t m0, int64_t m1, float* scratch);
   int64_t (*penalty_scratch)(int64_t rank, int64_t d_in);  // floats of scratch per thread
-  int64_t penalty_rows;  // row ranges that start at multiples of this waste nothing
+  int64_t penalty_rows;                                    // row ranges that start at multiples of this waste nothing
   // Rows [row0, row1): returns their loss, overwrites grad_a [r, d_in], adds to grad_s [r].
   double (*penalty)(const PenaltyAdapter&, int64_t row0, int64_t row1, float* grad_a, float* grad_s, float* scratch);
   int64_t (*fisher_scratch)(const FisherBlock&);
-  int64_t fisher_block;                       // largest side of a block that keeps the scratch of one thread in its cache
+  int64_t fisher_block;                           // largest side of a block that keeps the scratch of one thread in its cache
   int64_t fisher_tile_rows, fisher_tile_columns;  // blocks whose sides are multiples of these waste nothing
   void (*fisher)(const FisherBlock&, float* scratch);
   void (*merge)(Matrix weight, int64_t d_in, int64_t rank, const float* a_panel, const float* sb, int64_t row0, int64_t row1);

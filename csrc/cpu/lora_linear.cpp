@@ -17,8 +17,7 @@ struct Packed {
   LoraShape shape;
 
   Packed(const at::Tensor& weight, const Tensors& lora_as, const Tensors& lora_bs, const OptionalTensors& scales,
-         const std::vector<double>& factors, const std::vector<int64_t>& rows, double dropout_p,
-         const std::optional<at::Tensor>& seed) {
+         const std::vector<double>& factors, const std::vector<int64_t>& rows, double dropout_p, const std::optional<at::Tensor>& seed) {
     const Kernels& k = kernels();
     const int64_t d_in = weight.size(1);
     auto padded = [&](int64_t n) { return (n + k.lanes - 1) / k.lanes * k.lanes; };
@@ -74,8 +73,8 @@ std::vector<int64_t> with_last(const at::Tensor& like, int64_t last) {
 
 std::tuple<at::Tensor, at::Tensor> lora_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                                                const Tensors& lora_as, const Tensors& lora_bs, const OptionalTensors& scales,
-                                               const std::vector<double>& factors, const std::vector<int64_t>& rows,
-                                               double dropout_p, const std::optional<at::Tensor>& seed) {
+                                               const std::vector<double>& factors, const std::vector<int64_t>& rows, double dropout_p,
+                                               const std::optional<at::Tensor>& seed) {
   const Packed packed(weight, lora_as, lora_bs, scales, factors, rows, dropout_p, seed);
   const at::Tensor x2 = as_rows(x);
   const int64_t m = x2.size(0);

@@ -10,14 +10,18 @@ namespace fe::FE_ISA {
 
 constexpr int64_t CHUNK_FLOATS = 128 * 1024, MIN_CHUNK = 12, MAX_CHUNK = 48;
 
-inline int64_t widest(const LoraShape& s) { return round_up(s.d_in > s.d_out ? s.d_in : s.d_out, MASK_BLOCK); }
+inline int64_t widest(const LoraShape& s) {
+  return round_up(s.d_in > s.d_out ? s.d_in : s.d_out, MASK_BLOCK);
+}
 
 inline int64_t chunk_rows(const LoraShape& s) {
   int64_t rows = CHUNK_FLOATS / widest(s) / MIN_CHUNK * MIN_CHUNK;
   return rows < MIN_CHUNK ? MIN_CHUNK : rows > MAX_CHUNK ? MAX_CHUNK : rows;
 }
 
-inline int64_t lora_scratch(const LoraShape& s) { return chunk_rows(s) * (3 * widest(s) + L * s.total_rank) + 2 * aligned(chunk_rows(s) * s.total_rank); }
+inline int64_t lora_scratch(const LoraShape& s) {
+  return chunk_rows(s) * (3 * widest(s) + L * s.total_rank) + 2 * aligned(chunk_rows(s) * s.total_rank);
+}
 
 struct Rows {
   const float* data;
@@ -70,7 +74,8 @@ inline void seed_output(const LoraShape& s, const float* zs, int64_t n, const fl
 inline void lora_forward(const LoraForward& p, int64_t m0, int64_t m1, float* scratch) {
   const LoraShape& s = p.shape;
   const int64_t chunk = chunk_rows(s), R = s.total_rank, wide = widest(s);
-  float *rows = scratch, *mask = rows + chunk * wide, *bias = mask + chunk * wide, *zs = scratch + 3 * chunk * wide, *lanes = zs + aligned(chunk * R);
+  float *rows = scratch, *mask = rows + chunk * wide, *bias = mask + chunk * wide, *zs = scratch + 3 * chunk * wide,
+        *lanes = zs + aligned(chunk * R);
   if (p.bias) to_float(p.bias, p.y.dtype, s.d_out, bias);
   for (int64_t m = m0; m < m1; m += chunk) {
     const int64_t n = m1 - m < chunk ? m1 - m : chunk;
@@ -117,9 +122,8 @@ inline void seed_dx(const LoraBackward& p, const float* u, int64_t m, int64_t n,
   float* base = direct ? static_cast<float*>(at(dx, m, 0)) : rows;
   const int64_t stride = direct ? dx.stride : s.d_in, columns = s.d_in;
   expand(u, s.total_rank, n, s.a_panel, s.total_rank, columns,
-         [=](int64_t row, int64_t column, int, vfloat v, auto extent) __attribute__((always_inline)) {
-           store(base + row * stride + column, v, extent);
-         });
+         [=](int64_t row, int64_t column, int, vfloat v, auto extent)
+             __attribute__((always_inline)) { store(base + row * stride + column, v, extent); });
   if (direct) return;
   if (mask) times({rows, columns}, {mask, widest(s)}, n, columns, rows);
   for (int64_t i = 0; i < n; ++i) from_float(rows + i * columns, columns, at(dx, m + i, 0), dx.dtype);

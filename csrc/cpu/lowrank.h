@@ -21,13 +21,25 @@ struct Width {
 template <class F>
 inline __attribute__((always_inline)) void with_width(int k, F&& f) {
   switch (k) {
-    case 1: f(Width<1>{}); break;
-    case 2: f(Width<2>{}); break;
-    case 3: f(Width<3>{}); break;
+    case 1:
+      f(Width<1>{});
+      break;
+    case 2:
+      f(Width<2>{});
+      break;
+    case 3:
+      f(Width<3>{});
+      break;
 #if FE_VECTOR_BYTES == 64
-    case 4: f(Width<4>{}); break;
-    case 5: f(Width<5>{}); break;
-    case 6: f(Width<6>{}); break;
+    case 4:
+      f(Width<4>{});
+      break;
+    case 5:
+      f(Width<5>{});
+      break;
+    case 6:
+      f(Width<6>{});
+      break;
 #endif
   }
 }
@@ -121,8 +133,8 @@ inline __attribute__((always_inline)) void expand_block(const float* c, int64_t 
 }
 
 template <int MR, class Epilogue>
-inline __attribute__((always_inline)) void expand_rows(const float* c, int64_t ldc, const float* panel, int64_t r, int64_t row,
-                                                       int64_t n, Epilogue&& epilogue) {
+inline __attribute__((always_inline)) void expand_rows(const float* c, int64_t ldc, const float* panel, int64_t r, int64_t row, int64_t n,
+                                                       Epilogue&& epilogue) {
   int64_t j = 0;
   for (; j + COLUMNS * L <= n; j += COLUMNS * L) expand_block<MR, COLUMNS>(c, ldc, panel, r, row, j, Whole{}, epilogue);
   for (; j + L <= n; j += L) expand_block<MR, 1>(c, ldc, panel, r, row, j, Whole{}, epilogue);
@@ -139,8 +151,8 @@ inline __attribute__((always_inline)) void expand(const float* c, int64_t ldc, i
 }
 
 template <int KR, int NV>
-inline __attribute__((always_inline)) void reduce_block(const float* c, int64_t ldc, const float* x, int64_t ldx, int64_t rows,
-                                                        float* grad, int64_t r) {
+inline __attribute__((always_inline)) void reduce_block(const float* c, int64_t ldc, const float* x, int64_t ldx, int64_t rows, float* grad,
+                                                        int64_t r) {
   vfloat acc[KR][NV];
 #pragma GCC unroll 8
   for (int k = 0; k < KR; ++k) {
@@ -182,8 +194,7 @@ inline void reduce(const float* c, int64_t ldc, const float* x, int64_t ldx, int
       constexpr int KR = decltype(w)::value;
       const float* ck = c + k;
       int64_t j = 0;
-      for (; j + NV * L <= n; j += NV * L)
-        reduce_block<KR, NV>(ck, ldc, x + j, ldx, rows, grad + j * r + k * L, r);
+      for (; j + NV * L <= n; j += NV * L) reduce_block<KR, NV>(ck, ldc, x + j, ldx, rows, grad + j * r + k * L, r);
       for (; j + L <= n; j += L) reduce_block<KR, 1>(ck, ldc, x + j, ldx, rows, grad + j * r + k * L, r);
       if (j < n) reduce_tail<KR>(ck, ldc, x + j, ldx, rows, n - j, grad + j * r + k * L, r);
     });
@@ -192,8 +203,8 @@ inline void reduce(const float* c, int64_t ldc, const float* x, int64_t ldx, int
 }
 
 // Panel of ranks [first, first + r) out of total: element (k, j) of the source is rows[k * row_stride + j * column_stride].
-inline void pack_panel(const float* rows, int64_t r, int64_t n, int64_t row_stride, int64_t column_stride, int64_t total,
-                       int64_t first, float* panel) {
+inline void pack_panel(const float* rows, int64_t r, int64_t n, int64_t row_stride, int64_t column_stride, int64_t total, int64_t first,
+                       float* panel) {
   for (int64_t j0 = 0; j0 < n; j0 += L) {
     int64_t valid = n - j0 < L ? n - j0 : L;
     for (int64_t k = 0; k < r; ++k) {
@@ -205,11 +216,10 @@ inline void pack_panel(const float* rows, int64_t r, int64_t n, int64_t row_stri
   }
 }
 
-inline void unpack_panel(const float* panel, int64_t r, int64_t n, int64_t row_stride, int64_t column_stride, int64_t total,
-                         int64_t first, float* rows) {
+inline void unpack_panel(const float* panel, int64_t r, int64_t n, int64_t row_stride, int64_t column_stride, int64_t total, int64_t first,
+                         float* rows) {
   for (int64_t j = 0; j < n; ++j)
-    for (int64_t k = 0; k < r; ++k)
-      rows[k * row_stride + j * column_stride] = panel[(j / L * total + first + k) * L + j % L];
+    for (int64_t k = 0; k < r; ++k) rows[k * row_stride + j * column_stride] = panel[(j / L * total + first + k) * L + j % L];
 }
 
 }  // namespace fe::FE_ISA

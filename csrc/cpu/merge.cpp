@@ -3,8 +3,7 @@
 
 namespace fe {
 
-void merge(at::Tensor weight, const at::Tensor& lora_a, const at::Tensor& lora_b, const std::optional<at::Tensor>& scale,
-           double factor) {
+void merge(at::Tensor weight, const at::Tensor& lora_a, const at::Tensor& lora_b, const std::optional<at::Tensor>& scale, double factor) {
   const int64_t rows = weight.size(0), d_in = weight.size(1), rank = lora_a.size(0), lanes = kernels().lanes;
   const std::vector<float> s = scale_of(scale, factor, rank);
   const at::Tensor a = as_float(lora_a);

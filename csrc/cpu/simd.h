@@ -14,8 +14,8 @@ typedef float vfloat __attribute__((vector_size(FE_VECTOR_BYTES)));
 typedef int32_t vint __attribute__((vector_size(FE_VECTOR_BYTES)));
 constexpr int64_t L = FE_VECTOR_BYTES / 4;
 #if FE_VECTOR_BYTES == 64
-constexpr int RANK_BLOCK = 6;  // ranks per pass of a row kernel: 6 x 4 accumulators and their operands fill 32 registers
-constexpr int COLUMNS = 4;     // vectors per pass along the wide axis
+constexpr int RANK_BLOCK = 6;                    // ranks per pass of a row kernel: 6 x 4 accumulators and their operands fill 32 registers
+constexpr int COLUMNS = 4;                       // vectors per pass along the wide axis
 constexpr int TILE_ROWS = 12, TILE_COLUMNS = 2;  // register tile of the matrix product
 #else
 constexpr int RANK_BLOCK = 3;  // 16 registers
@@ -39,17 +39,25 @@ inline __attribute__((always_inline)) vfloat load(const float* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-inline __attribute__((always_inline)) void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
+inline __attribute__((always_inline)) void store(float* p, vfloat v) {
+  std::memcpy(p, &v, sizeof v);
+}
 // s - 0 is s for every s, so this is one broadcast; s + 0 would be an addition (it turns -0 into 0).
-inline __attribute__((always_inline)) vfloat splat(float s) { return s - vfloat{}; }
+inline __attribute__((always_inline)) vfloat splat(float s) {
+  return s - vfloat{};
+}
 
 // How much of a vector lies inside a matrix: all of it, or the first n lanes at its right edge. Known at compile time in the main loops.
 struct Whole {};
 struct Part {
   int64_t n;
 };
-inline __attribute__((always_inline)) vfloat load(const float* p, Whole) { return load(p); }
-inline __attribute__((always_inline)) void store(float* p, vfloat v, Whole) { store(p, v); }
+inline __attribute__((always_inline)) vfloat load(const float* p, Whole) {
+  return load(p);
+}
+inline __attribute__((always_inline)) void store(float* p, vfloat v, Whole) {
+  store(p, v);
+}
 inline vfloat load(const float* p, Part part) {
   vfloat v{};
   for (int64_t i = 0; i < part.n; ++i) v[i] = p[i];
@@ -121,8 +129,7 @@ inline void to_float(const void* source, Dtype dtype, int64_t n, float* out) {
     const _Float16* in = static_cast<const _Float16*>(source);
     int64_t i = 0;
 #if defined(__F16C__)
-    for (; i + 8 <= n; i += 8)
-      _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
 #endif
     for (; i < n; ++i) out[i] = float(in[i]);
   }
@@ -152,9 +159,13 @@ inline void* at(Matrix& m, int64_t row, int64_t column) {
   return static_cast<char*>(m.data) + (row * m.stride + column) * bytes_of(m.dtype);
 }
 
-inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+inline int64_t round_up(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit * unit;
+}
 
 // Buffers are cut from 64-byte aligned scratch in whole cache lines: a vector that straddles two lines costs two accesses.
-inline int64_t aligned(int64_t floats) { return round_up(floats, 16); }
+inline int64_t aligned(int64_t floats) {
+  return round_up(floats, 16);
+}
 
 }  // namespace fe::FE_ISA

@@ -15,14 +15,20 @@ using OptionalTensors = std::vector<std::optional<at::Tensor>>;
 
 inline Dtype dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kFloat: return Dtype::f32;
-    case at::kBFloat16: return Dtype::bf16;
-    case at::kHalf: return Dtype::f16;
-    default: TORCH_CHECK(false, "the CPU kernels take float32, bfloat16 and float16, got ", t.scalar_type());
+    case at::kFloat:
+      return Dtype::f32;
+    case at::kBFloat16:
+      return Dtype::bf16;
+    case at::kHalf:
+      return Dtype::f16;
+    default:
+      TORCH_CHECK(false, "the CPU kernels take float32, bfloat16 and float16, got ", t.scalar_type());
   }
 }
 
-inline Matrix matrix(const at::Tensor& t) { return {t.data_ptr(), t.stride(0), dtype_of(t)}; }
+inline Matrix matrix(const at::Tensor& t) {
+  return {t.data_ptr(), t.stride(0), dtype_of(t)};
+}
 
 // [..., d] as [rows, d] with contiguous rows; a view wherever the strides allow one.
 inline at::Tensor as_rows(const at::Tensor& t) {
@@ -30,7 +36,9 @@ inline at::Tensor as_rows(const at::Tensor& t) {
   return rows.size(1) == 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
 }
 
-inline at::Tensor as_float(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
+inline at::Tensor as_float(const at::Tensor& t) {
+  return t.to(at::kFloat).contiguous();
+}
 
 // The scale of an adapter as one fp32 number per rank.
 inline std::vector<float> scale_of(const std::optional<at::Tensor>& scale, double factor, int64_t rank) {
@@ -64,12 +72,14 @@ inline void sum_parts(float* data, int64_t parts, int64_t n) {
   });
 }
 
-inline at::Tensor floats(int64_t n) { return at::empty({n}, at::kFloat); }
+inline at::Tensor floats(int64_t n) {
+  return at::empty({n}, at::kFloat);
+}
 
 std::tuple<at::Tensor, at::Tensor> lora_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                                                const Tensors& lora_as, const Tensors& lora_bs, const OptionalTensors& scales,
-                                               const std::vector<double>& factors, const std::vector<int64_t>& rows,
-                                               double dropout_p, const std::optional<at::Tensor>& seed);
+                                               const std::vector<double>& factors, const std::vector<int64_t>& rows, double dropout_p,
+                                               const std::optional<at::Tensor>& seed);
 Tensors lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x, const at::Tensor& weight,
                              const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& z, const Tensors& lora_as,
                              const Tensors& lora_bs, const OptionalTensors& scales, const std::vector<double>& factors,
@@ -80,8 +90,7 @@ std::tuple<at::Tensor, Tensors> ewc_penalty(const Tensors& fishers, const Tensor
                                             const std::vector<bool>& needs);
 void fisher_accumulate(at::Tensor fisher, const at::Tensor& x, const at::Tensor& dy, const std::string& mode, double weight,
                        const std::optional<at::Tensor>& cu_seqlens);
-void merge(at::Tensor weight, const at::Tensor& lora_a, const at::Tensor& lora_b, const std::optional<at::Tensor>& scale,
-           double factor);
+void merge(at::Tensor weight, const at::Tensor& lora_a, const at::Tensor& lora_b, const std::optional<at::Tensor>& scale, double factor);
 void soft_threshold(at::Tensor scale, double kappa);
 
 }  // namespace fe
