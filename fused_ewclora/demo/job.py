@@ -123,6 +123,15 @@ def measure_costs(
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo as the command line asks; returns 0, and raises a readable error on failure."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    try:
+        return _run(args)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     seeds = list(dict.fromkeys(args.seeds[:1] if args.quick else args.seeds))
     device, recipe = device_of(args.device), recipe_of(args)

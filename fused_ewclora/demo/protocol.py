@@ -34,8 +34,8 @@ class Recipe:
     Chosen on the development seeds 100 and 101, which are not among the reported ones. Learning rates and
     epochs for plain LoRA: of adapters 5e-4 .. 3e-3, heads 3e-3 .. 3e-2 and 5 or 10 epochs these give it an
     A_avg within 0.5 points of the best found; lower rates (5e-4, 3e-3) forget less by themselves and learn
-    new tasks less well. Then ewc_lambda: the best A_last and A_avg of 150, 300, 600 on the same seeds. It belongs
-    to Fisher mode "sample"; `fe.convert_lambda` gives the value for "batch".
+    new tasks less well. Then ewc_lambda: the best A_last and A_avg of 150, 300, 600 on the
+    same seeds. It belongs to Fisher mode "sample"; `fe.convert_lambda` gives the value for "batch".
     """
 
     tasks: int = 5
