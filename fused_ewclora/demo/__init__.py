@@ -76,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument(
+        "--threads",
+        type=_at_least(1),
+        default=1,
+        help="CPU threads; the model is small, and 1 repeats exactly (1)",
+    )
+    parser.add_argument(
         "--output", default="demo-output", help="folder for demo.json and demo.png (demo-output)"
     )
     parser.add_argument(
