@@ -52,6 +52,12 @@ def finite(tensor: Tensor, name: str) -> None:
         )
 
 
+def number(value: float, name: str) -> None:
+    """A finite number: NaN or Inf would silently spread to every result."""
+    if not math.isfinite(value):
+        raise ArgumentError(f"{name}: expected a finite number, got {value}")
+
+
 def matrix(tensor: Tensor, name: str) -> None:
     """A real floating-point matrix."""
     floating(tensor, name)
@@ -85,6 +91,8 @@ def _factors(lora_a: Tensor, lora_b: Tensor, scale: Scale, where: str, like: Ten
         tensors.append((f"scale{where}", scale))
     elif not isinstance(scale, (int, float)):
         raise DtypeError(f"scale{where}: expected a number or a tensor, got {type(scale).__name__}")
+    else:
+        number(scale, f"scale{where}")
     allowed = (like.dtype,) if like.dtype == torch.float64 else (like.dtype, torch.float32)
     for name, tensor in tensors:
         if tensor.device != like.device:
@@ -182,12 +190,34 @@ def penalty(
         if len(values) != len(fishers):
             raise ArgumentError(f"{name}: expected {len(fishers)} entries, one per Fisher, got {len(values)}")
     for i, (fisher_i, a, b, scale) in enumerate(zip(fishers, lora_as, lora_bs, scales, strict=True)):
+        if _is_plain(fisher_i, a, b, scale, lora_as[0]):
+            continue
         _factors(a, b, scale, f"[{i}]", a, f"lora_as[{i}]")
         _accumulator(fisher_i, f"fishers[{i}]", a, f"lora_as[{i}]")
         if fisher_i.shape != (b.shape[0], a.shape[1]):
             expected = [b.shape[0], a.shape[1]]
             raise ArgumentError(f"fishers[{i}]: expected shape {expected} (of B A), got {_shape(fisher_i)}")
         _same(a, f"lora_as[{i}]", lora_as[0], "lora_as[0]")
+
+
+def _is_plain(fisher_: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Scale, first: Tensor) -> bool:
+    """Whether an adapter has the common form, all fp32 with a number as scale, and fits.
+
+    The detailed checks take three times as long, and this runs for every adapter in every training step.
+    """
+    if not (isinstance(fisher_, Tensor) and isinstance(lora_a, Tensor) and isinstance(lora_b, Tensor)):
+        return False
+    a_shape, b_shape = lora_a.shape, lora_b.shape
+    return (
+        isinstance(scale, float)
+        and math.isfinite(scale)
+        and len(a_shape) == 2 == len(b_shape)
+        and a_shape[0] == b_shape[1] >= 1
+        and fisher_.shape == (b_shape[0], a_shape[1])
+        and lora_a.dtype == lora_b.dtype == fisher_.dtype == torch.float32
+        and lora_a.device == lora_b.device == fisher_.device == first.device
+        and first.dtype == torch.float32
+    )
 
 
 def _accumulator(fisher_: Tensor, name: str, like: Tensor, like_name: str) -> None:
@@ -251,8 +281,6 @@ def merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Scale) -> None:
     """Shapes and dtypes of a merge."""
     matrix(weight, "weight")
     _factors(lora_a, lora_b, scale, "", weight, "weight")
-    if isinstance(scale, float) and not math.isfinite(scale):
-        raise ArgumentError(f"scale: expected a finite number, got {scale}")
     if weight.shape != (lora_b.shape[0], lora_a.shape[1]):
         expected = [lora_b.shape[0], lora_a.shape[1]]
         raise ArgumentError(f"weight: expected shape {expected} (of B A), got {_shape(weight)}")

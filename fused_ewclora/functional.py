@@ -159,6 +159,7 @@ def ewc_penalty(
 
         >>> loss = criterion(model(x), y) + ewc_penalty(fishers, lora_as, lora_bs, ewc_lambda=1e7)
     """
+    check.number(ewc_lambda, "ewc_lambda")
     tensors, factors = _penalty_arguments(fishers, lora_as, lora_bs, scales)
     if not fishers:
         return torch.zeros(())
@@ -185,6 +186,7 @@ def ewc_penalty_grad_(
 
         >>> loss.backward(); ewc_penalty_grad_(fishers, lora_as, lora_bs, ewc_lambda=1e7)
     """
+    check.number(ewc_lambda, "ewc_lambda")
     tensors, factors = _penalty_arguments(fishers, lora_as, lora_bs, scales)
     if not fishers:
         return torch.zeros(())
@@ -200,16 +202,22 @@ def ewc_penalty_grad_(
         needs,
         _dispatch.resolve(backend),
     )
-    slots = [i for i, tensor in enumerate(tensors) if needs[i % 3] and tensor is not None]
-    pairs = [(tensors[i], grad) for i, grad in zip(slots, grads, strict=True) if wanted[i]]
+    outputs = [i for i, tensor in enumerate(tensors) if needs[i % 3] and tensor is not None]
+    pairs = [(tensors[i], grad) for i, grad in zip(outputs, grads, strict=True) if wanted[i]]
     if pairs and (isinstance(grad_scale, Tensor) or grad_scale != 1.0):  # everything may be frozen
         torch._foreach_mul_([grad for _, grad in pairs], grad_scale)
-    held = [(p.grad, grad) for p, grad in pairs if p is not None and p.grad is not None]
+    held, added = [], []
     for parameter, grad in pairs:
-        if parameter is not None and parameter.grad is None:
-            parameter.grad = grad.to(parameter.dtype)
+        assert parameter is not None
+        new = grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
+        old = parameter.grad
+        if old is None:
+            parameter.grad = new
+        else:
+            held.append(old)
+            added.append(new)
     if held:
-        torch._foreach_add_([old for old, _ in held], [new.to(old.dtype) for old, new in held])
+        torch._foreach_add_(held, added)
     return value
 
 
@@ -238,6 +246,7 @@ def fisher_accumulate_(
         >>> fisher_accumulate_(fisher, x, dy, weight=len(x) ** 2 / total)  # dy of a mean loss
     """
     check.fisher(fisher, x, dy, mode, cu_seqlens)
+    check.number(weight, "weight")
     if cu_seqlens is not None:
         check.offsets(sample_bounds(x, cu_seqlens), x.shape[0])
     if check_finite:

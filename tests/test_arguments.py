@@ -60,6 +60,11 @@ Row = tuple[Callable[..., Any], dict[str, Any], type[EWCLoRAError], list[str]]
 
 # operation, what is wrong, the error, words of its message (first the argument's name)
 TABLE: list[Row] = [
+    (lora_linear, {"scale": float("nan")}, ArgumentError, ["scale:", "finite", "nan"]),
+    (penalty, {"scales": [float("inf")]}, ArgumentError, ["scale[0]:", "finite", "inf"]),
+    (penalty, {"ewc_lambda": float("nan")}, ArgumentError, ["ewc_lambda:", "finite", "nan"]),
+    (penalty_grad, {"ewc_lambda": float("inf")}, ArgumentError, ["ewc_lambda:", "finite", "inf"]),
+    (fisher, {"weight": float("nan")}, ArgumentError, ["weight:", "finite", "nan"]),
     (lora_linear, {"x": [1.0]}, DtypeError, ["x:", "tensor", "list"]),
     (lora_linear, {"x": T(3, 5, dtype=INT)}, DtypeError, ["x:", "floating-point", "int64"]),
     (lora_linear, {"x": T(3, 5, dtype=torch.complex64)}, DtypeError, ["x:", "floating-point", "complex64"]),

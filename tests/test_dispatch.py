@@ -19,6 +19,7 @@ from fused_ewclora.errors import ArgumentError, BackendError
 from fused_ewclora.ops import _dispatch
 from fused_ewclora.ops._dispatch import Call
 from fused_ewclora.ops._library import SCHEMAS
+from fused_ewclora.ops.capture import FisherCapture
 
 TESTS = Path(__file__).parent
 UNAVAILABLE = [name for name, why in fe.available_backends().items() if why is not None]
@@ -191,6 +192,15 @@ def test_every_instruction_set_gives_the_same_results(isa, tmp_path):
     exact = every_operation.results("reference", torch.float64)
     error = every_operation.worst_error(torch.load(path), exact)
     assert error <= TOLERANCE, f"error {error:.3g} > {TOLERANCE:.3g}"
+
+
+@needs_cpu
+def test_a_fisher_pass_runs_on_the_backend_that_was_asked_for():
+    """The C++ kernels do not serve fp64, so asking for them shows whether the capture listens."""
+    capture = FisherCapture([torch.zeros(7, 5, dtype=torch.float64)], [((0, 7),)])
+    x, dy = torch.ones(3, 4, 5, dtype=torch.float64), torch.ones(3, 4, 7, dtype=torch.float64)
+    with fe.use_backend("cpu"), pytest.raises(BackendError, match="float64"):
+        capture.record(x, dy)
 
 
 @needs_cpu

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, FisherError
 from . import _library
+from ._dispatch import current_backend
 
 Rows = tuple[tuple[int, int], ...]
 MODES = ("sample", "batch")
@@ -118,6 +119,6 @@ class FisherCapture:
         for fisher, ranges in zip(self.fishers, self.rows, strict=True):
             parts = [dy[..., start:stop] for start, stop in ranges]
             dy_rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-            _library.fisher_accumulate_(fisher, x, dy_rows, self.mode, self._factor(samples), None, "auto")
+            _library.fisher_accumulate_(fisher, x, dy_rows, self.mode, self._factor(samples), None, current_backend())
         self.samples += samples
         self.batches += 1

@@ -31,16 +31,17 @@ class EWCPenaltyFunction(torch.autograd.Function):
         )
         ctx.save_for_backward(*grads)
         # Which input each gradient belongs to, and the dtype it must come back in.
-        ctx.slots = [i for i, tensor in enumerate(adapters) if needs[i % 3] and tensor is not None]
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in adapters]
+        ctx.slots = [i for i, t in enumerate(adapters) if t is not None and needs[i % 3]]
+        ctx.dtypes = [None if t is None else t.dtype for t in adapters]
         return penalty
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_penalty: Tensor) -> tuple[Tensor | None, ...]:
         scaled = torch._foreach_mul(list(ctx.saved_tensors), grad_penalty)
-        grads: list[Tensor | None] = [None] * len(ctx.dtypes)
+        dtypes, wanted = ctx.dtypes, ctx.needs_input_grad[4:]
+        grads: list[Tensor | None] = [None] * len(dtypes)
         for slot, grad in zip(ctx.slots, scaled, strict=True):
-            if ctx.needs_input_grad[4 + slot]:
-                grads[slot] = grad.to(ctx.dtypes[slot])
+            if wanted[slot]:
+                grads[slot] = grad if grad.dtype == dtypes[slot] else grad.to(dtypes[slot])
         return (None, None, None, None, *grads)
