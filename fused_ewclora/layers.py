@@ -20,7 +20,8 @@ __all__ = ["AdapterSlice", "LoRALinear", "fingerprint", "fisher_key"]
 
 
 class LoRALinear(nn.Linear):
-    """y = x W^T + bias + ((x A^T) s) B^T on the rows of each adapter; W and bias frozen (math.md section 1).
+    """y = x W^T + bias + ((x A^T) s) B^T on the rows of each adapter, W and bias frozen (docs/mathematics.md,
+    section 1).
 
     x `[..., in_features]`, y `[..., out_features]`; lora_A `[r, in_features]` and lora_B `[rows, r]`, with
     slices lora_A_k, lora_B_k and so on. Adapters are fp32 beside an fp16 or bf16 weight, else of its dtype. A
