@@ -324,9 +324,11 @@ class EWC:
         gamma: float | None = None,
         **kwargs: Any,
     ) -> None:
-        """`estimate_fisher(loader, loss_fn, **kwargs)`, then `consolidate(gamma)`.
+        """`estimate_fisher(loader, loss_fn, **kwargs)`, then `consolidate(gamma)`, with the errors of both.
 
-        >>> ewc.end_task(loader, criterion, max_batches=100)
+        A Fisher that was estimated stays when `consolidate` raises: mend the cause and call `consolidate`.
+
+            >>> ewc.end_task(loader, criterion, max_batches=100)
         """
         if gamma is not None:
             _number("gamma", gamma, 0.0, 1.0)

@@ -129,10 +129,11 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Put back the rows that `merge` replaced, bit for bit. Unmerging what is not merged warns and does
-    nothing, as in PEFT.
+    """Put back the rows that `merge` replaced, bit for bit.
 
-    >>> unmerge(model)
+    Unmerging what is not merged warns and does nothing, as in PEFT. Raises `TargetError` without adapters.
+
+        >>> unmerge(model)
     """
     layers = _adapted(model)
     if not any(layer.merged for layer in layers.values()):

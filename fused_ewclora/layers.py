@@ -74,7 +74,9 @@ class LoRALinear(nn.Linear):
     ) -> LoRALinear:
         """A new layer that shares weight and bias with `linear` and freezes them.
 
-        >>> layer = LoRALinear.from_linear(nn.Linear(16, 16), r=4)
+        Raises `ArgumentError`, `DtypeError` or `LayoutError` naming the argument.
+
+            >>> layer = LoRALinear.from_linear(nn.Linear(16, 16), r=4)
         """
         adapters = plan_slices(linear.out_features, r, lora_alpha, slices, layout)
         probability(lora_dropout, "lora_dropout")

@@ -23,7 +23,11 @@ def register_layout(rule: LayoutRule) -> LayoutRule:
     """Add a rule that knows packed projections: rule(parent module, child name) -> `QKVLayout` or None;
     usable as a decorator.
 
-    Rules serve layers that `slices` are asked for without a `layout`; the first that answers wins.
+    Rules serve layers that `slices` are asked for without a `layout`; the first that answers wins, and when
+    none does `inject` raises `LayoutError`.
+
+        >>> thirds = QKVLayout(("q", "k", "v"))
+        >>> register_layout(lambda parent, child: thirds if child == "qkv" else None)
     """
     _layout_rules.append(rule)
     return rule
