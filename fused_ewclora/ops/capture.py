@@ -119,6 +119,7 @@ class FisherCapture:
         for fisher, ranges in zip(self.fishers, self.rows, strict=True):
             parts = [dy[..., start:stop] for start, stop in ranges]
             dy_rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-            _library.fisher_accumulate_(fisher, x, dy_rows, self.mode, self._factor(samples), None, current_backend())
+            weight, backend = self._factor(samples), current_backend()
+            _library.fisher_accumulate_(fisher, x, dy_rows, self.mode, weight, None, backend)
         self.samples += samples
         self.batches += 1
