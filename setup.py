@@ -4,7 +4,7 @@ FUSED_EWCLORA_BUILD chooses what is compiled:
     auto   the CPU extension if a compiler, Python's headers and PyTorch are there, else as none (default)
     none   a pure-Python install that runs on the reference backend
     cpu    the CPU extension, or an error that names what is missing
-    cuda   the CPU and CUDA extensions, or an error that names what is missing
+    cuda   refused: this version has no CUDA sources
 MAX_JOBS limits the number of parallel compiler processes.
 """
 

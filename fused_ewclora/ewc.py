@@ -51,7 +51,7 @@ def convert_lambda(ewc_lambda: float, from_mode: str, to_mode: str, batch_size: 
 
     It rests on F_batch ~ F_sample / batch_size, which holds in expectation where the mean gradient of a batch
     is small beside the gradients of single samples, that is near an optimum: E F_batch = F_sample / n + (1 -
-    1/n) (E g)^2. Measured at n = 32: 25. The published lambda = 1e7 belongs to mode "batch" at batch size
+    1/n) (E g)^2. The published lambda = 1e7 belongs to mode "batch" at batch size
     128. Raises `ArgumentError`.
 
         >>> convert_lambda(1e7, "batch", "sample", batch_size=128)
@@ -73,7 +73,8 @@ class EWC:
     Args:
         model: a model with injected adapters, also wrapped by DDP or torch.compile.
         ewc_lambda: strength of the penalty. It means nothing without fisher_mode and, for "batch", the batch
-            size: `convert_lambda`.
+            size: the published 1e7 belongs to "batch" at batch size 128, and to "sample" belongs what
+            `convert_lambda` makes of it, 78125.
         gamma: decay of the Fishers of earlier tasks, in [0, 1]; 1 is the published value, 0 forgets them.
         fisher_mode: "sample", the mean of squared per-sample gradients, or "batch", n times the squared mean
             gradient of a batch of n, averaged over samples (the official code).

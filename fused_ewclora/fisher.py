@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from .errors import ArgumentError, FisherError
 
 LABELS = ("empirical", "sampled", "exact")
+IGNORED = -100  # target that cross_entropy leaves out
 Batch = Any
 Forward = Callable[[nn.Module, Batch], tuple[Any, Any]]
 LossFunction = Callable[[Any, Any], Tensor]
@@ -63,12 +64,12 @@ def default_logits(output: Any) -> Tensor:
 
 
 def negative_log_likelihood(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """-log p(targets) of logits `[N, ..., C]`, summed over the positions of a sample (negative targets do not
-    count).
+    """-log p(targets) of logits `[N, ..., C]`, summed over the positions of a sample; a target of -100 does not
+    count, as in `torch.nn.functional.cross_entropy`.
 
     The mean or sum is over the N samples, not over positions: log p(y_n | x_n) is a sum over its tokens.
     """
-    total = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="sum")
+    total = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / logits.shape[0] if reduction == "mean" else total
 
 
@@ -114,8 +115,7 @@ def batch_size_of(batch: Batch) -> int:
 
 
 def sample_labels(logits: Tensor, targets: Any, generator: torch.Generator | None) -> Tensor:
-    """y ~ softmax(logits) over the last dimension; positions whose given target is negative (ignored) keep
-    it."""
+    """y ~ softmax(logits) over the last dimension; positions whose given target is -100 keep it."""
     probabilities = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
     flat = probabilities.flatten(0, -2)
     if not bool(torch.isfinite(flat).all()):
@@ -125,7 +125,7 @@ def sample_labels(logits: Tensor, targets: Any, generator: torch.Generator | Non
         torch.multinomial(flat.to(device), 1, generator=generator).to(logits.device).view(logits.shape[:-1])
     )
     if isinstance(targets, Tensor) and targets.shape == drawn.shape and not targets.is_floating_point():
-        return torch.where(targets < 0, targets, drawn)
+        return torch.where(targets == IGNORED, targets, drawn)
     return drawn
 
 

@@ -375,3 +375,14 @@ def test_progress_bar_shows_when_asked_for_only(capfd):
     assert "Fisher" not in capfd.readouterr().err
     ewc.estimate_fisher([(x, y)], F.cross_entropy, progress=True)
     assert "Fisher" in capfd.readouterr().err
+
+
+def test_an_empty_batch_adds_nothing():
+    model, (x, y) = adapted(), data(4)
+    ewc = EWC(model, fisher_dtype=torch.float64)
+    with ewc.accumulate_fisher():
+        F.cross_entropy(model(x), y).backward()
+        (model(x[:0]).sum() * 0.0).backward()
+    ewc.consolidate()
+    assert ewc.history[0].samples == 4
+    assert_close(ewc.fishers, oracle(adapted(), x, y))

@@ -202,24 +202,39 @@ inline void reduce(const float* c, int64_t ldc, const float* x, int64_t ldx, int
   }
 }
 
-// Panel of ranks [first, first + r) out of total: element (k, j) of the source is rows[k * row_stride + j * column_stride].
+// Panel of ranks [first, first + r) out of total: element (k, j) of the source is rows[k * row_stride + j * column_stride]. One of the two
+// strides is 1: A lies along j, B along k; each is walked as it lies.
 inline void pack_panel(const float* rows, int64_t r, int64_t n, int64_t row_stride, int64_t column_stride, int64_t total, int64_t first,
                        float* panel) {
   for (int64_t j0 = 0; j0 < n; j0 += L) {
-    int64_t valid = n - j0 < L ? n - j0 : L;
-    for (int64_t k = 0; k < r; ++k) {
-      float* to = panel + (j0 / L * total + first + k) * L;
-      const float* from = rows + k * row_stride + j0 * column_stride;
-      for (int64_t l = 0; l < valid; ++l) to[l] = from[l * column_stride];
-      for (int64_t l = valid; l < L; ++l) to[l] = 0.f;
+    const int64_t valid = n - j0 < L ? n - j0 : L;
+    float* to = panel + (j0 / L * total + first) * L;
+    const float* from = rows + j0 * column_stride;
+    if (column_stride == 1 && valid == L) {
+      for (int64_t k = 0; k < r; ++k) store(to + k * L, load(from + k * row_stride));
+      continue;
     }
+    for (int64_t l = 0; l < valid; ++l)
+      for (int64_t k = 0; k < r; ++k) to[k * L + l] = from[k * row_stride + l * column_stride];
+    for (int64_t l = valid; l < L; ++l)
+      for (int64_t k = 0; k < r; ++k) to[k * L + l] = 0.f;
   }
 }
 
+// The reverse of pack_panel.
 inline void unpack_panel(const float* panel, int64_t r, int64_t n, int64_t row_stride, int64_t column_stride, int64_t total, int64_t first,
                          float* rows) {
-  for (int64_t j = 0; j < n; ++j)
-    for (int64_t k = 0; k < r; ++k) rows[k * row_stride + j * column_stride] = panel[(j / L * total + first + k) * L + j % L];
+  for (int64_t j0 = 0; j0 < n; j0 += L) {
+    const int64_t valid = n - j0 < L ? n - j0 : L;
+    const float* from = panel + (j0 / L * total + first) * L;
+    float* to = rows + j0 * column_stride;
+    if (column_stride == 1 && valid == L) {
+      for (int64_t k = 0; k < r; ++k) store(to + k * row_stride, load(from + k * L));
+      continue;
+    }
+    for (int64_t l = 0; l < valid; ++l)
+      for (int64_t k = 0; k < r; ++k) to[k * row_stride + l * column_stride] = from[k * L + l];
+  }
 }
 
 }  // namespace fe::FE_ISA

@@ -98,6 +98,8 @@ class FisherCapture:
         """`[N, T, d]`; extra dimensions are tokens, and samples spread over several leading rows (windows)
         are rejoined."""
         leading = tensor.shape[0] if tensor.dim() > 1 else 1
+        if leading == 0:  # an empty batch adds nothing
+            return tensor.reshape(0, 1, tensor.shape[-1])
         samples = self.batch_size or leading
         count = tensor.numel() // tensor.shape[-1]
         if leading % samples:
@@ -116,6 +118,8 @@ class FisherCapture:
 
     def _accumulate(self, x: Tensor, dy: Tensor) -> None:
         samples = x.shape[0]
+        if samples == 0:
+            return
         for fisher, ranges in zip(self.fishers, self.rows, strict=True):
             parts = [dy[..., start:stop] for start, stop in ranges]
             dy_rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
