@@ -64,8 +64,8 @@ def default_logits(output: Any) -> Tensor:
 
 
 def negative_log_likelihood(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """-log p(targets) of logits `[N, ..., C]`, summed over the positions of a sample; a target of -100 does not
-    count, as in `torch.nn.functional.cross_entropy`.
+    """-log p(targets) of logits `[N, ..., C]`, summed over the positions of a sample; a target of -100 does
+    not count, as in `torch.nn.functional.cross_entropy`.
 
     The mean or sum is over the N samples, not over positions: log p(y_n | x_n) is a sum over its tokens.
     """

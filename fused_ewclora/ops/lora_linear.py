@@ -80,8 +80,8 @@ def lora_linear(
     capture: FisherCapture | None,
 ) -> Tensor:
     """`adapters` is flat: A, B, scale tensor or None, per adapter."""
-    # Inference has nothing to save, and entering a Function costs more than the dispatch of the op. A capture counts
-    # calls without gradients too: reentrant checkpointing makes them before its backward.
+    # Inference has nothing to save, and entering a Function costs more than the dispatch of the op. A capture
+    # counts calls without gradients too: reentrant checkpointing makes them before its backward.
     if capture is None and not torch.is_grad_enabled():
         return _library.lora_linear(
             x, weight, bias, adapters[0::3], adapters[1::3], adapters[2::3],
