@@ -6,9 +6,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+# Inductor's compile workers start in the background and would take a core from what is timed first.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch
 
