@@ -185,21 +185,26 @@ inline void reduce_tail(const float* c, int64_t ldc, const float* x, int64_t ldx
   }
 }
 
-// Adds to all r ranks of the gradient panel.
+// Adds to all r ranks of the gradient panel. A strip of columns of X stays in the first-level cache while the ranks pass over it; with
+// the loops the other way round X and the panel together just overflow that cache, which cost a factor of two now and then.
 inline void reduce(const float* c, int64_t ldc, const float* x, int64_t ldx, int64_t rows, int64_t n, float* grad, int64_t r) {
-  constexpr int NV = COLUMNS;
-  for (int64_t k = 0; k < r;) {
-    const int block = rank_block(r - k);
-    with_width(block, [&](auto w) __attribute__((always_inline)) {
-      constexpr int KR = decltype(w)::value;
-      const float* ck = c + k;
-      int64_t j = 0;
-      for (; j + NV * L <= n; j += NV * L) reduce_block<KR, NV>(ck, ldc, x + j, ldx, rows, grad + j * r + k * L, r);
-      for (; j + L <= n; j += L) reduce_block<KR, 1>(ck, ldc, x + j, ldx, rows, grad + j * r + k * L, r);
-      if (j < n) reduce_tail<KR>(ck, ldc, x + j, ldx, rows, n - j, grad + j * r + k * L, r);
-    });
-    k += block;
-  }
+  auto over_ranks = [&](int64_t j, auto&& block_of) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < r;) {
+      const int block = rank_block(r - k);
+      with_width(block, [&](auto w) __attribute__((always_inline)) { block_of(w, c + k, x + j, grad + j * r + k * L); });
+      k += block;
+    }
+  };
+  int64_t j = 0;
+  for (; j + COLUMNS * L <= n; j += COLUMNS * L)
+    over_ranks(j, [&](auto w, const float* ck, const float* xj, float* g)
+                      __attribute__((always_inline)) { reduce_block<decltype(w)::value, COLUMNS>(ck, ldc, xj, ldx, rows, g, r); });
+  for (; j + L <= n; j += L)
+    over_ranks(j, [&](auto w, const float* ck, const float* xj, float* g)
+                      __attribute__((always_inline)) { reduce_block<decltype(w)::value, 1>(ck, ldc, xj, ldx, rows, g, r); });
+  if (j < n)
+    over_ranks(j, [&](auto w, const float* ck, const float* xj, float* g)
+                      __attribute__((always_inline)) { reduce_tail<decltype(w)::value>(ck, ldc, xj, ldx, rows, n - j, g, r); });
 }
 
 // Panel of ranks [first, first + r) out of total: element (k, j) of the source is rows[k * row_stride + j * column_stride]. One of the two
