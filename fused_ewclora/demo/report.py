@@ -116,7 +116,8 @@ def conclusion(summary: dict[str, Any], tasks: int, seeds: int) -> str:
         f"{-plain['bwt']['mean']:.1f} points of accuracy on its earlier tasks and EWC-LoRA "
         f"{-ewc['bwt']['mean']:.1f}: backward transfer is {abs(change):.0%} "
         f"{'smaller' if change >= 0 else 'LARGER'} with EWC.\n"
-        f"The final accuracy on all classes is {a_ewc:.1f} % instead of {a_plain:.1f} % ({gain:+.1f} points).\n"
+        f"The final accuracy on all classes is {a_ewc:.1f} % instead of {a_plain:.1f} % "
+        f"({gain:+.1f} points).\n"
         f"The accuracy on a task just learned, the price of stability, is {new_ewc:.1f} % instead of "
         f"{new_plain:.1f} %."
     )
