@@ -18,7 +18,7 @@ from fused_ewclora.errors import FisherError
 from fused_ewclora.ewc import EWC
 
 WORKER = """
-import os, sys
+import gc, os, sys
 sys.path.insert(0, sys.argv[1])
 import torch, torch.distributed as dist, torch.nn.functional as F
 from tiny_models import adapted, batches, data
@@ -35,6 +35,9 @@ ewc.reduce_fisher_()
 ewc.consolidate()
 assert ewc.history[0].samples == 7 and ewc.history[0].batch_size == 4
 torch.save(ewc.fishers, f"{sys.argv[2]}/{rank}.pt")
+# DDP's model holds the process group; if it lives on, gloo's threads sometimes abort the process at its exit.
+del ewc, model
+gc.collect()
 dist.destroy_process_group()
 """
 
