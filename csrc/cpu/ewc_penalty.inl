@@ -7,7 +7,7 @@
 
 namespace fe::FE_ISA {
 
-constexpr int64_t F_ROWS = 12, F_COLUMNS = 512;  // H 24 KiB: measured best of 128 to 512 columns, 12 and 24 rows at r = 10
+constexpr int64_t F_ROWS = 12, F_COLUMNS = 512;  // H 24 KiB, in the first-level cache beside a strip of the factors
 
 inline int64_t penalty_scratch(int64_t rank, int64_t d_in) {
   return 2 * F_ROWS * F_COLUMNS + aligned(F_ROWS * rank) + F_ROWS * rank * L + 2 * rank * round_up(d_in, L);
