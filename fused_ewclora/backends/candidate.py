@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+
+
+class LinearShape(NamedTuple):
+    """Sizes of a LoRA linear; `rows` is rounded up to a power of two, so that few calls differ."""
+
+    rows: int
+    d_in: int
+    d_out: int
+    rank: int
+    dropout: bool = False
 
 
 class Call(NamedTuple):
@@ -13,12 +24,45 @@ class Call(NamedTuple):
 
     device: str
     dtype: torch.dtype
+    arch: str | None = None  # of a GPU: "sm_90", "gfx942"
+    shape: LinearShape | None = None  # of the LoRA linear, when sizes are known
+    rank: int | None = None  # the largest of the call's adapters
+    precision: str | None = None  # torch.get_float32_matmul_precision(), where it decides
+
+
+def _never(call: Call) -> str | None:
+    return None
 
 
 class Candidate(NamedTuple):
-    """One implementation of one op; `supports` says in words why it cannot serve a call, or None."""
+    """One implementation of one op.
+
+    `supports` says in words why it cannot serve a call, or None. `yields` says why another algorithm of the
+    same backend is expected to be faster, or None; it does not count when one of `keys` is asked for by name
+    ("triton:prologue").
+    """
 
     backend: str
     algorithm: str
     supports: Callable[[Call], str | None]
     run: Callable[..., Any]
+    keys: tuple[str, ...] = ()
+    yields: Callable[[Call], str | None] = _never
+
+
+def bucket(rows: int) -> int:
+    """The next power of two."""
+    return 1 << max(rows - 1, 0).bit_length()
+
+
+def arch_of(device: torch.device) -> str | None:
+    """Architecture of a GPU, "sm_90" or "gfx942"; None for other devices."""
+    return _gpu_arch(device.index) if device.type == "cuda" else None
+
+
+@functools.cache
+def _gpu_arch(index: int | None) -> str:
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(index).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"

@@ -2,6 +2,7 @@
 
 Every op has a list of candidates, fastest first; each says in words why it cannot serve a call, or None.
 `auto` takes the first that can; a backend named explicitly either serves the call or raises with those words.
+A name may carry an algorithm of the backend, "triton:prologue".
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ ENVIRONMENT_VARIABLE = "FUSED_EWCLORA_BACKEND"
 @functools.cache
 def candidates(op: str) -> tuple[Candidate, ...]:
     """Implementations of `op`, in order of preference. Backends load on the first call that needs them."""
+    triton = importlib.import_module("fused_ewclora.backends.triton")
     native = importlib.import_module("fused_ewclora.backends.native")
     plain = importlib.import_module("fused_ewclora.backends.reference")
-    return (*native.candidates(op), *plain.candidates(op))
+    fastest_first = (triton, native, plain)
+    if triton.interpreting():  # serves calls that ask for it; nothing is slower
+        fastest_first = (native, plain, triton)
+    return tuple(c for backend in fastest_first for c in backend.candidates(op))
 
 
 @functools.cache
@@ -33,20 +38,33 @@ def available_backends() -> dict[str, str | None]:
     >>> available_backends()["reference"] is None
     True
     """
+    triton = importlib.import_module("fused_ewclora.backends.triton")
     native = importlib.import_module("fused_ewclora.backends.native")
     return {
-        "triton": "this version has no Triton kernels",
+        "triton": triton.unavailable(),
         "cuda": "this version has no CUDA kernels",
         "cpu": native.unavailable(),
         "reference": None,
     }
 
 
+@functools.cache
+def algorithms(backend: str) -> tuple[str, ...]:
+    """Names by which algorithms of `backend` can be asked for."""
+    ops = ("lora_linear", "lora_linear_backward")
+    keys = [key for op in ops for c in candidates(op) if c.backend == backend for key in c.keys]
+    return tuple(dict.fromkeys(keys))
+
+
 def _validated(name: str, source: str) -> str:
-    if name not in BACKENDS:
+    backend, _, algorithm = name.partition(":")
+    if backend not in BACKENDS:
         raise ArgumentError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    if name != "auto" and (reason := available_backends()[name]) is not None:
-        raise BackendError(f"{source}: backend {name!r} is not available: {reason}")
+    if backend != "auto" and (reason := available_backends()[backend]) is not None:
+        raise BackendError(f"{source}: backend {backend!r} is not available: {reason}")
+    if ":" in name and algorithm not in algorithms(backend):
+        known = ", ".join(algorithms(backend)) or "none can be named"
+        raise ArgumentError(f"{source}: expected an algorithm of {backend!r} ({known}), got {algorithm!r}")
     return name
 
 
@@ -88,17 +106,29 @@ def resolve(backend: str | None) -> str:
     return current_backend() if backend is None else _validated(backend, "backend")
 
 
+def _reason(op: str, candidate: Candidate, asked: str, call: Call) -> str | None:
+    """Why `candidate` does not serve `call` when `asked` is the choice, or None."""
+    backend, _, algorithm = asked.partition(":")
+    if (reason := candidate.supports(call)) is not None:
+        return reason
+    if backend not in ("auto", candidate.backend):
+        return f"backend {backend!r} was asked for"
+    # Ops without algorithms by that name run as they always do.
+    if algorithm and any(algorithm in c.keys for c in candidates(op)):
+        return None if algorithm in candidate.keys else f"algorithm {algorithm!r} was asked for"
+    return candidate.yields(call)
+
+
 @functools.lru_cache(maxsize=1024)
 def choose(op: str, backend: str, call: Call) -> Candidate:
     """The candidate that serves `call`; `BackendError` with every reason when a named backend cannot."""
     reasons = []
     for candidate in candidates(op):
-        if backend not in ("auto", candidate.backend):
-            continue
-        reason = candidate.supports(call)
+        reason = _reason(op, candidate, backend, call)
         if reason is None:
             return candidate
-        reasons.append(f"{candidate.algorithm}: {reason}")
+        if backend.partition(":")[0] in ("auto", candidate.backend):
+            reasons.append(f"{candidate.algorithm}: {reason}")
     detail = "; ".join(reasons) or f"it does not implement {op}"
     raise BackendError(f"backend {backend!r} cannot run {op} on {call.device} {call.dtype}: {detail}")
 
@@ -106,10 +136,4 @@ def choose(op: str, backend: str, call: Call) -> Candidate:
 def explain(op: str, call: Call, backend: str | None = None) -> list[tuple[str, str, str | None]]:
     """(backend, algorithm, reason) per candidate, preferred first; reason None: it can serve the call."""
     asked = resolve(backend)
-    rows = []
-    for candidate in candidates(op):
-        reason = candidate.supports(call)
-        if reason is None and asked not in ("auto", candidate.backend):
-            reason = f"backend {asked!r} was asked for"
-        rows.append((candidate.backend, candidate.algorithm, reason))
-    return rows
+    return [(c.backend, c.algorithm, _reason(op, c, asked, call)) for c in candidates(op)]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.candidate import Call
+from ..backends.candidate import Call, LinearShape, arch_of, bucket
 from ..reference.ewc_penalty import accumulate_dtype as joint_accumulate_dtype
 from ..reference.lora_linear import accumulate_dtype
 from ._dispatch import choose
@@ -114,6 +114,32 @@ _FAKES = {
 }
 
 
+def _linear_shape(
+    x: Tensor, weight: Tensor, lora_as: Sequence[Tensor], dropout_p: float
+) -> LinearShape:
+    d_out, d_in = weight.shape
+    rows = x.numel() // max(x.shape[-1], 1)
+    return LinearShape(bucket(rows), d_in, d_out, sum(a.shape[0] for a in lora_as), dropout_p > 0.0)
+
+
+# What else decides on a GPU, where an op has several algorithms or kernels for some ranks only.
+_SIZES: dict[str, Callable[..., dict[str, Any]]] = {
+    "lora_linear": lambda *a: {"shape": _linear_shape(a[0], a[1], a[3], a[8])},
+    "lora_linear_backward": lambda *a: {"shape": _linear_shape(a[0], a[2], a[5], a[10])},
+    "ewc_penalty": lambda *a: {"rank": max(lora_a.shape[0] for lora_a in a[1])},
+}
+
+
+def _call(op: str, tensor: Tensor, args: Sequence[Any]) -> Call:
+    device = tensor.device.type
+    if device == "cpu" and ":" not in args[-1]:
+        return Call(device, tensor.dtype)
+    sizes = _SIZES[op](*args) if op in _SIZES else {}
+    if tensor.dtype == torch.float32:
+        sizes["precision"] = torch.get_float32_matmul_precision()
+    return Call(device, tensor.dtype, arch_of(tensor.device), **sizes)
+
+
 def _implementation(op: str) -> Callable[..., Any]:
     defining = _DEFINING[op]
     writes = op.endswith("_")
@@ -121,7 +147,7 @@ def _implementation(op: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         tensor = defining(*args)
         device = tensor.device.type
-        candidate = choose(op, args[-1], Call(device, tensor.dtype))
+        candidate = choose(op, args[-1], _call(op, tensor, args))
         # Autocast has chosen the dtypes of the inputs; sums inside stay as they are.
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):

@@ -1,0 +1,124 @@
+"""The Triton backend: which calls its kernels serve, why not the others, and the hosts that launch them.
+
+Importing this module does not import Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..candidate import Call, Candidate
+from . import regimes
+
+MIN_VERSION = (3, 6)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_CAPABILITY = 80  # bf16 and tf32 matrix units, asynchronous copies
+MAX_PENALTY_RANK = 128  # dA of a block of columns stays in registers
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why no call can be served, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    version = importlib.metadata.version("triton")
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if found < MIN_VERSION:
+        return f"Triton {version} is installed, {'.'.join(map(str, MIN_VERSION))} or newer is needed"
+    if not torch.cuda.is_available() and not interpreting():
+        return "no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a broken install raises anything
+        return f"Triton {version} failed to import: {error}"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton is asked to interpret kernels on the CPU, without a GPU."""
+    asked = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    return asked and not torch.cuda.is_available()
+
+
+def _cannot(call: Call) -> str | None:
+    if (reason := unavailable()) is not None:
+        return reason
+    if call.device != ("cpu" if interpreting() else "cuda"):
+        return f"tensors are on {call.device}"
+    if call.dtype not in DTYPES:
+        return f"{call.dtype} runs on the reference"
+    arch = call.arch or ""
+    if arch.startswith("sm_") and int(arch[3:]) < MIN_CAPABILITY:
+        return f"compute capability {arch[3:-1]}.{arch[-1]}, 8.0 or newer is needed"
+    return None
+
+
+def _cannot_penalty(call: Call) -> str | None:
+    if (reason := _cannot(call)) is not None:
+        return reason
+    return f"rank {call.rank} > {MAX_PENALTY_RANK}" if (call.rank or 0) > MAX_PENALTY_RANK else None
+
+
+def _host(module: str, function: str) -> Callable[..., Any]:
+    """A function of a host module, which imports Triton, found at the first call; runs on the device of the
+    call's tensors."""
+
+    @functools.cache
+    def found() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"{__name__}.{module}"), function)
+
+    def run(*arguments: Any) -> Any:
+        first = arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[0][0]
+        # Launches go to the current device.
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return found()(*arguments)
+        return found()(*arguments)
+
+    return run
+
+
+_OTHERS = {
+    "ewc_penalty": ("ewc_penalty", "Triton, one launch, one pass over F", _cannot_penalty),
+    "fisher_accumulate_": ("fisher_accumulate", "Triton, squared in registers", _cannot),
+    "merge_": ("merge", "Triton, one pass over W", _cannot),
+    "soft_threshold_": ("merge", "Triton, in place", _cannot),
+}
+_ALGORITHMS = {
+    "full": "Triton, z in the K loop of the product",
+    "prologue": "Triton, product on top of the low-rank term",
+    "addmm": "Triton low-rank term, BLAS product on top",
+    "concat": "BLAS product of [x, z] and [W, sB]",
+}
+
+
+def candidates(op: str) -> tuple[Candidate, ...]:
+    """The Triton implementations of `op`, each with its reasons."""
+    if op in _OTHERS:
+        module, algorithm, supports = _OTHERS[op]
+        return (Candidate("triton", algorithm, supports, _host(module, op)),)
+    backward = op == "lora_linear_backward"
+    found = []
+    for key, algorithm in _ALGORITHMS.items():
+        if backward and key == "full":
+            continue  # u comes out of the pass that dB needs anyway
+        keys = ("prologue", "full") if backward and key == "prologue" else (key,)
+        supports = functools.partial(_cannot_linear, key)
+        yields = functools.partial(regimes.slower, op, key)
+        found.append(Candidate("triton", algorithm, supports, _host("lora_linear", f"{op}_{key}"), keys, yields))
+    return tuple(found)
+
+
+def _cannot_linear(algorithm: str, call: Call) -> str | None:
+    if (reason := _cannot(call)) is not None:
+        return reason
+    return regimes.impossible(algorithm, call)

@@ -1,0 +1,129 @@
+"""One door for every Triton launch: it runs the kernel or, while a report is made, notes what would run."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..candidate import arch_of
+
+INTERPRETED = "interpret"  # the architecture whose configurations Triton's interpreter uses
+
+# Streaming multiprocessors of the part that each table is made for, where no device can be asked.
+_MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "gfx942": 304, INTERPRETED: 2}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was noted, not run."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+_noted: list[Launch] | None = None
+_noted_arch: str | None = None
+
+
+@contextlib.contextmanager
+def noting(arch: str) -> Iterator[list[Launch]]:
+    """Note launches as made for `arch`, and run none; tensors may be on the meta device."""
+    global _noted, _noted_arch
+    before, before_arch = _noted, _noted_arch
+    _noted, _noted_arch = [], arch
+    try:
+        yield _noted
+    finally:
+        _noted, _noted_arch = before, before_arch
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """`kernel[grid](*arguments, **options)`; an empty grid launches nothing."""
+    if 0 in grid:
+        return
+    if _noted is not None:
+        _noted.append(Launch(kernel, grid, arguments, options))
+        return
+    kernel[grid](*arguments, **options)
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when Triton was imported)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def arch(tensor: Tensor) -> str:
+    """The architecture that a launch on `tensor` is configured for."""
+    if _noted_arch is not None:
+        return _noted_arch
+    return INTERPRETED if interpreted() else str(arch_of(tensor.device))
+
+
+@functools.cache
+def _multiprocessors(index: int | None) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """How many thread blocks run side by side at least: grids are cut to fill them."""
+    if _noted_arch is not None or interpreted():
+        return _MULTIPROCESSORS[family(arch(tensor))]
+    return _multiprocessors(tensor.device.index)
+
+
+def family(architecture: str) -> str:
+    """The table that serves an architecture; unknown ones get the table of sm_86, whose parts have the
+    least shared memory (99 KiB a block)."""
+    known = {"sm_80": "sm_80", "sm_87": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}
+    own = {INTERPRETED: INTERPRETED, "gfx942": "gfx942", "gfx950": "gfx942"}
+    return {**known, **own}.get(architecture, "sm_86")
+
+
+def precision() -> str:
+    """How fp32 operands go through the matrix units, by `torch.get_float32_matmul_precision()`.
+
+    "highest" splits each operand in three tf32 parts (relative error near 1e-7), "high" rounds to tf32,
+    "medium" also allows bf16, which the penalty uses.
+    """
+    return {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}[torch.get_float32_matmul_precision()]
+
+
+def addressable(tensor: Tensor) -> Tensor:
+    """`tensor`, or a contiguous copy when offsets inside one tile could pass 2^31."""
+    return tensor if all(stride < 1 << 22 for stride in tensor.stride()) else tensor.contiguous()
+
+
+def tileable(tensor: Tensor, shape: Sequence[int]) -> bool:
+    """Whether a tensor descriptor can address `tensor` in blocks of `shape`: contiguous last dimension, other
+    strides and the start at multiples of 16 bytes, and blocks of at least 16 bytes."""
+    size = tensor.element_size()
+    return (
+        tensor.stride(-1) == 1
+        and all(stride * size % 16 == 0 and stride > 0 for stride in tensor.stride()[:-1])
+        and tensor.data_ptr() % 16 == 0
+        and shape[-1] * size >= 16
+        and all(0 < extent for extent in tensor.shape)
+    )
+
+
+def tiles(tensor: Tensor, shape: Sequence[int]) -> Any:
+    """A host-side tensor descriptor of `tensor` in blocks of `shape`; elements outside read as zero."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(shape))
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
