@@ -13,6 +13,18 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def cast(tile, TYPE: tl.constexpr):
+    """`tile` rounded to TYPE. The interpreter would cut off the low bits of a bf16 number instead."""
+    if INTERPRETED:
+        if TYPE == tl.bfloat16:
+            wide = tile.to(tl.float32)
+            bits = wide.to(tl.uint32, bitcast=True)
+            bits += 0x7FFF + ((bits >> 16) & 1)
+            tile = tl.where(wide == wide, bits.to(tl.float32, bitcast=True), wide)
+    return tile.to(TYPE)
+
+
+@triton.jit
 def load_tile(
     matrix, row, column, rows, columns, stride_row, stride_column,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TMA: tl.constexpr,
@@ -23,7 +35,7 @@ def load_tile(
     else:
         i = tl.arange(0, BLOCK_ROWS)
         j = tl.arange(0, BLOCK_COLUMNS)
-        corner = matrix + row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+        corner = matrix + tl.cast(row, tl.int64) * stride_row + tl.cast(column, tl.int64) * stride_column
         inside = (row + i < rows)[:, None] & (column + j < columns)[None, :]
         tile = tl.load(corner + i[:, None] * stride_row + j[None, :] * stride_column, mask=inside, other=0.0)
     return tile
@@ -37,10 +49,10 @@ def store_tile(
     """Write the part of `tile` that lies inside `matrix` [rows, columns], in the dtype of `matrix`."""
     i = tl.arange(0, BLOCK_ROWS)
     j = tl.arange(0, BLOCK_COLUMNS)
-    corner = matrix + row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+    corner = matrix + tl.cast(row, tl.int64) * stride_row + tl.cast(column, tl.int64) * stride_column
     inside = (row + i < rows)[:, None] & (column + j < columns)[None, :]
     places = corner + i[:, None] * stride_row + j[None, :] * stride_column
-    tl.store(places, tile.to(matrix.dtype.element_ty), mask=inside)
+    tl.store(places, cast(tile, matrix.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -73,11 +85,11 @@ def keep_mask(seed, threshold, row, column, BLOCK_ROWS: tl.constexpr, BLOCK_COLU
     """Which elements of a tile dropout keeps: word column % 4 of the Philox4x32-10 block with counter
     (column // 4, row mod 2^32, row div 2^32, 0) and the halves of `seed` as key is >= threshold
     (docs/mathematics.md, section 10). `column` is a multiple of 4."""
-    i = row.to(tl.int64) + tl.arange(0, BLOCK_ROWS)[:, None]
+    i = tl.cast(row, tl.int64) + tl.arange(0, BLOCK_ROWS)[:, None]
     j = (column // 4 + tl.arange(0, BLOCK_COLUMNS // 4))[None, :]
     blocks = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS // 4], tl.uint32)
     low = blocks + (i & 0xFFFFFFFF).to(tl.uint32)
     high = blocks + (i >> 32).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, blocks + j.to(tl.uint32), low, high, blocks)
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    return words >= threshold.to(tl.uint32)
+    return words >= tl.cast(threshold, tl.uint32)

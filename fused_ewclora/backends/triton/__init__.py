@@ -114,7 +114,9 @@ def candidates(op: str) -> tuple[Candidate, ...]:
         keys = ("prologue", "full") if backward and key == "prologue" else (key,)
         supports = functools.partial(_cannot_linear, key)
         yields = functools.partial(regimes.slower, op, key)
-        found.append(Candidate("triton", algorithm, supports, _host("lora_linear", f"{op}_{key}"), keys, yields))
+        found.append(
+            Candidate("triton", algorithm, supports, _host("lora_linear", f"{op}_{key}"), keys, yields)
+        )
     return tuple(found)
 
 

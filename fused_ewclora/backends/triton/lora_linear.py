@@ -1,0 +1,249 @@
+"""LoRA linear on Triton: four ways to put the low-rank term into the base product (see `regimes`).
+
+Sums are fp32; z, u and the factors are rounded to the dtype of x where they enter a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .launch import addressable, arch, cdiv
+from .lowrank import Adapters, Dropout, add_up, columns_pass, pack, product, rows_pass
+from .regimes import padded
+from .tables import lookup
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """`[M, d]`, in place where offsets inside a tile fit in 32 bits."""
+    return addressable(tensor.reshape(-1, tensor.shape[-1]))
+
+
+class _Forward:
+    """The arguments of one call, and what every algorithm returns."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_as: Sequence[Tensor],
+        lora_bs: Sequence[Tensor],
+        scales: Sequence[Tensor | None],
+        factors: Sequence[float],
+        rows: Sequence[int],
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> None:
+        self.x, self.weight = _matrix(x), addressable(weight)
+        self.bias = None if bias is None else bias.contiguous()
+        self.adapters = (lora_as, lora_bs, scales, factors, rows)
+        self.dropout = Dropout.of(dropout_p, seed)
+        self.d_out, self.d_in = weight.shape
+        self.rank = sum(a.shape[0] for a in lora_as)
+        self.y = self.x.new_empty(self.x.shape[0], self.d_out)
+        self.z = self.x.new_empty(self.x.shape[0], self.rank, dtype=torch.float32)
+        self.shape = (*x.shape[:-1], self.d_out)
+
+    def pack(self, **into: Tensor) -> Adapters:
+        return pack(*self.adapters, self.x, self.d_out, **into)
+
+    def product(self, packed: Adapters, **options: bool) -> None:
+        factors, bounds = (packed.a, packed.b), (packed.lo, packed.hi)
+        product(self.x, self.weight, factors, self.z, self.bias, self.y, bounds, **options)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        return self.y.view(self.shape), self.z
+
+
+def lora_linear_full(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """One launch besides packing: z is computed in the loop of the base product."""
+    call = _Forward(*arguments)
+    call.product(call.pack(), full=True)
+    return call.result()
+
+
+def lora_linear_prologue(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """z first, then the base product on top of the low-rank term."""
+    call = _Forward(*arguments)
+    packed = call.pack()
+    rows_pass(call.x, packed.a.T, packed.rp, u=call.z, dropout=call.dropout)
+    call.product(packed)
+    return call.result()
+
+
+def lora_linear_addmm(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """z, then the low-rank term and bias as y, then BLAS adds the base product to it."""
+    call = _Forward(*arguments)
+    packed = call.pack()
+    rows_pass(call.x, packed.a.T, packed.rp, u=call.z, dropout=call.dropout)
+    call.product(packed, base=False)
+    call.y.addmm_(call.x, call.weight.T)
+    return call.result()
+
+
+def lora_linear_concat(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """One BLAS product of [x, z] and [W, sB]; both are written once."""
+    call = _Forward(*arguments)
+    width = call.d_in + padded(call.rank)
+    right = call.weight.new_empty(call.d_out, width)
+    right[:, : call.d_in].copy_(call.weight)
+    packed = call.pack(b=right[:, call.d_in :])
+    left = call.x.new_empty(call.x.shape[0], width)
+    rows_pass(
+        call.x,
+        packed.a.T,
+        packed.rp,
+        u=call.z,
+        u_copy=left[:, call.d_in :],
+        x_copy=left,
+        dropout=call.dropout,
+    )
+    if call.bias is None:
+        torch.mm(left, right.T, out=call.y)
+    else:
+        torch.addmm(call.bias, left, right.T, out=call.y)
+    return call.result()
+
+
+def lora_linear_backward_prologue(*arguments: Any) -> list[Tensor]:
+    """dx by the Triton product on top of u A."""
+    return _backward("prologue", *arguments)
+
+
+def lora_linear_backward_addmm(*arguments: Any) -> list[Tensor]:
+    """dx by BLAS on top of u A."""
+    return _backward("addmm", *arguments)
+
+
+def lora_linear_backward_concat(*arguments: Any) -> list[Tensor]:
+    """dx as one BLAS product of [dy, u] and [W; A]."""
+    return _backward("concat", *arguments)
+
+
+def _backward(
+    algorithm: str,
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    factors: Sequence[float],
+    rows: Sequence[int],
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    grad, dropout = _matrix(dy), Dropout.of(dropout_p, seed)
+    x2 = None if x is None else _matrix(x)
+    (d_out, d_in), count = weight.shape, grad.shape[0]
+    need_x, need_weight, need_bias = needs[:3]
+    need_as, need_bs, need_scales = needs[3::3], needs[4::3], needs[5::3]
+    rp = padded(sum(a.shape[0] for a in lora_as))
+    concat = algorithm == "concat" and need_x
+    left = grad.new_empty(count, d_out + rp) if concat else None
+    right = weight.new_empty(d_out + rp, d_in) if concat else None
+    low_rank = need_x or any((*need_as, *need_bs, *need_scales))
+    grads: list[Tensor] = []
+    if need_x:
+        grads.append(grad.new_empty(count, d_in))
+    if need_weight:
+        assert x2 is not None
+        grads.append(torch.mm(grad.T, x2))
+    if not low_rank:
+        return [*grads, *([grad.sum(0, dtype=torch.float32).to(grad.dtype)] if need_bias else [])]
+
+    packed = pack(
+        lora_as, lora_bs, scales, factors, rows, grad, d_out, a=None if right is None else right[d_out:]
+    )
+    # One read of dy for u, dB, ds and the bias; columns that no adapter owns are read for the bias alone.
+    whole = need_bias or left is not None
+    lo, hi = (0, d_out) if whole else (packed.lo, packed.hi)
+    need_u, need_g = need_x or any(need_as), any(need_bs) or any(need_scales)
+    parts = rows_pass(
+        grad[:, lo:hi], packed.b[lo:hi] if need_u else None, rp, c=z if need_g else None, sums_too=need_bias,
+        x_copy=left,
+    )  # fmt: skip
+    u = None
+    if parts.u is not None:
+        u = grad.new_empty(count, rp) if left is None else left[:, d_out:]
+        add_up(parts.u, [u])
+    if need_x:
+        assert u is not None
+        _input_gradient(algorithm, grad, weight, packed, u, grads[0], dropout, left, right)
+        grads[0] = grads[0].view(*dy.shape[:-1], d_in)
+    if need_bias:
+        assert parts.sums is not None and bias is not None
+        grads.append(parts.sums.sum(0).to(bias.dtype))
+    das = _gradients_of_a(packed, x2, u, need_as, rp, dropout)
+    dbs, dss = _gradients_of_b(packed, parts.g, lo, need_bs, need_scales)
+    for triple in zip(das, dbs, dss, strict=True):
+        grads += [t for t in triple if t is not None]
+    return grads
+
+
+def _input_gradient(
+    algorithm: str,
+    grad: Tensor,
+    weight: Tensor,
+    packed: Adapters,
+    u: Tensor,
+    dx: Tensor,
+    dropout: Dropout,
+    left: Tensor | None,
+    right: Tensor | None,
+) -> None:
+    """dx = dy W + drop(u A), in place."""
+    if left is not None:
+        assert right is not None
+        right[: weight.shape[0]].copy_(weight)
+        torch.mm(left, right, out=dx)
+        return
+    base = algorithm == "prologue"
+    weight = addressable(weight)
+    product(
+        grad, weight, (packed.b.T, packed.a.T), u, None, dx, (0, dx.shape[1]), base=base, dropout=dropout,
+        transposed=True,
+    )  # fmt: skip
+    if not base:
+        dx.addmm_(grad, weight)
+
+
+def _gradients_of_a(
+    packed: Adapters, x: Tensor | None, u: Tensor | None, needs: Sequence[bool], rp: int, dropout: Dropout
+) -> list[Tensor | None]:
+    """dA_i = u_i^T drop(x) by one read of x."""
+    grads = [torch.empty_like(a, memory_format=torch.contiguous_format) if need else None
+             for a, need in zip(packed.lora_as, needs, strict=True)]  # fmt: skip
+    if any(needs):
+        assert x is not None and u is not None
+        add_up(columns_pass(x, u, rp, dropout), grads, adapters=packed, transposed=True)
+    return grads
+
+
+def _gradients_of_b(
+    packed: Adapters, parts: Tensor | None, lo: int, need_bs: Sequence[bool], need_scales: Sequence[bool]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """dB_i and ds_i from the partial sums of dy^T z over the columns of dy from `lo` on."""
+    grads = [torch.empty_like(b, memory_format=torch.contiguous_format) if need else None
+             for b, need in zip(packed.lora_bs, need_bs, strict=True)]  # fmt: skip
+    none: list[Tensor | None] = [None] * len(grads)
+    if parts is None:
+        return grads, none
+    owned = parts[:, packed.lo - lo : packed.hi - lo]
+    blocks = cdiv(owned.shape[1], lookup("lowrank_sum_kernel", arch(parts), parts.dtype, packed.rp)["BLOCK"])
+    dots = [parts.new_empty(blocks, a.shape[0]) if need else None
+            for a, need in zip(packed.lora_as, need_scales, strict=True)]  # fmt: skip
+    add_up(owned, grads, adapters=packed, dots=dots)
+    scales = list(none)
+    for i, (dot, scale) in enumerate(zip(dots, packed.scales, strict=True)):
+        if dot is not None:
+            assert scale is not None
+            scales[i] = (dot.sum() if scale.dim() == 0 else dot.sum(0)).to(scale.dtype)
+    return grads, scales

@@ -1,0 +1,137 @@
+"""Kernels of the LoRA linear: its product with the low-rank term inside, and the passes around it.
+
+Low-rank factors arrive packed: `a` [RP, d_in] holds the rows of every A, `b` [d_out, RP] those of every B times
+its scale, zero where an adapter does not own an output row and in the columns that pad the rank to RP. So one
+product serves any number of adapters on any rows. docs/mathematics.md, section 1.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import cast, dot, grouped_tile, keep_mask, load_tile, store_tile
+
+
+@triton.jit
+def lora_linear_kernel(
+    x, w, a, b, z, bias, y, seed,
+    M, N, K, z_columns, first_n, last_n, threshold, inverse_keep,
+    stride_xm, stride_xk, stride_w0, stride_w1, stride_bn, stride_br, stride_zm, stride_ym,
+    RP: tl.constexpr, BLOCK_R: tl.constexpr, FULL: tl.constexpr, BASE: tl.constexpr, W_KN: tl.constexpr,
+    TMA_X: tl.constexpr, TMA_W: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """y [M, N] = x [M, K] w + drop(z b^T) + bias, rounded once.
+
+    w is [N, K], or [K, N] if W_KN. FULL: z = x a^T is computed in the same loop and written, in fp32, by the
+    programs of the first column block; else z [M, z_columns] is read, its product with b [N, RP] starts the
+    accumulator, and dropout (`seed` not None) masks it. BASE = False leaves x w out. b is zero outside of rows
+    [first_n, last_n). One program per tile; sums over K in order.
+    """
+    tile_m, tile_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    m = tile_m * BLOCK_M
+    n = tile_n * BLOCK_N
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    adapted = (n < last_n) & (n + BLOCK_N > first_n)
+    if not FULL:
+        if adapted:
+            for r in tl.static_range(0, RP, BLOCK_R):
+                z_tile = load_tile(z, m, r, M, z_columns, stride_zm, 1, BLOCK_M, BLOCK_R, False)
+                b_tile = load_tile(b, r, n, RP, N, stride_br, stride_bn, BLOCK_R, BLOCK_N, False)
+                acc = dot(cast(z_tile, b_tile.dtype), b_tile, acc, PRECISION)
+            if seed is not None:
+                kept = keep_mask(tl.load(seed), threshold, m, n, BLOCK_M, BLOCK_N)
+                acc = tl.where(kept, acc * inverse_keep, 0.0)
+    z_acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    if BASE:
+        for k in range(0, K, BLOCK_K):
+            x_tile = load_tile(x, m, k, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, TMA_X)
+            if W_KN:
+                w_tile = load_tile(w, k, n, K, N, stride_w0, stride_w1, BLOCK_K, BLOCK_N, TMA_W)
+            else:
+                w_tile = load_tile(w, n, k, N, K, stride_w0, stride_w1, BLOCK_N, BLOCK_K, TMA_W).trans()
+            acc = dot(x_tile, w_tile, acc, PRECISION)
+            if FULL:
+                a_tile = load_tile(a, 0, k, RP, K, K, 1, BLOCK_R, BLOCK_K, False)
+                z_acc = dot(x_tile, a_tile.trans(), z_acc, PRECISION)
+    if FULL:
+        if tile_n == 0:
+            store_tile(z, z_acc, m, 0, M, z_columns, stride_zm, 1, BLOCK_M, BLOCK_R)
+        if adapted:
+            b_tile = load_tile(b, 0, n, RP, N, stride_br, stride_bn, BLOCK_R, BLOCK_N, False)
+            acc = dot(cast(z_acc, b_tile.dtype), b_tile, acc, PRECISION)
+    if bias is not None:
+        j = n + tl.arange(0, BLOCK_N)
+        acc += tl.load(bias + j, mask=j < N, other=0.0).to(tl.float32)[None, :]
+    store_tile(y, acc, m, n, M, N, stride_ym, 1, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def lowrank_rows_kernel(
+    x, p, c, u, u_copy, g, sums, x_copy, seed,
+    M, N, chunk, u_columns, c_columns, threshold, inverse_keep,
+    stride_xm, stride_xn, stride_pn, stride_pr, stride_cm, stride_us, stride_um, stride_vm, stride_gs,
+    stride_copy,
+    RP: tl.constexpr, BLOCK_R: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One read of x [M, N]: u = drop(x) p and, as asked for, x^T c, column sums and a copy of x.
+
+    Program (i, s, k) owns rows i of BLOCK_M, columns [s chunk, (s + 1) chunk) and ranks k of BLOCK_R. It writes
+    u[s] [M, u_columns] (and the same, rounded, to u_copy [M, RP]); for c [M, c_columns] g[i] [N, RP] = x^T c
+    over its rows; sums[i] [N]. Who reads u, g and sums adds them up over s or i. Nothing else is written.
+    """
+    block, split, ranks = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    m, r = block * BLOCK_M, ranks * BLOCK_R
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    if g is not None:
+        c_tile = load_tile(c, m, r, M, c_columns, stride_cm, 1, BLOCK_M, BLOCK_R, False)
+    stop = min(N, (split + 1) * chunk)
+    for n in range(split * chunk, stop, BLOCK_N):
+        tile = load_tile(x, m, n, M, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N, TMA)
+        if x_copy is not None:
+            store_tile(x_copy, tile, m, n, M, N, stride_copy, 1, BLOCK_M, BLOCK_N)
+        if sums is not None:
+            j = n + tl.arange(0, BLOCK_N)
+            row = sums + block.to(tl.int64) * N
+            tl.store(row + j, tl.sum(tile.to(tl.float32), 0), mask=(j < N) & (ranks == 0))
+        if g is not None:
+            partial = dot(
+                tile.trans(), cast(c_tile, tile.dtype), tl.zeros([BLOCK_N, BLOCK_R], tl.float32), PRECISION
+            )
+            store_tile(g + block.to(tl.int64) * stride_gs, partial, n, r, N, RP, RP, 1, BLOCK_N, BLOCK_R)
+        if u is not None:
+            if seed is not None:
+                kept = keep_mask(tl.load(seed), threshold, m, n, BLOCK_M, BLOCK_N)
+                tile = cast(tl.where(kept, tile.to(tl.float32) * inverse_keep, 0.0), tile.dtype)
+            p_tile = load_tile(p, n, r, N, RP, stride_pn, stride_pr, BLOCK_N, BLOCK_R, False)
+            acc = dot(tile, p_tile, acc, PRECISION)
+    if u is not None:
+        u_split = u + split.to(tl.int64) * stride_us
+        store_tile(u_split, acc, m, r, M, u_columns, stride_um, 1, BLOCK_M, BLOCK_R)
+        if u_copy is not None:
+            store_tile(u_copy, acc, m, r, M, RP, stride_vm, 1, BLOCK_M, BLOCK_R)
+
+
+@triton.jit
+def lowrank_columns_kernel(
+    x, c, g, seed,
+    M, N, chunk, c_columns, threshold, inverse_keep, stride_xm, stride_xn, stride_cm, stride_gs,
+    RP: tl.constexpr, BLOCK_R: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """g[s] [N, RP] = drop(x)^T c over rows [s chunk, (s + 1) chunk) of x [M, N] and c [M, c_columns].
+
+    Program (j, s, k) owns columns j of BLOCK_N and ranks k of BLOCK_R; who reads g adds it up over s.
+    """
+    block, split, ranks = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n, r = block * BLOCK_N, ranks * BLOCK_R
+    acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    stop = min(M, (split + 1) * chunk)
+    for m in range(split * chunk, stop, BLOCK_M):
+        tile = load_tile(x, m, n, M, N, stride_xm, stride_xn, BLOCK_M, BLOCK_N, TMA)
+        if seed is not None:
+            kept = keep_mask(tl.load(seed), threshold, m, n, BLOCK_M, BLOCK_N)
+            tile = cast(tl.where(kept, tile.to(tl.float32) * inverse_keep, 0.0), tile.dtype)
+        c_tile = load_tile(c, m, r, M, c_columns, stride_cm, 1, BLOCK_M, BLOCK_R, False)
+        acc = dot(tile.trans(), cast(c_tile, tile.dtype), acc, PRECISION)
+    store_tile(g + split.to(tl.int64) * stride_gs, acc, n, r, N, RP, RP, 1, BLOCK_N, BLOCK_R)

@@ -1,0 +1,97 @@
+"""Kernels that gather the factors of several adapters in one matrix, and deal their gradients out again.
+
+Adapters come as tuples, a few per launch. `owner` [adapters, d_out] (int32) gives the row of an adapter's B
+that belongs to an output row, -1 for none; without it the only adapter owns every row.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import cast
+
+
+@triton.jit
+def _rank_scale(scale, stride, factor, r, rank):
+    """scale[r] * factor in fp32; `scale` None: factor; stride 0: one number for all ranks."""
+    s = tl.zeros(r.shape, tl.float32) + factor
+    if scale is not None:
+        s *= tl.load(scale + r * stride, mask=r < rank, other=0.0).to(tl.float32)
+    return s
+
+
+@triton.jit
+def lowrank_pack_kernel(
+    lora_as, lora_bs, scales, factors, owner, a, b,
+    d_in, d_out, stride_owner, first, ranks, widths, strides_a0, strides_a1, strides_b0, strides_b1, strides_s,
+    stride_a, stride_b, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """a[first + k, :] = A_i[k, :] and b[n, first + k] = s_i[k] B_i[owner_i[n], k] (0 where there is no owner),
+    adapter after adapter.
+
+    `widths` are the ranks, the last one with the padding that is to be zeroed. Program (j, 0) writes BLOCK
+    columns of a, program (j, 1) BLOCK rows of b. Rounds to the dtypes of a and b.
+    """
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = first
+    for i in tl.static_range(len(lora_as)):
+        for start in range(0, widths[i], BLOCK_R):
+            r = start + tl.arange(0, BLOCK_R)
+            real, inside = r < ranks[i], r < widths[i]
+            at = (column + r).to(tl.int64)
+            if tl.program_id(1) == 0:
+                source = lora_as[i] + r.to(tl.int64)[:, None] * strides_a0[i] + j[None, :] * strides_a1[i]
+                tile = tl.load(source, mask=real[:, None] & (j < d_in)[None, :], other=0.0)
+                places = a + at[:, None] * stride_a + j[None, :]
+                tl.store(places, cast(tile, a.dtype.element_ty), mask=inside[:, None] & (j < d_in)[None, :])
+            else:
+                row = j
+                if owner is not None:
+                    row = tl.load(owner + i * stride_owner + j, mask=j < d_out, other=-1)
+                owned = ((row >= 0) & (j < d_out))[:, None] & real[None, :]
+                source = lora_bs[i] + row.to(tl.int64)[:, None] * strides_b0[i] + r[None, :] * strides_b1[i]
+                tile = tl.load(source, mask=owned, other=0.0).to(tl.float32)
+                tile *= _rank_scale(scales[i], strides_s[i], factors[i], r, ranks[i])[None, :]
+                places = b + j.to(tl.int64)[:, None] * stride_b + at[None, :]
+                tl.store(places, cast(tile, b.dtype.element_ty), mask=(j < d_out)[:, None] & inside[None, :])
+        column += widths[i]
+
+
+@triton.jit
+def lowrank_sum_kernel(
+    parts, outs, scales, factors, owner, factor_bs, dots,
+    rows, splits, stride_owner, first, ranks, strides_0, strides_1, strides_s, strides_b0, strides_b1,
+    stride_split, stride_row, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """out_i[owner_i[n], k] = s_i[k] sum_s parts[s, n, first + k], s in order, for each adapter i.
+
+    Where `dots[i]` [blocks, rank] is given, it also receives the sums over BLOCK rows n of
+    factor_bs[i][owner_i[n], k] sum_s parts[s, n, first + k] times factors[i]: summed over blocks, the gradient
+    of the scale. Program (j, i) owns rows j of BLOCK.
+    """
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = first
+    for i in tl.static_range(len(outs)):
+        if tl.program_id(1) == i:
+            row = n
+            if owner is not None:
+                row = tl.load(owner + i * stride_owner + n, mask=n < rows, other=-1)
+            owned = (row >= 0) & (n < rows)
+            row = row.to(tl.int64)
+            for start in range(0, ranks[i], BLOCK_R):
+                r = start + tl.arange(0, BLOCK_R)
+                inside = owned[:, None] & (r < ranks[i])[None, :]
+                source = parts + n.to(tl.int64)[:, None] * stride_row + (column + r)[None, :]
+                total = tl.zeros([BLOCK, BLOCK_R], tl.float32)
+                for _ in range(splits):
+                    total += tl.load(source, mask=inside, other=0.0)
+                    source += stride_split
+                if outs[i] is not None:
+                    s = _rank_scale(scales[i], strides_s[i], factors[i], r, ranks[i])
+                    places = outs[i] + row[:, None] * strides_0[i] + r[None, :].to(tl.int64) * strides_1[i]
+                    tl.store(places, cast(total * s[None, :], outs[i].dtype.element_ty), mask=inside)
+                if dots[i] is not None:
+                    source_b = factor_bs[i] + row[:, None] * strides_b0[i] + r[None, :] * strides_b1[i]
+                    product = tl.load(source_b, mask=inside, other=0.0).to(tl.float32) * total
+                    places = dots[i] + tl.program_id(0) * ranks[i] + r
+                    tl.store(places, tl.sum(product, 0) * factors[i], mask=r < ranks[i])
+        column += ranks[i]
