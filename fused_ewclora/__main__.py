@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from .errors import EWCLoRAError
 
@@ -35,12 +36,42 @@ def _demo(args: argparse.Namespace) -> int:
     return int(demo.run(args) or 0)
 
 
+def _compile_report(args: argparse.Namespace) -> int:
+    from . import compile_report
+
+    data = compile_report.collect(
+        args.arch or compile_report.ARCHITECTURES,
+        args.kernel,
+        args.dtype,
+        args.rank or compile_report.RANKS,
+        args.jobs,
+        compile_report.show_progress,
+    )
+    print(json.dumps(data, indent=1) if args.json else compile_report.render(data, args.full))
+    return 1 if data["problems"] else 0
+
+
+def _add_compile_report(commands: Any) -> None:
+    parser = commands.add_parser("compile-report", help="registers, spills, memory of every Triton kernel")
+    parser.add_argument(
+        "--arch", nargs="+", default=[], metavar="ARCH", help="sm_80, ... gfx942; default: all"
+    )
+    parser.add_argument("--kernel", nargs="+", default=[], metavar="NAME", help="compile these kernels only")
+    parser.add_argument("--dtype", nargs="+", default=[], choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--rank", nargs="+", type=int, default=[], metavar="R", help="ranks of the adapters")
+    parser.add_argument("--jobs", type=int, metavar="N", help="compiler processes (default: one per core)")
+    parser.add_argument("--full", action="store_true", help="one line per specialisation")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_compile_report)
+
+
 def _parser(command: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fused_ewclora", description=__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     info_parser = commands.add_parser("info", help="versions, build, and which backend serves which op")
     info_parser.add_argument("--json", action="store_true", help="print one JSON object")
     info_parser.set_defaults(run=_info)
+    _add_compile_report(commands)
     demo_parser = commands.add_parser("demo", help="continual learning on real images, with and without EWC")
     demo_parser.set_defaults(run=_demo)
     if command == "demo":  # the other commands do not load it

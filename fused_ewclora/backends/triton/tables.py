@@ -75,7 +75,9 @@ def shipped(key: Key) -> Entry:
     family = launch.family(key.arch)
     entry = fitting(table(family), key.kernel, key.dtype, key.rank)
     if entry is None:
-        raise LookupError(f"configs/{family}.json has no entry for {key.kernel}, {key.dtype}, rank {key.rank}")
+        raise LookupError(
+            f"configs/{family}.json has no entry for {key.kernel}, {key.dtype}, rank {key.rank}"
+        )
     return entry
 
 
@@ -116,7 +118,7 @@ def autotuning() -> bool:
 
 @contextlib.contextmanager
 def watching() -> Iterator[list[Key]]:
-    """What this thread looks up inside; lookups see shipped entries and overrides only, and measure nothing."""
+    """What this thread looks up inside, where it sees shipped entries and overrides, and measures nothing."""
     seen: list[Key] = []
     _local.watchers.append(seen)
     try:
