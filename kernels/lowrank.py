@@ -20,39 +20,56 @@ def _rank_scale(scale, stride, factor, r, rank):
 
 
 @triton.jit
+def _pack_a(lora_a, a, j, r, column, d_in, rank, width, stride_a0, stride_a1, stride_a):
+    """a[column + r, j] = A[r, j], zero from the rank on."""
+    inside = (j < d_in)[None, :]
+    source = lora_a + r.to(tl.int64)[:, None] * stride_a0 + j[None, :] * stride_a1
+    tile = tl.load(source, mask=(r < rank)[:, None] & inside, other=0.0)
+    places = a + (column + r).to(tl.int64)[:, None] * stride_a + j[None, :]
+    tl.store(places, cast(tile, a.dtype.element_ty), mask=(r < width)[:, None] & inside)
+
+
+@triton.jit
+def _pack_b(lora_b, b, s, row, j, r, column, d_out, rank, width, stride_b0, stride_b1, stride_b):
+    """b[j, column + r] = s[r] B[row[j], r], zero from the rank on and where row[j] < 0."""
+    owned = ((row >= 0) & (j < d_out))[:, None] & (r < rank)[None, :]
+    source = lora_b + row.to(tl.int64)[:, None] * stride_b0 + r[None, :] * stride_b1
+    tile = tl.load(source, mask=owned, other=0.0).to(tl.float32) * s[None, :]
+    places = b + j.to(tl.int64)[:, None] * stride_b + (column + r)[None, :]
+    tl.store(places, cast(tile, b.dtype.element_ty), mask=(j < d_out)[:, None] & (r < width)[None, :])
+
+
+@triton.jit
 def lowrank_pack_kernel(
     lora_as, lora_bs, scales, factors, owner, a, b,
-    d_in, d_out, stride_owner, first, ranks, widths, strides_a0, strides_a1, strides_b0, strides_b1, strides_s,
-    stride_a, stride_b, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    d_in, d_out, stride_owner, first, ranks, widths, strides_a0, strides_a1, strides_b0, strides_b1,
+    strides_s, stride_a, stride_b, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """a[first + k, :] = A_i[k, :] and b[n, first + k] = s_i[k] B_i[owner_i[n], k] (0 where there is no owner),
+    """a[first + k, :] = A_i[k, :] and b[n, first + k] = s_i[k] B_i[owner_i[n], k] (0 where nobody owns n),
     adapter after adapter.
 
     `widths` are the ranks, the last one with the padding that is to be zeroed. Program (j, 0) writes BLOCK
     columns of a, program (j, 1) BLOCK rows of b. Rounds to the dtypes of a and b.
     """
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    of_a = tl.program_id(1) == 0
     column = first
     for i in tl.static_range(len(lora_as)):
+        row = j
+        if owner is not None:
+            row = tl.load(owner + i * stride_owner + j, mask=j < d_out, other=-1)
         for start in range(0, widths[i], BLOCK_R):
             r = start + tl.arange(0, BLOCK_R)
-            real, inside = r < ranks[i], r < widths[i]
-            at = (column + r).to(tl.int64)
-            if tl.program_id(1) == 0:
-                source = lora_as[i] + r.to(tl.int64)[:, None] * strides_a0[i] + j[None, :] * strides_a1[i]
-                tile = tl.load(source, mask=real[:, None] & (j < d_in)[None, :], other=0.0)
-                places = a + at[:, None] * stride_a + j[None, :]
-                tl.store(places, cast(tile, a.dtype.element_ty), mask=inside[:, None] & (j < d_in)[None, :])
+            if of_a:
+                _pack_a(
+                    lora_as[i], a, j, r, column, d_in, ranks[i], widths[i], strides_a0[i], strides_a1[i], stride_a
+                )
             else:
-                row = j
-                if owner is not None:
-                    row = tl.load(owner + i * stride_owner + j, mask=j < d_out, other=-1)
-                owned = ((row >= 0) & (j < d_out))[:, None] & real[None, :]
-                source = lora_bs[i] + row.to(tl.int64)[:, None] * strides_b0[i] + r[None, :] * strides_b1[i]
-                tile = tl.load(source, mask=owned, other=0.0).to(tl.float32)
-                tile *= _rank_scale(scales[i], strides_s[i], factors[i], r, ranks[i])[None, :]
-                places = b + j.to(tl.int64)[:, None] * stride_b + at[None, :]
-                tl.store(places, cast(tile, b.dtype.element_ty), mask=(j < d_out)[:, None] & inside[None, :])
+                s = _rank_scale(scales[i], strides_s[i], factors[i], r, ranks[i])
+                _pack_b(
+                    lora_bs[i], b, s, row, j, r, column, d_out, ranks[i], widths[i], strides_b0[i],
+                    strides_b1[i], stride_b,
+                )  # fmt: skip
         column += widths[i]
 
 
@@ -92,6 +109,6 @@ def lowrank_sum_kernel(
                 if dots[i] is not None:
                     source_b = factor_bs[i] + row[:, None] * strides_b0[i] + r[None, :] * strides_b1[i]
                     product = tl.load(source_b, mask=inside, other=0.0).to(tl.float32) * total
-                    places = dots[i] + tl.program_id(0) * ranks[i] + r
-                    tl.store(places, tl.sum(product, 0) * factors[i], mask=r < ranks[i])
+                    dot_places = dots[i] + tl.program_id(0) * ranks[i] + r
+                    tl.store(dot_places, tl.sum(product, 0) * factors[i], mask=r < ranks[i])
         column += ranks[i]

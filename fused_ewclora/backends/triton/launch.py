@@ -94,8 +94,10 @@ def precision() -> str:
     """How fp32 operands go through the matrix units, by `torch.get_float32_matmul_precision()`.
 
     "highest" splits each operand in three tf32 parts (relative error near 1e-7), "high" rounds to tf32,
-    "medium" also allows bf16, which the penalty uses.
+    "medium" also allows bf16, which the penalty uses. Matrix units of AMD take fp32 as it is ("ieee").
     """
+    if torch.version.hip is not None or (_noted_arch or "").startswith("gfx"):
+        return "ieee"
     return {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}[torch.get_float32_matmul_precision()]
 
 
@@ -113,7 +115,7 @@ def tileable(tensor: Tensor, shape: Sequence[int]) -> bool:
         and all(stride * size % 16 == 0 and stride > 0 for stride in tensor.stride()[:-1])
         and tensor.data_ptr() % 16 == 0
         and shape[-1] * size >= 16
-        and all(0 < extent for extent in tensor.shape)
+        and all(extent > 0 for extent in tensor.shape)
     )
 
 
