@@ -100,7 +100,9 @@ def _attributed(
     """
     for noted in launches:
         name = noted.kernel.fn.__name__
-        asked = [(tables.shipped(key), key) for key in dict.fromkeys(keys) if key.kernel == name]
+        asked = [
+            (tables.shipped(key), key) for key in dict.fromkeys(keys) if tables.named(key.kernel) == name
+        ]
         if not asked:
             raise LookupError(f"{name} was launched without a lookup of its configuration")
         entry, key = max(asked, key=lambda pair: _agreement(noted, pair[0]))

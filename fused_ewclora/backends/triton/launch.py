@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,28 +30,34 @@ class Launch:
     options: dict[str, Any]
 
 
-_noted: list[Launch] | None = None
-_noted_arch: str | None = None
+class _Noting(threading.local):
+    """What this thread notes, and for which architecture; other threads launch meanwhile."""
+
+    launches: list[Launch] | None = None
+    arch: str | None = None
+
+
+_noting = _Noting()
 
 
 @contextlib.contextmanager
 def noting(arch: str) -> Iterator[list[Launch]]:
     """Note launches as made for `arch`, and run none; tensors may be on the meta device."""
-    global _noted, _noted_arch
-    before, before_arch = _noted, _noted_arch
-    _noted, _noted_arch = [], arch
+    before, before_arch = _noting.launches, _noting.arch
+    launches: list[Launch] = []
+    _noting.launches, _noting.arch = launches, arch
     try:
-        yield _noted
+        yield launches
     finally:
-        _noted, _noted_arch = before, before_arch
+        _noting.launches, _noting.arch = before, before_arch
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """`kernel[grid](*arguments, **options)`; an empty grid launches nothing."""
     if 0 in grid:
         return
-    if _noted is not None:
-        _noted.append(Launch(kernel, grid, arguments, options))
+    if _noting.launches is not None:
+        _noting.launches.append(Launch(kernel, grid, arguments, options))
         return
     kernel[grid](*arguments, **options)
 
@@ -65,8 +72,8 @@ def interpreted() -> bool:
 
 def arch(tensor: Tensor) -> str:
     """The architecture that a launch on `tensor` is configured for."""
-    if _noted_arch is not None:
-        return _noted_arch
+    if _noting.arch is not None:
+        return _noting.arch
     return INTERPRETED if interpreted() else str(arch_of(tensor.device))
 
 
@@ -77,7 +84,7 @@ def _multiprocessors(index: int | None) -> int:
 
 def multiprocessors(tensor: Tensor) -> int:
     """How many thread blocks run side by side at least: grids are cut to fill them."""
-    if _noted_arch is not None or interpreted():
+    if _noting.arch is not None or interpreted():
         return _MULTIPROCESSORS[family(arch(tensor))]
     return _multiprocessors(tensor.device.index)
 
@@ -96,7 +103,7 @@ def precision() -> str:
     "highest" splits each operand in three tf32 parts (relative error near 1e-7), "high" rounds to tf32,
     "medium" also allows bf16, which the penalty uses. Matrix units of AMD take fp32 as it is ("ieee").
     """
-    if torch.version.hip is not None or (_noted_arch or "").startswith("gfx"):
+    if torch.version.hip is not None or (_noting.arch or "").startswith("gfx"):
         return "ieee"
     return {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}[torch.get_float32_matmul_precision()]
 
