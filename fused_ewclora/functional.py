@@ -192,25 +192,19 @@ def ewc_penalty_grad_(
         return torch.zeros(())
     wanted = [t is not None and t.requires_grad for t in tensors]
     needs = [any(wanted[0::3]), any(wanted[1::3]), any(wanted[2::3])]
-    value, grads = _library.ewc_penalty(
-        fishers,
-        lora_as,
-        lora_bs,
-        tensors[2::3],
-        factors,
-        float(ewc_lambda),
-        needs,
-        _dispatch.resolve(backend),
+    name = _dispatch.resolve(backend)
+    value, flat = _library.ewc_penalty(
+        fishers, lora_as, lora_bs, tensors[2::3], factors, float(ewc_lambda), needs, name
     )
-    outputs = [i for i, tensor in enumerate(tensors) if needs[i % 3] and tensor is not None]
-    pairs = [(tensors[i], grad) for i, grad in zip(outputs, grads, strict=True) if wanted[i]]
-    if pairs and (isinstance(grad_scale, Tensor) or grad_scale != 1.0):  # everything may be frozen
-        torch._foreach_mul_([grad for _, grad in pairs], grad_scale)
+    if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
+        flat *= grad_scale
     held, added = [], []
-    for parameter, grad in pairs:
+    for slot, grad in _penalty.unflatten(flat, _penalty.slots(tensors, needs)):
+        parameter = tensors[slot.index]
         assert parameter is not None
-        new = grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
-        old = parameter.grad
+        if not wanted[slot.index]:
+            continue
+        new, old = grad.to(slot.dtype), parameter.grad
         if old is None:
             parameter.grad = new
         else:

@@ -5,7 +5,9 @@ namespace fe {
 namespace {
 
 struct Adapter {
-  at::Tensor a, b, fisher, grad_a, grad_b;  // fp32; kept alive for the pointers in `kernel`
+  at::Tensor a, b, fisher;                        // fp32; kept alive for the pointers in `kernel`
+  int64_t place_a = 0, place_b = 0, place_s = 0;  // of its gradients in the flat result
+  float* grad_a = nullptr;
   std::vector<float> scale;
   int64_t first_rank = 0;
   double cost = 0.0;  // of all earlier adapters
@@ -36,11 +38,11 @@ Cut cut_at(const std::vector<Adapter>& adapters, double total, int64_t part, int
 
 }  // namespace
 
-std::tuple<at::Tensor, Tensors> ewc_penalty(const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs,
-                                            const OptionalTensors& scales, const std::vector<double>& factors, double ewc_lambda,
-                                            const std::vector<bool>& needs) {
+std::tuple<at::Tensor, at::Tensor> ewc_penalty(const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs,
+                                               const OptionalTensors& scales, const std::vector<double>& factors, double ewc_lambda,
+                                               const std::vector<bool>& needs) {
   std::vector<Adapter> adapters(fishers.size());
-  int64_t ranks = 0, scratch = 0, widest = 0;
+  int64_t ranks = 0, scratch = 0, widest = 0, length = 0;
   double total = 0.0;
   for (size_t i = 0; i < adapters.size(); ++i) {
     Adapter& a = adapters[i];
@@ -56,12 +58,19 @@ std::tuple<at::Tensor, Tensors> ewc_penalty(const Tensors& fishers, const Tensor
     k.scale = unit ? nullptr : a.scale.data();
     k.lambda = float(ewc_lambda);
     k.need_a = needs[0], k.need_b = needs[1], k.need_s = needs[2] && scales[i];
-    if (k.need_a) a.grad_a = at::empty_like(a.a);
-    if (k.need_b) a.grad_b = at::empty_like(a.b), k.grad_b = a.grad_b.data_ptr<float>();
+    a.place_a = length, length += k.need_a ? k.rank * k.d_in : 0;
+    a.place_b = length, length += k.need_b ? k.rows * k.rank : 0;
+    a.place_s = length, length += k.need_s ? scales[i]->numel() : 0;
     a.first_rank = ranks, ranks += k.rank;
     a.cost = total, total += row_cost(k) * k.rows;
     scratch = std::max(scratch, kernels().penalty_scratch(k.rank, k.d_in));
     widest = std::max(widest, k.rank * k.d_in);
+  }
+
+  at::Tensor grads = floats(length);
+  for (Adapter& a : adapters) {
+    a.grad_a = grads.data_ptr<float>() + a.place_a;
+    if (a.kernel.need_b) a.kernel.grad_b = grads.data_ptr<float>() + a.place_b;
   }
 
   // A part may begin inside one adapter only, its first: that one's dA goes to the part's spill, every other straight to the output.
@@ -76,7 +85,7 @@ std::tuple<at::Tensor, Tensors> ewc_penalty(const Tensors& fishers, const Tensor
       Adapter& a = adapters[i];
       const int64_t begin = i == first.adapter ? first.row : 0, end = i == last.adapter ? last.row : a.kernel.rows;
       if (begin >= end) continue;
-      float* grad_a = !needs[0] ? nullptr : begin == 0 ? a.grad_a.data_ptr<float>() : spill.data_ptr<float>() + part * widest;
+      float* grad_a = !needs[0] ? nullptr : begin == 0 ? a.grad_a : spill.data_ptr<float>() + part * widest;
       if (begin > 0) spilled[part] = int64_t(i);
       loss[part] += kernels().penalty(a.kernel, begin, end, grad_a, grad_s.data_ptr<float>() + part * ranks + a.first_rank,
                                       memory.data_ptr<float>() + part * scratch);
@@ -87,20 +96,22 @@ std::tuple<at::Tensor, Tensors> ewc_penalty(const Tensors& fishers, const Tensor
     value += loss[part];
     if (!needs[0] || spilled[part] < 0) continue;
     Adapter& a = adapters[spilled[part]];
-    float* to = a.grad_a.data_ptr<float>();
     const float* from = spill.data_ptr<float>() + part * widest;
-    for (int64_t j = 0; j < a.grad_a.numel(); ++j) to[j] += from[j];
+    for (int64_t j = 0; j < a.kernel.rank * a.kernel.d_in; ++j) a.grad_a[j] += from[j];
   }
   sum_parts(grad_s.data_ptr<float>(), parts, ranks);
 
-  Tensors grads;
   for (size_t i = 0; i < adapters.size(); ++i) {
-    Adapter& a = adapters[i];
-    if (a.kernel.need_a) grads.push_back(a.grad_a);
-    if (a.kernel.need_b) grads.push_back(a.grad_b);
-    if (a.kernel.need_s) {
-      at::Tensor ds = at::from_blob(grad_s.data_ptr<float>() + a.first_rank, {a.kernel.rank}, at::kFloat) * factors[i];
-      grads.push_back(scales[i]->dim() == 0 ? ds.sum() : ds);
+    const Adapter& a = adapters[i];
+    if (!a.kernel.need_s) continue;
+    const float* ds = grad_s.data_ptr<float>() + a.first_rank;
+    float* to = grads.data_ptr<float>() + a.place_s;
+    if (scales[i]->dim() == 0) *to = 0.f;
+    for (int64_t k = 0; k < a.kernel.rank; ++k) {
+      if (scales[i]->dim() == 0)
+        *to += ds[k] * float(factors[i]);
+      else
+        to[k] = ds[k] * float(factors[i]);
     }
   }
   return {at::scalar_tensor(value, at::kFloat), grads};

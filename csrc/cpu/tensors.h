@@ -85,9 +85,9 @@ Tensors lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tenso
                              const Tensors& lora_bs, const OptionalTensors& scales, const std::vector<double>& factors,
                              const std::vector<int64_t>& rows, double dropout_p, const std::optional<at::Tensor>& seed,
                              const std::vector<bool>& needs);
-std::tuple<at::Tensor, Tensors> ewc_penalty(const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs,
-                                            const OptionalTensors& scales, const std::vector<double>& factors, double ewc_lambda,
-                                            const std::vector<bool>& needs);
+std::tuple<at::Tensor, at::Tensor> ewc_penalty(const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs,
+                                               const OptionalTensors& scales, const std::vector<double>& factors, double ewc_lambda,
+                                               const std::vector<bool>& needs);
 void fisher_accumulate(at::Tensor fisher, const at::Tensor& x, const at::Tensor& dy, const std::string& mode, double weight,
                        const std::optional<at::Tensor>& cu_seqlens);
 void merge(at::Tensor weight, const at::Tensor& lora_a, const at::Tensor& lora_b, const std::optional<at::Tensor>& scale, double factor);

@@ -13,6 +13,9 @@ import os
 
 from ..backends.candidate import Call as Call
 from ..backends.candidate import Candidate as Candidate
+from ..backends.candidate import LinearShape as LinearShape
+from ..backends.candidate import arch_of as arch_of
+from ..backends.candidate import bucket as bucket
 from ..errors import ArgumentError, BackendError
 
 BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")

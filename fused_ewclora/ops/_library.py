@@ -3,7 +3,8 @@ when it runs.
 
 `rows` is a flat list of triples (adapter, row_start, row_stop): the next `row_stop - row_start` rows of that
 adapter's B belong to those output rows. `scales[i] * factors[i]` is the scale of adapter i, `factors[i]`
-alone where `scales[i]` is None.
+alone where `scales[i]` is None. `ewc_penalty` returns its gradients in one flat tensor: dA, dB, ds of the first
+adapter as far as asked for, then those of the next; so what is done to them is one operation, not one per layer.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SCHEMAS = {
     "lora_linear_backward": f"(Tensor dy, Tensor? x, Tensor weight, Tensor? bias, Tensor? z, {_ADAPTERS}, "
     "int[] rows, float dropout_p, Tensor? seed, bool[] needs, str backend) -> Tensor[]",
     "ewc_penalty": f"(Tensor[] fishers, {_ADAPTERS}, float ewc_lambda, bool[] needs, str backend) "
-    "-> (Tensor, Tensor[])",
+    "-> (Tensor, Tensor)",
     "fisher_accumulate_": "(Tensor(a!) fisher, Tensor x, Tensor dy, str squares, float weight, "
     "Tensor? cu_seqlens, str backend) -> ()",
     "merge_": "(Tensor(a!) weight, Tensor lora_a, Tensor lora_b, Tensor? scale, float factor, str backend) "
@@ -82,16 +83,12 @@ def _ewc_penalty_fake(
     ewc_lambda: float,
     needs: Sequence[bool],
     backend: str,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor]:
     acc = joint_accumulate_dtype([*lora_as, *lora_bs])
-    grads = []
+    length = 0
     for triple in zip(lora_as, lora_bs, scales, strict=True):
-        grads += [
-            t.new_empty(t.shape, dtype=acc)
-            for t, need in zip(triple, needs, strict=True)
-            if need and t is not None
-        ]
-    return lora_as[0].new_empty((), dtype=acc), grads
+        length += sum(t.numel() for t, need in zip(triple, needs, strict=True) if need and t is not None)
+    return lora_as[0].new_empty((), dtype=acc), lora_as[0].new_empty((length,), dtype=acc)
 
 
 def _writes_its_argument(*_: Any) -> None:

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _library
+
+
+class Slot(NamedTuple):
+    """Where a gradient goes: which of the flat inputs A, B, s, A, B, s, … and in what form."""
+
+    index: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def slots(adapters: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Slot]:
+    """The order of the gradients in the flat result of the op."""
+    return [Slot(i, t.shape, t.dtype) for i, t in enumerate(adapters) if t is not None and needs[i % 3]]
+
+
+def unflatten(flat: Tensor, order: Sequence[Slot]) -> Iterator[tuple[Slot, Tensor]]:
+    """Views of the flat gradients in the shapes of their inputs."""
+    parts = flat.split([slot.shape.numel() for slot in order])
+    return ((slot, part.view(slot.shape)) for slot, part in zip(order, parts, strict=True))
 
 
 class EWCPenaltyFunction(torch.autograd.Function):
@@ -26,22 +45,20 @@ class EWCPenaltyFunction(torch.autograd.Function):
         wanted = ctx.needs_input_grad[4:]
         needs = [any(wanted[0::3]), any(wanted[1::3]), any(wanted[2::3])]
         lora_as, lora_bs, scales = list(adapters[0::3]), list(adapters[1::3]), list(adapters[2::3])
-        penalty, grads = _library.ewc_penalty(
+        penalty, flat = _library.ewc_penalty(
             fishers, lora_as, lora_bs, scales, factors, ewc_lambda, needs, backend
         )
-        ctx.save_for_backward(*grads)
-        # Which input each gradient belongs to, and the dtype it must come back in.
-        ctx.slots = [i for i, t in enumerate(adapters) if t is not None and needs[i % 3]]
-        ctx.dtypes = [None if t is None else t.dtype for t in adapters]
+        ctx.save_for_backward(flat)
+        # Which inputs the gradients belong to, and the shape and dtype that each must come back in.
+        ctx.slots, ctx.inputs = slots(adapters, needs), len(adapters)
         return penalty
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_penalty: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = torch._foreach_mul(list(ctx.saved_tensors), grad_penalty)
-        dtypes, wanted = ctx.dtypes, ctx.needs_input_grad[4:]
-        grads: list[Tensor | None] = [None] * len(dtypes)
-        for slot, grad in zip(ctx.slots, scaled, strict=True):
-            if wanted[slot]:
-                grads[slot] = grad if grad.dtype == dtypes[slot] else grad.to(dtypes[slot])
+        (flat,) = ctx.saved_tensors
+        grads: list[Tensor | None] = [None] * ctx.inputs
+        for slot, grad in unflatten(flat * grad_penalty, ctx.slots):
+            if ctx.needs_input_grad[4 + slot.index]:
+                grads[slot.index] = grad.to(slot.dtype)
         return (None, None, None, None, *grads)

@@ -40,11 +40,11 @@ def penalty_and_grads(
     factors: Sequence[float],
     ewc_lambda: float,
     needs: Sequence[bool],
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor]:
     """The op `fused_ewclora::ewc_penalty`: penalty and, as `needs` = (dA, dB, ds) asks, gradients in the
-    accumulation dtype.
+    accumulation dtype, one after the other in one flat tensor, adapter by adapter.
 
-    ds is returned for the adapters whose scale is a tensor, in its shape.
+    ds is returned for the adapters whose scale is a tensor.
     """
     acc = accumulate_dtype([*lora_as, *lora_bs])
     total = torch.zeros((), dtype=torch.float64, device=fishers[0].device if fishers else None)
@@ -63,4 +63,5 @@ def penalty_and_grads(
         if needs[2] and scale is not None:
             ds = (b * h_a).sum(0) * factor
             grads.append(ds.sum() if scale.dim() == 0 else ds)
-    return total.to(acc), grads
+    flat = torch.cat([g.reshape(-1) for g in grads]) if grads else total.new_empty(0, dtype=acc)
+    return total.to(acc), flat

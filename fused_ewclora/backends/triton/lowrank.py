@@ -148,7 +148,7 @@ def product(
     *,
     full: bool = False,
     base: bool = True,
-    dropout: Dropout = Dropout(),  # noqa: B008  (immutable)
+    dropout: Dropout = Dropout(),
     transposed: bool = False,
 ) -> None:
     """y `[M, N]` = x W^T + drop(z b^T) + bias, or x W if `transposed`; see `lora_linear_kernel`.
@@ -189,7 +189,7 @@ def rows_pass(
     c: Tensor | None = None,
     sums_too: bool = False,
     x_copy: Tensor | None = None,
-    dropout: Dropout = Dropout(),  # noqa: B008
+    dropout: Dropout = Dropout(),
 ) -> RowsPass:
     """u = drop(x) p, g = x^T c and column sums of x `[M, N]` in one read; see `lowrank_rows_kernel`.
 

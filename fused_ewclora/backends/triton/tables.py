@@ -116,6 +116,11 @@ def _in_context(key: Key) -> Mapping[str, Any]:
     return dict((entry or shipped(key))["config"])
 
 
+def overriding() -> bool:
+    """Whether entries of this thread win over the tables now: what was prepared before is not for them."""
+    return bool(_local.overrides)
+
+
 @functools.cache
 def autotuning() -> bool:
     """Whether FUSED_EWCLORA_AUTOTUNE asks for measured configurations; read once."""

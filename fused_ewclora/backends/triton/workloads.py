@@ -71,6 +71,11 @@ class Workload:
     shape: LinearShape | None = None
 
     @property
+    def aligned(self) -> bool:
+        """Whether vector loads and tensor descriptors can address its matrices."""
+        return not self.kind.endswith("odd widths")
+
+    @property
     def name(self) -> str:
         rank = f", r {self.rank}" if self.rank else ""
         precision = f", {self.precision}" if self.dtype == torch.float32 else ""
