@@ -43,7 +43,7 @@ def _compile_report(args: argparse.Namespace) -> int:
         args.arch or compile_report.ARCHITECTURES,
         args.kernel,
         args.dtype,
-        args.rank or compile_report.RANKS,
+        args.rank,
         args.jobs,
         compile_report.show_progress,
     )

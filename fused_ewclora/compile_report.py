@@ -7,6 +7,7 @@ and each distinct specialisation is compiled: what is reported is what would be 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -30,8 +31,8 @@ MATRIX_KERNELS = (
     "lowrank_rows_kernel",
     "lowrank_columns_kernel",
 )
-# (kernel, architecture) -> (bytes allowed, why): none of the shipped configurations may spill otherwise.
-SPILLS_ALLOWED: dict[tuple[str, str], tuple[int, str]] = {}
+# Kernel -> (bytes that may spill, why). Aligned calls never spill.
+SPILLS_OF_UNALIGNED: dict[str, tuple[int, str]] = {}
 HALF = ("bfloat16", "float16")
 
 
@@ -54,6 +55,8 @@ class Noted:
     dtype: str
     config: dict[str, Any]
     constants: dict[str, Any]
+    ranks: set[int]
+    aligned: list[bool]
     calls: list[str]
 
 
@@ -66,7 +69,7 @@ class Survey:
     failures: list[str]
 
 
-def survey(arch: str, dtype: torch.dtype, ranks: Sequence[int] = workloads.RANKS) -> Survey:
+def survey(arch: str, dtype: torch.dtype, ranks: Sequence[int] = RANKS) -> Survey:
     """Call every host and note its launches."""
     found: dict[str, Noted] = {}
     result = Survey([], set(), [])
@@ -84,8 +87,18 @@ def survey(arch: str, dtype: torch.dtype, ranks: Sequence[int] = workloads.RANKS
                 config = entry["config"]
                 known = found.setdefault(
                     specialisation.key,
-                    Noted(specialisation, tables.name_of(dtype), config, _constants(noted, config), []),
+                    Noted(
+                        specialisation,
+                        tables.name_of(dtype),
+                        config,
+                        _constants(noted, config),
+                        set(),
+                        [],
+                        [],
+                    ),
                 )
+                known.ranks.add(workload.rank)
+                known.aligned.append(workload.aligned)
                 known.calls.append(workload.name + algorithm)
     result.noted.extend(found.values())
     return result
@@ -136,47 +149,53 @@ def collect(
     archs: Sequence[str] = ARCHITECTURES,
     kernels: Sequence[str] = (),
     dtypes: Sequence[str] = (),
-    ranks: Sequence[int] = workloads.RANKS,
+    ranks: Sequence[int] = (),
     jobs: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """The report as plain data; `BackendError` in words where nothing can be compiled.
 
-    `kernels` and `dtypes` choose what is compiled (empty: everything); every host is called in any case.
+    `kernels`, `dtypes` and `ranks` choose what is compiled (empty: everything); every host is called with
+    every workload in any case.
     """
     if (reason := missing()) is not None:
         raise BackendError(reason)
+    questions = [(arch, dtype, (*RANKS, *ranks)) for arch in archs for dtype in workloads.DTYPES]
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        questions = [(arch, dtype) for arch in archs for dtype in workloads.DTYPES]
-        surveys = list(pool.map(survey, *zip(*questions, strict=True), [ranks] * len(questions)))
-        noted = [n for s in surveys for n in s.noted]
-        names = sorted({n.specialisation.name for n in noted})
-        if unknown := sorted(set(kernels) - set(names)):
-            raise BackendError(f"no kernel is called {', '.join(unknown)}: there are {', '.join(names)}")
-        chosen = [
-            n
-            for n in noted
-            if (not kernels or n.specialisation.name in kernels) and (not dtypes or n.dtype in dtypes)
-        ]
+        surveys = list(pool.map(survey, *zip(*questions, strict=True)))
+        chosen = _chosen([n for s in surveys for n in s.noted], kernels, dtypes, ranks)
         rows = []
-        for found, resources in zip(
+        for noted, resources in zip(
             chosen, pool.map(aot.build, [n.specialisation for n in chosen]), strict=True
         ):
-            rows.append(_row(found, resources))
+            rows.append(_row(noted, resources))
             progress(f"compiled {len(rows)} of {len(chosen)}")
-    exercised = {
-        arch: set().union(*(s.exercised for (a, _), s in zip(questions, surveys, strict=True) if a == arch))
-        for arch in archs
-    }
+    exercised: dict[str, set[tuple[int, str]]] = {arch: set() for arch in archs}
+    for (arch, *_), answer in zip(questions, surveys, strict=True):
+        exercised[arch] |= answer.exercised
     data: dict[str, Any] = {
         "schema": SCHEMA,
-        "triton": importlib.import_module("triton").__version__,
+        "triton": importlib.metadata.version("triton"),
         "rows": rows,
         "failures": [failure for s in surveys for failure in s.failures],
         "unexercised": [text for arch in archs for text in unexercised(arch, exercised[arch])],
     }
-    data["problems"] = problems(data)
-    return data
+    return {**data, "problems": problems(data)}
+
+
+def _chosen(
+    noted: Sequence[Noted], kernels: Sequence[str], dtypes: Sequence[str], ranks: Sequence[int]
+) -> list[Noted]:
+    names = sorted({n.specialisation.name for n in noted})
+    if unknown := sorted(set(kernels) - set(names)):
+        raise BackendError(f"no kernel is called {', '.join(unknown)}: there are {', '.join(names)}")
+    return [
+        n
+        for n in noted
+        if (not kernels or n.specialisation.name in kernels)
+        and (not dtypes or n.dtype in dtypes)
+        and (not ranks or n.ranks & {0, *ranks})
+    ]
 
 
 def _row(noted: Noted, resources: aot.Resources) -> dict[str, Any]:
@@ -190,6 +209,7 @@ def _row(noted: Noted, resources: aot.Resources) -> dict[str, Any]:
         "dtype": noted.dtype,
         "config": dict(noted.config),
         "constants": noted.constants,
+        "aligned": any(noted.aligned),
         **{k: v for k, v in asdict(resources).items() if k != "instructions"},
         "instructions": {name: resources.instructions.get(name, 0) for name in aot.INSTRUCTIONS},
         "blocks_per_multiprocessor": fits.blocks,
@@ -218,8 +238,8 @@ def _row_problems(row: dict[str, Any]) -> Iterable[str]:
         yield f"no block fits on a multiprocessor: {row['limited_by']}"
     if not arch.startswith("sm_"):
         return
-    allowed, _ = SPILLS_ALLOWED.get((row["kernel"], arch), (0, ""))
-    if row["spill"] > allowed:
+    allowed, _ = SPILLS_OF_UNALIGNED.get(row["kernel"], (0, ""))
+    if row["spill"] > (0 if row["aligned"] else allowed):
         yield f"{row['spill']} bytes of registers spilled"
     matrix = row["kernel"] in MATRIX_KERNELS and row["dtype"] in HALF
     if arch == "sm_90" and matrix and not row["instructions"]["wgmma"]:

@@ -20,7 +20,7 @@ from . import candidates, launch, regimes, tables
 
 PRECISIONS = ("highest", "high", "medium")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-RANKS = (4, 10, 16, 30, 64)
+RANKS = (4, 10, 16, 30, 64, 128)
 DROPOUT = 0.1
 
 
@@ -255,6 +255,7 @@ def _fishers(dtype: torch.dtype, precision: str, sizes: Sizes) -> Iterator[Workl
         "sample, cu_seqlens": fisher((samples * tokens,), width, hidden, "sample", ragged=True),
         "batch": fisher((samples, tokens), width, hidden, "batch"),
         "sample, odd widths": fisher((samples, tokens), width - 1, width - 1, "sample"),
+        "sample, one token, odd widths": fisher((samples,), width - 1, width - 1, "sample"),
         "batch, odd widths": fisher((samples, tokens), width - 1, width - 1, "batch"),
     }
     for kind, make in kinds.items():
