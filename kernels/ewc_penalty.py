@@ -62,7 +62,7 @@ def _finish_a(entry, work, grads, j, ewc_lambda, RP: tl.constexpr, BLOCK_N: tl.c
     mask = (k < rank)[:, None] & (j < d_in)[None, :]
     at = k[:, None] * d_in + j[None, :]
     parts = work + tl.load(entry + PART_A) + at
-    total = _add_up(parts, tl.load(entry + REGIONS), RP * d_in, mask, RP, BLOCK_N)
+    total = _add_up(parts, tl.load(entry + REGIONS), rank * d_in, mask, RP, BLOCK_N)
     tl.store(grads + tl.load(entry + GRAD_A) + at, total * ewc_lambda, mask=mask)
 
 
@@ -74,9 +74,10 @@ def _finish_b(entry, work, grads, first, stop, ewc_lambda, RP: tl.constexpr, BLO
     for start in range(first, stop, BLOCK_M):
         i = start + tl.arange(0, BLOCK_M)
         mask = (i < stop)[:, None] & (k < rank)[None, :]
-        parts = work + tl.load(entry + PART_B) + i[:, None] * RP + k[None, :]
-        total = _add_up(parts, tl.load(entry + BLOCKS), d_out * RP, mask, BLOCK_M, RP)
-        tl.store(grads + tl.load(entry + GRAD_B) + i[:, None] * rank + k[None, :], total * ewc_lambda, mask=mask)
+        at = i[:, None] * rank + k[None, :]
+        parts = work + tl.load(entry + PART_B) + at
+        total = _add_up(parts, tl.load(entry + BLOCKS), d_out * rank, mask, BLOCK_M, RP)
+        tl.store(grads + tl.load(entry + GRAD_B) + at, total * ewc_lambda, mask=mask)
 
 
 @triton.jit
@@ -118,7 +119,7 @@ def ewc_penalty_kernel(
     delta = bs A, h = F delta, the products h A^T (dB before its scale) and bs^T h (dA). What is complete only
     when its neighbours are done goes to `work`, and the last of them, told by a counter, adds it up in the order
     of the items: no result depends on which one that was. `counters` are 0 before and after. UNIT: rows of F are
-    contiguous and start at multiples of 16 bytes.
+    contiguous, start at multiples of 16 bytes, and are multiples of 8 long.
     """
     pid = tl.program_id(0)
     entry = table + tl.load(items + 3 * pid) * FIELDS
@@ -128,33 +129,41 @@ def ewc_penalty_kernel(
     d_out, d_in, rank = tl.load(entry + D_OUT), tl.load(entry + D_IN), tl.load(entry + RANK)
     first = region * tl.load(entry + ROWS)
     stop = min(d_out, first + tl.load(entry + ROWS))
-    j = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    left = block.to(tl.int64) * BLOCK_N
+    jj = tl.arange(0, BLOCK_N)
+    j = left + jj
     k = tl.arange(0, RP)
+    ranks = k < rank
+    # Offsets inside a tile are 32 bits wide and do not change from tile to tile.
+    i = tl.arange(0, BLOCK_M)
     columns, ranks = (j < d_in)[None, :], k < rank
-
     fisher = tl.load(entry + FISHER).to(tl.pointer_type(FISHER_TYPE))
-    stride_0, stride_1 = tl.load(entry + FISHER_0), tl.load(entry + FISHER_1)
+    fisher_0, fisher_1 = tl.load(entry + FISHER_0), tl.load(entry + FISHER_1)
     if UNIT:
-        fisher, stride_0 = tl.multiple_of(fisher, 16), tl.multiple_of(stride_0, 8)
-        row = fisher + j[None, :]
+        # Without the hint on d_in, the mask would keep loads from being wide.
+        fisher, fisher_0 = tl.multiple_of(fisher, 16), tl.multiple_of(fisher_0, 8)
+        columns = (j < tl.multiple_of(d_in, 8))[None, :]
+        tile = i[:, None] * fisher_0.to(tl.int32) + jj[None, :]
+        fisher += left
     else:
-        row = fisher + j[None, :] * stride_1
+        tile = i[:, None] * fisher_0.to(tl.int32) + jj[None, :] * fisher_1.to(tl.int32)
+        fisher += left * fisher_1
     lora_a = tl.load(entry + LORA_A).to(tl.pointer_type(A_TYPE))
     lora_a += k[:, None] * tl.load(entry + A_0) + j[None, :] * tl.load(entry + A_1)
     a = tl.load(lora_a, mask=ranks[:, None] & columns, other=0.0).to(tl.float32)
-    lora_b = tl.load(entry + LORA_B).to(tl.pointer_type(B_TYPE)) + k[None, :] * tl.load(entry + B_1)
-    b_0 = tl.load(entry + B_0)
+    lora_b, b_0 = tl.load(entry + LORA_B).to(tl.pointer_type(B_TYPE)), tl.load(entry + B_0)
+    b_tile = i[:, None] * b_0.to(tl.int32) + k[None, :] * tl.load(entry + B_1).to(tl.int32)
+    part_b = work + tl.load(entry + PART_B) + block * d_out * rank
+    part_tile = i[:, None] * rank.to(tl.int32) + k[None, :]
     s = _scale(entry, factor, k, SCALE_TYPE)
-    part_b = work + tl.load(entry + PART_B) + block * d_out * RP + k[None, :]
 
     da = tl.zeros([RP, BLOCK_N], tl.float32)
     ds = tl.zeros([RP], tl.float32)
     value = tl.zeros([BLOCK_M], tl.float32)
     for start in range(first, stop, BLOCK_M):
-        i = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
-        rows = (i < stop)[:, None]
-        f = tl.load(row + i[:, None] * stride_0, mask=rows & columns, other=0.0).to(tl.float32)
-        b = tl.load(lora_b + i[:, None] * b_0, mask=rows & ranks[None, :], other=0.0).to(tl.float32)
+        rows = (i < (stop - start).to(tl.int32))[:, None]
+        f = tl.load(fisher + start * fisher_0 + tile, mask=rows & columns, other=0.0).to(tl.float32)
+        b = tl.load(lora_b + start * b_0 + b_tile, mask=rows & ranks[None, :], other=0.0).to(tl.float32)
         bs = b * s[None, :]
         delta = dot(bs, a, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         h = f * delta
@@ -162,7 +171,7 @@ def ewc_penalty_kernel(
         if NEED_B or NEED_S:
             ha = dot(h, a.trans(), tl.zeros([BLOCK_M, RP], tl.float32), PRECISION)
             if NEED_B:
-                tl.store(part_b + i[:, None] * RP, ha * s[None, :], mask=rows)
+                tl.store(part_b + start * rank + part_tile, ha * s[None, :], mask=rows & ranks[None, :])
             if NEED_S:
                 ds += tl.sum(ha * b, 0)
         if NEED_A:
@@ -171,8 +180,8 @@ def ewc_penalty_kernel(
     tl.store(work + pid, tl.sum(value))
     regions, blocks = tl.load(entry + REGIONS), tl.load(entry + BLOCKS)
     if NEED_A:
-        part_a = work + tl.load(entry + PART_A) + region * RP * d_in + k[:, None] * d_in + j[None, :]
-        tl.store(part_a, da, mask=columns)
+        part_a = work + tl.load(entry + PART_A) + region * rank * d_in + k[:, None] * d_in + j[None, :]
+        tl.store(part_a, da, mask=ranks[:, None] & columns)
         if _last(counters + tl.load(entry + COUNT_A) + block, regions):
             _finish_a(entry, work, grads, j, ewc_lambda, RP, BLOCK_N)
     if NEED_B:

@@ -178,10 +178,10 @@ def _group(members: Sequence[tuple[Any, ...]], types: dict[str, Any], fisher_typ
         items += [(index, region, block) for region in range(regions) for block in range(blocks)]
     floats = len(items)  # a partial loss per item, then the partial gradients
     for entry, member, (regions, blocks, height, first) in zip(table, members, shapes, strict=True):
-        d_out, d_in = member[0].shape
+        (d_out, d_in), rank = member[0].shape, member[1].shape[0]
         parts = {
-            "PART_A": regions * rp * d_in,
-            "PART_B": blocks * d_out * rp,
+            "PART_A": regions * rank * d_in,
+            "PART_B": blocks * d_out * rank,
             "PART_S": regions * blocks * rp,
         }
         counts = {"COUNT_A": blocks, "COUNT_B": regions, "COUNT_S": 1}
@@ -216,8 +216,8 @@ def _addresses(
 
 
 def _unit(fisher: Tensor) -> bool:
-    """Whether rows are contiguous and 16-byte loads of them are aligned."""
-    aligned = fisher.data_ptr() % 16 == 0 and fisher.stride(0) % 8 == 0
+    """Whether rows are contiguous and 16-byte loads of them are aligned and never cross the end."""
+    aligned = fisher.data_ptr() % 16 == 0 and fisher.stride(0) % 8 == 0 == fisher.shape[1] % 8
     return fisher.stride(1) == 1 and aligned
 
 
