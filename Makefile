@@ -2,7 +2,8 @@
 #   make test    the whole test suite           make lint    ruff, mypy, clang-format
 #   make demo    the continual learning demo    make bench   microbenchmarks
 #   make format  rewrite sources in style       make clean   remove build outputs (make distclean: .venv as well)
-# Variables: PYTHON, MAX_JOBS, FUSED_EWCLORA_BUILD, TEST_ARGS, DEMO_ARGS, BENCH_ARGS
+#   make gpu-check OUT=dir   tests and benchmarks on a CUDA machine, with the PyTorch, Triton and pytest of PYTHON; no .venv
+# Variables: PYTHON, MAX_JOBS, FUSED_EWCLORA_BUILD, TEST_ARGS, DEMO_ARGS, BENCH_ARGS, OUT, CHECK_ARGS
 
 PYTHON ?= python3
 TEST_ARGS ?= -n 2 --dist loadfile
@@ -14,7 +15,7 @@ REQUIREMENTS := .venv/.requirements
 INSTALL := .venv/.install
 EXTENSION := build/.extension
 
-.PHONY: test demo lint format bench setup clean distclean
+.PHONY: test demo lint format bench gpu-check setup clean distclean
 .DELETE_ON_ERROR:
 
 test: setup
@@ -25,6 +26,10 @@ demo: setup
 
 bench: setup
 	python -m benchmarks $(BENCH_ARGS)
+
+gpu-check:
+	@test -n "$(OUT)" || { echo "make gpu-check OUT=dir: OUT names the folder of the results"; exit 2; }
+	PYTHONPATH=$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m benchmarks.gpu_check --out $(OUT) $(CHECK_ARGS)
 
 lint: $(REQUIREMENTS)
 	ruff check .

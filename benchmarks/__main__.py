@@ -1,5 +1,5 @@
-"""Runs the microbenchmarks: `python -m benchmarks [--suite NAME ...] [--threads N]`; exit status 1 when a
-target is missed or a result wrong."""
+"""Runs the microbenchmarks of the CPU: `python -m benchmarks [--suite NAME ...] [--threads N]`; exit status 1
+when a target is missed or a result wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ import torch
 
 from . import ewc_penalty, fisher_accumulate, lora_linear
 from .case import Case
-from .harness import ROOT, append, environment, measure, sgemm_rate, verdicts
+from .harness import append, measure, verdicts
+from .machine import ROOT, ceilings, environment
 
 SUITES: dict[str, Callable[[], Iterator[Case]]] = {
     "ewc_penalty": ewc_penalty.cases,
@@ -70,7 +71,7 @@ def main() -> int:
     failed = False
     for suite in args.suite:
         for case in SUITES[suite]():
-            records = measure(case, args.seconds, sgemm_rate())
+            records = measure(case, args.seconds, ceilings("cpu"))
             rows = verdicts(case, records)
             show(case, records, rows)
             failed |= any(not row["met"] for row in rows) or any("failed" in r for r in records)

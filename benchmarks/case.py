@@ -7,32 +7,49 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+Run = Callable[[], Sequence[Tensor]]
+
+OURS = "fused_ewclora"
+ROLES = ("ours", "variant", "peer", "floor")
+
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute a case. `floor` marks work of equal size whose result is not the case's (a plain
-    product, a frozen layer)."""
+    """One way to compute a case.
+
+    role: "ours" is what targets are about; a "variant" is ours with something forced; a "floor" is work of
+    equal size whose result is not the case's (a plain product, a frozen layer) and is not checked.
+    rotation: the same on other buffers; timing takes turns through `run` and these, so that no buffer is
+    still in cache when its turn comes.
+    check: what is compared with the truth where `run` does not return it.
+    """
 
     name: str
-    run: Callable[[], Sequence[Tensor]]
-    floor: bool = False
+    run: Run
+    role: str = "peer"
     backend: str = ""
     algorithm: str = ""
+    rotation: Sequence[Run] = ()
+    check: Run | None = None
+    predicted: float | None = None  # seconds by a model, never measured
 
 
 @dataclass(frozen=True)
 class Target:
-    """median(ours) <= limit * median(peer); a target of "4 x faster" is a limit of 1/4."""
+    """ours <= limit * peer + allowance, of the medians or another `metric` of the records; a target of "4 x
+    faster" is a limit of 1/4. The peer "best peer" is the least of all peers; None leaves the allowance."""
 
-    peer: str
+    peer: str | None
     limit: float
     name: str
+    metric: str = "p50"
+    allowance: float = 0.0
 
 
 @dataclass(frozen=True)
 class Case:
     """`truth` gives the fp64 results that every provider must match to `tolerance` (relative, in the norm of
-    each result)."""
+    each result). `floor_bytes` adds a computed floor: so many bytes at the measured copy bandwidth."""
 
     op: str
     shape: dict[str, int | str]
@@ -43,4 +60,7 @@ class Case:
     truth: Callable[[], Sequence[Tensor]]
     tolerance: float
     targets: Sequence[Target] = field(default_factory=tuple)
-    ours: str = "fused_ewclora"
+    ours: str = OURS
+    product: str = "fp32"  # which measured product rate bounds the arithmetic
+    precision: str | None = None  # torch.set_float32_matmul_precision while the case runs
+    floor_bytes: float | None = None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_ewclora import functional as FE
 
-from .case import Case, Provider, Target
+from .case import OURS, Case, Provider, Target
 
 EWC_LAMBDA = 3.0
 SHAPES = (  # model, width, adapters, rank, Fisher dtype
@@ -25,7 +25,7 @@ Tensors = Sequence[Tensor]
 
 def eager(fishers: Tensors, lora_as: Tensors, lora_bs: Tensors) -> Tensor:
     """As published: explicit B A per matrix, squared, weighted and summed."""
-    total = torch.zeros(())
+    total = torch.zeros((), device=fishers[0].device)
     for fisher, a, b in zip(fishers, lora_as, lora_bs, strict=True):
         total = total + (fisher * (b @ a).pow(2)).sum()
     return 0.5 * EWC_LAMBDA * total
@@ -77,12 +77,12 @@ def cases() -> Iterator[Case]:
             bytes=float(fishers[0].element_size() * d * d * count),
             providers=[
                 Provider(
-                    "fused_ewclora", with_gradients(fused), backend="cpu", algorithm="C++ one pass over F"
+                    OURS, with_gradients(fused), role="ours", backend="cpu", algorithm="C++ one pass over F"
                 ),
                 Provider("eager autograd", with_gradients(eager)),
                 Provider("torch.compile", with_gradients(torch.compile(eager))),
                 Provider("stacked bmm", with_gradients(stacked)),
-                Provider("sgemm of equal FLOPs", lambda a=left, b=right: [a @ b], floor=True),  # type: ignore[misc]
+                Provider("sgemm of equal FLOPs", lambda a=left, b=right: [a @ b], role="floor"),  # type: ignore[misc]
             ],
             truth=truth,
             tolerance=2e-5,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_ewclora import functional as FE
 
-from .case import Case, Provider, Target
+from .case import OURS, Case, Provider, Target
 
 SHAPES = (  # model, samples, tokens, d_in, d_out
     ("ViT-B k", 16, 197, 768, 768),
@@ -38,7 +38,7 @@ def vmap_grad(fisher: Tensor, x: Tensor, dy: Tensor) -> Tensor:
     def loss(weight: Tensor, x_n: Tensor, dy_n: Tensor) -> Tensor:
         return (torch.nn.functional.linear(x_n, weight) * dy_n).sum()
 
-    weight = torch.zeros_like(fisher)
+    weight = torch.zeros_like(fisher, dtype=x.dtype)
     gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weight, x, dy)
     return fisher.add_(gradients.square_().sum(0))
 
@@ -76,10 +76,14 @@ def cases() -> Iterator[Case]:
                 bytes=4.0 * (n * t * (d_in + d_out) + 2 * d_in * d_out),
                 providers=[
                     Provider(
-                        "fused_ewclora", start_from_zero(fused), backend="cpu", algorithm="C++ tiled product"
+                        OURS,
+                        start_from_zero(fused),
+                        role="ours",
+                        backend="cpu",
+                        algorithm="C++ tiled product",
                     ),
                     *(Provider(name, start_from_zero(method)) for name, method in peers.items()),
-                    Provider("sgemm of equal FLOPs", lambda a=dy2, b=x2: [a.T @ b], floor=True),  # type: ignore[misc]
+                    Provider("sgemm of equal FLOPs", lambda a=dy2, b=x2: [a.T @ b], role="floor"),  # type: ignore[misc]
                 ],
                 truth=lambda x=x, dy=dy, mode=mode: [  # type: ignore[misc]
                     (one_by_one if mode == "sample" else batch)(

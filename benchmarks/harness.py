@@ -2,151 +2,210 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import contextlib
 import json
 import math
-import os
-import platform
 import statistics
-import subprocess
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .case import Case, Provider
+from .case import Case, Provider, Target
+from .clock import Prepared, WallClock
+from .machine import Ceilings
 
-ROOT = Path(__file__).resolve().parent
-MIN_ROUNDS, MAX_ROUNDS = 7, 60
+FLOOR = "bytes at copy bandwidth"
+Record = dict[str, Any]
 
 
-def environment() -> dict[str, Any]:
-    """Everything about the machine and the versions that a reader needs to rerun a record."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = lines[0].split(":", 1)[1].strip() if lines else model
-    return {
-        "device": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "fused_ewclora": importlib.metadata.version("fused-ewclora"),
-        "python": platform.python_version(),
-        "commit": commit or None,
-    }
+class DeviceLost(RuntimeError):
+    """The device fails every call after an error of an earlier one; only a new process can go on."""
+
+    def __init__(self, reason: str, records: list[Record]) -> None:
+        super().__init__(reason)
+        self.records = records
 
 
 def error_to_truth(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """Largest relative error of a result, each in its own norm."""
+    """Largest relative error of a result, each in its own norm; NaN when a result holds one."""
     if len(results) != len(truth):
         return math.inf
     errors = []
     for result, expected in zip(results, truth, strict=True):
+        if result.shape != expected.shape:
+            return math.inf
         difference = (result.detach().double() - expected.double()).norm()
-        errors.append(float(difference / expected.double().norm().clamp_min(1e-300)))
-    return max(errors)
+        errors.append(difference / expected.double().norm().clamp_min(1e-300))
+    return float(torch.stack([e.cpu() for e in errors]).max())
 
 
-def interleaved(runs: Sequence[Callable[[], Any]], seconds: float) -> list[list[float]]:
-    """Times of each run, taken in turns so that every variant sees the same machine."""
-    for run in runs:
-        run()
-        run()
-    times: list[list[float]] = [[] for _ in runs]
-    begin = time.perf_counter()
-    while len(times[0]) < MIN_ROUNDS or (
-        time.perf_counter() - begin < seconds * len(runs) and len(times[0]) < MAX_ROUNDS
-    ):
-        for run, samples in zip(runs, times, strict=True):
-            start = time.perf_counter()
-            run()
-            samples.append(time.perf_counter() - start)
-    return times
+@contextlib.contextmanager
+def matmul_precision(precision: str | None) -> Iterator[None]:
+    """torch.get_float32_matmul_precision() is `precision` inside; None changes nothing."""
+    before = torch.get_float32_matmul_precision()
+    if precision is not None:
+        torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
-def sgemm_rate(seconds: float = 0.5) -> float:
-    """FLOP/s of one large fp32 product: the measured ceiling of this run."""
-    a, b = torch.randn(2048, 1024), torch.randn(1024, 1024)
-    times = interleaved([lambda: a @ b], seconds)[0]
-    return 2.0 * 2048 * 1024 * 1024 / statistics.median(times)
+def least_seconds(case: Case, ceilings: Ceilings) -> float:
+    """The ceiling of a case: its bytes at the copy bandwidth or its FLOPs at the rate of a large product,
+    whichever takes longer."""
+    moved = case.bytes / ceilings["copy"] if "copy" in ceilings else 0.0
+    return max(moved, case.flops / ceilings[case.product] if case.product in ceilings else 0.0)
+
+
+def common(case: Case, provider: str, role: str) -> Record:
+    """What every record says, a failed one too."""
+    return {"op": case.op, "shape": case.shape, "dtype": case.dtype, "provider": provider, "role": role}
 
 
 def _record(
-    case: Case, provider: Provider, error: float | None, times: list[float], ceiling: float
-) -> dict[str, Any]:
+    case: Case,
+    provider: Provider,
+    error: float | None,
+    peak: int | None,
+    prepared: Prepared,
+    times: list[float],
+    ceilings: Ceilings,
+) -> Record:
     p20, p50, p80 = (statistics.quantiles(times, n=10)[i] for i in (1, 4, 7))
+    least = least_seconds(case, ceilings)
     return {
-        "op": case.op,
-        "shape": case.shape,
-        "dtype": case.dtype,
-        "provider": provider.name,
+        **common(case, provider.name, provider.role),
         "backend": provider.backend,
         "algorithm": provider.algorithm,
-        "floor": provider.floor,
+        "floor": provider.role == "floor",
         "error_fp64": error,
+        "tolerance": case.tolerance,
+        "timing": prepared.timing,
         "seconds": {"p20": p20, "p50": p50, "p80": p80},
         "rounds": len(times),
+        "host_seconds": prepared.host_seconds,
+        "predicted_seconds": provider.predicted,
+        "peak_bytes": peak,
         "flops": case.flops,
         "bytes": case.bytes,
         "gflops_per_second": case.flops / p50 / 1e9,
         "gbytes_per_second": case.bytes / p50 / 1e9,
-        "fraction_of_sgemm": case.flops / p50 / ceiling,
-        "sgemm_gflops_per_second": ceiling / 1e9,
+        "fraction_of_ceiling": least / p50 if least else None,
+        "ceilings": dict(ceilings),
     }
 
 
-def measure(case: Case, seconds: float, ceiling: float) -> list[dict[str, Any]]:
+def _computed_floor(case: Case, ceilings: Ceilings) -> list[Record]:
+    if case.floor_bytes is None or "copy" not in ceilings:
+        return []
+    seconds = case.floor_bytes / ceilings["copy"]
+    floor = Provider(FLOOR, list, role="floor")
+    prepared = Prepared(lambda: None, 1, "computed")
+    return [_record(case, floor, None, None, prepared, [seconds] * 2, ceilings)]
+
+
+def _reason(failure: BaseException) -> str:
+    return " ".join(f"{type(failure).__name__}: {failure}".split())[:400]
+
+
+def _sound(
+    case: Case, provider: Provider, truth: Sequence[Tensor], clock: WallClock
+) -> tuple[Prepared, float | None, int | None]:
+    """Runs and checks a provider and makes it ready to be timed; raises if it fails or is wrong."""
+    results, peak = clock.peak(provider.run)
+    error = None
+    if provider.role != "floor":
+        error = error_to_truth(provider.check() if provider.check else results, truth)
+        if not error <= case.tolerance:
+            raise ArithmeticError(f"wrong: error {error:.3g} against fp64, allowed {case.tolerance:.3g}")
+    del results
+    return clock.prepare([provider.run, *provider.rotation]), error, peak
+
+
+def measure(case: Case, seconds: float, ceilings: Ceilings, clock: WallClock | None = None) -> list[Record]:
     """Records of the providers of one case. A provider that fails or is wrong is recorded with its reason and
-    never timed."""
-    truth = [t.detach() for t in case.truth()]
-    records: list[dict[str, Any]] = []
-    sound: list[tuple[Provider, float | None]] = []
-    for provider in case.providers:
-        common = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "provider": provider.name}
+    never timed. Raises DeviceLost, with the records so far, when the device cannot go on."""
+    clock = clock or WallClock()
+    records = _computed_floor(case, ceilings)
+    sound: list[tuple[Provider, Prepared, float | None, int | None]] = []
+
+    def failed(provider: Provider, failure: BaseException) -> None:
+        records.append({**common(case, provider.name, provider.role), "failed": _reason(failure)})
+
+    def still_alive() -> None:
         try:
-            results = provider.run()
-        except (RuntimeError, MemoryError) as failure:
-            records.append({**common, "failed": f"{type(failure).__name__}: {failure}"[:400]})
-            continue
-        error = None if provider.floor else error_to_truth(results, truth)
-        if error is not None and not error <= case.tolerance:
-            wrong = f"wrong: error {error:.3g} against fp64, allowed {case.tolerance:.3g}"
-            records.append({**common, "failed": wrong})
-            continue
-        sound.append((provider, error))
-    times = interleaved([provider.run for provider, _ in sound], seconds)
-    records += [_record(case, p, error, t, ceiling) for (p, error), t in zip(sound, times, strict=True)]
+            clock.check()
+        except RuntimeError as lost:
+            for provider, *_ in sound:
+                failed(provider, lost)
+            raise DeviceLost(_reason(lost), records) from lost
+
+    with matmul_precision(case.precision), clock.session():
+        try:
+            truth = [t.detach() for t in case.truth()]
+        except Exception as failure:
+            for provider in case.providers:
+                failed(provider, failure)
+            still_alive()
+            return records
+        for provider in case.providers:
+            try:
+                one = _sound(case, provider, truth, clock)
+                clock.check()
+                sound.append((provider, *one))
+            except Exception as failure:
+                failed(provider, failure)
+                still_alive()
+        del truth
+        try:
+            times = clock.times([prepared for _, prepared, _, _ in sound], seconds)
+        except Exception as failure:
+            for provider, *_ in sound:
+                failed(provider, failure)
+            sound = []
+            still_alive()
+            return records
+    for (provider, prepared, error, peak), samples in zip(sound, times, strict=True):
+        records.append(_record(case, provider, error, peak, prepared, samples, ceilings))
     return records
 
 
-def verdicts(case: Case, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def value_of(record: Record, metric: str) -> float:
+    """A quantile of the times ("p50"), or another numeric field of the record; NaN if it has none."""
+    value = record["seconds"][metric] if metric in record.get("seconds", {}) else record.get(metric)
+    return math.nan if value is None else float(value)
+
+
+def verdict(target: Target, cases: Sequence[Mapping[str, Record]], ours: str) -> Record:
+    """One row: a metric of `ours`, summed over `cases` (records by provider), against the target's bound."""
+
+    def total(name: str) -> float:
+        return sum(value_of(records.get(name, {}), target.metric) for records in cases)
+
+    bound = target.allowance
+    if target.peer == "best peer":
+        names = {name for records in cases for name, r in records.items() if r.get("role") == "peer"}
+        totals = [value for value in map(total, sorted(names - {ours})) if not math.isnan(value)]
+        bound += target.limit * min(totals) if totals else math.nan
+    elif target.peer is not None:
+        bound += target.limit * total(target.peer)
+    value = total(ours) if cases else math.nan
+    scale = bound / target.limit if target.limit else 1.0  # without allowance: the peer's value
+    ratio = value / scale if scale else math.inf
+    return {"target": target.name, "ratio": ratio, "limit": target.limit, "met": value <= bound}
+
+
+def verdicts(case: Case, records: Sequence[Record]) -> list[Record]:
     """One row per target: ratio of our median to the peer's, the limit, and whether it is met."""
-    medians = {r["provider"]: r["seconds"]["p50"] for r in records if "seconds" in r}
-    rows = []
-    for target in case.targets:
-        peers = (
-            [name for name in medians if name != case.ours] if target.peer == "best peer" else [target.peer]
-        )
-        floors = {p.name for p in case.providers if p.floor}
-        if target.peer == "best peer":
-            peers = [name for name in peers if name not in floors]
-        times = [medians[name] for name in peers if name in medians]
-        ratio = medians[case.ours] / min(times) if times and case.ours in medians else math.nan
-        rows.append(
-            {"target": target.name, "ratio": ratio, "limit": target.limit, "met": ratio <= target.limit}
-        )
-    return rows
+    by_provider = {r["provider"]: r for r in records if "seconds" in r}
+    return [verdict(target, [by_provider], case.ours) for target in case.targets]
 
 
-def append(path: Path, records: Sequence[dict[str, Any]], extra: dict[str, Any]) -> None:
+def append(path: Path, records: Sequence[Record], extra: Record) -> None:
     """Adds the records to a JSON-lines file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from fused_ewclora import functional as FE
 
-from .case import Case, Provider, Target
+from .case import OURS, Case, Provider, Target
 
 SHAPES = (  # model, rows, d_in, d_out, rank
     ("ViT-B proj", 16 * 197, 768, 768, 10),
@@ -34,24 +34,28 @@ def addmm(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tens
     return torch.addmm(linear(x, weight, bias), x @ a.t(), b.t())
 
 
-def fused(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def fused(
+    x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, backend: str | None = None
+) -> Tensor:
     """This library."""
-    return FE.lora_linear(x, weight, bias, a, b, 1.0)
+    return FE.lora_linear(x, weight, bias, a, b, 1.0, backend=backend)
 
 
-def on_slices(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """k and v of a packed qkv by adding to slices of its output, which is what users write by hand."""
+def composition_slices(x: Tensor, weight: Tensor, bias: Tensor, *adapters: Tensor) -> Tensor:
+    """k and v of a packed qkv by adding to parts of its output, which is what users write by hand."""
+    a_k, b_k, a_v, b_v = adapters
+    q, k, v = linear(x, weight, bias).split(weight.shape[0] // 3, dim=-1)
+    return torch.cat([q, k + linear(linear(x, a_k), b_k), v + linear(linear(x, a_v), b_v)], dim=-1)
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor, *adapters: Tensor) -> Tensor:
-        a_k, b_k, a_v, b_v = adapters
-        d = weight.shape[0] // 3
-        if method is fused:
-            slices = [(d, 2 * d, a_k, b_k, 1.0), (2 * d, 3 * d, a_v, b_v, 1.0)]
-            return FE.lora_linear_slices(x, weight, bias, slices)
-        q, k, v = linear(x, weight, bias).split(d, dim=-1)
-        return torch.cat([q, k + linear(linear(x, a_k), b_k), v + linear(linear(x, a_v), b_v)], dim=-1)
 
-    return run
+def fused_slices(
+    x: Tensor, weight: Tensor, bias: Tensor, *adapters: Tensor, backend: str | None = None
+) -> Tensor:
+    """This library."""
+    a_k, b_k, a_v, b_v = adapters
+    d = weight.shape[0] // 3
+    slices = [(d, 2 * d, a_k, b_k, 1.0), (2 * d, 3 * d, a_v, b_v, 1.0)]
+    return FE.lora_linear_slices(x, weight, bias, slices, backend=backend)
 
 
 def forward_backward(
@@ -76,15 +80,15 @@ def _case(model: str, rows: int, d_in: int, d_out: int, rank: int, slices: bool)
     for t in adapters:
         t.requires_grad_()
     dy = torch.randn(rows, d_out)
-    wrap = on_slices if slices else (lambda method: method)
-    methods = {"composition": wrap(composition)} if slices else {"composition": composition, "addmm": addmm}
-    methods["torch.compile of the composition"] = torch.compile(wrap(composition))
+    ours, plain = (fused_slices, composition_slices) if slices else (fused, composition)
+    methods = {"composition": plain} if slices else {"composition": plain, "addmm": addmm}
+    methods["torch.compile of the composition"] = torch.compile(plain)
 
     def provider(
-        name: str, method: Callable[..., Tensor], backend: str = "", algorithm: str = ""
+        name: str, method: Callable[..., Tensor], role: str = "peer", backend: str = "", algorithm: str = ""
     ) -> Provider:
         run = forward_backward(method, x, fixed, adapters, dy)
-        return Provider(name, run, backend=backend, algorithm=algorithm)
+        return Provider(name, run, role, backend, algorithm)
 
     def frozen() -> list[Tensor]:
         y = linear(x, *fixed)
@@ -93,7 +97,7 @@ def _case(model: str, rows: int, d_in: int, d_out: int, rank: int, slices: bool)
     def truth() -> list[Tensor]:
         wide = [t.detach().double().requires_grad_() for t in (x, *adapters)]
         fixed64 = (fixed[0].double(), fixed[1].double())
-        return forward_backward(wrap(composition), wide[0], fixed64, wide[1:], dy.double())()
+        return forward_backward(plain, wide[0], fixed64, wide[1:], dy.double())()
 
     low_rank = 6.0 * 2.0 * rows * rank * (d_in + width) * count / 2
     vit = rank == 10 and rows > 1000
@@ -104,9 +108,9 @@ def _case(model: str, rows: int, d_in: int, d_out: int, rank: int, slices: bool)
         flops=4.0 * rows * d_in * d_out + low_rank,
         bytes=4.0 * (2 * rows * (d_in + d_out) + 2 * d_in * d_out),
         providers=[
-            provider("fused_ewclora", wrap(fused), backend="cpu", algorithm="C++ prologue into BLAS addmm"),
+            provider(OURS, ours, "ours", "cpu", "C++ prologue into BLAS addmm"),
             *(provider(name, method) for name, method in methods.items()),
-            Provider("frozen linear", frozen, floor=True),
+            Provider("frozen linear", frozen, role="floor"),
         ],
         truth=truth,
         tolerance=1e-5,

@@ -1,0 +1,186 @@
+"""How long computations take: by the wall clock on a CPU, by events around graph replays on a GPU.
+
+A clock is used inside its `session()`. `prepare` warms up one computation and its rotation; `times` takes
+samples of several prepared ones in turns, so that every variant sees the same machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+MIN_ROUNDS, MAX_ROUNDS = 7, 60
+
+
+@dataclass
+class Prepared:
+    """A computation ready to be timed: `once` runs it `share` times, on different buffers."""
+
+    once: Callable[[], Any]
+    share: int
+    timing: str  # "wall", "graph" (replays of a captured graph) or "events" (around eager launches)
+    host_seconds: float | None = None  # of one eager call, launches included, on an idle device
+    repeats: int = 1
+    keep: list[Any] = field(default_factory=list)
+
+
+class WallClock:
+    """For CPUs."""
+
+    max_rounds = MAX_ROUNDS
+
+    def __init__(self, min_rounds: int = MIN_ROUNDS) -> None:
+        self.min_rounds = min_rounds
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        yield
+
+    def prepare(self, runs: Sequence[Callable[[], Any]]) -> Prepared:
+        for run in [*runs, runs[0]]:
+            run()
+        return Prepared(_in_turn(runs), len(runs), "wall")
+
+    def times(self, prepared: Sequence[Prepared], seconds: float) -> list[list[float]]:
+        """Samples of each, for about `seconds` each."""
+        samples: list[list[float]] = [[] for _ in prepared]
+        begin = time.perf_counter()
+        while prepared and self._more(len(samples[0]), time.perf_counter() - begin, seconds * len(prepared)):
+            for one, times in zip(prepared, samples, strict=True):
+                start = time.perf_counter()
+                one.once()
+                times.append((time.perf_counter() - start) / one.share)
+        return samples
+
+    def _more(self, rounds: int, spent: float, budget: float) -> bool:
+        return rounds < self.min_rounds or (spent < budget and rounds < self.max_rounds)
+
+    def peak(self, run: Callable[[], Any]) -> tuple[Any, int | None]:
+        """The result of `run` and the bytes it allocated at its peak, where they can be known."""
+        return run(), None
+
+    def check(self) -> None:
+        """Raises when the device cannot go on."""
+
+
+class CudaClock(WallClock):
+    """For GPUs: everything runs on one side stream, on which graphs can be captured."""
+
+    max_rounds = 200
+    sample_seconds = 5e-4  # replays are repeated to this length, beside which the gap before them is small
+    spin_cycles = 200_000  # about 0.1 ms of device work first, so that launches are queued before their turn
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stream = torch.cuda.Stream()
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        # Graphs of a session share memory: they run one after the other and nobody reads their results.
+        self.pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.synchronize()
+
+    def prepare(self, runs: Sequence[Callable[[], Any]]) -> Prepared:
+        for run in [*runs, runs[0]]:
+            run()
+        host = self._host_seconds(runs)
+        prepared = self._captured(runs) or Prepared(_in_turn(runs), len(runs), "events")
+        prepared.host_seconds = host
+        prepared.once()
+        one = self._elapsed([prepared])[0] * prepared.share
+        if prepared.timing == "graph":
+            prepared.repeats = max(1, math.ceil(self.sample_seconds / max(one, 1e-6)))
+        return prepared
+
+    def _host_seconds(self, runs: Sequence[Callable[[], Any]], budget: float = 0.02) -> float:
+        torch.cuda.synchronize()
+        begin, calls = time.perf_counter(), 0
+        while calls < 2 or (time.perf_counter() - begin < budget and calls < 50):
+            runs[calls % len(runs)]()
+            calls += 1
+        torch.cuda.synchronize()
+        return (time.perf_counter() - begin) / calls
+
+    def _captured(self, runs: Sequence[Callable[[], Any]]) -> Prepared | None:
+        """A graph of all runs in turn; None for what cannot be captured."""
+        torch.cuda.synchronize()
+        if 2 * torch.cuda.memory_reserved() > torch.cuda.get_device_properties(0).total_memory:
+            torch.cuda.empty_cache()  # a capture cannot free cached blocks of others
+        # torch.cuda.graph() would collect garbage and empty the cache before each of hundreds of captures.
+        graph = torch.cuda.CUDAGraph()
+        gc.disable()  # a tensor or graph collected during a capture can break it
+        try:
+            graph.capture_begin(pool=self.pool)
+            try:
+                for run in runs:
+                    run()
+            finally:
+                graph.capture_end()
+        except Exception as failure:
+            torch.cuda.synchronize()  # raises if the device itself is lost
+            self.pool = torch.cuda.graph_pool_handle()
+            if "out of memory" in str(failure):
+                raise
+            return None
+        finally:
+            gc.enable()
+        return Prepared(graph.replay, len(runs), "graph", keep=[graph])
+
+    def _elapsed(self, prepared: Sequence[Prepared]) -> list[float]:
+        """One sample of each, queued behind device work, seconds per computation."""
+        events = []
+        for one in prepared:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            # Eager launches take their host time; the device must not run dry meanwhile.
+            eager = one.timing == "events" and one.host_seconds
+            cycles = self.spin_cycles + int(min(eager * one.share, 0.02) * 2e9 if eager else 0)
+            torch.cuda._sleep(cycles)
+            start.record()
+            for _ in range(one.repeats):
+                one.once()
+            end.record()
+            events.append((start, end, one.repeats * one.share))
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 / count for start, end, count in events]
+
+    def times(self, prepared: Sequence[Prepared], seconds: float) -> list[list[float]]:
+        samples: list[list[float]] = [[] for _ in prepared]
+        begin = time.perf_counter()
+        while prepared and self._more(len(samples[0]), time.perf_counter() - begin, seconds * len(prepared)):
+            for times, sample in zip(samples, self._elapsed(prepared), strict=True):
+                times.append(sample)
+        return samples
+
+    def peak(self, run: Callable[[], Any]) -> tuple[Any, int | None]:
+        run()  # workspaces of libraries and compiled kernels are not part of a call
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = run()
+        torch.cuda.synchronize()
+        return result, torch.cuda.max_memory_allocated() - before
+
+    def check(self) -> None:
+        torch.cuda.synchronize()
+
+
+def _in_turn(runs: Sequence[Callable[[], Any]]) -> Callable[[], None]:
+    def once() -> None:
+        for run in runs:
+            run()
+
+    return once
+
+
+def clock_of(device: str) -> WallClock:
+    """The clock of "cpu" or "cuda"."""
+    return CudaClock() if device == "cuda" else WallClock()

@@ -1,0 +1,58 @@
+"""Says what machine this is, as JSON: `python -m benchmarks.gpu.describe [--ceilings]`. Settings of the GPU
+are read, never changed. Exit status 3 without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+
+import torch
+
+from ..machine import ceilings, environment
+
+NO_GPU = 3
+QUERY = (
+    "name,driver_version,pstate,temperature.gpu,power.draw,power.limit,clocks.sm,clocks.mem,clocks.max.sm,"
+    "clocks.max.mem,clocks_throttle_reasons.active,memory.used,memory.total,ecc.mode.current,mig.mode.current"
+)
+
+
+def driver() -> dict[str, str]:
+    """What nvidia-smi reports now, or why it does not."""
+    if shutil.which("nvidia-smi") is None:
+        return {"nvidia-smi": "not found"}
+    command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as failure:
+        return {"nvidia-smi": str(failure)}
+    if found.returncode:
+        return {"nvidia-smi": (found.stdout + found.stderr).strip()[:400]}
+    values = found.stdout.splitlines()[0].split(", ")
+    return dict(zip(QUERY.split(","), values, strict=False))
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.describe", description=__doc__)
+    parser.add_argument("--ceilings", action="store_true", help="measure bandwidth and product rates")
+    parser.add_argument("--rehearse", action="store_true", help="of the CPU")
+    args = parser.parse_args()
+    if not args.rehearse and not torch.cuda.is_available():
+        print("no CUDA device: torch.cuda.is_available() is False")
+        return NO_GPU
+    device = "cpu" if args.rehearse else "cuda"
+    if args.ceilings:
+        print(json.dumps({"before": driver(), "ceilings": ceilings(device), "after": driver()}, indent=1))
+        return 0
+    from fused_ewclora import available_backends
+
+    told = {"environment": environment(device), "driver": driver(), "backends": available_backends()}
+    print(json.dumps(told, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,121 @@
+"""Exact per-sample Fisher of the linears of ViTs in bf16, and mode "batch"."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_ewclora import functional as FE
+
+from ..case import OURS, Case, Provider, Run
+from ..fisher_accumulate import batch as of_batch
+from ..fisher_accumulate import einsum, one_by_one, vmap_grad
+from ..shapes import Model, Sizes
+from .plan import BACKEND, Place, Planned, turns
+
+# Peers round per-sample gradients and their squares to bf16, each to 2^-9, before they sum.
+TOLERANCE = 2e-2
+Method = Callable[[Tensor, Tensor, Tensor], Tensor]
+Inputs = tuple[Tensor, Tensor, Tensor]  # fisher, x, dy
+
+
+def fused(fisher: Tensor, x: Tensor, dy: Tensor, mode: str) -> Tensor:
+    """This library."""
+    return FE.fisher_accumulate_(fisher, x, dy, mode=mode, check_finite=False, backend=BACKEND)
+
+
+def product_and_square(fisher: Tensor, x: Tensor, dy: Tensor) -> Tensor:
+    """Mode "batch": the weight gradient by BLAS, then squared and added."""
+    gradient = (dy.flatten(0, 1).T @ x.flatten(0, 1)).float()
+    return fisher.addcmul_(gradient, gradient)
+
+
+def of_backpack(inputs: Inputs) -> Run:
+    """BackPACK's SumGradSquared of one linear layer."""
+    _, x, dy = inputs
+    made: list[Any] = []
+
+    def run() -> list[Tensor]:
+        import backpack
+
+        if not made:
+            layer = torch.nn.Linear(x.shape[-1], dy.shape[-1], bias=False, device=x.device, dtype=x.dtype)
+            made.append(backpack.extend(layer))
+        layer = made[0]
+        layer.zero_grad()
+        with backpack.backpack(backpack.extensions.SumGradSquared()):
+            layer(x).backward(dy)
+        return [layer.weight.sum_grad_squared.float()]
+
+    return run
+
+
+def draw(planned: Planned, place: Place) -> Inputs:
+    n, t, d_in, d_out = (int(planned.shape[name]) for name in ("samples", "tokens", "d_in", "d_out"))
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, device=place.device).to(torch.bfloat16)
+
+    return torch.zeros(d_out, d_in, device=place.device), normal(n, t, d_in), normal(n, t, d_out)
+
+
+def accumulating(
+    name: str, method: Method, buffers: list[Inputs], role: str = "peer", **more: Any
+) -> Provider:
+    """Timed adding to F as in use; checked from a zero F."""
+    fisher, x, dy = buffers[0]
+    runs = turns(lambda one: lambda: [method(*one)], buffers)
+    check = lambda: [method(torch.zeros_like(fisher), x, dy)]  # noqa: E731
+    return Provider(name, role=role, check=check, **runs, **more)
+
+
+def build(planned: Planned, place: Place) -> Case:
+    n, t, d_in, d_out = (int(planned.shape[name]) for name in ("samples", "tokens", "d_in", "d_out"))
+    mode = str(planned.shape["mode"])
+    moved = 2.0 * n * t * (d_in + d_out) + 8.0 * d_in * d_out
+    buffers = [draw(planned, place) for _ in range(place.copies(moved))]
+    ours = functools.partial(fused, mode=mode)
+    products = turns(lambda one: lambda: [one[2].flatten(0, 1).T @ one[1].flatten(0, 1)], buffers)
+    providers = [
+        accumulating(OURS, ours, buffers, "ours", backend=BACKEND, algorithm=f"mode {mode}"),
+        Provider("cuBLAS weight gradient", role="floor", **products),
+    ]
+    peers = {"einsum (Opacus)": einsum, "torch.func vmap(grad)": vmap_grad, "batch size 1": one_by_one}
+    if mode == "batch":
+        peers = {"cuBLAS, then square and add": product_and_square}
+    providers += [accumulating(name, method, buffers) for name, method in peers.items()]
+    if mode == "sample" and importlib.util.find_spec("backpack"):
+        providers.append(Provider("backpack", **turns(of_backpack, buffers)))
+
+    def truth() -> list[Tensor]:
+        fisher, x, dy = buffers[0]
+        if mode == "batch":
+            return [of_batch(torch.zeros_like(fisher, dtype=torch.float64), x.double(), dy.double())]
+        return [one_by_one(torch.zeros_like(fisher, dtype=torch.float64), x.double(), dy.double())]
+
+    return Case(
+        op=planned.op, shape=planned.shape, dtype=planned.dtype, flops=2.0 * n * t * d_in * d_out,
+        bytes=moved, providers=providers, truth=truth, tolerance=TOLERANCE, product="bf16",
+    )  # fmt: skip
+
+
+def _planned(model: Model, name: str, mode: str, sizes: Sizes) -> Planned:
+    d_in, d_out = model.linears()[name]
+    shape: dict[str, int | str] = {
+        "model": model.name, "linear": name, "mode": mode, "samples": sizes.samples, "tokens": model.tokens,
+        "d_in": d_in, "d_out": d_out,
+    }  # fmt: skip
+    return Planned("fisher_accumulate", shape, "bfloat16", build)
+
+
+def plan(sizes: Sizes) -> Iterator[Planned]:
+    """Per-sample Fisher of the large model first: it has the targets."""
+    for mode in ("sample", "batch"):
+        for model in (sizes.large, sizes.huge):
+            for name in model.linears():
+                yield _planned(model, name, mode, sizes)

@@ -1,0 +1,227 @@
+"""LoRA linear in bf16, forward and backward: the linears of ViTs, and k,v of a packed qkv."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .. import predict
+from ..case import OURS, Case, Provider, Run
+from ..lora_linear import composition, composition_slices, forward_backward, fused, fused_slices
+from ..shapes import Model, Sizes
+from .plan import ALGORITHMS, BACKEND, Place, Planned, turns
+
+DTYPE = torch.bfloat16
+PASSES = ("forward+backward", "forward", "backward")
+TOLERANCE = 1e-2  # bf16 results and bf16 intermediates of peers: a few times 2^-9
+Method = Callable[..., Tensor]
+
+
+class Inputs(NamedTuple):
+    x: Tensor
+    fixed: tuple[Tensor, Tensor]
+    adapters: list[Tensor]  # A, B, in turn
+    dy: Tensor
+
+
+class InOrder(torch.autograd.Function):
+    """The order of Unsloth's kernels: BLAS products, the low-rank ones accumulated in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        z = x @ a.t()
+        ctx.save_for_backward(x, weight, a, b, z)
+        return linear(x, weight, bias).addmm_(z, b.t())
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, z = ctx.saved_tensors
+        u = dy @ b
+        return (dy @ weight).addmm_(u, a), None, None, u.t() @ x, dy.t() @ z
+
+
+def in_place_slices(x: Tensor, weight: Tensor, bias: Tensor, *adapters: Tensor) -> Tensor:
+    """k and v added to parts of the output of qkv, in place."""
+    a_k, b_k, a_v, b_v = adapters
+    d = weight.shape[0] // 3
+    y = linear(x, weight, bias)
+    y[..., d : 2 * d] += linear(linear(x, a_k), b_k)
+    y[..., 2 * d :] += linear(linear(x, a_v), b_v)
+    return y
+
+
+def frozen(x: Tensor, weight: Tensor, bias: Tensor, *_: Tensor) -> Tensor:
+    return linear(x, weight, bias)
+
+
+def of_peft(inputs: Inputs) -> Method:
+    """The layer of the installed PEFT, with our adapters."""
+    import peft
+
+    a, b = inputs.adapters
+    weight = inputs.fixed[0]
+    base = torch.nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        base.weight.copy_(weight)
+        base.bias.copy_(inputs.fixed[1])
+    config = peft.LoraConfig(r=a.shape[0], lora_alpha=a.shape[0], target_modules=["0"], lora_dropout=0.0)
+    model = peft.get_peft_model(torch.nn.Sequential(base), config, autocast_adapter_dtype=False)
+    layer = model.base_model.model[0]
+    layer.lora_A["default"].weight = torch.nn.Parameter(a.detach())
+    layer.lora_B["default"].weight = torch.nn.Parameter(b.detach())
+    leaves = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+
+    def run(x: Tensor, *_: Tensor) -> Tensor:
+        return layer(x)
+
+    run.leaves = leaves  # type: ignore[attr-defined]
+    return run
+
+
+def draw(planned: Planned, place: Place, slices: bool) -> Inputs:
+    shape = planned.shape
+    rows, d_in, d_out, rank = (int(shape[name]) for name in ("rows", "d_in", "d_out", "rank"))
+
+    def normal(*size: int, std: float = 1.0) -> Tensor:
+        return (torch.randn(size, device=place.device) * std).to(DTYPE)
+
+    width, count = (d_out // 3, 2) if slices else (d_out, 1)
+    adapters = []
+    for _ in range(count):
+        adapters += [normal(rank, d_in, std=d_in**-0.5), normal(width, rank, std=0.1)]
+    x = normal(rows, d_in)
+    for t in (x, *adapters):
+        t.requires_grad_()
+    fixed = (normal(d_out, d_in, std=d_in**-0.5), normal(d_out))
+    return Inputs(x, fixed, adapters, normal(rows, d_out))
+
+
+def _run(which: str, method: Method, inputs: Inputs, wrt: list[Tensor] | None = None) -> Run:
+    """One pass; results are y, or gradients, or both. `wrt` are the leaves."""
+    x, fixed, adapters, dy = inputs
+    leaves = [x, *adapters] if wrt is None else wrt
+
+    def both() -> list[Tensor]:
+        y = method(x, *fixed, *adapters)
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    def forward() -> list[Tensor]:
+        with torch.no_grad():
+            return [method(x, *fixed, *adapters)]
+
+    held: list[Tensor] = []
+
+    def backward() -> list[Tensor]:
+        if not held:  # the graph is recorded once, on the stream that the backward pass will run on
+            held.append(method(x, *fixed, *adapters))
+        return list(torch.autograd.grad(held[0], leaves, dy, retain_graph=True))
+
+    return {"forward+backward": both, "forward": forward, "backward": backward}[which]
+
+
+def _peft_run(which: str, inputs: Inputs) -> Run:
+    made: list[Run] = []
+
+    def run() -> Any:
+        if not made:
+            method = of_peft(inputs)
+            made.append(_run(which, method, inputs, [inputs.x, *method.leaves]))  # type: ignore[attr-defined]
+        return made[0]()
+
+    return run
+
+
+def _sizes(planned: Planned) -> tuple[int, int, int, int]:
+    rows, d_in, d_out, rank = (int(planned.shape[name]) for name in ("rows", "d_in", "d_out", "rank"))
+    return rows, d_in, d_out, rank
+
+
+def work(planned: Planned, slices: bool) -> tuple[float, float]:
+    """FLOPs and bytes: x, W, y in the forward pass; dy, x, W, dx in the backward pass."""
+    rows, d_in, d_out, rank = _sizes(planned)
+    adapters, width = (2, 2 * d_out // 3) if slices else (1, d_out)
+    base, low_rank = 2.0 * rows * d_in * d_out, 2.0 * rows * rank * (adapters * d_in + width)
+    forward = base + low_rank, rows * (d_in + d_out) + d_in * d_out
+    backward = base + 2 * low_rank, rows * (2 * d_in + d_out) + d_in * d_out
+    each = {"forward": forward, "backward": backward}
+    parts = [each[name] for name in str(planned.shape["pass"]).split("+")]
+    return sum(flops for flops, _ in parts), 2.0 * sum(elements for _, elements in parts)
+
+
+def _providers(
+    planned: Planned, place: Place, buffers: list[Inputs], slices: bool, compiled: bool
+) -> Iterator[Provider]:
+    which = str(planned.shape["pass"])
+    rows, d_in, d_out, rank = _sizes(planned)
+    ours, plain = (fused_slices, composition_slices) if slices else (fused, composition)
+
+    def provider(name: str, method: Method, role: str = "peer", **more: Any) -> Provider:
+        return Provider(name, role=role, **turns(lambda one: _run(which, method, one), buffers), **more)
+
+    def of_ours(name: str, role: str, key: str = "") -> Provider:
+        total = 2 * rank if slices else rank
+        guess = predict.forward(key, rows, d_in, d_out, total, DTYPE) if which == "forward" else None
+        method = functools.partial(ours, backend=f"{BACKEND}:{key}" if key else BACKEND)
+        return provider(name, method, role, backend=BACKEND, algorithm=key or "chosen", predicted=guess)
+
+    yield of_ours(OURS, "ours")
+    base = turns(lambda one: _run(which, frozen, one, [one.x]), buffers)
+    yield Provider("frozen linear", role="floor", **base)
+    yield provider("composition (PEFT's)", plain)
+    if slices:
+        yield provider("added to slices in place", in_place_slices)
+    else:
+        yield provider("cuBLAS addmm (Unsloth's order)", InOrder.apply)
+    for key in ALGORITHMS:
+        yield of_ours(f"{OURS} {BACKEND}:{key}", "variant", key)
+    if compiled and which == "forward+backward":
+        yield provider("torch.compile of the composition", place.compiled(plain))
+        if not slices and importlib.util.find_spec("peft"):
+            yield Provider("peft", **turns(lambda one: _peft_run(which, one), buffers))
+
+
+def build(planned: Planned, place: Place, slices: bool, compiled: bool) -> Case:
+    """One case; a compiled peer where `compiled`."""
+    flops, bytes_moved = work(planned, slices)
+    buffers = [draw(planned, place, slices) for _ in range(place.copies(bytes_moved))]
+    plain = composition_slices if slices else composition
+
+    def truth() -> list[Tensor]:
+        one = buffers[0]
+        wide = [t.detach().double().requires_grad_() for t in (one.x, *one.adapters)]
+        fixed = (one.fixed[0].double(), one.fixed[1].double())
+        both = forward_backward(plain, wide[0], fixed, wide[1:], one.dy.double())()
+        return {"forward+backward": both, "forward": both[:1], "backward": both[1:]}[
+            str(planned.shape["pass"])
+        ]
+
+    return Case(
+        op=planned.op, shape=planned.shape, dtype=planned.dtype, flops=flops, bytes=bytes_moved,
+        providers=list(_providers(planned, place, buffers, slices, compiled)),
+        truth=truth, tolerance=TOLERANCE, product="bf16",
+    )  # fmt: skip
+
+
+def _planned(model: Model, name: str, which: str, sizes: Sizes, slices: bool, compiled: bool) -> Planned:
+    d_in, d_out = model.linears()[name]
+    shape: dict[str, int | str] = {
+        "model": model.name, "linear": name, "pass": which, "rows": sizes.samples * model.tokens,
+        "d_in": d_in, "d_out": d_out, "rank": sizes.slice_rank if slices else sizes.rank,
+    }  # fmt: skip
+    op = "lora_linear_slices" if slices else "lora_linear"
+    return Planned(op, shape, "bfloat16", functools.partial(build, slices=slices, compiled=compiled))
+
+
+def plan(sizes: Sizes) -> Iterator[Planned]:
+    """Both passes first: they have the targets. Compiled peers only for the large model."""
+    for which in PASSES:
+        for model in sizes.models:
+            for name in model.linears():
+                yield _planned(model, name, which, sizes, False, model is sizes.large)
+            yield _planned(model, "qkv", which, sizes, True, model is sizes.large)

@@ -1,0 +1,220 @@
+"""Checks and measures the GPU kernels unattended: `python -m benchmarks.gpu_check --out DIR`.
+
+Needs PyTorch, Triton and pytest in the running interpreter, installs nothing, and leaves at most eight files
+in DIR (docs/gpu-check.md). Exit status 0: all is well; 1: a step or one of our kernels failed; 2: only
+targets were missed or not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import signal
+import sys
+import tarfile
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from . import records, steps, summary
+from .steps import Deadline, Outcome, Step
+
+ROOT = Path(__file__).resolve().parents[1]
+BUDGET = 530.0
+PARTIAL = "partial"  # a test run without failures that was cut short
+QUICK = (
+    "lora_linear", "ewc_penalty", "ewc_penalty_grad", "fisher_accumulate", "merge", "dropout", "philox",
+    "compile", "autocast",
+)  # fmt: skip
+ELSEWHERE = ("test_packaging.py", "test_benchmarks_gpu.py")  # need a build, or run this driver
+SUITE_LIMITS = {
+    "lora_linear": 110.0,
+    "ewc_penalty": 80.0,
+    "fisher_accumulate": 60.0,
+    "training_step": 60.0,
+    "merge": 25.0,
+}
+LARGEST = 15 << 20  # bytes of a file in DIR
+NO_GPU = "exit status 3"
+
+
+def test_files() -> tuple[list[str], list[str]]:
+    """Test files of the kernels, and all others."""
+    everything = [path.name for path in sorted((ROOT / "tests").glob("test_*.py"))]
+    first = [f"test_{name}.py" for name in QUICK]
+    first += [name for name in everything if any(word in name for word in ("gpu", "cuda", "triton"))]
+    first = [name for name in dict.fromkeys(first) if name in everything and name not in ELSEWHERE]
+    return first, [name for name in everything if name not in (*first, *ELSEWHERE)]
+
+
+def pytest_command(files: Sequence[str], report: Path, workers: int, few: bool) -> list[str]:
+    command = [sys.executable, "-m", "pytest", *(f"tests/{name}" for name in files)]
+    command += ["-q", "--tb=short", "--maxfail=60", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    if few:
+        command += ["-p", "benchmarks.few_examples", "--hypothesis-profile=few"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else ["-p", "no:xdist"]
+    return command
+
+
+def plan(args: argparse.Namespace, work: Path) -> list[Step]:
+    """All steps, in order of value."""
+    rehearse = ["--rehearse"] if args.rehearse else []
+    environment = {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "HYPOTHESIS_STORAGE_DIRECTORY": str(work / "hypothesis"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TRITON_INTERPRET": "1" if args.rehearse else "0",
+    }
+    if args.rehearse:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+
+    def step(name: str, command: list[str], limit: float, log: Path | None = None, **more: Any) -> Step:
+        return Step(name, command, limit, log or work / f"{name}.log", environment, **more)
+
+    def module(name: str, *more: str) -> list[str]:
+        return [sys.executable, "-m", f"benchmarks.{name}", *more, *rehearse]
+
+    first, others = test_files()
+    if args.rehearse:
+        first, others = ["test_metrics.py"], ["test_config.py"]
+    log = args.out / "tests.log"
+    workers = 0 if args.rehearse else args.workers
+    found = [
+        step("environment", module("gpu.describe"), 60.0),
+        step("tests", pytest_command(first, work / "tests.xml", workers, True), 130.0, log),
+        step("ceilings", module("gpu.describe", "--ceilings"), 30.0),
+    ]
+    for suite, limit in SUITE_LIMITS.items():
+        options = [suite, "--out", str(args.out), "--seconds", str(args.seconds), "--budget", "{budget}"]
+        found.append(step(suite, module("gpu", *options), limit, again=75))
+    whole = pytest_command([*others, *first], work / "all-tests.xml", workers, False)
+    found.append(step("all tests", whole, args.budget, log))
+    return [one for one in found if not args.steps or one.name in args.steps]
+
+
+def judged(outcome: Outcome, report: Path) -> Outcome:
+    """The outcome of a test run with the counts of its report; cut short without a failure is "partial"."""
+    try:
+        suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
+    except (OSError, ElementTree.ParseError):
+        return outcome
+    count = {
+        name: sum(int(s.get(name, 0)) for s in suites) for name in ("tests", "failures", "errors", "skipped")
+    }
+    told = ", ".join(f"{number} {name}" for name, number in count.items())
+    clean = count["tests"] and not count["failures"] and not count["errors"]
+    status = PARTIAL if outcome.status == steps.TIMED_OUT and clean else outcome.status
+    return replace(outcome, status=status, detail=f"{told}; {outcome.detail}".removesuffix("; "))
+
+
+def not_reached(suite: str, found: Sequence[dict[str, Any]], rehearsal: bool) -> int:
+    """How many cases of a suite have no record."""
+    from .gpu.__main__ import planned
+
+    done = {records.key(record) for record in found}
+    return sum(one.key not in done for one in planned(suite, rehearsal))
+
+
+def report(args: argparse.Namespace, outcomes: Sequence[Outcome]) -> tuple[str, int]:
+    """The text of the summary and the exit status."""
+    from .goals import goals
+    from .gpu.__main__ import broken
+
+    suites = {name: records.read(args.out / f"{name}.jsonl") for name in SUITE_LIMITS}
+    lines = summary.tables(suites)
+    wrong = [r for found in suites.values() for r in broken(found)]
+    lines += ["", f"failures of ours: {len(wrong)}"]
+    lines += [f"  {summary.label(r)[:60]}: {r['provider']}: {r['failed'][:200]}" for r in wrong[:30]]
+    rows, verdicts = summary.targets(goals(), suites)
+    lines += rows if not args.rehearse else ["", "a rehearsal has no targets"]
+    lines += ["", "steps", *(f"  {outcome}" for outcome in outcomes)]
+    run = {outcome.name for outcome in outcomes}
+    for name, found in suites.items():
+        if name in run and (missing := not_reached(name, found, args.rehearse)):
+            lines.append(f"  {name}: {missing} cases were not reached")
+    fine = (steps.OK, PARTIAL)
+    status = 1 if wrong or any(outcome.status not in fine for outcome in outcomes) else 0
+    if not status and not args.rehearse and not args.steps and set(verdicts) != {summary.PASS}:
+        status = 2
+    return "\n".join([*lines, "", f"exit status {status}"]) + "\n", status
+
+
+def shorten(path: Path, largest: int = LARGEST) -> None:
+    """Cuts the middle out of a file that is too long."""
+    if path.exists() and path.stat().st_size > largest:
+        text = path.read_bytes()
+        half = largest // 2 - 100
+        path.write_bytes(text[:half] + b"\n[... cut ...]\n" + text[-half:])
+
+
+def pack(args: argparse.Namespace, work: Path, outcomes: Sequence[Outcome]) -> int:
+    """Writes summary.txt and details.tar.gz anew; returns the exit status."""
+    text, status = report(args, outcomes)
+    (args.out / "summary.txt").write_text(text)
+    shorten(args.out / "tests.log")
+    with tarfile.open(args.out / "details.tar.gz", "w:gz") as archive:
+        for path in sorted(work.iterdir()):
+            if path.is_file():
+                shorten(path)
+                archive.add(path, path.name)
+    return status
+
+
+def check(args: argparse.Namespace, todo: Callable[[argparse.Namespace, Path], list[Step]] = plan) -> int:
+    """Runs the steps and reports; the exit status."""
+    deadline = Deadline(args.budget)
+    args.out.mkdir(parents=True, exist_ok=True)
+    outcomes: list[Outcome] = []
+    status = 1
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+        work = Path(folder)
+        try:
+            for step in todo(args, work):
+                outcome = steps.run(step, deadline, ROOT)
+                outcome = judged(outcome, work / f"{step.name.replace(' ', '-')}.xml")
+                outcomes.append(outcome)
+                print(outcome, flush=True)
+                status = pack(args, work, outcomes)
+                if step.name == "environment" and outcome.detail == NO_GPU:
+                    print("no CUDA device; --rehearse runs everything on the CPU")
+                    break
+        except KeyboardInterrupt:
+            outcomes.append(Outcome("the run", steps.TIMED_OUT, 0.0, "was ended from outside"))
+            status = pack(args, work, outcomes)
+    print((args.out / "summary.txt").read_text(), end="", flush=True)
+    return status
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    workers = min(8, (os.cpu_count() or 2) // 2)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="a folder without results of earlier runs")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything")
+    parser.add_argument("--seconds", type=float, default=0.1, help="timing per provider and case")
+    parser.add_argument("--workers", type=int, default=workers, help="test processes, with pytest-xdist")
+    parser.add_argument("--steps", nargs="*", help="only these: environment, tests, ceilings, a suite, ...")
+    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU, with Triton's interpreter")
+    args = parser.parse_args(given)
+    args.out = args.out.resolve()
+    if any((args.out / f"{name}.jsonl").exists() for name in SUITE_LIMITS):
+        parser.error(f"--out {args.out}: holds records of an earlier run")
+    return args
+
+
+def main() -> int:
+    """Entry point."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    return check(arguments())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

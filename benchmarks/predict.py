@@ -1,0 +1,46 @@
+"""Predicted seconds, from bytes and FLOPs and the assumed rates that the choice of algorithms uses.
+
+Predictions, never measurements: records hold them as `predicted_seconds` beside what was measured.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from fused_ewclora.backends.candidate import Call, LinearShape, arch_of
+from fused_ewclora.backends.triton import regimes
+from fused_ewclora.backends.triton.launch import family
+
+from .case import Case
+
+ASSUMED = "sm_90"  # where there is no GPU to ask
+
+
+@functools.cache
+def arch() -> str:
+    """The architecture that predictions are for."""
+    return (torch.cuda.is_available() and arch_of(torch.device("cuda", 0))) or ASSUMED
+
+
+def rates() -> regimes.Rates:
+    return regimes.RATES[family(arch())]
+
+
+def roofline(flops: float, bytes_moved: float, product: str) -> float:
+    """Bytes at the assumed bandwidth or FLOPs at the assumed rate, whichever takes longer."""
+    assumed = rates()
+    rate = {"bf16": assumed.half, "tf32": assumed.tf32, "fp32": assumed.single}[product]
+    return max(bytes_moved / assumed.bandwidth, flops / rate)
+
+
+def of_case(case: Case) -> float:
+    return roofline(case.flops, case.bytes, case.product)
+
+
+def forward(algorithm: str, rows: int, d_in: int, d_out: int, rank: int, dtype: torch.dtype) -> float | None:
+    """Of one algorithm of the LoRA linear, or of the one modelled as fastest ("")."""
+    shape = LinearShape(rows, d_in, d_out, rank)
+    times = regimes.modelled("lora_linear", Call("cuda", dtype, arch(), shape))
+    return times.get(algorithm) if algorithm else min(times.values())

@@ -1,0 +1,66 @@
+"""Records of measurements: reading them, and checking them against record_schema.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SCHEMA = json.loads((Path(__file__).parent / "record_schema.json").read_text())
+_TYPES: dict[str, Any] = {
+    "object": dict, "array": list, "string": str, "boolean": bool, "null": type(None),
+}  # fmt: skip
+
+
+def _is(value: Any, kind: str) -> bool:
+    if kind in ("number", "integer"):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole or (kind == "number" and isinstance(value, float) and math.isfinite(value))
+    return isinstance(value, _TYPES[kind])
+
+
+def violations(value: Any, schema: dict[str, Any] = SCHEMA, where: str = "record") -> Iterator[str]:
+    """What `value` has against `schema`, in words; the keywords that record_schema.json uses."""
+    kinds = schema.get("type", [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if kinds and not any(_is(value, kind) for kind in kinds):
+        yield f"{where}: expected {' or '.join(kinds)}, got {value!r}"
+        return
+    if "enum" in schema and value not in schema["enum"]:
+        yield f"{where}: {value!r} is none of {schema['enum']}"
+    if "minimum" in schema and value is not None and value < schema["minimum"]:
+        yield f"{where}: {value!r} < {schema['minimum']}"
+    for name in schema.get("required", []):
+        if name not in value:
+            yield f"{where}: {name} is missing"
+    choices = [list(violations(value, choice, where)) for choice in schema.get("anyOf", [])]
+    if choices and all(choices):
+        yield min(choices, key=len)[0]
+    properties = schema.get("properties", {})
+    for name in value if isinstance(value, dict) else ():
+        if name in properties:
+            yield from violations(value[name], properties[name], f"{where}.{name}")
+        elif schema.get("additionalProperties") is False:
+            yield f"{where}: {name} is not described"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All records of a file; of one that is still being written, the complete lines."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    found = []
+    for number, line in enumerate(lines):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number + 1 < len(lines):
+                raise
+    return found
+
+
+def key(record: dict[str, Any]) -> str:
+    """What identifies the case of a record."""
+    return json.dumps([record["op"], record["shape"], record["dtype"]], sort_keys=True)

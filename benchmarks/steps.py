@@ -1,0 +1,112 @@
+"""Steps of a long unattended run: subprocesses with time limits of their own inside one deadline.
+
+A step that fails or runs out of time is an outcome, never an exception: the rest still runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+OK, FAILED, TIMED_OUT, NOT_RUN = "ok", "failed", "timed out", "not run"
+LEAST = 3.0  # seconds below which a step is not worth starting
+GRACE = 8.0  # seconds after the interrupt, for reports
+
+
+class Deadline:
+    """The end of the whole run."""
+
+    def __init__(self, seconds: float, reserve: float = 5.0) -> None:
+        self.end = time.monotonic() + seconds
+        self.reserve = reserve  # kept for what comes after the last step
+
+    def left(self) -> float:
+        return self.end - self.reserve - time.monotonic()
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, its limit in seconds, and where its output is appended. `{budget}` in an argument becomes
+    the seconds that it is given. After the exit status `again` it runs once more, as often as `attempts`."""
+
+    name: str
+    command: Sequence[str]
+    limit: float
+    log: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    again: int | None = None
+    attempts: int = 3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    name: str
+    status: str
+    seconds: float
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name:20} {self.status:10} {self.seconds:6.1f} s  {self.detail}".rstrip()
+
+
+def _stop(process: subprocess.Popen[bytes], grace: float) -> None:
+    """Interrupt, so that a test run still reports; then end everything that the step started."""
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(grace)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _once(step: Step, seconds: float, root: Path, grace: float) -> int | None:
+    """Exit status, None when time ran out."""
+    budget = max(seconds - grace, 0.5 * seconds)
+    command = [part.replace("{budget}", f"{budget:.0f}") for part in step.command]
+    environment = {**os.environ, **step.environment}
+    with step.log.open("ab") as log:
+        log.write(f"\n$ {' '.join(command)}\n".encode())
+        log.flush()
+        process = subprocess.Popen(
+            command, cwd=root, env=environment, stdin=subprocess.DEVNULL, stdout=log,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            return process.wait(budget)
+        except subprocess.TimeoutExpired:
+            _stop(process, seconds - budget)
+            return None
+        except BaseException:  # the run itself is being ended
+            _stop(process, 0.0)
+            raise
+
+
+def run(step: Step, deadline: Deadline, root: Path, grace: float = GRACE) -> Outcome:
+    """Runs a step within its limit and what the deadline leaves, of which up to `grace` seconds are for it to
+    stop."""
+    begin = time.monotonic()
+
+    def left() -> float:
+        return min(step.limit - (time.monotonic() - begin), deadline.left())
+
+    least = min(LEAST, step.limit / 2)
+    if left() < least:
+        return Outcome(step.name, NOT_RUN, 0.0, "no time was left")
+    code: int | None = None
+    for _ in range(1 if step.again is None else step.attempts):
+        try:
+            code = _once(step, left(), root, grace)
+        except OSError as failure:
+            return Outcome(step.name, FAILED, time.monotonic() - begin, str(failure))
+        if code is None or code != step.again or left() < least:
+            break
+    spent = time.monotonic() - begin
+    if code is None:
+        return Outcome(step.name, TIMED_OUT, spent, f"stopped after {spent:.0f} s")
+    return Outcome(step.name, OK if code == 0 else FAILED, spent, "" if code == 0 else f"exit status {code}")

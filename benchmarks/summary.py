@@ -1,0 +1,92 @@
+"""The summary of a GPU run: a table per op, and a row per target that says PASS or FALL SHORT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from . import records
+from .case import OURS
+from .goals import Goal, row
+from .harness import Record
+
+PASS, SHORT, MISSING = "PASS", "FALL SHORT", "NOT MEASURED"
+LABELS = (
+    "model", "linear", "linears", "matrices", "vectors", "length", "pass", "mode", "rank", "precision",
+    "optimizer",
+)  # fmt: skip
+SHORT_VALUES = {
+    "forward+backward": "fwd+bwd", "forward": "fwd", "backward": "bwd", "float32": "fp32", "bfloat16": "bf16",
+}  # fmt: skip
+SHORT_NAMES = {
+    "frozen linear": "frozen", "composition (PEFT's)": "PEFT's", "cuBLAS addmm (Unsloth's order)": "addmm",
+    "torch.compile of the composition": "compile", "bytes at copy bandwidth": "floor",
+    "cuBLAS weight gradient": "wgrad", "eager autograd": "eager", "torch.compile": "compile",
+    "einsum (Opacus)": "einsum", "torch.func vmap(grad)": "vmap", "batch size 1": "one by one",
+    "explicit deltaW, eager penalty": "explicit", "LoRA without EWC": "no EWC", "frozen base": "frozen",
+    "composition (PEFT's), eager penalty": "PEFT's", "added to slices in place": "in place",
+    "cuBLAS, then square and add": "product", "addmm_ in the dtype of W": "addmm_",
+    "product and sum in fp32": "fp32 sum",
+}  # fmt: skip
+Case = Mapping[str, Record]
+
+
+def by_case(found: Sequence[Record]) -> list[dict[str, Record]]:
+    """Records grouped by case, by provider."""
+    cases: dict[str, dict[str, Record]] = {}
+    for record in found:
+        cases.setdefault(records.key(record), {})[record["provider"]] = record
+    return list(cases.values())
+
+
+def label(record: Record) -> str:
+    values = [str(record["shape"][name]) for name in LABELS if name in record["shape"]]
+    dtype = record["dtype"].removeprefix("fisher ")
+    return " ".join(SHORT_VALUES.get(value, value) for value in [*values, dtype])
+
+
+def line(case: Case) -> str:
+    """Ours in microseconds, eager on the host's clock, share of the ceiling; then ours over each other."""
+    first = next(iter(case.values()))
+    ours = case.get(OURS, {})
+    if "seconds" not in ours:
+        reason = ours.get("failed") or first.get("failed") or "ours is missing"
+        return f"  {label(first):42} FAILED {reason[:120]}"
+    median = ours["seconds"]["p50"]
+    host = ours.get("host_seconds")
+    part = ours.get("fraction_of_ceiling")
+    told = []
+    for name, record in case.items():
+        if name == OURS:
+            continue
+        short = SHORT_NAMES.get(name, name.replace(f"{OURS} triton:", ":"))
+        told.append(
+            f"{short} {median / record['seconds']['p50']:.2f}" if "seconds" in record else f"{short} FAILED"
+        )
+    times = f"{median * 1e6:9.1f} {host * 1e6 if host is not None else float('nan'):9.0f} {part or 0.0:5.2f}"
+    return f"  {label(first):42}{times}  {' '.join(told)}"
+
+
+def tables(suites: Mapping[str, Sequence[Record]]) -> list[str]:
+    """All measured cases."""
+    lines = []
+    for suite, found in suites.items():
+        if found:
+            lines += ["", f"{suite}: us, eager us, share of ceiling; ours / other (below 1: ours is faster)"]
+            lines += [line(case) for case in by_case(found)]
+    return lines
+
+
+def verdict_of(result: Record) -> str:
+    return MISSING if not result["measured"] else PASS if result["met"] else SHORT
+
+
+def targets(goals: Sequence[Goal], suites: Mapping[str, Sequence[Record]]) -> tuple[list[str], list[str]]:
+    """Lines of the table of targets, and their verdicts."""
+    lines, verdicts = ["", "targets: ours / other, limit"], []
+    for goal in goals:
+        result = row(goal, by_case(suites.get(goal.suite, [])))
+        verdicts.append(verdict_of(result))
+        lines.append(
+            f"  {verdicts[-1]:12} {goal.target.name:52} {result['ratio']:8.3f}  limit {result['limit']:.3f}"
+        )
+    return lines, verdicts
