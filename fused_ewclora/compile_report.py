@@ -75,33 +75,28 @@ def survey(arch: str, dtype: torch.dtype, ranks: Sequence[int] = RANKS) -> Surve
     result = Survey([], set(), [])
     for workload in workloads.workloads((dtype,), ranks):
         try:
-            runs = workloads.noted(workload, arch)
-        except Exception as error:
+            _note(workload, arch, found, result.exercised)
+        except Exception as error:  # of one workload; the others are still reported
             result.failures.append(f"{arch}: {workload.name}: {type(error).__name__}: {error}")
-            continue
-        for candidate, launches, keys in runs:
-            algorithm = f" ({candidate.keys[0]})" if candidate.keys else ""
-            for noted, entry, position, name in _attributed(launches, keys):
-                result.exercised.add((position, name))
-                specialisation = aot.specialise(noted, arch)
-                config = entry["config"]
-                known = found.setdefault(
-                    specialisation.key,
-                    Noted(
-                        specialisation,
-                        tables.name_of(dtype),
-                        config,
-                        _constants(noted, config),
-                        set(),
-                        [],
-                        [],
-                    ),
-                )
-                known.ranks.add(workload.rank)
-                known.aligned.append(workload.aligned)
-                known.calls.append(workload.name + algorithm)
     result.noted.extend(found.values())
     return result
+
+
+def _note(
+    workload: workloads.Workload, arch: str, found: dict[str, Noted], exercised: set[tuple[int, str]]
+) -> None:
+    for candidate, launches, keys in workloads.noted(workload, arch):
+        algorithm = f" ({candidate.keys[0]})" if candidate.keys else ""
+        for noted, entry, position, name in _attributed(launches, keys):
+            exercised.add((position, name))
+            specialisation = aot.specialise(noted, arch)
+            config = entry["config"]
+            dtype = tables.name_of(workload.dtype)
+            new = Noted(specialisation, dtype, config, _constants(noted, config), set(), [], [])
+            known = found.setdefault(specialisation.key, new)
+            known.ranks.add(workload.rank)
+            known.aligned.append(workload.aligned)
+            known.calls.append(workload.name + algorithm)
 
 
 def _attributed(
@@ -128,7 +123,9 @@ def _agreement(noted: launch.Launch, entry: tables.Entry) -> int:
 
 
 def _constants(noted: launch.Launch, config: Any) -> dict[str, Any]:
-    return {name: value for name, value in noted.options.items() if name not in config}
+    constants = {name: value for name, value in noted.options.items() if name not in config}
+    plain = int | float | str | None
+    return {name: value if isinstance(value, plain) else str(value) for name, value in constants.items()}
 
 
 def unexercised(arch: str, exercised: set[tuple[int, str]]) -> list[str]:

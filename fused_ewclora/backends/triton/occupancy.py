@@ -57,11 +57,11 @@ def occupancy(arch: str, registers: int, shared: int, num_warps: int, tensor_mem
     Occupancy(blocks=1, warps=8, share=0.125, limited_by='registers')
     """
     limits = LIMITS[arch]
-    # 256 registers per warp are 8 per lane. Blocks take warps in multiples of the number of partitions.
+    # 256 registers per warp are 8 per lane; a block starts if its warps, evened out over partitions, fit.
     per_lane = max(_ceil(registers, limits.register_unit), limits.register_unit)
-    allocated_warps = _ceil(num_warps, PARTITIONS)
+    resident = limits.registers // per_lane * PARTITIONS
     room = {
-        "registers": limits.registers // per_lane * PARTITIONS // allocated_warps,
+        "registers": resident // num_warps if _ceil(num_warps, PARTITIONS) <= resident else 0,
         "warps": limits.warps // num_warps,
         "blocks": limits.blocks,
     }
