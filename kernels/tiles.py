@@ -19,7 +19,7 @@ def cast(tile, TYPE: tl.constexpr):
         if TYPE == tl.bfloat16:
             wide = tile.to(tl.float32)
             bits = wide.to(tl.uint32, bitcast=True)
-            bits += 0x7FFF + ((bits >> 16) & 1)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
             tile = tl.where(wide == wide, bits.to(tl.float32, bitcast=True), wide)
     return tile.to(TYPE)
 

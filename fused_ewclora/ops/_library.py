@@ -30,9 +30,8 @@ SCHEMAS = {
     "-> (Tensor, Tensor)",
     "fisher_accumulate_": "(Tensor(a!) fisher, Tensor x, Tensor dy, str squares, float weight, "
     "Tensor? cu_seqlens, str backend) -> ()",
-    "merge_": "(Tensor(a!) weight, Tensor lora_a, Tensor lora_b, Tensor? scale, float factor, str backend) "
-    "-> ()",
-    "soft_threshold_": "(Tensor(a!) scale, float kappa, str backend) -> ()",
+    "merge_": f"(Tensor(a!)[] weights, {_ADAPTERS}, str backend) -> ()",
+    "soft_threshold_": "(Tensor(a!)[] scales, float kappa, str backend) -> ()",
 }
 
 _library = torch.library.Library("fused_ewclora", "DEF")
@@ -95,14 +94,20 @@ def _writes_its_argument(*_: Any) -> None:
     return None
 
 
+def _least_served(tensors: Sequence[Tensor]) -> Tensor:
+    """A tensor of the dtype that fewest backends run: what serves it serves the whole call."""
+    common = (torch.float32, torch.bfloat16, torch.float16)
+    return next((t for t in tensors if t.dtype not in common), tensors[0])
+
+
 # The argument whose device and dtype decide the implementation.
 _DEFINING: dict[str, Callable[..., Tensor]] = {
     "lora_linear": lambda x, *_: x,
     "lora_linear_backward": lambda dy, *_: dy,
     "ewc_penalty": lambda fishers, lora_as, *_: lora_as[0],
     "fisher_accumulate_": lambda fisher, x, *_: x,
-    "merge_": lambda weight, *_: weight,
-    "soft_threshold_": lambda scale, *_: scale,
+    "merge_": lambda weights, *_: _least_served(weights),
+    "soft_threshold_": lambda scales, *_: _least_served(scales),
 }
 _FAKES = {
     "lora_linear": _lora_linear_fake,
@@ -129,7 +134,7 @@ _SIZES: dict[str, Callable[..., dict[str, Any]]] = {
 
 def _call(op: str, tensor: Tensor, args: Sequence[Any]) -> Call:
     device = tensor.device.type
-    if device == "cpu" and ":" not in args[-1]:
+    if device == "cpu" and not args[-1].startswith("triton"):
         return Call(device, tensor.dtype)
     sizes = _SIZES[op](*args) if op in _SIZES else {}
     if tensor.dtype == torch.float32:

@@ -112,7 +112,7 @@ def candidates(op: str) -> tuple[Candidate, ...]:
         if backward and key == "full":
             continue  # u comes out of the pass that dB needs anyway
         keys = ("prologue", "full") if backward and key == "prologue" else (key,)
-        supports = functools.partial(_cannot_linear, key)
+        supports = functools.partial(_cannot_linear, op, key)
         yields = functools.partial(regimes.slower, op, key)
         found.append(
             Candidate("triton", algorithm, supports, _host("lora_linear", f"{op}_{key}"), keys, yields)
@@ -120,7 +120,7 @@ def candidates(op: str) -> tuple[Candidate, ...]:
     return tuple(found)
 
 
-def _cannot_linear(algorithm: str, call: Call) -> str | None:
+def _cannot_linear(op: str, algorithm: str, call: Call) -> str | None:
     if (reason := _cannot(call)) is not None:
         return reason
-    return regimes.impossible(algorithm, call)
+    return regimes.impossible(op, algorithm, call)

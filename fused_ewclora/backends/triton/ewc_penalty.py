@@ -10,28 +10,27 @@ import functools
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from fused_ewclora.kernels import ewc_penalty as kernels
 
 from ...errors import BackendError
 from . import tables
-from .launch import arch, cdiv, launch, multiprocessors, precision
+from .launch import addressable, arch, cdiv, launch, multiprocessors, precision
 
 ITEMS_PER_MULTIPROCESSOR = 4  # programs, so that the last wave is short
 KEPT = 16  # prepared tables; a training loop needs one
 
-_FIELDS = {
-    name: getattr(kernels, name).value
-    for name in (
-        "FISHER LORA_A LORA_B SCALE D_OUT D_IN RANK ROWS FISHER_0 FISHER_1 A_0 A_1 B_0 B_1 SCALE_0 GRAD_A GRAD_B "
-        "GRAD_S PART_A PART_B PART_S REGIONS BLOCKS FIRST_ITEM COUNT_A COUNT_B COUNT_S SCALAR"
-    ).split()
+_FIELDS = {  # column of the table by name
+    name: value.value
+    for name, value in vars(kernels).items()
+    if name.isupper() and name != "FIELDS" and isinstance(value, tl.constexpr)
 }
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass(frozen=True)
@@ -43,17 +42,16 @@ class Group:
     items: Tensor
     workspace: int  # floats
     counters: int
-    rp: int
     options: dict[str, Any]  # constexpr arguments and the configuration of the launch
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Everything about a call that does not depend on values."""
 
     groups: tuple[Group, ...]
     length: int  # of the flat gradients
     holes: bool  # an F without elements
+    copies: Any = None  # what pointers point to, where that is not the caller's tensors
 
 
 _plans: OrderedDict[Any, Plan] = OrderedDict()
@@ -77,9 +75,9 @@ def ewc_penalty(
     for i, group in enumerate(plan.groups):
         work = like.new_empty(group.workspace, dtype=torch.float32)
         launch(
-            kernels.ewc_penalty_kernel, (group.items.shape[0],), group.table, group.factors, group.items, work,
-            _counters(like, group.counters), losses[i], grads, group.items.shape[0], float(ewc_lambda),
-            NEED_A=needs[0], NEED_B=needs[1], NEED_S=needs[2], **group.options,
+            kernels.ewc_penalty_kernel, (group.items.shape[0],), group.table, group.factors, group.items,
+            work, _counters(like, group.counters), losses[i], grads, group.items.shape[0], float(ewc_lambda),
+            NEED_A=needs[0], NEED_B=needs[1], **group.options,
         )  # fmt: skip
     return losses[0] if len(plan.groups) == 1 else losses.sum(), grads
 
@@ -106,17 +104,34 @@ def _plan(
     if plan is None:
         if like.is_cuda and torch.cuda.is_current_stream_capturing():
             raise BackendError(
-                "ewc_penalty: expected a call with the same tensors before the capture of a CUDA graph; its table "
-                "of pointers cannot be copied to the device during one"
+                "ewc_penalty: expected a call with the same tensors before the capture of a CUDA graph; its "
+                "table of pointers cannot be copied to the device during one"
             )
-        plan = _prepare(fishers, lora_as, lora_bs, scales, factors, needs)
-        if like.device.type != "meta":
-            _plans[key] = plan
-            while len(_plans) > KEPT:
-                _plans.popitem(last=False)
+        reachable = [[addressable(t) for t in group] for group in (fishers, lora_as, lora_bs)]
+        plan = _prepare(*reachable, scales, factors, needs)
+        copied = any(new is not old for old, new in zip((*fishers, *lora_as, *lora_bs), sum(reachable, [])))
+        if copied or like.device.type == "meta":
+            return plan._replace(copies=reachable)  # pointers for this call alone
+        _plans[key] = plan
+        while len(_plans) > KEPT:
+            _plans.popitem(last=False)
     else:
         _plans.move_to_end(key)
     return plan
+
+
+class Member(NamedTuple):
+    """One adapter; `places` are those of dA, dB, ds in the flat gradients, -1 where not asked for."""
+
+    fisher: Tensor
+    a: Tensor
+    b: Tensor
+    scale: Tensor | None
+    factor: float
+    places: tuple[int, ...]
+
+    def types(self) -> tuple[torch.dtype, ...]:
+        return self.fisher.dtype, self.a.dtype, self.b.dtype, getattr(self.scale, "dtype", torch.float32)
 
 
 def _prepare(
@@ -127,91 +142,79 @@ def _prepare(
     factors: Sequence[float],
     needs: Sequence[bool],
 ) -> Plan:
-    places, length = [], 0
-    for triple in zip(lora_as, lora_bs, scales, strict=True):
-        place = []
-        for tensor, need in zip(triple, needs, strict=True):
-            wanted = need and tensor is not None
-            place.append(length if wanted else -1)
-            length += tensor.numel() if wanted and tensor is not None else 0
-        places.append(place)
-    groups: dict[Any, list[int]] = {}
-    for i, (fisher, a, b, s) in enumerate(zip(fishers, lora_as, lora_bs, scales, strict=True)):
-        types = (fisher.dtype, a.dtype, b.dtype, None if s is None else s.dtype)
-        groups.setdefault(types, []).append(i)
-    made = []
-    for (fisher_type, a_type, b_type, scale_type), members in groups.items():
-        chosen = [(fishers[i], lora_as[i], lora_bs[i], scales[i], factors[i], places[i]) for i in members]
-        types = {
-            "FISHER_TYPE": fisher_type,
-            "A_TYPE": a_type,
-            "B_TYPE": b_type,
-            "SCALE_TYPE": scale_type or torch.float32,
-        }
-        made.append(_group(chosen, {name: _triton_type(dtype) for name, dtype in types.items()}, fisher_type))
-    return Plan(tuple(made), length, any(fisher.numel() == 0 for fisher in fishers))
+    length = 0
+    groups: dict[Any, list[Member]] = {}
+    for fisher, a, b, scale, factor in zip(fishers, lora_as, lora_bs, scales, factors, strict=True):
+        places = []
+        for tensor, need in zip((a, b, scale), needs, strict=True):
+            size = tensor.numel() if need and tensor is not None else -1
+            places.append(length if size >= 0 else -1)
+            length += max(size, 0)
+        member = Member(fisher, a, b, scale, float(factor), tuple(places))
+        groups.setdefault(member.types(), []).append(member)
+    made = tuple(_group(members) for members in groups.values())
+    return Plan(made, length, any(fisher.numel() == 0 for fisher in fishers))
 
 
-def _triton_type(dtype: torch.dtype) -> Any:
-    import triton.language as tl
+def _group(members: Sequence[Member]) -> Group:
+    like, types = members[0].a, members[0].types()
+    need_s = any(member.places[2] >= 0 for member in members)
+    rp = max(16, 1 << (max(member.a.shape[0] for member in members) - 1).bit_length())
+    # The gradient of the scale takes registers of its own.
+    facet = precision() + ("+ds" if need_s else "")
+    config = tables.lookup(f"ewc_penalty_kernel:{facet}", arch(like), types[0], rp)
+    table, items, floats, counters = _layout(members, config["BLOCK_M"], config["BLOCK_N"], rp)
+    names = ("FISHER_TYPE", "A_TYPE", "B_TYPE", "SCALE_TYPE")
+    options = {**config, **dict(zip(names, (_TYPES[t] for t in types), strict=True)), "RP": rp}
+    options |= {"NEED_S": need_s, "PRECISION": precision(), "UNIT": all(_unit(m.fisher) for m in members)}
+    factors = torch.tensor([member.factor for member in members], dtype=torch.float32)
+    on_device = [t.to(like.device) for t in (table, factors, items)]
+    return Group(*on_device, floats, counters, options)
 
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
-
-def _group(members: Sequence[tuple[Any, ...]], types: dict[str, Any], fisher_type: torch.dtype) -> Group:
-    like = members[0][1]
-    rp = max(16, 1 << (max(a.shape[0] for _, a, *_ in members) - 1).bit_length())
-    config = tables.lookup(f"ewc_penalty_kernel:{precision()}", arch(like), fisher_type, rp)
-    m, n = config["BLOCK_M"], config["BLOCK_N"]
-    elements = sum(fisher.numel() for fisher, *_ in members)
-    rows = cdiv(elements, n * ITEMS_PER_MULTIPROCESSOR * multiprocessors(like))
-    table = np.zeros((len(members), kernels.FIELDS.value), np.int64)
+def _layout(members: Sequence[Member], m: int, n: int, rp: int) -> tuple[Tensor, Tensor, int, int]:
+    """The table, the items (adapter, region of rows, block of columns), and the sizes of workspace and
+    counters."""
+    programs = ITEMS_PER_MULTIPROCESSOR * multiprocessors(members[0].a)
+    rows = max(cdiv(sum(member.fisher.numel() for member in members), n * programs), m)
+    table = torch.zeros(len(members), kernels.FIELDS.value, dtype=torch.int64)
     items: list[tuple[int, int, int]] = []
-    counters = 1  # the first is that of the loss
-    shapes = []
-    for index, (fisher, *_) in enumerate(members):
-        d_out, d_in = fisher.shape
-        regions = max(cdiv(d_out, max(rows, m)), 1)
-        height = max(cdiv(cdiv(d_out, regions), m), 1) * m
+    sizes: list[dict[str, int]] = []
+    for index, member in enumerate(members):
+        d_out, d_in = member.fisher.shape
+        height = max(cdiv(cdiv(d_out, max(cdiv(d_out, rows), 1)), m), 1) * m
         regions, blocks = cdiv(d_out, height), cdiv(d_in, n)
-        shapes.append((regions, blocks, height, len(items)))
+        sizes.append({"ROWS": height, "REGIONS": regions, "BLOCKS": blocks, "FIRST_ITEM": len(items)})
         items += [(index, region, block) for region in range(regions) for block in range(blocks)]
-    floats = len(items)  # a partial loss per item, then the partial gradients
-    for entry, member, (regions, blocks, height, first) in zip(table, members, shapes, strict=True):
-        (d_out, d_in), rank = member[0].shape, member[1].shape[0]
+    floats, counters = len(items), 1  # a partial loss per item and its counter come first
+    for row, member, fields in zip(table, members, sizes, strict=True):
+        (d_out, d_in), rank = member.fisher.shape, member.a.shape[0]
+        regions, blocks = fields["REGIONS"], fields["BLOCKS"]
         parts = {
             "PART_A": regions * rank * d_in,
             "PART_B": blocks * d_out * rank,
             "PART_S": regions * blocks * rp,
         }
-        counts = {"COUNT_A": blocks, "COUNT_B": regions, "COUNT_S": 1}
-        fields = {"ROWS": height, "REGIONS": regions, "BLOCKS": blocks, "FIRST_ITEM": first}
         for name, size in parts.items():
             fields[name], floats = floats, floats + size
-        for name, size in counts.items():
+        for name, size in {"COUNT_A": blocks, "COUNT_B": regions, "COUNT_S": 1}.items():
             fields[name], counters = counters, counters + size
-        for name, value in {**_addresses(*member), **fields}.items():
-            entry[_FIELDS[name]] = value
-    to = functools.partial(torch.Tensor.to, device=like.device)
-    values = torch.tensor([float(member[4]) for member in members], dtype=torch.float32)
-    options = {**config, **types, "RP": rp, "PRECISION": precision(), "UNIT": all(_unit(f) for f, *_ in members)}
-    return Group(
-        to(torch.from_numpy(table)), to(values), to(torch.tensor(items, dtype=torch.int32).reshape(-1, 3)), floats, counters, rp,
-        options,
-    )  # fmt: skip
+        for name, value in {**_addresses(member), **fields}.items():
+            row[_FIELDS[name]] = value
+    return table, torch.tensor(items, dtype=torch.int32).reshape(-1, 3), floats, counters
 
 
-def _addresses(
-    fisher: Tensor, a: Tensor, b: Tensor, s: Tensor | None, factor: float, place: Sequence[int]
-) -> dict[str, int]:
+def _addresses(member: Member) -> dict[str, int]:
     """Pointers, sizes, strides and the places of the gradients of one adapter."""
+    fisher, a, b, s, _, place = member
     return {
         "FISHER": fisher.data_ptr(), "LORA_A": a.data_ptr(), "LORA_B": b.data_ptr(),
         "SCALE": 0 if s is None else s.data_ptr(),
         "D_OUT": fisher.shape[0], "D_IN": fisher.shape[1], "RANK": a.shape[0],
         "FISHER_0": fisher.stride(0), "FISHER_1": fisher.stride(1), "A_0": a.stride(0), "A_1": a.stride(1),
         "B_0": b.stride(0), "B_1": b.stride(1), "SCALE_0": 0 if s is None or s.dim() == 0 else s.stride(0),
-        "GRAD_A": place[0], "GRAD_B": place[1], "GRAD_S": place[2], "SCALAR": int(s is not None and s.dim() == 0),
+        "SCALAR": int(s is not None and s.dim() == 0),
+        "GRAD_A": place[0], "GRAD_B": place[1], "GRAD_S": place[2],
     }  # fmt: skip
 
 

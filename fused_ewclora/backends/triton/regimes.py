@@ -18,7 +18,6 @@ from .launch import INTERPRETED, family
 LAUNCH = 2e-6  # s
 MAX_FULL_RANK = 64  # z of a block of rows stays in registers beside the product's accumulator
 COLUMN_BLOCK = 128  # columns of the product that share one z in the algorithm "full"
-DEFAULT_ROWS = 8192  # when sizes are asked about without an input
 
 
 class Rates(NamedTuple):
@@ -41,9 +40,14 @@ RATES = {
 }
 
 
-def impossible(algorithm: str, call: Call) -> str | None:
+def impossible(op: str, algorithm: str, call: Call) -> str | None:
     """Why `algorithm` cannot compute `call`, or None."""
-    if call.shape is None or algorithm != "full":
+    if call.shape is None:
+        return None
+    if op == "lora_linear_backward":
+        masked = algorithm == "concat" and call.shape.dropout
+        return "dropout: the mask acts on u A alone, not on dy W beside it" if masked else None
+    if algorithm != "full":
         return None
     if call.shape.rank > MAX_FULL_RANK:
         return f"rank {call.shape.rank} > {MAX_FULL_RANK}"
@@ -57,6 +61,8 @@ def slower(op: str, algorithm: str, call: Call) -> str | None:
     if call.shape is None:
         return None
     times = modelled(op, call)
+    if algorithm not in times:
+        return impossible(op, algorithm, call)
     best = min(times, key=lambda name: times[name])
     if algorithm == best:
         return None
@@ -82,7 +88,7 @@ def modelled(op: str, call: Call) -> dict[str, float]:
     size = 4 if call.dtype == torch.float32 else 2
     forward = op == "lora_linear"
     times = (_forward if forward else _backward)(call.shape, blas, triton, rates.bandwidth / size)
-    return {name: seconds for name, seconds in times.items() if impossible(name, call) is None}
+    return {name: seconds for name, seconds in times.items() if impossible(op, name, call) is None}
 
 
 def _forward(shape: LinearShape, blas: float, triton: float, elements: float) -> dict[str, float]:
@@ -100,14 +106,11 @@ def _backward(shape: LinearShape, blas: float, triton: float, elements: float) -
     """The product dx = dy W + u A; dy is read anyway, so that only writing its copy counts."""
     m, k, n, r = shape.rows, shape.d_in, shape.d_out, padded(shape.rank)
     base, low_rank = 2.0 * m * k * n, 2.0 * m * k * r
-    times = {
+    return {
         "prologue": (base + low_rank) / triton,
         "addmm": LAUNCH + 2 * m * k / elements + base / blas,
         "concat": LAUNCH + m * n / elements + 2 * k * n / elements + (base + low_rank) / blas,
     }
-    if shape.dropout:
-        del times["concat"]  # the mask acts on u A alone
-    return times
 
 
 def padded(rank: int) -> int:
