@@ -9,6 +9,7 @@ choice; a backend that is named serves the call or raises `BackendError`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -200,9 +201,9 @@ def ewc_penalty_grad_(
         flat *= grad_scale
     held, added = [], []
     for slot, grad in _penalty.unflatten(flat, _penalty.slots(tensors, needs)):
-        parameter = tensors[slot.index]
+        parameter = tensors[slot.input]
         assert parameter is not None
-        if not wanted[slot.index]:
+        if not wanted[slot.input]:
             continue
         new, old = grad.to(slot.dtype), parameter.grad
         if old is None:
@@ -251,38 +252,79 @@ def fisher_accumulate_(
     return fisher
 
 
-@torch.no_grad()
+@overload
 def merge_(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Scale = 1.0, *, backend: str | None = None
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def merge_(
+    weight: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Scale | Sequence[Scale] = 1.0,
+    *,
+    backend: str | None = None,
+) -> Sequence[Tensor]: ...
+@torch.no_grad()
+def merge_(weight: Any, lora_a: Any, lora_b: Any, scale: Any = 1.0, *, backend: str | None = None) -> Any:
     """W <- W + B diag(s) A in place, summed in fp32 (fp64 for fp64) and rounded once; returns weight
     (docs/mathematics.md, section 4).
 
     weight `[d_out, d_in]`, which may be a slice of rows; lora_a `[r, d_in]` and lora_b `[d_out, r]` in its
-    dtype or fp32. Values are not checked for NaN. Raises `ArgumentError` or `DtypeError` naming the argument.
+    dtype or fp32. Sequences of them, and of scales unless one is meant for all, merge entry after entry in one
+    call, all checked before the first is changed; shapes, ranks and dtypes may differ, the device may not.
+    Values are not checked for NaN. Raises `ArgumentError` or `DtypeError` naming the argument.
 
         >>> qkv, lora_a, lora_b = torch.randn(24, 8), torch.randn(2, 8), torch.randn(8, 2)
         >>> k = merge_(qkv[8:16], lora_a, lora_b)  # in place, only the rows of k
+        >>> k, v = merge_([qkv[8:16], qkv[16:]], [lora_a, lora_a], [lora_b, lora_b], 0.5)
     """
-    check.merge(weight, lora_a, lora_b, scale)
-    tensor, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
-    _library.merge_(weight, lora_a, lora_b, tensor, factor, _dispatch.resolve(backend))
+    if isinstance(weight, Tensor) or not isinstance(weight, Sequence):
+        check.merge(weight, lora_a, lora_b, scale)
+        weights, lora_as, lora_bs, scales = [weight], [lora_a], [lora_b], [scale]
+    else:
+        scales = scale if isinstance(scale, Sequence) else [scale] * len(weight)
+        for name, values in (("lora_a", lora_a), ("lora_b", lora_b), ("scale", scales)):
+            check.as_many(values, len(weight), name, "weight")
+        weights, lora_as, lora_bs = list(weight), list(lora_a), list(lora_b)
+        for i, entry in enumerate(zip(weights, lora_as, lora_bs, scales, strict=True)):
+            check.merge(*entry, where=f"[{i}]")
+        check.one_device(weights, "weight")
+    if weights:
+        tensors = [s if isinstance(s, Tensor) else None for s in scales]
+        factors = [1.0 if isinstance(s, Tensor) else float(s) for s in scales]
+        _library.merge_(weights, lora_as, lora_bs, tensors, factors, _dispatch.resolve(backend))
     return weight
 
 
+@overload
+def soft_threshold_(scale: Tensor, kappa: float, *, backend: str | None = None) -> Tensor: ...
+@overload
+def soft_threshold_(
+    scale: Sequence[Tensor], kappa: float, *, backend: str | None = None
+) -> Sequence[Tensor]: ...
 @torch.no_grad()
-def soft_threshold_(scale: Tensor, kappa: float, *, backend: str | None = None) -> Tensor:
+def soft_threshold_(scale: Any, kappa: float, *, backend: str | None = None) -> Any:
     """s <- sign(s) max(|s| - kappa, 0) in place, the proximal step of the l1 norm; returns scale (CoDyRA,
     arXiv 2412.01004; docs/mathematics.md, section 6).
 
-    scale of any shape and floating dtype, computed in fp32 (fp64 for fp64). Raises `ArgumentError` for a
-    kappa that is not >= 0, `DtypeError` for a scale that is not floating point.
+    scale of any shape and floating dtype, computed in fp32 (fp64 for fp64), or a sequence of such tensors on
+    one device, all checked before the first is changed. Raises `ArgumentError` for a kappa that is not >= 0,
+    `DtypeError` for a scale that is not floating point.
 
         >>> soft_threshold_(torch.tensor([0.5, -0.25, 0.0625]), 0.125)
         tensor([ 0.3750, -0.1250,  0.0000])
     """
-    check.floating(scale, "scale")
+    if isinstance(scale, Tensor) or not isinstance(scale, Sequence):
+        check.floating(scale, "scale")
+        scales = [scale]
+    else:
+        scales = list(scale)
+        for i, entry in enumerate(scales):
+            check.floating(entry, f"scale[{i}]")
+        check.one_device(scales, "scale")
     if not kappa >= 0.0:
         raise ArgumentError(f"kappa: expected a number >= 0, got {kappa}")
-    _library.soft_threshold_(scale, float(kappa), _dispatch.resolve(backend))
+    if scales:
+        _library.soft_threshold_(scales, float(kappa), _dispatch.resolve(backend))
     return scale

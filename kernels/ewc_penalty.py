@@ -1,7 +1,8 @@
 """The EWC penalty of all adapters of a model, with its gradients, in one launch and one read of every F.
 
 docs/mathematics.md, section 2. The adapters come as a table of pointers and sizes, `table` [adapters, FIELDS]
-(int64, columns as named below), the work as `items` [items, 3] (int32): adapter, region of rows, block of columns.
+(int64, columns as named below), the work as `items` [items, 3] (int32): adapter, region of rows, block of
+columns.
 """
 
 import triton
@@ -34,8 +35,8 @@ def _scale(entry, factor, k, TYPE: tl.constexpr):
 
 @triton.jit
 def _last(counter, count):
-    """Whether this program is the last of `count` to come here. What the others stored before they came is then
-    visible; the counter is left at 0 for the next launch."""
+    """Whether this program is the last of `count` to come here. What the others stored before they came is
+    then visible; the counter is left at 0 for the next launch."""
     tl.debug_barrier()  # every thread's stores come before the one thread's atomic
     last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
     if last:
@@ -82,7 +83,7 @@ def _finish_b(entry, work, grads, first, stop, ewc_lambda, RP: tl.constexpr, BLO
 
 @triton.jit
 def _finish_s(entry, work, grads, factor, ewc_lambda, RP: tl.constexpr):
-    """ds: lambda times factor times the sum over all items of the adapter; over all ranks too for a 0-d scale."""
+    """ds: lambda times factor times the sum over all items of the adapter; for a 0-d scale over all ranks."""
     rank = tl.load(entry + RANK)
     k = tl.arange(0, RP)
     mask = (k < rank)[None, :]
@@ -113,13 +114,13 @@ def ewc_penalty_kernel(
     FISHER_TYPE: tl.constexpr, A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, SCALE_TYPE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """loss = lambda/2 sum F (B diag(s) A)^2 over all adapters, and dA, dB, ds as needed, into the flat `grads`.
+    """loss = lambda/2 sum F (B diag(s) A)^2 over all adapters, and dA, dB, ds as needed, into flat `grads`.
 
     A program walks down a region of rows of one block of columns. With bs = B diag(s) it forms, tile by tile,
     delta = bs A, h = F delta, the products h A^T (dB before its scale) and bs^T h (dA). What is complete only
-    when its neighbours are done goes to `work`, and the last of them, told by a counter, adds it up in the order
-    of the items: no result depends on which one that was. `counters` are 0 before and after. UNIT: rows of F are
-    contiguous, start at multiples of 16 bytes, and are multiples of 8 long.
+    when its neighbours are done goes to `work`, and the last of them, told by a counter, adds it up in the
+    order of the items: no result depends on which one that was. `counters` are 0 before and after. UNIT: rows
+    of F are contiguous, start at multiples of 16 bytes, and are multiples of 8 long.
     """
     pid = tl.program_id(0)
     entry = table + tl.load(items + 3 * pid) * FIELDS

@@ -1,8 +1,8 @@
 """Kernels of the LoRA linear: its product with the low-rank term inside, and the passes around it.
 
-Low-rank factors arrive packed: `a` [RP, d_in] holds the rows of every A, `b` [d_out, RP] those of every B times
-its scale, zero where an adapter does not own an output row and in the columns that pad the rank to RP. So one
-product serves any number of adapters on any rows. docs/mathematics.md, section 1.
+Low-rank factors arrive packed: `a` [RP, d_in] holds the rows of every A, `b` [d_out, RP] those of every B
+times its scale, zero where an adapter does not own an output row and in the columns that pad the rank to RP.
+So one product serves any number of adapters on any rows. docs/mathematics.md, section 1.
 """
 
 import triton
@@ -24,7 +24,7 @@ def lora_linear_kernel(
 
     w is [N, K], or [K, N] if W_KN. FULL: z = x a^T is computed in the same loop and written, in fp32, by the
     programs of the first column block; else z [M, z_columns] is read, its product with b [N, RP] starts the
-    accumulator, and dropout (`seed` not None) masks it. BASE = False leaves x w out. b is zero outside of rows
+    accumulator, and dropout (`seed` not None) masks it. BASE = False leaves x w out. b is zero outside rows
     [first_n, last_n). One program per tile; sums over K in order.
     """
     tile_m, tile_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -76,9 +76,9 @@ def lowrank_rows_kernel(
 ):  # fmt: skip
     """One read of x [M, N]: u = drop(x) p and, as asked for, x^T c, column sums and a copy of x.
 
-    Program (i, s, k) owns rows i of BLOCK_M, columns [s chunk, (s + 1) chunk) and ranks k of BLOCK_R. It writes
-    u[s] [M, u_columns] (and the same, rounded, to u_copy [M, RP]); for c [M, c_columns] g[i] [N, RP] = x^T c
-    over its rows; sums[i] [N]. Who reads u, g and sums adds them up over s or i. Nothing else is written.
+    Program (i, s, k) owns rows i of BLOCK_M, columns [s chunk, (s + 1) chunk) and ranks k of BLOCK_R. It
+    writes u[s] [M, u_columns] (and the same, rounded, to u_copy [M, RP]); for c [M, c_columns] g[i] [N, RP] =
+    x^T c over its rows; sums[i] [N]. Who reads u, g and sums adds them up over s or i.
     """
     block, split, ranks = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m, r = block * BLOCK_M, ranks * BLOCK_R

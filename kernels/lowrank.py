@@ -62,7 +62,17 @@ def lowrank_pack_kernel(
             r = start + tl.arange(0, BLOCK_R)
             if of_a:
                 _pack_a(
-                    lora_as[i], a, j, r, column, d_in, ranks[i], widths[i], strides_a0[i], strides_a1[i], stride_a
+                    lora_as[i],
+                    a,
+                    j,
+                    r,
+                    column,
+                    d_in,
+                    ranks[i],
+                    widths[i],
+                    strides_a0[i],
+                    strides_a1[i],
+                    stride_a,
                 )
             else:
                 s = _rank_scale(scales[i], strides_s[i], factors[i], r, ranks[i])
@@ -81,9 +91,8 @@ def lowrank_sum_kernel(
 ):  # fmt: skip
     """out_i[owner_i[n], k] = s_i[k] sum_s parts[s, n, first + k], s in order, for each adapter i.
 
-    Where `dots[i]` [blocks, rank] is given, it also receives the sums over BLOCK rows n of
-    factor_bs[i][owner_i[n], k] sum_s parts[s, n, first + k] times factors[i]: summed over blocks, the gradient
-    of the scale. Program (j, i) owns rows j of BLOCK.
+    Where `dots[i]` [blocks, rank] is given, it also receives factors[i] times the sums over BLOCK rows n of
+    factor_bs[i][owner_i[n], k] sum_s parts[s, n, first + k]: summed over blocks, the gradient of the scale. Program (j, i) owns rows j of BLOCK.
     """
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = first

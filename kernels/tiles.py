@@ -72,8 +72,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def grouped_tile(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """(tile row, tile column) of program `index`: columns inside groups of GROUP_M rows, so that programs that
-    run side by side share operands in the second-level cache."""
+    """(tile row, tile column) of program `index`: columns inside groups of GROUP_M rows, so that programs
+    that run side by side share operands in the second-level cache."""
     in_group = GROUP_M * tiles_n
     first = index // in_group * GROUP_M
     size = min(tiles_m - first, GROUP_M)

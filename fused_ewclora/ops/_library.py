@@ -3,8 +3,9 @@ when it runs.
 
 `rows` is a flat list of triples (adapter, row_start, row_stop): the next `row_stop - row_start` rows of that
 adapter's B belong to those output rows. `scales[i] * factors[i]` is the scale of adapter i, `factors[i]`
-alone where `scales[i]` is None. `ewc_penalty` returns its gradients in one flat tensor: dA, dB, ds of the first
-adapter as far as asked for, then those of the next; so what is done to them is one operation, not one per layer.
+alone where `scales[i]` is None. `ewc_penalty` returns its gradients in one flat tensor: dA, dB, ds of the
+first adapter as far as asked for, then those of the next; so what is done to them is one operation, not one per
+layer.
 """
 
 from __future__ import annotations
@@ -116,9 +117,7 @@ _FAKES = {
 }
 
 
-def _linear_shape(
-    x: Tensor, weight: Tensor, lora_as: Sequence[Tensor], dropout_p: float
-) -> LinearShape:
+def _linear_shape(x: Tensor, weight: Tensor, lora_as: Sequence[Tensor], dropout_p: float) -> LinearShape:
     d_out, d_in = weight.shape
     rows = x.numel() // max(x.shape[-1], 1)
     return LinearShape(bucket(rows), d_in, d_out, sum(a.shape[0] for a in lora_as), dropout_p > 0.0)

@@ -14,7 +14,7 @@ from . import _library
 class Slot(NamedTuple):
     """Where a gradient goes: which of the flat inputs A, B, s, A, B, s, … and in what form."""
 
-    index: int
+    input: int
     shape: torch.Size
     dtype: torch.dtype
 
@@ -59,6 +59,6 @@ class EWCPenaltyFunction(torch.autograd.Function):
         (flat,) = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * ctx.inputs
         for slot, grad in unflatten(flat * grad_penalty, ctx.slots):
-            if ctx.needs_input_grad[4 + slot.index]:
-                grads[slot.index] = grad.to(slot.dtype)
+            if ctx.needs_input_grad[4 + slot.input]:
+                grads[slot.input] = grad.to(slot.dtype)
         return (None, None, None, None, *grads)

@@ -231,7 +231,7 @@ def measure(key: Key) -> Tuned:
     asked = runs(key, device)
     if not asked:
         raise RuntimeError("no representative workload looks it up")
-    tuned = tune(key, asked)
+    tuned = tune(key, asked, time_on_gpu)
     named = {**tuned.entry, "source": f"{tuned.entry['source']} ({torch.cuda.get_device_name(device)})"}
     measured.add(measured.path(key.arch), named)
     return Tuned(named, tuned.trials)

@@ -107,11 +107,11 @@ def _plan(
                 "ewc_penalty: expected a call with the same tensors before the capture of a CUDA graph; its "
                 "table of pointers cannot be copied to the device during one"
             )
-        reachable = [[addressable(t) for t in group] for group in (fishers, lora_as, lora_bs)]
-        plan = _prepare(*reachable, scales, factors, needs)
-        copied = any(new is not old for old, new in zip((*fishers, *lora_as, *lora_bs), sum(reachable, [])))
-        if copied or like.device.type == "meta":
-            return plan._replace(copies=reachable)  # pointers for this call alone
+        near_fs, near_as, near_bs = ([addressable(t) for t in group] for group in (fishers, lora_as, lora_bs))
+        plan = _prepare(near_fs, near_as, near_bs, scales, factors, needs)
+        given, pointed_to = (*fishers, *lora_as, *lora_bs), (*near_fs, *near_as, *near_bs)
+        if like.device.type == "meta" or any(a is not b for a, b in zip(given, pointed_to, strict=True)):
+            return plan._replace(copies=pointed_to)  # pointers for this call alone
         _plans[key] = plan
         while len(_plans) > KEPT:
             _plans.popitem(last=False)
@@ -168,8 +168,8 @@ def _group(members: Sequence[Member]) -> Group:
     options = {**config, **dict(zip(names, (_TYPES[t] for t in types), strict=True)), "RP": rp}
     options |= {"NEED_S": need_s, "PRECISION": precision(), "UNIT": all(_unit(m.fisher) for m in members)}
     factors = torch.tensor([member.factor for member in members], dtype=torch.float32)
-    on_device = [t.to(like.device) for t in (table, factors, items)]
-    return Group(*on_device, floats, counters, options)
+    table, factors, items = (t.to(like.device) for t in (table, factors, items))
+    return Group(table, factors, items, floats, counters, options)
 
 
 def _layout(members: Sequence[Member], m: int, n: int, rp: int) -> tuple[Tensor, Tensor, int, int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .launch import addressable, arch, cdiv
 from .lowrank import Adapters, Dropout, add_up, columns_pass, pack, product, rows_pass
-from .regimes import padded
+from .regimes import MAX_FULL_RANK, padded
 from .tables import lookup
 
 
@@ -48,12 +48,12 @@ class _Forward:
         self.z = self.x.new_empty(self.x.shape[0], self.rank, dtype=torch.float32)
         self.shape = (*x.shape[:-1], self.d_out)
 
-    def pack(self, **into: Tensor) -> Adapters:
-        return pack(*self.adapters, self.x, self.d_out, **into)
+    def pack(self, b: Tensor | None = None) -> Adapters:
+        return pack(*self.adapters, self.x, self.d_out, b=b)
 
-    def product(self, packed: Adapters, **options: bool) -> None:
+    def product(self, packed: Adapters, full: bool = False, base: bool = True) -> None:
         factors, bounds = (packed.a, packed.b), (packed.lo, packed.hi)
-        product(self.x, self.weight, factors, self.z, self.bias, self.y, bounds, **options)
+        product(self.x, self.weight, factors, self.z, self.bias, self.y, bounds, full=full, base=base)
 
     def result(self) -> tuple[Tensor, Tensor]:
         return self.y.view(self.shape), self.z
@@ -62,6 +62,7 @@ class _Forward:
 def lora_linear_full(*arguments: Any) -> tuple[Tensor, Tensor]:
     """One launch besides packing: z is computed in the loop of the base product."""
     call = _Forward(*arguments)
+    assert call.dropout.seed is None and call.rank <= MAX_FULL_RANK
     call.product(call.pack(), full=True)
     return call.result()
 

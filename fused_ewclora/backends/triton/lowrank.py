@@ -1,4 +1,4 @@
-"""Hosts of the passes that surround the LoRA linear: packing factors, skinny products, adding up partial sums."""
+"""Hosts of the passes around the LoRA linear: packing factors, skinny products, adding up partial sums."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class Dropout:
 
 @dataclass(frozen=True)
 class Adapters:
-    """The adapters of one call, packed: a `[rp, d_in]`, b `[d_out, rp]` scaled, zero outside rows [lo, hi)."""
+    """The adapters of one call, packed: a `[rp, d_in]`, b `[d_out, rp]` scaled, zero outside rows
+    [lo, hi)."""
 
     lora_as: Sequence[Tensor]
     lora_bs: Sequence[Tensor]
@@ -114,8 +115,8 @@ def pack(
             widths[-1] += rp - packed.rank
         launch(
             sums.lowrank_pack_kernel, (blocks, 2), tuple(as_), tuple(bs), tuple(ss),
-            tuple(map(float, factors[part])), None if owner is None else owner[part], a, b, d_in, d_out, d_out,
-            first, tuple(ranks), tuple(widths), _strides(as_, 0), _strides(as_, 1), _strides(bs, 0),
+            tuple(map(float, factors[part])), None if owner is None else owner[part], a, b, d_in, d_out,
+            d_out, first, tuple(ranks), tuple(widths), _strides(as_, 0), _strides(as_, 1), _strides(bs, 0),
             _strides(bs, 1), tuple(map(_scale_stride, ss)), a.stride(0), b.stride(0), **config,
         )  # fmt: skip
     return packed
@@ -213,12 +214,13 @@ def rows_pass(
     del config["TMA"]
     out = result.u
     launch(
-        kernels.lowrank_rows_kernel, (blocks, splits, ranks), matrix, p, c, out, u_copy, result.g, result.sums,
-        x_copy, dropout.seed, rows, columns, chunk, 0 if out is None else out.shape[2],
+        kernels.lowrank_rows_kernel, (blocks, splits, ranks), matrix, p, c, out, u_copy, result.g,
+        result.sums, x_copy, dropout.seed, rows, columns, chunk, 0 if out is None else out.shape[2],
         0 if c is None else c.shape[1], dropout.threshold, dropout.inverse, *x.stride(),
         *((0, 0) if p is None else p.stride()), 0 if c is None else c.stride(0),
         *((0, 0) if out is None else out.stride()[:2]), 0 if u_copy is None else u_copy.stride(0),
-        columns * rp, 0 if x_copy is None else x_copy.stride(0), TMA=tma, PRECISION=product_precision(), **config,
+        columns * rp, 0 if x_copy is None else x_copy.stride(0), TMA=tma, PRECISION=product_precision(),
+        **config,
     )  # fmt: skip
     return result
 
@@ -234,9 +236,9 @@ def columns_pass(x: Tensor, c: Tensor, rp: int, dropout: Dropout) -> Tensor:
     matrix, tma = _matrix(x, (m, n), config)
     del config["TMA"]
     launch(
-        kernels.lowrank_columns_kernel, (blocks, splits, ranks), matrix, c, g, dropout.seed, rows, columns, chunk,
-        c.shape[1], dropout.threshold, dropout.inverse, *x.stride(), c.stride(0), columns * rp, TMA=tma,
-        PRECISION=product_precision(), **config,
+        kernels.lowrank_columns_kernel, (blocks, splits, ranks), matrix, c, g, dropout.seed, rows, columns,
+        chunk, c.shape[1], dropout.threshold, dropout.inverse, *x.stride(), c.stride(0), columns * rp,
+        TMA=tma, PRECISION=product_precision(), **config,
     )  # fmt: skip
     return g
 
@@ -266,7 +268,8 @@ def add_up(
             continue
         ranks = (rp,) if adapters is None else tuple(a.shape[0] for a in adapters.lora_as[part])
         if plain:
-            bs, ss, factors, owner = (None,) * count, (None,) * count, (1.0,) * count, None
+            nothing: tuple[Tensor | None, ...] = (None,) * count
+            bs, ss, factors, owner = nothing, nothing, (1.0,) * count, None
         else:
             assert adapters is not None
             bs, ss = tuple(adapters.lora_bs[part]), tuple(adapters.scales[part])
@@ -274,7 +277,7 @@ def add_up(
             owner = None if adapters.owner is None else adapters.owner[part, adapters.lo :]
         strides = (_strides(out, 1), _strides(out, 0)) if transposed else (_strides(out, 0), _strides(out, 1))
         launch(
-            sums.lowrank_sum_kernel, (cdiv(rows, config["BLOCK"]), count), parts, tuple(out), ss, factors, owner,
-            bs, dot, rows, splits, 0 if owner is None else owner.stride(0), first, ranks, *strides,
+            sums.lowrank_sum_kernel, (cdiv(rows, config["BLOCK"]), count), parts, tuple(out), ss, factors,
+            owner, bs, dot, rows, splits, 0 if owner is None else owner.stride(0), first, ranks, *strides,
             tuple(map(_scale_stride, ss)), _strides(bs, 0), _strides(bs, 1), *parts.stride()[:2], **config,
         )  # fmt: skip

@@ -1,8 +1,8 @@
 """Which algorithm of the LoRA linear is expected to be fastest, from bytes and FLOPs.
 
-Times are a model, not measurements: every product runs at the rate of the BLAS library (`efficiency` of it in
-Triton), everything else at the bandwidth of memory, and each launch beyond the first costs `LAUNCH`. Rates are
-constants of an architecture family.
+Times are a model, not measurements: every product runs at the rate of the BLAS library (`efficiency` of it
+in Triton), everything else at the bandwidth of memory, and each launch beyond the first costs `LAUNCH`. Rates
+are constants of an architecture family.
 """
 
 from __future__ import annotations

@@ -84,7 +84,9 @@ class Workload:
     def candidates(self) -> list[Candidate]:
         """The algorithms that can compute the call."""
         call = Call("cuda", self.dtype, shape=self.shape, rank=self.rank)
-        return [c for c in candidates(self.op) if not c.keys or not regimes.impossible(c.keys[0], call)]
+        return [
+            c for c in candidates(self.op) if not c.keys or not regimes.impossible(self.op, c.keys[0], call)
+        ]
 
     @contextlib.contextmanager
     def precision_set(self) -> Iterator[None]:
