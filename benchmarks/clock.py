@@ -36,15 +36,15 @@ class WallClock:
 
     max_rounds = MAX_ROUNDS
 
-    def __init__(self, min_rounds: int = MIN_ROUNDS) -> None:
-        self.min_rounds = min_rounds
+    def __init__(self, min_rounds: int = MIN_ROUNDS, warm: bool = True) -> None:
+        self.min_rounds, self.warm = min_rounds, warm
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         yield
 
     def prepare(self, runs: Sequence[Callable[[], Any]]) -> Prepared:
-        for run in [*runs, runs[0]]:
+        for run in [*runs, runs[0]] if self.warm else ():
             run()
         return Prepared(_in_turn(runs), len(runs), "wall")
 

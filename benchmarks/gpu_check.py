@@ -98,26 +98,33 @@ def plan(args: argparse.Namespace, work: Path) -> list[Step]:
 
 
 def judged(outcome: Outcome, report: Path) -> Outcome:
-    """The outcome of a test run with the counts of its report; cut short without a failure is "partial"."""
+    """The outcome of a test run with the counts of its report and its failures by name; cut short without a
+    failure is "partial"."""
     try:
         suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
     except (OSError, ElementTree.ParseError):
         return outcome
-    count = {
-        name: sum(int(s.get(name, 0)) for s in suites) for name in ("tests", "failures", "errors", "skipped")
-    }
+    names = ("tests", "failures", "errors", "skipped")
+    count = {name: sum(int(s.get(name, 0)) for s in suites) for name in names}
     told = ", ".join(f"{number} {name}" for name, number in count.items())
     clean = count["tests"] and not count["failures"] and not count["errors"]
     status = PARTIAL if outcome.status == steps.TIMED_OUT and clean else outcome.status
-    return replace(outcome, status=status, detail=f"{told}; {outcome.detail}".removesuffix("; "))
+    wrong = [
+        f"{test.get('classname')}::{test.get('name')}: {(flaw.get('message') or '').splitlines()[:1]}"
+        for s in suites
+        for test in s.iter("testcase")
+        for flaw in (*test.findall("failure"), *test.findall("error"))
+    ]
+    detail = f"{told}; {outcome.detail}".removesuffix("; ")
+    notes = tuple(line[:200] for line in wrong[:20]) or (() if clean else outcome.notes)
+    return replace(outcome, status=status, detail=detail, notes=notes)
 
 
 def not_reached(suite: str, found: Sequence[dict[str, Any]], rehearsal: bool) -> int:
     """How many cases of a suite have no record."""
     from .gpu.__main__ import planned
 
-    done = {records.key(record) for record in found}
-    return sum(one.key not in done for one in planned(suite, rehearsal))
+    return sum(not one.done(found) for one in planned(suite, rehearsal))
 
 
 def report(args: argparse.Namespace, outcomes: Sequence[Outcome]) -> tuple[str, int]:
@@ -132,7 +139,9 @@ def report(args: argparse.Namespace, outcomes: Sequence[Outcome]) -> tuple[str, 
     lines += [f"  {summary.label(r)[:60]}: {r['provider']}: {r['failed'][:200]}" for r in wrong[:30]]
     rows, verdicts = summary.targets(goals(), suites)
     lines += rows if not args.rehearse else ["", "a rehearsal has no targets"]
-    lines += ["", "steps", *(f"  {outcome}" for outcome in outcomes)]
+    lines += ["", "steps"]
+    for outcome in outcomes:
+        lines += [f"  {outcome}", *(f"      {note}" for note in outcome.notes)]
     run = {outcome.name for outcome in outcomes}
     for name, found in suites.items():
         if name in run and (missing := not_reached(name, found, args.rehearse)):

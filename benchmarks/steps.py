@@ -50,9 +50,16 @@ class Outcome:
     status: str
     seconds: float
     detail: str = ""
+    notes: tuple[str, ...] = ()  # what a reader needs to begin with a failure
 
     def __str__(self) -> str:
         return f"{self.name:20} {self.status:10} {self.seconds:6.1f} s  {self.detail}".rstrip()
+
+
+def tail(path: Path, lines: int = 10, width: int = 200) -> tuple[str, ...]:
+    """The last lines of a log."""
+    text = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return tuple(line[:width] for line in text[-lines:])
 
 
 def _stop(process: subprocess.Popen[bytes], grace: float) -> None:
@@ -107,6 +114,7 @@ def run(step: Step, deadline: Deadline, root: Path, grace: float = GRACE) -> Out
         if code is None or code != step.again or left() < least:
             break
     spent = time.monotonic() - begin
-    if code is None:
-        return Outcome(step.name, TIMED_OUT, spent, f"stopped after {spent:.0f} s")
-    return Outcome(step.name, OK if code == 0 else FAILED, spent, "" if code == 0 else f"exit status {code}")
+    if code == 0:
+        return Outcome(step.name, OK, spent)
+    status, detail = (TIMED_OUT, "stopped") if code is None else (FAILED, f"exit status {code}")
+    return Outcome(step.name, status, spent, detail, tail(step.log))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import os
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -45,7 +47,7 @@ def planned(suite: str, rehearsal: bool = False) -> list[Planned]:
         return cases
     kinds: dict[tuple[object, ...], Planned] = {}
     for case in cases:
-        kinds.setdefault((case.op, case.dtype, *(case.shape.get(name) for name in KINDS)), case)
+        kinds.setdefault((case.op, case.dtype, case.marker, *(case.shape.get(name) for name in KINDS)), case)
     return list(kinds.values())
 
 
@@ -77,7 +79,7 @@ def _measured(one: Planned, place: Place, seconds: float, found: Ceilings, clock
             case = one.case(place)
     except Exception as failure:
         reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:400]
-        head = {"op": one.op, "shape": one.shape, "dtype": one.dtype, "provider": "all", "role": "ours"}
+        head = {"op": one.op, "shape": one.shape, "dtype": one.dtype, "provider": one.marker, "role": "ours"}
         return [{**head, "failed": f"the case could not be built: {reason}"}]
     return measure(case, seconds, found, clock)
 
@@ -86,10 +88,10 @@ def run(suite: str, out: Path, place: Place, seconds: float, budget: float) -> i
     """Measures what is left of a suite within `budget` seconds; the exit status."""
     begin = time.monotonic()
     torch.manual_seed(0)
-    clock = WallClock(min_rounds=2) if place.rehearsal else clock_of(place.device)
+    clock = WallClock(min_rounds=2, warm=False) if place.rehearsal else clock_of(place.device)
     path = out / f"{suite}.jsonl"
-    done = {records.key(r) for r in records.read(path)}
-    left = [one for one in planned(suite, place.rehearsal) if one.key not in done]
+    done = records.read(path)
+    left = [one for one in planned(suite, place.rehearsal) if not one.done(done)]
     limits = ceilings(place.device, 0.01 if place.rehearsal else 0.2)
     machine = environment(place.device)
     print(f"{suite}: {len(left)} cases; ceilings {', '.join(f'{k} {v:.3g}' for k, v in limits.items())}")
@@ -127,7 +129,11 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU, interpreted")
     args = parser.parse_args()
     place = Place("cpu" if args.rehearse else "cuda", args.rehearse)
-    return run(args.suite, args.out, place, args.seconds, args.budget)
+    status = run(args.suite, args.out, place, args.seconds, args.budget)
+    if status == DEVICE_LOST:  # an orderly exit would use the device once more, and abort
+        sys.stdout.flush()
+        os._exit(status)
+    return status
 
 
 if __name__ == "__main__":

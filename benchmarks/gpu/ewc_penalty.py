@@ -13,11 +13,12 @@ from fused_ewclora import functional as FE
 from ..case import OURS, Case, Provider, Run
 from ..ewc_penalty import EWC_LAMBDA, eager
 from ..shapes import PRECISIONS, Model, Sizes
-from .plan import BACKEND, Place, Planned, turns
+from .plan import AGAIN, BACKEND, Place, Planned, turns
 
 # Relative gradient errors of 3 x tf32, tf32 and bf16 products are near 1e-7, 2e-4 and 2e-3, with a heavy tail
 # in F several times as much.
 TOLERANCES = {"highest": 2e-5, "high": 3e-3, "medium": 2e-2}
+COMPILED = "torch.compile"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Adapters = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]  # F, A, B
 Penalty = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], Tensor]
@@ -84,7 +85,8 @@ def draw(sizes: list[tuple[int, int]], rank: int, dtype: torch.dtype, place: Pla
     return fishers, lora_as, lora_bs
 
 
-def build(planned: Planned, place: Place, sizes: list[tuple[int, int]], compiled: bool) -> Case:
+def build(planned: Planned, place: Place, sizes: list[tuple[int, int]], later: bool) -> Case:
+    """One case, or its later part: the compiled peer."""
     rank, precision = int(planned.shape["rank"]), str(planned.shape["precision"])
     dtype = DTYPES[planned.dtype.removeprefix("fisher ")]
     parameters = sum(d_out * d_in for d_out, d_in in sizes)
@@ -96,30 +98,31 @@ def build(planned: Planned, place: Place, sizes: list[tuple[int, int]], compiled
         runs = turns(lambda one: with_gradients(penalty, one), buffers)
         return Provider(name, role=role, backend=backend, algorithm="one launch" if backend else "", **runs)
 
-    stacks = turns(lambda one: with_gradients(stacked_over(one[0]), one), buffers)
-    providers = [
-        provider(OURS, fused, "ours", BACKEND),
-        Provider("stacked bmm", **stacks),
-        provider("eager autograd", eager),
-    ]
-    if compiled:
-        providers.append(provider("torch.compile", place.compiled(eager)))
+    if later:
+        compiled = provider(COMPILED, place.compiled(eager))
+        providers = [provider(AGAIN, fused, "variant", BACKEND), compiled]
+    else:
+        stacks = turns(lambda one: with_gradients(stacked_over(one[0]), one), buffers)
+        providers = [
+            provider(OURS, fused, "ours", BACKEND),
+            Provider("stacked bmm", **stacks),
+            provider("eager autograd", eager),
+        ]
     return Case(
         op=planned.op, shape=planned.shape, dtype=planned.dtype,
         flops=6.0 * rank * parameters, bytes=fisher_bytes + 2 * factor_bytes,
         providers=providers, truth=lambda: exact(buffers[0]), tolerance=TOLERANCES[precision],
-        product="tf32", precision=precision, floor_bytes=fisher_bytes,
+        product="tf32", precision=precision, floor_bytes=None if later else fisher_bytes,
     )  # fmt: skip
 
 
-def _planned(model: Model, which: str, rank: int, dtype: str, precision: str, compiled: bool) -> Planned:
+def _planned(model: Model, which: str, rank: int, dtype: str, precision: str, later: bool = False) -> Planned:
     sizes = matrices(model, which)
     shape: dict[str, int | str] = {
         "model": model.name, "linears": which, "matrices": len(sizes), "rank": rank, "precision": precision,
     }  # fmt: skip
-    return Planned(
-        "ewc_penalty", shape, f"fisher {dtype}", functools.partial(build, sizes=sizes, compiled=compiled)
-    )
+    made = functools.partial(build, sizes=sizes, later=later)
+    return Planned("ewc_penalty", shape, f"fisher {dtype}", made, COMPILED if later else OURS)
 
 
 def plan(sizes: Sizes) -> Iterator[Planned]:
@@ -127,13 +130,14 @@ def plan(sizes: Sizes) -> Iterator[Planned]:
     for dtype in DTYPES:
         for precision in PRECISIONS:
             for model in sizes.models:
-                target = dtype == "float32" and precision != "medium" and model is sizes.large
-                yield _planned(model, "k, v", sizes.slice_rank, dtype, precision, target)
+                yield _planned(model, "k, v", sizes.slice_rank, dtype, precision)
     for dtype in DTYPES:
         for precision in PRECISIONS:
             for rank in (sizes.slice_rank, sizes.rank):
-                yield _planned(sizes.large, "all linears", rank, dtype, precision, False)
+                yield _planned(sizes.large, "all linears", rank, dtype, precision)
+    for precision in ("highest", "high"):
+        yield _planned(sizes.large, "k, v", sizes.slice_rank, "float32", precision, later=True)
     for dtype in DTYPES:
         for precision in PRECISIONS:
             for model in sizes.models:
-                yield _planned(model, "k, v", sizes.rank, dtype, precision, False)
+                yield _planned(model, "k, v", sizes.rank, dtype, precision)

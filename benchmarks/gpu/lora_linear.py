@@ -11,15 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from fused_ewclora.backends.candidate import Call, LinearShape, bucket
+from fused_ewclora.ops._dispatch import choose
+
 from .. import predict
 from ..case import OURS, Case, Provider, Run
 from ..lora_linear import composition, composition_slices, forward_backward, fused, fused_slices
 from ..shapes import Model, Sizes
-from .plan import ALGORITHMS, BACKEND, Place, Planned, turns
+from .plan import AGAIN, ALGORITHMS, BACKEND, Place, Planned, turns
 
 DTYPE = torch.bfloat16
 PASSES = ("forward+backward", "forward", "backward")
 TOLERANCE = 1e-2  # bf16 results and bf16 intermediates of peers: a few times 2^-9
+COMPILED = "torch.compile of the composition"
 Method = Callable[..., Tensor]
 
 
@@ -154,8 +158,16 @@ def work(planned: Planned, slices: bool) -> tuple[float, float]:
     return sum(flops for flops, _ in parts), 2.0 * sum(elements for _, elements in parts)
 
 
+def chosen(which: str, place: Place, rows: int, d_in: int, d_out: int, rank: int) -> str:
+    """The algorithms that serve the passes, in words."""
+    shape = LinearShape(bucket(rows), d_in, d_out, rank)
+    call = Call(place.device, DTYPE, None if place.rehearsal else predict.arch(), shape)
+    ops = {"forward": "lora_linear", "backward": "lora_linear_backward"}
+    return "; ".join(choose(ops[part], BACKEND, call).algorithm for part in which.split("+"))
+
+
 def _providers(
-    planned: Planned, place: Place, buffers: list[Inputs], slices: bool, compiled: bool
+    planned: Planned, place: Place, buffers: list[Inputs], slices: bool, later: bool
 ) -> Iterator[Provider]:
     which = str(planned.shape["pass"])
     rows, d_in, d_out, rank = _sizes(planned)
@@ -166,10 +178,17 @@ def _providers(
 
     def of_ours(name: str, role: str, key: str = "") -> Provider:
         total = 2 * rank if slices else rank
+        algorithm = key or chosen(which, place, rows, d_in, d_out, total)
         guess = predict.forward(key, rows, d_in, d_out, total, DTYPE) if which == "forward" else None
         method = functools.partial(ours, backend=f"{BACKEND}:{key}" if key else BACKEND)
-        return provider(name, method, role, backend=BACKEND, algorithm=key or "chosen", predicted=guess)
+        return provider(name, method, role, backend=BACKEND, algorithm=algorithm, predicted=guess)
 
+    if later:
+        yield of_ours(AGAIN, "variant")
+        yield provider(COMPILED, place.compiled(plain))
+        if not slices and importlib.util.find_spec("peft"):
+            yield Provider("peft", **turns(lambda one: _peft_run(which, one), buffers))
+        return
     yield of_ours(OURS, "ours")
     base = turns(lambda one: _run(which, frozen, one, [one.x]), buffers)
     yield Provider("frozen linear", role="floor", **base)
@@ -180,14 +199,10 @@ def _providers(
         yield provider("cuBLAS addmm (Unsloth's order)", InOrder.apply)
     for key in ALGORITHMS:
         yield of_ours(f"{OURS} {BACKEND}:{key}", "variant", key)
-    if compiled and which == "forward+backward":
-        yield provider("torch.compile of the composition", place.compiled(plain))
-        if not slices and importlib.util.find_spec("peft"):
-            yield Provider("peft", **turns(lambda one: _peft_run(which, one), buffers))
 
 
-def build(planned: Planned, place: Place, slices: bool, compiled: bool) -> Case:
-    """One case; a compiled peer where `compiled`."""
+def build(planned: Planned, place: Place, slices: bool, later: bool) -> Case:
+    """One case, or its later part: peers that take long to get ready."""
     flops, bytes_moved = work(planned, slices)
     buffers = [draw(planned, place, slices) for _ in range(place.copies(bytes_moved))]
     plain = composition_slices if slices else composition
@@ -203,25 +218,30 @@ def build(planned: Planned, place: Place, slices: bool, compiled: bool) -> Case:
 
     return Case(
         op=planned.op, shape=planned.shape, dtype=planned.dtype, flops=flops, bytes=bytes_moved,
-        providers=list(_providers(planned, place, buffers, slices, compiled)),
+        providers=list(_providers(planned, place, buffers, slices, later)),
         truth=truth, tolerance=TOLERANCE, product="bf16",
     )  # fmt: skip
 
 
-def _planned(model: Model, name: str, which: str, sizes: Sizes, slices: bool, compiled: bool) -> Planned:
+def _planned(model: Model, name: str, which: str, sizes: Sizes, slices: bool, later: bool = False) -> Planned:
     d_in, d_out = model.linears()[name]
     shape: dict[str, int | str] = {
         "model": model.name, "linear": name, "pass": which, "rows": sizes.samples * model.tokens,
         "d_in": d_in, "d_out": d_out, "rank": sizes.slice_rank if slices else sizes.rank,
     }  # fmt: skip
     op = "lora_linear_slices" if slices else "lora_linear"
-    return Planned(op, shape, "bfloat16", functools.partial(build, slices=slices, compiled=compiled))
+    made = functools.partial(build, slices=slices, later=later)
+    return Planned(op, shape, "bfloat16", made, COMPILED if later else OURS)
 
 
 def plan(sizes: Sizes) -> Iterator[Planned]:
-    """Both passes first: they have the targets. Compiled peers only for the large model."""
+    """Both passes first: they have the targets. Compiled peers only for both passes of the large model."""
     for which in PASSES:
         for model in sizes.models:
             for name in model.linears():
-                yield _planned(model, name, which, sizes, False, model is sizes.large)
-            yield _planned(model, "qkv", which, sizes, True, model is sizes.large)
+                yield _planned(model, name, which, sizes, False)
+            yield _planned(model, "qkv", which, sizes, True)
+        if which == PASSES[0]:
+            for name in sizes.large.linears():
+                yield _planned(sizes.large, name, which, sizes, False, later=True)
+            yield _planned(sizes.large, "qkv", which, sizes, True, later=True)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .. import predict
-from ..case import Case, Run
+from ..case import OURS, Case, Run
 from ..records import key
 
 BACKEND = "triton"
 ALGORITHMS = ("full", "prologue", "addmm", "concat")
 MOST_COPIES = 64
+AGAIN = f"{OURS}, again"  # ours beside a later part of its case: the same measurement, a second time
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,23 @@ class Place:
 
 @dataclass(frozen=True)
 class Planned:
-    """One case to come."""
+    """One case to come, or a later part of one, whose records join those of the case: what takes long to get
+    ready, such as a compiled peer, must not keep a case from being measured. `marker` is a provider by which
+    records show that the part was done."""
 
     op: str
     shape: dict[str, int | str]
     dtype: str
     build: Callable[[Planned, Place], Case]
+    marker: str = OURS
 
     @property
     def key(self) -> str:
         return key({"op": self.op, "shape": self.shape, "dtype": self.dtype})
+
+    def done(self, found: Iterable[dict[str, Any]]) -> bool:
+        """Whether records hold the outcome of this part."""
+        return any(r["provider"] == self.marker and key(r) == self.key for r in found)
 
     def case(self, place: Place) -> Case:
         """The case, with a prediction for ours where its builder made none."""

@@ -105,7 +105,7 @@ def provider(
         return gradients(start, few, project, penalty, fishers)
 
     backend = BACKEND if project is fused else ""
-    return Provider(name, run, role, backend, f"captured step, {optimizer}", check=check)
+    return Provider(name, run, role, backend, f"whole step, {optimizer}", check=check)
 
 
 def build(planned: Planned, place: Place, model: Model) -> Case:
