@@ -65,6 +65,27 @@ def _add_compile_report(commands: Any) -> None:
     parser.set_defaults(run=_compile_report)
 
 
+def _autotune(args: argparse.Namespace) -> int:
+    from . import tuning
+
+    def progress(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    data = tuning.run(args.kernel, args.dtype, args.rank or tuning.RANKS, args.again, progress)
+    print(json.dumps(data, indent=1) if args.json else tuning.render(data))
+    return 1 if any(row["error"] for row in data["rows"]) else 0
+
+
+def _add_autotune(commands: Any) -> None:
+    parser = commands.add_parser("autotune", help="measure configurations of Triton kernels on this GPU")
+    parser.add_argument("--kernel", nargs="+", default=[], metavar="NAME", help="these kernels only")
+    parser.add_argument("--dtype", nargs="+", default=[], choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--rank", nargs="+", type=int, default=[], metavar="R", help="ranks of the adapters")
+    parser.add_argument("--again", action="store_true", help="measure also what was measured before")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_autotune)
+
+
 def _parser(command: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fused_ewclora", description=__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -72,6 +93,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     info_parser.add_argument("--json", action="store_true", help="print one JSON object")
     info_parser.set_defaults(run=_info)
     _add_compile_report(commands)
+    _add_autotune(commands)
     demo_parser = commands.add_parser("demo", help="continual learning on real images, with and without EWC")
     demo_parser.set_defaults(run=_demo)
     if command == "demo":  # the other commands do not load it

@@ -42,7 +42,7 @@ LEAVES = ("fused_ewclora.errors", "fused_ewclora.config", "fused_ewclora.metrics
 PUBLIC = ("fused_ewclora", "fused_ewclora.functional", "fused_ewclora.metrics", "fused_ewclora.errors")
 IMPLEMENTATIONS = tuple(f"fused_ewclora.{name}" for name in ("backends", "reference", "kernels", "_C"))
 # These say what is there, and so look at implementations.
-REPORTERS = ("fused_ewclora.info", "fused_ewclora.compile_report")
+REPORTERS = ("fused_ewclora.info", "fused_ewclora.compile_report", "fused_ewclora.tuning")
 
 
 def level(module: str) -> int:
