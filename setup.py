@@ -76,6 +76,10 @@ setup(
     packages=[*find_packages(include=["fused_ewclora", "fused_ewclora.*"]), "fused_ewclora.kernels"],
     # kernels/ has no __init__.py: as a package at the root it would shadow the unrelated package `kernels`.
     package_dir={"fused_ewclora": "fused_ewclora", "fused_ewclora.kernels": "kernels"},
-    package_data={"fused_ewclora": ["py.typed"], "fused_ewclora.kernels": ["py.typed"]},
+    package_data={
+        "fused_ewclora": ["py.typed"],
+        "fused_ewclora.backends.triton": ["configs/*.json"],
+        "fused_ewclora.kernels": ["py.typed"],
+    },
     **build_options(os.environ.get("FUSED_EWCLORA_BUILD", "auto")),
 )
