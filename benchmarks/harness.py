@@ -75,7 +75,7 @@ def _record(
     times: list[float],
     ceilings: Ceilings,
 ) -> Record:
-    p20, p50, p80 = (statistics.quantiles(times, n=10)[i] for i in (1, 4, 7))
+    p20, p50, p80 = (statistics.quantiles(times, n=10, method="inclusive")[i] for i in (1, 4, 7))
     least = least_seconds(case, ceilings)
     return {
         **common(case, provider.name, provider.role),
