@@ -15,7 +15,7 @@ from .errors import EWCLoRAError
 from .ops import _dispatch, _library
 
 ENVIRONMENT = {
-    "FUSED_EWCLORA_AUTOTUNE": "1: Triton kernels run in configurations measured on this GPU; unset: as shipped",
+    "FUSED_EWCLORA_AUTOTUNE": "1: Triton kernels run in configurations measured on this GPU",
     "FUSED_EWCLORA_BACKEND": "backend that calls use unless they name one: auto, triton, cpu or reference",
     "FUSED_EWCLORA_BUILD": "read when the package is built: auto, none, cpu or cuda",
     "FUSED_EWCLORA_CACHE": "folder of measured configurations; unset: fused_ewclora in the user's cache",
