@@ -157,7 +157,8 @@ def collect(
     """
     if (reason := missing()) is not None:
         raise BackendError(reason)
-    questions = [(arch, dtype, (*RANKS, *ranks)) for arch in archs for dtype in workloads.DTYPES]
+    called = tuple(dict.fromkeys((*RANKS, *ranks)))
+    questions = [(arch, dtype, called) for arch in archs for dtype in workloads.DTYPES]
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=get_context("spawn")) as pool:
         surveys = list(pool.map(survey, *zip(*questions, strict=True)))
         chosen = _chosen([n for s in surveys for n in s.noted], kernels, dtypes, ranks)
