@@ -8,12 +8,13 @@ targets were missed or not measured.
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib.metadata
 import os
 import signal
 import sys
 import tarfile
 import tempfile
+import traceback
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,7 +25,7 @@ from . import records, steps, summary
 from .steps import Deadline, Outcome, Step
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGET = 530.0
+BUDGET = 520.0
 PARTIAL = "partial"  # a test run without failures that was cut short
 QUICK = (
     "lora_linear", "ewc_penalty", "ewc_penalty_grad", "fisher_accumulate", "merge", "dropout", "philox",
@@ -32,8 +33,8 @@ QUICK = (
 )  # fmt: skip
 ELSEWHERE = ("test_packaging.py", "test_benchmarks_gpu.py")  # need a build, or run this driver
 SUITE_LIMITS = {
-    "lora_linear": 110.0,
-    "ewc_penalty": 80.0,
+    "lora_linear": 130.0,
+    "ewc_penalty": 95.0,
     "fisher_accumulate": 60.0,
     "training_step": 60.0,
     "merge": 25.0,
@@ -54,9 +55,10 @@ def test_files() -> tuple[list[str], list[str]]:
 def pytest_command(files: Sequence[str], report: Path, workers: int, few: bool) -> list[str]:
     command = [sys.executable, "-m", "pytest", *(f"tests/{name}" for name in files)]
     command += ["-q", "--tb=short", "--maxfail=60", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    if few:
+    plugins = {entry.value for entry in importlib.metadata.entry_points(group="pytest11")}
+    if few and "_hypothesis_pytestplugin" in plugins:
         command += ["-p", "benchmarks.few_examples", "--hypothesis-profile=few"]
-    if importlib.util.find_spec("xdist"):
+    if "xdist.plugin" in plugins:
         command += ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else ["-p", "no:xdist"]
     return command
 
@@ -86,7 +88,7 @@ def plan(args: argparse.Namespace, work: Path) -> list[Step]:
     workers = 0 if args.rehearse else args.workers
     found = [
         step("environment", module("gpu.describe"), 60.0),
-        step("tests", pytest_command(first, work / "tests.xml", workers, True), 130.0, log),
+        step("tests", pytest_command(first, work / "tests.xml", workers, True), 120.0, log),
         step("ceilings", module("gpu.describe", "--ceilings"), 30.0),
     ]
     for suite, limit in SUITE_LIMITS.items():
@@ -188,14 +190,19 @@ def check(args: argparse.Namespace, todo: Callable[[argparse.Namespace, Path], l
                 outcome = judged(outcome, work / f"{step.name.replace(' ', '-')}.xml")
                 outcomes.append(outcome)
                 print(outcome, flush=True)
-                status = pack(args, work, outcomes)
+                try:
+                    status = pack(args, work, outcomes)
+                except Exception:  # of the report; the rest still runs
+                    traceback.print_exc()
+                    status = 1
                 if step.name == "environment" and outcome.detail == NO_GPU:
                     print("no CUDA device; --rehearse runs everything on the CPU")
                     break
         except KeyboardInterrupt:
             outcomes.append(Outcome("the run", steps.TIMED_OUT, 0.0, "was ended from outside"))
             status = pack(args, work, outcomes)
-    print((args.out / "summary.txt").read_text(), end="", flush=True)
+    if (args.out / "summary.txt").exists():
+        print((args.out / "summary.txt").read_text(), end="", flush=True)
     return status
 
 

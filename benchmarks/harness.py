@@ -39,7 +39,7 @@ def error_to_truth(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
             return math.inf
         difference = (result.detach().double() - expected.double()).norm()
         errors.append(difference / expected.double().norm().clamp_min(1e-300))
-    return float(torch.stack([e.cpu() for e in errors]).max())
+    return float(torch.stack(errors).max())
 
 
 @contextlib.contextmanager

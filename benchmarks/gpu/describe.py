@@ -15,7 +15,7 @@ from ..machine import ceilings, environment
 NO_GPU = 3
 QUERY = (
     "name,driver_version,pstate,temperature.gpu,power.draw,power.limit,clocks.sm,clocks.mem,clocks.max.sm,"
-    "clocks.max.mem,clocks_throttle_reasons.active,memory.used,memory.total,ecc.mode.current,mig.mode.current"
+    "clocks.max.mem,memory.used,memory.total,ecc.mode.current,mig.mode.current"
 )
 
 

@@ -127,17 +127,19 @@ def _planned(model: Model, which: str, rank: int, dtype: str, precision: str, la
 
 def plan(sizes: Sizes) -> Iterator[Planned]:
     """The published setting first: k and v of the large model, F in fp32, at every precision."""
-    for dtype in DTYPES:
+
+    def all_of(which: str, rank: int, dtype: str, models: Sequence[Model]) -> Iterator[Planned]:
         for precision in PRECISIONS:
-            for model in sizes.models:
-                yield _planned(model, "k, v", sizes.slice_rank, dtype, precision)
-    for dtype in DTYPES:
-        for precision in PRECISIONS:
-            for rank in (sizes.slice_rank, sizes.rank):
-                yield _planned(sizes.large, "all linears", rank, dtype, precision)
+            for model in models:
+                yield _planned(model, which, rank, dtype, precision)
+
+    single, half = DTYPES
+    yield from all_of("k, v", sizes.slice_rank, single, sizes.models)
     for precision in ("highest", "high"):
-        yield _planned(sizes.large, "k, v", sizes.slice_rank, "float32", precision, later=True)
+        yield _planned(sizes.large, "k, v", sizes.slice_rank, single, precision, later=True)
+    yield from all_of("k, v", sizes.slice_rank, half, sizes.models)
+    for rank in (sizes.slice_rank, sizes.rank):
+        for dtype in DTYPES:
+            yield from all_of("all linears", rank, dtype, [sizes.large])
     for dtype in DTYPES:
-        for precision in PRECISIONS:
-            for model in sizes.models:
-                yield _planned(model, "k, v", sizes.rank, dtype, precision)
+        yield from all_of("k, v", sizes.rank, dtype, sizes.models)

@@ -236,12 +236,18 @@ def _planned(model: Model, name: str, which: str, sizes: Sizes, slices: bool, la
 
 def plan(sizes: Sizes) -> Iterator[Planned]:
     """Both passes first: they have the targets. Compiled peers only for both passes of the large model."""
-    for which in PASSES:
-        for model in sizes.models:
-            for name in model.linears():
-                yield _planned(model, name, which, sizes, False)
-            yield _planned(model, "qkv", which, sizes, True)
-        if which == PASSES[0]:
-            for name in sizes.large.linears():
-                yield _planned(sizes.large, name, which, sizes, False, later=True)
-            yield _planned(sizes.large, "qkv", which, sizes, True, later=True)
+
+    def layers(model: Model, which: str, later: bool = False) -> Iterator[Planned]:
+        for name in model.linears():
+            yield _planned(model, name, which, sizes, False, later)
+        yield _planned(model, "qkv", which, sizes, True, later)
+
+    both, *single = PASSES
+    for model in sizes.models:
+        yield from layers(model, both)
+    for which in single:
+        yield from layers(sizes.large, which)
+    yield from layers(sizes.large, both, later=True)
+    for which in single:
+        for model in (sizes.base, sizes.huge):
+            yield from layers(model, which)
