@@ -136,7 +136,7 @@ def _call(op: str, tensor: Tensor, args: Sequence[Any]) -> Call:
     if device == "cpu" and not args[-1].startswith("triton"):
         return Call(device, tensor.dtype)
     sizes = _SIZES[op](*args) if op in _SIZES else {}
-    if tensor.dtype == torch.float32:
+    if tensor.dtype == torch.float32 or op == "ewc_penalty":
         sizes["precision"] = torch.get_float32_matmul_precision()
     return Call(device, tensor.dtype, arch_of(tensor.device), **sizes)
 

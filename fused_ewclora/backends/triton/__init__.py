@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..candidate import Call, Candidate
-from . import regimes
+from . import launch, regimes, tables
 
 MIN_VERSION = (3, 6)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -65,7 +65,16 @@ def _cannot(call: Call) -> str | None:
 def _cannot_penalty(call: Call) -> str | None:
     if (reason := _cannot(call)) is not None:
         return reason
-    return f"rank {call.rank} > {MAX_PENALTY_RANK}" if (call.rank or 0) > MAX_PENALTY_RANK else None
+    rank = call.rank or 1
+    if rank > MAX_PENALTY_RANK:
+        return f"rank {rank} > {MAX_PENALTY_RANK}"
+    arch = launch.INTERPRETED if interpreting() else str(call.arch)
+    # Where every block size would spill registers, none is shipped.
+    if not tables.has(
+        f"ewc_penalty_kernel:{launch.precision()}", arch, torch.float32, 1 << (rank - 1).bit_length()
+    ):
+        return f"no configuration for rank {rank} at matmul precision {call.precision!r} on {arch}"
+    return None
 
 
 def _host(module: str, function: str) -> Callable[..., Any]:
