@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -45,24 +46,26 @@ def verify_forward(model: nn.Module, sample: Any) -> dict[str, int]:
 
         >>> verify_forward(model, torch.zeros(1, 3, 224, 224))
     """
-    calls = _calls(model, sample)
+    calls, _ = _observed(model, sample)
     if names := [name for name, count in calls.items() if count == 0]:
         raise TargetError(_bypass_message(model, names))
     return calls
 
 
 def explain(model: nn.Module, sample: Any = None) -> Report:
-    """A table of the implementation that serves each adapted layer and why faster ones do not; rows are data.
+    """A table of the implementation that serves each adapted layer and why others do not; rows are data.
 
-    With a `sample` (as in `verify_forward`) the model runs once and the table counts the calls of each layer;
-    layers that never ran are named below it. Under autocast its dtype decides.
+    With a `sample` (as in `verify_forward`) the model runs once, the table counts the calls of each layer,
+    and the choice is the one for as many rows of input; layers that never ran are named below it. Without
+    one, 8192 rows are assumed. Under autocast its dtype decides.
 
         >>> print(explain(model, torch.zeros(1, 3, 224, 224)))
     """
-    calls = None if sample is None else _calls(model, sample)
+    calls, sizes = (None, {}) if sample is None else _observed(model, sample)
     rows = []
     for name, layer in adapters(model).items():
-        row = {"name": name, "r": "+".join(str(s.r) for s in layer.adapter_slices), **_implementation(layer)}
+        ranks = "+".join(str(s.r) for s in layer.adapter_slices)
+        row = {"name": name, "r": ranks, **_implementation(layer, sizes.get(name))}
         if calls is not None:
             row["calls"] = calls[name]
         rows.append(row)
@@ -73,7 +76,7 @@ def explain(model: nn.Module, sample: Any = None) -> Report:
     return Report("lora_linear by layer", rows, notes, {"layers": len(rows), "bypassed": silent})
 
 
-def _implementation(layer: LoRALinear) -> dict[str, Any]:
+def _implementation(layer: LoRALinear, rows: int | None) -> dict[str, Any]:
     weight = layer.weight
     device = weight.device.type
     autocast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
@@ -82,30 +85,60 @@ def _implementation(layer: LoRALinear) -> dict[str, Any]:
     if layer.merged or not layer.adapters_enabled:
         state = "merged" if layer.merged else "disabled"
         return {**row, "backend": "torch", "algorithm": f"linear ({state})", "why_not_faster": None}
-    reasons: list[str] = []
-    for backend, algorithm, reason in _dispatch.explain("lora_linear", _dispatch.Call(device, dtype)):
-        if reason is None:
-            return {
-                **row,
-                "backend": backend,
-                "algorithm": algorithm,
-                "why_not_faster": "; ".join(reasons) or None,
-            }
-        reasons.append(f"{backend} {algorithm}: {reason}")
-    return {**row, "backend": None, "algorithm": None, "why_not_faster": "; ".join(reasons)}
+    answers = _dispatch.explain("lora_linear", _call(layer, dtype, rows))
+    # Those that come after the first are less preferred, except for algorithms of the same backend.
+    first = next((i for i, (_, _, reason) in enumerate(answers) if reason is None), len(answers))
+    backend, algorithm = answers[first][:2] if first < len(answers) else (None, None)
+    reasons = [
+        f"{other} {name}: {reason}"
+        for i, (other, name, reason) in enumerate(answers)
+        if reason is not None and (i < first or other == backend)
+    ]
+    why = "; ".join(reasons) or None
+    return {**row, "backend": backend, "algorithm": algorithm, "why_not_faster": why}
 
 
-def _calls(model: nn.Module, sample: Any) -> dict[str, int]:
+def _call(layer: LoRALinear, dtype: torch.dtype, rows: int | None) -> _dispatch.Call:
+    """What the layer's next call would be, as far as its choice depends on it."""
+    rank = sum(s.r for s in layer.adapter_slices)
+    dropout = layer.training and layer.lora_dropout > 0.0
+    shape = _dispatch.LinearShape(
+        _dispatch.bucket(_dispatch.DEFAULT_ROWS if rows is None else rows),
+        layer.in_features,
+        layer.out_features,
+        rank,
+        dropout,
+    )
+    device = layer.weight.device
+    precision = torch.get_float32_matmul_precision() if dtype == torch.float32 else None
+    return _dispatch.Call(device.type, dtype, _dispatch.arch_of(device), shape, precision=precision)
+
+
+def _observed(model: nn.Module, sample: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """Calls of each adapted layer in one run, and the most rows of input in any of them."""
     layers = adapters(model)
     before = {name: layer.forward_calls for name, layer in layers.items()}
-    for layer in layers.values():
+    sizes: dict[str, int] = {}
+    hooks = []
+    for name, layer in layers.items():
         layer.forward_calls = 0
+        note = functools.partial(_note_rows, sizes, name)
+        hooks.append(layer.register_forward_pre_hook(note, with_kwargs=True))
     try:
         _run(model, sample)
-        return {name: layer.forward_calls for name, layer in layers.items()}
+        return {name: layer.forward_calls for name, layer in layers.items()}, sizes
     finally:
+        for hook in hooks:
+            hook.remove()
         for name, layer in layers.items():
             layer.forward_calls += before[name]
+
+
+def _note_rows(
+    sizes: dict[str, int], name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    x = args[0] if args else kwargs["x"]
+    sizes[name] = max(sizes.get(name, 0), x.numel() // max(x.shape[-1], 1))
 
 
 def _run(model: nn.Module, sample: Any) -> None:

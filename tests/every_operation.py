@@ -10,8 +10,8 @@ from fused_ewclora import functional as FE
 
 
 def results(backend: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Outputs and gradients by name; shapes are multiples of no vector length."""
-    values = Values(12)
+    """Outputs and gradients by name, on the CPU; shapes are multiples of no vector length."""
+    values = Values(12, backend)
     x, w, bias = values.normal(30, 37), values.normal(45, 37, std=0.2), values.normal(45)
     a, b, s = values.normal(10, 37, std=0.2), values.normal(45, 10, std=0.3), values.normal(10)
     dy, fisher = values.normal(30, 45), values.fisher(45, 37)
@@ -31,7 +31,7 @@ def results(backend: str, dtype: torch.dtype = torch.float32) -> dict[str, Tenso
     out["one token"] = FE.fisher_accumulate_(fisher.clone(), x, dy, backend=backend)
     out["merge"] = FE.merge_(w.detach().clone(), a, b, s, backend=backend)
     out["threshold"] = FE.soft_threshold_(s.detach().clone(), 0.5, backend=backend)
-    return out
+    return {name: t.cpu() for name, t in out.items()}
 
 
 def worst_error(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> float:

@@ -16,11 +16,20 @@ from strategies import (
     dtypes_of,
     layouts,
     leading_shapes,
+    refused_linear,
     row_ranges,
     seeds,
     widths,
 )
-from tolerance import assert_as_good, assert_within, rounding_bound, sum_bound
+from tolerance import (
+    TINY,
+    assert_as_good,
+    assert_within,
+    operand_bound,
+    rounding_bound,
+    rounds_operands,
+    sum_bound,
+)
 from torch import Tensor
 
 from fused_ewclora import functional as FE
@@ -105,9 +114,13 @@ def cases(draw: Any, backend: str, dropout: bool = False) -> Case:
     values = Values(draw(seeds), backend)
     d_in, d_out, leading = draw(widths), draw(widths), draw(leading_shapes)
     ranges = draw(row_ranges(d_out)) if draw(st.booleans()) else [((0, d_out),)]
-    adapters = []
+    adapters, total = [], 0
     for rows in ranges:
-        rank, owned = draw(st.sampled_from(RANKS)), sum(stop - start for start, stop in rows)
+        served = [r for r in RANKS if refused_linear(backend, total + r, dropout) is None]
+        if not served:  # the rows of the other adapters belong to nobody
+            break
+        rank, owned = draw(st.sampled_from(served)), sum(stop - start for start, stop in rows)
+        total += rank
         a = parameter(values.normal(rank, d_in, dtype=master, std=d_in**-0.5, layout=draw(layouts)))
         b = parameter(values.normal(owned, rank, dtype=master, std=rank**-0.5, layout=draw(layouts)))
         scale = make_scale(values, draw(st.sampled_from(SCALES)), rank, master)
@@ -138,14 +151,42 @@ def plain(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
     return y, dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), case.dy), strict=True))
 
 
+def operand_roundings(case: Case) -> dict[str, Tensor]:
+    """What rounding the operands of low-rank products to the dtype of x may add to y ("y") and to the
+    gradients by name. Rounded are A, s B, z = x A^T, u = dy (s B), and x where dropout scales it."""
+    wide, mask, dtype = case.magnitudes(), case.mask(), case.x.dtype
+    x, dy = wide.x.reshape(-1, case.x.shape[-1]), wide.dy.reshape(-1, case.dy.shape[-1])
+    dropped = 0 if mask is None else 1
+    kept = torch.ones_like(x) if mask is None else mask
+    branch = x if mask is None else (x * mask).clamp_min(TINY[dtype])
+    y, dx, bounds = torch.zeros_like(dy), torch.zeros_like(x), {}
+    for i, (a, b, scale, rows) in enumerate(wide.adapters):
+        s = oracles.per_rank(scale, a.shape[0])
+        a, scaled_b = a.clamp_min(TINY[dtype]), (b * s).clamp_min(TINY[dtype])
+        columns = torch.cat([torch.arange(start, stop) for start, stop in rows])
+        g = dy[:, columns]
+        z, u = (branch @ a.T).clamp_min(TINY[dtype]), (g @ scaled_b).clamp_min(TINY[dtype])
+        y[:, columns] += z @ scaled_b.T
+        dx += (u @ a) * kept
+        ds = (b * (g.T @ z)).sum(0)
+        ds = ds.sum() if isinstance(scale, Tensor) and scale.dim() == 0 else ds
+        for name, magnitude in ((f"A{i}", u.T @ branch), (f"B{i}", g.T @ z * s), (f"s{i}", ds)):
+            bounds[name] = operand_bound(magnitude, 2 + dropped, dtype)
+    bounds["y"] = operand_bound(y, 3 + dropped, dtype).reshape(case.dy.shape)
+    bounds["x"] = operand_bound(dx, 3, dtype).reshape(case.x.shape)
+    return bounds
+
+
 def assert_output(case: Case, y: Tensor) -> None:
     """y to one rounding of its dtype; low-rank term and bias may have been rounded once on the way."""
     dtype, mask = case.x.dtype, case.mask()
     exact = oracles.lora_linear(case.x, case.weight, case.bias, case.adapters, mask)
     wide = case.magnitudes()
     length = case.weight.shape[1] + sum(a.lora_a.shape[0] for a in case.adapters)
-    bound = sum_bound(oracles.lora_linear(wide.x, wide.weight, wide.bias, wide.adapters, mask), length, dtype)
-    bound = bound + rounding_bound(exact, dtype)
+    magnitude = oracles.lora_linear(wide.x, wide.weight, wide.bias, wide.adapters, mask)
+    bound = sum_bound(magnitude, length, dtype, case.backend) + rounding_bound(exact, dtype)
+    if rounds_operands(case.backend, dtype):
+        bound = bound + operand_roundings(case)["y"]
     assert y.dtype == dtype
     if dtype not in LOW_PRECISION or mask is not None:
         if mask is not None:
@@ -177,11 +218,13 @@ def assert_gradients(case: Case, grads: dict[str, Tensor]) -> None:
         table[f"s{i}"] = (ds, ws, rows + d_out + d_in)
     low_precision = dtype in LOW_PRECISION
     own = plain(case)[1] if low_precision and mask is None else {}
+    rounded = operand_roundings(case) if rounds_operands(case.backend, dtype) else {}
     for name, grad in grads.items():
         truth, magnitude, length = table[name]
         leaf = case.leaves()[name]
         assert grad.dtype == leaf.dtype, f"gradient of {name} has dtype {grad.dtype}, not {leaf.dtype}"
-        bound = sum_bound(magnitude, length, dtype) + rounding_bound(truth, leaf.dtype)
+        bound = sum_bound(magnitude, length, dtype, case.backend) + rounding_bound(truth, leaf.dtype)
+        bound = bound + rounded.get(name, 0.0)
         if name == "x" and low_precision:
             seed_term = truth - oracles.lora_linear_gradients(case.dy, case.x, case.weight, [], None).x
             bound = bound + 2.0 * rounding_bound(seed_term.abs(), dtype)

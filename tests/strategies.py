@@ -1,22 +1,32 @@
 """What property tests vary: backends, shapes, ranks, dtypes, strides.
 
-Structure comes from hypothesis, values from a generator whose seed does.
+Structure comes from hypothesis, values from a generator whose seed does. Nothing is imported here that a
+machine with a GPU alone (no compiled extension, no process pool) lacks.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import fused_ewclora as fe
-from fused_ewclora.ops._dispatch import Call, explain
+from fused_ewclora.ops._dispatch import Call, LinearShape, algorithms, arch_of, bucket, explain
 
 BACKENDS = [name for name, why in fe.available_backends().items() if why is None]
+# The LoRA linear has several algorithms on some backends; each is tested by its name.
+LINEAR_BACKENDS = [
+    name if key is None else f"{name}:{key}" for name in BACKENDS for key in algorithms(name) or (None,)
+]
+INTERPRETED_EXAMPLES = 8  # every program of a kernel is a few NumPy calls, some 1e4 times slower than a GPU
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "transposed", "every other column", "columns of a wider matrix", "expanded")
@@ -37,18 +47,80 @@ leading_shapes = st.one_of(
 )
 
 
+def family(backend: str) -> str:
+    """The backend of a name that may carry an algorithm."""
+    return backend.partition(":")[0]
+
+
 def device_of(backend: str) -> str:
-    return "cuda" if backend in ("triton", "cuda") else "cpu"
+    """Where tensors for `backend` live; without a GPU Triton interprets its kernels on the CPU."""
+    return "cuda" if family(backend) in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
 
 
-def serves(backend: str, op: str, dtype: torch.dtype) -> bool:
+def interpreted(backend: str) -> bool:
+    return family(backend) == "triton" and not torch.cuda.is_available()
+
+
+def skip_if_interpreted(backend: str, why: str) -> None:
+    """For sizes that take minutes in Triton's interpreter; a GPU runs them."""
+    if interpreted(backend):
+        pytest.skip(f"Triton's interpreter is too slow: {why}")
+
+
+def property_test(examples: int = 25, **drawn: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """`given(**drawn)` for tests with a parameter `backend`: `examples`, or few where Triton interprets."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        def test(**fixed: Any) -> None:
+            count = min(examples, INTERPRETED_EXAMPLES) if interpreted(fixed["backend"]) else examples
+            settings(max_examples=count)(given(**drawn)(function))(**fixed)
+
+        test.__name__, test.__doc__, test.__module__ = (
+            function.__name__,
+            function.__doc__,
+            function.__module__,
+        )
+        signature = inspect.signature(function)
+        fixtures = [p for name, p in signature.parameters.items() if name not in drawn]
+        test.__signature__ = signature.replace(parameters=fixtures)  # what pytest has to supply
+        return test
+
+    return decorate
+
+
+def call_for(backend: str, dtype: torch.dtype, **sizes: Any) -> Call:
+    """What the choice of an implementation would depend on."""
+    device = torch.device(device_of(backend))
+    precision = torch.get_float32_matmul_precision() if dtype == torch.float32 else None
+    return Call(device.type, dtype, arch_of(device), precision=precision, **sizes)
+
+
+def refusal(backend: str, op: str, dtype: torch.dtype, **sizes: Any) -> str | None:
+    """Why `backend` cannot run `op`, or None."""
+    rows = explain(op, call_for(backend, dtype, **sizes), backend)
+    reasons = [reason for name, _, reason in rows if name == family(backend)]
+    return None if None in reasons else "; ".join(map(str, reasons))
+
+
+def serves(backend: str, op: str, dtype: torch.dtype, **sizes: Any) -> bool:
     """Whether `backend` runs `op` on `dtype`."""
-    rows = explain(op, Call(device_of(backend), dtype), backend)
-    return any(reason is None for _, _, reason in rows)
+    return refusal(backend, op, dtype, **sizes) is None
+
+
+def refused_linear(
+    backend: str, rank: int, dropout: bool = False, dtype: torch.dtype = torch.float32, rows: int = 64
+) -> str | None:
+    """Why `backend` runs no LoRA linear of this total rank, forward and backward, or None."""
+    shape = LinearShape(bucket(rows), 64, 64, rank, dropout)
+    ops = ("lora_linear", "lora_linear_backward")
+    return next(filter(None, (refusal(backend, op, dtype, shape=shape) for op in ops)), None)
 
 
 def dtypes_of(backend: str, op: str) -> list[torch.dtype]:
     return [dtype for dtype in DTYPES if serves(backend, op, dtype)]
+
+
+DROPOUT_BACKENDS = [name for name in LINEAR_BACKENDS if refused_linear(name, 1, dropout=True) is None]
 
 
 class Values:
@@ -67,6 +139,12 @@ class Values:
     ) -> Tensor:
         values = torch.randn(shape, generator=self.generator, dtype=torch.float64) * std
         return with_layout(values.to(dtype).to(self.device), layout)
+
+    def full(self, shape: tuple[int, ...], value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.full(shape, value, dtype=dtype, device=self.device)
+
+    def zeros(self, *shape: int) -> Tensor:
+        return self.full(shape, 0.0)
 
     def fisher(self, *shape: int, dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> Tensor:
         """Non-negative, over several orders of magnitude, some exactly zero."""

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from strategies import BACKENDS, Values
+from strategies import DROPOUT_BACKENDS, Values
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fused_ewclora import functional as FE
 
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+pytestmark = pytest.mark.parametrize("backend", DROPOUT_BACKENDS)
 
 
 def gradients(backend: str, reentrant: bool | None, dropout_p: float, seed: int | None) -> list[Tensor]:
     """Two layers and an activation; `reentrant` None runs without checkpointing."""
-    values = Values(0)
+    values = Values(0, backend)
     inputs = [
         values.normal(*shape) for shape in ((9, 33), (29, 33), (5, 33), (29, 5), (33, 29), (4, 29), (33, 4))
     ]

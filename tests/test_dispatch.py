@@ -10,8 +10,8 @@ from pathlib import Path
 import every_operation
 import pytest
 import torch
-from strategies import BACKENDS, device_of
-from tolerance import EPS
+from strategies import BACKENDS, LINEAR_BACKENDS, device_of
+from tolerance import EPS, TF32X3, on_matrix_units
 
 import fused_ewclora as fe
 from fused_ewclora import functional as FE
@@ -26,6 +26,7 @@ UNAVAILABLE = [name for name, why in fe.available_backends().items() if why is n
 needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
 # Chains of four sums of at most 45 terms: 2 sqrt(45) + 4 roundings each, of the largest element.
 TOLERANCE = 4 * 17.5 * EPS[torch.float32]
+NAMES = [*BACKENDS, *(name for name in LINEAR_BACKENDS if name not in BACKENDS)]
 
 
 @pytest.fixture(autouse=True)
@@ -36,17 +37,20 @@ def restored_choice():
 
 
 def in_subprocess(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Without Triton's interpreter, unless `environment` asks for it."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "2", **environment},
+        env={**inherited, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "2", **environment},
         capture_output=True,
         text=True,
         timeout=120,
     )
 
 
-def penalty(**options) -> torch.Tensor:
-    return FE.ewc_penalty([torch.ones(7, 5)], [torch.ones(2, 5)], [torch.ones(7, 2)], **options)
+def penalty(device: str = "cpu", **options) -> torch.Tensor:
+    fisher, a, b = (torch.ones(*shape, device=device) for shape in ((7, 5), (2, 5), (7, 2)))
+    return FE.ewc_penalty([fisher], [a], [b], **options)
 
 
 def test_use_backend_sets_the_choice_for_good():
@@ -74,7 +78,7 @@ def test_a_backend_named_in_the_call_wins_over_the_choice():
         assert _dispatch.resolve("auto") == "auto"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", NAMES)
 def test_the_choice_decides_who_computes(backend, monkeypatch):
     """Observed, not inferred: the chosen candidate is replaced by one that reports itself."""
     asked = []
@@ -86,7 +90,7 @@ def test_the_choice_decides_who_computes(backend, monkeypatch):
     original = _dispatch.choose
     monkeypatch.setattr("fused_ewclora.ops._library.choose", chosen)
     with fe.use_backend(backend):
-        penalty()
+        penalty(device_of(backend))
     assert ("ewc_penalty", backend) in asked
 
 
@@ -132,7 +136,7 @@ def test_a_named_backend_never_falls_back():
 def test_every_op_is_served_on_every_dtype_of_the_cpu(op):
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         rows = _dispatch.explain(op, Call("cpu", dtype), "auto")
-        assert rows[-1][0] == "reference" and rows[-1][2] is None
+        assert ("reference", "plain PyTorch", None) in rows
         chosen = _dispatch.choose(op, "auto", Call("cpu", dtype))
         assert chosen.backend == next(backend for backend, _, reason in rows if reason is None)
 
@@ -142,7 +146,7 @@ def test_explain_gives_a_reason_in_words_for_all_that_do_not_serve(op):
     with fe.use_backend("reference"):
         for backend, algorithm, reason in _dispatch.explain(op, Call("cpu", torch.float32)):
             assert algorithm and (reason is None) == (backend == "reference")
-            assert reason is None or "reference" in reason
+            assert reason is None or "reference" in reason or reason == fe.available_backends()[backend]
     for backend, _, reason in _dispatch.explain(op, Call("cuda", torch.float32), "auto"):
         if backend == "cpu":
             assert reason is not None and "cuda" in reason
@@ -150,11 +154,10 @@ def test_explain_gives_a_reason_in_words_for_all_that_do_not_serve(op):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backends_agree_on_every_operation(backend):
-    if device_of(backend) != "cpu":
-        pytest.skip("tensors of this comparison are on the CPU")
     exact = every_operation.results("reference", torch.float64)
     error = every_operation.worst_error(every_operation.results(backend), exact)
-    assert error <= TOLERANCE, f"error {error:.3g} > {TOLERANCE:.3g}"
+    limit = TOLERANCE + (4 * TF32X3 if on_matrix_units(backend) else 0.0)
+    assert error <= limit, f"error {error:.3g} > {limit:.3g}"
 
 
 def test_the_environment_names_the_backend():

@@ -8,15 +8,14 @@ import math
 import oracles
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
-from strategies import BACKENDS, Values, seeds
+from strategies import DROPOUT_BACKENDS, Values, device_of, property_test, seeds
 from tolerance import assert_within, sum_bound
 
 from fused_ewclora import functional as FE
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_backend = pytest.mark.parametrize("backend", DROPOUT_BACKENDS)
 
 
 def call(backend, x, **options):
@@ -27,7 +26,7 @@ def call(backend, x, **options):
 
 
 @each_backend
-@given(seed=seeds, p=st.sampled_from((0.05, 0.3, 0.9)), rows=st.integers(1, 60), d=st.integers(1, 40))
+@property_test(seed=seeds, p=st.sampled_from((0.05, 0.3, 0.9)), rows=st.integers(1, 60), d=st.integers(1, 40))
 def test_backward_drops_the_elements_that_forward_dropped(backend, seed, p, rows, d):
     values = Values(seed, backend)
     x = torch.ones(rows, d, device=values.device, requires_grad=True)
@@ -46,7 +45,7 @@ def test_backward_drops_the_elements_that_forward_dropped(backend, seed, p, rows
 def test_the_share_of_kept_elements_is_binomial(backend, p):
     """Six standard deviations: a false alarm in 5e8 seeds."""
     rows, d = 512, 64
-    x = torch.ones(rows, d, device=Values(0, backend).device)
+    x = torch.ones(rows, d, device=device_of(backend))
     kept = float((call(backend, x, dropout_p=p, seed=2024) != 0).double().mean())
     bound = 6 * math.sqrt(p * (1 - p) / (rows * d))
     assert abs(kept - (1 - p)) <= bound, f"kept {kept:.5f} of p = {p}, bound {bound:.5f}"
@@ -55,7 +54,7 @@ def test_the_share_of_kept_elements_is_binomial(backend, p):
 @each_backend
 def test_masks_of_different_rows_columns_and_seeds_are_uncorrelated(backend):
     """Correlation of n independent signs is within six times 1 / sqrt(n)."""
-    x = torch.ones(256, 64, device=Values(0, backend).device)
+    x = torch.ones(256, 64, device=device_of(backend))
     masks = [(call(backend, x, dropout_p=0.5, seed=s) != 0).double() * 2 - 1 for s in (1, 2, 2**32 + 1)]
     pairs = [(m[1:], m[:-1]) for m in masks[:1]] + [(m[:, 1:], m[:, :-1]) for m in masks[:1]]
     for one, two in pairs + list(itertools.combinations(masks, 2)):
@@ -64,14 +63,16 @@ def test_masks_of_different_rows_columns_and_seeds_are_uncorrelated(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_seed_gives_the_same_elements_on_every_backend(dtype):
-    kept = [call(b, torch.ones(50, 37, dtype=dtype), dropout_p=0.3, seed=7).cpu() != 0 for b in BACKENDS]
+    ones = [torch.ones(50, 37, dtype=dtype, device=device_of(name)) for name in DROPOUT_BACKENDS]
+    calls = zip(DROPOUT_BACKENDS, ones, strict=True)
+    kept = [call(name, x, dropout_p=0.3, seed=7).cpu() != 0 for name, x in calls]
     assert all(torch.equal(kept[0], other) for other in kept[1:])
 
 
 @each_backend
 def test_the_mask_depends_on_nothing_but_seed_row_and_column(backend):
     """More rows or threads, another dtype, several leading dimensions: the same elements are dropped."""
-    x = torch.ones(120, 33, device=Values(0, backend).device)
+    x = torch.ones(120, 33, device=device_of(backend))
     torch.set_num_threads(1)
     mask = call(backend, x, dropout_p=0.3, seed=7) != 0
     torch.set_num_threads(3)
@@ -83,17 +84,16 @@ def test_the_mask_depends_on_nothing_but_seed_row_and_column(backend):
 
 @each_backend
 def test_all_adapters_of_a_call_see_the_same_dropped_x(backend):
-    x, eye = torch.ones(20, 13), torch.eye(13)
+    x, eye = torch.ones(20, 13, device=device_of(backend)), torch.eye(13, device=device_of(backend))
     slices = [(0, 13, eye, eye, 1.0), (13, 26, eye, eye, 1.0)]
-    y = FE.lora_linear_slices(
-        x, torch.zeros(26, 13), None, slices, dropout_p=0.5, training=True, seed=3, backend=backend
-    )
+    options = {"dropout_p": 0.5, "training": True, "seed": 3, "backend": backend}
+    y = FE.lora_linear_slices(x, x.new_zeros(26, 13), None, slices, **options)
     assert torch.equal(y[:, :13], y[:, 13:])
 
 
 @each_backend
 def test_runs_repeat_under_manual_seed_and_differ_without(backend):
-    x = torch.ones(20, 30, device=Values(0, backend).device)
+    x = torch.ones(20, 30, device=device_of(backend))
     torch.manual_seed(11)
     first, second = call(backend, x, dropout_p=0.5), call(backend, x, dropout_p=0.5)
     torch.manual_seed(11)
@@ -103,9 +103,9 @@ def test_runs_repeat_under_manual_seed_and_differ_without(backend):
 
 @each_backend
 def test_a_tensor_seed_is_the_number_it_holds(backend):
-    x = torch.ones(20, 30, device=Values(0, backend).device)
+    x = torch.ones(20, 30, device=device_of(backend))
     number = call(backend, x, dropout_p=0.5, seed=-5)
-    for seed in (torch.tensor(-5), torch.tensor([-5])):
+    for seed in (torch.tensor(-5), torch.tensor([-5]), torch.tensor(-5, device=x.device)):
         assert torch.equal(call(backend, x, dropout_p=0.5, seed=seed), number)
 
 
@@ -128,10 +128,10 @@ def test_the_low_rank_branch_vanishes_at_p_1_and_the_base_stays(backend):
     x.requires_grad_(), a.requires_grad_(), b.requires_grad_()
     y = FE.lora_linear(x, w, None, a, b, dropout_p=1.0, training=True, backend=backend)
     exact, wide = oracles.exact(x) @ oracles.exact(w).T, oracles.magnitude(x) @ oracles.magnitude(w).T
-    assert_within(y, exact, sum_bound(wide, 30, x.dtype), "y")
+    assert_within(y, exact, sum_bound(wide, 30, x.dtype, backend), "y")
     dx, da, db = torch.autograd.grad(y.sum(), [x, a, b])
     exact, wide = oracles.exact(w).sum(0).expand(9, 30), oracles.magnitude(w).sum(0).expand(9, 30)
-    assert_within(dx, exact, sum_bound(wide, 7, x.dtype), "dx")
+    assert_within(dx, exact, sum_bound(wide, 7, x.dtype, backend), "dx")
     assert not da.any() and not db.any()
 
 

@@ -11,6 +11,7 @@ from models import (
 )
 
 import fused_ewclora as fe
+from fused_ewclora.ops import _dispatch
 
 
 def test_a_bypassed_layer_is_named_with_its_mend():
@@ -64,7 +65,45 @@ def test_explain_says_why_faster_implementations_do_not_serve(monkeypatch: pytes
     assert row["why_not_faster"] == "cuda tensor cores: no GPU; cpu vectors: fp8"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert fe.explain(model).rows[0]["dtype"] == "bfloat16"
-    assert asked[0] == ("lora_linear", ("cpu", torch.float32))
+    op, call = asked[0]
+    assert (op, call.device, call.dtype) == ("lora_linear", "cpu", torch.float32)
     answers.pop()
     row = fe.explain(model).rows[0]
     assert row["backend"] is None and "fp8" in row["why_not_faster"]
+
+
+def test_explain_asks_about_the_sizes_of_each_layer_and_of_the_sample(monkeypatch: pytest.MonkeyPatch):
+    shapes = []
+
+    def answer(op: str, call: _dispatch.Call) -> list[tuple[str, str, str | None]]:
+        shapes.append(call.shape)
+        return [("reference", "plain", None)]
+
+    monkeypatch.setattr("fused_ewclora.ops._dispatch.explain", answer)
+    model = injected()
+    layer = fe.adapters(model)["blocks.0.attn.qkv"]
+    ranks = sum(s.r for s in layer.adapter_slices)
+    rows = X.numel() // X.shape[-1]
+    fe.explain(model, X)
+    assert shapes[0] == (_dispatch.bucket(rows), layer.in_features, layer.out_features, ranks, False)
+    layer.lora_dropout = 0.5
+    fe.explain(model.train())
+    assert shapes[2][0] == _dispatch.DEFAULT_ROWS and shapes[2].dropout and not shapes[3].dropout
+    assert not layer._forward_pre_hooks
+
+
+def test_explain_tells_apart_algorithms_of_the_chosen_backend(monkeypatch: pytest.MonkeyPatch):
+    answers = [
+        ("triton", "fast", "rank 70 > 64"),
+        ("triton", "good", None),
+        ("triton", "slow", "modelled 9 us against 3 us of 'good'"),
+        ("cpu", "vectors", "tensors are on cuda"),
+        ("reference", "plain", None),
+    ]
+    monkeypatch.setattr("fused_ewclora.ops._dispatch.explain", lambda op, call: answers)
+    row = fe.explain(injected()).rows[0]
+    assert (row["backend"], row["algorithm"]) == ("triton", "good")
+    assert (
+        row["why_not_faster"]
+        == "triton fast: rank 70 > 64; triton slow: modelled 9 us against 3 us of 'good'"
+    )

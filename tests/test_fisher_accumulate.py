@@ -9,9 +9,17 @@ from typing import Any, NamedTuple
 import oracles
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import BACKENDS, LOW_PRECISION, Values, dtypes_of, layouts, seeds, widths
+from strategies import (
+    BACKENDS,
+    LOW_PRECISION,
+    Values,
+    dtypes_of,
+    layouts,
+    property_test,
+    seeds,
+    widths,
+)
 from tolerance import EPS, accumulation, assert_within, rounding_bound, sum_bound
 from torch import Tensor
 
@@ -42,7 +50,7 @@ def per_sample(x: Tensor, dy: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def squared_sums(
-    samples: list[tuple[Tensor, Tensor]], mode: str, shape: torch.Size, dtype: torch.dtype
+    samples: list[tuple[Tensor, Tensor]], mode: str, shape: torch.Size, dtype: torch.dtype, backend: str
 ) -> Any:
     """The exact increment, and how far the square of a computed sum of T products, summed over N, may be off:
     |(g + e)^2 - g^2| <= 2 |g| e + e^2 with e the bound of one sum."""
@@ -51,15 +59,15 @@ def squared_sums(
     exact, bound = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     for x, dy in samples:
         g = oracles.exact(dy).T @ oracles.exact(x)
-        e = sum_bound(oracles.magnitude(dy).T @ oracles.magnitude(x), x.shape[0], dtype)
+        e = sum_bound(oracles.magnitude(dy).T @ oracles.magnitude(x), x.shape[0], dtype, backend)
         exact, bound = exact + g.square(), bound + 2 * g.abs() * e + e.square()
-    return exact, bound + sum_bound(exact, len(samples), dtype)
+    return exact, bound + sum_bound(exact, len(samples), dtype, backend)
 
 
 def assert_accumulates(case: Case, backend: str, **options: Any) -> None:
     before = oracles.exact(case.fisher)
     dtype, kind = case.x.dtype, case.fisher.dtype
-    increment, bound = squared_sums(case.samples, case.mode, case.fisher.shape, dtype)
+    increment, bound = squared_sums(case.samples, case.mode, case.fisher.shape, dtype, backend)
     assert case.run(backend, **options) is case.fisher
     exact = before + case.weight * increment
     parts = before.abs() + abs(case.weight) * increment
@@ -90,14 +98,13 @@ def cases(draw: Any, backend: str) -> Case:
     return Case(fisher, x, dy, samples, mode, draw(st.sampled_from((1.0, 0.25, 1024.0, 1 / 3))))
 
 
-@given(data=st.data(), threads=st.sampled_from((1, 2, 3)))
-@settings(max_examples=60)
+@property_test(60, data=st.data(), threads=st.sampled_from((1, 2, 3)))
 def test_it_adds_what_a_loop_over_samples_adds(backend, data, threads):
     torch.set_num_threads(threads)
     assert_accumulates(data.draw(cases(backend)), backend)
 
 
-@given(
+@property_test(
     lengths=st.lists(st.sampled_from((0, 0, 1, 2, 5, 17, 40)), max_size=7),
     seed=seeds,
     kind=st.sampled_from((torch.int32, torch.int64)),
@@ -134,29 +141,31 @@ def test_many_samples_of_one_token_are_a_single_product(backend):
     values = Values(1, backend)
     x, dy = values.normal(700, 61), values.normal(700, 29)
     assert_accumulates(Case(values.fisher(29, 61), x, dy, per_sample(x, dy)), backend)
-    one, three = torch.zeros(29, 61), torch.zeros(29, 61)
+    one, three = values.zeros(29, 61), values.zeros(29, 61)
     FE.fisher_accumulate_(one, x, dy, backend=backend)
     FE.fisher_accumulate_(three, x[:, None], dy[:, None], backend=backend)
     assert torch.equal(one, three)
 
 
 def test_mode_batch_squares_the_sum_and_mode_sample_sums_squares(backend):
-    x, dy = torch.tensor([[1.0], [1.0]]), torch.tensor([[2.0], [-2.0]])
+    values = Values(0, backend)
+    x, dy = values.full((2, 1), 1.0), values.full((2, 1), 2.0)
+    dy[1] = -2.0
     results = {
-        m: FE.fisher_accumulate_(torch.zeros(1, 1), x, dy, mode=m, backend=backend).item()
+        m: FE.fisher_accumulate_(values.zeros(1, 1), x, dy, mode=m, backend=backend).item()
         for m in ("sample", "batch")
     }
     assert results == {"sample": 8.0, "batch": 0.0}
 
 
-@given(order=st.permutations(range(6)), seed=seeds)
+@property_test(order=st.permutations(range(6)), seed=seeds)
 def test_the_order_of_samples_does_not_matter(backend, order, seed):
     values = Values(seed, backend)
     x, dy = values.normal(6, 5, 31), values.normal(6, 5, 17)
-    fisher, other = torch.zeros(17, 31), torch.zeros(17, 31)
+    fisher, other = values.zeros(17, 31), values.zeros(17, 31)
     FE.fisher_accumulate_(fisher, x, dy, backend=backend)
     FE.fisher_accumulate_(other, x[list(order)], dy[list(order)], backend=backend)
-    exact = fisher.double()  # same products, up to 6 additions in another order
+    exact = oracles.exact(fisher)  # same products, up to 6 additions in another order
     assert_within(other, exact, 6 * EPS[torch.float32] * exact, "fisher")
 
 
@@ -164,11 +173,12 @@ def test_the_order_of_samples_does_not_matter(backend, order, seed):
 def test_two_calls_equal_one(backend, weight):
     values = Values(4, backend)
     x, dy = values.normal(7, 5, 31), values.normal(7, 5, 17)
-    one, two = torch.zeros(17, 31), torch.zeros(17, 31)
+    one, two = values.zeros(17, 31), values.zeros(17, 31)
     FE.fisher_accumulate_(one, x, dy, weight=weight, backend=backend)
     for part in (slice(0, 3), slice(3, 7)):
         FE.fisher_accumulate_(two, x[part], dy[part], weight=weight, backend=backend)
-    assert_within(two, one.double(), 9 * EPS[torch.float32] * one.double(), "fisher")
+    exact = oracles.exact(one)
+    assert_within(two, exact, 9 * EPS[torch.float32] * exact, "fisher")
 
 
 @pytest.mark.parametrize("mode", ["sample", "batch"])
@@ -176,18 +186,18 @@ def test_padding_with_zero_gradients_changes_nothing(backend, mode):
     values = Values(5, backend)
     x, dy = values.normal(4, 9, 31), values.normal(4, 9, 17)
     dy[:, 6:] = 0.0
-    short, padded = torch.zeros(17, 31), torch.zeros(17, 31)
+    short, padded = values.zeros(17, 31), values.zeros(17, 31)
     FE.fisher_accumulate_(short, x[:, :6], dy[:, :6], mode=mode, backend=backend)
     FE.fisher_accumulate_(padded, x, dy, mode=mode, backend=backend)
     bound = 2 * EPS[torch.float32] * oracles.fisher(per_sample(x.abs(), dy.abs()), "batch")
-    assert_within(padded, short.double(), bound, "fisher")
+    assert_within(padded, oracles.exact(short), bound, "fisher")
 
 
 def test_gradients_of_zero_change_no_bit(backend):
     values = Values(5, backend)
     fisher = values.fisher(17, 31)
     before = fisher.clone()
-    FE.fisher_accumulate_(fisher, values.normal(4, 9, 31), torch.zeros(4, 9, 17), backend=backend)
+    FE.fisher_accumulate_(fisher, values.normal(4, 9, 31), values.zeros(4, 9, 17), backend=backend)
     assert torch.equal(fisher, before)
 
 
@@ -196,23 +206,24 @@ def test_slices_of_a_packed_gradient_are_read_in_place(backend, dtype):
     """The k rows of a qkv gradient: a view with the row stride of all three."""
     values = Values(6, backend)
     x, packed = values.normal(3, 11, 33, dtype=dtype), values.normal(3, 11, 3 * 33, dtype=dtype)
-    whole, slice_ = torch.zeros(99, 33), torch.zeros(33, 33)
+    whole, slice_ = values.zeros(99, 33), values.zeros(33, 33)
     FE.fisher_accumulate_(whole, x, packed, backend=backend)
     FE.fisher_accumulate_(slice_, x, packed[..., 33:66], backend=backend)
-    assert_within(slice_, whole[33:66].double(), 8 * EPS[torch.float32] * whole[33:66].double(), "fisher")
-    fisher = torch.full((99, 33), math.nan)
+    exact = oracles.exact(whole[33:66])
+    assert_within(slice_, exact, 8 * EPS[torch.float32] * exact, "fisher")
+    fisher = values.full((99, 33), math.nan)
     fisher[33:66] = 0.0
     FE.fisher_accumulate_(fisher[33:66], x, packed[..., 33:66], backend=backend)
     assert torch.equal(fisher[33:66], slice_)
     assert bool(fisher[:33].isnan().all()) and bool(fisher[66:].isnan().all())
 
 
-@given(power=st.integers(-10, 10))
+@property_test(power=st.integers(-10, 10))
 def test_it_is_linear_in_the_weight(backend, power):
     """Bitwise, since the weight is a power of two."""
     values = Values(7, backend)
     x, dy = values.normal(4, 5, 31), values.normal(4, 5, 17)
-    one, scaled = torch.zeros(17, 31), torch.zeros(17, 31)
+    one, scaled = values.zeros(17, 31), values.zeros(17, 31)
     FE.fisher_accumulate_(one, x, dy, backend=backend)
     FE.fisher_accumulate_(scaled, x, dy, weight=2.0**power, backend=backend)
     assert torch.equal(scaled, 2.0**power * one)
@@ -221,28 +232,30 @@ def test_it_is_linear_in_the_weight(backend, power):
 @pytest.mark.parametrize("mode", ["sample", "batch"])
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_products_above_255_do_not_overflow_fp16(backend, mode, tokens):
-    x = torch.full((2, tokens, 33), 60.0, dtype=torch.float16)
-    dy = torch.full((2, tokens, 17), 100.0, dtype=torch.float16)
-    fisher = FE.fisher_accumulate_(torch.zeros(17, 33), x, dy, mode=mode, backend=backend)
+    values = Values(0, backend)
+    x = values.full((2, tokens, 33), 60.0, torch.float16)
+    dy = values.full((2, tokens, 17), 100.0, torch.float16)
+    fisher = FE.fisher_accumulate_(values.zeros(17, 33), x, dy, mode=mode, backend=backend)
     expected = 2 * (6000.0 * tokens) ** 2 if mode == "sample" else (2 * 6000.0 * tokens) ** 2
-    assert torch.equal(fisher, torch.full((17, 33), expected))
+    assert torch.equal(fisher, values.full((17, 33), expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
 def test_small_gradients_of_mean_losses_are_squared_in_fp32(backend, dtype):
     """dy = 2^-14 and x = 2^-6: the square 2^-40 is no fp16 number."""
-    x = torch.full((2, 3, 5), 2.0**-6, dtype=dtype)
-    dy = torch.full((2, 3, 7), 2.0**-14, dtype=dtype)
-    fisher = FE.fisher_accumulate_(torch.zeros(7, 5), x, dy, weight=4.0, backend=backend)
-    assert torch.equal(fisher, torch.full((7, 5), 4 * 2 * 9 * 2.0**-40))
+    values = Values(0, backend)
+    x, dy = values.full((2, 3, 5), 2.0**-6, dtype), values.full((2, 3, 7), 2.0**-14, dtype)
+    fisher = FE.fisher_accumulate_(values.zeros(7, 5), x, dy, weight=4.0, backend=backend)
+    assert torch.equal(fisher, values.full((7, 5), 4 * 2 * 9 * 2.0**-40))
 
 
 @pytest.mark.parametrize("name", ["x", "dy"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_one_bad_value_raises_and_leaves_every_bit(backend, name, value):
-    tensors = {"x": torch.ones(3, 5, 31), "dy": torch.ones(3, 5, 17)}
+    values = Values(8, backend)
+    tensors = {"x": values.full((3, 5, 31), 1.0), "dy": values.full((3, 5, 17), 1.0)}
     tensors[name][1, 2, 3] = value
-    fisher = Values(8, backend).fisher(17, 31)
+    fisher = values.fisher(17, 31)
     before = fisher.clone()
     with pytest.raises(ArgumentError, match=rf"^{name}: expected finite values, got 1 NaN or Inf of"):
         FE.fisher_accumulate_(fisher, **tensors, backend=backend)
@@ -253,8 +266,9 @@ def test_one_bad_value_raises_and_leaves_every_bit(backend, name, value):
 
 
 def test_no_graph_is_kept(backend):
-    x, dy = torch.ones(3, 5, requires_grad=True), torch.ones(3, 7, requires_grad=True)
-    fisher = FE.fisher_accumulate_(torch.zeros(7, 5), x, dy, backend=backend)
+    values = Values(0, backend)
+    x, dy = values.full((3, 5), 1.0).requires_grad_(), values.full((3, 7), 1.0).requires_grad_()
+    fisher = FE.fisher_accumulate_(values.zeros(7, 5), x, dy, backend=backend)
     assert not fisher.requires_grad and fisher.grad_fn is None
 
 
@@ -263,5 +277,5 @@ def test_runs_repeat_bit_by_bit(backend, threads):
     torch.set_num_threads(threads)
     values = Values(9, backend)
     x, dy = values.normal(5, 19, 401), values.normal(5, 19, 97)
-    results = [FE.fisher_accumulate_(torch.zeros(97, 401), x, dy, backend=backend) for _ in range(3)]
+    results = [FE.fisher_accumulate_(values.zeros(97, 401), x, dy, backend=backend) for _ in range(3)]
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])

@@ -8,20 +8,38 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_cases import Case, assert_gradients, assert_output, cases, parameter, plain
-from strategies import BACKENDS, LAYOUTS, Values, dtypes_of
-from tolerance import EPS, assert_as_good, relative_error, rounding_bound, sum_bound
+from strategies import (
+    LAYOUTS,
+    LINEAR_BACKENDS,
+    Values,
+    dtypes_of,
+    interpreted,
+    property_test,
+    refused_linear,
+)
+from tolerance import (
+    EPS,
+    TF32X3,
+    assert_as_good,
+    on_matrix_units,
+    relative_error,
+    rounding_bound,
+    rounds_operands,
+    sum_bound,
+)
 
 from fused_ewclora import functional as FE
 
-pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.parametrize("backend", BACKENDS)]
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.parametrize("backend", LINEAR_BACKENDS),
+]
 threads = st.sampled_from((1, 2, 3))
 
 
-@given(data=st.data(), count=threads)
-@settings(max_examples=50)
+@property_test(50, data=st.data(), count=threads)
 def test_output_and_gradients_equal_fp64_for_any_shape_rank_dtype_and_stride(backend, data, count):
     torch.set_num_threads(count)
     case = data.draw(cases(backend))
@@ -30,9 +48,10 @@ def test_output_and_gradients_equal_fp64_for_any_shape_rank_dtype_and_stride(bac
     assert_gradients(case, grads)
 
 
-@given(data=st.data(), count=threads)
-@settings(max_examples=15)
+@property_test(15, data=st.data(), count=threads)
 def test_dropped_elements_count_neither_in_the_output_nor_in_any_gradient(backend, data, count):
+    if refused_linear(backend, 1, dropout=True) is not None:
+        pytest.skip("no dropout, as tested among the refusals")
     torch.set_num_threads(count)
     case = data.draw(cases(backend, dropout=True))
     y, grads = case.gradients()
@@ -57,6 +76,8 @@ def simple(backend, dtype=torch.float32, rows=37, d_in=33, d_out=29, rank=5, mas
 @pytest.mark.parametrize("rank", [1, 10, 30, 64, 70])
 def test_published_and_odd_ranks_serve_real_widths(backend, rank):
     """1408 (ViT-g) is a multiple of no block size; rank 70 exceeds d_out = 40."""
+    if (reason := refused_linear(backend, rank)) is not None:
+        pytest.skip(reason)
     case = simple(backend, rows=9, d_in=1408, d_out=40, rank=rank)
     y, grads = case.gradients()
     assert_output(case, y)
@@ -109,7 +130,8 @@ def test_rows_of_one_adapter_in_several_ranges_are_taken_in_their_order(backend)
     expected = (oracles.exact(case.x) @ oracles.exact(a).T * oracles.exact(s)) @ oracles.exact(b[:21]).T
     joined = torch.cat([low_rank[:, start:stop] for start, stop in ranges], dim=1)
     # y is a few times larger than the low-rank term, whose error grows by that much in the difference
-    assert relative_error(joined, expected) <= 16 * EPS[torch.float32]
+    roundoff = TF32X3 if on_matrix_units(backend) else EPS[torch.float32]
+    assert relative_error(joined, expected) <= 16 * roundoff
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -125,7 +147,9 @@ def test_rows_outside_slices_never_change(backend, dtype):
     assert torch.equal(y[:, outside], base[:, outside])
     assert not torch.equal(y, base)
     exact = oracles.exact(x) @ oracles.exact(w).T
-    bound = sum_bound(oracles.magnitude(x) @ oracles.magnitude(w).T, 61, dtype) + rounding_bound(exact, dtype)
+    bound = sum_bound(oracles.magnitude(x) @ oracles.magnitude(w).T, 61, dtype, backend) + rounding_bound(
+        exact, dtype
+    )
     assert_as_good(base, F.linear(x, w), exact, bound, "output of the base")
 
 
@@ -134,7 +158,10 @@ def test_every_subset_of_requires_grad_gives_exactly_the_gradients_asked_for(bac
     leaves = list(full.leaves().items())
     _, expected = full.gradients()
     assert_gradients(full, expected)
-    for subset in itertools.product((False, True), repeat=len(leaves)):
+    subsets = list(itertools.product((False, True), repeat=len(leaves)))
+    if interpreted(backend):  # none, one, all but one, all
+        subsets = [subset for subset in subsets if sum(subset) not in range(2, len(leaves) - 1)]
+    for subset in subsets:
         for (_, leaf), wanted in zip(leaves, subset, strict=True):
             leaf.requires_grad_(wanted)
             leaf.grad = None
@@ -231,10 +258,12 @@ def test_gradients_of_fp32_masters_beat_the_plain_low_precision_composition(back
     _, grads = case.gradients()
     _, own = plain(case)
     exact = oracles.lora_linear_gradients(case.dy, case.x, case.weight, case.adapters).adapters[0]
+    # Operands that are rounded once leave less error than results that are rounded in between, too.
+    limit, factor = (EPS[dtype], 1) if rounds_operands(backend, dtype) else (16 * EPS[torch.float32], 10)
     for name, truth in zip(("A0", "B0", "s0"), exact, strict=True):
         mine, theirs = relative_error(grads[name], truth), relative_error(own[name], truth)
-        assert mine <= 16 * EPS[torch.float32], f"{name}: error {mine:.2e}"
-        assert mine < theirs / 10, f"{name}: error {mine:.2e}, plain composition {theirs:.2e}"
+        assert mine <= limit, f"{name}: error {mine:.2e}"
+        assert mine < theirs / factor, f"{name}: error {mine:.2e}, plain composition {theirs:.2e}"
 
 
 def test_repeated_runs_give_the_same_bits(backend):

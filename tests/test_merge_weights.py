@@ -8,9 +8,19 @@ from typing import Any
 import oracles
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
-from strategies import BACKENDS, LOW_PRECISION, RANKS, Values, dtypes_of, layouts, seeds, widths
+from strategies import (
+    BACKENDS,
+    LOW_PRECISION,
+    RANKS,
+    Values,
+    device_of,
+    dtypes_of,
+    layouts,
+    property_test,
+    seeds,
+    widths,
+)
 from tolerance import EPS, accumulation, assert_within, rounding_bound, sum_bound
 
 from fused_ewclora import functional as FE
@@ -37,7 +47,7 @@ def merges(draw: Any, backend: str) -> tuple[Any, ...]:
     return weight, a, b, 0.75 if shape is None else values.normal(*shape, dtype=master)
 
 
-@given(data=st.data(), threads=st.sampled_from((1, 2, 3)))
+@property_test(data=st.data(), threads=st.sampled_from((1, 2, 3)))
 def test_the_sum_is_that_of_fp64_to_one_rounding(backend, data, threads):
     torch.set_num_threads(threads)
     weight, a, b, scale = data.draw(merges(backend))
@@ -46,14 +56,14 @@ def test_the_sum_is_that_of_fp64_to_one_rounding(backend, data, threads):
     dtype = weight.dtype
     assert FE.merge_(weight, a, b, scale, backend=backend) is weight
     # sums in fp32; half a unit in the last place of the result, and no second rounding in between
-    bound = sum_bound(wide, a.shape[0], dtype)
+    bound = sum_bound(wide, a.shape[0], dtype, backend)
     if dtype != accumulation(dtype):
         bound = bound + rounding_bound(exact.abs() + bound, dtype)
     assert_within(weight, exact, bound, "weight")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
-@given(seed=seeds, d_in=widths, d_out=widths)
+@property_test(seed=seeds, d_in=widths, d_out=widths)
 def test_low_precision_weights_are_rounded_once_bitwise(backend, dtype, seed, d_in, d_out):
     """Factors of few bits make fp32 sums exact in any order, so that rounding alone remains."""
     generator = torch.Generator().manual_seed(seed)
@@ -61,7 +71,8 @@ def test_low_precision_weights_are_rounded_once_bitwise(backend, dtype, seed, d_
     b = torch.randint(-8, 9, (d_out, 7), generator=generator) / 64.0
     weight = torch.randn(d_out, d_in, generator=generator).mul(1024).round().div(1024).to(dtype)
     once = (weight.double() + 0.5 * b.double() @ a.double()).to(dtype)
-    assert torch.equal(FE.merge_(weight, a, b, 0.5, backend=backend), once)
+    weight, a, b = (t.to(device_of(backend)) for t in (weight, a, b))
+    assert torch.equal(FE.merge_(weight, a, b, 0.5, backend=backend).cpu(), once)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
@@ -76,11 +87,11 @@ def test_row_slices_are_merged_in_place_and_other_rows_keep_their_bits(backend, 
 
 
 def test_elements_between_the_columns_of_a_view_keep_their_bits(backend):
-    buffer = torch.full((9, 40), math.nan)
-    view = buffer[:, 3:34:2].copy_(torch.zeros(9, 16))
-    FE.merge_(view, torch.ones(2, 16), torch.ones(9, 2), backend=backend)
-    assert torch.equal(view, torch.full((9, 16), 2.0))
-    outside = torch.ones(40, dtype=torch.bool)
+    buffer = torch.full((9, 40), math.nan, device=device_of(backend))
+    view = buffer[:, 3:34:2].zero_()
+    FE.merge_(view, buffer.new_ones(2, 16), buffer.new_ones(9, 2), backend=backend)
+    assert torch.equal(view, torch.full_like(view, 2.0))
+    outside = torch.ones(40, dtype=torch.bool, device=buffer.device)
     outside[3:34:2] = False
     assert bool(buffer[:, outside].isnan().all())
 
@@ -89,7 +100,8 @@ def test_elements_between_the_columns_of_a_view_keep_their_bits(backend):
 def test_zero_b_changes_no_bit(backend, dtype):
     weight = Values(2, backend).normal(31, 47, dtype=dtype)
     before = weight.clone()
-    FE.merge_(weight, torch.ones(3, 47), torch.zeros(31, 3), 1e7, backend=backend)
+    a, b = (torch.full(shape, v, device=weight.device) for shape, v in (((3, 47), 1.0), ((31, 3), 0.0)))
+    FE.merge_(weight, a, b, 1e7, backend=backend)
     assert torch.equal(weight, before)
 
 
@@ -99,18 +111,20 @@ def test_a_merged_weight_computes_what_the_adapter_computed(backend):
     with_adapter = FE.lora_linear(x, w, None, a, b, s, backend=backend)
     wide = oracles.magnitude(x) @ oracles.merged(*map(oracles.magnitude, (w, a, b, s))).T
     merged = x @ FE.merge_(w, a, b, s, backend=backend).T
-    assert_within(merged, with_adapter.double().cpu(), 2 * sum_bound(wide, 31 + 5, torch.float32), "output")
+    assert_within(
+        merged, with_adapter.double().cpu(), 2 * sum_bound(wide, 31 + 5, torch.float32, backend), "output"
+    )
 
 
 def test_parameters_that_require_gradients_are_merged_without_a_graph(backend):
-    weight = torch.nn.Parameter(torch.zeros(7, 5))
-    a, b = torch.ones(2, 5, requires_grad=True), torch.ones(7, 2, requires_grad=True)
+    weight = torch.nn.Parameter(torch.zeros(7, 5, device=device_of(backend)))
+    a, b = weight.new_ones(2, 5, requires_grad=True), weight.new_ones(7, 2, requires_grad=True)
     FE.merge_(weight, a, b, backend=backend)
     assert weight.is_leaf and weight.requires_grad and float(weight.detach().sum()) == 70.0
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "every other column"])
-@given(data=st.data(), kappa=st.sampled_from((0.0, 5e-3, 0.7, 100.0)))
+@property_test(data=st.data(), kappa=st.sampled_from((0.0, 5e-3, 0.7, 100.0)))
 def test_soft_thresholds_are_those_of_the_formula(backend, layout, data, kappa):
     dtype = data.draw(st.sampled_from(dtypes_of(backend, "soft_threshold_")))
     shape = data.draw(st.sampled_from(((), (1,), (30,), (3, 10))))
@@ -122,7 +136,8 @@ def test_soft_thresholds_are_those_of_the_formula(backend, layout, data, kappa):
 
 
 def test_soft_thresholding_zeroes_small_values_and_keeps_signs(backend):
-    scale = torch.tensor([-2.0, -0.5, -0.25, 0.0, 0.25, 0.5, 2.0, math.nan])
+    values = [-2.0, -0.5, -0.25, 0.0, 0.25, 0.5, 2.0, math.nan]
+    scale = torch.tensor(values, device=device_of(backend))
     FE.soft_threshold_(scale, 0.5, backend=backend)
     assert scale[:7].tolist() == [-1.5, 0.0, 0.0, 0.0, 0.0, 0.0, 1.5]
     assert math.isnan(scale[7])

@@ -3,6 +3,9 @@
 A sum of n products with unit roundoff u = eps / 2 misses its exact value by at most n u times the sum of
 absolute values; roundings of random sign add up to lambda sqrt(n) u with overwhelming probability (Higham &
 Mary, 2019). `sum_bound` takes lambda = 4, plus one rounding for each of the few operations after the sum.
+
+Backends that use matrix units add two terms. Sums of fp32 products come from tf32 parts of their factors
+(`TF32X3`), and low-rank factors are rounded to the dtype of 16-bit activations first (`operand_bound`).
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import math
 
 import torch
+from strategies import device_of, family
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -23,18 +27,45 @@ def accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def sum_bound(magnitude: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+# fp32 on matrix units at torch's precision "highest": a factor becomes two tf32 numbers of 11 significant
+# bits. Cutting them off loses up to 2^-10 of the factor, then 2^-10 of that; the product of the two second
+# parts is left out. So 2^-20 for each factor and for what is left out, and as much for sums that are cut off
+# rather than rounded in the unit.
+TF32X3 = 4 * 2.0**-20
+CHAIN = 2  # products in the longest chain of any operation: (x A^T) B^T, or ((B A) F) A^T
+
+
+def on_matrix_units(backend: str) -> bool:
+    """Triton's interpreter computes on the CPU, in fp32."""
+    return family(backend) == "triton" and device_of(backend) == "cuda"
+
+
+def sum_bound(magnitude: Tensor, length: int, dtype: torch.dtype, backend: str = "reference") -> Tensor:
     """Error of sums of `length` products, kept in the accumulation dtype of `dtype`.
 
     magnitude: the sums of the products' absolute values.
     """
     acc = accumulation(dtype)
-    return EPS[acc] * (2.0 * math.sqrt(max(length, 1)) + 4.0) * magnitude + TINY[acc]
+    roundoff = EPS[acc] * (2.0 * math.sqrt(max(length, 1)) + 4.0)
+    if on_matrix_units(backend):
+        roundoff += CHAIN * TF32X3
+    return roundoff * magnitude + TINY[acc]
 
 
 def rounding_bound(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Error of one rounding to `dtype`: half a unit in the last place, or half a subnormal's spacing."""
     return 0.5 * EPS[dtype] * value.abs() + 0.5 * SPACING[dtype]
+
+
+def rounds_operands(backend: str, dtype: torch.dtype) -> bool:
+    """Whether the low-rank factors and z and u enter products in the dtype of 16-bit activations."""
+    return family(backend) == "triton" and dtype in (torch.bfloat16, torch.float16)
+
+
+def operand_bound(magnitude: Tensor, roundings: int, dtype: torch.dtype) -> Tensor:
+    """Error of a chain of products of which `roundings` operands are rounded to `dtype`: each by up to
+    eps / 2 of itself. Operands in `magnitude` are at least `TINY`, below which roundings stay as large."""
+    return ((1.0 + 0.5 * EPS[dtype]) ** roundings - 1.0) * magnitude
 
 
 def assert_within(actual: Tensor, exact: Tensor, bound: Tensor | float, what: str) -> None:

@@ -20,6 +20,7 @@ from ..errors import ArgumentError, BackendError
 
 BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "FUSED_EWCLORA_BACKEND"
+DEFAULT_ROWS = 8192  # of the input of a LoRA linear, when it is asked about without one
 
 
 @functools.cache
