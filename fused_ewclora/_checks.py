@@ -277,10 +277,27 @@ def offsets(bounds: Sequence[int], rows: int) -> None:
         )
 
 
-def merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Scale) -> None:
-    """Shapes and dtypes of a merge."""
-    matrix(weight, "weight")
-    _factors(lora_a, lora_b, scale, "", weight, "weight")
+def merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Scale, where: str = "") -> None:
+    """Shapes and dtypes of a merge; `where` tells entries of a sequence apart."""
+    matrix(weight, f"weight{where}")
+    _factors(lora_a, lora_b, scale, where, weight, f"weight{where}")
     if weight.shape != (lora_b.shape[0], lora_a.shape[1]):
         expected = [lora_b.shape[0], lora_a.shape[1]]
-        raise ArgumentError(f"weight: expected shape {expected} (of B A), got {_shape(weight)}")
+        raise ArgumentError(f"weight{where}: expected shape {expected} (of B A), got {_shape(weight)}")
+
+
+def as_many(values: object, count: int, name: str, other: str) -> None:
+    """A sequence with one entry per entry of `other`."""
+    if not isinstance(values, Sequence):
+        raise DtypeError(f"{name}: expected a sequence, like {other}, got {type(values).__name__}")
+    if len(values) != count:
+        raise ArgumentError(f"{name}: expected {count} entries, one per {other}, got {len(values)}")
+
+
+def one_device(tensors: Sequence[Tensor], name: str) -> None:
+    """Entries of one call, which one implementation serves."""
+    for i, tensor in enumerate(tensors):
+        if tensor.device != tensors[0].device:
+            raise ArgumentError(
+                f"{name}[{i}]: expected device {tensors[0].device} (of {name}[0]), got {tensor.device}"
+            )

@@ -271,8 +271,8 @@ def merge_(weight: Any, lora_a: Any, lora_b: Any, scale: Any = 1.0, *, backend: 
     (docs/mathematics.md, section 4).
 
     weight `[d_out, d_in]`, which may be a slice of rows; lora_a `[r, d_in]` and lora_b `[d_out, r]` in its
-    dtype or fp32. Sequences of them, and of scales unless one is meant for all, merge entry after entry in one
-    call, all checked before the first is changed; shapes, ranks and dtypes may differ, the device may not.
+    dtype or fp32. Sequences of them, and of scales unless one is meant for all, are merged entry after entry
+    in one call, all checked before the first is changed; shapes, ranks and dtypes may differ, devices not.
     Values are not checked for NaN. Raises `ArgumentError` or `DtypeError` naming the argument.
 
         >>> qkv, lora_a, lora_b = torch.randn(24, 8), torch.randn(2, 8), torch.randn(8, 2)
@@ -281,18 +281,18 @@ def merge_(weight: Any, lora_a: Any, lora_b: Any, scale: Any = 1.0, *, backend: 
     """
     if isinstance(weight, Tensor) or not isinstance(weight, Sequence):
         check.merge(weight, lora_a, lora_b, scale)
-        weights, lora_as, lora_bs, scales = [weight], [lora_a], [lora_b], [scale]
+        weights, lora_as, lora_bs, scale = [weight], [lora_a], [lora_b], [scale]
     else:
-        scales = scale if isinstance(scale, Sequence) else [scale] * len(weight)
-        for name, values in (("lora_a", lora_a), ("lora_b", lora_b), ("scale", scales)):
+        scale = scale if isinstance(scale, Sequence) else [scale] * len(weight)
+        for name, values in (("lora_a", lora_a), ("lora_b", lora_b), ("scale", scale)):
             check.as_many(values, len(weight), name, "weight")
         weights, lora_as, lora_bs = list(weight), list(lora_a), list(lora_b)
-        for i, entry in enumerate(zip(weights, lora_as, lora_bs, scales, strict=True)):
+        for i, entry in enumerate(zip(weights, lora_as, lora_bs, scale, strict=True)):
             check.merge(*entry, where=f"[{i}]")
         check.one_device(weights, "weight")
     if weights:
-        tensors = [s if isinstance(s, Tensor) else None for s in scales]
-        factors = [1.0 if isinstance(s, Tensor) else float(s) for s in scales]
+        tensors = [s if isinstance(s, Tensor) else None for s in scale]
+        factors = [1.0 if isinstance(s, Tensor) else float(s) for s in scale]
         _library.merge_(weights, lora_as, lora_bs, tensors, factors, _dispatch.resolve(backend))
     return weight
 

@@ -210,12 +210,15 @@ class LoRALinear(nn.Linear):
                 "consolidated_weight: expected unmerged adapters, got merged ones; call fe.unmerge(model)"
             )
         weight = self.weight.detach().clone()
+        entries: list[tuple[Tensor, Tensor, Tensor, Any]] = []
         for adapter, lora_a, lora_b in self.adapter_parameters():
-            first = 0
+            scale, first = self.adapter_scale(adapter), 0
             for start, stop in adapter.rows:
                 last = first + stop - start
-                FE.merge_(weight[start:stop], lora_a, lora_b[first:last], self.adapter_scale(adapter))
+                entries.append((weight[start:stop], lora_a, lora_b[first:last], scale))
                 first = last
+        weights, lora_as, lora_bs, scales = zip(*entries, strict=True)
+        FE.merge_(weights, lora_as, lora_bs, scales)
         return weight
 
     @torch.no_grad()

@@ -183,8 +183,11 @@ def op_calls() -> dict[str, list[tuple[Any, ...]]]:
             (fisher, tokens, grads, "batch", 0.5, None),
             (fisher, x, dy, "sample", 1.0, offsets),
         ],
-        "merge_": [(w.clone(), a, b, None, 0.5), (w.clone(), a, b, s, 1.0)],
-        "soft_threshold_": [(s.clone(), 0.1)],
+        "merge_": [
+            ([w.clone()], [a], [b], [None], [0.5]),
+            ([w.clone(), w.bfloat16()], [a, a], [b, b], [s, None], [1.0, 2.0]),
+        ],
+        "soft_threshold_": [([s.clone()], 0.1), ([s.clone(), w.bfloat16()], 0.1)],
     }
 
 

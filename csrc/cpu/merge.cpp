@@ -1,9 +1,10 @@
-// Merging an adapter into a weight, and soft thresholding.
+// Merging adapters into weights, and soft thresholding, one entry after the other.
 #include "tensors.h"
 
 namespace fe {
 
-void merge(at::Tensor weight, const at::Tensor& lora_a, const at::Tensor& lora_b, const std::optional<at::Tensor>& scale, double factor) {
+static void merge_one(const at::Tensor& weight, const at::Tensor& lora_a, const at::Tensor& lora_b, const std::optional<at::Tensor>& scale,
+                      double factor) {
   const int64_t rows = weight.size(0), d_in = weight.size(1), rank = lora_a.size(0), lanes = kernels().lanes;
   const std::vector<float> s = scale_of(scale, factor, rank);
   const at::Tensor a = as_float(lora_a);
@@ -17,13 +18,22 @@ void merge(at::Tensor weight, const at::Tensor& lora_a, const at::Tensor& lora_b
   if (!target.is_same(weight)) weight.copy_(target);
 }
 
-void soft_threshold(at::Tensor scale, double kappa) {
+void merge(const Tensors& weights, const Tensors& lora_as, const Tensors& lora_bs, const OptionalTensors& scales,
+           const std::vector<double>& factors) {
+  for (size_t i = 0; i < weights.size(); ++i) merge_one(weights[i], lora_as[i], lora_bs[i], scales[i], factors[i]);
+}
+
+static void soft_threshold_one(const at::Tensor& scale, double kappa) {
   at::Tensor values = as_float(scale);
   if (values.is_same(scale)) values = values.clone();
   float* s = values.data_ptr<float>();
   const float k = float(kappa);
   for (int64_t i = 0; i < values.numel(); ++i) s[i] = s[i] > k ? s[i] - k : s[i] < -k ? s[i] + k : s[i] == s[i] ? 0.f : s[i];
   scale.copy_(values);
+}
+
+void soft_threshold(const Tensors& scales, double kappa) {
+  for (const at::Tensor& scale : scales) soft_threshold_one(scale, kappa);
 }
 
 }  // namespace fe

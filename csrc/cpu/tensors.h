@@ -90,7 +90,8 @@ std::tuple<at::Tensor, at::Tensor> ewc_penalty(const Tensors& fishers, const Ten
                                                const std::vector<bool>& needs);
 void fisher_accumulate(at::Tensor fisher, const at::Tensor& x, const at::Tensor& dy, const std::string& mode, double weight,
                        const std::optional<at::Tensor>& cu_seqlens);
-void merge(at::Tensor weight, const at::Tensor& lora_a, const at::Tensor& lora_b, const std::optional<at::Tensor>& scale, double factor);
-void soft_threshold(at::Tensor scale, double kappa);
+void merge(const Tensors& weights, const Tensors& lora_as, const Tensors& lora_bs, const OptionalTensors& scales,
+           const std::vector<double>& factors);
+void soft_threshold(const Tensors& scales, double kappa);
 
 }  // namespace fe

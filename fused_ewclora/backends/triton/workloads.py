@@ -265,11 +265,14 @@ def _fishers(dtype: torch.dtype, precision: str, sizes: Sizes) -> Iterator[Workl
 
 
 def _merges(dtype: torch.dtype, rank: int, precision: str, sizes: Sizes) -> Iterator[Workload]:
-    def merge(d_in: int, d_out: int, master: torch.dtype, scaled: bool) -> Callable[[Make], tuple[Any, ...]]:
+    def merge(
+        d_in: int, d_out: int, master: torch.dtype, scaled: bool, layers: int = 1
+    ) -> Callable[[Make], tuple[Any, ...]]:
         def make(make: Make) -> tuple[Any, ...]:
-            a, b = _adapter(make, rank, d_in, d_out, master)
-            scale = make.normal(rank, dtype=master) if scaled else None
-            return (make.normal(d_out, d_in, dtype=dtype), a, b, scale, 0.5)
+            weights = [make.normal(d_out, d_in, dtype=dtype) for _ in range(layers)]
+            lora_as, lora_bs = zip(*(_adapter(make, rank, d_in, d_out, master) for _ in weights), strict=True)
+            scales = [make.normal(rank, dtype=master) if scaled else None for _ in weights]
+            return (weights, list(lora_as), list(lora_bs), scales, [0.5] * layers)
 
         return make
 
@@ -278,6 +281,7 @@ def _merges(dtype: torch.dtype, rank: int, precision: str, sizes: Sizes) -> Iter
         "fp32 factors": merge(width, hidden, torch.float32, False),
         "scales": merge(width, hidden, dtype, True),
         "odd widths": merge(width - 1, hidden - 1, dtype, False),
+        "several layers": merge(width, width, torch.float32, False, sizes.layers),
     }
     for kind, make in kinds.items():
         yield Workload("merge_", kind, dtype, rank, make, precision)
@@ -285,6 +289,6 @@ def _merges(dtype: torch.dtype, rank: int, precision: str, sizes: Sizes) -> Iter
 
 def _thresholds(dtype: torch.dtype) -> Iterator[Workload]:
     def make(make: Make) -> tuple[Any, ...]:
-        return make.normal(64, dtype=dtype), 0.1
+        return [make.normal(64, dtype=dtype) for _ in range(4)], 0.1
 
     yield Workload("soft_threshold_", "gates", dtype, 0, make)
