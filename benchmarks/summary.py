@@ -14,6 +14,7 @@ LABELS = (
     "model", "linear", "linears", "matrices", "vectors", "length", "pass", "mode", "rank", "precision",
     "optimizer",
 )  # fmt: skip
+SHORT_OPS = {"lora_linear_slices": "k,v of", "soft_threshold": "threshold"}  # beside others in a suite
 SHORT_VALUES = {
     "forward+backward": "fwd+bwd", "forward": "fwd", "backward": "bwd", "float32": "fp32", "bfloat16": "bf16",
 }  # fmt: skip
@@ -40,8 +41,9 @@ def by_case(found: Sequence[Record]) -> list[dict[str, Record]]:
 
 def label(record: Record) -> str:
     values = [str(record["shape"][name]) for name in LABELS if name in record["shape"]]
+    op = [SHORT_OPS[record["op"]]] if record["op"] in SHORT_OPS else []
     dtype = record["dtype"].removeprefix("fisher ")
-    return " ".join(SHORT_VALUES.get(value, value) for value in [*values, dtype])
+    return " ".join(SHORT_VALUES.get(value, value) for value in [*op, *values, dtype])
 
 
 def line(case: Case) -> str:
