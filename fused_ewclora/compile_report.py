@@ -30,6 +30,8 @@ MATRIX_KERNELS = (
     "lora_linear_kernel",
     "lowrank_rows_kernel",
     "lowrank_columns_kernel",
+    "fisher_sample_kernel",
+    "fisher_token_kernel",
 )
 # Kernel -> (bytes that may spill, why). Aligned calls never spill.
 SPILLS_OF_UNALIGNED: dict[str, tuple[int, str]] = {}
