@@ -54,7 +54,15 @@ def test_files() -> tuple[list[str], list[str]]:
 
 def pytest_command(files: Sequence[str], report: Path, workers: int, few: bool) -> list[str]:
     command = [sys.executable, "-m", "pytest", *(f"tests/{name}" for name in files)]
-    command += ["-q", "--tb=short", "--maxfail=60", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    command += [
+        "-q",
+        "--tb=short",
+        "--maxfail=60",
+        "--continue-on-collection-errors",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+    ]
     plugins = {entry.value for entry in importlib.metadata.entry_points(group="pytest11")}
     if few and "_hypothesis_pytestplugin" in plugins:
         command += ["-p", "benchmarks.few_examples", "--hypothesis-profile=few"]
