@@ -1,0 +1,361 @@
+"""What only a GPU can show: graphs, streams, no waiting for the device, offsets past 2^31, compiled steps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from strategies import LINEAR_BACKENDS, Values, family, refused_linear
+from tolerance import EPS, assert_within, relative_error, rounding_bound, sum_bound
+from torch import Tensor
+
+import fused_ewclora as fe
+from fused_ewclora import functional as FE
+
+WHY = fe.available_backends()["triton"] if torch.cuda.is_available() else "no CUDA device"
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(WHY is not None, reason=str(WHY))]
+ALGORITHMS = [name for name in LINEAR_BACKENDS if family(name) == "triton"]
+each_algorithm = pytest.mark.parametrize("backend", ALGORITHMS)
+GIB = 2**30
+Step = Callable[[], Sequence[Tensor]]
+
+
+def needs_memory(gib: float) -> None:
+    free = torch.cuda.mem_get_info()[0] / GIB
+    if free < gib:
+        pytest.skip(f"{free:.0f} GiB of GPU memory are free, {gib:.0f} are needed")
+
+
+class Linear:
+    """Inputs that stay in place, and a step that computes y and the gradients of all but the base weight."""
+
+    def __init__(self, backend: str, dtype: torch.dtype, dropout: bool = False) -> None:
+        values = Values(0, backend)
+        self.x = values.normal(197, 384, dtype=dtype).requires_grad_()
+        self.dy, self.weight = values.normal(197, 320, dtype=dtype), values.normal(320, 384, dtype=dtype)
+        self.factors = [
+            values.normal(*s, std=0.1).requires_grad_()
+            for s in ((10, 384), (160, 10), (10,), (4, 384), (128, 4))
+        ]
+        a, b, s, a2, b2 = self.factors
+        self.adapters = [FE.Adapter(a, b, s, ((160, 320),)), FE.Adapter(a2, b2, 0.5, ((0, 128),))]
+        self.options: dict[str, Any] = {"backend": backend}
+        if dropout:
+            seed = torch.tensor(7, device="cuda")
+            self.options |= {"dropout_p": 0.3, "training": True, "seed": seed}
+
+    def renew(self) -> None:
+        """Other values in the same places."""
+        with torch.no_grad():
+            for tensor in (self.x, self.dy, *self.factors):
+                tensor.copy_(torch.randn_like(tensor) * tensor.std())
+
+    def __call__(self) -> list[Tensor]:
+        y = FE.lora_linear_adapters(self.x, self.weight, None, self.adapters, **self.options)
+        return [y.detach(), *torch.autograd.grad(y, [self.x, *self.factors], self.dy)]
+
+
+class Others:
+    """The other operations on tensors that stay in place; what they write is set anew in every step."""
+
+    def __init__(self) -> None:
+        values = Values(1, "triton")
+        shapes = [(256, 192, 10), (128, 320, 16), (97, 131, 4)] * 4
+        self.fishers = [values.fisher(m, n) for m, n, _ in shapes]
+        self.lora_as = [values.normal(r, n, std=0.1).requires_grad_() for _, n, r in shapes]
+        self.lora_bs = [values.normal(m, r, std=0.1).requires_grad_() for m, _, r in shapes]
+        self.x, self.dy = values.normal(5, 197, 192), values.normal(5, 197, 256)
+        self.fisher, self.weight = values.zeros(256, 192), values.normal(256, 192, dtype=torch.bfloat16)
+        self.before, self.scale = self.weight.clone(), values.normal(300)
+        self.scale_before = self.scale.clone()
+        for leaf in self.leaves():
+            leaf.grad = torch.zeros_like(leaf)
+
+    def leaves(self) -> list[Tensor]:
+        return [*self.lora_as, *self.lora_bs]
+
+    def renew(self) -> None:
+        with torch.no_grad():
+            for tensor in (*self.leaves(), self.x, self.dy, self.before, self.scale_before):
+                tensor.copy_(torch.randn_like(tensor) * 0.1)
+
+    def penalty(self) -> list[Tensor]:
+        value = FE.ewc_penalty(self.fishers, self.lora_as, self.lora_bs, None, 1e4, backend="triton")
+        return [value.detach(), *torch.autograd.grad(value, self.leaves())]
+
+    def penalty_grad(self) -> list[Tensor]:
+        grads = [leaf.grad for leaf in self.leaves()]
+        torch._foreach_zero_(grads)
+        value = FE.ewc_penalty_grad_(self.fishers, self.lora_as, self.lora_bs, None, 1e4, backend="triton")
+        return [value, *grads]
+
+    def fisher_of(self, mode: str, tokens: slice = slice(None)) -> list[Tensor]:
+        self.fisher.zero_()
+        x, dy = self.x[:, tokens], self.dy[:, tokens]
+        return [
+            FE.fisher_accumulate_(self.fisher, x, dy, mode=mode, check_finite=False, backend="triton"),
+        ]
+
+    def fisher_sample(self) -> list[Tensor]:
+        return self.fisher_of("sample")
+
+    def fisher_batch(self) -> list[Tensor]:
+        return self.fisher_of("batch")
+
+    def fisher_token(self) -> list[Tensor]:
+        return self.fisher_of("sample", slice(0, 1))
+
+    def merge(self) -> list[Tensor]:
+        self.weight.copy_(self.before)
+        a, b = self.lora_as[0].detach(), self.lora_bs[0].detach()
+        return [FE.merge_(self.weight, a, b, 0.5, backend="triton")]
+
+    def threshold(self) -> list[Tensor]:
+        self.scale.copy_(self.scale_before)
+        return [FE.soft_threshold_(self.scale, 0.05, backend="triton")]
+
+
+OTHERS = ("penalty", "penalty_grad", "fisher_sample", "fisher_batch", "fisher_token", "merge", "threshold")
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.clone() for t in tensors]
+
+
+def captured(step: Step) -> tuple[torch.cuda.CUDAGraph, Sequence[Tensor]]:
+    """A graph of `step` and the places of its results; kernels are compiled before the capture."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
+def assert_replays(work: Any, step: Step, exact: bool = True) -> None:
+    """Replays on new values give what the eager step gives: the same bits, or BLAS may differ by roundings."""
+    graph, results = captured(step)
+    for _ in range(2):
+        work.renew()
+        graph.replay()
+        replayed = copies(results)
+        for got, expected in zip(replayed, step(), strict=True):
+            if exact:
+                assert torch.equal(got, expected)
+            else:
+                assert relative_error(got, oracles.exact(expected)) <= 4 * EPS[expected.dtype]
+
+
+@each_algorithm
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_graph_of_forward_and_backward_replays_on_new_values(backend, dtype):
+    step = Linear(backend, dtype)
+    assert_replays(step, step, exact=backend in ("triton:full", "triton:prologue"))
+
+
+def test_a_graph_with_dropout_reads_its_seed_when_it_replays():
+    step = Linear("triton", torch.bfloat16, dropout=True)
+    graph, results = captured(step)
+    graph.replay()
+    first = results[0].clone()
+    step.options["seed"].fill_(8)
+    graph.replay()
+    assert not torch.equal(results[0], first)
+    assert relative_error(results[0], oracles.exact(step()[0])) <= 4 * EPS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_graph_of_any_other_operation_replays_on_new_values(name):
+    work = Others()
+    assert_replays(work, getattr(work, name))
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """Whatever makes the host wait for the device raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_watch_for_waiting_sees_it():
+    ones = torch.ones(3, device="cuda")
+    with pytest.raises(RuntimeError, match="synchroniz"), no_waiting():
+        ones.sum().item()
+
+
+@each_algorithm
+@pytest.mark.parametrize("dropout", [False, True])
+def test_forward_and_backward_never_wait_for_the_device(backend, dropout):
+    if dropout and (reason := refused_linear(backend, 14, dropout=True)) is not None:
+        pytest.skip(reason)
+    step = Linear(backend, torch.bfloat16, dropout)
+    step()
+    with no_waiting():
+        step()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_other_operation_waits_for_the_device(name):
+    work = Others()
+    step = getattr(work, name)
+    step()
+    with no_waiting():
+        step()
+
+
+@each_algorithm
+def test_linears_repeat_bit_by_bit(backend):
+    step = Linear(backend, torch.bfloat16)
+    first = copies(step())
+    for _ in range(20):
+        assert all(map(torch.equal, step(), first))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_operations_repeat_bit_by_bit(name):
+    work = Others()
+    step = getattr(work, name)
+    first = copies(step())
+    for _ in range(20):
+        assert all(map(torch.equal, step(), first))
+
+
+@pytest.mark.parametrize("name", ["linear", *OTHERS])
+def test_operations_run_on_the_stream_that_is_current(name):
+    """Inputs appear late on that stream alone: kernels on another one would read the old values."""
+    work: Any = Linear("triton", torch.bfloat16) if name == "linear" else Others()
+    step = work if name == "linear" else getattr(work, name)
+    step()
+    inputs = [work.x, work.dy, *(work.factors if name == "linear" else [*work.leaves(), work.before])]
+    fresh = [torch.randn_like(t) * 0.1 for t in inputs]
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream), torch.no_grad():
+        torch.cuda._sleep(200_000_000)
+        for tensor, value in zip(inputs, fresh, strict=True):
+            tensor.copy_(value)
+        with torch.enable_grad():
+            late = copies(step())
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, late, step()))
+
+
+@pytest.mark.parametrize("mode", ["sample", "batch"])
+def test_fishers_of_more_than_2_to_the_31_elements(mode):
+    needs_memory(24)
+    d, last = 46_400, slice(-7, None)
+    fisher = torch.zeros(d, d, dtype=torch.bfloat16, device="cuda")
+    assert fisher.numel() > 2**31
+    x, dy = (torch.randn(1, 2, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    FE.fisher_accumulate_(fisher, x, dy, mode=mode, backend="triton")
+    for rows in (slice(0, 7), slice(46_280, 46_300), last):  # 2^31 / d = 46283
+        g = oracles.exact(dy[0, :, rows]).T @ oracles.exact(x[0])
+        e = sum_bound(
+            oracles.magnitude(dy[0, :, rows]).T @ oracles.magnitude(x[0]), 2, torch.bfloat16, "triton"
+        )
+        bound = 2 * g.abs() * e + e.square() + rounding_bound(g.square(), torch.bfloat16)
+        assert_within(fisher[rows], g.square(), bound + 2 * EPS[torch.float32] * g.square(), "fisher")
+
+
+def test_weights_of_more_than_2_to_the_31_elements_are_merged():
+    needs_memory(16)
+    d = 46_400
+    weight = torch.zeros(d, d, dtype=torch.bfloat16, device="cuda")
+    a, b = torch.randn(4, d, device="cuda"), torch.randn(d, 4, device="cuda")
+    FE.merge_(weight, a, b, 0.5, backend="triton")
+    for rows in (slice(0, 7), slice(46_280, 46_300), slice(-7, None)):
+        exact = 0.5 * oracles.exact(b[rows]) @ oracles.exact(a)
+        wide = 0.5 * oracles.magnitude(b[rows]) @ oracles.magnitude(a)
+        bound = sum_bound(wide, 4, torch.float32, "triton")
+        assert_within(
+            weight[rows], exact, bound + rounding_bound(exact.abs() + bound, torch.bfloat16), "weight"
+        )
+
+
+def test_penalties_over_more_than_2_to_the_31_elements():
+    """With F = 1 the penalty is half of sum (B^T B) * (A A^T)."""
+    needs_memory(16)
+    d = 46_400
+    fisher = torch.ones(d, d, dtype=torch.bfloat16, device="cuda")
+    a = torch.randn(4, d, device="cuda").requires_grad_()
+    b = torch.randn(d, 4, device="cuda").requires_grad_()
+    value = FE.ewc_penalty([fisher], [a], [b], backend="triton")
+    da, db = torch.autograd.grad(value, [a, b])
+    a64, b64 = oracles.exact(a), oracles.exact(b)
+    exact = 0.5 * ((b64.T @ b64) * (a64 @ a64.T)).sum()
+    assert abs(float(value) / float(exact) - 1.0) <= 1e-5
+    assert relative_error(da, b64.T @ b64 @ a64) <= 1e-5
+    assert relative_error(db, b64 @ (a64 @ a64.T)) <= 1e-5
+
+
+@each_algorithm
+def test_inputs_of_more_than_2_to_the_31_elements(backend):
+    needs_memory(24)
+    rows, d_in, d_out = 2**21 + 5, 1024, 64
+    x = torch.zeros(rows, d_in, device="cuda", dtype=torch.bfloat16)
+    x[-3:].normal_(), x[:3].normal_()
+    weight = torch.randn(d_out, d_in, device="cuda", dtype=torch.bfloat16) * d_in**-0.5
+    a, b = torch.randn(4, d_in, device="cuda") * d_in**-0.5, torch.randn(d_out, 4, device="cuda")
+    b.requires_grad_(), a.requires_grad_()
+    y = FE.lora_linear(x, weight, None, a, b, backend=backend)
+    da, db = torch.autograd.grad(y, [a, b], torch.ones_like(y))
+    few = torch.cat([x[:3], x[-3:]])
+    y2 = FE.lora_linear(few, weight, None, a, b, backend=backend)
+    da2, db2 = torch.autograd.grad(y2, [a, b], torch.ones_like(y2))
+    assert relative_error(torch.cat([y[:3], y[-3:]]), oracles.exact(y2)) <= 4 * EPS[torch.bfloat16]
+    for got, expected in ((da, da2), (db, db2)):  # rows of zeros add nothing
+        assert relative_error(got, oracles.exact(expected)) <= 4 * EPS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_compiled_training_step_is_one_graph_and_gives_the_eager_gradients(dtype):
+    linear, others = Linear("triton", dtype), Others()
+    leaves = [*linear.factors, *others.leaves()]
+
+    def loss(x: Tensor) -> Tensor:
+        y = FE.lora_linear_adapters(x, linear.weight, None, linear.adapters, backend="triton")
+        penalty = FE.ewc_penalty(others.fishers, others.lora_as, others.lora_bs, None, 10.0, backend="triton")
+        return (y.float() * linear.dy.float()).sum() + penalty
+
+    expected = torch.autograd.grad(loss(linear.x), leaves)
+    compiled = torch.compile(loss, fullgraph=True)
+    value = compiled(linear.x)
+    for got, eager in zip(torch.autograd.grad(value, leaves), expected, strict=True):
+        assert relative_error(got, oracles.exact(eager)) <= 4 * EPS[torch.float32]
+
+
+def test_autocast_takes_the_kernels_of_its_dtype():
+    step = Linear("triton", torch.float32)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y = FE.lora_linear_adapters(step.x, step.weight, None, step.adapters, backend="triton")
+    x, weight = step.x.bfloat16(), step.weight.bfloat16()
+    expected = FE.lora_linear_adapters(x, weight, None, step.adapters, backend="triton")
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_lower_matmul_precision_costs_what_it_may(precision):
+    """tf32 rounds each factor to 2^-11 of itself, bf16 to 2^-8; two products deep, and sums of random sign."""
+    before = torch.get_float32_matmul_precision()
+    work = Others()
+    exact = [oracles.exact(t) for t in work.penalty()]
+    try:
+        torch.set_float32_matmul_precision(precision)
+        rounded = work.penalty()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    limit = 4 * (2.0**-11 if precision == "high" else 2.0**-8)
+    for got, truth in zip(rounded, exact, strict=True):
+        assert relative_error(got, truth) <= limit
