@@ -141,7 +141,7 @@ def captured(step: Step) -> tuple[torch.cuda.CUDAGraph, Sequence[Tensor]]:
 
 
 def assert_replays(work: Any, step: Step, exact: bool = True) -> None:
-    """Replays on new values give what the eager step gives: the same bits, or BLAS may differ by roundings."""
+    """Replays on new values give what the eager step gives: the same bits, or up to roundings of BLAS."""
     graph, results = captured(step)
     for _ in range(2):
         work.renew()
@@ -347,7 +347,7 @@ def test_autocast_takes_the_kernels_of_its_dtype():
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_lower_matmul_precision_costs_what_it_may(precision):
-    """tf32 rounds each factor to 2^-11 of itself, bf16 to 2^-8; two products deep, and sums of random sign."""
+    """tf32 rounds each factor to 2^-11 of itself, bf16 to 2^-8; two products, and sums of random sign."""
     before = torch.get_float32_matmul_precision()
     work = Others()
     exact = [oracles.exact(t) for t in work.penalty()]
