@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from strategies import BACKENDS, Values
+from strategies import BACKENDS, Values, device_of
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._pytree import tree_map_only
 
 from fused_ewclora import functional as FE
 from fused_ewclora.ops._library import SCHEMAS
@@ -200,4 +201,5 @@ def test_every_op_is_checked():
 def test_registrations_are_sound(op, backend):
     """Schema (what is written, what aliases), shapes and dtypes of fakes, tracing with dynamic shapes."""
     for arguments in op_calls()[op]:
-        torch.library.opcheck(getattr(OPS, op).default, (*arguments, backend))
+        near = tree_map_only(Tensor, lambda t: t.to(device_of(backend)), arguments)
+        torch.library.opcheck(getattr(OPS, op).default, (*near, backend))
