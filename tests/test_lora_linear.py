@@ -78,7 +78,9 @@ def test_published_and_odd_ranks_serve_real_widths(backend, rank):
     """1408 (ViT-g) is a multiple of no block size; rank 70 exceeds d_out = 40."""
     if (reason := refused_linear(backend, rank)) is not None:
         pytest.skip(reason)
-    case = simple(backend, rows=9, d_in=1408, d_out=40, rank=rank)
+    # One wide case is enough where Triton interprets.
+    d_in = 152 if interpreted(backend) and rank != 10 else 1408
+    case = simple(backend, rows=9, d_in=d_in, d_out=40, rank=rank)
     y, grads = case.gradients()
     assert_output(case, y)
     assert_gradients(case, grads)
@@ -228,7 +230,7 @@ def test_small_low_rank_terms_survive_bf16_where_merging_loses_them(backend):
     """
     if torch.bfloat16 not in dtypes_of(backend, "lora_linear"):
         pytest.skip("no bf16")
-    values, d, rows = Values(5, backend), 256, 256
+    values, d, rows = Values(5, backend), 256, 64 if interpreted(backend) else 256
     x = values.normal(rows, d, dtype=torch.bfloat16)
     weight = values.normal(d, d, dtype=torch.bfloat16, std=d**-0.5)
     a, b = values.normal(8, d), values.normal(d, 8)
