@@ -336,3 +336,13 @@ def test_kernels_run_and_are_checked_under_other_configurations(
     tuned = autotune.tune(key, asked, timer, limit=4)
     assert tuned.entry["config"][block] == 2 * shipped[block], [t.reason for t in tuned.trials]
     assert set(used) >= {shipped[block], 2 * shipped[block]}
+
+
+def test_every_configuration_that_can_be_looked_up_can_be_measured():
+    """Also those of matmul precisions other than the current one, and of odd strides."""
+    pytest.importorskip("triton")
+    keys = autotune.keys("sm_90", (torch.float32,), (16,))
+    assert {key.rank for key in keys} >= {0, 16} and any(":" in key.kernel for key in keys)
+    meta = torch.device("meta")
+    missing = [key for key in keys if not autotune.runs(key, meta, TINY)]
+    assert not missing

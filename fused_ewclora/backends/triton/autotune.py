@@ -101,17 +101,17 @@ class Run:
 
     def errors(self) -> list[float]:
         """Relative error of every result; what the op mutates is a copy here."""
-        return [_error(got, exact) for got, exact in zip(self._results(), self.exact, strict=True)]
-
-    def _results(self) -> list[Tensor]:
-        return _results(self.workload.op, self.candidate, self.arguments)
+        with self.workload.precision_set():
+            results = _results(self.workload.op, self.candidate, self.arguments)
+        return [_error(got, exact) for got, exact in zip(results, self.exact, strict=True)]
 
 
 def _results(op: str, candidate: Candidate, arguments: tuple[Any, ...]) -> list[Tensor]:
     if op.endswith("_"):
-        written = arguments[0].clone()
+        first = arguments[0]
+        written = [t.clone() for t in first] if isinstance(first, list) else first.clone()
         candidate.run(written, *arguments[1:])
-        return [written]
+        return list(_tensors(written))
     return list(_tensors(candidate.run(*arguments)))
 
 
@@ -135,15 +135,13 @@ def _double(value: Any) -> Any:
 def runs(key: Key, device: torch.device, sizes: workloads.Sizes = workloads.VIT_L) -> list[Run]:
     """For each op the first workload that looks `key` up, with every algorithm of it that does.
 
-    fp32 workloads are those of the current matmul precision.
+    Workloads of the current matmul precision come first.
     """
     found: dict[str, list[Run]] = {}
-    rank = key.rank or workloads.RANKS[0]
-    for workload in workloads.workloads(ranks=(rank,), sizes=sizes):
-        current = (
-            workload.dtype != torch.float32 or workload.precision == torch.get_float32_matmul_precision()
-        )
-        if workload.op in found or not current:
+    current = torch.get_float32_matmul_precision()
+    asked = workloads.workloads(ranks=(key.rank or workloads.RANKS[0],), sizes=sizes)
+    for workload in sorted(asked, key=lambda w: w.dtype == torch.float32 and w.precision != current):
+        if workload.op in found:
             continue
         asking = [c for c, _, keys in workloads.noted(workload, key.arch) if key in keys]
         if asking:
@@ -161,6 +159,11 @@ def time_on_gpu(run: Callable[[], Any]) -> float:
     return float(do_bench(run, warmup=10, rep=50, return_mode="median")) * 1e-3
 
 
+def _timed(run: Run, timer: Timer) -> float:
+    with run.workload.precision_set():
+        return timer(run)
+
+
 def tune(key: Key, asked: Sequence[Run], timer: Timer = time_on_gpu, limit: int = MAX_TRIALS) -> Tuned:
     """The fastest configuration for `key` over the runs `asked`, among those as exact as the shipped one.
 
@@ -174,7 +177,7 @@ def tune(key: Key, asked: Sequence[Run], timer: Timer = time_on_gpu, limit: int 
                 for run, bounds in zip(asked, allowed, strict=True):
                     if (reason := _wrong(run.errors(), bounds)) is not None:
                         return Trial(config, reason=f"{reason} in {run.workload.name}")
-                return Trial(config, sum(timer(run) for run in asked))
+                return Trial(config, sum(_timed(run, timer) for run in asked))
             except Exception as error:  # compilers and launches raise anything
                 return Trial(config, reason=f"{type(error).__name__}: {str(error).strip()[:300]}")
 
