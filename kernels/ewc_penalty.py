@@ -107,7 +107,7 @@ def _finish_loss(work, loss, n_items, ewc_lambda, BLOCK: tl.constexpr):
     tl.store(loss, (tl.sum(total) * 0.5 * ewc_lambda).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_items"])
 def ewc_penalty_kernel(
     table, factors, items, work, counters, loss, grads, n_items, ewc_lambda,
     NEED_A: tl.constexpr, NEED_B: tl.constexpr, NEED_S: tl.constexpr, RP: tl.constexpr, UNIT: tl.constexpr,

@@ -11,7 +11,8 @@ import triton.language as tl
 from .tiles import cast, dot, grouped_tile, keep_mask, load_tile, store_tile
 
 
-@triton.jit
+# Numbers of rows are not specialised on: a ragged last batch compiles nothing.
+@triton.jit(do_not_specialize=["M"])
 def lora_linear_kernel(
     x, w, a, b, z, bias, y, seed,
     M, N, K, z_columns, first_n, last_n, threshold, inverse_keep,
@@ -65,7 +66,7 @@ def lora_linear_kernel(
     store_tile(y, acc, m, n, M, N, stride_ym, 1, BLOCK_M, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "chunk"])
 def lowrank_rows_kernel(
     x, p, c, u, u_copy, g, sums, x_copy, seed,
     M, N, chunk, u_columns, c_columns, threshold, inverse_keep,
@@ -112,7 +113,7 @@ def lowrank_rows_kernel(
             store_tile(u_copy, acc, m, r, M, RP, stride_vm, 1, BLOCK_M, BLOCK_R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "chunk"])
 def lowrank_columns_kernel(
     x, c, g, seed,
     M, N, chunk, c_columns, threshold, inverse_keep, stride_xm, stride_xn, stride_cm, stride_gs,

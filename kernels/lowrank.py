@@ -83,7 +83,7 @@ def lowrank_pack_kernel(
         column += widths[i]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits"])
 def lowrank_sum_kernel(
     parts, outs, scales, factors, owner, factor_bs, dots,
     rows, splits, stride_owner, first, ranks, strides_0, strides_1, strides_s, strides_b0, strides_b1,
@@ -92,7 +92,8 @@ def lowrank_sum_kernel(
     """out_i[owner_i[n], k] = s_i[k] sum_s parts[s, n, first + k], s in order, for each adapter i.
 
     Where `dots[i]` [blocks, rank] is given, it also receives factors[i] times the sums over BLOCK rows n of
-    factor_bs[i][owner_i[n], k] sum_s parts[s, n, first + k]: summed over blocks, the gradient of the scale. Program (j, i) owns rows j of BLOCK.
+    factor_bs[i][owner_i[n], k] sum_s parts[s, n, first + k]: added up over blocks, the gradient of the scale.
+    Program (j, i) owns rows j of BLOCK.
     """
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = first

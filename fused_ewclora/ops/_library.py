@@ -4,8 +4,8 @@ when it runs.
 `rows` is a flat list of triples (adapter, row_start, row_stop): the next `row_stop - row_start` rows of that
 adapter's B belong to those output rows. `scales[i] * factors[i]` is the scale of adapter i, `factors[i]`
 alone where `scales[i]` is None. `ewc_penalty` returns its gradients in one flat tensor: dA, dB, ds of the
-first adapter as far as asked for, then those of the next; so what is done to them is one operation, not one per
-layer.
+first adapter as far as asked for, then those of the next; so what is done to them is one operation, not one
+per layer.
 """
 
 from __future__ import annotations

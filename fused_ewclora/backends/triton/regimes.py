@@ -17,26 +17,27 @@ from .launch import INTERPRETED, family
 
 LAUNCH = 2e-6  # s
 MAX_FULL_RANK = 64  # z of a block of rows stays in registers beside the product's accumulator
-COLUMN_BLOCK = 128  # columns of the product that share one z in the algorithm "full"
 
 
 class Rates(NamedTuple):
-    """Bytes/s of memory, FLOP/s of BLAS products in 16 bit, tf32 and fp32, Triton's share of them."""
+    """Bytes/s of memory, FLOP/s of BLAS products in 16 bit, tf32 and fp32, Triton's share of them, and how
+    many columns of its product share one z in the algorithm "full"."""
 
     bandwidth: float
     half: float
     tf32: float
     single: float
     efficiency: float
+    columns: int
 
 
 RATES = {
-    "sm_80": Rates(1.7e12, 250e12, 120e12, 18e12, 0.92),
-    "sm_86": Rates(0.7e12, 100e12, 45e12, 25e12, 0.90),
-    "sm_90": Rates(4.3e12, 790e12, 395e12, 50e12, 0.88),
-    "sm_100": Rates(6.5e12, 1600e12, 800e12, 60e12, 0.75),
-    "gfx942": Rates(4.0e12, 600e12, 300e12, 80e12, 0.80),
-    INTERPRETED: Rates(4.3e12, 790e12, 395e12, 50e12, 0.88),
+    "sm_80": Rates(1.7e12, 250e12, 120e12, 18e12, 0.92, 128),
+    "sm_86": Rates(0.7e12, 100e12, 45e12, 25e12, 0.90, 64),
+    "sm_90": Rates(4.3e12, 790e12, 395e12, 50e12, 0.88, 256),
+    "sm_100": Rates(6.5e12, 1600e12, 800e12, 60e12, 0.75, 256),
+    "gfx942": Rates(4.0e12, 600e12, 300e12, 80e12, 0.80, 128),
+    INTERPRETED: Rates(4.3e12, 790e12, 395e12, 50e12, 0.88, 256),
 }
 
 
@@ -87,22 +88,28 @@ def modelled(op: str, call: Call) -> dict[str, float]:
     blas, triton = _rate(call, rates)
     size = 4 if call.dtype == torch.float32 else 2
     forward = op == "lora_linear"
-    times = (_forward if forward else _backward)(call.shape, blas, triton, rates.bandwidth / size)
+    times = (_forward if forward else _backward)(
+        call.shape, blas, triton, rates.bandwidth / size, rates.columns
+    )
     return {name: seconds for name, seconds in times.items() if impossible(op, name, call) is None}
 
 
-def _forward(shape: LinearShape, blas: float, triton: float, elements: float) -> dict[str, float]:
+def _forward(
+    shape: LinearShape, blas: float, triton: float, elements: float, columns: int
+) -> dict[str, float]:
     m, k, n, r = shape.rows, shape.d_in, shape.d_out, padded(shape.rank)
     base, low_rank, read_x = 2.0 * m * k * n, 2.0 * m * n * r, m * k / elements
     return {
-        "full": (base * (1 + r / min(COLUMN_BLOCK, n)) + low_rank) / triton,
+        "full": (base * (1 + r / min(columns, n)) + low_rank) / triton,
         "prologue": LAUNCH + read_x + (base + low_rank) / triton,
         "addmm": 2 * LAUNCH + read_x + 2 * m * n / elements + base / blas,
         "concat": 3 * LAUNCH + 2 * read_x + 2 * k * n / elements + (base + low_rank) / blas,
     }
 
 
-def _backward(shape: LinearShape, blas: float, triton: float, elements: float) -> dict[str, float]:
+def _backward(
+    shape: LinearShape, blas: float, triton: float, elements: float, columns: int
+) -> dict[str, float]:
     """The product dx = dy W + u A; dy is read anyway, so that only writing its copy counts."""
     m, k, n, r = shape.rows, shape.d_in, shape.d_out, padded(shape.rank)
     base, low_rank = 2.0 * m * k * n, 2.0 * m * k * r

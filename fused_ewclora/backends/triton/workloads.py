@@ -105,9 +105,19 @@ def noted(workload: Workload, arch: str) -> list[tuple[Candidate, list[launch.La
     for candidate in workload.candidates():
         arguments = workload.make(Make("meta"))
         with workload.precision_set(), launch.noting(arch) as launches, tables.watching() as keys:
+            if _left_to_others(workload, arch):
+                continue
             candidate.run(*arguments)
         found.append((candidate, launches, keys))
     return found
+
+
+def _left_to_others(workload: Workload, arch: str) -> bool:
+    """Whether another backend serves the call: ranks of the penalty for which no configuration is shipped."""
+    if workload.op != "ewc_penalty":
+        return False
+    rank = max(16, 1 << (workload.rank - 1).bit_length())
+    return not tables.has(f"ewc_penalty_kernel:{launch.precision()}", arch, torch.float32, rank)
 
 
 def workloads(
