@@ -35,7 +35,7 @@ SUITES = {
     "training_step": training_step.plan,
     "merge": merge.plan,
 }
-KINDS = ("pass", "mode", "precision", "optimizer")
+KINDS = ("pass", "mode", "precision", "optimizer", "matrices")
 DEVICE_LOST = 75  # "temporary failure": try again
 PEERS = frozenset(ROLES) - {"ours", "variant", "floor"}  # a peer that fails is its own affair
 

@@ -22,8 +22,9 @@ MERGED = {"float32": 1e-6, "bfloat16": 4e-3}  # relative error: roundings of W
 
 
 def fused(layers: Layers) -> list[Tensor]:
-    """This library, layer by layer."""
-    return [FE.merge_(w, a, b, SCALE, backend=BACKEND) for w, a, b in layers]
+    """This library, all layers in one call."""
+    weights, lora_as, lora_bs = (list(group) for group in zip(*layers, strict=True))
+    return list(FE.merge_(weights, lora_as, lora_bs, SCALE, backend=BACKEND))
 
 
 def in_low_precision(layers: Layers) -> list[Tensor]:
@@ -73,8 +74,8 @@ def build_merge(planned: Planned, place: Place) -> Case:
 
 
 def threshold(scales: Sequence[Tensor]) -> Sequence[Tensor]:
-    """This library, one vector after the other."""
-    return [FE.soft_threshold_(s, KAPPA, backend=BACKEND) for s in scales]
+    """This library, all vectors in one call."""
+    return FE.soft_threshold_(list(scales), KAPPA, backend=BACKEND)
 
 
 def foreach(scales: Sequence[Tensor]) -> Sequence[Tensor]:
