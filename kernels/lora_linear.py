@@ -66,7 +66,7 @@ def lora_linear_kernel(
     store_tile(y, acc, m, n, M, N, stride_ym, 1, BLOCK_M, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["M", "chunk"])
+@triton.jit(do_not_specialize=["M"])
 def lowrank_rows_kernel(
     x, p, c, u, u_copy, g, sums, x_copy, seed,
     M, N, chunk, u_columns, c_columns, threshold, inverse_keep,
@@ -113,7 +113,7 @@ def lowrank_rows_kernel(
             store_tile(u_copy, acc, m, r, M, RP, stride_vm, 1, BLOCK_M, BLOCK_R)
 
 
-@triton.jit(do_not_specialize=["M", "chunk"])
+@triton.jit(do_not_specialize=["M"])
 def lowrank_columns_kernel(
     x, c, g, seed,
     M, N, chunk, c_columns, threshold, inverse_keep, stride_xm, stride_xn, stride_cm, stride_gs,
