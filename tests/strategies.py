@@ -67,6 +67,13 @@ def skip_if_interpreted(backend: str, why: str) -> None:
         pytest.skip(f"Triton's interpreter is too slow: {why}")
 
 
+def set_threads(backend: str, count: int) -> None:
+    """For tests over numbers of threads, which mean nothing to Triton."""
+    if family(backend) == "triton" and count > 1:
+        pytest.skip("the number of threads is the CPU's")
+    torch.set_num_threads(count)
+
+
 def property_test(examples: int = 25, **drawn: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """`given(**drawn)` for tests with a parameter `backend`: `examples`, or few where Triton interprets."""
 

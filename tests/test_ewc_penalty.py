@@ -14,6 +14,7 @@ from strategies import (
     dtypes_of,
     property_test,
     seeds,
+    set_threads,
     skip_if_interpreted,
 )
 from tolerance import EPS, assert_within, relative_error, sum_bound
@@ -33,7 +34,7 @@ def test_value_and_gradients_equal_fp64_for_any_shapes_ranks_dtypes_and_strides(
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_work_split_over_threads_gives_the_same_values(backend, threads):
-    torch.set_num_threads(threads)
+    set_threads(backend, threads)
     case = make(Values(1, backend), BIG, backend, ewc_lambda=1e7)
     assert_equals_oracle(case, *case.gradients())
 
@@ -57,7 +58,7 @@ def test_a_cut_near_the_end_of_an_adapter_loses_no_rows(backend, threads):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_runs_repeat_bit_by_bit_with_the_same_number_of_threads(backend, threads):
-    torch.set_num_threads(threads)
+    set_threads(backend, threads)
     case = make(Values(1, backend), BIG, backend)
     value, grads = case.gradients()
     for _ in range(3):

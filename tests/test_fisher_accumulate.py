@@ -18,6 +18,7 @@ from strategies import (
     layouts,
     property_test,
     seeds,
+    set_threads,
     widths,
 )
 from tolerance import EPS, accumulation, assert_within, rounding_bound, sum_bound
@@ -131,7 +132,7 @@ def test_long_samples_are_one_sum(backend, tokens, mode):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_fisher_of_several_blocks_is_covered_once(backend, threads):
     """Larger than one cache block on both sides, and a multiple of neither tile."""
-    torch.set_num_threads(threads)
+    set_threads(backend, threads)
     values = Values(1, backend)
     x, dy = values.normal(2, 5, 785), values.normal(2, 5, 401)
     assert_accumulates(Case(values.fisher(401, 785), x, dy, per_sample(x, dy)), backend)
@@ -274,7 +275,7 @@ def test_no_graph_is_kept(backend):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_runs_repeat_bit_by_bit(backend, threads):
-    torch.set_num_threads(threads)
+    set_threads(backend, threads)
     values = Values(9, backend)
     x, dy = values.normal(5, 19, 401), values.normal(5, 19, 97)
     results = [FE.fisher_accumulate_(values.zeros(97, 401), x, dy, backend=backend) for _ in range(3)]

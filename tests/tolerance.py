@@ -52,6 +52,15 @@ def sum_bound(magnitude: Tensor, length: int, dtype: torch.dtype, backend: str =
     return roundoff * magnitude + TINY[acc]
 
 
+def assert_same_factors(actual: Tensor, expected: Tensor, backend: str) -> None:
+    """Dropout factors that went through products with the identity: the same zeros, and the same bits where
+    those products are fp32."""
+    actual, expected = actual.detach().cpu(), expected.detach().cpu()
+    assert torch.equal(actual != 0, expected != 0), "other elements are dropped"
+    roundoff = CHAIN * TF32X3 if on_matrix_units(backend) else 0.0
+    assert_within(actual, expected.double(), roundoff * expected.double(), "factors")
+
+
 def rounding_bound(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Error of one rounding to `dtype`: half a unit in the last place, or half a subnormal's spacing."""
     return 0.5 * EPS[dtype] * value.abs() + 0.5 * SPACING[dtype]
