@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from hypothesis import HealthCheck, settings
 # subprocesses of tests; those about a machine without either take it out of their environment.
 if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if os.environ["TRITON_INTERPRET"] == "1":
+        importlib.import_module("interpreter").hasten()
 
 # Fresh inputs on every run find more than the same ones forever; a failure prints how to reproduce it.
 settings.register_profile(
@@ -21,15 +24,10 @@ settings.register_profile(
     deadline=None,
     derandomize=False,
     print_blob=True,
-    max_examples=25,
+    max_examples=25,  # EXAMPLES of strategies.py
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("default")
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    import interpreter
-
-    interpreter.hasten()
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 THREADS = max(1, (os.cpu_count() or 1) // WORKERS)

@@ -26,6 +26,7 @@ BACKENDS = [name for name, why in fe.available_backends().items() if why is None
 LINEAR_BACKENDS = [
     name if key is None else f"{name}:{key}" for name in BACKENDS for key in algorithms(name) or (None,)
 ]
+EXAMPLES = 25  # of a property, unless it asks for another number
 INTERPRETED_EXAMPLES = 8  # every program of a kernel is a few NumPy calls, some 1e4 times slower than a GPU
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -74,13 +75,17 @@ def set_threads(backend: str, count: int) -> None:
     torch.set_num_threads(count)
 
 
-def property_test(examples: int = 25, **drawn: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def property_test(
+    examples: int = EXAMPLES, **drawn: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """`given(**drawn)` for tests with a parameter `backend`: `examples`, or few where Triton interprets."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         def test(**fixed: Any) -> None:
-            count = min(examples, INTERPRETED_EXAMPLES) if interpreted(fixed["backend"]) else examples
-            settings(max_examples=count)(given(**drawn)(function))(**fixed)
+            most = INTERPRETED_EXAMPLES if interpreted(fixed["backend"]) else examples
+            if (profile := settings().max_examples) < EXAMPLES:  # one for a quick look
+                most = min(most, profile)
+            settings(max_examples=min(examples, most))(given(**drawn)(function))(**fixed)
 
         test.__name__, test.__doc__, test.__module__ = (
             function.__name__,
