@@ -47,11 +47,14 @@ def _instruction_set(extension: ModuleType | None) -> str | None:
 
 
 def _op_table(call: _dispatch.Call) -> dict[str, dict[str, str | None]]:
-    """Op -> backend -> None when it serves fp32 CPU tensors, or why it does not."""
+    """Op -> backend -> None when one of its algorithms serves `call`, or why none does."""
     missing = _dispatch.available_backends()
     table = {}
     for op in _library.SCHEMAS:
-        served = {backend: reason for backend, _, reason in _dispatch.explain(op, call, backend="auto")}
+        served: dict[str, str | None] = {}
+        for backend, _, reason in _dispatch.explain(op, call, backend="auto"):
+            if served.get(backend, "") is not None:
+                served[backend] = reason
         table[op] = {
             backend: reason if reason is not None else served.get(backend, f"{op} is not implemented")
             for backend, reason in missing.items()
@@ -81,7 +84,19 @@ def collect() -> dict[str, Any]:
         "default_backend": _default_backend(),
         "backends": _dispatch.available_backends(),
         "ops": _op_table(_dispatch.Call("cpu", torch.float32)),
+        "gpus": _gpus(),
     }
+
+
+def _gpus() -> list[dict[str, Any]]:
+    """Name, architecture and ops in bf16 of every GPU."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        arch = _dispatch.arch_of(torch.device("cuda", index))
+        call = _dispatch.Call("cuda", torch.bfloat16, arch, precision=torch.get_float32_matmul_precision())
+        name = torch.cuda.get_device_name(index)
+        found.append({"name": name, "architecture": arch, "ops": _op_table(call)})
+    return found
 
 
 def _lines(title: str, values: dict[str, Any]) -> list[str]:
@@ -113,9 +128,9 @@ def render(data: dict[str, Any]) -> str:
     lines += _lines("Backends", {name: reason or "available" for name, reason in data["backends"].items()})
     lines += [f"Default backend: {data['default_backend']}", ""]
     shown = [name for name, reason in data["backends"].items() if reason is None]
-    table = {
-        op: "; ".join(f"{backend}: {row[backend] or 'yes'}" for backend in shown)
-        for op, row in data["ops"].items()
-    }
-    lines += _lines("Ops, fp32 on the CPU", table)
+    tables = {"Ops, fp32 on the CPU": data["ops"]}
+    tables |= {f"Ops, bf16 on {gpu['name']} ({gpu['architecture']})": gpu["ops"] for gpu in data["gpus"]}
+    for title, ops in tables.items():
+        rows = {op: "; ".join(f"{name}: {row[name] or 'yes'}" for name in shown) for op, row in ops.items()}
+        lines += _lines(title, rows)
     return "\n".join(lines).rstrip()

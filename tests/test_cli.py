@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fused_ewclora import __main__ as cli
+from fused_ewclora import info
+from fused_ewclora.backends import candidate
 from fused_ewclora.ops._dispatch import available_backends
 from fused_ewclora.ops._library import SCHEMAS
 
@@ -91,3 +94,20 @@ def test_errors_of_the_library_end_a_command_with_1_and_one_line(
     monkeypatch.setattr(info, "collect", fail)
     assert cli.main(["info"]) == 1
     assert capsys.readouterr().err == "fused_ewclora: backend 'cpu' is not available: no reason\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="imitates a GPU")
+def test_info_tells_what_serves_the_ops_of_each_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Imitation 7")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    candidate._gpu_arch.cache_clear()
+    try:
+        data = info.collect()
+    finally:
+        candidate._gpu_arch.cache_clear()
+    assert [(gpu["name"], gpu["architecture"]) for gpu in data["gpus"]] == [("Imitation 7", "sm_75")]
+    for row in data["gpus"][0]["ops"].values():
+        assert row["reference"] is None and row["cpu"] in (data["backends"]["cpu"], "tensors are on cuda")
+        assert row["triton"] is not None
+    assert "Ops, bf16 on Imitation 7 (sm_75)" in info.render(data)
