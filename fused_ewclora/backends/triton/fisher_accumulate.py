@@ -44,7 +44,7 @@ def _samples(fisher: Tensor, x: Tensor, dy: Tensor, weight: float, cu_seqlens: T
     shapes = [(1, config["BLOCK_T"], config[name]) for name in ("BLOCK_N", "BLOCK_M")]
     tma = config["TMA"] and cu_seqlens is None
     tma = tma and all(launch.tileable(t, shape) for t, shape in zip((x, dy), shapes, strict=True))
-    if not (1 in fisher.stride() and (tma or _wide_loads(x, dy))):
+    if not (1 in fisher.stride() and (tma or launch.wide(x, dy))):
         tma = False
         config = dict(tables.lookup("fisher_sample_kernel:odd", arch, x.dtype))
     strides: tuple[int, ...] = (*x.stride(), *dy.stride())
@@ -66,7 +66,7 @@ def _single_tokens(fisher: Tensor, x: Tensor, dy: Tensor, weight: float) -> None
     if x.dtype != torch.float32 and precision == "tf32":
         precision = "tf32x3"  # squares of 16-bit numbers have up to 22 bits
     kernel = "fisher_token_kernel"
-    wide = 1 in fisher.stride() and _wide_loads(x, dy)
+    wide = 1 in fisher.stride() and launch.wide(x, dy)
     name = _facet(kernel, precision) if wide else f"{kernel}:odd"
     config = tables.lookup(name, launch.arch(x), x.dtype)
     tiles, splits, locks = _grid(fisher, config, x.shape[0], 1)
@@ -108,15 +108,6 @@ def _addressable(tensor: Tensor) -> Tensor:
 def _facet(kernel: str, precision: str) -> str:
     """Three tf32 products for one need more registers: they have entries of their own."""
     return f"{kernel}:tf32x3" if precision == "tf32x3" else kernel
-
-
-def _wide_loads(*tensors: Tensor) -> bool:
-    """Whether pointers load 16 bytes at a time, as Triton sees it, which knows of strides whether 16 divides
-    them. Loads of single elements need more registers for addresses, hence smaller tiles: entries ":odd"."""
-    return all(
-        t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in t.stride()[:-1])
-        for t in tensors
-    )
 
 
 def _tiles(fisher: Tensor, config: Mapping[str, Any]) -> int:

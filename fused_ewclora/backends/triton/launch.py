@@ -126,6 +126,15 @@ def tileable(tensor: Tensor, shape: Sequence[int]) -> bool:
     )
 
 
+def wide(*tensors: Tensor) -> bool:
+    """Whether pointers into all of them load 16 bytes at a time, as Triton sees it: of strides it knows if
+    16 divides them. Loads of single elements need more registers for addresses, hence smaller blocks."""
+    return all(
+        t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in t.stride()[:-1])
+        for t in tensors
+    )
+
+
 def tiles(tensor: Tensor, shape: Sequence[int]) -> Any:
     """A host-side tensor descriptor of `tensor` in blocks of `shape`; elements outside read as zero."""
     from triton.tools.tensor_descriptor import TensorDescriptor

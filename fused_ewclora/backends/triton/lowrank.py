@@ -16,7 +16,7 @@ from fused_ewclora.kernels import lowrank as sums
 
 from ...reference.philox import drop_threshold, inverse_keep
 from . import tables
-from .launch import addressable, arch, cdiv, launch, multiprocessors, precision, tileable, tiles
+from .launch import addressable, arch, cdiv, launch, multiprocessors, precision, tileable, tiles, wide
 from .regimes import padded
 
 GROUP = 4  # adapters per launch: each number of them is a kernel of its own
@@ -134,8 +134,9 @@ def _matrix(tensor: Tensor, block: tuple[int, int], config: dict[str, Any]) -> t
     return tensor, False
 
 
-def _config(kernel: str, x: Tensor, rp: int) -> dict[str, Any]:
-    return {**tables.lookup(kernel, arch(x), x.dtype, rp), "RP": rp, "BLOCK_R": min(rp, 64)}
+def _config(kernel: str, x: Tensor, rp: int, facet: str = "") -> dict[str, Any]:
+    """The configuration for x; ":odd" strides, whose addresses take registers, have smaller blocks."""
+    return {**tables.lookup(kernel + facet, arch(x), x.dtype, rp), "RP": rp, "BLOCK_R": min(rp, 64)}
 
 
 def product(
@@ -158,7 +159,8 @@ def product(
     """
     a, b = factors
     rows, columns, inner = y.shape[0], y.shape[1], x.shape[1]
-    config = _config("lora_linear_kernel", x, b.shape[1])
+    facet = ":no_base" if not base else "" if wide(x, weight, y) else ":odd"
+    config = _config("lora_linear_kernel", x, b.shape[1], facet)
     m, n, k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     x_tiles, tma_x = _matrix(x, (m, k), config) if base else (x, False)
     w_tiles, tma_w = _matrix(weight, (k, n) if transposed else (n, k), config) if base else (weight, False)
@@ -197,7 +199,9 @@ def rows_pass(
     p `[N, rp]`; a `u` `[M, columns]` that is given receives the finished product, else columns are split as
     the grid needs and u comes in parts.
     """
-    config = _config("lowrank_rows_kernel", x, rp)
+    # p is a view of a packed matrix, one of whose strides is 1.
+    sources = [x] if p is None else [x, p if p.stride(1) == 1 else p.T]
+    config = _config("lowrank_rows_kernel", x, rp, "" if wide(*sources) else ":odd")
     m, n, (rows, columns) = config["BLOCK_M"], config["BLOCK_N"], x.shape
     blocks, ranks = cdiv(rows, m), cdiv(rp, config["BLOCK_R"])
     wanted = 1 if u is not None else cdiv(2 * multiprocessors(x), max(blocks * ranks, 1))
