@@ -26,6 +26,7 @@ from tolerance import (
     assert_as_good,
     assert_within,
     operand_bound,
+    repeats,
     rounding_bound,
     rounds_operands,
     sum_bound,
@@ -184,7 +185,8 @@ def assert_output(case: Case, y: Tensor) -> None:
     wide = case.magnitudes()
     length = case.weight.shape[1] + sum(a.lora_a.shape[0] for a in case.adapters)
     magnitude = oracles.lora_linear(wide.x, wide.weight, wide.bias, wide.adapters, mask)
-    bound = sum_bound(magnitude, length, dtype, case.backend) + rounding_bound(exact, dtype)
+    repeated = repeats(case.x, case.weight, *(t for a in case.adapters for t in (a.lora_a, a.lora_b)))
+    bound = sum_bound(magnitude, length, dtype, case.backend, repeated) + rounding_bound(exact, dtype)
     if rounds_operands(case.backend, dtype):
         bound = bound + operand_roundings(case)["y"]
     assert y.dtype == dtype
@@ -218,12 +220,17 @@ def assert_gradients(case: Case, grads: dict[str, Tensor]) -> None:
         table[f"s{i}"] = (ds, ws, rows + d_out + d_in)
     low_precision = dtype in LOW_PRECISION
     own = plain(case)[1] if low_precision and mask is None else {}
+    repeated = repeats(
+        case.x, case.dy, case.weight, *(t for a in case.adapters for t in (a.lora_a, a.lora_b))
+    )
     rounded = operand_roundings(case) if rounds_operands(case.backend, dtype) else {}
     for name, grad in grads.items():
         truth, magnitude, length = table[name]
         leaf = case.leaves()[name]
         assert grad.dtype == leaf.dtype, f"gradient of {name} has dtype {grad.dtype}, not {leaf.dtype}"
-        bound = sum_bound(magnitude, length, dtype, case.backend) + rounding_bound(truth, leaf.dtype)
+        bound = sum_bound(magnitude, length, dtype, case.backend, repeated) + rounding_bound(
+            truth, leaf.dtype
+        )
         bound = bound + rounded.get(name, 0.0)
         if name == "x" and low_precision:
             seed_term = truth - oracles.lora_linear_gradients(case.dy, case.x, case.weight, [], None).x

@@ -9,7 +9,7 @@ import oracles
 import torch
 from hypothesis import strategies as st
 from strategies import RANKS, Values, dtypes_of, layouts, seeds, widths
-from tolerance import assert_within, rounding_bound, sum_bound
+from tolerance import assert_within, repeats, rounding_bound, sum_bound
 from torch import Tensor
 
 from fused_ewclora import functional as FE
@@ -86,9 +86,10 @@ def assert_equals_oracle(case: Case, value: Tensor, grads: list[Tensor]) -> None
         *[list(map(oracles.magnitude, a)) for a in arguments], case.ewc_lambda
     )
     dtype = case.lora_as[0].dtype
+    repeated = repeats(*case.fishers, *case.lora_as, *case.lora_bs)
     longest = max(2 * a.shape[0] + a.shape[1] for a in case.lora_as)
     assert value.shape == () and value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert_within(value, exact, sum_bound(wide, longest, dtype, case.backend), "penalty")
+    assert_within(value, exact, sum_bound(wide, longest, dtype, case.backend, repeated), "penalty")
     checks = []
     for i, (scale, triple) in enumerate(zip(case.scales, exact_grads, strict=True)):
         length = sum(case.fishers[i].shape) + 2 * case.lora_as[i].shape[0]
@@ -96,7 +97,7 @@ def assert_equals_oracle(case: Case, value: Tensor, grads: list[Tensor]) -> None
         if isinstance(scale, Tensor) and scale.dim() == 0:
             pairs[2] = (pairs[2][0].sum(), pairs[2][1].sum())
         for truth, magnitude in pairs:
-            checks.append((truth, sum_bound(magnitude, length, dtype, case.backend)))
+            checks.append((truth, sum_bound(magnitude, length, dtype, case.backend, repeated)))
     for leaf, grad, (truth, bound) in zip(case.leaves(), grads, checks, strict=True):
         assert grad.dtype == leaf.dtype and grad.shape == leaf.shape
         assert_within(grad, truth, bound + rounding_bound(truth, dtype), f"gradient of {list(leaf.shape)}")

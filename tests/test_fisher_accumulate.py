@@ -21,7 +21,7 @@ from strategies import (
     set_threads,
     widths,
 )
-from tolerance import EPS, accumulation, assert_within, rounding_bound, sum_bound
+from tolerance import EPS, accumulation, assert_within, repeats, rounding_bound, sum_bound
 from torch import Tensor
 
 from fused_ewclora import functional as FE
@@ -51,7 +51,12 @@ def per_sample(x: Tensor, dy: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def squared_sums(
-    samples: list[tuple[Tensor, Tensor]], mode: str, shape: torch.Size, dtype: torch.dtype, backend: str
+    samples: list[tuple[Tensor, Tensor]],
+    mode: str,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    backend: str,
+    repeated: bool = False,
 ) -> Any:
     """The exact increment, and how far the square of a computed sum of T products, summed over N, may be off:
     |(g + e)^2 - g^2| <= 2 |g| e + e^2 with e the bound of one sum."""
@@ -60,15 +65,17 @@ def squared_sums(
     exact, bound = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     for x, dy in samples:
         g = oracles.exact(dy).T @ oracles.exact(x)
-        e = sum_bound(oracles.magnitude(dy).T @ oracles.magnitude(x), x.shape[0], dtype, backend)
+        magnitude = oracles.magnitude(dy).T @ oracles.magnitude(x)
+        e = sum_bound(magnitude, x.shape[0], dtype, backend, repeated)
         exact, bound = exact + g.square(), bound + 2 * g.abs() * e + e.square()
-    return exact, bound + sum_bound(exact, len(samples), dtype, backend)
+    return exact, bound + sum_bound(exact, len(samples), dtype, backend, repeated)
 
 
 def assert_accumulates(case: Case, backend: str, **options: Any) -> None:
     before = oracles.exact(case.fisher)
     dtype, kind = case.x.dtype, case.fisher.dtype
-    increment, bound = squared_sums(case.samples, case.mode, case.fisher.shape, dtype, backend)
+    repeated = repeats(case.x, case.dy)
+    increment, bound = squared_sums(case.samples, case.mode, case.fisher.shape, dtype, backend, repeated)
     assert case.run(backend, **options) is case.fisher
     exact = before + case.weight * increment
     parts = before.abs() + abs(case.weight) * increment
@@ -136,6 +143,14 @@ def test_a_fisher_of_several_blocks_is_covered_once(backend, threads):
     values = Values(1, backend)
     x, dy = values.normal(2, 5, 785), values.normal(2, 5, 401)
     assert_accumulates(Case(values.fisher(401, 785), x, dy, per_sample(x, dy)), backend)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equal_tokens_stay_within_a_bound_that_knows_of_them(backend, seed):
+    """305 equal products round 305 times the same way."""
+    values = Values(seed, backend)
+    x, dy = values.normal(5, 61, 13, layout="expanded"), values.normal(5, 61, 13, layout="expanded")
+    assert_accumulates(Case(values.fisher(13, 13), x, dy, per_sample(x, dy), "batch"), backend)
 
 
 def test_many_samples_of_one_token_are_a_single_product(backend):

@@ -40,13 +40,22 @@ def on_matrix_units(backend: str) -> bool:
     return family(backend) == "triton" and device_of(backend) == "cuda"
 
 
-def sum_bound(magnitude: Tensor, length: int, dtype: torch.dtype, backend: str = "reference") -> Tensor:
+def repeats(*tensors: Tensor) -> bool:
+    """Whether rows are the same memory over and over: sums over them then repeat one rounding as well."""
+    return any(0 in t.stride() for t in tensors)
+
+
+def sum_bound(
+    magnitude: Tensor, length: int, dtype: torch.dtype, backend: str = "reference", repeated: bool = False
+) -> Tensor:
     """Error of sums of `length` products, kept in the accumulation dtype of `dtype`.
 
-    magnitude: the sums of the products' absolute values.
+    magnitude: the sums of the products' absolute values. `repeated`: terms are equal, so that roundings may
+    all have one sign and add up to length eps / 2.
     """
     acc = accumulation(dtype)
-    roundoff = EPS[acc] * (2.0 * math.sqrt(max(length, 1)) + 4.0)
+    steps = 2.0 * math.sqrt(max(length, 1)) + 4.0
+    roundoff = EPS[acc] * (max(steps, 0.5 * length + 4.0) if repeated else steps)
     if on_matrix_units(backend):
         roundoff += CHAIN * TF32X3
     return roundoff * magnitude + TINY[acc]
