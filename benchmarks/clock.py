@@ -1,6 +1,6 @@
 """How long computations take: by the wall clock on a CPU, by events around graph replays on a GPU.
 
-A clock is used inside its `session()`. `prepare` warms up one computation and its rotation; `times` takes
+A clock is used inside its `running()`. `prepare` warms up one computation and its rotation; `times` takes
 samples of several prepared ones in turns, so that every variant sees the same machine.
 """
 
@@ -40,7 +40,7 @@ class WallClock:
         self.min_rounds, self.warm = min_rounds, warm
 
     @contextlib.contextmanager
-    def session(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
         yield
 
     def prepare(self, runs: Sequence[Callable[[], Any]]) -> Prepared:
@@ -82,8 +82,8 @@ class CudaClock(WallClock):
         self.stream = torch.cuda.Stream()
 
     @contextlib.contextmanager
-    def session(self) -> Iterator[None]:
-        # Graphs of a session share memory: they run one after the other and nobody reads their results.
+    def running(self) -> Iterator[None]:
+        # Graphs of one run share memory: they run one after the other and nobody reads their results.
         self.pool = torch.cuda.graph_pool_handle()
         with torch.cuda.stream(self.stream):
             yield

@@ -144,7 +144,7 @@ def measure(case: Case, seconds: float, ceilings: Ceilings, clock: WallClock | N
                 failed(provider, lost)
             raise DeviceLost(_reason(lost), records) from lost
 
-    with matmul_precision(case.precision), clock.session():
+    with matmul_precision(case.precision), clock.running():
         try:
             truth = [t.detach() for t in case.truth()]
         except Exception as failure:

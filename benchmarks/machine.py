@@ -100,7 +100,7 @@ def ceilings(device: str = "cpu", seconds: float = 0.2) -> Ceilings:
             "fp32": _product_rate(1024, torch.float32, device, clock, seconds),
         }
     before = torch.get_float32_matmul_precision()
-    with clock.session():
+    with clock.running():
         found = {"copy": _copy_rate(1 << 29, device, clock, seconds)}  # 2 GiB: no cache holds any of it
         found["bf16"] = _product_rate(8192, torch.bfloat16, device, clock, seconds)
         for name, precision in (("tf32", "high"), ("fp32", "highest")):

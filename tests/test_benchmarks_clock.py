@@ -76,7 +76,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 
 def test_a_graph_runs_the_whole_rotation_and_a_sample_is_one_run(device: Device):
     clock = CudaClock()
-    with clock.session():
+    with clock.running():
         prepared = clock.prepare([lambda: device.launch("a"), lambda: device.launch("b")])
         device.ran.clear()
         samples = clock.times([prepared], 0.0)[0]
@@ -89,7 +89,7 @@ def test_a_graph_runs_the_whole_rotation_and_a_sample_is_one_run(device: Device)
 def test_short_graphs_are_replayed_until_gaps_do_not_count(device: Device):
     clock = CudaClock()
     clock.sample_seconds = 10 * KERNEL
-    with clock.session():
+    with clock.running():
         prepared = clock.prepare([lambda: device.launch("a")])
         device.ran.clear()
         samples = clock.times([prepared], 0.0)[0]
@@ -99,7 +99,7 @@ def test_short_graphs_are_replayed_until_gaps_do_not_count(device: Device):
 
 def test_variants_take_turns(device: Device):
     clock = CudaClock()
-    with clock.session():
+    with clock.running():
         both = [clock.prepare([lambda n=name: device.launch(n)]) for name in "ab"]
         device.ran.clear()
         clock.times(both, 0.0)
@@ -113,13 +113,13 @@ def test_what_cannot_be_captured_is_timed_eagerly(device: Device):
         device.launch("a")
 
     clock = CudaClock()
-    with clock.session():
+    with clock.running():
         prepared = clock.prepare([run])
         pool = clock.pool
         samples = clock.times([prepared], 0.0)[0]
     assert (prepared.timing, device.captured) == ("events", None)
     assert samples == pytest.approx([KERNEL] * len(samples))
-    with clock.session():
+    with clock.running():
         assert clock.pool is not pool
 
 
@@ -130,7 +130,7 @@ def test_no_memory_for_a_capture_is_a_failure(device: Device):
         device.launch("a")
 
     clock = CudaClock()
-    with clock.session(), pytest.raises(RuntimeError, match="out of memory"):
+    with clock.running(), pytest.raises(RuntimeError, match="out of memory"):
         clock.prepare([run])
     assert device.captured is None
 
@@ -146,5 +146,5 @@ def test_the_peak_is_what_one_warm_call_adds(device: Device):
         return "result"
 
     clock = CudaClock()
-    with clock.session():
+    with clock.running():
         assert clock.peak(run) == ("result", 7)

@@ -75,7 +75,7 @@ def show(found: Sequence[Record]) -> None:
 
 def _measured(one: Planned, place: Place, seconds: float, found: Ceilings, clock: WallClock) -> list[Record]:
     try:
-        with clock.session():
+        with clock.running():
             case = one.case(place)
     except Exception as failure:
         reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:400]
