@@ -62,6 +62,13 @@ def _cannot(call: Call) -> str | None:
     return None
 
 
+def has_penalty(rank: int, arch: str) -> bool:
+    """Whether the penalty has a configuration for `rank`: where every block size would spill registers, none
+    is shipped."""
+    kernel = f"ewc_penalty_kernel:{launch.precision()}"
+    return tables.has(kernel, arch, torch.float32, 1 << (rank - 1).bit_length())
+
+
 def _cannot_penalty(call: Call) -> str | None:
     if (reason := _cannot(call)) is not None:
         return reason
@@ -69,10 +76,7 @@ def _cannot_penalty(call: Call) -> str | None:
     if rank > MAX_PENALTY_RANK:
         return f"rank {rank} > {MAX_PENALTY_RANK}"
     arch = launch.INTERPRETED if interpreting() else str(call.arch)
-    # Where every block size would spill registers, none is shipped.
-    if not tables.has(
-        f"ewc_penalty_kernel:{launch.precision()}", arch, torch.float32, 1 << (rank - 1).bit_length()
-    ):
+    if not has_penalty(rank, arch):
         return f"no configuration for rank {rank} at matmul precision {call.precision!r} on {arch}"
     return None
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..candidate import Call, Candidate, LinearShape
-from . import candidates, launch, regimes, tables
+from . import candidates, has_penalty, launch, regimes, tables
 
 PRECISIONS = ("highest", "high", "medium")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -105,19 +105,11 @@ def noted(workload: Workload, arch: str) -> list[tuple[Candidate, list[launch.La
     for candidate in workload.candidates():
         arguments = workload.make(Make("meta"))
         with workload.precision_set(), launch.noting(arch) as launches, tables.watching() as keys:
-            if _left_to_others(workload, arch):
+            if workload.op == "ewc_penalty" and not has_penalty(workload.rank, arch):
                 continue
             candidate.run(*arguments)
         found.append((candidate, launches, keys))
     return found
-
-
-def _left_to_others(workload: Workload, arch: str) -> bool:
-    """Whether another backend serves the call: ranks of the penalty for which no configuration is shipped."""
-    if workload.op != "ewc_penalty":
-        return False
-    rank = max(16, 1 << (workload.rank - 1).bit_length())
-    return not tables.has(f"ewc_penalty_kernel:{launch.precision()}", arch, torch.float32, rank)
 
 
 def workloads(
