@@ -1,0 +1,16 @@
+// The extension module fused_ewclora._C_cuda: one function per op, under the op's name.
+#include <torch/extension.h>
+
+#include "ewc_penalty.h"
+#include "tensors.h"
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "CUDA kernels of fused_ewclora; called through fused_ewclora.ops";
+  using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("lora_linear", &fe::cuda::lora_linear, Unlocked());
+  m.def("lora_linear_backward", &fe::cuda::lora_linear_backward, Unlocked());
+  m.def("fisher_accumulate_", &fe::cuda::fisher_accumulate, Unlocked());
+  m.def("merge_", &fe::cuda::merge, Unlocked());
+  m.def("soft_threshold_", &fe::cuda::soft_threshold, Unlocked());
+  fe::cuda::bind_ewc_penalty(m);
+}

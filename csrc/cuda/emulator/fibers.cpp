@@ -1,0 +1,272 @@
+// Fibers, barriers and asynchronous copies of the emulator.
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "emulator.h"
+
+namespace fe::cuda {
+namespace emulator {
+namespace {
+
+constexpr size_t STACK = 128 << 10;
+constexpr char CANARY = 0x5a;
+constexpr size_t MARGIN = 256;  // bytes behind shared memory that no one may write
+constexpr size_t MOST_SHARED = 227 << 10;
+
+enum class State { ready, at_block, at_warp, done };
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
+struct Fiber {
+  ucontext_t start;
+  void* jump[5];
+  bool started;
+  State state;
+  Place place;
+  Together together;
+  void* argument;
+  std::vector<std::vector<Copy>> groups;  // committed copies, oldest first
+  std::vector<Copy> open;
+};
+
+struct Stacks {
+  char* memory = nullptr;
+  size_t count = 0;
+
+  char* of(size_t fiber) { return memory + fiber * STACK; }
+  void reserve(size_t n) {
+    if (n <= count) return;
+    if (memory) munmap(memory, count * STACK);
+    void* got = mmap(nullptr, n * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (got == MAP_FAILED) throw std::bad_alloc();
+    memory = static_cast<char*>(got), count = n;
+  }
+  ~Stacks() {
+    if (memory) munmap(memory, count * STACK);
+  }
+};
+
+struct Machine {
+  Stacks stacks;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  Fiber* running = nullptr;
+  ucontext_t scheduler_context;
+  void* scheduler[5];
+  std::vector<char> shared_storage;
+  char* shared = nullptr;
+  size_t shared_size = 0;
+  const std::function<void()>* kernel = nullptr;
+  std::string failure;
+  std::mt19937 random{0x5eed};
+};
+
+thread_local Machine machine;
+thread_local std::string last_failure;
+
+struct Failed {};
+
+// Leaves the running fiber for the scheduler; comes back when it is resumed.
+__attribute__((noinline)) void leave() {
+  Fiber* fiber = machine.running;
+  if (__builtin_setjmp(fiber->jump) == 0) __builtin_longjmp(machine.scheduler, 1);
+}
+
+void body() {
+  try {
+    (*machine.kernel)();
+    finish_copies(0);  // they land even when no one waits
+  } catch (const Failed&) {
+  }
+  machine.running->state = State::done;
+  leave();
+}
+
+__attribute__((noinline)) void resume(Fiber* fiber) {
+  machine.running = fiber;
+  if (__builtin_setjmp(machine.scheduler) == 0) {
+    if (fiber->started) __builtin_longjmp(fiber->jump, 1);
+    fiber->started = true;
+    swapcontext(&machine.scheduler_context, &fiber->start);
+  }
+}
+
+void prepare(Fiber& fiber, size_t index, const Place& place) {
+  fiber.started = false;
+  fiber.state = State::ready;
+  fiber.place = place;
+  fiber.groups.clear(), fiber.open.clear();
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = machine.stacks.of(index);
+  fiber.start.uc_stack.ss_size = STACK;
+  fiber.start.uc_link = nullptr;
+  makecontext(&fiber.start, body, 0);
+}
+
+void note(const std::string& what) {
+  if (machine.failure.empty()) machine.failure = what;
+}
+
+// Runs 32 threads until they are done or all wait at a barrier of the block.
+void run_warp(Fiber* const* lanes, int count, std::vector<int>& order) {
+  std::shuffle(order.begin(), order.begin() + count, machine.random);
+  while (machine.failure.empty()) {
+    for (int i = 0; i < count; ++i) {
+      Fiber* fiber = lanes[order[i]];
+      if (fiber->state == State::ready) resume(fiber);
+      if (!machine.failure.empty()) return;
+    }
+    const Together together = lanes[0]->together;
+    int at_warp = 0;
+    for (int i = 0; i < count; ++i) at_warp += lanes[i]->state == State::at_warp;
+    if (at_warp == 0) return;
+    if (at_warp < count) return note("some threads of a warp wait for the warp, others for the block, or have ended");
+    void* arguments[32];
+    for (int i = 0; i < count; ++i) {
+      if (lanes[i]->together != together) return note("threads of a warp wait at different instructions");
+      arguments[i] = lanes[i]->argument;
+    }
+    together(arguments);
+    for (int i = 0; i < count; ++i) lanes[i]->state = State::ready;
+  }
+}
+
+void run_block(int threads) {
+  const int warps = threads / 32;
+  std::vector<int> order(warps), lanes(32);
+  std::iota(order.begin(), order.end(), 0);
+  std::iota(lanes.begin(), lanes.end(), 0);
+  std::vector<Fiber*> fibers(threads);
+  for (int i = 0; i < threads; ++i) fibers[i] = machine.fibers[i].get();
+  while (true) {
+    std::shuffle(order.begin(), order.end(), machine.random);
+    for (int w : order) {
+      run_warp(fibers.data() + 32 * w, 32, lanes);
+      if (!machine.failure.empty()) return;
+    }
+    int done = 0;
+    for (Fiber* fiber : fibers) done += fiber->state == State::done;
+    if (done == threads) return;
+    if (done) return note("some threads of a block wait at a barrier, others have ended");
+    for (Fiber* fiber : fibers) fiber->state = State::ready;
+  }
+}
+
+void check_canary() {
+  for (size_t i = 0; i < MARGIN; ++i)
+    if (machine.shared[machine.shared_size + i] != CANARY) return note("a write past the end of shared memory");
+}
+
+}  // namespace
+
+Place& place() {
+  return machine.running->place;
+}
+char* block_memory() {
+  return machine.shared;
+}
+size_t block_memory_size() {
+  return machine.shared_size;
+}
+
+void wait_for_block() {
+  machine.running->state = State::at_block;
+  leave();
+}
+
+void wait_for_warp(Together together, void* argument) {
+  machine.running->together = together;
+  machine.running->argument = argument;
+  machine.running->state = State::at_warp;
+  leave();
+}
+
+void fail(const char* format, ...) {
+  char text[256];
+  va_list values;
+  va_start(values, format);
+  vsnprintf(text, sizeof text, format, values);
+  va_end(values);
+  const Place& p = place();
+  char where[128];
+  snprintf(where, sizeof where, " (thread %d of block %u, %u, %u)", p.thread, p.block[0], p.block[1], p.block[2]);
+  note(std::string(text) + where);
+  throw Failed();
+}
+
+void copy_later(void* to, const void* from, int bytes) {
+  machine.running->open.push_back({to, from, bytes});
+}
+void commit_copies() {
+  Fiber& fiber = *machine.running;
+  fiber.groups.push_back(std::move(fiber.open));
+  fiber.open.clear();
+}
+void finish_copies(int but) {
+  auto& groups = machine.running->groups;
+  while (int(groups.size()) > but) {
+    for (const Copy& copy : groups.front()) {
+      std::memcpy(copy.to, copy.from, copy.bytes);
+      std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, 16 - copy.bytes);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+cudaError_t run(dim3 grid, int threads, size_t shared, bool ordered, const std::function<void()>& kernel) {
+  last_failure.clear();
+  if (threads % 32 || threads < 32 || threads > 1024 || shared > MOST_SHARED || grid.y > 65535 || grid.z > 65535) {
+    last_failure = "no such launch: " + std::to_string(threads) + " threads, " + std::to_string(shared) + " bytes of shared memory, grid " +
+                   std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z);
+    return cudaErrorInvalidConfiguration;
+  }
+  Machine& m = machine;
+  m.stacks.reserve(threads);
+  while (m.fibers.size() < size_t(threads)) m.fibers.push_back(std::make_unique<Fiber>());
+  m.kernel = &kernel;
+  m.failure.clear();
+  m.shared_storage.resize(shared + MARGIN + 128);
+  m.shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(m.shared_storage.data()) + 127) / 128 * 128);
+  m.shared_size = shared;
+  std::vector<size_t> blocks(size_t(grid.x) * grid.y * grid.z);
+  std::iota(blocks.begin(), blocks.end(), 0);
+  if (!ordered) std::shuffle(blocks.begin(), blocks.end(), m.random);
+  for (size_t block : blocks) {
+    std::memset(m.shared, 0xff, shared);  // NaN in every format
+    std::memset(m.shared + shared, CANARY, MARGIN);
+    Place place{0,
+                threads,
+                {unsigned(block % grid.x), unsigned(block / grid.x % grid.y), unsigned(block / grid.x / grid.y)},
+                {grid.x, grid.y, grid.z}};
+    for (place.thread = 0; place.thread < threads; ++place.thread) prepare(*m.fibers[place.thread], place.thread, place);
+    run_block(threads);
+    if (m.failure.empty()) check_canary();
+    if (!m.failure.empty()) {
+      last_failure = m.failure;
+      return cudaErrorLaunchFailure;
+    }
+  }
+  return cudaSuccess;
+}
+
+}  // namespace emulator
+
+const char* cudaGetErrorString(cudaError_t) {
+  return emulator::last_failure.c_str();
+}
+
+}  // namespace fe::cuda
