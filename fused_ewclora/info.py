@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from .backends import native
+from .backends import cuda, native
 from .errors import EWCLoRAError
 from .ops import _dispatch, _library
 
 ENVIRONMENT = {
     "FUSED_EWCLORA_AUTOTUNE": "1: Triton kernels run in configurations measured on this GPU",
-    "FUSED_EWCLORA_BACKEND": "backend that calls use unless they name one: auto, triton, cpu or reference",
+    "FUSED_EWCLORA_BACKEND": "backend that calls use unless they name one: auto, triton, cuda, cpu or reference",
     "FUSED_EWCLORA_BUILD": "read when the package is built: auto, none, cpu or cuda",
     "FUSED_EWCLORA_CACHE": "folder of measured configurations; unset: fused_ewclora in the user's cache",
     "FUSED_EWCLORA_CPU_ISA": "instruction set of the CPU kernels: baseline, avx2 or avx512",
@@ -75,6 +75,10 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "build": "pure Python" if extension is None else "CPU extension",
         "extension": {"path": getattr(extension, "__file__", None), "reason": native.unavailable()},
+        "cuda_extension": {
+            "path": getattr(cuda.extension(), "__file__", None),
+            "reason": cuda.unavailable(),
+        },
         "cpu": {
             "extension": _instruction_set(extension),
             "pytorch": torch.backends.cpu.get_cpu_capability(),
@@ -113,6 +117,7 @@ def render(data: dict[str, Any]) -> str:
         {
             "mode": data["build"],
             "extension": extension["path"] or extension["reason"],
+            "CUDA extension": data["cuda_extension"]["path"] or data["cuda_extension"]["reason"],
             "platform": data["platform"],
             "instruction set": f"extension {data['cpu']['extension']}, PyTorch {data['cpu']['pytorch']}",
             "threads": data["cpu"]["threads"],

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+
+_Cached = TypeVar("_Cached", bound=Callable[..., Any])
+_choices: list[Any] = []
+
+
+def remembers_choices(cached: _Cached) -> _Cached:
+    """Marks a function with a cache whose content depends on which backends there are."""
+    _choices.append(cached)
+    return cached
+
+
+def forget_choices() -> None:
+    """Clears those caches: what a backend offers has changed."""
+    for cached in _choices:
+        cached.cache_clear()
 
 
 class LinearShape(NamedTuple):
@@ -28,6 +43,7 @@ class Call(NamedTuple):
     shape: LinearShape | None = None  # of the LoRA linear, when sizes are known
     rank: int | None = None  # the largest of the call's adapters
     precision: str | None = None  # torch.get_float32_matmul_precision(), where it decides
+    work: int | None = None  # elements (of the Fisher: multiplications), about, as a power of two
 
 
 def _never(call: Call) -> str | None:

@@ -11,11 +11,13 @@ import functools
 import importlib
 import os
 
+from ..backends import measured_choice
 from ..backends.candidate import Call as Call
 from ..backends.candidate import Candidate as Candidate
 from ..backends.candidate import LinearShape as LinearShape
 from ..backends.candidate import arch_of as arch_of
 from ..backends.candidate import bucket as bucket
+from ..backends.candidate import remembers_choices
 from ..errors import ArgumentError, BackendError
 
 BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
@@ -23,18 +25,24 @@ ENVIRONMENT_VARIABLE = "FUSED_EWCLORA_BACKEND"
 DEFAULT_ROWS = 8192  # of the input of a LoRA linear, when it is asked about without one
 
 
+@remembers_choices
 @functools.cache
 def candidates(op: str) -> tuple[Candidate, ...]:
     """Implementations of `op`, in order of preference. Backends load on the first call that needs them."""
     triton = importlib.import_module("fused_ewclora.backends.triton")
+    cuda = importlib.import_module("fused_ewclora.backends.cuda")
     native = importlib.import_module("fused_ewclora.backends.native")
     plain = importlib.import_module("fused_ewclora.backends.reference")
-    fastest_first = (triton, native, plain)
-    if triton.interpreting():  # serves calls that ask for it; nothing is slower
-        fastest_first = (native, plain, triton)
+    fastest_first = [triton, cuda, native, plain]
+    # On the CPU they serve calls that ask for them; nothing is slower.
+    for backend, simulated in ((cuda, cuda.emulating()), (triton, triton.interpreting())):
+        if simulated:
+            fastest_first.remove(backend)
+            fastest_first.append(backend)
     return tuple(c for backend in fastest_first for c in backend.candidates(op))
 
 
+@remembers_choices
 @functools.cache
 def available_backends() -> dict[str, str | None]:
     """Backend name -> None when it can be used, or why it cannot.
@@ -43,15 +51,17 @@ def available_backends() -> dict[str, str | None]:
     True
     """
     triton = importlib.import_module("fused_ewclora.backends.triton")
+    cuda = importlib.import_module("fused_ewclora.backends.cuda")
     native = importlib.import_module("fused_ewclora.backends.native")
     return {
         "triton": triton.unavailable(),
-        "cuda": "this version has no CUDA kernels",
+        "cuda": cuda.unavailable(),
         "cpu": native.unavailable(),
         "reference": None,
     }
 
 
+@remembers_choices
 @functools.cache
 def algorithms(backend: str) -> tuple[str, ...]:
     """Names by which algorithms of `backend` can be asked for."""
@@ -120,9 +130,16 @@ def _reason(op: str, candidate: Candidate, asked: str, call: Call) -> str | None
     # Ops without algorithms by that name run as they always do.
     if algorithm and any(algorithm in c.keys for c in candidates(op)):
         return None if algorithm in candidate.keys else f"algorithm {algorithm!r} was asked for"
+    if backend == "auto" and candidate.backend == measured_choice.SLOWER:
+        other_serves = any(
+            c.backend == measured_choice.FASTER and c.supports(call) is None for c in candidates(op)
+        )
+        if other_serves and (reason := measured_choice.outrun(op, call)) is not None:
+            return reason
     return candidate.yields(call)
 
 
+@remembers_choices
 @functools.lru_cache(maxsize=1024)
 def choose(op: str, backend: str, call: Call) -> Candidate:
     """The candidate that serves `call`; `BackendError` with every reason when a named backend cannot."""

@@ -123,11 +123,19 @@ def _linear_shape(x: Tensor, weight: Tensor, lora_as: Sequence[Tensor], dropout_
     return LinearShape(bucket(rows), d_in, d_out, sum(a.shape[0] for a in lora_as), dropout_p > 0.0)
 
 
-# What else decides on a GPU, where an op has several algorithms or kernels for some ranks only.
+def _work(tensors: Sequence[Tensor]) -> int:
+    """As if all were of the size of the first: a look at each would cost more than it tells."""
+    return bucket(len(tensors) * tensors[0].numel())
+
+
+# What else decides on a GPU: several algorithms, kernels for some ranks only, launches too small to matter.
 _SIZES: dict[str, Callable[..., dict[str, Any]]] = {
     "lora_linear": lambda *a: {"shape": _linear_shape(a[0], a[1], a[3], a[8])},
     "lora_linear_backward": lambda *a: {"shape": _linear_shape(a[0], a[2], a[5], a[10])},
-    "ewc_penalty": lambda *a: {"rank": max(lora_a.shape[0] for lora_a in a[1])},
+    "ewc_penalty": lambda *a: {"rank": max(lora_a.shape[0] for lora_a in a[1]), "work": _work(a[0])},
+    "fisher_accumulate_": lambda *a: {"work": bucket(a[1].numel() * a[2].shape[-1])},
+    "merge_": lambda *a: {"work": _work(a[0])},
+    "soft_threshold_": lambda *a: {"work": _work(a[0])},
 }
 
 
@@ -135,7 +143,7 @@ def _call(op: str, tensor: Tensor, args: Sequence[Any]) -> Call:
     device = tensor.device.type
     if device == "cpu" and not args[-1].startswith("triton"):
         return Call(device, tensor.dtype)
-    sizes = _SIZES[op](*args) if op in _SIZES else {}
+    sizes = _SIZES[op](*args)
     if tensor.dtype == torch.float32 or op == "ewc_penalty":
         sizes["precision"] = torch.get_float32_matmul_precision()
     return Call(device, tensor.dtype, arch_of(tensor.device), **sizes)
