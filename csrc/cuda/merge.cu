@@ -1,14 +1,13 @@
-#include "merge.h"
-
 #include "device.cuh"
+#include "merge.h"
 
 namespace fe::cuda {
 
-constexpr int MERGE_THREADS = 128, MERGE_WARPS = MERGE_THREADS / 32;
-constexpr int MERGE_ROWS = 8;                               // of a warp's part of a tile: each number of A is used for so many rows
+constexpr int MERGE_THREADS = 256, MERGE_WARPS = MERGE_THREADS / 32;
+constexpr int MERGE_ROWS = 4;  // of a warp's part of a tile: each number of A is used for so many rows
 constexpr int MERGE_TILE_ROWS = MERGE_WARPS * MERGE_ROWS;
-constexpr int MERGE_RANKS = 16;                             // held in shared memory at a time
-constexpr int RANK_STEP = 4;                                // numbers of B per access
+constexpr int MERGE_RANKS = 16;  // held in shared memory at a time
+constexpr int RANK_STEP = 4;     // numbers of B per access
 
 constexpr int tile_columns(Dtype dtype) {  // 16 bytes a lane
   return 32 * (16 / int(element_size(dtype)));
@@ -55,8 +54,8 @@ FE_DEVICE void merge_tile(const MergeEntry& e, int64_t tile) {
   // W is on its way while the factors are staged and multiplied.
   Words old[MERGE_ROWS];
   if (WIDE && left >= COUNT) {
-    FE_UNROLL for (int m = 0; m < MERGE_ROWS; ++m)
-      if (first_row + m < e.rows) old[m] = load_words(w + (first_row + m) * e.w.row + lane() * COUNT);
+    FE_UNROLL for (int m = 0; m < MERGE_ROWS; ++m) if (first_row + m < e.rows) old[m] =
+        load_words_once(w + (first_row + m) * e.w.row + lane() * COUNT);
   }
 
   float sum[MERGE_ROWS][COUNT] = {};
@@ -67,8 +66,8 @@ FE_DEVICE void merge_tile(const MergeEntry& e, int64_t tile) {
     const int steps = int(e.rank - first < MERGE_RANKS ? ceil_div(e.rank - first, RANK_STEP) : MERGE_RANKS / RANK_STEP);
     for (int step = 0; step < steps; ++step) {
       Words factors[MERGE_ROWS];
-      FE_UNROLL for (int m = 0; m < MERGE_ROWS; ++m)
-        factors[m] = *reinterpret_cast<const Words*>(b + (warp() * MERGE_ROWS + m) * MERGE_RANKS + step * RANK_STEP);
+      FE_UNROLL for (int m = 0; m < MERGE_ROWS; ++m) factors[m] =
+          *reinterpret_cast<const Words*>(b + (warp() * MERGE_ROWS + m) * MERGE_RANKS + step * RANK_STEP);
       FE_UNROLL for (int k = 0; k < RANK_STEP; ++k) {
         const float* from = a + (step * RANK_STEP + k) * COLUMNS;
         FE_UNROLL for (int j = 0; j < COUNT; j += 4) {
@@ -78,8 +77,8 @@ FE_DEVICE void merge_tile(const MergeEntry& e, int64_t tile) {
           } else {
             FE_UNROLL for (int i = 0; i < 4; ++i) part[i] = from[lane() + 32 * (j + i)];
           }
-          FE_UNROLL for (int m = 0; m < MERGE_ROWS; ++m)
-            FE_UNROLL for (int i = 0; i < 4; ++i) sum[m][j + i] += float_of(factors[m].w[k]) * part[i];
+          FE_UNROLL for (int m = 0; m < MERGE_ROWS; ++m) FE_UNROLL for (int i = 0; i < 4; ++i) sum[m][j + i] +=
+              float_of(factors[m].w[k]) * part[i];
         }
       }
     }
@@ -113,7 +112,7 @@ FE_DEVICE void merge_tile_of(const MergeEntry& e, int64_t tile) {
 }
 
 // Block t owns one tile of one W; tiles are numbered through all entries.
-FE_KERNEL(MERGE_THREADS, 3) merge_kernel(FE_PARAMETER MergeParams p) {
+FE_KERNEL(MERGE_THREADS, 2) merge_kernel(FE_PARAMETER MergeParams p) {
   int i = 0;
   while (i + 1 < p.count && p.entries[i + 1].first_tile <= block_x()) ++i;
   const MergeEntry& e = p.entries[i];

@@ -1,6 +1,10 @@
 // Merging adapters into weights, and soft thresholding, many tensors per launch.
 #pragma once
+#ifdef FE_EMULATED
+#include "emulator/runtime.h"
+#else
 #include <cuda_runtime_api.h>
+#endif
 
 #include "numbers.h"
 
