@@ -1,12 +1,7 @@
 // Merging adapters into weights, and soft thresholding, many tensors per launch.
 #pragma once
-#ifdef FE_EMULATED
-#include "emulator/runtime.h"
-#else
-#include <cuda_runtime_api.h>
-#endif
-
 #include "numbers.h"
+#include "runtime.h"
 
 namespace fe::cuda {
 

@@ -1,0 +1,2 @@
+// The kernels of merge.cu, compiled for the emulator.
+#include "../merge.cu"
