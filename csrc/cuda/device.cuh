@@ -223,7 +223,7 @@ cudaError_t launch(void (*kernel)(P...), const Launch& how, const A&... argument
     const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared));
     if (status != cudaSuccess) return status;
   }
-  kernel<<<how.grid, how.threads, how.shared, how.stream> > >(arguments...);
+  kernel<<<how.grid, how.threads, how.shared, how.stream>>>(arguments...);
   return cudaGetLastError();
 }
 

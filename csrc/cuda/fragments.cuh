@@ -19,7 +19,7 @@ struct Fragment {
   static constexpr bool HALF = P == Precision::bf16 || P == Precision::f16;
   static constexpr int WORDS = HALF ? SLOTS / 2 : SLOTS;
   uint32_t word[WORDS];
-  uint32_t rest[P == Precision::tf32x3 ? WORDS : 1];
+  uint32_t rest[P == Precision::tf32x3 ? WORDS : 1] = {};
 
   FE_DEVICE static Fragment of(const float* v) {
     Fragment f;

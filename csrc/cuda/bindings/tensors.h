@@ -8,13 +8,8 @@
 #include <string>
 #include <vector>
 
-#ifdef FE_EMULATED
-#include "../emulator/runtime.h"
-#else
-#include <cuda_runtime_api.h>
-#endif
-
 #include "../numbers.h"
+#include "../runtime.h"
 
 namespace fe::cuda {
 

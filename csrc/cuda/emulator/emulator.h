@@ -5,6 +5,7 @@
 // checked; threads of a warp or block that wait at different places are an error. Blocks run in a random order unless the launch is ordered.
 // The matrix units cut tf32 operands off to 11 significant bits, as hardware does. Not seen: races between blocks, and the cost of anything.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -18,6 +19,10 @@
 #define FE_UNROLL
 
 namespace fe::cuda {
+
+using std::max;
+using std::min;
+
 namespace emulator {
 
 struct Place {

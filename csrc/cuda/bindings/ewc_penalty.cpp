@@ -1,0 +1,124 @@
+// The op ewc_penalty: finds the table of an earlier call with the same tensors, or makes one.
+//
+// A step calls it with hundreds of tensors that are where they were before. They are compared in place, in Python's own lists: converting
+// those to C++ vectors would cost more than the launch.
+#include "ewc_penalty.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <list>
+
+#include "penalty_table.h"
+
+namespace fe::cuda {
+namespace {
+
+namespace py = pybind11;
+
+constexpr size_t KEPT = 16;  // tables; a training loop needs one
+
+// What a table depends on of one tensor of up to two dimensions.
+struct Seen {
+  const void* data = nullptr;
+  int64_t sizes[2] = {}, strides[2] = {};
+  at::ScalarType dtype = at::kFloat;
+  int8_t dim = -1;  // no tensor
+
+  Seen() = default;
+  explicit Seen(const at::Tensor& t) : data(t.const_data_ptr()), dtype(t.scalar_type()), dim(int8_t(t.dim())) {
+    for (int i = 0; i < dim; ++i) sizes[i] = t.size(i), strides[i] = t.stride(i);
+  }
+  bool operator==(const Seen& o) const {
+    return data == o.data && dim == o.dim && dtype == o.dtype && sizes[0] == o.sizes[0] && sizes[1] == o.sizes[1] &&
+           strides[0] == o.strides[0] && strides[1] == o.strides[1];
+  }
+};
+
+struct Call {
+  py::list lists[4];  // fishers, lora_as, lora_bs, scales
+  py::list factors;
+  std::array<bool, 3> needs;
+
+  template <class F>
+  bool each(const F& f) const {
+    for (const py::list& list : lists)
+      for (const py::handle item : list)
+        if (!f(item.is_none() ? nullptr : &THPVariable_Unpack(item.ptr()))) return false;
+    return true;
+  }
+};
+
+struct Entry {
+  std::vector<Seen> seen;
+  std::vector<double> factors;
+  std::array<bool, 3> needs;
+  at::Float32MatmulPrecision precision;
+  PenaltyTable table;
+
+  static PenaltyArguments arguments(const Call& call) {
+    PenaltyArguments a;
+    Tensors* to[] = {&a.fishers, &a.lora_as, &a.lora_bs, &a.scales};
+    for (int i = 0; i < 4; ++i)
+      for (const py::handle item : call.lists[i]) to[i]->push_back(item.is_none() ? at::Tensor() : THPVariable_Unpack(item.ptr()));
+    for (const py::handle factor : call.factors) a.factors.push_back(factor.cast<double>());
+    a.need_a = call.needs[0], a.need_b = call.needs[1], a.need_s = call.needs[2];
+    return a;
+  }
+  explicit Entry(const Call& call) : needs(call.needs), precision(at::globalContext().float32MatmulPrecision()), table(arguments(call)) {
+    call.each([&](const at::Tensor* t) { return seen.push_back(t ? Seen(*t) : Seen()), true; });
+    for (const py::handle factor : call.factors) factors.push_back(factor.cast<double>());
+  }
+
+  bool serves(const Call& call) const {
+    if (needs != call.needs || factors.size() != call.factors.size() || precision != at::globalContext().float32MatmulPrecision())
+      return false;
+    if (seen.size() != 4 * call.lists[0].size()) return false;
+    size_t i = 0;
+    if (!call.each([&](const at::Tensor* t) { return seen[i++] == (t ? Seen(*t) : Seen()); })) return false;
+    i = 0;
+    for (const py::handle factor : call.factors)
+      if (factors[i++] != PyFloat_AsDouble(factor.ptr())) return false;
+    return true;
+  }
+};
+
+// The most recently used first. Calls hold the interpreter's lock.
+std::list<Entry>& entries() {
+  static auto* kept = new std::list<Entry>;  // never destroyed: CUDA is gone by the time static objects are
+  return *kept;
+}
+
+std::tuple<at::Tensor, at::Tensor> ewc_penalty(py::list fishers, py::list lora_as, py::list lora_bs, py::list scales, py::list factors,
+                                               double ewc_lambda, std::array<bool, 3> needs) {
+  const Call call{{std::move(fishers), std::move(lora_as), std::move(lora_bs), std::move(scales)}, std::move(factors), needs};
+  TORCH_CHECK_VALUE(call.lists[0].size() > 0, "ewc_penalty: expected at least one adapter");
+  auto& kept = entries();
+  for (auto entry = kept.begin(); entry != kept.end(); ++entry) {
+    if (!entry->serves(call)) continue;
+    kept.splice(kept.begin(), kept, entry);
+    return entry->table.run(ewc_lambda);
+  }
+  kept.emplace_front(call);
+  while (kept.size() > KEPT) kept.pop_back();
+  return kept.front().table.run(ewc_lambda);
+}
+
+}  // namespace
+
+void bind_ewc_penalty(py::module& m) {
+  py::class_<PenaltyTable>(m, "PenaltyTable",
+                           "The table of one call of ewc_penalty in device memory; valid while its tensors stay where they are.")
+      .def(py::init([](const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs, const OptionalTensors& scales,
+                       const std::vector<double>& factors, std::array<bool, 3> needs) {
+             PenaltyArguments a{fishers, lora_as, lora_bs, {}, factors, needs[0], needs[1], needs[2]};
+             for (const auto& scale : scales) a.scales.push_back(scale.value_or(at::Tensor()));
+             return PenaltyTable(a);
+           }),
+           py::arg("fishers"), py::arg("lora_as"), py::arg("lora_bs"), py::arg("scales"), py::arg("factors"), py::arg("needs"))
+      .def("run", &PenaltyTable::run, py::arg("ewc_lambda"), "Penalty (0-d) and flat gradients, fp32.")
+      .def_property_readonly("items", &PenaltyTable::items, "Thread blocks of a launch.");
+  m.def("ewc_penalty", &ewc_penalty);
+  m.def("forget_penalty_tables", [] { entries().clear(); }, "Frees the tables that are kept for calls with the same tensors.");
+}
+
+}  // namespace fe::cuda

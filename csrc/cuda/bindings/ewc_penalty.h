@@ -1,0 +1,9 @@
+// The prepared penalty as Python sees it.
+#pragma once
+#include <torch/extension.h>
+
+namespace fe::cuda {
+
+void bind_ewc_penalty(pybind11::module& m);
+
+}  // namespace fe::cuda

@@ -1,0 +1,172 @@
+// Cuts the penalty of all adapters into items of work, and keeps the table of both in device memory.
+#include "penalty_table.h"
+
+#include <cstring>
+
+namespace fe::cuda {
+namespace {
+
+// Blocks per multiprocessor over the whole launch: two or three run at a time, and the last wave should be short.
+constexpr int64_t ITEMS_PER_MULTIPROCESSOR = 8;
+
+int padded(int64_t rank) {
+  return rank <= 16 ? 16 : rank <= 32 ? 32 : 64;
+}
+
+FisherLoads loads_of(const at::Tensor& fisher, int64_t rank) {
+  if (rank > PENALTY_CHUNK || !wide(fisher)) return FisherLoads::elements;
+  switch (dtype_of(fisher)) {
+    case Dtype::f32:
+      return FisherLoads::f32;
+    case Dtype::bf16:
+      return FisherLoads::bf16;
+    default:
+      return FisherLoads::elements;
+  }
+}
+
+at::Tensor bytes_on_device(const void* data, size_t size, const at::TensorOptions& options) {
+  at::Tensor host = at::empty({int64_t(size)}, at::kByte);
+  std::memcpy(host.data_ptr(), data, size);
+  return host.to(options.device());
+}
+
+bool capturing(cudaStream_t stream) {
+#ifdef FE_EMULATED
+  return false;
+#else
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "ewc_penalty", "the current stream");
+  return status != cudaStreamCaptureStatusNone;
+#endif
+}
+
+}  // namespace
+
+PenaltyTable::PenaltyTable(const PenaltyArguments& a)
+    : options_(a.lora_as[0].options().dtype(at::kFloat).requires_grad(false)),
+      precision_(float_precision(Precision::bf16)),
+      shape_(std::to_string(a.fishers.size()) + " Fisher matrices, the first " + described(a.fishers[0])),
+      need_a_(a.need_a),
+      need_b_(a.need_b),
+      need_s_(a.need_s),
+      multiprocessors_(cuda::multiprocessors(a.lora_as[0])) {
+  TORCH_CHECK(
+      !capturing(current_stream(a.lora_as[0])),
+      "ewc_penalty: expected a call with the same tensors before the capture of a CUDA graph; its table of pointers cannot be copied "
+      "to the device during one");
+  for (size_t i = 0; i < a.fishers.size(); ++i) add(a, i);
+  for (Group& group : groups_) lay_out(group);
+}
+
+void PenaltyTable::add(const PenaltyArguments& a, size_t i) {
+  const at::Tensor &fisher = a.fishers[i], &lora_a = a.lora_as[i], &lora_b = a.lora_bs[i];
+  const bool scaled = a.scales[i].defined();
+  const Scale scale = scale_of(scaled ? std::optional(a.scales[i]) : std::nullopt, a.factors[i]);
+  const int64_t d_out = fisher.size(0), d_in = fisher.size(1), rank = lora_a.size(0);
+  TORCH_CHECK_VALUE(d_out <= INT32_MAX / 2 && d_in <= INT32_MAX / 2, "ewc_penalty: fishers[", i, "] of ", described(fisher),
+                    " is too large");
+  PenaltyAdapter p{};
+  p.fisher = fisher.data_ptr(), p.lora_a = lora_a.data_ptr(), p.lora_b = lora_b.data_ptr(), p.scale = scale.data;
+  p.fisher_row = fisher.stride(0), p.fisher_column = fisher.stride(1);
+  p.a_row = lora_a.stride(0), p.a_column = lora_a.stride(1), p.b_row = lora_b.stride(0), p.b_column = lora_b.stride(1);
+  p.scale_stride = scale.stride, p.scale_dtype = scale.dtype, p.factor = scale.factor, p.scalar = scaled && a.scales[i].dim() == 0;
+  p.fisher_dtype = dtype_of(fisher), p.a_dtype = dtype_of(lora_a), p.b_dtype = dtype_of(lora_b);
+  p.d_out = int32_t(d_out), p.d_in = int32_t(d_in), p.rank = int32_t(rank);
+  p.grad_a = length_, length_ += need_a_ ? rank * d_in : 0;
+  p.grad_b = length_, length_ += need_b_ ? d_out * rank : 0;
+  p.grad_s = need_s_ && scaled ? length_ : -1;
+  length_ += p.grad_s >= 0 ? a.scales[i].numel() : 0;
+  if (d_out == 0 || d_in == 0) {  // no item would write its gradients
+    holes_ = true;
+    return;
+  }
+  const FisherLoads loads = loads_of(fisher, rank);
+  const int rp = loads == FisherLoads::elements ? PENALTY_CHUNK : padded(rank);
+  for (Group& group : groups_) {
+    if (group.loads != loads) continue;
+    group.rp = std::max(group.rp, rp);
+    group.adapters.push_back(p);
+    return;
+  }
+  groups_.push_back({loads, rp, {p}, {}, {}});
+}
+
+void PenaltyTable::lay_out(Group& group) {
+  const int64_t width = penalty_width(group.rp);
+  int64_t elements = 0;
+  for (const PenaltyAdapter& p : group.adapters) elements += int64_t(p.d_out) * p.d_in;
+  const int64_t most = std::max<int64_t>(ceil_div(elements, width * ITEMS_PER_MULTIPROCESSOR * multiprocessors_), PENALTY_ROWS);
+  for (size_t i = 0; i < group.adapters.size(); ++i) {
+    PenaltyAdapter& p = group.adapters[i];
+    const int64_t wanted = ceil_div(p.d_out, most);
+    p.height = int32_t(ceil_div(ceil_div(p.d_out, wanted), PENALTY_ROWS) * PENALTY_ROWS);
+    p.regions = int32_t(ceil_div(p.d_out, p.height)), p.blocks = int32_t(ceil_div(p.d_in, width)),
+    p.chunks = int32_t(ceil_div(p.rank, group.rp));
+    for (int chunk = 0; chunk < p.chunks; ++chunk)
+      for (int region = 0; region < p.regions; ++region)
+        for (int block = 0; block < p.blocks; ++block) group.items.push_back({int32_t(i), region, block, chunk});
+  }
+  group.work = int64_t(group.items.size()), group.counters = 1;
+  const auto take = [](int64_t& total, int64_t size) { return total += size, total - size; };
+  for (PenaltyAdapter& p : group.adapters) {
+    p.part_a = take(group.work, need_a_ ? int64_t(p.regions) * p.rank * p.d_in : 0);
+    p.part_b = take(group.work, need_b_ ? int64_t(p.blocks) * p.d_out * p.rank : 0);
+    p.part_s = take(group.work, p.grad_s >= 0 ? int64_t(p.chunks) * p.regions * p.blocks * group.rp : 0);
+    p.count_a = int32_t(take(group.counters, p.blocks * p.chunks));
+    p.count_b = int32_t(take(group.counters, p.regions * p.chunks));
+    p.count_s = int32_t(take(group.counters, 1));
+  }
+  const size_t first = group.adapters.size() * sizeof(PenaltyAdapter), second = group.items.size() * sizeof(PenaltyItem);
+  std::vector<char> bytes(first + second);
+  std::memcpy(bytes.data(), group.adapters.data(), first);
+  std::memcpy(bytes.data() + first, group.items.data(), second);
+  group.table = bytes_on_device(bytes.data(), bytes.size(), options_);
+}
+
+int64_t PenaltyTable::items() const {
+  int64_t count = 0;
+  for (const Group& group : groups_) count += int64_t(group.items.size());
+  return count;
+}
+
+// Counters at zero. Launches leave them so; two that could run at the same time never share them.
+uint32_t* PenaltyTable::counters(size_t group, cudaStream_t stream, at::Tensor& fresh) {
+  const auto zeros = [&] { return at::zeros({groups_[group].counters}, options_.dtype(at::kInt)); };
+  if (capturing(stream)) {  // a graph's own, set to zero by every replay
+    fresh = zeros();
+    return static_cast<uint32_t*>(fresh.data_ptr());
+  }
+  at::Tensor& kept = counters_[{group, stream}];
+  if (!kept.defined()) kept = zeros();
+  return static_cast<uint32_t*>(kept.data_ptr());
+}
+
+std::tuple<at::Tensor, at::Tensor> PenaltyTable::run(double ewc_lambda) {
+  const c10::DeviceGuard guard(options_.device());
+  // Adapters without elements have no item that would write their gradients, or a loss.
+  const auto allocate = [&](at::IntArrayRef size) { return holes_ ? at::zeros(size, options_) : at::empty(size, options_); };
+  at::Tensor grads = allocate({length_});
+  if (groups_.empty()) return {at::zeros({}, options_), grads};
+  at::Tensor losses = groups_.size() == 1 ? at::empty({}, options_) : at::empty({int64_t(groups_.size())}, options_);
+  const cudaStream_t stream = current_stream(grads);
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    const Group& group = groups_[i];
+    at::Tensor work = at::empty({group.work}, options_), fresh;
+    const char* table = static_cast<const char*>(group.table.data_ptr());
+    Penalty p{};
+    p.adapters = reinterpret_cast<const PenaltyAdapter*>(table);
+    p.items = reinterpret_cast<const PenaltyItem*>(table + group.adapters.size() * sizeof(PenaltyAdapter));
+    p.work = work.data_ptr<float>();
+    p.counters = counters(i, stream, fresh);
+    p.loss = losses.data_ptr<float>() + i;
+    p.grads = grads.data_ptr<float>();
+    p.n_items = int32_t(group.items.size());
+    p.lambda = float(ewc_lambda);
+    p.need_a = need_a_, p.need_b = need_b_, p.need_s = need_s_;
+    check(launch_ewc_penalty(p, group.rp, precision_, group.loads, stream), "ewc_penalty", shape_);
+  }
+  return {groups_.size() == 1 ? losses : losses.sum(), grads};
+}
+
+}  // namespace fe::cuda

@@ -1,0 +1,2 @@
+// Compiled for the CPU.
+#include "../ewc_penalty.cu"
