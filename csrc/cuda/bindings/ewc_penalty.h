@@ -1,6 +1,6 @@
 // The prepared penalty as Python sees it.
 #pragma once
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 
 namespace fe::cuda {
 

@@ -1,5 +1,5 @@
 // The extension module fused_ewclora._C_cuda: one function per op, under the op's name.
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "ewc_penalty.h"
 #include "tensors.h"
