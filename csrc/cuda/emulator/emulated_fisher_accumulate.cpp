@@ -1,0 +1,1 @@
+#include "../fisher_accumulate.cu"

@@ -1,0 +1,61 @@
+// Fisher accumulation: squared products dy_n^T x_n of samples, added to F.
+#pragma once
+#include "numbers.h"
+#include "runtime.h"
+
+namespace fe::cuda {
+
+// [samples, tokens, columns] in device memory, strides in elements. Packed samples have a stride of 0 and rows of all samples as tokens.
+struct FisherTokens {
+  const void* data;
+  int64_t sample, token, column;
+};
+
+struct FisherProducts {
+  Matrix fisher;  // any strides; several splits need fp32
+  FisherTokens x, dy;
+  const void* cu_seqlens;  // samples + 1 offsets of rows, contiguous; or null
+  uint32_t* locks;         // one per tile of F, 0 before, for more than one split; afterwards the number of splits
+  int64_t samples, tokens;
+  int32_t d_out, d_in, splits;
+  float weight;
+  Dtype dtype;          // of x and dy
+  Precision precision;  // of fp32 operands: tf32x3 or tf32
+  bool long_offsets;    // cu_seqlens is int64
+  bool wide;            // x and dy may be read 16 bytes at a time: contiguous columns, rows that begin and end at multiples of 16 bytes
+};
+
+constexpr int FISHER_TILE = 128;  // rows and columns of F that a block owns
+
+// Shared memory of a block. Tokens of 16-bit numbers that are squared lie further apart: their bank conflicts are other ones.
+struct FisherStage {
+  int tokens, pitch;  // of a tile of x or dy; the pitch in numbers
+};
+constexpr FisherStage fisher_stage(int element_size, bool squared) {
+  return {element_size == 2 && !squared ? 32 : 16, element_size == 2 && squared ? 144 : 136};
+}
+constexpr int FISHER_STAGES = 4, FISHER_SUM_PITCH = 136;
+constexpr size_t fisher_shared_bytes(int element_size, bool squared) {
+  const FisherStage stage = fisher_stage(element_size, squared);
+  const size_t stages = size_t(FISHER_STAGES) * 2 * stage.tokens * stage.pitch * element_size,
+               sums = sizeof(float) * FISHER_TILE * FISHER_SUM_PITCH;
+  return (stages > sums ? stages : sums) + 4 * FISHER_STAGES;
+}
+
+// F += weight sum_n (dy_n^T x_n)^2. Samples are summed in order, split after split.
+cudaError_t launch_fisher_samples(const FisherProducts& p, cudaStream_t stream);
+
+// F += weight sum_n (dy_n^2)^T (x_n^2): samples of one token each, `tokens` of them; `samples` is 1.
+cudaError_t launch_fisher_single_tokens(const FisherProducts& p, cudaStream_t stream);
+
+struct FisherSquare {
+  Matrix fisher;          // any strides
+  const float* gradient;  // [d_out, d_in], contiguous
+  int64_t d_out, d_in;
+  float weight;
+};
+
+// F += weight G^2.
+cudaError_t launch_fisher_square(const FisherSquare& p, cudaStream_t stream);
+
+}  // namespace fe::cuda
