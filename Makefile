@@ -10,7 +10,7 @@ TEST_ARGS ?= -n 2 --dist loadfile
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 REQUIREMENTS := .venv/.requirements
 INSTALL := .venv/.install
 EXTENSION := build/.extension

@@ -1,16 +1,20 @@
 """Builds the package; metadata is in pyproject.toml.
 
 FUSED_EWCLORA_BUILD chooses what is compiled:
-    auto   the CPU extension if a compiler, Python's headers and PyTorch are there, else as none (default)
+    auto   the CPU extension if a compiler, Python's headers and PyTorch are there, else as none; with nvcc
+           and a CUDA build of PyTorch the CUDA extension as well (default)
     none   a pure-Python install that runs on the reference backend
     cpu    the CPU extension, or an error that names what is missing
-    cuda   refused: this version has no CUDA sources
-MAX_JOBS limits the number of parallel compiler processes.
+    cuda   both extensions, or an error that names what is missing
+MAX_JOBS limits the number of parallel compiler processes, TORCH_CUDA_ARCH_LIST names other GPU architectures,
+CUDA_HOME the folder of the CUDA toolkit.
 """
 
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -19,6 +23,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "none", "cpu", "cuda")
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0")  # later GPUs compile the PTX of the last one
 
 
 def sources(pattern):
@@ -40,36 +45,112 @@ def missing_for_cpu():
     return None
 
 
+def toolkit():
+    """The folder of the CUDA toolkit, or None. What is called nvcc may be a script that calls another one."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named:
+        return Path(named)
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        usual = Path("/usr/local/cuda")
+        return usual if (usual / "bin" / "nvcc").exists() else None
+    said = subprocess.run([nvcc, "--dryrun", os.devnull], capture_output=True, text=True).stderr
+    here = re.search(r"^#\$ _HERE_=(.+)$", said, re.MULTILINE)
+    binaries = Path(here.group(1)) if here else Path(nvcc).resolve().parent
+    return binaries.resolve().parent
+
+
+def nvcc_says(home, option):
+    return subprocess.run([home / "bin" / "nvcc", option], capture_output=True, text=True).stdout
+
+
+def missing_for_cuda(home):
+    """What keeps the CUDA extension from being built, as a sentence, or None."""
+    if home is None:
+        return "no CUDA toolkit: nvcc was not found (CUDA_HOME names the toolkit's folder)"
+    if not (home / "bin" / "nvcc").exists():
+        return f"no CUDA toolkit: {home / 'bin' / 'nvcc'} was not found"
+    import torch
+
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is not a CUDA build: install one that is"
+    release = re.search(r"release (\d+)\.", nvcc_says(home, "--version"))
+    if release is None or release.group(1) != torch.version.cuda.split(".")[0]:
+        found = f"CUDA {release.group(1)}" if release else "no version"
+        return f"nvcc of {home} is of {found}, PyTorch {torch.__version__} of CUDA {torch.version.cuda}"
+    return None
+
+
+def architectures(home):
+    """The value of TORCH_CUDA_ARCH_LIST: those of ARCHITECTURES that this nvcc knows, and PTX."""
+    known = nvcc_says(home, "--list-gpu-arch").split()
+    found = [arch for arch in ARCHITECTURES if f"compute_{arch.replace('.', '')}" in known]
+    return ";".join(found) + "+PTX"
+
+
 def cpu_extension():
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import CppExtension
 
     # at::parallel_for is header code: it runs in parallel only in sources compiled with OpenMP.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
-    extension = CppExtension(
+    return CppExtension(
         "fused_ewclora._C",
         sources("cpu/*.cpp"),
         include_dirs=[str(ROOT / "csrc")],
-        depends=[*sources("**/*.h"), *sources("**/*.inl")],
+        depends=[*sources("cpu/*.h"), *sources("cpu/*.inl")],
         # No -march: files choose instruction sets by pragmas. No -std: PyTorch adds the one it needs.
         extra_compile_args=["-O3", "-g0", "-Wall", "-fvisibility=hidden", *openmp],
         extra_link_args=openmp,
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+
+
+def cuda_extension(home):
+    from torch.utils.cpp_extension import CUDAExtension
+
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(home))
+    kernels = sources("cuda/*.cu")
+    # Cores that files leave idle compile architectures of one file side by side.
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    threads = max(1, min(len(ARCHITECTURES), jobs // max(len(kernels), 1)))
+    return CUDAExtension(
+        "fused_ewclora._C_cuda",
+        [*kernels, *sources("cuda/bindings/*.cpp")],
+        include_dirs=[str(ROOT / "csrc" / "cuda")],
+        depends=[*sources("cuda/**/*.h"), *sources("cuda/*.cuh")],
+        extra_compile_args={
+            "cxx": ["-O2", "-g0", "-Wall", "-fvisibility=hidden"],
+            "nvcc": ["-O3", "-lineinfo", f"--threads={threads}", "-Xcompiler=-fvisibility=hidden"],
+        },
+    )
+
+
+def refused(mode, which, reason):
+    """Says why an extension is not built: where it was asked for, that is an error."""
+    if mode != "auto":
+        sys.exit(f"FUSED_EWCLORA_BUILD={mode}: the {which} extension cannot be built, {reason}")
+    print(f"fused_ewclora: the {which} extension is not built, {reason}.")
 
 
 def build_options(mode):
     if mode not in MODES:
         sys.exit(f"FUSED_EWCLORA_BUILD: expected one of {', '.join(MODES)}, got '{mode}'")
-    if mode == "cuda":
-        sys.exit("FUSED_EWCLORA_BUILD=cuda: this version has no CUDA sources; use auto, cpu or none")
-    missing = None if mode == "none" else missing_for_cpu()
-    if mode == "none" or (mode == "auto" and missing):
-        if missing:
-            print(f"fused_ewclora: the CPU extension is not built, {missing}. The reference backend remains.")
+    if mode == "none":
         return {}
-    if missing:
-        sys.exit(f"FUSED_EWCLORA_BUILD=cpu: the CPU extension cannot be built, {missing}")
-    return cpu_extension()
+    home = toolkit() if mode in ("auto", "cuda") else None
+    if home is not None:
+        os.environ["CUDA_HOME"] = str(home)  # PyTorch looks for it when it is imported
+    if missing := missing_for_cpu():
+        refused(mode, "CPU", f"{missing}. The reference backend remains" if mode == "auto" else missing)
+        return {}
+    extensions = [cpu_extension()]
+    if mode in ("auto", "cuda"):
+        if missing := missing_for_cuda(home):
+            refused(mode, "CUDA", missing)
+        else:
+            extensions.append(cuda_extension(home))
+    from torch.utils.cpp_extension import BuildExtension
+
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildExtension}}
 
 
 setup(
@@ -78,6 +159,7 @@ setup(
     package_dir={"fused_ewclora": "fused_ewclora", "fused_ewclora.kernels": "kernels"},
     package_data={
         "fused_ewclora": ["py.typed"],
+        "fused_ewclora.backends": ["*.json"],
         "fused_ewclora.backends.triton": ["configs/*.json"],
         "fused_ewclora.kernels": ["py.typed"],
     },

@@ -40,7 +40,9 @@ LEVELS = [
 ]
 LEAVES = ("fused_ewclora.errors", "fused_ewclora.config", "fused_ewclora.metrics", "fused_ewclora.reference")
 PUBLIC = ("fused_ewclora", "fused_ewclora.functional", "fused_ewclora.metrics", "fused_ewclora.errors")
-IMPLEMENTATIONS = tuple(f"fused_ewclora.{name}" for name in ("backends", "reference", "kernels", "_C", "_C_cuda"))
+IMPLEMENTATIONS = tuple(
+    f"fused_ewclora.{name}" for name in ("backends", "reference", "kernels", "_C", "_C_cuda")
+)
 # These say what is there, and so look at implementations.
 REPORTERS = ("fused_ewclora.info", "fused_ewclora.compile_report", "fused_ewclora.tuning")
 

@@ -18,7 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 FOLDERS = ("fused_ewclora", "kernels", "csrc", "tests")
-SETTINGS = ("PYTHONPATH", "FUSED_EWCLORA_BUILD", "FUSED_EWCLORA_BACKEND")
+SETTINGS = ("PYTHONPATH", "FUSED_EWCLORA_BUILD", "FUSED_EWCLORA_BACKEND", "CUDA_HOME", "CUDA_PATH")
+SETTINGS += ("TORCH_CUDA_ARCH_LIST", "MAX_JOBS")
 IMPORT_LIMIT_SECONDS = 0.15
 # The smallest extension that compiles: it stands for csrc/cpu, which takes a minute.
 TINY_EXTENSION = """#include <Python.h>
@@ -105,7 +106,8 @@ def test_pure_wheel_holds_the_package_the_kernels_and_nothing_else(pure_wheel: P
     found = names(pure_wheel)
     assert pure_wheel.name.endswith("-py3-none-any.whl")
     assert {"fused_ewclora/py.typed", "fused_ewclora/kernels/py.typed"} <= set(found)
-    assert not [name for name in found if name.endswith((".so", ".cpp", ".h", ".inl"))]
+    assert "fused_ewclora/backends/measured_choice.json" in found
+    assert not [name for name in found if name.endswith((".so", ".cpp", ".h", ".inl", ".cu", ".cuh"))]
     assert {name.split("/")[0].partition("-")[0] for name in found} == {"fused_ewclora"}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fused_ewclora").rglob("*.py")}
     assert modules <= set(found)
@@ -179,7 +181,7 @@ def test_auto_without_a_compiler_says_so_and_builds_pure_python(tmp_path: Path):
     ("mode", "said"),
     [
         ("cpu", "=cpu: the CPU extension cannot be built, no C++ compiler: '/nonexistent'"),
-        ("cuda", "=cuda: this version has no CUDA sources"),
+        ("cuda", "=cuda: the CPU extension cannot be built, no C++ compiler: '/nonexistent'"),
         ("abacus", ": expected one of auto, none, cpu, cuda, got 'abacus'"),
     ],
 )
