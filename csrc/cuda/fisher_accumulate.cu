@@ -33,8 +33,8 @@ FE_DEVICE void add(const FisherProducts& p, const float* sums, const Place& plac
   const int i = thread() / TILE, j = thread() % TILE;
   const int rows = j < (by_rows ? across : down) ? by_rows ? down : across : 0;
   const int64_t first = place.row * f.row + place.column * f.column + i * row + j * column;
-  const float* own = sums + (by_rows ? i * FISHER_SUM_PITCH + j : j * FISHER_SUM_PITCH + i);
-  const int pitch = by_rows ? FISHER_SUM_PITCH : 1;
+  const float* own = sums + (by_rows ? i * FISHER_PITCH + j : j * FISHER_PITCH + i);
+  const int pitch = by_rows ? FISHER_PITCH : 1;
   for (int k = 0; k < TILE; k += ROWS * TOGETHER) {
     float old[TOGETHER];
     FE_UNROLL for (int n = 0; n < TOGETHER; ++n) {
@@ -106,7 +106,8 @@ fisher_kernel(FE_PARAMETER FisherProducts p) {
   sync_block();
   float* sums = reinterpret_cast<float*>(shared_memory());  // where tiles were
   FE_UNROLL for (int i = 0; i < DOWN; ++i) FE_UNROLL for (int j = 0; j < ACROSS; ++j) FE_UNROLL for (int k = 0; k < 4; ++k) {
-    sums[(row + Unit::row(i, k / 2)) * FISHER_SUM_PITCH + column + Unit::column(j, k % 2)] = p.weight * total[i][j][k];
+    const int m = row + 16 * i + 8 * (k / 2) + lane() / 4, n = column + 8 * j + lane() % 4 * 2 + k % 2;
+    sums[m * FISHER_PITCH + n] = p.weight * total[i][j][k];
   }
   if (p.splits > 1) take_turn(p.locks + place.tile, place.split);
   sync_block();

@@ -27,18 +27,15 @@ struct FisherProducts {
 
 constexpr int FISHER_TILE = 128;  // rows and columns of F that a block owns
 
-// Shared memory of a block. Tokens of 16-bit numbers that are squared lie further apart: their bank conflicts are other ones.
-struct FisherStage {
-  int tokens, pitch;  // of a tile of x or dy; the pitch in numbers
-};
-constexpr FisherStage fisher_stage(int element_size, bool squared) {
-  return {element_size == 2 && !squared ? 32 : 16, element_size == 2 && squared ? 144 : 136};
+// Shared memory of a block: stages of a tile of x and one of dy, or a tile of sums. The pitch lets fragments meet in no bank, whether they are
+// read by matrices of 16-bit numbers or number by number.
+constexpr int FISHER_STAGES = 4, FISHER_PITCH = FISHER_TILE + 8;
+constexpr int fisher_step(int element_size, bool single) {  // tokens of a stage
+  return element_size == 2 && !single ? 32 : 16;
 }
-constexpr int FISHER_STAGES = 4, FISHER_SUM_PITCH = 136;
-constexpr size_t fisher_shared_bytes(int element_size, bool squared) {
-  const FisherStage stage = fisher_stage(element_size, squared);
-  const size_t stages = size_t(FISHER_STAGES) * 2 * stage.tokens * stage.pitch * element_size,
-               sums = sizeof(float) * FISHER_TILE * FISHER_SUM_PITCH;
+constexpr size_t fisher_shared_bytes(int element_size, bool single) {
+  const size_t stages = size_t(FISHER_STAGES) * 2 * fisher_step(element_size, single) * FISHER_PITCH * element_size;
+  const size_t sums = sizeof(float) * FISHER_TILE * FISHER_PITCH;
   return (stages > sums ? stages : sums) + 4 * FISHER_STAGES;
 }
 

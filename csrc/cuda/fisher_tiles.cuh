@@ -17,8 +17,7 @@ constexpr size_t SHARED_EVERYWHERE = 99 << 10;  // bytes a block may have from s
 // SINGLE: samples of one token, whose squares are multiplied.
 template <class T, Precision P, bool SINGLE>
 struct Layout {
-  static constexpr FisherStage STAGE = fisher_stage(sizeof(T), SINGLE);
-  static constexpr int TOKENS = STAGE.tokens, PITCH = STAGE.pitch, NUMBERS = TOKENS * PITCH;
+  static constexpr int TOKENS = fisher_step(sizeof(T), SINGLE), PITCH = FISHER_PITCH, NUMBERS = TOKENS * PITCH;
   static constexpr bool PACKED = FragmentA<P>::HALF;  // numbers pass the matrix units as they are
   static constexpr int UNITS = TOKENS / UNIT;
   static constexpr size_t BYTES = fisher_shared_bytes(sizeof(T), SINGLE);
@@ -26,6 +25,7 @@ struct Layout {
 };
 
 using Product = float[DOWN][ACROSS][4];
+
 // ---- operands of 16 tokens, from tiles [tokens][PITCH] at the warp's first column
 
 // 16-bit numbers: registers of the matrix units, loaded while the ones before are multiplied.
@@ -52,52 +52,36 @@ struct Operands {
   FE_DEVICE void multiply(Product& c) const {
     FE_UNROLL for (int i = 0; i < DOWN; ++i) FE_UNROLL for (int j = 0; j < ACROSS; ++j) mma<P>(c[i][j], a[i], b[j]);
   }
-  FE_DEVICE static int row(int i, int half) { return 16 * i + 8 * half + lane() / 4; }
-  FE_DEVICE static int column(int j, int k) { return 8 * j + lane() % 4 * 2 + k; }
 };
 
-// Four numbers of neighbouring columns.
-template <class T>
-struct alignas(4 * sizeof(T)) Four {
-  T v[4];
-};
 template <bool SQUARED, class T>
 FE_DEVICE float operand(T number) {
   const float value = to_float(number);
   return SQUARED ? value * value : value;
 }
 
-// tf32: a lane takes tokens t, t + 4, t + 8, t + 12 of four neighbouring columns. Those are the same row or column of four products: products
-// interleave in F.
+// tf32: a lane takes tokens t, t + 4, t + 8, t + 12, number by number, each into the register where it is multiplied.
 template <class T, Precision P, int PITCH, bool SINGLE>
 struct Operands<T, P, PITCH, SINGLE, false> {
   const T *dy, *x;
 
-  FE_DEVICE static int place_dy() { return lane() % 4 * PITCH + lane() / 4 * 4; }
+  FE_DEVICE static int place_dy() { return lane() % 4 * PITCH + lane() / 4; }
   FE_DEVICE static int place_x() { return place_dy(); }
   FE_DEVICE void load(const T* dy_place, const T* x_place) { dy = dy_place, x = x_place; }
-  FE_DEVICE static void read(const T* from, Four<T> (&to)[4]) {
-    FE_UNROLL for (int k = 0; k < 4; ++k) to[k] = *reinterpret_cast<const Four<T>*>(from + 4 * k * PITCH);
-  }
   FE_DEVICE void multiply(Product& c) const {
-    Four<T> low[4], high[4];
     FragmentB<P> b[ACROSS];
-    read(x, low);
     FE_UNROLL for (int j = 0; j < ACROSS; ++j) {
       float v[4];
-      FE_UNROLL for (int k = 0; k < 4; ++k) v[k] = operand<SINGLE>(low[k].v[j]);
+      FE_UNROLL for (int k = 0; k < 4; ++k) v[k] = operand<SINGLE>(x[4 * k * PITCH + 8 * j]);
       b[j] = FragmentB<P>::of(v);
     }
-    read(dy, low), read(dy + 32, high);
     FE_UNROLL for (int i = 0; i < DOWN; ++i) {
       float v[8];
-      FE_UNROLL for (int k = 0; k < 4; ++k) v[k] = operand<SINGLE>(low[k].v[i]), v[4 + k] = operand<SINGLE>(high[k].v[i]);
+      FE_UNROLL for (int k = 0; k < 8; ++k) v[k] = operand<SINGLE>(dy[k % 4 * 4 * PITCH + 16 * i + k / 4 * 8]);
       const FragmentA<P> a = FragmentA<P>::of(v);
       FE_UNROLL for (int j = 0; j < ACROSS; ++j) mma<P>(c[i][j], a, b[j]);
     }
   }
-  FE_DEVICE static int row(int i, int half) { return 32 * half + lane() / 4 * 4 + i; }
-  FE_DEVICE static int column(int j, int k) { return (lane() % 4 * 2 + k) * 4 + j; }
 };
 
 // ---- steps: blocks of at most TOKENS tokens, those of all samples of a part in one sequence
