@@ -18,6 +18,15 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
     if os.environ["TRITON_INTERPRET"] == "1":
         importlib.import_module("interpreter").hasten()
 
+# The CUDA kernels likewise, by an emulator; before strategies.py asks which backends there are.
+NOT_EMULATED = importlib.import_module("cuda_emulator").install()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if NOT_EMULATED is not None and not torch.cuda.is_available():
+        terminalreporter.write_line(f"CUDA kernels were not tested in the emulator: {NOT_EMULATED}")
+
+
 # Fresh inputs on every run find more than the same ones forever; a failure prints how to reproduce it.
 settings.register_profile(
     "default",

@@ -26,6 +26,7 @@ BACKENDS = [name for name, why in fe.available_backends().items() if why is None
 LINEAR_BACKENDS = [
     name if key is None else f"{name}:{key}" for name in BACKENDS for key in algorithms(name) or (None,)
 ]
+ON_GPU = ("triton", "cuda")
 EXAMPLES = 25  # of a property, unless it asks for another number
 INTERPRETED_EXAMPLES = 8  # every program of a kernel is a few NumPy calls, some 1e4 times slower than a GPU
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -54,23 +55,24 @@ def family(backend: str) -> str:
 
 
 def device_of(backend: str) -> str:
-    """Where tensors for `backend` live; without a GPU Triton interprets its kernels on the CPU."""
-    return "cuda" if family(backend) in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+    """Where tensors for `backend` live; without a GPU its kernels are interpreted or emulated on the CPU."""
+    return "cuda" if family(backend) in ON_GPU and torch.cuda.is_available() else "cpu"
 
 
 def interpreted(backend: str) -> bool:
-    return family(backend) == "triton" and not torch.cuda.is_available()
+    """Whether its kernels run on the CPU, in Triton's interpreter or in the emulator of CUDA."""
+    return family(backend) in ON_GPU and not torch.cuda.is_available()
 
 
 def skip_if_interpreted(backend: str, why: str) -> None:
-    """For sizes that take minutes in Triton's interpreter; a GPU runs them."""
+    """For sizes that take minutes on the CPU; a GPU runs them."""
     if interpreted(backend):
-        pytest.skip(f"Triton's interpreter is too slow: {why}")
+        pytest.skip(f"GPU kernels on the CPU are too slow: {why}")
 
 
 def set_threads(backend: str, count: int) -> None:
-    """For tests over numbers of threads, which mean nothing to Triton."""
-    if family(backend) == "triton" and count > 1:
+    """For tests over numbers of threads, which mean nothing to a GPU."""
+    if family(backend) in ON_GPU and count > 1:
         pytest.skip("the number of threads is the CPU's")
     torch.set_num_threads(count)
 
@@ -78,7 +80,7 @@ def set_threads(backend: str, count: int) -> None:
 def property_test(
     examples: int = EXAMPLES, **drawn: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """`given(**drawn)` for tests with a parameter `backend`: `examples`, or few where Triton interprets."""
+    """`given(**drawn)` for tests with a parameter `backend`: `examples`, or few where `interpreted`."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         def test(**fixed: Any) -> None:

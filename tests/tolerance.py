@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 
 import torch
-from strategies import device_of, family
+from strategies import ON_GPU, device_of, family
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -36,8 +36,8 @@ CHAIN = 2  # products in the longest chain of any operation: (x A^T) B^T, or ((B
 
 
 def on_matrix_units(backend: str) -> bool:
-    """Triton's interpreter computes on the CPU, in fp32."""
-    return family(backend) == "triton" and device_of(backend) == "cuda"
+    """Triton's interpreter computes in fp32; the emulator of CUDA rounds as the hardware does."""
+    return family(backend) == "cuda" or (family(backend) == "triton" and device_of(backend) == "cuda")
 
 
 def repeats(*tensors: Tensor) -> bool:
@@ -77,7 +77,7 @@ def rounding_bound(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def rounds_operands(backend: str, dtype: torch.dtype) -> bool:
     """Whether the low-rank factors and z and u enter products in the dtype of 16-bit activations."""
-    return family(backend) == "triton" and dtype in (torch.bfloat16, torch.float16)
+    return family(backend) in ON_GPU and dtype in (torch.bfloat16, torch.float16)
 
 
 def operand_bound(magnitude: Tensor, roundings: int, dtype: torch.dtype) -> Tensor:
