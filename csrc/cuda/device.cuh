@@ -256,6 +256,17 @@ FE_DEVICE void store_number(void* data, Dtype dtype, int64_t index, float value)
   }
 }
 
+// Two neighbours in one access of 8 bytes.
+struct alignas(8) Pair {
+  float low, high;
+};
+FE_DEVICE Pair load_pair(const float* address) {
+  return *reinterpret_cast<const Pair*>(address);
+}
+FE_DEVICE void store_pair(float* address, float low, float high) {
+  *reinterpret_cast<Pair*>(address) = {low, high};
+}
+
 // The 4 or 8 numbers of a 16-byte access, as floats.
 template <class T>
 struct Wide {

@@ -43,26 +43,34 @@ constexpr int PENALTY_ROWS = 16;     // of a strip of a region
 constexpr int PENALTY_COLUMNS = 32;  // of a warp
 constexpr int PENALTY_CHUNK = 64;    // ranks beyond which gradients are computed chunk by chunk
 
-// Shared memory of a block in floats, for adapters of up to RP ranks (16, 32, 64).
-template <int RP>
-struct PenaltyLayout {
-  static constexpr int WARPS = RP <= 32 ? 8 : 4, THREADS = 32 * WARPS, WIDTH = WARPS * PENALTY_COLUMNS;
-  // 4 more than a multiple of 16: lanes that read eight columns of four even rows then meet in no bank.
-  static constexpr int LDB = RP + 4, LDH = PENALTY_COLUMNS + 4, LDA = WIDTH + 4;
-  static constexpr int B = 0;                                      // [2][rows][LDB]: B
-  static constexpr int SCALED = B + 2 * PENALTY_ROWS * LDB;        // [2][rows][LDB]: B s
-  static constexpr int H = SCALED + 2 * PENALTY_ROWS * LDB;        // [warps][rows][LDH]
-  static constexpr int PARTS = H + WARPS * PENALTY_ROWS * LDH;     // [2][warps][rows][RP]: H A^T
-  static constexpr int A = PARTS + 2 * WARPS * PENALTY_ROWS * RP;  // [RP][LDA], unless registers hold it
-  static constexpr int SCALE = A + (RP > 16 ? RP * LDA : 0);       // [RP]
-  static constexpr int SCRATCH = SCALE + RP;                       // [33]
-  static constexpr int BYTES = (SCRATCH + 33) * 4;
-};
-
+constexpr int penalty_warps(int rp) {
+  return rp <= 32 ? 8 : 4;
+}
 // Columns of F of one block of columns.
 constexpr int penalty_width(int rp) {
-  return rp <= 32 ? PenaltyLayout<32>::WIDTH : PenaltyLayout<64>::WIDTH;
+  return penalty_warps(rp) * PENALTY_COLUMNS;
 }
+
+// Whether registers hold A of a warp's columns while it walks: beside three times the operands of tf32x3 there is no room.
+constexpr bool penalty_holds_a(Precision precision, int rp) {
+  return rp <= 16 && precision != Precision::tf32x3;
+}
+
+// Shared memory of a block in floats, for adapters of up to RP ranks (16, 32, 64).
+template <Precision P, int RP>
+struct PenaltyLayout {
+  static constexpr int WARPS = penalty_warps(RP), THREADS = 32 * WARPS, WIDTH = WARPS * PENALTY_COLUMNS;
+  static constexpr int BLOCKS = RP <= 16 || (RP <= 32 && P == Precision::bf16) ? 2 : 1;  // per multiprocessor, by registers
+  // 4 more than a multiple of 16: lanes that read eight columns of four even rows then meet in no bank.
+  static constexpr int LDB = RP + 4, LDH = PENALTY_COLUMNS + 4, LDA = WIDTH + 4;
+  static constexpr int B = 0;                                                  // [2][rows][LDB]: B
+  static constexpr int SCALED = B + 2 * PENALTY_ROWS * LDB;                    // [2][rows][LDB]: B s
+  static constexpr int H = SCALED + 2 * PENALTY_ROWS * LDB;                    // [warps][rows][LDH]
+  static constexpr int PARTS = H + WARPS * PENALTY_ROWS * LDH;                 // [2][warps][rows][RP]: H A^T
+  static constexpr int A = PARTS + 2 * WARPS * PENALTY_ROWS * RP;              // [RP][LDA], unless registers hold it
+  static constexpr int SCRATCH = A + (penalty_holds_a(P, RP) ? 0 : RP * LDA);  // [33]
+  static constexpr int BYTES = (SCRATCH + 33) * 4;
+};
 
 // Launches all items; adapters have ranks up to `rp` (16, 32, 64), or any rank with rp = 64 and `elements`.
 cudaError_t launch_ewc_penalty(const Penalty& penalty, int rp, Precision precision, FisherLoads loads, cudaStream_t stream);

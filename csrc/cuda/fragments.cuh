@@ -13,7 +13,16 @@
 
 namespace fe::cuda {
 
-// `words` registers of rounded numbers; tf32x3 keeps what rounding took away as well.
+// A number as products take it, where that pays before it enters several: tf32 operands rounded to nearest (the units cut them off).
+template <Precision P>
+FE_DEVICE float prepared(float value) {
+  if constexpr (P == Precision::tf32)
+    return float_of(round_tf32(value));
+  else
+    return value;
+}
+
+// Rounded numbers in registers. tf32x3 cuts a number off to tf32 and keeps the rest, exact before the units cut that off as well.
 template <Precision P, int SLOTS>
 struct Fragment {
   static constexpr bool HALF = P == Precision::bf16 || P == Precision::f16;
@@ -22,14 +31,22 @@ struct Fragment {
   uint32_t rest[P == Precision::tf32x3 ? WORDS : 1] = {};
 
   FE_DEVICE static Fragment of(const float* v) {
+    float rounded[SLOTS];
+    FE_UNROLL for (int i = 0; i < SLOTS; ++i) rounded[i] = prepared<P>(v[i]);
+    return of_prepared(rounded);
+  }
+  FE_DEVICE static Fragment of_prepared(const float* v) {
     Fragment f;
     if constexpr (HALF) {
       using T = std::conditional_t<P == Precision::bf16, bf16, f16>;
       FE_UNROLL for (int i = 0; i < WORDS; ++i) f.word[i] = pack<T>(v[2 * i], v[2 * i + 1]);
     } else {
       FE_UNROLL for (int i = 0; i < WORDS; ++i) {
-        f.word[i] = round_tf32(v[i]);
-        if constexpr (P == Precision::tf32x3) f.rest[i] = round_tf32(v[i] - float_of(f.word[i]));
+        f.word[i] = bits_of(v[i]);
+        if constexpr (P == Precision::tf32x3) {
+          f.word[i] &= 0xffffe000u;
+          f.rest[i] = bits_of(v[i] - float_of(f.word[i]));
+        }
       }
     }
     return f;
