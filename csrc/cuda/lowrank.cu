@@ -77,7 +77,8 @@ pack_kernel(FE_PARAMETER PackParams p) {
 
 cudaError_t launch_lowrank_pack(const PackParams& p, cudaStream_t stream) {
   const int64_t numbers = ((p.walk ? p.walk_pitch : 0) + (p.expand ? p.expand_pitch : 0)) * p.ranks;
-  const Launch how{dim3(unsigned(ceil_div(numbers * element_size(p.dtype) / 16, PACK_THREADS))), PACK_THREADS, 0, stream};
+  const int64_t blocks = std::max<int64_t>(1, ceil_div(numbers * element_size(p.dtype) / 16, PACK_THREADS));  // the counter needs one
+  const Launch how{dim3(unsigned(blocks)), PACK_THREADS, 0, stream};
   switch (p.dtype) {
     case Dtype::f32:
       return launch(pack_kernel<float>, how, p);

@@ -1,1 +1,2 @@
+// The kernels of lowrank.cu, compiled for the emulator.
 #include "../lowrank.cu"

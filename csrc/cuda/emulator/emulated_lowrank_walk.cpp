@@ -1,1 +1,2 @@
+// The kernels of lowrank_walk.cu, compiled for the emulator.
 #include "../lowrank_walk.cu"
