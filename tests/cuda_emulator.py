@@ -72,17 +72,15 @@ def _alone() -> Iterator[None]:
 
 
 def _rules() -> str:
-    """A ninja file: an object per source, which depends on the headers it includes, and the library.
-    PyTorch's headers take most of the time, so they are compiled once."""
+    """A ninja file: an object per source, which depends on the headers it includes, and the library."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     system = [f"-isystem {path}" for path in [*include_paths(), sysconfig.get_path("include")]]
     found = [f"-L{path} -Wl,-rpath,{path}" for path in library_paths()]
-    compile_with = "$compiler -MMD -MF $out.d $flags -c $in -o $out"
     lines = [
         f"compiler = {os.environ.get('CXX', 'c++')}",
         f"flags = {' '.join([*FLAGS, *system])}",
-        f"rule compile\n  command = {compile_with}\n  depfile = $out.d",
+        "rule compile\n  command = $compiler -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d",
         f"rule link\n  command = $compiler -shared $in {' '.join([*found, *LIBRARIES])} -o $out",
     ]
     objects = {path: f"{path.parent.name}-{path.stem}.o" for path in sources()}
