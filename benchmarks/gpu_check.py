@@ -82,6 +82,7 @@ def plan(args: argparse.Namespace, work: Path) -> list[Step]:
     }
     if args.rehearse:
         environment["CUDA_VISIBLE_DEVICES"] = ""
+        environment["FUSED_EWCLORA_BUILD"] = "none"  # nor is the emulator of the CUDA kernels
 
     def step(name: str, command: list[str], limit: float, log: Path | None = None, **more: Any) -> Step:
         return Step(name, command, limit, log or work / f"{name}.log", environment, **more)

@@ -22,7 +22,7 @@ namespace {
 constexpr size_t STACK = 128 << 10;
 constexpr char CANARY = 0x5a;
 constexpr size_t MARGIN = 256;  // bytes behind shared memory that no one may write
-constexpr size_t MOST_SHARED = 227 << 10;
+constexpr size_t MOST_SHARED = 99 << 10;
 
 enum class State { ready, at_block, at_warp, done };
 
