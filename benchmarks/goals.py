@@ -6,19 +6,24 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from .case import OURS, Target
+from .gpu.ewc_penalty import OP_LAYER
+from .gpu.plan import CUDA
 from .harness import FLOOR, Record, verdict
 from .shapes import RELEASE, Sizes
 
 FROZEN, PEFT, WGRAD = "frozen linear", "composition (PEFT's)", "cuBLAS weight gradient"
+ADDMM = "cuBLAS addmm (Unsloth's order)"
 
 
 class Goal(NamedTuple):
-    """A target over the sum of the `cases` cases of `suite` whose op and shape have the values of `where`."""
+    """A target over the sum of the `cases` cases of `suite` whose op and shape have the values of `where`;
+    `ours` is the provider that has to reach it."""
 
     suite: str
     where: dict[str, object]
     cases: int
     target: Target
+    ours: str = OURS
 
 
 def _linear(sizes: Sizes) -> list[Goal]:
@@ -71,9 +76,29 @@ def _step(sizes: Sizes) -> list[Goal]:
     ]
 
 
+def _cuda(sizes: Sizes) -> list[Goal]:
+    """Of the CUDA backend, where Triton is missing."""
+    model = sizes.large.name
+    penalty = {
+        "op": "ewc_penalty", "model": model, "linears": "k, v", "rank": sizes.slice_rank, "precision": "high",
+        "dtype": "fisher float32",
+    }  # fmt: skip
+    fisher = {"op": "fisher_accumulate", "mode": "sample", "model": model}
+    linear = {"op": "lora_linear", "pass": "forward+backward", "model": model}
+    host = Target(
+        None, 0.0, "48 adapters, host time of the op, CUDA / 15 us", "host_seconds", allowance=15e-6
+    )
+    return [
+        Goal("ewc_penalty", penalty, 1, Target(FLOOR, 1.5, f"{model} k,v, high, CUDA x floor"), CUDA),
+        Goal("fisher_accumulate", fisher, 4, Target(WGRAD, 2.5, f"{model}, per sample, CUDA x wgrad"), CUDA),
+        Goal("lora_linear", linear, 4, Target(ADDMM, 1.1, f"{model}, fwd+bwd, CUDA x addmm"), CUDA),
+        Goal("ewc_penalty", {"op": "ewc_penalty", "model": OP_LAYER}, 1, host, CUDA),
+    ]
+
+
 def goals(sizes: Sizes = RELEASE) -> list[Goal]:
     """All targets, by suite."""
-    return [*_linear(sizes), *_penalty(sizes), *_fisher(sizes), *_step(sizes)]
+    return [*_linear(sizes), *_penalty(sizes), *_fisher(sizes), *_step(sizes), *_cuda(sizes)]
 
 
 def matches(record: Record, where: Mapping[str, object]) -> bool:
@@ -85,6 +110,6 @@ def row(goal: Goal, cases: Sequence[Mapping[str, Record]]) -> Record:
     """The verdict over the cases of the goal's suite (records by provider); "measured" is False where a case
     or a figure is missing."""
     found = [case for case in cases if matches(next(iter(case.values())), goal.where)]
-    result = verdict(goal.target, found, OURS)
+    result = verdict(goal.target, found, goal.ours)
     known = result["ratio"] == result["ratio"]  # not NaN
     return {**result, "measured": known and len(found) == goal.cases}

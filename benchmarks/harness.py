@@ -181,7 +181,8 @@ def value_of(record: Record, metric: str) -> float:
 
 
 def verdict(target: Target, cases: Sequence[Mapping[str, Record]], ours: str) -> Record:
-    """One row: a metric of `ours`, summed over `cases` (records by provider), against the target's bound."""
+    """One row: a metric of `ours`, summed over `cases` (records by provider), against the target's bound.
+    Where that is an allowance alone, the ratio is to the allowance and the limit 1."""
 
     def total(name: str) -> float:
         return sum(value_of(records.get(name, {}), target.metric) for records in cases)
@@ -194,9 +195,10 @@ def verdict(target: Target, cases: Sequence[Mapping[str, Record]], ours: str) ->
     elif target.peer is not None:
         bound += target.limit * total(target.peer)
     value = total(ours) if cases else math.nan
-    scale = bound / target.limit if target.limit else 1.0  # without allowance: the peer's value
+    limit = target.limit or float(target.peer is None and target.allowance > 0.0)
+    scale = bound / limit if limit else 1.0  # without allowance: the peer's value
     ratio = value / scale if scale else math.inf
-    return {"target": target.name, "ratio": ratio, "limit": target.limit, "met": value <= bound}
+    return {"target": target.name, "ratio": ratio, "limit": limit, "met": value <= bound}
 
 
 def verdicts(case: Case, records: Sequence[Record]) -> list[Record]:

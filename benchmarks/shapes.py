@@ -26,6 +26,7 @@ class Sizes(NamedTuple):
     base: Model
     large: Model
     huge: Model
+    small: Model  # whose calls are over before the next one is launched
     samples: int
     rank: int  # of adapters on whole linears
     slice_rank: int  # of the published adapters on k and v
@@ -40,10 +41,11 @@ RELEASE = Sizes(
     base=Model("ViT-B/16", 768, 12, 197, 12),
     large=Model("ViT-L/16", 1024, 24, 197, 16),
     huge=Model("ViT-H/14", 1280, 32, 257, 16),
+    small=Model("ViT-Ti/16", 192, 12, 197, 3),
     samples=64,
     rank=16,
     slice_rank=10,
 )
 _TINY = Model("tiny", 16, 1, 3, 2)
-REHEARSAL = Sizes(base=_TINY, large=_TINY, huge=_TINY, samples=2, rank=4, slice_rank=3)
+REHEARSAL = Sizes(base=_TINY, large=_TINY, huge=_TINY, small=_TINY, samples=2, rank=4, slice_rank=3)
 PRECISIONS = ("highest", "high", "medium")

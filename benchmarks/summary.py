@@ -26,7 +26,7 @@ SHORT_NAMES = {
     "explicit deltaW, eager penalty": "explicit", "LoRA without EWC": "no EWC", "frozen base": "frozen",
     "composition (PEFT's), eager penalty": "PEFT's", "added to slices in place": "in place",
     "cuBLAS, then square and add": "product", "addmm_ in the dtype of W": "addmm_",
-    "product and sum in fp32": "fp32 sum", f"{OURS}, again": "again",
+    "product and sum in fp32": "fp32 sum", f"{OURS}, again": "again", f"{OURS} cuda": "cuda",
 }  # fmt: skip
 Case = Mapping[str, Record]
 

@@ -24,7 +24,7 @@ from benchmarks.case import OURS, Case, Provider, Target  # noqa: E402
 from benchmarks.clock import WallClock  # noqa: E402
 from benchmarks.gpu.__main__ import SUITES, broken, planned  # noqa: E402
 from benchmarks.gpu.ewc_penalty import matrices  # noqa: E402
-from benchmarks.gpu.plan import Place  # noqa: E402
+from benchmarks.gpu.plan import SMALL, Place, part_of  # noqa: E402
 
 PARAMETERS = {"ViT-B/16": 14.2e6, "ViT-L/16": 50.3e6, "ViT-H/14": 104.9e6}  # of all k and v together
 
@@ -45,7 +45,8 @@ def test_shapes_are_those_of_the_models():
             if one.shape["model"] == model.name:
                 d_in, d_out = model.linears()[str(one.shape["linear"])]
                 assert (one.shape["d_in"], one.shape["d_out"]) == (d_in, d_out)
-                assert one.shape["rows"] == shapes.RELEASE.samples * model.tokens
+                few, many = (1, model.tokens, 8 * model.tokens), shapes.RELEASE.samples * model.tokens
+                assert one.shape["rows"] in (few if part_of(one) == SMALL else (many,))
         kv = sum(d_out * d_in for d_out, d_in in matrices(model, "k, v"))
         assert kv == pytest.approx(PARAMETERS[model.name], rel=0.01)
         block = sum(d_in * d_out for d_in, d_out in model.linears().values())
@@ -164,7 +165,7 @@ def test_a_device_that_is_lost_keeps_the_records():
         (Target("best peer", 1.0, ""), 1.0, True),
         (Target("absent", 1.0, ""), None, False),
         (Target(None, 0.0, "", "peak_bytes"), 7.0, False),
-        (Target(None, 0.0, "", "peak_bytes", allowance=7.0), 7.0, True),
+        (Target(None, 0.0, "", "peak_bytes", allowance=7.0), 1.0, True),
         (Target("slow", 1.0, "", "peak_bytes", allowance=5.0), 1.0, True),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -9,16 +10,19 @@ import torch
 from torch import Tensor
 
 from fused_ewclora import functional as FE
+from fused_ewclora.ops import _library
 
 from ..case import OURS, Case, Provider, Run
 from ..ewc_penalty import EWC_LAMBDA, eager
 from ..shapes import PRECISIONS, Model, Sizes
-from .plan import AGAIN, BACKEND, Place, Planned, turns
+from .plan import AGAIN, BACKEND, CUDA, LATER, MAIN, SMALL, Place, Planned, cuda_is_built, turns
 
 # Relative gradient errors of 3 x tf32, tf32 and bf16 products are near 1e-7, 2e-4 and 2e-3, with a heavy tail
 # in F several times as much.
 TOLERANCES = {"highest": 2e-5, "high": 3e-3, "medium": 2e-2}
 COMPILED = "torch.compile"
+OP_LAYER = "op layer"  # the model of the case that shows the host's time of one call of the op
+OP_WIDTH = 64  # of its matrices: the device is done before the host
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Adapters = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]  # F, A, B
 Penalty = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], Tensor]
@@ -30,9 +34,11 @@ def matrices(model: Model, which: str) -> list[tuple[int, int]]:
     return [(d_out, d_in) for d_in, d_out in block] * model.depth
 
 
-def fused(fishers: Sequence[Tensor], lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor]) -> Tensor:
+def fused(
+    fishers: Sequence[Tensor], lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], backend: str = BACKEND
+) -> Tensor:
     """This library."""
-    return FE.ewc_penalty(fishers, lora_as, lora_bs, None, EWC_LAMBDA, backend=BACKEND)
+    return FE.ewc_penalty(fishers, lora_as, lora_bs, None, EWC_LAMBDA, backend=backend)
 
 
 def stacked_over(fishers: Sequence[Tensor]) -> Penalty:
@@ -61,6 +67,29 @@ def with_gradients(penalty: Penalty, inputs: Adapters) -> Run:
     return run
 
 
+def of_op_layer(inputs: Adapters, backend: str) -> Run:
+    """One call of the op, without argument checks and autograd: the loss and all gradients in one tensor."""
+    fishers, lora_as, lora_bs = (list(group) for group in inputs)
+    none, ones = [None] * len(fishers), [1.0] * len(fishers)
+
+    def run() -> list[Tensor]:
+        with torch.no_grad():
+            needs = [True, True, False]
+            return list(
+                _library.ewc_penalty(fishers, lora_as, lora_bs, none, ones, EWC_LAMBDA, needs, backend)
+            )
+
+    return run
+
+
+def flat(results: list[Tensor]) -> list[Tensor]:
+    """The loss, and dA and dB of each adapter in turn, as the op returns them."""
+    loss, grads = results[0], results[1:]
+    half = len(grads) // 2
+    pairs = zip(grads[:half], grads[half:], strict=True)
+    return [loss, torch.cat([t.flatten() for pair in pairs for t in pair])]
+
+
 def exact(inputs: Adapters) -> list[Tensor]:
     """The same in fp64, one matrix at a time."""
     loss, grads_a, grads_b = 0.0, [], []
@@ -85,8 +114,8 @@ def draw(sizes: list[tuple[int, int]], rank: int, dtype: torch.dtype, place: Pla
     return fishers, lora_as, lora_bs
 
 
-def build(planned: Planned, place: Place, sizes: list[tuple[int, int]], later: bool) -> Case:
-    """One case, or its later part: the compiled peer."""
+def build(planned: Planned, place: Place, sizes: list[tuple[int, int]], part: str) -> Case:
+    """One case, or its LATER part: the compiled peer."""
     rank, precision = int(planned.shape["rank"]), str(planned.shape["precision"])
     dtype = DTYPES[planned.dtype.removeprefix("fisher ")]
     parameters = sum(d_out * d_in for d_out, d_in in sizes)
@@ -98,31 +127,68 @@ def build(planned: Planned, place: Place, sizes: list[tuple[int, int]], later: b
         runs = turns(lambda one: with_gradients(penalty, one), buffers)
         return Provider(name, role=role, backend=backend, algorithm="one launch" if backend else "", **runs)
 
-    if later:
+    if part == LATER:
         compiled = provider(COMPILED, place.compiled(eager))
         providers = [provider(AGAIN, fused, "variant", BACKEND), compiled]
     else:
+        providers = [provider(OURS, fused, "ours", BACKEND)]
+        if cuda_is_built():
+            of_cuda = functools.partial(fused, backend="cuda")
+            providers.append(provider(CUDA, of_cuda, "variant", "cuda"))
+    if part == MAIN:
         stacks = turns(lambda one: with_gradients(stacked_over(one[0]), one), buffers)
-        providers = [
-            provider(OURS, fused, "ours", BACKEND),
-            Provider("stacked bmm", **stacks),
-            provider("eager autograd", eager),
-        ]
+        providers += [Provider("stacked bmm", **stacks), provider("eager autograd", eager)]
     return Case(
         op=planned.op, shape=planned.shape, dtype=planned.dtype,
         flops=6.0 * rank * parameters, bytes=fisher_bytes + 2 * factor_bytes,
         providers=providers, truth=lambda: exact(buffers[0]), tolerance=TOLERANCES[precision],
-        product="tf32", precision=precision, floor_bytes=None if later else fisher_bytes,
+        product="tf32", precision=precision, floor_bytes=fisher_bytes if part == MAIN else None,
     )  # fmt: skip
 
 
-def _planned(model: Model, which: str, rank: int, dtype: str, precision: str, later: bool = False) -> Planned:
+def build_op_layer(planned: Planned, place: Place, sizes: list[tuple[int, int]], part: str) -> Case:
+    """Small matrices, so that `host_seconds` is what a call of the op costs the host."""
+    case = build(planned, place, sizes, part)
+    inputs = draw(sizes, int(planned.shape["rank"]), torch.float32, place)
+    providers = [
+        dataclasses.replace(p, run=of_op_layer(inputs, p.backend), rotation=(), algorithm="the op alone")
+        for p in case.providers
+    ]
+    return dataclasses.replace(case, providers=providers, truth=lambda: flat(exact(inputs)))
+
+
+def _planned(model: Model, which: str, rank: int, dtype: str, precision: str, part: str = MAIN) -> Planned:
     sizes = matrices(model, which)
-    shape: dict[str, int | str] = {
-        "model": model.name, "linears": which, "matrices": len(sizes), "rank": rank, "precision": precision,
+    shape = _shape(model.name, which, sizes, rank, precision)
+    made = functools.partial(build, sizes=sizes, part=part)
+    return Planned("ewc_penalty", shape, f"fisher {dtype}", made, COMPILED if part == LATER else OURS)
+
+
+def _shape(
+    model: str, which: str, sizes: list[tuple[int, int]], rank: int, precision: str
+) -> dict[str, int | str]:
+    """d_out and d_in are those of the first matrix."""
+    d_out, d_in = sizes[0]
+    return {
+        "model": model, "linears": which, "matrices": len(sizes), "d_out": d_out, "d_in": d_in, "rank": rank,
+        "precision": precision,
     }  # fmt: skip
-    made = functools.partial(build, sizes=sizes, later=later)
-    return Planned("ewc_penalty", shape, f"fisher {dtype}", made, COMPILED if later else OURS)
+
+
+def _small(sizes: Sizes) -> Iterator[Planned]:
+    """Few or small adapters: what benchmarks.choose needs, and the host's time of a call."""
+    rank, precision = sizes.slice_rank, "high"
+    many = [(OP_WIDTH, OP_WIDTH)] * 2 * sizes.large.depth
+    shape = _shape(OP_LAYER, f"{OP_WIDTH} x {OP_WIDTH}", many, rank, precision)
+    made = functools.partial(build_op_layer, sizes=many, part=SMALL)
+    yield Planned("ewc_penalty", shape, "fisher float32", made)
+    for model, depth in (
+        (sizes.small, 1),
+        (sizes.small, sizes.small.depth),
+        (sizes.base, 1),
+        (sizes.base, 4),
+    ):
+        yield _planned(model._replace(depth=depth), "k, v", rank, "float32", precision, SMALL)
 
 
 def plan(sizes: Sizes) -> Iterator[Planned]:
@@ -136,8 +202,9 @@ def plan(sizes: Sizes) -> Iterator[Planned]:
     single, half = DTYPES
     yield from all_of("k, v", sizes.slice_rank, single, sizes.models)
     for precision in ("highest", "high"):
-        yield _planned(sizes.large, "k, v", sizes.slice_rank, single, precision, later=True)
+        yield _planned(sizes.large, "k, v", sizes.slice_rank, single, precision, LATER)
     yield from all_of("k, v", sizes.slice_rank, half, sizes.models)
+    yield from _small(sizes)
     for rank in (sizes.slice_rank, sizes.rank):
         for dtype in DTYPES:
             yield from all_of("all linears", rank, dtype, [sizes.large])

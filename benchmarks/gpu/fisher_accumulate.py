@@ -16,7 +16,7 @@ from ..case import OURS, Case, Provider, Run
 from ..fisher_accumulate import batch as of_batch
 from ..fisher_accumulate import einsum, one_by_one, vmap_grad
 from ..shapes import Model, Sizes
-from .plan import BACKEND, Place, Planned, turns
+from .plan import BACKEND, CUDA, MAIN, SMALL, Place, Planned, cuda_is_built, turns
 
 # Peers round per-sample gradients and their squares to bf16, each to 2^-9, before they sum.
 TOLERANCE = 2e-2
@@ -24,9 +24,9 @@ Method = Callable[[Tensor, Tensor, Tensor], Tensor]
 Inputs = tuple[Tensor, Tensor, Tensor]  # fisher, x, dy
 
 
-def fused(fisher: Tensor, x: Tensor, dy: Tensor, mode: str) -> Tensor:
+def fused(fisher: Tensor, x: Tensor, dy: Tensor, mode: str, backend: str = BACKEND) -> Tensor:
     """This library."""
-    return FE.fisher_accumulate_(fisher, x, dy, mode=mode, check_finite=False, backend=BACKEND)
+    return FE.fisher_accumulate_(fisher, x, dy, mode=mode, check_finite=False, backend=backend)
 
 
 def product_and_square(fisher: Tensor, x: Tensor, dy: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def accumulating(
     return Provider(name, role=role, check=check, **runs, **more)
 
 
-def build(planned: Planned, place: Place) -> Case:
+def build(planned: Planned, place: Place, part: str = MAIN) -> Case:
     n, t, d_in, d_out = (int(planned.shape[name]) for name in ("samples", "tokens", "d_in", "d_out"))
     mode = str(planned.shape["mode"])
     moved = 2.0 * n * t * (d_in + d_out) + 8.0 * d_in * d_out
@@ -85,11 +85,17 @@ def build(planned: Planned, place: Place) -> Case:
         accumulating(OURS, ours, buffers, "ours", backend=BACKEND, algorithm=f"mode {mode}"),
         Provider("cuBLAS weight gradient", role="floor", **products),
     ]
+    if cuda_is_built():
+        of_cuda = functools.partial(fused, mode=mode, backend="cuda")
+        providers.append(
+            accumulating(CUDA, of_cuda, buffers, "variant", backend="cuda", algorithm=f"mode {mode}")
+        )
     peers = {"einsum (Opacus)": einsum, "torch.func vmap(grad)": vmap_grad, "batch size 1": one_by_one}
     if mode == "batch":
         peers = {"cuBLAS, then square and add": product_and_square}
-    providers += [accumulating(name, method, buffers) for name, method in peers.items()]
-    if mode == "sample" and importlib.util.find_spec("backpack"):
+    if part == MAIN:
+        providers += [accumulating(name, method, buffers) for name, method in peers.items()]
+    if part == MAIN and mode == "sample" and importlib.util.find_spec("backpack"):
         providers.append(Provider("backpack", **turns(of_backpack, buffers)))
 
     def truth() -> list[Tensor]:
@@ -104,13 +110,22 @@ def build(planned: Planned, place: Place) -> Case:
     )  # fmt: skip
 
 
-def _planned(model: Model, name: str, mode: str, sizes: Sizes) -> Planned:
+def _planned(
+    model: Model, name: str, mode: str, samples: int, tokens: int | None = None, part: str = MAIN
+) -> Planned:
     d_in, d_out = model.linears()[name]
     shape: dict[str, int | str] = {
-        "model": model.name, "linear": name, "mode": mode, "samples": sizes.samples, "tokens": model.tokens,
-        "d_in": d_in, "d_out": d_out,
+        "model": model.name, "linear": name, "mode": mode, "samples": samples,
+        "tokens": tokens or model.tokens, "d_in": d_in, "d_out": d_out,
     }  # fmt: skip
-    return Planned("fisher_accumulate", shape, "bfloat16", build)
+    return Planned("fisher_accumulate", shape, "bfloat16", functools.partial(build, part=part))
+
+
+def _small(sizes: Sizes) -> Iterator[Planned]:
+    """One token, one sample and a few: what benchmarks.choose needs, the smallest first."""
+    for samples, tokens in ((1, 1), (1, None), (8, None)):
+        for model in (sizes.small, sizes.base):
+            yield _planned(model, "proj", "sample", samples, tokens, SMALL)
 
 
 def plan(sizes: Sizes) -> Iterator[Planned]:
@@ -118,4 +133,5 @@ def plan(sizes: Sizes) -> Iterator[Planned]:
     for mode in ("sample", "batch"):
         for model in (sizes.large, sizes.huge):
             for name in model.linears():
-                yield _planned(model, name, mode, sizes)
+                yield _planned(model, name, mode, sizes.samples)
+    yield from _small(sizes)

@@ -18,7 +18,7 @@ from .. import predict
 from ..case import OURS, Case, Provider, Run
 from ..lora_linear import composition, composition_slices, forward_backward, fused, fused_slices
 from ..shapes import Model, Sizes
-from .plan import AGAIN, ALGORITHMS, BACKEND, Place, Planned, turns
+from .plan import AGAIN, ALGORITHMS, BACKEND, CUDA, LATER, MAIN, SMALL, Place, Planned, cuda_is_built, turns
 
 DTYPE = torch.bfloat16
 PASSES = ("forward+backward", "forward", "backward")
@@ -158,16 +158,16 @@ def work(planned: Planned, slices: bool) -> tuple[float, float]:
     return sum(flops for flops, _ in parts), 2.0 * sum(elements for _, elements in parts)
 
 
-def chosen(which: str, place: Place, rows: int, d_in: int, d_out: int, rank: int) -> str:
+def chosen(which: str, backend: str, place: Place, rows: int, d_in: int, d_out: int, rank: int) -> str:
     """The algorithms that serve the passes, in words."""
     shape = LinearShape(bucket(rows), d_in, d_out, rank)
     call = Call(place.device, DTYPE, None if place.rehearsal else predict.arch(), shape)
     ops = {"forward": "lora_linear", "backward": "lora_linear_backward"}
-    return "; ".join(choose(ops[part], BACKEND, call).algorithm for part in which.split("+"))
+    return "; ".join(choose(ops[part], backend, call).algorithm for part in which.split("+"))
 
 
 def _providers(
-    planned: Planned, place: Place, buffers: list[Inputs], slices: bool, later: bool
+    planned: Planned, place: Place, buffers: list[Inputs], slices: bool, part: str
 ) -> Iterator[Provider]:
     which = str(planned.shape["pass"])
     rows, d_in, d_out, rank = _sizes(planned)
@@ -176,23 +176,28 @@ def _providers(
     def provider(name: str, method: Method, role: str = "peer", **more: Any) -> Provider:
         return Provider(name, role=role, **turns(lambda one: _run(which, method, one), buffers), **more)
 
-    def of_ours(name: str, role: str, key: str = "") -> Provider:
+    def of_ours(name: str, role: str, key: str = "", backend: str = BACKEND) -> Provider:
         total = 2 * rank if slices else rank
-        algorithm = key or chosen(which, place, rows, d_in, d_out, total)
-        guess = predict.forward(key, rows, d_in, d_out, total, DTYPE) if which == "forward" else None
-        method = functools.partial(ours, backend=f"{BACKEND}:{key}" if key else BACKEND)
-        return provider(name, method, role, backend=BACKEND, algorithm=algorithm, predicted=guess)
+        algorithm = key or chosen(which, backend, place, rows, d_in, d_out, total)
+        modelled = which == "forward" and backend == BACKEND
+        guess = predict.forward(key, rows, d_in, d_out, total, DTYPE) if modelled else None
+        method = functools.partial(ours, backend=f"{backend}:{key}" if key else backend)
+        return provider(name, method, role, backend=backend, algorithm=algorithm, predicted=guess)
 
-    if later:
+    if part == LATER:
         yield of_ours(AGAIN, "variant")
         yield provider(COMPILED, place.compiled(plain))
         if not slices and importlib.util.find_spec("peft"):
             yield Provider("peft", **turns(lambda one: _peft_run(which, one), buffers))
         return
     yield of_ours(OURS, "ours")
+    if cuda_is_built():
+        yield of_ours(CUDA, "variant", backend="cuda")
     base = turns(lambda one: _run(which, frozen, one, [one.x]), buffers)
     yield Provider("frozen linear", role="floor", **base)
     yield provider("composition (PEFT's)", plain)
+    if part == SMALL:
+        return
     if slices:
         yield provider("added to slices in place", in_place_slices)
     else:
@@ -201,8 +206,8 @@ def _providers(
         yield of_ours(f"{OURS} {BACKEND}:{key}", "variant", key)
 
 
-def build(planned: Planned, place: Place, slices: bool, later: bool) -> Case:
-    """One case, or its later part: peers that take long to get ready."""
+def build(planned: Planned, place: Place, slices: bool, part: str) -> Case:
+    """One case, or its LATER part: peers that take long to get ready."""
     flops, bytes_moved = work(planned, slices)
     buffers = [draw(planned, place, slices) for _ in range(place.copies(bytes_moved))]
     plain = composition_slices if slices else composition
@@ -218,36 +223,47 @@ def build(planned: Planned, place: Place, slices: bool, later: bool) -> Case:
 
     return Case(
         op=planned.op, shape=planned.shape, dtype=planned.dtype, flops=flops, bytes=bytes_moved,
-        providers=list(_providers(planned, place, buffers, slices, later)),
+        providers=list(_providers(planned, place, buffers, slices, part)),
         truth=truth, tolerance=TOLERANCE, product="bf16",
     )  # fmt: skip
 
 
-def _planned(model: Model, name: str, which: str, sizes: Sizes, slices: bool, later: bool = False) -> Planned:
+def _planned(
+    model: Model, name: str, which: str, sizes: Sizes, slices: bool, part: str = MAIN, rows: int | None = None
+) -> Planned:
     d_in, d_out = model.linears()[name]
     shape: dict[str, int | str] = {
-        "model": model.name, "linear": name, "pass": which, "rows": sizes.samples * model.tokens,
+        "model": model.name, "linear": name, "pass": which, "rows": rows or sizes.samples * model.tokens,
         "d_in": d_in, "d_out": d_out, "rank": sizes.slice_rank if slices else sizes.rank,
     }  # fmt: skip
     op = "lora_linear_slices" if slices else "lora_linear"
-    made = functools.partial(build, slices=slices, later=later)
-    return Planned(op, shape, "bfloat16", made, COMPILED if later else OURS)
+    made = functools.partial(build, slices=slices, part=part)
+    return Planned(op, shape, "bfloat16", made, COMPILED if part == LATER else OURS)
+
+
+def _small(sizes: Sizes) -> Iterator[Planned]:
+    """One token, one sample and a few: what benchmarks.choose needs, the smallest first."""
+    for rows in (1, sizes.base.tokens, 8 * sizes.base.tokens):
+        for which in PASSES[1:]:
+            for model, name in ((sizes.small, "proj"), (sizes.base, "proj"), (sizes.base, "fc1")):
+                yield _planned(model, name, which, sizes, False, SMALL, rows)
 
 
 def plan(sizes: Sizes) -> Iterator[Planned]:
     """Both passes first: they have the targets. Compiled peers only for both passes of the large model."""
 
-    def layers(model: Model, which: str, later: bool = False) -> Iterator[Planned]:
+    def layers(model: Model, which: str, part: str = MAIN) -> Iterator[Planned]:
         for name in model.linears():
-            yield _planned(model, name, which, sizes, False, later)
-        yield _planned(model, "qkv", which, sizes, True, later)
+            yield _planned(model, name, which, sizes, False, part)
+        yield _planned(model, "qkv", which, sizes, True, part)
 
     both, *single = PASSES
     for model in sizes.models:
         yield from layers(model, both)
     for which in single:
         yield from layers(sizes.large, which)
-    yield from layers(sizes.large, both, later=True)
+    yield from layers(sizes.large, both, LATER)
+    yield from _small(sizes)
     for which in single:
         for model in (sizes.base, sizes.huge):
             yield from layers(model, which)

@@ -12,7 +12,7 @@ from fused_ewclora import functional as FE
 
 from ..case import OURS, Case, Provider
 from ..shapes import Model, Sizes
-from .plan import BACKEND, Place, Planned, turns
+from .plan import BACKEND, CUDA, Place, Planned, cuda_is_built, turns
 
 SCALE = 1e-3  # W stays near where it started, however often a run is repeated
 KAPPA = 1e-6
@@ -21,10 +21,10 @@ Layers = list[tuple[Tensor, Tensor, Tensor]]  # W, A, B
 MERGED = {"float32": 1e-6, "bfloat16": 4e-3}  # relative error: roundings of W
 
 
-def fused(layers: Layers) -> list[Tensor]:
+def fused(layers: Layers, backend: str = BACKEND) -> list[Tensor]:
     """This library, all layers in one call."""
     weights, lora_as, lora_bs = (list(group) for group in zip(*layers, strict=True))
-    return list(FE.merge_(weights, lora_as, lora_bs, SCALE, backend=BACKEND))
+    return list(FE.merge_(weights, lora_as, lora_bs, SCALE, backend=backend))
 
 
 def in_low_precision(layers: Layers) -> list[Tensor]:
@@ -55,16 +55,20 @@ def build_merge(planned: Planned, place: Place) -> Case:
     buffers = [draw() for _ in range(place.copies(moved))]
     start = [(w.clone(), a, b) for w, a, b in buffers[0]]
 
-    def provider(name: str, merge: Callable[[Layers], list[Tensor]], role: str = "peer") -> Provider:
+    def provider(
+        name: str, merge: Callable[[Layers], list[Tensor]], role: str = "peer", backend: str = ""
+    ) -> Provider:
         runs = turns(lambda one: lambda: merge(one), buffers)
-        ours = {"backend": BACKEND, "algorithm": "one pass over W"} if role == "ours" else {}
+        ours = {"backend": backend, "algorithm": "one pass over W"} if backend else {}
         return Provider(name, role=role, check=of_copies(merge, start), **runs, **ours)
 
+    of_cuda = functools.partial(fused, backend="cuda")
     return Case(
         op=planned.op, shape=planned.shape, dtype=planned.dtype,
         flops=2.0 * rank * count * d * d, bytes=moved,
         providers=[
-            provider(OURS, fused, "ours"),
+            provider(OURS, fused, "ours", BACKEND),
+            *([provider(CUDA, of_cuda, "variant", "cuda")] if cuda_is_built() else []),
             provider("addmm_ in the dtype of W", in_low_precision),
             provider("product and sum in fp32", in_fp32),
         ],
@@ -73,9 +77,9 @@ def build_merge(planned: Planned, place: Place) -> Case:
     )  # fmt: skip
 
 
-def threshold(scales: Sequence[Tensor]) -> Sequence[Tensor]:
+def threshold(scales: Sequence[Tensor], backend: str = BACKEND) -> Sequence[Tensor]:
     """This library, all vectors in one call."""
-    return FE.soft_threshold_(list(scales), KAPPA, backend=BACKEND)
+    return FE.soft_threshold_(list(scales), KAPPA, backend=backend)
 
 
 def foreach(scales: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -94,18 +98,25 @@ def build_threshold(planned: Planned, place: Place) -> Case:
     buffers = [[torch.randn(length, device=place.device) for _ in range(count)] for _ in range(2)]
     start = [s.clone() for s in buffers[0]]
 
-    def provider(name: str, method: Callable[[Sequence[Tensor]], Sequence[Tensor]], role: str) -> Provider:
+    def provider(
+        name: str, method: Callable[[Sequence[Tensor]], Sequence[Tensor]], role: str, backend: str = ""
+    ) -> Provider:
         runs = turns(lambda one: lambda: method(one), buffers)
-        ours = {"backend": BACKEND, "algorithm": "in place"} if role == "ours" else {}
+        ours = {"backend": backend, "algorithm": "in place"} if backend else {}
         return Provider(name, role=role, check=lambda: method([s.clone() for s in start]), **runs, **ours)
 
     def truth() -> list[Tensor]:
         wide = [s.double() for s in start]
         return [s.sign() * (s.abs() - KAPPA).clamp_min(0.0) for s in wide]
 
+    of_cuda = functools.partial(threshold, backend="cuda")
     return Case(
         op=planned.op, shape=planned.shape, dtype=planned.dtype, flops=3.0 * count * length, bytes=moved,
-        providers=[provider(OURS, threshold, "ours"), provider("foreach", foreach, "peer")],
+        providers=[
+            provider(OURS, threshold, "ours", BACKEND),
+            *([provider(CUDA, of_cuda, "variant", "cuda")] if cuda_is_built() else []),
+            provider("foreach", foreach, "peer"),
+        ],
         truth=truth, tolerance=1e-6,
     )  # fmt: skip
 
@@ -122,6 +133,8 @@ def plan(sizes: Sizes) -> Iterator[Planned]:
     for dtype in MERGED:
         for count in (1, 2 * sizes.large.depth):
             yield _merge(sizes.large, count, sizes.slice_rank, dtype)
+    for count in (1, 2 * sizes.small.depth):
+        yield _merge(sizes.small, count, sizes.slice_rank, "float32")
     few = {"vectors": 2 * sizes.large.depth, "length": sizes.rank}
     many = {"vectors": 1, "length": THRESHOLDED}
     for shape in (few, many):

@@ -10,13 +10,17 @@ from typing import Any
 
 import torch
 
+from fused_ewclora import available_backends
+
 from .. import predict
 from ..case import OURS, Case, Run
 from ..records import key
 
 BACKEND = "triton"
+CUDA = f"{OURS} cuda"  # the CUDA backend, where it is built, beside ours in the same case
 ALGORITHMS = ("full", "prologue", "addmm", "concat")
 MOST_COPIES = 64
+MAIN, LATER, SMALL = "main", "later", "small"  # parts of a plan: SMALL cases have few providers
 AGAIN = f"{OURS}, again"  # ours beside a later part of its case: the same measurement, a second time
 
 
@@ -71,6 +75,16 @@ class Planned:
             for p in case.providers
         ]
         return dataclasses.replace(case, providers=providers)
+
+
+def part_of(planned: Planned) -> str:
+    """MAIN, LATER or SMALL."""
+    return str(getattr(planned.build, "keywords", {}).get("part", MAIN))
+
+
+def cuda_is_built() -> bool:
+    """Whether cases have the provider CUDA."""
+    return available_backends()["cuda"] is None
 
 
 def turns(make: Callable[[Any], Run], buffers: Sequence[Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from fused_ewclora import functional as FE
 from ..case import OURS, Case, Provider
 from ..ewc_penalty import EWC_LAMBDA, eager
 from ..shapes import Model, Sizes
-from .plan import BACKEND, Place, Planned
+from .plan import BACKEND, CUDA, Place, Planned, cuda_is_built
 from .vit import CLASSES, Projection, Stack, random_stack
 
 CHECKED = 4  # samples whose gradients are compared with fp64
@@ -34,12 +34,12 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor, *_: Tensor) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def fused(x: Tensor, weight: Tensor, bias: Tensor, *adapters: Tensor) -> Tensor:
+def fused(x: Tensor, weight: Tensor, bias: Tensor, *adapters: Tensor, backend: str = BACKEND) -> Tensor:
     """This library."""
     d = weight.shape[0] // 3
     a_k, b_k, a_v, b_v = adapters
     slices = [(d, 2 * d, a_k, b_k, 1.0), (2 * d, 3 * d, a_v, b_v, 1.0)]
-    return FE.lora_linear_slices(x, weight, bias, slices, backend=BACKEND)
+    return FE.lora_linear_slices(x, weight, bias, slices, backend=backend)
 
 
 def explicit(x: Tensor, weight: Tensor, bias: Tensor, *adapters: Tensor) -> Tensor:
@@ -59,8 +59,10 @@ def composed(x: Tensor, weight: Tensor, bias: Tensor, *adapters: Tensor) -> Tens
     return torch.cat([q, k, v], dim=-1)
 
 
-def fused_penalty(fishers: list[Tensor], lora_as: list[Tensor], lora_bs: list[Tensor]) -> Tensor:
-    return FE.ewc_penalty(fishers, lora_as, lora_bs, None, EWC_LAMBDA, backend=BACKEND)
+def fused_penalty(
+    fishers: list[Tensor], lora_as: list[Tensor], lora_bs: list[Tensor], backend: str = BACKEND
+) -> Tensor:
+    return FE.ewc_penalty(fishers, lora_as, lora_bs, None, EWC_LAMBDA, backend=backend)
 
 
 def gradients(
@@ -104,7 +106,7 @@ def provider(
     def check() -> list[Tensor]:
         return gradients(start, few, project, penalty, fishers)
 
-    backend = BACKEND if project is fused else ""
+    backend = {OURS: BACKEND, WITHOUT: BACKEND, CUDA: "cuda"}.get(name, "")
     return Provider(name, run, role, backend, f"whole step, {optimizer}", check=check)
 
 
@@ -128,6 +130,7 @@ def build(planned: Planned, place: Place, model: Model) -> Case:
         few = (x[:CHECKED].detach().double().requires_grad_(), data[1][:CHECKED])
         return gradients(wide, few, composed, eager, [f.double() for f in fishers])
 
+    of_cuda = (functools.partial(fused, backend="cuda"), functools.partial(fused_penalty, backend="cuda"))
     tokens, parameters = samples * model.tokens, sum(i * o for i, o in model.linears().values())
     attention = 4.0 * samples * model.tokens**2 * model.width
     return Case(
@@ -137,6 +140,7 @@ def build(planned: Planned, place: Place, model: Model) -> Case:
         # Floors are not checked: what is compared with fp64 has the penalty in it.
         providers=[
             variant(OURS, "ours", fused, fused_penalty),
+            *([variant(CUDA, "variant", *of_cuda)] if cuda_is_built() else []),
             variant(WITHOUT, "floor", fused, None),
             variant(EXPLICIT, "peer", explicit, eager),
             variant("composition (PEFT's), eager penalty", "peer", composed, eager),

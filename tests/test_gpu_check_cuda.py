@@ -1,0 +1,93 @@
+"""The CUDA backend in the suites of the GPU benchmarks: on a GPU where it is built, in the emulator here."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fused_ewclora as fe
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # benchmarks are not installed
+    sys.path.append(str(ROOT))
+
+from benchmarks import shapes  # noqa: E402
+from benchmarks.case import OURS  # noqa: E402
+from benchmarks.clock import WallClock  # noqa: E402
+from benchmarks.gpu import ewc_penalty, fisher_accumulate, lora_linear, merge  # noqa: E402
+from benchmarks.gpu.__main__ import SUITES, planned  # noqa: E402
+from benchmarks.gpu.plan import AGAIN, CUDA, SMALL, Place, Planned, part_of  # noqa: E402
+from benchmarks.harness import measure  # noqa: E402
+
+PLACE = Place("cpu", True)
+WHY = fe.available_backends()["cuda"]
+needs_cuda = pytest.mark.skipif(WHY is not None, reason=f"cuda: {WHY}")
+MOST_ROWS = 16  # of a rehearsed linear: the emulator is slow
+
+
+def parts(suite: str) -> Iterator[Planned]:
+    """Every different part of a suite in tiny shapes, those for small launches too."""
+    found = {}
+    for one in SUITES[suite](shapes.REHEARSAL):
+        told = {name: one.shape.get(name) for name in ("pass", "mode", "precision", "matrices", "vectors")}
+        if int(one.shape.get("rows", 0)) <= MOST_ROWS:
+            found.setdefault((one.op, one.dtype, one.marker, part_of(one), *told.values()), one)
+    yield from found.values()
+
+
+@needs_cuda
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_provider_is_right_in_every_part_of_a_suite(suite: str):
+    for one in parts(suite):
+        case = one.case(PLACE)
+        found = [p for p in case.providers if p.name == CUDA]
+        if any(p.name == AGAIN for p in case.providers):
+            assert not found  # beside peers that take long to get ready
+            continue
+        (provider,) = found
+        assert (provider.role, provider.backend) == ("variant", "cuda")
+        (record,) = measure(
+            dataclasses.replace(case, providers=found, floor_bytes=None), 0.0, {}, WallClock(2, False)
+        )
+        assert "failed" not in record, (one.shape, record)
+
+
+@needs_cuda
+def test_a_provider_that_does_nothing_is_noticed():
+    """Every suite compares with fp64, so that a kernel that was never launched does not look fast."""
+    for suite in SUITES:
+        case = next(parts(suite)).case(PLACE)
+        provider = next(p for p in case.providers if p.name == CUDA)
+        idle = [t.detach() * 0 for t in (provider.check or provider.run)()]
+        lazy = dataclasses.replace(provider, run=lambda r=idle: r, check=None, rotation=())
+        case = dataclasses.replace(case, providers=[lazy], floor_bytes=None)
+        (record,) = measure(case, 0.0, {}, WallClock(2, False))
+        assert "wrong" in record["failed"]
+
+
+@pytest.mark.parametrize("suite", ["lora_linear", "ewc_penalty", "fisher_accumulate", "merge"])
+def test_without_the_extension_suites_have_no_such_provider(suite: str, monkeypatch: pytest.MonkeyPatch):
+    for module in (ewc_penalty, fisher_accumulate, lora_linear, merge):
+        monkeypatch.setattr(module, "cuda_is_built", lambda: False)
+    names = [p.name for p in planned(suite, True)[0].case(PLACE).providers]
+    assert OURS in names and CUDA not in names
+
+
+def test_small_cases_stand_before_the_least_important_ones_and_have_few_providers():
+    for suite in ("lora_linear", "ewc_penalty", "fisher_accumulate"):
+        places = [i for i, one in enumerate(planned(suite)) if part_of(one) == SMALL]
+        assert places and places[0] > 0, suite
+        assert len(places) <= 20
+
+
+@needs_cuda
+def test_the_op_alone_is_one_call_without_autograd():
+    one = next(one for one in parts("ewc_penalty") if one.shape["model"] == ewc_penalty.OP_LAYER)
+    case = one.case(PLACE)
+    loss, grads = next(p for p in case.providers if p.name == CUDA).run()
+    assert loss.grad_fn is None and grads.dim() == 1
+    assert grads.numel() == 2 * int(one.shape["matrices"]) * ewc_penalty.OP_WIDTH * int(one.shape["rank"])
