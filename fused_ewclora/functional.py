@@ -200,13 +200,12 @@ def ewc_penalty_grad_(
     if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
         flat *= grad_scale
     held, added = [], []
-    for slot, grad in _penalty.unflatten(flat, _penalty.slots(tensors, needs)):
-        parameter = tensors[slot.input]
-        assert parameter is not None
-        if not wanted[slot.input]:
+    order = _penalty.layout(tensors, needs)
+    for index, new in zip(order.inputs, _penalty.unflatten(flat, order), strict=True):
+        parameter = tensors[index]
+        if parameter is None or not wanted[index]:
             continue
-        new, old = grad.to(slot.dtype), parameter.grad
-        if old is None:
+        if (old := parameter.grad) is None:
             parameter.grad = new
         else:
             held.append(old)

@@ -16,7 +16,7 @@ from .ops import _dispatch, _library
 
 ENVIRONMENT = {
     "FUSED_EWCLORA_AUTOTUNE": "1: Triton kernels run in configurations measured on this GPU",
-    "FUSED_EWCLORA_BACKEND": "backend that calls use unless they name one: auto, triton, cuda, cpu or reference",
+    "FUSED_EWCLORA_BACKEND": "backend of calls that name none: auto, triton, cuda, cpu or reference",
     "FUSED_EWCLORA_BUILD": "read when the package is built: auto, none, cpu or cuda",
     "FUSED_EWCLORA_CACHE": "folder of measured configurations; unset: fused_ewclora in the user's cache",
     "FUSED_EWCLORA_CPU_ISA": "instruction set of the CPU kernels: baseline, avx2 or avx512",

@@ -18,7 +18,8 @@ from .candidate import Call, Candidate, forget_choices
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = 80  # bf16 and tf32 matrix units, asynchronous copies
 NOT_BUILT = (
-    "the CUDA extension was not built (FUSED_EWCLORA_BUILD=cuda builds it, with nvcc and a CUDA build of PyTorch)"
+    "the CUDA extension was not built"
+    " (FUSED_EWCLORA_BUILD=cuda builds it, with nvcc and a CUDA build of PyTorch)"
 )
 _ALGORITHMS = {
     "lora_linear": "CUDA low-rank passes around cuBLAS",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,23 +11,32 @@ from torch import Tensor
 from . import _library
 
 
-class Slot(NamedTuple):
-    """Where a gradient goes: which of the flat inputs A, B, s, A, B, s, … and in what form."""
+class Layout(NamedTuple):
+    """Of the gradients in the flat result of the op: which of the inputs A, B, s, A, B, s, … they belong to,
+    and how those look. Lists side by side: hundreds of gradients are dealt out in every step."""
 
-    input: int
-    shape: torch.Size
-    dtype: torch.dtype
-
-
-def slots(adapters: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Slot]:
-    """The order of the gradients in the flat result of the op."""
-    return [Slot(i, t.shape, t.dtype) for i, t in enumerate(adapters) if t is not None and needs[i % 3]]
+    inputs: list[int]
+    shapes: list[torch.Size]
+    dtypes: list[torch.dtype]
 
 
-def unflatten(flat: Tensor, order: Sequence[Slot]) -> Iterator[tuple[Slot, Tensor]]:
-    """Views of the flat gradients in the shapes of their inputs."""
-    parts = flat.split([slot.shape.numel() for slot in order])
-    return ((slot, part.view(slot.shape)) for slot, part in zip(order, parts, strict=True))
+def layout(adapters: Sequence[Tensor | None], needs: Sequence[bool]) -> Layout:
+    """The order in which the op leaves the gradients that `needs` asks for, by kind."""
+    given = [(i, t) for i, t in enumerate(adapters) if t is not None and needs[i % 3]]
+    return Layout([i for i, _ in given], [t.shape for _, t in given], [t.dtype for _, t in given])
+
+
+def unflatten(flat: Tensor, order: Layout) -> list[Tensor]:
+    """The gradients in the shapes and dtypes of their inputs; views where the dtype is that of `flat`, which
+    begins where its memory does."""
+    grads, start = [], 0
+    for shape in order.shapes:  # one call each: a view of a slice is two, and views of views are slow
+        strides = (shape[1], 1) if len(shape) == 2 else (1,) * len(shape)
+        grads.append(flat.as_strided(shape, strides, start))
+        start += shape.numel()
+    if all(dtype == flat.dtype for dtype in order.dtypes):
+        return grads
+    return [grad.to(dtype) for grad, dtype in zip(grads, order.dtypes, strict=True)]
 
 
 class EWCPenaltyFunction(torch.autograd.Function):
@@ -49,8 +58,7 @@ class EWCPenaltyFunction(torch.autograd.Function):
             fishers, lora_as, lora_bs, scales, factors, ewc_lambda, needs, backend
         )
         ctx.save_for_backward(flat)
-        # Which inputs the gradients belong to, and the shape and dtype that each must come back in.
-        ctx.slots, ctx.inputs = slots(adapters, needs), len(adapters)
+        ctx.layout, ctx.inputs = layout(adapters, needs), len(adapters)
         return penalty
 
     @staticmethod
@@ -58,7 +66,8 @@ class EWCPenaltyFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_penalty: Tensor) -> tuple[Tensor | None, ...]:
         (flat,) = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * ctx.inputs
-        for slot, grad in unflatten(flat * grad_penalty, ctx.slots):
-            if ctx.needs_input_grad[4 + slot.input]:
-                grads[slot.input] = grad.to(slot.dtype)
+        wanted = ctx.needs_input_grad[4:]  # builds a tuple whenever it is read
+        for index, grad in zip(ctx.layout.inputs, unflatten(flat * grad_penalty, ctx.layout), strict=True):
+            if wanted[index]:
+                grads[index] = grad
         return (None, None, None, None, *grads)
