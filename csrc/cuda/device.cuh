@@ -288,4 +288,20 @@ FE_DEVICE void unpack(Words v, float (&to)[8], f16) {
   }
 }
 
+// Consecutive numbers as words of memory: one per word, or two of 16 bits.
+template <class T, int N>
+FE_DEVICE void to_words(const float (&v)[N], uint32_t* words) {
+  if constexpr (sizeof(T) == 4) {
+    FE_UNROLL for (int i = 0; i < N; ++i) words[i] = bits_of(v[i]);
+  } else {
+    FE_UNROLL for (int i = 0; i < N / 2; ++i) words[i] = pack<T>(v[2 * i], v[2 * i + 1]);
+  }
+}
+template <class T>
+FE_DEVICE Words unit_of(const float (&v)[Wide<T>::COUNT]) {
+  Words unit;
+  to_words<T>(v, unit.w);
+  return unit;
+}
+
 }  // namespace fe::cuda

@@ -117,14 +117,6 @@ fisher_kernel(FE_PARAMETER FisherProducts p) {
 
 constexpr int SQUARE_THREADS = 256, SQUARE_EACH = 4;  // accesses of a thread, all under way at once
 
-FE_DEVICE Words packed(const float (&v)[4], float) {
-  return {{bits_of(v[0]), bits_of(v[1]), bits_of(v[2]), bits_of(v[3])}};
-}
-template <class T>
-FE_DEVICE Words packed(const float (&v)[8], T) {
-  return {{pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]), pack<T>(v[6], v[7])}};
-}
-
 // F whose rows are contiguous and may be read 16 bytes at a time.
 template <class T>
 FE_KERNEL(SQUARE_THREADS, 4)
@@ -150,7 +142,7 @@ fisher_square_kernel(FE_PARAMETER FisherSquare p) {
       const float gradient = float_of(g[i][j / 4].w[j % 4]);
       value[j] += p.weight * (gradient * gradient);
     }
-    store_words(static_cast<T*>(p.fisher.data) + m * p.fisher.row + n, packed(value, T()));
+    store_words(static_cast<T*>(p.fisher.data) + m * p.fisher.row + n, unit_of<T>(value));
   }
 }
 

@@ -13,14 +13,6 @@ constexpr int tile_columns(Dtype dtype) {  // 16 bytes a lane
   return 32 * (16 / int(element_size(dtype)));
 }
 
-FE_DEVICE Words packed(const float (&v)[4], float) {
-  return {{bits_of(v[0]), bits_of(v[1]), bits_of(v[2]), bits_of(v[3])}};
-}
-template <class T>
-FE_DEVICE Words packed(const float (&v)[8], T) {
-  return {{pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]), pack<T>(v[6], v[7])}};
-}
-
 // Ranks [first, first + MERGE_RANKS) of A's columns and of B's rows of the tile, B times the scale; zero outside.
 FE_DEVICE void stage_factors(const MergeEntry& e, int64_t row, int64_t column, int64_t first, int columns, float* a, float* b) {
   for (int i = thread(); i < MERGE_RANKS * columns; i += MERGE_THREADS) {
@@ -91,7 +83,7 @@ FE_DEVICE void merge_tile(const MergeEntry& e, int64_t tile) {
       float before[COUNT];
       unpack(old[m], before, T());
       FE_UNROLL for (int j = 0; j < COUNT; ++j) sum[m][j] += before[j];
-      store_words(to + lane() * COUNT, packed(sum[m], T()));
+      store_words(to + lane() * COUNT, unit_of<T>(sum[m]));
       continue;
     }
     FE_UNROLL for (int j = 0; j < COUNT; ++j) {
