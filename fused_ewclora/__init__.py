@@ -43,7 +43,7 @@ _LAZY = {
     "export_peft": "interchange",
     "import_peft": "interchange",
 }
-_LAZY_MODULES = ("metrics",)
+_LAZY_MODULES = ("metrics", "profiling")
 
 __all__ = [
     "EWC",

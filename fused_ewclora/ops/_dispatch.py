@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Callable
 
 from ..backends import measured_choice
 from ..backends.candidate import Call as Call
@@ -139,6 +140,19 @@ def _reason(op: str, candidate: Candidate, asked: str, call: Call) -> str | None
     return candidate.yields(call)
 
 
+Annotate = Callable[[str, Candidate], Candidate]
+_annotate: Annotate | None = None
+
+
+def annotate(how: Annotate | None) -> Annotate | None:
+    """What `choose` makes of the candidates that it returns from now on; returns what it made of them before.
+    None leaves them as they are, so that nothing but the choice is on the path of a call."""
+    global _annotate
+    before, _annotate = _annotate, how
+    choose.cache_clear()
+    return before
+
+
 @remembers_choices
 @functools.lru_cache(maxsize=1024)
 def choose(op: str, backend: str, call: Call) -> Candidate:
@@ -147,7 +161,7 @@ def choose(op: str, backend: str, call: Call) -> Candidate:
     for candidate in candidates(op):
         reason = _reason(op, candidate, backend, call)
         if reason is None:
-            return candidate
+            return candidate if _annotate is None else _annotate(op, candidate)
         if backend.partition(":")[0] in ("auto", candidate.backend):
             reasons.append(f"{candidate.algorithm}: {reason}")
     detail = "; ".join(reasons) or f"it does not implement {op}"

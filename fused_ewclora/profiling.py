@@ -1,0 +1,104 @@
+"""Named ranges around every operation, for torch.profiler, Nsight Systems and whatever else shows them.
+
+Off, nothing of this is on the path of a call: the functions that run are those of the backends themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from .errors import BackendError
+from .ops import _dispatch
+
+
+def _size(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _linear(x: Tensor, weight: Tensor, lora_as: Sequence[Tensor]) -> str:
+    ranks = "+".join(str(a.shape[0]) for a in lora_as)
+    return f"{_size(x)}, W {_size(weight)}, rank {ranks}, {_dtype(x)}"
+
+
+def _many(what: str, tensors: Sequence[Tensor]) -> str:
+    return f"{what} {len(tensors)}, first {_size(tensors[0])}, {_dtype(tensors[0])}"
+
+
+# What a range says of the arguments of an op (those of its schema).
+_DESCRIBED: dict[str, Callable[..., str]] = {
+    "lora_linear": lambda *a: "x " + _linear(a[0], a[1], a[3]),
+    "lora_linear_backward": lambda *a: "dy " + _linear(a[0], a[2], a[5]),
+    "ewc_penalty": lambda *a: f"{_many('adapters', a[0])}, rank {max(t.shape[0] for t in a[1])}",
+    "fisher_accumulate_": lambda *a: f"x {_size(a[1])}, dy {_size(a[2])}, {_dtype(a[1])}, {a[3]}",
+    "merge_": lambda *a: f"{_many('weights', a[0])}, rank {max(t.shape[0] for t in a[1])}",
+    "soft_threshold_": lambda *a: _many("vectors", a[0]),
+}
+
+
+def _name(op: str, candidate: _dispatch.Candidate, args: Sequence[Any]) -> str:
+    return f"fused_ewclora.{op}({_DESCRIBED[op](*args)}) {candidate.backend}: {candidate.algorithm}"
+
+
+def _annotated(op: str, candidate: _dispatch.Candidate, nvtx: bool) -> _dispatch.Candidate:
+    @functools.wraps(candidate.run)
+    def run(*args: Any) -> Any:
+        name = _name(op, candidate, args)
+        with record_function(name), _nvtx_range(name) if nvtx else contextlib.nullcontext():
+            return candidate.run(*args)
+
+    return candidate._replace(run=run)
+
+
+@contextlib.contextmanager
+def _nvtx_range(name: str) -> Iterator[None]:
+    torch.cuda.nvtx.range_push(name)
+    try:
+        yield
+    finally:
+        torch.cuda.nvtx.range_pop()
+
+
+class enable:  # lower case: it is used like a function
+    """Name a range after every operation that runs from now on, or until the end of a `with` block: the op,
+    the shapes and dtype of its arguments, the backend and the algorithm. Ranges are those of
+    `torch.profiler.record_function`; with `nvtx=True` NVTX ranges as well, for Nsight Systems and Nsight
+    Compute. Kernels of the backward pass are inside the ranges of their own operations.
+
+    Inside a captured CUDA graph only the capture has ranges. Raises `BackendError` where PyTorch has no NVTX.
+
+        >>> with profiling.enable(), torch.profiler.profile() as profile: loss.backward()
+        >>> print(profile.key_averages().table(sort_by="self_cpu_time_total"))
+    """
+
+    def __init__(self, *, nvtx: bool = False) -> None:
+        if nvtx:
+            try:
+                torch.cuda.nvtx.mark("fused_ewclora.profiling")
+            except RuntimeError as error:
+                raise BackendError(f"nvtx: this build of PyTorch has no NVTX ({error})") from error
+        self._previous = _dispatch.annotate(functools.partial(_annotated, nvtx=nvtx))
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        _dispatch.annotate(self._previous)
+
+
+def disable() -> None:
+    """No ranges any more.
+
+    >>> profiling.disable()
+    """
+    _dispatch.annotate(None)
