@@ -1,8 +1,8 @@
 """Checks and measures the GPU kernels unattended: `python -m benchmarks.gpu_check --out DIR`.
 
-Needs PyTorch, Triton and pytest in the running interpreter, installs nothing, and leaves at most eight files
-in DIR (docs/gpu-check.md). Exit status 0: all is well; 1: a step or one of our kernels failed; 2: only
-targets were missed or not measured.
+Needs PyTorch, Triton and pytest in the running interpreter, builds the CUDA extension in the checkout,
+installs nothing, and leaves at most eight files in DIR (docs/gpu-check.md). Exit status 0: all is well; 1: a
+step or one of our kernels failed; 2: only targets were missed or not measured.
 """
 
 from __future__ import annotations
@@ -31,25 +31,33 @@ QUICK = (
     "lora_linear", "ewc_penalty", "ewc_penalty_grad", "fisher_accumulate", "merge", "dropout", "philox",
     "compile", "autocast",
 )  # fmt: skip
-ELSEWHERE = ("test_packaging.py", "test_benchmarks_gpu.py")  # need a build, or run this driver
+HOST = ("test_cuda_build.py",)  # compile for minutes and need no GPU: after everything else
+ELSEWHERE = (
+    "test_packaging.py",
+    "test_benchmarks_gpu.py",
+    "test_choose.py",
+)  # need a build, or run this driver
 SUITE_LIMITS = {
-    "lora_linear": 130.0,
-    "ewc_penalty": 95.0,
-    "fisher_accumulate": 60.0,
-    "training_step": 60.0,
-    "merge": 25.0,
+    "lora_linear": 100.0,
+    "ewc_penalty": 60.0,
+    "fisher_accumulate": 40.0,
+    "training_step": 40.0,
+    "merge": 20.0,
 }
+EVERYTHING = "all tests"
+NAMES = ("environment", "build", "tests", "sanitize", "ceilings", *SUITE_LIMITS, EVERYTHING)  # of the steps
 LARGEST = 15 << 20  # bytes of a file in DIR
 NO_GPU = "exit status 3"
 
 
 def test_files() -> tuple[list[str], list[str]]:
-    """Test files of the kernels, and all others."""
+    """Test files of the kernels, and others; HOST in neither."""
     everything = [path.name for path in sorted((ROOT / "tests").glob("test_*.py"))]
     first = [f"test_{name}.py" for name in QUICK]
     first += [name for name in everything if any(word in name for word in ("gpu", "cuda", "triton"))]
-    first = [name for name in dict.fromkeys(first) if name in everything and name not in ELSEWHERE]
-    return first, [name for name in everything if name not in (*first, *ELSEWHERE)]
+    elsewhere = (*ELSEWHERE, *(name for name in everything if name.startswith("test_gpu_check")))
+    first = [name for name in dict.fromkeys(first) if name in everything and name not in (*elsewhere, *HOST)]
+    return first, [name for name in everything if name not in (*first, *elsewhere, *HOST)]
 
 
 def pytest_command(files: Sequence[str], report: Path, workers: int, few: bool) -> list[str]:
@@ -91,21 +99,30 @@ def plan(args: argparse.Namespace, work: Path) -> list[Step]:
         return [sys.executable, "-m", f"benchmarks.{name}", *more, *rehearse]
 
     first, others = test_files()
+    whole = [*others, *first, *HOST]
     if args.rehearse:
-        first, others = ["test_metrics.py"], ["test_config.py"]
+        first, whole = ["test_metrics.py"], ["test_config.py"]
     log = args.out / "tests.log"
     workers = 0 if args.rehearse else args.workers
     found = [
         step("environment", module("gpu.describe"), 60.0),
-        step("tests", pytest_command(first, work / "tests.xml", workers, True), 120.0, log),
+        step("build", module("gpu.build"), 150.0),
+        step("tests", pytest_command(first, work / "tests.xml", workers, True), 110.0, log),
+        step("sanitize", module("gpu.sanitize", "--budget", "{budget}"), 75.0),
         step("ceilings", module("gpu.describe", "--ceilings"), 30.0),
     ]
     for suite, limit in SUITE_LIMITS.items():
         options = [suite, "--out", str(args.out), "--seconds", str(args.seconds), "--budget", "{budget}"]
         found.append(step(suite, module("gpu", *options), limit, again=75))
-    whole = pytest_command([*others, *first], work / "all-tests.xml", workers, False)
-    found.append(step("all tests", whole, args.budget, log))
-    return [one for one in found if not args.steps or one.name in args.steps]
+    command = pytest_command(whole, work / "all-tests.xml", workers, False)
+    found.append(step(EVERYTHING, command, args.budget, log))
+    return stretched([one for one in found if not args.steps or one.name in args.steps], args.budget)
+
+
+def stretched(todo: Sequence[Step], budget: float) -> list[Step]:
+    """The steps with limits that grow in proportion where fewer were asked for."""
+    total = sum(one.limit for one in todo if one.name != EVERYTHING)
+    return [replace(one, limit=one.limit * max(1.0, budget / max(total, 1.0))) for one in todo]
 
 
 def judged(outcome: Outcome, report: Path) -> Outcome:
@@ -148,7 +165,8 @@ def report(args: argparse.Namespace, outcomes: Sequence[Outcome]) -> tuple[str, 
     wrong = [r for found in suites.values() for r in broken(found)]
     lines += ["", f"failures of ours: {len(wrong)}"]
     lines += [f"  {summary.label(r)[:60]}: {r['provider']}: {r['failed'][:200]}" for r in wrong[:30]]
-    rows, verdicts = summary.targets(goals(), suites)
+    wanted = [goal for goal in goals() if not args.steps or goal.suite in args.steps]
+    rows, verdicts = summary.targets(wanted, suites)
     lines += rows if not args.rehearse else ["", "a rehearsal has no targets"]
     lines += ["", "steps"]
     for outcome in outcomes:
@@ -157,7 +175,7 @@ def report(args: argparse.Namespace, outcomes: Sequence[Outcome]) -> tuple[str, 
     for name, found in suites.items():
         if name in run and (missing := not_reached(name, found, args.rehearse)):
             lines.append(f"  {name}: {missing} cases were not reached")
-    fine = (steps.OK, PARTIAL)
+    fine = (steps.OK, PARTIAL, steps.SKIPPED)
     status = 1 if wrong or any(outcome.status not in fine for outcome in outcomes) else 0
     if not status and not args.rehearse and not args.steps and set(verdicts) != {summary.PASS}:
         status = 2
@@ -220,9 +238,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="a folder without results of earlier runs")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything")
-    parser.add_argument("--seconds", type=float, default=0.1, help="timing per provider and case")
+    parser.add_argument("--seconds", type=float, default=0.06, help="timing per provider and case")
     parser.add_argument("--workers", type=int, default=workers, help="test processes, with pytest-xdist")
-    parser.add_argument("--steps", nargs="*", help="only these: environment, tests, ceilings, a suite, ...")
+    parser.add_argument("--steps", nargs="*", choices=NAMES, default=[], help="only these")
     parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU, with Triton's interpreter")
     args = parser.parse_args(given)
     args.out = args.out.resolve()

@@ -9,12 +9,14 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-OK, FAILED, TIMED_OUT, NOT_RUN = "ok", "failed", "timed out", "not run"
+OK, FAILED, TIMED_OUT, NOT_RUN, SKIPPED = "ok", "failed", "timed out", "not run", "skipped"
+SKIP = 77  # exit status of a command that cannot run on this machine; its last line says why
 LEAST = 3.0  # seconds below which a step is not worth starting
 GRACE = 8.0  # seconds after the interrupt, for reports
 
@@ -60,6 +62,27 @@ def tail(path: Path, lines: int = 10, width: int = 200) -> tuple[str, ...]:
     """The last lines of a log."""
     text = path.read_text(errors="replace").splitlines() if path.exists() else []
     return tuple(line[:width] for line in text[-lines:])
+
+
+def shown(
+    arguments: Sequence[str], environment: Mapping[str, str], root: Path, limit: float | None = None
+) -> tuple[int, list[str]]:
+    """Exit status and lines of a command, printed as they come; it is killed after `limit` seconds."""
+    process = subprocess.Popen(
+        arguments, cwd=root, env={**os.environ, **environment}, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+    )  # fmt: skip
+    killer = threading.Timer(limit or threading.TIMEOUT_MAX, process.kill)
+    killer.daemon = True
+    killer.start()
+    lines = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line.rstrip())
+    code = process.wait()
+    killer.cancel()
+    return code, lines
 
 
 def _stop(process: subprocess.Popen[bytes], grace: float) -> None:
@@ -116,5 +139,7 @@ def run(step: Step, deadline: Deadline, root: Path, grace: float = GRACE) -> Out
     spent = time.monotonic() - begin
     if code == 0:
         return Outcome(step.name, OK, spent)
+    if code == SKIP:
+        return Outcome(step.name, SKIPPED, spent, " ".join(tail(step.log, 1)))
     status, detail = (TIMED_OUT, "stopped") if code is None else (FAILED, f"exit status {code}")
     return Outcome(step.name, status, spent, detail, tail(step.log))

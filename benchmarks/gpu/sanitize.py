@@ -1,0 +1,128 @@
+"""Runs small calls of every op of the CUDA backend under a tool: `python -m benchmarks.gpu.sanitize`.
+
+The tools are those of compute-sanitizer: memcheck watches accesses to memory, racecheck those of the threads
+of a block to shared memory. Both watch our kernels alone, and results are compared with the reference. Exit
+status 0: no complaint; 1: the last lines say which; 77: the extension or compute-sanitizer is missing.
+`--calls` runs the calls in this process, without a tool; `--rehearse` does so on the CPU, on the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from fused_ewclora import available_backends
+
+from ..steps import SKIP, shown
+from .small_calls import calls, wrong
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = {
+    "memcheck": ["--padding", "256"],  # bytes between allocations, which nothing may touch
+    "racecheck": [],
+}
+FOUND = 86  # exit status when a tool has something to say
+RESERVE = 5.0  # seconds of the budget for what comes after the tools
+SHOWN = 3  # lines of a tool's first complaint
+CONTENT = " SUMMARY: 0 "  # errors or hazards
+COMPLAINT = re.compile(r"========= (?!    |COMPUTE-SANITIZER)\S")  # its first line; details are indented
+
+
+def sanitizer() -> str | None:
+    """Path of compute-sanitizer: on PATH, or in the CUDA toolkit."""
+    homes = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", ""), "/usr/local/cuda"]
+    folders = [Path(home, "bin") for home in homes if home]
+    return shutil.which("compute-sanitizer") or next(
+        (found for folder in folders if (found := shutil.which("compute-sanitizer", path=folder))), None
+    )
+
+
+def kernels(root: Path = ROOT) -> list[str]:
+    """Names of all kernels in csrc/cuda."""
+    sources = (path.read_text() for path in sorted((root / "csrc" / "cuda").glob("*.cu")))
+    return sorted({name for text in sources for name in re.findall(r"\b(\w+_kernel)\(FE_PARAMETER", text)})
+
+
+def command(tool: str, binary: str) -> list[str]:
+    """The calls under a tool. Errors of CUDA's API are not counted: PyTorch asks for what may be missing."""
+    options = ["--tool", tool, "--error-exitcode", str(FOUND), "--report-api-errors", "no"]
+    for name in kernels():
+        options += ["--kernel-name", f"kernel_substring={name}"]
+    return [binary, *options, *TOOLS[tool], sys.executable, "-m", "benchmarks.gpu.sanitize", "--calls"]
+
+
+def digest(lines: Sequence[str]) -> list[str]:
+    """What a reader needs to begin with: wrong results, a tool's first complaint, and its summary; without
+    any of them the last lines."""
+    found = [line for line in lines if line.startswith("wrong:")][:2]
+    summary = [line for line in lines if " SUMMARY: " in line][-1:]
+    first = next((i for i, line in enumerate(lines) if COMPLAINT.match(line) and line not in summary), None)
+    found += lines[first : first + SHOWN] if first is not None else []
+    return [*found, *summary] if found or summary else list(lines[-SHOWN:])
+
+
+def under(tool: str, binary: str, limit: float) -> list[str]:
+    """What a tool has to say within `limit` seconds; empty if it is content."""
+    # The caching allocator would hand out parts of one large allocation, inside of which nothing is noticed.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
+    begin = time.monotonic()
+    code, lines = shown(command(tool, binary), environment, ROOT, limit)
+    seconds = time.monotonic() - begin
+    if code == 0 and any(CONTENT in line for line in lines):  # warnings leave the exit status at 0
+        return []
+    why = "errors" if code == FOUND else f"no result in {limit:.0f} s" if code < 0 else f"exit status {code}"
+    return [f"{tool}: {why} after {seconds:.0f} s", *digest(lines)]
+
+
+def under_all(tools: Sequence[str], budget: float) -> int:
+    """Runs the tools one after the other; the exit status."""
+    if (reason := available_backends()["cuda"]) is not None:
+        print(f"the CUDA backend is not available: {reason}")
+        return SKIP
+    if (binary := sanitizer()) is None:
+        print("compute-sanitizer was not found: it is in the CUDA toolkit")
+        return SKIP
+    end, said = time.monotonic() + budget - RESERVE, []
+    for i, tool in enumerate(tools):
+        share = (end - time.monotonic()) / (1 if i + 1 == len(tools) else 1.5)
+        said += under(tool, binary, max(share, 1.0))
+    print("", *(said or [f"{', '.join(tools)}: nothing to complain about"]), sep="\n")
+    return int(bool(said))
+
+
+def run_calls(backend: str, device: str) -> int:
+    """Runs and checks all calls in this process; the exit status."""
+    failed, count = 0, 0
+    for call in calls():
+        try:
+            reason = wrong(call, backend, device)
+        except Exception as failure:
+            reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
+        count += 1
+        failed += reason is not None
+        print(f"wrong: {call.name}: {reason}" if reason else f"right: {call.name}", flush=True)
+    print(f"{backend}: {failed} of {count} calls are wrong")
+    return int(failed > 0)
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.sanitize", description=__doc__)
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds for all tools")
+    parser.add_argument("--calls", action="store_true", help="the calls alone, in this process")
+    parser.add_argument("--rehearse", action="store_true", help="the calls alone, on the CPU")
+    args = parser.parse_args()
+    if args.rehearse:
+        return run_calls("reference", "cpu")
+    return run_calls("cuda", "cuda") if args.calls else under_all(args.tools, args.budget)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
