@@ -1,0 +1,181 @@
+"""Committed records, read by readers who trust nothing: every line is checked before any figure is used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import records
+from .case import OURS
+
+Record = dict[str, Any]
+CaseRecords = dict[str, Record]  # by provider
+COMPUTED = "computed"  # timing of a floor that nobody ran
+SWEEP = "sweep"  # key of a shape: names the field that the records of one curve differ in
+
+
+class Unusable(ValueError):
+    """Records that cannot be used, in one sentence."""
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise Unusable(f"{path}: no such file or folder")
+    if not path.is_dir():
+        return [path]
+    found = sorted(path.glob("*.jsonl"))
+    if not found:
+        raise Unusable(f"{path}: the folder holds no .jsonl files")
+    return found
+
+
+def _quantiles_are_sound(record: Record) -> bool:
+    seconds = record.get("seconds")
+    return seconds is None or 0.0 < seconds["p20"] <= seconds["p50"] <= seconds["p80"]
+
+
+def _of_file(path: Path) -> list[Record]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as failure:
+        raise Unusable(
+            f"{path}: cannot be read ({getattr(failure, 'strerror', None) or 'not text'})"
+        ) from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            what = "the file is truncated" if number == len(lines) else "not JSON"
+            raise Unusable(f"{path}: line {number} is no complete record ({what})") from None
+        wrong = next(records.violations(record), None)
+        if wrong:
+            raise Unusable(
+                f"{path}: line {number} does not follow record_schema.json of this version ({wrong[:200]})"
+            )
+        if not _quantiles_are_sound(record):
+            raise Unusable(f"{path}: line {number} has times that are not 0 < p20 <= p50 <= p80")
+        found.append(record)
+    if not found:
+        raise Unusable(f"{path}: holds no records")
+    return found
+
+
+def load(*paths: Path | str) -> list[Record]:
+    """All records of files, or of the .jsonl files of folders, in order; raises Unusable with one sentence
+    for what is missing, empty, truncated or against record_schema.json."""
+    return [record for path in paths for file in _files(Path(path)) for record in _of_file(file)]
+
+
+def newest(found: Iterable[Record]) -> dict[str, CaseRecords]:
+    """The newest record of every case and provider, by case and provider; of equal times the later line."""
+    cases: dict[str, CaseRecords] = {}
+    for record in found:
+        case = cases.setdefault(records.key(record), {})
+        before = case.get(record["provider"])
+        if before is None or record["time"] >= before["time"]:
+            case[record["provider"]] = record
+    return cases
+
+
+def role(record: Record) -> str:
+    """ "ours", "variant", "peer" or "floor"; older records say it only by `floor` and by the name."""
+    if "role" in record:
+        return str(record["role"])
+    if record.get("floor"):
+        return "floor"
+    name = record["provider"]
+    return "ours" if name == OURS else "variant" if name.startswith(OURS) else "peer"
+
+
+def measured(record: Record | None) -> bool:
+    """Whether somebody ran it and the clock was read."""
+    return record is not None and "seconds" in record and record.get("timing") != COMPUTED
+
+
+def ceilings(record: Record) -> dict[str, float]:
+    """What the process of a record measured: "copy" in bytes/s, products in FLOP/s. Older CPU records have
+    the fp32 product alone."""
+    if "ceilings" in record:
+        return dict(record["ceilings"])
+    if "sgemm_gflops_per_second" in record:
+        return {"fp32": 1e9 * record["sgemm_gflops_per_second"]}
+    return {}
+
+
+def fraction_of_ceiling(record: Record) -> float | None:
+    """The share of the measured ceiling; of older CPU records, of the fp32 product."""
+    share = record.get("fraction_of_ceiling", record.get("fraction_of_sgemm"))
+    return None if share is None else float(share)
+
+
+def least_seconds(record: Record) -> float | None:
+    """The time at the ceiling by which the record was judged: bytes at the copy bandwidth or FLOPs at the
+    product rate of its process, whichever takes longer."""
+    share = fraction_of_ceiling(record)
+    return None if share is None else share * float(record["seconds"]["p50"])
+
+
+def bound(record: Record) -> str | None:
+    """ "bytes" or "flops": which of them takes the `least_seconds`."""
+    least = least_seconds(record)
+    if least is None:
+        return None
+    copy = ceilings(record).get("copy")
+    return "bytes" if copy and abs(record["bytes"] / copy / least - 1.0) < 1e-6 else "flops"
+
+
+def is_gpu(record: Record) -> bool:
+    return "cuda" in record["environment"] or "capability" in record["environment"]
+
+
+def _fields(record: Record) -> dict[str, Any]:
+    shape = {name: value for name, value in record["shape"].items() if name != SWEEP}
+    return {**shape, "dtype": record["dtype"]}
+
+
+def _value(name: str, value: Any) -> str:
+    return f"{name.replace('_', ' ')} {value}" if isinstance(value, (int, float)) else str(value)
+
+
+def labels(cases: Sequence[CaseRecords]) -> list[str]:
+    """Names of cases of one op with no more fields than tell them apart, in the order of their shapes."""
+    told = [_fields(next(iter(case.values()))) for case in cases]
+    names = list(dict.fromkeys(name for fields in told for name in fields))
+    chosen: list[str] = []
+
+    def distinct(fields: Sequence[str]) -> int:
+        return len({tuple(str(one.get(name)) for name in fields) for one in told})
+
+    for name in names:
+        if not chosen or distinct([*chosen, name]) > distinct(chosen):
+            chosen.append(name)
+    return [", ".join(_value(name, one[name]) for name in chosen if name in one) for one in told]
+
+
+def by_op(cases: Iterable[CaseRecords]) -> dict[str, list[CaseRecords]]:
+    """Cases grouped by operation, in order of appearance."""
+    ops: dict[str, list[CaseRecords]] = {}
+    for case in cases:
+        ops.setdefault(next(iter(case.values()))["op"], []).append(case)
+    return ops
+
+
+def ours(case: CaseRecords) -> Record | None:
+    """The record of ours."""
+    return next((record for record in case.values() if role(record) == "ours"), None)
+
+
+def time_text(seconds: float) -> str:
+    """Three digits with a unit: "4.70 ms"."""
+    for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
+        if seconds * factor >= 0.9995 or unit == "µs":
+            return f"{digits(seconds * factor)} {unit}"
+    raise AssertionError
+
+
+def digits(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
