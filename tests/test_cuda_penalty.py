@@ -1,0 +1,256 @@
+"""EWC penalty in CUDA: neither how kernels read and cut up matrices nor which tables are kept shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import oracles
+import pytest
+import torch
+from penalty_cases import Case, assert_equals_oracle, make
+from strategies import Values
+from tolerance import assert_within, relative_error, sum_bound
+from torch import Tensor
+
+import fused_ewclora as fe
+from fused_ewclora.backends import cuda
+
+REASON = fe.available_backends()["cuda"]
+pytestmark = [
+    pytest.mark.skipif(REASON is not None, reason=f"cuda: {REASON}"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
+
+FISHERS = (torch.float32, torch.bfloat16)
+# Largest part of itself that a factor loses at torch's float32 matmul precisions, to tf32 and to bf16.
+ROUNDED = {"high": 2.0**-11, "medium": 2.0**-8}
+
+
+@pytest.fixture
+def precision() -> Iterator[Callable[[str], None]]:
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+def check(case: Case) -> None:
+    assert_equals_oracle(case, *case.gradients())
+
+
+def results(case: Case) -> list[Tensor]:
+    value, grads = case.gradients()
+    return [value.detach(), *grads]
+
+
+def by_new_table(case: Case) -> list[Tensor]:
+    cuda.extension().forget_penalty_tables()
+    return results(case)
+
+
+def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+# ---- how F is read
+
+# Where F begins in rows of a wider matrix, how far those are apart, and how many columns are F's.
+PLACES = {
+    "16 bytes at a time": (8, 64, 40),
+    "rows that begin between multiples of 16 bytes": (8, 61, 40),
+    "the last columns are part of 16 bytes": (8, 64, 37),
+    "the first column lies between multiples of 16 bytes": (9, 64, 40),
+}
+
+
+@pytest.mark.parametrize("rank", [3, 30, 70])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dtype", FISHERS)
+def test_what_lies_around_a_fisher_is_not_read(dtype, place, rank):
+    """NaN: beside its rows, and behind the last of them, in the middle of a strip."""
+    start, pitch, d_in = PLACES[place]
+    case = make(Values(rank, "cuda"), [(37, d_in, rank)], "cuda", fisher_dtype=dtype, ewc_lambda=3.0)
+    buffer = case.fishers[0].new_full((60, pitch), math.nan)
+    view = buffer[:37, start : start + d_in].copy_(case.fishers[0])
+    check(Case("cuda", [view], case.lora_as, case.lora_bs, case.scales, 3.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scales_may_have_strides(dtype):
+    values = Values(1, "cuda")
+    case = make(values, [(20, 24, 5), (33, 17, 30), (18, 40, 70)], "cuda", dtype=dtype)
+    for i, a in enumerate(case.lora_as):
+        scale = values.normal(a.shape[0], dtype=dtype, layout="every other column")
+        case.scales[i] = scale.detach().requires_grad_()
+        assert scale.stride() == (2,)
+    check(case)
+
+
+def test_fishers_of_all_kinds_share_a_call():
+    """Each way of reading is a launch of its own; the penalty is that of all."""
+    values = Values(2, "cuda")
+    shapes = [(40, 24, 20), (33, 40, 3), (20, 32, 40), (40, 48, 5), (17, 40, 70), (50, 33, 5)]
+    case = make(values, shapes, "cuda", ewc_lambda=3.0)
+    for i in (1, 3, 5):
+        case.fishers[i] = case.fishers[i].bfloat16()
+    check(case)
+    assert same_bits(results(case), results(case))
+
+
+# ---- how work is cut up
+
+
+@pytest.mark.parametrize("rank", [70, 130])
+def test_regions_of_rows_and_blocks_of_columns_meet_in_every_chunk_of_ranks(rank):
+    check(make(Values(3, "cuda"), [(40, 20, rank), (40, 150, rank), (5, 300, rank)], "cuda"))
+
+
+def truths(case: Case) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What is computed, by name: the fp64 truth, and what it is for absolute values."""
+    exact = (case.fishers, case.lora_as, case.lora_bs, case.scales)
+    value, grads = oracles.ewc_penalty(*exact, case.ewc_lambda)
+    wide, wides = oracles.ewc_penalty(*[list(map(oracles.magnitude, t)) for t in exact], case.ewc_lambda)
+    yield "penalty", value, wide
+    for i, (scale, triple, magnitudes) in enumerate(zip(case.scales, grads, wides, strict=True)):
+        for kind, truth, magnitude in zip(("dA", "dB", "ds"), triple, magnitudes, strict=True):
+            if kind != "ds":
+                yield f"{kind} of {i}", truth, magnitude
+            elif isinstance(scale, Tensor):
+                one = scale.dim() == 0
+                yield f"ds of {i}", truth.sum() if one else truth, magnitude.sum() if one else magnitude
+
+
+@pytest.mark.parametrize("shape", [(70, 264, 10), (37, 48, 16), (40, 24, 30), (40, 152, 50), (24, 32, 70)])
+@pytest.mark.parametrize("fisher_dtype", FISHERS)
+@pytest.mark.parametrize("name", ROUNDED)
+def test_lower_precision_rounds_factors_and_leaves_sums_alone(precision, name, fisher_dtype, shape):
+    """B s, A and F D are rounded where they are factors, four of them at most on the way to any result: D is
+    two, and comes squared in the penalty, beside its own F D in a gradient."""
+    case = make(Values(sum(shape), "cuda"), [shape] * 3, "cuda", fisher_dtype=fisher_dtype, ewc_lambda=3.0)
+    exactly = results(case)
+    precision(name)
+    rounded = results(case)
+    for (what, truth, magnitude), more, less in zip(truths(case), exactly, rounded, strict=True):
+        sums = sum_bound(magnitude, sum(shape) + shape[2], torch.float32, "cuda")
+        assert_within(more, truth, sums, f"{what} at highest precision")
+        assert_within(less, truth, sums + ((1 + ROUNDED[name]) ** 4 - 1) * magnitude, what)
+        if what.startswith(("dA", "dB")):  # in few numbers errors may cancel
+            assert relative_error(more, truth) < ROUNDED[name] / 16 < relative_error(less, truth), what
+            assert relative_error(less, truth) < 2 * ROUNDED[name], what
+
+
+# ---- which table serves a call
+
+
+def square(dtype: torch.dtype = torch.float32) -> Case:
+    """Everything as wide as it is tall, so that other views of the same memory are calls, too."""
+    case = make(Values(4, "cuda"), [(24, 24, 24), (24, 24, 24)], "cuda", dtype=dtype, ewc_lambda=2.0)
+    case.scales = [0.5, 0.25]
+    return case
+
+
+def as_leaves(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.detach().requires_grad_() for t in tensors]
+
+
+def other_addresses(case: Case) -> None:
+    case.lora_bs = as_leaves([2.0 * b for b in case.lora_bs])
+
+
+def other_fishers(case: Case) -> None:
+    case.fishers = [2.0 * f for f in case.fishers]
+
+
+def fewer_rows(case: Case) -> None:
+    case.fishers, case.lora_bs = [f[:17] for f in case.fishers], as_leaves([b[:17] for b in case.lora_bs])
+
+
+def fewer_columns(case: Case) -> None:
+    case.fishers, case.lora_as = (
+        [f[:, :17] for f in case.fishers],
+        as_leaves([a[:, :17] for a in case.lora_as]),
+    )
+
+
+def fewer_ranks(case: Case) -> None:
+    case.lora_as = as_leaves([a[:9] for a in case.lora_as])
+    case.lora_bs = as_leaves([b[:, :9] for b in case.lora_bs])
+
+
+def transposed_fisher(case: Case) -> None:
+    case.fishers = [f.T for f in case.fishers]
+
+
+def transposed_factor(case: Case) -> None:
+    case.lora_as = as_leaves([a.T for a in case.lora_as])
+
+
+def other_dtype(case: Case) -> None:
+    """The same bits, read as fp16."""
+    case.lora_as = as_leaves([a.detach().view(torch.float16) for a in case.lora_as])
+    case.lora_bs = as_leaves([b.detach().view(torch.float16) for b in case.lora_bs])
+
+
+def other_factor(case: Case) -> None:
+    case.scales = [0.5, 0.125]
+
+
+def fewer_adapters(case: Case) -> None:
+    case.fishers, case.lora_as, case.lora_bs, case.scales = (
+        t[:1] for t in (case.fishers, case.lora_as, case.lora_bs, case.scales)
+    )
+
+
+def other_lambda(case: Case) -> None:
+    case.ewc_lambda = 6.0
+
+
+def other_precision(case: Case) -> None:
+    torch.set_float32_matmul_precision("high")
+
+
+def other_gradients(case: Case) -> None:
+    for a in case.lora_as:
+        a.requires_grad_(False)
+
+
+CHANGES = (
+    other_addresses, other_fishers, fewer_rows, fewer_columns, fewer_ranks, transposed_fisher,
+    transposed_factor, other_dtype, other_factor, fewer_adapters, other_lambda, other_precision,
+    other_gradients,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_table_serves_no_call_but_its_own(precision, change):
+    case = square(torch.bfloat16 if change is other_dtype else torch.float32)
+    first = by_new_table(case)
+    assert same_bits(results(case), first)
+    change(case)
+    changed = results(case)
+    assert not same_bits(changed, first)
+    assert same_bits(changed, by_new_table(case))
+
+
+def test_values_that_change_in_place_are_read_anew():
+    """A table holds where tensors are, not what they hold: optimisers write in place."""
+    case = make(Values(5, "cuda"), [(24, 40, 5), (20, 24, 10), (33, 17, 3)], "cuda")
+    results(case)
+    with torch.no_grad():
+        for tensor in (*case.fishers, *case.leaves()):
+            tensor.mul_(0.75)
+    check(case)
+
+
+def test_more_calls_than_tables_are_kept_for():
+    cases = [make(Values(i, "cuda"), [(17, 8 + i, 3)], "cuda") for i in range(20)]
+    first = [results(case) for case in cases]
+    for _ in range(2):
+        assert all(same_bits(results(case), before) for case, before in zip(cases, first, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 24, 3), (24, 0, 3), (0, 0, 3)])
+@pytest.mark.parametrize("alone", [True, False])
+def test_gradients_of_adapters_without_elements_are_zero(shape, alone):
+    case = make(Values(6, "cuda"), [shape] if alone else [(20, 24, 3), shape, (20, 24, 3)], "cuda")
+    check(case)
