@@ -116,13 +116,13 @@ def plan(args: argparse.Namespace, work: Path) -> list[Step]:
         found.append(step(suite, module("gpu", *options), limit, again=75))
     command = pytest_command(whole, work / "all-tests.xml", workers, False)
     found.append(step(EVERYTHING, command, args.budget, log))
-    return stretched([one for one in found if not args.steps or one.name in args.steps], args.budget)
+    return [one for one in found if not args.steps or one.name in args.steps]
 
 
-def stretched(todo: Sequence[Step], budget: float) -> list[Step]:
-    """The steps with limits that grow in proportion where fewer were asked for."""
-    total = sum(one.limit for one in todo if one.name != EVERYTHING)
-    return [replace(one, limit=one.limit * max(1.0, budget / max(total, 1.0))) for one in todo]
+def stretched(step: Step, later: Sequence[Step], left: float) -> Step:
+    """A step whose limit grows, as those of later ones will, where together they would leave time unused."""
+    total = step.limit + sum(one.limit for one in later if one.name != EVERYTHING)
+    return replace(step, limit=step.limit * max(1.0, left / total))
 
 
 def judged(outcome: Outcome, report: Path) -> Outcome:
@@ -212,8 +212,10 @@ def check(args: argparse.Namespace, todo: Callable[[argparse.Namespace, Path], l
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         work = Path(folder)
         try:
-            for step in todo(args, work):
-                outcome = steps.run(step, deadline, ROOT)
+            left = list(todo(args, work))
+            while left:
+                step = left.pop(0)
+                outcome = steps.run(stretched(step, left, deadline.left()), deadline, ROOT)
                 outcome = judged(outcome, work / f"{step.name.replace(' ', '-')}.xml")
                 outcomes.append(outcome)
                 print(outcome, flush=True)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 OK, FAILED, TIMED_OUT, NOT_RUN, SKIPPED = "ok", "failed", "timed out", "not run", "skipped"
 SKIP = 77  # exit status of a command that cannot run on this machine; its last line says why
@@ -64,6 +65,12 @@ def tail(path: Path, lines: int = 10, width: int = 200) -> tuple[str, ...]:
     return tuple(line[:width] for line in text[-lines:])
 
 
+def _end_all(process: subprocess.Popen[Any]) -> None:
+    """Kills a process that leads a session, and everything that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def shown(
     arguments: Sequence[str], environment: Mapping[str, str], root: Path, limit: float | None = None
 ) -> tuple[int, list[str]]:
@@ -71,18 +78,21 @@ def shown(
     process = subprocess.Popen(
         arguments, cwd=root, env={**os.environ, **environment}, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        start_new_session=True,
     )  # fmt: skip
-    killer = threading.Timer(limit or threading.TIMEOUT_MAX, process.kill)
+    killer = threading.Timer(limit or threading.TIMEOUT_MAX, _end_all, [process])
     killer.daemon = True
     killer.start()
     lines = []
-    assert process.stdout is not None
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line.rstrip())
-    code = process.wait()
-    killer.cancel()
-    return code, lines
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.rstrip())
+        return process.wait(), lines
+    finally:  # an interrupt too
+        killer.cancel()
+        _end_all(process)
 
 
 def _stop(process: subprocess.Popen[bytes], grace: float) -> None:
@@ -90,8 +100,7 @@ def _stop(process: subprocess.Popen[bytes], grace: float) -> None:
     process.send_signal(signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(grace)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    _end_all(process)
     process.wait()
 
 
@@ -113,7 +122,7 @@ def _once(step: Step, seconds: float, root: Path, grace: float) -> int | None:
             _stop(process, seconds - budget)
             return None
         except BaseException:  # the run itself is being ended
-            _stop(process, 0.0)
+            _stop(process, 1.0)
             raise
 
 
