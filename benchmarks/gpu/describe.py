@@ -11,6 +11,7 @@ import subprocess
 import torch
 
 from ..machine import ceilings, environment
+from .sanitize import sanitizer
 
 NO_GPU = 3
 QUERY = (
@@ -34,6 +35,12 @@ def driver() -> dict[str, str]:
     return dict(zip(QUERY.split(","), values, strict=False))
 
 
+def tools() -> dict[str, str | None]:
+    """Where the programs are that some steps of the GPU check need; None: not found."""
+    found = {name: shutil.which(name) for name in ("nvcc", "ninja", "c++")}
+    return {**found, "compute-sanitizer": sanitizer()}
+
+
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.describe", description=__doc__)
@@ -49,8 +56,8 @@ def main() -> int:
         return 0
     from fused_ewclora import available_backends
 
-    told = {"environment": environment(device), "driver": driver(), "backends": available_backends()}
-    print(json.dumps(told, indent=1))
+    told = {"environment": environment(device), "driver": driver(), "tools": tools()}
+    print(json.dumps({**told, "backends": available_backends()}, indent=1))
     return 0
 
 
