@@ -163,6 +163,30 @@ def by_op(cases: Iterable[CaseRecords]) -> dict[str, list[CaseRecords]]:
     return ops
 
 
+def is_sweep(record: Record) -> bool:
+    """Whether it is a point of a scaling curve."""
+    return SWEEP in record["shape"]
+
+
+def by_machine(found: Iterable[Record]) -> dict[str, list[Record]]:
+    """Records grouped by what can be compared: the device, and on a CPU the number of threads."""
+    machines: dict[str, list[Record]] = {}
+    for record in found:
+        environment = record["environment"]
+        threads = environment.get("threads")
+        name = environment["device"]
+        if not is_gpu(record) and threads is not None:
+            name = f"{name}, {threads} thread{'s' if threads != 1 else ''}"
+        machines.setdefault(name, []).append(record)
+    return machines
+
+
+def told(found: Iterable[Record], name: str) -> str:
+    """All values of a field of the environments, in order of appearance; "" without any."""
+    values = (record["environment"].get(name) for record in found)
+    return ", ".join(dict.fromkeys(str(value) for value in values if value is not None))
+
+
 def ours(case: CaseRecords) -> Record | None:
     """The record of ours."""
     return next((record for record in case.values() if role(record) == "ours"), None)

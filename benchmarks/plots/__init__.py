@@ -1,0 +1,1 @@
+"""Pictures of records: rooflines, speed-ups, scaling curves. Needs matplotlib."""

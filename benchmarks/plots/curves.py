@@ -1,0 +1,73 @@
+"""Time over a swept size, with the exponents of the fits and of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.ticker
+import numpy as np
+from matplotlib.figure import Figure
+
+from .. import collection, scaling
+from ..case import OURS
+from . import style
+
+HEIGHT = 4.6
+NOTE = (
+    "Points: medians, with p20 to p80. Lines: least squares in logarithms, the exponent with its standard "
+    "error. Model: counted bytes or FLOPs at the measured ceilings."
+)
+
+
+def _text(curve: scaling.Curve) -> str:
+    found = curve.fit()
+    return f"{curve.provider}: exponent {found}" if found else curve.provider
+
+
+def draw(family: Sequence[scaling.Curve]) -> Figure:
+    """One picture of the curves that differ in the provider only: medians with p20 to p80, fits as thin
+    lines, the model (bytes or FLOPs at the measured ceilings) dashed; all are named at the right."""
+    records = [record for curve in family for record in curve.records]
+    looks = style.styles(records)
+    first = next((curve for curve in family if curve.provider == OURS), family[0])
+    where = ", ".join([*(f"{name} {value}" for name, value in first.fixed.items()), first.dtype])
+    made = style.figure(
+        HEIGHT + 0.9, f"{first.op}: time over {first.field.replace('_', ' ')} ({where})", records, NOTE
+    )  # fmt: skip
+    axis = made.subplots()
+    axis.set(xscale="log", yscale="log", ylabel="time (ms)", xlabel=first.field.replace("_", " "))
+    ends, texts, colours = [], [], []
+    for curve in family:
+        colour, marker = looks[curve.provider]
+        y = 1e3 * np.array(curve.seconds)
+        around = [[r["seconds"][q] * 1e3 for r in curve.records] for q in ("p20", "p80")]
+        axis.errorbar(
+            curve.sizes, y, yerr=[y - around[0], around[1] - y], linestyle="none", marker=marker,
+            color=colour, markersize=8 if curve.provider == OURS else 6, capsize=2, gid=curve.provider,
+        )  # fmt: skip
+        if found := curve.fit():
+            axis.plot(curve.sizes, [1e3 * found.at(x) for x in curve.sizes], color=colour, linewidth=1.0)
+        ends.append((curve.sizes[-1], float(y[-1])))
+        texts.append(_text(curve))
+        colours.append(colour)
+    if model := scaling.model(first):
+        axis.plot(first.sizes, 1e3 * np.array(model.seconds), color="black", linestyle="--", gid="model")
+        ends.append((first.sizes[-1], 1e3 * model.seconds[-1]))
+        texts.append(f"model ({model.bounds}): exponent {model.fit}")
+        colours.append("black")
+    sizes = sorted({size for curve in family for size in curve.sizes})
+    axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
+    axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    style.plain_ticks(axis.yaxis)
+    axis.grid(alpha=0.25, which="major")
+    style.label_right(axis, ends, texts, HEIGHT - 0.9, colours)
+    return made
+
+
+def families(found: Sequence[collection.Record]) -> list[list[scaling.Curve]]:
+    """Curves of two sizes or more, grouped by picture."""
+    groups: dict[str, list[scaling.Curve]] = {}
+    for curve in scaling.curves(found):
+        if len(curve.records) > 1:
+            groups.setdefault(curve.family, []).append(curve)
+    return list(groups.values())
