@@ -35,12 +35,12 @@ lint: $(REQUIREMENTS)
 	ruff check .
 	ruff format --check .
 	mypy
-	$(if $(CPP),clang-format --dry-run --Werror $(CPP))
+	$(if $(CPP),clang-format --dry-run --Werror $(CPP) $(wildcard tests/emulator/*.cpp))
 
 format: $(REQUIREMENTS)
 	ruff check --fix .
 	ruff format .
-	$(if $(CPP),clang-format -i $(CPP))
+	$(if $(CPP),clang-format -i $(CPP) $(wildcard tests/emulator/*.cpp))
 
 setup: $(INSTALL) $(EXTENSION)
 
