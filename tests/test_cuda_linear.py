@@ -65,7 +65,8 @@ def test_blocks_of_rows_and_columns_meet(dtype, rank, p):
 
 
 @pytest.mark.parametrize(
-    ("rank", "dtype"), [(65, torch.float16), (129, torch.float32), (270, torch.bfloat16)]
+    ("rank", "dtype"),
+    [(65, torch.float16), (129, torch.float32), (270, torch.bfloat16), (1100, torch.bfloat16)],
 )
 def test_ranks_come_in_parts(rank, dtype):
     check(call(dtype, (20, 24, 40), [(rank, ((0, 40),))], 0.5))
@@ -87,6 +88,17 @@ def test_rows_without_owner_are_left_out(dtype, first, bias):
 def test_more_adapters_than_a_launch_takes():
     owners: list[tuple[int, Rows]] = [(2, ((8 * i, 8 * i + 3), (8 * i + 5, 8 * i + 8))) for i in range(35)]
     check(call(torch.float32, (9, 24, 280), owners))
+
+
+@pytest.mark.parametrize("rank", [10, 130])
+def test_the_order_of_blocks_does_not_show(rank):
+    """Sums of many parts of every kind: another order would be other bits."""
+    case = call(torch.float32, (40, 72, 300), [(rank, ((0, 220),)), (3, ((220, 300),))])
+    y, grads = case.gradients()
+    for _ in range(3):
+        again, others = case.gradients()
+        assert torch.equal(y, again)
+        assert all(torch.equal(grad, others[name]) for name, grad in grads.items())
 
 
 @pytest.mark.parametrize("frozen", ["", "B", "scale"])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import oracles
 import pytest
 import torch
+from linear_cases import parameter
 from penalty_cases import Case, assert_equals_oracle, make
 from strategies import Values
 from tolerance import assert_within, relative_error, sum_bound
@@ -105,6 +106,26 @@ def test_regions_of_rows_and_blocks_of_columns_meet_in_every_chunk_of_ranks(rank
     check(make(Values(3, "cuda"), [(40, 20, rank), (40, 150, rank), (5, 300, rank)], "cuda"))
 
 
+# As large as it takes for the four multiprocessors of the emulator to give a block more than two strips of
+# rows: regions of 48 and of 18, of which the last strip is ragged.
+LONG = {
+    "A in shared memory": ("highest", (66, 4104, 30), torch.float32),
+    "A in registers": ("high", (66, 4104, 10), torch.float32),
+    "bf16": ("medium", (66, 4104, 20), torch.bfloat16),
+    "wide rank": ("highest", (66, 2056, 40), torch.bfloat16),
+    "chunks of ranks, by elements": ("highest", (66, 2051, 70), torch.float32),
+}
+
+
+@pytest.mark.parametrize("what", LONG)
+def test_a_block_walks_down_several_strips(precision, what):
+    name, shape, fisher_dtype = LONG[what]
+    case = make(Values(4, "cuda"), [shape], "cuda", fisher_dtype=fisher_dtype)
+    case.scales = [parameter(case.lora_bs[0][0])]
+    precision(name)
+    assert_rounded(case, results(case), ROUNDED.get(name, 0.0))
+
+
 def truths(case: Case) -> Iterator[tuple[str, Tensor, Tensor]]:
     """What is computed, by name: the fp64 truth, and what it is for absolute values."""
     exact = (case.fishers, case.lora_as, case.lora_bs, case.scales)
@@ -120,20 +141,26 @@ def truths(case: Case) -> Iterator[tuple[str, Tensor, Tensor]]:
                 yield f"ds of {i}", truth.sum() if one else truth, magnitude.sum() if one else magnitude
 
 
+def assert_rounded(case: Case, found: list[Tensor], part: float) -> None:
+    """B s, A and F D lose up to `part` of themselves where they are factors, four of them at most on the way
+    to any result: D is two, and comes squared in the penalty, beside its own F D in a gradient."""
+    for (what, truth, magnitude), result in zip(truths(case), found, strict=True):
+        longest = max(sum(f.shape) + 2 * a.shape[0] for f, a in zip(case.fishers, case.lora_as, strict=True))
+        sums = sum_bound(magnitude, longest, torch.float32, "cuda")
+        assert_within(result, truth, sums + ((1 + part) ** 4 - 1) * magnitude, what)
+
+
 @pytest.mark.parametrize("shape", [(70, 264, 10), (37, 48, 16), (40, 24, 30), (40, 152, 50), (24, 32, 70)])
 @pytest.mark.parametrize("fisher_dtype", FISHERS)
 @pytest.mark.parametrize("name", ROUNDED)
 def test_lower_precision_rounds_factors_and_leaves_sums_alone(precision, name, fisher_dtype, shape):
-    """B s, A and F D are rounded where they are factors, four of them at most on the way to any result: D is
-    two, and comes squared in the penalty, beside its own F D in a gradient."""
     case = make(Values(sum(shape), "cuda"), [shape] * 3, "cuda", fisher_dtype=fisher_dtype, ewc_lambda=3.0)
     exactly = results(case)
     precision(name)
     rounded = results(case)
-    for (what, truth, magnitude), more, less in zip(truths(case), exactly, rounded, strict=True):
-        sums = sum_bound(magnitude, sum(shape) + shape[2], torch.float32, "cuda")
-        assert_within(more, truth, sums, f"{what} at highest precision")
-        assert_within(less, truth, sums + ((1 + ROUNDED[name]) ** 4 - 1) * magnitude, what)
+    assert_rounded(case, exactly, 0.0)
+    assert_rounded(case, rounded, ROUNDED[name])
+    for (what, truth, _), more, less in zip(truths(case), exactly, rounded, strict=True):
         if what.startswith(("dA", "dB")):  # in few numbers errors may cancel
             assert relative_error(more, truth) < ROUNDED[name] / 16 < relative_error(less, truth), what
             assert relative_error(less, truth) < 2 * ROUNDED[name], what
