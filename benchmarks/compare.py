@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import collection
+from . import collection, records
 from .case import OURS
 from .collection import CaseRecords, Record, Unusable, measured, role
 
@@ -238,7 +238,7 @@ def _titles(old: dict[str, CaseRecords], new: dict[str, CaseRecords]) -> dict[st
     titles = {}
     for op, cases in collection.by_op({**new, **old}.values()).items():
         for case, text in zip(cases, collection.labels(cases), strict=True):
-            titles[collection.records.key(next(iter(case.values())))] = (op, text)
+            titles[records.key(next(iter(case.values())))] = (op, text)
     return titles
 
 

@@ -7,15 +7,18 @@ Per machine a roofline and the speed-up over every peer of each operation, and a
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import collection
-from .collection import Record, Unusable
+from .collection import CaseRecords, Record, Unusable
+from .plots import pages
+from .scaling import Curve
 
 FORMATS = ("png", "svg")
 MISSING = "matplotlib is not installed; pip install 'fused-ewclora[demo]' brings it"
@@ -26,28 +29,72 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9_]+", "-", text.lower()).strip("-")
 
 
+class Picture(NamedTuple):
+    """One picture to come; `op` is "" where it shows several operations."""
+
+    name: str
+    title: str
+    kind: str  # "roofline", "speedup" or "scaling"
+    op: str
+    draw: Callable[[], Any]
+
+
+def _numbered(
+    name: str, title: str, kind: str, op: str, draws: Sequence[Callable[[str], Any]]
+) -> list[Picture]:
+    made = []
+    for number, draw in enumerate(draws, 1):
+        several = len(draws) > 1
+        whole = f"{title} ({number} of {len(draws)})" if several else title
+        file = f"{name}-{number}" if several else name
+        made.append(Picture(file, whole, kind, op, functools.partial(draw, whole)))
+    return made
+
+
+def _roofline(cases: Sequence[Sequence[CaseRecords]], title: str) -> Any:
+    from .plots import roofline
+
+    return roofline.draw(title, cases)
+
+
+def _speedup(cases: Sequence[CaseRecords], everything: Sequence[CaseRecords], title: str) -> Any:
+    from .plots import speedup
+
+    return speedup.draw(title, cases, everything)
+
+
+def _curves(family: Sequence[Curve], title: str) -> Any:
+    from .plots import curves
+
+    return curves.draw(title, family)
+
+
+def planned(found: Sequence[Record]) -> list[Picture]:
+    """The pictures of records, not drawn yet; that needs no matplotlib."""
+    made: list[Picture] = []
+    for machine, of_machine in collection.by_machine(found).items():
+        where = slug(machine)
+        whole = [record for record in of_machine if not collection.is_sweep(record)]
+        cases = list(collection.newest(whole).values())
+        draws = [functools.partial(_roofline, page) for page in pages.rooflines(cases)]
+        made += _numbered(f"roofline-{where}", f"Roofline: {machine}", "roofline", "", draws)
+        for op, of_op in collection.by_op(cases).items():
+            bars = [functools.partial(_speedup, page, of_op) for page in pages.speedups(of_op)]
+            made += _numbered(f"speedup-{where}-{op}", f"Speed-up of ours: {op}", "speedup", op, bars)
+        for family in pages.families(of_machine):
+            first = family[0]
+            told = [machine, first.op, first.field, *first.fixed.values(), first.dtype]
+            name, title = slug(f"scaling-{'-'.join(map(str, told))}"), f"{first.op}: time over {first.title}"
+            made += _numbered(name, title, "scaling", first.op, [functools.partial(_curves, family)])
+    return made
+
+
 def pictures(found: Sequence[Record]) -> dict[str, Any]:
     """Figures of matplotlib by the name of their file; raises Unusable without matplotlib, or where there is
     nothing to draw."""
     if importlib.util.find_spec("matplotlib") is None:
         raise Unusable(MISSING)
-    from .plots import curves, roofline, speedup
-
-    made: dict[str, Any] = {}
-
-    def add(name: str, pages: Sequence[Any]) -> None:
-        for number, page in enumerate(pages, 1):
-            made[f"{name}-{number}" if len(pages) > 1 else name] = page
-
-    for machine, records in collection.by_machine(found).items():
-        whole = [record for record in records if not collection.is_sweep(record)]
-        add(f"roofline-{slug(machine)}", roofline.draw(machine, whole))
-        for op, cases in collection.by_op(collection.newest(whole).values()).items():
-            add(f"speedup-{slug(machine)}-{op}", speedup.draw(op, cases))
-        for family in curves.families(records):
-            first = family[0]
-            told = [machine, first.op, first.field, *first.fixed.values(), first.dtype]
-            add(slug(f"scaling-{'-'.join(map(str, told))}"), [curves.draw(family)])
+    made = {one.name: one.draw() for one in planned(found)}
     if not made:
         raise Unusable("no case has a measurement of ours to draw")
     return made

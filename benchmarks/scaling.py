@@ -70,6 +70,12 @@ class Curve:
         """What curves of one picture share: everything but the provider."""
         return json.dumps([self.op, self.dtype, self.field, self.fixed], sort_keys=True)
 
+    @property
+    def title(self) -> str:
+        """The swept field, and what is fixed."""
+        fixed = [f"{name} {value}" for name, value in self.fixed.items()]
+        return f"{self.field.replace('_', ' ')} ({', '.join([*fixed, self.dtype])})"
+
     def fit(self) -> Fit | None:
         return fit(self.sizes, self.seconds) if len(self.sizes) > 1 else None
 

@@ -8,7 +8,7 @@ import matplotlib.ticker
 import numpy as np
 from matplotlib.figure import Figure
 
-from .. import collection, scaling
+from .. import scaling
 from ..case import OURS
 from . import style
 
@@ -24,16 +24,13 @@ def _text(curve: scaling.Curve) -> str:
     return f"{curve.provider}: exponent {found}" if found else curve.provider
 
 
-def draw(family: Sequence[scaling.Curve]) -> Figure:
+def draw(title: str, family: Sequence[scaling.Curve]) -> Figure:
     """One picture of the curves that differ in the provider only: medians with p20 to p80, fits as thin
     lines, the model (bytes or FLOPs at the measured ceilings) dashed; all are named at the right."""
     records = [record for curve in family for record in curve.records]
     looks = style.styles(records)
     first = next((curve for curve in family if curve.provider == OURS), family[0])
-    where = ", ".join([*(f"{name} {value}" for name, value in first.fixed.items()), first.dtype])
-    made = style.figure(
-        HEIGHT + 0.9, f"{first.op}: time over {first.field.replace('_', ' ')} ({where})", records, NOTE
-    )  # fmt: skip
+    made = style.figure(HEIGHT + 0.9, title, records, NOTE)
     axis = made.subplots()
     axis.set(xscale="log", yscale="log", ylabel="time (ms)", xlabel=first.field.replace("_", " "))
     ends, texts, colours = [], [], []
@@ -62,12 +59,3 @@ def draw(family: Sequence[scaling.Curve]) -> Figure:
     axis.grid(alpha=0.25, which="major")
     style.label_right(axis, ends, texts, HEIGHT - 0.9, colours)
     return made
-
-
-def families(found: Sequence[collection.Record]) -> list[list[scaling.Curve]]:
-    """Curves of two sizes or more, grouped by picture."""
-    groups: dict[str, list[scaling.Curve]] = {}
-    for curve in scaling.curves(found):
-        if len(curve.records) > 1:
-            groups.setdefault(curve.family, []).append(curve)
-    return list(groups.values())

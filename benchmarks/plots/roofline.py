@@ -17,7 +17,7 @@ Points = Sequence[tuple[float, float]]
 TEXT = 0.3  # width of the name of a roof in that of a panel
 Roofs = dict[str, tuple[float, float, float]]
 LEGEND_COLUMNS = 4
-NAMED, PANELS = 16, 4  # cases with names in a panel, panels of a picture
+NAMED = 16  # cases with names in a panel
 NOTE = (
     "FLOPs and bytes as counted for a case, equal for all its providers; roofs measured in the same processes"
 )
@@ -159,21 +159,6 @@ def _panel(
     style.label_right(axis, points, [names[i] for i in which], height)
 
 
-def draw(title: str, found: Sequence[Record]) -> list[Figure]:
-    """A panel per operation, log-log, over the same intensities; cases are named beside the panel, at their
-    points of ours. The bands around the roofs are the least and largest of their measurements."""
-    ops = [
-        [case for case in cases if collection.measured(collection.ours(case))]
-        for cases in collection.by_op(collection.newest(found).values()).values()
-    ]
-    ops = [cases for cases in ops if cases]
-    pages = [ops[start : start + PANELS] for start in range(0, len(ops), PANELS)]
-    titles = [
-        f"Roofline: {title}" + (f" ({n} of {len(pages)})" if len(pages) > 1 else "") for n in range(1, 9)
-    ]
-    return [_page(*one) for one in zip(titles, pages, strict=False)]
-
-
 def _ridge(found: Roofs) -> float:
     """The intensity from which the highest product bounds."""
     if "copy" not in found or len(found) < 2:
@@ -181,7 +166,9 @@ def _ridge(found: Roofs) -> float:
     return max(rates[1] for key, rates in found.items() if key != "copy") / found["copy"][1]
 
 
-def _page(title: str, ops: Sequence[Sequence[CaseRecords]]) -> Figure:
+def draw(title: str, ops: Sequence[Sequence[CaseRecords]]) -> Figure:
+    """A panel per operation, log-log, over the same intensities; cases are named beside the panel, at their
+    points of ours. The bands around the roofs are the least and largest of their measurements."""
     shown = [r for cases in ops for case in cases for r in case.values() if collection.measured(r)]
     ceilings = roofs(shown)
     unit, name = (TERA, "TFLOP/s") if max(point(r)[1] for r in shown) > TERA else (GIGA, "GFLOP/s")

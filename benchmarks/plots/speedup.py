@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
 from .. import collection
 from ..collection import CaseRecords, Record
-from . import style
+from . import pages, style
 
-ROWS = 44  # bars of one picture
 NOTE = (
     "Median time of the other over that of ours: right of 1, ours is faster. Error bars: p20 to p80 of "
     "single rounds of both, added in squares. Grey: a floor, work of equal size, not the case's result."
@@ -27,49 +26,15 @@ def ratio(other: Record, ours: Record) -> tuple[float, float, float]:
     return middle, middle * math.exp(-below), middle * math.exp(above)
 
 
-def others(case: CaseRecords) -> list[Record]:
-    """Measured peers and floors of a case, floors last."""
-    found = [r for r in case.values() if "seconds" in r and collection.role(r) in ("peer", "floor")]
-    return sorted(found, key=lambda record: collection.role(record) == "floor")
-
-
-def _pages(cases: Sequence[CaseRecords]) -> Iterator[list[CaseRecords]]:
-    page: list[CaseRecords] = []
-    rows = 0
-    for case in cases:
-        count = len(others(case))
-        if page and rows + count > ROWS:
-            yield page
-            page, rows = [], 0
-        page.append(case)
-        rows += count
-    if page:
-        yield page
-
-
-def draw(op: str, cases: Sequence[CaseRecords]) -> list[Figure]:
-    """Pictures with a group of bars per case: few enough of them to be read."""
-    shown = [case for case in cases if collection.measured(collection.ours(case)) and others(case)]
-    names = dict(zip(map(id, shown), collection.labels(shown), strict=True)) if shown else {}
-    looks = style.styles(record for case in shown for record in case.values())
-    pages = list(_pages(shown))
-    return [
-        _page(
-            op if len(pages) == 1 else f"{op} ({n} of {len(pages)})",
-            page,
-            [names[id(c)] for c in page],
-            looks,
-        )
-        for n, page in enumerate(pages, 1)
-    ]
-
-
-def _page(
-    op: str, cases: Sequence[CaseRecords], names: Sequence[str], looks: dict[str, tuple[str, str]]
-) -> Figure:
+def draw(title: str, cases: Sequence[CaseRecords], everything: Sequence[CaseRecords]) -> Figure:
+    """A group of bars per case of a page; names and colours are those of `everything` of the operation."""
+    known = pages.with_ours(everything)
+    told = {id(case): name for case, name in zip(known, collection.labels(known), strict=True)}
+    names = [told[id(case)] for case in cases]
+    looks = style.styles(record for case in known for record in case.values())
     records = [record for case in cases for record in case.values()]
-    rows = sum(len(others(case)) for case in cases) + 0.7 * (len(cases) - 1)
-    made = style.figure(1.55 + 0.19 * rows, f"Speed-up of ours: {op}", records, NOTE)
+    rows = sum(len(pages.others(case)) for case in cases) + 0.7 * (len(cases) - 1)
+    made = style.figure(1.55 + 0.19 * rows, title, records, NOTE)
     axis = made.subplots()
     y, ticks = 0.0, []
     bars: list[tuple[float, float, int]] = []  # ends, and letters beside
@@ -77,7 +42,7 @@ def _page(
         mine = collection.ours(case)
         assert mine is not None
         top = y
-        for other in others(case):
+        for other in pages.others(case):
             middle, low, high = ratio(other, mine)
             colour = looks[other["provider"]][0]
             axis.barh(y, middle - 1.0, left=1.0, height=0.8, color=colour, alpha=0.85, gid=other["provider"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -13,11 +14,13 @@ import matplotlib.ticker
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from PIL import Image
 
 from .. import collection
 from ..collection import Record
 
 WIDTH, DPI = 10.0, 100  # inches, dots per inch: 1000 pixels
+PALETTE = 64  # colours of a PNG
 SMALL, GREY = 8.5, "#555555"
 LETTER = 0.064  # inches, of a letter of small text on the average
 LINE = 1.4 * SMALL / 72  # inches from one line of small text to the next
@@ -137,11 +140,15 @@ def plain_ticks(axis: Any) -> None:
 
 
 def save(made: Figure, out: Path, name: str, formats: Sequence[str]) -> list[Path]:
-    """Writes the figure without dates, so that equal records give equal files."""
+    """Writes the figure without dates, so that equal records give equal files; PNGs in few colours."""
     out.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for extension in formats:
-        paths.append(out / f"{name}.{extension}")
-        metadata = {"Date": None} if extension == "svg" else {"Software": None}
-        made.savefig(paths[-1], dpi=DPI, metadata=metadata)
+    paths = [out / f"{name}.{extension}" for extension in formats]
+    for path in paths:
+        if path.suffix == ".svg":
+            made.savefig(path, metadata={"Date": None})
+            continue
+        pixels = io.BytesIO()
+        made.savefig(pixels, format="png", dpi=DPI)
+        few = Image.open(pixels).convert("RGB").quantize(PALETTE, dither=Image.Dither.NONE)
+        few.save(path, optimize=True)
     return paths
