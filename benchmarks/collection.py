@@ -133,7 +133,8 @@ def is_gpu(record: Record) -> bool:
 
 def _fields(record: Record) -> dict[str, Any]:
     shape = {name: value for name, value in record["shape"].items() if name != SWEEP}
-    return {**shape, "dtype": record["dtype"]}
+    sweep = {"over": f"over {record['shape'][SWEEP]}"} if is_sweep(record) else {}
+    return {**shape, "dtype": record["dtype"], **sweep}
 
 
 def _value(name: str, value: Any) -> str:

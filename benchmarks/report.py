@@ -48,8 +48,8 @@ GPU kernels is a prediction from counted bytes and FLOPs at assumed rates. docs/
 measure.
 """
 GPU = """
-"Predicted" is a model's time, from counted bytes and FLOPs at assumed rates, and in a column of its own. Every
-other figure was measured.
+"Predicted" is a model's time, from counted bytes and FLOPs at assumed rates, and in a column of its own.
+Every other figure was measured.
 """
 
 
@@ -194,6 +194,17 @@ def failures(cases: Sequence[CaseRecords]) -> list[str]:
     return ["Failed:", "", *table(["case", "provider", "reason"], rows)] if rows else []
 
 
+def breakdowns(cases: Sequence[CaseRecords]) -> list[str]:
+    """What the time of a call goes to, where records say it."""
+    rows = [
+        [label, record["provider"], ", ".join(f"{100 * part:.0f} % {what}" for what, part in parts.items())]
+        for case, label in zip(cases, collection.labels(cases), strict=True)
+        for record in case.values()
+        if (parts := record.get("breakdown"))
+    ]
+    return ["Shares of the time:", "", *table(["case", "provider", "shares"], rows)] if rows else []
+
+
 def machine_table(found: Sequence[Record], folder: str) -> list[str]:
     """Device, versions, commits, dates and rounds."""
     versions = [f"{name} {value}" for name in VERSIONS if (value := collection.told(found, name))]
@@ -262,7 +273,7 @@ def section(machine: str, found: Sequence[Record], folder: str) -> list[str]:
     whole = [record for record in newest if not collection.is_sweep(record)]
     for op, cases in collection.by_op(collection.newest(whole).values()).items():
         lines += [f"### {op}", "", *op_table(cases), *variant_table(cases), *case_targets(cases)]
-        lines += [*failures(cases), *_shown(pictures, "speedup", op)]
+        lines += [*failures(cases), *breakdowns(cases), *_shown(pictures, "speedup", op)]
     return [*lines, *scaling_table(newest), *_shown(pictures, "scaling")]
 
 

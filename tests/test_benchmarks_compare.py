@@ -137,6 +137,17 @@ def test_the_newest_record_counts():
     assert compare.compare([*run(), *old], run()).of(compare.FASTER) == []
 
 
+def test_ours_measured_again_tells_the_scatter():
+    """A second measurement of the same code that is 20 % off shows what a change of 25 % is worth."""
+    few = (OURS, "eager")
+    before, after = ([one for one in run(ours=t) if one["provider"] in few] for t in (1.0, 1.25))
+    assert len(compare.compare(before, after).regressions) == 3
+    for found, seconds in ((before, 1.2e-3), (after, 1.5e-3)):
+        found += [record(compare.AGAIN, seconds, width, role="variant") for width in (8, 16, 32)]
+    found = compare.compare(before, after)
+    assert found.regressions == [] and found.scatter["penalty"] > 0.1
+
+
 def test_a_computed_floor_is_no_control():
     floors = [record("floor", t, role="floor", timing="computed") for t in (1.0, 9.0)]
     found = compare.compare([*run(), floors[0]], [*run(), floors[1]])
@@ -247,3 +258,7 @@ def test_labels_hold_no_more_than_tells_cases_apart():
     cases = [{OURS: record(OURS, 1.0, shape=shape)} for shape in shapes]
     assert collection.labels(cases) == ["B, rank 4", "L, rank 4", "L, rank 8"]
     assert collection.labels(cases[:1]) == ["B"]
+    swept = [
+        {OURS: record(OURS, 1.0, shape={"sweep": name, "rank": 4, "width": 8})} for name in ("rank", "width")
+    ]
+    assert collection.labels(swept) == ["rank 4, over rank", "rank 4, over width"]

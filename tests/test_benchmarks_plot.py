@@ -238,6 +238,17 @@ def test_files_are_written_and_equal_records_give_equal_files(tmp_path: Path, ca
     assert capsys.readouterr().out.count("\n") == 8
 
 
+def test_few_colours_are_the_right_ones(tmp_path: Path, drawn):
+    from PIL import Image
+
+    from benchmarks.plots import style
+
+    (path,) = style.save(drawn["speedup-a-cpu-2-threads-penalty"], tmp_path, "x", ["png"])
+    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3).astype(int)
+    bar = 0.85 * np.array([0xD5, 0x5E, 0x00]) + 0.15 * 255  # of the first peer
+    assert (np.abs(pixels - bar).max(axis=1) <= 6).sum() > 1000
+
+
 def test_what_cannot_be_drawn_ends_with_status_2_and_a_sentence(tmp_path: Path, capsys, monkeypatch):
     assert plot.main([str(tmp_path / "none.jsonl"), "--out", str(tmp_path)]) == 2
     assert "no such file or folder" in capsys.readouterr().err

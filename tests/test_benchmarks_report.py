@@ -150,6 +150,12 @@ def test_failed_peers_have_their_reasons(tmp_path: Path):
     assert rows(text, "m8")[0][rows(text, "case")[0].index("broken")] == "failed"
 
 
+def test_a_breakdown_is_told_in_shares(tmp_path: Path):
+    found = newer(breakdown={"penalty": 0.75, "aten::mm": 0.25})
+    text = report.generate(results(tmp_path, gpu_penalty=found))
+    assert ["m8", OURS, "75 % penalty, 25 % aten::mm"] in rows(text, "m8")
+
+
 def test_curves_have_their_exponents(tmp_path: Path):
     found = [
         record(OURS, 1e-3 * n**2, shape={"sweep": "width", "width": n}, flops=1e9 * n**2,

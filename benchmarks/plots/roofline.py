@@ -87,7 +87,7 @@ def _draw_roofs(axis: Any, found: Roofs, points: Points, unit: float, name: str)
         starts = max(left, rate / found["copy"][1]) if "copy" in found else left
         axis.plot([starts, right], [rate / unit] * 2, color="black", linewidth=1.2)
         axis.fill_between([starts, right], low / unit, high / unit, color="black", alpha=0.12, linewidth=0)
-        begin = max(starts, left * (right / left) ** TEXT)  # beside the name of the copy
+        begin = max(starts, left * (right / left) ** TEXT) if "copy" in found else left  # beside its name
         here = _crowded_on_the_right(axis, points, begin, rate / unit)
         axis.annotate(
             f"{ROOFS[key]} {rate / unit:.3g} {name}", (begin if here else right, rate / unit),

@@ -20,7 +20,7 @@ from .. import collection
 from ..collection import Record
 
 WIDTH, DPI = 10.0, 100  # inches, dots per inch: 1000 pixels
-PALETTE = 64  # colours of a PNG
+PALETTE = 256  # colours of a PNG
 SMALL, GREY = 8.5, "#555555"
 LETTER = 0.064  # inches, of a letter of small text on the average
 LINE = 1.4 * SMALL / 72  # inches from one line of small text to the next
@@ -149,6 +149,10 @@ def save(made: Figure, out: Path, name: str, formats: Sequence[str]) -> list[Pat
             continue
         pixels = io.BytesIO()
         made.savefig(pixels, format="png", dpi=DPI)
-        few = Image.open(pixels).convert("RGB").quantize(PALETTE, dither=Image.Dither.NONE)
+        few = (
+            Image.open(pixels)
+            .convert("RGB")
+            .quantize(PALETTE, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        )
         few.save(path, optimize=True)
     return paths
