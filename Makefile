@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv; nothing is installed outside the checkout.
 #   make test    the whole test suite           make lint    ruff, mypy, clang-format
-#   make demo    the continual learning demo    make bench   microbenchmarks
+#   make demo    the continual learning demo    make bench   benchmarks against installed peers
 #   make format  rewrite sources in style       make clean   remove build outputs (make distclean: .venv as well)
 #   make gpu-check OUT=dir   tests and benchmarks on a CUDA machine, with the PyTorch, Triton and pytest of PYTHON; no .venv
 # Variables: PYTHON, MAX_JOBS, FUSED_EWCLORA_BUILD, TEST_ARGS, DEMO_ARGS, BENCH_ARGS, OUT, CHECK_ARGS
@@ -14,6 +14,7 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name 
 REQUIREMENTS := .venv/.requirements
 INSTALL := .venv/.install
 EXTENSION := build/.extension
+PEERS := .venv/bench
 
 .PHONY: test demo lint format bench gpu-check setup clean distclean
 .DELETE_ON_ERROR:
@@ -24,8 +25,8 @@ test: setup
 demo: setup
 	python -m fused_ewclora demo $(DEMO_ARGS)
 
-bench: setup
-	python -m benchmarks $(BENCH_ARGS)
+bench: setup $(PEERS)
+	PYTHONPATH=$(CURDIR)/$(PEERS)$(if $(PYTHONPATH),:$(PYTHONPATH)) python -m benchmarks $(BENCH_ARGS)
 
 gpu-check:
 	@test -n "$(OUT)" || { echo "make gpu-check OUT=dir: OUT names the folder of the results"; exit 2; }
@@ -55,6 +56,12 @@ $(REQUIREMENTS): requirements-dev.txt
 # The package is installed as a link to this folder; its extension is compiled in place, so that only changed files recompile.
 $(INSTALL): $(REQUIREMENTS) setup.py pyproject.toml
 	FUSED_EWCLORA_BUILD=none python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+# In a folder of their own, so that the tests never see them; without dependencies, so that torch stays as it is.
+$(PEERS): requirements-bench.txt $(REQUIREMENTS)
+	rm -rf $@
+	python -m pip install --quiet --no-deps --target $@ -r requirements-bench.txt
 	touch $@
 
 $(EXTENSION): $(REQUIREMENTS) setup.py $(CPP)

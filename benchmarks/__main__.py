@@ -1,83 +1,238 @@
-"""Runs the microbenchmarks of the CPU: `python -m benchmarks [--suite NAME ...] [--threads N]`; exit status 1
-when a target is missed or a result wrong."""
+"""Benchmarks of the CPU. Every result is checked against fp64, then all providers of a case are timed in
+turns and the records appended. Exit status: 1 when a target is missed, ours fails or its result is wrong; 130
+when interrupted, with what was taken until then kept."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
-import math
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # Inductor's compile workers start in the background and would take a core from what is timed first.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own notes, in the middle of tables
 
 import torch
 
-from . import ewc_penalty, fisher_accumulate, lora_linear
-from .case import Case
-from .harness import append, measure, verdicts
-from .machine import ROOT, ceilings, environment
+from . import (
+    end_to_end,
+    ewc_penalty,
+    extras,
+    fisher_accumulate,
+    growth,
+    harness,
+    lora_linear,
+    memory,
+    registry,
+    table,
+)
+from .case import OURS, Case, Provider
+from .harness import Record
+from .machine import ROOT, Ceilings, ceilings, environment
+from .registry import Workload
 
-SUITES: dict[str, Callable[[], Iterator[Case]]] = {
-    "ewc_penalty": ewc_penalty.cases,
-    "fisher_accumulate": fisher_accumulate.cases,
-    "lora_linear": lora_linear.cases,
+CEILINGS_AGE = 15.0  # seconds after which the ceilings are measured again
+INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
+
+
+class Suite(NamedTuple):
+    """plan: the workloads of a preset; after: adds to measured records."""
+
+    ops: Sequence[str]
+    plan: Callable[[str], list[Workload]]
+    build: Callable[[Workload], Case]
+    after: Callable[[Case, list[Record]], None] = lambda case, records: None
+
+
+def _of_registry(module: Any) -> Suite:
+    return Suite(module.OPS, lambda preset: registry.workloads(module.OPS, preset), module.build)
+
+
+SUITES: dict[str, Suite] = {
+    "ewc_penalty": _of_registry(ewc_penalty),
+    "fisher_accumulate": _of_registry(fisher_accumulate),
+    "lora_linear": _of_registry(lora_linear),
+    "end_to_end": Suite(end_to_end.OPS, end_to_end.plan, end_to_end.build, end_to_end.add_breakdowns),
+    "growth": Suite(growth.OPS, growth.plan, growth.build),
 }
+PEERS = sorted({*(name for names in registry.PEERS.values() for name in names), *registry.BATCH_MODE_PEERS})
 
 
-def show(case: Case, records: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
-    """A table of one case: time, ratio to each peer, rate, error, then its targets."""
-    print(f"\n{case.op}  {', '.join(f'{k} {v}' for k, v in case.shape.items())}  {case.dtype}")
-    ours = next(
-        (r["seconds"]["p50"] for r in records if r["provider"] == case.ours and "seconds" in r), math.nan
+class Planned(NamedTuple):
+    """A case to come."""
+
+    suite: str
+    workload: Workload
+
+    @property
+    def label(self) -> str:
+        """What --shape selects by."""
+        return str(self.workload.shape.get("model", self.workload.shape.get(growth.SWEEP)))
+
+
+def planned(preset: str, suites: Sequence[str], ops: Sequence[str] = registry.OPS) -> list[Planned]:
+    """The cases of suites and ops, in the order of SUITES."""
+    found = [Planned(name, one) for name in SUITES if name in suites for one in SUITES[name].plan(preset)]
+    return [one for one in found if one.workload.op in ops]
+
+
+class Rates:
+    """The ceilings of the machine, measured again from time to time: others may use it too."""
+
+    def __init__(self) -> None:
+        self._at, self._found = -CEILINGS_AGE, Ceilings()
+
+    def now(self) -> Ceilings:
+        if time.monotonic() - self._at > CEILINGS_AGE:
+            self._found, self._at = ceilings("cpu", 0.1), time.monotonic()
+        return self._found
+
+
+def _built(one: Planned) -> Case | list[Record]:
+    """The case, or, where not even its inputs could be made, records of ours and all peers with the
+    reason."""
+    try:
+        return SUITES[one.suite].build(one.workload)
+    except (RuntimeError, MemoryError) as failure:
+        work = one.workload
+        case = Case(work.op, work.shape, work.dtype, 0.0, 0.0, (), list, 0.0)
+        roles = {OURS: "ours", **dict.fromkeys(registry.PEERS[work.op], "peer")}
+        return [
+            {**harness.common(case, name, role), "failed": f"{type(failure).__name__}: {failure}"[:400]}
+            for name, role in roles.items()
+        ]
+
+
+def chosen(case: Case, peers: Sequence[str] | None) -> Case:
+    """The case with these peers alone, without targets about others; None is all of them."""
+    if peers is None:
+        return case
+    kept: list[Provider] = [p for p in case.providers if p.role in ("ours", "floor") or p.name in peers]
+    names = {p.name for p in kept}
+    asked = [t for t in case.targets if t.peer is None or t.peer in names]
+    return dataclasses.replace(case, providers=kept, targets=asked)
+
+
+def take(
+    one: Planned, peers: Sequence[str] | None, seconds: float, rates: Rates, min_rounds: int
+) -> tuple[list[Record], list[Record]]:
+    """Records and targets of one case."""
+    with memory.limited():
+        case = _built(one)
+        if isinstance(case, list):
+            return case, []
+        case = chosen(case, peers)
+        found = harness.measure(case, seconds, rates.now(), memory.CpuClock(min_rounds))
+        SUITES[one.suite].after(case, found)
+    return found, harness.verdicts(case, found)
+
+
+def _failed(records: Sequence[Record], rows: Sequence[Record]) -> bool:
+    """Whether ours failed or missed a target; a peer that is missing or fails is its own affair."""
+    ours = [r for r in records if r["role"] != "peer" and "failed" in r]
+    return any(not r["failed"].startswith(extras.Unavailable.__name__) for r in ours) or any(
+        table.verdict_of(row) == table.SHORT for row in rows
     )
-    heads = f"{'p50 ms':>9}{'p20':>9}{'p80':>9}{'peer/ours':>11}{'GFLOP/s':>9}{'GB/s':>7}{'error':>10}"
-    print(f"  {'provider':34}{heads}")
-    for r in records:
-        if "failed" in r:
-            print(f"  {r['provider']:34}{r['failed']}")
-            continue
-        s = {key: value * 1e3 for key, value in r["seconds"].items()}
-        error = "floor" if r["error_fp64"] is None else f"{r['error_fp64']:.1e}"
-        print(
-            f"  {r['provider']:34}{s['p50']:9.3f}{s['p20']:9.3f}{s['p80']:9.3f}{s['p50'] / 1e3 / ours:11.2f}"
-            f"{r['gflops_per_second']:9.1f}{r['gbytes_per_second']:7.1f}{error:>10}"
-        )
-    for row in rows:
-        verdict = "PASS" if row["met"] else "FALL SHORT"
-        print(f"  {verdict}: {row['target']} (ratio {row['ratio']:.3f}, limit {row['limit']:.3f})")
 
 
-def main() -> int:
-    """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--suite", nargs="*", choices=sorted(SUITES), default=sorted(SUITES))
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="threads of all providers"
-    )
-    parser.add_argument("--seconds", type=float, default=1.0, help="time per provider and case")
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "results" / "cpu", help="folder the records are appended to"
-    )
-    parser.add_argument("--dry", action="store_true", help="measure and print without writing records")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    stamp = {"environment": environment(), "time": now}
-    failed = False
-    for suite in args.suite:
-        for case in SUITES[suite]():
-            records = measure(case, args.seconds, ceilings("cpu"))
-            rows = verdicts(case, records)
-            show(case, records, rows)
-            failed |= any(not row["met"] for row in rows) or any("failed" in r for r in records)
-            if not args.dry:
-                append(args.output / f"{suite}.jsonl", records, {**stamp, "targets": rows})
+def run(cases: Sequence[Planned], args: argparse.Namespace) -> int:
+    """Measures, prints and appends case by case."""
+    stamp = {"environment": {**environment(), **extras.versions()}}
+    rates, kept, failed = Rates(), 0, False
+    try:
+        for number, one in enumerate(cases, 1):
+            torch.manual_seed(0)
+            found, rows = take(one, args.provider, args.seconds, rates, args.min_rounds)
+            title = f"[{number}/{len(cases)}] {one.workload}"
+            print("\n".join(table.lines(title, found, rows)), flush=True)
+            failed |= _failed(found, rows)
+            if args.out is not None:
+                now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+                told = [row for row in rows if table.verdict_of(row) != table.MISSING]
+                harness.append(
+                    args.out / f"{one.suite}.jsonl", found, {**stamp, "time": now, "targets": told}
+                )
+                kept += len(found)
+    except KeyboardInterrupt:
+        where = f"{kept} records kept in {args.out}" if kept else "no records were written"
+        print(f"\ninterrupted in case {number} of {len(cases)}: {where}", flush=True)
+        return INTERRUPTED
     return int(failed)
+
+
+def _one_of(what: str, valid: Sequence[str]) -> Callable[[str], str]:
+    """A type for argparse that ignores case and lists what is valid."""
+    by_name = {name.lower(): name for name in valid}
+
+    def convert(text: str) -> str:
+        if text.lower() not in by_name:
+            raise argparse.ArgumentTypeError(f"unknown {what} {text!r}; expected one of: {'; '.join(valid)}")
+        return by_name[text.lower()]
+
+    return convert
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    presets = "; ".join(f"{name}: {what}" for name, (what, _) in registry.PRESETS.items())
+    add = parser.add_argument
+    add("--preset", type=_one_of("preset", list(registry.PRESETS)), default="cpu", help=presets)
+    add("--suite", nargs="+", type=_one_of("suite", list(SUITES)), default=list(SUITES),
+        metavar="NAME", help=f"of {', '.join(SUITES)}")  # fmt: skip
+    add("--op", nargs="+", type=_one_of("op", registry.OPS), default=list(registry.OPS),
+        metavar="NAME", help=f"of {', '.join(registry.OPS)}")  # fmt: skip
+    add("--shape", nargs="+", metavar="LABEL", help='labels of the preset\'s cases, such as "ViT-B proj"')
+    add("--provider", nargs="+", type=_one_of("provider", PEERS), metavar="NAME",
+        help=f"peers to run beside ours and the floors, of: {'; '.join(PEERS)}")  # fmt: skip
+    add("--threads", type=int, default=torch.get_num_threads(), help="threads of all providers")
+    add("--seconds", type=float, help="time per provider and case")
+    add("--min-rounds", type=int, default=7, help="rounds per case, however long they take")
+    add("--out", "--output", type=Path, help="folder the records are appended to; default: benchmarks/"
+        "results/cpu, but none with the preset quick: few rounds are no measurements")  # fmt: skip
+    add("--dry", action="store_true", help="measure and print without writing records")
+    add("--list", action="store_true", help="print the cases and stop")
+    return parser
+
+
+def _selected(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[Planned]:
+    """The cases that were asked for; ends with a sentence where there are none."""
+    cases = planned(args.preset, args.suite, args.op)
+    if not cases:
+        parser.error(f"no case of {', '.join(args.op)} in {', '.join(args.suite)}; see --list")
+    labels = list(dict.fromkeys(one.label for one in cases))
+    try:
+        wanted = labels if args.shape is None else [_one_of("shape", labels)(text) for text in args.shape]
+    except argparse.ArgumentTypeError as failure:
+        parser.error(f"argument --shape: {failure}")
+    yield from (one for one in cases if one.label in wanted)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmarks; returns the exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    cases = list(_selected(parser, args))
+    if args.list:
+        print("\n".join(f"{one.suite}: {one.workload}" for one in cases))
+        return 0
+    if args.threads < 1 or args.min_rounds < 2:
+        parser.error("expected at least 1 of --threads and 2 of --min-rounds, for quantiles")
+    if args.dry:
+        args.out = None
+    elif args.out is None and args.preset != "quick":
+        args.out = ROOT / "results" / "cpu"
+    args.seconds = registry.PRESETS[args.preset][1] if args.seconds is None else args.seconds
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    try:
+        return run(cases, args)
+    finally:
+        torch.set_num_threads(before)
 
 
 if __name__ == "__main__":

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fused_ewclora import functional as FE
 
-from .case import OURS, Case, Provider, Target
+from . import extras, registry
+from .case import OURS, Case, Provider, Run, Target
+from .registry import Workload
 
+OPS = ("ewc_penalty",)
 EWC_LAMBDA = 3.0
-SHAPES = (  # model, width, adapters, rank, Fisher dtype
-    ("ViT-B k,v", 768, 12, 10, torch.float32),
-    ("ViT-L k,v", 1024, 12, 10, torch.float32),
-    ("ViT-L k,v", 1024, 12, 4, torch.float32),
-    ("ViT-L k,v", 1024, 12, 30, torch.float32),
-    ("ViT-L k,v", 1024, 12, 64, torch.float32),
-    ("ViT-L k,v", 1024, 12, 10, torch.bfloat16),
-)
 Tensors = Sequence[Tensor]
 
 
@@ -42,54 +37,61 @@ def fused(fishers: Tensors, lora_as: Tensors, lora_bs: Tensors) -> Tensor:
     return FE.ewc_penalty(fishers, lora_as, lora_bs, None, EWC_LAMBDA)
 
 
-def cases() -> Iterator[Case]:
-    """ViT-B and ViT-L k,v at the published rank 10, and ViT-L at other ranks and with a bf16 Fisher."""
-    for model, d, count, rank, dtype in SHAPES:
-        fishers = [torch.rand(d, d).pow(2).to(dtype) for _ in range(count)]
-        lora_as = [torch.randn(rank, d).div_(d**0.5).requires_grad_() for _ in range(count)]
-        lora_bs = [torch.randn(d, rank).mul_(1e-2).requires_grad_() for _ in range(count)]
+def with_gradients(
+    penalty: Callable[[Tensors, Tensors, Tensors], Tensor],
+    fishers: Tensors,
+    lora_as: Tensors,
+    lora_bs: Tensors,
+) -> Run:
+    """The penalty and its gradients in all A and all B."""
 
-        def with_gradients(
-            penalty: Callable[[Tensors, Tensors, Tensors], Tensor],
-            inputs: tuple[Tensors, Tensors, Tensors] = (fishers, lora_as, lora_bs),
-        ) -> Callable[[], list[Tensor]]:
-            def run() -> list[Tensor]:
-                loss = penalty(*inputs)
-                return [loss, *torch.autograd.grad(loss, [*inputs[1], *inputs[2]])]
+    def run() -> list[Tensor]:
+        loss = penalty(fishers, lora_as, lora_bs)
+        return [loss, *torch.autograd.grad(loss, [*lora_as, *lora_bs])]
 
-            return run
+    return run
 
-        def truth(inputs: tuple[Tensors, Tensors, Tensors] = (fishers, lora_as, lora_bs)) -> list[Tensor]:
-            wide = [[t.detach().double() for t in group] for group in inputs]
-            for t in [*wide[1], *wide[2]]:
-                t.requires_grad_()
-            return with_gradients(eager, (wide[0], wide[1], wide[2]))()
 
-        flops = 6.0 * rank * d * d * count
-        inner = round(flops / (2.0 * d * d))
-        left, right = torch.randn(d, inner), torch.randn(inner, d)
-        published = rank == 10 and dtype == torch.float32
-        yield Case(
-            op="ewc_penalty",
-            shape={"model": model, "d_out": d, "d_in": d, "adapters": count, "rank": rank},
-            dtype=f"fisher {str(dtype).removeprefix('torch.')}",
-            flops=flops,
-            bytes=float(fishers[0].element_size() * d * d * count),
-            providers=[
-                Provider(
-                    OURS, with_gradients(fused), role="ours", backend="cpu", algorithm="C++ one pass over F"
-                ),
-                Provider("eager autograd", with_gradients(eager)),
-                Provider("torch.compile", with_gradients(torch.compile(eager))),
-                Provider("stacked bmm", with_gradients(stacked)),
-                Provider("sgemm of equal FLOPs", lambda a=left, b=right: [a @ b], role="floor"),  # type: ignore[misc]
-            ],
-            truth=truth,
-            tolerance=2e-5,
-            targets=[
-                Target("eager autograd", 1 / 4, "at least 4 x faster than eager"),
-                Target("torch.compile", 1 / 2.2, "at least 2.2 x faster than torch.compile"),
-            ]
-            if published
-            else [],
-        )
+def _targets(one: Workload) -> list[Target]:
+    published = one.shape["rank"] == 10 and one.size("adapters") == 12 and one.dtype == "fisher float32"
+    if not published:
+        return []
+    return [
+        Target("eager autograd", 1 / 4, "at least 4 x faster than eager"),
+        Target(registry.COMPILED, 1 / 2.2, "at least 2.2 x faster than torch.compile"),
+    ]
+
+
+def build(one: Workload) -> Case:
+    """One case: ours, the peers, and a product of as many FLOPs."""
+    d_out, d_in, count, rank = (one.size(name) for name in ("d_out", "d_in", "adapters", "rank"))
+    fishers = [torch.rand(d_out, d_in).square_().to(one.torch_dtype) for _ in range(count)]
+    lora_as = [torch.randn(rank, d_in).div_(d_in**0.5).requires_grad_() for _ in range(count)]
+    lora_bs = [torch.randn(d_out, rank).mul_(1e-2).requires_grad_() for _ in range(count)]
+    inputs = (fishers, lora_as, lora_bs)
+
+    def truth() -> Tensors:
+        wide = [[t.detach().double() for t in group] for group in inputs]
+        for t in [*wide[1], *wide[2]]:
+            t.requires_grad_()
+        return with_gradients(eager, wide[0], wide[1], wide[2])()
+
+    inner = max(1, round(one.work.flops / (2.0 * d_out * d_in)))
+    left, right = torch.randn(d_out, inner), torch.randn(inner, d_in)
+    return Case(
+        op=one.op,
+        shape=one.shape,
+        dtype=one.dtype,
+        flops=one.work.flops,
+        bytes=one.work.bytes,
+        providers=[
+            Provider(OURS, with_gradients(fused, *inputs), "ours", "cpu", "C++ one pass over F"),
+            Provider("eager autograd", with_gradients(eager, *inputs)),
+            Provider(registry.COMPILED, with_gradients(extras.compiled(eager), *inputs)),
+            Provider("stacked bmm", with_gradients(stacked, *inputs)),
+            Provider("sgemm of equal FLOPs", lambda: [left @ right], role="floor"),
+        ],
+        truth=truth,
+        tolerance=2e-5,
+        targets=_targets(one),
+    )

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fused_ewclora import functional as FE
 
-from .case import OURS, Case, Provider, Target
+from . import extras, registry
+from .case import OURS, Case, Provider, Run, Target
+from .registry import Workload
 
-SHAPES = (  # model, samples, tokens, d_in, d_out
-    ("ViT-B k", 16, 197, 768, 768),
-    ("ViT-B fc1", 16, 197, 768, 3072),
-    ("ViT-L k", 16, 197, 1024, 1024),
-    ("ViT-B head, one token", 256, 1, 768, 768),
-)
-MODES = ("sample", "batch")
+OPS = ("fisher_accumulate",)
+TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}  # peers round gradients and squares to bf16, 2^-9 each
+# Scratch of a thread: a block of F, the panels of a part of a sample. One dense gradient of ViT-B's smallest
+# linear is larger, so no gradient is ever stored.
+TILE_BYTES = 2 * 2**20
+Method = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def one_by_one(fisher: Tensor, x: Tensor, dy: Tensor) -> Tensor:
@@ -49,49 +50,63 @@ def batch(fisher: Tensor, x: Tensor, dy: Tensor) -> Tensor:
     return fisher.addcmul_(gradient, gradient)
 
 
-def cases() -> Iterator[Case]:
-    """Layers of ViT-B and ViT-L with 16 samples of 197 tokens, a one-token layer, and mode "batch"."""
-    for model, n, t, d_in, d_out in SHAPES:
-        x, dy = torch.randn(n, t, d_in), torch.randn(n, t, d_out)
-        for mode in MODES:
-            if mode == "batch" and model != "ViT-B k":
-                continue
+def _run(method: Method, x: Tensor, dy: Tensor) -> Run:
+    """Adds to a Fisher that starts from zero, so that the result can be checked."""
+    fisher = torch.zeros(dy.shape[-1], x.shape[-1])
+    return lambda: [method(fisher.zero_(), x, dy)]
 
-            def fused(fisher: Tensor, x: Tensor, dy: Tensor, mode: str = mode) -> Tensor:
-                return FE.fisher_accumulate_(fisher, x, dy, mode=mode, check_finite=False)
 
-            def start_from_zero(method, x=x, dy=dy):  # type: ignore[no-untyped-def]
-                fisher = torch.zeros(dy.shape[-1], x.shape[-1])
-                return lambda: [method(fisher.zero_(), x, dy)]
+def _peers(mode: str, x: Tensor, dy: Tensor) -> list[Provider]:
+    if mode == "batch":
+        return [Provider(registry.BATCH_MODE_PEERS[0], _run(batch, x, dy))]
+    methods = {"einsum": einsum, "torch.func vmap(grad)": vmap_grad, "batch size 1": one_by_one}
+    # These give the sum for one batch; that of several is one addition more.
+    installed = {
+        registry.BACKPACK: lambda: extras.backpack_square_sum(x, dy),
+        registry.OPACUS: lambda: extras.opacus_square_sum(x, dy),
+    }
+    return [
+        *(Provider(name, _run(method, x, dy)) for name, method in methods.items()),
+        *(Provider(name, extras.lazily(make)) for name, make in installed.items()),
+    ]
 
-            peers = {"einsum": einsum, "torch.func vmap(grad)": vmap_grad, "batch size 1": one_by_one}
-            if mode == "batch":
-                peers = {"product, then square and add": batch}
-            x2, dy2 = x.flatten(0, 1), dy.flatten(0, 1)
-            yield Case(
-                op="fisher_accumulate",
-                shape={"model": model, "samples": n, "tokens": t, "d_in": d_in, "d_out": d_out, "mode": mode},
-                dtype="float32",
-                flops=2.0 * n * t * d_in * d_out,
-                bytes=4.0 * (n * t * (d_in + d_out) + 2 * d_in * d_out),
-                providers=[
-                    Provider(
-                        OURS,
-                        start_from_zero(fused),
-                        role="ours",
-                        backend="cpu",
-                        algorithm="C++ tiled product",
-                    ),
-                    *(Provider(name, start_from_zero(method)) for name, method in peers.items()),
-                    Provider("sgemm of equal FLOPs", lambda a=dy2, b=x2: [a.T @ b], role="floor"),  # type: ignore[misc]
-                ],
-                truth=lambda x=x, dy=dy, mode=mode: [  # type: ignore[misc]
-                    (one_by_one if mode == "sample" else batch)(
-                        torch.zeros(dy.shape[-1], x.shape[-1], dtype=torch.float64), x.double(), dy.double()
-                    )
-                ],
-                tolerance=1e-5,
-                targets=[Target("sgemm of equal FLOPs", 1.2, "at most 1.2 x one sgemm of the same FLOPs")]
-                if t > 1 and mode == "sample"
-                else [],
-            )
+
+def _targets(one: Workload, threads: int) -> list[Target]:
+    if one.size("tokens") == 1 or one.shape["mode"] != "sample" or one.dtype != "float32":
+        return []
+    tile = f"no temporaries beside {TILE_BYTES >> 20} MiB of tiles per thread"
+    return [
+        Target("sgemm of equal FLOPs", 1.2, "at most 1.2 x one sgemm of the same FLOPs"),
+        Target(None, 0.0, tile, "peak_bytes", allowance=float(threads * TILE_BYTES)),
+    ]
+
+
+def build(one: Workload) -> Case:
+    """One case: ours, the peers, and one product of as many FLOPs."""
+    n, t, d_in, d_out = (one.size(name) for name in ("samples", "tokens", "d_in", "d_out"))
+    mode = str(one.shape["mode"])
+    x, dy = torch.randn(n, t, d_in).to(one.torch_dtype), torch.randn(n, t, d_out).to(one.torch_dtype)
+
+    def fused(fisher: Tensor, x: Tensor, dy: Tensor) -> Tensor:
+        return FE.fisher_accumulate_(fisher, x, dy, mode=mode, check_finite=False)
+
+    def truth() -> list[Tensor]:
+        exact = one_by_one if mode == "sample" else batch
+        return [exact(torch.zeros(d_out, d_in, dtype=torch.float64), x.double(), dy.double())]
+
+    return Case(
+        op=one.op,
+        shape=one.shape,
+        dtype=one.dtype,
+        flops=one.work.flops,
+        bytes=one.work.bytes,
+        providers=[
+            Provider(OURS, _run(fused, x, dy), "ours", "cpu", "C++ tiled product"),
+            *_peers(mode, x, dy),
+            Provider("sgemm of equal FLOPs", lambda: [dy.flatten(0, 1).T @ x.flatten(0, 1)], role="floor"),
+        ],
+        truth=truth,
+        tolerance=TOLERANCES[one.dtype],
+        targets=_targets(one, torch.get_num_threads()),
+        product={"float32": "fp32", "bfloat16": "bf16"}[one.dtype],
+    )

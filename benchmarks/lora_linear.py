@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,18 +11,13 @@ from torch.nn.functional import linear
 
 from fused_ewclora import functional as FE
 
-from .case import OURS, Case, Provider, Target
+from . import extras, registry
+from .case import OURS, Case, Provider, Run, Target
+from .registry import Workload
 
-SHAPES = (  # model, rows, d_in, d_out, rank
-    ("ViT-B proj", 16 * 197, 768, 768, 10),
-    ("ViT-B fc1", 16 * 197, 768, 3072, 10),
-    ("ViT-B fc2", 16 * 197, 3072, 768, 10),
-    ("ViT-L proj", 16 * 197, 1024, 1024, 10),
-    ("ViT-B proj", 16 * 197, 768, 768, 30),
-    ("ViT-B proj, one image", 197, 768, 768, 10),
-    ("ViT-B proj, 16 rows", 16, 768, 768, 10),
-)
+OPS = ("lora_linear", "lora_linear_slices")
 VIT_LIMIT = 1.06  # x frozen linear, at ViT shapes and the published rank 10
+TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}  # bf16 results and intermediates: a few times 2^-9
 
 
 def composition(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -70,63 +66,95 @@ def forward_backward(
     return run
 
 
-def _case(model: str, rows: int, d_in: int, d_out: int, rank: int, slices: bool) -> Case:
-    x = torch.randn(rows, d_in, requires_grad=True)
-    fixed = (torch.randn(d_out, d_in) / d_in**0.5, torch.randn(d_out))
-    width, count = (d_out // 3, 2) if slices else (d_out, 1)
+class Inputs(NamedTuple):
+    """Of one case; `adapters` are A, B in turn."""
+
+    x: Tensor
+    fixed: tuple[Tensor, Tensor]
+    adapters: list[Tensor]
+    dy: Tensor
+
+
+def draw(one: Workload) -> Inputs:
+    """Random inputs of the usual sizes."""
+    rows, d_in, d_out, rank = (one.size(name) for name in ("rows", "d_in", "d_out", "rank"))
+    width, count = (d_out // 3, 2) if one.op == "lora_linear_slices" else (d_out, 1)
+
+    def normal(*size: int, std: float = 1.0) -> Tensor:
+        return torch.randn(size).mul_(std).to(one.torch_dtype)
+
+    x, weight, bias = normal(rows, d_in), normal(d_out, d_in, std=d_in**-0.5), normal(d_out)
     adapters: list[Tensor] = []
     for _ in range(count):
-        adapters += [torch.randn(rank, d_in) / d_in**0.5, torch.randn(width, rank) * 0.1]
-    for t in adapters:
+        adapters += [normal(rank, d_in, std=d_in**-0.5), normal(width, rank, std=0.1)]
+    for t in (x, *adapters):
         t.requires_grad_()
-    dy = torch.randn(rows, d_out)
-    ours, plain = (fused_slices, composition_slices) if slices else (fused, composition)
-    methods = {"composition": plain} if slices else {"composition": plain, "addmm": addmm}
-    methods["torch.compile of the composition"] = torch.compile(plain)
+    return Inputs(x, (weight, bias), adapters, normal(rows, d_out))
 
-    def provider(
-        name: str, method: Callable[..., Tensor], role: str = "peer", backend: str = "", algorithm: str = ""
-    ) -> Provider:
-        run = forward_backward(method, x, fixed, adapters, dy)
-        return Provider(name, run, role, backend, algorithm)
+
+def peft_run(inputs: Inputs) -> Run:
+    """PEFT's own layer."""
+    x, fixed, adapters, dy = inputs
+    layer, factors = extras.peft_linear(*fixed, *adapters)
+
+    def run() -> list[Tensor]:
+        y = layer(x)
+        return [y, *torch.autograd.grad(y, [x, *factors], dy)]
+
+    return run
+
+
+def _peers(inputs: Inputs, slices: bool) -> list[Provider]:
+    x, fixed, adapters, dy = inputs
+    plain = composition_slices if slices else composition
+    methods: dict[str, Callable[..., Tensor]] = {"composition": plain}
+    if not slices:
+        methods["addmm"] = addmm
+    methods[registry.COMPILED_COMPOSITION] = extras.compiled(plain)
+    found = [Provider(name, forward_backward(f, x, fixed, adapters, dy)) for name, f in methods.items()]
+    if not slices:
+        found.append(Provider(registry.PEFT, extras.lazily(lambda: peft_run(inputs))))
+    return found
+
+
+def _targets(one: Workload) -> Sequence[Target]:
+    targets = [Target("best peer", 1.0, "never slower than the best peer")]
+    vit = str(one.shape["model"]).startswith("ViT")
+    if vit and one.shape["rank"] == 10 and one.size("rows") > 1000 and one.dtype == "float32":
+        targets.append(Target("frozen linear", VIT_LIMIT, f"at most {VIT_LIMIT} x the frozen linear"))
+    return targets
+
+
+def build(one: Workload) -> Case:
+    """One case: ours, the peers, and the frozen linear below them."""
+    slices = one.op == "lora_linear_slices"
+    inputs = draw(one)
+    x, fixed, adapters, dy = inputs
 
     def frozen() -> list[Tensor]:
         y = linear(x, *fixed)
         return [y, *torch.autograd.grad(y, [x], dy)]
 
     def truth() -> list[Tensor]:
+        plain = composition_slices if slices else composition
         wide = [t.detach().double().requires_grad_() for t in (x, *adapters)]
         fixed64 = (fixed[0].double(), fixed[1].double())
         return forward_backward(plain, wide[0], fixed64, wide[1:], dy.double())()
 
-    low_rank = 6.0 * 2.0 * rows * rank * (d_in + width) * count / 2
-    vit = rank == 10 and rows > 1000
+    ours = forward_backward(fused_slices if slices else fused, x, fixed, adapters, dy)
     return Case(
-        op="lora_linear_slices" if slices else "lora_linear",
-        shape={"model": model, "rows": rows, "d_in": d_in, "d_out": d_out, "rank": rank},
-        dtype="float32",
-        flops=4.0 * rows * d_in * d_out + low_rank,
-        bytes=4.0 * (2 * rows * (d_in + d_out) + 2 * d_in * d_out),
+        op=one.op,
+        shape=one.shape,
+        dtype=one.dtype,
+        flops=one.work.flops,
+        bytes=one.work.bytes,
         providers=[
-            provider(OURS, ours, "ours", "cpu", "C++ prologue into BLAS addmm"),
-            *(provider(name, method) for name, method in methods.items()),
+            Provider(OURS, ours, "ours", "cpu", "C++ prologue into BLAS addmm"),
+            *_peers(inputs, slices),
             Provider("frozen linear", frozen, role="floor"),
         ],
         truth=truth,
-        tolerance=1e-5,
-        targets=[
-            Target("best peer", 1.0, "never slower than the best peer"),
-            *(
-                [Target("frozen linear", VIT_LIMIT, f"at most {VIT_LIMIT} x the frozen linear")]
-                if vit
-                else []
-            ),
-        ],
+        tolerance=TOLERANCES[one.dtype],
+        targets=_targets(one),
+        product={"float32": "fp32", "bfloat16": "bf16"}[one.dtype],
     )
-
-
-def cases() -> Iterator[Case]:
-    """Linears of ViT-B and ViT-L, small batches, and k,v of a packed qkv."""
-    for shape in SHAPES:
-        yield _case(*shape, slices=False)
-    yield _case("ViT-B qkv, slices k,v", 16 * 197, 768, 2304, 10, slices=True)

@@ -1,4 +1,4 @@
-"""Shapes of the GPU benchmarks, as data: sizes of the models, their linears, samples and ranks."""
+"""Shapes of the benchmarks, as data: sizes of the models, their linears, samples and ranks."""
 
 from __future__ import annotations
 
@@ -6,18 +6,33 @@ from typing import NamedTuple
 
 
 class Model(NamedTuple):
-    """A vision transformer: width, depth, tokens per sample, attention heads."""
+    """A vision transformer: width, depth, tokens per sample, attention heads; `hidden` of its MLP is 4 x the
+    width where it is None."""
 
     name: str
     width: int
     depth: int
     tokens: int
     heads: int
+    hidden: int | None = None
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """(d_in, d_out) of the linears of a block."""
-        d = self.width
-        return {"qkv": (d, 3 * d), "proj": (d, d), "fc1": (d, 4 * d), "fc2": (4 * d, d)}
+        d, h = self.width, self.hidden or 4 * self.width
+        return {"qkv": (d, 3 * d), "proj": (d, d), "fc1": (d, h), "fc2": (h, d)}
+
+
+class TextModel(NamedTuple):
+    """A language model: its linears and their (d_in, d_out), depth, tokens per sample."""
+
+    name: str
+    layers: dict[str, tuple[int, int]]
+    depth: int
+    tokens: int
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(d_in, d_out) of the linears of a block."""
+        return self.layers
 
 
 class Sizes(NamedTuple):
@@ -48,4 +63,17 @@ RELEASE = Sizes(
 )
 _TINY = Model("tiny", 16, 1, 3, 2)
 REHEARSAL = Sizes(base=_TINY, large=_TINY, huge=_TINY, small=_TINY, samples=2, rank=4, slice_rank=3)
+GIANT = Model("ViT-g/14", 1408, 40, 257, 16, hidden=6144)
+LLAMA = TextModel(
+    "Llama-3.2-1B",
+    {"q": (2048, 2048), "k": (2048, 512), "v": (2048, 512), "o": (2048, 2048),
+     "gate": (2048, 8192), "up": (2048, 8192), "down": (8192, 2048)},
+    depth=16, tokens=512,
+)  # fmt: skip
+T5 = TextModel(
+    "T5-large",
+    {"q": (1024, 1024), "k": (1024, 1024), "v": (1024, 1024), "o": (1024, 1024),
+     "wi": (1024, 4096), "wo": (4096, 1024)},
+    depth=24, tokens=512,
+)  # fmt: skip
 PRECISIONS = ("highest", "high", "medium")

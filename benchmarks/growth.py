@@ -1,0 +1,76 @@
+"""How cost grows: curves over tokens, width, rank, adapters and samples, ours and the main peer of each op.
+
+The shape of every record of a curve has "sweep", the name of the field that the curve is over; the other
+fields are equal along it. Widths are those of square layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from . import ewc_penalty, fisher_accumulate, lora_linear, registry
+from .case import Case
+from .registry import Shape, Workload
+
+SWEEP = "sweep"
+MAIN_PEER = {
+    "lora_linear": "composition", "ewc_penalty": "eager autograd", "fisher_accumulate": "einsum"
+}  # fmt: skip
+OPS = tuple(MAIN_PEER)
+_BUILD = {
+    "lora_linear": lora_linear.build,
+    "ewc_penalty": ewc_penalty.build,
+    "fisher_accumulate": fisher_accumulate.build,
+}
+# From where curves start: what a field is while another one is swept.
+_CENTRE: dict[str, Shape] = {
+    "lora_linear": {"tokens": 788, "width": 768, "rank": 10},
+    "ewc_penalty": {"width": 768, "rank": 10, "adapters": 4},
+    "fisher_accumulate": {"samples": 4, "tokens": 197, "width": 768},
+}
+_CPU = {
+    "tokens": (64, 256, 1024, 4096), "width": (256, 512, 1024, 2048), "rank": (4, 8, 16, 32, 64),
+    "adapters": (1, 2, 6, 12, 24), "samples": (1, 4, 16, 32),
+}  # fmt: skip
+_QUICK = {"tokens": (16, 64), "width": (64, 128), "rank": (4, 8), "adapters": (1, 2), "samples": (1, 2)}
+_FULL = {
+    "tokens": (16, 64, 256, 1024, 4096, 16384), "width": (256, 512, 768, 1024, 2048, 4096),
+    "rank": (1, 2, 4, 8, 16, 32, 64, 128), "adapters": (1, 2, 6, 12, 24, 48),
+    "samples": (1, 4, 16, 64, 128),
+}  # fmt: skip
+_POINTS: dict[str, dict[str, tuple[int, ...]]] = {"cpu": _CPU, "quick": _QUICK, "full": _FULL}
+
+
+def _curves(op: str, preset: str) -> Iterator[Workload]:
+    # Small beside a small point of a quick curve as well.
+    small: Shape = {"tokens": 16, "width": 64, "rank": 4, "adapters": 2, "samples": 2}
+    for name in _CENTRE[op]:
+        for value in _POINTS[preset][name]:
+            centre = _CENTRE[op] if preset != "quick" else {key: small[key] for key in _CENTRE[op]}
+            shape: Shape = {SWEEP: name, **centre, name: value}
+            yield Workload(op, shape, "fisher float32" if op == "ewc_penalty" else "float32")
+
+
+def plan(preset: str) -> list[Workload]:
+    """All points of all curves of a preset."""
+    return [one for op in OPS for one in _curves(op, preset)]
+
+
+def expanded(one: Workload) -> Workload:
+    """The workload of a point in the terms of its op."""
+    width, dtype = one.size("width"), one.dtype.removeprefix("fisher ")
+    sizes = (width, width)
+    if one.op == "lora_linear":
+        return registry.linear("growth", one.size("tokens"), sizes, one.size("rank"), dtype)
+    if one.op == "ewc_penalty":
+        return registry.penalty("growth", sizes, one.size("adapters"), one.size("rank"), dtype)
+    return registry.fisher("growth", one.size("samples"), one.size("tokens"), sizes, dtype=dtype)
+
+
+def build(one: Workload) -> Case:
+    """A point: the case of its op with the main peer alone, and without targets."""
+    case = _BUILD[one.op](expanded(one))
+    peer = MAIN_PEER[one.op]
+    providers = [p for p in case.providers if p.role != "peer" or p.name == peer]
+    return dataclasses.replace(case, shape=one.shape, providers=providers, targets=())
