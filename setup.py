@@ -153,15 +153,26 @@ def build_options(mode):
     return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildExtension}}
 
 
+BENCHMARKS = find_packages(include=["benchmarks", "benchmarks.*"])
+
 setup(
-    packages=[*find_packages(include=["fused_ewclora", "fused_ewclora.*"]), "fused_ewclora.kernels"],
+    packages=[
+        *find_packages(include=["fused_ewclora", "fused_ewclora.*"]),
+        "fused_ewclora.kernels",
+        *(f"fused_ewclora.{name}" for name in BENCHMARKS),
+    ],
     # kernels/ has no __init__.py: as a package at the root it would shadow the unrelated package `kernels`.
-    package_dir={"fused_ewclora": "fused_ewclora", "fused_ewclora.kernels": "kernels"},
+    package_dir={
+        "fused_ewclora": "fused_ewclora",
+        "fused_ewclora.kernels": "kernels",
+        "fused_ewclora.benchmarks": "benchmarks",
+    },
     package_data={
         "fused_ewclora": ["py.typed"],
         "fused_ewclora.backends": ["*.json"],
         "fused_ewclora.backends.triton": ["configs/*.json"],
         "fused_ewclora.kernels": ["py.typed"],
+        "fused_ewclora.benchmarks": ["record_schema.json"],
     },
     **build_options(os.environ.get("FUSED_EWCLORA_BUILD", "auto")),
 )

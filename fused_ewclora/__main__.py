@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import sys
@@ -86,6 +87,24 @@ def _add_autotune(commands: Any) -> None:
     parser.set_defaults(run=_autotune)
 
 
+# Commands whose parsers are in benchmarks/: every word behind them is passed on.
+_BENCHMARKS = {
+    ("bench", "compare"): "compare",
+    ("bench", "report"): "report",
+    ("bench",): "__main__",
+    ("plot",): "plot",
+}
+
+
+def _benchmarks(arguments: list[str]) -> int | None:
+    """Runs a command of the benchmarks; None if it is none."""
+    for words, module in _BENCHMARKS.items():
+        if tuple(arguments[: len(words)]) == words:
+            found = importlib.import_module(f"fused_ewclora.benchmarks.{module}")
+            return int(found.main(arguments[len(words) :]))
+    return None
+
+
 def _parser(command: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fused_ewclora", description=__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -94,6 +113,8 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     info_parser.set_defaults(run=_info)
     _add_compile_report(commands)
     _add_autotune(commands)
+    commands.add_parser("bench", help="microbenchmarks; bench compare A B: what changed between records")
+    commands.add_parser("plot", help="pictures of benchmark records")
     demo_parser = commands.add_parser("demo", help="continual learning on real images, with and without EWC")
     demo_parser.set_defaults(run=_demo)
     if command == "demo":  # the other commands do not load it
@@ -106,6 +127,8 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0 done, 1 failed, 2 wrong usage or a missing extra)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if (status := _benchmarks(arguments)) is not None:
+        return status
     args = _parser(arguments[0] if arguments else None).parse_args(arguments)
     try:
         return int(args.run(args))

@@ -111,3 +111,15 @@ def test_info_tells_what_serves_the_ops_of_each_gpu(monkeypatch: pytest.MonkeyPa
         assert row["reference"] is None and row["cpu"] in (data["backends"]["cpu"], "tensors are on cuda")
         assert row["triton"] is not None
     assert "Ops, bf16 on Imitation 7 (sm_75)" in info.render(data)
+
+
+def test_bench_and_plot_are_the_commands_of_the_benchmarks(tmp_path: Path):
+    records = str(ROOT / "benchmarks" / "results" / "cpu")
+    same = run("bench", "compare", records, records)
+    assert same.returncode == 0 and "regressions (B / A normalised by the controls): 0" in same.stdout
+    missing = run("bench", "compare", records, str(tmp_path / "none"))
+    assert missing.returncode == 2 and len(missing.stderr.strip().splitlines()) == 1
+    assert "RECORDS" in run("plot", "--help").stdout
+    unknown = run("bench", "--suite", "abacus", "--dry")
+    assert unknown.returncode == 2 and "lora_linear" in unknown.stderr
+    assert {"bench", "plot"} <= set(run("--help").stdout.split())

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
-FOLDERS = ("fused_ewclora", "kernels", "csrc", "tests")
+FOLDERS = ("fused_ewclora", "kernels", "benchmarks", "csrc", "tests")
 SETTINGS = ("PYTHONPATH", "FUSED_EWCLORA_BUILD", "FUSED_EWCLORA_BACKEND", "CUDA_HOME", "CUDA_PATH")
 SETTINGS += ("TORCH_CUDA_ARCH_LIST", "MAX_JOBS")
 IMPORT_LIMIT_SECONDS = 0.15
@@ -58,7 +58,7 @@ def python_with(site: Path, code: str) -> str:
 
 def copy_of_sources(folder: Path) -> Path:
     """The checkout without what was built in it."""
-    skip = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    skip = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", "*.jsonl")
     for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / name, ignore=skip)
     for name in FILES:
@@ -111,6 +111,9 @@ def test_pure_wheel_holds_the_package_the_kernels_and_nothing_else(pure_wheel: P
     assert {name.split("/")[0].partition("-")[0] for name in found} == {"fused_ewclora"}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fused_ewclora").rglob("*.py")}
     assert modules <= set(found)
+    tools = {f"fused_ewclora/{path.relative_to(ROOT)}" for path in (ROOT / "benchmarks").rglob("*.py")}
+    assert {*tools, "fused_ewclora/benchmarks/record_schema.json"} <= set(found)
+    assert not [name for name in found if name.endswith(".jsonl")]
     assert not [name for name in found if name.endswith("kernels/__init__.py")]
 
 
@@ -118,7 +121,7 @@ def test_source_distribution_holds_everything_a_build_needs(tmp_path: Path):
     source = copy_of_sources(tmp_path)
     python("setup.py", "sdist", "--dist-dir", "dist", cwd=source, FUSED_EWCLORA_BUILD="none")
     found = set(names(only(list((source / "dist").glob("*.tar.gz")))))
-    folders = ("csrc", "kernels", "fused_ewclora")
+    folders = ("csrc", "kernels", "fused_ewclora", "benchmarks")
     files = [path for folder in folders for path in (source / folder).rglob("*") if path.is_file()]
     assert {str(path.relative_to(source)) for path in files} - found == set()
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= found
