@@ -58,7 +58,7 @@ def python_with(site: Path, code: str) -> str:
 
 def copy_of_sources(folder: Path) -> Path:
     """The checkout without what was built in it."""
-    skip = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", "*.jsonl")
+    skip = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
     for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / name, ignore=skip)
     for name in FILES:
@@ -123,7 +123,8 @@ def test_source_distribution_holds_everything_a_build_needs(tmp_path: Path):
     found = set(names(only(list((source / "dist").glob("*.tar.gz")))))
     folders = ("csrc", "kernels", "fused_ewclora", "benchmarks")
     files = [path for folder in folders for path in (source / folder).rglob("*") if path.is_file()]
-    assert {str(path.relative_to(source)) for path in files} - found == set()
+    missing = {str(path.relative_to(source)) for path in files} - found
+    assert not {name for name in missing if not name.endswith(".jsonl")}  # records are in the repository
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= found
     assert not [name for name in found if name.startswith("tests/")]
 
