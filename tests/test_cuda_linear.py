@@ -90,12 +90,12 @@ def test_more_adapters_than_a_launch_takes():
     check(call(torch.float32, (9, 24, 280), owners))
 
 
-@pytest.mark.parametrize("rank", [10, 130])
+@pytest.mark.parametrize("rank", [10, 70])
 def test_the_order_of_blocks_does_not_show(rank):
     """Sums of many parts of every kind: another order would be other bits."""
-    case = call(torch.float32, (40, 72, 300), [(rank, ((0, 220),)), (3, ((220, 300),))])
+    case = call(torch.float32, (33, 40, 300), [(rank, ((0, 220),)), (3, ((220, 300),))])
     y, grads = case.gradients()
-    for _ in range(3):
+    for _ in range(2):
         again, others = case.gradients()
         assert torch.equal(y, again)
         assert all(torch.equal(grad, others[name]) for name, grad in grads.items())
@@ -105,7 +105,8 @@ def test_the_order_of_blocks_does_not_show(rank):
 def test_more_ranges_of_rows_than_a_launch_takes(frozen):
     many = tuple((2 * i, 2 * i + 1) for i in reversed(range(70)))
     few = tuple((2 * i + 1, 2 * i + 2) for i in range(40))
-    case = call(torch.float32, (9, 24, 150), [(3, few), (5, many), (4, ((141, 150),)), (2, ((83, 84),))])
+    rest = tuple((2 * i + 1, 2 * i + 2) for i in range(40, 70))  # beside those of `few`
+    case = call(torch.float32, (9, 24, 150), [(3, few), (5, many), (4, ((141, 150),)), (2, rest)])
     for adapter in case.adapters:
         if frozen == "B":
             adapter.lora_b.requires_grad_(False)
@@ -141,12 +142,13 @@ def test_what_lies_between_rows_is_not_read(dtype, place):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scales_may_have_strides(dtype):
+def test_scales_and_bias_may_have_strides(dtype):
     case, values = call(dtype, (20, 24, 40), [(5, ((0, 8),)), (20, ((8, 40),))]), Values(1, "cuda")
     for i, adapter in enumerate(case.adapters):
         scale = values.normal(adapter.lora_a.shape[0], layout="every other column")
         case.adapters[i] = adapter._replace(scale=parameter(scale))
-        assert case.adapters[i].scale.stride() == (2,)
+    case.bias = parameter(values.normal(40, dtype=dtype, layout="every other column"))
+    assert all(t.stride() == (2,) for t in (case.bias, *(adapter.scale for adapter in case.adapters)))
     check(case)
 
 

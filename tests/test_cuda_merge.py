@@ -44,6 +44,19 @@ def test_more_weights_than_a_launch_takes():
         assert_merged(*entry, scale)
 
 
+def test_weights_that_share_rows_are_merged_one_after_the_other():
+    """Wherever they begin; in bf16 the order of the roundings shows."""
+    values = Values(4, "cuda")
+    packed = values.normal(120, 264, dtype=torch.bfloat16)
+    rows = [slice(start, start + 60) for start in (0, 30, 8, 55, 59, 1, 60, 31, 2, 40)]
+    lora_as, lora_bs = [values.normal(3, 264) for _ in rows], [values.normal(60, 3) for _ in rows]
+    expected = packed.clone()
+    for i, r in enumerate(rows):
+        FE.merge_(expected[r], lora_as[i], lora_bs[i], 0.5, backend="cuda")
+    FE.merge_([packed[r] for r in rows], lora_as, lora_bs, 0.5, backend="cuda")
+    assert torch.equal(packed, expected)
+
+
 def test_more_scales_than_a_launch_takes():
     values = Values(2, "cuda")
     scales = [values.normal(1 + 37 * i % 60, dtype=DTYPES[i % 3]) for i in range(130)]
