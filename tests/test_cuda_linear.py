@@ -101,6 +101,15 @@ def test_the_order_of_blocks_does_not_show(rank):
         assert all(torch.equal(grad, others[name]) for name, grad in grads.items())
 
 
+@pytest.mark.parametrize("rank", [10, 40])
+def test_gradients_of_scales_are_zero_as_long_as_b_is(rank):
+    """Also where their sums take the place of what told the block that it is the last."""
+    case = call(torch.float32, (20, 24, 100), [(rank, ((0, 100),))])
+    case.adapters[0].lora_b.data.zero_()
+    for _ in range(8):
+        assert not check(case)["s0"].any()
+
+
 @pytest.mark.parametrize("frozen", ["", "B", "scale"])
 def test_more_ranges_of_rows_than_a_launch_takes(frozen):
     many = tuple((2 * i, 2 * i + 1) for i in reversed(range(70)))
