@@ -41,12 +41,14 @@ INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
 
 
 class Suite(NamedTuple):
-    """plan: the workloads of a preset; after: adds to measured records."""
+    """plan: the workloads of a preset; after: adds to measured records; share: of the seconds per provider,
+    less where many points of a curve support each other."""
 
     ops: Sequence[str]
     plan: Callable[[str], list[Workload]]
     build: Callable[[Workload], Case]
     after: Callable[[Case, list[Record]], None] = lambda case, records: None
+    share: float = 1.0
 
 
 def _of_registry(module: Any) -> Suite:
@@ -58,7 +60,7 @@ SUITES: dict[str, Suite] = {
     "fisher_accumulate": _of_registry(fisher_accumulate),
     "lora_linear": _of_registry(lora_linear),
     "end_to_end": Suite(end_to_end.OPS, end_to_end.plan, end_to_end.build, end_to_end.add_breakdowns),
-    "growth": Suite(growth.OPS, growth.plan, growth.build),
+    "growth": Suite(growth.OPS, growth.plan, growth.build, share=0.3),
 }
 PEERS = sorted({*(name for names in registry.PEERS.values() for name in names), *registry.BATCH_MODE_PEERS})
 
@@ -127,6 +129,7 @@ def take(
         if isinstance(case, list):
             return case, []
         case = chosen(case, peers)
+        seconds *= SUITES[one.suite].share
         found = harness.measure(case, seconds, rates.now(), memory.CpuClock(min_rounds))
         SUITES[one.suite].after(case, found)
     return found, harness.verdicts(case, found)
@@ -143,7 +146,7 @@ def _failed(records: Sequence[Record], rows: Sequence[Record]) -> bool:
 def run(cases: Sequence[Planned], args: argparse.Namespace) -> int:
     """Measures, prints and appends case by case."""
     stamp = {"environment": {**environment(), **extras.versions()}}
-    rates, kept, failed = Rates(), 0, False
+    rates, kept, failed, begin = Rates(), 0, False, time.monotonic()
     try:
         for number, one in enumerate(cases, 1):
             torch.manual_seed(0)
@@ -162,6 +165,8 @@ def run(cases: Sequence[Planned], args: argparse.Namespace) -> int:
         where = f"{kept} records kept in {args.out}" if kept else "no records were written"
         print(f"\ninterrupted in case {number} of {len(cases)}: {where}", flush=True)
         return INTERRUPTED
+    where = f"{kept} records appended to {args.out}" if kept else "no records written"
+    print(f"\n{len(cases)} cases in {(time.monotonic() - begin) / 60:.1f} minutes, {where}")
     return int(failed)
 
 

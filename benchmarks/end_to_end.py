@@ -40,7 +40,7 @@ def plan(preset: str) -> list[Workload]:
     if preset == "cpu":
         return [
             _step("ViT-B/16", 12, 2, 197, 10), _step("ViT-L/16", 6, 2, 197, 10),
-            _step(LLAMA.name, 2, 1, 256, 16), _pass("ViT-B/16", 3, 4, 2, 197, 10),
+            _step(LLAMA.name, 2, 1, 256, 16), _pass("ViT-B/16", 2, 4, 2, 197, 10),
         ]  # fmt: skip
     steps = [_step(m.name, m.depth, n, m.tokens, 10) for m in (RELEASE.base, RELEASE.large) for n in (16, 64)]
     whole = _step(LLAMA.name, LLAMA.depth, 1, LLAMA.tokens, 16)

@@ -33,7 +33,13 @@ _CPU = {
     "tokens": (64, 256, 1024, 4096), "width": (256, 512, 1024, 2048), "rank": (4, 8, 16, 32, 64),
     "adapters": (1, 2, 6, 12, 24), "samples": (1, 4, 16, 32),
 }  # fmt: skip
-_QUICK = {"tokens": (16, 64), "width": (64, 128), "rank": (4, 8), "adapters": (1, 2), "samples": (1, 2)}
+_QUICK: dict[str, tuple[int, ...]] = {
+    "tokens": (16, 64),
+    "width": (64, 128),
+    "rank": (4, 8),
+    "adapters": (1, 2),
+    "samples": (1, 2),
+}
 _FULL = {
     "tokens": (16, 64, 256, 1024, 4096, 16384), "width": (256, 512, 768, 1024, 2048, 4096),
     "rank": (1, 2, 4, 8, 16, 32, 64, 128), "adapters": (1, 2, 6, 12, 24, 48),

@@ -20,7 +20,7 @@ OPS = (
     "ewc_penalty", "fisher_accumulate", "lora_linear", "lora_linear_slices", "training_step", "fisher_pass",
 )  # fmt: skip
 PRESETS = {  # what each is for; the seconds per provider and case that are its default
-    "cpu": ("shapes for two cores, the default", 1.0),
+    "cpu": ("shapes for two cores, the default", 0.7),
     "quick": ("about a minute: shows that everything runs, and roughly how fast", 0.02),
     "full": ("the whole registry: hours, and the memory of a server", 1.0),
 }
