@@ -36,6 +36,8 @@ from .harness import Record
 from .machine import ROOT, Ceilings, ceilings, environment
 from .registry import Workload
 
+# In a checkout; an installed package has no place of its own for them.
+RESULTS = (ROOT if (ROOT.parent / "setup.py").exists() else Path("benchmark")) / "results" / "cpu"
 CEILINGS_AGE = 15.0  # seconds after which the ceilings are measured again
 INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
 
@@ -197,8 +199,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=torch.get_num_threads(), help="threads of all providers")
     add("--seconds", type=float, help="time per provider and case")
     add("--min-rounds", type=int, default=7, help="rounds per case, however long they take")
-    add("--out", "--output", type=Path, help="folder the records are appended to; default: benchmarks/"
-        "results/cpu, but none with the preset quick: few rounds are no measurements")  # fmt: skip
+    add("--out", "--output", type=Path, help=f"folder the records are appended to; default: {RESULTS}, "
+        "but none with the preset quick: few rounds are no measurements")  # fmt: skip
     add("--dry", action="store_true", help="measure and print without writing records")
     add("--list", action="store_true", help="print the cases and stop")
     return parser
@@ -230,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry:
         args.out = None
     elif args.out is None and args.preset != "quick":
-        args.out = ROOT / "results" / "cpu"
+        args.out = RESULTS
     args.seconds = registry.PRESETS[args.preset][1] if args.seconds is None else args.seconds
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
