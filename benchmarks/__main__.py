@@ -37,7 +37,7 @@ from .machine import ROOT, Ceilings, ceilings, environment
 from .registry import Workload
 
 # In a checkout; an installed package has no place of its own for them.
-RESULTS = (ROOT if (ROOT.parent / "setup.py").exists() else Path("benchmark")) / "results" / "cpu"
+RESULTS = (ROOT if (ROOT.parent / "setup.py").exists() else Path("benchmarks")) / "results" / "cpu"
 CEILINGS_AGE = 15.0  # seconds after which the ceilings are measured again
 INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fused_ewclora import functional as FE
 
+from .. import extras
 from ..case import OURS, Case, Provider, Run
 from ..fisher_accumulate import batch as of_batch
 from ..fisher_accumulate import einsum, one_by_one, vmap_grad
@@ -38,21 +39,7 @@ def product_and_square(fisher: Tensor, x: Tensor, dy: Tensor) -> Tensor:
 def of_backpack(inputs: Inputs) -> Run:
     """BackPACK's SumGradSquared of one linear layer."""
     _, x, dy = inputs
-    made: list[Any] = []
-
-    def run() -> list[Tensor]:
-        import backpack
-
-        if not made:
-            layer = torch.nn.Linear(x.shape[-1], dy.shape[-1], bias=False, device=x.device, dtype=x.dtype)
-            made.append(backpack.extend(layer))
-        layer = made[0]
-        layer.zero_grad()
-        with backpack.backpack(backpack.extensions.SumGradSquared()):
-            layer(x).backward(dy)
-        return [layer.weight.sum_grad_squared.float()]
-
-    return run
+    return extras.lazily(lambda: extras.backpack_square_sum(x, dy))
 
 
 def draw(planned: Planned, place: Place) -> Inputs:

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from fused_ewclora.backends.candidate import Call, LinearShape, bucket
 from fused_ewclora.ops._dispatch import choose
 
-from .. import predict
+from .. import extras, predict
 from ..case import OURS, Case, Provider, Run
 from ..lora_linear import composition, composition_slices, forward_backward, fused, fused_slices
 from ..shapes import Model, Sizes
@@ -64,30 +64,6 @@ def frozen(x: Tensor, weight: Tensor, bias: Tensor, *_: Tensor) -> Tensor:
     return linear(x, weight, bias)
 
 
-def of_peft(inputs: Inputs) -> Method:
-    """The layer of the installed PEFT, with our adapters."""
-    import peft
-
-    a, b = inputs.adapters
-    weight = inputs.fixed[0]
-    base = torch.nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        base.weight.copy_(weight)
-        base.bias.copy_(inputs.fixed[1])
-    config = peft.LoraConfig(r=a.shape[0], lora_alpha=a.shape[0], target_modules=["0"], lora_dropout=0.0)
-    model = peft.get_peft_model(torch.nn.Sequential(base), config, autocast_adapter_dtype=False)
-    layer = model.base_model.model[0]
-    layer.lora_A["default"].weight = torch.nn.Parameter(a.detach())
-    layer.lora_B["default"].weight = torch.nn.Parameter(b.detach())
-    leaves = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-
-    def run(x: Tensor, *_: Tensor) -> Tensor:
-        return layer(x)
-
-    run.leaves = leaves  # type: ignore[attr-defined]
-    return run
-
-
 def draw(planned: Planned, place: Place, slices: bool) -> Inputs:
     shape = planned.shape
     rows, d_in, d_out, rank = (int(shape[name]) for name in ("rows", "d_in", "d_out", "rank"))
@@ -130,15 +106,9 @@ def _run(which: str, method: Method, inputs: Inputs, wrt: list[Tensor] | None = 
 
 
 def _peft_run(which: str, inputs: Inputs) -> Run:
-    made: list[Run] = []
-
-    def run() -> Any:
-        if not made:
-            method = of_peft(inputs)
-            made.append(_run(which, method, inputs, [inputs.x, *method.leaves]))  # type: ignore[attr-defined]
-        return made[0]()
-
-    return run
+    """The layer of the installed PEFT, with our adapters."""
+    layer, leaves = extras.peft_linear(*inputs.fixed, *inputs.adapters)
+    return _run(which, lambda x, *_: layer(x), inputs, [inputs.x, *leaves])
 
 
 def _sizes(planned: Planned) -> tuple[int, int, int, int]:
@@ -188,7 +158,7 @@ def _providers(
         yield of_ours(AGAIN, "variant")
         yield provider(COMPILED, place.compiled(plain))
         if not slices and importlib.util.find_spec("peft"):
-            yield Provider("peft", **turns(lambda one: _peft_run(which, one), buffers))
+            yield Provider("peft", **turns(lambda one: extras.lazily(lambda: _peft_run(which, one)), buffers))
         return
     yield of_ours(OURS, "ours")
     if cuda_is_built():
