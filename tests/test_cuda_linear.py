@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -108,6 +109,21 @@ def test_gradients_of_scales_are_zero_as_long_as_b_is(rank):
     case.adapters[0].lora_b.data.zero_()
     for _ in range(8):
         assert not check(case)["s0"].any()
+
+
+@pytest.mark.parametrize("first", [0, 8])
+def test_gradients_do_not_depend_on_which_others_are_asked_for(first):
+    """Every set of them has its own passes: over dy for one or both of its products, over x, or neither."""
+    case = call(torch.float32, (37, 24, 40), [(5, ((first, 40),))], 0.3)
+    leaves, expected = case.leaves(), check(case)
+    for wanted in itertools.product((False, True), repeat=len(leaves)):
+        if not any(wanted):
+            continue
+        for leaf, needed in zip(leaves.values(), wanted, strict=True):
+            leaf.requires_grad_(needed)
+        for name, grad in case.gradients()[1].items():
+            error = relative_error(grad, expected[name].double().cpu())
+            assert error <= 4 * EPS[torch.float32], f"{name} of {wanted}: {error:.2e}"
 
 
 @pytest.mark.parametrize("frozen", ["", "B", "scale"])
