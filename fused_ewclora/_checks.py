@@ -110,7 +110,9 @@ def _factors(lora_a: Tensor, lora_b: Tensor, scale: Scale, where: str, like: Ten
 def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Inputs of the base product in autocast's dtype when autocast is on for their device, as `F.linear`
     would have them."""
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    if not isinstance(x, Tensor) or x.is_meta or x.dtype == torch.float64:
+        return x, weight, bias
+    if not torch.is_autocast_enabled(x.device.type):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

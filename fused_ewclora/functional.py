@@ -119,11 +119,11 @@ def lora_linear_adapters(
     if not training:
         dropout_p = 0.0
     mask_seed = check.seed_tensor(seed, x.device) if dropout_p > 0.0 else None
-    factors = tuple(1.0 if isinstance(a.scale, Tensor) else float(a.scale) for a in adapters)
+    factors = [1.0 if isinstance(a.scale, Tensor) else float(a.scale) for a in adapters]
     flat: list[Tensor | None] = []
     for adapter in adapters:
         flat += (adapter.lora_a, adapter.lora_b, adapter.scale if isinstance(adapter.scale, Tensor) else None)
-    meta = _linear.LoRALinearMeta(factors, rows, float(dropout_p), _dispatch.resolve(backend))
+    meta = _linear.LoRALinearMeta(factors, list(rows), float(dropout_p), _dispatch.resolve(backend))
     return _linear.lora_linear(x, weight, bias, flat, meta, mask_seed, capture)
 
 
@@ -132,13 +132,13 @@ def _penalty_arguments(
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scales: Sequence[Scale] | None,
-) -> tuple[list[Tensor | None], tuple[float, ...]]:
+) -> tuple[list[Tensor | None], list[float]]:
     scales = [1.0] * len(fishers) if scales is None else scales
     check.penalty(fishers, lora_as, lora_bs, scales)
     tensors: list[Tensor | None] = []
     for a, b, scale in zip(lora_as, lora_bs, scales, strict=True):
         tensors += (a, b, scale if isinstance(scale, Tensor) else None)
-    return tensors, tuple(1.0 if isinstance(s, Tensor) else float(s) for s in scales)
+    return tensors, [1.0 if isinstance(s, Tensor) else float(s) for s in scales]
 
 
 def ewc_penalty(
@@ -195,7 +195,7 @@ def ewc_penalty_grad_(
     needs = [any(wanted[0::3]), any(wanted[1::3]), any(wanted[2::3])]
     name = _dispatch.resolve(backend)
     value, flat = _library.ewc_penalty(
-        fishers, lora_as, lora_bs, tensors[2::3], factors, float(ewc_lambda), needs, name
+        list(fishers), list(lora_as), list(lora_bs), tensors[2::3], factors, float(ewc_lambda), needs, name
     )
     if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
         flat *= grad_scale

@@ -11,10 +11,12 @@ per layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..backends.candidate import Call, LinearShape, arch_of, bucket
 from ..reference.ewc_penalty import accumulate_dtype as joint_accumulate_dtype
@@ -173,10 +175,46 @@ for _op, _schema in SCHEMAS.items():
     _library.impl(_op, _implementation(_op), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_ewclora::{_op}", _FAKES.get(_op, _writes_its_argument), lib=_library)
 
-# Calls through the overload skip the lookup that torch.ops.fused_ewclora.<op> makes every time.
-lora_linear = torch.ops.fused_ewclora.lora_linear.default
-lora_linear_backward = torch.ops.fused_ewclora.lora_linear_backward.default
-ewc_penalty = torch.ops.fused_ewclora.ewc_penalty.default
+_PLAIN = {Tensor, Parameter, NoneType}
+
+
+def _observed(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the dispatcher has more to do for these tensors than to call the implementation: somebody
+    traces, transforms, records or replaces operations."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._autograd._profiler_enabled()
+        or not {type(t) for t in tensors} <= _PLAIN
+        or any(t is not None and t.is_meta for t in tensors[:1])
+    )
+
+
+def _direct(op: str) -> Callable[..., Any]:
+    """The op for callers that autograd has already passed, with lists where its schema has lists. Through the
+    dispatcher every element of every list is converted, twice, which takes longer than a small call."""
+    # Calls through the overload skip the lookup that torch.ops.fused_ewclora.<op> makes every time.
+    overload = getattr(torch.ops.fused_ewclora, op).default
+    implementation = _implementation(op)
+
+    def call(*args: Any) -> Any:
+        tensors: list[Tensor | None] = []
+        for arg in args:
+            if isinstance(arg, Tensor):
+                tensors.append(arg)
+            elif type(arg) is list and arg and not isinstance(arg[0], (int, float)):
+                tensors += arg
+        return overload(*args) if _observed(tensors) else implementation(*args)
+
+    return call
+
+
+lora_linear = _direct("lora_linear")
+lora_linear_backward = _direct("lora_linear_backward")
+ewc_penalty = _direct("ewc_penalty")
 fisher_accumulate_ = torch.ops.fused_ewclora.fisher_accumulate_.default
 merge_ = torch.ops.fused_ewclora.merge_.default
 soft_threshold_ = torch.ops.fused_ewclora.soft_threshold_.default

@@ -45,10 +45,10 @@ class EWCPenaltyFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        factors: tuple[float, ...],
+        factors: list[float],
         ewc_lambda: float,
         backend: str,
-        fishers: Sequence[Tensor],
+        fishers: list[Tensor],
         *adapters: Tensor | None,
     ) -> Tensor:
         wanted = ctx.needs_input_grad[4:]
