@@ -39,23 +39,23 @@ template <class T>
 struct WideFisher {
   static constexpr int V = 16 / sizeof(T), GROUPS = PENALTY_COLUMNS / (4 * V);
   const T* at;
-  int64_t row;
+  int32_t row;  // its stride: a register less than 64 bits, without which some architectures spill
   bool inside[GROUPS];
   Words raw[2][GROUPS];
 
-  FE_DEVICE WideFisher(const PenaltyAdapter& p, int first, int column) : row(p.fisher_row) {
+  FE_DEVICE WideFisher(const PenaltyAdapter& p, int first, int column) : row(int32_t(p.fisher_row)) {
     const int j = column + lane() % 4 * V;
-    at = static_cast<const T*>(p.fisher) + (first + lane() / 4) * row + j;
+    at = static_cast<const T*>(p.fisher) + int64_t(first + lane() / 4) * row + j;
     FE_UNROLL for (int group = 0; group < GROUPS; ++group) inside[group] = j + group * 4 * V < p.d_in;
   }
   FE_DEVICE void load(int rows) {
     FE_UNROLL for (int half = 0; half < 2; ++half) {
       FE_UNROLL for (int group = 0; group < GROUPS; ++group) {
         const bool there = lane() / 4 + 8 * half < rows && inside[group];
-        raw[half][group] = there ? load_words_once(at + 8 * half * row + group * 4 * V) : Words{};
+        raw[half][group] = there ? load_words_once(at + int64_t(8 * half) * row + group * 4 * V) : Words{};
       }
     }
-    at += ROWS * row;
+    at += int64_t(ROWS) * row;
   }
   FE_DEVICE void get(float (&f)[TILES][4]) const {
     FE_UNROLL for (int half = 0; half < 2; ++half) {

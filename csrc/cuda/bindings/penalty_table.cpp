@@ -14,7 +14,7 @@ int padded(int64_t rank) {
 }
 
 FisherLoads loads_of(const at::Tensor& fisher, int64_t rank) {
-  if (rank > PENALTY_CHUNK || !wide(fisher)) return FisherLoads::elements;
+  if (rank > PENALTY_CHUNK || !wide(fisher) || fisher.stride(0) > INT32_MAX) return FisherLoads::elements;
   switch (dtype_of(fisher)) {
     case Dtype::f32:
       return FisherLoads::f32;
