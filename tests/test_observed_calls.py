@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from strategies import BACKENDS
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -119,3 +120,13 @@ def test_both_ways_give_the_same_bits(shape, monkeypatch):
     direct = step(x, w, a, b)
     monkeypatch.setattr(_library, "_observed", lambda tensors: True)
     assert all(map(torch.equal, direct, step(x, w, a, b)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tuples_are_taken_where_the_schema_has_lists(backend):
+    _, w, a, b = inputs()
+    fisher = w.detach().square()
+    arguments = ((fisher,), (a,), (b,), (None,), (1.0,), 2.0, (True, True, False), backend)
+    with torch.no_grad():
+        expected = _library.ewc_penalty(*(list(x) if isinstance(x, tuple) else x for x in arguments))
+        assert all(map(torch.equal, _library.ewc_penalty(*arguments), expected))

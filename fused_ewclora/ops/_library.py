@@ -194,13 +194,16 @@ def _observed(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _direct(op: str) -> Callable[..., Any]:
-    """The op for callers that autograd has already passed, with lists where its schema has lists. Through the
-    dispatcher every element of every list is converted, twice, which takes longer than a small call."""
+    """The op for callers that autograd has already passed. Through the dispatcher every element of every list
+    is converted, twice, which takes longer than a small call."""
     # Calls through the overload skip the lookup that torch.ops.fused_ewclora.<op> makes every time.
     overload = getattr(torch.ops.fused_ewclora, op).default
     implementation = _implementation(op)
 
-    def call(*args: Any) -> Any:
+    def call(*given: Any) -> Any:
+        args = [
+            list(arg) if type(arg) is tuple else arg for arg in given
+        ]  # as the dispatcher hands them over
         tensors: list[Tensor | None] = []
         for arg in args:
             if isinstance(arg, Tensor):
