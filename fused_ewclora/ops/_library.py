@@ -201,9 +201,8 @@ def _direct(op: str) -> Callable[..., Any]:
     implementation = _implementation(op)
 
     def call(*given: Any) -> Any:
-        args = [
-            list(arg) if type(arg) is tuple else arg for arg in given
-        ]  # as the dispatcher hands them over
+        # Lists, as the dispatcher hands them over.
+        args = [list(arg) if type(arg) is tuple else arg for arg in given]
         tensors: list[Tensor | None] = []
         for arg in args:
             if isinstance(arg, Tensor):

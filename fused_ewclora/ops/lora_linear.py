@@ -83,7 +83,6 @@ def lora_linear(
     # Inference has nothing to save, and entering a Function costs more than the dispatch of the op. A capture
     # counts calls without gradients too: reentrant checkpointing makes them before its backward.
     if capture is None and not torch.is_grad_enabled():
-        adapters = list(adapters)
         return _library.lora_linear(
             x, weight, bias, adapters[0::3], adapters[1::3], adapters[2::3],
             meta.factors, meta.rows, meta.dropout_p, seed, meta.backend,
