@@ -12,6 +12,8 @@ import importlib
 import os.path
 from typing import Any
 
+from . import integrations
+from .adapted import AdaptedLinear
 from .config import LoRAConfig, QKVLayout
 from .errors import (
     ArgumentError,
@@ -47,6 +49,7 @@ _LAZY_MODULES = ("metrics", "profiling")
 
 __all__ = [
     "EWC",
+    "AdaptedLinear",
     "ArgumentError",
     "BackendError",
     "CheckpointError",
@@ -70,6 +73,7 @@ __all__ = [
     "export_peft",
     "import_peft",
     "inject",
+    "integrations",
     "load_pretrained",
     "merge",
     "register_layout",

@@ -12,8 +12,9 @@ from torch import Tensor
 from ._ewc_state import EWCState, Factors, TaskRecord
 from ._fisher_pass import TaskFisher, nonfinite
 from ._transaction import Transaction
+from .adapted import AdaptedLinear
 from .errors import ArgumentError, FisherError
-from .layers import AdapterSlice, LoRALinear
+from .slices import AdapterSlice
 
 Rows = tuple[tuple[int, int], ...]
 
@@ -23,7 +24,7 @@ class Slot:
     """One adapter of one layer, as the Fisher key names it."""
 
     key: str
-    layer: LoRALinear
+    layer: AdaptedLinear
     piece: AdapterSlice
     index: int  # of the piece in layer.adapter_parameters()
 
@@ -70,7 +71,7 @@ def new_factors(slots: list[Slot], old: Mapping[str, Factors]) -> dict[str, Fact
         a, b = slot.factors()
         held = old.get(slot.key)
         wide = torch.promote_types(a.dtype, torch.float32)
-        base = take_rows(slot.layer.weight, slot.piece.rows) if held is None else held.base
+        base = take_rows(slot.layer.base_weight, slot.piece.rows) if held is None else held.base
         sum_a = a.detach().to(wide, copy=True) if held is None else held.lora_a + a
         sum_b = b.detach().to(wide, copy=True) if held is None else held.lora_b + b
         factors[slot.key] = Factors(sum_a, sum_b, base)
@@ -83,15 +84,15 @@ def new_weights(slots: list[Slot], factors: Mapping[str, Factors]) -> list[tuple
     diag(s) A."""
     layers = list(dict.fromkeys(slot.layer for slot in slots))
     if not factors:
-        return [(layer.weight, layer.consolidated_weight()) for layer in layers]
-    weights = {layer: layer.weight.detach().clone() for layer in layers}
+        return [(layer.base_weight, layer.consolidated_weight()) for layer in layers]
+    weights = {layer: layer.base_weight.detach().clone() for layer in layers}
     for slot in slots:
         held = factors[slot.key]
         delta = (held.lora_b * slot.piece.scaling) @ held.lora_a
         put_rows(
             weights[slot.layer], slot.piece.rows, (held.base.to(delta.dtype) + delta).to(held.base.dtype)
         )
-    return [(layer.weight, weights[layer]) for layer in layers]
+    return [(layer.base_weight, weights[layer]) for layer in layers]
 
 
 def consolidate(
@@ -146,9 +147,9 @@ def consolidate(
 
 
 def _check(slots: list[Slot], fishers: Mapping[str, Tensor], weights: list[tuple[Tensor, Tensor]]) -> None:
-    names = {slot.layer.weight: slot.key for slot in slots}
+    names = list({slot.layer: slot.key for slot in slots}.values())  # in the order of `weights`
     values = {f"Fisher of {key}": fisher for key, fisher in fishers.items()}
-    values |= {f"merged weight of {names[weight]}": value for weight, value in weights}
+    values |= {f"merged weight of {key}": value for key, (_, value) in zip(names, weights, strict=True)}
     if bad := nonfinite(values):
         raise FisherError(
             f"consolidate: {bad[0]}: expected finite values, got NaN or Inf ({len(bad)} such tensors); "

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapted import AdaptedLinear
 from .errors import ArgumentError, FisherError, TargetError
-from .layers import LoRALinear
 from .ops.capture import FisherCapture
 
 
@@ -62,7 +62,7 @@ class FisherPass:
 
     def __init__(
         self,
-        layers: Mapping[str, LoRALinear],
+        layers: Mapping[str, AdaptedLinear],
         keys: Mapping[str, list[str]],
         mode: str,
         reduction: str = "mean",
@@ -115,7 +115,7 @@ class FisherPass:
             layer.fisher_capture = self._captures[name]
         return self
 
-    def _capture(self, layer: LoRALinear) -> FisherCapture:
+    def _capture(self, layer: AdaptedLinear) -> FisherCapture:
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
         adapters = layer.adapter_parameters()
         buffers = [

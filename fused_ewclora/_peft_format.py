@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from ._transaction import canonical_name
+from .adapted import AdaptedLinear
 from .errors import NotExactlyRepresentable
-from .layers import LoRALinear
 
 OWN_TYPE = "FUSED_EWCLORA"  # unknown to PEFT, which raises on it
 PREFIX = "base_model.model."
@@ -56,7 +56,7 @@ def _ambiguous(name: str, others: Iterable[str]) -> bool:
     return any(other.endswith("." + name) for other in others)
 
 
-def stock_shapes(layers: Mapping[str, LoRALinear]) -> dict[str, tuple[int, float]]:
+def stock_shapes(layers: Mapping[str, AdaptedLinear]) -> dict[str, tuple[int, float]]:
     """(r, lora_alpha) of each layer; raises `NotExactlyRepresentable` for adapters that PEFT has no form
     for."""
     shapes = {}
@@ -72,7 +72,7 @@ def stock_shapes(layers: Mapping[str, LoRALinear]) -> dict[str, tuple[int, float
 
 def peft_config(
     model: nn.Module,
-    layers: Mapping[str, LoRALinear],
+    layers: Mapping[str, AdaptedLinear],
     extras: Iterable[str],
     shapes: Mapping[str, tuple[int, float]],
 ) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _modules_to_save(model: nn.Module, extras: Iterable[str]) -> list[str] | Non
             if name in modules and name
             else set()
         )
-        if not owned or not owned <= wanted or isinstance(modules[name], LoRALinear):
+        if not owned or not owned <= wanted or isinstance(modules[name], AdaptedLinear):
             raise NotExactlyRepresentable(f"of {name or 'the model'} only some parameters are trained")
         if any(other != name and other.endswith(name) for other in modules):
             raise NotExactlyRepresentable(f"{name} is trained and its name is the end of another module's")

@@ -17,10 +17,11 @@ from ._consolidate import put_rows, take_rows
 from ._ewc_state import EWCState
 from ._peft_format import disk_key, model_key, own_config, peft_config, stock_shapes
 from ._transaction import Transaction, canonical_name
+from .adapted import AdaptedLinear
 from .errors import ArgumentError, CheckpointError, FisherError, NotExactlyRepresentable
 from .ewc import EWC
 from .inject import adapters
-from .layers import AdapterSlice, LoRALinear, fingerprint, fisher_key
+from .slices import AdapterSlice, fingerprint, fisher_key
 
 FORMAT = 1
 ROWS = "merged_rows."  # prefix of base weight rows that consolidation has changed
@@ -52,7 +53,7 @@ def save_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
     state: dict[str, Tensor] = {}
     for name in changed:
         for piece in layers[name].adapter_slices:
-            state[ROWS + fisher_key(name, piece)] = take_rows(layers[name].weight, piece.rows)
+            state[ROWS + fisher_key(name, piece)] = take_rows(layers[name].base_weight, piece.rows)
     saved = None if ewc is None else ewc.state_dict()
     if saved is not None:
         state |= saved["tensors"]
@@ -103,7 +104,7 @@ def load_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
         layer.consolidated_tasks = tasks[name]
 
 
-def _layers(model: nn.Module, ewc: EWC | None) -> dict[str, LoRALinear]:
+def _layers(model: nn.Module, ewc: EWC | None) -> dict[str, AdaptedLinear]:
     layers = {canonical_name(name): layer for name, layer in adapters(model).items()}
     if not layers:
         raise CheckpointError(
@@ -114,26 +115,25 @@ def _layers(model: nn.Module, ewc: EWC | None) -> dict[str, LoRALinear]:
     return layers
 
 
-def _origin(layer: LoRALinear) -> str:
-    return layer.origin_fingerprint or fingerprint(
-        layer.weight
-    )  # empty when it was injected on the meta device
+def _origin(layer: AdaptedLinear) -> str:
+    # Empty when it was injected on the meta device.
+    return layer.origin_fingerprint or fingerprint(layer.base_weight)
 
 
-def is_changed(layer: LoRALinear) -> bool:
+def is_changed(layer: AdaptedLinear) -> bool:
     """Whether the base weight is no longer the pretrained one."""
-    return layer.consolidated_tasks > 0 or fingerprint(layer.weight) != _origin(layer)
+    return layer.consolidated_tasks > 0 or fingerprint(layer.base_weight) != _origin(layer)
 
 
-def _adapter_names(layer: LoRALinear) -> list[str]:
+def _adapter_names(layer: AdaptedLinear) -> list[str]:
     return [name for name in layer._parameters if name.startswith("lora_")]
 
 
-def _adapters_of(layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
+def _adapters_of(layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
     return {f"{name}.{p}": getattr(layer, p) for name, layer in layers.items() for p in _adapter_names(layer)}
 
 
-def trained_tensors(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
+def trained_tensors(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
     """Parameters beside the adapters that train (heads, norms), and running statistics."""
     known = _adapters_of(layers)
     trained: dict[str, Tensor] = {
@@ -148,7 +148,7 @@ def trained_tensors(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[
 
 
 def _adapter_file(
-    model: nn.Module, layers: Mapping[str, LoRALinear], trained: Mapping[str, Tensor], changed: list[str]
+    model: nn.Module, layers: Mapping[str, AdaptedLinear], trained: Mapping[str, Tensor], changed: list[str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         if changed:
@@ -165,9 +165,9 @@ def _adapter_file(
     return tensors, config
 
 
-def _describe(layer: LoRALinear) -> dict[str, Any]:
+def _describe(layer: AdaptedLinear) -> dict[str, Any]:
     return {
-        "shape": list(layer.weight.shape),
+        "shape": list(layer.base_weight.shape),
         "fingerprint": _origin(layer),
         "consolidated_tasks": layer.consolidated_tasks,
         "adapters": [_describe_piece(piece) for piece in layer.adapter_slices],
@@ -201,7 +201,7 @@ def _unpack(files: Mapping[str, bytes], name: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{name}: expected safetensors: {error}. Nothing was loaded") from error
 
 
-def _check_layers(layers: Mapping[str, LoRALinear], saved: Any) -> dict[str, int]:
+def _check_layers(layers: Mapping[str, AdaptedLinear], saved: Any) -> dict[str, int]:
     """Same layers, adapters and pretrained weights; the consolidated tasks of each layer."""
     if not isinstance(saved, dict) or not all(isinstance(entry, dict) for entry in saved.values()):
         raise CheckpointError(f"{MANIFEST}: expected a table of layers; nothing was loaded")
@@ -236,7 +236,7 @@ def _check_layers(layers: Mapping[str, LoRALinear], saved: Any) -> dict[str, int
 
 
 def _tensor_updates(
-    model: nn.Module, layers: Mapping[str, LoRALinear], saved: Mapping[str, Tensor]
+    model: nn.Module, layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Tensor]
 ) -> Updates:
     required = _adapters_of(layers)
     available: dict[str, Tensor] = {
@@ -259,7 +259,7 @@ def _tensor_updates(
     return [(available[name], value) for name, value in values.items()]
 
 
-def _row_updates(layers: Mapping[str, LoRALinear], saved: Mapping[str, Tensor]) -> Updates:
+def _row_updates(layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Tensor]) -> Updates:
     """New base weights from the saved rows; layers without saved rows must still have their pretrained
     weights."""
     left = {canonical_name(key.removeprefix(ROWS)): value for key, value in saved.items()}
@@ -274,14 +274,14 @@ def _row_updates(layers: Mapping[str, LoRALinear], saved: Mapping[str, Tensor]) 
                     "a freshly built and injected model. Nothing was loaded"
                 )
             continue
-        weight = layer.weight.detach().clone()
+        weight = layer.base_weight.detach().clone()
         for key, piece in zip(keys, layer.adapter_slices, strict=True):
             if key not in left:
                 raise CheckpointError(f"{STATE}: the rows of {key} are missing; nothing was loaded")
             rows = left.pop(key)
             _same_kind(f"rows of {key}", weight[: piece.row_count], rows, STATE)
             put_rows(weight, piece.rows, rows.to(weight.device))
-        updates.append((layer.weight, weight))
+        updates.append((layer.base_weight, weight))
     if left:
         raise CheckpointError(f"{STATE}: the model has no adapter {min(left)}; nothing was loaded")
     return updates

@@ -18,10 +18,11 @@ from ._consolidate import Slot, consolidate
 from ._ewc_state import EWCState, Expected, TaskRecord, dump, parse
 from ._fisher_pass import FisherPass, TaskFisher
 from ._transaction import Transaction, canonical_name
+from .adapted import AdaptedLinear
 from .distributed import reduced
 from .errors import ArgumentError, DtypeError, FisherError, TargetError
 from .inject import adapters, check_mergeable
-from .layers import LoRALinear, fisher_key
+from .slices import fisher_key
 
 FISHER_MODES = ("sample", "batch")
 MERGE_MODES = ("delta", "factors")
@@ -114,7 +115,7 @@ class EWC:
         self.merge_mode = _one_of("merge_mode", merge_mode, MERGE_MODES)
         self.update = _one_of("update", update, UPDATES)
         self.check_finite, self.generator = bool(check_finite), generator
-        self.layers: dict[str, LoRALinear] = {
+        self.layers: dict[str, AdaptedLinear] = {
             canonical_name(name): layer for name, layer in adapters(model).items()
         }
         if not self.layers:
@@ -122,6 +123,7 @@ class EWC:
                 "model: expected adapters, found none; call fused_ewclora.inject(model, config) first"
             )
         self._slots = self._find_slots()
+        self._locations = [slot.layer.factor_locations(slot.piece) for slot in self._slots]
         self._state = EWCState()
         self.fisher_dtype = self._checked_dtype(fisher_dtype)
 
@@ -159,9 +161,8 @@ class EWC:
     def _operands(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float | Tensor]]:
         """Fishers, lora_As, lora_Bs and scales, looked up on every step: some `.to()` and load calls replace
         Parameters."""
-        held = [(slot.layer._parameters, slot.piece) for slot in self._slots]
-        lora_as = [cast(Tensor, parameters[piece.a_name]) for parameters, piece in held]
-        lora_bs = [cast(Tensor, parameters[piece.b_name]) for parameters, piece in held]
+        lora_as = [cast(Tensor, table[name]) for (table, name), _ in self._locations]
+        lora_bs = [cast(Tensor, table[name]) for _, (table, name) in self._locations]
         scales = [slot.layer.adapter_scale(slot.piece) for slot in self._slots]
         return list(self._state.fishers.values()), lora_as, lora_bs, scales
 

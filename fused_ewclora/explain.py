@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .adapted import AdaptedLinear
 from .errors import TargetError
 from .inject import adapters
-from .layers import LoRALinear
 from .matching import shorten
 from .ops import _dispatch
 from .report import Report
@@ -76,7 +76,7 @@ def explain(model: nn.Module, sample: Any = None) -> Report:
     return Report("lora_linear by layer", rows, notes, {"layers": len(rows), "bypassed": silent})
 
 
-def _implementation(layer: LoRALinear, rows: int | None) -> dict[str, Any]:
+def _implementation(layer: AdaptedLinear, rows: int | None) -> dict[str, Any]:
     weight = layer.weight
     device = weight.device.type
     autocast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
@@ -98,7 +98,7 @@ def _implementation(layer: LoRALinear, rows: int | None) -> dict[str, Any]:
     return {**row, "backend": backend, "algorithm": algorithm, "why_not_faster": why}
 
 
-def _call(layer: LoRALinear, dtype: torch.dtype, rows: int | None) -> _dispatch.Call:
+def _call(layer: AdaptedLinear, dtype: torch.dtype, rows: int | None) -> _dispatch.Call:
     """What the layer's next call would be, as far as its choice depends on it."""
     rank = sum(s.r for s in layer.adapter_slices)
     dropout = layer.training and layer.lora_dropout > 0.0

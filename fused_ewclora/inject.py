@@ -9,21 +9,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .adapted import AdaptedLinear
 from .config import LoRAConfig
 from .errors import EWCLoRAError, TargetError
-from .layers import LoRALinear
 from .matching import Plan, plan, shorten
 from .report import Report
 
 FROZEN = "_fused_ewclora_frozen"  # on the injected model: names of the parameters that were trainable before
 
 
-def adapters(model: nn.Module) -> dict[str, LoRALinear]:
+def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Every adapted layer by its dotted name, shared ones once.
 
     >>> trainable = [p for layer in adapters(model).values() for p in layer.parameters() if p.requires_grad]
     """
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
 def inject(model: nn.Module, config: LoRAConfig) -> Report:
@@ -41,11 +41,11 @@ def inject(model: nn.Module, config: LoRAConfig) -> Report:
         warnings.warn(
             f"{_tied_message(tied)}; training works, merging and consolidation will refuse", stacklevel=2
         )
-    adopted: list[LoRALinear] = []
+    adopted: list[AdaptedLinear] = []
     try:
         for match in planned.matches:
             adopted.append(
-                LoRALinear.adopt_(match.module, match.adapters, match.lora_alpha, config.lora_dropout)
+                match.adapted.adopt_(match.module, match.adapters, match.lora_alpha, config.lora_dropout)
             )
     except BaseException:
         for layer in adopted:
@@ -65,7 +65,7 @@ def _freeze(model: nn.Module) -> None:
 
 
 def eject(model: nn.Module, merge: bool = True) -> None:
-    """Back to plain `nn.Linear`s in place, with the adapters folded in (`merge=True`) or dropped.
+    """Back to the plain classes in place, with the adapters folded in (`merge=True`) or dropped.
 
     State_dict keys are those of the base model again, and parameters that injection froze require gradients
     again. Raises `TargetError` without adapters or when a tied weight cannot be merged, `ArgumentError` when
@@ -142,9 +142,9 @@ def unmerge(model: nn.Module) -> None:
         layer.unmerge()
 
 
-def _merge(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+def _merge(model: nn.Module, layers: dict[str, AdaptedLinear]) -> None:
     check_mergeable(model)
-    done: list[LoRALinear] = []
+    done: list[AdaptedLinear] = []
     for name, layer in layers.items():
         if layer.merged:
             continue
@@ -159,14 +159,14 @@ def _merge(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
         done.append(layer)
 
 
-def _adapted(model: nn.Module) -> dict[str, LoRALinear]:
+def _adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
     layers = adapters(model)
     if not layers:
         raise TargetError("model: expected adapted layers, got none; call fe.inject(model, config) first")
     return layers
 
 
-def _tied_weights(model: nn.Module, layers: Mapping[str, nn.Linear]) -> dict[str, list[str]]:
+def _tied_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
     """Those of `layers` whose weight other modules use too: their name -> the other names of the weight."""
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -174,7 +174,9 @@ def _tied_weights(model: nn.Module, layers: Mapping[str, nn.Linear]) -> dict[str
             users.setdefault(id(parameter), []).append(f"{name}.{leaf}".lstrip("."))
     tied = {}
     for name, layer in layers.items():
-        others = [user for user in users[id(layer.weight)] if user != f"{name}.weight".lstrip(".")]
+        others = [
+            user for user in users[id(layer._parameters["weight"])] if user != f"{name}.weight".lstrip(".")
+        ]
         if others:
             tied[name] = others
     return tied
@@ -199,12 +201,12 @@ def _report(model: nn.Module, planned: Plan) -> Report:
             rows.append(
                 {
                     "name": match.name + (f" [{adapter.name}]" if adapter.name else ""),
-                    "class": "LoRALinear",
+                    "class": match.adapted.__name__,
                     "rows": _rows_text(adapter.rows),
-                    "in_features": match.module.in_features,
+                    "in_features": match.in_features,
                     "r": adapter.r,
                     "scaling": adapter.scaling,
-                    "adapter_params": adapter.r * (match.module.in_features + adapter.row_count),
+                    "adapter_params": adapter.r * (match.in_features + adapter.row_count),
                 }
             )
     total = _count(p for p in model.parameters())

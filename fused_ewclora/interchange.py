@@ -17,11 +17,11 @@ from ._checkpoint_files import ADAPTER, ADAPTER_CONFIG, write_plain
 from ._consolidate import put_rows
 from ._peft_format import PREFIX, exact_alpha, model_key, peft_config
 from ._transaction import Transaction, canonical_name
+from .adapted import AdaptedLinear
 from .checkpoint import is_changed, trained_tensors
 from .config import LoRAConfig
 from .errors import CheckpointError, NotExactlyRepresentable
 from .inject import adapters, eject, inject
-from .layers import LoRALinear
 
 # Settings that change what the tensors of a PEFT folder mean, with the value that means what LoRALinear does.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -66,7 +66,7 @@ def export_peft(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 @torch.no_grad()
-def _whole_layer(name: str, layer: LoRALinear) -> tuple[Tensor, Tensor, float]:
+def _whole_layer(name: str, layer: AdaptedLinear) -> tuple[Tensor, Tensor, float]:
     """One A `[R, d_in]`, B `[d_out, R]` and scale that equal all adapters of the layer."""
     if layer.merged:
         raise NotExactlyRepresentable(f"{name}: its adapter is merged; call unmerge(model) first")

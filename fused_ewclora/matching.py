@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .adapted import AdaptedLinear
 from .config import ALL_LINEAR, LoRAConfig, QKVLayout, matches
 from .errors import LayoutError, TargetError
 from .layers import LoRALinear
@@ -17,6 +18,8 @@ LayoutRule = Callable[[nn.Module, str], QKVLayout | None]
 MAX_NAMES = 12  # of a list in an error message
 
 _layout_rules: list[LayoutRule] = []
+_adapted_classes: dict[type[nn.Module], type[AdaptedLinear]] = {nn.Linear: LoRALinear}
+_libraries: dict[str, Callable[[], object]] = {}
 
 
 def register_layout(rule: LayoutRule) -> LayoutRule:
@@ -33,12 +36,32 @@ def register_layout(rule: LayoutRule) -> LayoutRule:
     return rule
 
 
+def register_adapted_class(adapted: type[AdaptedLinear]) -> None:
+    """Adapt modules whose class is exactly `adapted.plain` by turning them into `adapted`."""
+    _adapted_classes[adapted.plain] = adapted
+
+
+def register_library(name: str, load: Callable[[], object]) -> None:
+    """Call `load`, which registers layouts and classes, once, before the first model that has modules of the
+    top-level package `name` is planned."""
+    _libraries[name] = load
+
+
+def load_libraries(model: nn.Module) -> None:
+    """Call what `register_library` was given for the packages that the modules of `model` come from."""
+    for name in {type(module).__module__.partition(".")[0] for module in model.modules()} & set(_libraries):
+        _libraries[name]()
+        del _libraries[name]
+
+
 @dataclass(frozen=True)
 class Match:
-    """A layer that will be adapted."""
+    """A layer that will be adapted, and the class it will have."""
 
     name: str
-    module: nn.Linear
+    module: nn.Module
+    adapted: type[AdaptedLinear]
+    in_features: int
     adapters: tuple[AdapterSlice, ...]
     lora_alpha: float | None
 
@@ -64,18 +87,19 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
             f"target_modules: expected a string, names or {ALL_LINEAR!r}, got None; {_available(model)}"
         )
     everything = config.target_modules == ALL_LINEAR
+    load_libraries(model)
     heads = set(_output_heads(model)) if everything else set()
-    found: list[tuple[str, nn.Linear]] = []
+    found: list[tuple[str, nn.Module]] = []
     skipped: dict[str, list[str]] = {}
     for name, module in _wanted(model, config):
         reason = "output head" if module in heads else _unfit(module)
         if reason is None:
-            found.append((name, module))  # type: ignore[arg-type]
-        elif isinstance(module, LoRALinear):
+            found.append((name, module))
+        elif isinstance(module, AdaptedLinear):
             raise TargetError(
                 f"{name or 'model'}: has adapters already; fe.eject(model) removes them. Nothing was changed"
             )
-        elif isinstance(module, nn.Linear) and not everything:
+        elif is_linear(module) and not everything:
             raise TargetError(
                 f"{name}: {reason}; leave it out with exclude_modules=[{name!r}]. Nothing was changed"
             )
@@ -97,7 +121,7 @@ def _wanted(model: nn.Module, config: LoRAConfig) -> Iterator[tuple[str, nn.Modu
         if exclude is not None and any(matches(exclude, name) for name in names):
             continue
         if targets == ALL_LINEAR:
-            if isinstance(module, nn.Linear):
+            if is_linear(module):
                 yield names[0], module
         elif targets is not None and any(matches(targets, name) for name in names):
             yield names[0], module
@@ -111,14 +135,20 @@ def _output_heads(model: nn.Module) -> Iterator[nn.Module]:
             yield from head.modules()
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is an `nn.Linear`, or of another class with an adapted form, or derived from one."""
+    return isinstance(module, tuple(_adapted_classes))
+
+
 def _unfit(module: nn.Module) -> str | None:
     """Why a module cannot be adapted in place, or None."""
     kind = type(module).__name__
-    if not isinstance(module, nn.Linear):
+    if not is_linear(module):
         return f"{kind} is not nn.Linear"
-    if type(module) is not nn.Linear:
+    if type(module) not in _adapted_classes:
+        base = next(plain.__name__ for plain in _adapted_classes if isinstance(module, plain))
         hint = " (nn.MultiheadAttention uses its weight without calling it)" if "Dynamically" in kind else ""
-        return f"{kind} is a subclass of nn.Linear whose behaviour would be lost{hint}"
+        return f"{kind} is a subclass of {base} whose behaviour would be lost{hint}"
     if "forward" in vars(module):
         return "its forward has been replaced on the instance, so an adapter would never run"
     weight = module._parameters.get("weight")
@@ -126,24 +156,29 @@ def _unfit(module: nn.Module) -> str | None:
         return "its weight is not a plain parameter (weight norm, pruning or another wrapper)"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not floating point"
-    if weight.shape != (module.out_features, module.in_features):
-        return f"its weight has shape {list(weight.shape)}, not [out_features, in_features]"
+    adapted = _adapted_classes[type(module)]
+    expected = adapted.features(module)
+    if tuple(weight.shape) != (expected if adapted.transposed else expected[::-1]):
+        sides = "[in_features, out_features]" if adapted.transposed else "[out_features, in_features]"
+        return f"its weight has shape {list(weight.shape)}, not {sides}"
     return None
 
 
-def _match(model: nn.Module, name: str, module: nn.Linear, config: LoRAConfig) -> Match:
+def _match(model: nn.Module, name: str, module: nn.Module, config: LoRAConfig) -> Match:
     layout = config.layout
+    adapted = _adapted_classes[type(module)]
+    in_features, out_features = adapted.features(module)
     if config.slices is not None and layout is None:
         parent, _, child = name.rpartition(".")
         answers = (rule(model.get_submodule(parent), child) for rule in _layout_rules)
         layout = next((answer for answer in answers if answer is not None), None)
     alpha = config.alpha_of(name)
     try:
-        adapters = plan_slices(module.out_features, config.rank_of(name), alpha, config.slices, layout)
+        adapters = plan_slices(out_features, config.rank_of(name), alpha, config.slices, layout)
     except LayoutError as error:
         hint = "; layers of another layout take a call of inject of their own" if layout is not None else ""
         raise LayoutError(f"{name or 'model'}: {error}{hint}. Nothing was changed") from None
-    return Match(name, module, adapters, alpha)
+    return Match(name, module, adapted, in_features, adapters, alpha)
 
 
 def _unmatched(config: LoRAConfig, names: list[str]) -> tuple[str, ...]:
@@ -163,7 +198,7 @@ def shorten(names: Iterable[str]) -> str:
 
 
 def _available(model: nn.Module) -> str:
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name, module in model.named_modules() if is_linear(module)]
     return f"nn.Linear layers of the model: {shorten(names)}" if names else "the model has no nn.Linear"
 
 
@@ -174,7 +209,7 @@ def _nothing_matched(model: nn.Module, config: LoRAConfig, skipped: dict[str, li
     )
     if config.exclude_modules is not None:
         message += f" outside exclude_modules={config.exclude_modules!r}"
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name, module in model.named_modules() if is_linear(module)]
     known = dict.fromkeys(part for name in names for part in (name, name.rpartition(".")[2]))
     asked = [targets] if isinstance(targets, str) else list(targets)
     close = [guess for target in asked for guess in difflib.get_close_matches(target, known, n=2)]

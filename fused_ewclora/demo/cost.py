@@ -28,7 +28,7 @@ SLICES = ("k", "v")
 class PlainQKV(nn.Module):
     """The published formulation: every forward pass forms dW = B A, `k += x dW_k^T`, `v += x dW_v^T`."""
 
-    def __init__(self, layer: fe.LoRALinear) -> None:
+    def __init__(self, layer: fe.AdaptedLinear) -> None:
         super().__init__()
         self.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
         self.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)

@@ -1,0 +1,31 @@
+"""Model libraries: what is known of each is loaded with the first model of it, or when its name is used."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+from ..matching import register_library
+
+_MODULES = ("avalanche", "peft", "timm", "transformers")
+# Those that know packed projections or layer classes of their library's models.
+_MODELS = ("timm", "transformers")
+
+
+def _load(name: str) -> Any:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+for _name in _MODELS:
+    register_library(_name, functools.partial(_load, _name))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _load(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
