@@ -1,5 +1,6 @@
 # Every target sets up what it needs in .venv; nothing is installed outside the checkout.
 #   make test    the whole test suite           make lint    ruff, mypy, clang-format
+#   make test-library, make test-integrations    its two halves: without and with model libraries
 #   make demo    the continual learning demo    make bench   benchmarks against installed peers
 #   make format  rewrite sources in style       make clean   remove build outputs (make distclean: .venv as well)
 #   make gpu-check OUT=dir   tests and benchmarks on a CUDA machine, with the PyTorch, Triton and pytest of PYTHON; no .venv
@@ -14,19 +15,25 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name 
 REQUIREMENTS := .venv/.requirements
 INSTALL := .venv/.install
 EXTENSION := build/.extension
-PEERS := .venv/bench
+EXTRAS := .venv/extras
 
-.PHONY: test demo lint format bench gpu-check setup clean distclean
+.PHONY: test test-library test-integrations demo lint format bench gpu-check setup clean distclean
 .DELETE_ON_ERROR:
 
-test: setup
+test: test-library test-integrations
+
+test-library: setup
 	python -m pytest $(TEST_ARGS)
+
+test-integrations: setup $(EXTRAS)
+	FUSED_EWCLORA_TEST_INTEGRATIONS=required PYTHONPATH=$(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH)) \
+	    python -m pytest $(if $(findstring tests/,$(TEST_ARGS)),,tests/integrations) $(TEST_ARGS)
 
 demo: setup
 	python -m fused_ewclora demo $(DEMO_ARGS)
 
-bench: setup $(PEERS)
-	PYTHONPATH=$(CURDIR)/$(PEERS)$(if $(PYTHONPATH),:$(PYTHONPATH)) python -m benchmarks $(BENCH_ARGS)
+bench: setup $(EXTRAS)
+	PYTHONPATH=$(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH)) python -m benchmarks $(BENCH_ARGS)
 
 gpu-check:
 	@test -n "$(OUT)" || { echo "make gpu-check OUT=dir: OUT names the folder of the results"; exit 2; }
@@ -59,9 +66,9 @@ $(INSTALL): $(REQUIREMENTS) setup.py pyproject.toml
 	touch $@
 
 # In a folder of their own, so that the tests never see them; without dependencies, so that torch stays as it is.
-$(PEERS): requirements-bench.txt $(REQUIREMENTS)
+$(EXTRAS): requirements-extras.txt $(REQUIREMENTS)
 	rm -rf $@
-	python -m pip install --quiet --no-deps --target $@ -r requirements-bench.txt
+	python -m pip install --quiet --no-deps --target $@ -r requirements-extras.txt
 	touch $@
 
 $(EXTENSION): $(REQUIREMENTS) setup.py $(CPP)

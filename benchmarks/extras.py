@@ -1,6 +1,6 @@
 """Peers from the package index, none of them part of this repository: how they are imported and called.
 
-`make bench` installs what requirements-bench.txt pins. A peer that cannot be imported raises `Unavailable`
+`make bench` installs what requirements-extras.txt pins. A peer that cannot be imported raises `Unavailable`
 where it would have run, so it becomes a record with a reason.
 """
 
@@ -27,7 +27,7 @@ DISTRIBUTIONS = {  # by the name of the module
     "opacus": "opacus",
     "matplotlib": "matplotlib",
 }
-INSTALL = "pip install --no-deps -r requirements-bench.txt"
+INSTALL = "pip install --no-deps -r requirements-extras.txt"
 # What torchvision's Python files register for; its compiled operators load beside one build of torch only.
 _OPERATORS = (
     "nms", "qnms", "roi_align", "_roi_align_backward", "roi_pool", "_roi_pool_backward", "ps_roi_align",
@@ -51,8 +51,8 @@ def _declared() -> torch.library.Library:
 
 
 @functools.cache
-def _prepare_torchvision() -> None:
-    """timm and transformers import torchvision for images that no benchmark loads. Beside a build of torch
+def prepare_torchvision() -> None:
+    """Makes torchvision importable where its compiled operators are not: timm and transformers import torchvision for images that no benchmark loads. Beside a build of torch
     that it was not made for, its operators are missing and its import fails over their names alone."""
     if importlib.util.find_spec("torchvision") is None:
         return
@@ -79,7 +79,7 @@ def load(name: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside of peers are not about this library
             if name != "matplotlib":
-                _prepare_torchvision()
+                prepare_torchvision()
             return importlib.import_module(name)
     except Exception as failure:
         raise Unavailable(f"{DISTRIBUTIONS[name]} cannot be imported: {failure}") from failure

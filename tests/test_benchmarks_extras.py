@@ -29,7 +29,7 @@ def test_a_peer_that_cannot_be_imported_is_unavailable(monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.partition(".")[0] == "opacus"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(extras, "_prepare_torchvision", lambda: None)
+    monkeypatch.setattr(extras, "prepare_torchvision", lambda: None)
     with pytest.raises(extras.Unavailable, match="cannot be imported: made for another torch"):
         extras.load("opacus")
 
@@ -49,14 +49,14 @@ def test_operators_are_declared_only_where_they_are_missing(missing: bool, monke
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: spec)
     monkeypatch.setattr(extras.importlib, "import_module", imported)
     monkeypatch.setattr(extras, "_declared", lambda: declared.append(True))
-    extras._prepare_torchvision.__wrapped__()
+    extras.prepare_torchvision.__wrapped__()
     assert declared == [True] * missing and len(tried) == 1 + missing
 
 
 def test_requirements_pin_every_peer():
     pinned = {
         line.split("==")[0]
-        for line in (ROOT / "requirements-bench.txt").read_text().splitlines()
+        for line in (ROOT / "requirements-extras.txt").read_text().splitlines()
         if "==" in line
     }
     assert set(extras.DISTRIBUTIONS.values()) - {"matplotlib"} <= pinned
