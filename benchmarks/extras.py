@@ -52,7 +52,7 @@ def _declared() -> torch.library.Library:
 
 @functools.cache
 def prepare_torchvision() -> None:
-    """Makes torchvision importable where its compiled operators are not: timm and transformers import torchvision for images that no benchmark loads. Beside a build of torch
+    """timm and transformers import torchvision for images that nothing here loads. Beside a build of torch
     that it was not made for, its operators are missing and its import fails over their names alone."""
     if importlib.util.find_spec("torchvision") is None:
         return

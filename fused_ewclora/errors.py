@@ -37,3 +37,7 @@ class CheckpointError(EWCLoRAError):
 
 class NotExactlyRepresentable(EWCLoRAError):
     """An adapter has no exact equivalent in the requested format."""
+
+
+class IntegrationError(EWCLoRAError, ImportError):
+    """An optional library is not installed, or in a version that is not supported."""

@@ -1,0 +1,39 @@
+"""Optional libraries: imported when they are needed, refused in versions that were never tried."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from types import ModuleType
+
+from ..errors import IntegrationError
+
+# module: (distribution, extra of this package, first version that works, first version that is not known to)
+_SUPPORTED = {
+    "timm": ("timm", "timm", (1, 0, 20), (2,)),
+    "transformers": ("transformers", "transformers", (5,), (6,)),
+    "accelerate": ("accelerate", "transformers", (1,), (2,)),
+    "peft": ("peft", "peft", (0, 18), (1,)),
+    "avalanche": ("avalanche-lib", "avalanche", (0, 5), (1,)),
+}
+
+
+def require(name: str) -> ModuleType:
+    """The module of an optional library; raises `IntegrationError` naming the extra to install or the
+    supported versions."""
+    distribution, extra, first, beyond = _SUPPORTED[name]
+    if importlib.util.find_spec(name) is None:
+        raise IntegrationError(
+            f"{distribution} is not installed; pip install 'fused-ewclora[{extra}]' brings it along"
+        )
+    version = importlib.metadata.version(distribution)
+    found = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+    if not first <= found < beyond:
+        wanted = f">= {_text(first)}, < {_text(beyond)}"
+        raise IntegrationError(f"{distribution}: expected a version {wanted}, got {version}")
+    return importlib.import_module(name)
+
+
+def _text(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
