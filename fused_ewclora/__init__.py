@@ -45,6 +45,7 @@ _LAZY = {
     "load_pretrained": "checkpoint",
     "export_peft": "interchange",
     "import_peft": "interchange",
+    "reset_optimizer_state_": "optimizers",
 }
 _LAZY_MODULES = ("metrics", "profiling")
 
@@ -79,6 +80,7 @@ __all__ = [
     "load_pretrained",
     "merge",
     "register_layout",
+    "reset_optimizer_state_",
     "save_pretrained",
     "unmerge",
     "use_backend",
