@@ -10,7 +10,7 @@ from .inject import adapters
 
 
 def reset_optimizer_state_(optimizer: Optimizer, model: nn.Module) -> int:
-    """Forget what `optimizer` has gathered for the adapters of `model`, in place; returns how many parameters.
+    """Forget what `optimizer` gathered for the adapters of `model`, in place; returns how many parameters.
 
     Consolidation starts new adapters in the same tensors, so moments and step counts of the old ones would
     push them in directions of a task that is over. State of heads and everything else stays, as do learning
@@ -30,8 +30,8 @@ def reset_optimizer_state_(optimizer: Optimizer, model: nn.Module) -> int:
     held = [(group, p) for group in optimizer.param_groups for p in group["params"] if id(p) in owned]
     if not held:
         raise ArgumentError(
-            "optimizer: expected one that holds adapters of the model, found none; it was made before inject, "
-            "or .to() or load_state_dict(assign=True) has replaced the parameters since: make a new one"
+            "optimizer: expected one that holds adapters of the model, found none; it was made before "
+            "inject, or .to() or load_state_dict(assign=True) has replaced the parameters: make a new one"
         )
     if "history_size" in optimizer.defaults:  # LBFGS
         optimizer.state.clear()
