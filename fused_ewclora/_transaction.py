@@ -3,6 +3,7 @@ wrapped."""
 
 from __future__ import annotations
 
+import re
 from types import TracebackType
 
 import torch
@@ -13,6 +14,7 @@ _WRAPPER_PARTS = (
     "_fsdp_wrapped_module",
     "_checkpoint_wrapped_module",
 )  # torch.compile, FSDP, checkpointing
+_TRAINED_COPY = re.compile(r"\.modules_to_save\.[^.]+")  # of a module that PEFT trains as a whole
 _WRAPPER_PREFIXES = ("module.", "base_model.model.")  # DDP, PEFT
 
 
@@ -20,7 +22,7 @@ def canonical_name(name: str) -> str:
     """The name of a module or tensor without what DDP, torch.compile, FSDP, activation checkpointing and PEFT
     add to it."""
     parts = [part for part in name.split(".") if part not in _WRAPPER_PARTS]
-    name = ".".join(parts)
+    name = _TRAINED_COPY.sub("", ".".join(parts))
     stripped = True
     while stripped:
         stripped = False

@@ -28,6 +28,7 @@ class AdaptedLinear(nn.Module):
 
     plain: ClassVar[type[nn.Module]]
     transposed: ClassVar[bool] = False  # whether `plain` stores its weight as `[in_features, out_features]`
+    weight_path: ClassVar[str] = "weight"  # the name of the weight, seen from the layer
 
     in_features: int
     out_features: int
@@ -55,6 +56,15 @@ class AdaptedLinear(nn.Module):
     def base_weight(self) -> Tensor:
         """The weight as `[out_features, in_features]`: itself or a view of it, so that writing works."""
         return self.weight.t() if self.transposed else self.weight
+
+    @property
+    def dropout_p(self) -> float:
+        """The probability of dropout on the x of the low-rank branch, in training."""
+        return self.lora_dropout
+
+    def not_fused(self) -> str | None:
+        """Why calls of this layer do not run on the fused op, or None."""
+        return None
 
     def base_forward(self, x: Tensor) -> Tensor:
         """What the class `plain` computes."""
@@ -132,7 +142,8 @@ class AdaptedLinear(nn.Module):
             lora_b.zero_()
 
     def named_lora_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """(name, parameter) of all that adaptation added: lora_A, lora_B, lora_scale where there is one."""
+        """(name, parameter) of all that adaptation added: lora_A, lora_B, lora_scale where there is one. These
+        are their names in checkpoints, wherever a layer keeps them."""
         return [
             (name, p) for name, p in self._parameters.items() if p is not None and name.startswith("lora_")
         ]
@@ -169,7 +180,7 @@ class AdaptedLinear(nn.Module):
             self.base_weight,
             self.bias,
             [FE.Adapter(a, b, self.adapter_scale(s), s.rows) for s, a, b in self.adapter_parameters()],
-            dropout_p=self.lora_dropout,
+            dropout_p=self.dropout_p,
             training=self.training,
             capture=self.fisher_capture,
         )
@@ -253,5 +264,5 @@ class AdaptedLinear(nn.Module):
 
 # What an adapted layer has beside its plain class.
 _OWN = set(AdaptedLinear.__annotations__) - {
-    "plain", "transposed", "in_features", "out_features", "weight", "bias",
+    "plain", "transposed", "weight_path", "in_features", "out_features", "weight", "bias",
 }  # fmt: skip

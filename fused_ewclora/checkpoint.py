@@ -125,17 +125,13 @@ def is_changed(layer: AdaptedLinear) -> bool:
     return layer.consolidated_tasks > 0 or fingerprint(layer.base_weight) != _origin(layer)
 
 
-def _adapter_names(layer: AdaptedLinear) -> list[str]:
-    return [name for name in layer._parameters if name.startswith("lora_")]
-
-
 def _adapters_of(layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
-    return {f"{name}.{p}": getattr(layer, p) for name, layer in layers.items() for p in _adapter_names(layer)}
+    return {f"{name}.{leaf}": p for name, layer in layers.items() for leaf, p in layer.named_lora_parameters()}
 
 
 def trained_tensors(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
     """Parameters beside the adapters that train (heads, norms), and running statistics."""
-    known = _adapters_of(layers)
+    known = {id(p) for p in _adapters_of(layers).values()}
     trained: dict[str, Tensor] = {
         canonical_name(name): p for name, p in model.named_parameters() if p.requires_grad
     }
@@ -144,7 +140,7 @@ def trained_tensors(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> di
             trained |= {
                 canonical_name(f"{name}.{key}"): value for key, value in module.named_buffers(recurse=False)
             }
-    return {name: tensor for name, tensor in trained.items() if name not in known}
+    return {name: tensor for name, tensor in trained.items() if id(tensor) not in known}
 
 
 def _adapter_file(
@@ -239,12 +235,13 @@ def _tensor_updates(
     model: nn.Module, layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Tensor]
 ) -> Updates:
     required = _adapters_of(layers)
-    available: dict[str, Tensor] = {
-        canonical_name(n): p for n, p in model.named_parameters(remove_duplicate=False)
-    }
+    # Where PEFT keeps a copy of a head per adapter, they share a name; the one that trains is meant.
+    by_use = sorted(model.named_parameters(remove_duplicate=False), key=lambda item: item[1].requires_grad)
+    available: dict[str, Tensor] = {canonical_name(name): p for name, p in by_use}
     available |= {
         canonical_name(name): buffer for name, buffer in model.named_buffers(remove_duplicate=False)
     }
+    available |= required
     values = {model_key(key): tensor for key, tensor in saved.items()}
     if missing := sorted(set(required) - set(values)):
         raise CheckpointError(

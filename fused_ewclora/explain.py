@@ -85,6 +85,8 @@ def _implementation(layer: AdaptedLinear, rows: int | None) -> dict[str, Any]:
     if layer.merged or not layer.adapters_enabled:
         state = "merged" if layer.merged else "disabled"
         return {**row, "backend": "torch", "algorithm": f"linear ({state})", "why_not_faster": None}
+    if why := layer.not_fused():
+        return {**row, "backend": "torch", "algorithm": "several calls", "why_not_faster": why}
     answers = _dispatch.explain("lora_linear", _call(layer, dtype, rows))
     # Those that come after the first are less preferred, except for algorithms of the same backend.
     first = next((i for i, (_, _, reason) in enumerate(answers) if reason is None), len(answers))
@@ -101,7 +103,7 @@ def _implementation(layer: AdaptedLinear, rows: int | None) -> dict[str, Any]:
 def _call(layer: AdaptedLinear, dtype: torch.dtype, rows: int | None) -> _dispatch.Call:
     """What the layer's next call would be, as far as its choice depends on it."""
     rank = sum(s.r for s in layer.adapter_slices)
-    dropout = layer.training and layer.lora_dropout > 0.0
+    dropout = layer.training and layer.dropout_p > 0.0
     shape = _dispatch.LinearShape(
         _dispatch.bucket(_dispatch.DEFAULT_ROWS if rows is None else rows),
         layer.in_features,

@@ -78,7 +78,8 @@ def eject(model: nn.Module, merge: bool = True) -> None:
         _merge(model, layers)
     else:
         for layer in layers.values():
-            layer.unmerge()
+            if layer.merged:
+                layer.unmerge()
     for layer in layers.values():
         layer.release_()
     for module in model.modules():
@@ -101,7 +102,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
     before = [(layer, layer.adapters_enabled, layer.merged) for layer in layers]
     try:
         for layer in layers:
-            layer.unmerge()
+            if layer.merged:
+                layer.unmerge()
             layer.adapters_enabled = False
         yield
     finally:
@@ -139,7 +141,8 @@ def unmerge(model: nn.Module) -> None:
     if not any(layer.merged for layer in layers.values()):
         warnings.warn("unmerge: the adapters are not merged, nothing was done", stacklevel=2)
     for layer in layers.values():
-        layer.unmerge()
+        if layer.merged:
+            layer.unmerge()
 
 
 def _merge(model: nn.Module, layers: dict[str, AdaptedLinear]) -> None:
@@ -174,9 +177,9 @@ def _tied_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str
             users.setdefault(id(parameter), []).append(f"{name}.{leaf}".lstrip("."))
     tied = {}
     for name, layer in layers.items():
-        others = [
-            user for user in users[id(layer._parameters["weight"])] if user != f"{name}.weight".lstrip(".")
-        ]
+        path = layer.weight_path if isinstance(layer, AdaptedLinear) else "weight"
+        own = f"{name}.{path}".lstrip(".")
+        others = [user for user in users[id(layer.weight)] if user != own]
         if others:
             tied[name] = others
     return tied
