@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import _mend
 from .adapted import AdaptedLinear
 from .config import LoRAConfig
 from .errors import EWCLoRAError, TargetError
@@ -31,8 +32,9 @@ def inject(model: nn.Module, config: LoRAConfig) -> Report:
 
     Names match as in PEFT; `"all-linear"` leaves out the head that `get_output_embeddings()` or
     `get_classifier()` returns, and takes every layer of a model that has neither. Keys of the base state_dict
-    stay as they are. A second call may adapt other layers. Raises `TargetError` (nothing matches, adapted
-    already, not adaptable) or `LayoutError` (slices without a layout that fits) and then has changed nothing.
+    stay as they are. A second call may adapt other layers. Parents known to use a weight without calling its
+    layer are set to call it, which the table says. Raises `TargetError` (nothing matches, adapted already,
+    not adaptable) or `LayoutError` (slices without a layout that fits) and then has changed nothing.
 
         >>> print(inject(model, LoRAConfig(r=10, target_modules=["attn.qkv", "fc1"])))
     """
@@ -51,6 +53,7 @@ def inject(model: nn.Module, config: LoRAConfig) -> Report:
         for layer in adopted:
             layer.release_()
         raise
+    _mend.apply_(planned.mends)
     _freeze(model)
     return _report(model, planned)
 
@@ -82,6 +85,7 @@ def eject(model: nn.Module, merge: bool = True) -> None:
                 layer.unmerge()
     for layer in layers.values():
         layer.release_()
+    _mend.undo_(model)
     for module in model.modules():
         present = dict(module.named_parameters(remove_duplicate=False))
         for name in vars(module).pop(FROZEN, ()):
@@ -219,6 +223,10 @@ def _report(model: nn.Module, planned: Plan) -> Report:
         f"trainable: {trainable:,} of {total:,} parameters ({share:.3%}) in {len(planned.matches)} layers"
     ]
     notes += [f"skipped: {shorten(names)} ({reason})" for reason, names in planned.skipped.items()]
+    notes += [
+        f"set on {shorten(names)}: {setting}, or {child} would never be called; eject puts it back"
+        for (setting, child), names in _mended(planned).items()
+    ]
     if planned.unmatched:
         notes.append(f"target_modules that match nothing: {shorten(planned.unmatched)}")
     summary = {
@@ -228,9 +236,18 @@ def _report(model: nn.Module, planned: Plan) -> Report:
         "trainable_share": share,
     }
     skipped = {name: reason for reason, names in planned.skipped.items() for name in names}
-    return Report(
-        "LoRA adapters", rows, notes, {**summary, "skipped": skipped, "unmatched": list(planned.unmatched)}
-    )
+    mended = {mend.name: dict(mend.settings) for mend in planned.mends}
+    lists = {"skipped": skipped, "mended": mended, "unmatched": list(planned.unmatched)}
+    return Report("LoRA adapters", rows, notes, {**summary, **lists})
+
+
+def _mended(planned: Plan) -> dict[tuple[str, str], list[str]]:
+    """(setting, child) -> names of the parents that got it."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for mend in planned.mends:
+        for attribute, value in mend.settings.items():
+            found.setdefault((f"{attribute} = {value}", mend.child), []).append(mend.name)
+    return found
 
 
 def _rows_text(rows: tuple[tuple[int, int], ...]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from . import _mend
 from .adapted import AdaptedLinear
 from .config import ALL_LINEAR, LoRAConfig, QKVLayout, matches
 from .errors import LayoutError, TargetError
@@ -27,7 +28,8 @@ def register_layout(rule: LayoutRule) -> LayoutRule:
     usable as a decorator.
 
     Rules serve layers that `slices` are asked for without a `layout`; the first that answers wins, and when
-    none does `inject` raises `LayoutError`.
+    none does `inject` raises `LayoutError`. Rules that do not know the parent are asked about its own parent,
+    with a child such as `"qkv.linear"`.
 
         >>> thirds = QKVLayout(("q", "k", "v"))
         >>> register_layout(lambda parent, child: thirds if child == "qkv" else None)
@@ -73,6 +75,7 @@ class Plan:
     matches: tuple[Match, ...]
     skipped: dict[str, list[str]] = field(default_factory=dict)
     unmatched: tuple[str, ...] = ()
+    mends: tuple[_mend.Mend, ...] = ()
 
 
 def plan(model: nn.Module, config: LoRAConfig) -> Plan:
@@ -108,7 +111,8 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
     if not found:
         raise TargetError(_nothing_matched(model, config, skipped))
     planned = tuple(_match(model, name, module, config) for name, module in found)
-    return Plan(planned, skipped, _unmatched(config, [name for name, _ in _wanted(model, config)]))
+    unmatched = _unmatched(config, [name for name, _ in _wanted(model, config)])
+    return Plan(planned, skipped, unmatched, _mend.find(model, [module for _, module in found]))
 
 
 def _wanted(model: nn.Module, config: LoRAConfig) -> Iterator[tuple[str, nn.Module]]:
@@ -169,9 +173,7 @@ def _match(model: nn.Module, name: str, module: nn.Module, config: LoRAConfig) -
     adapted = _adapted_classes[type(module)]
     in_features, out_features = adapted.features(module)
     if config.slices is not None and layout is None:
-        parent, _, child = name.rpartition(".")
-        answers = (rule(model.get_submodule(parent), child) for rule in _layout_rules)
-        layout = next((answer for answer in answers if answer is not None), None)
+        layout = known_layout(model, name)
     alpha = config.alpha_of(name)
     try:
         adapters = plan_slices(out_features, config.rank_of(name), alpha, config.slices, layout)
@@ -179,6 +181,20 @@ def _match(model: nn.Module, name: str, module: nn.Module, config: LoRAConfig) -
         hint = "; layers of another layout take a call of inject of their own" if layout is not None else ""
         raise LayoutError(f"{name or 'model'}: {error}{hint}. Nothing was changed") from None
     return Match(name, module, adapted, in_features, adapters, alpha)
+
+
+def known_layout(model: nn.Module, name: str) -> QKVLayout | None:
+    """What a registered rule says about the layer called `name`, or None."""
+    answers = (rule(parent, child) for parent, child in ancestors(model, name) for rule in _layout_rules)
+    return next((answer for answer in answers if answer is not None), None)
+
+
+def ancestors(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, str]]:
+    """(parent, its child) and (grandparent, path of two names) of the layer called `name`: some projections
+    are wrapped together with their norm."""
+    parts = name.split(".")
+    for depth in range(1, min(len(parts), 2) + 1):
+        yield model.get_submodule(".".join(parts[:-depth])), ".".join(parts[-depth:])
 
 
 def _unmatched(config: LoRAConfig, names: list[str]) -> tuple[str, ...]:

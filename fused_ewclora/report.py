@@ -16,6 +16,8 @@ def _cell(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(_cell, value))
     return str(value)
 
 

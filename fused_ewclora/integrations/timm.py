@@ -1,0 +1,149 @@
+"""timm: how each attention class unpacks its packed projection, and which of them bypass it.
+
+Known by the class that defines the forward method, so that a subclass with a forward of its own is unknown,
+as is a forward replaced on an instance. Nothing here imports timm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from .._mend import register_call
+from ..config import QKVLayout
+from ..matching import register_layout
+from ..report import Report
+from ._packed import packed_projections
+
+Unpack = Callable[[Any, int], QKVLayout]  # (the attention, rows of the projection) -> layout
+
+
+def _equal(*segments: str) -> Unpack:
+    """Contiguous segments of one size."""
+    return lambda attention, rows: QKVLayout(segments, (rows // len(segments),) * len(segments))
+
+
+_QKV, _KV, _QK = _equal("q", "k", "v"), _equal("k", "v"), _equal("q", "k")
+
+
+def _gc_vit(attention: Any, rows: int) -> QKVLayout:
+    """Blocks with a global query project k and v alone."""
+    return (_KV if attention.use_global else _QKV)(attention, rows)
+
+
+def _maxvit(attention: Any, rows: int) -> QKVLayout:
+    return QKVLayout(
+        ("q", "k", "v"), (rows // 3,) * 3, interleave=attention.num_heads if attention.head_first else None
+    )
+
+
+def _by_head(*segments: str) -> Unpack:
+    """[heads][segments], q and k of `key_dim` and v of `val_dim` rows per head."""
+
+    def layout(attention: Any, rows: int) -> QKVLayout:
+        heads = attention.num_heads
+        widths = {"q": attention.key_dim, "k": attention.key_dim, "v": attention.val_dim}
+        return QKVLayout(segments, tuple(heads * widths[name] for name in segments), interleave=heads)
+
+    return layout
+
+
+def _parallel(block: Any, rows: int) -> QKVLayout:
+    """The first layer of the MLP lies before q, k and v."""
+    return QKVLayout(("mlp", "q", "k", "v"), tuple(block.in_split))
+
+
+# (module below timm, class): (path of the projection below it, how its rows are unpacked). Convolutions that
+# project q, k and v are no linear layers and not listed.
+_KNOWN: dict[tuple[str, str], tuple[str, Unpack]] = {
+    ("layers.attention", "Attention"): ("qkv", _QKV),  # ViT, DeiT, NaFlexViT, ...
+    ("layers.attention", "AttentionRope"): ("qkv", _QKV),
+    ("layers.attention_pool", "AttentionPoolLatent"): ("kv", _KV),
+    ("layers.attention_pool2d", "AttentionPool2d"): ("qkv", _QKV),
+    ("layers.attention_pool2d", "RotAttentionPool2d"): ("qkv", _QKV),
+    ("layers.diff_attention", "DiffAttention"): ("qkv", _QKV),
+    ("models.beit", "Attention"): ("qkv", _QKV),
+    ("models.cait", "TalkingHeadAttn"): ("qkv", _QKV),
+    ("models.coat", "FactorAttnConvRelPosEnc"): ("qkv", _QKV),
+    ("models.convit", "GPSA"): ("qk", _QK),
+    ("models.convit", "MHSA"): ("qkv", _QKV),
+    ("models.csatv2", "SpatialTransformerBlock"): ("qkv", _QKV),
+    ("models.davit", "ChannelAttention"): ("qkv", _QKV),
+    ("models.davit", "ChannelAttentionV2"): ("qkv", _QKV),
+    ("models.davit", "WindowAttention"): ("qkv", _QKV),
+    ("models.edgenext", "CrossCovarianceAttn"): ("qkv", _QKV),
+    ("models.efficientformer", "Attention"): ("qkv", _by_head("q", "k", "v")),
+    ("models.eva", "EvaAttention"): ("qkv", _QKV),
+    ("models.fastvit", "Attention"): ("qkv", _QKV),
+    ("models.gcvit", "WindowAttentionGlobal"): ("qkv", _gc_vit),
+    ("models.hiera", "MaskUnitAttention"): ("qkv", _QKV),
+    ("models.hieradet_sam2", "MultiScaleAttention"): ("qkv", _QKV),
+    ("models.levit", "Attention"): ("qkv.linear", _by_head("q", "k", "v")),
+    ("models.levit", "AttentionDownsample"): ("kv.linear", _by_head("k", "v")),
+    ("models.maxxvit", "AttentionCl"): ("qkv", _maxvit),
+    ("models.metaformer", "Attention"): ("qkv", _QKV),
+    ("models.mvitv2", "MultiScaleAttention"): ("qkv", _QKV),
+    ("models.nest", "Attention"): ("qkv", _QKV),
+    ("models.pvt_v2", "Attention"): ("kv", _KV),
+    ("models.swin_transformer", "WindowAttention"): ("qkv", _QKV),
+    ("models.swin_transformer_v2", "WindowAttention"): ("qkv", _QKV),
+    ("models.swin_transformer_v2_cr", "WindowMultiHeadAttention"): ("qkv", _QKV),
+    ("models.tiny_vit", "Attention"): ("qkv", _by_head("q", "k", "v")),
+    ("models.tnt", "Attention"): ("qk", _QK),
+    ("models.twins", "GlobalSubSampleAttn"): ("kv", _KV),
+    ("models.twins", "LocallyGroupedAttn"): ("qkv", _QKV),
+    ("models.vision_transformer", "DiffParallelScalingBlock"): ("in_proj", _parallel),
+    ("models.vision_transformer", "ParallelScalingBlock"): ("in_proj", _parallel),
+    ("models.vision_transformer_relpos", "RelPosAttention"): ("qkv", _QKV),
+    ("models.vision_transformer_sam", "Attention"): ("qkv", _QKV),
+    ("models.volo", "Attention"): ("qkv", _QKV),
+    ("models.volo", "ClassAttention"): ("kv", _KV),
+    ("models.xcit", "XCA"): ("qkv", _QKV),
+}
+
+# These compute F.linear(x, qkv.weight, q, k and v biases) unless told to add the biases separately.
+_BYPASSING = {
+    ("models.beit", "Attention"),
+    ("models.eva", "EvaAttention"),
+    ("models.swin_transformer_v2", "WindowAttention"),
+}
+
+
+def _defined_in(parent: nn.Module) -> tuple[str, str] | None:
+    """(module below timm, class) whose forward method `parent` runs, or None."""
+    if "forward" in vars(parent):
+        return None
+    owner = next(cls for cls in type(parent).__mro__ if "forward" in vars(cls))
+    package, _, module = owner.__module__.partition(".")
+    return (module, owner.__qualname__) if package == "timm" else None
+
+
+@register_layout
+def layout_of(parent: nn.Module, child: str) -> QKVLayout | None:
+    """The layout of the packed projection that is `child` of a timm attention; None for anything else."""
+    known = _KNOWN.get(_defined_in(parent) or ("", ""))
+    if known is None or known[0] != child:
+        return None
+    projection = parent.get_submodule(child)
+    return known[1](parent, projection.out_features) if isinstance(projection, nn.Linear) else None
+
+
+@register_call
+def mend_of(parent: nn.Module, child: str) -> Mapping[str, Any] | None:
+    """What makes a timm attention call its packed projection, where it would use the weight alone."""
+    if child != "qkv" or _defined_in(parent) not in _BYPASSING or getattr(parent, "q_bias", None) is None:
+        return None
+    return None if getattr(parent, "qkv_bias_separate", False) else {"qkv_bias_separate": True}
+
+
+def targets(model: nn.Module) -> Report:
+    """A table of the packed projections of a timm model whose layout is known; rows are data.
+
+    `QKVLayout(row["segments"], row["sizes"], row["interleave"])` is the layout of a row; `note` says which
+    attribute `inject` sets on a parent that would bypass the layer. Nothing is changed.
+
+        >>> print(targets(timm.create_model("beitv2_base_patch16_224")))
+    """
+    return packed_projections("timm", model, layout_of, mend_of)
