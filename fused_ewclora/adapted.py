@@ -142,8 +142,10 @@ class AdaptedLinear(nn.Module):
             lora_b.zero_()
 
     def named_lora_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """(name, parameter) of all that adaptation added: lora_A, lora_B, lora_scale where there is one. These
-        are their names in checkpoints, wherever a layer keeps them."""
+        """(name, parameter) of all that adaptation added: lora_A, lora_B, lora_scale where there is one.
+
+        These are their names in checkpoints, wherever a layer keeps them.
+        """
         return [
             (name, p) for name, p in self._parameters.items() if p is not None and name.startswith("lora_")
         ]
