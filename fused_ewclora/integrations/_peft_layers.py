@@ -1,0 +1,251 @@
+"""PEFT's own LoRA linear as an adapted layer: the same modules, keys and methods, run on the fused op."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as FE
+from ..adapted import AdaptedLinear, Location
+from ..errors import TargetError
+from ..slices import AdapterSlice, fingerprint
+from ._library import require
+
+require("peft")
+
+from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: E402  (not before the version is known)
+from transformers.pytorch_utils import Conv1D  # noqa: E402
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# What a layer has beside PEFT's class; all of it goes with `release_`.
+_OWN = ("fisher_capture", "forward_calls", "origin_fingerprint", "consolidated_tasks", "bound", "gaussian")
+
+
+class FusedPeftLinear(AdaptedLinear, PeftLinear):
+    """`peft.tuners.lora.layer.Linear` whose plain calls (one active adapter, no variant) are one fused op.
+
+    The class of a layer is swapped in place, so `isinstance`, state_dict keys and every method of PEFT stay.
+    Calls that the op does not compute run PEFT's forward; `not_fused` says why. x `[..., in_features]`, y
+    `[..., out_features]`.
+    """
+
+    plain = PeftLinear
+    weight_path = "base_layer.weight"
+
+    bound: str | None  # the adapter that an EWC belongs to, by attach_ewc
+    gaussian: bool  # whether new lora_A are normal with deviation 1 / r (init_lora_weights="gaussian")
+
+    # PEFT's, most of them by name of the adapter.
+    base_layer: Any
+    r: Any
+    scaling: dict[str, float]
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    lora_variant: dict[str, Any]
+    active_adapters: list[str]
+    _disable_adapters: bool
+
+    @classmethod
+    def accelerate_(cls, module: nn.Module) -> FusedPeftLinear:
+        """Turn a layer whose class is exactly `plain` into this class, in place."""
+        module.__class__ = cls
+        layer = cast(FusedPeftLinear, module)
+        layer.fisher_capture, layer.bound, layer.gaussian = None, None, False
+        layer.forward_calls = layer.consolidated_tasks = 0
+        # Merged weights say nothing about the pretrained ones.
+        layer.origin_fingerprint = "" if layer.merged else fingerprint(layer.base_weight)
+        return layer
+
+    def release_(self) -> nn.Module:
+        """Turn this layer back into PEFT's class, in place."""
+        for name in _OWN:
+            self.__dict__.pop(name, None)
+        self.__class__ = PeftLinear
+        return self
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The base layer's weight as `[out_features, in_features]`: itself, or a view of a Conv1D's."""
+        weight: Tensor = self.base_layer.weight
+        return weight.t() if isinstance(self.base_layer, Conv1D) else weight
+
+    def active_names(self) -> list[str]:
+        """The active adapters that this layer has."""
+        return [name for name in self.active_adapters if name in self.lora_A]
+
+    @property
+    def adapter_slices(self) -> tuple[AdapterSlice, ...]:  # type: ignore[override]
+        """The active adapters; one has no name of its own, as in a layer that `inject` adapted."""
+        names = self.active_names()
+        rows = ((0, self.out_features),)
+        return tuple(
+            AdapterSlice(name if len(names) > 1 else "", rows, self.r[name], float(self.scaling[name]))
+            for name in names
+        )
+
+    @property
+    def adapters_enabled(self) -> bool:
+        """Whether PEFT's adapters are on; set it without touching requires_grad, which PEFT's methods do."""
+        return not self._disable_adapters
+
+    @adapters_enabled.setter
+    def adapters_enabled(self, enabled: bool) -> None:
+        self._disable_adapters = not enabled
+
+    @property
+    def dropout_p(self) -> float:
+        """The largest probability of dropout of the active adapters."""
+        return max((_dropout(self.lora_dropout[name]) or 0.0 for name in self.active_names()), default=0.0)
+
+    def factor_locations(self, piece: AdapterSlice) -> tuple[Location, Location]:
+        """Where lora_A and lora_B of an active adapter are kept; raises `TargetError` as `adapter_scale`."""
+        name = self._name_of(piece)
+        return (self.lora_A[name]._parameters, "weight"), (self.lora_B[name]._parameters, "weight")
+
+    def named_lora_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """lora_A and lora_B of the active adapters, named as in a layer that `inject` adapted."""
+        found = []
+        for piece, lora_a, lora_b in self.adapter_parameters():
+            found += [(piece.a_name, lora_a), (piece.b_name, lora_b)]
+        return found
+
+    def adapter_scale(self, adapter: AdapterSlice) -> float | Tensor:
+        """PEFT's present scaling of the adapter; raises `TargetError` when the layer belongs to an EWC whose
+        adapter is not the active one."""
+        return float(self.scaling[self._name_of(adapter)])
+
+    def _name_of(self, piece: AdapterSlice) -> str:
+        names = self.active_names()
+        if self.bound is not None and names != [self.bound]:
+            raise TargetError(
+                f"the EWC of attach_ewc belongs to the adapter {self.bound!r}, but active are {names}; call "
+                f"set_adapter({self.bound!r}) on the PEFT model"
+            )
+        if piece.name:
+            return piece.name
+        if len(names) != 1:
+            raise TargetError(f"expected one active adapter, got {names}; call set_adapter(name)")
+        return names[0]
+
+    @torch.no_grad()
+    def reset_adapters(self, generator: torch.Generator | None = None) -> None:
+        """New A and B = 0, in place, as at the start of a task: A normal with deviation 1 / r where PEFT was
+        told "gaussian", else Kaiming uniform, PEFT's default and `AdaptedLinear.reset_adapters`."""
+        super().reset_adapters(generator)
+        if self.gaussian:
+            for piece, lora_a, _ in self.adapter_parameters():
+                device = lora_a.device if generator is None else generator.device
+                drawn = torch.empty(lora_a.shape, dtype=lora_a.dtype, device=device)
+                lora_a.copy_(drawn.normal_(0.0, 1.0 / piece.r, generator=generator))
+
+    def not_fused(self) -> str | None:
+        """Why PEFT's own forward serves the layer as it is now, or None."""
+        if why := base_unfit(self.base_layer):
+            return why
+        names = self.active_names()
+        if not names:
+            return "no adapter of it is active"
+        if len(names) > 1:
+            return f"{len(names)} adapters are active: {', '.join(names)}"
+        return self._adapter_unfit(names[0])
+
+    def _adapter_unfit(self, name: str) -> str | None:
+        lora_a, lora_b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        if name in self.lora_variant:
+            return f"adapter {name!r} is a variant ({type(self.lora_variant[name]).__name__})"
+        if lora_b.bias is not None:
+            return f"adapter {name!r} has a bias (lora_bias)"
+        if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+            kinds = f"{type(lora_a).__name__} and {type(lora_b).__name__}"
+            return f"lora_A and lora_B of adapter {name!r} are {kinds}, not nn.Linear"
+        if _dropout(dropout) is None:
+            return f"adapter {name!r} has {type(dropout).__name__} for dropout"
+        for module in (self.base_layer, lora_a, lora_b, dropout):
+            if _observed(module):
+                return f"{type(module).__name__} inside it has hooks, which the fused op would not call"
+        dtype, weight = lora_a.weight.dtype, self.base_layer.weight
+        device = weight.device.type
+        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        if weight.dtype == torch.float64:
+            compute = torch.float64
+        allowed = (compute,) if compute == torch.float64 else (compute, torch.float32)
+        if lora_b.weight.dtype != dtype or dtype not in allowed:
+            return f"adapter {name!r} is {dtype} beside {compute}"
+        return None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x `[..., in_features]` -> y `[..., out_features]`; extra arguments (adapter_names of a mixed batch)
+        go to PEFT's forward."""
+        if torch.compiler.is_compiling():
+            self.forward_calls = 1
+        else:
+            self.__dict__["forward_calls"] += 1
+        extra = bool(args) or any(value is not None for value in kwargs.values())
+        plain = extra or self.merged or self._disable_adapters
+        if plain or (why := self.not_fused()) is not None:
+            if self.fisher_capture is not None:
+                why = "it is merged or disabled, or was given more than x" if plain else why
+                raise TargetError(f"a Fisher pass needs the fused op, which does not serve this call: {why}")
+            return cast(Tensor, PeftLinear.forward(self, x, *args, **kwargs))
+        (name,) = self.active_names()
+        dropout = self.lora_dropout[name]
+        adapter = FE.Adapter(
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            float(self.scaling[name]),
+            ((0, self.out_features),),
+        )
+        return FE.lora_linear_adapters(
+            x,
+            self.base_weight,
+            self.base_layer.bias,
+            [adapter],
+            dropout_p=_dropout(dropout) or 0.0,
+            training=dropout.training,
+            capture=self.fisher_capture,
+        )
+
+    def consolidated_weight(self) -> Tensor:
+        """A new tensor W + scaling B A, as in `AdaptedLinear`; raises `TargetError` while merged, and beside
+        other adapters, which were trained on W and would compute something else on it."""
+        if len(self.lora_A) > 1:
+            raise TargetError(
+                f"consolidation changes the base weight under all adapters, of which there are "
+                f"{sorted(self.lora_A)}; delete_adapter the others first"
+            )
+        return super().consolidated_weight()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT's own merge."""
+        PeftLinear.merge(self, safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        """PEFT's own unmerge, which subtracts."""
+        PeftLinear.unmerge(self)
+
+    def extra_repr(self) -> str:
+        return nn.Module.extra_repr(self)
+
+
+def base_unfit(base: nn.Module) -> str | None:
+    """Why the fused op cannot stand in for a base layer, or None."""
+    if type(base) not in (nn.Linear, Conv1D):
+        return f"its base layer is {type(base).__name__}, not nn.Linear"
+    weight = base.weight
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"its base weight is {type(weight).__name__}, not a plain parameter"
+    return None if weight.is_floating_point() else f"its base weight is {weight.dtype}, not floating point"
+
+
+def _dropout(module: nn.Module) -> float | None:
+    """The probability, or None for a module that is neither dropout nor nothing."""
+    if type(module) is nn.Identity:
+        return 0.0
+    return module.p if type(module) is nn.Dropout else None
+
+
+def _observed(module: nn.Module) -> bool:
+    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)

@@ -1,0 +1,143 @@
+"""PEFT models on the fused ops, and EWC over their layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .._transaction import canonical_name
+from ..errors import TargetError
+from ..ewc import EWC
+from ..report import Report
+from ._library import require
+from ._peft_layers import FusedPeftLinear, base_unfit
+
+require("peft")
+
+from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402  (not before the version is known)
+
+__all__ = ["accelerate_", "attach_ewc", "restore_"]
+
+
+def accelerate_(peft_model: nn.Module) -> Report:
+    """Run PEFT's own LoRA linears on the fused op, in place; returns a table of the layers and of those left
+    alone, with the reason.
+
+    peft_model: a `PeftModel`, or any model with PEFT's layers inside. Outputs and gradients are those of PEFT
+    to rounding; dropout has the same distribution but other random numbers. Keys of the state_dict, files,
+    merging, switching and deleting adapters stay PEFT's. A second call takes in what was added since;
+    `restore_` undoes. Raises `TargetError` for a model without layers of PEFT.
+
+        >>> peft_model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q", "v"]))
+        >>> print(accelerate_(peft_model))
+    """
+    layers = dict(_tuner_layers(peft_model))
+    if not layers:
+        raise TargetError(
+            "peft_model: expected layers of PEFT, found none; make it with peft.get_peft_model, or call "
+            "fe.inject for a plain model"
+        )
+    skipped = {name: why for name, layer in layers.items() if (why := _unfit(layer)) is not None}
+    fused = {name: layer for name, layer in layers.items() if name not in skipped}
+    for layer in fused.values():
+        if not isinstance(layer, FusedPeftLinear):
+            FusedPeftLinear.accelerate_(layer)
+    return _report(fused, skipped)
+
+
+def restore_(peft_model: nn.Module) -> int:
+    """Undo `accelerate_` and `attach_ewc`: every layer runs PEFT's own forward again; returns their number.
+
+    Base weights that an EWC has consolidated stay as they are; an EWC of `attach_ewc` ends.
+
+        >>> restore_(peft_model)
+    """
+    layers = [module for module in peft_model.modules() if isinstance(module, FusedPeftLinear)]
+    for layer in layers:
+        layer.release_()
+    return len(layers)
+
+
+def attach_ewc(peft_model: nn.Module, **ewc_kwargs: Any) -> EWC:
+    """An EWC over the LoRA layers of a live PEFT model, which run on the fused op from now on.
+
+    Fishers are named by the modules of the plain model. Consolidation adds scaling B A to the base weights
+    and starts the adapter anew, after which PEFT's adapter file alone no longer describes the model: save
+    with `fe.save_pretrained(path, peft_model, ewc)`, or `peft_model.merge_and_unload()` as a plain model. The
+    model must have one adapter, because others would compute something else on changed base weights.
+    ewc_kwargs are those of `fe.EWC`. Raises `TargetError` for several adapters, merged ones, or layers that
+    the fused op does not serve, and the errors of `fe.EWC`; the model is then as it was.
+
+        >>> ewc = attach_ewc(peft_model, ewc_lambda=1e7, fisher_mode="batch")
+    """
+    before = {module for module in peft_model.modules() if isinstance(module, FusedPeftLinear)}
+    report = accelerate_(peft_model)
+    layers = [module for module in peft_model.modules() if isinstance(module, FusedPeftLinear)]
+    try:
+        name = _only_adapter(layers, report)
+        ewc = EWC(peft_model, **ewc_kwargs)
+    except BaseException:
+        for layer in set(layers) - before:
+            layer.release_()
+        raise
+    config = getattr(peft_model, "peft_config", {}).get(name)
+    for layer in layers:
+        layer.bound, layer.gaussian = name, getattr(config, "init_lora_weights", True) == "gaussian"
+    return ewc
+
+
+def _only_adapter(layers: list[FusedPeftLinear], report: Report) -> str:
+    for name, why in [*report.summary["skipped"].items(), *report.summary["not_fused"].items()]:
+        raise TargetError(f"attach_ewc: {name or 'the model'}: {why}; its adapter would go unprotected")
+    names = sorted({name for layer in layers for name in layer.lora_A})
+    if len(names) != 1:
+        raise TargetError(
+            f"attach_ewc: consolidation changes the base weights under all adapters; expected one, got "
+            f"{names}; delete_adapter the others first"
+        )
+    if any(layer.merged for layer in layers):
+        raise TargetError("attach_ewc: the adapter is merged; call unmerge_adapter() on the PEFT model first")
+    return names[0]
+
+
+def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield canonical_name(name), module
+
+
+def _unfit(layer: Any) -> str | None:
+    """Why a layer is left alone whichever of its adapters is active, or None."""
+    if type(layer) is not FusedPeftLinear.plain and not isinstance(layer, FusedPeftLinear):
+        kind = type(layer)
+        return f"{kind.__module__}.{kind.__qualname__} is not PEFT's LoRA linear"
+    if why := base_unfit(layer.base_layer):
+        return why
+    if layer.lora_A and all(name in layer.lora_variant for name in layer.lora_A):
+        return f"its adapters are variants of LoRA ({', '.join(sorted(layer.lora_A))})"
+    if layer.lora_A and all(layer.lora_bias.get(name) for name in layer.lora_A):
+        return f"its adapters have a bias ({', '.join(sorted(layer.lora_A))})"
+    return None
+
+
+def _report(fused: dict[str, Any], skipped: dict[str, str]) -> Report:
+    rows = []
+    for name, layer in fused.items():
+        pieces = layer.adapter_slices
+        rows.append(
+            {
+                "name": name,
+                "base": type(layer.base_layer).__name__,
+                "adapters": "+".join(layer.active_names()) or None,
+                "r": "+".join(str(piece.r) for piece in pieces) or None,
+                "scaling": "+".join(f"{piece.scaling:.4g}" for piece in pieces) or None,
+                "why_not_fused": layer.not_fused(),
+            }
+        )
+    waiting = {row["name"]: row["why_not_fused"] for row in rows if row["why_not_fused"]}
+    notes = [f"{len(fused) - len(waiting)} of {len(fused) + len(skipped)} layers run on the fused op"]
+    notes += [f"left to PEFT: {name or '(the model)'}: {why}" for name, why in skipped.items()]
+    summary = {"layers": len(fused), "skipped": skipped, "not_fused": waiting}
+    return Report("PEFT's LoRA layers on the fused op", rows, notes, summary)
