@@ -1,0 +1,181 @@
+"""How the models of transformers unpack their packed projections.
+
+Every entry was read in the model's forward (transformers 5.23) and is held to it by a test that changes one
+segment's rows and looks at the operands of the attention. A class that is not listed has no known layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..config import QKVLayout
+from ..matching import is_linear, load_libraries, register_layout
+from ..report import Report
+
+Rule = Callable[[Any], QKVLayout | None]  # of the module that owns the projection
+QKV, KV = ("q", "k", "v"), ("k", "v")
+
+
+def _thirds(parent: Any) -> QKVLayout:
+    return QKVLayout(QKV)
+
+
+def _gate_up(parent: Any) -> QKVLayout:
+    return QKVLayout(("gate", "up"))
+
+
+def _up_gate(parent: Any) -> QKVLayout:
+    return QKVLayout(("up", "gate"))
+
+
+def _by_head(heads: str) -> Rule:
+    """[heads][q, k, v][head_dim], the number of heads being an attribute of the parent or of its config."""
+
+    def rule(parent: Any) -> QKVLayout:
+        count = getattr(parent, heads, None) or getattr(parent.config, heads)
+        return QKVLayout(QKV, None, count)
+
+    return rule
+
+
+def _grouped(parent: Any) -> QKVLayout:
+    """q | k | v with fewer heads for k and v than for q."""
+    heads, size = parent.config.num_attention_heads, parent.head_dim
+    kv = parent.num_key_value_heads * size
+    return QKVLayout(QKV, (heads * size, kv, kv))
+
+
+def _gpt2(parent: Any) -> QKVLayout:
+    """q | k | v, or k | v of the encoder's states."""
+    return QKVLayout(KV if parent.is_cross_attention else QKV)
+
+
+def _imagegpt(parent: Any) -> QKVLayout:
+    return QKVLayout(KV if hasattr(parent, "q_attn") else QKV)
+
+
+def _gpt_bigcode(parent: Any) -> QKVLayout | None:
+    """One k and v for all heads, or q, k, v by head. Its cross attention fails in transformers itself."""
+    if parent.is_cross_attention:
+        return None
+    if parent.multi_query:
+        return QKVLayout(QKV, (parent.embed_dim, parent.kv_dim, parent.kv_dim))
+    return QKVLayout(QKV, None, parent.num_heads)
+
+
+def _falcon(parent: Any) -> QKVLayout:
+    """[kv heads][their q heads, k, v] (new decoder), one k and v for all heads, or q, k, v by head."""
+    size = parent.head_dim
+    if parent.new_decoder_architecture:
+        kv = parent.num_kv_heads * size
+        return QKVLayout(QKV, (parent.num_heads * size, kv, kv), parent.num_kv_heads)
+    if parent.multi_query:
+        return QKVLayout(QKV, (parent.num_heads * size, size, size))
+    return QKVLayout(QKV, None, parent.num_heads)
+
+
+def _codegen(parent: Any) -> QKVLayout:
+    """Four blocks, after the cores it was trained on, each q | v | k: values come before keys."""
+    return QKVLayout(("q", "v", "k"), None, 4)
+
+
+# "<model>.<class of the parent>.<name of the projection>", the model being its folder in transformers.models
+PACKED: Mapping[str, Rule] = {
+    "bark.BarkSelfAttention.att_proj": _thirds,
+    "blip.BlipAttention.qkv": _thirds,
+    "blip_2.Blip2Attention.qkv": _thirds,
+    "bloom.BloomAttention.query_key_value": _by_head("num_heads"),
+    "codegen.CodeGenAttention.qkv_proj": _codegen,
+    "dbrx.DbrxAttention.Wqkv": lambda parent: QKVLayout(
+        QKV, (parent.hidden_size, *(2 * [parent.num_key_value_heads * parent.head_dim]))
+    ),
+    "deberta.DisentangledSelfAttention.in_proj": _by_head("num_attention_heads"),
+    "decision_transformer.DecisionTransformerGPT2Attention.c_attn": _gpt2,
+    "dia.DiaMLP.gate_up_proj": _gate_up,
+    "falcon.FalconAttention.query_key_value": _falcon,
+    "florence2.Florence2VisionChannelAttention.qkv": _thirds,
+    "florence2.Florence2VisionWindowAttention.qkv": _thirds,
+    "glm.GlmMLP.gate_up_proj": _gate_up,
+    "glm4.Glm4MLP.gate_up_proj": _gate_up,
+    "glm4v.Glm4vVisionAttention.qkv": _thirds,
+    "got_ocr2.GotOcr2VisionAttention.qkv": _thirds,
+    "gpt2.GPT2Attention.c_attn": _gpt2,
+    "gpt_bigcode.GPTBigCodeAttention.c_attn": _gpt_bigcode,
+    "gpt_neox.GPTNeoXAttention.query_key_value": _by_head("num_attention_heads"),
+    "gpt_neox_japanese.GPTNeoXJapaneseAttention.query_key_value": _by_head("num_attention_heads"),
+    "hiera.HieraMaskUnitAttention.qkv": _thirds,
+    "imagegpt.ImageGPTAttention.c_attn": _imagegpt,
+    "instructblip.InstructBlipAttention.qkv": _thirds,
+    "mgp_str.MgpstrAttention.qkv": _thirds,
+    "modernbert.ModernBertAttention.Wqkv": _thirds,
+    "mpt.MptAttention.Wqkv": _thirds,
+    "openai.Attention.c_attn": _thirds,
+    "persimmon.PersimmonAttention.query_key_value": _by_head("num_heads"),
+    "phi3.Phi3Attention.qkv_proj": _grouped,
+    "phi3.Phi3MLP.gate_up_proj": _gate_up,
+    "phi4_multimodal.Phi4MultimodalAttention.qkv_proj": _grouped,
+    "phi4_multimodal.Phi4MultimodalMLP.gate_up_proj": _gate_up,
+    "phi4_multimodal.Phi4MultimodalAudioMLP.gate_up_proj": _up_gate,
+    "qwen2_5_vl.Qwen2_5_VLVisionAttention.qkv": _thirds,
+    "qwen2_vl.VisionAttention.qkv": _thirds,
+    "qwen3_vl.Qwen3VLVisionAttention.qkv": _thirds,
+    "sam.SamVisionAttention.qkv": _thirds,
+    "sam.SamVisionSdpaAttention.qkv": _thirds,
+    "sam2.Sam2MultiScaleAttention.qkv": _thirds,
+    "seggpt.SegGptAttention.qkv": _thirds,
+    "timesformer.TimesformerSelfAttention.qkv": _thirds,
+    "vitdet.VitDetAttention.qkv": _thirds,
+}
+
+
+def entry(parent: nn.Module, child: str) -> str | None:
+    """The key of a projection in `PACKED`, or None; subclasses may unpack otherwise and are not looked up."""
+    module, kind = type(parent).__module__, type(parent).__name__
+    if not module.startswith("transformers.models."):
+        return None
+    key = f"{module.split('.')[2]}.{kind}.{child}"
+    return key if key in PACKED else None
+
+
+@register_layout
+def layout_of(parent: nn.Module, child: str) -> QKVLayout | None:
+    """The layout of `parent.child`, or None when it is not known."""
+    key = entry(parent, child)
+    return None if key is None else PACKED[key](parent)
+
+
+def targets(model: nn.Module) -> Report:
+    """The packed projections of a transformers model whose layout is known, as a printable table.
+
+    Rows are dicts: name, segments in the order of the rows, sizes (rows per segment), interleave (blocks that
+    repeat the segments, or None) and notes. `inject` uses the same layouts, so that `slices` need none.
+
+        >>> print(targets(model))
+        >>> inject(model, LoRAConfig(target_modules=["query_key_value"], slices=("q", "v")))
+    """
+    load_libraries(model)
+    rows: list[dict[str, Any]] = []
+    for name, parent in model.named_modules():
+        for child, module in parent.named_children():
+            layout = layout_of(parent, child) if is_linear(module) else None
+            if layout is not None:
+                rows.append(_row(f"{name}.{child}".lstrip("."), module, layout))
+    notes = (
+        [] if rows else ["no packed projection with a known layout; give LoRAConfig a layout to use slices"]
+    )
+    return Report("packed projections", rows, notes, {"projections": len(rows)})
+
+
+def _row(name: str, module: Any, layout: QKVLayout) -> dict[str, Any]:
+    out_features = module.out_features if hasattr(module, "out_features") else module.nf
+    transposed = not isinstance(module, nn.Linear)
+    return {
+        "name": name,
+        "segments": layout.segments,
+        "sizes": layout.sizes_of(out_features),
+        "interleave": layout.interleave,
+        "notes": "Conv1D: rows are columns of its weight" if transposed else None,
+    }

@@ -1,0 +1,115 @@
+"""EWC in transformers' `Trainer`, without subclassing it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..adapted import AdaptedLinear
+from ..errors import IntegrationError, TargetError
+from ..ewc import EWC
+from ..matching import shorten
+
+
+class EWCCallback(TrainerCallback):
+    """Adds the gradient of `ewc.penalty()` to every optimizer step of a `Trainer`, and logs the penalty.
+
+    The penalty depends on parameters only, which stay the same until the optimizer steps. So its gradient is
+    added once, when a step begins and before its first micro-batch: gradient accumulation,
+    `num_items_in_batch` and the averaging of DDP do not touch it, and clipping sees the sum, as it would with
+    a penalty in the loss. Under a GradScaler it takes the scale of that step. `on_pre_optimizer_step` would
+    be too late: Trainer has clipped and unscaled by then.
+
+    `loss` in the logs is that of the data; `ewc_penalty` is the mean penalty over the same steps. Reporters
+    come before callbacks of the user; for them too, move this one to the front of
+    `trainer.callback_handler.callbacks`.
+
+    Raises `TargetError` at the start of training when the model is not that of `ewc`, `IntegrationError`
+    under DeepSpeed, FSDP and optimizers that step inside backward, which keep gradients elsewhere.
+
+        >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[EWCCallback(ewc)])
+        >>> trainer.train(); ewc.end_task(trainer.get_train_dataloader())
+    """
+
+    def __init__(self, ewc: EWC) -> None:
+        if not isinstance(ewc, EWC):
+            raise TargetError(f"ewc: expected a fused_ewclora.EWC, got {type(ewc).__name__}")
+        self.ewc = ewc
+        self._added = False  # to the step that is being accumulated
+        self._sum: Tensor | float = 0.0
+        self._steps = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse what would train without a penalty, and forget an interrupted training."""
+        _check_model(self.ewc, kwargs["model"])
+        if reason := _unsupported(args):
+            raise IntegrationError(
+                f"EWCCallback: {reason}; add ewc.penalty() to the loss in Trainer.compute_loss instead"
+            )
+        self._added, self._sum, self._steps = False, 0.0, 0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the gradient, before the backward passes of the step add theirs."""
+        if self._added:  # the last epoch was stopped inside a step, whose gradients are still there
+            return
+        scaler = getattr(kwargs["optimizer"], "scaler", None)
+        penalty = self.ewc.add_penalty_grad_(1.0 if scaler is None else _scale(scaler, self.ewc))
+        self._added = True
+        self._sum, self._steps = self._sum + penalty, self._steps + 1
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The gradient has been used."""
+        self._added = False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put the mean penalty beside the loss: into the logs and into the history, which has a copy."""
+        if logs is None or "loss" not in logs or not self._steps:
+            return
+        logs["ewc_penalty"] = float(self._sum) / self._steps
+        if state.log_history:
+            state.log_history[-1]["ewc_penalty"] = logs["ewc_penalty"]
+        self._sum, self._steps = 0.0, 0
+
+
+def _scale(scaler: Any, ewc: EWC) -> Tensor:
+    """The scale of the step as a tensor, without waiting for the device; the first call initialises it."""
+    device = next(iter(ewc.layers.values())).weight.device
+    scale: Tensor = scaler.scale(torch.ones((), device=device))
+    return scale
+
+
+def _check_model(ewc: EWC, model: nn.Module) -> None:
+    inside = {id(module) for module in model.modules() if isinstance(module, AdaptedLinear)}
+    if missing := [name for name, layer in ewc.layers.items() if id(layer) not in inside]:
+        raise TargetError(
+            f"EWCCallback: expected the model that the EWC was made for, Trainer's lacks {shorten(missing)}"
+        )
+
+
+def _unsupported(args: TrainingArguments) -> str | None:
+    """Why gradients put into `.grad` would not reach the optimizer, or None."""
+    kind = getattr(args.distributed_state, "distributed_type", None)
+    if args.deepspeed or str(kind).endswith("DEEPSPEED"):
+        return "DeepSpeed keeps gradients outside of .grad"
+    if args.fsdp or str(kind).endswith("FSDP"):
+        return "FSDP shards parameters, which add_penalty_grad_ does not follow"
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if "lomo" in optimizer or "layerwise" in optimizer:
+        return f"the optimizer {optimizer!r} steps inside backward"
+    return None

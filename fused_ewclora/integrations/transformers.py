@@ -1,0 +1,17 @@
+"""Hugging Face transformers: its own linear layers, packed projections, EWC in `Trainer`.
+
+fe.inject(model, fe.LoRAConfig(target_modules=["c_attn"], slices=("q", "v")))
+trainer = Trainer(model, args, callbacks=[fe.integrations.transformers.EWCCallback(ewc)], ...)
+"""
+
+from __future__ import annotations
+
+from ._library import require
+
+require("transformers")
+
+from ._transformers_layers import LoRAConv1D, LoRAFalconLinear  # noqa: E402  (not before the version is known)
+from ._transformers_layouts import targets  # noqa: E402
+from ._transformers_trainer import EWCCallback  # noqa: E402
+
+__all__ = ["EWCCallback", "LoRAConv1D", "LoRAFalconLinear", "targets"]
