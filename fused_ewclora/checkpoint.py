@@ -126,7 +126,9 @@ def is_changed(layer: AdaptedLinear) -> bool:
 
 
 def _adapters_of(layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
-    return {f"{name}.{leaf}": p for name, layer in layers.items() for leaf, p in layer.named_lora_parameters()}
+    return {
+        f"{name}.{leaf}": p for name, layer in layers.items() for leaf, p in layer.named_lora_parameters()
+    }
 
 
 def trained_tensors(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
