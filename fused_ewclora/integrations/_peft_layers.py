@@ -234,7 +234,7 @@ def base_unfit(base: nn.Module) -> str | None:
     """Why the fused op cannot stand in for a base layer, or None."""
     if type(base) not in (nn.Linear, Conv1D):
         return f"its base layer is {type(base).__name__}, not nn.Linear"
-    weight = base.weight
+    weight: Any = base.weight
     if type(weight) not in (nn.Parameter, Tensor):
         return f"its base weight is {type(weight).__name__}, not a plain parameter"
     return None if weight.is_floating_point() else f"its base weight is {weight.dtype}, not floating point"

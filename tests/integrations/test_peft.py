@@ -1,0 +1,333 @@
+"""PEFT's LoRA layers on the fused op: the same numbers, keys, files and methods as before."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+
+import peft
+import pytest
+import torch
+from models import MLP
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft_models import (
+    assert_equal_runs,
+    assert_same_bits,
+    inputs,
+    lora_config,
+    pair,
+    peft_model,
+    randomise,
+    run,
+)
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import fused_ewclora as fe
+from fused_ewclora.integrations._peft_layers import FusedPeftLinear
+from fused_ewclora.integrations.peft import accelerate_, restore_
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+class Transposed(nn.Module):
+    """GPT-2's kind of linear layer beside an `nn.Linear` without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = Conv1D(10, 6)
+        self.fc2 = nn.Linear(10, 4, bias=False)
+        nn.init.normal_(self.fc1.bias)
+
+    def forward(self, x):
+        return self.fc2(torch.tanh(self.fc1(x)))
+
+
+def layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, PeftLinear)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("build", [MLP, Transposed])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_outputs_and_gradients_are_those_of_peft(build, dtype):
+    plain, fused = pair(build(), dtype)
+    assert all(type(layer) is FusedPeftLinear for layer in layers(fused).values())
+    assert {p.dtype for n, p in fused.named_parameters() if "lora_" in n} == {
+        torch.float64 if dtype == torch.float64 else torch.float32  # autocast_adapter_dtype
+    }
+    assert_equal_runs(plain, fused, inputs(dtype))
+
+
+def test_adapters_of_low_precision_are_served_as_they_are():
+    torch.manual_seed(0)
+    model = peft.get_peft_model(MLP().bfloat16(), lora_config(), autocast_adapter_dtype=False)
+    randomise(model)
+    fused = copy.deepcopy(model)
+    assert not accelerate_(fused).summary["not_fused"]
+    assert_equal_runs(model, fused, inputs(torch.bfloat16))
+
+
+def test_under_autocast_the_output_has_its_dtype_and_the_values_of_peft():
+    plain, fused = pair(dtype=torch.float32)
+    x = inputs(torch.float32)
+    exact = copy.deepcopy(plain).double()(x.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        own, ours = plain(x), fused(x)
+    assert ours.dtype == own.dtype == torch.bfloat16
+    error = (own.double() - exact).abs().max()
+    assert (ours.double() - exact).abs().max() <= 2 * error + torch.finfo(
+        torch.bfloat16
+    ).eps * exact.abs().max()
+
+
+def test_the_class_swap_keeps_keys_modules_and_what_isinstance_says():
+    model = peft_model()
+    keys, modules = list(model.state_dict()), list(model.modules())
+    before = {name: set(vars(layer)) for name, layer in layers(model).items()}
+    report = accelerate_(model)
+    assert report.summary == {"layers": 2, "skipped": {}, "not_fused": {}}
+    assert [row["name"] for row in report.rows] == ["fc1", "fc2"]
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert str(accelerate_(model)) == str(report)  # a second call finds the same
+    assert restore_(model) == 2 and restore_(model) == 0
+    assert {name: set(vars(layer)) for name, layer in layers(model).items()} == before
+    assert {type(layer) for layer in layers(model).values()} == {PeftLinear}
+
+
+def test_saved_files_are_the_same_bytes(tmp_path):
+    plain, fused = pair(modules_to_save=["head"])
+    for name, model in (("plain", plain), ("fused", fused)):
+        model.save_pretrained(tmp_path / name)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "fused" / name).read_bytes()
+
+
+def test_merging_and_unmerging_are_pefts():
+    plain, fused = pair()
+    x = inputs()
+    for model in (plain, fused):
+        model.merge_adapter()
+    assert fused.base_model.model.fc1.merged and torch.equal(plain(x), fused(x))
+    assert "merged" in str(fe.explain(fused))
+    for model in (plain, fused):
+        model.unmerge_adapter()
+    assert_equal_runs(plain, fused, x)
+    one, other = plain.merge_and_unload(), fused.merge_and_unload()
+    assert type(other) is MLP and torch.equal(one(x), other(x))
+    assert not any(isinstance(module, PeftLinear) for module in other.modules())
+
+
+def test_a_merged_model_can_be_taken_in_and_unmerged():
+    model = peft_model()
+    x = inputs()
+    y = model(x)
+    model.merge_adapter()
+    accelerate_(model)
+    torch.testing.assert_close(model(x), y)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x), y)
+
+
+def test_disabled_adapters_leave_the_base_model():
+    plain, fused = pair()
+    x = inputs()
+    with plain.disable_adapter(), fused.disable_adapter():
+        base = plain(x)
+        assert torch.equal(fused(x), base)
+    assert all(p.requires_grad for n, p in fused.named_parameters() if "lora_" in n)
+    with fe.disabled(fused):
+        assert torch.equal(fused(x), base)
+    assert_equal_runs(plain, fused, x)
+
+
+def test_adapters_can_be_added_switched_and_deleted_after_the_swap():
+    plain, fused = pair()
+    x = inputs()
+    for model in (plain, fused):
+        torch.manual_seed(3)
+        model.add_adapter("other", lora_config(r=3, lora_alpha=1, use_rslora=True))
+        randomise(model, seed=4)
+    assert_equal_runs(plain, fused, x)
+    for model in (plain, fused):
+        model.set_adapter("other")
+    assert_equal_runs(plain, fused, x)
+    assert fe.explain(fused).rows[0]["r"] == "3"
+    for model in (plain, fused):
+        model.delete_adapter("default")
+    assert_equal_runs(plain, fused, x)
+
+
+def test_several_active_adapters_run_pefts_own_forward_and_the_table_says_so():
+    plain, fused = pair()
+    for model in (plain, fused):
+        torch.manual_seed(3)
+        model.add_adapter("other", lora_config(r=3))
+        randomise(model, seed=4)
+        model.base_model.set_adapter(["default", "other"])
+    assert_same_bits(plain, fused, inputs())
+    reason = accelerate_(fused).summary["not_fused"]["fc1"]
+    assert reason == "2 adapters are active: default, other"
+    assert {row["why_not_faster"] for row in fe.explain(fused, inputs()).rows} == {reason}
+
+
+def test_batches_that_mix_adapters_run_pefts_own_forward():
+    plain, fused = pair()
+    names = ["default", "__base__", "other", "default", "other"]
+    outputs = []
+    for model in (plain, fused):
+        torch.manual_seed(3)
+        model.add_adapter("other", lora_config(r=3))
+        randomise(model, seed=4)
+        outputs.append(model.eval()(inputs(), adapter_names=names))
+    assert torch.equal(*outputs)
+    with pytest.raises(ValueError, match="adapter_names"):
+        fused(inputs(), adapter_names=names[:2])
+
+
+def test_the_scale_is_pefts_present_one():
+    plain, fused = pair()
+    for model in (plain, fused):
+        for layer in layers(model).values():
+            layer.scale_layer(0.25)
+    assert_equal_runs(plain, fused, inputs())
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"use_dora": True}, "variants of LoRA (default)"),
+        ({"lora_bias": True, "target_modules": ["fc1"]}, "have a bias (default)"),
+    ],
+)
+def test_other_kinds_of_lora_are_left_alone_with_the_reason(options, reason):
+    plain, fused = pair(**options)
+    report = accelerate_(fused)
+    assert report.summary["layers"] == 0 and all(reason in why for why in report.summary["skipped"].values())
+    assert re.search(r"left to PEFT: fc1: .*" + re.escape(reason), str(report))
+    assert {type(layer) for layer in layers(fused).values()} == {PeftLinear}
+    assert_same_bits(plain, fused, inputs())
+
+
+def test_an_adapter_of_another_kind_takes_turns_with_a_plain_one():
+    plain, fused = pair()
+    for model in (plain, fused):
+        torch.manual_seed(3)
+        model.add_adapter("dora", lora_config(use_dora=True))
+        randomise(model, seed=4)
+        model.set_adapter("dora")
+    assert "DoraLinearVariant" in accelerate_(fused).summary["not_fused"]["fc2"]
+    assert_same_bits(plain, fused, inputs())
+    for model in (plain, fused):
+        model.set_adapter("default")
+    assert not accelerate_(fused).summary["not_fused"]
+    assert_equal_runs(plain, fused, inputs())
+
+
+class Quantised(nn.Linear):
+    """Stands for a layer that PEFT serves as an `nn.Linear` although its weight is not what it multiplies by."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.round(decimals=1), self.bias)
+
+
+def test_base_layers_that_are_not_exactly_linear_are_left_alone():
+    torch.manual_seed(0)
+    model = MLP()
+    model.fc1 = Quantised(6, 10)
+    plain, fused = pair(model)
+    report = accelerate_(fused)
+    assert report.summary["skipped"] == {"fc1": "its base layer is Quantised, not nn.Linear"}
+    assert_equal_runs(plain, fused, inputs())
+
+
+def test_layers_of_other_classes_are_left_alone():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.fc1 = nn.Embedding(7, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.fc1(self.words(x))
+
+    _, fused = pair(Words(), target_modules=["words", "fc1"])
+    report = accelerate_(fused)
+    assert list(report.summary["skipped"]) == ["words"] and report.summary["layers"] == 1
+    assert "peft.tuners.lora.layer.Embedding is not" in report.summary["skipped"]["words"]
+    with pytest.raises(fe.TargetError, match="words.*unprotected"):
+        fe.integrations.peft.attach_ewc(fused)
+
+
+def test_hooks_on_inner_modules_still_run():
+    plain, fused = pair()
+    seen = []
+    for model in (plain, fused):
+        model.base_model.model.fc1.base_layer.register_forward_hook(lambda m, a, y: seen.append(1) or 2 * y)
+    assert_same = run(plain, inputs())["y"]
+    assert len(seen) == 1
+    torch.testing.assert_close(run(fused, inputs())["y"], assert_same, rtol=1e-13, atol=1e-13)
+    assert len(seen) == 2
+    assert "hooks" in accelerate_(fused).summary["not_fused"]["fc1"]
+
+
+def test_dropout_has_the_distribution_of_peft_and_follows_the_seed():
+    width, p = 40, 0.3
+    model = peft_model(nn.Sequential(nn.Linear(width, width)), r=width, target_modules=["0"], lora_dropout=p)
+    accelerate_(model)
+    layer = model.base_model.model[0]
+    with torch.no_grad():  # y - base(x) = 1.5 / 40 * dropout(x) for x of ones
+        for factor in (layer.lora_A, layer.lora_B):
+            factor["default"].weight.copy_(torch.eye(width))
+    x = torch.ones(500, width, dtype=torch.float64)
+
+    def factors(seed):
+        torch.manual_seed(seed)
+        return (model(x) - layer.base_layer(x)) / layer.scaling["default"]
+
+    kept = factors(1)
+    assert torch.equal(kept, factors(1)) and not torch.equal(kept, factors(2))
+    share = float((kept.abs() < 1e-9).double().mean())
+    assert abs(share - p) < 5 * (p * (1 - p) / kept.numel()) ** 0.5
+    large = kept[kept.abs() >= 1e-9]
+    torch.testing.assert_close(large, torch.full_like(large, 1 / (1 - p)))
+    model.eval()
+    torch.testing.assert_close(factors(1), x)
+
+
+def test_gradients_pass_through_the_mask_that_the_forward_drew():
+    _, fused = pair(lora_dropout=0.5)
+    x = inputs()
+
+    def loss(scale):
+        torch.manual_seed(5)
+        return fused(scale * x).square().sum()
+
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(loss, (scale,))
+
+
+def test_copies_and_pickles_stay_fused():
+    _, fused = pair()
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert {type(layer) for layer in layers(other).values()} == {FusedPeftLinear}
+        assert torch.equal(other(inputs()), fused(inputs()))
+
+
+def test_a_fused_model_compiles_into_one_graph():
+    _, fused = pair()
+    compiled = torch.compile(fused, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(inputs()), fused(inputs()))
+
+
+def test_models_without_peft_layers_are_refused():
+    with pytest.raises(fe.TargetError, match="found none"):
+        accelerate_(MLP())
+
+
+def test_ejecting_gives_the_layers_back_to_peft():
+    plain, fused = pair()
+    fe.eject(fused, merge=False)
+    assert {type(layer) for layer in layers(fused).values()} == {PeftLinear}
+    assert_same_bits(plain, fused, inputs())
