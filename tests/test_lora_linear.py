@@ -290,3 +290,17 @@ def test_a_second_derivative_raises_and_says_why(backend):
     grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grads[0].sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (2, 3, 12)])
+def test_the_output_may_be_changed_in_place(backend, shape):
+    """As that of nn.Linear: biases added by `y += b` (timm's BEiT), nn.ReLU(inplace=True)."""
+    values = Values(0, backend)
+    x, weight, lora_a, lora_b = (values.normal(*s) for s in (shape, (8, 12), (2, 12), (8, 2)))
+    for tensor in (x, lora_a, lora_b):
+        tensor.requires_grad_()
+    gradients = []
+    for relu in (F.relu_, F.relu):
+        y = FE.lora_linear(x, weight, None, lora_a, lora_b, backend=backend)
+        gradients.append(torch.autograd.grad(relu(y).square().sum(), [x, lora_a, lora_b]))
+    assert all(map(torch.equal, *gradients))

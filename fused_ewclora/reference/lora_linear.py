@@ -91,7 +91,10 @@ def forward(
     acc = accumulate_dtype(x.dtype)
     x2 = x.reshape(-1, x.shape[-1]).to(acc)
     z = dropout(x2, dropout_p, seed) @ torch.cat([a.to(acc) for a in lora_as]).T
-    y = x2 @ weight.to(acc).T
+    # Not a view of what is computed: autograd lets no view that a Function returns be changed in place.
+    output = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=acc)
+    y = output.view(x2.shape[0], weight.shape[0])
+    torch.mm(x2, weight.to(acc).T, out=y)
     if bias is not None:
         y += bias.to(acc)
     for i, z_i in enumerate(z.split([a.shape[0] for a in lora_as], dim=1)):
@@ -100,7 +103,7 @@ def forward(
         for start, stop in _ranges(rows, i):
             y[:, start:stop] += low_rank[:, done : done + stop - start]
             done += stop - start
-    return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0]), z
+    return output.to(x.dtype), z
 
 
 def backward(

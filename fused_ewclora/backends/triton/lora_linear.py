@@ -44,9 +44,10 @@ class _Forward:
         self.dropout = Dropout.of(dropout_p, seed)
         self.d_out, self.d_in = weight.shape
         self.rank = sum(a.shape[0] for a in lora_as)
-        self.y = self.x.new_empty(self.x.shape[0], self.d_out)
+        # What is returned is no view: autograd lets no view that a Function returns be changed in place.
+        self.output = self.x.new_empty((*x.shape[:-1], self.d_out))
+        self.y = self.output.view(self.x.shape[0], self.d_out)
         self.z = self.x.new_empty(self.x.shape[0], self.rank, dtype=torch.float32)
-        self.shape = (*x.shape[:-1], self.d_out)
 
     def pack(self, b: Tensor | None = None) -> Adapters:
         return pack(*self.adapters, self.x, self.d_out, b=b)
@@ -56,7 +57,7 @@ class _Forward:
         product(self.x, self.weight, factors, self.z, self.bias, self.y, bounds, full=full, base=base)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        return self.y.view(self.shape), self.z
+        return self.output, self.z
 
 
 def lora_linear_full(*arguments: Any) -> tuple[Tensor, Tensor]:
