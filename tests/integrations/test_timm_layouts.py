@@ -96,6 +96,7 @@ def key_of(case: str) -> tuple[str, str]:
 def make(case: str) -> tuple[nn.Module, tuple[Any, ...]]:
     module, name = key_of(case)
     options, shape, others = CASES[case]
+    torch.set_num_threads(1)  # matrices this small only wait for each other's threads
     torch.manual_seed(0)
     attention = getattr(importlib.import_module(f"timm.{module}"), name)(**options).double()
     attention.eval()  # returns None where timm overrides train
