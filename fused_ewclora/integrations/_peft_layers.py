@@ -118,17 +118,20 @@ class FusedPeftLinear(AdaptedLinear, PeftLinear):
         return float(self.scaling[self._name_of(adapter)])
 
     def _name_of(self, piece: AdapterSlice) -> str:
+        self._check_bound()
         names = self.active_names()
-        if self.bound is not None and names != [self.bound]:
-            raise TargetError(
-                f"the EWC of attach_ewc belongs to the adapter {self.bound!r}, but active are {names}; call "
-                f"set_adapter({self.bound!r}) on the PEFT model"
-            )
         if piece.name:
             return piece.name
         if len(names) != 1:
             raise TargetError(f"expected one active adapter, got {names}; call set_adapter(name)")
         return names[0]
+
+    def _check_bound(self) -> None:
+        if self.bound is not None and (names := self.active_names()) != [self.bound]:
+            raise TargetError(
+                f"the EWC of attach_ewc belongs to the adapter {self.bound!r}, but active are {names}; call "
+                f"set_adapter({self.bound!r}) on the PEFT model"
+            )
 
     @torch.no_grad()
     def reset_adapters(self, generator: torch.Generator | None = None) -> None:
@@ -190,6 +193,8 @@ class FusedPeftLinear(AdaptedLinear, PeftLinear):
                 why = "it is merged or disabled, or was given more than x" if plain else why
                 raise TargetError(f"a Fisher pass needs the fused op, which does not serve this call: {why}")
             return cast(Tensor, PeftLinear.forward(self, x, *args, **kwargs))
+        if self.fisher_capture is not None:
+            self._check_bound()
         (name,) = self.active_names()
         dropout = self.lora_dropout[name]
         adapter = FE.Adapter(

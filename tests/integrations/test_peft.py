@@ -19,7 +19,6 @@ from peft_models import (
     pair,
     peft_model,
     randomise,
-    run,
 )
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -77,9 +76,8 @@ def test_under_autocast_the_output_has_its_dtype_and_the_values_of_peft():
         own, ours = plain(x), fused(x)
     assert ours.dtype == own.dtype == torch.bfloat16
     error = (own.double() - exact).abs().max()
-    assert (ours.double() - exact).abs().max() <= 2 * error + torch.finfo(
-        torch.bfloat16
-    ).eps * exact.abs().max()
+    rounding = torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert (ours.double() - exact).abs().max() <= 2 * error + rounding
 
 
 def test_the_class_swap_keeps_keys_modules_and_what_isinstance_says():
@@ -227,7 +225,7 @@ def test_an_adapter_of_another_kind_takes_turns_with_a_plain_one():
 
 
 class Quantised(nn.Linear):
-    """Stands for a layer that PEFT serves as an `nn.Linear` although its weight is not what it multiplies by."""
+    """PEFT takes it for an `nn.Linear` although its weight is not what it multiplies by."""
 
     def forward(self, x):
         return nn.functional.linear(x, self.weight.round(decimals=1), self.bias)
@@ -256,7 +254,7 @@ def test_layers_of_other_classes_are_left_alone():
     report = accelerate_(fused)
     assert list(report.summary["skipped"]) == ["words"] and report.summary["layers"] == 1
     assert "peft.tuners.lora.layer.Embedding is not" in report.summary["skipped"]["words"]
-    with pytest.raises(fe.TargetError, match="words.*unprotected"):
+    with pytest.raises(fe.TargetError, match=r"words.*unprotected"):
         fe.integrations.peft.attach_ewc(fused)
 
 
@@ -265,9 +263,9 @@ def test_hooks_on_inner_modules_still_run():
     seen = []
     for model in (plain, fused):
         model.base_model.model.fc1.base_layer.register_forward_hook(lambda m, a, y: seen.append(1) or 2 * y)
-    assert_same = run(plain, inputs())["y"]
+    expected = plain(inputs())
     assert len(seen) == 1
-    torch.testing.assert_close(run(fused, inputs())["y"], assert_same, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(fused(inputs()), expected, rtol=1e-13, atol=1e-13)
     assert len(seen) == 2
     assert "hooks" in accelerate_(fused).summary["not_fused"]["fc1"]
 
