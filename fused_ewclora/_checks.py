@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -55,7 +56,8 @@ def finite(tensor: Tensor, name: str) -> None:
 
 def number(value: float, name: str) -> None:
     """A finite number: NaN or Inf would silently spread to every result."""
-    if not math.isfinite(value):
+    # A comparison, which the compiler understands of a number that has changed; math.isfinite it does not.
+    if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ArgumentError(f"{name}: expected a finite number, got {value}")
 
 

@@ -116,7 +116,7 @@ def lora_linear_adapters(
     """
     x, weight, bias = check.autocast(x, weight, bias)
     rows = check.lora_linear(x, weight, bias, adapters, dropout_p)
-    if not training:
+    if dropout_p > 0.0 and not training:  # in this order: without dropout no graph depends on the mode
         dropout_p = 0.0
     mask_seed = check.seed_tensor(seed, x.device) if dropout_p > 0.0 else None
     factors = [1.0 if isinstance(a.scale, Tensor) else float(a.scale) for a in adapters]
@@ -165,7 +165,7 @@ def ewc_penalty(
     if not fishers:
         return torch.zeros(())
     name = _dispatch.resolve(backend)
-    return _penalty.EWCPenaltyFunction.apply(factors, float(ewc_lambda), name, list(fishers), *tensors)
+    return _penalty.ewc_penalty(factors, float(ewc_lambda), name, list(fishers), tensors)
 
 
 @torch.no_grad()

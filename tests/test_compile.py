@@ -12,7 +12,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_map_only
 
+import fused_ewclora as fe
 from fused_ewclora import functional as FE
+from fused_ewclora.ops import _dispatch
 from fused_ewclora.ops._library import SCHEMAS
 
 OPS = torch.ops.fused_ewclora
@@ -136,6 +138,93 @@ def test_other_values_of_the_same_shapes_do_not_recompile():
     for seed in range(4):
         compiled(torch.tensor(seed), *parameters(seed)).backward()
     assert counter.frame_count == 1
+
+
+def shared_factors(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+    return FE.lora_linear_slices(x, w, bias, [(0, 3, a, b[:3], s), (4, 7, a, b[4:], s)])
+
+
+def shared_penalty(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+    fisher = torch.arange(35.0).reshape(7, 5)
+    value = FE.ewc_penalty([fisher, fisher], [a, a], [b, b], [s, s], 10.0)
+    return value + x.sum() * w.sum() * bias.sum()
+
+
+@pytest.mark.parametrize("function", [shared_factors, shared_penalty])
+def test_adapters_that_share_a_tensor_compile_to_one_graph_and_add_up_their_gradients(function):
+    arguments = parameters()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    expected, got = with_gradients(function, arguments), with_gradients(compiled, arguments)
+    for one, two in zip(expected, got, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=0.0)  # two addends, in either order
+
+
+@pytest.fixture
+def first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no operation had asked for the backend in this process."""
+    monkeypatch.setattr(_dispatch, "_chosen", None)
+    _dispatch._of_environment.cache_clear()
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_the_first_call_of_a_process_compiles_once(first_call, backend):
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(lambda *t: FE.lora_linear(*t, backend=backend), backend=counter, fullgraph=True)
+    arguments = parameters()
+    first = compiled(*arguments)
+    torch.testing.assert_close(FE.lora_linear(*arguments, backend=backend), first)  # eager, between the two
+    compiled(*arguments)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_that_is_named_serves_compiled_calls(backend):
+    """Forward and backward, and the penalty; as in eager calls."""
+
+    def step(fisher: Tensor, *t: Tensor) -> Tensor:
+        y = FE.lora_linear(*t, backend=backend)
+        return y.square().sum() + FE.ewc_penalty([fisher], [t[3]], [t[4]], [t[5]], 2.0, backend=backend)
+
+    arguments = [t.detach().to(device_of(backend)).requires_grad_() for t in parameters()]
+    fisher = Values(5).fisher(7, 5).to(device_of(backend))
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    expected = torch.autograd.grad(step(fisher, *arguments), arguments)
+    got = torch.autograd.grad(compiled(fisher, *arguments), arguments)
+    for one, two in zip(expected, got, strict=True):
+        torch.testing.assert_close(one, two, rtol=4e-7, atol=0.0)  # sums outside the op may be reordered
+
+
+def test_a_backend_that_is_missing_is_the_same_error_in_compiled_calls(monkeypatch):
+    missing = {**fe.available_backends(), "cuda": "there is no GPU"}
+    monkeypatch.setattr(_dispatch, "available_backends", lambda: missing)
+    _dispatch.choose.cache_clear()
+    compiled = torch.compile(lambda *t: FE.lora_linear(*t, backend="cuda"), backend="eager", fullgraph=True)
+    with pytest.raises(fe.BackendError, match="'cuda' is not available: there is no GPU"):
+        compiled(*parameters())
+
+
+@pytest.mark.parametrize(("p", "graphs"), [(0.0, 1), (0.5, 2)])
+def test_train_and_eval_share_a_graph_unless_there_is_dropout(p, graphs):
+    counter = CompileCounterWithBackend("eager")
+    layer = fe.LoRALinear(5, 7, r=3, lora_dropout=p)
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for mode in (True, False, True, False):
+        layer.train(mode)
+        compiled(torch.ones(2, 5))
+    assert counter.frame_count == graphs
+
+
+def test_a_lambda_that_changes_compiles_without_a_graph_break():
+    counter = CompileCounterWithBackend("eager")
+    _, _, _, a, b, s = parameters()
+    fisher, strength = Values(5).fisher(7, 5), [1.0]
+    compiled = torch.compile(
+        lambda: FE.ewc_penalty([fisher], [a], [b], [s], strength[0]), backend=counter, fullgraph=True
+    )
+    for graphs, strength[0] in enumerate((1.0, 3.0, 5.0), start=1):
+        expected = FE.ewc_penalty([fisher], [a], [b], [s], strength[0])
+        assert torch.equal(compiled(), expected)
+        assert counter.frame_count <= graphs
 
 
 def test_dropout_without_a_seed_draws_anew_in_every_compiled_call():

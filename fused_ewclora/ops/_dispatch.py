@@ -12,6 +12,8 @@ import importlib
 import os
 from collections.abc import Callable
 
+import torch
+
 from ..backends import measured_choice
 from ..backends.candidate import Call as Call
 from ..backends.candidate import Candidate as Candidate
@@ -75,6 +77,8 @@ def _validated(name: str, source: str) -> str:
     backend, _, algorithm = name.partition(":")
     if backend not in BACKENDS:
         raise ArgumentError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    if torch.compiler.is_compiling():
+        return name  # loading a backend is nothing to trace; `choose` validates when the op runs
     if backend != "auto" and (reason := available_backends()[backend]) is not None:
         raise BackendError(f"{source}: backend {backend!r} is not available: {reason}")
     if ":" in name and algorithm not in algorithms(backend):
@@ -83,15 +87,25 @@ def _validated(name: str, source: str) -> str:
     return name
 
 
-_current: str | None = None  # None until first asked for: the environment is read once
+@functools.cache
+def _of_environment() -> str:
+    """The environment is read once, when it is first asked for."""
+    return _validated(_named_in_environment(), ENVIRONMENT_VARIABLE)
+
+
+def _named_in_environment() -> str:
+    return os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+
+
+_chosen: str | None = None  # by `use_backend`; None leaves it to the environment
 
 
 def current_backend() -> str:
     """The backend that `backend=None` means now."""
-    global _current
-    if _current is None:
-        _current = _validated(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
-    return _current
+    if _chosen is not None:
+        return _chosen
+    # Tracing changes no state, which guards its graph: each first graph would be compiled a second time.
+    return _named_in_environment() if torch.compiler.is_compiling() else _of_environment()
 
 
 class use_backend:  # lower case: it is used like a function
@@ -104,16 +118,16 @@ class use_backend:  # lower case: it is used like a function
     """
 
     def __init__(self, name: str) -> None:
-        global _current
-        self._previous = current_backend()
-        _current = _validated(name, "use_backend")
+        global _chosen
+        current_backend()  # a wrong name in the environment is an error here, too
+        self._previous, _chosen = _chosen, _validated(name, "use_backend")
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, *_: object) -> None:
-        global _current
-        _current = self._previous
+        global _chosen
+        _chosen = self._previous
 
 
 def resolve(backend: str | None) -> str:
@@ -158,6 +172,7 @@ def annotate(how: Annotate | None) -> Annotate | None:
 def choose(op: str, backend: str, call: Call) -> Candidate:
     """The candidate that serves `call`; `BackendError` with every reason when a named backend cannot."""
     reasons = []
+    _validated(backend, "backend")  # compiled calls come unvalidated
     for candidate in candidates(op):
         reason = _reason(op, candidate, backend, call)
         if reason is None:

@@ -120,10 +120,15 @@ class FisherCapture:
         samples = x.shape[0]
         if samples == 0:
             return
-        for fisher, ranges in zip(self.fishers, self.rows, strict=True):
+        for index, ranges in enumerate(self.rows):
             parts = [dy[..., start:stop] for start, stop in ranges]
             dy_rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-            weight, backend = self._factor(samples), current_backend()
-            _library.fisher_accumulate_(fisher, x, dy_rows, self.mode, weight, None, backend)
+            self._add(index, x, dy_rows, self._factor(samples))
         self.samples += samples
         self.batches += 1
+
+    def _add(self, index: int, x: Tensor, dy: Tensor, weight: float) -> None:
+        self._accumulate_into(self.fishers[index], x, dy, weight)
+
+    def _accumulate_into(self, fisher: Tensor, x: Tensor, dy: Tensor, weight: float) -> None:
+        _library.fisher_accumulate_(fisher, x, dy, self.mode, weight, None, current_backend())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _library
+from ._distinct import distinct
 
 
 class Layout(NamedTuple):
@@ -71,3 +72,14 @@ class EWCPenaltyFunction(torch.autograd.Function):
             if wanted[index]:
                 grads[index] = grad
         return (None, None, None, None, *grads)
+
+
+def ewc_penalty(
+    factors: list[float],
+    ewc_lambda: float,
+    backend: str,
+    fishers: list[Tensor],
+    adapters: Sequence[Tensor | None],
+) -> Tensor:
+    """`adapters` is flat: A, B, scale tensor or None, per adapter."""
+    return EWCPenaltyFunction.apply(factors, ewc_lambda, backend, fishers, *distinct(adapters))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _library
+from ._distinct import distinct
 from .capture import FisherCapture
 
 
@@ -87,4 +88,4 @@ def lora_linear(
             x, weight, bias, adapters[0::3], adapters[1::3], adapters[2::3],
             meta.factors, meta.rows, meta.dropout_p, seed, meta.backend,
         )[0]  # fmt: skip
-    return LoRALinearFunction.apply(meta, capture, x, weight, bias, seed, *adapters)
+    return LoRALinearFunction.apply(meta, capture, *distinct([x, weight, bias, seed, *adapters]))
