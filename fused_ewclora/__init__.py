@@ -40,7 +40,7 @@ if not os.path.isdir(os.path.join(__path__[0], "kernels")):
 # Loaded on first use: what few programs need, or what is slow to import. Name -> module that defines it.
 _LAZY = {
     "EWC": "ewc",
-    "convert_lambda": "ewc",
+    "convert_lambda": "_settings",
     "save_pretrained": "checkpoint",
     "load_pretrained": "checkpoint",
     "export_peft": "interchange",

@@ -3,47 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ._ewc_state import EWCState, Factors, TaskRecord
 from ._fisher_pass import TaskFisher, nonfinite
+from ._processes import together
+from ._slots import Slot, put_rows, take_rows
 from ._transaction import Transaction
-from .adapted import AdaptedLinear
 from .errors import ArgumentError, FisherError
-from .slices import AdapterSlice
 
-Rows = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One adapter of one layer, as the Fisher key names it."""
-
-    key: str
-    layer: AdaptedLinear
-    piece: AdapterSlice
-    index: int  # of the piece in layer.adapter_parameters()
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """lora_A and lora_B."""
-        return self.layer.adapter_parameters()[self.index][1:]
-
-
-def take_rows(weight: Tensor, rows: Rows) -> Tensor:
-    """The rows of an adapter, in its order: a new `[sum of lengths, d_in]`."""
-    return torch.cat([weight.detach()[start:stop] for start, stop in rows])
-
-
-def put_rows(weight: Tensor, rows: Rows, values: Tensor) -> None:
-    """The reverse of `take_rows`, in place."""
-    done = 0
-    for start, stop in rows:
-        weight[start:stop] = values[done : done + stop - start]
-        done += stop - start
+if TYPE_CHECKING:
+    from ._sharding import Sharding  # loads torch.distributed.fsdp, which takes a second
 
 
 @torch.no_grad()
@@ -106,6 +80,7 @@ def consolidate(
     fisher_dtype: torch.dtype,
     check_finite: bool,
     generator: torch.Generator | None,
+    sharding: Sharding | None,
 ) -> EWCState:
     """The state after the task; weights, Fishers and adapters are updated in place through `change`, all of
     them or none."""
@@ -126,9 +101,9 @@ def consolidate(
         for slot in slots
     }
     factors = new_factors(slots, state.factors) if merge_mode == "factors" else {}
-    weights = new_weights(slots, factors)
+    weights = new_weights(slots, factors) if sharding is None else sharding.new_weights()
     if check_finite:
-        _check(slots, fishers, weights)
+        _agreed(sharding, lambda: _check(slots, fishers, weights))
     record = TaskRecord("+".join(task.labels), task.samples, task.batch_size, gamma)
     after = EWCState(state.fishers or fishers, factors, (*state.history, record), None)
     layers = list(dict.fromkeys(slot.layer for slot in slots))
@@ -136,14 +111,22 @@ def consolidate(
         change.copy_(weight, value)
     for key, old in state.fishers.items():
         change.copy_(old, fishers[key])
-    for slot in slots:
-        for tensor in slot.factors():
-            change.remember(tensor)
-    for layer in layers:
-        layer.reset_adapters(generator)
+    held = [factor for slot in slots for factor in slot.factors()] if sharding is None else sharding.shards()
+    for tensor in held:
+        change.remember(tensor)
+    if sharding is not None:
+        sharding.reset_adapters(generator)
+    else:
+        for layer in layers:
+            layer.reset_adapters(generator)
     for layer in layers:
         layer.consolidated_tasks += 1
     return after
+
+
+def _agreed(sharding: Sharding | None, check: Callable[[], None]) -> None:
+    """An error in one process is one in all of them."""
+    check() if sharding is None else together(check)
 
 
 def _check(slots: list[Slot], fishers: Mapping[str, Tensor], weights: list[tuple[Tensor, Tensor]]) -> None:

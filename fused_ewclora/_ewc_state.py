@@ -3,8 +3,8 @@ over."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,13 @@ class EWCState:
             }
             task = TaskFisher(buffers, task.samples, task.batch_size, task.labels)
         return EWCState(fishers, factors, self.history, task)
+
+    def mapped_by_key(self, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> EWCState:
+        """The state with other Fishers, of all tasks and of the current one, from a table by Fisher key."""
+        task = self.task
+        if task is not None:
+            task = replace(task, buffers=convert(task.buffers))
+        return replace(self, fishers=convert(self.fishers), task=task)
 
 
 @dataclass(frozen=True)

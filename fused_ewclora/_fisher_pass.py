@@ -8,14 +8,18 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ._processes import together
 from .adapted import AdaptedLinear
 from .errors import ArgumentError, FisherError, TargetError
 from .ops.capture import FisherCapture
+
+if TYPE_CHECKING:
+    from ._sharding import Sharding  # loads torch.distributed.fsdp, which takes a second
 
 
 @dataclass
@@ -68,12 +72,14 @@ class FisherPass:
         reduction: str = "mean",
         batch_size: int | None = None,
         loss_scale: float = 1.0,
+        sharding: Sharding | None = None,
     ) -> None:
         if not (isinstance(loss_scale, (int, float)) and math.isfinite(loss_scale) and loss_scale > 0):
             raise ArgumentError(f"loss_scale: expected a finite number > 0, got {loss_scale!r}")
         self._layers, self._keys = layers, keys
         self._mode, self._reduction, self._loss_scale = mode, reduction, float(loss_scale)
         self._batch_size: int | None = None
+        self._sharding = sharding
         self._largest = 0
         self._captures: dict[str, FisherCapture] = {}
         self._stance: AbstractContextManager[Any] = nullcontext()
@@ -116,14 +122,17 @@ class FisherPass:
         return self
 
     def _capture(self, layer: AdaptedLinear) -> FisherCapture:
+        pieces = layer.adapter_slices
+        rows = [piece.rows for piece in pieces]
+        options = (self._mode, self._reduction, self._loss_scale, self._batch_size)
+        if self._sharding is not None:
+            return self._sharding.capture(layer, rows, *options)
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-        adapters = layer.adapter_parameters()
         buffers = [
-            torch.zeros(b.shape[0], a.shape[1], dtype=dtype, device=layer.weight.device)
-            for _, a, b in adapters
+            torch.zeros(piece.row_count, layer.in_features, dtype=dtype, device=layer.weight.device)
+            for piece in pieces
         ]
-        rows = [piece.rows for piece, _, _ in adapters]
-        return FisherCapture(buffers, rows, self._mode, self._reduction, self._loss_scale, self._batch_size)
+        return FisherCapture(buffers, rows, *options)
 
     def finish_batch(self) -> None:
         """All backward passes of the batch are done: square what is held for layers whose later calls took no
@@ -139,9 +148,17 @@ class FisherPass:
         self._stance.__exit__(kind, error, trace)
 
     def result(self, labels: str, check_finite: bool) -> TaskFisher:
-        """What was gathered, after the block; raises when a layer was missed, counts disagree or a value is
-        not finite."""
+        """What was gathered, after the block, by all processes when sharded; raises when a layer was missed,
+        counts disagree or a value is not finite."""
         self.finish_batch()
+        if self._sharding is None:
+            return self._result(labels, check_finite)
+        sharding = self._sharding
+        task = together(lambda: self._result(labels, check_finite))
+        batch_size = sharding.largest(task.batch_size)
+        return TaskFisher(task.buffers, sharding.summed(task.samples), batch_size, task.labels)
+
+    def _result(self, labels: str, check_finite: bool) -> TaskFisher:
         self._check_reached()
         samples = self._counted_samples() if self.samples is None else self.samples
         buffers: dict[str, Tensor] = {}

@@ -9,6 +9,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from ._processes import assign_
+
 _WRAPPER_PARTS = (
     "_orig_mod",
     "_fsdp_wrapped_module",
@@ -52,10 +54,9 @@ class Transaction:
         self._old.append((target, target.detach().clone()))
 
     def copy_(self, target: Tensor, value: Tensor) -> None:
-        """target <- value, rounded to the dtype of target."""
+        """target <- value, rounded to the dtype of target, of which a sharded target takes its part."""
         self.remember(target)
-        with torch.no_grad():
-            target.copy_(value)
+        assign_(target, value)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

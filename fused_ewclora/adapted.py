@@ -124,6 +124,11 @@ class AdaptedLinear(nn.Module):
                 setattr(self, name, nn.Parameter(value))
         self.reset_adapters()
 
+    @property
+    def initial_bound(self) -> float:
+        """The entries of a new lora_A are uniform between minus this and this."""
+        return 1.0 / math.sqrt(self.in_features)
+
     @torch.no_grad()
     def reset_adapters(self, generator: torch.Generator | None = None) -> None:
         """A ~ U(-1/sqrt(in_features), 1/sqrt(in_features)) (Kaiming uniform with a = sqrt 5) and B = 0, in
@@ -132,7 +137,7 @@ class AdaptedLinear(nn.Module):
         A generator of another device is used there and its numbers are copied, so that one seed gives the
         same A everywhere.
         """
-        bound = 1.0 / math.sqrt(self.in_features)
+        bound = self.initial_bound
         for _, lora_a, lora_b in self.adapter_parameters():
             if generator is None or generator.device == lora_a.device:
                 lora_a.uniform_(-bound, bound, generator=generator)

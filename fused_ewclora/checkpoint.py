@@ -3,6 +3,7 @@ whole, loaded as a whole."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ._checkpoint_files import ADAPTER, ADAPTER_CONFIG, MANIFEST, STATE, read_files, write_files
-from ._consolidate import put_rows, take_rows
 from ._ewc_state import EWCState
 from ._peft_format import disk_key, model_key, own_config, peft_config, stock_shapes
+from ._processes import reshard, sharded, together, whole
+from ._slots import put_rows, take_rows
 from ._transaction import Transaction, canonical_name
 from .adapted import AdaptedLinear
 from .errors import ArgumentError, CheckpointError, FisherError, NotExactlyRepresentable
@@ -36,29 +39,34 @@ def save_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
     running statistics, in PEFT's own layout when PEFT would compute exactly the same, else in one that PEFT
     refuses. ewc_state.safetensors holds the Fishers and the base weight rows changed by consolidation;
     ewc_config.json how they were made, and the hashes. Optimizers and random states are not included. A
-    process that dies here leaves the checkpoint that was there. Raises `CheckpointError` while adapters are
-    merged, `ArgumentError` for an EWC of another model, `OSError` when the disk refuses.
+    process that dies here leaves the checkpoint that was there. Of a sharded model every process must call
+    this, and the first one writes whole tensors, which any number of processes can load. Raises
+    `CheckpointError` while adapters are merged, `ArgumentError` for an EWC of another model, `OSError` when
+    the disk refuses.
 
         >>> save_pretrained("run/task3", model, ewc)
     """
+    reshard(model)
     layers = _layers(model, ewc)
     if merged := [name for name, layer in layers.items() if layer.merged]:
         raise CheckpointError(
             f"{merged[0]}: its adapter is merged into the base weight; call unmerge(model) before saving"
         )
+    spread = bool(sharded(layers))
+    keep = not spread or dist.get_rank() == 0
     trained = trained_tensors(model, layers)
     changed = [name for name, layer in layers.items() if is_changed(layer)]
     tensors, adapter_config = _adapter_file(model, layers, trained, changed)
-    files = {ADAPTER: _pack(tensors), ADAPTER_CONFIG: json.dumps(adapter_config, indent=1).encode()}
+    files = {ADAPTER: _pack(tensors, keep), ADAPTER_CONFIG: json.dumps(adapter_config, indent=1).encode()}
     state: dict[str, Tensor] = {}
     for name in changed:
         for piece in layers[name].adapter_slices:
-            state[ROWS + fisher_key(name, piece)] = take_rows(layers[name].base_weight, piece.rows)
+            state[ROWS + fisher_key(name, piece)] = take_rows(whole(layers[name].base_weight), piece.rows)
     saved = None if ewc is None else ewc.state_dict()
     if saved is not None:
         state |= saved["tensors"]
     if state:
-        files[STATE] = _pack(state)
+        files[STATE] = _pack(state, keep)
     config = {
         "format": FORMAT,
         "layers": {name: _describe(layer) for name, layer in layers.items()},
@@ -66,7 +74,10 @@ def save_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
         "ewc_lambda": None if ewc is None else ewc.ewc_lambda,
         "gamma": None if ewc is None else ewc.gamma,
     }
-    write_files(Path(path), files, config)
+    if spread:
+        together(lambda: write_files(Path(path), files, config) if keep else None)
+    else:
+        write_files(Path(path), files, config)
 
 
 def load_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | None = None) -> None:
@@ -74,18 +85,21 @@ def load_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
     uninterrupted.
 
     The model must have been built from the same pretrained weights and injected with the same configuration;
-    prefixes of DDP, torch.compile, FSDP and PEFT are ignored. Files are read, hashed and checked before the
+    prefixes of DDP, torch.compile, FSDP and PEFT are ignored; every process of a sharded model must call
+    this. Files are read, hashed and checked before the
     model is touched. Raises `CheckpointError` naming the file or layer and the mend; the model and the EWC
     are then as they were.
 
         >>> inject(model, config); ewc = EWC(model); load_pretrained("run/task3", model, ewc)
     """
+    reshard(model)
     layers = _layers(model, ewc)
     if merged := [name for name, layer in layers.items() if layer.merged]:
         raise CheckpointError(
             f"{merged[0]}: its adapter is merged into the base weight; call unmerge(model) before loading"
         )
-    files, config = read_files(Path(path))
+    read = functools.partial(read_files, Path(path))
+    files, config = together(read) if sharded(layers) else read()
     if config.get("format") != FORMAT:
         raise CheckpointError(
             f"{MANIFEST}: expected format {FORMAT}, got {config.get('format')!r}; nothing was loaded"
@@ -117,12 +131,12 @@ def _layers(model: nn.Module, ewc: EWC | None) -> dict[str, AdaptedLinear]:
 
 def _origin(layer: AdaptedLinear) -> str:
     # Empty when it was injected on the meta device.
-    return layer.origin_fingerprint or fingerprint(layer.base_weight)
+    return layer.origin_fingerprint or fingerprint(whole(layer.base_weight))
 
 
 def is_changed(layer: AdaptedLinear) -> bool:
     """Whether the base weight is no longer the pretrained one."""
-    return layer.consolidated_tasks > 0 or fingerprint(layer.base_weight) != _origin(layer)
+    return layer.consolidated_tasks > 0 or fingerprint(whole(layer.base_weight)) != _origin(layer)
 
 
 def _adapters_of(layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
@@ -181,11 +195,15 @@ def _describe_piece(piece: AdapterSlice) -> dict[str, Any]:
     }
 
 
-def _pack(tensors: Mapping[str, Tensor]) -> bytes:
-    # Copies: safetensors refuses tensors that share storage, as tied heads do.
-    return safetensors.torch.save(
-        {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-    )
+def _pack(tensors: Mapping[str, Tensor], keep: bool) -> bytes:
+    """The bytes of a file, nothing where another process writes it."""
+    copies: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())  # every process takes part
+        if keep:
+            # Copies: safetensors refuses tensors that share storage, as tied heads do.
+            copies[name] = full.cpu().clone().contiguous()
+    return safetensors.torch.save(copies) if keep else b""
 
 
 def _unpack(files: Mapping[str, bytes], name: str) -> dict[str, Tensor]:
@@ -273,7 +291,7 @@ def _row_updates(layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Tensor
                     "a freshly built and injected model. Nothing was loaded"
                 )
             continue
-        weight = layer.base_weight.detach().clone()
+        weight = whole(layer.base_weight.detach()).clone()
         for key, piece in zip(keys, layer.adapter_slices, strict=True):
             if key not in left:
                 raise CheckpointError(f"{STATE}: the rows of {key} are missing; nothing was loaded")

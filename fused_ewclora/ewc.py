@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,58 +14,22 @@ from torch.distributed import ProcessGroup
 
 from . import fisher as passes
 from . import functional as FE
-from ._consolidate import Slot, consolidate
+from ._consolidate import consolidate
 from ._ewc_state import EWCState, Expected, TaskRecord, dump, parse
 from ._fisher_pass import FisherPass, TaskFisher
+from ._processes import sharded, together
+from ._settings import FISHER_MODES, MERGE_MODES, UPDATES, number, one_of
+from ._slots import slots_of
 from ._transaction import Transaction, canonical_name
 from .adapted import AdaptedLinear
 from .distributed import reduced
 from .errors import ArgumentError, DtypeError, FisherError, TargetError
 from .inject import adapters, check_mergeable
-from .slices import fisher_key
 
-FISHER_MODES = ("sample", "batch")
-MERGE_MODES = ("delta", "factors")
-UPDATES = ("sum", "convex")
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ArgumentError(f"{name}: expected one of {allowed}, got {value!r}")
-    return value
-
-
-def _number(name: str, value: float, low: float, high: float) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not (low <= value <= high and math.isfinite(value))
-    ):
-        upper = "" if math.isinf(high) else f" and <= {high}"
-        raise ArgumentError(f"{name}: expected a finite number >= {low}{upper}, got {value!r}")
-    return float(value)
-
-
-def convert_lambda(ewc_lambda: float, from_mode: str, to_mode: str, batch_size: int) -> float:
-    """The lambda that gives the same penalty with a Fisher of the other mode: lambda_sample = lambda_batch /
-    batch_size.
-
-    It rests on F_batch ~ F_sample / batch_size, which holds in expectation where the mean gradient of a batch
-    is small beside the gradients of single samples, that is near an optimum: E F_batch = F_sample / n + (1 -
-    1/n) (E g)^2. The published lambda = 1e7 belongs to mode "batch" at batch size
-    128. Raises `ArgumentError`.
-
-        >>> convert_lambda(1e7, "batch", "sample", batch_size=128)
-        78125.0
-    """
-    _number("ewc_lambda", ewc_lambda, 0.0, math.inf)
-    _one_of("from_mode", from_mode, FISHER_MODES)
-    _one_of("to_mode", to_mode, FISHER_MODES)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ArgumentError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
-    if from_mode == to_mode:
-        return float(ewc_lambda)
-    return ewc_lambda / batch_size if to_mode == "sample" else ewc_lambda * batch_size
+    from ._sharding import Sharding  # loads torch.distributed.fsdp, which takes a second
 
 
 class EWC:
@@ -109,11 +73,11 @@ class EWC:
         generator: torch.Generator | None = None,
     ) -> None:
         self.model = model
-        self.ewc_lambda = _number("ewc_lambda", ewc_lambda, 0.0, math.inf)
-        self.gamma = _number("gamma", gamma, 0.0, 1.0)
-        self.fisher_mode = _one_of("fisher_mode", fisher_mode, FISHER_MODES)
-        self.merge_mode = _one_of("merge_mode", merge_mode, MERGE_MODES)
-        self.update = _one_of("update", update, UPDATES)
+        self.ewc_lambda = number("ewc_lambda", ewc_lambda, 0.0, math.inf)
+        self.gamma = number("gamma", gamma, 0.0, 1.0)
+        self.fisher_mode = one_of("fisher_mode", fisher_mode, FISHER_MODES)
+        self.merge_mode = one_of("merge_mode", merge_mode, MERGE_MODES)
+        self.update = one_of("update", update, UPDATES)
         self.check_finite, self.generator = bool(check_finite), generator
         self.layers: dict[str, AdaptedLinear] = {
             canonical_name(name): layer for name, layer in adapters(model).items()
@@ -122,17 +86,11 @@ class EWC:
             raise TargetError(
                 "model: expected adapters, found none; call fused_ewclora.inject(model, config) first"
             )
-        self._slots = self._find_slots()
+        self._slots = slots_of(self.layers)
         self._locations = [slot.layer.factor_locations(slot.piece) for slot in self._slots]
         self._state = EWCState()
+        self._sharding: Sharding | None = None
         self.fisher_dtype = self._checked_dtype(fisher_dtype)
-
-    def _find_slots(self) -> list[Slot]:
-        slots = []
-        for name, layer in self.layers.items():
-            for index, (piece, _, _) in enumerate(layer.adapter_parameters()):
-                slots.append(Slot(fisher_key(name, piece), layer, piece, index))
-        return slots
 
     def _checked_dtype(self, dtype: torch.dtype) -> torch.dtype:
         wide = [slot.key for slot in self._slots if slot.layer.weight.dtype == torch.float64]
@@ -145,8 +103,8 @@ class EWC:
     @property
     def fishers(self) -> dict[str, Tensor]:
         """The cumulative Fisher `[rows of the adapter, d_in]` by module name, with ".k" etc. for slices;
-        empty before the first task."""
-        return dict(self._state.fishers)
+        empty before the first task. Sharded Fishers are DTensors."""
+        return self._visible(self._state.fishers)
 
     @property
     def tasks(self) -> int:
@@ -157,6 +115,13 @@ class EWC:
     def history(self) -> tuple[TaskRecord, ...]:
         """How the Fisher of each consolidated task was made: labels, samples, batch size, gamma."""
         return self._state.history
+
+    def _visible(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(tensors) if self._sharding is None else self._sharding.wrapped(tensors)
+
+    def _check_placement(self) -> None:
+        if self._sharding is None and (name := next(iter(sharded(self.layers)), None)):
+            raise TargetError(f"{name}: its parameters are sharded; call ewc.shard_() after fully_shard")
 
     def _operands(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float | Tensor]]:
         """Fishers, lora_As, lora_Bs and scales, looked up on every step: some `.to()` and load calls replace
@@ -177,6 +142,8 @@ class EWC:
             # A leaf, so that .backward() works on it alone; torch.compile has no leaves inside its graphs.
             leaf = torch.is_grad_enabled() and not torch.compiler.is_compiling()
             return torch.zeros((), device=device, requires_grad=leaf)
+        if self._sharding is not None:
+            return self._sharding.penalty(self._state.fishers, self.ewc_lambda)
         return FE.ewc_penalty(*self._operands(), self.ewc_lambda)
 
     def add_penalty_grad_(self, grad_scale: float | Tensor = 1.0) -> Tensor:
@@ -187,6 +154,8 @@ class EWC:
         """
         if not self._state.fishers:
             return self.penalty().detach()
+        if self._sharding is not None:
+            return self._sharding.add_penalty_grad_(self._state.fishers, self.ewc_lambda, grad_scale)
         return FE.ewc_penalty_grad_(*self._operands(), self.ewc_lambda, grad_scale=grad_scale)
 
     @contextmanager
@@ -209,10 +178,13 @@ class EWC:
         >>> with ewc.accumulate_fisher():
         ...     for x, y in loader: criterion(model(x), y).backward()
         """
+        self._check_placement()
         keys: dict[str, list[str]] = {name: [] for name in self.layers}
         for name, layer in self.layers.items():
             keys[name] = [slot.key for slot in self._slots if slot.layer is layer]
-        passing = FisherPass(self.layers, keys, self.fisher_mode, reduction, batch_size, loss_scale)
+        passing = FisherPass(
+            self.layers, keys, self.fisher_mode, reduction, batch_size, loss_scale, self._sharding
+        )
         with passing:
             yield passing
         self._add(passing.result(labels, self.check_finite))
@@ -277,13 +249,36 @@ class EWC:
         """Sums the Fisher of the current task, and its number of samples, over the processes of `group`.
 
         Call it once on every process between estimate_fisher and consolidate, each having passed over its own
-        share of the data. Raises `FisherError` before any estimate or without a process group.
+        share of the data. Nothing is left to do after `shard_`, which sums while gathering. Raises
+        `FisherError` before any estimate or without a process group.
 
             >>> ewc.estimate_fisher(loader, criterion); ewc.reduce_fisher_(); ewc.consolidate()
         """
         if self._state.task is None:
             raise FisherError("reduce_fisher_: this task has no Fisher yet; call estimate_fisher first")
-        self._state = replace(self._state, task=reduced(self._state.task, group))
+        if self._sharding is None:
+            self._state = replace(self._state, task=reduced(self._state.task, group))
+
+    def shard_(self, mesh: DeviceMesh | None = None) -> None:
+        """Keep of every Fisher the rows whose lora_B this process has; for models that FSDP2 shards.
+
+        Call it once on every process, after `fully_shard` and before training. mesh: that of the parameters,
+        which None takes; of a mesh with replication the sharded dimension counts. From then on the memory of
+        a Fisher is divided by the number of processes, Fishers are summed over all processes batch by batch
+        (so each must run the same number of batches, as FSDP requires), a state loaded or made before is
+        dealt out, and gradients of the penalty reach the shards undivided. Raises `TargetError` when a factor
+        is not sharded by rows over mesh, `ArgumentError` for merge_mode "factors".
+
+            >>> fully_shard(model); ewc = EWC(model); ewc.shard_()
+        """
+        if self.merge_mode != "delta":
+            raise ArgumentError(f"merge_mode: expected 'delta' for shard_, got {self.merge_mode!r}")
+        from ._sharding import Sharding
+
+        sharding = Sharding(self.model, self._slots, mesh)
+        if self._sharding is None:
+            self._state = self._state.mapped_by_key(sharding.taken)
+        self._sharding = sharding
 
     def consolidate(self, gamma: float | None = None) -> None:
         """Ends a task: F <- gamma F + F_task, W <- W + B diag(s) A (fp32 sum, one rounding), A and B reset;
@@ -295,7 +290,8 @@ class EWC:
 
         >>> ewc.estimate_fisher(loader, criterion); ewc.consolidate()
         """
-        gamma = self.gamma if gamma is None else _number("gamma", gamma, 0.0, 1.0)
+        self._check_placement()
+        gamma = self.gamma if gamma is None else number("gamma", gamma, 0.0, 1.0)
         for name, layer in self.layers.items():
             if layer.merged:
                 raise TargetError(
@@ -316,6 +312,7 @@ class EWC:
                 fisher_dtype=self.fisher_dtype,
                 check_finite=self.check_finite,
                 generator=self.generator,
+                sharding=self._sharding,
             )
 
     def end_task(
@@ -333,7 +330,7 @@ class EWC:
             >>> ewc.end_task(loader, criterion, max_batches=100)
         """
         if gamma is not None:
-            _number("gamma", gamma, 0.0, 1.0)
+            number("gamma", gamma, 0.0, 1.0)
         self.estimate_fisher(loader, loss_fn, **kwargs)
         self.consolidate(gamma)
 
@@ -346,16 +343,19 @@ class EWC:
 
         >>> torch.save(ewc.state_dict(), "ewc.pt")
         """
-        return dump(self._state, self._settings())
+        state = self._state if self._sharding is None else self._state.mapped_by_key(self._sharding.wrapped)
+        return dump(state, self._settings())
 
     def parse_state(self, saved: Mapping[str, Any]) -> EWCState:
         """The validated state in `saved`, not yet taken over; raises `FisherError` naming what does not
         fit."""
-        shapes = {}
-        for slot in self._slots:
-            a, b = slot.factors()
-            shapes[slot.key] = (b.shape[0], a.shape[0], a.shape[1])
-        return parse(saved, Expected(shapes, self._settings(), self.check_finite))
+        shapes = {
+            slot.key: (slot.piece.row_count, slot.piece.r, slot.layer.in_features) for slot in self._slots
+        }
+        if self._sharding is None:
+            return parse(saved, Expected(shapes, self._settings(), self.check_finite))
+        saved, shapes = self._sharding.localised(saved, shapes)
+        return together(lambda: parse(saved, Expected(shapes, self._settings(), self.check_finite)))
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Takes over a `state_dict()` of an EWC with the same settings and adapters; nothing changes unless

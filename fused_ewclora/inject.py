@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import _mend
+from ._processes import sharded
 from .adapted import AdaptedLinear
 from .config import LoRAConfig
 from .errors import EWCLoRAError, TargetError
@@ -77,6 +78,7 @@ def eject(model: nn.Module, merge: bool = True) -> None:
         >>> eject(model)
     """
     layers = _adapted(model)
+    _check_whole(layers)
     if merge:
         _merge(model, layers)
     else:
@@ -151,6 +153,7 @@ def unmerge(model: nn.Module) -> None:
 
 def _merge(model: nn.Module, layers: dict[str, AdaptedLinear]) -> None:
     check_mergeable(model)
+    _check_whole(layers)
     done: list[AdaptedLinear] = []
     for name, layer in layers.items():
         if layer.merged:
@@ -164,6 +167,14 @@ def _merge(model: nn.Module, layers: dict[str, AdaptedLinear]) -> None:
                 raise type(error)(f"{name or 'model'}: {error}") from None
             raise
         done.append(layer)
+
+
+def _check_whole(layers: Mapping[str, AdaptedLinear]) -> None:
+    if names := sharded(layers):
+        raise TargetError(
+            f"{names[0]}: its parameters are sharded over processes; save_pretrained(path, model) and load "
+            "that in one process"
+        )
 
 
 def _adapted(model: nn.Module) -> dict[str, AdaptedLinear]:

@@ -14,26 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from ._checkpoint_files import ADAPTER, ADAPTER_CONFIG, write_plain
-from ._consolidate import put_rows
-from ._peft_format import PREFIX, exact_alpha, model_key, peft_config
+from ._peft_format import PREFIX, exact_alpha, model_key, peft_config, rank_and_alpha, refuse_foreign
+from ._slots import put_rows
 from ._transaction import Transaction, canonical_name
 from .adapted import AdaptedLinear
 from .checkpoint import is_changed, trained_tensors
 from .config import LoRAConfig
-from .errors import CheckpointError, NotExactlyRepresentable
+from .errors import CheckpointError, EWCLoRAError, NotExactlyRepresentable, TargetError
 from .inject import adapters, eject, inject
+from .matching import plan
 
-# Settings that change what the tensors of a PEFT folder mean, with the value that means what LoRALinear does.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
-    "use_rslora": (False, None),
-    "bias": ("none", None),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "trainable_token_indices": (None,),
-    "use_qalora": (False, None),
-    "target_parameters": (None, []),
-}
+
 _FACTOR = re.compile(r"(.+)\.lora_([AB])$")
 
 
@@ -43,7 +34,8 @@ def export_peft(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Adapters on slices of a packed projection become one adapter of the summed rank with a block-structured B.
     Other trained modules go along as modules_to_save. Raises `NotExactlyRepresentable` with the reason (tasks
-    consolidated into the base weights, a learned lora_scale, ...) and then writes nothing.
+    consolidated into the base weights, a learned lora_scale, ...) and then writes nothing. fan_in_fan_out is
+    set when all adapted layers store their weight transposed; PEFT corrects it by itself where only some do.
 
         >>> export_peft(model, "adapter")
     """
@@ -96,33 +88,39 @@ def import_peft(path: str | os.PathLike[str], model: nn.Module) -> None:
     computes.
 
     Raises `CheckpointError` for files that are missing or malformed and `NotExactlyRepresentable` for
-    settings such as DoRA that LoRALinear does not compute; the model is then as it was.
+    methods and settings that the adapted layers do not compute, such as DoRA; the model is then as it was.
 
         >>> import_peft("adapter", model)
     """
     if adapters(model):
         raise CheckpointError("model: expected one without adapters, because the folder says where they go")
     config, tensors = _read(Path(path))
-    for key, values in _NEUTRAL.items():
-        if key in config and config[key] not in values:
-            raise NotExactlyRepresentable(f"{ADAPTER_CONFIG}: {key}={config[key]!r}; expected {values[0]!r}")
+    refuse_foreign(config)
     factors: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = model_key(key)
-        match = _FACTOR.fullmatch(name)
-        if match:
+        if match := _FACTOR.fullmatch(name):
             factors.setdefault(match[1], {})[match[2]] = tensor
+        elif ".lora_" in name:
+            raise NotExactlyRepresentable(f"{ADAPTER}: {name} is no factor of a linear layer")
         else:
-            others[name.replace(".modules_to_save.default.", ".")] = tensor
-    plans = {name: _plan(model, name, pair, config) for name, pair in factors.items()}
-    targets = dict(model.named_parameters()) | dict(model.named_buffers())
+            others[name] = tensor
+    modules = {canonical_name(name): name for name, _ in model.named_modules()}
+    plans = {name: _plan(model, modules, name, pair, config) for name, pair in factors.items()}
+    targets = _tensors(model)
     for name, tensor in others.items():
         if name not in targets or targets[name].shape != tensor.shape:
             raise CheckpointError(
                 f"{ADAPTER}: {name} {list(tensor.shape)} fits nothing in the model; nothing was loaded"
             )
     _install(model, plans, factors, others)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by their names in files."""
+    named = [*model.named_buffers(remove_duplicate=False), *model.named_parameters(remove_duplicate=False)]
+    return {canonical_name(name): tensor for name, tensor in named}
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -132,10 +130,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(
             f"{folder / ADAPTER_CONFIG}: cannot be read: {error}; nothing was loaded"
         ) from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+    if not isinstance(config, dict):
         raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG}: expected peft_type 'LORA', got {kind!r}; nothing was loaded"
+            f"{folder / ADAPTER_CONFIG}: expected an object, got {type(config).__name__}; nothing was loaded"
         )
     try:
         return config, safetensors.torch.load((folder / ADAPTER).read_bytes())
@@ -145,31 +142,41 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
 
 
-def _pattern_value(patterns: Any, name: str, default: Any) -> Any:
-    """PEFT's rule: the first key that matches the name or its end after a dot."""
-    for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
-
-
-def _plan(model: nn.Module, name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]) -> LoRAConfig:
+def _plan(
+    model: nn.Module,
+    modules: Mapping[str, str],
+    name: str,
+    pair: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+) -> LoRAConfig:
     """The configuration of one layer, checked against its tensors."""
-    module = dict(model.named_modules()).get(name)
-    if set(pair) != {"A", "B"} or not isinstance(module, nn.Linear):
+    if set(pair) != {"A", "B"} or name not in modules:
         raise CheckpointError(
-            f"{ADAPTER}: {name}: expected lora_A and lora_B of a linear layer; nothing was loaded"
+            f"{ADAPTER}: {name}: expected lora_A and lora_B of a layer of the model; nothing was loaded"
         )
-    rank = _pattern_value(config.get("rank_pattern"), name, config.get("r"))
-    alpha = _pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha"))
-    expected = {"A": [rank, module.in_features], "B": [module.out_features, rank]}
+    rank, alpha = rank_and_alpha(config, name)
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise CheckpointError(
+            f"{ADAPTER_CONFIG}: lora_alpha of {name}: expected a number, got {alpha!r}; nothing was loaded"
+        )
     found = {letter: list(tensor.shape) for letter, tensor in pair.items()}
-    if found != expected or not isinstance(alpha, (int, float)):
+    dropout = config.get("lora_dropout", 0.0)
+    try:
+        planned = LoRAConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=re.escape(modules[name])
+        )
+    except EWCLoRAError as error:
+        raise CheckpointError(f"{ADAPTER_CONFIG}: {name}: {error}; nothing was loaded") from None
+    try:
+        (match,) = plan(model, planned).matches
+    except TargetError as error:
+        raise NotExactlyRepresentable(f"{name}: {error}") from None
+    expected = {"A": [rank, match.in_features], "B": [match.adapters[0].row_count, rank]}
+    if found != expected:
         raise CheckpointError(
             f"{ADAPTER}: {name}: expected shapes {expected}, got {found}; nothing was loaded"
         )
-    dropout = config.get("lora_dropout", 0.0)
-    return LoRAConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=re.escape(name))
+    return planned
 
 
 def _install(
@@ -182,7 +189,7 @@ def _install(
         with Transaction() as change:
             for plan in plans.values():
                 inject(model, plan)
-            parameters = dict(model.named_parameters()) | dict(model.named_buffers())
+            parameters = _tensors(model)
             for name, pair in factors.items():
                 change.copy_(parameters[f"{name}.lora_A"], pair["A"])
                 change.copy_(parameters[f"{name}.lora_B"], pair["B"])

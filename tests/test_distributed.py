@@ -1,45 +1,29 @@
-"""Fishers of several processes, with gloo on the CPU."""
+"""DDP and FSDP2 with gloo on the CPU: every check of distributed_checks.py, by two and by four processes."""
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import distributed_checks
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import KEYS, adapted, batches, data
+from tiny_models import adapted, data, randomise
 
-import fused_ewclora
+import fused_ewclora as fe
 from fused_ewclora.errors import FisherError
 from fused_ewclora.ewc import EWC
 
-WORKER = """
-import gc, os, sys
-sys.path.insert(0, sys.argv[1])
-import torch, torch.distributed as dist, torch.nn.functional as F
-from tiny_models import adapted, batches, data
-from fused_ewclora.ewc import EWC
-
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-x, y = data(7)
-mine = slice(0, 4) if rank == 0 else slice(4, 7)
-model = torch.nn.parallel.DistributedDataParallel(adapted())
-ewc = EWC(model, fisher_dtype=torch.float64, fisher_mode=sys.argv[3])
-ewc.estimate_fisher(batches(x[mine], y[mine], 4), F.cross_entropy)
-ewc.reduce_fisher_()
-ewc.consolidate()
-assert ewc.history[0].samples == 7 and ewc.history[0].batch_size == 4
-torch.save(ewc.fishers, f"{sys.argv[2]}/{rank}.pt")
-# DDP's model holds the process group; if it lives on, gloo's threads sometimes abort the process at its exit.
-del ewc, model
-gc.collect()
-dist.destroy_process_group()
-"""
+Results = list[dict[str, str | None]]
+WORLDS = (2, 4)
+CASES = [(world, name) for world in WORLDS for name in distributed_checks.names(world)]
 
 
 def free_port() -> int:
@@ -48,25 +32,55 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("mode", ["sample", "batch"])
-def test_two_processes_agree_with_one_on_all_the_data(tmp_path, mode):
+@functools.cache
+def folder_of(world: int) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f"fused_ewclora-{world}-"))
+
+
+@functools.cache
+def results_of(world: int) -> Results:
+    """What every process said about every check; those of four load what two have saved."""
+    if world == 4:
+        results_of(2)
     environment = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
+        "WORLD_SIZE": str(world),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(fused_ewclora.__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join([str(Path(fe.__file__).parents[1]), str(Path(__file__).parent)]),
     }
-    command = [sys.executable, "-c", WORKER, str(Path(__file__).parent), str(tmp_path), mode]
-    workers = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in range(2)]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    ewc = EWC(adapted(), fisher_dtype=torch.float64, fisher_mode=mode)
-    ewc.end_task(batches(*data(7), 4), F.cross_entropy)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for key in KEYS:
-            torch.testing.assert_close(found[key], ewc.fishers[key], rtol=1e-13, atol=0.0)
+    command = [
+        sys.executable,
+        str(Path(distributed_checks.__file__)),
+        str(folder_of(world)),
+        str(folder_of(2)),
+    ]
+    workers = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in range(world)]
+    try:
+        codes = [worker.wait(timeout=240) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    results = [json.loads((folder_of(world) / f"{rank}.json").read_text()) for rank in range(world)]
+    assert any(any(told.values()) for told in results) or codes == [0] * world, codes
+    return results
+
+
+@pytest.mark.parametrize(("world", "name"), CASES, ids=[f"{world}-{name}" for world, name in CASES])
+def test_processes_agree(world: int, name: str):
+    for rank, told in enumerate(results_of(world)):
+        assert name in told, f"process {rank} stopped before: {[n for n, failure in told.items() if failure]}"
+        assert told[name] is None, f"process {rank}: {told[name]}"
+
+
+def test_one_process_loads_what_several_saved():
+    results_of(2)
+    model = adapted()
+    randomise(model)
+    ewc = EWC(model, **distributed_checks.OPTIONS)
+    fe.load_pretrained(folder_of(2) / "checkpoint", model, ewc)
+    distributed_checks.compare(distributed_checks.values(model, ewc), folder_of(2))
 
 
 def test_reducing_without_a_fisher_or_a_process_group_says_so():

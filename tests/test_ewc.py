@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fused_ewclora import ewc as ewc_module
 from fused_ewclora import functional as FE
-from fused_ewclora.ewc import EWC, convert_lambda
+from fused_ewclora._settings import convert_lambda
+from fused_ewclora.ewc import EWC
 from fused_ewclora.layers import LoRALinear
 
 

@@ -12,9 +12,10 @@ from tiny_models import Tiny, adapted, assert_same, data, layers, randomise, sna
 from torch import nn
 
 from fused_ewclora import _consolidate
+from fused_ewclora._settings import convert_lambda
 from fused_ewclora.config import LoRAConfig
 from fused_ewclora.errors import ArgumentError, DtypeError, FisherError, TargetError
-from fused_ewclora.ewc import EWC, convert_lambda
+from fused_ewclora.ewc import EWC
 from fused_ewclora.inject import disabled, inject, merge, unmerge
 from fused_ewclora.layers import LoRALinear
 

@@ -1,0 +1,100 @@
+"""Row-sharded matrices made whole and back: one collective for all of them, with its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowShards:
+    """How tensors of `rows` rows are dealt out over the processes of `group`: each holds `chunk` rows, the
+    last ones fewer or none, as `torch.chunk` and `DTensor` do."""
+
+    rows: tuple[int, ...]
+    group: dist.ProcessGroup
+
+    def chunk(self, index: int) -> int:
+        """Rows of a process that has its full share."""
+        return -(-self.rows[index] // self.group.size())
+
+    def pack(self, parts: Sequence[Tensor]) -> Tensor:
+        """`[sum of padded sizes]`: the shards of one process, flat, padded to full shares with zeros."""
+        padded = []
+        for index, part in enumerate(parts):
+            missing = self.chunk(index) - part.shape[0]
+            if missing:
+                part = torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
+            padded.append(part.reshape(-1))
+        return torch.cat(padded)
+
+    def sizes(self, parts: Sequence[Tensor]) -> list[int]:
+        """Elements of every tensor in a row of `pack`."""
+        return [self.chunk(i) * part.shape[1:].numel() for i, part in enumerate(parts)]
+
+
+class GatherRows(torch.autograd.Function):
+    """Whole tensors from the rows that each process has; the gradient is summed over processes and dealt
+    out."""
+
+    @staticmethod
+    def forward(ctx: Any, shards: RowShards, *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.shards, ctx.rows = shards, [part.shape[0] for part in parts]
+        mine = shards.pack(parts)
+        all_ranks = mine.new_empty(shards.group.size() * len(mine))
+        dist.all_gather_into_tensor(all_ranks, mine, group=shards.group)
+        pieces = all_ranks.view(-1, len(mine)).split(shards.sizes(parts), dim=1)
+        return tuple(
+            piece.reshape(-1, *part.shape[1:])[:rows].clone()
+            for piece, part, rows in zip(pieces, parts, shards.rows, strict=True)
+        )
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        shards: RowShards = ctx.shards
+        world = shards.group.size()
+        blocks = []
+        for index, grad in enumerate(grads):
+            missing = world * shards.chunk(index) - grad.shape[0]
+            padded = torch.cat([grad, grad.new_zeros(missing, *grad.shape[1:])]) if missing else grad
+            blocks.append(padded.reshape(world, -1))
+        packed = torch.cat(blocks, dim=1)
+        mine = packed.new_empty(packed.shape[1])
+        dist.reduce_scatter_tensor(mine, packed.reshape(-1), group=shards.group)
+        pieces = mine.split([block.shape[1] for block in blocks])
+        return None, *(
+            piece.reshape(-1, *grad.shape[1:])[:rows]
+            for piece, grad, rows in zip(pieces, grads, ctx.rows, strict=True)
+        )
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of a term that every process has a part of. Its gradient with respect to that part is 1, and
+    every process backpropagates through its own part only."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def gathered(parts: Sequence[Tensor], rows: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
+    """The whole tensors of which every process of `group` has consecutive rows; one collective per dtype."""
+    whole: list[Tensor | None] = [None] * len(parts)
+    for dtype in dict.fromkeys(part.dtype for part in parts):
+        which = [i for i, part in enumerate(parts) if part.dtype == dtype]
+        shards = RowShards(tuple(rows[i] for i in which), group)
+        for i, tensor in zip(which, GatherRows.apply(shards, *(parts[i] for i in which)), strict=True):
+            whole[i] = tensor
+    return [tensor for tensor in whole if tensor is not None]

@@ -1,0 +1,69 @@
+"""What several processes must agree on, and whether a model is spread over them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .errors import EWCLoRAError
+
+Result = TypeVar("Result")
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether it is a part of a tensor of several processes."""
+    module = sys.modules.get("torch.distributed.tensor")  # importing it takes a second
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def sharded(layers: Mapping[str, nn.Module]) -> list[str]:
+    """The names of the layers of which a parameter lies in several processes."""
+    return [name for name, layer in layers.items() if any(map(is_dtensor, layer.parameters()))]
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees what FSDP2 keeps whole since the last forward pass; changes of shards would not reach it."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    for part in model.modules() if module is not None else ():
+        if isinstance(part, module.FSDPModule):  # type: ignore[union-attr]
+            part.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor with the parts of all processes, a copy; every process must call it."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def assign_(target: Tensor, value: Tensor) -> None:
+    """target <- value, of which a sharded target takes its part."""
+    if is_dtensor(target) and not is_dtensor(value):
+        parts = sys.modules["torch.distributed.tensor"]
+        place = (target.device_mesh, target.placements)  # type: ignore[attr-defined]
+        value = parts.distribute_tensor(value.to(target.device), *place, src_data_rank=None)
+    target.copy_(value)
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """The result of `work`, which makes no collective, unless it raises an error of this library or of files
+    in some process: then in all."""
+    result: list[Result] = []
+    error: EWCLoRAError | OSError | None = None
+    try:
+        result.append(work())
+    except (EWCLoRAError, OSError) as raised:
+        error = raised
+    said: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, None if error is None else (type(error), str(error)))
+    if error is not None:
+        raise error
+    for rank, other in enumerate(said):
+        if other is not None:
+            kind, message = other
+            raise kind(f"process {rank}: {message}")
+    return result[0]
