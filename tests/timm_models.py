@@ -1,4 +1,4 @@
-"""Tiny variants of named timm models, by the names that timm knows; imports timm, so for tests/integrations."""
+"""Tiny variants of models that timm knows by name, for tests/integrations."""
 
 from __future__ import annotations
 
