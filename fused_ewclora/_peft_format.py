@@ -56,14 +56,19 @@ def _ambiguous(name: str, others: Iterable[str]) -> bool:
     return any(other.endswith("." + name) for other in others)
 
 
+def _pattern(name: str, layers: Iterable[str]) -> str:
+    """A key of rank_pattern that PEFT finds for this layer alone: anchored where it is another's suffix."""
+    return ("^" if _ambiguous(name, layers) else "") + re.escape(name)
+
+
 def stock_shapes(layers: Mapping[str, AdaptedLinear]) -> dict[str, tuple[int, float]]:
     """(r, lora_alpha) of each layer; raises `NotExactlyRepresentable` for adapters that PEFT has no form
     for."""
     shapes = {}
     for name, layer in layers.items():
+        if len(layer.adapter_slices) != 1 or layer.adapter_slices[0].name:
+            raise NotExactlyRepresentable(f"{name} has several adapters, or one on slices of its rows")
         piece = layer.adapter_slices[0]
-        if piece.name or len(layer.adapter_slices) != 1:
-            raise NotExactlyRepresentable(f"{name} has adapters on slices of its rows")
         if piece.scale_name in layer._parameters:
             raise NotExactlyRepresentable(f"{name} has a learned lora_scale")
         shapes[name] = (piece.r, exact_alpha(piece.scaling, piece.r))
@@ -79,19 +84,16 @@ def peft_config(
     """adapter_config.json of stock PEFT for adapters of these (r, lora_alpha) and other trained tensors;
     raises `NotExactlyRepresentable` with the reason when PEFT would compute something else."""
     first = next(iter(layers.values()))
-    if any(layer.lora_dropout != first.lora_dropout for layer in layers.values()):
-        raise NotExactlyRepresentable("layers differ in lora_dropout")
+    if any(layer.dropout_p != first.dropout_p for layer in layers.values()):
+        raise NotExactlyRepresentable("layers differ in the probability of dropout")
     r, alpha = shapes[next(iter(layers))]
+    transposed = {layer.transposed for layer in layers.values()}
     modules = [canonical_name(name) for name, _ in model.named_modules()]
     if any(_ambiguous(name, modules) for name in layers):
         targets: Any = "|".join(re.escape(name) for name in layers)  # a string is matched in full
     else:
         targets = list(layers)
-    patterned = [name for name in layers if shapes[name] != (r, alpha)]
-    if any(_ambiguous(name, layers) for name in patterned):
-        raise NotExactlyRepresentable(
-            "ranks differ between layers of which one's name is a suffix of another's"
-        )
+    patterns = {name: _pattern(name, layers) for name in layers if shapes[name] != (r, alpha)}
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -99,13 +101,13 @@ def peft_config(
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
-        "lora_dropout": first.lora_dropout,
+        "lora_dropout": first.dropout_p,
         "target_modules": targets,
-        "rank_pattern": {re.escape(name): shapes[name][0] for name in patterned},
-        "alpha_pattern": {re.escape(name): shapes[name][1] for name in patterned},
+        "rank_pattern": {pattern: shapes[name][0] for name, pattern in patterns.items()},
+        "alpha_pattern": {pattern: shapes[name][1] for name, pattern in patterns.items()},
         "modules_to_save": _modules_to_save(model, extras),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": transposed == {True},
         "init_lora_weights": True,
     }
 
@@ -126,3 +128,52 @@ def _modules_to_save(model: nn.Module, extras: Iterable[str]) -> list[str] | Non
         if any(other != name and other.endswith(name) for other in modules):
             raise NotExactlyRepresentable(f"{name} is trained and its name is the end of another module's")
     return names or None
+
+
+# Keys of adapter_config.json that do not change what the tensors mean, or only say which tensors there are.
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
+    "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
+    "lora_ga_config", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size",
+    "revision", "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
+_USED = {
+    "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights",
+}  # fmt: skip
+_DEFAULT = 8  # of r and lora_alpha, in PEFT
+# Ways to begin that leave the base weights alone. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change them,
+# and PEFT changes them again when it loads such a file.
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def refuse_foreign(config: Mapping[str, Any]) -> None:
+    """Raises `NotExactlyRepresentable` for a method or setting of PEFT that an adapted linear layer does not
+    compute, also for ones that are not known here."""
+    if config.get("peft_type") != "LORA":
+        raise NotExactlyRepresentable(f"peft_type={config.get('peft_type')!r}; expected 'LORA'")
+    if (init := config.get("init_lora_weights", True)) not in _INITS:
+        raise NotExactlyRepresentable(
+            f"init_lora_weights={init!r} changed the base weights; save the adapter with PEFT's "
+            "path_initial_model_for_weight_conversion, which turns it into a plain one"
+        )
+    for key, value in config.items():
+        if key not in _HARMLESS | _USED and value not in (None, False, "none", [], {}):
+            raise NotExactlyRepresentable(f"{key}={value!r} is not what a plain LoRA layer computes")
+
+
+def rank_and_alpha(config: Mapping[str, Any], name: str) -> tuple[Any, Any]:
+    """r and lora_alpha of a layer, by PEFT's rules; rank-stabilised lora_alpha / sqrt(r) becomes the
+    lora_alpha that gives the same scale, or raises `NotExactlyRepresentable`."""
+    r = _pattern_value(config.get("rank_pattern"), name, config.get("r", _DEFAULT))
+    alpha = _pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha", _DEFAULT))
+    if config.get("use_rslora") and isinstance(alpha, (int, float)) and isinstance(r, int) and r > 0:
+        alpha = exact_alpha(alpha / math.sqrt(r), r)
+    return r, alpha
+
+
+def _pattern_value(patterns: Any, name: str, default: Any) -> Any:
+    """PEFT's rule: the first key that matches the name or its end after a dot."""
+    for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default

@@ -24,7 +24,6 @@ from .errors import CheckpointError, EWCLoRAError, NotExactlyRepresentable, Targ
 from .inject import adapters, eject, inject
 from .matching import plan
 
-
 _FACTOR = re.compile(r"(.+)\.lora_([AB])$")
 
 

@@ -98,11 +98,12 @@ def damage(name):
     key, gone = "base_model.model.fc.lora_A.weight", "base_model.model.gone.lora_A.weight"
     return {
         "DoRA": (edit_config(use_dora=True), "use_dora=True", NotExactlyRepresentable),
-        "rank-stabilised": (edit_config(use_rslora=True), "use_rslora", NotExactlyRepresentable),
+        "unknown": (edit_config(use_later=True), "use_later=True", NotExactlyRepresentable),
+        "PiSSA": (edit_config(init_lora_weights="pissa"), "pissa.*changed the base", NotExactlyRepresentable),
         "bias": (edit_config(bias="all"), "bias='all'", NotExactlyRepresentable),
-        "IA3": (edit_config(peft_type="IA3"), "peft_type.*IA3", CheckpointError),
+        "IA3": (edit_config(peft_type="IA3"), "peft_type.*IA3", NotExactlyRepresentable),
         "rank": (edit_config(r=5, rank_pattern={}), "expected shapes", CheckpointError),
-        "alpha": (edit_config(lora_alpha="x", alpha_pattern={}), "expected shapes", CheckpointError),
+        "alpha": (edit_config(lora_alpha="x", alpha_pattern={}), "lora_alpha of", CheckpointError),
         "no A": (edit_tensors(lambda t: t.pop(key)), "fc: expected lora_A and lora_B", CheckpointError),
         "no layer": (edit_tensors(lambda t: t.update({gone: t[key].clone()})), "gone: exp", CheckpointError),
         "foreign": (edit_tensors(lambda t: t.update(other=t[key].clone())), "fits nothing", CheckpointError),
@@ -114,7 +115,8 @@ def damage(name):
 
 NAMES = (
     "DoRA",
-    "rank-stabilised",
+    "unknown",
+    "PiSSA",
     "bias",
     "IA3",
     "rank",

@@ -67,10 +67,9 @@ class FusedPeftLinear(AdaptedLinear, PeftLinear):
         return self
 
     @property
-    def base_weight(self) -> Tensor:
-        """The base layer's weight as `[out_features, in_features]`: itself, or a view of a Conv1D's."""
-        weight: Tensor = self.base_layer.weight
-        return weight.t() if isinstance(self.base_layer, Conv1D) else weight
+    def transposed(self) -> bool:  # type: ignore[override]
+        """Whether the base layer is a Conv1D, whose weight is `[in_features, out_features]`."""
+        return type(self.base_layer) is Conv1D
 
     def active_names(self) -> list[str]:
         """The active adapters that this layer has."""

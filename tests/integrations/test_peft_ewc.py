@@ -1,4 +1,4 @@
-"""EWC over a live PEFT model trains as on a model that `inject` adapted; each reads the files of the other."""
+"""EWC over a live PEFT model trains as on an injected model; each reads what the other writes."""
 
 from __future__ import annotations
 
