@@ -1,6 +1,6 @@
-"""Benchmarks of the CPU. Every result is checked against fp64, then all providers of a case are timed in
-turns and the records appended. Exit status: 1 when a target is missed, ours fails or its result is wrong; 130
-when interrupted, with what was taken until then kept."""
+"""Benchmarks of the CPU; those of a GPU are run by benchmarks.gpu_check. Every result is checked against
+fp64, then all providers of a case are timed in turns and the records appended. Exit status: 1 when a target
+is missed, ours fails or its result is wrong; 130 when interrupted, with what was taken until then kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 # Inductor's compile workers start in the background and would take a core from what is timed first.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -19,22 +19,13 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own notes, in t
 
 import torch
 
-from . import (
-    end_to_end,
-    ewc_penalty,
-    extras,
-    fisher_accumulate,
-    growth,
-    harness,
-    lora_linear,
-    memory,
-    registry,
-    table,
-)
+from . import extras, growth, harness, memory, registry, table
 from .case import OURS, Case, Provider
 from .harness import Record
 from .machine import ROOT, Ceilings, ceilings, environment
-from .registry import Workload
+from .place import Place
+from .suites import SUITES
+from .workload import Workload
 
 # In a checkout; an installed package has no place of its own for them.
 RESULTS = (ROOT if (ROOT.parent / "setup.py").exists() else Path("benchmarks")) / "results" / "cpu"
@@ -42,28 +33,6 @@ CEILINGS_AGE = 15.0  # seconds after which the ceilings are measured again
 INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
 
 
-class Suite(NamedTuple):
-    """plan: the workloads of a preset; after: adds to measured records; share: of the seconds per provider,
-    less where many points of a curve support each other."""
-
-    ops: Sequence[str]
-    plan: Callable[[str], list[Workload]]
-    build: Callable[[Workload], Case]
-    after: Callable[[Case, list[Record]], None] = lambda case, records: None
-    share: float = 1.0
-
-
-def _of_registry(module: Any) -> Suite:
-    return Suite(module.OPS, lambda preset: registry.workloads(module.OPS, preset), module.build)
-
-
-SUITES: dict[str, Suite] = {
-    "ewc_penalty": _of_registry(ewc_penalty),
-    "fisher_accumulate": _of_registry(fisher_accumulate),
-    "lora_linear": _of_registry(lora_linear),
-    "end_to_end": Suite(end_to_end.OPS, end_to_end.plan, end_to_end.build, end_to_end.add_breakdowns),
-    "growth": Suite(growth.OPS, growth.plan, growth.build, share=0.3),
-}
 PEERS = sorted({*(name for names in registry.PEERS.values() for name in names), *registry.BATCH_MODE_PEERS})
 
 
@@ -101,7 +70,7 @@ def _built(one: Planned) -> Case | list[Record]:
     """The case, or, where not even its inputs could be made, records of ours and all peers with the
     reason."""
     try:
-        return SUITES[one.suite].build(one.workload)
+        return SUITES[one.suite].build(one.workload, Place())
     except (RuntimeError, MemoryError) as failure:
         work = one.workload
         case = Case(work.op, work.shape, work.dtype, 0.0, 0.0, (), list, 0.0)

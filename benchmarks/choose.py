@@ -23,8 +23,8 @@ from fused_ewclora.backends.candidate import Call, LinearShape, bucket
 
 from . import records
 from .case import OURS
-from .gpu.plan import CUDA
 from .harness import Record
+from .place import CUDA
 from .summary import by_case, label
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,9 +35,9 @@ OPS = {
     "soft_threshold": "soft_threshold_",
 }  # fmt: skip
 FACTORS = {  # of their work; what ops/_library.py multiplies
-    "ewc_penalty": ("matrices", "d_out", "d_in"),
+    "ewc_penalty": ("adapters", "d_out", "d_in"),
     "fisher_accumulate": ("samples", "tokens", "d_in", "d_out"),
-    "merge": ("matrices", "width", "width"),
+    "merge": ("adapters", "d_out", "d_in"),
     "soft_threshold": ("vectors", "length"),
 }
 
@@ -58,7 +58,7 @@ class Measured(NamedTuple):
 def op_of(record: Record) -> str | None:
     """The op whose choice a case is about; None for cases of several ops."""
     if record["op"] in ("lora_linear", "lora_linear_slices"):
-        return PASSES.get(record["shape"]["pass"])
+        return PASSES.get(record["shape"].get("pass"))
     return OPS.get(record["op"])
 
 

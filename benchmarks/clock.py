@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .energy import Meter
+
 MIN_ROUNDS, MAX_ROUNDS = 7, 60
 
 
@@ -66,6 +68,10 @@ class WallClock:
         """The result of `run` and the bytes it allocated at its peak, where they can be known."""
         return run(), None
 
+    def energy(self, prepared: Prepared) -> float | None:
+        """Millijoules of one computation, where a counter tells."""
+        return None
+
     def check(self) -> None:
         """Raises when the device cannot go on."""
 
@@ -77,9 +83,11 @@ class CudaClock(WallClock):
     sample_seconds = 5e-4  # replays are repeated to this length, beside which the gap before them is small
     spin_cycles = 200_000  # about 0.1 ms of device work first, so that launches are queued before their turn
 
-    def __init__(self) -> None:
+    burst = 4  # samples between two looks at the counter of energy
+
+    def __init__(self, meter: Meter | None = None) -> None:
         super().__init__()
-        self.stream = torch.cuda.Stream()
+        self.stream, self.meter = torch.cuda.Stream(), meter
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -169,6 +177,19 @@ class CudaClock(WallClock):
         torch.cuda.synchronize()
         return result, torch.cuda.max_memory_allocated() - before
 
+    def energy(self, prepared: Prepared) -> float | None:
+        if self.meter is None:
+            return None
+        rounds = self.burst * prepared.repeats
+
+        def burst() -> int:
+            for _ in range(rounds):
+                prepared.once()
+            torch.cuda.synchronize()
+            return rounds * prepared.share
+
+        return self.meter.per_call(burst)
+
     def check(self) -> None:
         torch.cuda.synchronize()
 
@@ -181,6 +202,6 @@ def _in_turn(runs: Sequence[Callable[[], Any]]) -> Callable[[], None]:
     return once
 
 
-def clock_of(device: str) -> WallClock:
+def clock_of(device: str, meter: Meter | None = None) -> WallClock:
     """The clock of "cpu" or "cuda"."""
-    return CudaClock() if device == "cuda" else WallClock()
+    return CudaClock(meter) if device == "cuda" else WallClock()

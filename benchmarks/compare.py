@@ -21,9 +21,9 @@ import numpy as np
 from . import collection, records
 from .case import OURS
 from .collection import CaseRecords, Record, Unusable, measured, role
+from .place import AGAIN
 
 SLOWER, FASTER, SAME = "regression", "improvement", "unchanged"
-AGAIN = f"{OURS}, again"  # the same code as ours, measured a second time
 Z = 3.0  # standard errors; two-sided 0.3 % for a normal distribution, of every one of dozens of cases
 NORMAL_P80 = 0.8416  # standard deviations from the median to the 80 % quantile of a normal distribution
 MEDIAN_EFFICIENCY = 1.2533  # sqrt(pi / 2): standard error of a median, of normal samples, over that of a mean

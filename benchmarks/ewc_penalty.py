@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_ewclora import functional as FE
+from fused_ewclora.ops import _library
 
-from . import extras, registry
-from .case import OURS, Case, Provider, Run, Target
-from .registry import Workload
+from . import registry
+from .case import Case, Provider, Run, Target
+from .place import Entry, Place, turns
+from .workload import MAIN, OP, Workload, matrices
 
 OPS = ("ewc_penalty",)
 EWC_LAMBDA = 3.0
+# Relative gradient errors of 3 x tf32, tf32 and bf16 products are near 1e-7, 2e-4 and 2e-3, with a heavy tail
+# in F several times as much.
+TOLERANCES = {"highest": 2e-5, "high": 3e-3, "medium": 2e-2}
 Tensors = Sequence[Tensor]
+Penalty = Callable[[Tensors, Tensors, Tensors], Tensor]
+
+
+class Inputs(NamedTuple):
+    """Of one case, one entry per matrix."""
+
+    fishers: list[Tensor]
+    lora_as: list[Tensor]
+    lora_bs: list[Tensor]
 
 
 def eager(fishers: Tensors, lora_as: Tensors, lora_bs: Tensors) -> Tensor:
@@ -26,35 +41,116 @@ def eager(fishers: Tensors, lora_as: Tensors, lora_bs: Tensors) -> Tensor:
     return 0.5 * EWC_LAMBDA * total
 
 
-def stacked(fishers: Tensors, lora_as: Tensors, lora_bs: Tensors) -> Tensor:
-    """One batched product over matrices of equal shape."""
-    delta = torch.bmm(torch.stack(list(lora_bs)), torch.stack(list(lora_as)))
-    return 0.5 * EWC_LAMBDA * (torch.stack(list(fishers)) * delta.pow(2)).sum()
+def stacked_over(fishers: Tensors) -> Penalty:
+    """One batched product per shape, F stored stacked: the best that plain PyTorch offers."""
+    shapes = list(dict.fromkeys(f.shape for f in fishers))
+    groups = [[i for i, f in enumerate(fishers) if f.shape == shape] for shape in shapes]
+    stacks = [torch.stack([fishers[i] for i in group]) for group in groups]
+
+    def penalty(_: Tensors, lora_as: Tensors, lora_bs: Tensors) -> Tensor:
+        total = torch.zeros((), device=stacks[0].device)
+        for group, stack in zip(groups, stacks, strict=True):
+            a, b = (torch.stack([factors[i] for i in group]) for factors in (lora_as, lora_bs))
+            total = total + (stack * torch.bmm(b, a).square()).sum()
+        return 0.5 * EWC_LAMBDA * total
+
+    return penalty
 
 
-def fused(fishers: Tensors, lora_as: Tensors, lora_bs: Tensors) -> Tensor:
+def fused(fishers: Tensors, lora_as: Tensors, lora_bs: Tensors, backend: str | None = None) -> Tensor:
     """This library."""
-    return FE.ewc_penalty(fishers, lora_as, lora_bs, None, EWC_LAMBDA)
+    return FE.ewc_penalty(fishers, lora_as, lora_bs, None, EWC_LAMBDA, backend=backend)
 
 
-def with_gradients(
-    penalty: Callable[[Tensors, Tensors, Tensors], Tensor],
-    fishers: Tensors,
-    lora_as: Tensors,
-    lora_bs: Tensors,
-) -> Run:
+def with_gradients(penalty: Penalty, inputs: Inputs) -> Run:
     """The penalty and its gradients in all A and all B."""
 
     def run() -> list[Tensor]:
-        loss = penalty(fishers, lora_as, lora_bs)
-        return [loss, *torch.autograd.grad(loss, [*lora_as, *lora_bs])]
+        loss = penalty(*inputs)
+        return [loss, *torch.autograd.grad(loss, [*inputs.lora_as, *inputs.lora_bs])]
 
     return run
 
 
-def _targets(one: Workload) -> list[Target]:
+def of_op_layer(inputs: Inputs, backend: str) -> Run:
+    """One call of the op, without argument checks and autograd: the loss and all gradients in one tensor."""
+    none, ones = [None] * len(inputs.fishers), [1.0] * len(inputs.fishers)
+    needs = [True, True, False]
+
+    def run() -> list[Tensor]:
+        with torch.no_grad():
+            return list(_library.ewc_penalty(*inputs, none, ones, EWC_LAMBDA, needs, backend))
+
+    return run
+
+
+def flat(results: Tensors) -> list[Tensor]:
+    """The loss, and dA and dB of each adapter in turn, as the op returns them."""
+    loss, grads = results[0], results[1:]
+    half = len(grads) // 2
+    pairs = zip(grads[:half], grads[half:], strict=True)
+    return [loss, torch.cat([t.flatten() for pair in pairs for t in pair])]
+
+
+def exact(inputs: Inputs) -> list[Tensor]:
+    """The same in fp64, one matrix at a time."""
+    loss, grads_a, grads_b = 0.0, [], []
+    for fisher, a, b in zip(*inputs, strict=True):
+        wide = [t.detach().double() for t in (fisher, a, b)]
+        one = Inputs([wide[0]], [wide[1].requires_grad_()], [wide[2].requires_grad_()])
+        value, grad_a, grad_b = with_gradients(eager, one)()
+        loss = loss + value.detach()
+        grads_a.append(grad_a)
+        grads_b.append(grad_b)
+    return [torch.as_tensor(loss), *grads_a, *grads_b]
+
+
+def draw(one: Workload, place: Place) -> Inputs:
+    """Random inputs of the usual sizes."""
+    rank, sizes = one.size("rank"), matrices(one)
+
+    def random(method: Callable[..., Tensor], *size: int) -> Tensor:
+        return method(*size, device=place.device)
+
+    return Inputs(
+        [random(torch.rand, *size).square_().to(one.torch_dtype) for size in sizes],
+        [random(torch.randn, rank, d_in).div_(d_in**0.5).requires_grad_() for _, d_in in sizes],
+        [random(torch.randn, d_out, rank).mul_(1e-2).requires_grad_() for d_out, _ in sizes],
+    )
+
+
+def _ours(one: Workload, entry: Entry, buffers: Sequence[Inputs]) -> Provider:
+    if one.part == OP:
+        run, algorithm = of_op_layer(buffers[0], entry.told), "the op alone"
+        return Provider(entry.name, run, entry.role, entry.told, algorithm)
+    method: Penalty = lambda f, a, b: fused(f, a, b, entry.backend)  # noqa: E731
+    runs = turns(lambda inputs: with_gradients(method, inputs), buffers)
+    return Provider(entry.name, role=entry.role, backend=entry.told, algorithm="one pass over F", **runs)
+
+
+def _peers(one: Workload, place: Place, buffers: Sequence[Inputs]) -> Iterator[Provider]:
+    for name in registry.peers(one):
+        method = place.compiled(eager) if name == registry.COMPILED else eager
+
+        def make(inputs: Inputs, name: str = name, method: Penalty = method) -> Run:
+            return with_gradients(stacked_over(inputs[0]) if name == registry.STACKED else method, inputs)
+
+        yield Provider(name, **turns(make, buffers))
+
+
+def _floors(one: Workload, place: Place) -> Iterator[Provider]:
+    """On a CPU, a product of as many FLOPs; on a GPU a floor is computed from the bytes of F."""
+    if not place.gpu:
+        d_out, d_in = one.size("d_out"), one.size("d_in")
+        inner = max(1, round(one.work.flops / (2.0 * d_out * d_in)))
+        left, right = torch.randn(d_out, inner), torch.randn(inner, d_in)
+        yield Provider("sgemm of equal FLOPs", lambda: [left @ right], role="floor")
+
+
+def _targets(one: Workload, place: Place) -> list[Target]:
+    """Of the CPU; those of a GPU are in goals.py."""
     published = one.shape["rank"] == 10 and one.size("adapters") == 12 and one.dtype == "fisher float32"
-    if not published:
+    if place.gpu or not published:
         return []
     return [
         Target("eager autograd", 1 / 4, "at least 4 x faster than eager"),
@@ -62,22 +158,15 @@ def _targets(one: Workload) -> list[Target]:
     ]
 
 
-def build(one: Workload) -> Case:
-    """One case: ours, the peers, and a product of as many FLOPs."""
-    d_out, d_in, count, rank = (one.size(name) for name in ("d_out", "d_in", "adapters", "rank"))
-    fishers = [torch.rand(d_out, d_in).square_().to(one.torch_dtype) for _ in range(count)]
-    lora_as = [torch.randn(rank, d_in).div_(d_in**0.5).requires_grad_() for _ in range(count)]
-    lora_bs = [torch.randn(d_out, rank).mul_(1e-2).requires_grad_() for _ in range(count)]
-    inputs = (fishers, lora_as, lora_bs)
+def build(one: Workload, place: Place) -> Case:
+    """One case or part: ours, the peers, and a floor."""
+    of_fisher = float(one.torch_dtype.itemsize * sum(d_out * d_in for d_out, d_in in matrices(one)))
+    buffers = [draw(one, place) for _ in range(1 if one.part == OP else place.copies(of_fisher))]
 
-    def truth() -> Tensors:
-        wide = [[t.detach().double() for t in group] for group in inputs]
-        for t in [*wide[1], *wide[2]]:
-            t.requires_grad_()
-        return with_gradients(eager, wide[0], wide[1], wide[2])()
+    def truth() -> list[Tensor]:
+        found = exact(buffers[0])
+        return flat(found) if one.part == OP else found
 
-    inner = max(1, round(one.work.flops / (2.0 * d_out * d_in)))
-    left, right = torch.randn(d_out, inner), torch.randn(inner, d_in)
     return Case(
         op=one.op,
         shape=one.shape,
@@ -85,13 +174,14 @@ def build(one: Workload) -> Case:
         flops=one.work.flops,
         bytes=one.work.bytes,
         providers=[
-            Provider(OURS, with_gradients(fused, *inputs), "ours", "cpu", "C++ one pass over F"),
-            Provider("eager autograd", with_gradients(eager, *inputs)),
-            Provider(registry.COMPILED, with_gradients(extras.compiled(eager), *inputs)),
-            Provider("stacked bmm", with_gradients(stacked, *inputs)),
-            Provider("sgemm of equal FLOPs", lambda: [left @ right], role="floor"),
+            *(_ours(one, entry, buffers) for entry in place.entries(one.part)),
+            *_peers(one, place, buffers),
+            *_floors(one, place),
         ],
         truth=truth,
-        tolerance=2e-5,
-        targets=_targets(one),
+        tolerance=TOLERANCES[one.precision or "highest"],
+        targets=_targets(one, place),
+        product=place.single,
+        precision=one.precision,
+        floor_bytes=of_fisher if one.part == MAIN else None,
     )

@@ -91,11 +91,11 @@ def versions() -> dict[str, str]:
     return {name: version for name, version in found.items() if version is not None}
 
 
-def compiled(method: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(method: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
     """torch.compile for the shapes of one case. Code of earlier cases is forgotten: after a few shapes of one
     function the compiler would turn to dynamic shapes, and then give up."""
     torch._dynamo.reset()
-    made: Callable[..., Any] = torch.compile(method, dynamic=False)
+    made: Callable[..., Any] = torch.compile(method, dynamic=False, backend=backend)
     return made
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,8 +11,9 @@ from torch import Tensor
 from fused_ewclora import functional as FE
 
 from . import extras, registry
-from .case import OURS, Case, Provider, Run, Target
-from .registry import Workload
+from .case import Case, Provider, Run, Target
+from .place import Place, turns
+from .workload import Workload
 
 OPS = ("fisher_accumulate",)
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}  # peers round gradients and squares to bf16, 2^-9 each
@@ -19,6 +21,7 @@ TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}  # peers round gradients and sq
 # linear is larger, so no gradient is ever stored.
 TILE_BYTES = 2 * 2**20
 Method = Callable[[Tensor, Tensor, Tensor], Tensor]
+Inputs = tuple[Tensor, Tensor, Tensor]  # fisher, x, dy
 
 
 def one_by_one(fisher: Tensor, x: Tensor, dy: Tensor) -> Tensor:
@@ -44,56 +47,90 @@ def vmap_grad(fisher: Tensor, x: Tensor, dy: Tensor) -> Tensor:
     return fisher.add_(gradients.square_().sum(0))
 
 
+def product(x: Tensor, dy: Tensor) -> Tensor:
+    """The weight gradient of the batch, by BLAS."""
+    return dy.flatten(0, 1).T @ x.flatten(0, 1)
+
+
 def batch(fisher: Tensor, x: Tensor, dy: Tensor) -> Tensor:
     """Gradient of the batch by one product, squared and added."""
-    gradient = dy.flatten(0, 1).T @ x.flatten(0, 1)
+    gradient = product(x, dy).to(fisher.dtype)
     return fisher.addcmul_(gradient, gradient)
 
 
-def _run(method: Method, x: Tensor, dy: Tensor) -> Run:
-    """Adds to a Fisher that starts from zero, so that the result can be checked."""
-    fisher = torch.zeros(dy.shape[-1], x.shape[-1])
-    return lambda: [method(fisher.zero_(), x, dy)]
+METHODS: dict[str, Method] = {
+    "einsum": einsum, "torch.func vmap(grad)": vmap_grad, registry.LOOP: one_by_one,
+    registry.BATCH_MODE_PEERS[0]: batch,
+}  # fmt: skip
+# These give the sum for one batch; that of several is one addition more.
+INSTALLED: dict[str, Callable[[Tensor, Tensor], Run]] = {
+    registry.BACKPACK: extras.backpack_square_sum, registry.OPACUS: extras.opacus_square_sum,
+}  # fmt: skip
 
 
-def _peers(mode: str, x: Tensor, dy: Tensor) -> list[Provider]:
-    if mode == "batch":
-        return [Provider(registry.BATCH_MODE_PEERS[0], _run(batch, x, dy))]
-    methods = {"einsum": einsum, "torch.func vmap(grad)": vmap_grad, "batch size 1": one_by_one}
-    # These give the sum for one batch; that of several is one addition more.
-    installed = {
-        registry.BACKPACK: lambda: extras.backpack_square_sum(x, dy),
-        registry.OPACUS: lambda: extras.opacus_square_sum(x, dy),
-    }
-    return [
-        *(Provider(name, _run(method, x, dy)) for name, method in methods.items()),
-        *(Provider(name, extras.lazily(make)) for name, make in installed.items()),
-    ]
+def draw(one: Workload, place: Place) -> Inputs:
+    """A Fisher of zeros, and random x and dy."""
+    n, t, d_in, d_out = (one.size(name) for name in ("samples", "tokens", "d_in", "d_out"))
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, device=place.device).to(one.torch_dtype)
+
+    return torch.zeros(d_out, d_in, device=place.device), normal(n, t, d_in), normal(n, t, d_out)
 
 
-def _targets(one: Workload, threads: int) -> list[Target]:
-    if one.size("tokens") == 1 or one.shape["mode"] != "sample" or one.dtype != "float32":
+def _accumulating(
+    name: str, method: Method, buffers: Sequence[Inputs], role: str = "peer", backend: str = "",
+    algorithm: str = "",
+) -> Provider:  # fmt: skip
+    """Timed adding to F as in use; checked from a zero F."""
+    fisher, x, dy = buffers[0]
+    runs = turns(lambda one: lambda: [method(*one)], buffers)
+    check = lambda: [method(torch.zeros_like(fisher), x, dy)]  # noqa: E731
+    return Provider(name, role=role, backend=backend, algorithm=algorithm, check=check, **runs)
+
+
+def _ours(one: Workload, place: Place, buffers: Sequence[Inputs]) -> Iterator[Provider]:
+    mode = str(one.shape["mode"])
+    for entry in place.entries(one.part):
+        method = functools.partial(
+            FE.fisher_accumulate_, mode=mode, check_finite=False, backend=entry.backend
+        )
+        yield _accumulating(entry.name, method, buffers, entry.role, entry.told, f"mode {mode}")
+
+
+def _peers(one: Workload, buffers: Sequence[Inputs]) -> Iterator[Provider]:
+    for name in registry.peers(one):
+        if name in METHODS:
+            yield _accumulating(name, METHODS[name], buffers)
+        else:
+            make = INSTALLED[name]
+            runs = turns(lambda b, m=make: extras.lazily(lambda: m(b[1], b[2])), buffers)
+            yield Provider(name, **runs)
+
+
+def exact(one: Workload, inputs: Inputs) -> list[Tensor]:
+    """The same in fp64."""
+    fisher, x, dy = inputs
+    method = one_by_one if one.shape["mode"] == "sample" else batch
+    return [method(torch.zeros_like(fisher, dtype=torch.float64), x.double(), dy.double())]
+
+
+def _targets(one: Workload, place: Place) -> list[Target]:
+    """Of the CPU; those of a GPU are in goals.py."""
+    if place.gpu or one.size("tokens") == 1 or one.shape["mode"] != "sample" or one.dtype != "float32":
         return []
     tile = f"no temporaries beside {TILE_BYTES >> 20} MiB of tiles per thread"
+    allowed = float(torch.get_num_threads() * TILE_BYTES)
     return [
-        Target("sgemm of equal FLOPs", 1.2, "at most 1.2 x one sgemm of the same FLOPs"),
-        Target(None, 0.0, tile, "peak_bytes", allowance=float(threads * TILE_BYTES)),
+        Target(registry.product_floor(one), 1.2, "at most 1.2 x one sgemm of the same FLOPs"),
+        Target(None, 0.0, tile, "peak_bytes", allowance=allowed),
     ]
 
 
-def build(one: Workload) -> Case:
-    """One case: ours, the peers, and one product of as many FLOPs."""
-    n, t, d_in, d_out = (one.size(name) for name in ("samples", "tokens", "d_in", "d_out"))
-    mode = str(one.shape["mode"])
-    x, dy = torch.randn(n, t, d_in).to(one.torch_dtype), torch.randn(n, t, d_out).to(one.torch_dtype)
-
-    def fused(fisher: Tensor, x: Tensor, dy: Tensor) -> Tensor:
-        return FE.fisher_accumulate_(fisher, x, dy, mode=mode, check_finite=False)
-
-    def truth() -> list[Tensor]:
-        exact = one_by_one if mode == "sample" else batch
-        return [exact(torch.zeros(d_out, d_in, dtype=torch.float64), x.double(), dy.double())]
-
+def build(one: Workload, place: Place) -> Case:
+    """One case or part: ours, the peers, and one product of as many FLOPs."""
+    buffers = [draw(one, place) for _ in range(place.copies(one.work.bytes))]
+    products = turns(lambda inputs: lambda: [product(*inputs[1:])], buffers)
     return Case(
         op=one.op,
         shape=one.shape,
@@ -101,12 +138,12 @@ def build(one: Workload) -> Case:
         flops=one.work.flops,
         bytes=one.work.bytes,
         providers=[
-            Provider(OURS, _run(fused, x, dy), "ours", "cpu", "C++ tiled product"),
-            *_peers(mode, x, dy),
-            Provider("sgemm of equal FLOPs", lambda: [dy.flatten(0, 1).T @ x.flatten(0, 1)], role="floor"),
+            *_ours(one, place, buffers),
+            *_peers(one, buffers),
+            Provider(registry.product_floor(one), role="floor", **products),
         ],
-        truth=truth,
+        truth=lambda: exact(one, buffers[0]),
         tolerance=TOLERANCES[one.dtype],
-        targets=_targets(one, torch.get_num_threads()),
-        product={"float32": "fp32", "bfloat16": "bf16"}[one.dtype],
+        targets=_targets(one, place),
+        product=place.product(one.torch_dtype),
     )

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from . import ewc_penalty, fisher_accumulate, lora_linear, registry
+from . import ewc_penalty, fisher_accumulate, lora_linear, registry, workloads
 from .case import Case
-from .registry import Shape, Workload
+from .place import Place
+from .workload import Shape, Workload
 
 SWEEP = "sweep"
 MAIN_PEER = {
-    "lora_linear": "composition", "ewc_penalty": "eager autograd", "fisher_accumulate": "einsum"
+    "lora_linear": registry.COMPOSITION, "ewc_penalty": "eager autograd", "fisher_accumulate": "einsum"
 }  # fmt: skip
 OPS = tuple(MAIN_PEER)
 _BUILD = {
@@ -59,7 +60,9 @@ def _curves(op: str, preset: str) -> Iterator[Workload]:
 
 
 def plan(preset: str) -> list[Workload]:
-    """All points of all curves of a preset."""
+    """All points of all curves of a preset; a GPU has none."""
+    if preset not in _POINTS:
+        return []
     return [one for op in OPS for one in _curves(op, preset)]
 
 
@@ -68,15 +71,15 @@ def expanded(one: Workload) -> Workload:
     width, dtype = one.size("width"), one.dtype.removeprefix("fisher ")
     sizes = (width, width)
     if one.op == "lora_linear":
-        return registry.linear("growth", one.size("tokens"), sizes, one.size("rank"), dtype)
+        return workloads.linear("growth", one.size("tokens"), sizes, one.size("rank"), dtype)
     if one.op == "ewc_penalty":
-        return registry.penalty("growth", sizes, one.size("adapters"), one.size("rank"), dtype)
-    return registry.fisher("growth", one.size("samples"), one.size("tokens"), sizes, dtype=dtype)
+        return workloads.penalty("growth", sizes, one.size("adapters"), one.size("rank"), dtype)
+    return workloads.fisher("growth", one.size("samples"), one.size("tokens"), sizes, dtype=dtype)
 
 
-def build(one: Workload) -> Case:
+def build(one: Workload, place: Place) -> Case:
     """A point: the case of its op with the main peer alone, and without targets."""
-    case = _BUILD[one.op](expanded(one))
+    case = _BUILD[one.op](expanded(one), place)
     peer = MAIN_PEER[one.op]
     providers = [p for p in case.providers if p.role != "peer" or p.name == peer]
     return dataclasses.replace(case, shape=one.shape, providers=providers, targets=())

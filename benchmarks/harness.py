@@ -16,6 +16,7 @@ from torch import Tensor
 from .case import Case, Provider, Target
 from .clock import Prepared, WallClock
 from .machine import Ceilings
+from .workload import Workload
 
 FLOOR = "bytes at copy bandwidth"
 Record = dict[str, Any]
@@ -61,7 +62,7 @@ def least_seconds(case: Case, ceilings: Ceilings) -> float:
     return max(moved, case.flops / ceilings[case.product] if case.product in ceilings else 0.0)
 
 
-def common(case: Case, provider: str, role: str) -> Record:
+def common(case: Case | Workload, provider: str, role: str) -> Record:
     """What every record says, a failed one too."""
     return {"op": case.op, "shape": case.shape, "dtype": case.dtype, "provider": provider, "role": role}
 
@@ -74,6 +75,7 @@ def _record(
     prepared: Prepared,
     times: list[float],
     ceilings: Ceilings,
+    energy: float | None = None,
 ) -> Record:
     p20, p50, p80 = (statistics.quantiles(times, n=10, method="inclusive")[i] for i in (1, 4, 7))
     least = least_seconds(case, ceilings)
@@ -90,6 +92,7 @@ def _record(
         "host_seconds": prepared.host_seconds,
         "predicted_seconds": provider.predicted,
         "peak_bytes": peak,
+        **({} if energy is None else {"millijoules_per_call": energy}),
         "flops": case.flops,
         "bytes": case.bytes,
         "gflops_per_second": case.flops / p50 / 1e9,
@@ -163,14 +166,15 @@ def measure(case: Case, seconds: float, ceilings: Ceilings, clock: WallClock | N
         del truth
         try:
             times = clock.times([prepared for _, prepared, _, _ in sound], seconds)
+            energies = [clock.energy(prepared) for _, prepared, _, _ in sound]
         except Exception as failure:
             for provider, *_ in sound:
                 failed(provider, failure)
             sound = []
             still_alive()
             return records
-    for (provider, prepared, error, peak), samples in zip(sound, times, strict=True):
-        records.append(_record(case, provider, error, peak, prepared, samples, ceilings))
+    for (provider, prepared, error, peak), samples, energy in zip(sound, times, energies, strict=True):
+        records.append(_record(case, provider, error, peak, prepared, samples, ceilings, energy))
     return records
 
 

@@ -1,9 +1,10 @@
-"""LoRA linear, forward and backward, against the frozen layer and the compositions in use."""
+"""LoRA linear, one pass or both, against the frozen layer and the compositions in use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,13 +12,15 @@ from torch.nn.functional import linear
 
 from fused_ewclora import functional as FE
 
-from . import extras, registry
-from .case import OURS, Case, Provider, Run, Target
-from .registry import Workload
+from . import algorithms, extras, registry
+from .case import Case, Provider, Run, Target
+from .place import Place, turns
+from .workload import BOTH, MAIN, Workload
 
 OPS = ("lora_linear", "lora_linear_slices")
 VIT_LIMIT = 1.06  # x frozen linear, at ViT shapes and the published rank 10
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}  # bf16 results and intermediates: a few times 2^-9
+Method = Callable[..., Tensor]
 
 
 def composition(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -30,6 +33,22 @@ def addmm(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tens
     return torch.addmm(linear(x, weight, bias), x @ a.t(), b.t())
 
 
+class InOrder(torch.autograd.Function):
+    """The order of Unsloth's kernels: BLAS products, the low-rank ones accumulated in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        z = x @ a.t()
+        ctx.save_for_backward(x, weight, a, b, z)
+        return linear(x, weight, bias).addmm_(z, b.t())
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, z = ctx.saved_tensors
+        u = dy @ b
+        return (dy @ weight).addmm_(u, a), None, None, u.t() @ x, dy.t() @ z
+
+
 def fused(
     x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, backend: str | None = None
 ) -> Tensor:
@@ -38,10 +57,20 @@ def fused(
 
 
 def composition_slices(x: Tensor, weight: Tensor, bias: Tensor, *adapters: Tensor) -> Tensor:
-    """k and v of a packed qkv by adding to parts of its output, which is what users write by hand."""
+    """k and v of a packed qkv joined to its q, which is what users write by hand."""
     a_k, b_k, a_v, b_v = adapters
     q, k, v = linear(x, weight, bias).split(weight.shape[0] // 3, dim=-1)
     return torch.cat([q, k + linear(linear(x, a_k), b_k), v + linear(linear(x, a_v), b_v)], dim=-1)
+
+
+def in_place_slices(x: Tensor, weight: Tensor, bias: Tensor, *adapters: Tensor) -> Tensor:
+    """k and v added to parts of the output of qkv, in place."""
+    a_k, b_k, a_v, b_v = adapters
+    d = weight.shape[0] // 3
+    y = linear(x, weight, bias)
+    y[..., d : 2 * d] += linear(linear(x, a_k), b_k)
+    y[..., 2 * d :] += linear(linear(x, a_v), b_v)
+    return y
 
 
 def fused_slices(
@@ -54,16 +83,19 @@ def fused_slices(
     return FE.lora_linear_slices(x, weight, bias, slices, backend=backend)
 
 
-def forward_backward(
-    method: Callable[..., Tensor], x: Tensor, fixed: tuple[Tensor, Tensor], adapters: list[Tensor], dy: Tensor
-) -> Callable[[], list[Tensor]]:
-    """One forward and backward; results are y and the gradients."""
+def frozen(x: Tensor, weight: Tensor, bias: Tensor, *_: Tensor) -> Tensor:
+    """The layer without adapters."""
+    return linear(x, weight, bias)
 
-    def run() -> list[Tensor]:
-        y = method(x, *fixed, *adapters)
-        return [y, *torch.autograd.grad(y, [x, *adapters], dy)]
 
-    return run
+METHODS: dict[str, dict[str, Method]] = {
+    "lora_linear": {
+        registry.COMPOSITION: composition, registry.ADDMM: addmm, registry.UNSLOTH: InOrder.apply,
+    },
+    "lora_linear_slices": {
+        registry.COMPOSITION: composition_slices, "added to slices in place": in_place_slices,
+    },
+}  # fmt: skip
 
 
 class Inputs(NamedTuple):
@@ -75,13 +107,13 @@ class Inputs(NamedTuple):
     dy: Tensor
 
 
-def draw(one: Workload) -> Inputs:
+def draw(one: Workload, place: Place) -> Inputs:
     """Random inputs of the usual sizes."""
     rows, d_in, d_out, rank = (one.size(name) for name in ("rows", "d_in", "d_out", "rank"))
     width, count = (d_out // 3, 2) if one.op == "lora_linear_slices" else (d_out, 1)
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
-        return torch.randn(size).mul_(std).to(one.torch_dtype)
+        return torch.randn(size, device=place.device).mul_(std).to(one.torch_dtype)
 
     x, weight, bias = normal(rows, d_in), normal(d_out, d_in, std=d_in**-0.5), normal(d_out)
     adapters: list[Tensor] = []
@@ -92,56 +124,85 @@ def draw(one: Workload) -> Inputs:
     return Inputs(x, (weight, bias), adapters, normal(rows, d_out))
 
 
-def peft_run(inputs: Inputs) -> Run:
+def run_of(which: str, method: Method, inputs: Inputs, leaves: Sequence[Tensor] | None = None) -> Run:
+    """Both passes, whose results are y and the gradients in `leaves` (x and the adapters), or one of them
+    with its part of the results."""
+    x, fixed, adapters, dy = inputs
+    wrt = [x, *adapters] if leaves is None else list(leaves)
+
+    def both() -> list[Tensor]:
+        y = method(x, *fixed, *adapters)
+        return [y, *torch.autograd.grad(y, wrt, dy)]
+
+    def forward() -> list[Tensor]:
+        with torch.no_grad():
+            return [method(x, *fixed, *adapters)]
+
+    held: list[Tensor] = []
+
+    def backward() -> list[Tensor]:
+        if not held:  # the graph is recorded once, on the stream that the backward pass will run on
+            held.append(method(x, *fixed, *adapters))
+        return list(torch.autograd.grad(held[0], wrt, dy, retain_graph=True))
+
+    return {BOTH: both, "forward": forward, "backward": backward}[which]
+
+
+def peft_run(which: str, inputs: Inputs) -> Run:
     """PEFT's own layer."""
-    x, fixed, adapters, dy = inputs
-    layer, factors = extras.peft_linear(*fixed, *adapters)
-
-    def run() -> list[Tensor]:
-        y = layer(x)
-        return [y, *torch.autograd.grad(y, [x, *factors], dy)]
-
-    return run
+    layer, factors = extras.peft_linear(*inputs.fixed, *inputs.adapters)
+    return run_of(which, lambda x, *_: layer(x), inputs, [inputs.x, *factors])
 
 
-def _peers(inputs: Inputs, slices: bool) -> list[Provider]:
-    x, fixed, adapters, dy = inputs
-    plain = composition_slices if slices else composition
-    methods: dict[str, Callable[..., Tensor]] = {"composition": plain}
-    if not slices:
-        methods["addmm"] = addmm
-    methods[registry.COMPILED_COMPOSITION] = extras.compiled(plain)
-    found = [Provider(name, forward_backward(f, x, fixed, adapters, dy)) for name, f in methods.items()]
-    if not slices:
-        found.append(Provider(registry.PEFT, extras.lazily(lambda: peft_run(inputs))))
-    return found
+def exact(one: Workload, inputs: Inputs) -> list[Tensor]:
+    """The same in fp64."""
+    wide = [t.detach().double().requires_grad_() for t in (inputs.x, *inputs.adapters)]
+    fixed = (inputs.fixed[0].double(), inputs.fixed[1].double())
+    inputs64 = Inputs(wide[0], fixed, wide[1:], inputs.dy.double())
+    return list(run_of(one.which, METHODS[one.op][registry.COMPOSITION], inputs64)())
 
 
-def _targets(one: Workload) -> Sequence[Target]:
+def _ours(one: Workload, place: Place, buffers: Sequence[Inputs]) -> Iterator[Provider]:
+    """Our backends; on a GPU, in a whole case, every algorithm of Triton as well."""
+    method = fused_slices if one.op == "lora_linear_slices" else fused
+    for entry in place.entries(one.part):
+        for key in ("", *(algorithms.forced(entry) if one.part == MAIN else ())):
+            backend = f"{entry.backend}:{key}" if key else entry.backend
+            bound = functools.partial(method, backend=backend)
+            runs = turns(lambda inputs, m=bound: run_of(one.which, m, inputs), buffers)
+            name, role = (f"{entry.name} {backend}", "variant") if key else (entry.name, entry.role)
+            algorithm = key or algorithms.described(one, place, entry)
+            guess = algorithms.predicted(one, entry, key)
+            yield Provider(name, role=role, backend=entry.told, algorithm=algorithm, predicted=guess, **runs)
+
+
+def _peers(one: Workload, place: Place, buffers: Sequence[Inputs]) -> Iterator[Provider]:
+    methods = METHODS[one.op]
+    for name in registry.peers(one):
+        if name == registry.PEFT:
+            make = lambda inputs: extras.lazily(lambda: peft_run(one.which, inputs))  # noqa: E731
+        else:
+            compiled = name == registry.COMPILED_COMPOSITION
+            method = place.compiled(methods[registry.COMPOSITION]) if compiled else methods[name]
+            make = functools.partial(run_of, one.which, method)
+        yield Provider(name, **turns(make, buffers))
+
+
+def _targets(one: Workload, place: Place) -> Sequence[Target]:
+    """Of the CPU; those of a GPU are in goals.py."""
+    if place.gpu:
+        return ()
     targets = [Target("best peer", 1.0, "never slower than the best peer")]
     vit = str(one.shape["model"]).startswith("ViT")
     if vit and one.shape["rank"] == 10 and one.size("rows") > 1000 and one.dtype == "float32":
-        targets.append(Target("frozen linear", VIT_LIMIT, f"at most {VIT_LIMIT} x the frozen linear"))
+        targets.append(Target(registry.FROZEN, VIT_LIMIT, f"at most {VIT_LIMIT} x the frozen linear"))
     return targets
 
 
-def build(one: Workload) -> Case:
-    """One case: ours, the peers, and the frozen linear below them."""
-    slices = one.op == "lora_linear_slices"
-    inputs = draw(one)
-    x, fixed, adapters, dy = inputs
-
-    def frozen() -> list[Tensor]:
-        y = linear(x, *fixed)
-        return [y, *torch.autograd.grad(y, [x], dy)]
-
-    def truth() -> list[Tensor]:
-        plain = composition_slices if slices else composition
-        wide = [t.detach().double().requires_grad_() for t in (x, *adapters)]
-        fixed64 = (fixed[0].double(), fixed[1].double())
-        return forward_backward(plain, wide[0], fixed64, wide[1:], dy.double())()
-
-    ours = forward_backward(fused_slices if slices else fused, x, fixed, adapters, dy)
+def build(one: Workload, place: Place) -> Case:
+    """One case or part: ours, the peers, and the frozen linear below them."""
+    buffers = [draw(one, place) for _ in range(place.copies(one.work.bytes))]
+    floor = turns(lambda inputs: run_of(one.which, frozen, inputs, [inputs.x]), buffers)
     return Case(
         op=one.op,
         shape=one.shape,
@@ -149,12 +210,12 @@ def build(one: Workload) -> Case:
         flops=one.work.flops,
         bytes=one.work.bytes,
         providers=[
-            Provider(OURS, ours, "ours", "cpu", "C++ prologue into BLAS addmm"),
-            *_peers(inputs, slices),
-            Provider("frozen linear", frozen, role="floor"),
+            *_ours(one, place, buffers),
+            *_peers(one, place, buffers),
+            Provider(registry.FROZEN, role="floor", **floor),
         ],
-        truth=truth,
+        truth=lambda: exact(one, buffers[0]),
         tolerance=TOLERANCES[one.dtype],
-        targets=_targets(one),
-        product={"float32": "fp32", "bfloat16": "bf16"}[one.dtype],
+        targets=_targets(one, place),
+        product=place.product(one.torch_dtype),
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .clock import WallClock
+from .clock import MIN_ROUNDS, WallClock
 
 SPARE = 0.9  # of what is free may be taken
 
@@ -40,7 +40,10 @@ def peak_bytes(run: Callable[[], Any]) -> tuple[Any, int | None]:
 
 
 class CpuClock(WallClock):
-    """The wall clock; peaks are those of a second call, outside of all timed rounds."""
+    """The wall clock; peaks are those of a second call, outside of all timed rounds, which also warms up."""
+
+    def __init__(self, min_rounds: int = MIN_ROUNDS) -> None:
+        super().__init__(min_rounds, warm=False)
 
     def peak(self, run: Callable[[], Any]) -> tuple[Any, int | None]:
         run()  # what is compiled or cached at the first call is not part of a call

@@ -1,12 +1,12 @@
-"""Models with random weights for whole training steps, and the ways to adapt them: frozen, by this library,
-or with explicit deltaW as published. All ways share the frozen weights of one base model."""
+"""Models for whole training steps, and the ways to adapt them: frozen, by this library, by PEFT, or with
+explicit deltaW as published. All ways share the frozen weights of one base model."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,62 +14,14 @@ from torch import Tensor, nn
 
 import fused_ewclora as fe
 from fused_ewclora.inject import adapters
+from fused_ewclora.slices import fisher_key
 
 from . import extras
+from .ewc_penalty import EWC_LAMBDA
+from .networks import CLASSES, LlamaBlock, Stack, VisionBlock
 from .shapes import Model, TextModel
 
 T = TypeVar("T")
-CLASSES = 100
-ROPE_BASE = 500_000.0  # of Llama 3
-HEAD = 64  # width of a head of Llama-3.2-1B
-
-
-class Block(nn.Module):
-    """A block of Llama: RMSNorm, attention with grouped queries and rotary positions, RMSNorm, SwiGLU."""
-
-    def __init__(self, sizes: dict[str, tuple[int, int]]) -> None:
-        super().__init__()
-        width = sizes["q"][0]
-        self.norm1, self.norm2 = (nn.RMSNorm(width, eps=1e-5) for _ in range(2))
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.gate_proj, self.up_proj, self.down_proj = (
-            nn.Linear(*sizes[name], bias=False) for name in ("q", "k", "v", "o", "gate", "up", "down")
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x `[N, T, d]` -> `[N, T, d]`."""
-        h = self.norm1(x)
-        q, k, v = (
-            p(h).unflatten(-1, (-1, HEAD)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        mixed = F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True, enable_gqa=True)
-        x = x + self.o_proj(mixed.transpose(1, 2).flatten(-2))
-        h = self.norm2(x)
-        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
-
-
-def rotated(x: Tensor) -> Tensor:
-    """Rotary positions on `[N, heads, T, HEAD]`."""
-    half = x.shape[-1] // 2
-    rates = ROPE_BASE ** (-torch.arange(half, device=x.device, dtype=x.dtype) / half)
-    angles = torch.outer(torch.arange(x.shape[-2], device=x.device, dtype=x.dtype), rates)
-    cos, sin = angles.cos(), angles.sin()
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
-
-class Llama(nn.Module):
-    """Blocks and a classifier of the mean token; the input is embedded, since no vocabulary is measured."""
-
-    def __init__(self, sizes: dict[str, tuple[int, int]], blocks: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(sizes) for _ in range(blocks))
-        self.head = nn.Linear(sizes["q"][0], CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x `[N, T, d]` -> logits `[N, CLASSES]`."""
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x.mean(1))
 
 
 @dataclass(frozen=True)
@@ -82,32 +34,76 @@ class Subject:
     labels: Tensor
 
 
-def vision(model: Model, blocks: int, samples: int, rank: int, image: int, patch: int) -> Subject:
-    """timm's vision transformer of these sizes, adapters on k and v; raises `Unavailable` without timm."""
-    timm = extras.load("timm")
-    base = timm.models.VisionTransformer(
-        img_size=image, patch_size=patch, embed_dim=model.width, depth=blocks, num_heads=model.heads,
-        num_classes=CLASSES, mlp_ratio=(model.hidden or 4 * model.width) / model.width,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Adapted:
+    """A model and its adapters, A and B of each in turn."""
+
+    model: Any
+    pairs: list[Tensor]
+
+    @property
+    def lora_as(self) -> list[Tensor]:
+        return self.pairs[0::2]
+
+    @property
+    def lora_bs(self) -> list[Tensor]:
+        return self.pairs[1::2]
+
+    def leaves(self) -> list[Tensor]:
+        """All that trains: the adapters, and the head."""
+        return [*self.pairs, *self.model.head.parameters()]
+
+
+def vision(
+    model: Model, blocks: int, samples: int, tokens: int, rank: int, device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Subject:  # fmt: skip
+    """A vision transformer of plain PyTorch, adapters on k and v."""
+    with torch.device(device):
+        base = Stack([VisionBlock(model) for _ in range(blocks)], model.width)
+        x = torch.randn(samples, tokens, model.width)
     layout = fe.QKVLayout(segments=("q", "k", "v"))
     config = fe.LoRAConfig(r=rank, target_modules=["qkv"], slices=("k", "v"), layout=layout)
-    return _subject(base, config, torch.randn(samples, 3, image, image))
+    return _subject(base, config, x, dtype)
 
 
-def text(model: TextModel, blocks: int, samples: int, tokens: int, rank: int) -> Subject:
+def text(
+    model: TextModel, blocks: int, samples: int, tokens: int, rank: int, device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Subject:  # fmt: skip
     """Blocks with the linears of Llama, adapters on q and v."""
-    base = Llama(model.layers, blocks)
-    config = fe.LoRAConfig(r=rank, target_modules=["q_proj", "v_proj"])
-    return _subject(base, config, torch.randn(samples, tokens, model.layers["q"][0]))
+    width = model.layers["q"][0]
+    with torch.device(device):
+        base = Stack([LlamaBlock(model.layers) for _ in range(blocks)], width)
+        x = torch.randn(samples, tokens, width)
+    return _subject(base, fe.LoRAConfig(r=rank, target_modules=["q_proj", "v_proj"]), x, dtype)
 
 
-def _subject(base: nn.Module, config: fe.LoRAConfig, x: Tensor) -> Subject:
-    base.requires_grad_(False)
-    base.head.requires_grad_(True)
-    return Subject(base, config, x, torch.randint(0, CLASSES, (len(x),)))
+def of_timm(
+    model: Model, blocks: int, samples: int, tokens: int, rank: int, device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Subject:  # fmt: skip
+    """timm's vision transformer of these sizes on images, adapters on all of qkv, which PEFT has too; raises
+    `Unavailable` without timm."""
+    timm = extras.load("timm")
+    patch = int(model.name.partition("/")[2] or 4)
+    image = patch * round((tokens - 1) ** 0.5)  # patches per side, beside the class token
+    with torch.device(device):
+        base = timm.models.VisionTransformer(
+            img_size=image, patch_size=patch, embed_dim=model.width, depth=blocks, num_heads=model.heads,
+            num_classes=CLASSES, mlp_ratio=(model.hidden or 4 * model.width) / model.width,
+        )  # fmt: skip
+        x = torch.randn(samples, 3, image, image)
+    return _subject(base, fe.LoRAConfig(r=rank, target_modules=["qkv"]), x, dtype)
 
 
-def sharing(model: nn.Module) -> nn.Module:
+def _subject(base: Any, config: fe.LoRAConfig, x: Tensor, dtype: torch.dtype) -> Subject:
+    base.requires_grad_(False).to(dtype)
+    base.head.requires_grad_(True).float()
+    return Subject(base, config, x.to(dtype), torch.randint(0, CLASSES, (len(x),), device=x.device))
+
+
+def sharing(model: nn.Module) -> Any:
     """A copy of the modules with the frozen parameters of the original, and its own trained ones."""
     frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, frozen)
@@ -120,28 +116,49 @@ def in_fp64(model: nn.Module, held: T) -> tuple[nn.Module, T]:
     return model.double(), held
 
 
-@dataclass(frozen=True)
-class Factors:
-    """All adapters of a model, one entry each."""
-
-    lora_as: list[Tensor]
-    lora_bs: list[Tensor]
-
-    def pairs(self) -> list[Tensor]:
-        """A, B, A, B, ..."""
-        return [t for pair in zip(self.lora_as, self.lora_bs, strict=True) for t in pair]
+def _pairs(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Fisher key, A and B of every adapter."""
+    for name, layer in adapters(model).items():
+        for piece, a, b in layer.adapter_parameters():
+            yield fisher_key(name, piece), a, b
 
 
-def adapted(subject: Subject, std: float = 0.02) -> tuple[nn.Module, Factors]:
+def adapted(subject: Subject, std: float = 0.02) -> Adapted:
     """The model with adapters of this library, B random: at zero, where it starts, A has no gradient."""
     model = sharing(subject.model)
     fe.inject(model, subject.config)
     model.head.requires_grad_(True)
-    pairs = [(a, b) for layer in adapters(model).values() for _, a, b in layer.adapter_parameters()]
+    pairs = [t for _, a, b in _pairs(model) for t in (a, b)]
     with torch.no_grad():
-        for _, b in pairs:
+        for b in pairs[1::2]:
             b.normal_(std=std)
-    return model, Factors([a for a, _ in pairs], [b for _, b in pairs])
+    return Adapted(model, pairs)
+
+
+def protected(model: nn.Module, fishers: Sequence[Tensor]) -> fe.EWC:
+    """The controller after a task that left these Fishers, one per adapter."""
+    ewc = fe.EWC(model, ewc_lambda=EWC_LAMBDA)
+    saved = ewc.state_dict()
+    keys = [key for key, _, _ in _pairs(model)]
+    saved["tensors"] = {f"fisher.{key}": fisher for key, fisher in zip(keys, fishers, strict=True)}
+    saved["config"]["history"] = [{"labels": "empirical", "samples": 1, "batch_size": 1, "gamma": 1.0}]
+    ewc.load_state_dict(saved)
+    return ewc
+
+
+def by_peft(subject: Subject, like: Adapted) -> Adapted:
+    """The model with PEFT's adapters of the values of `like`; raises `Unavailable` without PEFT."""
+    peft, rank = extras.load("peft"), subject.config.r
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=list(subject.config.target_modules), lora_dropout=0.0
+    )
+    wrapped = peft.get_peft_model(sharing(subject.model), config)
+    wrapped.head.requires_grad_(True)
+    pairs = [p for name, p in wrapped.named_parameters() if "lora_" in name]
+    with torch.no_grad():
+        for mine, theirs in zip(pairs, like.pairs, strict=True):
+            mine.copy_(theirs)
+    return Adapted(wrapped, pairs)
 
 
 class ExplicitDelta(nn.Module):
@@ -155,7 +172,7 @@ class ExplicitDelta(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in_features]` -> `[..., out_features]`."""
         y = self.linear(x)
-        deltas = [b @ a for a, b in zip(self.pairs[0::2], self.pairs[1::2], strict=True)]
+        deltas = [(b @ a).to(x.dtype) for a, b in zip(self.pairs[0::2], self.pairs[1::2], strict=True)]
         if len(deltas[0]) == y.shape[-1]:
             return y + F.linear(x, deltas[0])
         parts, done = [], 0
@@ -165,16 +182,15 @@ class ExplicitDelta(nn.Module):
         return torch.cat([*parts, y[..., done:]], dim=-1)
 
 
-def explicit(subject: Subject, like: nn.Module) -> tuple[nn.Module, Factors]:
+def explicit(subject: Subject, like: Adapted) -> Adapted:
     """The model with `ExplicitDelta` where `like` has adapters, of the same values."""
-    model, factors = sharing(subject.model), Factors([], [])
-    for name, layer in adapters(like).items():
+    model, everything = sharing(subject.model), []
+    for name, layer in adapters(like.model).items():
         found = layer.adapter_parameters()
         pairs = [nn.Parameter(t.detach().clone()) for _, a, b in found for t in (a, b)]
         rows = [s.rows[0] for s, _, _ in found]
         parent, _, last = name.rpartition(".")
         linear = cast(nn.Linear, model.get_submodule(name))
         setattr(model.get_submodule(parent), last, ExplicitDelta(linear, rows, pairs))
-        factors.lora_as.extend(pairs[0::2])
-        factors.lora_bs.extend(pairs[1::2])
-    return model, factors
+        everything += pairs
+    return Adapted(model, everything)

@@ -5,6 +5,7 @@ Predictions, never measurements: records hold them as `predicted_seconds` beside
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
@@ -37,6 +38,17 @@ def roofline(flops: float, bytes_moved: float, product: str) -> float:
 
 def of_case(case: Case) -> float:
     return roofline(case.flops, case.bytes, case.product)
+
+
+def filled(case: Case) -> Case:
+    """The case with a prediction for ours where its builder made none."""
+    providers = [
+        dataclasses.replace(p, predicted=of_case(case))
+        if p.role in ("ours", "variant") and p.predicted is None
+        else p
+        for p in case.providers
+    ]
+    return dataclasses.replace(case, providers=providers)
 
 
 def forward(algorithm: str, rows: int, d_in: int, d_out: int, rank: int, dtype: torch.dtype) -> float | None:

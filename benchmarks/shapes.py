@@ -36,7 +36,7 @@ class TextModel(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What one run of the suites uses; `RELEASE` is measured, `REHEARSAL` only shows that everything runs."""
+    """What one run on a GPU uses; `RELEASE` is measured, `REHEARSAL` only shows that everything runs."""
 
     base: Model
     large: Model
@@ -45,6 +45,7 @@ class Sizes(NamedTuple):
     samples: int
     rank: int  # of adapters on whole linears
     slice_rank: int  # of the published adapters on k and v
+    scales: int  # in the large case of the soft threshold
 
     @property
     def models(self) -> tuple[Model, ...]:
@@ -60,9 +61,11 @@ RELEASE = Sizes(
     samples=64,
     rank=16,
     slice_rank=10,
+    scales=1 << 16,
 )
-_TINY = Model("tiny", 16, 1, 3, 2)
-REHEARSAL = Sizes(base=_TINY, large=_TINY, huge=_TINY, small=_TINY, samples=2, rank=4, slice_rank=3)
+TINY = Model("tiny", 16, 1, 3, 2)  # for tests
+REHEARSAL = Sizes(base=TINY, large=TINY, huge=TINY, small=TINY, samples=2, rank=4, slice_rank=3, scales=70)
+SMALL_VIT = Model("ViT-S/16", 384, 12, 197, 6)
 GIANT = Model("ViT-g/14", 1408, 40, 257, 16, hidden=6144)
 LLAMA = TextModel(
     "Llama-3.2-1B",

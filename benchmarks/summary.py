@@ -4,29 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from . import records
+from . import records, registry
 from .case import OURS
 from .goals import Goal, row
-from .harness import Record
+from .harness import FLOOR, Record
+from .place import AGAIN, CUDA
 
 PASS, SHORT, MISSING = "PASS", "FALL SHORT", "NOT MEASURED"
 LABELS = (
-    "model", "linear", "linears", "matrices", "vectors", "length", "pass", "mode", "rank", "precision",
-    "optimizer",
+    "model", "adapters", "vectors", "length", "rows", "samples", "tokens", "mode", "pass", "rank",
+    "precision", "optimizer",
 )  # fmt: skip
 SHORT_OPS = {"lora_linear_slices": "k,v of", "soft_threshold": "threshold"}  # beside others in a suite
-SHORT_VALUES = {
-    "forward+backward": "fwd+bwd", "forward": "fwd", "backward": "bwd", "float32": "fp32", "bfloat16": "bf16",
-}  # fmt: skip
+SHORT_VALUES = {"forward": "fwd", "backward": "bwd", "float32": "fp32", "bfloat16": "bf16"}
 SHORT_NAMES = {
-    "frozen linear": "frozen", "composition (PEFT's)": "PEFT's", "cuBLAS addmm (Unsloth's order)": "addmm",
-    "torch.compile of the composition": "compile", "bytes at copy bandwidth": "floor",
-    "cuBLAS weight gradient": "wgrad", "eager autograd": "eager", "torch.compile": "compile",
-    "einsum (Opacus)": "einsum", "torch.func vmap(grad)": "vmap", "batch size 1": "one by one",
-    "explicit deltaW, eager penalty": "explicit", "LoRA without EWC": "no EWC", "frozen base": "frozen",
-    "composition (PEFT's), eager penalty": "PEFT's", "added to slices in place": "in place",
-    "cuBLAS, then square and add": "product", "addmm_ in the dtype of W": "addmm_",
-    "product and sum in fp32": "fp32 sum", f"{OURS}, again": "again", f"{OURS} cuda": "cuda",
+    registry.FROZEN: "frozen", registry.UNSLOTH: "Unsloth's", registry.COMPILED_COMPOSITION: "compile",
+    FLOOR: "floor", "product of equal FLOPs": "product", "eager autograd": "eager",
+    registry.COMPILED: "compile", "torch.func vmap(grad)": "vmap", registry.LOOP: "one by one",
+    registry.EXPLICIT: "explicit", registry.WITHOUT: "no EWC", "frozen base": "frozen",
+    "added to slices in place": "in place", registry.BATCH_MODE_PEERS[0]: "square and add",
+    "addmm_ in the dtype of W": "addmm_", "product and sum in fp32": "fp32 sum", AGAIN: "again",
+    CUDA: "cuda",
 }  # fmt: skip
 Case = Mapping[str, Record]
 

@@ -19,41 +19,40 @@ from typing import Any
 
 import torch
 
-from .. import records
-from ..case import ROLES
+from .. import energy, predict, records, registry
+from ..case import OURS, ROLES
 from ..clock import WallClock, clock_of
-from ..harness import DeviceLost, Record, append, measure
+from ..extras import Unavailable, versions
+from ..harness import DeviceLost, Record, append, common, measure
 from ..machine import Ceilings, ceilings, environment
-from ..shapes import REHEARSAL, RELEASE
-from . import ewc_penalty, fisher_accumulate, lora_linear, merge, training_step
-from .plan import Place, Planned
+from ..place import Place
+from ..suites import SUITES
+from ..workload import LATER, Workload
 
-SUITES = {
-    "lora_linear": lora_linear.plan,
-    "ewc_penalty": ewc_penalty.plan,
-    "fisher_accumulate": fisher_accumulate.plan,
-    "training_step": training_step.plan,
-    "merge": merge.plan,
-}
-KINDS = ("pass", "mode", "precision", "optimizer", "matrices")
+NAMES = tuple(name for name, suite in SUITES.items() if suite.plan("gpu"))
 DEVICE_LOST = 75  # "temporary failure": try again
 PEERS = frozenset(ROLES) - {"ours", "variant", "floor"}  # a peer that fails is its own affair
 
 
-def planned(suite: str, rehearsal: bool = False) -> list[Planned]:
+def planned(suite: str, rehearsal: bool = False) -> list[Workload]:
     """All cases of a suite, in order of importance; of a rehearsal, one of each kind."""
-    cases = list(SUITES[suite](REHEARSAL if rehearsal else RELEASE))
-    if not rehearsal:
-        return cases
-    kinds: dict[tuple[object, ...], Planned] = {}
-    for case in cases:
-        kinds.setdefault((case.op, case.dtype, case.marker, *(case.shape.get(name) for name in KINDS)), case)
-    return list(kinds.values())
+    return SUITES[suite].plan("rehearsal" if rehearsal else "gpu")
+
+
+def marker(one: Workload) -> str:
+    """A provider by which records show that a case, or a later part of one, was done."""
+    return registry.peers(one)[0] if one.part == LATER else OURS
+
+
+def done(one: Workload, found: Iterable[Record]) -> bool:
+    """Whether records hold the outcome of this part."""
+    return any(r["provider"] == marker(one) and records.key(r) == records.key(vars(one)) for r in found)
 
 
 def broken(found: Iterable[Record]) -> list[Record]:
-    """Records of failures that are ours."""
-    return [r for r in found if "failed" in r and r.get("role") not in PEERS]
+    """Records of failures that are ours; what needs a library that is not there is not."""
+    failed = [r for r in found if "failed" in r and r.get("role") not in PEERS]
+    return [r for r in failed if not r["failed"].startswith(Unavailable.__name__)]
 
 
 def show(found: Sequence[Record]) -> None:
@@ -65,22 +64,25 @@ def show(found: Sequence[Record]) -> None:
             print(f"  {r['provider']:40} {r['failed']}")
             continue
         error = "-" if r["error_fp64"] is None else f"{r['error_fp64']:.1e}"
+        joules = f"{r['millijoules_per_call']:8.3g} mJ  " if "millijoules_per_call" in r else ""
         host = "-" if r["host_seconds"] is None else f"{r['host_seconds'] * 1e6:.0f}"
         print(
             f"  {r['provider']:40} {r['seconds']['p50'] * 1e6:10.1f} us {r['timing']:8} host {host:>8} us  "
-            f"{r['gbytes_per_second']:8.1f} GB/s {r['gflops_per_second'] / 1e3:7.1f} TFLOP/s  error {error}",
+            f"{r['gbytes_per_second']:8.1f} GB/s {r['gflops_per_second'] / 1e3:7.1f} TFLOP/s  "
+            f"{joules}error {error}",
             flush=True,
         )
 
 
-def _measured(one: Planned, place: Place, seconds: float, found: Ceilings, clock: WallClock) -> list[Record]:
+def _measured(
+    suite: str, one: Workload, place: Place, seconds: float, found: Ceilings, clock: WallClock
+) -> list[Record]:
     try:
         with clock.running():
-            case = one.case(place)
+            case = predict.filled(SUITES[suite].build(one, place))
     except Exception as failure:
         reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:400]
-        head = {"op": one.op, "shape": one.shape, "dtype": one.dtype, "provider": one.marker, "role": "ours"}
-        return [{**head, "failed": f"the case could not be built: {reason}"}]
+        return [{**common(one, marker(one), "ours"), "failed": f"the case could not be built: {reason}"}]
     return measure(case, seconds, found, clock)
 
 
@@ -88,12 +90,13 @@ def run(suite: str, out: Path, place: Place, seconds: float, budget: float) -> i
     """Measures what is left of a suite within `budget` seconds; the exit status."""
     begin = time.monotonic()
     torch.manual_seed(0)
-    clock = WallClock(min_rounds=2, warm=False) if place.rehearsal else clock_of(place.device)
+    meter, told = (None, "not measured") if place.rehearsal else energy.meter()
+    clock = WallClock(2, warm=False) if place.rehearsal else clock_of(place.device, meter)
     path = out / f"{suite}.jsonl"
-    done = records.read(path)
-    left = [one for one in planned(suite, place.rehearsal) if not one.done(done)]
+    before = records.read(path)
+    left = [one for one in planned(suite, place.rehearsal) if not done(one, before)]
     limits = ceilings(place.device, 0.01 if place.rehearsal else 0.2)
-    machine = environment(place.device)
+    machine = {**environment(place.device), **versions(), "energy": told}
     print(f"{suite}: {len(left)} cases; ceilings {', '.join(f'{k} {v:.3g}' for k, v in limits.items())}")
     status = 0
     for number, one in enumerate(left):
@@ -102,7 +105,7 @@ def run(suite: str, out: Path, place: Place, seconds: float, budget: float) -> i
             break
         lost = False
         try:
-            found = _measured(one, place, seconds, limits, clock)
+            found = _measured(suite, one, place, seconds, limits, clock)
         except DeviceLost as failure:
             found, lost = failure.records, True
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -122,7 +125,7 @@ def run(suite: str, out: Path, place: Place, seconds: float, budget: float) -> i
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("suite", choices=sorted(SUITES))
+    parser.add_argument("suite", choices=NAMES)
     parser.add_argument("--out", type=Path, required=True, help="folder of the records")
     parser.add_argument("--seconds", type=float, default=0.1, help="time per provider and case")
     parser.add_argument("--budget", type=float, default=600.0, help="no case starts after so many seconds")

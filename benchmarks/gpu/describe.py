@@ -10,6 +10,8 @@ import subprocess
 
 import torch
 
+from .. import energy
+from ..extras import versions
 from ..machine import ceilings, environment
 from .sanitize import sanitizer
 
@@ -56,7 +58,8 @@ def main() -> int:
         return 0
     from fused_ewclora import available_backends
 
-    told = {"environment": environment(device), "driver": driver(), "tools": tools()}
+    told = {"environment": {**environment(device), **versions()}, "driver": driver(), "tools": tools()}
+    told["energy"] = "not measured" if args.rehearse else energy.meter()[1]
     print(json.dumps({**told, "backends": available_backends()}, indent=1))
     return 0
 

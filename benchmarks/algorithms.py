@@ -1,0 +1,41 @@
+"""The algorithms of the LoRA linear: which one serves a case, which can be forced, what a model predicts."""
+
+from __future__ import annotations
+
+from fused_ewclora.backends.candidate import Call, LinearShape, bucket
+from fused_ewclora.ops._dispatch import choose
+
+from . import predict
+from .place import Entry, Place
+from .workload import Workload
+
+OF_TRITON = ("full", "prologue", "addmm", "concat")
+OPS = {"forward": "lora_linear", "backward": "lora_linear_backward"}
+
+
+def forced(entry: Entry) -> tuple[str, ...]:
+    """Algorithms that the argument `backend` can name."""
+    return OF_TRITON if entry.backend == "triton" else ()
+
+
+def _shape(one: Workload) -> LinearShape:
+    rank = one.size("rank") * (2 if one.op == "lora_linear_slices" else 1)
+    return LinearShape(one.size("rows"), one.size("d_in"), one.size("d_out"), rank)
+
+
+def described(one: Workload, place: Place, entry: Entry) -> str:
+    """The algorithms that serve the passes, in words."""
+    if not place.gpu:
+        return "C++ prologue into BLAS addmm"
+    shape = _shape(one)
+    arch = None if place.rehearsal else predict.arch()
+    call = Call(place.device, one.torch_dtype, arch, shape._replace(rows=bucket(shape.rows)))
+    return "; ".join(choose(OPS[part], entry.told, call).algorithm for part in one.which.split("+"))
+
+
+def predicted(one: Workload, entry: Entry, key: str) -> float | None:
+    """Seconds of Triton's forward pass by the model that its choice uses; None where there is no model."""
+    if entry.backend != "triton" or one.which != "forward":
+        return None
+    shape = _shape(one)
+    return predict.forward(key, shape.rows, shape.d_in, shape.d_out, shape.rank, one.torch_dtype)

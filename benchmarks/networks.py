@@ -1,0 +1,96 @@
+"""Networks with random weights for whole training steps, of plain PyTorch: they run where nothing else is
+installed. Both take embedded tokens, since neither patches nor a vocabulary are measured, and classify the
+mean token."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .shapes import Model
+
+CLASSES = 100
+ROPE_BASE = 500_000.0  # of Llama 3
+HEAD = 64  # width of a head of Llama-3.2-1B
+
+
+class Stack(nn.Module):
+    """Blocks and a classifier of the mean token."""
+
+    def __init__(self, blocks: list[nn.Module], width: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[N, T, d]` -> logits `[N, CLASSES]`, in the dtype of the head."""
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1).to(self.head.weight.dtype))
+
+
+class Attention(nn.Module):
+    """Self-attention with a packed projection."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        sizes = model.linears()
+        self.heads = model.heads
+        self.qkv, self.proj = nn.Linear(*sizes["qkv"]), nn.Linear(*sizes["proj"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[N, T, d]` -> `[N, T, d]`."""
+        n, t, d = x.shape
+        q, k, v = self.qkv(x).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, d)
+        return self.proj(mixed)
+
+
+class VisionBlock(nn.Module):
+    """A block of a vision transformer."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        sizes = model.linears()
+        self.norm1, self.norm2 = nn.LayerNorm(model.width), nn.LayerNorm(model.width)
+        self.attn = Attention(model)
+        self.fc1, self.fc2 = nn.Linear(*sizes["fc1"]), nn.Linear(*sizes["fc2"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[N, T, d]` -> `[N, T, d]`."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class LlamaBlock(nn.Module):
+    """A block of Llama: RMSNorm, attention with grouped queries and rotary positions, RMSNorm, SwiGLU."""
+
+    def __init__(self, sizes: dict[str, tuple[int, int]]) -> None:
+        super().__init__()
+        width = sizes["q"][0]
+        self.norm1, self.norm2 = (nn.RMSNorm(width, eps=1e-5) for _ in range(2))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.gate_proj, self.up_proj, self.down_proj = (
+            nn.Linear(*sizes[name], bias=False) for name in ("q", "k", "v", "o", "gate", "up", "down")
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[N, T, d]` -> `[N, T, d]`."""
+        h = self.norm1(x)
+        q, k, v = (
+            p(h).unflatten(-1, (-1, HEAD)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed = F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True, enable_gqa=True)
+        x = x + self.o_proj(mixed.transpose(1, 2).flatten(-2))
+        h = self.norm2(x)
+        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+
+
+def rotated(x: Tensor) -> Tensor:
+    """Rotary positions on `[N, heads, T, HEAD]`."""
+    half = x.shape[-1] // 2
+    rates = ROPE_BASE ** (-torch.arange(half, device=x.device, dtype=x.dtype) / half)
+    angles = torch.outer(torch.arange(x.shape[-2], device=x.device, dtype=x.dtype), rates)
+    cos, sin = angles.cos(), angles.sin()
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
