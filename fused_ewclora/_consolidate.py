@@ -14,7 +14,8 @@ from ._fisher_pass import TaskFisher, nonfinite
 from ._processes import together
 from ._slots import Slot, put_rows, take_rows
 from ._transaction import Transaction
-from .errors import ArgumentError, FisherError
+from .adapted import AdaptedLinear
+from .errors import ArgumentError, FisherError, TargetError
 
 if TYPE_CHECKING:
     from ._sharding import Sharding  # loads torch.distributed.fsdp, which takes a second
@@ -122,6 +123,17 @@ def consolidate(
     for layer in layers:
         layer.consolidated_tasks += 1
     return after
+
+
+def check_ready(layers: Mapping[str, AdaptedLinear]) -> None:
+    """Raises `TargetError` or `FisherError` for a layer whose task cannot end now."""
+    for name, layer in layers.items():
+        if layer.merged:
+            raise TargetError(
+                f"{name}: its adapter is merged into the base weight; call unmerge(model) before consolidate"
+            )
+        if layer.fisher_capture is not None:
+            raise FisherError(f"{name}: a Fisher pass is active; leave its block before consolidate")
 
 
 def _agreed(sharding: Sharding | None, check: Callable[[], None]) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import EWCLoRAError
+from .errors import EWCLoRAError, TargetError
 
 Result = TypeVar("Result")
 
@@ -67,3 +67,27 @@ def together(work: Callable[[], Result]) -> Result:
             kind, message = other
             raise kind(f"process {rank}: {message}")
     return result[0]
+
+
+def check_same(described: Mapping[str, Any], group: Any = None) -> None:
+    """Raises `TargetError` in every process of `group` naming the first entry that is not the same in all."""
+    tables: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(tables, dict(described), group=group)
+    for rank, other in enumerate(tables):
+        for key in {**tables[0], **other}:
+            first, here = tables[0].get(key), other.get(key)
+            if first != here:
+                raise TargetError(
+                    f"{key}: process 0 has {first}, process {rank} has {here}; nothing was changed"
+                )
+
+
+def common_generator(
+    generator: torch.Generator | None, device: torch.device, group: Any = None
+) -> torch.Generator:
+    """A generator for the CPU that draws the same numbers in every process of `group`; the first process
+    draws its seed, from `generator`."""
+    place = None if generator is None else generator.device
+    seed = torch.randint(2**62, (1,), generator=generator, device=place).to(device)
+    dist.broadcast(seed, group_src=0, group=group)
+    return torch.Generator().manual_seed(int(seed.item()))

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from . import functional as FE
 from ._gather import SumOverProcesses, gathered
-from ._processes import reshard
+from ._processes import common_generator, reshard
 from ._slots import Slot
 from .adapted import AdaptedLinear
 from .errors import TargetError
@@ -238,12 +238,7 @@ class Sharding:
     @torch.no_grad()
     def reset_adapters(self, generator: torch.Generator | None) -> None:
         """New factors for every adapter, the same whatever the number of processes."""
-        seed = torch.randint(
-            2**62, (1,), generator=generator, device=None if generator is None else generator.device
-        )
-        seed = seed.to(self._device)
-        dist.broadcast(seed, src=0)
-        common = torch.Generator().manual_seed(int(seed.item()))
+        common = common_generator(generator, self._device)
         for (a, b), slot in zip(self._factors(), self._slots, strict=True):
             bound = slot.layer.initial_bound
             drawn = torch.empty(a.shape, dtype=a.dtype).uniform_(-bound, bound, generator=common)

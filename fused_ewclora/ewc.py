@@ -14,10 +14,10 @@ from torch.distributed import ProcessGroup
 
 from . import fisher as passes
 from . import functional as FE
-from ._consolidate import consolidate
+from ._consolidate import check_ready, consolidate
 from ._ewc_state import EWCState, Expected, TaskRecord, dump, parse
 from ._fisher_pass import FisherPass, TaskFisher
-from ._processes import sharded, together
+from ._processes import check_same, common_generator, sharded, together
 from ._settings import FISHER_MODES, MERGE_MODES, UPDATES, number, one_of
 from ._slots import slots_of
 from ._transaction import Transaction, canonical_name
@@ -50,8 +50,8 @@ class EWC:
         check_finite: refuse NaN and Inf in Fishers and weights (one host synchronisation per task).
         update: "sum", gamma F + F_task, or "convex", gamma F + (1 - gamma) F_task; the first task gives
             F_task.
-        generator: source of the A of each new task; None is the default generator. With several processes
-            give each one a generator of the same seed, else their A differ from the second task on.
+        generator: source of the A of each new task; None is the default generator. Processes that call
+            `reduce_fisher_` or `shard_` draw the same A.
 
     Consolidation resets lora_A and lora_B in place; moments in an optimizer belong to the task that ended, so
     make a new one. Raises `ArgumentError`, `DtypeError`, and `TargetError` for a model without adapters.
@@ -90,6 +90,7 @@ class EWC:
         self._locations = [slot.layer.factor_locations(slot.piece) for slot in self._slots]
         self._state = EWCState()
         self._sharding: Sharding | None = None
+        self._drawing: torch.Generator | None = None  # of the next A, after reduce_fisher_
         self.fisher_dtype = self._checked_dtype(fisher_dtype)
 
     def _checked_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -116,6 +117,10 @@ class EWC:
         """How the Fisher of each consolidated task was made: labels, samples, batch size, gamma."""
         return self._state.history
 
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.layers.values())).weight.device
+
     def _visible(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(tensors) if self._sharding is None else self._sharding.wrapped(tensors)
 
@@ -138,10 +143,9 @@ class EWC:
         >>> loss = criterion(model(x), y) + ewc.penalty()
         """
         if not self._state.fishers:
-            device = next(iter(self.layers.values())).weight.device
             # A leaf, so that .backward() works on it alone; torch.compile has no leaves inside its graphs.
             leaf = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            return torch.zeros((), device=device, requires_grad=leaf)
+            return torch.zeros((), device=self._device, requires_grad=leaf)
         if self._sharding is not None:
             return self._sharding.penalty(self._state.fishers, self.ewc_lambda)
         return FE.ewc_penalty(*self._operands(), self.ewc_lambda)
@@ -223,12 +227,12 @@ class EWC:
         passes.check_labels(labels, self.fisher_mode)
         policy = passes.LabelPolicy(labels, loss_fn, reduction, logits_fn, generator)
         passes.check_max_batches(max_batches)
-        device = next(iter(self.layers.values())).weight.device
+        device, model = self._device, passes.unwrapped(self.model)
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            passes.evaluation_mode(self.model),
-            passes.gradients_untouched(self.model) as clear_gradients,
+            passes.evaluation_mode(model),
+            passes.gradients_untouched(model) as clear_gradients,
             self.accumulate_fisher(policy.backward_reduction, labels=labels) as passing,
         ):
             passing.samples = 0
@@ -237,7 +241,7 @@ class EWC:
                 if samples == 0:
                     continue
                 passing.batch_size = samples
-                output, targets = forward(self.model, passes.to_device(batch, device))
+                output, targets = forward(model, passes.to_device(batch, device))
                 for loss, keep_graph in policy.passes(output, targets):
                     passes.check_loss(loss)
                     loss.backward(retain_graph=keep_graph)
@@ -249,15 +253,18 @@ class EWC:
         """Sums the Fisher of the current task, and its number of samples, over the processes of `group`.
 
         Call it once on every process between estimate_fisher and consolidate, each having passed over its own
-        share of the data. Nothing is left to do after `shard_`, which sums while gathering. Raises
-        `FisherError` before any estimate or without a process group.
+        share of the data. It also makes `consolidate` draw the same new A everywhere. Nothing is left to do
+        after `shard_`, which sums while gathering. Raises `FisherError` before any estimate or without a
+        process group, `TargetError` when adapters or settings differ between processes.
 
             >>> ewc.estimate_fisher(loader, criterion); ewc.reduce_fisher_(); ewc.consolidate()
         """
         if self._state.task is None:
             raise FisherError("reduce_fisher_: this task has no Fisher yet; call estimate_fisher first")
         if self._sharding is None:
-            self._state = replace(self._state, task=reduced(self._state.task, group))
+            task = reduced(self._state.task, self._described(), group)
+            self._drawing = common_generator(self.generator, self._device, group)
+            self._state = replace(self._state, task=task)
 
     def shard_(self, mesh: DeviceMesh | None = None) -> None:
         """Keep of every Fisher the rows whose lora_B this process has; for models that FSDP2 shards.
@@ -267,7 +274,8 @@ class EWC:
         a Fisher is divided by the number of processes, Fishers are summed over all processes batch by batch
         (so each must run the same number of batches, as FSDP requires), a state loaded or made before is
         dealt out, and gradients of the penalty reach the shards undivided. Raises `TargetError` when a factor
-        is not sharded by rows over mesh, `ArgumentError` for merge_mode "factors".
+        is not sharded by rows over mesh or when adapters or settings differ between processes,
+        `ArgumentError` for merge_mode "factors".
 
             >>> fully_shard(model); ewc = EWC(model); ewc.shard_()
         """
@@ -276,6 +284,7 @@ class EWC:
         from ._sharding import Sharding
 
         sharding = Sharding(self.model, self._slots, mesh)
+        check_same(self._described())
         if self._sharding is None:
             self._state = self._state.mapped_by_key(sharding.taken)
         self._sharding = sharding
@@ -292,14 +301,7 @@ class EWC:
         """
         self._check_placement()
         gamma = self.gamma if gamma is None else number("gamma", gamma, 0.0, 1.0)
-        for name, layer in self.layers.items():
-            if layer.merged:
-                raise TargetError(
-                    f"{name}: its adapter is merged into the base weight; call unmerge(model) before "
-                    "consolidate"
-                )
-            if layer.fisher_capture is not None:
-                raise FisherError(f"{name}: a Fisher pass is active; leave its block before consolidate")
+        check_ready(self.layers)
         check_mergeable(self.model)
         with Transaction() as change:
             self._state = consolidate(
@@ -311,9 +313,10 @@ class EWC:
                 merge_mode=self.merge_mode,
                 fisher_dtype=self.fisher_dtype,
                 check_finite=self.check_finite,
-                generator=self.generator,
+                generator=self._drawing or self.generator,
                 sharding=self._sharding,
             )
+        self._drawing = None
 
     def end_task(
         self,
@@ -333,6 +336,13 @@ class EWC:
             number("gamma", gamma, 0.0, 1.0)
         self.estimate_fisher(loader, loss_fn, **kwargs)
         self.consolidate(gamma)
+
+    def _described(self) -> dict[str, Any]:
+        """What processes that work together have in common."""
+        pieces = {
+            s.key: (s.piece.row_count, s.layer.in_features, s.piece.r, s.piece.scaling) for s in self._slots
+        }
+        return {**pieces, **self._settings(), "gamma": self.gamma, "ewc_lambda": self.ewc_lambda}
 
     def _settings(self) -> dict[str, str]:
         return {"fisher_mode": self.fisher_mode, "merge_mode": self.merge_mode, "update": self.update}

@@ -211,6 +211,13 @@ def limited(loader: Iterable[Batch], max_batches: int | None, progress: bool | N
     yield from batches
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model without DDP, which would average gradients that nobody wants, and hang when processes have
+    different numbers of batches."""
+    inner = getattr(model, "_orig_mod", model)  # of torch.compile
+    return inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else model
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; the mode of every single module restored after."""
