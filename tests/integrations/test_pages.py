@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,9 +25,31 @@ def script(page: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+ALONE = [page for page in PAGES if page.stem != "distributed"]
+
+
+@pytest.mark.parametrize("page", ALONE, ids=[page.stem for page in ALONE])
 def test_the_script_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     code = script(page)
     assert code.strip(), "a page without a script"
     monkeypatch.chdir(tmp_path)
     exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+
+
+def test_the_script_for_several_processes_runs_in_two(tmp_path: Path):
+    page = next(page for page in PAGES if page.stem == "distributed")
+    (tmp_path / "train.py").write_text(script(page))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "train.py",
+    ]
+    path = os.pathsep.join([str(page.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    told = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert told.returncode == 0, told.stderr[-4000:]
+    assert {"ddp", "fsdp"} <= {folder.name for folder in tmp_path.iterdir()}
