@@ -41,7 +41,7 @@ class AdaptedLinear(nn.Module):
     adapters_enabled: bool
     merged: bool
     fisher_capture: FisherCapture | None
-    forward_calls: int  # eager calls; a compiled call sets it to 1, which needs no guard and no recompilation
+    forward_calls: int  # eager ones; a graph that counted could not be part of a checkpointed region
     origin_fingerprint: str
     consolidated_tasks: int  # tasks whose B diag(s) A has been added to weight for good
     base_trainable: tuple[str, ...]  # which of weight and bias required gradients before
@@ -176,9 +176,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in_features]` -> y `[..., out_features]`; the plain linear while merged or disabled."""
-        if torch.compiler.is_compiling():
-            self.forward_calls = 1
-        else:
+        if not torch.compiler.is_compiling():
             self.__dict__["forward_calls"] += 1
         if self.merged or not self.adapters_enabled:
             return self.base_forward(x)

@@ -20,16 +20,19 @@ from .report import Report
 
 
 def check_bypass(model: nn.Module) -> None:
-    """Call it after the model has run: raises `TargetError` naming adapted layers whose forward never ran,
-    and the mend.
+    """Call it after the model has run uncompiled: raises `TargetError` naming adapted layers whose forward
+    never ran, and the mend.
 
     Some models read `layer.weight` and never call the layer (timm's BEiT and EVA02), so that an adapter
-    trains nothing. Costs a look at a counter per layer; nothing runs.
+    trains nothing. Costs a look at a counter per layer; nothing runs. Compiled calls are not counted; for a
+    compiled model there is `verify_forward`.
 
         >>> model(x); check_bypass(model)
     """
     if names := bypassed(model):
-        raise TargetError(_bypass_message(model, names))
+        uncounted = "; compiled calls are not counted, verify_forward runs a model uncompiled"
+        hint = uncounted if "torch._dynamo" in sys.modules else ""
+        raise TargetError(_bypass_message(model, names) + hint)
 
 
 def bypassed(model: nn.Module) -> list[str]:
