@@ -16,6 +16,7 @@ from .errors import ArgumentError, DtypeError
 from .ops.capture import MODES
 
 Scale = float | Tensor
+_SHORT = (torch.float16, torch.bfloat16)
 
 
 class Adapter(NamedTuple):
@@ -109,15 +110,27 @@ def _factors(lora_a: Tensor, lora_b: Tensor, scale: Scale, where: str, like: Ten
             )
 
 
-def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def autocast(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]
+) -> tuple[Tensor, Tensor, Tensor | None, Sequence[Adapter]]:
     """Inputs of the base product in autocast's dtype when autocast is on for their device, as `F.linear`
-    would have them."""
+    would have them; adapters in another 16-bit dtype become fp32, which loses nothing."""
     if not isinstance(x, Tensor) or x.is_meta or x.dtype == torch.float64:
-        return x, weight, bias
+        return x, weight, bias, adapters
     if not torch.is_autocast_enabled(x.device.type):
-        return x, weight, bias
+        return x, weight, bias, adapters
     dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    adapters = [
+        Adapter(_widened(a, dtype), _widened(b, dtype), _widened(s, dtype), rows)  # type: ignore[arg-type]
+        for a, b, s, rows in adapters
+    ]
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), adapters
+
+
+def _widened(value: Scale, dtype: torch.dtype) -> Scale:
+    """A factor or scale in fp32 when it has the other 16-bit dtype than autocast."""
+    other = isinstance(value, Tensor) and value.dtype in _SHORT and value.dtype != dtype
+    return value.float() if other else value  # type: ignore[union-attr]
 
 
 def lora_linear(

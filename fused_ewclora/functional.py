@@ -114,7 +114,7 @@ def lora_linear_adapters(
         >>> heads = Adapter(lora_a, lora_b, 1.0, ((64, 128), (256, 320)))
         >>> y = lora_linear_adapters(x, weight, None, [heads])
     """
-    x, weight, bias = check.autocast(x, weight, bias)
+    x, weight, bias, adapters = check.autocast(x, weight, bias, adapters)
     rows = check.lora_linear(x, weight, bias, adapters, dropout_p)
     if dropout_p > 0.0 and not training:  # in this order: without dropout no graph depends on the mode
         dropout_p = 0.0
