@@ -63,7 +63,7 @@ RELEASE = Sizes(
     slice_rank=10,
     scales=1 << 16,
 )
-TINY = Model("tiny", 16, 1, 3, 2)  # for tests
+TINY = Model("tiny", 16, 1, 5, 2)  # for tests
 REHEARSAL = Sizes(base=TINY, large=TINY, huge=TINY, small=TINY, samples=2, rank=4, slice_rank=3, scales=70)
 SMALL_VIT = Model("ViT-S/16", 384, 12, 197, 6)
 GIANT = Model("ViT-g/14", 1408, 40, 257, 16, hidden=6144)

@@ -16,6 +16,7 @@ if str(ROOT) not in sys.path:  # benchmarks are not installed
 
 from benchmarks import __main__ as bench  # noqa: E402
 from benchmarks import (  # noqa: E402
+    breakdowns,
     end_to_end,
     extras,
     growth,
@@ -27,31 +28,35 @@ from benchmarks import (  # noqa: E402
     registry,
     shapes,
     table,
+    workloads,
 )
 from benchmarks.case import OURS, Case, Provider, Target  # noqa: E402
-from benchmarks.registry import Workload  # noqa: E402
+from benchmarks.place import Place  # noqa: E402
+from benchmarks.workload import Workload  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def few_rounds_without_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ceilings are not measured and peers not compiled: nothing here is about speed."""
     monkeypatch.setattr(bench, "ceilings", lambda *_: {"copy": 1e9, "fp32": 1e9})
-    monkeypatch.setattr(extras, "compiled", lambda method: method)
+    monkeypatch.setattr(extras, "compiled", lambda method, backend="": method)
     yield
 
 
 def small(op: str) -> Workload:
     return {
-        "ewc_penalty": registry.penalty("m", (6, 4), 2, 3),
-        "fisher_accumulate": registry.fisher("m", 3, 5, (6, 4)),
-        "lora_linear": registry.linear("m", 7, (6, 4), 2),
-        "lora_linear_slices": registry.linear("m", 7, (6, 12), 2, slices=True),
+        "ewc_penalty": workloads.penalty("m", (6, 4), 2, 3),
+        "fisher_accumulate": workloads.fisher("m", 3, 5, (6, 4)),
+        "lora_linear": workloads.linear("m", 7, (6, 4), 2),
+        "lora_linear_slices": workloads.linear("m", 7, (6, 12), 2, slices=True),
+        "merge": workloads.merge("m", (6, 4), 2, 3),
+        "soft_threshold": workloads.threshold("m", 2, 5),
     }[op]
 
 
 def measured(one: Workload) -> tuple[Case, list[dict]]:
     suite = next(s for s in bench.SUITES.values() if one.op in s.ops)
-    case = suite.build(one)
+    case = suite.build(one, Place())
     return case, harness.measure(case, 0.0, {"copy": 1e9, "fp32": 1e9}, memory.CpuClock(2))
 
 
@@ -85,7 +90,7 @@ def test_the_penalty_reads_f_once_and_makes_three_products():
     flops = 2 * (product(4, 3, 6) + product(4, 6, 3) + product(3, 4, 6))
     factors = 3 * 6 + 4 * 3
     assert small("ewc_penalty").work == (flops, 2 * (4 * 4 * 6 + 2 * 4 * factors))
-    half = registry.penalty("m", (6, 4), 2, 3, "bfloat16")
+    half = workloads.penalty("m", (6, 4), 2, 3, "bfloat16")
     assert small("ewc_penalty").work.bytes - half.work.bytes == 2 * 4 * 6 * 2
 
 
@@ -97,8 +102,8 @@ def test_the_fisher_is_one_product_per_sample():
 
 
 def test_a_step_counts_linears_twice_and_attention():
-    step = end_to_end._step("tiny", 2, 3, 5, 4).work
-    d, h, rows = 32, 128, 15
+    step = workloads.step("tiny", 2, 3, 5, 4).work
+    d, h, rows = 16, 64, 15
     linears = product(rows, d, 3 * d) + product(rows, d, d) + product(rows, d, h) + product(rows, h, d)
     attention = 3 * (product(5, d, 5) + product(5, 5, d))
     assert step.flops == 2 * (2 * linears + 3.5 * attention)
@@ -127,7 +132,7 @@ def test_the_whole_registry_has_the_shapes_that_were_promised():
     assert shapes.LLAMA.linears()["k"] == (2048, 512) and shapes.T5.linears()["wo"] == (4096, 1024)
 
 
-@pytest.mark.parametrize("op", ["ewc_penalty", "fisher_accumulate", "lora_linear", "lora_linear_slices"])
+@pytest.mark.parametrize("op", [op for op in registry.OPS if op not in end_to_end.OPS])
 def test_cases_have_the_peers_of_the_registry_and_correct_results(op: str):
     case, found = measured(small(op))
     assert {p.name for p in case.providers if p.role == "peer"} == set(registry.PEERS[op])
@@ -143,21 +148,21 @@ def test_cases_have_the_peers_of_the_registry_and_correct_results(op: str):
 def test_targets_belong_to_their_cases():
     def targets(one: Workload) -> set[tuple[str | None, float]]:
         suite = next(s for s in bench.SUITES.values() if one.op in s.ops)
-        return {(t.peer, t.limit) for t in suite.build(one).targets}
+        return {(t.peer, t.limit) for t in suite.build(one, Place()).targets}
 
-    published = registry.penalty("ViT-B k,v", (6, 6), 12, 10)
+    published = workloads.penalty("ViT-B k,v", (6, 6), 12, 10)
     assert targets(published) == {("eager autograd", 1 / 4), ("torch.compile", 1 / 2.2)}
-    assert ("frozen linear", 1.06) in targets(registry.linear("ViT-B proj", 1001, (6, 6), 10))
+    assert ("frozen linear", 1.06) in targets(workloads.linear("ViT-B proj", 1001, (6, 6), 10))
     assert targets(small("lora_linear")) == {("best peer", 1.0)}
     assert targets(small("fisher_accumulate")) == {("sgemm of equal FLOPs", 1.2), (None, 0.0)}
-    assert targets(registry.fisher("m", 3, 1, (6, 4))) == set()
+    assert targets(workloads.fisher("m", 3, 1, (6, 4))) == set()
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["--preset", "huge"], "expected one of: cpu; quick; full"),
-        (["--op", "conv"], "expected one of: ewc_penalty; fisher_accumulate; lora_linear"),
+        (["--op", "conv"], "expected one of: lora_linear; lora_linear_slices; ewc_penalty"),
         (["--suite", "conv"], "expected one of: ewc_penalty"),
         (["--provider", "nobody"], "backpack; "),
         (["--shape", "ViT-X"], "ViT-B proj; "),
@@ -177,10 +182,10 @@ def test_an_unknown_preset_of_the_registry_lists_the_valid_ones():
 
 
 def test_chosen_peers_leave_ours_and_floors():
-    case = bench.SUITES["fisher_accumulate"].build(small("fisher_accumulate"))
+    case = bench.SUITES["fisher_accumulate"].build(small("fisher_accumulate"), Place())
     kept = bench.chosen(case, ["einsum"])
     assert [p.name for p in kept.providers] == [OURS, "einsum", "sgemm of equal FLOPs"]
-    penalty = bench.SUITES["ewc_penalty"].build(registry.penalty("m", (4, 4), 12, 10))
+    penalty = bench.SUITES["ewc_penalty"].build(workloads.penalty("m", (4, 4), 12, 10), Place())
     assert [t.peer for t in bench.chosen(penalty, ["eager autograd"]).targets] == ["eager autograd"]
     assert bench.chosen(case, None) is case
 
@@ -201,11 +206,11 @@ def test_an_interrupted_run_keeps_what_it_took(tmp_path: Path, monkeypatch, caps
     build = bench.SUITES["lora_linear"].build
     calls: list[Workload] = []
 
-    def second_is_interrupted(one: Workload) -> Case:
+    def second_is_interrupted(one: Workload, place: Place) -> Case:
         calls.append(one)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return build(one)
+        return build(one, place)
 
     monkeypatch.setitem(
         bench.SUITES, "lora_linear", bench.SUITES["lora_linear"]._replace(build=second_is_interrupted)
@@ -219,7 +224,7 @@ def test_an_interrupted_run_keeps_what_it_took(tmp_path: Path, monkeypatch, caps
 
 
 def test_a_case_that_cannot_be_built_is_recorded_for_everybody(tmp_path: Path, monkeypatch, capsys):
-    def build(one: Workload) -> Case:
+    def build(one: Workload, place: Place) -> Case:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setitem(bench.SUITES, "growth", bench.SUITES["growth"]._replace(build=build))
@@ -232,10 +237,10 @@ def test_a_case_that_cannot_be_built_is_recorded_for_everybody(tmp_path: Path, m
 
 def test_a_missing_library_is_recorded_and_no_failure_of_ours(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(extras, "load", lambda name: (_ for _ in ()).throw(extras.Unavailable(name)))
-    step = bench.planned("quick", ["end_to_end"])
-    assert run(tmp_path, step) == 0
+    cases = [one for one in bench.planned("quick", ["end_to_end"]) if one.workload.op == "adapted_model"]
+    assert run(tmp_path, cases) == 0
     found = records.read(tmp_path / "end_to_end.jsonl")
-    assert {r["failed"] for r in found} == {"Unavailable: timm"} and len(found) == 6
+    assert [(r["provider"], r["failed"]) for r in found] == [(n, "Unavailable: timm") for n in (OURS, "peft")]
 
 
 @pytest.mark.parametrize(("role", "status"), [("ours", 1), ("floor", 1), ("peer", 0)])
@@ -284,7 +289,7 @@ def test_peaks_are_those_of_one_call():
 
 
 def test_ours_stores_no_gradient_of_a_sample():
-    _, found = measured(registry.fisher("m", 2, 5, (768, 768)))
+    _, found = measured(workloads.fisher("m", 2, 5, (768, 768)))
     by_name = {r["provider"]: r for r in found}
     allowed = torch.get_num_threads() * 2 * 2**20
     assert by_name[OURS]["peak_bytes"] <= allowed < by_name["einsum"]["peak_bytes"]
@@ -306,14 +311,14 @@ def test_the_published_formulation_computes_what_ours_computes():
     base = models.text(shapes.TextModel("t", {
         "q": (128, 128), "k": (128, 64), "v": (128, 64), "o": (128, 128),
         "gate": (128, 32), "up": (128, 32), "down": (32, 128)}, 1, 4), 1, 2, 4, 3)  # fmt: skip
-    ours, factors = models.adapted(base)
-    published, others = models.explicit(base, ours)
-    assert len(factors.lora_as) == len(others.lora_as) == 2
-    torch.testing.assert_close(ours(base.x), published(base.x))
-    assert (ours(base.x) - base.model(base.x)).abs().max() > 0
-    assert ours.blocks[0].q_proj.weight is base.model.blocks[0].q_proj.weight
-    wide, held = models.in_fp64(published, others)
-    assert held.lora_as[0] is wide.blocks[0].q_proj.pairs[0] and others.lora_as[0].dtype == torch.float32
+    ours = models.adapted(base)
+    published = models.explicit(base, ours)
+    assert len(ours.lora_as) == len(published.lora_as) == 2
+    torch.testing.assert_close(ours.model(base.x), published.model(base.x))
+    assert (ours.model(base.x) - base.model(base.x)).abs().max() > 0
+    assert ours.model.blocks[0].q_proj.weight is base.model.blocks[0].q_proj.weight
+    wide, held = models.in_fp64(published.model, published.pairs)
+    assert held[0] is wide.blocks[0].q_proj.pairs[0] and published.pairs[0].dtype == torch.float32
 
 
 def test_slices_of_a_packed_projection_by_explicit_deltas():
@@ -328,8 +333,8 @@ def test_slices_of_a_packed_projection_by_explicit_deltas():
 
 def test_a_breakdown_attributes_what_ours_runs_to_its_operation():
     one = small("lora_linear")
-    case = bench.SUITES["lora_linear"].build(one)
-    shares = end_to_end.breakdown(case.providers[0].run)
+    case = bench.SUITES["lora_linear"].build(one, Place())
+    shares = breakdowns.breakdown(case.providers[0].run)
     assert {"fused_ewclora.lora_linear", "fused_ewclora.lora_linear_backward"} <= set(shares)
     assert sum(shares.values()) == pytest.approx(1.0, abs=0.01)
 
@@ -353,7 +358,7 @@ def test_one_field_varies_along_a_curve(preset: str):
 def test_points_are_ours_the_main_peer_and_the_floor():
     for op, peer in growth.MAIN_PEER.items():
         one = next(p for p in growth.plan("quick") if p.op == op)
-        case = growth.build(one)
+        case = growth.build(one, Place())
         assert case.shape == one.shape and not case.targets
         assert [p.name for p in case.providers if p.role == "peer"] == [peer]
         assert {p.role for p in case.providers} == {"ours", "peer", "floor"}

@@ -21,7 +21,7 @@ if str(ROOT) not in sys.path:  # benchmarks are not installed
 from benchmarks import choose  # noqa: E402
 from benchmarks.case import OURS  # noqa: E402
 from benchmarks.gpu.__main__ import planned  # noqa: E402
-from benchmarks.gpu.plan import CUDA  # noqa: E402
+from benchmarks.place import CUDA  # noqa: E402
 
 MACHINE = {"device": "Abacus 9000", "capability": "9.0", "torch": "2", "python": "3", "commit": "abc"}
 OTHER, LATER = {**MACHINE, "device": "Abacus 9001"}, {**MACHINE, "commit": "def"}
@@ -89,7 +89,9 @@ def test_a_case_that_is_slower_in_a_graph_or_failed_is_not_faster(tmp_path: Path
 def test_passes_choose_for_their_own_op_and_both_together_for_none(tmp_path: Path):
     found = []
     for which, times in (("forward", FASTER), ("backward", SLOWER), ("forward+backward", SLOWER)):
-        found += [{**r, "shape": {**r["shape"], "pass": which}} for r in pair(1, *times)]
+        shape = {"pass": which} if which != "forward+backward" else {}
+        without = {name: value for name, value in pair(1, *times)[0]["shape"].items() if name != "pass"}
+        found += [{**r, "shape": {**without, **shape}} for r in pair(1, *times)]
     (entry,) = derived(write(tmp_path / "x", *found), tmp_path / "table.json")
     assert entry["op"] == "lora_linear"
 
@@ -122,7 +124,7 @@ def test_work_is_what_a_call_of_that_shape_is_taken_for():
         for one in planned(suite):
             works.setdefault(one.op, choose.work_of({"op": one.op, "shape": one.shape}))
     sizes = planned("ewc_penalty")[0].shape
-    fishers = [torch.empty(int(sizes["d_out"]), int(sizes["d_in"]), device="meta")] * int(sizes["matrices"])
+    fishers = [torch.empty(int(sizes["d_out"]), int(sizes["d_in"]), device="meta")] * int(sizes["adapters"])
     lora_as = [torch.empty(10, int(sizes["d_in"]), device="meta")] * len(fishers)
     told = _library._SIZES["ewc_penalty"](fishers, lora_as)
     assert told["work"] == works["ewc_penalty"]
@@ -131,7 +133,7 @@ def test_work_is_what_a_call_of_that_shape_is_taken_for():
     x, dy = (torch.empty(*leading, int(sizes[name]), device="meta") for name in ("d_in", "d_out"))
     assert _library._SIZES["fisher_accumulate_"](None, x, dy)["work"] == works["fisher_accumulate"]
     sizes = planned("merge")[0].shape
-    weights = [torch.empty(int(sizes["width"]), int(sizes["width"]), device="meta")] * int(sizes["matrices"])
+    weights = [torch.empty(int(sizes["d_out"]), int(sizes["d_in"]), device="meta")] * int(sizes["adapters"])
     assert _library._SIZES["merge_"](weights)["work"] == works["merge"]
     sizes = planned("lora_linear")[0].shape
     x = torch.empty(int(sizes["rows"]), int(sizes["d_in"]), device="meta")

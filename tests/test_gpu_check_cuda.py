@@ -15,13 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # benchmarks are not installed
     sys.path.append(str(ROOT))
 
-from benchmarks import shapes  # noqa: E402
-from benchmarks.case import OURS  # noqa: E402
+from benchmarks import gpu_preset, shapes  # noqa: E402
+from benchmarks.case import OURS, Case  # noqa: E402
 from benchmarks.clock import WallClock  # noqa: E402
-from benchmarks.gpu import ewc_penalty, fisher_accumulate, lora_linear, merge  # noqa: E402
-from benchmarks.gpu.__main__ import SUITES, planned  # noqa: E402
-from benchmarks.gpu.plan import AGAIN, CUDA, SMALL, Place, Planned, part_of  # noqa: E402
+from benchmarks.gpu.__main__ import NAMES, planned  # noqa: E402
 from benchmarks.harness import measure  # noqa: E402
+from benchmarks.place import AGAIN, CUDA, Place  # noqa: E402
+from benchmarks.suites import SUITES  # noqa: E402
+from benchmarks.workload import SMALL, Workload  # noqa: E402
 
 PLACE = Place("cpu", True)
 WHY = fe.available_backends()["cuda"]
@@ -29,21 +30,25 @@ needs_cuda = pytest.mark.skipif(WHY is not None, reason=f"cuda: {WHY}")
 MOST_ROWS = 16  # of a rehearsed linear: the emulator is slow
 
 
-def parts(suite: str) -> Iterator[Planned]:
+def parts(suite: str) -> Iterator[Workload]:
     """Every different part of a suite in tiny shapes, those for small launches too."""
     found = {}
-    for one in SUITES[suite](shapes.REHEARSAL):
-        told = {name: one.shape.get(name) for name in ("pass", "mode", "precision", "matrices", "vectors")}
-        if int(one.shape.get("rows", 0)) <= MOST_ROWS:
-            found.setdefault((one.op, one.dtype, one.marker, part_of(one), *told.values()), one)
+    for one in gpu_preset.gpu(shapes.REHEARSAL):
+        if one.op in SUITES[suite].ops and int(one.shape.get("rows", 0)) <= MOST_ROWS:
+            told = [one.shape.get(name) for name in gpu_preset.KINDS]
+            found.setdefault((one.op, one.dtype, one.part, *told), one)
     yield from found.values()
 
 
+def case_of(suite: str, one: Workload) -> Case:
+    return SUITES[suite].build(one, PLACE)
+
+
 @needs_cuda
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", NAMES)
 def test_the_provider_is_right_in_every_part_of_a_suite(suite: str):
     for one in parts(suite):
-        case = one.case(PLACE)
+        case = case_of(suite, one)
         found = [p for p in case.providers if p.name == CUDA]
         if any(p.name == AGAIN for p in case.providers):
             assert not found  # beside peers that take long to get ready
@@ -59,8 +64,8 @@ def test_the_provider_is_right_in_every_part_of_a_suite(suite: str):
 @needs_cuda
 def test_a_provider_that_does_nothing_is_noticed():
     """Every suite compares with fp64, so that a kernel that was never launched does not look fast."""
-    for suite in SUITES:
-        case = next(parts(suite)).case(PLACE)
+    for suite in NAMES:
+        case = case_of(suite, next(parts(suite)))
         provider = next(p for p in case.providers if p.name == CUDA)
         idle = [t.detach() * 0 for t in (provider.check or provider.run)()]
         lazy = dataclasses.replace(provider, run=lambda r=idle: r, check=None, rotation=())
@@ -69,25 +74,25 @@ def test_a_provider_that_does_nothing_is_noticed():
         assert "wrong" in record["failed"]
 
 
-@pytest.mark.parametrize("suite", ["lora_linear", "ewc_penalty", "fisher_accumulate", "merge"])
+@pytest.mark.parametrize("suite", NAMES)
 def test_without_the_extension_suites_have_no_such_provider(suite: str, monkeypatch: pytest.MonkeyPatch):
-    for module in (ewc_penalty, fisher_accumulate, lora_linear, merge):
-        monkeypatch.setattr(module, "cuda_is_built", lambda: False)
-    names = [p.name for p in planned(suite, True)[0].case(PLACE).providers]
+    found = {**fe.available_backends(), "cuda": "it was not built"}
+    monkeypatch.setattr(fe, "available_backends", lambda: found)
+    names = [p.name for p in case_of(suite, planned(suite, True)[0]).providers]
     assert OURS in names and CUDA not in names
 
 
 def test_small_cases_stand_before_the_least_important_ones_and_have_few_providers():
     for suite in ("lora_linear", "ewc_penalty", "fisher_accumulate"):
-        places = [i for i, one in enumerate(planned(suite)) if part_of(one) == SMALL]
+        places = [i for i, one in enumerate(planned(suite)) if one.part == SMALL]
         assert places and places[0] > 0, suite
         assert len(places) <= 20
 
 
 @needs_cuda
 def test_the_op_alone_is_one_call_without_autograd():
-    one = next(one for one in parts("ewc_penalty") if one.shape["model"] == ewc_penalty.OP_LAYER)
-    case = one.case(PLACE)
+    one = next(one for one in parts("ewc_penalty") if one.shape["model"] == gpu_preset.OP_LAYER)
+    case = case_of("ewc_penalty", one)
     loss, grads = next(p for p in case.providers if p.name == CUDA).run()
     assert loss.grad_fn is None and grads.dim() == 1
-    assert grads.numel() == 2 * int(one.shape["matrices"]) * ewc_penalty.OP_WIDTH * int(one.shape["rank"])
+    assert grads.numel() == 2 * int(one.shape["adapters"]) * gpu_preset.OP_WIDTH * int(one.shape["rank"])
