@@ -32,7 +32,8 @@ def inject(model: nn.Module, config: LoRAConfig) -> Report:
     """Adapt matching `nn.Linear`s of `model` in place and freeze all but adapters; returns a printable table.
 
     Names match as in PEFT; `"all-linear"` leaves out the head that `get_output_embeddings()` or
-    `get_classifier()` returns, and takes every layer of a model that has neither. Keys of the base state_dict
+    `get_classifier()` returns and, in transformers models, all that lies outside of the base model; it takes
+    every layer of a model that has none of these. Keys of the base state_dict
     stay as they are. A second call may adapt other layers. Parents known to use a weight without calling its
     layer are set to call it, which the table says. Raises `TargetError` (nothing matches, adapted already,
     not adaptable) or `LayoutError` (slices without a layout that fits) and then has changed nothing.

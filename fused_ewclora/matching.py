@@ -16,9 +16,11 @@ from .layers import LoRALinear
 from .slices import AdapterSlice, plan_slices
 
 LayoutRule = Callable[[nn.Module, str], QKVLayout | None]
+HeadRule = Callable[[nn.Module], Iterable[nn.Module]]
 MAX_NAMES = 12  # of a list in an error message
 
 _layout_rules: list[LayoutRule] = []
+_head_rules: list[HeadRule] = []
 _adapted_classes: dict[type[nn.Module], type[AdaptedLinear]] = {nn.Linear: LoRALinear}
 _libraries: dict[str, Callable[[], object]] = {}
 
@@ -35,6 +37,12 @@ def register_layout(rule: LayoutRule) -> LayoutRule:
         >>> register_layout(lambda parent, child: thirds if child == "qkv" else None)
     """
     _layout_rules.append(rule)
+    return rule
+
+
+def register_heads(rule: HeadRule) -> HeadRule:
+    """Add a rule that knows output heads, which `"all-linear"` leaves out: rule(model) -> modules."""
+    _head_rules.append(rule)
     return rule
 
 
@@ -83,7 +91,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
 
     PEFT's rules on names. Only exact `nn.Linear`s are adapted: other classes are skipped with a reason, and
     an `nn.Linear` that cannot be adapted raises when targets name it. `"all-linear"` leaves out what
-    `get_output_embeddings()` or `get_classifier()` return.
+    `get_output_embeddings()` or `get_classifier()` return and what a rule of `register_heads` names.
     """
     if config.target_modules is None:
         raise TargetError(
@@ -136,6 +144,9 @@ def _output_heads(model: nn.Module) -> Iterator[nn.Module]:
         method = getattr(model, getter, None)
         head = method() if callable(method) else None
         if isinstance(head, nn.Module):
+            yield from head.modules()
+    for rule in _head_rules:
+        for head in rule(model):
             yield from head.modules()
 
 

@@ -1,15 +1,17 @@
-"""Linear layers of transformers that are no `nn.Linear`, with adapters."""
+"""Layers of transformers: linear ones that are no `nn.Linear`, with adapters, and output heads."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..adapted import AdaptedLinear
-from ..matching import register_adapted_class
+from ..matching import register_adapted_class, register_heads
 
 
 class LoRAConv1D(AdaptedLinear, Conv1D):
@@ -64,6 +66,13 @@ class LoRAFalconLinear(AdaptedLinear, FalconLinear):
     def base_forward(self, x: Tensor) -> Tensor:
         """What FalconLinear computes."""
         return FalconLinear.forward(self, x)
+
+
+@register_heads
+def heads(model: nn.Module) -> Iterator[nn.Module]:
+    """What a transformers model for a task has beside its base model: classifiers, language model heads."""
+    if isinstance(model, PreTrainedModel) and model.base_model is not model:
+        yield from (module for module in model.children() if module is not model.base_model)
 
 
 register_adapted_class(LoRAConv1D)

@@ -10,8 +10,9 @@ from ._library import require
 
 require("transformers")
 
-from ._transformers_layers import LoRAConv1D, LoRAFalconLinear  # noqa: E402  (not before the version is known)
+from ._transformers_fisher import next_tokens  # noqa: E402  (not before the version is known)
+from ._transformers_layers import LoRAConv1D, LoRAFalconLinear  # noqa: E402
 from ._transformers_layouts import targets  # noqa: E402
 from ._transformers_trainer import EWCCallback  # noqa: E402
 
-__all__ = ["EWCCallback", "LoRAConv1D", "LoRAFalconLinear", "targets"]
+__all__ = ["EWCCallback", "LoRAConv1D", "LoRAFalconLinear", "next_tokens", "targets"]
