@@ -33,10 +33,10 @@ def inject(model: nn.Module, config: LoRAConfig) -> Report:
 
     Names match as in PEFT; `"all-linear"` leaves out the head that `get_output_embeddings()` or
     `get_classifier()` returns and, in transformers models, all that lies outside of the base model; it takes
-    every layer of a model that has none of these. Keys of the base state_dict
-    stay as they are. A second call may adapt other layers. Parents known to use a weight without calling its
-    layer are set to call it, which the table says. Raises `TargetError` (nothing matches, adapted already,
-    not adaptable) or `LayoutError` (slices without a layout that fits) and then has changed nothing.
+    every layer of a model that has none of these. Keys of the base state_dict stay as they are. A second call
+    may adapt other layers. Parents known to use a weight without calling its layer are set to call it, which
+    the table says. Raises `TargetError` (nothing matches, adapted already, not adaptable) or `LayoutError`
+    (slices without a layout that fits) and then has changed nothing.
 
         >>> print(inject(model, LoRAConfig(r=10, target_modules=["attn.qkv", "fc1"])))
     """
