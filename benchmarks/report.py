@@ -49,7 +49,8 @@ measure.
 """
 GPU = """
 "Predicted" is a model's time, from counted bytes and FLOPs at assumed rates, and in a column of its own.
-Every other figure was measured.
+Every other figure was measured. "Energy" is that of the whole GPU per call, from the driver's counter, idle
+power included.
 """
 
 
@@ -109,9 +110,14 @@ def _megabytes(record: Record | None) -> str:
     return DASH if value is None else f"{digits(value / 1e6)} MB"
 
 
+def _millijoules(record: Record | None) -> str:
+    value = (record or {}).get("millijoules_per_call")
+    return DASH if value is None else f"{digits(value)} mJ"
+
+
 def op_table(cases: Sequence[CaseRecords]) -> list[str]:
     """Ours at every case of an op: time, ratio to every peer and floor, rates, share of the ceiling, error;
-    where records have them, the host's time, memory and the prediction."""
+    where records have them, the host's time, memory, energy and the prediction."""
     others = _providers(cases, ("peer", "floor"))
     floors = set(_providers(cases, ("floor",)))
     heads = ["case", "ours", *(f"*{name}*" if name in floors else name for name in others)]
@@ -119,6 +125,7 @@ def op_table(cases: Sequence[CaseRecords]) -> list[str]:
     extra = {
         "eager call, host": lambda mine: _seconds(mine, "host_seconds"),
         "peak memory": _megabytes,
+        "energy": _millijoules,
         "predicted": lambda mine: _seconds(mine, "predicted_seconds"),
     }
     extra = {

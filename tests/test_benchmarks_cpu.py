@@ -16,14 +16,12 @@ if str(ROOT) not in sys.path:  # benchmarks are not installed
 
 from benchmarks import __main__ as bench  # noqa: E402
 from benchmarks import (  # noqa: E402
-    breakdowns,
     end_to_end,
     extras,
     growth,
     harness,
     machine,
     memory,
-    models,
     records,
     registry,
     shapes,
@@ -302,41 +300,6 @@ def test_an_allocation_beyond_the_memory_fails_inside_the_limit(monkeypatch: pyt
     with memory.limited(), pytest.raises(RuntimeError, match="alloc"):
         torch.empty(1 << 30)
     torch.empty(1 << 28)  # the limit is gone
-
-
-# Whole models
-
-
-def test_the_published_formulation_computes_what_ours_computes():
-    base = models.text(shapes.TextModel("t", {
-        "q": (128, 128), "k": (128, 64), "v": (128, 64), "o": (128, 128),
-        "gate": (128, 32), "up": (128, 32), "down": (32, 128)}, 1, 4), 1, 2, 4, 3)  # fmt: skip
-    ours = models.adapted(base)
-    published = models.explicit(base, ours)
-    assert len(ours.lora_as) == len(published.lora_as) == 2
-    torch.testing.assert_close(ours.model(base.x), published.model(base.x))
-    assert (ours.model(base.x) - base.model(base.x)).abs().max() > 0
-    assert ours.model.blocks[0].q_proj.weight is base.model.blocks[0].q_proj.weight
-    wide, held = models.in_fp64(published.model, published.pairs)
-    assert held[0] is wide.blocks[0].q_proj.pairs[0] and published.pairs[0].dtype == torch.float32
-
-
-def test_slices_of_a_packed_projection_by_explicit_deltas():
-    linear = torch.nn.Linear(4, 6)
-    a, b = torch.randn(2, 4), torch.randn(2, 2)
-    layer = models.ExplicitDelta(linear, [(2, 4)], [torch.nn.Parameter(a), torch.nn.Parameter(b)])
-    x = torch.randn(3, 4)
-    expected = linear(x)
-    expected[:, 2:4] += x @ a.T @ b.T
-    torch.testing.assert_close(layer(x), expected)
-
-
-def test_a_breakdown_attributes_what_ours_runs_to_its_operation():
-    one = small("lora_linear")
-    case = bench.SUITES["lora_linear"].build(one, Place())
-    shares = breakdowns.breakdown(case.providers[0].run)
-    assert {"fused_ewclora.lora_linear", "fused_ewclora.lora_linear_backward"} <= set(shares)
-    assert sum(shares.values()) == pytest.approx(1.0, abs=0.01)
 
 
 # Growth

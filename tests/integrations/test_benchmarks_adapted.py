@@ -1,0 +1,55 @@
+"""The benchmark of an adapted model: timm's model injected, and the same model under PEFT."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:  # benchmarks are not installed
+    sys.path.append(str(ROOT))
+
+from benchmarks import end_to_end, harness, models, registry, whole_models  # noqa: E402
+from benchmarks.case import OURS  # noqa: E402
+from benchmarks.clock import WallClock  # noqa: E402
+from benchmarks.place import Place  # noqa: E402
+from benchmarks.shapes import SMALL_VIT, TINY  # noqa: E402
+from benchmarks.workloads import OF_TIMM, adapted_model, step  # noqa: E402
+
+
+def test_peft_computes_what_ours_computes():
+    torch.manual_seed(0)
+    case = end_to_end.build(adapted_model(TINY.name + OF_TIMM, 1, 2, TINY.tokens, 4), Place())
+    found = {r["provider"]: r for r in harness.measure(case, 0.0, {}, WallClock(2, False))}
+    assert set(found) == {OURS, registry.PEFT}
+    assert not [r for r in found.values() if "failed" in r]
+
+
+def test_adapters_of_peft_take_their_values_from_ours():
+    base = models.of_timm(TINY, 1, 2, TINY.tokens, 4)
+    ours = models.adapted(base)
+    theirs = models.by_peft(base, ours)
+    x = torch.randn_like(base.x)
+    torch.testing.assert_close(theirs.model(x), ours.model(x))
+    assert (ours.model(x) - base.model(x)).abs().max() > 0
+    trained = {id(p) for p in theirs.model.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in theirs.leaves()}
+
+
+def test_a_step_of_timms_model_is_right():
+    torch.manual_seed(0)
+    case = end_to_end.build(step(TINY.name + OF_TIMM, 1, 2, TINY.tokens, 4), Place())
+    found = harness.measure(case, 0.0, {}, WallClock(2, False))
+    assert not [r for r in found if "failed" in r]
+
+
+def test_both_targets_are_about_vit_small_at_batch_16():
+    about = [one for one in whole_models.cpu() if str(one.shape["model"]) == SMALL_VIT.name + OF_TIMM]
+    assert [(one.op, one.size("samples"), one.size("rank")) for one in about] == [
+        ("adapted_model", 16, 16), ("training_step", 16, 16),
+    ]  # fmt: skip
+    with torch.device("meta"):
+        model = models.of_timm(SMALL_VIT, 12, 1, SMALL_VIT.tokens, 16, "meta").model
+    assert [tuple(b.attn.qkv.weight.shape) for b in model.blocks] == [(1152, 384)] * 12
