@@ -23,16 +23,23 @@ def require(name: str) -> ModuleType:
     """The module of an optional library; raises `IntegrationError` naming the extra to install or the
     supported versions."""
     distribution, extra, first, beyond = _SUPPORTED[name]
-    if importlib.util.find_spec(name) is None:
+    version = _version(distribution)  # a folder that happens to have the name of the module has none
+    if version is None or importlib.util.find_spec(name) is None:
         raise IntegrationError(
             f"{distribution} is not installed; pip install 'fused-ewclora[{extra}]' brings it along"
         )
-    version = importlib.metadata.version(distribution)
     found = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
     if not first <= found < beyond:
         wanted = f">= {_text(first)}, < {_text(beyond)}"
         raise IntegrationError(f"{distribution}: expected a version {wanted}, got {version}")
     return importlib.import_module(name)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _text(version: tuple[int, ...]) -> str:

@@ -1,0 +1,85 @@
+"""What is said when a model library is missing, or in a version that was never tried."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import fused_ewclora as fe
+from fused_ewclora.integrations._library import _SUPPORTED, require
+
+ROOT = Path(__file__).resolve().parents[1]
+EXTRAS = {"timm": "timm", "transformers": "transformers", "accelerate": "transformers", "peft": "peft",
+          "avalanche": "avalanche"}  # fmt: skip
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """An import path that has nothing but a folder of the test."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for name in EXTRAS:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path
+
+
+def install(folder: Path, name: str, version: str) -> None:
+    """A library of this name and version, as far as imports can tell."""
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text("present = True\n")
+    information = folder / f"{_SUPPORTED[name][0].replace('-', '_')}-{version}.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {_SUPPORTED[name][0]}\nVersion: {version}\n"
+    )
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_a_missing_library_names_the_extra_that_brings_it(name, alone):
+    with pytest.raises(
+        fe.IntegrationError, match=rf"is not installed; pip install 'fused-ewclora\[{EXTRAS[name]}\]'"
+    ):
+        require(name)
+
+
+def test_every_extra_that_is_named_exists():
+    text = (ROOT / "pyproject.toml").read_text()
+    extras = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    for extra in EXTRAS.values():
+        assert f"\n{extra} = [" in extras
+
+
+def test_errors_are_import_errors_and_errors_of_this_library():
+    assert issubclass(fe.IntegrationError, ImportError) and issubclass(fe.IntegrationError, fe.EWCLoRAError)
+
+
+@pytest.mark.parametrize("version", ["5.0.0", "5.23.1", "5.24.0.dev0", "5.0.0rc1", "5.1+local.build"])
+def test_versions_in_the_range_are_taken(version, alone):
+    install(alone, "transformers", version)
+    assert require("transformers").present
+
+
+@pytest.mark.parametrize("version", ["4.57.0", "6.0.0", "4.57.0.dev0", "6.0.0rc1"])
+def test_versions_outside_of_it_are_refused_with_the_range(version, alone):
+    install(alone, "transformers", version)
+    with pytest.raises(
+        fe.IntegrationError, match=rf"transformers: expected a version >= 5, < 6, got {version}$"
+    ):
+        require("transformers")
+    assert "transformers" not in sys.modules, "it is not imported to find that out"
+
+
+def test_a_folder_of_the_same_name_is_not_the_library(alone):
+    (alone / "timm").mkdir()
+    with pytest.raises(fe.IntegrationError, match="timm is not installed"):
+        require("timm")
+    (alone / "peft.py").write_text("")
+    with pytest.raises(fe.IntegrationError, match="peft is not installed"):
+        require("peft")
+
+
+def test_an_unknown_integration_is_no_attribute():
+    with pytest.raises(AttributeError, match="has no attribute 'tensorflow'"):
+        fe.integrations.tensorflow  # noqa: B018
+    assert {"avalanche", "peft", "timm", "transformers"} <= set(dir(fe.integrations))
