@@ -36,19 +36,30 @@ def own_config(reason: str) -> dict[str, Any]:
     return {"peft_type": OWN_TYPE, "reason": reason}
 
 
-def exact_alpha(scaling: float, r: int) -> float:
-    """The lora_alpha with lora_alpha / r == scaling, bit for bit; raises `NotExactlyRepresentable` when there
-    is none."""
-    guess = scaling * r
+def exact_alpha(scaling: float, divisor: float) -> float:
+    """The lora_alpha with lora_alpha / divisor == scaling, bit for bit; raises `NotExactlyRepresentable` when
+    there is none."""
+    guess = scaling * divisor
     for alpha in (
         float(round(guess)),
         guess,
         math.nextafter(guess, math.inf),
         math.nextafter(guess, -math.inf),
     ):
-        if alpha / r == scaling:
+        if alpha / divisor == scaling:
             return int(alpha) if alpha == int(alpha) else alpha
-    raise NotExactlyRepresentable(f"scaling {scaling!r} is no number divided by rank {r}")
+    raise NotExactlyRepresentable(f"scaling {scaling!r} is no number divided by {divisor!r}")
+
+
+def _alphas(scales: Mapping[str, tuple[int, float]]) -> tuple[dict[str, float], bool]:
+    """lora_alpha of each layer, and whether PEFT has to divide it by sqrt(r), not r, to get the scales."""
+    try:
+        return {name: exact_alpha(scaling, r) for name, (r, scaling) in scales.items()}, False
+    except NotExactlyRepresentable as error:
+        try:
+            return {name: exact_alpha(scaling, math.sqrt(r)) for name, (r, scaling) in scales.items()}, True
+        except NotExactlyRepresentable:
+            raise error from None
 
 
 def _ambiguous(name: str, others: Iterable[str]) -> bool:
@@ -62,8 +73,7 @@ def _pattern(name: str, layers: Iterable[str]) -> str:
 
 
 def stock_shapes(layers: Mapping[str, AdaptedLinear]) -> dict[str, tuple[int, float]]:
-    """(r, lora_alpha) of each layer; raises `NotExactlyRepresentable` for adapters that PEFT has no form
-    for."""
+    """(r, scaling) of each layer; raises `NotExactlyRepresentable` for adapters that PEFT has no form for."""
     shapes = {}
     for name, layer in layers.items():
         if len(layer.adapter_slices) != 1 or layer.adapter_slices[0].name:
@@ -71,7 +81,7 @@ def stock_shapes(layers: Mapping[str, AdaptedLinear]) -> dict[str, tuple[int, fl
         piece = layer.adapter_slices[0]
         if piece.scale_name in layer._parameters:
             raise NotExactlyRepresentable(f"{name} has a learned lora_scale")
-        shapes[name] = (piece.r, exact_alpha(piece.scaling, piece.r))
+        shapes[name] = (piece.r, piece.scaling)
     return shapes
 
 
@@ -81,19 +91,21 @@ def peft_config(
     extras: Iterable[str],
     shapes: Mapping[str, tuple[int, float]],
 ) -> dict[str, Any]:
-    """adapter_config.json of stock PEFT for adapters of these (r, lora_alpha) and other trained tensors;
+    """adapter_config.json of stock PEFT for adapters of these (r, scaling) and other trained tensors;
     raises `NotExactlyRepresentable` with the reason when PEFT would compute something else."""
     first = next(iter(layers.values()))
     if any(layer.dropout_p != first.dropout_p for layer in layers.values()):
         raise NotExactlyRepresentable("layers differ in the probability of dropout")
-    r, alpha = shapes[next(iter(layers))]
+    alphas, stabilised = _alphas(shapes)
+    plain = {name: (shapes[name][0], alphas[name]) for name in layers}
+    r, alpha = plain[next(iter(layers))]
     transposed = {layer.transposed for layer in layers.values()}
     modules = [canonical_name(name) for name, _ in model.named_modules()]
     if any(_ambiguous(name, modules) for name in layers):
         targets: Any = "|".join(re.escape(name) for name in layers)  # a string is matched in full
     else:
         targets = list(layers)
-    patterns = {name: _pattern(name, layers) for name in layers if shapes[name] != (r, alpha)}
+    patterns = {name: _pattern(name, layers) for name in layers if plain[name] != (r, alpha)}
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -103,9 +115,10 @@ def peft_config(
         "lora_alpha": alpha,
         "lora_dropout": first.dropout_p,
         "target_modules": targets,
-        "rank_pattern": {pattern: shapes[name][0] for name, pattern in patterns.items()},
-        "alpha_pattern": {pattern: shapes[name][1] for name, pattern in patterns.items()},
+        "rank_pattern": {pattern: plain[name][0] for name, pattern in patterns.items()},
+        "alpha_pattern": {pattern: plain[name][1] for name, pattern in patterns.items()},
         "modules_to_save": _modules_to_save(model, extras),
+        "use_rslora": stabilised,
         "bias": "none",
         "fan_in_fan_out": transposed == {True},
         "init_lora_weights": True,
@@ -162,12 +175,9 @@ def refuse_foreign(config: Mapping[str, Any]) -> None:
 
 
 def rank_and_alpha(config: Mapping[str, Any], name: str) -> tuple[Any, Any]:
-    """r and lora_alpha of a layer, by PEFT's rules; rank-stabilised lora_alpha / sqrt(r) becomes the
-    lora_alpha that gives the same scale, or raises `NotExactlyRepresentable`."""
+    """r and lora_alpha of a layer, by PEFT's rules; not yet known to be numbers."""
     r = _pattern_value(config.get("rank_pattern"), name, config.get("r", _DEFAULT))
     alpha = _pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha", _DEFAULT))
-    if config.get("use_rslora") and isinstance(alpha, (int, float)) and isinstance(r, int) and r > 0:
-        alpha = exact_alpha(alpha / math.sqrt(r), r)
     return r, alpha
 
 

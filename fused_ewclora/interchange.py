@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checkpoint_files import ADAPTER, ADAPTER_CONFIG, write_plain
-from ._peft_format import PREFIX, exact_alpha, model_key, peft_config, rank_and_alpha, refuse_foreign
+from ._peft_format import PREFIX, model_key, peft_config, rank_and_alpha, refuse_foreign
 from ._slots import put_rows
 from ._transaction import Transaction, canonical_name
 from .adapted import AdaptedLinear
@@ -24,6 +26,7 @@ from .errors import CheckpointError, EWCLoRAError, NotExactlyRepresentable, Targ
 from .inject import adapters, eject, inject
 from .matching import plan
 
+Planned = tuple[LoRAConfig, float]  # of one layer, and its exact scale
 _FACTOR = re.compile(r"(.+)\.lora_([AB])$")
 
 
@@ -48,7 +51,7 @@ def export_peft(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, layer in layers.items():
         lora_a, lora_b, scaling = _whole_layer(name, layer)
         tensors |= {f"{PREFIX}{name}.lora_A.weight": lora_a, f"{PREFIX}{name}.lora_B.weight": lora_b}
-        shapes[name] = (lora_a.shape[0], exact_alpha(scaling, lora_a.shape[0]))
+        shapes[name] = (lora_a.shape[0], scaling)
     trained = trained_tensors(model, layers)
     config = peft_config(model, layers, trained, shapes)
     tensors |= {f"{PREFIX}{name}": tensor.detach() for name, tensor in trained.items()}
@@ -147,8 +150,8 @@ def _plan(
     name: str,
     pair: Mapping[str, Tensor],
     config: Mapping[str, Any],
-) -> LoRAConfig:
-    """The configuration of one layer, checked against its tensors."""
+) -> Planned:
+    """The configuration and scale of one layer, checked against its tensors."""
     if set(pair) != {"A", "B"} or name not in modules:
         raise CheckpointError(
             f"{ADAPTER}: {name}: expected lora_A and lora_B of a layer of the model; nothing was loaded"
@@ -160,10 +163,9 @@ def _plan(
         )
     found = {letter: list(tensor.shape) for letter, tensor in pair.items()}
     dropout = config.get("lora_dropout", 0.0)
+    target = re.escape(modules[name])
     try:
-        planned = LoRAConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=re.escape(modules[name])
-        )
+        planned = LoRAConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target)
     except EWCLoRAError as error:
         raise CheckpointError(f"{ADAPTER_CONFIG}: {name}: {error}; nothing was loaded") from None
     try:
@@ -175,19 +177,23 @@ def _plan(
         raise CheckpointError(
             f"{ADAPTER}: {name}: expected shapes {expected}, got {found}; nothing was loaded"
         )
-    return planned
+    # Rank-stabilised: not every such scale is a number divided by r, so it is set as it is.
+    return planned, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _install(
     model: nn.Module,
-    plans: Mapping[str, LoRAConfig],
+    plans: Mapping[str, Planned],
     factors: Mapping[str, Mapping[str, Tensor]],
     others: Mapping[str, Tensor],
 ) -> None:
     try:
         with Transaction() as change:
-            for plan in plans.values():
-                inject(model, plan)
+            for config, _ in plans.values():
+                inject(model, config)
+            for name, layer in adapters(model).items():
+                (piece,) = layer.adapter_slices
+                layer.adapter_slices = (replace(piece, scaling=plans[canonical_name(name)][1]),)
             parameters = _tensors(model)
             for name, pair in factors.items():
                 change.copy_(parameters[f"{name}.lora_A"], pair["A"])

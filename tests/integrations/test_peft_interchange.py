@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import re
 
 import peft
@@ -110,8 +109,6 @@ def test_names_that_end_as_others_do_are_told_apart(tmp_path):
     every = r"qkv|fc|block\.fc"
     ranks, alphas = {"^fc": 3}, {"block.fc": 5.0}
     config = fe.LoRAConfig(r=2, target_modules=every, rank_pattern=ranks, alpha_pattern=alphas)
-        r=2, target_modules=every, rank_pattern={"^fc": 3}, alpha_pattern={"block.fc": 5.0}
-    )
     model, written = exported(tmp_path / "a", plain, config, head=["head", "block.norm"])
     assert {name: layer.r for name, layer in fe.adapters(model).items()} == {"qkv": 2, "fc": 3, "block.fc": 2}
     assert isinstance(written["target_modules"], str) and "^fc" in written["rank_pattern"]
@@ -166,12 +163,18 @@ def test_an_import_computes_what_peft_computed(tmp_path, way, dtype):
     assert plain.head.weight.requires_grad == (way == "a trained head")
 
 
-def test_dropout_and_the_rank_stabilised_scale_arrive(tmp_path):
-    peft_model(use_rslora=True, lora_dropout=0.25, r=3).save_pretrained(tmp_path)
+@pytest.mark.parametrize("alpha", [3, 13])  # 13 / sqrt(3) is no number divided by 3
+def test_dropout_and_the_rank_stabilised_scale_go_round(tmp_path, alpha):
+    theirs = peft_model(use_rslora=True, lora_dropout=0.25, r=3, lora_alpha=alpha)
+    theirs.save_pretrained(tmp_path / "theirs")
     model = base(MLP)
-    fe.import_peft(tmp_path, model)
+    fe.import_peft(tmp_path / "theirs", model)
+    scale = theirs.base_model.model.fc1.scaling["default"]
     assert model.fc1.lora_dropout == 0.25
-    assert model.fc1.adapter_slices[0].scaling == 3 / math.sqrt(3)  # bit for bit
+    assert model.fc1.adapter_slices[0].scaling == scale  # bit for bit
+    fe.export_peft(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(base(MLP), tmp_path / "ours").base_model.model.fc1
+    assert again.scaling["default"] == scale and again.lora_dropout["default"].p == 0.25
 
 
 def test_layers_chosen_by_index_arrive(tmp_path):
