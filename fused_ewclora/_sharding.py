@@ -88,7 +88,7 @@ class Sharding:
     def _factors(self) -> list[tuple[DTensor, DTensor]]:
         pairs = []
         for index, slot in enumerate(self._slots):
-            (a_table, a_name), (b_table, b_name) = slot.layer.factor_locations(slot.piece)
+            (a_table, a_name), (b_table, b_name) = slot.locations
             a = self._kept_tensor((index, "a"), a_table, a_name)
             b = self._kept_tensor((index, "b"), b_table, b_name)
             pairs.append((a, b))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,17 @@ from .errors import ArgumentError, TargetError
 from .ops.capture import FisherCapture
 from .slices import AdapterSlice, fingerprint
 
-Location = tuple[
-    dict[str, nn.Parameter | None], str
-]  # of a parameter: the table of its module, its name there
+# Of a parameter: the table of its module, and its name there.
+Location = tuple[dict[str, nn.Parameter | None], str]
+
+
+class Composer(Protocol):
+    """Makes the adapters that a layer runs from more than its lora_A and lora_B: directions of earlier tasks,
+    normalised scales. Holds no tensors: these are parameters of the layer, named lora_..., so that they move,
+    copy and save with it."""
+
+    def adapters(self, layer: AdaptedLinear) -> list[FE.Adapter]:
+        """What the layer adds to its base, differentiable; an empty list for nothing."""
 
 
 class AdaptedLinear(nn.Module):
@@ -46,6 +54,7 @@ class AdaptedLinear(nn.Module):
     consolidated_tasks: int  # tasks whose B diag(s) A has been added to weight for good
     base_trainable: tuple[str, ...]  # which of weight and bias required gradients before
     rows_before_merge: Tensor  # only while merged
+    composer: Composer | None = None
 
     @staticmethod
     def features(module: nn.Module) -> tuple[int, int]:
@@ -167,6 +176,12 @@ class AdaptedLinear(nn.Module):
         """Where lora_A and lora_B of an adapter are kept; the tables live as long as the layer."""
         return (self._parameters, piece.a_name), (self._parameters, piece.b_name)
 
+    def composed(self) -> list[FE.Adapter]:
+        """The adapters as the layer runs them: of its `composer`, else its lora_A, lora_B and scales."""
+        if self.composer is not None:
+            return self.composer.adapters(self)
+        return [FE.Adapter(a, b, self.adapter_scale(s), s.rows) for s, a, b in self.adapter_parameters()]
+
     def adapter_scale(self, adapter: AdapterSlice) -> float | Tensor:
         """The scale of one adapter: its `scaling`, times the parameter `lora_scale` where there is one."""
         factor = self._parameters.get(adapter.scale_name)
@@ -180,11 +195,17 @@ class AdaptedLinear(nn.Module):
             self.__dict__["forward_calls"] += 1
         if self.merged or not self.adapters_enabled:
             return self.base_forward(x)
+        adapters = self.composed()
+        if not adapters:
+            if self.fisher_capture is None:
+                return self.base_forward(x)
+            # The Fisher is collected in the op's backward, which needs an adapter to run.
+            adapters = [FE.Adapter(a, b, 0.0, s.rows) for s, a, b in self.adapter_parameters()]
         return FE.lora_linear_adapters(
             x,
             self.base_weight,
             self.bias,
-            [FE.Adapter(a, b, self.adapter_scale(s), s.rows) for s, a, b in self.adapter_parameters()],
+            adapters,
             dropout_p=self.dropout_p,
             training=self.training,
             capture=self.fisher_capture,
@@ -202,12 +223,16 @@ class AdaptedLinear(nn.Module):
             )
         weight = self.base_weight.detach().clone()
         entries: list[tuple[Tensor, Tensor, Tensor, Any]] = []
-        for adapter, lora_a, lora_b in self.adapter_parameters():
-            scale, first = self.adapter_scale(adapter), 0
+        for adapter in self.composed():
+            first = 0
             for start, stop in adapter.rows:
                 last = first + stop - start
-                entries.append((weight[start:stop], lora_a, lora_b[first:last], scale))
+                entries.append(
+                    (weight[start:stop], adapter.lora_a, adapter.lora_b[first:last], adapter.scale)
+                )
                 first = last
+        if not entries:
+            return weight
         weights, lora_as, lora_bs, scales = zip(*entries, strict=True)
         FE.merge_(weights, lora_as, lora_bs, scales)
         return weight

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,11 @@ from ._ewc_state import EWCState, Expected, TaskRecord, dump, parse
 from ._fisher_pass import FisherPass, TaskFisher
 from ._processes import check_same, common_generator, sharded, together
 from ._settings import FISHER_MODES, MERGE_MODES, UPDATES, number, one_of
-from ._slots import slots_of
-from ._transaction import Transaction, canonical_name
+from ._slots import Operands, check_present, checked_fisher_dtype, devices, operands, slots_of
+from ._transaction import Transaction, by_canonical_name
 from .adapted import AdaptedLinear
 from .distributed import reduced
-from .errors import ArgumentError, DtypeError, FisherError, TargetError
+from .errors import ArgumentError, FisherError, TargetError
 from .inject import adapters, check_mergeable
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ class EWC:
         generator: source of the A of each new task; None is the default generator. Processes that call
             `reduce_fisher_` or `shard_` draw the same A.
 
-    Consolidation resets lora_A and lora_B in place; moments in an optimizer belong to the task that ended, so
-    make a new one. Raises `ArgumentError`, `DtypeError`, and `TargetError` for a model without adapters.
+    Consolidation resets lora_A and lora_B in place; an optimizer must forget their moments, which
+    `reset_optimizer_state_` does. The state follows the model to other devices; a copy or pickle of an EWC
+    holds a model of its own. Raises `ArgumentError`, `DtypeError`, and `TargetError` without adapters.
 
         >>> ewc = EWC(model); loss = criterion(model(x), y) + ewc.penalty()
         >>> ewc.end_task(loader, criterion)
@@ -79,27 +80,16 @@ class EWC:
         self.merge_mode = one_of("merge_mode", merge_mode, MERGE_MODES)
         self.update = one_of("update", update, UPDATES)
         self.check_finite, self.generator = bool(check_finite), generator
-        self.layers: dict[str, AdaptedLinear] = {
-            canonical_name(name): layer for name, layer in adapters(model).items()
-        }
+        self.layers: dict[str, AdaptedLinear] = by_canonical_name(adapters(model).items())
         if not self.layers:
             raise TargetError(
                 "model: expected adapters, found none; call fused_ewclora.inject(model, config) first"
             )
         self._slots = slots_of(self.layers)
-        self._locations = [slot.layer.factor_locations(slot.piece) for slot in self._slots]
         self._state = EWCState()
         self._sharding: Sharding | None = None
         self._drawing: torch.Generator | None = None  # of the next A, after reduce_fisher_
-        self.fisher_dtype = self._checked_dtype(fisher_dtype)
-
-    def _checked_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        wide = [slot.key for slot in self._slots if slot.layer.weight.dtype == torch.float64]
-        allowed = (torch.float32, torch.float64) if wide else (torch.float32, torch.bfloat16)
-        if dtype not in allowed:
-            beside = f" beside fp64 layers ({wide[0]})" if wide else ""
-            raise DtypeError(f"fisher_dtype: expected one of {allowed}{beside}, got {dtype}")
-        return dtype
+        self.fisher_dtype = checked_fisher_dtype(self._slots, fisher_dtype)
 
     @property
     def fishers(self) -> dict[str, Tensor]:
@@ -125,16 +115,20 @@ class EWC:
         return dict(tensors) if self._sharding is None else self._sharding.wrapped(tensors)
 
     def _check_placement(self) -> None:
+        check_present(self._slots)
         if self._sharding is None and (name := next(iter(sharded(self.layers)), None)):
             raise TargetError(f"{name}: its parameters are sharded; call ewc.shard_() after fully_shard")
+        self._follow()
 
-    def _operands(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float | Tensor]]:
-        """Fishers, lora_As, lora_Bs and scales, looked up on every step: some `.to()` and load calls replace
-        Parameters."""
-        lora_as = [cast(Tensor, table[name]) for (table, name), _ in self._locations]
-        lora_bs = [cast(Tensor, table[name]) for _, (table, name) in self._locations]
-        scales = [slot.layer.adapter_scale(slot.piece) for slot in self._slots]
-        return list(self._state.fishers.values()), lora_as, lora_bs, scales
+    def _follow(self) -> None:
+        """The state goes where a model that was moved is now."""
+        self._state = self._state.moved(devices(self._slots), self.fisher_dtype)
+
+    def _operands(self) -> Operands:
+        check_present(self._slots)
+        if next(iter(self._state.fishers.values())).device != self._device:
+            self._follow()
+        return operands(self._slots, self._state.fishers)
 
     def penalty(self) -> Tensor:
         """P = (lambda/2) sum F (B diag(s) A)^2 over all adapters, 0-d fp32, differentiable; exactly 0 before
@@ -383,8 +377,7 @@ class EWC:
     def take_over(self, parsed: EWCState, change: Transaction) -> None:
         """Copies a parsed state in, on the devices of the layers; Fishers that exist already are updated in
         place through `change`."""
-        devices = {slot.key: slot.layer.weight.device for slot in self._slots}
-        new = parsed.copied(devices, self.fisher_dtype)
+        new = parsed.copied(devices(self._slots), self.fisher_dtype)
         if self._state.fishers and new.fishers:
             for key, tensor in self._state.fishers.items():
                 change.copy_(tensor, new.fishers[key])
