@@ -68,6 +68,12 @@ class EWCState:
             task = TaskFisher(buffers, task.samples, task.batch_size, task.labels)
         return EWCState(fishers, factors, self.history, task)
 
+    def moved(self, devices: Mapping[str, torch.device], dtype: torch.dtype) -> EWCState:
+        """Itself where all of it is on the given devices, else a copy there."""
+        held = self.fishers if self.task is None else {**self.task.buffers, **self.fishers}
+        there = all(tensor.device == devices[key] for key, tensor in held.items())
+        return self if there else self.copied(devices, dtype)
+
     def mapped_by_key(self, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> EWCState:
         """The state with other Fishers, of all tasks and of the current one, from a table by Fisher key."""
         task = self.task

@@ -4,12 +4,17 @@ wrapped."""
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ._processes import assign_
+from .errors import TargetError
+
+T = TypeVar("T")
 
 _WRAPPER_PARTS = (
     "_orig_mod",
@@ -32,6 +37,21 @@ def canonical_name(name: str) -> str:
             if name.startswith(prefix):
                 name, stripped = name[len(prefix) :], True
     return name
+
+
+def by_canonical_name(named: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """Modules or tensors by canonical name; raises `TargetError` when two of them have the same."""
+    found: dict[str, T] = {}
+    names: dict[str, str] = {}
+    for name, value in named:
+        key = canonical_name(name)
+        if key in found and found[key] is not value:
+            raise TargetError(
+                f"{names[key]} and {name}: expected names that differ by more than the prefix of a wrapper "
+                "such as DistributedDataParallel; rename one of them"
+            )
+        found[key], names[key] = value, name
+    return found
 
 
 class Transaction:

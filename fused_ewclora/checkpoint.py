@@ -19,7 +19,7 @@ from ._ewc_state import EWCState
 from ._peft_format import disk_key, model_key, own_config, peft_config, stock_shapes
 from ._processes import reshard, sharded, together, whole
 from ._slots import put_rows, take_rows
-from ._transaction import Transaction, canonical_name
+from ._transaction import Transaction, by_canonical_name, canonical_name
 from .adapted import AdaptedLinear
 from .errors import ArgumentError, CheckpointError, FisherError, NotExactlyRepresentable
 from .ewc import EWC
@@ -119,7 +119,7 @@ def load_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
 
 
 def _layers(model: nn.Module, ewc: EWC | None) -> dict[str, AdaptedLinear]:
-    layers = {canonical_name(name): layer for name, layer in adapters(model).items()}
+    layers = by_canonical_name(adapters(model).items())
     if not layers:
         raise CheckpointError(
             "model: expected adapters, found none; call fused_ewclora.inject(model, config) first"
@@ -149,7 +149,7 @@ def trained_tensors(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> di
     """Parameters beside the adapters that train (heads, norms), and running statistics."""
     known = {id(p) for p in _adapters_of(layers).values()}
     trained: dict[str, Tensor] = {
-        canonical_name(name): p for name, p in model.named_parameters() if p.requires_grad
+        **by_canonical_name((name, p) for name, p in model.named_parameters() if p.requires_grad)
     }
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
