@@ -102,6 +102,20 @@ def _step(
     return Provider(name, run, role, entry.told, f"whole step, {optimizer_name}", check=check)
 
 
+def _fishers(published: Adapted, batch: Batch) -> list[Tensor]:
+    """Random ones, so large that gradients of the penalty are of the size of those of the loss: the check
+    sees both."""
+    fishers = [
+        torch.rand(len(b), a.shape[1], device=a.device).square_()
+        for a, b in zip(published.lora_as, published.lora_bs, strict=True)
+    ]
+    of_loss = gradients(published, batch)[: len(published.pairs)]
+    penalty = eager(fishers, published.lora_as, published.lora_bs)
+    of_penalty = torch.autograd.grad(penalty, published.pairs)
+    norms = [torch.cat([t.flatten() for t in group]).norm() for group in (of_loss, of_penalty)]
+    return [fisher.mul_(norms[0] / norms[1]) for fisher in fishers]
+
+
 def _step_targets(one: Workload, place: Place) -> list[Target]:
     """Of the CPU; those of a GPU are in goals.py."""
     if place.gpu or not str(one.shape["model"]).startswith("ViT-S"):
@@ -115,11 +129,7 @@ def build_step(one: Workload, place: Place) -> Case:
     base = subject(one, one.size("samples"), place)
     ours = models.adapted(base)
     published = models.explicit(base, ours)
-    # The size of a gradient of the penalty should be that of one of the loss, so that the check sees both.
-    fishers = [
-        torch.rand(len(b), a.shape[1], device=place.device).square_().mul_(1e-2)
-        for a, b in zip(ours.lora_as, ours.lora_bs, strict=True)
-    ]
+    fishers = _fishers(published, few(base))
     ewc = models.protected(ours.model, fishers)
     entries = place.entries(one.part)
 

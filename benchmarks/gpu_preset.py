@@ -11,7 +11,6 @@ from .workloads import fisher, label_of, linear, merge, penalty, penalty_of_all_
 SINGLE, HALF = "float32", "bfloat16"
 OP_LAYER = "op layer"  # the label of the case that shows the host's time of one call of the op
 OP_WIDTH = 64  # of its matrices: the device is done before the host
-KINDS = ("pass", "mode", "precision", "optimizer", "adapters", "vectors")
 
 
 def gpu(sizes: Sizes = RELEASE) -> Iterator[Workload]:
@@ -26,12 +25,22 @@ def gpu(sizes: Sizes = RELEASE) -> Iterator[Workload]:
 
 
 def rehearsal() -> Iterator[Workload]:
-    """One tiny case of every kind."""
-    kinds: dict[tuple[object, ...], Workload] = {}
+    """Tiny cases, each of which shows something that those before it do not."""
+    shown: set[tuple[object, ...]] = set()
     for one in gpu(REHEARSAL):
-        part = one.part if one.part in (LATER, OP) else MAIN  # records of the others look alike
-        kinds.setdefault((one.op, one.dtype, part, *(one.shape.get(name) for name in KINDS)), one)
-    yield from kinds.values()
+        new = set(_traits(one)) - shown
+        shown |= new
+        if new:
+            yield one
+
+
+def _traits(one: Workload) -> Iterator[tuple[object, ...]]:
+    yield "dtype", one.op, one.dtype
+    yield "part", one.op, one.part if one.part in (LATER, OP) else MAIN  # the others run alike
+    for name in ("pass", "mode", "precision", "optimizer"):
+        yield name, one.shape.get(name)
+    for name in ("adapters", "length"):
+        yield name, one.op, one.shape.get(name)
 
 
 def _linears(sizes: Sizes) -> Iterator[Workload]:

@@ -28,6 +28,7 @@ PLACE = Place("cpu", True)
 WHY = fe.available_backends()["cuda"]
 needs_cuda = pytest.mark.skipif(WHY is not None, reason=f"cuda: {WHY}")
 MOST_ROWS = 16  # of a rehearsed linear: the emulator is slow
+KINDS = ("pass", "mode", "precision", "optimizer", "adapters", "vectors")
 
 
 def parts(suite: str) -> Iterator[Workload]:
@@ -35,7 +36,7 @@ def parts(suite: str) -> Iterator[Workload]:
     found = {}
     for one in gpu_preset.gpu(shapes.REHEARSAL):
         if one.op in SUITES[suite].ops and int(one.shape.get("rows", 0)) <= MOST_ROWS:
-            told = [one.shape.get(name) for name in gpu_preset.KINDS]
+            told = [one.shape.get(name) for name in KINDS]
             found.setdefault((one.op, one.dtype, one.part, *told), one)
     yield from found.values()
 
