@@ -47,7 +47,7 @@ _LAZY = {
     "import_peft": "interchange",
     "reset_optimizer_state_": "optimizers",
 }
-_LAZY_MODULES = ("metrics", "profiling")
+_LAZY_MODULES = ("methods", "metrics", "profiling")
 
 __all__ = [
     "EWC",

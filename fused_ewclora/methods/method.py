@@ -1,0 +1,97 @@
+"""The protocol of a continual-learning method, and what all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapted import AdaptedLinear
+from ..config import LoRAConfig
+from ..errors import ArgumentError
+from ..inject import adapters, eject, inject
+
+Loader = Iterable[Any]
+Loss = Callable[[Any, Any], Tensor]
+
+
+class Method:
+    """A sequence of tasks on the adapters of a model:
+
+        method = LoRA(model, LoRAConfig(r=10, target_modules=["qkv"]))
+        for t, loader in enumerate(loaders):
+            method.begin_task(t)
+            optimizer = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
+            for step, (x, y) in enumerate(loader):
+                optimizer.zero_grad()
+                (criterion(model(x), y) + method.penalty()).backward()
+                optimizer.step()
+                method.after_step(step, total_steps)
+            method.end_task(loader, criterion)
+        method.export()
+
+    Make the optimizer after `begin_task`, because a method may replace parameters there. Heads and other
+    trained parameters are the caller's.
+
+    model: plain, and then injected with `config`; or injected already, with config None. Raises the errors of
+    `inject`, and `ArgumentError` for tasks out of order.
+    """
+
+    def __init__(self, model: nn.Module, config: LoRAConfig | None = None) -> None:
+        if config is not None:
+            inject(model, config)
+        elif not adapters(model):
+            raise ArgumentError("config: expected a LoRAConfig for a model without adapters, got None")
+        self.model = model
+        self.layers: dict[str, AdaptedLinear] = adapters(model)
+        self.tasks = 0  # that have ended
+        self._running = False
+
+    def begin_task(self, task: int) -> None:
+        """Prepare for task number `task`, counted from 0; tasks come in order, each ended before the next."""
+        if self._running:
+            raise ArgumentError(f"begin_task: task {self.tasks} has not ended; call end_task first")
+        if isinstance(task, bool) or task != self.tasks:
+            raise ArgumentError(f"task: expected {self.tasks}, the next one, got {task!r}")
+        self._begin()
+        self._running = True
+
+    def penalty(self) -> Tensor:
+        """What the method adds to the loss, 0-d and differentiable; 0 for methods without a penalty."""
+        layer = next(iter(self.layers.values()))
+        leaf = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return torch.zeros((), device=layer.weight.device, requires_grad=leaf)
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """Call it after every step of the optimizer; step counts from 0 within a task of total_steps."""
+        if not 0 <= step < total_steps:
+            raise ArgumentError(f"step: expected 0 <= step < total_steps, got {step} of {total_steps}")
+        self._after_step(step, total_steps)
+
+    def end_task(self, loader: Loader, loss_fn: Loss | None = None) -> None:
+        """Consolidate what the task has learned; loader and loss_fn serve methods that look at its data.
+
+        Raises `ArgumentError` before `begin_task`, and what the consolidation raises; the task can then be
+        ended again.
+        """
+        if not self._running:
+            raise ArgumentError("end_task: no task is running; call begin_task first")
+        self._end(loader, loss_fn)
+        self.tasks += 1
+        self._running = False
+
+    def export(self) -> nn.Module:
+        """The end of training: everything learned is folded into plain layers, in place."""
+        if self._running:
+            raise ArgumentError(f"export: task {self.tasks} has not ended; call end_task first")
+        eject(self.model, merge=True)
+        return self.model
+
+    def _begin(self) -> None: ...
+
+    def _after_step(self, step: int, total_steps: int) -> None: ...
+
+    def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
+        raise NotImplementedError
