@@ -57,7 +57,7 @@ class Meter:
     read: Counter
     window: float = 0.04
     limit: float = 0.5
-    allowance: float = 12.0
+    allowance: float = 10.0
 
     def per_call(self, burst: Callable[[], int]) -> float | None:
         """`burst` runs calls, waits until they are done and says how many. None where the counter does not
@@ -85,10 +85,10 @@ class Meter:
         return None
 
 
-def meter() -> tuple[Meter | None, str]:
+def meter(allowance: float = 10.0) -> tuple[Meter | None, str]:
     """A meter of the GPU that is there, and what records say of it: the counter's name, or why there is
     none."""
     try:
-        return Meter(counter()), NAME
+        return Meter(counter(), allowance=allowance), NAME
     except Unmeasurable as reason:
         return None, f"not measured: {reason}"

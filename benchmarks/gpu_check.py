@@ -1,7 +1,7 @@
 """Checks and measures the GPU kernels unattended: `python -m benchmarks.gpu_check --out DIR`.
 
-Needs PyTorch, Triton and pytest in the running interpreter, builds the CUDA extension in the checkout,
-installs nothing, and leaves at most eight files in DIR (docs/gpu-check.md). Exit status 0: all is well; 1: a
+Needs PyTorch and Triton in the running interpreter, builds the CUDA extension in the checkout, installs
+nothing, and leaves at most eight files in DIR (docs/gpu-check.md). Exit status 0: all is well; 1: a
 step or one of our kernels failed; 2: only targets were missed or not measured.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import os
 import signal
 import sys
@@ -31,6 +32,7 @@ QUICK = (
     "lora_linear", "ewc_penalty", "ewc_penalty_grad", "fisher_accumulate", "merge", "dropout", "philox",
     "compile", "autocast",
 )  # fmt: skip
+REQUIRED = ("pytest", "hypothesis")  # by the tests
 HOST = ("test_cuda_build.py",)  # compile for minutes and need no GPU: after everything else
 ELSEWHERE = (
     "test_packaging.py",
@@ -45,7 +47,17 @@ SUITE_LIMITS = {
     "merge": 20.0,
 }
 EVERYTHING = "all tests"
-NAMES = ("environment", "build", "tests", "sanitize", "ceilings", *SUITE_LIMITS, EVERYTHING)  # of the steps
+CALLS = "calls"  # instead of tests that cannot run
+NAMES = (
+    "environment",
+    "build",
+    "tests",
+    CALLS,
+    "sanitize",
+    "ceilings",
+    *SUITE_LIMITS,
+    EVERYTHING,
+)  # of steps
 LARGEST = 15 << 20  # bytes of a file in DIR
 NO_GPU = "exit status 3"
 
@@ -60,7 +72,15 @@ def test_files() -> tuple[list[str], list[str]]:
     return first, [name for name in everything if name not in (*first, *elsewhere, *HOST)]
 
 
+def missing() -> str | None:
+    """Why tests cannot run, or None."""
+    absent = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)}" if absent else None
+
+
 def pytest_command(files: Sequence[str], report: Path, workers: int, few: bool) -> list[str]:
+    if reason := missing():
+        return [sys.executable, "-c", f"print({reason!r}); raise SystemExit({steps.SKIP})"]
     command = [sys.executable, "-m", "pytest", *(f"tests/{name}" for name in files)]
     command += [
         "-q",
@@ -108,6 +128,7 @@ def plan(args: argparse.Namespace, work: Path) -> list[Step]:
         step("environment", module("gpu.describe"), 60.0),
         step("build", module("gpu.build"), 150.0),
         step("tests", pytest_command(first, work / "tests.xml", workers, True), 110.0, log),
+        *([step(CALLS, module("gpu.small_calls"), 90.0)] if missing() else []),
         step("sanitize", module("gpu.sanitize", "--budget", "{budget}"), 75.0),
         step("ceilings", module("gpu.describe", "--ceilings"), 30.0),
     ]

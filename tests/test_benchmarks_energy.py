@@ -145,6 +145,17 @@ def test_the_clock_of_gpus_hands_the_meter_whole_rotations(monkeypatch: pytest.M
     assert CudaClock().energy(prepared) is None and WallClock().energy(prepared) is None
 
 
+def test_a_counter_that_is_lost_costs_no_times(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+
+    class Lost:
+        def per_call(self, burst) -> float:
+            raise energy.Unmeasurable("GPU is lost")
+
+    clock = CudaClock(Lost())
+    assert clock.energy(Prepared(lambda: None, 1, "graph")) is None and clock.meter is None
+
+
 def test_records_and_tables_have_energy_where_it_was_measured():
     class Clock(WallClock):
         def energy(self, prepared: Prepared) -> float | None:

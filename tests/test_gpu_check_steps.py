@@ -35,7 +35,7 @@ def planned(*more: str) -> dict[str, steps.Step]:
 
 def test_steps_come_in_order_of_value_and_within_ten_minutes():
     plan = planned()
-    assert tuple(plan) == gpu_check.NAMES
+    assert tuple(plan) == tuple(name for name in gpu_check.NAMES if name != gpu_check.CALLS)
     assert list(plan)[:4] == ["environment", "build", "tests", "sanitize"]
     # Limits are for what goes wrong; a minute more than the budget would be cut by the deadline.
     assert sum(one.limit for name, one in plan.items() if name != "all tests") < 1.4 * gpu_check.BUDGET
@@ -73,6 +73,17 @@ def test_a_step_that_cannot_run_here_is_skipped_with_its_reason(tmp_path: Path):
     args = gpu_check.arguments(["--out", str(tmp_path / "out"), "--rehearse"])
     text, status = gpu_check.report(args, [outcome])
     assert status == 0 and "nvcc was not found" in text
+
+
+def test_small_calls_stand_in_for_tests_that_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu_check, "REQUIRED", ("pytest", "a_module_that_nobody_has"))
+    plan = planned()
+    assert tuple(plan) == gpu_check.NAMES
+    assert "benchmarks.gpu.small_calls" in plan["calls"].command
+    for name in ("tests", "all tests"):
+        one = steps.Step(name, plan[name].command, 30.0, tmp_path / "log")
+        outcome = steps.run(one, steps.Deadline(60.0), ROOT)
+        assert outcome.status == steps.SKIPPED and outcome.detail == "not installed: a_module_that_nobody_has"
 
 
 # Build
@@ -286,7 +297,7 @@ BACKENDS = [name for name in ("cuda", "reference") if fe.available_backends()[na
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_call_is_right(backend: str, capfd):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    assert sanitize.run_calls(backend, device) == 0, capfd.readouterr().out
+    assert small_calls.run_calls(backend, device) == 0, capfd.readouterr().out
     assert f"{backend}: 0 of" in capfd.readouterr().out
 
 

@@ -30,6 +30,7 @@ from ..suites import SUITES
 from ..workload import LATER, Workload
 
 NAMES = tuple(name for name, suite in SUITES.items() if suite.plan("gpu"))
+ENERGY = 0.08  # of the budget is for energy, of the cases that come first
 DEVICE_LOST = 75  # "temporary failure": try again
 PEERS = frozenset(ROLES) - {"ours", "variant", "floor"}  # a peer that fails is its own affair
 
@@ -90,7 +91,7 @@ def run(suite: str, out: Path, place: Place, seconds: float, budget: float) -> i
     """Measures what is left of a suite within `budget` seconds; the exit status."""
     begin = time.monotonic()
     torch.manual_seed(0)
-    meter, told = (None, "not measured") if place.rehearsal else energy.meter()
+    meter, told = (None, "not measured") if place.rehearsal else energy.meter(ENERGY * budget)
     clock = WallClock(2, warm=False) if place.rehearsal else clock_of(place.device, meter)
     path = out / f"{suite}.jsonl"
     before = records.read(path)

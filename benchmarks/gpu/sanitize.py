@@ -20,7 +20,7 @@ from pathlib import Path
 from fused_ewclora import available_backends
 
 from ..steps import SKIP, shown
-from .small_calls import calls, wrong
+from .small_calls import run_calls
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = {
@@ -94,21 +94,6 @@ def under_all(tools: Sequence[str], budget: float) -> int:
         said += under(tool, binary, max(share, 1.0))
     print("", *(said or [f"{', '.join(tools)}: nothing to complain about"]), sep="\n")
     return int(bool(said))
-
-
-def run_calls(backend: str, device: str) -> int:
-    """Runs and checks all calls in this process; the exit status."""
-    failed, count = 0, 0
-    for call in calls():
-        try:
-            reason = wrong(call, backend, device)
-        except Exception as failure:
-            reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
-        count += 1
-        failed += reason is not None
-        print(f"wrong: {call.name}: {reason}" if reason else f"right: {call.name}", flush=True)
-    print(f"{backend}: {failed} of {count} calls are wrong")
-    return int(failed > 0)
 
 
 def main() -> int:

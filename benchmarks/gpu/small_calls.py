@@ -1,11 +1,13 @@
 """Small ragged calls of every operation, forward and backward, each compared with the reference in fp64.
 
 Few enough for a tool that checks every access: together they reach tails, slices, dropout, packed samples and
-every precision.
+every precision. `python -m benchmarks.gpu.small_calls` runs them on every backend of a GPU that is there, for
+machines without what the tests need; exit status 1 when a result is wrong.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_ewclora import available_backends
 from fused_ewclora import functional as FE
 
 from ..harness import error_to_truth, matmul_precision
@@ -184,3 +187,32 @@ def wrong(call: Call, backend: str, device: str) -> str | None:
     return (
         None if error <= call.tolerance else f"error {error:.3g} against fp64, allowed {call.tolerance:.3g}"
     )
+
+
+def run_calls(backend: str, device: str) -> int:
+    """Runs and checks all calls in this process; the exit status."""
+    failed, count = 0, 0
+    for call in calls():
+        try:
+            reason = wrong(call, backend, device)
+        except Exception as failure:
+            reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
+        count += 1
+        failed += reason is not None
+        print(f"wrong: {call.name}: {reason}" if reason else f"right: {call.name}", flush=True)
+    print(f"{backend}: {failed} of {count} calls are wrong")
+    return int(failed > 0)
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.small_calls", description=__doc__)
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, on the reference")
+    if parser.parse_args().rehearse:
+        return run_calls("reference", "cpu")
+    found = available_backends()
+    return max(run_calls(name, "cuda") for name in ("triton", "cuda", "reference") if found[name] is None)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
