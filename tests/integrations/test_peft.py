@@ -68,6 +68,25 @@ def test_adapters_of_low_precision_are_served_as_they_are():
     assert_equal_runs(model, fused, inputs(torch.bfloat16))
 
 
+def test_biases_that_train_get_their_gradients():
+    plain, fused = pair(bias="lora_only")
+    assert fused.base_model.model.fc1.base_layer.bias.requires_grad
+    assert_equal_runs(plain, fused, inputs())
+
+
+def test_layers_that_peft_put_into_a_plain_model_are_taken_in():
+    plain = peft.inject_adapter_in_model(lora_config(), MLP().double())
+    randomise(plain)
+    fused = copy.deepcopy(plain)
+    assert accelerate_(fused).summary["layers"] == 2
+    assert_equal_runs(plain, fused, inputs())
+    y = fused(inputs())
+    ewc = fe.integrations.peft.attach_ewc(fused, fisher_dtype=torch.float64)
+    ewc.end_task([(inputs(), torch.arange(5) % 4)], nn.functional.cross_entropy)
+    assert list(ewc.fishers) == ["fc1", "fc2"]
+    torch.testing.assert_close(fused(inputs()), y, rtol=1e-13, atol=1e-13)
+
+
 def test_under_autocast_the_output_has_its_dtype_and_the_values_of_peft():
     plain, fused = pair(dtype=torch.float32)
     x = inputs(torch.float32)
