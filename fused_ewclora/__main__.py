@@ -37,6 +37,30 @@ def _demo(args: argparse.Namespace) -> int:
     return int(demo.run(args) or 0)
 
 
+def _check(args: argparse.Namespace) -> int:
+    from . import check
+
+    data = check.run(args.model, args.library, args.target, args.slices, args.rank, args.full)
+    print(json.dumps(data, indent=1) if args.json else check.render(data))
+    return 1 if data["problems"] else 0
+
+
+def _add_check(commands: Any) -> None:
+    parser = commands.add_parser("check", help="dry run of adapters in a named timm or transformers model")
+    parser.add_argument("model", help="a model of timm, or a type, config.json or folder of transformers")
+    parser.add_argument("--library", choices=("timm", "transformers"), help="default: the one that knows it")
+    parser.add_argument(
+        "--target", nargs="+", default=[], metavar="NAME", help="target_modules; default: all linear layers"
+    )
+    parser.add_argument(
+        "--slices", nargs="+", default=[], metavar="NAME", help="segments of packed projections, as k v"
+    )
+    parser.add_argument("--rank", type=int, default=8, metavar="R", help="rank of the adapters (default: 8)")
+    parser.add_argument("--full", action="store_true", help="native image size, all layers, all words")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_check)
+
+
 def _compile_report(args: argparse.Namespace) -> int:
     from . import compile_report
 
@@ -111,6 +135,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     info_parser = commands.add_parser("info", help="versions, build, and which backend serves which op")
     info_parser.add_argument("--json", action="store_true", help="print one JSON object")
     info_parser.set_defaults(run=_info)
+    _add_check(commands)
     _add_compile_report(commands)
     _add_autotune(commands)
     commands.add_parser("bench", help="microbenchmarks; bench compare A B: what changed between records")

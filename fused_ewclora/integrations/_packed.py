@@ -16,7 +16,7 @@ def packed_projections(
     library: str, model: nn.Module, layout_of: LayoutRule, mend_of: CallRule | None = None
 ) -> Report:
     """One row per layer that `layout_of`, asked as by `register_layout`, knows: `segments`, `sizes` and
-    `interleave` are the fields of its `QKVLayout`; `note` says how its parent bypasses it, if it does."""
+    `interleave` are the fields of its `QKVLayout`; `notes` says how its parent bypasses it, if it does."""
     rows: list[dict[str, Any]] = []
     for name, layer in model.named_modules():
         for parent, path in ancestors(model, name) if is_linear(layer) else ():
@@ -30,11 +30,11 @@ def packed_projections(
                     "segments": layout.segments,
                     "sizes": layout.sizes,
                     "interleave": layout.interleave,
-                    "note": _note(path, (mend_of(parent, path) if mend_of else None) or {}),
+                    "notes": _note(path, (mend_of(parent, path) if mend_of else None) or {}),
                 }
             )
             break
-    bypassed = [row["name"] for row in rows if row["note"]]
+    bypassed = [row["name"] for row in rows if row["notes"]]
     notes = [f"not called by their parents until inject sets it: {shorten(bypassed)}"] if bypassed else []
     if not rows:
         notes.append("no packed projections that are known")

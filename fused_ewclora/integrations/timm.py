@@ -141,7 +141,7 @@ def mend_of(parent: nn.Module, child: str) -> Mapping[str, Any] | None:
 def targets(model: nn.Module) -> Report:
     """A table of the packed projections of a timm model whose layout is known; rows are data.
 
-    `QKVLayout(row["segments"], row["sizes"], row["interleave"])` is the layout of a row; `note` says which
+    `QKVLayout(row["segments"], row["sizes"], row["interleave"])` is the layout of a row; `notes` says which
     attribute `inject` sets on a parent that would bypass the layer. Nothing is changed.
 
         >>> print(targets(timm.create_model("beitv2_base_patch16_224")))

@@ -1,0 +1,151 @@
+"""`python -m fused_ewclora check`: what a dry run finds in models of timm and transformers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+from timm_models import MODELS
+from torch import nn
+
+import fused_ewclora as fe
+from fused_ewclora import __main__ as cli
+from fused_ewclora import check
+from fused_ewclora.integrations import _named
+
+
+@pytest.fixture
+def tiny_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named models of timm are built at the size of the tests; the class of every layer is the same."""
+    create = timm.create_model
+    options = {tiny.name: tiny.options for tiny in MODELS.values()}
+
+    def small(name: str, **given: Any) -> nn.Module:
+        return create(name, **{**options[name], **given, "num_classes": 4})
+
+    monkeypatch.setattr(timm, "create_model", small)
+    torch.set_num_threads(1)
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    status = cli.main(["check", *arguments, "--json"])
+    data = json.loads(capsys.readouterr().out)
+    assert status == (1 if data["problems"] else 0)
+    return data
+
+
+@pytest.mark.usefixtures("tiny_timm")
+@pytest.mark.parametrize("name", ["vit", "beit", "eva02"])
+def test_a_named_timm_model_passes_with_its_layouts(name: str, capsys: pytest.CaptureFixture[str]):
+    tiny = MODELS[name]
+    data = told(capsys, tiny.name, "--target", "qkv", "--slices", "k", "v", "--rank", "2")
+    assert data["problems"] == []
+    assert data["library"] == f"timm {timm.__version__}"
+    assert "instead of" in data["built"] and data["input"]["x"][-1] < 224
+    assert bool(data["mended"]) is tiny.bypassed
+    assert data["compared_with"] == "dense model in fp64"
+    assert len(data["layers"]) == 2
+    for row in data["layers"]:
+        assert (row["segments"], row["sizes"], row["slices"]) == (["q", "k", "v"], [16] * 3, ["k", "v"])
+        assert row["calls"] == 1 and row["backend"] is not None
+        assert 0 < row["gradient_error"] <= row["limit"] < 1e-4
+    assert 0 < data["output_error"] <= data["output_limit"] < 1e-4
+
+
+@pytest.mark.usefixtures("tiny_timm")
+def test_slices_alone_find_the_packed_projections(capsys: pytest.CaptureFixture[str]):
+    data = told(capsys, MODELS["pvtv2"].name, "--slices", "v", "--rank", "2")
+    assert [row["name"] for row in data["layers"]] == [f"stages.{i}.blocks.0.attn.kv" for i in range(2)]
+    assert cli.main(["check", MODELS["pvtv2"].name, "--slices", "q"]) == 1
+    assert "no known packed projection with ['q']" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny_timm")
+def test_the_table_for_people_says_what_was_run(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["check", MODELS["vit"].name, "--rank", "2"]) == 0
+    text = capsys.readouterr().out
+    for part in ("blocks.1.mlp.fc2", "56 x 56 instead of 224 x 224", "dense model in fp64", "all layers run"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "first", "sizes"),
+    [
+        ("bert", ["--target", "query", "value"], "encoder.layer.0.attention.self.query", None),
+        ("gpt2", ["--slices", "k", "v"], "h.0.attn.c_attn", [16, 16, 16]),
+    ],
+)
+def test_a_model_of_transformers_passes(name, arguments, first, sizes, tmp_path, capsys):
+    widths = {
+        "bert": {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16},
+        "gpt2": {"n_embd": 16, "n_head": 2},
+    }
+    transformers.AutoConfig.for_model(name, **widths[name]).save_pretrained(tmp_path)
+    torch.set_num_threads(1)
+    data = told(capsys, str(tmp_path / "config.json"), "--rank", "2", *arguments)
+    assert data["problems"] == []
+    assert data["layers"][0]["name"] == first and data["layers"][0]["sizes"] == sizes
+    assert "num_hidden_layers=2" in data["built"] and "vocab_size=1024" in data["built"]
+    assert all(0 < row["gradient_error"] <= row["limit"] for row in data["layers"])
+
+
+def test_a_type_of_transformers_is_found_by_its_name():
+    assert _named._knows("transformers", "bert") and not _named._knows("timm", "bert")
+    assert _named._knows("timm", "vit_tiny_patch16_224") and not _named._knows("transformers", "vit_tiny")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["vit_tinny_patch16_224"], "vit_tiny_patch16_224 (timm)"),
+        (["berd"], "bert (transformers)"),
+        (["bert", "--library", "timm"], "expected a name of timm, got 'bert'"),
+        (["whisper"], "takes input_features"),
+    ],
+)
+def test_an_unknown_model_is_refused_with_the_closest_names(arguments, message, capsys):
+    assert cli.main(["check", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny_timm")
+def test_an_unknown_target_is_refused_as_by_inject(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["check", MODELS["vit"].name, "--target", "qvk"]) == 1
+    assert "did you mean 'qkv'?" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny_timm")
+def test_a_wrong_gradient_is_a_problem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    measure = check._measure
+    backends = []
+
+    def wrong(model: nn.Module, sample: Any) -> check.Measured:
+        measured = measure(model, sample)
+        if not backends:  # the first pass is the one on the backends that serve the model
+            measured.gradients["blocks.1.attn.qkv.lora_A"].mul_(1 + 1e-4)
+        backends.append(fe.ops._dispatch.current_backend())
+        return measured
+
+    monkeypatch.setattr(check, "_measure", wrong)
+    data = told(capsys, MODELS["vit"].name, "--target", "qkv", "--rank", "2")
+    assert backends[1] == "reference" != backends[0]
+    assert [problem.partition(":")[0] for problem in data["problems"]] == ["blocks.1.attn.qkv"]
+
+
+@pytest.mark.usefixtures("tiny_timm")
+def test_a_bypass_that_no_rule_knows_is_a_problem(monkeypatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(fe.integrations.timm, "_BYPASSING", set())
+    data = told(capsys, MODELS["beit"].name, "--target", "qkv", "--rank", "2")
+    assert any("never ran" in problem and "qkv_bias_separate" in problem for problem in data["problems"])
+    assert "blocks.0.attn.qkv: relative error 1, more than 0.000977" in data["problems"]
+
+
+@pytest.mark.usefixtures("tiny_timm")
+def test_a_missing_library_names_the_extra(monkeypatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    assert cli.main(["check", "vit_tiny_patch16_224"]) == 1
+    assert "fused-ewclora[timm]" in capsys.readouterr().err
