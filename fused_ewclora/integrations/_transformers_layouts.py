@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from ..config import QKVLayout
-from ..matching import is_linear, load_libraries, register_layout
+from ..matching import register_layout
 from ..report import Report
+from ._packed import packed_projections
 
 Rule = Callable[[Any], QKVLayout | None]  # of the module that owns the projection
 QKV, KV = ("q", "k", "v"), ("k", "v")
@@ -148,34 +149,21 @@ def layout_of(parent: nn.Module, child: str) -> QKVLayout | None:
 
 
 def targets(model: nn.Module) -> Report:
-    """The packed projections of a transformers model whose layout is known, as a printable table.
+    """A table of the packed projections of a transformers model whose layout is known; rows are data.
 
-    Rows are dicts: name, segments in the order of the rows, sizes (rows per segment), interleave (blocks that
-    repeat the segments, or None) and notes. `inject` uses the same layouts, so that `slices` need none.
+    `QKVLayout(row["segments"], row["sizes"], row["interleave"])` is the layout of a row. `inject` uses the
+    same ones, so that `slices` need none. Nothing is changed.
 
         >>> print(targets(model))
         >>> inject(model, LoRAConfig(target_modules=["query_key_value"], slices=("q", "v")))
     """
-    load_libraries(model)
-    rows: list[dict[str, Any]] = []
-    for name, parent in model.named_modules():
-        for child, module in parent.named_children():
-            layout = layout_of(parent, child) if is_linear(module) else None
-            if layout is not None:
-                rows.append(_row(f"{name}.{child}".lstrip("."), module, layout))
-    notes = (
-        [] if rows else ["no packed projection with a known layout; give LoRAConfig a layout to use slices"]
-    )
-    return Report("packed projections", rows, notes, {"projections": len(rows)})
+    return packed_projections("transformers", model, _sized)
 
 
-def _row(name: str, module: Any, layout: QKVLayout) -> dict[str, Any]:
-    out_features = module.out_features if hasattr(module, "out_features") else module.nf
-    transposed = not isinstance(module, nn.Linear)
-    return {
-        "name": name,
-        "segments": layout.segments,
-        "sizes": layout.sizes_of(out_features),
-        "interleave": layout.interleave,
-        "notes": "Conv1D: rows are columns of its weight" if transposed else None,
-    }
+def _sized(parent: nn.Module, child: str) -> QKVLayout | None:
+    layout = layout_of(parent, child)
+    if layout is None:
+        return None
+    projection: Any = parent.get_submodule(child)
+    rows = projection.out_features if hasattr(projection, "out_features") else projection.nf  # Conv1D
+    return QKVLayout(layout.segments, layout.sizes_of(rows), layout.interleave)

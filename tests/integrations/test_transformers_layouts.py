@@ -290,9 +290,11 @@ def test_targets_are_data_and_print_as_a_table():
     assert [row["name"] for row in report.rows] == [
         f"gpt_neox.layers.{i}.attention.query_key_value" for i in range(2)
     ]
-    first = {"segments": ("q", "k", "v"), "sizes": (WIDTH,) * 3, "interleave": HEADS, "notes": None}
-    assert report.rows[0] == {"name": "gpt_neox.layers.0.attention.query_key_value", **first}
-    assert "query_key_value" in str(report) and report.summary == {"projections": 2}
+    assert report.rows[0] == {
+        "name": "gpt_neox.layers.0.attention.query_key_value", "parent": "GPTNeoXAttention",
+        "segments": ("q", "k", "v"), "sizes": (WIDTH,) * 3, "interleave": HEADS, "notes": None,
+    }  # fmt: skip
+    assert "query_key_value" in str(report)
 
 
 def test_targets_of_an_adapted_model_are_those_of_the_plain_one():
@@ -302,10 +304,17 @@ def test_targets_of_an_adapted_model_are_those_of_the_plain_one():
     assert fe.integrations.transformers.targets(model).rows == before.rows
 
 
+def test_targets_of_conv1d_are_its_columns():
+    torch.manual_seed(0)
+    model = transformers.GPT2Model(transformers.GPT2Config(**GPT2, n_layer=1, vocab_size=20, n_positions=8))
+    (row,) = fe.integrations.transformers.targets(model).rows
+    assert (row["name"], row["sizes"]) == ("h.0.attn.c_attn", (WIDTH,) * 3)
+
+
 def test_a_model_without_packed_projections_says_so():
     config = transformers.BertConfig(**{**SMALL, "num_hidden_layers": 1, "vocab_size": 20})
     report = fe.integrations.transformers.targets(transformers.BertModel(config))
-    assert report.rows == [] and "no packed projection" in str(report)
+    assert report.rows == [] and "no packed projections" in str(report)
 
 
 def test_slices_need_no_layout_where_it_is_known():
