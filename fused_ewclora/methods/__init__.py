@@ -5,5 +5,6 @@ from __future__ import annotations
 from .ewc_lora import EWCLoRA
 from .lora import LoRA
 from .method import Method
+from .sd_lora import SDLoRA
 
-__all__ = ["EWCLoRA", "LoRA", "Method"]
+__all__ = ["EWCLoRA", "LoRA", "Method", "SDLoRA"]

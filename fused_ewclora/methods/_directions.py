@@ -1,0 +1,194 @@
+"""SD-LoRA's directions of one adapter: how they are kept, how a layer runs them, and how the current one is
+frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..adapted import AdaptedLinear
+from ..errors import ArgumentError
+from ..functional import Adapter
+from ..slices import AdapterSlice
+
+NORMALIZATIONS = ("product", "factors")
+
+
+@dataclass(frozen=True)
+class Directions:
+    """The parameters of one adapter with D past directions, whose ranks add up to R. Slices have names with
+    their suffix, lora_past_A_k."""
+
+    lora_A: Tensor  # [r, d_in], of the current direction, trained
+    lora_B: Tensor  # [rows, r], likewise
+    lora_magnitudes: Tensor  # [D + 1], alpha of every direction, the current one last, trained
+    lora_past_A: Tensor  # [R, d_in]
+    lora_past_B: Tensor  # [rows, R]
+    lora_past_scale: Tensor  # [R, D], 1 / n_k where a rank belongs to direction k, else 0
+    lora_anchor: Tensor  # [D], alpha of the past directions when the last task ended
+
+    @staticmethod
+    def of(layer: AdaptedLinear, piece: AdapterSlice) -> Directions:
+        """Those of an adapter, looked up on every call: some `.to()` and load calls replace Parameters."""
+        table, suffix = layer._parameters, suffix_of(piece)
+        return Directions(*(table[name + suffix] for name in NAMES))  # type: ignore[arg-type]
+
+    @staticmethod
+    def first(lora_a: Tensor, lora_b: Tensor, alpha: float) -> Directions:
+        """Only a current direction."""
+        rows, columns = lora_b.shape[0], lora_a.shape[1]
+        empty = [lora_a.new_empty(shape) for shape in ((0, columns), (rows, 0), (0, 0), (0,))]
+        return Directions(lora_a, lora_b, lora_a.new_full((1,), alpha), *empty)
+
+    def put(self, layer: AdaptedLinear, piece: AdapterSlice) -> None:
+        """Make these the parameters of an adapter, of rank r in its slice."""
+        for name in NAMES:
+            value = getattr(self, name).detach()
+            parameter = nn.Parameter(value, requires_grad=name in TRAINED)
+            layer.register_parameter(name + suffix_of(piece), parameter)
+        rank = self.lora_A.shape[0]
+        if rank != piece.r:
+            pieces = layer.adapter_slices
+            layer.adapter_slices = tuple(replace(p, r=rank) if p is piece else p for p in pieces)
+            layer.r = layer.adapter_slices[0].r
+
+    def stacked(self, alphas: Tensor, normalization: str, rows: tuple[tuple[int, int], ...]) -> Adapter:
+        """All directions as one adapter of rank R + r, with alphas `[D + 1]` as magnitudes."""
+        current = alphas[-1:]
+        if normalization == "product":
+            current = current * inverse_norm(self.lora_A, self.lora_B)
+        if self.lora_past_A.shape[0] == 0:
+            return Adapter(self.lora_A, self.lora_B, current.squeeze(0), rows)
+        # A product and a sum rather than indexing, whose gradient is added up in no fixed order on GPUs.
+        past = (self.lora_past_scale * alphas[:-1]).sum(1)
+        lora_a = torch.cat([self.lora_past_A, self.lora_A])
+        lora_b = torch.cat([self.lora_past_B, self.lora_B], dim=1)
+        return Adapter(lora_a, lora_b, torch.cat([past, current.expand(self.lora_A.shape[0])]), rows)
+
+
+NAMES = tuple(field.name for field in fields(Directions))
+TRAINED = ("lora_A", "lora_B", "lora_magnitudes")
+
+
+def suffix_of(piece: AdapterSlice) -> str:
+    """What the names of the parameters of a slice end with."""
+    return piece.a_name.removeprefix("lora_A")
+
+
+class Stack:
+    """The `Composer` of SD-LoRA: sum_k alpha_k B_k A_k / n_k in one call, without a loop over directions."""
+
+    def __init__(self, normalization: str) -> None:
+        self.normalization = normalization
+
+    def adapters(self, layer: AdaptedLinear) -> list[Adapter]:
+        """What the layer adds to its base."""
+        found = [(Directions.of(layer, piece), piece.rows) for piece in layer.adapter_slices]
+        return [d.stacked(d.lora_magnitudes, self.normalization, rows) for d, rows in found]
+
+    def changes(self, layer: AdaptedLinear) -> list[Adapter]:
+        """What it adds beyond what it added when the last task ended. Past directions are frozen, so only
+        their magnitudes differ from then, and there was nothing of the current one."""
+        found = [(Directions.of(layer, piece), piece.rows) for piece in layer.adapter_slices]
+        return [
+            d.stacked(d.lora_magnitudes - nn.functional.pad(d.lora_anchor, (0, 1)), self.normalization, rows)
+            for d, rows in found
+        ]
+
+
+def inverse_norm(lora_a: Tensor, lora_b: Tensor) -> Tensor:
+    """1 / ||B A||_F, 0-d and differentiable, in fp32 (fp64 for fp64) whatever autocast says; constantly 1
+    while B A cannot be told from 0 in that precision.
+
+    ||B A||_F^2 = sum (B^T B) * (A A^T) is r x r work. B starts at zero, where the direction of B A and the
+    gradient of its norm do not exist: until B has moved, the adapter is a plain one.
+    """
+    wide = torch.promote_types(lora_a.dtype, torch.float32)
+    with torch.autocast(lora_a.device.type, enabled=False):
+        gram_a, gram_b = grams(lora_a.to(wide), lora_b.to(wide))
+        square = (gram_a * gram_b).sum()
+        info = torch.finfo(wide)
+        # Rounding of the sum, and squares so small that they have lost digits.
+        noise = info.eps * gram_a.detach().trace() * gram_b.detach().trace() + info.tiny / info.eps
+        told = square.detach() > noise
+        # Where before rsqrt as well: autograd would multiply the infinite slope at 0 by 0.
+        return torch.where(told, square, 1.0).rsqrt()
+
+
+def grams(lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+    """A A^T and B^T B, whose elementwise product holds the inner products of the rank-1 parts of B A."""
+    return lora_a @ lora_a.T, lora_b.T @ lora_b
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The directions after a task, and how far the new one was from the span of the earlier ones."""
+
+    directions: Directions  # lora_A and lora_B as they were
+    residual: float  # share of its squared norm outside of that span; 0 for a direction that is zero
+    kept: bool  # as a direction of its own
+
+
+@torch.no_grad()
+def freeze(now: Directions, normalization: str, threshold: float | None, alpha_init: float) -> Frozen:
+    """The current direction joins the past ones, or is dropped when it is zero or its residual is at most
+    `threshold`: then its coefficients are folded into their magnitudes.
+
+    Raises `ArgumentError` when the direction is not finite.
+    """
+    lora_a = torch.cat([now.lora_past_A, now.lora_A]).double()
+    lora_b = torch.cat([now.lora_past_B, now.lora_B], dim=1).double()
+    gram_a, gram_b = grams(lora_a, lora_b)
+    inner = gram_a * gram_b  # of all rank-1 parts; fp64 because the residual is a small difference
+    current = slice(now.lora_past_A.shape[0], None)
+    square = inner[current, current].sum()
+    traces = gram_a[current, current].trace() * gram_b[current, current].trace()
+    if not bool(torch.isfinite(square) & torch.isfinite(now.lora_magnitudes).all()):
+        raise ArgumentError("expected a finite direction B A and finite magnitudes, got NaN or Inf")
+    product, factors = float(square.clamp(min=0.0).sqrt()), float(traces.sqrt())
+    # Below `tiny` 1 / n would overflow.
+    if product <= max(torch.finfo(torch.float64).eps * factors, torch.finfo(now.lora_A.dtype).tiny):
+        return Frozen(_dropped(now, torch.zeros_like(now.lora_anchor), alpha_init), 0.0, False)
+    norm = product if normalization == "product" else factors
+    alpha = now.lora_magnitudes[-1]
+    if normalization == "factors" or float(inverse_norm(now.lora_A, now.lora_B)) == 1.0:
+        alpha = alpha * norm  # it ran without normalisation; what it added stays the same
+    scale = torch.block_diag(
+        now.lora_past_scale.double(), lora_a.new_full((now.lora_A.shape[0], 1), 1 / norm)
+    )
+    coefficients, residual = nearest((scale.T @ inner @ scale).cpu())
+    if threshold is not None and residual <= threshold:
+        folded = alpha * coefficients.to(alpha.device)
+        return Frozen(_dropped(now, folded, alpha_init), residual, False)
+    anchor = torch.cat([now.lora_magnitudes[:-1], alpha[None]])
+    like = now.lora_magnitudes
+    kept = Directions(
+        now.lora_A,
+        now.lora_B,
+        torch.cat([anchor, like.new_full((1,), alpha_init)]),
+        torch.cat([now.lora_past_A, now.lora_A]),
+        torch.cat([now.lora_past_B, now.lora_B], dim=1),
+        scale.to(like.dtype),
+        anchor,
+    )
+    return Frozen(kept, residual, True)
+
+
+def _dropped(now: Directions, folded: Tensor, alpha_init: float) -> Directions:
+    anchor = (now.lora_magnitudes[:-1] + folded).to(now.lora_magnitudes.dtype)
+    magnitudes = torch.cat([anchor, anchor.new_full((1,), alpha_init)])
+    return replace(now, lora_magnitudes=magnitudes, lora_anchor=anchor)
+
+
+def nearest(gram: Tensor) -> tuple[Tensor, float]:
+    """The least-squares coefficients of the last of some matrices over the others, and the share of its
+    squared norm that they leave over, from the Gram matrix `[D + 1, D + 1]`, fp64.
+
+        min_a ||D_t - sum_k a_k D_k||^2,   K a = b,   K_kl = <D_k, D_l>,  b_k = <D_k, D_t>
+    """
+    among, with_last, own = gram[:-1, :-1], gram[:-1, -1], gram[-1, -1]
+    coefficients = torch.linalg.pinv(among, hermitian=True) @ with_last
+    left = own - 2.0 * with_last @ coefficients + coefficients @ among @ coefficients
+    return coefficients, max(float(left / own), 0.0)

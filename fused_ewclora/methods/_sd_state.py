@@ -1,0 +1,120 @@
+"""The state of `SDLoRA` between runs, and the check of a saved one before anything is taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapted import AdaptedLinear
+from ..errors import CheckpointError
+from ..slices import AdapterSlice
+from ._directions import Directions, suffix_of
+
+FORMAT = 1
+Adapters = Sequence[tuple[str, AdaptedLinear, AdapterSlice]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the direction of one task in one adapter."""
+
+    residual: float  # share of its squared length outside of the span of the earlier directions
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A checked state; directions in the order of the adapters."""
+
+    directions: list[Directions]
+    outcomes: dict[str, list[Outcome]]
+    tasks: int
+    running: bool
+
+
+def dump(
+    adapters: Adapters, outcomes: Mapping[str, list[Outcome]], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Tensors by name, and plain values under "config"."""
+    tensors: dict[str, Tensor] = {}
+    described: dict[str, Any] = {}
+    for key, layer, piece in adapters:
+        now = Directions.of(layer, piece)
+        tensors |= {f"{key}.{field.name}": getattr(now, field.name).detach() for field in fields(now)}
+        described[key] = {
+            "fingerprint": layer.origin_fingerprint,
+            "outcomes": [asdict(outcome) for outcome in outcomes[key]],
+        }
+    return {"tensors": tensors, "config": {"format": FORMAT, **settings, "adapters": described}}
+
+
+def parse(saved: Any, adapters: Adapters, normalization: str) -> Parsed:
+    """The state that `dump` wrote, with tensors of its own beside those of the adapters; raises
+    `CheckpointError` naming what does not fit."""
+    tensors, config = (saved.get(k) if isinstance(saved, Mapping) else None for k in ("tensors", "config"))
+    if not isinstance(tensors, Mapping) or not isinstance(config, Mapping):
+        raise _error("expected the dictionary that state_dict() returns, with 'tensors' and 'config'")
+    for name, expected in (("format", FORMAT), ("normalization", normalization)):
+        if config.get(name) != expected:
+            raise _error(f"{name}: expected {expected!r}, got {config.get(name)!r}")
+    tasks, running, described = (config.get(k) for k in ("tasks", "running", "adapters"))
+    if type(tasks) is not int or tasks < 0 or type(running) is not bool or not isinstance(described, Mapping):
+        raise _error(f"expected a number of tasks and a table of adapters, got {tasks!r}, {running!r}")
+    keys = [key for key, _, _ in adapters]
+    if different := sorted(set(keys) ^ set(described)):
+        where = "the state" if different[0] in described else "the model"
+        raise _error(f"{different[0]}: adapted in {where} only")
+    directions, outcomes = [], {}
+    for key, layer, piece in adapters:
+        if described[key].get("fingerprint") != layer.origin_fingerprint:
+            raise _error(f"{key}: the state belongs to other base weights")
+        directions.append(_directions(tensors, key, layer, piece))
+        outcomes[key] = [Outcome(float(o["residual"]), bool(o["kept"])) for o in described[key]["outcomes"]]
+        held = sum(outcome.kept for outcome in outcomes[key])
+        if len(outcomes[key]) != tasks or held != directions[-1].lora_anchor.shape[0]:
+            raise _error(
+                f"{key}: expected an outcome for each of {tasks} tasks, and a direction if it was kept"
+            )
+    return Parsed(directions, outcomes, tasks, running)
+
+
+def _directions(
+    tensors: Mapping[str, Tensor], key: str, layer: AdaptedLinear, piece: AdapterSlice
+) -> Directions:
+    found: dict[str, Tensor] = {}
+    like = layer._parameters["lora_A" + suffix_of(piece)]
+    assert like is not None
+    for field in fields(Directions):
+        value = tensors.get(f"{key}.{field.name}")
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise _error(f"{key}.{field.name}: expected a floating-point tensor, got {type(value).__name__}")
+        found[field.name] = value.detach().to(like.device, like.dtype, copy=True)
+    r, past, count = (_length(found[name]) for name in ("lora_A", "lora_past_A", "lora_anchor"))
+    rows, columns = piece.row_count, layer.in_features
+    shapes = {
+        "lora_A": (max(r, 1), columns),
+        "lora_B": (rows, r),
+        "lora_magnitudes": (count + 1,),
+        "lora_past_A": (past, columns),
+        "lora_past_B": (rows, past),
+        "lora_past_scale": (past, count),
+        "lora_anchor": (count,),
+    }
+    for name, shape in shapes.items():
+        if tuple(found[name].shape) != shape:
+            raise _error(f"{key}.{name}: expected shape {list(shape)}, got {list(found[name].shape)}")
+        if not bool(torch.isfinite(found[name]).all()):
+            raise _error(f"{key}.{name}: expected finite values, got NaN or Inf")
+    return Directions(**found)
+
+
+def _length(tensor: Tensor) -> int:
+    return tensor.shape[0] if tensor.dim() else 0
+
+
+def _error(message: str) -> CheckpointError:
+    return CheckpointError(f"state: {message}. Nothing was loaded")

@@ -1,0 +1,246 @@
+"""SD-LoRA (arXiv 2501.13198): every task adds a direction; the magnitudes of all of them are trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._consolidate import check_ready
+from .._processes import sharded
+from .._settings import number, one_of
+from .._transaction import Transaction, canonical_name
+from ..adapted import AdaptedLinear
+from ..config import LoRAConfig, positive
+from ..errors import ArgumentError, CheckpointError, TargetError
+from ..report import Report
+from ..slices import AdapterSlice, fisher_key
+from ._anchored import AnchoredEWC
+from ._directions import NORMALIZATIONS, Directions, Stack, freeze
+from ._sd_state import Outcome, dump, parse
+from .method import Loader, Loss, Method
+
+Ranks = int | Sequence[int] | Callable[[int], int]
+
+
+class SDLoRA(Method):
+    """y = x W0^T + bias + sum_k alpha_k x (B_k A_k)^T / n_k over the tasks so far, in one call of the LoRA
+    linear: the directions of earlier tasks are frozen, all alpha_k and the current A, B are trained.
+
+    Every adapter (each slice of a packed projection is one) has magnitudes of its own. Between tasks nothing
+    is folded in, W0 stays; `export` folds the whole sum in.
+
+    Args:
+        normalization: "product", n_k = ||B_k A_k||_F also of the current direction, or "factors", n_k =
+            ||B_k||_F ||A_k||_F with the current direction as it is (the official code). While B is 0, as at
+            the start of a task, "product" leaves the current direction as it is, too; the first step of the
+            optimizer gives it its length, alpha.
+        alpha_init: magnitude of a new direction, 1 in the paper, 0.8 in the official code.
+        reset_alphas: put all magnitudes back to alpha_init at the start of a task, as the official code does;
+            the model jumps there. Otherwise it computes the same before and after.
+        ranks: of the direction of task t, as a function of t or as a list, whose last entry serves all later
+            tasks; (10, 10, 10, 10, 8, 8, 8, 8, 6) is the paper's SD-LoRA-RR. None keeps the adapters' own.
+        kd_threshold: SD-LoRA-KD; a new direction whose squared distance from the span of the earlier ones is
+            at most this share of its squared length (9e-4 in the paper) is dropped after its task, and its
+            coefficients are folded into their magnitudes. Decided per adapter. None keeps every direction.
+        generator: source of each new A; None is the default generator. Processes that train together need
+            generators with the same seed.
+        ewc_lambda: not of the paper: adds the penalty (lambda/2) sum F (Delta - Delta_0)^2 of EWC-LoRA, where
+            Delta is what the adapters add and Delta_0 what they added when the last task ended. labels and
+            the other keywords are those of `EWCLoRA`, without merge_mode; `ewc` is the controller.
+
+    `end_task` needs data only for `ewc_lambda`. Checkpoints are made of `state_dict()`. Raises the errors of
+    `Method`; `ArgumentError` for bad values and for adapters with scales of their own (lora_alpha);
+    `TargetError` for adapters that another method composes, that PEFT manages or that are sharded.
+
+        >>> method = SDLoRA(model, LoRAConfig(r=10, target_modules=["qkv"]), ranks=(10, 8, 6))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoRAConfig | None = None,
+        *,
+        normalization: str = "product",
+        alpha_init: float = 1.0,
+        reset_alphas: bool = False,
+        ranks: Ranks | None = None,
+        kd_threshold: float | None = None,
+        generator: torch.Generator | None = None,
+        ewc_lambda: float | None = None,
+        labels: str = "empirical",
+        **ewc: Any,
+    ) -> None:
+        self.normalization = one_of("normalization", normalization, NORMALIZATIONS)
+        self.alpha_init = _positive_number("alpha_init", alpha_init)
+        self.reset_alphas = bool(reset_alphas)
+        self.ranks = _checked_ranks(ranks)
+        self.kd_threshold = None if kd_threshold is None else number("kd_threshold", kd_threshold, 0.0, 1.0)
+        if ewc and ewc_lambda is None:
+            raise ArgumentError(f"{min(ewc)}: expected an ewc_lambda beside it, got None")
+        if config is not None and (config.lora_alpha is not None or config.alpha_pattern):
+            raise ArgumentError("lora_alpha: expected None, SD-LoRA learns its scales")
+        super().__init__(model, config)
+        self._check_layers()
+        self.generator, self.labels = generator, labels
+        self.ewc = None if ewc_lambda is None else AnchoredEWC(model, ewc_lambda, **ewc)
+        self._outcomes: dict[str, list[Outcome]] = {key: [] for key, _, _ in self._adapters()}
+        for layer in self.layers.values():
+            for piece, lora_a, lora_b in layer.adapter_parameters():
+                Directions.first(lora_a, lora_b, self.alpha_init).put(layer, piece)
+            layer.composer = Stack(self.normalization)
+
+    def penalty(self) -> Tensor:
+        """0-d; (lambda/2) sum F (Delta - Delta_0)^2 with ewc_lambda, from the second task on, else 0."""
+        return super().penalty() if self.ewc is None else self.ewc.penalty()
+
+    def report(self) -> Report:
+        """Per adapter: the tasks whose directions it holds, their ranks and alphas, and for every task that
+        has ended the residual: the share of its direction's squared length outside of the span of the earlier
+        ones, 0 for a direction that stayed zero."""
+        rows = [
+            {
+                "name": key,
+                "tasks": tuple(t for t, outcome in enumerate(self._outcomes[key]) if outcome.kept),
+                "ranks": tuple((now.lora_past_scale != 0).sum(0).tolist()),
+                "alphas": tuple(now.lora_magnitudes[:-1].tolist()),
+                "residuals": tuple(outcome.residual for outcome in self._outcomes[key]),
+            }
+            for key, layer, piece in self._adapters()
+            for now in (Directions.of(layer, piece),)
+        ]
+        held = sum(len(row["tasks"]) for row in rows)
+        dropped = self.tasks * len(rows) - held
+        notes = [f"{held} directions of {self.tasks} tasks in {len(rows)} adapters, {dropped} dropped"]
+        return Report("SD-LoRA directions", rows, notes, {"directions": held, "dropped": dropped})
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to go on, in a task or between tasks: tensors by name, plain
+        values, and the state of `ewc`. Weights, heads and optimizers are the caller's. Tensors are not
+        copied.
+
+            >>> torch.save({"method": method.state_dict(), "head": model.head.state_dict()}, "task3.pt")
+        """
+        settings = {"normalization": self.normalization, "tasks": self.tasks, "running": self._running}
+        ewc = None if self.ewc is None else self.ewc.state_dict()
+        return dump(self._adapters(), self._outcomes, settings) | {"ewc": ewc}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Takes over a `state_dict()`, also in a freshly built model; parameters are replaced, so make the
+        optimizer afterwards.
+
+        Raises `CheckpointError` or `FisherError` when other base weights, adapters or settings are found than
+        were saved; nothing was loaded then.
+        """
+        check_ready(self.layers)
+        parsed = parse(saved, self._adapters(), self.normalization)
+        if (saved.get("ewc") is None) != (self.ewc is None):
+            theirs = "without" if saved.get("ewc") is None else "with"
+            raise CheckpointError(f"ewc: the state was saved {theirs} an ewc_lambda; nothing was loaded")
+        if self.ewc is not None:
+            fishers = self.ewc.parse_state(saved["ewc"])
+            with Transaction() as change:
+                self.ewc.take_over(fishers, change)
+        for (_, layer, piece), directions in zip(self._adapters(), parsed.directions, strict=True):
+            directions.put(layer, piece)
+        self._outcomes, self.tasks, self._running = parsed.outcomes, parsed.tasks, parsed.running
+        self._refresh()
+
+    def _adapters(self) -> list[tuple[str, AdaptedLinear, AdapterSlice]]:
+        """(key, layer, slice) of every adapter; a list, because ranks in slices may change meanwhile."""
+        return [
+            (fisher_key(canonical_name(name), piece), layer, piece)
+            for name, layer in self.layers.items()
+            for piece in layer.adapter_slices
+        ]
+
+    def _check_layers(self) -> None:
+        for name, layer in self.layers.items():
+            if layer.composer is not None:
+                raise TargetError(f"{name}: its adapters belong to another method; eject the model first")
+            if type(layer).factor_locations is not AdaptedLinear.factor_locations:
+                raise TargetError(f"{name}: expected adapters of fe.inject, got those of another library")
+            for piece in layer.adapter_slices:
+                if piece.scaling != 1.0 or piece.scale_name in layer._parameters:
+                    raise ArgumentError(
+                        f"lora_alpha: expected None, SD-LoRA learns its scales; {name} has one"
+                    )
+        self._check_whole()
+
+    def _check_whole(self) -> None:
+        if names := sharded(self.layers):
+            raise TargetError(f"{names[0]}: its parameters are sharded, which stacked directions cannot be")
+
+    def _begin(self) -> None:
+        self._check_whole()
+        changes = []
+        for _, layer, piece in self._adapters():
+            now = old = Directions.of(layer, piece)
+            rank = self._rank(piece)
+            if rank != piece.r:
+                now = self._started(now, layer, rank)
+            if self.reset_alphas and self.tasks:
+                now = replace(now, lora_magnitudes=torch.full_like(now.lora_magnitudes, self.alpha_init))
+            if now is not old:
+                changes.append((now, layer, piece))
+        for now, layer, piece in changes:
+            now.put(layer, piece)
+        self._refresh()
+
+    def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
+        check_ready(self.layers)
+        self._check_whole()
+        ended = []
+        for key, layer, piece in self._adapters():
+            now = Directions.of(layer, piece)
+            try:
+                frozen = freeze(now, self.normalization, self.kd_threshold, self.alpha_init)
+            except ArgumentError as error:
+                raise ArgumentError(f"end_task: {key}: {error}; nothing was changed") from None
+            ended.append((key, layer, piece, frozen, self._started(frozen.directions, layer, piece.r)))
+        if self.ewc is not None:
+            self.ewc.end_task(loader, loss_fn, labels=self.labels)
+        for key, layer, piece, frozen, directions in ended:
+            directions.put(layer, piece)
+            self._outcomes[key].append(Outcome(frozen.residual, frozen.kept))
+
+    def _rank(self, piece: AdapterSlice) -> int:
+        if self.ranks is None:
+            return piece.r
+        if callable(self.ranks):
+            return positive(self.ranks(self.tasks), f"ranks({self.tasks})")
+        return self.ranks[min(self.tasks, len(self.ranks) - 1)]
+
+    @torch.no_grad()
+    def _started(self, now: Directions, layer: AdaptedLinear, rank: int) -> Directions:
+        """With a new current direction: A random, B zero."""
+        drawing = self.generator
+        device = now.lora_A.device if drawing is None else drawing.device
+        lora_a = torch.empty(rank, layer.in_features, dtype=now.lora_A.dtype, device=device)
+        lora_a.uniform_(-layer.initial_bound, layer.initial_bound, generator=drawing)
+        lora_b = now.lora_B.new_zeros(now.lora_B.shape[0], rank)
+        return replace(now, lora_A=lora_a.to(now.lora_A.device), lora_B=lora_b)
+
+    def _refresh(self) -> None:
+        if self.ewc is not None:
+            self.ewc.refresh()
+
+
+def _positive_number(name: str, value: float) -> float:
+    if number(name, value, 0.0, math.inf) == 0.0:
+        raise ArgumentError(f"{name}: expected a number > 0, got {value!r}")
+    return float(value)
+
+
+def _checked_ranks(ranks: Any) -> tuple[int, ...] | Callable[[int], int] | None:
+    if ranks is None or callable(ranks):
+        return ranks
+    if isinstance(ranks, int):
+        ranks = (ranks,)
+    if not isinstance(ranks, Sequence) or isinstance(ranks, str) or not ranks:
+        raise ArgumentError(f"ranks: expected ranks per task or a function of the task, got {ranks!r}")
+    return tuple(positive(rank, f"ranks[{i}]") for i, rank in enumerate(ranks))
