@@ -13,6 +13,7 @@ import os.path
 from typing import Any
 
 from . import integrations
+from ._mend import register_call
 from .adapted import AdaptedLinear
 from .config import LoRAConfig, QKVLayout
 from .errors import (
@@ -79,6 +80,7 @@ __all__ = [
     "integrations",
     "load_pretrained",
     "merge",
+    "register_call",
     "register_layout",
     "reset_optimizer_state_",
     "save_pretrained",

@@ -143,8 +143,9 @@ def _output_heads(model: nn.Module) -> Iterator[nn.Module]:
     for getter in ("get_output_embeddings", "get_classifier"):
         method = getattr(model, getter, None)
         head = method() if callable(method) else None
-        if isinstance(head, nn.Module):
-            yield from head.modules()
+        for each in head if isinstance(head, (tuple, list)) else (head,):  # distilled models have two
+            if isinstance(each, nn.Module):
+                yield from each.modules()
     for rule in _head_rules:
         for head in rule(model):
             yield from head.modules()

@@ -22,6 +22,7 @@ MODEL_LIBRARIES = {"timm", "transformers", "peft", "avalanche", "torchvision", "
 LEVELS = [
     ("fused_ewclora.__main__", 11),
     ("fused_ewclora.demo", 10),
+    ("fused_ewclora.checkpoint", 8),
     ("fused_ewclora.check", 10),
     ("fused_ewclora.integrations", 9),
     ("fused_ewclora.methods", 9),

@@ -172,3 +172,29 @@ def test_levit_is_adapted_by_the_name_of_the_linear_inside():
     rows = {name: layer.adapter_slices[0].rows for name, layer in fe.adapters(model).items()}
     assert rows["stages.0.blocks.0.attn.qkv.linear"] == ((8, 16), (24, 32))
     assert any(name.endswith("kv.linear") and "downsample" in name for name in rows)
+
+
+def test_all_linear_leaves_out_both_heads_of_a_distilled_model():
+    model = MODELS["deit"].make()
+    report = fe.inject(model, fe.LoRAConfig(r=2, target_modules="all-linear"))
+    assert report.summary["skipped"] == {"head": "output head", "head_dist": "output head"}
+    assert len(fe.adapters(model)) == 2 * 4
+
+
+def test_the_end_of_a_task_knows_the_samples_behind_windows():
+    """SwinV2 with all layers that see images; its position networks see none, and are refused by name."""
+    tiny = MODELS["swinv2"]
+    x, names = tiny.images(3), {"layers.0.blocks.0.attn.qkv", "layers.1.blocks.0.mlp.fc2"}
+    everything = fe.LoRAConfig(r=2, target_modules="all-linear")
+    images = fe.LoRAConfig(r=2, target_modules="all-linear", exclude_modules=["cpb_mlp.0", "cpb_mlp.2"])
+    for config in (everything, images):
+        model = tiny.make()
+        fe.inject(model, config)
+        randomise(model)
+        ewc = fe.EWC(model, fisher_dtype=torch.float64)
+        if config is everything:
+            with pytest.raises(fe.FisherError, match="3 samples do not divide the 1 leading rows"):
+                ewc.end_task([(x, labels(x))], F.cross_entropy)
+        else:
+            ewc.end_task([(x, labels(x))], F.cross_entropy)
+            assert names <= set(ewc.fishers) and not any("cpb_mlp" in key for key in ewc.fishers)
