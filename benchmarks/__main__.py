@@ -21,6 +21,7 @@ import torch
 
 from . import extras, growth, harness, memory, registry, table
 from .case import OURS, Case, Provider
+from .collection import MISSING, SHORT, verdict_of
 from .harness import Record
 from .machine import ROOT, Ceilings, ceilings, environment
 from .place import Place
@@ -110,7 +111,7 @@ def _failed(records: Sequence[Record], rows: Sequence[Record]) -> bool:
     """Whether ours failed or missed a target; a peer that is missing or fails is its own affair."""
     ours = [r for r in records if r["role"] != "peer" and "failed" in r]
     return any(not r["failed"].startswith(extras.Unavailable.__name__) for r in ours) or any(
-        table.verdict_of(row) == table.SHORT for row in rows
+        verdict_of(row) == SHORT for row in rows
     )
 
 
@@ -127,7 +128,7 @@ def run(cases: Sequence[Planned], args: argparse.Namespace) -> int:
             failed |= _failed(found, rows)
             if args.out is not None:
                 now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-                told = [row for row in rows if table.verdict_of(row) != table.MISSING]
+                told = [row for row in rows if verdict_of(row) != MISSING]
                 harness.append(
                     args.out / f"{one.suite}.jsonl", found, {**stamp, "time": now, "targets": told}
                 )

@@ -12,6 +12,7 @@ from .case import OURS
 
 Record = dict[str, Any]
 CaseRecords = dict[str, Record]  # by provider
+PASS, SHORT, MISSING = "PASS", "FALL SHORT", "NOT MEASURED"  # of targets
 COMPUTED = "computed"  # timing of a floor that nobody ran
 SWEEP = "sweep"  # key of a shape: names the field that the records of one curve differ in
 
@@ -191,6 +192,12 @@ def told(found: Iterable[Record], name: str) -> str:
 def ours(case: CaseRecords) -> Record | None:
     """The record of ours."""
     return next((record for record in case.values() if role(record) == "ours"), None)
+
+
+def verdict_of(row: Record) -> str:
+    """PASS, SHORT, or MISSING where a figure of the target was not measured."""
+    known = row["ratio"] == row["ratio"] and row.get("measured", True)  # not NaN
+    return MISSING if not known else PASS if row["met"] else SHORT
 
 
 def time_text(seconds: float) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from . import records, steps, summary
+from .collection import PASS
 from .steps import Deadline, Outcome, Step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -198,7 +199,7 @@ def report(args: argparse.Namespace, outcomes: Sequence[Outcome]) -> tuple[str, 
             lines.append(f"  {name}: {missing} cases were not reached")
     fine = (steps.OK, PARTIAL, steps.SKIPPED)
     status = 1 if wrong or any(outcome.status not in fine for outcome in outcomes) else 0
-    if not status and not args.rehearse and not args.steps and set(verdicts) != {summary.PASS}:
+    if not status and not args.rehearse and not args.steps and set(verdicts) != {PASS}:
         status = 2
     return "\n".join([*lines, "", f"exit status {status}"]) + "\n", status
 

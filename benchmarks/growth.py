@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 from . import ewc_penalty, fisher_accumulate, lora_linear, registry, workloads
 from .case import Case
+from .collection import SWEEP
 from .place import Place
 from .workload import Shape, Workload
 
-SWEEP = "sweep"
 MAIN_PEER = {
     "lora_linear": registry.COMPOSITION, "ewc_penalty": "eager autograd", "fisher_accumulate": "einsum"
 }  # fmt: skip

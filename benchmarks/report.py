@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import collection, plot, scaling
-from .collection import CaseRecords, Record, Unusable, digits, time_text
+from .collection import CaseRecords, Record, Unusable, digits, time_text, verdict_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, OUTPUT = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
 IMAGES = "images"  # beside the output
 DASH = "–"
-PASS, SHORT, MISSING = "PASS", "FALL SHORT", "NOT MEASURED"
 VERSIONS = ("fused_ewclora", "torch", "triton", "cuda", "python")
 UNITS = {"copy": ("GB/s, read plus written", 1e9)}  # of ceilings; the others are products
 HEAD = """# Measurements
@@ -158,14 +157,8 @@ def variant_table(cases: Sequence[CaseRecords]) -> list[str]:
     return ["Variants of ours, time over that of ours:", "", *table(["case", *names], rows)]
 
 
-def _verdict(row: dict) -> str:
-    if row["ratio"] != row["ratio"] or not row.get("measured", True):
-        return MISSING
-    return PASS if row["met"] else SHORT
-
-
 def _target_rows(name: str, rows: Sequence[dict]) -> list[list[str]]:
-    return [[name, r["target"], f"{r['ratio']:.3f}", f"{r['limit']:.3f}", _verdict(r)] for r in rows]
+    return [[name, r["target"], f"{r['ratio']:.3f}", f"{r['limit']:.3f}", verdict_of(r)] for r in rows]
 
 
 def case_targets(cases: Sequence[CaseRecords]) -> list[str]:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from . import records, registry
 from .case import OURS
+from .collection import verdict_of
 from .goals import Goal, row
 from .harness import FLOOR, Record
 from .place import AGAIN, CUDA
 
-PASS, SHORT, MISSING = "PASS", "FALL SHORT", "NOT MEASURED"
 LABELS = (
     "model", "adapters", "vectors", "length", "rows", "samples", "tokens", "mode", "pass", "rank",
     "precision", "optimizer",
@@ -76,10 +76,6 @@ def tables(suites: Mapping[str, Sequence[Record]]) -> list[str]:
             lines += ["", f"{suite}: us, eager us, share of ceiling; ours / other (below 1: ours is faster)"]
             lines += [line(case) for case in by_case(found)]
     return lines
-
-
-def verdict_of(result: Record) -> str:
-    return MISSING if not result["measured"] else PASS if result["met"] else SHORT
 
 
 def targets(goals: Sequence[Goal], suites: Mapping[str, Sequence[Record]]) -> tuple[list[str], list[str]]:

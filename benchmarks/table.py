@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 from .case import OURS
+from .collection import verdict_of
 from .harness import Record
 
-PASS, SHORT, MISSING = "PASS", "FALL SHORT", "NOT MEASURED"
 HEAD = (
     f"  {'provider':33}{'p50 ms':>9} {'[p20, p80]':>19}{'peer/ours':>11}{'GFLOP/s':>9}{'GB/s':>7}"
     f"{'ceiling':>9}{'peak MiB':>10}{'error':>10}"
@@ -37,11 +37,6 @@ def _line(record: Record, ours: float) -> str:
 def _breakdown(record: Record) -> str:
     told = [f"{name} {share:.0%}" for name, share in record["breakdown"].items() if share >= 0.03]
     return f"  {record['provider']}: {', '.join(told)}"
-
-
-def verdict_of(row: Record) -> str:
-    """One of PASS, SHORT, MISSING."""
-    return MISSING if math.isnan(row["ratio"]) else PASS if row["met"] else SHORT
 
 
 def lines(title: str, records: Sequence[Record], rows: Sequence[Record]) -> list[str]:

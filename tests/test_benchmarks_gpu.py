@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # benchmarks are not installed
     sys.path.append(str(ROOT))
 
-from benchmarks import goals, gpu_check, harness, predict, records, shapes, summary  # noqa: E402
+from benchmarks import collection, goals, gpu_check, harness, predict, records, shapes, summary  # noqa: E402
 from benchmarks.case import OURS, Case, Provider, Target  # noqa: E402
 from benchmarks.clock import WallClock  # noqa: E402
 from benchmarks.extras import Unavailable  # noqa: E402
@@ -218,7 +218,7 @@ def test_the_summary_says_which_targets_are_met(ours: float, word: str):
     text, verdicts = summary.targets(goals.goals(), found)
     line = next(line for line in text if "ViT-L/16 four linears, fwd+bwd, x frozen" in line)
     assert line.split("ViT-L")[0].strip() == word and f"{ours:.3f}" in line
-    assert verdicts.count(summary.MISSING) == len(verdicts) - 2  # nothing else was measured
+    assert verdicts.count(collection.MISSING) == len(verdicts) - 2  # nothing else was measured
     table = "\n".join(summary.tables(found))
     assert "ViT-L fc1 12608 16 bf16" in table and "ViT-L fc1 12608 bwd 16 bf16" in table
     assert f"frozen {ours:.2f}" in table
@@ -226,7 +226,7 @@ def test_the_summary_says_which_targets_are_met(ours: float, word: str):
 
 def test_a_target_with_a_missing_case_is_not_met():
     found = [r for r in synthetic(0.5) if r["shape"]["model"] != "ViT-L fc2"]
-    assert summary.PASS not in summary.targets(goals.goals(), {"lora_linear": found})[1]
+    assert collection.PASS not in summary.targets(goals.goals(), {"lora_linear": found})[1]
 
 
 def test_failures_of_peers_are_not_ours():
