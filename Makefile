@@ -2,6 +2,7 @@
 #   make test    the whole test suite           make lint    ruff, mypy, clang-format
 #   make test-library, make test-integrations    its two halves: without and with model libraries
 #   make demo    the continual learning demo    make bench   benchmarks against installed peers
+#   make docs    the API reference and the pages of docs/, in build/docs
 #   make format  rewrite sources in style       make clean   remove build outputs (make distclean: .venv as well)
 #   make gpu-check OUT=dir   tests and benchmarks on a CUDA machine, with the PyTorch, Triton and pytest of PYTHON; no .venv
 # Variables: PYTHON, MAX_JOBS, FUSED_EWCLORA_BUILD, TEST_ARGS, DEMO_ARGS, BENCH_ARGS, OUT, CHECK_ARGS
@@ -17,7 +18,7 @@ INSTALL := .venv/.install
 EXTENSION := build/.extension
 EXTRAS := .venv/extras
 
-.PHONY: test test-library test-integrations demo lint format bench gpu-check setup clean distclean
+.PHONY: test test-library test-integrations demo docs lint format bench gpu-check setup clean distclean
 .DELETE_ON_ERROR:
 
 test: test-library test-integrations
@@ -38,6 +39,10 @@ bench: setup $(EXTRAS)
 gpu-check:
 	@test -n "$(OUT)" || { echo "make gpu-check OUT=dir: OUT names the folder of the results"; exit 2; }
 	PYTHONPATH=$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m benchmarks.gpu_check --out $(OUT) $(CHECK_ARGS)
+
+# Integrations are documented with the libraries that they integrate.
+docs: setup $(EXTRAS)
+	HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH)) python docs/build.py build/docs
 
 lint: $(REQUIREMENTS)
 	ruff check .
