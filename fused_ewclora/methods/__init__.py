@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from .codyra import CoDyRA
 from .ewc_lora import EWCLoRA
+from .inflora import InfLoRA
 from .lora import LoRA
 from .method import Method
 from .sd_lora import SDLoRA
 
-__all__ = ["EWCLoRA", "LoRA", "Method", "SDLoRA"]
+__all__ = ["CoDyRA", "EWCLoRA", "InfLoRA", "LoRA", "Method", "SDLoRA"]

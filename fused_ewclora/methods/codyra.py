@@ -1,0 +1,264 @@
+"""CoDyRA (arXiv 2412.01004): every rank of an adapter has a learned importance, and most become exactly 0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .. import functional as FE
+from .._ewc_state import EWCState
+from .._processes import sharded
+from .._settings import FISHER_MODES, number, one_of
+from .._transaction import Transaction
+from ..config import LoRAConfig
+from ..errors import ArgumentError, CheckpointError, TargetError
+from ..ewc import EWC
+from ..fisher import check_labels
+from ..inject import adapters
+from ..report import Report
+from ._fold import folding
+from ._gates import add_gates, check_ungated, prune_, whole_ranks
+from ._resume import dump, parse, take_over
+from .method import Loader, Loss, Method
+
+GATE_INITS = ("ones", "normal")
+THRESHOLDS = ("soft", "dead_zone")
+SCHEDULES = ("linear", "staircase")
+STAIRS = 50  # levels of kappa in the official code (lambda_num)
+
+
+class CoDyRA(Method):
+    """Delta W = B diag(w) A with one trained gate w per rank (`lora_scale`), made sparse by a proximal step
+    after each step of the optimizer (docs/mathematics.md, section 6):
+
+        w <- sign(w) max(|w| - kappa, 0)
+
+    At the end of a task W <- W + B diag(w) A, and A, B and w start anew at full rank.
+
+    kappa_max, dense_fraction: kappa is 0 during the first dense_fraction of a task's steps, then rises
+    linearly to kappa_max at the last one.
+    gate_init: "ones", or "normal", the official N(0, 1), which by itself decides about half of the selection.
+    threshold, schedule: "soft" and "linear" as in the paper. The official code has "dead_zone", where ranks
+    up to 2 kappa vanish, and "staircase", 50 levels of kappa of equal length from the first step after the
+    dense ones.
+    generator: draws new gates, then new A.
+    ewc_lambda: adds the EWC penalty of EWC-LoRA on B diag(w) A, with gradients for w; gamma, fisher_mode,
+    fisher_dtype are those of `EWC`, labels the policy of its Fisher. This combination is ours, in no paper.
+    None: no penalty, and `end_task` does not look at its loader.
+
+    Adapters are those of `inject`, in one process. Raises `ArgumentError` for values out of range, and
+    `TargetError` for adapters that have gates or another method already, before anything is changed.
+
+        >>> method = CoDyRA(model, LoRAConfig(r=16, target_modules=["qkv"]), kappa_max=5e-3)
+        >>> method.after_step(step, total_steps); method.compact_(optimizer); print(method.report())
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoRAConfig | None = None,
+        *,
+        kappa_max: float = 5e-3,
+        dense_fraction: float = 0.5,
+        gate_init: str = "ones",
+        threshold: str = "soft",
+        schedule: str = "linear",
+        generator: torch.Generator | None = None,
+        ewc_lambda: float | None = None,
+        gamma: float = 1.0,
+        fisher_mode: str = "sample",
+        fisher_dtype: torch.dtype = torch.float32,
+        labels: str = "empirical",
+    ) -> None:
+        self.kappa_max = number("kappa_max", kappa_max, 0.0, math.inf)
+        self.dense_fraction = number("dense_fraction", dense_fraction, 0.0, 1.0)
+        self.gate_init = one_of("gate_init", gate_init, GATE_INITS)
+        self.threshold = one_of("threshold", threshold, THRESHOLDS)
+        self.schedule = one_of("schedule", schedule, SCHEDULES)
+        self.generator, self.labels = generator, labels
+        check_labels(labels, one_of("fisher_mode", fisher_mode, FISHER_MODES))
+        number("gamma", gamma, 0.0, 1.0)
+        if ewc_lambda is not None:
+            number("ewc_lambda", ewc_lambda, 0.0, math.inf)
+        check_ungated(adapters(model))
+        super().__init__(model, config)
+        self.ewc: EWC | None = None
+        if ewc_lambda is not None:
+            self.ewc = EWC(model, ewc_lambda, gamma, fisher_mode, fisher_dtype, generator=generator)
+        self._adapters = add_gates(self.layers)
+        self._survivors: list[dict[str, int]] = []  # per task that has ended
+        with torch.no_grad():
+            for gate, value in zip(self.gates().values(), self._new_gates(), strict=True):
+                gate.copy_(value)
+
+    def gates(self) -> dict[str, nn.Parameter]:
+        """w `[ranks]` by module name, with ".k" etc. for slices; fewer ranks than r after `compact_`."""
+        return {adapter.key: adapter.gate for adapter in self._adapters}
+
+    def penalty(self) -> Tensor:
+        """(lambda/2) sum F (B diag(w) A)^2 with ewc_lambda, from the second task on; else 0."""
+        return super().penalty() if self.ewc is None else self.ewc.penalty()
+
+    def kappa(self, step: int, total_steps: int) -> float:
+        """The shrinkage after step number `step` of `total_steps`, counted from 0."""
+        dense = self.dense_fraction * total_steps
+        if self.schedule == "linear":
+            return self.kappa_max * max(step + 1 - dense, 0.0) / (total_steps - dense or math.inf)
+        stair = int((total_steps - dense) // STAIRS)
+        if step <= dense or stair == 0:  # fewer steps than stairs: the official code never leaves the first
+            return 0.0
+        climbed = step // stair + (-math.ceil(dense) // stair) + 1  # multiples of stair since the dense steps
+        return self.kappa_max * min(climbed, STAIRS - 1) / (STAIRS - 1)
+
+    @torch.no_grad()
+    def compact_(self, optimizer: Optimizer | None = None) -> int:
+        """Removes the ranks whose gate is exactly 0 from A, B, w and their gradients; returns how many.
+
+        The model computes the same and trains on without them; a gate that its gradient would have revived
+        stays away until the next task, which starts at full rank. Parameters are replaced: optimizer gets
+        the new ones with its state (momentum, moments) cut accordingly; with None make one afterwards, and
+        wrap the model for several processes afterwards too. Raises `TargetError` for merged or sharded
+        layers, and `ArgumentError` for an optimizer that does not hold the adapters or whose state has
+        another shape (Adafactor, LBFGS); nothing is changed then.
+
+            >>> removed = method.compact_(optimizer)
+        """
+        for name, layer in self.layers.items():
+            if layer.merged:
+                raise TargetError(f"{name}: its adapter is merged into the base weight; call unmerge(model)")
+        if names := sharded(self.layers):
+            raise TargetError(f"{names[0]}: its parameters are sharded; compact before fully_shard")
+        if optimizer is not None and "history_size" in optimizer.defaults:
+            raise ArgumentError("optimizer: the history of LBFGS mixes all parameters; make a new one")
+        return prune_(self._adapters, optimizer)
+
+    def survivors(self) -> dict[str, int]:
+        """How many gates are not 0 now, by the names of `gates`."""
+        return {key: int(gate.detach().count_nonzero()) for key, gate in self.gates().items()}
+
+    def report(self) -> Report:
+        """Surviving ranks per adapter, at the end of every task and now; printable.
+
+        >>> print(method.report())
+        """
+        now = self.survivors()
+        rows: list[dict[str, Any]] = []
+        for adapter in self._adapters:
+            row = {"adapter": adapter.key, "r": adapter.piece.r}
+            row |= {f"task {t}": ranks[adapter.key] for t, ranks in enumerate(self._survivors)}
+            rows.append({**row, "now": now[adapter.key]})
+        full = sum(adapter.piece.r for adapter in self._adapters)
+        kept = [sum(ranks.values()) for ranks in (*self._survivors, now)]
+        return Report("Surviving ranks", rows, summary={"r": full, "tasks": kept[:-1], "now": kept[-1]})
+
+    def _new_gates(self) -> list[Tensor]:
+        """New gates, drawn on the device of the generator so that one seed gives the same everywhere."""
+        device = None if self.generator is None else self.generator.device
+        values = []
+        for adapter in self._adapters:
+            value = torch.ones(adapter.piece.r, dtype=adapter.gate.dtype, device=device)
+            values.append(value if self.gate_init == "ones" else value.normal_(generator=self.generator))
+        return values
+
+    def _after_step(self, step: int, total_steps: int) -> None:
+        kappa = self.kappa(step, total_steps)
+        gates: dict[torch.device, list[Tensor]] = {}
+        for gate in self.gates().values():
+            if gate.numel():
+                gates.setdefault(gate.device, []).append(gate)
+        for together in gates.values() if kappa > 0.0 else ():  # one call, unless the model is spread
+            if self.threshold == "soft":
+                FE.soft_threshold_(together, kappa)
+            else:
+                dead_zone_(together, kappa)
+
+    @torch.no_grad()
+    def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
+        survivors, fresh = self.survivors(), self._new_gates()
+        with whole_ranks(self._adapters):
+            if self.ewc is not None:
+                self._consolidate(self.ewc, loader, loss_fn)
+            else:
+                self._fold()
+        for gate, value in zip(self.gates().values(), fresh, strict=True):
+            gate.copy_(value)
+        self._survivors.append(survivors)
+
+    def _consolidate(self, ewc: EWC, loader: Loader, loss_fn: Loss | None) -> None:
+        before = ewc.parse_state(ewc.state_dict())
+        try:
+            ewc.end_task(loader, loss_fn, labels=self.labels)
+        except BaseException:  # without the Fisher of this attempt, which the next would add to
+            with Transaction() as change:
+                ewc.take_over(before, change)
+            raise
+
+    def _fold(self) -> None:
+        with folding(self.model, self.layers) as change:
+            for layer in self.layers.values():
+                for _, lora_a, lora_b in layer.adapter_parameters():
+                    change.remember(lora_a)
+                    change.remember(lora_b)
+                layer.reset_adapters(self.generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"tensors": the Fishers, "config": counts of tasks and ranks}, between tasks. Weights, adapters and
+        gates are in the model's own state_dict.
+
+        >>> torch.save([model.state_dict(), method.state_dict()], "task3.pt")
+        """
+        ewc = None if self.ewc is None else self.ewc.state_dict()
+        tensors = {} if ewc is None else ewc["tensors"]
+        return dump(
+            self, tensors, survivors=[dict(ranks) for ranks in self._survivors], ewc=ewc and ewc["config"]
+        )
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Takes over a `state_dict()` of a CoDyRA on the same adapters, which may be freshly injected;
+        nothing changes unless all of it fits.
+
+        Load the model's own state_dict as well. Raises `ArgumentError` during a task, `CheckpointError` or
+        `FisherError` naming what does not fit.
+
+            >>> model.load_state_dict(state); method.load_state_dict(method_state)
+        """
+        tensors, config = parse(self, saved)
+        survivors = config.get("survivors")
+        keys = set(self.gates())
+        if not isinstance(survivors, list) or any(set(ranks) != keys for ranks in survivors):
+            raise CheckpointError(
+                f"state: survivors: expected counts for {sorted(keys)[:3]}, got {survivors}"
+            )
+        if len(survivors) != config["tasks"]:
+            raise CheckpointError(f"state: survivors: expected {config['tasks']} tasks, got {len(survivors)}")
+        if (self.ewc is None) != (config.get("ewc") is None):
+            raise CheckpointError(
+                "state: one of the state and this method has an EWC penalty, the other has none; construct "
+                "it with or without ewc_lambda as before"
+            )
+        state = self._parsed(tensors, config)
+        with Transaction() as change:
+            if self.ewc is not None and state is not None:
+                self.ewc.take_over(state, change)
+        self._survivors = [dict(ranks) for ranks in survivors]
+        take_over(self, config)
+
+    def _parsed(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> EWCState | None:
+        if self.ewc is None:
+            return None
+        return self.ewc.parse_state({"tensors": tensors, "config": config["ewc"]})
+
+
+@torch.no_grad()
+def dead_zone_(gates: list[Tensor], kappa: float) -> None:
+    """The three assignments of the official code, one after the other: values between kappa and 2 kappa are
+    shrunk below kappa by the first and set to 0 by the last; kappa itself stays."""
+    for gate in gates:
+        shrunk = torch.where(gate > kappa, gate - kappa, gate)
+        shrunk = torch.where(shrunk < -kappa, shrunk + kappa, shrunk)
+        gate.copy_(torch.where(shrunk.abs() < kappa, torch.zeros_like(shrunk), shrunk))
