@@ -22,7 +22,7 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
     """What training would do to lora_B, of all adapters."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name and name.endswith("weight"):
+        if "lora_B" in name:
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 

@@ -228,14 +228,21 @@ def test_other_kinds_of_lora_are_left_alone_with_the_reason(options, reason):
     assert_same_bits(plain, fused, inputs())
 
 
-def test_an_adapter_of_another_kind_takes_turns_with_a_plain_one():
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"use_dora": True}, "DoraLinearVariant"),
+        ({"lora_bias": True, "target_modules": ["fc1"]}, "has a bias"),
+    ],
+)
+def test_an_adapter_of_another_kind_takes_turns_with_a_plain_one(options, reason):
     plain, fused = pair()
     for model in (plain, fused):
         torch.manual_seed(3)
-        model.add_adapter("dora", lora_config(use_dora=True))
+        model.add_adapter("other", lora_config(**options))
         randomise(model, seed=4)
-        model.set_adapter("dora")
-    assert "DoraLinearVariant" in accelerate_(fused).summary["not_fused"]["fc2"]
+        model.set_adapter("other")
+    assert reason in accelerate_(fused).summary["not_fused"]["fc1"]
     assert_same_bits(plain, fused, inputs())
     for model in (plain, fused):
         model.set_adapter("default")
