@@ -185,7 +185,7 @@ def report(args: argparse.Namespace, outcomes: Sequence[Outcome]) -> tuple[str, 
     suites = {name: records.read(args.out / f"{name}.jsonl") for name in SUITE_LIMITS}
     lines = summary.tables(suites)
     wrong = [r for found in suites.values() for r in broken(found)]
-    lines += ["", f"failures of ours: {len(wrong)}"]
+    lines += ["", *summary.unavailable(suites), f"failures of ours: {len(wrong)}"]
     lines += [f"  {summary.label(r)[:60]}: {r['provider']}: {r['failed'][:200]}" for r in wrong[:30]]
     wanted = [goal for goal in goals() if not args.steps or goal.suite in args.steps]
     rows, verdicts = summary.targets(wanted, suites)

@@ -184,12 +184,15 @@ def gpu_targets(folder: Path) -> list[str]:
 
 
 def failures(cases: Sequence[CaseRecords]) -> list[str]:
-    """Providers without a measurement, with their reasons."""
+    """Providers without a measurement, with their reasons; those of several cases once."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for case, label in zip(cases, collection.labels(cases), strict=True):
+        for record in case.values():
+            if "failed" in record:
+                found.setdefault((record["provider"], record["failed"]), []).append(label)
     rows = [
-        [label, record["provider"], record["failed"]]
-        for case, label in zip(cases, collection.labels(cases), strict=True)
-        for record in case.values()
-        if "failed" in record
+        [labels[0] if len(labels) == 1 else f"{len(labels)} of {len(cases)} cases", *what]
+        for what, labels in found.items()
     ]
     return ["Failed:", "", *table(["case", "provider", "reason"], rows)] if rows else []
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from . import records, registry
 from .case import OURS
 from .collection import verdict_of
+from .extras import Unavailable
 from .goals import Goal, row
 from .harness import FLOOR, Record
 from .place import AGAIN, CUDA
@@ -56,8 +57,8 @@ def line(case: Case) -> str:
     part = ours.get("fraction_of_ceiling")
     told = []
     for name, record in case.items():
-        if name == OURS:
-            continue
+        if name == OURS or record.get("failed", "").startswith(Unavailable.__name__):
+            continue  # who is not installed is told once, at the end
         short = SHORT_NAMES.get(name, name.replace(f"{OURS} triton:", ":"))
         told.append(
             f"{short} {median / record['seconds']['p50']:.2f}" if "seconds" in record else f"{short} FAILED"
@@ -66,6 +67,12 @@ def line(case: Case) -> str:
     # Everything should be captured in a graph: what was not is launch-bound in these figures.
     eager = {"events": " (not captured)", "wall": " (host's clock)"}.get(ours["timing"], "")
     return f"  {label(first):42}{times}{eager}  {' '.join(told)}"
+
+
+def unavailable(suites: Mapping[str, Sequence[Record]]) -> list[str]:
+    """What was not measured because it is not installed."""
+    reasons = [r.get("failed", "") for found in suites.values() for r in found]
+    return list(dict.fromkeys(why for why in reasons if why.startswith(Unavailable.__name__)))
 
 
 def tables(suites: Mapping[str, Sequence[Record]]) -> list[str]:

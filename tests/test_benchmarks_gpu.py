@@ -224,6 +224,14 @@ def test_the_summary_says_which_targets_are_met(ours: float, word: str):
     assert f"frozen {ours:.2f}" in table
 
 
+def test_the_summary_names_what_is_not_installed_once():
+    why = f"{Unavailable.__name__}: peft is not installed"
+    found = synthetic(1.2)
+    found += [{**r, "provider": "peft", "failed": why} for r in found if r["provider"] == OURS]
+    assert "peft" not in "\n".join(summary.tables({"lora_linear": found}))
+    assert summary.unavailable({"lora_linear": found, "merge": []}) == [why]
+
+
 def test_a_target_with_a_missing_case_is_not_met():
     found = [r for r in synthetic(0.5) if r["shape"]["model"] != "ViT-L fc2"]
     assert collection.PASS not in summary.targets(goals.goals(), {"lora_linear": found})[1]

@@ -146,7 +146,12 @@ def test_predictions_are_in_a_column_of_their_own(tmp_path: Path):
 
 def test_failed_peers_have_their_reasons(tmp_path: Path):
     text = report.generate(results(tmp_path, gpu_penalty=newer()))
-    assert rows(text, "m8")[-1] == ["m8", "broken", "RuntimeError: &lt;shape> a&#124;b"]
+    reason = "RuntimeError: &lt;shape> a&#124;b"
+    assert rows(text, "2 of 2 cases") == [["2 of 2 cases", "broken", reason]]
+    once = [one for one in newer() if one["provider"] != "broken" or one["shape"]["width"] == 8]
+    (tmp_path / "once").mkdir()
+    text = report.generate(results(tmp_path / "once", gpu_penalty=once))
+    assert rows(text, "m8")[-1] == ["m8", "broken", reason]
     assert rows(text, "m8")[0][rows(text, "case")[0].index("broken")] == "failed"
 
 
