@@ -13,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from ..adapted import AdaptedLinear
 from ..matching import register_adapted_class, register_heads
 
+CLASSIFIERS = ("classifier", "score")  # as PEFT has them
+
 
 class LoRAConv1D(AdaptedLinear, Conv1D):
     """transformers' `Conv1D` (GPT-2), a linear layer whose weight is `[in_features, out_features]`, with
@@ -70,9 +72,14 @@ class LoRAFalconLinear(AdaptedLinear, FalconLinear):
 
 @register_heads
 def heads(model: nn.Module) -> Iterator[nn.Module]:
-    """What a transformers model for a task has beside its base model: classifiers, language model heads."""
-    if isinstance(model, PreTrainedModel) and model.base_model is not model:
-        yield from (module for module in model.children() if module is not model.base_model)
+    """What a transformers model for a task has beside its base model: classifiers, language model heads. A
+    few (CLIP, SigLIP) have no base model, but give classifiers the usual names."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    base = model.base_model
+    for name, module in model.named_children():
+        if module is not base and (base is not model or name in CLASSIFIERS):
+            yield module
 
 
 register_adapted_class(LoRAConv1D)

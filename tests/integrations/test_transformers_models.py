@@ -210,6 +210,15 @@ def test_all_linear_leaves_out_the_head(case):
     assert len(names) >= 4
 
 
+def test_all_linear_leaves_out_a_classifier_beside_no_base_model():
+    vision = {**TEXT, **VIT, "num_labels": 2}
+    config = hf.SiglipConfig(text_config=TEXT, vision_config=vision, num_labels=3)
+    model = hf.SiglipForImageClassification(config)
+    assert model.base_model is model
+    fe.inject(model, fe.LoRAConfig(r=2, target_modules="all-linear"))
+    assert type(model.classifier) is nn.Linear and len(fe.adapters(model)) >= 6
+
+
 @pytest.mark.filterwarnings("ignore:.*_checkpointing_enable. is deprecated:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "gpt_neox", "t5"])
