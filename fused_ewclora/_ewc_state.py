@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from reprlib import repr as shown  # of values that anybody may have written: short, and not too deep
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ._transaction import canonical_name
 from .errors import FisherError
 
 FORMAT = 1  # of state_dict
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -116,20 +118,18 @@ def dump(state: EWCState, settings: Mapping[str, Any]) -> dict[str, Any]:
 def parse(saved: Any, expected: Expected) -> EWCState:
     """The state that `dump` wrote; raises `FisherError` naming what does not fit. Tensors are shared with
     `saved`."""
-    try:
-        tensors, config = dict(saved["tensors"]), dict(saved["config"])
-    except (TypeError, KeyError, ValueError) as error:
+    tensors, config = (saved.get(k) if isinstance(saved, Mapping) else None for k in ("tensors", "config"))
+    if not isinstance(tensors, Mapping) or not isinstance(config, Mapping):
         raise FisherError(
             "state: expected the dictionary that EWC.state_dict() returns, with 'tensors' and 'config'"
-        ) from error
-    if config.get("format") != FORMAT:
-        raise FisherError(f"state: expected format {FORMAT}, got {config.get('format')!r}")
+        )
+    if type(config.get("format")) is not int or config["format"] != FORMAT:
+        raise FisherError(f"state: expected format {FORMAT}, got {shown(config.get('format'))}")
     for name, value in expected.settings.items():
-        if config.get(name) != value:
+        if not isinstance(found := config.get(name), str) or found != value:
             raise FisherError(
-                f"{name}: the state was made with {config.get(name)!r}, this EWC has {value!r}; construct "
-                "it with the same (ewc_lambda "
-                "means nothing without it, see convert_lambda)"
+                f"{name}: the state was made with {shown(found)}, this EWC has {value!r}; construct "
+                "it with the same (ewc_lambda means nothing without it, see convert_lambda)"
             )
     grouped = _group(tensors)
     history = tuple(_record(entry) for entry in _list(config, "history"))
@@ -151,8 +151,11 @@ def _group(tensors: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     for name, tensor in tensors.items():
         kind, _, key = str(name).partition(".")
         if kind not in ("fisher", "task", "sum_A", "sum_B", "base") or not isinstance(tensor, Tensor):
-            raise FisherError(f"state: did not expect an entry {name!r} of type {type(tensor).__name__}")
-        grouped.setdefault(kind, {})[canonical_name(key)] = tensor
+            raise FisherError(f"state: did not expect an entry {shown(name)} of type {type(tensor).__name__}")
+        group, key = grouped.setdefault(kind, {}), canonical_name(key)
+        if key in group:
+            raise FisherError(f"state: expected one {kind} of {key}, got two with different prefixes")
+        group[key] = tensor
     return grouped
 
 
@@ -166,8 +169,10 @@ def _check_group(
             f"{foreign[:3]}"
         )
     for key, shape in shapes.items():
-        if tuple(tensors[key].shape) != shape or not tensors[key].is_floating_point():
-            got = f"{list(tensors[key].shape)} {tensors[key].dtype}"
+        tensor = tensors[key]
+        usable = tensor.dtype in _DTYPES and tensor.layout == torch.strided and not tensor.is_meta
+        if tuple(tensor.shape) != shape or not usable:
+            got = f"{list(tensor.shape)} {tensor.dtype}, {tensor.layout}, on {tensor.device}"
             raise FisherError(f"state: {kind} of {key}: expected a floating-point {list(shape)}, got {got}")
     if expected.check_finite and (bad := nonfinite(tensors)):
         raise FisherError(f"state: {kind} of {bad[0]}: expected finite values, got NaN or Inf")
@@ -206,28 +211,30 @@ def _task(config: Any, buffers: dict[str, Tensor], expected: Expected) -> TaskFi
     _check_group(
         "task", buffers, {k: (rows, cols) for k, (rows, _, cols) in expected.shapes.items()}, expected
     )
-    labels = tuple(str(label) for label in _list(config, "labels"))
-    return TaskFisher(buffers, _count(config, "samples"), _count(config, "batch_size"), labels)
+    labels = _list(config, "labels")
+    if wrong := [label for label in labels if not isinstance(label, str)]:
+        raise FisherError(f"state: expected labels to be strings, got {shown(wrong[0])}")
+    return TaskFisher(buffers, _count(config, "samples"), _count(config, "batch_size"), tuple(labels))
 
 
 def _record(entry: Any) -> TaskRecord:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("labels"), str):
-        raise FisherError(f"state: expected a record of a task, got {entry!r}")
+        raise FisherError(f"state: expected a record of a task, got {shown(entry)}")
     gamma = entry.get("gamma")
-    if not isinstance(gamma, (int, float)) or not 0 <= gamma <= 1:
-        raise FisherError(f"state: expected gamma in [0, 1] in the record of a task, got {gamma!r}")
+    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0 <= gamma <= 1:
+        raise FisherError(f"state: expected gamma in [0, 1] in the record of a task, got {shown(gamma)}")
     return TaskRecord(entry["labels"], _count(entry, "samples"), _count(entry, "batch_size"), float(gamma))
 
 
 def _count(entry: Any, name: str) -> int:
     value = entry.get(name) if isinstance(entry, Mapping) else None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise FisherError(f"state: expected an integer >= 1 for {name}, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**63:
+        raise FisherError(f"state: expected an integer >= 1 of 64 bits for {name}, got {shown(value)}")
     return value
 
 
 def _list(config: Mapping[str, Any], name: str) -> list[Any]:
     value = config.get(name) if isinstance(config, Mapping) else None
     if not isinstance(value, list):
-        raise FisherError(f"state: expected a list for {name}, got {value!r}")
+        raise FisherError(f"state: expected a list for {name}, got {shown(value)}")
     return value

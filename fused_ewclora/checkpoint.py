@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as shown  # of values that anybody may have written: short, and not too deep
 from typing import Any
 
 import safetensors.torch
@@ -102,7 +103,7 @@ def load_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
     files, config = together(read) if sharded(layers) else read()
     if config.get("format") != FORMAT:
         raise CheckpointError(
-            f"{MANIFEST}: expected format {FORMAT}, got {config.get('format')!r}; nothing was loaded"
+            f"{MANIFEST}: expected format {FORMAT}, got {shown(config.get('format'))}; nothing was loaded"
         )
     tasks = _check_layers(layers, config.get("layers"))
     updates = _tensor_updates(model, layers, _unpack(files, ADAPTER))
@@ -124,6 +125,12 @@ def _layers(model: nn.Module, ewc: EWC | None) -> dict[str, AdaptedLinear]:
         raise CheckpointError(
             "model: expected adapters, found none; call fused_ewclora.inject(model, config) first"
         )
+    for name, layer in layers.items():
+        if saved_by := getattr(layer.composer, "saved_by", None):
+            raise CheckpointError(
+                f"{name}: its adapters grow with the tasks and are saved and loaded by {saved_by}; after "
+                "method.export() save the whole model"
+            )
     if ewc is not None and set(map(id, ewc.layers.values())) != set(map(id, layers.values())):
         raise ArgumentError("ewc: expected the EWC of this model, got one whose layers are others")
     return layers
@@ -233,18 +240,19 @@ def _check_layers(layers: Mapping[str, AdaptedLinear], saved: Any) -> dict[str, 
         for field in ("shape", "adapters"):
             if saved[name].get(field) != ours[field]:
                 raise CheckpointError(
-                    f"{name}: {field}: the checkpoint has {saved[name].get(field)}, the model "
+                    f"{name}: {field}: the checkpoint has {shown(saved[name].get(field))}, the model "
                     f"{ours[field]}; inject with the same "
                     "configuration. Nothing was loaded"
                 )
         if saved[name].get("fingerprint") != ours["fingerprint"]:
             raise CheckpointError(
                 f"{name}: the checkpoint belongs to other base weights (fingerprint "
-                f"{saved[name].get('fingerprint')}, the model has "
+                f"{shown(saved[name].get('fingerprint'))}, the model has "
                 f"{ours['fingerprint']}); load the pretrained weights it was trained from before inject. "
                 "Nothing was loaded"
             )
-        if not isinstance(saved[name].get("consolidated_tasks"), int):
+        tasks = saved[name].get("consolidated_tasks")
+        if isinstance(tasks, bool) or not isinstance(tasks, int) or not 0 <= tasks < 2**63:
             raise CheckpointError(
                 f"{MANIFEST}: {name}: expected a number of consolidated tasks; nothing was loaded"
             )
