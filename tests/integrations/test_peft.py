@@ -27,6 +27,9 @@ import fused_ewclora as fe
 from fused_ewclora.integrations._peft_layers import FusedPeftLinear
 from fused_ewclora.integrations.peft import accelerate_, restore_
 
+# Both say what they think of settings that are meant here.
+pytestmark = pytest.mark.filterwarnings("ignore::Warning:peft", "ignore::FutureWarning:transformers")
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
@@ -49,7 +52,6 @@ def layers(model):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("build", [MLP, Transposed])
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_outputs_and_gradients_are_those_of_peft(build, dtype):
     plain, fused = pair(build(), dtype)
     assert all(type(layer) is FusedPeftLinear for layer in layers(fused).values())

@@ -18,6 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 import fused_ewclora as fe
 
+# Both say what they think of settings that are meant here.
+pytestmark = pytest.mark.filterwarnings("ignore::Warning:peft", "ignore::FutureWarning:transformers")
+
 WIDE = torch.float64
 TIGHT = {
     torch.float64: {"rtol": 1e-13, "atol": 1e-13},
@@ -125,7 +128,6 @@ def test_names_that_end_as_others_do_are_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_transposed_layers_are_written_as_fan_in_fan_out(tmp_path, mixed):
     plain = base(lambda: Transposed(mixed))
     config = fe.LoRAConfig(r=2, lora_alpha=3, target_modules=["fc1", "fc2"])
@@ -146,6 +148,7 @@ WAYS = {
     "expression": {"target_modules": r"fc[12]"},
     "gaussian": {"init_lora_weights": "gaussian"},
     "orthogonal": {"init_lora_weights": "orthogonal"},
+    "eva": {"init_lora_weights": "eva"},
     "no init": {"init_lora_weights": False},
     "rank-stabilised": {"use_rslora": True, "r": 4},
     "rank-stabilised, odd": {"use_rslora": True, "r": 3, "rank_pattern": {"fc2": 7}},
@@ -210,7 +213,6 @@ def tiny_transformer(kind):
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_transformers_models_go_both_ways(tmp_path, kind):
     plain, targets, head = tiny_transformer(kind)
     tokens = torch.randint(1, 11, (3, 5))
