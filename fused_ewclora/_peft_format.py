@@ -79,6 +79,8 @@ def stock_shapes(layers: Mapping[str, AdaptedLinear]) -> dict[str, tuple[int, fl
         if len(layer.adapter_slices) != 1 or layer.adapter_slices[0].name:
             raise NotExactlyRepresentable(f"{name} has several adapters, or one on slices of its rows")
         piece = layer.adapter_slices[0]
+        if layer.composer is not None:
+            raise NotExactlyRepresentable(f"{name} runs more than its lora_A and lora_B")
         if piece.scale_name in layer._parameters:
             raise NotExactlyRepresentable(f"{name} has a learned lora_scale")
         shapes[name] = (piece.r, piece.scaling)

@@ -70,6 +70,10 @@ def _whole_layer(name: str, layer: AdaptedLinear) -> tuple[Tensor, Tensor, float
             "nothing; "
             "use save_pretrained, or eject(model) and save the whole model"
         )
+    if layer.composer is not None:
+        raise NotExactlyRepresentable(
+            f"{name}: runs more than its lora_A and lora_B; end the training with the method's export()"
+        )
     pieces = layer.adapter_parameters()
     scales = {layer.adapter_scale(piece) for piece, _, _ in pieces}
     if any(isinstance(scale, Tensor) for scale in scales) or len(scales) != 1:

@@ -80,6 +80,8 @@ def suffix_of(piece: AdapterSlice) -> str:
 class Stack:
     """The `Composer` of SD-LoRA: sum_k alpha_k B_k A_k / n_k in one call, without a loop over directions."""
 
+    saved_by = "state_dict() of SDLoRA"  # see checkpoint.py
+
     def __init__(self, normalization: str) -> None:
         self.normalization = normalization
 
