@@ -180,7 +180,7 @@ class CudaClock(WallClock):
     def energy(self, prepared: Prepared) -> float | None:
         if self.meter is None:
             return None
-        rounds = self.burst * prepared.repeats
+        rounds = self.burst * prepared.repeats if prepared.repeats > 1 else 1  # one that is long enough
 
         def burst() -> int:
             for _ in range(rounds):

@@ -56,7 +56,7 @@ class Meter:
 
     read: Counter
     window: float = 0.04
-    limit: float = 0.5
+    limit: float = 1.0
     allowance: float = 10.0
 
     def per_call(self, burst: Callable[[], int]) -> float | None:

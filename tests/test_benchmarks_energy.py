@@ -142,6 +142,8 @@ def test_the_clock_of_gpus_hands_the_meter_whole_rotations(monkeypatch: pytest.M
     prepared = Prepared(lambda: runs.append(1), share=3, timing="graph", repeats=2)
     calls = CudaClock(Meter()).energy(prepared)
     assert calls == 3 * len(runs) == 3 * 2 * CudaClock.burst
+    runs.clear()
+    assert CudaClock(Meter()).energy(Prepared(lambda: runs.append(1), 3, "graph")) == 3 * len(runs) == 3
     assert CudaClock().energy(prepared) is None and WallClock().energy(prepared) is None
 
 
