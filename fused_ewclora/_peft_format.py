@@ -12,7 +12,7 @@ from torch import nn
 
 from ._transaction import canonical_name
 from .adapted import AdaptedLinear
-from .errors import NotExactlyRepresentable
+from .errors import CheckpointError, NotExactlyRepresentable
 
 OWN_TYPE = "FUSED_EWCLORA"  # unknown to PEFT, which raises on it
 PREFIX = "base_model.model."
@@ -185,7 +185,18 @@ def rank_and_alpha(config: Mapping[str, Any], name: str) -> tuple[Any, Any]:
 
 def _pattern_value(patterns: Any, name: str, default: Any) -> Any:
     """PEFT's rule: the first key that matches the name or its end after a dot."""
-    for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+    if not isinstance(patterns or {}, Mapping):
+        raise CheckpointError(
+            f"adapter_config.json: expected a table of patterns, got {type(patterns).__name__}; nothing was "
+            "loaded"
+        )
+    for pattern, value in (patterns or {}).items():
+        try:
+            found = re.match(rf"(.*\.)?({pattern})$", name)
+        except re.error as error:
+            raise CheckpointError(
+                f"adapter_config.json: {pattern!r} is no pattern: {error}; nothing was loaded"
+            ) from None
+        if found:
             return value
     return default

@@ -49,6 +49,8 @@ def finite(value: object, name: str) -> float:
     """A number that is not NaN or infinite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise DtypeError(f"{name}: expected a number, got {value!r}")
+    if isinstance(value, int) and abs(value) > 2**63:  # which no float may hold
+        raise ArgumentError(f"{name}: expected a number of 64 bits, got one of {value.bit_length()}")
     if not math.isfinite(value):
         raise ArgumentError(f"{name}: expected a finite number, got {value}")
     return value

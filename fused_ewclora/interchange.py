@@ -106,6 +106,10 @@ def import_peft(path: str | os.PathLike[str], model: nn.Module) -> None:
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = model_key(key)
+        if name.endswith((".lora_A", ".lora_B")) and not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{ADAPTER}: {name}: expected a floating-point tensor, got {tensor.dtype}; nothing was loaded"
+            )
         if match := _FACTOR.fullmatch(name):
             factors.setdefault(match[1], {})[match[2]] = tensor
         elif ".lora_" in name:

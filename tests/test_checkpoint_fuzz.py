@@ -328,3 +328,33 @@ def test_odd_peft_folders_are_imported_or_refused(peft_folder, plain, data_, wha
             plain.model(torch.randn(2, 6))
             plain.renew()
         assert not fe.adapters(plain.model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_alpha": 10**400}, "lora_alpha"),
+        ({"lora_dropout": 10**400}, "lora_dropout"),
+        ({"alpha_pattern": {"fc1": 10**400}}, "lora_alpha"),
+        ({"rank_pattern": {"(": 3}}, "is no pattern"),
+        ({"alpha_pattern": {"(": 3}}, "is no pattern"),
+        ({"rank_pattern": [3]}, "expected a table of patterns, got list"),
+        (torch.complex64, "fc1.lora_[AB]: expected a floating-point tensor, got torch.complex64"),
+        (torch.int64, "fc1.lora_[AB]: expected a floating-point tensor, got torch.int64"),
+    ],
+)
+def test_peft_folders_that_once_did_something_else_are_refused(
+    peft_folder, plain, tmp_path, changes, message
+):
+    shutil.copytree(peft_folder, tmp_path, dirs_exist_ok=True)
+    config, tensors = (tmp_path / n for n in (files.ADAPTER_CONFIG, files.ADAPTER))
+    if isinstance(changes, dict):
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    else:
+        table = safetensors.torch.load_file(tensors)
+        safetensors.torch.save_file(
+            {k: v.to(changes) if "fc1" in k else v for k, v in table.items()}, tensors
+        )
+    with pytest.raises(CheckpointError, match=message):
+        fe.import_peft(tmp_path, plain.model)
+    assert_same(plain.before, plain.bits())
