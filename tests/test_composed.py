@@ -96,6 +96,21 @@ def test_the_penalty_is_that_of_what_runs():
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+def test_penalty_gradients_added_without_a_loss_reach_what_is_composed():
+    model = stacked()
+    ewc = fe.EWC(model, ewc_lambda=3.0, fisher_dtype=torch.float64)
+    ewc.end_task(batches(*data(8), 4), F.cross_entropy)
+    with torch.no_grad():
+        model.fc.lora_B.normal_()
+    wanted = [model.fc.lora_A, model.fc.lora_B, model.fc.lora_magnitudes]
+    expected = torch.autograd.grad(ewc.penalty(), wanted)
+    for parameter in wanted:
+        parameter.grad = torch.ones_like(parameter)
+    torch.testing.assert_close(ewc.add_penalty_grad_(grad_scale=2.0), ewc.penalty().detach())
+    for parameter, gradient in zip(wanted, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, 1 + 2 * gradient, rtol=1e-6, atol=1e-12)
+
+
 def test_a_layer_without_ranks_is_its_base():
     model = adapted()
     model.fc.composer = Nothing()

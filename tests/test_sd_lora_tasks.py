@@ -1,0 +1,288 @@
+"""SD-LoRA over many tasks: resuming, failing, copying, low precision, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sd_literal import directions, run, train
+from tiny_models import KEYS, Tiny, adapted, assert_same, batches, data, snapshot
+from torch import Tensor, nn
+
+import fused_ewclora as fe
+from fused_ewclora.methods import SDLoRA
+
+
+def seeded(model: nn.Module, **options) -> SDLoRA:
+    return SDLoRA(model, generator=torch.Generator().manual_seed(3), **options)
+
+
+def everything(method: SDLoRA) -> dict[str, Tensor]:
+    fishers = {} if method.ewc is None else method.ewc.fishers
+    return snapshot(method.model, fishers)
+
+
+def reloaded(method: SDLoRA, fresh: nn.Module, **options) -> SDLoRA:
+    """The method as another process would build it."""
+    file = io.BytesIO()
+    torch.save({"method": method.state_dict(), "head": method.model.head.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = seeded(fresh, **options)
+    other.load_state_dict(saved["method"])
+    fresh.head.load_state_dict(saved["head"])
+    other.generator.set_state(method.generator.get_state())
+    return other
+
+
+def test_many_tasks_end_as_a_plain_model_that_computes_the_same():
+    model = adapted()
+    method = seeded(model, ranks=(3, 2, 1), kd_threshold=0.3)
+    run(method, range(13), steps=1)
+    x, _ = data(4)
+    expected = model(x)
+    report = method.report()
+    assert report.summary["directions"] + report.summary["dropped"] == 13 * len(KEYS)
+    assert "13 tasks" in str(report)
+    assert method.export() is model
+    assert model.state_dict().keys() == Tiny().state_dict().keys() and type(model.qkv) is nn.Linear
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    assert "composer" not in vars(model.fc)
+
+
+@pytest.mark.parametrize("tasks", [0, 1, 3])
+@pytest.mark.parametrize("moment", ["between tasks", "in a task"])
+def test_training_resumes_bit_for_bit_in_a_new_model(tasks, moment):
+    options = {"ranks": (2, 3, 1), "kd_threshold": 0.95, "ewc_lambda": 3.0}
+    method = seeded(adapted(), **options)
+    run(method, range(tasks), steps=1)
+    if moment == "in a task":
+        method.begin_task(tasks)
+        train(method, 50, steps=1)
+    other = reloaded(method, adapted(), **options)
+    assert_same(everything(method), everything(other))
+    assert other.report().to_dict() == method.report().to_dict()
+    for each in (method, other):
+        if moment == "in a task":
+            train(each, 51, steps=1)
+            each.end_task(batches(*data(6), 4), F.cross_entropy)
+        run(each, range(each.tasks, each.tasks + 1), steps=1)
+    assert_same(everything(method), everything(other))
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    method = seeded(adapted(), ewc_lambda=3.0)
+    run(method, range(2), steps=1)
+    target = seeded(adapted(), ewc_lambda=3.0)
+    run(target, range(1), steps=1)
+    before = everything(target)
+    good = method.state_dict()
+
+    def refused(saved, match, error=fe.CheckpointError, by=target):
+        with pytest.raises(error, match=match):
+            by.load_state_dict(saved)
+
+    def changed(name, value):
+        return good | {"tensors": good["tensors"] | {name: value}}
+
+    def configured(**values):
+        return good | {"config": good["config"] | values}
+
+    refused({}, "the dictionary that state_dict")
+    refused(configured(normalization="factors"), "normalization: expected 'product', got 'factors'")
+    refused(configured(tasks=5), "qkv.k: expected an outcome for each of 5 tasks")
+    refused(configured(tasks=-1), "a number of tasks")
+    refused(configured(adapters={"fc": {}}), "qkv.k: adapted in the model only")
+    refused(changed("fc.lora_past_B", torch.zeros(6, 3).double()), r"fc.lora_past_B: expected shape \[6, 4\]")
+    refused(changed("fc.lora_B", torch.full((6, 2), torch.nan)), "fc.lora_B: expected finite values")
+    refused(changed("fc.lora_A", None), "fc.lora_A: expected a floating-point tensor")
+    refused(changed("fc.lora_anchor", torch.zeros(())), r"fc.lora_magnitudes: expected shape \[1\]")
+    refused(good | {"ewc": None}, "saved without an ewc_lambda")
+    fishers = {**good["ewc"]["tensors"], "fisher.fc": torch.zeros(2, 2)}
+    refused(good | {"ewc": {**good["ewc"], "tensors": fishers}}, "fisher of fc", fe.FisherError)
+    refused(good, "other base weights", by=seeded(adapted(seed=9), ewc_lambda=3.0))
+    assert target.tasks == 1
+    assert_same(everything(target), before)
+
+
+@pytest.mark.parametrize("cause", ["direction", "magnitude", "loader", "loss", "merged"])
+def test_a_task_that_cannot_end_changes_nothing_and_can_be_ended_again(cause):
+    method, other = (seeded(adapted(), ewc_lambda=3.0, fisher_dtype=torch.float64) for _ in range(2))
+    loader = batches(*data(6), 4)
+    for each in (method, other):
+        run(each, range(2), steps=1)
+        each.begin_task(2)
+        train(each, 2)
+    model, kept = method.model, copy.deepcopy(method.model.state_dict())
+    now = directions(model)["fc"]
+    if cause in ("direction", "magnitude"):
+        with torch.no_grad():
+            (now.lora_A if cause == "direction" else now.lora_magnitudes)[-1] = torch.nan
+    if cause == "merged":
+        fe.merge(model)
+    before = everything(method)
+    drawn = method.generator.get_state()
+    with pytest.raises(fe.EWCLoRAError) if cause != "loss" else pytest.raises(ZeroDivisionError):
+        method.end_task([] if cause == "loader" else loader, failing if cause == "loss" else F.cross_entropy)
+    assert_same(everything(method), before)
+    assert method.tasks == 2 and method.ewc.tasks == 2
+    if cause == "merged":
+        fe.unmerge(model)
+    model.load_state_dict(kept)
+    method.generator.set_state(drawn)
+    for each in (method, other):
+        each.end_task(loader, F.cross_entropy)
+    assert_same(everything(method), everything(other))
+
+
+def failing(output: Tensor, y: Tensor) -> Tensor:
+    if len(y) == 2:  # the second batch
+        raise ZeroDivisionError
+    return F.cross_entropy(output, y)
+
+
+def test_the_penalty_is_zero_where_the_last_task_ended():
+    method = seeded(adapted(), ewc_lambda=3.0)
+    run(method, range(2))
+    assert method.penalty().item() == 0.0 and method.ewc.tasks == 2
+    method.begin_task(2)
+    train(method, 2)
+    parameters = [p for _, p in method.model.named_parameters() if p.requires_grad]
+    assert method.penalty().item() > 0
+    expected = torch.autograd.grad(method.penalty(), parameters, allow_unused=True)
+    method.model.zero_grad()
+    method.ewc.add_penalty_grad_(grad_scale=4.0)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        if gradient is None:
+            assert parameter.grad is None  # the head's
+        else:
+            torch.testing.assert_close(parameter.grad, 4 * gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_weights_keep_adapters_in_single(dtype):
+    model = adapted(dtype=dtype)
+    method = SDLoRA(model, kd_threshold=9e-4)
+    run(method, range(3), steps=1)
+    x, _ = data(4, dtype=dtype)
+    y = model(x)
+    assert y.dtype == dtype and y.isfinite().all()
+    for now in directions(model).values():
+        assert {t.dtype for t in vars(now).values()} == {torch.float32}
+    for layer in fe.adapters(model).values():
+        wide = layer.weight.double()
+        for adapter in layer.composed():
+            first = 0
+            for start, stop in adapter.rows:
+                b = adapter.lora_b[first : first + stop - start].double()
+                wide[start:stop] += (b * adapter.scale.double()) @ adapter.lora_a.double()
+                first += stop - start
+        sample = torch.randn(5, layer.in_features).to(dtype)
+        expected = F.linear(sample.double(), wide, layer.bias.double())
+        # One rounding of y in dtype, beside fp32 sums of in_features + R terms.
+        bound = 2 * torch.finfo(dtype).eps * (1 + expected.abs())
+        assert ((layer(sample).double() - expected).abs() <= bound).all()
+
+
+def test_autocast_leaves_the_norm_in_single_precision():
+    model = adapted(dtype=torch.float32)
+    method = SDLoRA(model)
+    run(method, range(2))
+    scales = [a.scale for layer in fe.adapters(model).values() for a in layer.composed()]
+    with torch.autocast("cpu", torch.bfloat16):
+        again = [a.scale for layer in fe.adapters(model).values() for a in layer.composed()]
+    assert all(torch.equal(a, b) for a, b in zip(scales, again, strict=True))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_the_model_compute_the_same_and_move(copied):
+    model = adapted()
+    method = SDLoRA(model)
+    run(method, range(2))
+    x, _ = data(4)
+    other = copied(model)
+    assert torch.equal(other(x), model(x))
+    assert other.state_dict().keys() == model.state_dict().keys()
+    single = other.float()(x.float())
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), model(x), rtol=1e-4, atol=1e-5)
+    train(method, 9)
+    assert not torch.equal(other.double()(x), model(x))
+    fe.merge(model)
+    merged = model(x)
+    fe.unmerge(model)
+    torch.testing.assert_close(model(x), merged, rtol=1e-12, atol=1e-12)
+
+
+def test_the_model_compiles_whole():
+    model = adapted()
+    method = SDLoRA(model)
+    run(method, range(2))
+    x, _ = data(4)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_files_that_would_lose_directions_are_refused(tmp_path):
+    model = adapted()
+    method = SDLoRA(model)
+    run(method, range(1))
+    with pytest.raises(fe.CheckpointError, match=r"saved and loaded by state_dict\(\) of SDLoRA"):
+        fe.save_pretrained(tmp_path, model)
+    with pytest.raises(fe.CheckpointError, match="SDLoRA"):
+        fe.load_pretrained(tmp_path, model)
+    with pytest.raises(fe.NotExactlyRepresentable, match="export"):
+        fe.export_peft(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"normalization": "rows"}, "normalization: expected one of"),
+        ({"alpha_init": 0.0}, "alpha_init: expected a number > 0"),
+        ({"ranks": ()}, "ranks: expected ranks per task"),
+        ({"ranks": (4, 0)}, r"ranks\[1\]: expected an integer >= 1"),
+        ({"ranks": 2.5}, "ranks: expected ranks per task"),
+        ({"kd_threshold": -1e-4}, "kd_threshold: expected a finite number >= 0"),
+        ({"gamma": 0.5}, "gamma: expected an ewc_lambda beside it"),
+        ({"ewc_lambda": -1.0}, "ewc_lambda"),
+        ({"ewc_lambda": 1.0, "merge_mode": "delta"}, "merge_mode: expected none"),
+    ],
+)
+def test_bad_arguments_are_named_and_change_nothing(options, message):
+    model = adapted()
+    before = snapshot(model)
+    with pytest.raises(fe.EWCLoRAError, match=message):
+        SDLoRA(model, **options)
+    assert_same(snapshot(model), before)
+    assert model.fc.composer is None
+
+
+def test_a_rank_that_is_none_is_refused_before_the_task_begins():
+    model = adapted()
+    method = SDLoRA(model, ranks=lambda task: 2 - task)
+    run(method, range(2), steps=1)
+    before = snapshot(model)
+    with pytest.raises(fe.ArgumentError, match=r"ranks\(2\): expected an integer >= 1, got 0"):
+        method.begin_task(2)
+    assert_same(snapshot(model), before)
+
+
+def test_adapters_with_other_scales_or_owners_are_refused():
+    with pytest.raises(fe.ArgumentError, match="lora_alpha: expected None"):
+        SDLoRA(adapted(lora_alpha=4.0))
+    plain = Tiny()
+    with pytest.raises(fe.ArgumentError, match="lora_alpha: expected None"):
+        SDLoRA(plain, fe.LoRAConfig(r=2, lora_alpha=4.0, target_modules=["fc"]))
+    assert not fe.adapters(plain)
+    model = adapted()
+    SDLoRA(model)
+    with pytest.raises(fe.TargetError, match="qkv: its adapters belong to another method"):
+        SDLoRA(model)
+    with pytest.raises(fe.TargetError, match="shard_"):
+        SDLoRA(adapted(), ewc_lambda=1.0).ewc.shard_()
