@@ -139,7 +139,7 @@ def test_merging_and_unmerging_are_pefts():
     assert not any(isinstance(module, PeftLinear) for module in other.modules())
 
 
-def test_a_merged_model_can_be_taken_in_and_unmerged():
+def test_a_merged_model_can_be_taken_in_and_unmerged(tmp_path):
     model = peft_model()
     x = inputs()
     y = model(x)
@@ -148,6 +148,7 @@ def test_a_merged_model_can_be_taken_in_and_unmerged():
     torch.testing.assert_close(model(x), y)
     model.unmerge_adapter()
     torch.testing.assert_close(model(x), y)
+    fe.export_peft(model, tmp_path)  # refused if the merged weights had been taken for the pretrained ones
 
 
 def test_disabled_adapters_leave_the_base_model():
