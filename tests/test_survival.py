@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +30,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import fused_ewclora as fe
-from fused_ewclora.errors import DtypeError, TargetError
+from fused_ewclora import _checkpoint_files as files
+from fused_ewclora.errors import CheckpointError, DtypeError, TargetError
 
 
 def another_task(model: nn.Module, ewc: fe.EWC, seed: int = 7, dtype: torch.dtype = torch.float64) -> None:
@@ -296,3 +299,51 @@ def test_optimizer_states_survive_a_resume_beside_a_checkpoint(tmp_path):
         steps(*one, 3)
         runs.append(whole(one[0], one[1]))
     assert_same(*runs)
+
+
+class Dead(BaseException):
+    """The process has died: no code of its own runs after it."""
+
+
+def test_a_first_save_that_dies_at_any_moment_leaves_nothing_or_all_of_it(tmp_path, monkeypatch):
+    """Before every write, fsync, rename and removal in turn; kills over an older checkpoint are in
+    test_checkpoint_files.py."""
+    model, ewc = two_tasks()
+    expected = whole(model, ewc)
+    places = [(files, "_write"), (os, "fsync"), (os, "replace"), (Path, "unlink")]
+    found = []
+    for moment in range(1, 60):
+        folder, calls = tmp_path / str(moment), []
+
+        def dying(original, calls=calls, moment=moment):
+            def call(*args, **kwargs):
+                calls.append(1)
+                if len(calls) >= moment:  # and so does whatever would clean up
+                    raise Dead
+                return original(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patched:
+            for owner, name in places:
+                patched.setattr(owner, name, dying(getattr(owner, name)))
+            try:
+                fe.save_pretrained(folder, model, ewc)
+                died = False
+            except Dead:
+                died = True
+        other = adapted()
+        other_ewc = controller(other)
+        fresh = whole(other, other_ewc)
+        try:
+            fe.load_pretrained(folder, other, other_ewc)
+            found.append(True)
+        except CheckpointError:
+            found.append(False)
+        assert_same(expected if found[-1] else fresh, whole(other, other_ewc))
+        fe.save_pretrained(folder, model, ewc)  # and the next save finds its way
+        fe.load_pretrained(folder, other, other_ewc)
+        assert_same(expected, whole(other, other_ewc))
+        if not died:
+            break
+    assert not died and len(found) > 10 and found == sorted(found) and set(found) == {False, True}
