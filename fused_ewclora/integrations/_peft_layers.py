@@ -181,9 +181,7 @@ class FusedPeftLinear(AdaptedLinear, PeftLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x `[..., in_features]` -> y `[..., out_features]`; extra arguments (adapter_names of a mixed batch)
         go to PEFT's forward."""
-        if torch.compiler.is_compiling():
-            self.forward_calls = 1
-        else:
+        if not torch.compiler.is_compiling():
             self.__dict__["forward_calls"] += 1
         extra = bool(args) or any(value is not None for value in kwargs.values())
         plain = extra or self.merged or self._disable_adapters

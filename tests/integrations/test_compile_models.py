@@ -118,10 +118,10 @@ def ewc_after_a_task(model: nn.Module, data: Callable[..., tuple[Tensor, Tensor]
 
 @pytest.mark.parametrize(
     ("make", "data", "backend"),
-    [(vit, images, "aot_eager"), (bert, tokens, "aot_eager"), (llama, tokens, "aot_eager")],
+    [(vit, images, "aot_eager_decomp_partition"), (bert, tokens, "eager"), (llama, tokens, "eager")],
 )
 def test_a_compiled_training_step_has_the_gradients_of_an_eager_one(make, data, backend):
-    """Forward, loss and penalty in one graph."""
+    """Forward, loss and penalty in one graph; the first of the backends partitions it as inductor does."""
     model = make()
     ewc = ewc_after_a_task(model, data)
     x, y = data()
@@ -153,7 +153,7 @@ def test_steps_tasks_and_modes_share_the_graph_of_a_compiled_model():
 
     ewc = fe.EWC(compiled, ewc_lambda=1e3)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for task in range(3):
+    for task in range(2):
         for rate in (0.1, 0.01):
             optimizer.param_groups[0]["lr"], ewc.ewc_lambda = rate, 1e5 * rate
             optimizer.zero_grad()
@@ -161,19 +161,19 @@ def test_steps_tasks_and_modes_share_the_graph_of_a_compiled_model():
             (loss_of(compiled(x), y) + ewc.penalty()).backward()
             optimizer.step()
         ewc.end_task([images(seed=task)], loss_of)  # a pass over the compiled model, which runs eagerly
-    assert ewc.tasks == 3 and counter.frame_count == counts[1]
+    assert ewc.tasks == 2 and counter.frame_count == counts[1]
 
     x = images()[0]
     for _ in range(2):
         with fe.disabled(model):
             torch.testing.assert_close(compiled(x), model(x))
         assert counter.frame_count == counts[1] + 1
-    for graphs in (2, 2):
+    for _ in range(2):
         fe.merge(model)
         torch.testing.assert_close(compiled(x), model(x))
         fe.unmerge(model)
         torch.testing.assert_close(compiled(x), model(x))
-        assert counter.frame_count == counts[1] + graphs
+        assert counter.frame_count == counts[1] + 2
 
 
 def test_a_penalty_inside_of_the_graph_compiles_for_the_first_task_and_once_for_all_others():
@@ -202,8 +202,7 @@ def wrapped(model: nn.Module, backend: Any) -> nn.Module:
     return torch.compile(model, backend=backend, fullgraph=True)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("how", [in_place, wrapped])
+@pytest.mark.parametrize(("how", "frozen"), [(in_place, False), (wrapped, True)])
 def test_adapters_injected_after_compilation_take_part_in_compiled_calls(how, frozen):
     """Also where injection changes nothing but classes, because all parameters were frozen before."""
     model, counter = plain_vit().requires_grad_(not frozen), CompileCounterWithBackend("eager")
@@ -225,7 +224,7 @@ def vit_forward_eagerly(model: nn.Module, x: Tensor) -> Tensor:
 
 def test_blocks_compiled_one_by_one_share_a_graph():
     """Two of them: the input of the first block needs no gradient, those of the others do."""
-    model, counter = vit(depth=4), CompileCounterWithBackend("eager")
+    model, counter = vit(depth=3), CompileCounterWithBackend("eager")
     x, y = images()
     eager = gradients(model, loss_of(model(x), y))
     for block in model.blocks:
@@ -246,13 +245,12 @@ def test_batches_of_any_size_share_a_graph_once_their_size_is_dynamic():
     assert counter.frame_count == 1
 
 
-def test_a_block_runs_under_inductor():
-    """Code for its activations is generated around the opaque ops."""
+def test_inductor_generates_code_around_the_opaque_ops():
+    """Forward alone: a compiler of C++ takes seconds per kernel."""
     mlp = vit().blocks[0].mlp
     x = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(0))
-    eager = gradients(mlp, mlp(x).square().mean())
-    compiled = torch.compile(mlp, fullgraph=True)
-    assert_near(gradients(mlp, compiled(x).square().mean()), eager)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(mlp, fullgraph=True)(x), mlp(x))
 
 
 def test_a_model_that_ran_compiled_alone_is_told_how_to_check_for_bypassed_layers():
