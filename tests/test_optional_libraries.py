@@ -79,6 +79,13 @@ def test_a_folder_of_the_same_name_is_not_the_library(alone):
         require("peft")
 
 
+def test_a_library_that_cannot_be_imported_says_why(alone):
+    install(alone, "timm", "1.0.31")
+    (alone / "timm" / "__init__.py").write_text("raise RuntimeError('made for another torch')\n")
+    with pytest.raises(fe.IntegrationError, match=r"timm 1\.0\.31 cannot be imported: made for another torch"):
+        require("timm")
+
+
 def test_an_unknown_integration_is_no_attribute():
     with pytest.raises(AttributeError, match="has no attribute 'tensorflow'"):
         fe.integrations.tensorflow  # noqa: B018

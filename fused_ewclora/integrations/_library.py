@@ -20,8 +20,8 @@ _SUPPORTED = {
 
 
 def require(name: str) -> ModuleType:
-    """The module of an optional library; raises `IntegrationError` naming the extra to install or the
-    supported versions."""
+    """The module of an optional library; raises `IntegrationError` naming the extra to install, the
+    supported versions, or why it cannot be imported."""
     distribution, extra, first, beyond = _SUPPORTED[name]
     version = _version(distribution)  # a folder that happens to have the name of the module has none
     if version is None or importlib.util.find_spec(name) is None:
@@ -32,7 +32,10 @@ def require(name: str) -> ModuleType:
     if not first <= found < beyond:
         wanted = f">= {_text(first)}, < {_text(beyond)}"
         raise IntegrationError(f"{distribution}: expected a version {wanted}, got {version}")
-    return importlib.import_module(name)
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever a library raises beside packages that it was not made for
+        raise IntegrationError(f"{distribution} {version} cannot be imported: {error}") from error
 
 
 def _version(distribution: str) -> str | None:
