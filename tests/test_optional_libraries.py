@@ -82,7 +82,7 @@ def test_a_folder_of_the_same_name_is_not_the_library(alone):
 def test_a_library_that_cannot_be_imported_says_why(alone):
     install(alone, "timm", "1.0.31")
     (alone / "timm" / "__init__.py").write_text("raise RuntimeError('made for another torch')\n")
-    with pytest.raises(fe.IntegrationError, match=r"timm 1\.0\.31 cannot be imported: made for another torch"):
+    with pytest.raises(fe.IntegrationError, match=r"timm 1\.0\.31 cannot be imported: made for another"):
         require("timm")
 
 
