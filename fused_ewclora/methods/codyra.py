@@ -108,12 +108,12 @@ class CoDyRA(Method):
         """The shrinkage after step number `step` of `total_steps`, counted from 0."""
         dense = self.dense_fraction * total_steps
         if self.schedule == "linear":
-            return self.kappa_max * max(step + 1 - dense, 0.0) / (total_steps - dense or math.inf)
+            return self.kappa_max * (max(step + 1 - dense, 0.0) / (total_steps - dense or math.inf))
         stair = int((total_steps - dense) // STAIRS)
         if step <= dense or stair == 0:  # fewer steps than stairs: the official code never leaves the first
             return 0.0
         climbed = step // stair + (-math.ceil(dense) // stair) + 1  # multiples of stair since the dense steps
-        return self.kappa_max * min(climbed, STAIRS - 1) / (STAIRS - 1)
+        return self.kappa_max * (min(climbed, STAIRS - 1) / (STAIRS - 1))
 
     @torch.no_grad()
     def compact_(self, optimizer: Optimizer | None = None) -> int:
