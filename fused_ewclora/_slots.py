@@ -14,7 +14,6 @@ from .config import Rows
 from .errors import DtypeError, TargetError
 from .slices import AdapterSlice, fisher_key
 
-
 Operands = tuple[list[Tensor], list[Tensor], list[Tensor], list[float | Tensor]]
 
 

@@ -250,9 +250,7 @@ def test_a_task_that_cannot_end_changes_nothing_and_can_be_ended_again(options):
         each.compact_()
     with torch.no_grad():
         held = method.model.qkv.weight[0, 0].clone()
-        method.model.qkv.weight[0, 0] = (
-            torch.inf
-        )  # cannot be merged
+        method.model.qkv.weight[0, 0] = torch.inf  # cannot be merged
     before, parameters = everything(method), list(method.model.parameters())
     with pytest.raises(fe.EWCLoRAError):
         method.end_task(loader, F.cross_entropy)

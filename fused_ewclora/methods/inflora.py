@@ -91,25 +91,30 @@ class InfLoRA(Method):
 
     @torch.no_grad()
     def prepare(self, loader: Loader) -> None:
-        """Chooses A for the task that has begun, from one pass over its data in eval mode; B becomes 0.
+        """Chooses A for the task that has begun, from one pass over its data in eval mode.
 
         Adapters of a packed projection share their input and so their A. Raises `ArgumentError` outside of a
-        task, for an empty loader or inputs that are not finite, `TargetError` for merged layers and those
-        that never run; nothing is changed then.
+        task, for a B that is not 0 any more, an empty loader or inputs that are not finite, `TargetError` for
+        merged layers and those that never run; nothing is changed then.
 
             >>> method.begin_task(0); method.prepare(loader)
         """
         if not self._running:
             raise ArgumentError("prepare: no task is running; call begin_task first")
+        for name, layer in self.layers.items():
+            if any(bool(lora_b.any()) for _, _, lora_b in layer.adapter_parameters()):
+                raise ArgumentError(
+                    f"prepare: {name}: expected a lora_B of 0, which another A would change the meaning of; "
+                    "call it before training"
+                )
         found = self._covariances(loader)
         with Transaction() as change:
             for name, layer in self.layers.items():
                 used = self.subspaces[name].to(found[name].device)
                 widest = max(piece.r for piece in layer.adapter_slices)
                 rows = directions(found[name], used, widest, self.variant)
-                for piece, lora_a, lora_b in layer.adapter_parameters():
+                for piece, lora_a, _ in layer.adapter_parameters():
                     change.copy_(lora_a, rows[: piece.r])
-                    change.copy_(lora_b, torch.zeros_like(lora_b))
         self._prepared = True
 
     def _covariances(self, loader: Loader) -> dict[str, Tensor]:
