@@ -154,6 +154,7 @@ class EWC:
             return self.penalty().detach()
         if self._sharding is not None:
             return self._sharding.add_penalty_grad_(self._state.fishers, self.ewc_lambda, grad_scale)
+        check_present(self._slots)
         if any(slot.layer.composer is not None for slot in self._slots):
             # What is composed need not be a leaf, whose .grad an optimizer reads.
             with torch.enable_grad():
