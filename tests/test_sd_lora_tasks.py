@@ -97,6 +97,10 @@ def test_a_state_that_does_not_fit_changes_nothing():
     refused(configured(tasks=5), "qkv.k: expected an outcome for each of 5 tasks")
     refused(configured(tasks=-1), "a number of tasks")
     refused(configured(adapters={"fc": {}}), "qkv.k: adapted in the model only")
+    broken = {**good["config"]["adapters"], "fc": {"fingerprint": target.model.fc.origin_fingerprint}}
+    refused(configured(adapters=broken), "fc: expected a list of outcomes of tasks, got an entry None")
+    broken["fc"] = {**broken["fc"], "outcomes": [{"residual": "1", "kept": True}]}
+    refused(configured(adapters=broken), "fc: expected a list of outcomes of tasks")
     refused(changed("fc.lora_past_B", torch.zeros(6, 3).double()), r"fc.lora_past_B: expected shape \[6, 4\]")
     refused(changed("fc.lora_B", torch.full((6, 2), torch.nan)), "fc.lora_B: expected finite values")
     refused(changed("fc.lora_A", None), "fc.lora_A: expected a floating-point tensor")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from reprlib import repr as shown  # of values that anybody may have written: short, and not too deep
 from typing import Any
 
 import torch
@@ -59,27 +60,41 @@ def parse(saved: Any, adapters: Adapters, normalization: str) -> Parsed:
     if not isinstance(tensors, Mapping) or not isinstance(config, Mapping):
         raise _error("expected the dictionary that state_dict() returns, with 'tensors' and 'config'")
     for name, expected in (("format", FORMAT), ("normalization", normalization)):
-        if config.get(name) != expected:
-            raise _error(f"{name}: expected {expected!r}, got {config.get(name)!r}")
+        if type(config.get(name)) is not type(expected) or config[name] != expected:
+            raise _error(f"{name}: expected {expected!r}, got {shown(config.get(name))}")
     tasks, running, described = (config.get(k) for k in ("tasks", "running", "adapters"))
     if type(tasks) is not int or tasks < 0 or type(running) is not bool or not isinstance(described, Mapping):
-        raise _error(f"expected a number of tasks and a table of adapters, got {tasks!r}, {running!r}")
+        raise _error(
+            f"expected a number of tasks and a table of adapters, got {shown(tasks)}, {shown(running)}"
+        )
     keys = [key for key, _, _ in adapters]
-    if different := sorted(set(keys) ^ set(described)):
+    if different := sorted(set(keys) ^ set(map(str, described))):
         where = "the state" if different[0] in described else "the model"
         raise _error(f"{different[0]}: adapted in {where} only")
     directions, outcomes = [], {}
     for key, layer, piece in adapters:
-        if described[key].get("fingerprint") != layer.origin_fingerprint:
+        entry = described[key] if isinstance(described[key], Mapping) else {}
+        if entry.get("fingerprint") != layer.origin_fingerprint:
             raise _error(f"{key}: the state belongs to other base weights")
         directions.append(_directions(tensors, key, layer, piece))
-        outcomes[key] = [Outcome(float(o["residual"]), bool(o["kept"])) for o in described[key]["outcomes"]]
+        outcomes[key] = _outcomes(entry.get("outcomes"), key)
         held = sum(outcome.kept for outcome in outcomes[key])
         if len(outcomes[key]) != tasks or held != directions[-1].lora_anchor.shape[0]:
             raise _error(
                 f"{key}: expected an outcome for each of {tasks} tasks, and a direction if it was kept"
             )
     return Parsed(directions, outcomes, tasks, running)
+
+
+def _outcomes(saved: Any, key: str) -> list[Outcome]:
+    found = []
+    for entry in saved if isinstance(saved, list) else [None]:
+        known = isinstance(entry, Mapping)
+        residual, kept = (entry.get("residual"), entry.get("kept")) if known else (None, None)
+        if not isinstance(residual, float) or not isinstance(kept, bool):
+            raise _error(f"{key}: expected a list of outcomes of tasks, got an entry {shown(entry)}")
+        found.append(Outcome(residual, kept))
+    return found
 
 
 def _directions(

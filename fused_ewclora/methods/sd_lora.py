@@ -31,8 +31,9 @@ class SDLoRA(Method):
     """y = x W0^T + bias + sum_k alpha_k x (B_k A_k)^T / n_k over the tasks so far, in one call of the LoRA
     linear: the directions of earlier tasks are frozen, all alpha_k and the current A, B are trained.
 
-    Every adapter (each slice of a packed projection is one) has magnitudes of its own. Between tasks nothing
-    is folded in, W0 stays; `export` folds the whole sum in.
+    Every adapter (each slice of a packed projection is one) has magnitudes of its own, where the official
+    code has one per task for the whole network. Between tasks nothing is folded in, W0 stays; `export` folds
+    the whole sum in. docs/mathematics.md, section 5, has the formulas.
 
     Args:
         normalization: "product", n_k = ||B_k A_k||_F also of the current direction, or "factors", n_k =
