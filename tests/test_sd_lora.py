@@ -164,10 +164,13 @@ def test_directions_too_small_for_a_norm_are_finite(dtype):
             torch.testing.assert_close(found.item(), 1 / norm, rtol=1e-5, atol=0.0)
 
 
-def test_rank_one_parts_that_cancel_are_zero_and_not_their_rounding():
-    lora_a = torch.randn(1, 9).repeat(2, 1)
-    lora_b = torch.randn(5, 1) * torch.tensor([1.0, -1.0])
-    assert inverse_norm(lora_a, lora_b).item() == 1.0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parts_that_cancel_are_zero_and_not_their_rounding(dtype):
+    for _ in range(20):
+        first, second, column = (torch.randn(n, dtype=dtype) for n in (9, 9, 5))
+        lora_a = torch.stack([first, second, first + second])
+        lora_b = column[:, None] * torch.tensor([1.0, 1.0, -1.0], dtype=dtype)
+        assert inverse_norm(lora_a, lora_b).item() == 1.0
 
 
 def test_the_end_of_a_task_changes_no_output_and_no_weight():

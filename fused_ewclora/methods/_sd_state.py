@@ -89,8 +89,8 @@ def parse(saved: Any, adapters: Adapters, normalization: str) -> Parsed:
 def _outcomes(saved: Any, key: str) -> list[Outcome]:
     found = []
     for entry in saved if isinstance(saved, list) else [None]:
-        known = isinstance(entry, Mapping)
-        residual, kept = (entry.get("residual"), entry.get("kept")) if known else (None, None)
+        values = entry if isinstance(entry, Mapping) else {}
+        residual, kept = values.get("residual"), values.get("kept")
         if not isinstance(residual, float) or not isinstance(kept, bool):
             raise _error(f"{key}: expected a list of outcomes of tasks, got an entry {shown(entry)}")
         found.append(Outcome(residual, kept))
