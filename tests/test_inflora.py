@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from dense_tiny import ROWS, Dense, close
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import WIDTH, Tiny, adapted, batches, data, randomise
+from tiny_models import WIDTH, Tiny, adapted, batches, data, randomise, snapshot
 from torch import Tensor, nn
 
 import fused_ewclora as fe
