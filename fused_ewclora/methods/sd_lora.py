@@ -54,8 +54,9 @@ class SDLoRA(Method):
             Delta is what the adapters add and Delta_0 what they added when the last task ended. labels and
             the other keywords are those of `EWCLoRA`, without merge_mode; `ewc` is the controller.
 
-    `end_task` needs data only for `ewc_lambda`. Checkpoints are made of `state_dict()`. Raises the errors of
-    `Method`; `ArgumentError` for bad values and for adapters with scales of their own (lora_alpha);
+    `begin_task` and `end_task` replace parameters: make the optimizer, and DistributedDataParallel, anew for
+    each task. `end_task` needs data only for `ewc_lambda`. Checkpoints are made of `state_dict()`. Raises the
+    errors of `Method`; `ArgumentError` for bad values and for adapters with scales of their own (lora_alpha);
     `TargetError` for adapters that another method composes, that PEFT manages or that are sharded.
 
         >>> method = SDLoRA(model, LoRAConfig(r=10, target_modules=["qkv"]), ranks=(10, 8, 6))
