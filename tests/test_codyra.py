@@ -227,3 +227,27 @@ def test_adapters_of_another_method_are_refused():
 def test_zero_steps_are_refused():
     with pytest.raises(fe.ArgumentError, match="total_steps"):
         CoDyRA(adapted()).after_step(0, 0)
+
+
+def test_compiled_models_are_one_graph_with_and_without_ranks():
+    model = adapted(dtype=torch.float32)
+    method = CoDyRA(model)
+    method.begin_task(0)
+    x, y = data(4, dtype=torch.float32)
+    with torch.no_grad():
+        method.gates()["qkv.k"][0] = 0.0
+        method.gates()["fc"].zero_()
+    method.compact_()
+    expected = torch.autograd.grad(F.cross_entropy(model(x), y), model.qkv.lora_scale_k)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    found = torch.autograd.grad(F.cross_entropy(compiled(x), y), model.qkv.lora_scale_k)
+    assert torch.equal(found[0], expected[0])
+
+
+def test_gates_and_fishers_are_in_files(tmp_path):
+    method, other = (CoDyRA(adapted(seed=s), ewc_lambda=1.0, gate_init="normal") for s in (0, 0))
+    method.begin_task(0)
+    method.end_task([data(4)], F.cross_entropy)
+    fe.save_pretrained(tmp_path / "task0", method.model, method.ewc)
+    fe.load_pretrained(tmp_path / "task0", other.model, other.ewc)
+    assert_same(snapshot(method.model, method.ewc.fishers), snapshot(other.model, other.ewc.fishers))

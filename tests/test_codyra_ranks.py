@@ -278,6 +278,7 @@ def test_an_attempt_that_fails_after_its_fisher_does_not_count_twice(monkeypatch
         each.generator.manual_seed(1)
         each.end_task(loader, F.cross_entropy)
     assert_same(everything(twin), everything(method))
+    assert [record.samples for record in method.ewc.history] == [6]
 
 
 @pytest.mark.parametrize("options", [{}, {"ewc_lambda": 2.0, "fisher_dtype": torch.float64}])

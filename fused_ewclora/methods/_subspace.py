@@ -1,6 +1,6 @@
 """Subspaces of a layer's inputs: what earlier tasks used, and the strongest directions outside of it.
 
-DualGPM (Liang and Li, arXiv 2308.11822) as InfLoRA (arXiv 2404.00228) uses it. C `[d, d]` is the sum of x^T x
+DualGPM (Liang and Li, CVPR 2023) as InfLoRA (arXiv 2404.00228) uses it. C `[d, d]` is the sum of x^T x
 over the inputs x `[rows, d]` of one task. "paper" works with the inputs, whose singular values are the roots
 of the eigenvalues of C; "official" is the authors' code, which puts C in their place.
 """

@@ -43,8 +43,8 @@ class CoDyRA(Method):
     kappa_max, dense_fraction: kappa is 0 during the first dense_fraction of a task's steps, then rises
     linearly to kappa_max at the last one.
     gate_init: "ones", or "normal", the official N(0, 1), which by itself decides about half of the selection.
-    threshold, schedule: "soft" and "linear" as in the paper. The official code has "dead_zone", where ranks
-    up to 2 kappa vanish, and "staircase", 50 levels of kappa of equal length from the first step after the
+    threshold, schedule: "soft" and "linear" as in the paper. The official code has "dead_zone", where gates
+    below 2 kappa vanish, and "staircase", 50 levels of kappa of equal length from the first step after the
     dense ones.
     generator: draws new gates, then new A.
     ewc_lambda: adds the EWC penalty of EWC-LoRA on B diag(w) A, with gradients for w; gamma, fisher_mode,
