@@ -120,6 +120,7 @@ def test_a_state_that_does_not_fit_changes_nothing():
         ("magnitude", "end_task: fc: expected a finite direction"),
         ("loader", "the loader is empty"),
         ("loss", None),
+        ("Fisher", "Fisher of fc: expected finite"),  # after the task's own was estimated
         ("merged", "call unmerge"),
     ],
 )
@@ -135,6 +136,8 @@ def test_a_task_that_cannot_end_changes_nothing_and_can_be_ended_again(cause, me
     if cause in ("direction", "magnitude"):
         with torch.no_grad():
             (now.lora_A if cause == "direction" else now.lora_magnitudes)[-1] = torch.nan
+    if cause == "Fisher":
+        method.ewc.fishers["fc"].fill_(torch.inf)
     if cause == "merged":
         fe.merge(model)
     before = everything(method)
@@ -146,6 +149,7 @@ def test_a_task_that_cannot_end_changes_nothing_and_can_be_ended_again(cause, me
     if cause == "merged":
         fe.unmerge(model)
     model.load_state_dict(kept)
+    method.ewc.fishers["fc"].copy_(other.ewc.fishers["fc"])
     method.generator.set_state(drawn)
     for each in (method, other):
         each.end_task(loader, F.cross_entropy)
@@ -266,6 +270,7 @@ def test_files_that_would_lose_directions_are_refused(tmp_path):
         ({"ranks": (4, 0)}, r"ranks\[1\]: expected an integer >= 1"),
         ({"ranks": 2.5}, "ranks: expected ranks per task"),
         ({"kd_threshold": -1e-4}, "kd_threshold: expected a finite number >= 0"),
+        ({"kd_threshold": 1.0}, "kd_threshold: expected a number < 1"),
         ({"gamma": 0.5}, "gamma: expected an ewc_lambda beside it"),
         ({"ewc_lambda": -1.0}, "ewc_lambda"),
         ({"ewc_lambda": 1.0, "merge_mode": "delta"}, "merge_mode: expected none"),

@@ -81,7 +81,10 @@ class SDLoRA(Method):
         self.alpha_init = _positive_number("alpha_init", alpha_init)
         self.reset_alphas = bool(reset_alphas)
         self.ranks = _checked_ranks(ranks)
-        self.kd_threshold = None if kd_threshold is None else number("kd_threshold", kd_threshold, 0.0, 1.0)
+        if kd_threshold is not None and number("kd_threshold", kd_threshold, 0.0, math.inf) >= 1.0:
+            # The first direction has residual 1, and nothing to be folded into.
+            raise ArgumentError(f"kd_threshold: expected a number < 1, got {kd_threshold!r}")
+        self.kd_threshold = kd_threshold
         if ewc and ewc_lambda is None:
             raise ArgumentError(f"{min(ewc)}: expected an ewc_lambda beside it, got None")
         if config is not None and (config.lora_alpha is not None or config.alpha_pattern):
