@@ -162,6 +162,18 @@ def failing(output: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(output, y)
 
 
+def test_merged_adapters_neither_end_a_task_nor_load_one():
+    method = seeded(adapted())
+    run(method, range(1), steps=1)
+    method.begin_task(1)
+    fe.merge(method.model)
+    before = everything(method)
+    for refused in (lambda: method.end_task([]), lambda: method.load_state_dict(method.state_dict())):
+        with pytest.raises(fe.TargetError, match="qkv: its adapter is merged"):
+            refused()
+    assert_same(everything(method), before)
+
+
 def test_the_penalty_is_zero_where_the_last_task_ended():
     method = seeded(adapted(), ewc_lambda=3.0)
     run(method, range(2))
