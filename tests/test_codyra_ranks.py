@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from dense_tiny import close
 from hypothesis import given
 from hypothesis import strategies as st
+from models import explicit_delta
 from tiny_models import KEYS, WIDTH, adapted, assert_same, batches, data, snapshot
 from torch import Tensor, nn
 
@@ -211,6 +212,8 @@ def test_compaction_keeps_what_any_slices_compute(heads, names, gates, turn):
             lora_b.normal_()
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     before = model(x)
+    exact = F.linear(x, model[0].weight + explicit_delta(model[0]), model[0].bias)
+    torch.testing.assert_close(before, exact, rtol=1e-13, atol=1e-13)
     (slope,) = torch.autograd.grad(before.sum(), x)
     zeros = gates.count(0.0) * len(names)
     assert method.compact_() == zeros

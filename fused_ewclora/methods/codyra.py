@@ -16,10 +16,10 @@ from .._processes import sharded
 from .._settings import FISHER_MODES, number, one_of
 from .._transaction import Transaction
 from ..config import LoRAConfig
-from ..errors import ArgumentError, CheckpointError, TargetError
+from ..errors import ArgumentError, CheckpointError, EWCLoRAError, TargetError
 from ..ewc import EWC
 from ..fisher import check_labels
-from ..inject import adapters
+from ..inject import adapters, eject
 from ..report import Report
 from ._fold import folding
 from ._gates import add_gates, check_ungated, prune_, whole_ranks
@@ -85,11 +85,17 @@ class CoDyRA(Method):
         number("gamma", gamma, 0.0, 1.0)
         if ewc_lambda is not None:
             number("ewc_lambda", ewc_lambda, 0.0, math.inf)
-        check_ungated(adapters(model))
+        before = adapters(model)
+        check_ungated(before)
         super().__init__(model, config)
         self.ewc: EWC | None = None
         if ewc_lambda is not None:
-            self.ewc = EWC(model, ewc_lambda, gamma, fisher_mode, fisher_dtype, generator=generator)
+            try:
+                self.ewc = EWC(model, ewc_lambda, gamma, fisher_mode, fisher_dtype, generator=generator)
+            except EWCLoRAError:  # a fisher_dtype that does not go with the layers
+                if not before:
+                    eject(model, merge=False)
+                raise
         self._adapters = add_gates(self.layers)
         self._survivors: list[dict[str, int]] = []  # per task that has ended
         with torch.no_grad():
@@ -228,14 +234,7 @@ class CoDyRA(Method):
             >>> model.load_state_dict(state); method.load_state_dict(method_state)
         """
         tensors, config = parse(self, saved)
-        survivors = config.get("survivors")
-        keys = set(self.gates())
-        if not isinstance(survivors, list) or any(set(ranks) != keys for ranks in survivors):
-            raise CheckpointError(
-                f"state: survivors: expected counts for {sorted(keys)[:3]}, got {survivors}"
-            )
-        if len(survivors) != config["tasks"]:
-            raise CheckpointError(f"state: survivors: expected {config['tasks']} tasks, got {len(survivors)}")
+        survivors = self._checked(config.get("survivors"), config["tasks"])
         if (self.ewc is None) != (config.get("ewc") is None):
             raise CheckpointError(
                 "state: one of the state and this method has an EWC penalty, the other has none; construct "
@@ -245,8 +244,17 @@ class CoDyRA(Method):
         with Transaction() as change:
             if self.ewc is not None and state is not None:
                 self.ewc.take_over(state, change)
-        self._survivors = [dict(ranks) for ranks in survivors]
+        self._survivors = survivors
         take_over(self, config)
+
+    def _checked(self, survivors: Any, tasks: int) -> list[dict[str, int]]:
+        keys = list(self.gates())
+        counts = [dict(ranks) for ranks in survivors] if isinstance(survivors, list) else None
+        if counts is None or any(sorted(ranks) != sorted(keys) for ranks in counts) or len(counts) != tasks:
+            raise CheckpointError(
+                f"state: survivors: expected {tasks} counts for {keys[:3]}, got {survivors}"
+            )
+        return counts
 
     def _parsed(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> EWCState | None:
         if self.ewc is None:
