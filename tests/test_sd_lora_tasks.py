@@ -74,6 +74,15 @@ def test_training_resumes_bit_for_bit_in_a_new_model(tasks, moment):
     assert_same(everything(method), everything(other))
 
 
+def test_what_was_loaded_is_independent_of_its_source():
+    source, target = seeded(adapted(), ewc_lambda=3.0), seeded(adapted(), ewc_lambda=3.0)
+    run(source, range(2), steps=1)
+    target.load_state_dict(source.state_dict())
+    before = everything(source)
+    run(target, range(2, 3), steps=1)
+    assert_same(everything(source), before)
+
+
 def test_a_state_that_does_not_fit_changes_nothing():
     method = seeded(adapted(), ewc_lambda=3.0)
     run(method, range(2), steps=1)
