@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_ewclora as fe
 from fused_ewclora import functional as FE
 from fused_ewclora.methods import SDLoRA
-from fused_ewclora.methods._directions import Directions, inverse_norm
+from fused_ewclora.methods._directions import Directions, freeze, inverse_norm
 
 ROWS = ((0, WIDTH),)
 
@@ -151,7 +152,7 @@ def test_a_direction_that_is_zero_runs_as_it_is():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_directions_too_small_for_a_norm_are_finite(dtype):
-    for a, b in ((1.0, 1e-30), (1e-30, 1.0), (1e-12, 1e-12), (0.0, 1.0), (1.0, 1e-3)):
+    for a, b in ((1.0, 1e-21), (1.0, 1e-30), (1e-30, 1.0), (1e-12, 1e-12), (0.0, 1.0), (1.0, 1e-3)):
         lora_a = torch.full((2, 5), a, dtype=dtype).requires_grad_()
         lora_b = torch.full((4, 2), b, dtype=dtype).requires_grad_()
         norm = a * b * math.sqrt(4 * 4 * 5)
@@ -162,6 +163,19 @@ def test_directions_too_small_for_a_norm_are_finite(dtype):
             assert norm < 1e-15 and not any(g.any() for g in gradients)
         else:
             torch.testing.assert_close(found.item(), 1 / norm, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-12, 1e-20, 1e-30, 1e-44])
+@pytest.mark.parametrize("normalization", ["product", "factors"])
+def test_freezing_keeps_what_a_direction_of_any_size_adds(size, normalization):
+    lora_a, lora_b = torch.ones(2, 5), torch.full((4, 2), size)
+    now = Directions.first(lora_a, lora_b, 0.5)
+    before = dense(now.stacked(now.lora_magnitudes, normalization, ROWS))
+    frozen = freeze(now, normalization, None, 1.0).directions
+    frozen = replace(frozen, lora_B=torch.zeros(4, 2))  # the next one
+    after = dense(frozen.stacked(frozen.lora_magnitudes, normalization, ROWS))
+    # 1 / n is finite only above the smallest normal number; what is below is lost.
+    torch.testing.assert_close(after, before, rtol=1e-6, atol=torch.finfo(torch.float32).tiny)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

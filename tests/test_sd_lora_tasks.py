@@ -163,6 +163,7 @@ def test_a_task_that_cannot_end_changes_nothing_and_can_be_ended_again(cause, me
     for each in (method, other):
         each.end_task(loader, F.cross_entropy)
     assert_same(everything(method), everything(other))
+    assert method.ewc.history == other.ewc.history
 
 
 def failing(output: Tensor, y: Tensor) -> Tensor:
