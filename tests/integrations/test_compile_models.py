@@ -245,14 +245,6 @@ def test_batches_of_any_size_share_a_graph_once_their_size_is_dynamic():
     assert counter.frame_count == 1
 
 
-def test_inductor_generates_code_around_the_opaque_ops():
-    """Forward alone: a compiler of C++ takes seconds per kernel."""
-    mlp = vit().blocks[0].mlp
-    x = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(torch.compile(mlp, fullgraph=True)(x), mlp(x))
-
-
 def test_a_model_that_ran_compiled_alone_is_told_how_to_check_for_bypassed_layers():
     model = vit()
     torch.compile(model, backend="eager")(images()[0])
