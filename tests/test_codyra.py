@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_tiny import Dense
+from dense_tiny import Dense, close
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import KEYS, WIDTH, adapted, assert_same, batches, data, snapshot
@@ -70,15 +70,15 @@ def dense_penalty(dense: Dense, fishers: dict[str, Tensor]) -> Tensor:
     return total
 
 
-def sample_fisher(dense: Dense, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """(1/N) sum of squared gradients, one sample at a time."""
+def dense_fisher(dense: Dense, parts: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """sum over parts, single samples or batches, of the squared gradient of their mean loss, each with its
+    share of the samples."""
     total = {key: torch.zeros(WIDTH, WIDTH, dtype=torch.float64) for key in KEYS}
-    for n in range(len(x)):
-        gradients = dense.weight_gradients(
-            lambda n=n: F.cross_entropy(dense.logits(x[n : n + 1]), y[n : n + 1])
-        )
+    samples = sum(len(x) for x, _ in parts)
+    for x, y in parts:
+        gradients = dense.weight_gradients(lambda x=x, y=y: F.cross_entropy(dense.logits(x), y))
         for key, gradient in gradients.items():
-            total[key] += gradient**2 / len(x)
+            total[key] += gradient**2 * len(x) / samples
     return total
 
 
@@ -91,7 +91,10 @@ CASES = {
          "schedule": "staircase"},
     ),
     "with EWC": (8, SGD, {"kappa_max": 0.44, "ewc_lambda": LAMBDA}),
-    "with EWC, Adam": (6, ADAM, {"kappa_max": 0.2, "gate_init": "normal", "ewc_lambda": LAMBDA}),
+    "with EWC, Adam": (
+        6, ADAM,
+        {"kappa_max": 0.2, "gate_init": "normal", "ewc_lambda": LAMBDA, "gamma": 0.5, "fisher_mode": "batch"},
+    ),
 }  # fmt: skip
 
 
@@ -128,12 +131,14 @@ def test_two_tasks_are_those_of_the_literal_algorithm(case):
                 dense.assert_is(model)
         pruned += sum(int((gate == 0).sum()) for gate in dense.w.values())
         if "ewc_lambda" in options:
-            found = sample_fisher(dense, x, y)
-            fishers = {key: fishers.get(key, 0.0) + found[key] for key in KEYS}
+            found = dense_fisher(dense, batches(x, y, 3 if "fisher_mode" in options else 1))
+            fishers = {key: options.get("gamma", 1.0) * fishers.get(key, 0.0) + found[key] for key in KEYS}
         dense.merge()
         method.end_task(batches(x, y, 3), F.cross_entropy)
         dense.read_adapters(model)
         dense.assert_is(model)
+        for key, fisher in fishers.items():
+            close(method.ewc.fishers[key], fisher, 1e-9, f"Fisher of {key}")
         assert all(not b.any() and a.any() for a, b in zip(dense.a.values(), dense.b.values(), strict=True))
     assert 0 < pruned < 2 * 3 * 4, "the case must prune some ranks, not all"
 
