@@ -154,14 +154,14 @@ class EWC:
             return self.penalty().detach()
         if self._sharding is not None:
             return self._sharding.add_penalty_grad_(self._state.fishers, self.ewc_lambda, grad_scale)
-        check_present(self._slots)
+        terms = self._operands()
         if any(slot.layer.composer is not None for slot in self._slots):
             # What is composed need not be a leaf, whose .grad an optimizer reads.
             with torch.enable_grad():
                 penalty = self.penalty()
             penalty.backward(penalty.detach().new_ones(()) * grad_scale)
             return penalty.detach()
-        return FE.ewc_penalty_grad_(*self._operands(), self.ewc_lambda, grad_scale=grad_scale)
+        return FE.ewc_penalty_grad_(*terms, self.ewc_lambda, grad_scale=grad_scale)
 
     @contextmanager
     def accumulate_fisher(

@@ -117,6 +117,8 @@ def two_tasks(graph: bool, mode: str, wrap: Callable[[nn.Module], nn.Module], sh
         world = dist.get_world_size()
         same = batches(x, y, 5) if mode == "sample" else [(x[r::world], y[r::world]) for r in range(world)]
         alone.ewc.estimate_fisher(same, F.cross_entropy)
+        with torch.no_grad():
+            model(x)  # leaves the root's parameters whole again
         ewc.consolidate()
         alone.ewc.consolidate()
         alone.take_factors(ewc)
@@ -293,6 +295,22 @@ def mixed_precision() -> None:
     assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
+def new_factors_do_not_depend_on_the_processes() -> None:
+    """They are drawn whole, from a seed of the first process, and dealt out."""
+    generator = torch.Generator().manual_seed(5)
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    common = torch.Generator().manual_seed(seed)
+    given = torch.Generator().manual_seed(5 + dist.get_rank())
+    ewc = EWC(shard(adapted()), generator=given, **OPTIONS)
+    ewc.shard_()
+    ewc.end_task([mine(*data(SAMPLES))], F.cross_entropy)
+    for slot in ewc._slots:
+        a, b = (whole(factor).detach() for factor in slot.factors())
+        bound = slot.layer.initial_bound
+        assert torch.equal(a, torch.empty_like(a).uniform_(-bound, bound, generator=common))
+        assert not b.any()
+
+
 def replicated_shards() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     two_tasks(True, "sample", lambda model: shard(model, mesh), True)
@@ -310,6 +328,10 @@ CHECKS: dict[str, tuple[tuple[int, ...], Callable[[Path, Path], None]]] = {
     ),
     "fsdp_equals_one_process_batch": ((2,), lambda _, __: two_tasks(True, "batch", shard, True)),
     "replicated_shards_equal_one_process": ((4,), lambda _, __: replicated_shards()),
+    "new_factors_do_not_depend_on_the_processes": (
+        (2, 4),
+        lambda _, __: new_factors_do_not_depend_on_the_processes(),
+    ),
     "fisher_memory_is_divided": ((2, 4), lambda _, __: fisher_memory_is_divided()),
     "a_state_made_before_sharding_is_dealt_out": (
         (2, 4),
