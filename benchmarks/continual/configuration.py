@@ -1,0 +1,215 @@
+"""Configurations of runs: JSON files that say which problem, which adapters, how to train, which methods."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import fused_ewclora as fe
+from fused_ewclora import methods
+from fused_ewclora.errors import ArgumentError
+
+FOLDER = Path(__file__).parent / "configurations"
+METHODS = {name: getattr(methods, name) for name in ("LoRA", "EWCLoRA", "SDLoRA", "CoDyRA", "InfLoRA")}
+OPTIMIZERS = ("adam", "adamw", "sgd")
+SCHEDULES = ("constant", "cosine", "multistep")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How one task is trained.
+
+    lr is of the adapters, head_lr of the newest head; iterations, where given, is the number of steps of a
+    task whatever its size, instead of epochs. schedule: "cosine" to 0 and "multistep" (times decay at each of
+    milestones) change rates after every epoch, "cosine" after every step where iterations are given.
+    fisher_batch_size is of the passes over a task's data after it; None: batch_size.
+    """
+
+    lr: float
+    head_lr: float
+    epochs: int = 5
+    iterations: int | None = None
+    batch_size: int = 32
+    optimizer: str = "adam"
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    milestones: tuple[int, ...] = ()
+    decay: float = 0.1
+    fisher_batch_size: int | None = None
+    test_batch_size: int = 500
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides one run: a method on a problem with a seed."""
+
+    suite: str
+    method: str  # as tables name it
+    kind: str  # of METHODS
+    seed: int
+    problem: dict[str, Any]
+    adapters: dict[str, Any]
+    training: Training
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, as JSON would return them."""
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return found
+
+    def fingerprint(self) -> str:
+        """Equal for runs that must give the same numbers: names do not count."""
+        decisive = {k: v for k, v in self.to_dict().items() if k not in ("suite", "method")}
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+    def lora_config(self) -> fe.LoRAConfig:
+        """The adapters of the run; "segments" names those of a packed projection whose layout no library
+        registers."""
+        options = dict(self.adapters)
+        if (segments := options.pop("segments", None)) is not None:
+            options["layout"] = fe.QKVLayout(tuple(segments))
+        return fe.LoRAConfig(**options)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A file of `configurations/`, or one like them.
+
+    Keys: "name", "about" (where it comes from and what is different from there), "problem" ("kind" and the
+    keywords of its loader), "adapters" (keywords of `LoRAConfig`, and "segments"), "training" (`Training`),
+    "seeds", and "methods": a list of {"name", "kind", and optionally "options" of the method, "adapters",
+    "training", "seeds", which go before those of the file}. "quick", optional, holds the same keys but
+    "methods" for a first look, and "methods", a list of names.
+    """
+
+    name: str
+    about: str
+    runs: tuple[Run, ...]
+
+
+def available() -> list[str]:
+    """Names of the configurations that come with the library."""
+    return sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.rglob("*.json"))
+
+
+def find(name: str) -> Path:
+    """The file of a name in `available()`, or of a path."""
+    inside = FOLDER / f"{name}.json"
+    for path in (inside, Path(name)):
+        if path.is_file():
+            return path
+    raise ArgumentError(f"suite: expected a file or one of {', '.join(available())}, got {name!r}")
+
+
+def load(path: Path, quick: bool = False) -> Configuration:
+    """Reads and checks a configuration; raises `ArgumentError` that names the file and what is wrong in it."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"{path}: not readable as JSON: {error}") from error
+    try:
+        return parse(data, quick)
+    except ArgumentError as error:
+        raise ArgumentError(f"{path}: {error}") from error
+
+
+def parse(data: Any, quick: bool = False) -> Configuration:
+    """The runs of a configuration; see `Configuration` for its form."""
+    keys = {"name", "about", "problem", "adapters", "training", "seeds", "methods"}
+    data = _mapping(data, "configuration", keys, {"quick"})
+    entries = data["methods"]
+    if quick:
+        change = _mapping(data.get("quick", {}), "quick", set(), keys - {"name", "about"})
+        wanted = change.pop("methods", None)
+        for name in ("problem", "adapters", "training"):
+            data[name] = {**data[name], **change.pop(name, {})}
+        data |= change
+        names = [entry.get("name") for entry in entries]
+        if wanted is not None:
+            if unknown := [name for name in wanted if name not in names]:
+                raise ArgumentError(f"quick: methods: no method is called {unknown[0]!r}")
+            entries = [entry for entry in entries if entry["name"] in wanted]
+        overrides = change
+    else:
+        overrides = {}
+    runs: list[Run] = []
+    for number, entry in enumerate(entries):
+        where = f"methods[{number}]"
+        entry = _mapping(entry, where, {"name", "kind"}, {"options", "adapters", "training", "seeds"})
+        if entry["kind"] not in METHODS:
+            raise ArgumentError(
+                f"{where}: kind: expected one of {', '.join(METHODS)}, got {entry['kind']!r}"
+            )
+        training = {**data["training"], **entry.get("training", {})}
+        if quick:
+            training |= data.get("quick", {}).get("training", {})
+        seeds = overrides.get("seeds", entry.get("seeds", data["seeds"]))
+        for seed in seeds:
+            run = Run(
+                suite=data["name"],
+                method=entry["name"],
+                kind=entry["kind"],
+                seed=_seed(seed),
+                problem=data["problem"],
+                adapters={**data["adapters"], **entry.get("adapters", {})},
+                training=_training(training, where),
+                options=entry.get("options", {}),
+            )
+            run.lora_config()
+            runs.append(run)
+    names = [(run.method, run.seed) for run in runs]
+    if len(set(names)) != len(names):
+        raise ArgumentError(f"methods: expected distinct names and seeds, got {names}")
+    return Configuration(data["name"], data["about"], tuple(runs))
+
+
+def with_seeds(found: Configuration, seeds: list[int]) -> Configuration:
+    """The same methods on other seeds."""
+    first = {run.method: run for run in reversed(found.runs)}
+    order = list(dict.fromkeys(run.method for run in found.runs))
+    return replace(found, runs=tuple(replace(first[name], seed=s) for name in order for s in seeds))
+
+
+def _mapping(value: Any, where: str, required: set[str], optional: set[str]) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ArgumentError(f"{where}: expected an object, got {value!r}")
+    if missing := sorted(required - set(value)):
+        raise ArgumentError(f"{where}: {missing[0]} is missing")
+    if unknown := sorted(set(value) - required - optional):
+        raise ArgumentError(f"{where}: {unknown[0]}: no such key")
+    return dict(value)
+
+
+def _seed(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ArgumentError(f"seeds: expected integers >= 0, got {value!r}")
+    return value
+
+
+def _training(values: dict[str, Any], where: str) -> Training:
+    known = {f.name for f in fields(Training)}
+    _mapping(values, f"{where}: training", {"lr", "head_lr"}, known)
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    made = Training(**values)
+    for name, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        if (value := getattr(made, name)) not in choices:
+            raise ArgumentError(f"{where}: training: {name}: expected one of {choices}, got {value!r}")
+    for name in ("epochs", "batch_size", "test_batch_size", "iterations", "fisher_batch_size"):
+        value = getattr(made, name)
+        optional = name in ("iterations", "fisher_batch_size")
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not whole and not (optional and value is None):
+            raise ArgumentError(f"{where}: training: {name}: expected an integer >= 1, got {value!r}")
+    for name in ("lr", "head_lr"):
+        if not isinstance(getattr(made, name), (int, float)) or not 0 < getattr(made, name) < float("inf"):
+            raise ArgumentError(
+                f"{where}: training: {name}: expected a number > 0, got {getattr(made, name)!r}"
+            )
+    return made
