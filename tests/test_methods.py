@@ -92,3 +92,41 @@ def test_tasks_come_in_order():
     with pytest.raises(fe.ArgumentError, match="total_steps"):
         method.after_step(3, 3)
     assert method.penalty().item() == 0.0
+
+
+@pytest.mark.parametrize("kind", [fe.methods.LoRA, fe.methods.EWCLoRA])
+def test_a_state_goes_on_where_it_was_saved(kind: type[Method]) -> None:
+    options = {"ewc_lambda": 5.0} if kind is fe.methods.EWCLoRA else {}
+    torch.manual_seed(0)
+    whole = kind(adapted(), **options)
+    run(whole, 1)
+    saved, rng = whole.state_dict(), torch.get_rng_state()
+    model_state = {name: value.clone() for name, value in whole.model.state_dict().items()}
+    saved = {"tensors": {k: v.clone() for k, v in saved["tensors"].items()}, "config": saved["config"]}
+    resumed = kind(adapted(), **options)
+    resumed.load_state_dict(saved)
+    resumed.model.load_state_dict(model_state)
+    for method in (whole, resumed):
+        torch.set_rng_state(rng)
+        method.begin_task(1)
+        optimizer = torch.optim.SGD([p for p in method.model.parameters() if p.requires_grad], lr=0.05)
+        x, y = data(8, seed=7)
+        for _ in range(2):
+            optimizer.zero_grad()
+            (F.cross_entropy(method.model(x), y) + method.penalty()).backward()
+            optimizer.step()
+        method.end_task(batches(x, y, 4), F.cross_entropy)
+    for (name, found), expected in zip(
+        resumed.model.named_parameters(), whole.model.parameters(), strict=True
+    ):
+        assert torch.equal(found, expected), name
+    assert {k: v.consolidated_tasks for k, v in resumed.layers.items()} == dict.fromkeys(resumed.layers, 2)
+
+
+def test_a_state_of_another_method_is_refused() -> None:
+    with pytest.raises(fe.CheckpointError, match="method"):
+        LoRA(adapted()).load_state_dict(fe.methods.EWCLoRA(adapted(), ewc_lambda=1.0).state_dict())
+    broken = fe.methods.EWCLoRA(adapted(), ewc_lambda=1.0).state_dict()
+    broken["config"].pop("ewc")
+    with pytest.raises(fe.FisherError, match="state"):
+        fe.methods.EWCLoRA(adapted(), ewc_lambda=1.0).load_state_dict(broken)

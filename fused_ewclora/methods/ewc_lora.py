@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from .._transaction import Transaction
 from ..config import LoRAConfig
 from ..ewc import EWC
+from ._resume import dump, parse, take_over
 from .method import Loader, Loss, Method
 
 
@@ -38,3 +41,27 @@ class EWCLoRA(Method):
 
     def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
         self.ewc.end_task(loader, loss_fn, labels=self.labels)
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"tensors": the Fishers, "config": counts of tasks and how the Fishers were made}, between tasks.
+        Weights and adapters are in the model's own state_dict.
+
+        >>> torch.save([model.state_dict(), method.state_dict()], "task3.pt")
+        """
+        ewc = self.ewc.state_dict()
+        return dump(self, ewc["tensors"], ewc=ewc["config"])
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Takes over a `state_dict()` of an EWCLoRA with the same settings and adapters, which may be freshly
+        injected; nothing changes unless all of it fits.
+
+        Load the model's own state_dict as well. Raises `ArgumentError` during a task, `CheckpointError` or
+        `FisherError` naming what does not fit.
+
+            >>> model.load_state_dict(state); method.load_state_dict(method_state)
+        """
+        tensors, config = parse(self, saved)
+        state = self.ewc.parse_state({"tensors": tensors, "config": config.get("ewc")})
+        with Transaction() as change:
+            self.ewc.take_over(state, change)
+        take_over(self, config)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from .._transaction import Transaction
 from ..inject import check_mergeable
+from ._resume import dump, parse, take_over
 from .method import Loader, Loss, Method
 
 
@@ -31,3 +35,16 @@ class LoRA(Method):
                 layer.reset_adapters()
         for layer in self.layers.values():
             layer.consolidated_tasks += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"tensors": none, "config": counts of tasks}, between tasks. Weights and adapters are in the model's
+        own state_dict."""
+        return dump(self, {})
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Takes over a `state_dict()` of a LoRA on the same layers; load the model's own as well.
+
+        Raises `ArgumentError` during a task and `CheckpointError` naming what does not fit.
+        """
+        _, config = parse(self, saved)
+        take_over(self, config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -92,6 +92,15 @@ class Method:
             raise ArgumentError(f"export: task {self.tasks} has not ended; call end_task first")
         eject(self.model, merge=True)
         return self.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the method itself remembers, for `load_state_dict` of a freshly built one; weights, heads and
+        optimizers are the caller's."""
+        raise NotImplementedError
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Takes over a `state_dict()`, before the model's own state_dict is loaded: ranks may change."""
+        raise NotImplementedError
 
     def _begin(self) -> None: ...
 
