@@ -1,1 +1,1 @@
-"""Continual-learning runs: methods x data x seeds from configuration files; `python -m fused_ewclora demo --suite`."""
+"""Continual learning with every method on real data, from configuration files; see __main__."""

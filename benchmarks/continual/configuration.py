@@ -17,6 +17,7 @@ FOLDER = Path(__file__).parent / "configurations"
 METHODS = {name: getattr(methods, name) for name in ("LoRA", "EWCLoRA", "SDLoRA", "CoDyRA", "InfLoRA")}
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "multistep")
+_KEYS = {"name", "about", "problem", "adapters", "training", "seeds", "methods"}
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ class Configuration:
     Keys: "name", "about" (where it comes from and what is different from there), "problem" ("kind" and the
     keywords of its loader), "adapters" (keywords of `LoRAConfig`, and "segments"), "training" (`Training`),
     "seeds", and "methods": a list of {"name", "kind", and optionally "options" of the method, "adapters",
-    "training", "seeds", which go before those of the file}. "quick", optional, holds the same keys but
-    "methods" for a first look, and "methods", a list of names.
+    "training", "seeds", which go before those of the file}. "quick", optional, makes a short version: the
+    same keys with what changes, and "methods", a list of names.
     """
 
     name: str
@@ -109,7 +110,7 @@ def find(name: str) -> Path:
 
 
 def load(path: Path, quick: bool = False) -> Configuration:
-    """Reads and checks a configuration; raises `ArgumentError` that names the file and what is wrong in it."""
+    """Reads and checks a configuration; raises `ArgumentError` naming the file and what is wrong in it."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -122,36 +123,20 @@ def load(path: Path, quick: bool = False) -> Configuration:
 
 def parse(data: Any, quick: bool = False) -> Configuration:
     """The runs of a configuration; see `Configuration` for its form."""
-    keys = {"name", "about", "problem", "adapters", "training", "seeds", "methods"}
-    data = _mapping(data, "configuration", keys, {"quick"})
-    entries = data["methods"]
+    data = _mapping(data, "configuration", _KEYS, {"quick"})
+    entries = [
+        _mapping(entry, f"methods[{number}]", {"name", "kind"}, {"options", "adapters", "training", "seeds"})
+        for number, entry in enumerate(data["methods"])
+    ]
+    data["methods"] = entries
     if quick:
-        change = _mapping(data.get("quick", {}), "quick", set(), keys - {"name", "about"})
-        wanted = change.pop("methods", None)
-        for name in ("problem", "adapters", "training"):
-            data[name] = {**data[name], **change.pop(name, {})}
-        data |= change
-        names = [entry.get("name") for entry in entries]
-        if wanted is not None:
-            if unknown := [name for name in wanted if name not in names]:
-                raise ArgumentError(f"quick: methods: no method is called {unknown[0]!r}")
-            entries = [entry for entry in entries if entry["name"] in wanted]
-        overrides = change
-    else:
-        overrides = {}
+        data = _shortened(data)
     runs: list[Run] = []
-    for number, entry in enumerate(entries):
-        where = f"methods[{number}]"
-        entry = _mapping(entry, where, {"name", "kind"}, {"options", "adapters", "training", "seeds"})
+    for entry in data["methods"]:
+        where = f"methods: {entry['name']}"
         if entry["kind"] not in METHODS:
-            raise ArgumentError(
-                f"{where}: kind: expected one of {', '.join(METHODS)}, got {entry['kind']!r}"
-            )
-        training = {**data["training"], **entry.get("training", {})}
-        if quick:
-            training |= data.get("quick", {}).get("training", {})
-        seeds = overrides.get("seeds", entry.get("seeds", data["seeds"]))
-        for seed in seeds:
+            raise ArgumentError(f"{where}: kind: expected one of {', '.join(METHODS)}, got {entry['kind']!r}")
+        for seed in entry.get("seeds", data["seeds"]):
             run = Run(
                 suite=data["name"],
                 method=entry["name"],
@@ -159,15 +144,39 @@ def parse(data: Any, quick: bool = False) -> Configuration:
                 seed=_seed(seed),
                 problem=data["problem"],
                 adapters={**data["adapters"], **entry.get("adapters", {})},
-                training=_training(training, where),
+                training=_training({**data["training"], **entry.get("training", {})}, where),
                 options=entry.get("options", {}),
             )
-            run.lora_config()
+            run.lora_config()  # so that what is wrong with it is found before the first run
             runs.append(run)
     names = [(run.method, run.seed) for run in runs]
-    if len(set(names)) != len(names):
-        raise ArgumentError(f"methods: expected distinct names and seeds, got {names}")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ArgumentError(f"methods: {twice[0][0]}, seed {twice[0][1]}: expected once, found again")
     return Configuration(data["name"], data["about"], tuple(runs))
+
+
+def _shortened(data: dict[str, Any]) -> dict[str, Any]:
+    """The configuration that "quick" makes of it, under a name of its own."""
+    if "quick" not in data:
+        raise ArgumentError(f"quick: {data['name']} has no short version")
+    change = _mapping(data["quick"], "quick", set(), _KEYS - {"name", "about"})
+    wanted = change.get("methods", [entry["name"] for entry in data["methods"]])
+    named = {entry["name"]: entry for entry in data["methods"]}
+    if unknown := [name for name in wanted if name not in named]:
+        raise ArgumentError(f"quick: methods: no method is called {unknown[0]!r}")
+    merged = {name: {**data[name], **change.get(name, {})} for name in ("problem", "adapters", "training")}
+    # What is short goes before what a method has of its own.
+    entries = [
+        {
+            **{key: value for key, value in named[name].items() if key != "seeds" or "seeds" not in change},
+            "training": {**named[name].get("training", {}), **change.get("training", {})},
+        }
+        for name in wanted
+    ]
+    return {
+        **data, **merged, "name": f"{data['name']}-quick", "seeds": change.get("seeds", data["seeds"]),
+        "methods": entries,
+    }  # fmt: skip
 
 
 def with_seeds(found: Configuration, seeds: list[int]) -> Configuration:

@@ -37,7 +37,7 @@ class LoRA(Method):
             layer.consolidated_tasks += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """{"tensors": none, "config": counts of tasks}, between tasks. Weights and adapters are in the model's
+        """{"tensors": {}, "config": counts of tasks}, between tasks. Weights and adapters are in the model's
         own state_dict."""
         return dump(self, {})
 

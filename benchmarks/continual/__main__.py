@@ -1,0 +1,153 @@
+"""Continual learning with every method on real data: `python -m fused_ewclora demo --suite`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fused_ewclora.demo.job import Progress, device_of
+from fused_ewclora.errors import ArgumentError, EWCLoRAError
+
+from .. import records
+from . import configuration, costs, pictures, suite, summary
+from .configuration import Run
+
+SUITES = ("language", "vision")
+COSTS = "costs"
+INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    made = argparse.ArgumentParser(prog="python -m fused_ewclora demo", description=__doc__)
+    made.add_argument(
+        "--suite",
+        nargs="*",
+        metavar="NAME",
+        help=f"configurations by name or file ({' '.join(SUITES)}); '{COSTS}' measures steps over ten tasks",
+    )
+    made.add_argument("--list", action="store_true", help="show the configurations and their methods")
+    made.add_argument("--quick", action="store_true", help="the configurations' short versions: minutes")
+    made.add_argument("--methods", nargs="+", metavar="NAME", help="of the configurations; default: all")
+    made.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of the configurations' own")
+    made.add_argument(
+        "--out", type=Path, default=Path("suite-output"), help="records and pictures (suite-output)"
+    )
+    made.add_argument(
+        "--data-root", type=Path, default=Path("data"), help="data; fetched where possible (data)"
+    )
+    made.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    made.add_argument("--jobs", type=int, help="runs at a time (cpu: one per core and thread; cuda: 1)")
+    made.add_argument("--threads", type=int, default=1, help="CPU threads of each run; 1 repeats exactly (1)")
+    made.add_argument("--json", action="store_true", help="print records to stdout instead of tables")
+    return made
+
+
+def chosen(args: argparse.Namespace) -> list[Run]:
+    """The runs that the options ask for."""
+    runs: list[Run] = []
+    known: list[str] = []
+    for name in args.suite or SUITES:
+        if name == COSTS:
+            continue
+        found = configuration.load(configuration.find(name), args.quick)
+        known += [run.method for run in found.runs]
+        if args.seeds:
+            found = configuration.with_seeds(found, args.seeds)
+        runs += [run for run in found.runs if not args.methods or run.method in args.methods]
+    if args.methods and (unknown := [name for name in args.methods if name not in known]):
+        raise ArgumentError(f"--methods: expected some of {sorted(set(known))}, got {unknown[0]!r}")
+    return runs
+
+
+def listing() -> str:
+    """Every configuration with what it is about and its methods."""
+    parts = []
+    for name in configuration.available():
+        found = configuration.load(configuration.find(name))
+        names = ", ".join(dict.fromkeys(run.method for run in found.runs))
+        parts.append(f"{name}\n  {found.about}\n  methods: {names}")
+    return "\n\n".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 1 when a run failed, 2 for wrong usage, 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = parser().parse_args(arguments)
+    try:
+        return _run(args, suite.command_line(arguments))
+    except EWCLoRAError as error:
+        print(f"fused_ewclora: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command goes on from here ({args.out})", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(args: argparse.Namespace, command: str) -> int:
+    if args.list:
+        print(listing())
+        return 0
+    # Asked before hours of training, not when the first picture is drawn.
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ArgumentError("matplotlib is not installed; pip install 'fused-ewclora[demo]' brings it")
+    device_of(args.device)
+    place = suite.Place(args.out, args.data_root, args.device, _jobs(args), args.threads)
+    runs = chosen(args)
+    left = suite.outstanding(runs, place)
+    place = replace(place, jobs=min(place.jobs, max(len(left), 1)))
+    args.out.mkdir(parents=True, exist_ok=True)
+    print(f"{len(runs)} runs, {len(left)} of them to do, {place.jobs} at a time", file=sys.stderr)
+    progress = Progress(sum(_tasks(run) for run in left))
+    try:
+        failures = suite.run_all(left, place, progress, command)
+    finally:
+        progress.close()
+    if COSTS in (args.suite or ()):
+        for record in costs.measure_all(device=args.device, quick=args.quick):
+            suite.append(args.out / f"{COSTS}.jsonl", {**record, "command": command})
+    _tell(args, runs)
+    for failure in failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _jobs(args: argparse.Namespace) -> int:
+    if args.threads < 1 or (args.jobs is not None and args.jobs < 1):
+        raise ArgumentError(f"--jobs, --threads: expected integers >= 1, got {args.jobs}, {args.threads}")
+    if args.jobs is not None:
+        return int(args.jobs)
+    if torch.device(args.device).type == "cuda":
+        return 1
+    return max(1, (os.cpu_count() or 1) // args.threads)
+
+
+def _tasks(run: Run) -> int:
+    tasks = run.problem["tasks"]
+    return tasks if isinstance(tasks, int) else len(tasks)
+
+
+def _tell(args: argparse.Namespace, runs: Sequence[Run]) -> None:
+    """Tables and pictures of everything in the files that this command is about."""
+    names = list(dict.fromkeys(run.suite for run in runs))
+    found = [record for name in names for record in records.read(args.out / f"{name}.jsonl")]
+    if COSTS in (args.suite or ()):
+        found += records.read(args.out / f"{COSTS}.jsonl")
+    if args.json:
+        print(json.dumps(found))
+        return
+    print(summary.told(found))
+    for path in pictures.draw(found, args.out):
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""One run: a method learns a stream task by task, and is tested on all tasks so far after each."""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, MultiStepLR
+from torch.utils.data import DataLoader
+
+import fused_ewclora as fe
+from fused_ewclora.demo.vit import Classifier
+from fused_ewclora.fisher import to_device
+from fused_ewclora.methods import Method
+from fused_ewclora.metrics import ContinualMetrics
+
+from . import accounting
+from .configuration import METHODS, Run, Training
+from .stream import Problem, Task, loader, size
+
+PERCENT = 100.0
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Results:
+    """What a run has found so far, one entry per task that has ended; accuracies in percent."""
+
+    class_incremental: list[list[float]] = field(default_factory=list)
+    task_aware: list[list[float]] = field(default_factory=list)
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+    report: dict[str, Any] | None = None  # of the method after its last task
+
+
+class State:
+    """All that changes in a run, and its way to a file and back."""
+
+    def __init__(self, run: Run, problem: Problem, device: torch.device) -> None:
+        torch.manual_seed(run.seed)
+        self.order = torch.Generator().manual_seed(run.seed)  # of the examples
+        self.run, self.device, self.results = run, device, Results()
+        # Heads come later, so that configurations may target every linear layer.
+        self.model = Classifier(copy.deepcopy(problem.backbone)).to(device)  # type: ignore[arg-type]
+        self.method: Method = METHODS[run.kind](self.model, run.lora_config(), **run.options)
+
+    def save(self, file: Path) -> None:
+        """Between tasks. An interruption leaves the old file or the new one."""
+        held = {
+            "fingerprint": self.run.fingerprint(),
+            "results": asdict(self.results),
+            "heads": [head.out_features for head in self.model.heads],
+            "model": self.model.state_dict(),
+            "method": self.method.state_dict(),
+            "order": self.order.get_state(),
+            "random": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            held["random_cuda"] = torch.cuda.get_rng_state(self.device)
+        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+        torch.save(held, temporary)
+        os.replace(temporary, file)
+
+    def load(self, file: Path) -> None:
+        """Goes on from a file of the same run; raises `CheckpointError` for any other."""
+        try:
+            held = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can raise nearly anything
+            raise fe.CheckpointError(f"{file}: cannot be read, remove it to start anew: {error}") from error
+        if held.get("fingerprint") != self.run.fingerprint():
+            raise fe.CheckpointError(f"{file}: belongs to another run; remove it to start anew")
+        for classes in held["heads"]:
+            self.model.add_head(classes).to(self.device)
+        self.method.load_state_dict(held["method"])  # first: ranks may change
+        self.model.load_state_dict(held["model"])
+        self.results = Results(**held["results"])
+        self.order.set_state(held["order"])
+        torch.set_rng_state(held["random"])
+        if "random_cuda" in held:
+            torch.cuda.set_rng_state(held["random_cuda"], self.device)
+
+
+def execute(
+    run: Run,
+    problem: Problem,
+    device: torch.device,
+    checkpoint: Path | None = None,
+    progress: Progress = lambda text: None,
+) -> dict[str, Any]:
+    """Learns the whole stream; returns the part of the record that this decides (record_schema.json).
+
+    The problem's backbone is copied. After each task the state goes to the file `checkpoint`, if one is
+    named; a run that finds the file goes on from there, to the same accuracies as without interruption.
+    Removing the file is the caller's, once the record is safe. Raises `EWCLoRAError` when parameters are not
+    finite after a task.
+    """
+    tasks = problem.stream.tasks
+    state = State(run, problem, device)
+    if checkpoint is not None and checkpoint.exists():
+        state.load(checkpoint)
+        for number in range(len(state.results.tasks)):
+            progress(f"task {number + 1}/{len(tasks)}: done before the interruption")
+    results = state.results
+    for number in range(len(results.tasks), len(tasks)):
+        row = learn(state, number, tasks[number])
+        class_incremental, task_aware = evaluate(state.model, tasks[: number + 1], run.training, device)
+        results.tasks.append(row)
+        results.class_incremental.append(class_incremental)
+        results.task_aware.append(task_aware)
+        report = getattr(state.method, "report", None)
+        results.report = None if report is None else report().to_dict()
+        if checkpoint is not None:
+            state.save(checkpoint)
+        seen = statistics.fmean(class_incremental)
+        progress(f"task {number + 1}/{len(tasks)}: {seen:.1f} % of all classes")
+    return _record(problem, results)
+
+
+def learn(state: State, number: int, task: Task) -> dict[str, Any]:
+    """Trains one task and ends it; returns where its time went, and what the method holds afterwards."""
+    training, device, method, model = state.run.training, state.device, state.method, state.model
+    model.add_head(len(task.classes)).to(device)
+    batches = loader(task.train, training.batch_size, state.order, training.workers)
+    # The passes over all examples before and after training; the methods move batches themselves.
+    passes = loader(task.train, training.fisher_batch_size or training.batch_size, workers=training.workers)
+    method.begin_task(number)
+    prepare_seconds = timed(lambda: method.prepare(passes), device)
+    optimizer = make_optimizer(model, training)
+    steps = training.iterations or training.epochs * len(batches)
+    schedule = make_schedule(optimizer, training, steps)
+    step_seconds: list[float] = []
+    loss = penalty = torch.zeros(())
+    model.train()
+    for step, (inputs, labels) in enumerate(first(batches, steps)):
+        start = time.perf_counter()
+        x, y = to_device(inputs, device), labels.to(device)
+        optimizer.zero_grad()
+        loss, penalty = F.cross_entropy(model(x), y), method.penalty()
+        (loss + penalty).backward()
+        optimizer.step()
+        method.after_step(step, steps)
+        if training.iterations or (step + 1) % len(batches) == 0:
+            schedule.step()
+        _finished(device)
+        step_seconds.append(time.perf_counter() - start)
+    trained = accounting.trained_parameters(method)
+    end_seconds = timed(lambda: method.end_task(passes, F.cross_entropy), device)
+    _check_finite(model, state.run.method, number)
+    return {
+        "steps": steps,
+        "train_seconds": sum(step_seconds),
+        "step_ms": 1e3 * statistics.median(step_seconds),
+        "prepare_seconds": prepare_seconds,
+        "end_seconds": end_seconds,
+        "adapter_parameters": accounting.adapter_parameters(method),
+        "trained_parameters": trained,
+        "state_bytes": accounting.state_bytes(method),
+        "loss": loss.item(),
+        "penalty": penalty.item(),
+    }
+
+
+@torch.no_grad()
+def evaluate(
+    model: Classifier, tasks: tuple[Task, ...], training: Training, device: torch.device
+) -> tuple[list[float], list[float]]:
+    """Class-incremental and task-aware accuracy on the test examples of every task, in percent."""
+    model.eval()
+    class_incremental, task_aware, offset = [], [], 0
+    for task in tasks:
+        own = slice(offset, offset + len(task.classes))
+        right = torch.zeros(2, dtype=torch.int64)
+        for inputs, labels in loader(task.test, training.test_batch_size, workers=training.workers):
+            logits = model.all_logits(to_device(inputs, device)).cpu()
+            right[0] += (logits.argmax(1) == labels + offset).sum()
+            right[1] += (logits[:, own].argmax(1) == labels).sum()
+        incremental, aware = (PERCENT * right / size(task.test)).tolist()
+        class_incremental.append(incremental)
+        task_aware.append(aware)
+        offset = own.stop
+    return class_incremental, task_aware
+
+
+def make_optimizer(model: Classifier, training: Training) -> torch.optim.Optimizer:
+    """Adapters and the newest head, each at its rate."""
+    adapters = [p for p in model.backbone.parameters() if p.requires_grad]
+    groups = [
+        {"params": adapters, "lr": training.lr},
+        {"params": list(model.heads[-1].parameters()), "lr": training.head_lr},
+    ]
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=training.momentum, weight_decay=training.weight_decay)
+    kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, betas=training.betas, weight_decay=training.weight_decay)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, training: Training, steps: int) -> LRScheduler:
+    """Stepped after every epoch, or after every one of `steps` steps where a task has a number of
+    iterations."""
+    if training.schedule == "cosine":
+        return CosineAnnealingLR(optimizer, steps if training.iterations else training.epochs)
+    if training.schedule == "multistep":
+        return MultiStepLR(optimizer, list(training.milestones), training.decay)
+    return LambdaLR(optimizer, lambda _: 1.0)
+
+
+def first(batches: DataLoader[Any], steps: int) -> Iterator[Any]:
+    """So many batches, over as many epochs as they take."""
+    while steps > 0:
+        for batch in batches:
+            yield batch
+            steps -= 1
+            if steps == 0:
+                return
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that `work` takes, on the device as well."""
+    _finished(device)
+    start = time.perf_counter()
+    work()
+    _finished(device)
+    return time.perf_counter() - start
+
+
+def _finished(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _check_finite(model: Classifier, method: str, number: int) -> None:
+    # Accuracies of a model that learned NaN would look like those of a bad method.
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+            raise fe.EWCLoRAError(
+                f"{method}: {name} is not finite after task {number}; lower the learning rate or the lambda"
+            )
+
+
+def _record(problem: Problem, results: Results) -> dict[str, Any]:
+    tasks = problem.stream.tasks
+    sizes = [size(task.test) for task in tasks]
+    matrices = {"class_incremental": results.class_incremental, "task_aware": results.task_aware}
+    metrics = ContinualMetrics.from_matrix(
+        results.class_incremental, sizes, results.task_aware, scale=PERCENT
+    )
+    return {
+        "facts": problem.facts,
+        "classes": [list(task.classes) for task in tasks],
+        "train_sizes": [size(task.train) for task in tasks],
+        "test_sizes": sizes,
+        "matrices": matrices,
+        "metrics": metrics.summary(),
+        "tasks": results.tasks,
+        "report": results.report,
+    }

@@ -1,0 +1,164 @@
+"""All runs of configurations: what is left to do, several at a time, a record for each that ends."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import multiprocessing
+import os
+import shlex
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, Queue
+from typing import Any
+
+import torch
+
+from fused_ewclora.errors import ArgumentError, EWCLoRAError
+
+from ..machine import environment
+from ..records import read
+from . import problems
+from .configuration import Run
+from .run import execute
+
+Record = dict[str, Any]
+POLL = 0.2  # seconds between looks at what other processes have to say
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs happen: folder of records, folder of data, device, processes, CPU threads of each."""
+
+    out: Path
+    root: Path
+    device: str = "cpu"
+    jobs: int = 1
+    threads: int = 1
+
+    def records(self, suite: str) -> Path:
+        """The file of the records of a suite, one JSON object per line."""
+        return self.out / f"{suite}.jsonl"
+
+    def checkpoint(self, run: Run) -> Path:
+        """The state of a run that has not ended."""
+        return self.out / "unfinished" / f"{run.suite}-{run.fingerprint()}.pt"
+
+
+def outstanding(runs: Iterable[Run], place: Place) -> list[Run]:
+    """The runs without a record. Raises `ArgumentError` when the record of one was made with another
+    configuration: numbers of both would be averaged."""
+    left = []
+    for run in runs:
+        file = place.records(run.suite)
+        found = [r for r in read(file) if (r["method"], r["seed"]) == (run.method, run.seed)]
+        if not found:
+            left.append(run)
+        elif found[-1]["fingerprint"] != run.fingerprint():
+            raise ArgumentError(
+                f"{file}: {run.method}, seed {run.seed}, was run with another configuration; "
+                "remove those lines, or name another folder with --out"
+            )
+    return left
+
+
+def run_all(runs: Sequence[Run], place: Place, progress: Callable[[str], None], command: str) -> list[str]:
+    """Makes the runs, and appends the record of each to its file as it ends.
+
+    progress is called once for every task of a stream. Returns what failed, in words; the others have gone
+    on. Runs that were interrupted, by whatever, go on from their last task the next time.
+    """
+    (place.out / "unfinished").mkdir(parents=True, exist_ok=True)
+    failures: list[str] = []
+    for run, outcome in _outcomes(runs, place, progress):
+        if isinstance(outcome, str):
+            failures.append(f"{run.suite}: {run.method}, seed {run.seed}: {outcome}")
+            continue
+        head = {
+            "suite": run.suite, "method": run.method, "kind": run.kind, "seed": run.seed,
+            "fingerprint": run.fingerprint(), "run": run.to_dict(),
+        }  # fmt: skip
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        append(place.records(run.suite), {**head, **outcome, "time": now, "command": command})
+        place.checkpoint(run).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty: a run failed
+        (place.out / "unfinished").rmdir()
+    return failures
+
+
+def append(file: Path, record: Record) -> None:
+    """Adds one line, after whatever an interruption may have left of the last one."""
+    kept = "".join(f"{json.dumps(old, allow_nan=False)}\n" for old in read(file))
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(f"{kept}{json.dumps(record, allow_nan=False)}\n")
+    os.replace(temporary, file)
+
+
+def _outcomes(
+    runs: Sequence[Run], place: Place, progress: Callable[[str], None]
+) -> Iterator[tuple[Run, Record | str]]:
+    """Every run with what it found, or with why it failed, in the order in which they end."""
+    if place.jobs == 1:
+        for run in runs:
+            yield run, _one(run, place, progress)
+        return
+    context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
+    with context.Manager() as manager, ProcessPoolExecutor(place.jobs, mp_context=context) as pool:
+        said: Queue[str] = manager.Queue()
+        pending: dict[Future[Record | str], Run] = {}
+        try:
+            for run in runs:
+                pending[pool.submit(_one, run, place, said.put)] = run
+            while pending:
+                done, _ = wait(pending, timeout=POLL, return_when="FIRST_COMPLETED")
+                _tell(said, progress)
+                for future in done:
+                    yield pending.pop(future), _result(future)
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _tell(said: Queue[str], progress: Callable[[str], None]) -> None:
+    with contextlib.suppress(Empty):
+        while True:
+            progress(said.get_nowait())
+
+
+def _result(future: Future[Record | str]) -> Record | str:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return "its process was ended from outside, perhaps for want of memory; run the command again"
+
+
+def _one(run: Run, place: Place, progress: Callable[[str], None]) -> Record | str:
+    """One run, in whatever process; an error that a reader can act on becomes a sentence."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(place.threads)
+    try:
+        start = time.perf_counter()
+        problem = problems.load(run.problem, place.root, run.seed, place.device)
+        prepared = time.perf_counter()
+
+        def told(text: str) -> None:
+            progress(f"{run.suite}  seed {run.seed}  {run.method:16s}  {text}")
+
+        found = execute(run, problem, torch.device(place.device), place.checkpoint(run), told)
+        stamp = {**environment(torch.device(place.device).type), "jobs": place.jobs}
+        seconds = {"problem": prepared - start, "run": time.perf_counter() - prepared}
+        return {**found, "seconds": seconds, "environment": stamp}
+    except EWCLoRAError as error:
+        return str(error)
+    finally:
+        torch.set_num_threads(before)
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """What a reader types to repeat it."""
+    return shlex.join(["python", "-m", "fused_ewclora", "demo", *arguments])
