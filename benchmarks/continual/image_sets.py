@@ -1,0 +1,238 @@
+"""Image sets as they are published, from their official files: which images, of which class, in which split.
+
+Nothing is decoded here but CIFAR-100, whose images are arrays in one file. Expected layouts, below the data
+folder:
+
+    cifar-100-python/{train,test,meta}            the archive "CIFAR-100 python version", extracted
+    imagenet-r/<wnid>/*, imagenet-a/<wnid>/*      as released, or split as train/<wnid>/*, test/<wnid>/*
+    domainnet/<domain>/<class>/*                  six domains, and <domain>_train.txt, <domain>_test.txt
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fused_ewclora.demo.formats import (
+    IMAGE_SUFFIXES,
+    DataError,
+    class_folders,
+    read_bytes,
+    read_cifar100,
+    restricted_unpickle,
+)
+
+TEST_SHARE = 0.2  # of a class that is released without a split
+DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Images, as files or as uint8 `[N, H, W, 3]`, and labels `[N]` int64, positions in the classes."""
+
+    images: Sequence[Path] | np.ndarray
+    labels: np.ndarray
+
+    def of(self, classes: Sequence[int]) -> Examples:
+        """Those of some classes, labelled by their positions in `classes`, in the order of the files."""
+        positions = {label: position for position, label in enumerate(classes)}
+        index = np.flatnonzero(np.isin(self.labels, list(classes)))
+        labels = np.array([positions[label] for label in self.labels[index].tolist()], np.int64)
+        if isinstance(self.images, np.ndarray):
+            return Examples(self.images[index], labels)
+        return Examples([self.images[i] for i in index.tolist()], labels)
+
+
+@dataclass(frozen=True)
+class Collection:
+    """An image set. Raises `DataError` for a class without images in one of the splits."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Examples
+    test: Examples
+
+    def __post_init__(self) -> None:
+        for split, examples in (("training", self.train), ("test", self.test)):
+            if len(examples.images) != len(examples.labels):
+                raise DataError(
+                    f"{self.name}: {split}: {len(examples.images)} images but {len(examples.labels)} labels"
+                )
+            wrong = (examples.labels < 0) | (examples.labels >= len(self.classes))
+            if wrong.any():
+                raise DataError(
+                    f"{self.name}: {split}: expected labels 0..{len(self.classes) - 1}, "
+                    f"got {examples.labels[wrong][0]}"
+                )
+            counts = np.bincount(examples.labels, minlength=len(self.classes))
+            if not counts.all():
+                name = self.classes[int(counts.argmin())]
+                raise DataError(f"{self.name}: class {name}: expected {split} images, found none")
+
+
+def read(dataset: str, root: Path, split_seed: int = 0) -> Collection:
+    """One of `READERS`, from the data folder `root`; split_seed is of sets that come without a split.
+
+    Raises `DataError` that names the files it expects.
+
+        >>> read("cifar100", Path("data")).classes[:2]
+        ('apple', 'aquarium_fish')
+    """
+    if dataset not in READERS:
+        raise DataError(f"dataset: expected one of {', '.join(READERS)}, got {dataset!r}")
+    return READERS[dataset](root, split_seed)
+
+
+def cifar100(root: Path, split_seed: int) -> Collection:
+    """60,000 images of 100 classes; its own split."""
+    folder = root / "cifar-100-python"
+    for name in ("train", "test", "meta"):
+        if not (folder / name).is_file():
+            raise DataError(
+                f"{folder}: expected the files train, test and meta of CIFAR-100 (its archive "
+                f"cifar-100-python.tar.gz, extracted in {root}), found no {name}"
+            )
+    meta = restricted_unpickle(io.BytesIO(read_bytes(folder / "meta")), str(folder / "meta"))
+    names = meta.get(b"fine_label_names") if isinstance(meta, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, bytes) for name in names):
+        raise DataError(f"{folder / 'meta'}: expected a list fine_label_names")
+    classes = tuple(name.decode() for name in names)
+
+    def examples(split: str) -> Examples:
+        images, labels = read_cifar100(folder / split)
+        return Examples(np.ascontiguousarray(images.transpose(0, 2, 3, 1)), labels.astype(np.int64))
+
+    return Collection("cifar100", classes, examples("train"), examples("test"))
+
+
+def folders(name: str, official: str) -> Callable[[Path, int], Collection]:
+    """A reader of folders of images per class, `root/<name>`; `official` is what to look for."""
+
+    def collect(root: Path, split_seed: int) -> Collection:
+        folder = root / name
+        if not folder.is_dir():
+            raise DataError(
+                f"{folder}: expected {official}, one folder of images per class, or split by yourself as "
+                "train/<class>/* and test/<class>/*; found no such folder"
+            )
+        if (folder / "train").is_dir() or (folder / "test").is_dir():
+            return _split_folders(name, folder)
+        return _unsplit_folders(name, folder, split_seed)
+
+    return collect
+
+
+def domainnet(root: Path, split_seed: int) -> Collection:
+    """345 classes, each with images of all six domains; the official lists are its split.
+
+    A line of a list is "<path below domainnet> <label>"; classes are in the order of these labels.
+    """
+    folder = root / "domainnet"
+    files = [f"{domain}_{split}.txt" for domain in DOMAINS for split in ("train", "test")]
+    for file in files:
+        if not (folder / file).is_file():
+            raise DataError(
+                f"{folder}: expected the images of DomainNet (cleaned version) as <domain>/<class>/* and the "
+                f"lists <domain>_train.txt, <domain>_test.txt for {', '.join(DOMAINS)}; found no {file}"
+            )
+    names: dict[int, str] = {}
+    present: dict[Path, set[str]] = {}  # by folder: one look per folder, not one per image
+    splits = {
+        split: [
+            entry for domain in DOMAINS for entry in _listed(folder, f"{domain}_{split}.txt", names, present)
+        ]
+        for split in ("train", "test")
+    }
+    if sorted(names) != list(range(len(names))) or len(set(names.values())) != len(names):
+        raise DataError(
+            f"{folder}: expected labels 0..{len(names) - 1}, one per class, "
+            f"got {sorted(names.items())[:3]} and others"
+        )
+    train, test = (
+        Examples([path for path, _ in entries], np.array([label for _, label in entries], np.int64))
+        for entries in splits.values()
+    )
+    return Collection("domainnet", tuple(names[label] for label in sorted(names)), train, test)
+
+
+READERS: dict[str, Callable[[Path, int], Collection]] = {
+    "cifar100": cifar100,
+    "imagenet-r": folders("imagenet-r", "ImageNet-R (its archive imagenet-r.tar, extracted)"),
+    "imagenet-a": folders("imagenet-a", "ImageNet-A (its archive imagenet-a.tar, extracted)"),
+    "domainnet": domainnet,
+}
+
+
+def _images(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise DataError(f"{folder}: expected images ({', '.join(IMAGE_SUFFIXES)}), found none")
+    return files
+
+
+def _examples(files: Sequence[Sequence[Path]]) -> Examples:
+    """From the files of each class."""
+    labels = np.repeat(np.arange(len(files)), [len(of_class) for of_class in files])
+    return Examples([file for of_class in files for file in of_class], labels)
+
+
+def _split_folders(name: str, folder: Path) -> Collection:
+    classes, tested = class_folders(folder / "train"), class_folders(folder / "test")
+    if differing := sorted(set(classes) ^ set(tested)):
+        where, lacking = ("train", "test") if differing[0] in classes else ("test", "train")
+        raise DataError(f"{folder}: class {differing[0]} is in {where} and not in {lacking}")
+    train, test = (_examples([_images(folder / split / c) for c in classes]) for split in ("train", "test"))
+    return Collection(name, tuple(classes), train, test)
+
+
+def _unsplit_folders(name: str, folder: Path, split_seed: int) -> Collection:
+    """A fifth of each class, but at least one image, for testing, the same ones for every run.
+
+    The published splits of these sets were drawn once and are lists of files; this one is of the same size.
+    """
+    # The legacy generator: its permutations are the same in all versions of NumPy.
+    random = np.random.RandomState(split_seed)
+    classes = class_folders(folder)
+    train, test = [], []
+    for class_name in classes:
+        files = _images(folder / class_name)
+        if len(files) < 2:
+            raise DataError(f"{folder / class_name}: expected at least 2 images, one for testing, got 1")
+        order = random.permutation(len(files))
+        count = max(1, round(TEST_SHARE * len(files)))
+        test.append([files[i] for i in sorted(order[:count])])
+        train.append([files[i] for i in sorted(order[count:])])
+    return Collection(name, tuple(classes), _examples(train), _examples(test))
+
+
+def _listed(
+    folder: Path, name: str, names: dict[int, str], present: dict[Path, set[str]]
+) -> list[tuple[Path, int]]:
+    """(file, label) of each line of a list; `names` collects the class of each label."""
+    found = []
+    try:
+        lines = (folder / name).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{folder / name}: cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{folder / name}: line {number}"
+        path, _, label = line.strip().rpartition(" ")
+        parts = path.split("/")
+        if len(parts) != 3 or {"", ".", ".."} & set(parts) or not label.isdecimal():
+            raise DataError(f"{where}: expected <domain>/<class>/<file> <label>, got {line!r}")
+        if (known := names.setdefault(int(label), parts[1])) != parts[1]:
+            raise DataError(f"{where}: label {label} is class {parts[1]} here and {known} elsewhere")
+        file = folder / path
+        if file.parent not in present:
+            exists = file.parent.is_dir()
+            present[file.parent] = {entry.name for entry in file.parent.iterdir()} if exists else set()
+        if file.name not in present[file.parent]:
+            raise DataError(f"{where}: {file}: expected an image, found no such file")
+        found.append((file, int(label)))
+    return found

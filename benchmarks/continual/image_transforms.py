@@ -1,0 +1,71 @@
+"""What published image protocols do to an image before a model sees it, with torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fused_ewclora.demo.formats import DataError
+
+from ..extras import prepare_torchvision
+
+Transform = Callable[[Any], Tensor]  # of a PIL image, to [3, size, size] fp32
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of the channels
+NONE: Statistics = ((0.0,) * 3, (1.0,) * 3)
+
+
+def training(size: int, crop_scale: Sequence[float], statistics: Statistics) -> Transform:
+    """A random crop of a share of crop_scale of the area, scaled to size x size and flipped half of the time;
+    values in 0..1, then normalised."""
+    if len(crop_scale) != 2 or not 0.0 < crop_scale[0] <= crop_scale[1] <= 1.0:
+        raise DataError(f"crop_scale: expected two numbers, 0 < low <= high <= 1, got {crop_scale!r}")
+    kinds = _torchvision()
+    steps = [kinds.RandomResizedCrop(size, scale=tuple(crop_scale)), kinds.RandomHorizontalFlip()]
+    return _composed(kinds, steps, statistics)
+
+
+def testing(size: int, crop_fraction: float, interpolation: str, statistics: Statistics) -> Transform:
+    """The shorter side scaled to size / crop_fraction, and the middle; values in 0..1, then normalised."""
+    if not isinstance(crop_fraction, (int, float)) or not 0.0 < crop_fraction <= 1.0:
+        raise DataError(f"crop_fraction: expected a number, 0 < crop_fraction <= 1, got {crop_fraction!r}")
+    if interpolation not in ("bilinear", "bicubic"):
+        raise DataError(f"interpolation: expected bilinear or bicubic, got {interpolation!r}")
+    kinds = _torchvision()
+    mode = kinds.InterpolationMode(interpolation)
+    steps = [kinds.Resize(int(size / crop_fraction), interpolation=mode), kinds.CenterCrop(size)]
+    return _composed(kinds, steps, statistics)
+
+
+def statistics_of(normalize: Any, pretrained_config: Mapping[str, Any]) -> Statistics:
+    """For "model" those the weights were trained with, for None those that change nothing, or as given in
+    {"mean": [3 numbers], "std": [3 numbers]}."""
+    if normalize is None:
+        return NONE
+    found = pretrained_config if normalize == "model" else normalize
+    try:
+        mean, std = tuple(map(float, found["mean"])), tuple(map(float, found["std"]))
+    except (TypeError, KeyError, ValueError):
+        mean = std = ()
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0.0:
+        raise DataError(
+            'normalize: expected null, "model" or {"mean": [3 numbers], "std": [3 numbers > 0]}, '
+            f"got {normalize!r}"
+        )
+    return mean, std
+
+
+def _torchvision() -> Any:
+    prepare_torchvision()
+    try:
+        from torchvision import transforms
+    except ImportError as error:
+        raise DataError(f"image problems need torchvision (pip install torchvision): {error}") from error
+    return transforms
+
+
+def _composed(kinds: Any, steps: Sequence[Any], statistics: Statistics) -> Transform:
+    end = [] if statistics == NONE else [kinds.Normalize(*statistics)]
+    made: Transform = kinds.Compose([*steps, kinds.ToTensor(), *end])
+    return made

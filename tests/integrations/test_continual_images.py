@@ -1,0 +1,406 @@
+"""Image problems of continual runs on small sets in the official layouts; the published configurations."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from benchmarks import extras
+from benchmarks.continual import backbones, configuration, image_sets, image_transforms, images, problems
+from benchmarks.continual.image_sets import Examples
+from benchmarks.continual.run import execute
+from benchmarks.continual.stream import Problem, loader, size
+from fused_ewclora.demo.formats import DataError
+
+TINY: dict[str, Any] = {"model": "test_vit", "image_size": 32, "pretrained": False, "tasks": 2}
+SIDE = 40
+WNIDS = ("n01443537", "n01484850", "n01494475", "n01498041")
+CLASSES = ("airplane", "bear", "cup", "diamond")
+
+
+def picture(number: int) -> Image.Image:
+    random = np.random.default_rng(number)
+    return Image.fromarray(random.integers(0, 256, (SIDE, SIDE + 10, 3), dtype=np.uint8))
+
+
+def write_images(folder: Path, count: int, first: int = 0) -> None:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        picture(first + number).save(folder / f"art_{number}.png")
+
+
+def write_cifar(root: Path, per_class: int = 3, **changes: Any) -> None:
+    folder = root / "cifar-100-python"
+    folder.mkdir()
+    labels = [number % len(CLASSES) for number in range(per_class * len(CLASSES))]
+    data = np.random.default_rng(0).integers(0, 256, (len(labels), 3072), dtype=np.uint8)
+    for split in ("train", "test"):
+        content = {b"data": data, b"fine_labels": labels, **changes.get(split, {})}
+        (folder / split).write_bytes(pickle.dumps(content, protocol=2))
+    names = {b"fine_label_names": [name.encode() for name in CLASSES]}
+    (folder / "meta").write_bytes(pickle.dumps(changes.get("meta", names), protocol=2))
+
+
+def write_split(name: str) -> Callable[[Path], None]:
+    def write(root: Path) -> None:
+        for split, count in (("train", 3), ("test", 2)):
+            for position, wnid in enumerate(WNIDS):
+                write_images(root / name / split / wnid, count + position % 2, 10 * position)
+
+    return write
+
+
+def write_released(root: Path) -> None:
+    for position, wnid in enumerate(WNIDS):
+        write_images(root / "imagenet-r" / wnid, 10, 10 * position)
+
+
+def write_domainnet(root: Path) -> None:
+    folder = root / "domainnet"
+    for domain in image_sets.DOMAINS:
+        for position, name in enumerate(CLASSES):
+            write_images(folder / domain / name, 3, 10 * position)
+        for split, numbers in (("train", (0, 2)), ("test", (1,))):
+            lines = [f"{domain}/{name}/art_{n}.png {p}\n" for p, name in enumerate(CLASSES) for n in numbers]
+            (folder / f"{domain}_{split}.txt").write_text("".join(lines))
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "cifar100": write_cifar,
+    "imagenet-r": write_split("imagenet-r"),
+    "imagenet-a": write_split("imagenet-a"),
+    "domainnet": write_domainnet,
+}
+PUBLISHED = [name for name in configuration.available() if name.startswith("published/")]
+
+
+def load(root: Path, dataset: str, seed: int = 0, **changes: Any) -> Problem:
+    torch.set_num_threads(1)
+    return images.load(root, seed, "cpu", **({"dataset": dataset} | TINY | changes))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_method_of_a_published_configuration_learns_two_tasks(name: str, tmp_path: Path) -> None:
+    found = configuration.load(configuration.find(name))
+    assert found.name == name.removeprefix("published/")
+    settings = found.runs[0].problem
+    WRITERS[settings["dataset"]](tmp_path)
+    torch.set_num_threads(1)
+    problem = problems.load(settings | TINY, tmp_path, found.runs[0].seed, "cpu")
+    for run in found.runs:
+        assert timm.get_pretrained_cfg(run.problem["model"]).hf_hub_id  # a name and weights that timm knows
+        iterations = run.training.iterations and 2
+        short = replace(run.training, epochs=1, iterations=iterations, batch_size=24, workers=0)
+        record = execute(replace(run, training=short), problem, torch.device("cpu"))
+        assert [len(row) for row in record["matrices"]["class_incremental"]] == [1, 2]
+        per_block = len(run.adapters["target_modules"]) if "slices" not in run.adapters else 2
+        trained = record["tasks"][0]["trained_parameters"]
+        assert trained >= 6 * per_block * 64  # of each of the 6 blocks at least one row of the 64 columns
+
+
+def test_there_is_a_configuration_of_every_published_protocol() -> None:
+    sets = {configuration.load(configuration.find(name)).runs[0].problem["dataset"] for name in PUBLISHED}
+    assert sets == set(image_sets.READERS) and len(PUBLISHED) == 12
+
+
+@pytest.mark.parametrize("dataset", WRITERS)
+def test_tasks_hold_the_images_of_their_classes(dataset: str, tmp_path: Path) -> None:
+    WRITERS[dataset](tmp_path)
+    problem = load(tmp_path, dataset)
+    names = WNIDS if dataset.startswith("imagenet") else CLASSES
+    assert [task.classes for task in problem.stream.tasks] == [names[:2], names[2:]]
+    counts = {"cifar100": (6, 6), "domainnet": (24, 12)}.get(dataset, (7, 5))
+    for task in problem.stream.tasks:
+        assert (size(task.train), size(task.test)) == counts
+        inputs, labels = next(iter(loader(task.train, 100)))
+        assert inputs.shape == (counts[0], 3, 32, 32) and inputs.dtype == torch.float32
+        assert labels.dtype == torch.int64 and set(labels.tolist()) == {0, 1}
+    assert problem.facts["train_images"] == 2 * counts[0]
+    assert problem.backbone(inputs).shape == (counts[0], problem.backbone.dim)
+
+
+@pytest.mark.parametrize("dataset", ["imagenet-r", "domainnet", "cifar100"])
+def test_labels_and_pixels_of_test_images_are_those_of_the_files(dataset: str, tmp_path: Path) -> None:
+    WRITERS[dataset](tmp_path)
+    whole = image_transforms.testing(SIDE, 1.0, "bilinear", image_transforms.NONE)
+    for number, task in enumerate(load(tmp_path, dataset, image_size=48).stream.tasks):
+        data = images.Images(task.test.examples, whole)
+        for index in range(size(data)):
+            image, label = data[index]
+            position = 2 * number + label
+            if dataset == "cifar100":
+                row = 4 * (index // 2) + position  # of the file, whose labels go round
+                file = tmp_path / "cifar-100-python" / "test"
+                pixels = pickle.loads(file.read_bytes())[b"data"][row].reshape(3, 32, 32)
+                assert (task.test.examples.images[index].transpose(2, 0, 1) == pixels).all()
+                continue
+            file = task.test.examples.images[index]
+            assert file.parent.name == task.classes[label]
+            expected = np.asarray(picture(10 * position + int(file.stem[-1])))[:, 5:-5].transpose(2, 0, 1)
+            torch.testing.assert_close(image, torch.from_numpy(expected / np.float32(255)), rtol=0, atol=0)
+
+
+def test_training_images_are_drawn_anew_and_test_images_are_not(tmp_path: Path) -> None:
+    write_cifar(tmp_path)
+    task = load(tmp_path, "cifar100").stream.tasks[0]
+    assert not torch.equal(task.train[0][0], task.train[0][0])
+    assert torch.equal(task.test[0][0], task.test[0][0])
+    for data in (task.train, task.test):
+        assert 0.0 <= data[0][0].min() < 0.5 < data[0][0].max() <= 1.0
+
+
+def test_normalize_takes_the_statistics_of_the_model_or_given_ones(tmp_path: Path) -> None:
+    write_cifar(tmp_path)
+    plain, model, given = (
+        load(tmp_path, "cifar100", normalize=value).stream.tasks[0].test[0][0]
+        for value in (None, "model", {"mean": [0.1, 0.2, 0.3], "std": [1, 2, 4]})
+    )
+    mean = torch.tensor(timm.get_pretrained_cfg("test_vit").mean)[:, None, None]
+    torch.testing.assert_close(model, (plain - mean) / 0.5)
+    moved = (plain - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / torch.tensor([1, 2, 4])[:, None, None]
+    torch.testing.assert_close(given, moved)
+
+
+def test_shuffled_classes_have_the_order_of_the_official_generator(tmp_path: Path) -> None:
+    write_split("imagenet-a")(tmp_path)
+    orders = []
+    for seed in (1993, 1994):
+        np.random.seed(seed)  # noqa: NPY002, as the official code does
+        expected = [WNIDS[i] for i in np.random.permutation(4)]  # noqa: NPY002
+        tasks = load(tmp_path, "imagenet-a", seed, shuffle=True).stream.tasks
+        assert [name for task in tasks for name in task.classes] == expected
+        orders.append(expected)
+    assert orders[0] != orders[1]
+    assert load(tmp_path, "imagenet-a", 1993).stream.tasks[0].classes == WNIDS[:2]
+
+
+def test_a_released_set_is_split_once_for_all_seeds(tmp_path: Path) -> None:
+    write_released(tmp_path)
+
+    def files(examples: Examples) -> list[str]:
+        return [f"{file.parent.name}/{file.name}" for file in examples.images]  # type: ignore[union-attr]
+
+    found = image_sets.read("imagenet-r", tmp_path)
+    assert (len(found.train.labels), len(found.test.labels)) == (32, 8)
+    assert sorted(files(found.train) + files(found.test)) == sorted(
+        f"{wnid}/art_{number}.png" for wnid in WNIDS for number in range(10)
+    )
+    tested = [
+        [Path(f).name for t in load(tmp_path, "imagenet-r", s).stream.tasks for f in files(t.test.examples)]
+        for s in (0, 1)
+    ]
+    assert tested[0] == tested[1] == [Path(file).name for file in files(found.test)]
+    assert files(image_sets.read("imagenet-r", tmp_path, 1).test) != files(found.test)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_checkpoint_gives_all_weights_and_its_position_embedding_is_resized(
+    suffix: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(3)
+    source = timm.create_model("test_vit", num_classes=7, img_size=32).eval()
+    state = {name: torch.randn_like(value) for name, value in source.state_dict().items()}
+    source.load_state_dict(state)
+    if suffix == ".pth":
+        torch.save(state, tmp_path / "w.pth")
+    else:
+        save_file(state, tmp_path / "w.safetensors")
+    made = backbones.make(tmp_path, "test_vit", 32, f"w{suffix}", 0)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = source.forward_head(source.forward_features(x), pre_logits=True)
+        torch.testing.assert_close(made(x), expected, rtol=0, atol=0)
+    larger = backbones.make(tmp_path, "test_vit", 64, f"w{suffix}", 0)
+    assert larger.network.pos_embed.shape[1] > made.network.pos_embed.shape[1]
+    assert not any(p.requires_grad for p in made.parameters()) and not made.training
+
+
+def test_random_weights_belong_to_their_seed_and_leave_the_random_state_alone() -> None:
+    state = torch.random.get_rng_state()
+    first, again, other = (
+        torch.cat([p.flatten() for p in backbones.make(Path(), "test_vit", 32, False, seed).parameters()])
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def _checkpoint(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def write(root: Path) -> None:
+        state = timm.create_model("test_vit", num_classes=0, img_size=32).state_dict()
+        change(state)
+        torch.save(state, root / "w.pth")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda root: None, r"expected a checkpoint, found no file .*w\.pth"),
+        (lambda root: (root / "w.pth").write_bytes(b"no weights"), r"w\.pth: not a readable checkpoint"),
+        (_checkpoint(lambda s: s.pop("blocks.1.attn.qkv.weight")), r"lacks blocks\.1\.attn\.qkv\.weight"),
+        (_checkpoint(lambda s: s.update(prompt=torch.ones(1))), "also has prompt"),
+        (_checkpoint(lambda s: s.update({"norm.bias": torch.ones(5)})), r"shapes do not fit.*norm\.bias"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    write: Callable[[Path], Any], message: str, tmp_path: Path
+) -> None:
+    write(tmp_path)
+    with pytest.raises(DataError, match=f"(?s)pretrained: .*{message}"):
+        backbones.make(tmp_path, "test_vit", 32, "w.pth", 0)
+
+
+def test_weights_that_cannot_be_downloaded_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(DataError, match=r"timm/test_vit\.r160_in1k.*give the file as pretrained"):
+        backbones.make(tmp_path, "test_vit", 32, True, 0)
+
+
+def _without(path: str) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        target = root / path
+        if target.is_dir():
+            for file in target.iterdir():
+                file.unlink()
+            target.rmdir()
+        else:
+            target.unlink()
+
+    return change
+
+
+def _listing(text: str) -> Callable[[Path], None]:
+    """Adds a fifth line to a list."""
+
+    def change(root: Path) -> None:
+        with (root / "domainnet" / "real_test.txt").open("a") as file:
+            file.write(text)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("dataset", "change", "message"),
+    [
+        ("cifar100", _without("cifar-100-python/meta"), "expected the files train, test and meta.*no meta"),
+        ("imagenet-r", _without("imagenet-r/test/n01443537"), "n01443537 is in train and not in test"),
+        ("imagenet-r", _without("imagenet-r/train/n01443537"), "n01443537 is in test and not in train"),
+        ("imagenet-a", lambda root: (root / "imagenet-a/test/extra").mkdir(), "extra is in test and not in"),
+        ("domainnet", _without("domainnet/sketch_test.txt"), r"lists.*found no sketch_test\.txt"),
+        ("domainnet", _without("domainnet/real/bear/art_2.png"), r"real_train\.txt: line 4: .*no such file"),
+        ("domainnet", _without("domainnet/real/bear"), r"real_train\.txt: line 3: .*no such file"),
+        ("domainnet", _listing("real/cup/art_0.png 1\n"), "line 5: label 1 is cl"),
+        ("domainnet", _listing("real/cup/art_0.png 7\n"), r"expected labels 0\.\.4"),
+        ("domainnet", _listing("real/cup/art_0.png\n"), "line 5: expected <domain>"),
+        ("domainnet", _listing("/etc/passwd 1\n"), "line 5: expected <domain>"),
+        ("domainnet", _listing("real/dog/a.png 4\n"), "line 5: .*dog.*no such file"),
+    ],
+)  # fmt: skip
+def test_folders_that_are_not_as_published_are_refused(
+    dataset: str, change: Callable[[Path], Any], message: str, tmp_path: Path
+) -> None:
+    WRITERS[dataset](tmp_path)
+    change(tmp_path)
+    with pytest.raises(DataError, match=message):
+        image_sets.read(dataset, tmp_path)
+
+
+def test_a_class_that_is_only_trained_or_only_tested_is_refused(tmp_path: Path) -> None:
+    write_domainnet(tmp_path)
+    for domain in image_sets.DOMAINS:
+        file = tmp_path / "domainnet" / f"{domain}_test.txt"
+        file.write_text("".join(line for line in file.read_text().splitlines(True) if "/cup/" not in line))
+    with pytest.raises(DataError, match="domainnet: class cup: expected test images, found none"):
+        image_sets.read("domainnet", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test": {b"fine_labels": [0, 1, 2, 0] * 3}}, "class diamond: expected test images, found none"),
+        ({"train": {b"fine_labels": [0, 1, 2, 4] * 3}}, r"training: expected labels 0\.\.3, got 4"),
+        ({"train": {b"fine_labels": [0, 1, 2, -1] * 3}}, r"training: expected labels 0\.\.3, got -1"),
+        ({"meta": {b"names": []}}, "meta: expected a list fine_label_names"),
+    ],
+)
+def test_cifar_files_that_do_not_agree_are_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_cifar(tmp_path, **changes)
+    with pytest.raises(DataError, match=message):
+        image_sets.read("cifar100", tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named_also_by_a_worker(workers: int, tmp_path: Path) -> None:
+    write_split("imagenet-r")(tmp_path)
+    (tmp_path / "imagenet-r" / "train" / WNIDS[0] / "art_1.png").write_bytes(b"not an image")
+    task = load(tmp_path, "imagenet-r").stream.tasks[0]
+    with pytest.raises(DataError, match=r"art_1\.png: not a readable image"):
+        list(loader(task.train, 4, workers=workers))
+
+
+def test_a_class_of_one_image_cannot_be_split(tmp_path: Path) -> None:
+    write_released(tmp_path)
+    write_images(tmp_path / "imagenet-r" / "n09", 1)
+    with pytest.raises(DataError, match="n09: expected at least 2 images, one for testing, got 1"):
+        image_sets.read("imagenet-r", tmp_path)
+
+
+@pytest.mark.parametrize("dataset", image_sets.READERS)
+def test_missing_data_are_named_with_their_layout(dataset: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"(cifar-100-python\.tar\.gz|imagenet-.\.tar|_train\.txt).*found no"):
+        load(tmp_path, dataset)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dataset": "svhn"}, r"dataset: expected one of cifar100, .*got 'svhn'"),
+        ({"model": "vit_gigantic"}, "model: expected the name of a model of timm .*got 'vit_gigantic'"),
+        ({"model": "test_vit.no_such_tag"}, "model: 'test_vit.no_such_tag' cannot be made"),
+        ({"model": "test_resnet"}, "model: 'test_resnet' cannot be made: .*img_size"),
+        ({"pretrained": 3}, "pretrained: expected true, false or the path"),
+        ({"image_size": 0}, "image_size: expected an integer >= 1, got 0"),
+        ({"split_seed": -1}, "split_seed: expected an integer >= 0, got -1"),
+        ({"crop_scale": [0.5, 0.1]}, r"crop_scale: .*got \[0\.5, 0\.1\]"),
+        ({"crop_fraction": 1.5}, r"crop_fraction: .*got 1\.5"),
+        ({"interpolation": "cubic"}, "interpolation: expected bilinear or bicubic, got 'cubic'"),
+        ({"normalize": {"mean": [0.5], "std": [0.5]}}, "normalize: expected null"),
+        ({"normalize": "imagenet"}, "normalize: expected null"),
+        ({"tasks": 5}, "tasks: expected at least one class per task"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write_cifar(tmp_path)
+    with pytest.raises(DataError, match=message):
+        load(tmp_path, **({"dataset": "cifar100"} | settings))
+
+
+def test_missing_libraries_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar(tmp_path)
+    with monkeypatch.context() as change:
+        change.setitem(__import__("sys").modules, "torchvision", None)
+        with pytest.raises(DataError, match="pip install torchvision"):
+            load(tmp_path, "cifar100")
+
+    def missing(name: str) -> None:
+        raise extras.Unavailable(f"{name} is not installed")
+
+    monkeypatch.setattr(extras, "load", missing)
+    with pytest.raises(DataError, match="pip install timm torchvision"):
+        load(tmp_path, "cifar100")
