@@ -22,7 +22,7 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def violations(value: Any, schema: dict[str, Any] = SCHEMA, where: str = "record") -> Iterator[str]:
-    """What `value` has against `schema`, in words; the keywords that record_schema.json uses."""
+    """What `value` has against `schema`, in words; the keywords that the files record_schema.json use."""
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if kinds and not any(_is(value, kind) for kind in kinds):
@@ -32,18 +32,25 @@ def violations(value: Any, schema: dict[str, Any] = SCHEMA, where: str = "record
         yield f"{where}: {value!r} is none of {schema['enum']}"
     if "minimum" in schema and value is not None and value < schema["minimum"]:
         yield f"{where}: {value!r} < {schema['minimum']}"
+    if "maximum" in schema and value is not None and value > schema["maximum"]:
+        yield f"{where}: {value!r} > {schema['maximum']}"
+    if isinstance(value, list):
+        if len(value) < schema.get("minItems", 0):
+            yield f"{where}: expected at least {schema['minItems']} items, got {len(value)}"
+        for number, item in enumerate(value):
+            yield from violations(item, schema.get("items", {}), f"{where}[{number}]")
     for name in schema.get("required", []):
         if name not in value:
             yield f"{where}: {name} is missing"
     choices = [list(violations(value, choice, where)) for choice in schema.get("anyOf", [])]
     if choices and all(choices):
         yield min(choices, key=len)[0]
-    properties = schema.get("properties", {})
+    properties, others = schema.get("properties", {}), schema.get("additionalProperties", {})
     for name in value if isinstance(value, dict) else ():
-        if name in properties:
-            yield from violations(value[name], properties[name], f"{where}.{name}")
-        elif schema.get("additionalProperties") is False:
+        if name not in properties and others is False:
             yield f"{where}: {name} is not described"
+            continue
+        yield from violations(value[name], properties.get(name, others), f"{where}.{name}")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from .collection import CaseRecords, Record, Unusable, digits, time_text, verdic
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, OUTPUT = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
 IMAGES = "images"  # beside the output
+CONTINUAL = "continual"  # records of another kind, with a page of their own: benchmarks/continual/page.py
 DASH = "–"
 VERSIONS = ("fused_ewclora", "torch", "triton", "cuda", "python")
 UNITS = {"copy": ("GB/s, read plus written", 1e9)}  # of ceilings; the others are products
@@ -283,7 +284,8 @@ def section(machine: str, found: Sequence[Record], folder: str) -> list[str]:
 def _folders(results: Path) -> list[Path]:
     if not results.is_dir():
         raise Unusable(f"{results}: no such folder")
-    return [path for path in sorted(results.iterdir()) if path.is_dir() and any(path.glob("*.jsonl"))]
+    folders = [path for path in sorted(results.iterdir()) if path.is_dir() and path.name != CONTINUAL]
+    return [path for path in folders if any(path.glob("*.jsonl"))]
 
 
 def generate(results: Path = RESULTS) -> str:
@@ -313,20 +315,21 @@ def write(results: Path, output: Path) -> None:
     output.write_text(text, encoding="utf-8")
 
 
-def check(results: Path, output: Path) -> str | None:
-    """What is wrong with the text, None if it is what the records give."""
-    expected = generate(results).splitlines()
+def difference(text: str, results: Path, output: Path, command: str) -> str | None:
+    """Where the file is not the text that its command would write from the records in `results`."""
     if not output.exists():
-        return f"{output}: no such file; python -m benchmarks.report writes it"
-    lines = output.read_text(encoding="utf-8").splitlines()
+        return f"{output}: no such file; {command} writes it"
+    expected, lines = text.splitlines(), output.read_text(encoding="utf-8").splitlines()
     if lines == expected:
         return None
     same = next((n for n, (a, b) in enumerate(zip(lines, expected, strict=False)) if a != b), None)
     where = min(len(lines), len(expected)) if same is None else same
-    return (
-        f"{output}: line {where + 1} is not what the records in {results} give; "
-        "python -m benchmarks.report writes it anew"
-    )
+    return f"{output}: line {where + 1} is not what the records in {results} give; {command} writes it anew"
+
+
+def check(results: Path, output: Path) -> str | None:
+    """What is wrong with the text, None if it is what the records give."""
+    return difference(generate(results), results, output, "python -m benchmarks.report")
 
 
 def main(given: Sequence[str] | None = None) -> int:

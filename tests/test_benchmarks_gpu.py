@@ -93,6 +93,7 @@ def case(*runs: Provider, **more: object) -> Case:
 
 def test_the_records_in_the_repository_fit_the_schema():
     paths = sorted((ROOT / "benchmarks" / "results").rglob("*.jsonl"))
+    paths = [path for path in paths if path.parent.name != "continual"]  # of another kind
     assert paths
     for path in paths:
         found = records.read(path)

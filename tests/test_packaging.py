@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+CONTINUAL = ROOT / "benchmarks" / "continual"
 FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 FOLDERS = ("fused_ewclora", "kernels", "benchmarks", "csrc", "tests")
 SETTINGS = ("PYTHONPATH", "FUSED_EWCLORA_BUILD", "FUSED_EWCLORA_BACKEND", "CUDA_HOME", "CUDA_PATH")
@@ -113,6 +114,9 @@ def test_pure_wheel_holds_the_package_the_kernels_and_nothing_else(pure_wheel: P
     assert modules <= set(found)
     tools = {f"fused_ewclora/{path.relative_to(ROOT)}" for path in (ROOT / "benchmarks").rglob("*.py")}
     assert {*tools, "fused_ewclora/benchmarks/record_schema.json"} <= set(found)
+    data = {f"fused_ewclora/{path.relative_to(ROOT)}" for path in CONTINUAL.rglob("*.json")}
+    assert {"record_schema.json", "language.json", "vision.json"} <= {Path(name).name for name in data}
+    assert data <= set(found)
     assert not [name for name in found if name.endswith(".jsonl")]
     assert not [name for name in found if name.endswith("kernels/__init__.py")]
 

@@ -63,7 +63,7 @@ def caption(found: Sequence[Record]) -> str:
     days = sorted({record["time"][:10] for record in found})
     parts = [
         collection.told(found, "device"),
-        *([] if gpu or not threads else [f"{threads} threads"]),
+        *([] if gpu or not threads else [f"{threads} thread{'s' * (threads != '1')}"]),
         *(f"{name} {value}" for name, value in values if value),
         days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
     ]

@@ -1,0 +1,191 @@
+"""Runs that differ in the seed only, together: what tables, targets and pictures are made of."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import collection
+from ..collection import Record
+from . import recorded
+
+KINDS = ("LoRA", "EWCLoRA", "SDLoRA", "CoDyRA", "InfLoRA")  # as tables order them
+SHOWN_DIFFERENCES = 3  # that tell settings of one method apart
+
+
+class Spread(NamedTuple):
+    """Mean and sample standard deviation over seeds; the latter is None for a single one."""
+
+    mean: float
+    deviation: float | None
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.fmean(values), deviation, tuple(values))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one method with one setting, by seed, each seed once.
+
+    note: what is different from the other settings of the method in the suite; "" where it has one.
+    """
+
+    suite: str
+    method: str
+    kind: str
+    records: tuple[Record, ...]
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """The method, and its setting where there are several."""
+        return f"{self.method} ({self.note})" if self.note else self.method
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(record["seed"] for record in self.records)
+
+    @property
+    def tasks(self) -> int:
+        return len(self.records[0]["test_sizes"])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.records[0]["run"]["options"]
+        return found
+
+    @property
+    def ewc_lambda(self) -> float:
+        """0 for methods without a penalty."""
+        return float(self.options.get("ewc_lambda", 0.0))
+
+    @property
+    def machines(self) -> list[str]:
+        """Where it ran; times of different machines are not averaged."""
+        return list(collection.by_machine(self.records))
+
+    def of_seeds(self, seeds: Sequence[int]) -> Group:
+        """The same with some of the seeds."""
+        kept = tuple(record for record in self.records if record["seed"] in seeds)
+        return Group(self.suite, self.method, self.kind, kept, self.note)
+
+    def metric(self, protocol: str, name: str) -> Spread | None:
+        """A metric of `ContinualMetrics.summary()` over the seeds; None where it is not defined."""
+        return self.over_seeds(lambda record: record["metrics"][protocol][name])
+
+    def over_seeds(self, value: Callable[[Record], float | None]) -> Spread | None:
+        """A value of every record; None where one has none."""
+        values = [value(record) for record in self.records]
+        known = [v for v in values if v is not None]
+        return Spread.of(known) if len(known) == len(values) else None
+
+    def matrix(self, protocol: str) -> np.ndarray:
+        """Accuracies `[T, T]` in percent, the mean over the seeds; NaN for tasks that come later."""
+        return np.mean([recorded.metrics(record).matrix(protocol) for record in self.records], axis=0)
+
+    def curves(self, protocol: str) -> np.ndarray:
+        """`A_1 .. A_T` of every seed, sample-weighted: `[seeds, T]`."""
+        return np.array([recorded.metrics(record).curve(protocol=protocol) for record in self.records])
+
+
+def setting(record: Record) -> str:
+    """Equal for runs that may be averaged: names and seeds do not count."""
+    left_out = ("suite", "method", "seed")
+    kept = {name: value for name, value in record["run"].items() if name not in left_out}
+    return json.dumps([kept, len(record["test_sizes"])], sort_keys=True)
+
+
+def basis(group: Group) -> str:
+    """Equal for groups whose methods can be compared: the same problem, adapters, training and tasks."""
+    run = group.records[0]["run"]
+    kept = {name: run[name] for name in ("problem", "adapters", "training")}
+    return json.dumps([group.suite, kept, group.tasks], sort_keys=True)
+
+
+def group(found: Iterable[Record]) -> list[Group]:
+    """Groups of the runs among records, suites in order of appearance, methods by kind and lambda.
+
+    Of runs with the same setting and seed the newest counts, of equal times the later one.
+    """
+    settings: dict[tuple[str, str, str], dict[int, Record]] = {}
+    for record in recorded.runs(found):
+        seeds = settings.setdefault((record["suite"], record["method"], setting(record)), {})
+        before = seeds.get(record["seed"])
+        if before is None or record["time"] >= before["time"]:
+            seeds[record["seed"]] = record
+    groups = [
+        Group(suite, method, next(iter(seeds.values()))["kind"], tuple(seeds[seed] for seed in sorted(seeds)))
+        for (suite, method, _), seeds in settings.items()
+    ]
+    suites = list(dict.fromkeys(one.suite for one in groups))
+    # Runs are recorded as they end, several at a time: their order says nothing.
+    groups.sort(key=lambda one: (suites.index(one.suite), _rank(one.kind), one.ewc_lambda))
+    return list(_noted(groups))
+
+
+def by_suite(groups: Iterable[Group]) -> dict[str, list[Group]]:
+    """Groups by the name of their suite."""
+    suites: dict[str, list[Group]] = {}
+    for one in groups:
+        suites.setdefault(one.suite, []).append(one)
+    return suites
+
+
+def newest_costs(found: Iterable[Record]) -> list[list[Record]]:
+    """Records of costs that can be compared, of the same machine, model and number of tasks, in lists: of
+    every method the newest."""
+    comparable: dict[str, dict[str, Record]] = {}
+    for machine, of_machine in collection.by_machine(recorded.costs(found)).items():
+        for record in of_machine:
+            which = json.dumps([machine, record["model"], record["tasks"]], sort_keys=True)
+            methods = comparable.setdefault(which, {})
+            before = methods.get(record["method"])
+            if before is None or record["time"] >= before["time"]:
+                methods[record["method"]] = record
+    return [list(methods.values()) for methods in comparable.values()]
+
+
+def _rank(kind: str) -> int:
+    return KINDS.index(kind) if kind in KINDS else len(KINDS)
+
+
+def _noted(groups: Sequence[Group]) -> Iterator[Group]:
+    """With what tells settings of one method apart."""
+    for one in groups:
+        same = [other for other in groups if (other.suite, other.method) == (one.suite, one.method)]
+        if len(same) == 1:
+            yield one
+            continue
+        told = [_flat(other) for other in same]
+        mine = told[same.index(one)]
+        names = list(dict.fromkeys(name for fields in told for name in fields))
+        apart = [name for name in names if len({json.dumps(fields.get(name)) for fields in told}) > 1]
+        parts = [f"{name.rpartition('.')[2]} {mine.get(name, 'not given')}" for name in apart]
+        more = ["…"] if len(parts) > SHOWN_DIFFERENCES else []
+        note = ", ".join([*parts[:SHOWN_DIFFERENCES], *more])
+        yield Group(one.suite, one.method, one.kind, one.records, note)
+
+
+def _flat(one: Group) -> dict[str, Any]:
+    """Fields of a setting by their path."""
+    found: dict[str, Any] = {}
+
+    def visit(value: Any, path: str) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                visit(inner, f"{path}.{name}" if path else name)
+        else:
+            found[path] = value
+
+    run = {n: v for n, v in one.records[0]["run"].items() if n not in ("suite", "method", "seed")}
+    visit({**run, "number of tasks": one.tasks}, "")
+    return found

@@ -1,0 +1,69 @@
+"""Pictures of runs and of costs: accuracy matrices, accuracy over tasks, lambda, costs over tasks."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import collection
+from ..collection import Record, Unusable
+from ..plot import MISSING, Picture, slug
+from .groups import by_suite, group, newest_costs
+from .targets import CIL, TIL, lines_of_lambda
+
+PREFIX = "continual"
+PROTOCOLS = {CIL: "class-incremental", TIL: "task-aware"}
+PER_PAGE = 12  # methods of one picture
+
+
+def planned(found: Iterable[Record]) -> list[Picture]:
+    """The pictures of records, not drawn yet; that needs no matplotlib. `op` is the suite, "" for costs."""
+    found = list(found)
+    made: list[Picture] = []
+    for suite, groups in by_suite(group(found)).items():
+        pages = [groups[i : i + PER_PAGE] for i in range(0, len(groups), PER_PAGE)]
+        for number, page in enumerate(pages, 1):
+            which = f"-{number}" if len(pages) > 1 else ""
+            of = f" ({number} of {len(pages)})" if which else ""
+            for protocol, words in PROTOCOLS.items():
+                title = f"{suite}: {words} accuracy in percent{of}"
+                made.append(_picture(f"{suite}-{words}{which}", title, "matrices", suite, page, protocol))
+            title = f"{suite}: accuracy on all tasks so far{of}"
+            made.append(_picture(f"{suite}-accuracy{which}", title, "accuracy", suite, page))
+        lines = [line for line in lines_of_lambda(groups) if len(line) > 2]
+        for number, line in enumerate(lines, 1):
+            which = f"-{number}" if len(lines) > 1 else ""
+            title = f"{suite}: EWC-LoRA over lambda"
+            made.append(_picture(f"{suite}-lambda{which}", title, "over_lambda", suite, line))
+    for comparable in newest_costs(found):
+        first = comparable[0]
+        machine, sizes = next(iter(collection.by_machine(comparable))), first["model"]
+        told = ", ".join(f"{name} {value}" for name, value in sizes.items())
+        name = f"costs-{machine}-{'-'.join(map(str, sizes.values()))}-{first['tasks']}-tasks"
+        made.append(_picture(name, f"Costs over tasks: {told}", "costs", "", comparable))
+    return made
+
+
+def draw(found: Iterable[Record], out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+    """Writes all pictures to the folder; the paths. Raises `Unusable` without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise Unusable(MISSING)
+    from ..plots import style
+
+    return [path for one in planned(found) for path in style.save(one.draw(), out, one.name, formats)]
+
+
+def _picture(name: str, title: str, kind: str, suite: str, *arguments: Any) -> Picture:
+    """The figure is made by the function of figures.py that is called like its kind."""
+    return Picture(
+        f"{PREFIX}-{slug(name)}", title, kind, suite, functools.partial(_figure, kind, title, *arguments)
+    )
+
+
+def _figure(kind: str, *arguments: Any) -> Any:
+    from . import figures  # needs matplotlib
+
+    return getattr(figures, kind)(*arguments)
