@@ -1,0 +1,181 @@
+"""What a training step costs at every task of a sequence: time, peak memory, and what a method keeps.
+
+Steps of all tasks are timed in turns. In one long run the first and the last task would be minutes apart, in
+which a machine changes its speed by more than what is to be shown; so there is one model per task, each with
+the history of that task and a step of its own, and a round is one step of each in random order.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from fused_ewclora.demo.cost import peak_bytes
+from fused_ewclora.errors import ArgumentError
+
+from .. import machine
+from .histories import LOOPED, QUICK, Batch, Network, State, prepared
+
+Record = dict[str, Any]
+
+TASKS = 10
+ROUNDS = 40
+FLAT = 1.03  # of its first value, what does not grow may be
+
+
+def rounds_of(steps: Sequence[Callable[[], Any]], rounds: int, seed: int) -> list[list[float]]:
+    """Seconds of every step in every round, `[steps][rounds]`; each round has an order of its own, so that
+    none of them always follows the same one."""
+    order = random.Random(seed)
+    seconds: list[list[float]] = [[] for _ in steps]
+    collecting = gc.isenabled()
+    gc.disable()  # a collection would fall into some step of some round
+    try:
+        for _ in range(rounds):
+            for number in order.sample(range(len(steps)), len(steps)):
+                start = time.perf_counter()
+                steps[number]()
+                seconds[number].append(time.perf_counter() - start)
+    finally:
+        if collecting:
+            gc.enable()
+    return seconds
+
+
+def quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    """{"p20", "p50", "p80"}."""
+    values = torch.tensor(seconds, dtype=torch.float64)
+    return {f"p{percent}": values.quantile(percent / 100).item() for percent in (20, 50, 80)}
+
+
+def ratios_to_first(seconds: Sequence[Sequence[float]]) -> list[float]:
+    """The median over rounds of the time at a task over the time at the first task in the same round."""
+    return [
+        statistics.median(own / first for own, first in zip(task, seconds[0], strict=True))
+        for task in seconds
+    ]
+
+
+def measure(
+    name: str,
+    kind: str,
+    options: Mapping[str, Any],
+    *,
+    tasks: int = TASKS,
+    rounds: int = ROUNDS,
+    network: Network | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Record:
+    """The costs of one method over `tasks` tasks, as a record (record_schema.json).
+
+    kind and options: a method of `METHODS` and its keywords, or `LOOPED` with those of SDLoRA. Nothing but
+    shapes decides costs, so images are random; only the subspaces of InfLoRA, part of its state_bytes, have
+    sizes that real images would change. Raises `ArgumentError` for numbers that are not positive or an
+    unknown kind, and `EWCLoRAError` for a state that fails its checks.
+
+        >>> record = measure("LoRA", "LoRA", {}, tasks=2, rounds=3, network=QUICK)
+    """
+    for label, value in (("tasks", tasks), ("rounds", rounds)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ArgumentError(f"{label}: expected an integer >= 1, got {value!r}")
+    network, place = network or Network(), torch.device(device)
+    states, batch = prepared(name, kind, options, tasks, network, place, seed)
+    seconds = rounds_of([partial(state.step, batch) for state in states], rounds, seed)
+    return {
+        "cost": "step",
+        "method": name,
+        "kind": kind,
+        "options": dict(options),
+        "model": network.described(),
+        "tasks": tasks,
+        "step_seconds": [quantiles(one) for one in seconds],
+        "ratio_to_first": ratios_to_first(seconds),
+        "step_peak_bytes": [_peak(state, batch, place) for state in states],
+        "state_bytes": [state.state_bytes() for state in states],
+        "adapter_parameters": [state.adapter_parameters() for state in states],
+        "rounds": rounds,
+        "environment": machine.environment(place.type),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _peak(state: State, batch: Batch, device: torch.device) -> int:
+    """Gradients are made in the step, and are part of its peak."""
+    state.optimizer.zero_grad()
+    return peak_bytes(lambda: state.step(batch), device)
+
+
+def methods(tasks: int) -> list[tuple[str, str, dict[str, Any]]]:
+    """(name, kind, options) of what is measured by default."""
+    return [
+        ("LoRA", "LoRA", {}),
+        ("EWC-LoRA", "EWCLoRA", {"ewc_lambda": 1.0}),
+        ("SD-LoRA", "SDLoRA", {}),
+        ("SD-LoRA-RR", "SDLoRA", {"ranks": [10, 10, 10, 10, 8, 8, 8, 8, 6]}),
+        ("SD-LoRA, loop over tasks", LOOPED, {"normalization": "factors"}),
+        ("CoDyRA", "CoDyRA", {}),
+        ("InfLoRA", "InfLoRA", {"total_tasks": tasks}),
+    ]
+
+
+def measure_all(*, device: str = "cpu", quick: bool = False) -> Iterator[Record]:
+    """Records of all methods, one after the other; quick: three tasks of a tiny model."""
+    tasks, rounds, network = (3, 3, QUICK) if quick else (TASKS, ROUNDS, Network())
+    for name, kind, options in methods(tasks):
+        yield measure(name, kind, options, tasks=tasks, rounds=rounds, network=network, device=device)
+
+
+class Target(NamedTuple):
+    """What a method must not exceed: a figure of its record, as a multiple of the same at an earlier task."""
+
+    method: str
+    what: str
+    limit: float
+    value: Callable[[Record], float]
+
+
+TARGETS = (
+    Target("SD-LoRA", "time of a step at task 10, x task 1", 1.35, lambda r: float(r["ratio_to_first"][-1])),
+    Target(
+        "EWC-LoRA", "time of a step, longest of 10 tasks, x task 1", FLAT, lambda r: max(r["ratio_to_first"])
+    ),
+    Target(
+        "EWC-LoRA",
+        "peak memory of a step, largest of 10 tasks, x task 1",
+        FLAT,
+        lambda r: _growth(r["step_peak_bytes"]),
+    ),
+    # Before the end of task 1 there is no Fisher.
+    Target(
+        "EWC-LoRA",
+        "bytes kept, most of tasks 2 to 10, x task 2",
+        FLAT,
+        lambda r: _growth(r["state_bytes"][1:]),
+    ),
+)
+
+
+def goals(records: Sequence[Record]) -> list[Record]:
+    """{"goal", "target", "value", "met"} of every target, from the last record of its method over ten tasks;
+    value and met are None where there is none."""
+    last = {record["method"]: record for record in records if record.get("tasks") == TASKS}
+    return [_judged(target, last.get(target.method)) for target in TARGETS]
+
+
+def _judged(target: Target, record: Record | None) -> Record:
+    value = None if record is None else target.value(record)
+    met = None if value is None else value <= target.limit
+    return {"goal": f"{target.method}: {target.what}", "target": target.limit, "value": value, "met": met}
+
+
+def _growth(values: Sequence[int]) -> float:
+    return max(values) / values[0]
