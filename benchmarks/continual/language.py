@@ -26,7 +26,7 @@ class Corpus:
     """Definitions that the model can tell apart, as tokens.
 
     numbers `[N, T]` int64 and mask `[N, T]` bool as of `minilm.Model.tokens`; rows: those of each class, in
-    an order that only the texts decide. read: definitions before equal ones were left out.
+    an order that only their tokens decide. read: definitions before equal ones were left out.
     """
 
     numbers: Tensor
@@ -149,11 +149,11 @@ def _corpus(root: Path, tokens: int) -> Corpus:
     names, texts = map(list, zip(*wordnet.definitions(root), strict=True))
     numbers, mask = _model(root).tokens(texts, tokens)
     rows: dict[str, list[int]] = {}
-    # Definitions of a file are sorted by subject; the hash of its text gives each a place of its own.
-    for row in sorted(distinct(numbers, names).tolist(), key=lambda row: _hash(texts[row])):
+    # Definitions of a file are sorted by subject; a hash mixes them, in the same way for ever.
+    for row in sorted(distinct(numbers, names).tolist(), key=lambda row: _hash(numbers[row])):
         rows.setdefault(names[row], []).append(row)
     return Corpus(numbers, mask, {name: torch.tensor(found) for name, found in rows.items()}, len(texts))
 
 
-def _hash(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
+def _hash(row: Tensor) -> bytes:
+    return hashlib.sha256(row.numpy().astype("<i8").tobytes()).digest()

@@ -84,7 +84,7 @@ def write_wheel(root: Path, content: dict[str, bytes]) -> None:
             archive.writestr(f"{FOLDER}/{name}", data)
 
 
-def write_wordnet(root: Path) -> None:
+def write_wordnet(root: Path, backwards: bool = False) -> None:
     """Definitions of 2 to 6 words, which the model sees whole; only those of the constants are equal."""
     draw = random.Random(0)
     seen = {SHARED, REPEATED}
@@ -99,6 +99,8 @@ def write_wordnet(root: Path) -> None:
         glosses[name] = own
     glosses["noun.act"] += [SHARED, REPEATED, REPEATED.upper()]  # equal to the model
     glosses["noun.food"] += [SHARED]
+    if backwards:
+        glosses = {name: own[::-1] for name, own in glosses.items()}
     folder = root / "wordnet-base/usr/share/wordnet"
     folder.mkdir(parents=True)
     for part in ("noun", "verb"):
@@ -120,7 +122,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
+def fresh(known_threads: None) -> Iterator[None]:
+    torch.set_num_threads(1)  # matrices this small only wait for each other's threads
     yield
     for cached in (language._problem, language._corpus, language._model):
         cached.cache_clear()
@@ -246,6 +249,17 @@ def test_a_seed_repeats_and_another_draws_and_orders_anew(root: Path):
         return {text for task in problem.stream.tasks for text in texts(task.train)}
 
     assert training(load(root, 4, frozen_blocks=0)) != training(first)
+
+
+def test_the_order_of_definitions_in_the_files_does_not_count(root: Path, tmp_path: Path):
+    write_wheel(tmp_path, files())
+    write_wordnet(tmp_path, backwards=True)
+    assert wordnet.definitions(tmp_path) != wordnet.definitions(root)
+    for task, other in zip(load(root).stream.tasks, load(tmp_path).stream.tasks, strict=True):
+        assert task.classes == other.classes
+        assert torch.equal(everything(task.test)[0][1], everything(other.test)[0][1])
+        assert torch.equal(everything(task.test)[0][0], everything(other.test)[0][0])
+        torch.testing.assert_close(everything(task.train)[0], everything(other.train)[0], rtol=0, atol=0)
 
 
 def test_loading_leaves_the_random_state_alone(root: Path):
