@@ -192,3 +192,8 @@ def test_records_that_cannot_be_used_end_with_status_2(tmp_path: Path, capsys):
     assert report.main(["--check", "--results", str(tmp_path / "none")]) == 2
     with pytest.raises(collection.Unusable):
         report.generate(folder)
+
+
+def test_records_of_continual_runs_are_left_to_their_own_page(tmp_path: Path):
+    alone = report.generate(results(tmp_path, cpu_penalty=older()))
+    assert report.generate(results(tmp_path, continual_language=[{"suite": "language"}])) == alone

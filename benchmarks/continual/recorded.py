@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fused_ewclora.errors import ArgumentError
 from fused_ewclora.metrics import PROTOCOLS, ContinualMetrics
 
 from .. import records
@@ -49,12 +48,15 @@ def _of_run(record: Record) -> Iterator[str]:
         if len(values) != tasks:
             yield f"record.{name}: expected {tasks} entries, one per task, got {len(values)}"
             return
-    try:
-        expected = metrics(record).summary()
-    except ArgumentError as error:  # a row that is not of its length
-        yield f"record.matrices: {error}"
-        return
-    for protocol in PROTOCOLS:
+    rows = {f"{name}[{t}]": (row, t) for name in PROTOCOLS for t, row in enumerate(matrices[name])}
+    wrong = [
+        f"record.matrices.{name}: expected {t + 1} accuracies, of task 0 to {t}, got {len(row)}"
+        for name, (row, t) in rows.items()
+        if len(row) != t + 1
+    ]
+    yield from wrong
+    expected = {} if wrong else metrics(record).summary()
+    for protocol in expected:
         for name, value in expected[protocol].items():
             told = record["metrics"][protocol].get(name, math.nan)
             same = told is None if value is None else told is not None and abs(told - value) < 1e-6

@@ -28,8 +28,8 @@ def goals(found: Iterable[Record], suite: str = SUITE, chosen: str | None = None
         details  means, deviations and differences within seeds, one sentence each; or what is missing
 
     chosen: the method of the first two targets; without it the one called "EWC-LoRA", or else the middle one
-    of the lambdas. Only seeds that all compared methods have count. Runs of several problems, adapters or
-    trainings are not compared with each other: each of them has targets of its own.
+    of the lambdas, the lower of two. Only seeds that all compared methods have count. Runs of several
+    problems, adapters or trainings are not compared with each other: each of them has targets of its own.
     """
     comparable = _comparable([one for one in group(found) if one.suite == suite])
     return [goal for some in comparable or [[]] for goal in _goals(some, suite, chosen)]
