@@ -34,17 +34,15 @@ FISHERS = 2 * QUICK.dim**2
 ENTRIES = [pytest.param(*entry, id=entry[0]) for entry in costs.methods(3)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
+@pytest.fixture(autouse=True)
+def one_thread(known_threads: None) -> None:
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def quick() -> dict[str, dict[str, Any]]:
     """The records of a quick run, by method."""
+    torch.set_num_threads(1)  # before the fixtures of a single test
     return {record["method"]: record for record in costs.measure_all(quick=True)}
 
 
