@@ -216,7 +216,15 @@ def test_the_page_lists_every_configuration(tmp_path: Path):
     for name in configuration.available():
         about = configuration.load(configuration.find(name)).about
         assert f"- `{name}`: {about}" in (published if name.startswith("published/") else text)
-    assert configuration.load(configuration.find("language")).about in text.split("## Suite language")[1]
+
+
+def test_a_suite_has_the_words_of_its_configuration_if_it_is_what_was_run(tmp_path: Path):
+    configured = configuration.load(configuration.find("language"))
+    made = run()
+    real = {**made, "run": {**made["run"], "problem": configured.runs[0].to_dict()["problem"]}}
+    for record, count in ((real, 1), (made, 0)):
+        text = page.generate(folder(tmp_path / "results", [record]))
+        assert text.split("## Suite language")[1].split("##")[0].count(configured.about) == count
 
 
 def test_without_records_nothing_is_called_measured(tmp_path: Path):

@@ -89,7 +89,7 @@ def targets(found: Sequence[Record]) -> list[str]:
 def section(suite: str, groups: Sequence[Group], planned: Sequence[Picture]) -> list[str]:
     """A suite: what was run, tables, pictures."""
     found = [record for one in groups for record in one.records]
-    lines = [f"## Suite {suite}", "", *_about(suite), *problem_table(groups), *machine_table(found)]
+    lines = [f"## Suite {suite}", "", *_about(suite, found), *problem_table(groups), *machine_table(found)]
     lines += summary.markdown(summary.table(found))
     return [*lines, *_shown(planned)]
 
@@ -163,12 +163,13 @@ def configurations() -> list[str]:
     return lines
 
 
-def _about(suite: str) -> list[str]:
-    """What the configuration says of itself, if it comes with the library."""
+def _about(suite: str, found: Sequence[Record]) -> list[str]:
+    """What the configuration says of itself, if it comes with the library and is what was run."""
     for name in configuration.available():
-        found = configuration.load(configuration.find(name))
-        if found.name == suite:
-            return [found.about, ""]
+        of = configuration.load(configuration.find(name))
+        problems = [run.to_dict()["problem"] for run in of.runs]
+        if of.name == suite and all(record["run"]["problem"] in problems for record in found):
+            return [of.about, ""]
     return []
 
 

@@ -170,5 +170,5 @@ def text(spread: Spread | None, digits: int = 1) -> str:
     """Mean and deviation; the mean alone of one seed, or where all seeds agree; a dash for nothing."""
     if spread is None:
         return "–"
-    mean = f"{round(spread.mean, digits) + 0.0:.{digits}f}"  # + 0: no "-0.0"
+    mean = f"{round(spread.mean, digits) + 0.0:,.{digits}f}"  # + 0: no "-0.0"
     return f"{mean} ± {spread.deviation:.{digits}f}" if len(set(spread.values)) > 1 else mean
