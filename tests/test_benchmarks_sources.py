@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import zipfile
 from pathlib import Path
@@ -113,6 +114,7 @@ def test_a_download_without_the_wanted_file_is_refused(tmp_path: Path, monkeypat
 def test_a_debian_package_in_the_folder_is_extracted(tmp_path: Path, monkeypatch):
     package_at(tmp_path)
     commands(monkeypatch, tmp_path / "bin", "exit 1")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))  # it may be on another file system
     content = sources.debian_package(tmp_path, "some-data")
     assert content == tmp_path / "some-data"
     assert (content / "usr/share/some/data.txt").read_text() == "numbers"
