@@ -2,10 +2,11 @@
 #   make test    the whole test suite           make lint    ruff, mypy, clang-format
 #   make test-library, make test-integrations    its two halves: without and with model libraries
 #   make demo    the continual learning demo    make bench   benchmarks against installed peers
+#   make suite   continual learning with every method on language and vision
 #   make docs    the API reference and the pages of docs/, in build/docs
 #   make format  rewrite sources in style       make clean   remove build outputs (make distclean: .venv as well)
 #   make gpu-check OUT=dir   tests and benchmarks on a CUDA machine, with the PyTorch, Triton and pytest of PYTHON; no .venv
-# Variables: PYTHON, MAX_JOBS, FUSED_EWCLORA_BUILD, TEST_ARGS, DEMO_ARGS, BENCH_ARGS, OUT, CHECK_ARGS
+# Variables: PYTHON, MAX_JOBS, FUSED_EWCLORA_BUILD, TEST_ARGS, DEMO_ARGS, SUITE_ARGS, BENCH_ARGS, OUT, CHECK_ARGS
 
 PYTHON ?= python3
 TEST_ARGS ?= -n 2 --dist loadfile
@@ -18,7 +19,7 @@ INSTALL := .venv/.install
 EXTENSION := build/.extension
 EXTRAS := .venv/extras
 
-.PHONY: test test-library test-integrations demo docs lint format bench gpu-check setup clean distclean
+.PHONY: test test-library test-integrations demo suite docs lint format bench gpu-check setup clean distclean
 .DELETE_ON_ERROR:
 
 test: test-library test-integrations
@@ -32,6 +33,10 @@ test-integrations: setup $(EXTRAS)
 
 demo: setup
 	python -m fused_ewclora demo $(DEMO_ARGS)
+
+# The language problem needs transformers and tokenizers.
+suite: setup $(EXTRAS)
+	PYTHONPATH=$(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH)) python -m fused_ewclora demo --suite $(SUITE_ARGS)
 
 bench: setup $(EXTRAS)
 	PYTHONPATH=$(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH)) python -m benchmarks $(BENCH_ARGS)

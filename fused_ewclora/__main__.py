@@ -13,6 +13,7 @@ from typing import Any
 from .errors import EWCLoRAError
 
 DEMO_EXTRAS = ("sklearn", "matplotlib")
+SUITE = "--suite"  # with it, the demo is a command of the benchmarks
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -122,6 +123,9 @@ _BENCHMARKS = {
 
 def _benchmarks(arguments: list[str]) -> int | None:
     """Runs a command of the benchmarks; None if it is none."""
+    if arguments[:1] == ["demo"] and SUITE in arguments:
+        suite = importlib.import_module("fused_ewclora.benchmarks.continual.__main__")
+        return int(suite.main(arguments[1:]))
     for words, module in _BENCHMARKS.items():
         if tuple(arguments[: len(words)]) == words:
             found = importlib.import_module(f"fused_ewclora.benchmarks.{module}")

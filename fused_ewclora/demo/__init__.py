@@ -88,3 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="a run of seconds on the smallest data, to see that it works"
     )
     parser.add_argument("--json", action="store_true", help="print the record to stdout instead of tables")
+    parser.add_argument(
+        "--suite",
+        nargs="*",
+        metavar="NAME",
+        help="instead of all this: every method on language and vision (demo --suite --help)",
+    )
