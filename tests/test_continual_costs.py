@@ -98,6 +98,11 @@ def test_proximal_steps_are_on() -> None:
         assert bool((new < old - 0.09).all())  # Adam moves a gate by about its rate of 1e-3
 
 
+def test_proximal_steps_are_on_in_earlier_tasks() -> None:
+    method = histories.histories("CoDyRA", {"kappa_max": 10.0}, 2, TINY, CPU, seed=0)[1]
+    assert method.report().summary["tasks"] == [0]  # ranks left at the end of task 0
+
+
 # The loop over tasks
 
 
@@ -137,6 +142,7 @@ def test_the_loop_computes_what_sd_lora_computes(ranks: tuple[int, ...], tasks: 
     (linear,) = [module for module in model.modules() if isinstance(module, looped.LoopedLinear)]
     for (name, now), adapter in zip(theirs.items(), linear.adapters, strict=True):
         assert len(adapter.past_a) == tasks - 1, name
+        assert not any(p.requires_grad for p in (*adapter.past_a, *adapter.past_b))
         alphas = torch.stack([alpha.grad for alpha in adapter.alphas])
         for found, expected in ((adapter.a, now.lora_A), (adapter.b, now.lora_B)):
             torch.testing.assert_close(found.grad, expected.grad, rtol=1e-9, atol=1e-12)

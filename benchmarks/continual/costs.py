@@ -110,7 +110,7 @@ def measure(
 
 def _peak(state: State, batch: Batch, device: torch.device) -> int:
     """Gradients are made in the step, and are part of its peak."""
-    pass
+    state.optimizer.zero_grad()
     return peak_bytes(lambda: state.step(batch), device)
 
 
