@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,9 @@ from torch import Tensor, nn
 
 import fused_ewclora as fe
 from benchmarks.continual import configuration, problems, suite
+from benchmarks.continual.__main__ import main
 from benchmarks.continual.configuration import Run, Training
+from benchmarks.continual.recorded import check
 from benchmarks.continual.run import evaluate, execute, first, make_optimizer, make_schedule
 from benchmarks.continual.stream import Arrays, Problem, Stream, Task, loader, split_classes
 from fused_ewclora.demo.formats import DataError
@@ -350,3 +355,95 @@ def test_a_line_that_was_cut_off_does_not_spoil_the_file(tmp_path: Path) -> None
     file.write_text('{"a": 1}\n{"a": ')
     suite.append(file, {"a": 2})
     assert file.read_text() == '{"a": 1}\n{"a": 2}\n'
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "fused_ewclora", "demo", "--suite", *arguments]
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A suite from a file of one's own, through the command line."""
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("suite")
+    (folder / "mine.json").write_text(json.dumps(DIGITS))
+    done = subprocess.run(
+        command(
+            str(folder / "mine.json"), "--out", str(folder / "out"), "--jobs", "1", "--data-root", "none"
+        ),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return folder, done
+
+
+def test_the_command_makes_records_a_table_and_pictures(
+    output: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, done = output
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (folder / "out" / "digits.jsonl").read_text().splitlines()]
+    assert [(r["method"], r["seed"]) for r in records] == [("LoRA", 0), ("LoRA", 1), ("EWC", 3)]
+    for record in records:
+        check(record)
+        assert record["command"].startswith("python -m fused_ewclora demo --suite ")
+    assert "3 runs, 3 of them to do" in done.stderr and done.stderr.count("task 2/2") == 3
+    assert "LoRA" in done.stdout and "A_last" in done.stdout
+    pictures = list((folder / "out").glob("*.png"))
+    assert pictures and all(str(path) in done.stdout for path in pictures)
+
+
+def test_the_same_command_again_does_nothing_new(
+    output: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = output
+    before = (folder / "out" / "digits.jsonl").read_bytes()
+    options = [
+        "--suite",
+        str(folder / "mine.json"),
+        "--out",
+        str(folder / "out"),
+        "--json",
+        "--methods",
+        "EWC",
+    ]
+    assert main(options) == 0
+    said = capsys.readouterr()
+    assert "1 runs, 0 of them to do" in said.err
+    assert len(json.loads(said.out)) == 3
+    assert (folder / "out" / "digits.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "nothing"], "--methods: expected some of .*'EWC'.* got 'nothing'"),
+        (["--jobs", "0"], "expected integers >= 1"),
+        (["--device", "cuda:99"], "--device cuda:99: not available"),
+        (["--seeds", "-1"], "seeds: expected integers >= 0"),
+    ],
+)
+def test_wrong_options_are_refused_with_words(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps(DIGITS))
+    assert main(["--suite", str(tmp_path / "mine.json"), "--out", str(tmp_path / "out"), *options]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_data_fails_one_run_and_says_what_to_get(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {**DIGITS, "problem": {**DIGITS["problem"], "dataset": "cifar100"}, "seeds": [0]}
+    (tmp_path / "mine.json").write_text(json.dumps(data))
+    options = ["--out", str(tmp_path), "--data-root", str(tmp_path / "none"), "--methods", "LoRA"]
+    assert main(["--suite", str(tmp_path / "mine.json"), *options]) == 1
+    assert re.search(r"FAILED: digits: LoRA, seed 0: .*cifar100", capsys.readouterr().err)
+
+
+def test_the_list_names_every_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--suite", "--list"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{name}\n" in said for name in configuration.available()) and "CoDyRA" in said

@@ -180,7 +180,8 @@ def _shortened(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_seeds(found: Configuration, seeds: list[int]) -> Configuration:
-    """The same methods on other seeds."""
+    """The same methods on other seeds, each once; raises `ArgumentError` for a negative one."""
+    seeds = list(dict.fromkeys(map(_seed, seeds)))
     first = {run.method: run for run in reversed(found.runs)}
     order = list(dict.fromkeys(run.method for run in found.runs))
     return replace(found, runs=tuple(replace(first[name], seed=s) for name in order for s in seeds))
