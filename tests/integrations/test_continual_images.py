@@ -251,6 +251,7 @@ def test_a_checkpoint_gives_all_weights_and_its_position_embedding_is_resized(
 
 
 def test_random_weights_belong_to_their_seed_and_leave_the_random_state_alone() -> None:
+    torch.manual_seed(123)  # not what an earlier call could have left
     state = torch.random.get_rng_state()
     first, again, other = (
         torch.cat([p.flatten() for p in backbones.make(Path(), "test_vit", 32, False, seed).parameters()])
