@@ -107,7 +107,8 @@ def test_twelve_methods_look_different_and_more_take_another_picture():
     names = [one.name for one in pictures.planned(many)]
     assert len(set(names)) == 6 and names[2] == "continual-language-accuracy-1"
     thick = [one for one in figure("accuracy", many).axes[1].lines if one.get_gid()]
-    assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in thick}) == 12
+    assert len({line.get_marker() for line in thick}) == 12  # without colours as well
+    assert len({(line.get_color(), line.get_linestyle()) for line in thick}) == 12
 
 
 def test_one_lambda_makes_no_picture_of_lambda():
