@@ -281,6 +281,11 @@ def test_equal_definitions_count_once_and_ambiguous_ones_not_at_all(root: Path):
     assert counts == LARGE | SMALL | {"noun.act": LARGE["noun.act"] + 1}
 
 
+def test_a_row_counts_only_where_all_its_names_agree():
+    rows = torch.tensor([[1, 2], [3, 4], [1, 2], [7, 8], [3, 4], [5, 6], [5, 6]])
+    assert language.distinct(rows, ["b", "a", "a", "c", "b", "a", "a"]).tolist() == [3, 5]
+
+
 def test_equal_arguments_encode_once(root: Path, monkeypatch):
     first = load(root)
     monkeypatch.setattr(minilm.Model, "hidden", None)
