@@ -162,6 +162,11 @@ def test_the_stream_has_the_largest_classes_in_tasks_of_the_asked_sizes(root: Pa
     assert json.loads(json.dumps(found.facts)) == found.facts
 
 
+def test_fewer_classes_are_the_largest_ones(root: Path):
+    found = {name for task in load(root, classes_per_task=1).stream.tasks for name in task.classes}
+    assert found == {"noun.animal", "noun.act"}
+
+
 def test_examples_are_definitions_of_their_class(root: Path):
     found = load(root, frozen_blocks=0)
     model = language._model(root.resolve())
