@@ -25,6 +25,7 @@ from ..machine import environment
 from ..records import read
 from . import problems
 from .configuration import Run
+from .recorded import check
 from .run import execute
 
 Record = dict[str, Any]
@@ -84,7 +85,9 @@ def run_all(runs: Sequence[Run], place: Place, progress: Callable[[str], None], 
             "fingerprint": run.fingerprint(), "run": run.to_dict(),
         }  # fmt: skip
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        append(place.records(run.suite), {**head, **outcome, "time": now, "command": command})
+        record = {**head, **outcome, "time": now, "command": command}
+        check(record)
+        append(place.records(run.suite), record)
         place.checkpoint(run).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not empty: a run failed
         (place.out / "unfinished").rmdir()
