@@ -151,7 +151,8 @@ def learn(state: State, number: int, task: Task) -> dict[str, Any]:
             schedule.step()
         _finished(device)
         step_seconds.append(time.perf_counter() - start)
-    trained = accounting.trained_parameters(method)
+    # Of the task that was trained: some methods add a direction for the next one when it ends.
+    held, trained = accounting.adapter_parameters(method), accounting.trained_parameters(method)
     end_seconds = timed(lambda: method.end_task(passes, F.cross_entropy), device)
     _check_finite(model, state.run.method, number)
     return {
@@ -160,7 +161,7 @@ def learn(state: State, number: int, task: Task) -> dict[str, Any]:
         "step_ms": 1e3 * statistics.median(step_seconds),
         "prepare_seconds": prepare_seconds,
         "end_seconds": end_seconds,
-        "adapter_parameters": accounting.adapter_parameters(method),
+        "adapter_parameters": held,
         "trained_parameters": trained,
         "state_bytes": accounting.state_bytes(method),
         "loss": loss.item(),
