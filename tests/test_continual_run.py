@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -329,6 +331,8 @@ def test_configurations_are_found_by_name_or_path(tmp_path: Path) -> None:
         configuration.find("nonsense")
     with pytest.raises(DataError, match="kind"):
         problems.load({"kind": "nonsense"}, tmp_path, 0, "cpu")
+    with pytest.raises(DataError, match=r"problem: vision: .*'colour'"):
+        problems.load({"kind": "vision", "colour": 1}, tmp_path, 0, "cpu")
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -413,6 +417,29 @@ def test_the_same_command_again_does_nothing_new(
     assert "1 runs, 0 of them to do" in said.err
     assert len(json.loads(said.out)) == 3
     assert (folder / "out" / "digits.jsonl").read_bytes() == before
+
+
+def test_ctrl_c_ends_all_processes_and_the_command_goes_on_from_there(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    data = {**DIGITS, "training": {**DIGITS["training"], "epochs": 20}, "methods": DIGITS["methods"][:1]}
+    (tmp_path / "mine.json").write_text(json.dumps({**data, "seeds": [0, 1, 2]}))
+    arguments = command(str(tmp_path / "mine.json"), "--out", str(tmp_path / "out"), "--jobs", "2")
+    running = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert running.stderr is not None
+    for line in running.stderr:
+        if "task 1/2" in line:
+            break
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+    _, rest = running.communicate(timeout=60)
+    assert running.returncode == 130, rest
+    assert "goes on from here" in rest
+    file = tmp_path / "out" / "digits.jsonl"
+    before = len(file.read_text().splitlines()) if file.exists() else 0
+    assert before < 3
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and f"3 runs, {3 - before} of them to do" in done.stderr, done.stderr
+    assert "done before the interruption" in done.stderr
+    assert len(file.read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -28,5 +29,9 @@ def load(settings: dict[str, Any], root: Path, seed: int, device: str) -> Proble
     if kind not in KINDS:
         raise DataError(f"problem: kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     module = importlib.import_module(f".{KINDS[kind]}", __package__)
+    try:
+        inspect.signature(module.load).bind(root, seed, device, **options)
+    except TypeError as error:
+        raise DataError(f"problem: {kind}: {error}") from error
     found: Problem = module.load(root, seed, device, **options)
     return found

@@ -8,11 +8,13 @@ import json
 import multiprocessing
 import os
 import shlex
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
@@ -111,7 +113,10 @@ def _outcomes(
             yield run, _one(run, place, progress)
         return
     context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
-    with context.Manager() as manager, ProcessPoolExecutor(place.jobs, mp_context=context) as pool:
+    # Ctrl-C ends a worker at once, instead of going on with the next run; what it saved is whole.
+    ends = (signal.SIGINT, signal.SIG_DFL)
+    pool_of = partial(ProcessPoolExecutor, mp_context=context, initializer=signal.signal, initargs=ends)
+    with context.Manager() as manager, pool_of(place.jobs) as pool:
         said: Queue[str] = manager.Queue()
         pending: dict[Future[Record | str], Run] = {}
         try:
