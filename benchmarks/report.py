@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import collection, plot, scaling
@@ -332,26 +332,39 @@ def check(results: Path, output: Path) -> str | None:
     return difference(generate(results), results, output, "python -m benchmarks.report")
 
 
-def main(given: Sequence[str] | None = None) -> int:
-    """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+def run(
+    name: str,
+    described: str | None,
+    folders: tuple[Path, Path],
+    act: tuple[Callable[[Path, Path], None], Callable[[Path, Path], str | None]],
+    given: Sequence[str] | None,
+) -> int:
+    """The command of a page: folders are its results and its file unless options say otherwise, act is what
+    writes and what checks it. Exit status: 1 for a page that is out of date, 2 for unusable records."""
+    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=described)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if the text is out of date")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with a folder per device")
+    parser.add_argument("--results", type=Path, default=folders[0], help="folder of the records")
     parser.add_argument(
-        "--output", type=Path, default=OUTPUT, help="the text; pictures go to images/ beside it"
+        "--output", type=Path, default=folders[1], help="the text; pictures go to images/ beside it"
     )
     args = parser.parse_args(given)
+    word = name.rpartition(".")[2]
     try:
         if args.check:
-            wrong = check(args.results, args.output)
+            wrong = act[1](args.results, args.output)
             if wrong:
-                print(f"report: {wrong}", file=sys.stderr)
+                print(f"{word}: {wrong}", file=sys.stderr)
             return int(wrong is not None)
-        write(args.results, args.output)
+        act[0](args.results, args.output)
     except Unusable as reason:
-        print(f"report: {reason}", file=sys.stderr)
+        print(f"{word}: {reason}", file=sys.stderr)
         return 2
     return 0
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return run("benchmarks.report", __doc__, (RESULTS, OUTPUT), (write, check), given)
 
 
 if __name__ == "__main__":

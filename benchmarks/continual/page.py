@@ -7,16 +7,14 @@ machine), 2 when records cannot be used.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import collection
-from ..collection import Record, Unusable
+from ..collection import Record
 from ..plot import Picture
-from ..report import DASH, IMAGES, VERSIONS, difference, table
+from ..report import DASH, IMAGES, VERSIONS, difference, run, table
 from . import configuration, pictures, recorded, summary
 from .groups import Group, by_suite, group, newest_costs
 from .targets import verdict
@@ -220,24 +218,7 @@ def check(results: Path, output: Path) -> str | None:
 
 def main(given: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 if the text is out of date")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
-    parser.add_argument(
-        "--output", type=Path, default=OUTPUT, help="the text; pictures go to images/ beside it"
-    )
-    args = parser.parse_args(given)
-    try:
-        if args.check:
-            wrong = check(args.results, args.output)
-            if wrong:
-                print(f"page: {wrong}", file=sys.stderr)
-            return int(wrong is not None)
-        write(args.results, args.output)
-    except Unusable as reason:
-        print(f"page: {reason}", file=sys.stderr)
-        return 2
-    return 0
+    return run("benchmarks.continual.page", __doc__, (RESULTS, OUTPUT), (write, check), given)
 
 
 if __name__ == "__main__":
