@@ -112,8 +112,11 @@ def _run(args: argparse.Namespace, command: str) -> int:
     finally:
         progress.close()
     if COSTS in (args.suite or ()):
+        torch.set_num_threads(args.threads)
         for record in costs.measure_all(device=args.device, quick=args.quick):
             suite.append(args.out / f"{COSTS}.jsonl", {**record, "command": command})
+            print(f"{COSTS}  {record['method']}: task {record['tasks']} / task 1 = "
+                  f"{record['ratio_to_first'][-1]:.3f}", file=sys.stderr, flush=True)  # fmt: skip
     _tell(args, runs)
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
