@@ -346,7 +346,7 @@ def test_targets_are_judged_from_records_of_ten_tasks() -> None:
     "method, change, number, value",
     [
         ("SD-LoRA", {"ratio_to_first": [1.0] * 9 + [1.36]}, 0, 1.36),
-        ("EWC-LoRA", {"ratio_to_first": [1.0] * 9 + [1.04]}, 1, 1.04),
+        ("EWC-LoRA", {"ratio_to_first": [1.0 + 0.04 * k / 9 for k in range(10)]}, 1, 1.04),
         ("EWC-LoRA", {"step_peak_bytes": [100] * 5 + [104] * 5}, 2, 1.04),
         ("EWC-LoRA", {"state_bytes": [10] + [100] * 8 + [104]}, 3, 1.04),
     ],
@@ -358,6 +358,15 @@ def test_each_target_can_be_missed(method: str, change: dict[str, Any], number: 
     assert found[number]["value"] == pytest.approx(value)
     # The last record of a method counts.
     assert verdicts(*others, record_of(method, **change), record_of(method)) == [True] * 4
+
+
+def test_a_trend_is_that_of_all_tasks() -> None:
+    assert costs.trend([2.0, 2.5, 3.0]) == pytest.approx(1.5)
+    one_off = [1.0] * 9 + [1.04]
+    slope, first = 0.04 * 4.5 / 82.5, 1.004 - 4.5 * 0.04 * 4.5 / 82.5  # 82.5: squares of 0..9 about 4.5
+    assert costs.trend(one_off) == pytest.approx(1.0 + 9 * slope / first)
+    assert verdicts(record_of("EWC-LoRA", ratio_to_first=one_off))[1] is True
+    assert verdicts(record_of("EWC-LoRA", ratio_to_first=[1.0] + [1.08] * 9))[1] is False
 
 
 def test_a_target_is_met_at_its_limit() -> None:

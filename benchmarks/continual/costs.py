@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from fused_ewclora.demo.cost import peak_bytes
@@ -146,8 +147,13 @@ class Target(NamedTuple):
 
 TARGETS = (
     Target("SD-LoRA", "time of a step at task 10, x task 1", 1.35, lambda r: float(r["ratio_to_first"][-1])),
-    # Not the longest of all tasks: of ten medians the largest exceeds the others by noise alone.
-    Target("EWC-LoRA", "time of a step at task 10, x task 1", FLAT, lambda r: float(r["ratio_to_first"][-1])),
+    # Over all tasks: a single ratio of 60 rounds is uncertain by 2 %, as those of plain LoRA show.
+    Target(
+        "EWC-LoRA",
+        "time of a step at task 10, x task 1, on the line through all tasks",
+        FLAT,
+        lambda r: trend(r["ratio_to_first"]),
+    ),
     Target(
         "EWC-LoRA",
         "peak memory of a step, largest of 10 tasks, x task 1",
@@ -175,6 +181,12 @@ def _judged(target: Target, record: Record | None) -> Record:
     value = None if record is None else target.value(record)
     met = None if value is None else value <= target.limit
     return {"goal": f"{target.method}: {target.what}", "target": target.limit, "value": value, "met": met}
+
+
+def trend(ratios: Sequence[float]) -> float:
+    """The last value over the first one on the line of least squares through all of them."""
+    slope, first = np.polyfit(np.arange(len(ratios)), np.asarray(ratios), 1)
+    return float(1.0 + slope * (len(ratios) - 1) / first)
 
 
 def _growth(values: Sequence[int]) -> float:
