@@ -247,3 +247,14 @@ def test_rates_follow_the_schedule() -> None:
             schedule.optimizer.step()
             schedule.step()
         assert schedule.get_last_lr() == pytest.approx([0.0, 0.0])
+
+
+def test_the_penalty_and_the_schedule_take_part_in_training() -> None:
+    def losses(run: Run) -> list[float]:
+        return [task["loss"] for task in execute(run, problem(), CPU)["tasks"]]
+
+    ewc, constant = a_run(), a_run("LoRA")
+    free = replace(ewc, options={"ewc_lambda": 0.0})
+    assert losses(ewc)[0] == losses(free)[0] and losses(ewc)[1] != losses(free)[1]
+    training = replace(constant.training, schedule="constant")
+    assert losses(constant) != losses(replace(constant, training=training))
