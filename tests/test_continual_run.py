@@ -258,3 +258,40 @@ def test_the_penalty_and_the_schedule_take_part_in_training() -> None:
     assert losses(ewc)[0] == losses(free)[0] and losses(ewc)[1] != losses(free)[1]
     training = replace(constant.training, schedule="constant")
     assert losses(constant) != losses(replace(constant, training=training))
+
+
+def test_a_run_is_the_loop_written_by_hand() -> None:
+    run, found = a_run("LoRA"), problem()
+    torch.manual_seed(run.seed)
+    order = torch.Generator().manual_seed(run.seed)
+    model = Classifier(copy.deepcopy(found.backbone))  # type: ignore[arg-type]
+    method = fe.methods.LoRA(model, run.lora_config())
+    losses = []
+    for number, task in enumerate(found.stream.tasks):
+        model.add_head(len(task.classes))
+        method.begin_task(number)
+        optimizer = make_optimizer(model, run.training)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.training.epochs)
+        for _ in range(run.training.epochs):
+            for x, y in loader(task.train, run.training.batch_size, order):
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                optimizer.step()
+            schedule.step()
+        losses.append(loss.item())
+        method.end_task([])
+    assert [task["loss"] for task in execute(run, found, CPU)["tasks"]] == losses
+
+
+def test_the_pass_after_a_task_takes_examples_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def end(self: fe.methods.LoRA, passes: Any, loss_fn: Any) -> None:
+        seen.append(torch.cat([x for (x, _), _ in passes]))
+
+    monkeypatch.setattr(fe.methods.LoRA, "_end", end)
+    found = problem()
+    execute(a_run("LoRA"), found, CPU)
+    expected = [task.train.inputs[0] for task in found.stream.tasks]  # type: ignore[attr-defined]
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
