@@ -281,6 +281,7 @@ def test_a_run_is_the_loop_written_by_hand() -> None:
             schedule.step()
         losses.append(loss.item())
         method.end_task([])
+        evaluate(model, found.stream.tasks[: number + 1], run.training, CPU)  # its loaders draw seeds
     assert [task["loss"] for task in execute(run, found, CPU)["tasks"]] == losses
 
 
