@@ -19,11 +19,20 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+LEAST_SETUPTOOLS = 77  # as in pyproject.toml, which older ones refuse for reasons that do not name their age
 MODES = ("auto", "none", "cpu", "cuda")
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0")  # later GPUs compile the PTX of the last one
+
+
+if int(setuptools.__version__.split(".")[0]) < LEAST_SETUPTOOLS:
+    sys.exit(
+        f"setuptools: expected version {LEAST_SETUPTOOLS} or newer, got {setuptools.__version__}; "
+        f"pip install -U setuptools (builds without isolation take the one that is installed)"
+    )
 
 
 def sources(pattern):

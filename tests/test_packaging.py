@@ -201,6 +201,13 @@ def test_a_mode_that_cannot_be_built_stops_with_the_reason(mode: str, said: str)
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler and Python's headers")
+def test_setuptools_that_cannot_read_the_metadata_is_named(tmp_path: Path):
+    (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'\nfind_packages = setup = None\n")
+    result = python(ROOT / "setup.py", "--version", cwd=ROOT, check=False, PYTHONPATH=str(tmp_path))
+    assert result.returncode and "expected version 77 or newer, got 65.5.0" in result.stderr
+    assert "setuptools>=77" in (ROOT / "pyproject.toml").read_text()
+
+
 @pytest.mark.skipif(os.environ.get("FUSED_EWCLORA_BUILD") == "none", reason="built without it on purpose")
 def test_the_extension_loads_where_it_could_be_built():
     code = "import fused_ewclora; print(fused_ewclora.available_backends()['cpu'])"
