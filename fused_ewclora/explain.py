@@ -56,7 +56,8 @@ def verify_forward(model: nn.Module, sample: Any) -> dict[str, int]:
 
 
 def explain(model: nn.Module, sample: Any = None) -> Report:
-    """A table of the implementation that serves each adapted layer and why others do not; rows are data.
+    """A table of the implementation that serves each adapted layer and why others do not; rows are data. r is
+    the rank of every adapter that the layer runs: those of a method grow or shrink with its tasks.
 
     With a `sample` (as in `verify_forward`) the model runs once, the table counts the calls of each layer,
     and the choice is the one for as many rows of input; layers that never ran are named below it. Without
@@ -67,8 +68,9 @@ def explain(model: nn.Module, sample: Any = None) -> Report:
     calls, sizes = (None, {}) if sample is None else _observed(model, sample)
     rows = []
     for name, layer in adapters(model).items():
-        ranks = "+".join(str(s.r) for s in layer.adapter_slices)
-        row = {"name": name, "r": ranks, **_implementation(layer, sizes.get(name))}
+        ranks = _ranks(layer)
+        shown = "+".join(map(str, ranks)) or "0"
+        row = {"name": name, "r": shown, **_implementation(layer, sum(ranks), sizes.get(name))}
         if calls is not None:
             row["calls"] = calls[name]
         rows.append(row)
@@ -79,7 +81,15 @@ def explain(model: nn.Module, sample: Any = None) -> Report:
     return Report("lora_linear by layer", rows, notes, {"layers": len(rows), "bypassed": silent})
 
 
-def _implementation(layer: AdaptedLinear, rows: int | None) -> dict[str, Any]:
+@torch.no_grad()
+def _ranks(layer: AdaptedLinear) -> list[int]:
+    """Of the adapters that a call of the layer runs; none for a layer whose ranks are all gone."""
+    if layer.composer is None:
+        return [piece.r for piece in layer.adapter_slices]
+    return [adapter.lora_a.shape[0] for adapter in layer.composed()]
+
+
+def _implementation(layer: AdaptedLinear, rank: int, rows: int | None) -> dict[str, Any]:
     weight = layer.weight
     device = weight.device.type
     autocast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
@@ -90,7 +100,9 @@ def _implementation(layer: AdaptedLinear, rows: int | None) -> dict[str, Any]:
         return {**row, "backend": "torch", "algorithm": f"linear ({state})", "why_not_faster": None}
     if why := layer.not_fused():
         return {**row, "backend": "torch", "algorithm": "several calls", "why_not_faster": why}
-    answers = _dispatch.explain("lora_linear", _call(layer, dtype, rows))
+    if rank == 0:
+        return {**row, "backend": "torch", "algorithm": "linear (no ranks left)", "why_not_faster": None}
+    answers = _dispatch.explain("lora_linear", _call(layer, dtype, rank, rows))
     # Those that come after the first are less preferred, except for algorithms of the same backend.
     first = next((i for i, (_, _, reason) in enumerate(answers) if reason is None), len(answers))
     backend, algorithm = answers[first][:2] if first < len(answers) else (None, None)
@@ -103,9 +115,8 @@ def _implementation(layer: AdaptedLinear, rows: int | None) -> dict[str, Any]:
     return {**row, "backend": backend, "algorithm": algorithm, "why_not_faster": why}
 
 
-def _call(layer: AdaptedLinear, dtype: torch.dtype, rows: int | None) -> _dispatch.Call:
+def _call(layer: AdaptedLinear, dtype: torch.dtype, rank: int, rows: int | None) -> _dispatch.Call:
     """What the layer's next call would be, as far as its choice depends on it."""
-    rank = sum(s.r for s in layer.adapter_slices)
     dropout = layer.training and layer.dropout_p > 0.0
     shape = _dispatch.LinearShape(
         _dispatch.bucket(_dispatch.DEFAULT_ROWS if rows is None else rows),

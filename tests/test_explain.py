@@ -107,3 +107,43 @@ def test_explain_tells_apart_algorithms_of_the_chosen_backend(monkeypatch: pytes
         row["why_not_faster"]
         == "triton fast: rank 70 > 64; triton slow: modelled 9 us against 3 us of 'good'"
     )
+
+
+def test_explain_shows_and_asks_about_the_ranks_that_run(monkeypatch: pytest.MonkeyPatch):
+    shapes = []
+
+    def answer(op: str, call: _dispatch.Call) -> list[tuple[str, str, str | None]]:
+        shapes.append(call.shape)
+        return [("reference", "plain", None)]
+
+    monkeypatch.setattr("fused_ewclora.ops._dispatch.explain", answer)
+    directions = fe.methods.SDLoRA(injected(), ranks=(4, 3))
+    for task in range(2):
+        directions.begin_task(task)
+        for layer in directions.layers.values():
+            for _, _, lora_b in layer.adapter_parameters():
+                torch.nn.init.normal_(lora_b)
+        directions.end_task([])
+    directions.begin_task(2)
+    layer = next(iter(directions.layers.values()))
+    pieces = len(layer.adapter_slices)
+    row = fe.explain(directions.model).rows[0]
+    assert row["r"] == "+".join(["10"] * pieces)  # 4 + 3 of the past, 3 of the task that runs
+    assert shapes[0].rank == 10 * pieces
+
+    shapes.clear()
+    gated = fe.methods.CoDyRA(injected())
+    gated.begin_task(0)
+    first, *others = [gate for key, gate in gated.gates().items() if key.startswith("blocks.0.attn.qkv")]
+    with torch.no_grad():
+        first[1:] = 0.0
+        for gate in others:
+            gate.zero_()
+        for key, gate in gated.gates().items():
+            if key.startswith("blocks.1.attn.qkv"):
+                gate.zero_()
+    gated.compact_()
+    rows = fe.explain(gated.model).rows
+    assert (rows[0]["r"], shapes[0].rank) == ("1", 1), "slices without ranks are not run"
+    assert (rows[1]["r"], rows[1]["algorithm"]) == ("0", "linear (no ranks left)")
+    assert rows[1]["backend"] == "torch" and len(shapes) == 1
