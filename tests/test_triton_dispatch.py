@@ -67,6 +67,18 @@ def test_a_version_that_is_too_old_is_named(backend, monkeypatch):
     assert backend.unavailable.__wrapped__() == "Triton 3.5.1+git1 is installed, 3.6 or newer is needed"
 
 
+@pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
+@pytest.mark.parametrize(
+    ("triton", "numpy", "fits"),
+    [("3.6.0", "2.3.5", True), ("3.7.1", "2.4.6", True), ("3.6.0", "2.4.0", False)],
+)
+def test_an_interpreter_that_newer_numpy_breaks_is_no_backend(backend, monkeypatch, triton, numpy, fits):
+    monkeypatch.setattr(importlib.metadata, "version", {"triton": triton, "numpy": numpy}.get)
+    monkeypatch.setattr(backend, "interpreting", lambda: True)
+    expected = f"the interpreter of Triton {triton} needs NumPy 2.3 or older, {numpy} is installed"
+    assert backend.unavailable.__wrapped__() == (None if fits else expected)
+
+
 @needs_triton
 def test_an_install_that_does_not_import_is_a_reason_and_no_error(backend, monkeypatch):
     def broken(name):

@@ -25,17 +25,23 @@ MIN_CAPABILITY = 80  # bf16 and tf32 matrix units, asynchronous copies
 MAX_PENALTY_RANK = 128  # dA of a block of columns stays in registers
 
 
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
 @functools.cache
 def unavailable() -> str | None:
     """Why no call can be served, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     version = importlib.metadata.version("triton")
-    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    if found < MIN_VERSION:
+    if (found := _numbers(version)) < MIN_VERSION:
         return f"Triton {version} is installed, {'.'.join(map(str, MIN_VERSION))} or newer is needed"
     if not torch.cuda.is_available() and not interpreting():
         return "no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
+    numpy = importlib.metadata.version("numpy")
+    if interpreting() and found < (3, 7) and _numbers(numpy) >= (2, 4):
+        return f"the interpreter of Triton {version} needs NumPy 2.3 or older, {numpy} is installed"
     try:
         importlib.import_module("triton")
     except Exception as error:  # a broken install raises anything
