@@ -32,7 +32,7 @@ def write_files(folder: Path, files: dict[str, bytes], config: dict[str, Any]) -
         raise CheckpointError(f"{folder}: expected a folder or a new path, got a file")
     folder.mkdir(parents=True, exist_ok=True)
     _settle(folder)
-    config = {**config, "files": {name: _digest(content) for name, content in files.items()}}
+    config = _listing(files, config)
     manifest = json.dumps({**config, "checksum": _checksum(config)}, indent=1, sort_keys=True).encode()
     try:
         for name, content in files.items():
@@ -46,6 +46,20 @@ def write_files(folder: Path, files: dict[str, bytes], config: dict[str, Any]) -
     os.replace(folder / (MANIFEST + PENDING), folder / MANIFEST)  # from here on the new set is the checkpoint
     _sync_folder(folder)
     _settle(folder)
+
+
+def identity(files: dict[str, bytes], config: dict[str, Any]) -> str:
+    """The checksum that `write_files` gives these contents; the same exactly when they are."""
+    return _checksum(_listing(files, config))
+
+
+def identity_in(folder: Path) -> str:
+    """That of the checkpoint in `folder`, from its manifest; raises `CheckpointError` when there is none."""
+    return _checksum(_read_manifest(folder))
+
+
+def _listing(files: dict[str, bytes], config: dict[str, Any]) -> dict[str, Any]:
+    return {**config, "files": {name: _digest(content) for name, content in files.items()}}
 
 
 def write_plain(folder: Path, files: dict[str, bytes]) -> None:

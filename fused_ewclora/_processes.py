@@ -49,17 +49,22 @@ def assign_(target: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
-def together(work: Callable[[], Result]) -> Result:
+def several(group: Any = None) -> bool:
+    """Whether more than one process works together: those of `group`, None for all of torch.distributed."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+
+def together(work: Callable[[], Result], group: Any = None) -> Result:
     """The result of `work`, which makes no collective, unless it raises an error of this library or of files
-    in some process: then in all."""
+    in some process of `group`: then in all."""
     result: list[Result] = []
     error: EWCLoRAError | OSError | None = None
     try:
         result.append(work())
     except (EWCLoRAError, OSError) as raised:
         error = raised
-    said: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, None if error is None else (type(error), str(error)))
+    said: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(said, None if error is None else (type(error), str(error)), group=group)
     if error is not None:
         raise error
     for rank, other in enumerate(said):

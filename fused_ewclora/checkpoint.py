@@ -58,19 +58,16 @@ def save_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
     trained = trained_tensors(model, layers)
     changed = [name for name, layer in layers.items() if is_changed(layer)]
     tensors, adapter_config = _adapter_file(model, layers, trained, changed)
-    files = {ADAPTER: _pack(tensors, keep), ADAPTER_CONFIG: json.dumps(adapter_config, indent=1).encode()}
-    state: dict[str, Tensor] = {}
-    for name in changed:
-        for piece in layers[name].adapter_slices:
-            state[ROWS + fisher_key(name, piece)] = take_rows(whole(layers[name].base_weight), piece.rows)
+    files = {ADAPTER: pack(tensors, keep), ADAPTER_CONFIG: json.dumps(adapter_config, indent=1).encode()}
+    state = changed_rows(layers, changed)
     saved = None if ewc is None else ewc.state_dict()
     if saved is not None:
         state |= saved["tensors"]
     if state:
-        files[STATE] = _pack(state, keep)
+        files[STATE] = pack(state, keep)
     config = {
         "format": FORMAT,
-        "layers": {name: _describe(layer) for name, layer in layers.items()},
+        "layers": {name: describe(layer) for name, layer in layers.items()},
         "ewc": None if saved is None or ewc is None else saved["config"],
         "ewc_lambda": None if ewc is None else ewc.ewc_lambda,
         "gamma": None if ewc is None else ewc.gamma,
@@ -105,11 +102,11 @@ def load_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
         raise CheckpointError(
             f"{MANIFEST}: expected format {FORMAT}, got {shown(config.get('format'))}; nothing was loaded"
         )
-    tasks = _check_layers(layers, config.get("layers"))
-    updates = _tensor_updates(model, layers, _unpack(files, ADAPTER))
-    state = _unpack(files, STATE) if STATE in files else {}
-    updates += _row_updates(layers, {key: state.pop(key) for key in list(state) if key.startswith(ROWS)})
-    parsed = None if ewc is None else _ewc_state(ewc, state, config)
+    tasks = check_layers(layers, config.get("layers"))
+    updates = _tensor_updates(model, layers, unpack(files, ADAPTER))
+    state = unpack(files, STATE) if STATE in files else {}
+    updates += row_updates(layers, {key: state.pop(key) for key in list(state) if key.startswith(ROWS)})
+    parsed = None if ewc is None else parsed_ewc(ewc, state, config)
     with Transaction() as change:
         for target, value in updates:
             change.copy_(target, value)
@@ -144,6 +141,15 @@ def _origin(layer: AdaptedLinear) -> str:
 def is_changed(layer: AdaptedLinear) -> bool:
     """Whether the base weight is no longer the pretrained one."""
     return layer.consolidated_tasks > 0 or fingerprint(whole(layer.base_weight)) != _origin(layer)
+
+
+def changed_rows(layers: Mapping[str, AdaptedLinear], changed: list[str]) -> dict[str, Tensor]:
+    """The rows of base weights that consolidation writes, of the layers named, by their names in a file."""
+    return {
+        ROWS + fisher_key(name, piece): take_rows(whole(layers[name].base_weight), piece.rows)
+        for name in changed
+        for piece in layers[name].adapter_slices
+    }
 
 
 def _adapters_of(layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
@@ -184,7 +190,8 @@ def _adapter_file(
     return tensors, config
 
 
-def _describe(layer: AdaptedLinear) -> dict[str, Any]:
+def describe(layer: AdaptedLinear) -> dict[str, Any]:
+    """What a layer must look like to load what is saved of it now."""
     return {
         "shape": list(layer.base_weight.shape),
         "fingerprint": _origin(layer),
@@ -202,7 +209,7 @@ def _describe_piece(piece: AdapterSlice) -> dict[str, Any]:
     }
 
 
-def _pack(tensors: Mapping[str, Tensor], keep: bool) -> bytes:
+def pack(tensors: Mapping[str, Tensor], keep: bool) -> bytes:
     """The bytes of a file, nothing where another process writes it."""
     copies: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -213,7 +220,8 @@ def _pack(tensors: Mapping[str, Tensor], keep: bool) -> bytes:
     return safetensors.torch.save(copies) if keep else b""
 
 
-def _unpack(files: Mapping[str, bytes], name: str) -> dict[str, Tensor]:
+def unpack(files: Mapping[str, bytes], name: str) -> dict[str, Tensor]:
+    """The tensors in one of the files; raises `CheckpointError`."""
     if name not in files:
         raise CheckpointError(
             f"{name}: not listed in {MANIFEST}; the checkpoint is incomplete. Nothing was loaded"
@@ -224,7 +232,7 @@ def _unpack(files: Mapping[str, bytes], name: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{name}: expected safetensors: {error}. Nothing was loaded") from error
 
 
-def _check_layers(layers: Mapping[str, AdaptedLinear], saved: Any) -> dict[str, int]:
+def check_layers(layers: Mapping[str, AdaptedLinear], saved: Any) -> dict[str, int]:
     """Same layers, adapters and pretrained weights; the consolidated tasks of each layer."""
     if not isinstance(saved, dict) or not all(isinstance(entry, dict) for entry in saved.values()):
         raise CheckpointError(f"{MANIFEST}: expected a table of layers; nothing was loaded")
@@ -236,7 +244,7 @@ def _check_layers(layers: Mapping[str, AdaptedLinear], saved: Any) -> dict[str, 
             "Nothing was loaded"
         )
     for name, layer in layers.items():
-        ours = _describe(layer)
+        ours = describe(layer)
         for field in ("shape", "adapters"):
             if saved[name].get(field) != ours[field]:
                 raise CheckpointError(
@@ -284,7 +292,7 @@ def _tensor_updates(
     return [(available[name], value) for name, value in values.items()]
 
 
-def _row_updates(layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Tensor]) -> Updates:
+def row_updates(layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Tensor]) -> Updates:
     """New base weights from the saved rows; layers without saved rows must still have their pretrained
     weights."""
     left = {canonical_name(key.removeprefix(ROWS)): value for key, value in saved.items()}
@@ -321,7 +329,8 @@ def _same_kind(name: str, target: Tensor, value: Tensor, file: str) -> None:
         )
 
 
-def _ewc_state(ewc: EWC, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> EWCState:
+def parsed_ewc(ewc: EWC, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> EWCState:
+    """The validated state of an EWC, not yet taken over; raises `CheckpointError`."""
     if config.get("ewc") is None:
         raise CheckpointError(
             f"{MANIFEST}: the checkpoint was saved without an EWC; load it with ewc=None. Nothing was loaded"

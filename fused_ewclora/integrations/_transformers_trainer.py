@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..adapted import AdaptedLinear
-from ..errors import IntegrationError, TargetError
+from ..errors import ArgumentError, IntegrationError, TargetError
 from ..ewc import EWC
 from ..matching import shorten
+from ._transformers_checkpoint import Source, begin, save
 
 
 class EWCCallback(TrainerCallback):
@@ -27,17 +29,32 @@ class EWCCallback(TrainerCallback):
     come before callbacks of the user; for them too, move this one to the front of
     `trainer.callback_handler.callbacks`.
 
+    Every checkpoint of Trainer holds the state of `ewc`, in a folder `fused_ewclora`. A training that is
+    resumed takes it over, also in a fresh process, whose model must have the same pretrained weights and be
+    injected in the same way before. ewc_lambda and gamma are the script's, as the learning rate is.
+
+    resume_from_checkpoint: True looks for that state in args.resume_from_checkpoint and in the checkpoints of
+    args.output_dir; a path is the folder of a checkpoint, for one that Trainer is told to resume from
+    somewhere else; False leaves `ewc` as it is.
+
     Raises `TargetError` at the start of training when the model is not that of `ewc`, `IntegrationError`
-    under DeepSpeed, FSDP and optimizers that step inside backward, which keep gradients elsewhere.
+    under DeepSpeed, FSDP and optimizers that step inside backward, which keep gradients elsewhere, and
+    `CheckpointError` when training is resumed and the state is missing or does not fit; `ewc` is then as it
+    was.
 
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[EWCCallback(ewc)])
         >>> trainer.train(); ewc.end_task(trainer.get_train_dataloader())
     """
 
-    def __init__(self, ewc: EWC) -> None:
+    def __init__(self, ewc: EWC, resume_from_checkpoint: Source = True) -> None:
         if not isinstance(ewc, EWC):
             raise TargetError(f"ewc: expected a fused_ewclora.EWC, got {type(ewc).__name__}")
+        if not isinstance(resume_from_checkpoint, (str, os.PathLike, bool)):
+            raise ArgumentError(
+                f"resume_from_checkpoint: expected a folder or a bool, got {resume_from_checkpoint!r}"
+            )
         self.ewc = ewc
+        self.resume_from_checkpoint = resume_from_checkpoint
         self._added = False  # to the step that is being accumulated
         self._sum: Tensor | float = 0.0
         self._steps = 0
@@ -45,13 +62,22 @@ class EWCCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse what would train without a penalty, and forget an interrupted training."""
+        """Refuse what would train without a penalty, take over the state that a resumed training had, and
+        forget an interrupted one."""
         _check_model(self.ewc, kwargs["model"])
         if reason := _unsupported(args):
             raise IntegrationError(
                 f"EWCCallback: {reason}; add ewc.penalty() to the loss in Trainer.compute_loss instead"
             )
+        begin(self.ewc, args, state, self.resume_from_checkpoint)
         self._added, self._sum, self._steps = False, 0.0, 0
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the state of the EWC to the checkpoint."""
+        if args.should_save:
+            save(self.ewc, args, state)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,0 +1,175 @@
+"""The state of an EWC inside the checkpoints that `Trainer` writes.
+
+Trainer does not tell callbacks which checkpoint it resumes. But trainer_state.json, which it loads from
+there and hands over, has room for entries of callbacks. So each checkpoint says there which state of the EWC
+belongs to it, by a checksum of all its contents, and whichever file has that checksum is the right one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .._checkpoint_files import MANIFEST, STATE, identity, identity_in, read_files, write_files, write_plain
+from .._processes import several, together
+from .._transaction import Transaction
+from ..adapted import AdaptedLinear
+from ..checkpoint import (
+    ROWS,
+    changed_rows,
+    check_layers,
+    describe,
+    is_changed,
+    pack,
+    parsed_ewc,
+    row_updates,
+    unpack,
+)
+from ..errors import CheckpointError, IntegrationError
+from ..ewc import EWC
+
+FOLDER = "fused_ewclora"  # in a checkpoint; no name in it meets those of Trainer or PEFT
+FORMAT = 1
+KEY = "fused_ewclora.EWC"  # in trainer_state.json
+Source = str | os.PathLike[str] | bool
+
+
+def begin(ewc: EWC, args: TrainingArguments, state: TrainerState, source: Source) -> None:
+    """When training begins: a resumed one takes over the state of its checkpoint, and the checkpoints to come
+    are told which one they belong to.
+
+    Raises `CheckpointError` when that state is not there or does not fit; the EWC and the layers are then as
+    they were. Every process must call this.
+    """
+    recorded = _recorded(state)
+    if state.global_step > 0 or recorded is not None:
+        if source is not False:
+            work = functools.partial(_resume, ewc, args, state, source)
+            together(work) if several() else work()
+    elif not isinstance(source, bool):
+        raise IntegrationError(
+            "EWCCallback: resume_from_checkpoint: expected trainer.train(resume_from_checkpoint=...) beside "
+            f"{str(source)!r}, but training starts at step 0"
+        )
+    if args.should_save:
+        _record(state, identity(*_contents(ewc)))
+
+
+def save(ewc: EWC, args: TrainingArguments, state: TrainerState) -> None:
+    """Add the state to the checkpoint that Trainer has just written; by the process that wrote it."""
+    folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    if not (folder / TRAINER_STATE_NAME).is_file():
+        raise IntegrationError(
+            f"EWCCallback: {folder}: expected the checkpoint that Trainer has just saved, found none; it is "
+            "written elsewhere, as in a hyperparameter search"
+        )
+    files, config = _contents(ewc)
+    write_files(folder / FOLDER, files, config)
+    checksum = identity(files, config)
+    if _recorded(state) != checksum:  # it has changed since training began
+        _record(state, checksum)
+        text = json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"
+        write_plain(folder, {TRAINER_STATE_NAME: text.encode()})
+
+
+def _recorded(state: TrainerState) -> str | None:
+    entry: Any = (state.stateful_callbacks or {}).get(KEY)
+    return entry["attributes"]["checksum"] if entry is not None else None
+
+
+def _record(state: TrainerState, checksum: str) -> None:
+    # The form that Trainer gives to entries of callbacks.
+    state.stateful_callbacks[KEY] = {"args": {}, "attributes": {"checksum": checksum}}
+
+
+def _contents(ewc: EWC) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Files and manifest."""
+    saved = ewc.state_dict()
+    changed = [name for name, layer in _partly_saved(ewc).items() if is_changed(layer)]
+    tensors = {**saved["tensors"], **changed_rows(ewc.layers, changed)}
+    layers = {name: describe(layer) for name, layer in ewc.layers.items()}
+    files = {STATE: pack(tensors, True)} if tensors else {}
+    return files, {"format": FORMAT, "layers": layers, "ewc": saved["config"]}
+
+
+def _partly_saved(ewc: EWC) -> dict[str, AdaptedLinear]:
+    """PEFT's layers, of which Trainer saves the adapters alone: there the rows that consolidation has changed
+    belong to the state. Of others it saves everything."""
+    return {name: layer for name, layer in ewc.layers.items() if layer.weight_path != "weight"}
+
+
+def _resume(ewc: EWC, args: TrainingArguments, state: TrainerState, source: Source) -> None:
+    recorded = _recorded(state)
+    if recorded is not None and recorded == identity(*_contents(ewc)):
+        return  # the same process, or loaded by hand
+    if isinstance(source, bool):
+        _take_over(ewc, _found(args, state, recorded))
+        return
+    folder = Path(source) / FOLDER
+    if recorded is not None and identity_in(folder) != recorded:
+        raise CheckpointError(
+            f"{folder}: its EWC state is not the one that the checkpoint of step {state.global_step} was "
+            "trained with. Nothing was loaded"
+        )
+    _take_over(ewc, folder)
+
+
+def _found(args: TrainingArguments, state: TrainerState, recorded: str | None) -> Path:
+    """The folder with the state of the checkpoint that Trainer has loaded."""
+    where = f"the checkpoint of step {state.global_step}"
+    ways = (
+        "EWCCallback(ewc, resume_from_checkpoint=...) takes the folder of a checkpoint that has it, or False "
+        "after ewc and model were brought to the end of the previous task by load_pretrained. Nothing was "
+        "loaded"
+    )
+    if recorded is None:
+        raise CheckpointError(
+            f"{where}: expected an EWC state, but it was saved without an EWCCallback. {ways}"
+        )
+    for checkpoint in _candidates(args, state):
+        try:
+            if identity_in(checkpoint / FOLDER) == recorded:
+                return checkpoint / FOLDER
+        except CheckpointError:
+            continue  # not a checkpoint of ours, or not a whole one
+    raise CheckpointError(
+        f"{where}: its EWC state is in no checkpoint of {args.output_dir} (args.output_dir), nor is it that "
+        f"of ewc. {ways}"
+    )
+
+
+def _candidates(args: TrainingArguments, state: TrainerState) -> Iterator[Path]:
+    """Checkpoints, the likely ones first. Those of one task share their EWC state, so that a neighbour serves
+    where saving was interrupted."""
+    if args.resume_from_checkpoint:
+        yield Path(args.resume_from_checkpoint)
+    yield Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    yield from sorted(Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+
+
+def _take_over(ewc: EWC, folder: Path) -> None:
+    files, config = read_files(folder)
+    if config.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder / MANIFEST}: expected format {FORMAT}, got {config.get('format')!r}; nothing was loaded"
+        )
+    tasks = check_layers(ewc.layers, config.get("layers"))
+    tensors = unpack(files, STATE) if STATE in files else {}
+    rows = {key: tensors.pop(key) for key in list(tensors) if key.startswith(ROWS)}
+    updates = row_updates(ewc.layers, rows) if rows or _partly_saved(ewc) else []
+    parsed = parsed_ewc(ewc, tensors, config)
+    with Transaction() as change:
+        for target, value in updates:
+            change.copy_(target, value)
+        ewc.take_over(parsed, change)
+    for name, layer in ewc.layers.items():
+        layer.consolidated_tasks = tasks[name]
