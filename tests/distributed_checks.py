@@ -1,20 +1,16 @@
-"""What several processes must agree on; run by test_distributed.py, once per number of processes.
-
-It writes FOLDER/RANK.json: name of the check -> None, or why it failed.
-"""
+"""What several processes must agree on; run by test_distributed.py, once per number of processes."""
 
 from __future__ import annotations
 
-import gc
-import json
+import functools
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from processes import run_checks
 from tiny_models import KEYS, adapted, batches, data
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -352,19 +348,8 @@ def names(world: int) -> list[str]:
 
 def main(folder: Path, two: Path) -> None:
     dist.init_process_group("gloo")
-    results = {}
-    for name in names(dist.get_world_size()):
-        try:
-            CHECKS[name][1](folder, two)
-            results[name] = None
-        except Exception:
-            results[name] = traceback.format_exc()
-            break  # the others may wait for this one in a collective
-        finally:
-            (folder / f"{dist.get_rank()}.json").write_text(json.dumps(results))
-        gc.collect()  # DDP's model holds the process group; if it lives on, gloo's threads may abort at exit
-    dist.barrier()
-    dist.destroy_process_group()
+    checks = {name: functools.partial(CHECKS[name][1], folder, two) for name in names(dist.get_world_size())}
+    run_checks(checks, folder)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
-import socket
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -15,21 +10,15 @@ import distributed_checks
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import Results, assert_agreed, launched
 from tiny_models import adapted, data, randomise
 
 import fused_ewclora as fe
 from fused_ewclora.errors import FisherError
 from fused_ewclora.ewc import EWC
 
-Results = list[dict[str, str | None]]
 WORLDS = (2, 4)
 CASES = [(world, name) for world in WORLDS for name in distributed_checks.names(world)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @functools.cache
@@ -42,36 +31,12 @@ def results_of(world: int) -> Results:
     """What every process said about every check; those of four load what two have saved."""
     if world == 4:
         results_of(2)
-    environment = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(world),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(fe.__file__).parents[1]), str(Path(__file__).parent)]),
-    }
-    command = [
-        sys.executable,
-        str(Path(distributed_checks.__file__)),
-        str(folder_of(world)),
-        str(folder_of(2)),
-    ]
-    workers = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in range(world)]
-    try:
-        codes = [worker.wait(timeout=240) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    results = [json.loads((folder_of(world) / f"{rank}.json").read_text()) for rank in range(world)]
-    assert any(any(told.values()) for told in results) or codes == [0] * world, codes
-    return results
+    return launched(distributed_checks.__file__, world, folder_of(world), folder_of(2))
 
 
 @pytest.mark.parametrize(("world", "name"), CASES, ids=[f"{world}-{name}" for world, name in CASES])
 def test_processes_agree(world: int, name: str):
-    for rank, told in enumerate(results_of(world)):
-        assert name in told, f"process {rank} stopped before: {[n for n, failure in told.items() if failure]}"
-        assert told[name] is None, f"process {rank}: {told[name]}"
+    assert_agreed(results_of(world), name)
 
 
 def test_one_process_loads_what_several_saved():
