@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -85,6 +85,20 @@ def check_same(described: Mapping[str, Any], group: Any = None) -> None:
                 raise TargetError(
                     f"{key}: process 0 has {first}, process {rank} has {here}; nothing was changed"
                 )
+
+
+@torch.no_grad()
+def of_first(tensors: Sequence[Tensor], group: Any = None) -> list[Tensor]:
+    """What the first process of `group` has in place of these tensors, whatever its shapes."""
+    shapes: list[Any] = [[tuple(tensor.shape) for tensor in tensors]]
+    dist.broadcast_object_list(shapes, group_src=0, group=group)
+    found = []
+    for tensor, shape in zip(tensors, shapes[0], strict=True):
+        same = tuple(tensor.shape) == shape
+        value = tensor.clone(memory_format=torch.contiguous_format) if same else tensor.new_empty(shape)
+        dist.broadcast(value, group_src=0, group=group)
+        found.append(value)
+    return found
 
 
 def common_generator(

@@ -78,6 +78,7 @@ class AnchoredEWC(EWC):
             for key, old in state.fishers.items():
                 change.copy_(old, fishers[key])
             self._state = EWCState(state.fishers or fishers, {}, (*state.history, record), None)
+        self._drawing = None
 
     def end_task(self, *args: Any, **options: Any) -> None:
         """As `EWC.end_task`; but what was estimated is discarded, too, when it raises."""

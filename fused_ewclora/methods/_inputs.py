@@ -48,7 +48,8 @@ def input_covariances(
     max_batches: int | None,
     forward: Forward,
 ) -> dict[str, Tensor]:
-    """C = sum of x^T x over all rows of a layer's inputs, `[d_in, d_in]` fp64 by name, in eval mode.
+    """C = sum of x^T x over all rows of a layer's inputs, `[d_in, d_in]` fp64 by name, in eval mode, of the
+    data of this process.
 
     Nothing is kept per sample, and a packed projection is counted once for all of its adapters. Raises
     `ArgumentError` for no batches or values that are not finite, `TargetError` for layers that never ran.

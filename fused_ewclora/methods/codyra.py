@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,11 @@ from ..report import Report
 from ._fold import folding
 from ._gates import add_gates, check_ungated, prune_, whole_ranks
 from ._resume import dump, parse, take_over
+from ._shares import agreed, end_task
 from .method import Loader, Loss, Method
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 GATE_INITS = ("ones", "normal")
 THRESHOLDS = ("soft", "dead_zone")
@@ -46,12 +50,12 @@ class CoDyRA(Method):
     threshold, schedule: "soft" and "linear" as in the paper. The official code has "dead_zone", where gates
     below 2 kappa vanish, and "staircase", 50 levels of kappa of equal length from the first step after the
     dense ones.
-    generator: draws new gates, then new A.
+    generator: draws new gates, then new A. group: as in `Method`.
     ewc_lambda: adds the EWC penalty of EWC-LoRA on B diag(w) A, with gradients for w; gamma, fisher_mode,
     fisher_dtype are those of `EWC`, labels the policy of its Fisher. This combination is ours, in no paper.
     None: no penalty, and `end_task` does not look at its loader.
 
-    Adapters are those of `inject`, in one process. Raises `ArgumentError` for values out of range, and
+    Adapters are those of `inject`, not sharded. Raises `ArgumentError` for values out of range, and
     `TargetError` for adapters that have gates or another method already, before anything is changed.
 
         >>> method = CoDyRA(model, LoRAConfig(r=16, target_modules=["qkv"]), kappa_max=5e-3)
@@ -74,6 +78,7 @@ class CoDyRA(Method):
         fisher_mode: str = "sample",
         fisher_dtype: torch.dtype = torch.float32,
         labels: str = "empirical",
+        group: ProcessGroup | None = None,
     ) -> None:
         self.kappa_max = number("kappa_max", kappa_max, 0.0, math.inf)
         self.dense_fraction = number("dense_fraction", dense_fraction, 0.0, 1.0)
@@ -87,7 +92,7 @@ class CoDyRA(Method):
             number("ewc_lambda", ewc_lambda, 0.0, math.inf)
         before = adapters(model)
         check_ungated(before)
-        super().__init__(model, config)
+        super().__init__(model, config, group=group)
         self.ewc: EWC | None = None
         if ewc_lambda is not None:
             try:
@@ -99,7 +104,7 @@ class CoDyRA(Method):
         self._adapters = add_gates(self.layers)
         self._survivors: list[dict[str, int]] = []  # per task that has ended
         with torch.no_grad():
-            for gate, value in zip(self.gates().values(), self._new_gates(), strict=True):
+            for gate, value in zip(self.gates().values(), self._new_gates(generator), strict=True):
                 gate.copy_(value)
 
     def gates(self) -> dict[str, nn.Parameter]:
@@ -128,9 +133,10 @@ class CoDyRA(Method):
         The model computes the same and trains on without them; a gate that its gradient would have revived
         stays away until the next task, which starts at full rank. Parameters are replaced: optimizer gets
         the new ones with its state (momentum, moments) cut accordingly; with None make one afterwards, and
-        wrap the model for several processes afterwards too. Raises `TargetError` for merged or sharded
-        layers, and `ArgumentError` for an optimizer that does not hold the adapters or whose state has
-        another shape (Adafactor, LBFGS); nothing is changed then.
+        wrap the model for several processes afterwards too, all of which must call this. Raises `TargetError`
+        for merged or sharded layers and when processes differ in what survives, and `ArgumentError` for an
+        optimizer that does not hold the adapters or whose state has another shape (Adafactor, LBFGS); nothing
+        is changed then.
 
             >>> removed = method.compact_(optimizer)
         """
@@ -141,6 +147,7 @@ class CoDyRA(Method):
             raise TargetError(f"{names[0]}: its parameters are sharded; compact before fully_shard")
         if optimizer is not None and "history_size" in optimizer.defaults:
             raise ArgumentError("optimizer: the history of LBFGS mixes all parameters; make a new one")
+        agreed(self._alive(), self.group)
         return prune_(self._adapters, optimizer)
 
     def survivors(self) -> dict[str, int]:
@@ -162,13 +169,20 @@ class CoDyRA(Method):
         kept = [sum(ranks.values()) for ranks in (*self._survivors, now)]
         return Report("Surviving ranks", rows, summary={"r": full, "tasks": kept[:-1], "now": kept[-1]})
 
-    def _new_gates(self) -> list[Tensor]:
+    def _alive(self) -> dict[str, list[int]]:
+        """Which gates are not 0."""
+        return {
+            f"surviving ranks of {key}": gate.detach().nonzero().flatten().tolist()
+            for key, gate in self.gates().items()
+        }
+
+    def _new_gates(self, generator: torch.Generator | None) -> list[Tensor]:
         """New gates, drawn on the device of the generator so that one seed gives the same everywhere."""
-        device = None if self.generator is None else self.generator.device
+        device = None if generator is None else generator.device
         values = []
         for adapter in self._adapters:
             value = torch.ones(adapter.piece.r, dtype=adapter.gate.dtype, device=device)
-            values.append(value if self.gate_init == "ones" else value.normal_(generator=self.generator))
+            values.append(value if self.gate_init == "ones" else value.normal_(generator=generator))
         return values
 
     def _after_step(self, step: int, total_steps: int) -> None:
@@ -185,12 +199,14 @@ class CoDyRA(Method):
 
     @torch.no_grad()
     def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
-        survivors, fresh = self.survivors(), self._new_gates()
+        agreed(self._alive(), self.group)
+        generator = self._drawing(self.generator)
+        survivors, fresh = self.survivors(), self._new_gates(generator)
         with whole_ranks(self._adapters):
             if self.ewc is not None:
                 self._consolidate(self.ewc, loader, loss_fn)
             else:
-                self._fold()
+                self._fold(generator)
         for gate, value in zip(self.gates().values(), fresh, strict=True):
             gate.copy_(value)
         self._survivors.append(survivors)
@@ -198,19 +214,19 @@ class CoDyRA(Method):
     def _consolidate(self, ewc: EWC, loader: Loader, loss_fn: Loss | None) -> None:
         before = ewc.parse_state(ewc.state_dict())
         try:
-            ewc.end_task(loader, loss_fn, labels=self.labels)
+            end_task(ewc, loader, loss_fn, self.labels, self.group)
         except BaseException:  # without the Fisher of this attempt, which the next would add to
             with Transaction() as change:
                 ewc.take_over(before, change)
             raise
 
-    def _fold(self) -> None:
+    def _fold(self, generator: torch.Generator | None) -> None:
         with folding(self.model, self.layers) as change:
             for layer in self.layers.values():
                 for _, lora_a, lora_b in layer.adapter_parameters():
                     change.remember(lora_a)
                     change.remember(lora_b)
-                layer.reset_adapters(self.generator)
+                layer.reset_adapters(generator)
 
     def state_dict(self) -> dict[str, Any]:
         """{"tensors": the Fishers, "config": counts of tasks and ranks}, between tasks. Weights, adapters and

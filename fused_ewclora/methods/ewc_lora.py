@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -11,14 +11,18 @@ from .._transaction import Transaction
 from ..config import LoRAConfig
 from ..ewc import EWC
 from ._resume import dump, parse, take_over
+from ._shares import end_task
 from .method import Loader, Loss, Method
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class EWCLoRA(Method):
     """`EWC` behind the protocol of `Method`; `ewc` is the controller.
 
     hyperparameters are those of `EWC` (ewc_lambda, gamma, fisher_mode, ...); labels is the policy of its
-    Fisher. Errors are those of both.
+    Fisher, group that of `Method`: F is that of the data of all its processes. Errors are those of both.
 
         >>> method = EWCLoRA(model, LoRAConfig(r=10, target_modules=["qkv"]), ewc_lambda=1e7)
     """
@@ -29,9 +33,10 @@ class EWCLoRA(Method):
         config: LoRAConfig | None = None,
         *,
         labels: str = "empirical",
+        group: ProcessGroup | None = None,
         **hyperparameters: Any,
     ) -> None:
-        super().__init__(model, config)
+        super().__init__(model, config, group=group)
         self.ewc = EWC(model, **hyperparameters)
         self.labels = labels
 
@@ -40,7 +45,7 @@ class EWCLoRA(Method):
         return self.ewc.penalty()
 
     def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
-        self.ewc.end_task(loader, loss_fn, labels=self.labels)
+        end_task(self.ewc, loader, loss_fn, self.labels, self.group)
 
     def state_dict(self) -> dict[str, Any]:
         """{"tensors": the Fishers, "config": counts of tasks and how the Fishers were made}, between tasks.

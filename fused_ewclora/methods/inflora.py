@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._processes import of_first, several, together
 from .._settings import number, one_of
 from .._transaction import Transaction, canonical_name
 from ..config import LoRAConfig
@@ -21,6 +23,9 @@ from ._inputs import input_covariances
 from ._resume import dump, parse, take_over
 from ._subspace import VARIANTS, Subspace, directions, extended
 from .method import Loader, Loss, Method
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class InfLoRA(Method):
@@ -41,7 +46,8 @@ class InfLoRA(Method):
     Both start from an exactly projected basis, and rows of A for which no direction is left are 0, where
     official ones are arbitrary.
     forward, max_batches: of the passes over data, as in `EWC.estimate_fisher`. Every row of the inputs
-    counts, padding included. Each process of several would see its own data only: use one.
+    counts, padding included. group: as in `Method`; the inputs are those of all its processes, max_batches
+    those of each.
 
     Raises `ArgumentError` for values out of range and `TargetError` for adapters of another method, before
     anything is changed.
@@ -60,6 +66,7 @@ class InfLoRA(Method):
         variant: str = "paper",
         forward: Forward = default_forward,
         max_batches: int | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         self.epsilon = number("epsilon", epsilon, 0.0, 1.0)
         self.epsilon_last = number("epsilon_last", epsilon_last, 0.0, 1.0)
@@ -72,7 +79,7 @@ class InfLoRA(Method):
         self.forward, self.max_batches = forward, max_batches
         if composed := [name for name, layer in adapters(model).items() if layer.composer is not None]:
             raise TargetError(f"{composed[0]}: expected plain adapters, found those of another method")
-        super().__init__(model, config)
+        super().__init__(model, config, group=group)
         self.subspaces = {
             name: Subspace.empty(layer.in_features, layer.weight.device)
             for name, layer in self.layers.items()
@@ -101,26 +108,49 @@ class InfLoRA(Method):
         """
         if not self._running:
             raise ArgumentError("prepare: no task is running; call begin_task first")
+        found = self._covariances(loader, untrained=True)
+        chosen = {}
         for name, layer in self.layers.items():
-            if any(bool(lora_b.any()) for _, _, lora_b in layer.adapter_parameters()):
+            used = self.subspaces[name].to(found[name].device)
+            widest = max(piece.r for piece in layer.adapter_slices)
+            chosen[name] = directions(found[name], used, widest, self.variant)
+        if several(self.group):
+            chosen = dict(zip(chosen, of_first(list(chosen.values()), self.group), strict=True))
+        with Transaction() as change:
+            for name, layer in self.layers.items():
+                for piece, lora_a, _ in layer.adapter_parameters():
+                    change.copy_(lora_a, chosen[name][: piece.r])
+        self._prepared = True
+
+    def _covariances(self, loader: Loader, untrained: bool = False) -> dict[str, Tensor]:
+        """Sums over the data of all processes, each of which raises what one of them raises."""
+        if not several(self.group):
+            return self._own_covariances(loader, untrained)
+        found = together(lambda: self._own_covariances(loader, untrained), self.group)
+        for covariance in found.values():
+            dist.all_reduce(covariance, group=self.group)
+        return found
+
+    def _own_covariances(self, loader: Loader, untrained: bool) -> dict[str, Tensor]:
+        for name, layer in self.layers.items():
+            if untrained and any(bool(lora_b.any()) for _, _, lora_b in layer.adapter_parameters()):
                 raise ArgumentError(
                     f"prepare: {name}: expected a lora_B of 0, which another A would change the meaning of; "
                     "call it before training"
                 )
-        found = self._covariances(loader)
-        with Transaction() as change:
-            for name, layer in self.layers.items():
-                used = self.subspaces[name].to(found[name].device)
-                widest = max(piece.r for piece in layer.adapter_slices)
-                rows = directions(found[name], used, widest, self.variant)
-                for piece, lora_a, _ in layer.adapter_parameters():
-                    change.copy_(lora_a, rows[: piece.r])
-        self._prepared = True
-
-    def _covariances(self, loader: Loader) -> dict[str, Tensor]:
-        if merged := [name for name, layer in self.layers.items() if layer.merged]:
-            raise TargetError(f"{merged[0]}: its adapter is merged into the base weight; call unmerge(model)")
+            if layer.merged:
+                raise TargetError(f"{name}: its adapter is merged into the base weight; call unmerge(model)")
         return input_covariances(self.model, self.layers, loader, self.max_batches, self.forward)
+
+    def _of_first(self, subspaces: dict[str, Subspace]) -> dict[str, Subspace]:
+        """Those of the first process: where energies are equal another machine may order directions
+        otherwise."""
+        bases = of_first([used.basis for used in subspaces.values()], self.group)
+        first = next(iter(subspaces.values())).basis
+        flags = [used.complement for used in subspaces.values()]
+        (complements,) = of_first([torch.tensor(flags, device=first.device)], self.group)
+        parts = zip(subspaces, bases, complements.tolist(), strict=True)
+        return {name: Subspace(basis, complement) for name, basis, complement in parts}
 
     def penalty(self) -> Tensor:
         """0; raises `ArgumentError` in a task that was not prepared."""
@@ -147,6 +177,8 @@ class InfLoRA(Method):
             name: extended(used.to(found[name].device), found[name], epsilon, self.variant)
             for name, used in self.subspaces.items()
         }
+        if several(self.group):
+            subspaces = self._of_first(subspaces)
         with folding(self.model, self.layers) as change:
             for layer in self.layers.values():
                 for _, _, lora_b in layer.adapter_parameters():

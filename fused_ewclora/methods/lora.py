@@ -24,6 +24,7 @@ class LoRA(Method):
     @torch.no_grad()
     def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
         check_mergeable(self.model)
+        generator = self._drawing()
         weights = [(layer.base_weight, layer.consolidated_weight()) for layer in self.layers.values()]
         with Transaction() as change:
             for weight, value in weights:
@@ -32,7 +33,7 @@ class LoRA(Method):
                 for _, lora_a, lora_b in layer.adapter_parameters():
                     change.remember(lora_a)
                     change.remember(lora_b)
-                layer.reset_adapters()
+                layer.reset_adapters(generator)
         for layer in self.layers.values():
             layer.consolidated_tasks += 1
 

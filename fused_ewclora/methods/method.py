@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,10 @@ from ..adapted import AdaptedLinear
 from ..config import LoRAConfig
 from ..errors import ArgumentError
 from ..inject import adapters, eject, inject
+from ._shares import drawing
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Loader = Iterable[Any]
 Loss = Callable[[Any, Any], Tensor]
@@ -38,14 +42,21 @@ class Method:
 
     model: plain, and then injected with `config`; or injected already, with config None. Raises the errors of
     `inject`, and `ArgumentError` for tasks out of order.
+
+    group: the processes that train this model together, each with its share of the data of every task; None
+    is all of torch.distributed, where that is initialised. Every process calls `begin_task`, `prepare` and
+    `end_task`: what these learn from data is a sum over processes, what they draw is the same in all, and an
+    error in one is raised in all. Processes that train models of their own need a group each.
     """
 
-    def __init__(self, model: nn.Module, config: LoRAConfig | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, config: LoRAConfig | None = None, *, group: ProcessGroup | None = None
+    ) -> None:
         if config is not None:
             inject(model, config)
         elif not adapters(model):
             raise ArgumentError("config: expected a LoRAConfig for a model without adapters, got None")
-        self.model = model
+        self.model, self.group = model, group
         self.layers: dict[str, AdaptedLinear] = adapters(model)
         self.tasks = 0  # that have ended
         self._running = False
@@ -101,6 +112,10 @@ class Method:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Takes over a `state_dict()`, before the model's own state_dict is loaded: ranks may change."""
         raise NotImplementedError
+
+    def _drawing(self, generator: torch.Generator | None = None) -> torch.Generator | None:
+        """The source of new parameters, `generator` unless several processes must draw the same."""
+        return drawing(generator, next(iter(self.layers.values())).weight.device, self.group)
 
     def _begin(self) -> None: ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,11 @@ from ..slices import AdapterSlice, fisher_key
 from ._anchored import AnchoredEWC
 from ._directions import NORMALIZATIONS, Directions, Stack, freeze
 from ._sd_state import Outcome, dump, parse
+from ._shares import agreed, end_task
 from .method import Loader, Loss, Method
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Ranks = int | Sequence[int] | Callable[[int], int]
 
@@ -48,8 +52,8 @@ class SDLoRA(Method):
         kd_threshold: SD-LoRA-KD; a new direction whose squared distance from the span of the earlier ones is
             at most this share of its squared length (9e-4 in the paper) is dropped after its task, and its
             coefficients are folded into their magnitudes. Decided per adapter. None keeps every direction.
-        generator: source of each new A; None is the default generator. Processes that train together need
-            generators with the same seed.
+        generator: source of each new A; None is the default generator.
+        group: as in `Method`.
         ewc_lambda: not of the paper: adds the penalty (lambda/2) sum F (Delta - Delta_0)^2 of EWC-LoRA, where
             Delta is what the adapters add and Delta_0 what they added when the last task ended. labels and
             the other keywords are those of `EWCLoRA`, without merge_mode; `ewc` is the controller.
@@ -75,6 +79,7 @@ class SDLoRA(Method):
         generator: torch.Generator | None = None,
         ewc_lambda: float | None = None,
         labels: str = "empirical",
+        group: ProcessGroup | None = None,
         **ewc: Any,
     ) -> None:
         self.normalization = one_of("normalization", normalization, NORMALIZATIONS)
@@ -89,7 +94,7 @@ class SDLoRA(Method):
             raise ArgumentError(f"{min(ewc)}: expected an ewc_lambda beside it, got None")
         if config is not None and (config.lora_alpha is not None or config.alpha_pattern):
             raise ArgumentError("lora_alpha: expected None, SD-LoRA learns its scales")
-        super().__init__(model, config)
+        super().__init__(model, config, group=group)
         self._check_layers()
         self.generator, self.labels = generator, labels
         self.ewc = None if ewc_lambda is None else AnchoredEWC(model, ewc_lambda, **ewc)
@@ -183,11 +188,12 @@ class SDLoRA(Method):
     def _begin(self) -> None:
         self._check_whole()
         changes = []
+        generator = self._drawing(self.generator)
         for _, layer, piece in self._adapters():
             now = old = Directions.of(layer, piece)
             rank = self._rank(piece)
             if rank != piece.r:
-                now = self._started(now, layer, rank)
+                now = self._started(now, layer, rank, generator)
             if self.reset_alphas and self.tasks:
                 now = replace(now, lora_magnitudes=torch.full_like(now.lora_magnitudes, self.alpha_init))
             if now is not old:
@@ -199,6 +205,7 @@ class SDLoRA(Method):
     def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
         check_ready(self.layers)
         self._check_whole()
+        generator = self._drawing(self.generator)
         ended = []
         for key, layer, piece in self._adapters():
             now = Directions.of(layer, piece)
@@ -206,9 +213,11 @@ class SDLoRA(Method):
                 frozen = freeze(now, self.normalization, self.kd_threshold, self.alpha_init)
             except ArgumentError as error:
                 raise ArgumentError(f"end_task: {key}: {error}; nothing was changed") from None
-            ended.append((key, layer, piece, frozen, self._started(frozen.directions, layer, piece.r)))
+            started = self._started(frozen.directions, layer, piece.r, generator)
+            ended.append((key, layer, piece, frozen, started))
+        agreed({key: "a direction" if frozen.kept else "none" for key, *_, frozen, _ in ended}, self.group)
         if self.ewc is not None:
-            self.ewc.end_task(loader, loss_fn, labels=self.labels)
+            end_task(self.ewc, loader, loss_fn, self.labels, self.group)
         for key, layer, piece, frozen, directions in ended:
             directions.put(layer, piece)
             self._outcomes[key].append(Outcome(frozen.residual, frozen.kept))
@@ -221,12 +230,13 @@ class SDLoRA(Method):
         return self.ranks[min(self.tasks, len(self.ranks) - 1)]
 
     @torch.no_grad()
-    def _started(self, now: Directions, layer: AdaptedLinear, rank: int) -> Directions:
+    def _started(
+        self, now: Directions, layer: AdaptedLinear, rank: int, generator: torch.Generator | None
+    ) -> Directions:
         """With a new current direction: A random, B zero."""
-        drawing = self.generator
-        device = now.lora_A.device if drawing is None else drawing.device
+        device = now.lora_A.device if generator is None else generator.device
         lora_a = torch.empty(rank, layer.in_features, dtype=now.lora_A.dtype, device=device)
-        lora_a.uniform_(-layer.initial_bound, layer.initial_bound, generator=drawing)
+        lora_a.uniform_(-layer.initial_bound, layer.initial_bound, generator=generator)
         lora_b = now.lora_B.new_zeros(now.lora_B.shape[0], rank)
         return replace(now, lora_A=lora_a.to(now.lora_A.device), lora_B=lora_b)
 
