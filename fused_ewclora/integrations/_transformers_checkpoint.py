@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .._checkpoint_files import MANIFEST, STATE, identity, identity_in, read_files, write_files, write_plain
@@ -39,7 +38,8 @@ from ..ewc import EWC
 
 FOLDER = "fused_ewclora"  # in a checkpoint; no name in it meets those of Trainer or PEFT
 FORMAT = 1
-KEY = "fused_ewclora.EWC"  # in trainer_state.json
+TRAINER_STATE_NAME = "trainer_state.json"  # of transformers.trainer, which takes long to import
+KEY = "fused_ewclora.EWC"  # in that file
 Source = str | os.PathLike[str] | bool
 
 
