@@ -1,12 +1,13 @@
 # Every target sets up what it needs in .venv; nothing is installed outside the checkout.
 #   make test    the whole test suite           make lint    ruff, mypy, clang-format
 #   make test-library, make test-integrations    its two halves: without and with model libraries
+#   make test-integrations INSTEAD=dir   with other versions of these: those that pip install --no-deps --target dir has put there
 #   make demo    the continual learning demo    make bench   benchmarks against installed peers
 #   make suite   continual learning with every method on language and vision
 #   make docs    the API reference and the pages of docs/, in build/docs
 #   make format  rewrite sources in style       make clean   remove build outputs (make distclean: .venv as well)
 #   make gpu-check OUT=dir   tests and benchmarks on a CUDA machine, with the PyTorch, Triton and pytest of PYTHON; no .venv
-# Variables: PYTHON, MAX_JOBS, FUSED_EWCLORA_BUILD, TEST_ARGS, DEMO_ARGS, SUITE_ARGS, BENCH_ARGS, OUT, CHECK_ARGS
+# Variables: PYTHON, MAX_JOBS, FUSED_EWCLORA_BUILD, TEST_ARGS, INSTEAD, DEMO_ARGS, SUITE_ARGS, BENCH_ARGS, OUT, CHECK_ARGS
 
 PYTHON ?= python3
 TEST_ARGS ?= -n 2 --dist loadfile
@@ -28,7 +29,7 @@ test-library: setup
 	python -m pytest $(TEST_ARGS)
 
 test-integrations: setup $(EXTRAS)
-	FUSED_EWCLORA_TEST_INTEGRATIONS=required PYTHONPATH=$(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH)) \
+	FUSED_EWCLORA_TEST_INTEGRATIONS=required PYTHONPATH=$(if $(INSTEAD),$(abspath $(INSTEAD)):)$(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH)) \
 	    python -m pytest $(if $(findstring tests/,$(TEST_ARGS)),,tests/integrations) $(TEST_ARGS)
 
 demo: setup

@@ -191,12 +191,20 @@ def test_layers_chosen_by_index_arrive(tmp_path):
                 x = torch.tanh(layer["fc"](x))
             return x
 
-    plain = base(Stack)
+    class Model(nn.Module):  # PEFT 0.18 and before finds no pattern at the start of a name
+        def __init__(self):
+            super().__init__()
+            self.body = Stack()
+
+        def forward(self, x):
+            return self.body(x)
+
+    plain = base(Model)
     options = {"target_modules": ["fc"], "layers_to_transform": [0, 2], "layers_pattern": "layers"}
     theirs = peft_model(copy.deepcopy(plain), **options)
     theirs.save_pretrained(tmp_path)
     fe.import_peft(tmp_path, plain)
-    assert list(fe.adapters(plain)) == ["layers.0.fc", "layers.2.fc"]
+    assert list(fe.adapters(plain)) == ["body.layers.0.fc", "body.layers.2.fc"]
     torch.testing.assert_close(plain(inputs()), theirs(inputs()), **TIGHT[WIDE])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ WIDTH, HEADS, KV_HEADS, SIZE = 32, 4, 2, 8
 SMALL = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "attn_implementation": "eager"}
 GROUPED = {**SMALL, "num_key_value_heads": KV_HEADS, "intermediate_size": 24, "pad_token_id": 0}
 GPT2 = {"n_embd": WIDTH, "n_head": HEADS, "attn_implementation": "eager"}
+OLD_NAMES = ("layer_id", "block_idx")  # of layer_idx: ModernBERT and DBRX in older versions
 VISION = {"embed_dim": WIDTH, "num_heads": HEADS, "attn_implementation": "eager"}
 
 
@@ -53,6 +55,13 @@ def masked(module: nn.Module) -> Callable[[], Any]:
 def rotated(module: nn.Module) -> Callable[[], Any]:
     x, angles = tokens(), rotary()
     return lambda: module(x, position_embeddings=angles, attention_mask=None)
+
+
+def rotated_of_old(module: nn.Module) -> Callable[[], Any]:
+    """With what ModernBERT and DBRX of older versions want, which newer ones leave alone."""
+    x, angles, mask = tokens(), rotary(), torch.zeros(2, 1, 6, 6)
+    old = {"sliding_window_mask": mask, "position_ids": torch.arange(6)[None]}
+    return lambda: module(x, position_embeddings=angles, attention_mask=mask, **old)
 
 
 def packed_images(module: nn.Module) -> Callable[[], Any]:
@@ -113,7 +122,7 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], Callable[[Any], Call
     ("dbrx.DbrxAttention.Wqkv", "dbrx.DbrxConfig",
      {"d_model": WIDTH, "n_heads": HEADS, "attn_implementation": "eager",
       "attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 1e4, "clip_qkv": 1e3}},
-     {"layer_idx": 0}, rotated),
+     {"layer_idx": 0}, rotated_of_old),
     ("deberta.DisentangledSelfAttention.in_proj", "deberta.DebertaConfig", SMALL, {}, deberta),
     ("decision_transformer.DecisionTransformerGPT2Attention.c_attn",
      "decision_transformer.DecisionTransformerConfig", {"hidden_size": WIDTH, "n_head": HEADS,
@@ -152,7 +161,7 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], Callable[[Any], Call
     ("instructblip.InstructBlipAttention.qkv", "instructblip.InstructBlipVisionConfig", SMALL, {}, plain),
     ("mgp_str.MgpstrAttention.qkv", "mgp_str.MgpstrConfig", SMALL, {}, plain),
     ("modernbert.ModernBertAttention.Wqkv", "modernbert.ModernBertConfig",
-     {**SMALL, "num_hidden_layers": 1}, {"layer_idx": 0}, rotated),
+     {**SMALL, "num_hidden_layers": 1}, {"layer_idx": 0}, rotated_of_old),
     ("mpt.MptAttention.Wqkv", "mpt.MptConfig", {"d_model": WIDTH, "n_heads": HEADS}, {"layer_idx": 0}, mpt),
     ("openai.Attention.c_attn", "openai.OpenAIGPTConfig", GPT2,
      {"nx": WIDTH, "n_positions": 8, "scale": True}, plain),
@@ -199,7 +208,11 @@ def made(entry: str, config: str, settings: dict[str, Any], arguments: dict[str,
         configurations = importlib.import_module(f"transformers.models.{folder}.configuration_{folder}")
         first["config"] = getattr(configurations, name)(**settings)
     torch.manual_seed(0)
-    return getattr(modeling, kind)(**first, **arguments).eval()
+    owner = getattr(modeling, kind)
+    names = inspect.signature(owner).parameters
+    old = next((name for name in OLD_NAMES if name in names), "layer_idx")
+    arguments = {old if name == "layer_idx" else name: value for name, value in arguments.items()}
+    return owner(**first, **arguments).eval()
 
 
 class Operands(TorchDispatchMode):
@@ -224,11 +237,11 @@ class Operands(TorchDispatchMode):
 
 @torch.no_grad()
 def attention_operands(parent: nn.Module, call: Callable[[], Any]) -> dict[str, Tensor]:
-    """q and k of the first batched product, v of the last."""
+    """q and k of the last batched product but one, v of the last; rotary embeddings may have some before."""
     with Operands() as seen:
         call()
     assert len(seen.products) >= 2
-    (q, k), (_, v) = seen.products[0], seen.products[-1]
+    (q, k), (_, v) = seen.products[-2:]
     return {"q": q, "k": k, "v": v}
 
 
