@@ -86,7 +86,8 @@ class Blocks(nn.Module):
         lowest = torch.finfo(hidden.dtype).min
         scores = hidden.new_zeros(mask.shape).masked_fill(~mask, lowest)[:, None, None]
         for block in self.layer:
-            hidden = block(hidden, scores)
+            out = block(hidden, scores)
+            hidden = out[0] if isinstance(out, tuple) else out  # a tuple in transformers 4
         return hidden
 
 
