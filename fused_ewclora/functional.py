@@ -192,7 +192,7 @@ def ewc_penalty_grad_(
     if not fishers:
         return torch.zeros(())
     wanted = [t is not None and t.requires_grad for t in tensors]
-    needs = [any(wanted[0::3]), any(wanted[1::3]), any(wanted[2::3])]
+    needs = _penalty.kinds(wanted)
     name = _dispatch.resolve(backend)
     value, flat = _library.ewc_penalty(
         list(fishers), list(lora_as), list(lora_bs), tensors[2::3], factors, float(ewc_lambda), needs, name

@@ -57,7 +57,7 @@ def _annotated(op: str, candidate: _dispatch.Candidate, nvtx: bool) -> _dispatch
         with record_function(name), _nvtx_range(name) if nvtx else contextlib.nullcontext():
             return candidate.run(*args)
 
-    return candidate._replace(run=run)
+    return candidate._replace(run=run, recorded=None)  # which would run without a range
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from fused_ewclora.backends import cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc" / "cuda"
+AUTOGRAD = ROOT / "csrc" / "autograd"
 NAME = "emulated_C_cuda"
 FOLDER = ROOT / "build" / "emulator" / f"{sysconfig.get_config_var('SOABI')}-torch{torch.__version__}"
 LIBRARY, FAILURE = FOLDER / f"{NAME}.so", FOLDER / "failure.txt"
@@ -55,7 +56,11 @@ def _ninja() -> str | None:
 
 def _changed() -> float:
     """When the newest source was written."""
-    return max(path.stat().st_mtime for path in [Path(__file__), *CSRC.rglob("*")] if path.is_file())
+    return max(
+        path.stat().st_mtime
+        for path in [Path(__file__), *CSRC.rglob("*"), *AUTOGRAD.iterdir()]
+        if path.is_file()
+    )
 
 
 def _is_current(path: Path) -> bool:

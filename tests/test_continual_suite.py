@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,13 @@ def test_ctrl_c_ends_all_processes_and_the_command_goes_on_from_there(tmp_path: 
     data = {**DIGITS, "training": {**DIGITS["training"], "epochs": 20}, "methods": DIGITS["methods"][:1]}
     (tmp_path / "mine.json").write_text(json.dumps({**data, "seeds": [0, 1, 2]}))
     arguments = command(str(tmp_path / "mine.json"), "--out", str(tmp_path / "out"), "--jobs", "2")
-    running = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    running = subprocess.Popen(
+        arguments,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
+    )
     assert running.stderr is not None
     for line in running.stderr:
         if "task 1/2" in line:

@@ -287,9 +287,11 @@ def test_gradients_are_computed_afresh_when_the_graph_is_kept(backend):
 def test_a_second_derivative_raises_and_says_why(backend):
     case = simple(backend)
     y, leaves = case.run(), list(case.leaves().values())
-    grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grads[0].sum().backward()
+    for loss in (y.square().sum(), y.sum()):  # of the latter the incoming gradient is a constant
+        grads = torch.autograd.grad(loss, leaves, create_graph=True, retain_graph=True)
+        grads[0].mul_(2.0)  # accumulated in place
+        with pytest.raises(RuntimeError, match="lora_linear: its gradients cannot be differentiated again"):
+            grads[0].sum().backward()
 
 
 @pytest.mark.parametrize("shape", [(5, 12), (2, 3, 12)])

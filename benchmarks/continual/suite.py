@@ -113,8 +113,10 @@ def _outcomes(
             yield run, _one(run, place, progress)
         return
     context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
-    # Ctrl-C ends a worker at once, instead of going on with the next run; what it saved is whole.
-    ends = (signal.SIGINT, signal.SIG_DFL)
+    # Ctrl-C ends a worker at once, instead of going on with the next run; what it saved is whole. Where it is
+    # ignored, as by jobs in the background of a shell, workers ignore it as well.
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ends = (signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL)
     pool_of = partial(ProcessPoolExecutor, mp_context=context, initializer=signal.signal, initargs=ends)
     with context.Manager() as manager, pool_of(place.jobs) as pool:
         said: Queue[str] = manager.Queue()

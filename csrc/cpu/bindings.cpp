@@ -1,6 +1,8 @@
 // The extension module fused_ewclora._C: one function per op, under the op's name.
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 
+#include "../autograd/ewc_penalty.h"
+#include "../autograd/lora_linear.h"
 #include "tensors.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -8,7 +10,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("lora_linear", &fe::lora_linear, Unlocked());
   m.def("lora_linear_backward", &fe::lora_linear_backward, Unlocked());
+  m.def("lora_linear_recorded", &fe::recorded::LoRALinear<&fe::lora_linear, &fe::lora_linear_backward>::call, Unlocked());
   m.def("ewc_penalty", &fe::ewc_penalty, Unlocked());
+  m.def("ewc_penalty_recorded", &fe::recorded::EWCPenalty::call, Unlocked());
   m.def("fisher_accumulate_", &fe::fisher_accumulate, Unlocked());
   m.def("merge_", &fe::merge, Unlocked());
   m.def("soft_threshold_", &fe::soft_threshold, Unlocked());

@@ -55,7 +55,8 @@ class Candidate(NamedTuple):
 
     `supports` says in words why it cannot serve a call, or None. `yields` says why another algorithm of the
     same backend is expected to be faster, or None; it does not count when one of `keys` is asked for by name
-    ("triton:prologue").
+    ("triton:prologue"). `recorded`, where there is one, runs a LoRA linear and puts a backward of its own on
+    autograd's tape: (x, weight, bias, seed, flat adapters, factors, rows, dropout_p) -> y.
     """
 
     backend: str
@@ -64,6 +65,7 @@ class Candidate(NamedTuple):
     run: Callable[..., Any]
     keys: tuple[str, ...] = ()
     yields: Callable[[Call], str | None] = _never
+    recorded: Callable[..., Any] | None = None
 
 
 def bucket(rows: int) -> int:

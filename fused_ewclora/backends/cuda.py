@@ -89,8 +89,8 @@ def _supports(op: str, call: Call) -> str | None:
 
 def candidates(op: str) -> tuple[Candidate, ...]:
     """The CUDA implementation of `op`; listed with its reason when the extension is missing."""
-    run = getattr(extension(), op, _missing)
-    return (Candidate("cuda", _ALGORITHMS[op], functools.partial(_supports, op), run),)
+    run, recorded = getattr(extension(), op, _missing), getattr(extension(), f"{op}_recorded", None)
+    return (Candidate("cuda", _ALGORITHMS[op], functools.partial(_supports, op), run, recorded=recorded),)
 
 
 def _missing(*_: object) -> None:

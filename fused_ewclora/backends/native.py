@@ -57,7 +57,8 @@ def _supports(call: Call) -> str | None:
 def candidates(op: str) -> tuple[Candidate, ...]:
     """The C++ implementation of `op`; listed with its reason when the extension is missing."""
     module = extension()
-    return (Candidate("cpu", _ALGORITHMS[op], _supports, getattr(module, op, _missing)),)
+    run, recorded = getattr(module, op, _missing), getattr(module, f"{op}_recorded", None)
+    return (Candidate("cpu", _ALGORITHMS[op], _supports, run, recorded=recorded),)
 
 
 def _missing(*_: object) -> None:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ..backends import measured_choice
 from ..backends.candidate import Call as Call
@@ -62,6 +63,14 @@ def available_backends() -> dict[str, str | None]:
         "cpu": native.unavailable(),
         "reference": None,
     }
+
+
+@functools.cache
+def recorded_penalty() -> Callable[..., Tensor] | None:
+    """What puts a penalty and its gradients, whichever backend computed them, on autograd's tape in C++:
+    (flat adapters, penalty, flat gradients, needs) -> penalty. None without the C++ extension."""
+    native = importlib.import_module("fused_ewclora.backends.native")
+    return getattr(native.extension(), "ewc_penalty_recorded", None)
 
 
 @remembers_choices

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from ..backends.candidate import Call, LinearShape, arch_of, bucket
 from ..reference.ewc_penalty import accumulate_dtype as joint_accumulate_dtype
 from ..reference.lora_linear import accumulate_dtype
-from ._dispatch import choose
+from ._dispatch import Candidate, choose
 
 _ADAPTERS = "Tensor[] lora_as, Tensor[] lora_bs, Tensor?[] scales, float[] factors"
 SCHEMAS = {
@@ -151,23 +151,28 @@ def _call(op: str, tensor: Tensor, args: Sequence[Any]) -> Call:
     return Call(device, tensor.dtype, arch_of(tensor.device), **sizes)
 
 
+def run(candidate: Candidate, device: str, args: Sequence[Any]) -> Any:
+    """What `candidate` returns for the arguments of an op, on tensors of `device`."""
+    # Autocast has chosen the dtypes of the inputs; sums inside stay as they are.
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return candidate.run(*args[:-1])
+    return candidate.run(*args[:-1])
+
+
+def _chosen(op: str, args: Sequence[Any]) -> tuple[Candidate, str]:
+    tensor = _DEFINING[op](*args)
+    return choose(op, args[-1], _call(op, tensor, args)), tensor.device.type
+
+
 def _implementation(op: str) -> Callable[..., Any]:
-    defining = _DEFINING[op]
     writes = op.endswith("_")
 
-    def run(*args: Any) -> Any:
-        tensor = defining(*args)
-        device = tensor.device.type
-        candidate = choose(op, args[-1], _call(op, tensor, args))
-        # Autocast has chosen the dtypes of the inputs; sums inside stay as they are.
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                result = candidate.run(*args[:-1])
-        else:
-            result = candidate.run(*args[:-1])
+    def call(*args: Any) -> Any:
+        result = run(*_chosen(op, args), args)
         return None if writes else result
 
-    return run
+    return call
 
 
 for _op, _schema in SCHEMAS.items():
@@ -191,6 +196,12 @@ def _observed(tensors: Sequence[Tensor | None]) -> bool:
         or not {type(t) for t in tensors} <= _PLAIN
         or any(t is not None and t.is_meta for t in tensors[:1])
     )
+
+
+def unobserved(op: str, tensors: Sequence[Tensor | None], args: Sequence[Any]) -> Candidate | None:
+    """The candidate that serves a call with these arguments, which are lists where the schema has lists; None
+    where the dispatcher has to see the call."""
+    return None if _observed(tensors) else _chosen(op, args)[0]
 
 
 def _direct(op: str) -> Callable[..., Any]:

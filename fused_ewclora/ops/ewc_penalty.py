@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _dispatch, _library
 from ._distinct import distinct
+from ._once import once
 
 
 class Layout(NamedTuple):
@@ -40,6 +41,11 @@ def unflatten(flat: Tensor, order: Layout) -> list[Tensor]:
     return [grad.to(dtype) for grad, dtype in zip(grads, order.dtypes, strict=True)]
 
 
+def kinds(wanted: Sequence[bool]) -> list[bool]:
+    """Whether any A, any B, any s wants a gradient."""
+    return [any(wanted[0::3]), any(wanted[1::3]), any(wanted[2::3])]
+
+
 class EWCPenaltyFunction(torch.autograd.Function):
     """P = (lambda/2) sum over adapters of sum F * (B diag(s) A)^2."""
 
@@ -52,8 +58,7 @@ class EWCPenaltyFunction(torch.autograd.Function):
         fishers: list[Tensor],
         *adapters: Tensor | None,
     ) -> Tensor:
-        wanted = ctx.needs_input_grad[4:]
-        needs = [any(wanted[0::3]), any(wanted[1::3]), any(wanted[2::3])]
+        needs = kinds(ctx.needs_input_grad[4:])
         lora_as, lora_bs, scales = list(adapters[0::3]), list(adapters[1::3]), list(adapters[2::3])
         penalty, flat = _library.ewc_penalty(
             fishers, lora_as, lora_bs, scales, factors, ewc_lambda, needs, backend
@@ -63,7 +68,7 @@ class EWCPenaltyFunction(torch.autograd.Function):
         return penalty
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once("ewc_penalty")
     def backward(ctx: Any, grad_penalty: Tensor) -> tuple[Tensor | None, ...]:
         (flat,) = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * ctx.inputs
@@ -82,4 +87,14 @@ def ewc_penalty(
     adapters: Sequence[Tensor | None],
 ) -> Tensor:
     """`adapters` is flat: A, B, scale tensor or None, per adapter."""
-    return EWCPenaltyFunction.apply(factors, ewc_lambda, backend, fishers, *distinct(adapters))
+    lora_as, lora_bs, scales = list(adapters[0::3]), list(adapters[1::3]), list(adapters[2::3])
+    graph = torch.is_grad_enabled()
+    needs = kinds([graph and t is not None and t.requires_grad for t in adapters])
+    args = (fishers, lora_as, lora_bs, scales, factors, ewc_lambda, needs, backend)
+    candidate = _library.unobserved("ewc_penalty", [*fishers, *adapters], args)
+    recorded = _dispatch.recorded_penalty() if candidate is not None else None
+    if candidate is None or (recorded is None and any(needs)):
+        return EWCPenaltyFunction.apply(factors, ewc_lambda, backend, fishers, *distinct(adapters))
+    with torch.no_grad():
+        penalty, flat = _library.run(candidate, fishers[0].device.type, args)
+    return penalty if recorded is None or not any(needs) else recorded(adapters, penalty, flat, needs)

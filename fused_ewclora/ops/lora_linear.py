@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from . import _library
+from ._dispatch import Candidate
 from ._distinct import distinct
+from ._once import once
 from .capture import FisherCapture
 
 
@@ -23,6 +25,10 @@ class LoRALinearMeta:
     dropout_p: float
     backend: str
 
+    def constants(self, seed: Tensor | None) -> tuple[Any, ...]:
+        """The last arguments of the op."""
+        return self.factors, self.rows, self.dropout_p, seed, self.backend
+
 
 class LoRALinearFunction(torch.autograd.Function):
     """y = x W^T + bias + sum over adapters of ((x A^T) * s) B^T on their rows."""
@@ -32,6 +38,7 @@ class LoRALinearFunction(torch.autograd.Function):
         ctx: Any,
         meta: LoRALinearMeta,
         capture: FisherCapture | None,
+        candidate: Candidate | None,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -39,14 +46,14 @@ class LoRALinearFunction(torch.autograd.Function):
         *adapters: Tensor | None,
     ) -> Tensor:
         lora_as, lora_bs, scales = list(adapters[0::3]), list(adapters[1::3]), list(adapters[2::3])
-        y, z = _library.lora_linear(
-            x, weight, bias, lora_as, lora_bs, scales,
-            meta.factors, meta.rows, meta.dropout_p, seed, meta.backend,
-        )  # fmt: skip
+        args = (x, weight, bias, lora_as, lora_bs, scales, *meta.constants(seed))
+        y, z = (
+            _library.lora_linear(*args) if candidate is None else _library.run(candidate, x.device.type, args)
+        )
         needs = ctx.needs_input_grad
         # A layer that needs only dx (everything of its own frozen) keeps neither x nor z.
-        keep_x = needs[3] or any(needs[6::3]) or capture is not None
-        keep_z = any(needs[7::3]) or any(needs[8::3])
+        keep_x = needs[4] or any(needs[7::3]) or capture is not None
+        keep_z = any(needs[8::3]) or any(needs[9::3])
         ctx.save_for_backward(x if keep_x else None, weight, bias, z if keep_z else None, seed, *adapters)
         ctx.meta, ctx.capture = meta, capture
         if capture is not None:
@@ -54,13 +61,13 @@ class LoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once("lora_linear")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, z, seed, *adapters = ctx.saved_tensors
         meta, wanted = ctx.meta, ctx.needs_input_grad
         if ctx.capture is not None:
             ctx.capture.record(x, dy)
-        needs = [wanted[2], wanted[3], wanted[4], *wanted[6:]]
+        needs = [wanted[3], wanted[4], wanted[5], *wanted[7:]]
         grads = iter(
             _library.lora_linear_backward(
                 dy, x, weight, bias, z, adapters[0::3], adapters[1::3], adapters[2::3],
@@ -68,7 +75,7 @@ class LoRALinearFunction(torch.autograd.Function):
             )
         )  # fmt: skip
         dx, dweight, dbias, *rest = [next(grads) if need else None for need in needs]
-        return (None, None, dx, dweight, dbias, None, *rest)
+        return (None, None, None, dx, dweight, dbias, None, *rest)
 
 
 def lora_linear(
@@ -81,11 +88,14 @@ def lora_linear(
     capture: FisherCapture | None,
 ) -> Tensor:
     """`adapters` is flat: A, B, scale tensor or None, per adapter."""
+    lora_as, lora_bs, scales = list(adapters[0::3]), list(adapters[1::3]), list(adapters[2::3])
+    args = (x, weight, bias, lora_as, lora_bs, scales, *meta.constants(seed))
     # Inference has nothing to save, and entering a Function costs more than the dispatch of the op. A capture
     # counts calls without gradients too: reentrant checkpointing makes them before its backward.
     if capture is None and not torch.is_grad_enabled():
-        return _library.lora_linear(
-            x, weight, bias, adapters[0::3], adapters[1::3], adapters[2::3],
-            meta.factors, meta.rows, meta.dropout_p, seed, meta.backend,
-        )[0]  # fmt: skip
-    return LoRALinearFunction.apply(meta, capture, *distinct([x, weight, bias, seed, *adapters]))
+        return _library.lora_linear(*args)[0]
+    tensors = [x, weight, bias, seed, *adapters]
+    candidate = _library.unobserved("lora_linear", tensors, args)
+    if candidate is not None and candidate.recorded is not None and capture is None:
+        return candidate.recorded(x, weight, bias, seed, adapters, meta.factors, meta.rows, meta.dropout_p)
+    return LoRALinearFunction.apply(meta, capture, candidate, *distinct(tensors))

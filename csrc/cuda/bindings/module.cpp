@@ -1,6 +1,7 @@
 // The extension module fused_ewclora._C_cuda: one function per op, under the op's name.
 #include <torch/csrc/utils/pybind.h>
 
+#include "../../autograd/lora_linear.h"
 #include "ewc_penalty.h"
 #include "tensors.h"
 
@@ -9,6 +10,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("lora_linear", &fe::cuda::lora_linear, Unlocked());
   m.def("lora_linear_backward", &fe::cuda::lora_linear_backward, Unlocked());
+  m.def("lora_linear_recorded", &fe::recorded::LoRALinear<&fe::cuda::lora_linear, &fe::cuda::lora_linear_backward>::call, Unlocked());
   m.def("fisher_accumulate_", &fe::cuda::fisher_accumulate, Unlocked());
   m.def("merge_", &fe::cuda::merge, Unlocked());
   m.def("soft_threshold_", &fe::cuda::soft_threshold, Unlocked());
