@@ -241,6 +241,11 @@ def test_autocast_does_not_reach_the_products_inside():
             losses.append((y, *torch.autograd.grad(y.float().sum(), case.leaves)))
     for one, other in zip(*losses, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
+    y = case.run()
+    expected = torch.autograd.grad(y.sum(), case.leaves, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # of the backward alone
+        found = torch.autograd.grad(y.sum(), case.leaves)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     with torch.autocast("cpu", dtype=torch.bfloat16):  # the penalty stays in fp32, its backward too
         loss = Penalty().run()
         assert loss.dtype == torch.float32

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -26,6 +27,13 @@ from fused_ewclora.integrations.transformers import EWCCallback
 VOCABULARY, WIDTH, SAMPLES, BATCH = 17, 16, 14, 2
 LEARNING_RATE, BETAS, EPSILON = 1e-2, (0.9, 0.999), 1e-3  # an epsilon that hides no difference
 IGNORED = -100
+
+
+class Trainer(transformers.Trainer):
+    """Takes the samples in order; older versions have no argument for that."""
+
+    def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -89,7 +97,7 @@ def arguments(folder: Any, **settings: Any) -> TrainingArguments:
         "output_dir": str(folder), "per_device_train_batch_size": BATCH, "num_train_epochs": 2,
         "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant", "adam_epsilon": EPSILON,
         "optim": "adamw_torch", "logging_steps": 1, "save_strategy": "no", "report_to": "none",
-        "use_cpu": True, "disable_tqdm": True, "train_sampling_strategy": "sequential",
+        "use_cpu": True, "disable_tqdm": True,
         "dataloader_pin_memory": False, "max_grad_norm": 0.0,
     }  # fmt: skip
     return TrainingArguments(**{**defaults, **settings})
