@@ -33,7 +33,7 @@ struct EWCPenalty : torch::autograd::Function<EWCPenalty> {
     for (size_t at = 0; at < sizes.size();) {
       const size_t input = size_t(sizes[at]), dims = size_t(sizes[at + 2]);
       const at::IntArrayRef shape(sizes.data() + at + 3, dims);
-      const int64_t strides[2] = {1, 1};
+      const int64_t strides[2] = {dims == 2 ? shape[1] : 1, 1};
       if (ctx->needs_input_grad(input))
         gradients[input] = scaled.as_strided(shape, at::IntArrayRef(strides, dims), start).to(at::ScalarType(sizes[at + 1]));
       start += c10::multiply_integers(shape);
