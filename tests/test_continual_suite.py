@@ -244,3 +244,12 @@ def test_the_list_names_every_configuration(capsys: pytest.CaptureFixture[str]) 
     assert main(["--suite", "--list"]) == 0
     said = capsys.readouterr().out
     assert all(f"{name}\n" in said for name in configuration.available()) and "CoDyRA" in said
+
+
+def test_costs_of_some_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--suite", "costs", "--quick", "--out", str(tmp_path), "--methods"]
+    assert main([*arguments, "InfLoRA"]) == 0
+    records = [json.loads(line) for line in (tmp_path / "costs.jsonl").read_text().splitlines()]
+    assert [record["method"] for record in records] == ["InfLoRA"]
+    assert main([*arguments, "EWC"]) == 1
+    assert re.search("--methods: expected some of .*'InfLoRA'.* got 'EWC'", capsys.readouterr().err)

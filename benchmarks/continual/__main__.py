@@ -36,7 +36,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--list", action="store_true", help="show the configurations and their methods")
     made.add_argument("--quick", action="store_true", help="the configurations' short versions: minutes")
-    made.add_argument("--methods", nargs="+", metavar="NAME", help="of the configurations; default: all")
+    made.add_argument(
+        "--methods", nargs="+", metavar="NAME", help="of the configurations, or of the costs; default: all"
+    )
     made.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of the configurations' own")
     made.add_argument(
         "--out", type=Path, default=Path("suite-output"), help="records and pictures (suite-output)"
@@ -57,6 +59,7 @@ def chosen(args: argparse.Namespace) -> list[Run]:
     known: list[str] = []
     for name in args.suite or SUITES:
         if name == COSTS:
+            known += costs.NAMES
             continue
         found = configuration.load(configuration.find(name), args.quick)
         known += [run.method for run in found.runs]
@@ -113,7 +116,7 @@ def _run(args: argparse.Namespace, command: str) -> int:
         progress.close()
     if COSTS in (args.suite or ()):
         torch.set_num_threads(args.threads)
-        for record in costs.measure_all(device=args.device, quick=args.quick):
+        for record in costs.measure_all(args.methods, device=args.device, quick=args.quick):
             suite.append(args.out / f"{COSTS}.jsonl", {**record, "command": command})
             print(f"{COSTS}  {record['method']}: task {record['tasks']} / task 1 = "
                   f"{record['ratio_to_first'][-1]:.3f}", file=sys.stderr, flush=True)  # fmt: skip

@@ -128,12 +128,23 @@ def methods(tasks: int) -> list[tuple[str, str, dict[str, Any]]]:
     ]
 
 
-def measure_all(*, device: str = "cpu", quick: bool = False, rounds: int | None = None) -> Iterator[Record]:
-    """Records of all methods, one after the other; quick: three tasks of a tiny model, few rounds."""
+NAMES = tuple(name for name, _, _ in methods(TASKS))
+
+
+def measure_all(
+    names: Sequence[str] | None = None,
+    *,
+    device: str = "cpu",
+    quick: bool = False,
+    rounds: int | None = None,
+) -> Iterator[Record]:
+    """Records of the methods of these names, None for all, one after the other; quick: three tasks of a tiny
+    model, few rounds."""
     tasks, usual, network = (3, 3, QUICK) if quick else (TASKS, ROUNDS, Network())
     rounds = usual if rounds is None else rounds
     for name, kind, options in methods(tasks):
-        yield measure(name, kind, options, tasks=tasks, rounds=rounds, network=network, device=device)
+        if not names or name in names:
+            yield measure(name, kind, options, tasks=tasks, rounds=rounds, network=network, device=device)
 
 
 class Target(NamedTuple):
