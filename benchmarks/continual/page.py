@@ -55,7 +55,8 @@ copied to benchmarks/results/continual, `{COMMAND}` writes this page anew.
 """
 COSTS = (
     "One model per task, with the history of that task, all timed in turns: medians, and the median over "
-    "rounds of the ratio of the last task's step to the first one's."
+    "rounds of the ratio of the last task's step to the first one's. Methods were measured one after the "
+    "other, while a shared machine changed its speed: compare their ratios, not their milliseconds."
 )
 
 
