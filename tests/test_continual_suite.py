@@ -251,5 +251,8 @@ def test_costs_of_some_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main([*arguments, "InfLoRA"]) == 0
     records = [json.loads(line) for line in (tmp_path / "costs.jsonl").read_text().splitlines()]
     assert [record["method"] for record in records] == ["InfLoRA"]
+    assert records[0]["command"] == (
+        "python -m fused_ewclora demo --suite costs --quick --methods InfLoRA"  # no folder of this machine
+    )
     assert main([*arguments, "EWC"]) == 1
     assert re.search("--methods: expected some of .*'InfLoRA'.* got 'EWC'", capsys.readouterr().err)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import json
@@ -170,5 +171,9 @@ def _one(run: Run, place: Place, progress: Callable[[str], None]) -> Record | st
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """What a reader types to repeat it."""
-    return shlex.join(["python", "-m", "fused_ewclora", "demo", *arguments])
+    """What a reader types to repeat it: without the folders of this machine."""
+    places = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    places.add_argument("--out")
+    places.add_argument("--data-root")
+    _, kept = places.parse_known_args(arguments)
+    return shlex.join(["python", "-m", "fused_ewclora", "demo", *kept])
