@@ -31,7 +31,7 @@ ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0")  # later GPUs compile the P
 if int(setuptools.__version__.split(".")[0]) < LEAST_SETUPTOOLS:
     sys.exit(
         f"setuptools: expected version {LEAST_SETUPTOOLS} or newer, got {setuptools.__version__}; "
-        f"pip install -U setuptools (builds without isolation take the one that is installed)"
+        "pip install -U setuptools (builds without isolation take the one that is installed)"
     )
 
 

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,15 @@ elif os.environ.get("FUSED_EWCLORA_TEST_INTEGRATIONS") == "required":
     raise pytest.UsageError(f"not installed: {', '.join(MISSING)}; {HINT}")
 else:
     collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(scope="module")
+def cheap_collections() -> Iterator[None]:
+    """Every `Trainer.train` collects garbage, half a second with the modules that are loaded here."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

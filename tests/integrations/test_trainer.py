@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,6 +22,8 @@ from transformers import (
 import fused_ewclora as fe
 from fused_ewclora.integrations.transformers import EWCCallback
 
+pytestmark = pytest.mark.usefixtures("cheap_collections")
+
 VOCABULARY, WIDTH, SAMPLES, BATCH = 17, 16, 14, 2
 LEARNING_RATE, BETAS, EPSILON = 1e-2, (0.9, 0.999), 1e-3  # an epsilon that hides no difference
 IGNORED = -100
@@ -34,15 +34,6 @@ class Trainer(transformers.Trainer):
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _cheap_collections() -> Iterator[None]:
-    """Every `Trainer.train` collects garbage, half a second with the modules that are loaded here."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def gpt2(dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -3,10 +3,8 @@ objects as if it had not been."""
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +25,12 @@ import fused_ewclora as fe
 from fused_ewclora.integrations.peft import attach_ewc
 from fused_ewclora.integrations.transformers import EWCCallback
 
-pytestmark = pytest.mark.filterwarnings("ignore::Warning:peft")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::Warning:peft"),
+    pytest.mark.usefixtures("cheap_collections"),
+]
 
 VOCABULARY, SAMPLES, BATCH, STOP = 17, 12, 2, 4  # STOP: steps before the interruption, one after saving
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _cheap_collections() -> Iterator[None]:
-    """Every `Trainer.train` collects garbage, half a second with the modules that are loaded here."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def bert(rank: int = 2, seed: int = 0) -> nn.Module:
