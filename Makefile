@@ -54,12 +54,12 @@ lint: $(REQUIREMENTS)
 	ruff check .
 	ruff format --check .
 	mypy
-	$(if $(CPP),clang-format --dry-run --Werror $(CPP) $(wildcard tests/emulator/*.cpp))
+	$(if $(CPP),clang-format --dry-run --Werror $(CPP) $(wildcard tests/backends/cuda/emulator/*.cpp))
 
 format: $(REQUIREMENTS)
 	ruff check --fix .
 	ruff format .
-	$(if $(CPP),clang-format -i $(CPP) $(wildcard tests/emulator/*.cpp))
+	$(if $(CPP),clang-format -i $(CPP) $(wildcard tests/backends/cuda/emulator/*.cpp))
 
 setup: $(INSTALL) $(EXTENSION)
 

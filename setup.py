@@ -162,20 +162,10 @@ def build_options(mode):
     return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildExtension}}
 
 
-BENCHMARKS = find_packages(include=["benchmarks", "benchmarks.*"])
-
 setup(
-    packages=[
-        *find_packages(include=["fused_ewclora", "fused_ewclora.*"]),
-        "fused_ewclora.kernels",
-        *(f"fused_ewclora.{name}" for name in BENCHMARKS),
-    ],
+    # kernels/ and benchmarks/ of the package are links to folders beside it; in archives they are folders.
     # kernels/ has no __init__.py: as a package at the root it would shadow the unrelated package `kernels`.
-    package_dir={
-        "fused_ewclora": "fused_ewclora",
-        "fused_ewclora.kernels": "kernels",
-        "fused_ewclora.benchmarks": "benchmarks",
-    },
+    packages=[*find_packages(include=["fused_ewclora", "fused_ewclora.*"]), "fused_ewclora.kernels"],
     package_data={
         "fused_ewclora": ["py.typed"],
         "fused_ewclora.backends": ["*.json"],

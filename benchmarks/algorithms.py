@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fused_ewclora.backends.candidate import Call, LinearShape, bucket
-from fused_ewclora.ops._dispatch import choose
+from fused_ewclora.ops.dispatch import choose
 
 from . import predict
 from .place import Entry, Place

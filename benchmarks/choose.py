@@ -34,7 +34,7 @@ OPS = {
     "ewc_penalty": "ewc_penalty", "fisher_accumulate": "fisher_accumulate_", "merge": "merge_",
     "soft_threshold": "soft_threshold_",
 }  # fmt: skip
-FACTORS = {  # of their work; what ops/_library.py multiplies
+FACTORS = {  # of their work; what ops/schemas.py multiplies
     "ewc_penalty": ("adapters", "d_out", "d_in"),
     "fisher_accumulate": ("samples", "tokens", "d_in", "d_out"),
     "merge": ("adapters", "d_out", "d_in"),

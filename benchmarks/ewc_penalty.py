@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_ewclora import functional as FE
-from fused_ewclora.ops import _library
+from fused_ewclora.ops import schemas
 
 from . import registry
 from .case import Case, Provider, Run, Target
@@ -79,7 +79,7 @@ def of_op_layer(inputs: Inputs, backend: str) -> Run:
 
     def run() -> list[Tensor]:
         with torch.no_grad():
-            return list(_library.ewc_penalty(*inputs, none, ones, EWC_LAMBDA, needs, backend))
+            return list(schemas.ewc_penalty(*inputs, none, ones, EWC_LAMBDA, needs, backend))
 
     return run
 

@@ -29,17 +29,21 @@ from .steps import Deadline, Outcome, Step
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 520.0
 PARTIAL = "partial"  # a test run without failures that was cut short
-QUICK = (
-    "lora_linear", "ewc_penalty", "ewc_penalty_grad", "fisher_accumulate", "merge", "dropout", "philox",
-    "compile", "autocast",
+# Files of the tests by their paths in tests/. The kernels: these, and all of backends/.
+KERNELS = (
+    "ops/test_lora_linear.py", "ops/test_ewc_penalty.py", "ops/test_ewc_penalty_grad.py",
+    "ops/test_fisher_accumulate.py", "ops/test_merge_weights.py", "ops/test_merge_grouped.py",
+    "ops/test_dropout.py", "reference/test_philox.py", "ops/test_compile.py", "ops/test_autocast.py",
 )  # fmt: skip
 REQUIRED = ("pytest", "hypothesis")  # by the tests
-HOST = ("test_cuda_build.py",)  # compile for minutes and need no GPU: after everything else
-ELSEWHERE = (
-    "test_packaging.py",
-    "test_benchmarks_gpu.py",
-    "test_choose.py",
-)  # need a build, or run this driver
+HOST = ("backends/cuda/test_build.py",)  # compile for minutes and need no GPU: after everything else
+ELSEWHERE = (  # need a build, model libraries, or run this driver
+    "project/test_packaging.py",
+    "benchmarks/test_gpu.py",
+    "benchmarks/test_gpu_check_",
+    "backends/test_choose.py",
+    "integrations/",
+)
 SUITE_LIMITS = {
     "lora_linear": 100.0,
     "ewc_penalty": 60.0,
@@ -65,12 +69,11 @@ NO_GPU = "exit status 3"
 
 def test_files() -> tuple[list[str], list[str]]:
     """Test files of the kernels, and others; HOST in neither."""
-    everything = [path.name for path in sorted((ROOT / "tests").glob("test_*.py"))]
-    first = [f"test_{name}.py" for name in QUICK]
-    first += [name for name in everything if any(word in name for word in ("gpu", "cuda", "triton"))]
-    elsewhere = (*ELSEWHERE, *(name for name in everything if name.startswith("test_gpu_check")))
-    first = [name for name in dict.fromkeys(first) if name in everything and name not in (*elsewhere, *HOST)]
-    return first, [name for name in everything if name not in (*first, *elsewhere, *HOST)]
+    folder = ROOT / "tests"
+    everything = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("test_*.py"))]
+    everything = [name for name in everything if not name.startswith((*ELSEWHERE, *HOST))]
+    first = [*KERNELS, *(name for name in everything if name.startswith("backends/"))]
+    return first, [name for name in everything if name not in first]
 
 
 def missing() -> str | None:
@@ -122,7 +125,7 @@ def plan(args: argparse.Namespace, work: Path) -> list[Step]:
     first, others = test_files()
     whole = [*others, *first, *HOST]
     if args.rehearse:
-        first, whole = ["test_metrics.py"], ["test_config.py"]
+        first, whole = ["project/test_metrics.py"], ["layers/test_config.py"]
     log = args.out / "tests.log"
     workers = 0 if args.rehearse else args.workers
     found = [

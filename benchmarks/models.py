@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_ewclora as fe
-from fused_ewclora.inject import adapters
-from fused_ewclora.slices import fisher_key
+from fused_ewclora.layers.inject import adapters
+from fused_ewclora.layers.slices import fisher_key
 
 from . import extras
 from .ewc_penalty import EWC_LAMBDA

@@ -11,7 +11,7 @@ import functools
 import torch
 
 from fused_ewclora.backends.candidate import Call, LinearShape, arch_of
-from fused_ewclora.backends.triton import regimes
+from fused_ewclora.backends.triton import cost_model
 from fused_ewclora.backends.triton.launch import family
 
 from .case import Case
@@ -25,8 +25,8 @@ def arch() -> str:
     return (torch.cuda.is_available() and arch_of(torch.device("cuda", 0))) or ASSUMED
 
 
-def rates() -> regimes.Rates:
-    return regimes.RATES[family(arch())]
+def rates() -> cost_model.Rates:
+    return cost_model.RATES[family(arch())]
 
 
 def roofline(flops: float, bytes_moved: float, product: str) -> float:
@@ -54,5 +54,5 @@ def filled(case: Case) -> Case:
 def forward(algorithm: str, rows: int, d_in: int, d_out: int, rank: int, dtype: torch.dtype) -> float | None:
     """Of one algorithm of the LoRA linear, or of the one modelled as fastest ("")."""
     shape = LinearShape(rows, d_in, d_out, rank)
-    times = regimes.modelled("lora_linear", Call("cuda", dtype, arch(), shape))
+    times = cost_model.modelled("lora_linear", Call("cuda", dtype, arch(), shape))
     return times.get(algorithm) if algorithm else min(times.values())

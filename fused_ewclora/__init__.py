@@ -9,13 +9,11 @@ ewc = fe.EWC(model)
 from __future__ import annotations
 
 import importlib
-import os.path
 from typing import Any
 
-from . import integrations
-from ._mend import register_call
-from .adapted import AdaptedLinear
+from . import _moved, integrations
 from .config import LoRAConfig, QKVLayout
+from .diagnostics.explain import check_bypass, explain, verify_forward
 from .errors import (
     ArgumentError,
     BackendError,
@@ -28,25 +26,25 @@ from .errors import (
     NotExactlyRepresentable,
     TargetError,
 )
-from .explain import check_bypass, explain, verify_forward
-from .inject import adapters, disabled, eject, inject, merge, unmerge
-from .layers import LoRALinear
-from .matching import register_layout
-from .ops._dispatch import available_backends, use_backend
+from .layers.adapted import AdaptedLinear
+from .layers.bypass import register_call
+from .layers.inject import adapters, disabled, eject, inject, merge, unmerge
+from .layers.linear import LoRALinear
+from .layers.matching import register_layout
+from .ops.dispatch import available_backends, use_backend
 from .report import Report
 
-if not os.path.isdir(os.path.join(__path__[0], "kernels")):
-    __path__.append(os.path.dirname(__path__[0]))  # a checkout: kernels/ lies beside the package, not in it
+_moved.install(__name__)
 
 # Loaded on first use: what few programs need, or what is slow to import. Name -> module that defines it.
 _LAZY = {
-    "EWC": "ewc",
-    "convert_lambda": "_settings",
-    "save_pretrained": "checkpoint",
-    "load_pretrained": "checkpoint",
-    "export_peft": "interchange",
-    "import_peft": "interchange",
-    "reset_optimizer_state_": "optimizers",
+    "EWC": "ewc.controller",
+    "convert_lambda": "ewc.settings",
+    "save_pretrained": "checkpoints.checkpoint",
+    "load_pretrained": "checkpoints.checkpoint",
+    "export_peft": "checkpoints.interchange",
+    "import_peft": "checkpoints.interchange",
+    "reset_optimizer_state_": "layers.optimizers",
 }
 _LAZY_MODULES = ("methods", "metrics", "profiling")
 

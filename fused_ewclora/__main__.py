@@ -17,7 +17,7 @@ SUITE = "--suite"  # with it, the demo is a command of the benchmarks
 
 
 def _info(args: argparse.Namespace) -> int:
-    from . import info
+    from .diagnostics import info
 
     data = info.collect()
     print(json.dumps(data, indent=2) if args.json else info.render(data))
@@ -39,7 +39,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from . import check
+    from .diagnostics import check
 
     data = check.run(args.model, args.library, args.target, args.slices, args.rank, args.full)
     print(json.dumps(data, indent=1) if args.json else check.render(data))
@@ -63,7 +63,7 @@ def _add_check(commands: Any) -> None:
 
 
 def _compile_report(args: argparse.Namespace) -> int:
-    from . import compile_report
+    from .backends.triton.tools import compile_report
 
     data = compile_report.collect(
         args.arch or compile_report.ARCHITECTURES,
@@ -92,7 +92,7 @@ def _add_compile_report(commands: Any) -> None:
 
 
 def _autotune(args: argparse.Namespace) -> int:
-    from . import tuning
+    from .backends.triton.tools import tuning
 
     def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

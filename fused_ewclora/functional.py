@@ -14,13 +14,13 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from . import _checks as check
-from ._checks import Adapter, Scale
 from .errors import ArgumentError
-from .ops import _dispatch, _library
+from .ops import checks as check
+from .ops import dispatch, schemas
 from .ops import ewc_penalty as _penalty
 from .ops import lora_linear as _linear
 from .ops.capture import FisherCapture
+from .ops.checks import Adapter, Scale
 from .reference.fisher_accumulate import sample_bounds
 
 __all__ = [
@@ -123,7 +123,7 @@ def lora_linear_adapters(
     flat: list[Tensor | None] = []
     for adapter in adapters:
         flat += (adapter.lora_a, adapter.lora_b, adapter.scale if isinstance(adapter.scale, Tensor) else None)
-    meta = _linear.LoRALinearMeta(factors, list(rows), float(dropout_p), _dispatch.resolve(backend))
+    meta = _linear.LoRALinearMeta(factors, list(rows), float(dropout_p), dispatch.resolve(backend))
     return _linear.lora_linear(x, weight, bias, flat, meta, mask_seed, capture)
 
 
@@ -164,7 +164,7 @@ def ewc_penalty(
     tensors, factors = _penalty_arguments(fishers, lora_as, lora_bs, scales)
     if not fishers:
         return torch.zeros(())
-    name = _dispatch.resolve(backend)
+    name = dispatch.resolve(backend)
     return _penalty.ewc_penalty(factors, float(ewc_lambda), name, list(fishers), tensors)
 
 
@@ -193,8 +193,8 @@ def ewc_penalty_grad_(
         return torch.zeros(())
     wanted = [t is not None and t.requires_grad for t in tensors]
     needs = _penalty.kinds(wanted)
-    name = _dispatch.resolve(backend)
-    value, flat = _library.ewc_penalty(
+    name = dispatch.resolve(backend)
+    value, flat = schemas.ewc_penalty(
         list(fishers), list(lora_as), list(lora_bs), tensors[2::3], factors, float(ewc_lambda), needs, name
     )
     if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
@@ -246,8 +246,8 @@ def fisher_accumulate_(
     if check_finite:
         check.finite(x, "x")
         check.finite(dy, "dy")
-    name = _dispatch.resolve(backend)
-    _library.fisher_accumulate_(fisher, x, dy, mode, float(weight), cu_seqlens, name)
+    name = dispatch.resolve(backend)
+    schemas.fisher_accumulate_(fisher, x, dy, mode, float(weight), cu_seqlens, name)
     return fisher
 
 
@@ -292,7 +292,7 @@ def merge_(weight: Any, lora_a: Any, lora_b: Any, scale: Any = 1.0, *, backend: 
     if weights:
         tensors = [s if isinstance(s, Tensor) else None for s in scale]
         factors = [1.0 if isinstance(s, Tensor) else float(s) for s in scale]
-        _library.merge_(weights, lora_as, lora_bs, tensors, factors, _dispatch.resolve(backend))
+        schemas.merge_(weights, lora_as, lora_bs, tensors, factors, dispatch.resolve(backend))
     return weight
 
 
@@ -325,5 +325,5 @@ def soft_threshold_(scale: Any, kappa: float, *, backend: str | None = None) -> 
     if not kappa >= 0.0:
         raise ArgumentError(f"kappa: expected a number >= 0, got {kappa}")
     if scales:
-        _library.soft_threshold_(scales, float(kappa), _dispatch.resolve(backend))
+        schemas.soft_threshold_(scales, float(kappa), dispatch.resolve(backend))
     return scale

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from .errors import BackendError
-from .ops import _dispatch
+from .ops import dispatch
 
 
 def _size(tensor: Tensor) -> str:
@@ -46,11 +46,11 @@ _DESCRIBED: dict[str, Callable[..., str]] = {
 }
 
 
-def _name(op: str, candidate: _dispatch.Candidate, args: Sequence[Any]) -> str:
+def _name(op: str, candidate: dispatch.Candidate, args: Sequence[Any]) -> str:
     return f"fused_ewclora.{op}({_DESCRIBED[op](*args)}) {candidate.backend}: {candidate.algorithm}"
 
 
-def _annotated(op: str, candidate: _dispatch.Candidate, nvtx: bool) -> _dispatch.Candidate:
+def _annotated(op: str, candidate: dispatch.Candidate, nvtx: bool) -> dispatch.Candidate:
     @functools.wraps(candidate.run)
     def run(*args: Any) -> Any:
         name = _name(op, candidate, args)
@@ -87,13 +87,13 @@ class enable:  # lower case: it is used like a function
                 torch.cuda.nvtx.mark("fused_ewclora.profiling")
             except RuntimeError as error:
                 raise BackendError(f"nvtx: this build of PyTorch has no NVTX ({error})") from error
-        self._previous = _dispatch.annotate(functools.partial(_annotated, nvtx=nvtx))
+        self._previous = dispatch.annotate(functools.partial(_annotated, nvtx=nvtx))
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, *_: object) -> None:
-        _dispatch.annotate(self._previous)
+        dispatch.annotate(self._previous)
 
 
 def disable() -> None:
@@ -101,4 +101,4 @@ def disable() -> None:
 
     >>> profiling.disable()
     """
-    _dispatch.annotate(None)
+    dispatch.annotate(None)

@@ -5,11 +5,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # for benchmarks/, which is not installed under that name
+    sys.path.append(str(ROOT))
 
 # Triton reads it when it is imported. Without a GPU its kernels run in its interpreter, here and in the
 # subprocesses of tests; those about a machine without either take it out of their environment.

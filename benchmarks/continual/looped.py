@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_ewclora as fe
-from fused_ewclora.adapted import AdaptedLinear
 from fused_ewclora.errors import ArgumentError
+from fused_ewclora.layers.adapted import AdaptedLinear
+from fused_ewclora.layers.slices import AdapterSlice
 from fused_ewclora.methods import SDLoRA
 from fused_ewclora.methods._directions import Directions
-from fused_ewclora.slices import AdapterSlice
 
 
 class LoopedAdapter(nn.Module):

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 import fused_ewclora as fe
 from fused_ewclora.demo.vit import Classifier
-from fused_ewclora.fisher import to_device
+from fused_ewclora.ewc.estimation import to_device
 from fused_ewclora.methods import Method
 from fused_ewclora.metrics import ContinualMetrics
 

@@ -6,7 +6,7 @@ import functools
 import importlib
 from typing import Any
 
-from ..matching import register_library
+from ..layers.matching import register_library
 
 _MODULES = ("avalanche", "peft", "timm", "transformers")
 # Those that know packed projections or layer classes of their library's models.

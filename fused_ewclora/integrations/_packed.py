@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from .._mend import CallRule
-from ..matching import LayoutRule, ancestors, is_linear, shorten
+from ..layers.bypass import CallRule
+from ..layers.matching import LayoutRule, ancestors, is_linear, shorten
 from ..report import Report
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as FE
-from ..adapted import AdaptedLinear, Location
 from ..errors import TargetError
-from ..slices import AdapterSlice, fingerprint
+from ..layers.adapted import AdaptedLinear, Location
+from ..layers.slices import AdapterSlice, fingerprint
 from ._library import require
 
 require("peft")

@@ -18,11 +18,7 @@ from typing import Any
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .._checkpoint_files import MANIFEST, STATE, identity, identity_in, read_files, write_files, write_plain
-from .._processes import several, together
-from .._transaction import Transaction
-from ..adapted import AdaptedLinear
-from ..checkpoint import (
+from ..checkpoints.checkpoint import (
     ROWS,
     changed_rows,
     check_layers,
@@ -33,8 +29,12 @@ from ..checkpoint import (
     row_updates,
     unpack,
 )
+from ..checkpoints.files import MANIFEST, STATE, identity, identity_in, read_files, write_files, write_plain
+from ..distributed.processes import several, together
+from ..distributed.transaction import Transaction
 from ..errors import CheckpointError, IntegrationError
-from ..ewc import EWC
+from ..ewc.controller import EWC
+from ..layers.adapted import AdaptedLinear
 
 FOLDER = "fused_ewclora"  # in a checkpoint; no name in it meets those of Trainer or PEFT
 FORMAT = 1

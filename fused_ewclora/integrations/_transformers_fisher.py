@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..fisher import IGNORED
+from ..ewc.estimation import IGNORED
 
 
 def next_tokens(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:

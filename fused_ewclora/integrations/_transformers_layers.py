@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from ..adapted import AdaptedLinear
-from ..matching import register_adapted_class, register_heads
+from ..layers.adapted import AdaptedLinear
+from ..layers.matching import register_adapted_class, register_heads
 
 CLASSIFIERS = ("classifier", "score")  # as PEFT has them
 

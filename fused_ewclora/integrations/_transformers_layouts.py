@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..config import QKVLayout
-from ..matching import register_layout
+from ..layers.matching import register_layout
 from ..report import Report
 from ._packed import packed_projections
 

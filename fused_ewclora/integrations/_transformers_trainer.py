@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..adapted import AdaptedLinear
 from ..errors import ArgumentError, IntegrationError, TargetError
-from ..ewc import EWC
-from ..matching import shorten
+from ..ewc.controller import EWC
+from ..layers.adapted import AdaptedLinear
+from ..layers.matching import shorten
 from ._transformers_checkpoint import Source, begin, save
 
 

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..adapted import AdaptedLinear
 from ..errors import ArgumentError, TargetError
-from ..ewc import EWC
-from ..fisher import LABELS, check_max_batches
-from ..inject import adapters
-from ..optimizers import reset_optimizer_state_
+from ..ewc.controller import EWC
+from ..ewc.estimation import LABELS, check_max_batches
+from ..layers.adapted import AdaptedLinear
+from ..layers.inject import adapters
+from ..layers.optimizers import reset_optimizer_state_
 from ._library import require
 
 require("avalanche")

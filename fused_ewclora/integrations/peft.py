@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from .._transaction import canonical_name
+from ..distributed.transaction import canonical_name
 from ..errors import TargetError
-from ..ewc import EWC
+from ..ewc.controller import EWC
 from ..report import Report
 from ._library import require
 from ._peft_layers import FusedPeftLinear, base_unfit

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from .._mend import register_call
 from ..config import QKVLayout
-from ..matching import register_layout
+from ..layers.bypass import register_call
+from ..layers.matching import register_layout
 from ..report import Report
 from ._packed import packed_projections
 

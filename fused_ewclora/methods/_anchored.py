@@ -7,16 +7,16 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
-from .._consolidate import check_ready, new_fisher
-from .._ewc_state import EWCState, TaskRecord
-from .._fisher_pass import nonfinite
-from .._settings import number
-from .._slots import Operands, check_present, slots_of
-from .._transaction import Transaction
-from ..adapted import AdaptedLinear
+from ..distributed.transaction import Transaction
 from ..errors import ArgumentError, FisherError, TargetError
-from ..ewc import EWC
+from ..ewc.consolidate import check_ready, new_fisher
+from ..ewc.controller import EWC
+from ..ewc.fisher_pass import nonfinite
+from ..ewc.settings import number
+from ..ewc.state import EWCState, TaskRecord
 from ..functional import Adapter
+from ..layers.adapted import AdaptedLinear
+from ..layers.index import Operands, check_present, slots_of
 
 
 class _Changing(Protocol):

@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from ..adapted import AdaptedLinear
 from ..errors import ArgumentError
 from ..functional import Adapter
-from ..slices import AdapterSlice
+from ..layers.adapted import AdaptedLinear
+from ..layers.slices import AdapterSlice
 
 NORMALIZATIONS = ("product", "factors")
 

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .._fisher_pass import nonfinite
-from .._transaction import Transaction
-from ..adapted import AdaptedLinear
+from ..distributed.transaction import Transaction
 from ..errors import ArgumentError
-from ..inject import check_mergeable
+from ..ewc.fisher_pass import nonfinite
+from ..layers.adapted import AdaptedLinear
+from ..layers.inject import check_mergeable
 
 
 @contextmanager

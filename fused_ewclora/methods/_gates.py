@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..adapted import AdaptedLinear, Composer
 from ..errors import ArgumentError, TargetError
 from ..functional import Adapter
-from ..slices import AdapterSlice, fisher_key
+from ..layers.adapted import AdaptedLinear, Composer
+from ..layers.slices import AdapterSlice, fisher_key
 
 Table = dict[str, nn.Parameter | None]
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._fisher_pass import eager, nonfinite
-from ..adapted import AdaptedLinear
 from ..errors import ArgumentError, TargetError
-from ..fisher import Forward, evaluation_mode, limited, to_device, unwrapped
+from ..ewc.estimation import Forward, evaluation_mode, limited, to_device, unwrapped
+from ..ewc.fisher_pass import eager, nonfinite
+from ..layers.adapted import AdaptedLinear
 from .method import Loader
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._transaction import canonical_name
+from ..distributed.transaction import canonical_name
 from ..errors import ArgumentError, CheckpointError
 from .method import Method
 

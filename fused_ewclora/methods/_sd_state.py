@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapted import AdaptedLinear
 from ..errors import CheckpointError
-from ..slices import AdapterSlice
+from ..layers.adapted import AdaptedLinear
+from ..layers.slices import AdapterSlice
 from ._directions import Directions, suffix_of
 
 FORMAT = 1

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .._processes import check_same, common_generator, several, together
-from ..ewc import EWC
+from ..distributed.processes import check_same, common_generator, several, together
+from ..ewc.controller import EWC
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

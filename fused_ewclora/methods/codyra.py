@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import functional as FE
-from .._ewc_state import EWCState
-from .._processes import sharded
-from .._settings import FISHER_MODES, number, one_of
-from .._transaction import Transaction
 from ..config import LoRAConfig
+from ..distributed.processes import sharded
+from ..distributed.transaction import Transaction
 from ..errors import ArgumentError, CheckpointError, EWCLoRAError, TargetError
-from ..ewc import EWC
-from ..fisher import check_labels
-from ..inject import adapters, eject
+from ..ewc.controller import EWC
+from ..ewc.estimation import check_labels
+from ..ewc.settings import FISHER_MODES, number, one_of
+from ..ewc.state import EWCState
+from ..layers.inject import adapters, eject
 from ..report import Report
 from ._fold import folding
 from ._gates import add_gates, check_ungated, prune_, whole_ranks

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .._transaction import Transaction
 from ..config import LoRAConfig
-from ..ewc import EWC
+from ..distributed.transaction import Transaction
+from ..ewc.controller import EWC
 from ._resume import dump, parse, take_over
 from ._shares import end_task
 from .method import Loader, Loss, Method

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._processes import of_first, several, together
-from .._settings import number, one_of
-from .._transaction import Transaction, canonical_name
 from ..config import LoRAConfig
+from ..distributed.processes import of_first, several, together
+from ..distributed.transaction import Transaction, canonical_name
 from ..errors import ArgumentError, CheckpointError, TargetError
-from ..fisher import Forward, check_max_batches, default_forward
-from ..inject import adapters
+from ..ewc.estimation import Forward, check_max_batches, default_forward
+from ..ewc.settings import number, one_of
+from ..layers.inject import adapters
 from ._fold import folding
 from ._inputs import input_covariances
 from ._resume import dump, parse, take_over

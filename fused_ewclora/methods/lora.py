@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from .._transaction import Transaction
-from ..inject import check_mergeable
+from ..distributed.transaction import Transaction
+from ..layers.inject import check_mergeable
 from ._resume import dump, parse, take_over
 from .method import Loader, Loss, Method
 

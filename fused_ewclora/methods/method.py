@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..adapted import AdaptedLinear
 from ..config import LoRAConfig
 from ..errors import ArgumentError
-from ..inject import adapters, eject, inject
+from ..layers.adapted import AdaptedLinear
+from ..layers.inject import adapters, eject, inject
 from ._shares import drawing
 
 if TYPE_CHECKING:

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._consolidate import check_ready
-from .._processes import sharded
-from .._settings import number, one_of
-from .._transaction import Transaction, canonical_name
-from ..adapted import AdaptedLinear
 from ..config import LoRAConfig, positive
+from ..distributed.processes import sharded
+from ..distributed.transaction import Transaction, canonical_name
 from ..errors import ArgumentError, CheckpointError, TargetError
+from ..ewc.consolidate import check_ready
+from ..ewc.settings import number, one_of
+from ..layers.adapted import AdaptedLinear
+from ..layers.slices import AdapterSlice, fisher_key
 from ..report import Report
-from ..slices import AdapterSlice, fisher_key
 from ._anchored import AnchoredEWC
 from ._directions import NORMALIZATIONS, Directions, Stack, freeze
 from ._sd_state import Outcome, dump, parse

@@ -1,2 +1,2 @@
-"""Operators: schemas and fakes (`_library`), choice of implementation (`_dispatch`), and one
-autograd.Function per differentiable op."""
+"""Operators: schemas and fakes (`schemas`), choice of implementation (`dispatch`), argument checks
+(`checks`), and one autograd.Function per differentiable op."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, FisherError
-from . import _library
-from ._dispatch import current_backend
+from . import schemas
+from .dispatch import current_backend
 
 Rows = tuple[tuple[int, int], ...]
 MODES = ("sample", "batch")
@@ -131,4 +131,4 @@ class FisherCapture:
         self._accumulate_into(self.fishers[index], x, dy, weight)
 
     def _accumulate_into(self, fisher: Tensor, x: Tensor, dy: Tensor, weight: float) -> None:
-        _library.fisher_accumulate_(fisher, x, dy, self.mode, weight, None, current_backend())
+        schemas.fisher_accumulate_(fisher, x, dy, self.mode, weight, None, current_backend())

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _dispatch, _library
+from . import dispatch, schemas
 from ._distinct import distinct
 from ._once import once
 
@@ -60,7 +60,7 @@ class EWCPenaltyFunction(torch.autograd.Function):
     ) -> Tensor:
         needs = kinds(ctx.needs_input_grad[4:])
         lora_as, lora_bs, scales = list(adapters[0::3]), list(adapters[1::3]), list(adapters[2::3])
-        penalty, flat = _library.ewc_penalty(
+        penalty, flat = schemas.ewc_penalty(
             fishers, lora_as, lora_bs, scales, factors, ewc_lambda, needs, backend
         )
         ctx.save_for_backward(flat)
@@ -91,10 +91,10 @@ def ewc_penalty(
     graph = torch.is_grad_enabled()
     needs = kinds([graph and t is not None and t.requires_grad for t in adapters])
     args = (fishers, lora_as, lora_bs, scales, factors, ewc_lambda, needs, backend)
-    candidate = _library.unobserved("ewc_penalty", [*fishers, *adapters], args)
-    recorded = _dispatch.recorded_penalty() if candidate is not None else None
+    candidate = schemas.unobserved("ewc_penalty", [*fishers, *adapters], args)
+    recorded = dispatch.recorded_penalty() if candidate is not None else None
     if candidate is None or (recorded is None and any(needs)):
         return EWCPenaltyFunction.apply(factors, ewc_lambda, backend, fishers, *distinct(adapters))
     with torch.no_grad():
-        penalty, flat = _library.run(candidate, fishers[0].device.type, args)
+        penalty, flat = schemas.run(candidate, fishers[0].device.type, args)
     return penalty if recorded is None or not any(needs) else recorded(adapters, penalty, flat, needs)

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library
-from ._dispatch import Candidate
+from . import schemas
 from ._distinct import distinct
 from ._once import once
 from .capture import FisherCapture
+from .dispatch import Candidate
 
 
 @dataclass(frozen=True)
 class LoRALinearMeta:
-    """The constants of one call; `rows` and `factors` as in `_library`, which takes lists."""
+    """The constants of one call; `rows` and `factors` as in `schemas`, which takes lists."""
 
     factors: list[float]
     rows: list[int]
@@ -48,7 +48,7 @@ class LoRALinearFunction(torch.autograd.Function):
         lora_as, lora_bs, scales = list(adapters[0::3]), list(adapters[1::3]), list(adapters[2::3])
         args = (x, weight, bias, lora_as, lora_bs, scales, *meta.constants(seed))
         y, z = (
-            _library.lora_linear(*args) if candidate is None else _library.run(candidate, x.device.type, args)
+            schemas.lora_linear(*args) if candidate is None else schemas.run(candidate, x.device.type, args)
         )
         needs = ctx.needs_input_grad
         # A layer that needs only dx (everything of its own frozen) keeps neither x nor z.
@@ -69,7 +69,7 @@ class LoRALinearFunction(torch.autograd.Function):
             ctx.capture.record(x, dy)
         needs = [wanted[3], wanted[4], wanted[5], *wanted[7:]]
         grads = iter(
-            _library.lora_linear_backward(
+            schemas.lora_linear_backward(
                 dy, x, weight, bias, z, adapters[0::3], adapters[1::3], adapters[2::3],
                 meta.factors, meta.rows, meta.dropout_p, seed, needs, meta.backend,
             )
@@ -93,9 +93,9 @@ def lora_linear(
     # Inference has nothing to save, and entering a Function costs more than the dispatch of the op. A capture
     # counts calls without gradients too: reentrant checkpointing makes them before its backward.
     if capture is None and not torch.is_grad_enabled():
-        return _library.lora_linear(*args)[0]
+        return schemas.lora_linear(*args)[0]
     tensors = [x, weight, bias, seed, *adapters]
-    candidate = _library.unobserved("lora_linear", tensors, args)
+    candidate = schemas.unobserved("lora_linear", tensors, args)
     if candidate is not None and candidate.recorded is not None and capture is None:
         return candidate.recorded(x, weight, bias, seed, adapters, meta.factors, meta.rows, meta.dropout_p)
     return LoRALinearFunction.apply(meta, capture, candidate, *distinct(tensors))

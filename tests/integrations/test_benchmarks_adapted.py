@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:  # benchmarks are not installed
-    sys.path.append(str(ROOT))
-
-from benchmarks import end_to_end, harness, models, registry, whole_models  # noqa: E402
-from benchmarks.case import OURS  # noqa: E402
-from benchmarks.clock import WallClock  # noqa: E402
-from benchmarks.place import Place  # noqa: E402
-from benchmarks.shapes import SMALL_VIT, TINY  # noqa: E402
-from benchmarks.workloads import OF_TIMM, adapted_model, step  # noqa: E402
+from benchmarks import end_to_end, harness, models, registry, whole_models
+from benchmarks.case import OURS
+from benchmarks.clock import WallClock
+from benchmarks.place import Place
+from benchmarks.shapes import SMALL_VIT, TINY
+from benchmarks.workloads import OF_TIMM, adapted_model, step
 
 
 def test_peft_computes_what_ours_computes():

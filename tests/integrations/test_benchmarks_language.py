@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,13 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:  # benchmarks are not installed
-    sys.path.append(str(ROOT))
-
-from tiny_wordnet import (  # noqa: E402
+from tiny_wordnet import (
     FOLDER,
     LARGE,
     REPEATED,
@@ -31,15 +24,16 @@ from tiny_wordnet import (  # noqa: E402
     write_wheel,
     write_wordnet,
 )
-from tokenizers import Tokenizer, models  # noqa: E402
-from transformers import BertModel  # noqa: E402
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from transformers import BertModel
 
-import fused_ewclora as fe  # noqa: E402
-from benchmarks.continual import configuration, language, minilm, problems, run, wordnet  # noqa: E402
-from benchmarks.continual.stream import Arrays, Problem, loader  # noqa: E402
-from fused_ewclora.demo.formats import DataError  # noqa: E402
-from fused_ewclora.demo.vit import Classifier  # noqa: E402
-from fused_ewclora.methods import EWCLoRA  # noqa: E402
+import fused_ewclora as fe
+from benchmarks.continual import configuration, language, minilm, problems, run, wordnet
+from benchmarks.continual.stream import Arrays, Problem, loader
+from fused_ewclora.demo.formats import DataError
+from fused_ewclora.demo.vit import Classifier
+from fused_ewclora.methods import EWCLoRA
 
 SIZES = {
     "tasks": 2, "classes_per_task": 2, "train_per_class": 12, "test_per_class": 8, "tokens": 8,

@@ -14,7 +14,7 @@ from torch import nn
 
 import fused_ewclora as fe
 from fused_ewclora import __main__ as cli
-from fused_ewclora import check
+from fused_ewclora.diagnostics import check
 from fused_ewclora.integrations import _named
 
 
@@ -127,7 +127,7 @@ def test_a_wrong_gradient_is_a_problem(monkeypatch: pytest.MonkeyPatch, capsys: 
         measured = measure(model, sample)
         if not backends:  # the first pass is the one on the backends that serve the model
             measured.gradients["blocks.1.attn.qkv.lora_A"].mul_(1 + 1e-4)
-        backends.append(fe.ops._dispatch.current_backend())
+        backends.append(fe.ops.dispatch.current_backend())
         return measured
 
     monkeypatch.setattr(check, "_measure", wrong)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..candidate import Call, Candidate
-from . import launch, regimes, tables
+from . import cost_model, launch, tables
 
 MIN_VERSION = (3, 6)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -132,7 +132,7 @@ def candidates(op: str) -> tuple[Candidate, ...]:
             continue  # u comes out of the pass that dB needs anyway
         keys = ("prologue", "full") if backward and key == "prologue" else (key,)
         supports = functools.partial(_cannot_linear, op, key)
-        yields = functools.partial(regimes.slower, op, key)
+        yields = functools.partial(cost_model.slower, op, key)
         found.append(
             Candidate("triton", algorithm, supports, _host("lora_linear", f"{op}_{key}"), keys, yields)
         )
@@ -142,4 +142,4 @@ def candidates(op: str) -> tuple[Candidate, ...]:
 def _cannot_linear(op: str, algorithm: str, call: Call) -> str | None:
     if (reason := _cannot(call)) is not None:
         return reason
-    return regimes.impossible(op, algorithm, call)
+    return cost_model.impossible(op, algorithm, call)

@@ -66,7 +66,7 @@ def ewc_penalty(
     ewc_lambda: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Loss (0-d) and flat gradients, fp32; see `ops._library`."""
+    """Loss (0-d) and flat gradients, fp32; see `ops.schemas`."""
     plan = _plan(fishers, lora_as, lora_bs, scales, factors, needs)
     like = lora_as[0]
     # Adapters without elements have no item that would write their gradients, or a loss.

@@ -1,4 +1,4 @@
-"""LoRA linear on Triton: four ways to put the low-rank term into the base product (see `regimes`).
+"""LoRA linear on Triton: four ways to put the low-rank term into the base product (see `cost_model`).
 
 Sums are fp32; z, u and the factors are rounded to the dtype of x where they enter a product.
 """
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cost_model import MAX_FULL_RANK, padded
 from .launch import addressable, arch, cdiv
 from .lowrank import Adapters, Dropout, add_up, columns_pass, pack, product, rows_pass
-from .regimes import MAX_FULL_RANK, padded
 from .tables import lookup
 
 

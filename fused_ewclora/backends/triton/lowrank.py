@@ -16,8 +16,8 @@ from fused_ewclora.kernels import lowrank as sums
 
 from ...reference.philox import drop_threshold, inverse_keep
 from . import tables
+from .cost_model import padded
 from .launch import addressable, arch, cdiv, launch, multiprocessors, precision, tileable, tiles, wide
-from .regimes import padded
 
 GROUP = 4  # adapters per launch: each number of them is a kernel of its own
 

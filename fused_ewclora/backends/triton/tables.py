@@ -105,7 +105,7 @@ def _configuration(kernel: str, arch: str, dtype: torch.dtype, rank: int) -> Map
     entry = shipped(key)
     if autotuning() and arch != launch.INTERPRETED:
         # By name: the tuner runs the hosts, which look configurations up here.
-        entry = importlib.import_module(f"{__package__}.autotune").preferred(key) or entry
+        entry = importlib.import_module(f"{__package__}.tools.autotune").preferred(key) or entry
     return dict(entry["config"])
 
 

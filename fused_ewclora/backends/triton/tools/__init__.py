@@ -1,0 +1,2 @@
+"""Tools around the Triton kernels: ahead-of-time compilation, autotuning, reports. No op
+needs them to run."""

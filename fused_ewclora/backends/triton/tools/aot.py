@@ -1,0 +1,177 @@
+"""Compiling a noted launch ahead of time, without a GPU, exactly as Triton's JIT would for its arguments.
+
+A launch becomes a `Specialisation`, plain data that crosses process boundaries, and that becomes `Resources`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..launch import Launch
+
+INSTRUCTIONS = {
+    "wgmma": r"\bwgmma\.mma_async",
+    "mma_sync": r"\bmma\.sync",
+    "tcgen05": r"\btcgen05\.mma",
+    "mfma": r"\bv_s?mfmac?_",
+    "cp_async": r"\bcp\.async\.c[ag]\.",
+    "tma": r"\bcp\.async\.bulk\.tensor",
+}
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """A kernel with everything that decides its machine code, for one architecture."""
+
+    arch: str
+    module: str
+    name: str
+    signature: dict[str, Any]
+    constexprs: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Equal for launches that run the same machine code."""
+        return repr((self.arch, self.module, self.name, self.signature, self.constexprs, self.attributes,
+                     sorted(self.options.items(), key=lambda item: item[0])))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the compiler says about one specialisation. `registers` are per lane, memory in bytes;
+    `spill` is local memory of a lane (registers that did not fit) and `error` why there is no code."""
+
+    registers: int = 0
+    scalar_registers: int | None = None  # AMD only
+    spill: int = 0
+    shared: int = 0
+    tensor_memory: int = 0
+    instructions: dict[str, int] = field(default_factory=dict)
+    error: str | None = None
+
+
+def target(arch: str) -> Any:
+    """Triton's name of an architecture: "sm_90" or "gfx942"."""
+    from triton.backends.compiler import GPUTarget
+
+    if arch.startswith("sm_"):
+        return GPUTarget("cuda", int(arch[3:]), 32)
+    return GPUTarget("hip", arch, 64)
+
+
+@functools.cache
+def _backend(arch: str) -> Any:
+    from triton.compiler import make_backend
+
+    return make_backend(target(arch))
+
+
+@functools.cache
+def _binder(kernel: Any, arch: str) -> Any:
+    from triton.runtime.jit import create_function_from_signature
+
+    return create_function_from_signature(kernel.signature, kernel.params, _backend(arch))
+
+
+def specialise(launch: Launch, arch: str) -> Specialisation:
+    """How Triton would specialise `launch` on `arch`: types, divisibility, constants and options."""
+    kernel, backend = launch.kernel, _backend(arch)
+    bound, kinds, options = _binder(kernel, arch)(*launch.arguments, **launch.options)
+    options, signature, constexprs, attributes = kernel._pack_args(
+        backend, launch.options, bound, kinds, options
+    )
+    return Specialisation(
+        arch, kernel.fn.__module__, kernel.fn.__name__, signature, constexprs, attributes, options.__dict__
+    )
+
+
+def cuobjdump() -> Path | None:
+    """NVIDIA's tool that prints the resources of machine code; it comes with Triton."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return path if path.exists() else None
+
+
+def build(specialisation: Specialisation) -> Resources:
+    """Compile (or take from Triton's cache) and read off resources. Errors of the compiler are reported."""
+    import triton
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(specialisation.module), specialisation.name)
+    source = ASTSource(kernel, specialisation.signature, specialisation.constexprs, specialisation.attributes)
+    try:
+        compiled = triton.compile(source, target=target(specialisation.arch), options=specialisation.options)
+    except Exception as error:  # compiler passes raise anything
+        return Resources(error=_told(error))
+    if specialisation.arch.startswith("sm_"):
+        return _nvidia(compiled)
+    return _amd(compiled)
+
+
+def _told(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
+
+
+def count(assembly: str) -> dict[str, int]:
+    """How often each of `INSTRUCTIONS` is written in PTX or AMD assembly."""
+    return {name: len(re.findall(pattern, assembly)) for name, pattern in INSTRUCTIONS.items()}
+
+
+def _nvidia(compiled: Any) -> Resources:
+    tool = cuobjdump()
+    assert tool is not None, "asked before anything is compiled"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(compiled.asm["cubin"])
+        printed = subprocess.run(
+            [tool, "-res-usage", path], capture_output=True, text=True, check=True
+        ).stdout
+    found = parse_usage(printed)
+    return Resources(
+        registers=found["REG"],
+        spill=found["STACK"] + found["LOCAL"],
+        shared=compiled.metadata.shared,
+        tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
+        instructions=count(compiled.asm["ptx"]),
+    )
+
+
+def parse_usage(printed: str) -> dict[str, int]:
+    """The numbers of `cuobjdump -res-usage`, the largest over its functions."""
+    numbers = {"REG": 0, "STACK": 0, "LOCAL": 0}
+    for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", printed):
+        numbers[name] = max(numbers[name], int(value))
+    return numbers
+
+
+def _amd(compiled: Any) -> Resources:
+    assembly = compiled.asm["amdgcn"]
+    found = parse_amdgcn(assembly)
+    return Resources(
+        registers=found["vgpr_count"],
+        scalar_registers=found["sgpr_count"],
+        spill=4 * found["vgpr_spill_count"]
+        + found["private_segment_fixed_size"] * (not found["vgpr_spill_count"]),
+        shared=compiled.metadata.shared,
+        instructions=count(assembly),
+    )
+
+
+def parse_amdgcn(assembly: str) -> dict[str, int]:
+    """Register counts of AMD assembly, from its metadata; spills are counted in registers."""
+    names = ("vgpr_count", "sgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    numbers = dict.fromkeys(names, 0)
+    for name, value in re.findall(rf"^\s+\.({'|'.join(names)}):\s+(\d+)\s*$", assembly, re.MULTILINE):
+        numbers[name] = max(numbers[name], int(value))
+    return numbers

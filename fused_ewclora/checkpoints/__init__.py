@@ -1,0 +1,1 @@
+"""Adapters and EWC state on disk, in files of this library and in those of PEFT."""

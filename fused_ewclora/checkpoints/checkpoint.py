@@ -1,0 +1,341 @@
+"""Saving and resuming adapters, consolidated weights and the EWC state: safetensors and JSON, replaced as a
+whole, loaded as a whole."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from reprlib import repr as shown  # of values that anybody may have written: short, and not too deep
+from typing import Any
+
+import safetensors.torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..distributed.processes import reshard, sharded, together, whole
+from ..distributed.transaction import Transaction, by_canonical_name, canonical_name
+from ..errors import ArgumentError, CheckpointError, FisherError, NotExactlyRepresentable
+from ..ewc.controller import EWC
+from ..ewc.state import EWCState
+from ..layers.adapted import AdaptedLinear
+from ..layers.index import put_rows, take_rows
+from ..layers.inject import adapters
+from ..layers.slices import AdapterSlice, fingerprint, fisher_key
+from .files import ADAPTER, ADAPTER_CONFIG, MANIFEST, STATE, read_files, write_files
+from .peft_format import disk_key, model_key, own_config, peft_config, stock_shapes
+
+FORMAT = 1
+ROWS = "merged_rows."  # prefix of base weight rows that consolidation has changed
+Updates = list[tuple[Tensor, Tensor]]
+
+
+def save_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | None = None) -> None:
+    """Write everything that differs from the pretrained model into the folder `path`, in one step for whoever
+    reads it.
+
+    adapter_model.safetensors and adapter_config.json hold the adapters and all other trained parameters and
+    running statistics, in PEFT's own layout when PEFT would compute exactly the same, else in one that PEFT
+    refuses. ewc_state.safetensors holds the Fishers and the base weight rows changed by consolidation;
+    ewc_config.json how they were made, and the hashes. Optimizers and random states are not included. A
+    process that dies here leaves the checkpoint that was there. Of a sharded model every process must call
+    this, and the first one writes whole tensors, which any number of processes can load. Raises
+    `CheckpointError` while adapters are merged, `ArgumentError` for an EWC of another model, `OSError` when
+    the disk refuses.
+
+        >>> save_pretrained("run/task3", model, ewc)
+    """
+    reshard(model)
+    layers = _layers(model, ewc)
+    if merged := [name for name, layer in layers.items() if layer.merged]:
+        raise CheckpointError(
+            f"{merged[0]}: its adapter is merged into the base weight; call unmerge(model) before saving"
+        )
+    spread = bool(sharded(layers))
+    keep = not spread or dist.get_rank() == 0
+    trained = trained_tensors(model, layers)
+    changed = [name for name, layer in layers.items() if is_changed(layer)]
+    tensors, adapter_config = _adapter_file(model, layers, trained, changed)
+    files = {ADAPTER: pack(tensors, keep), ADAPTER_CONFIG: json.dumps(adapter_config, indent=1).encode()}
+    state = changed_rows(layers, changed)
+    saved = None if ewc is None else ewc.state_dict()
+    if saved is not None:
+        state |= saved["tensors"]
+    if state:
+        files[STATE] = pack(state, keep)
+    config = {
+        "format": FORMAT,
+        "layers": {name: describe(layer) for name, layer in layers.items()},
+        "ewc": None if saved is None or ewc is None else saved["config"],
+        "ewc_lambda": None if ewc is None else ewc.ewc_lambda,
+        "gamma": None if ewc is None else ewc.gamma,
+    }
+    if spread:
+        together(lambda: write_files(Path(path), files, config) if keep else None)
+    else:
+        write_files(Path(path), files, config)
+
+
+def load_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | None = None) -> None:
+    """Bring a freshly injected model (and its EWC) to the saved state; training continues bit for bit as if
+    uninterrupted.
+
+    The model must have been built from the same pretrained weights and injected with the same configuration;
+    prefixes of DDP, torch.compile, FSDP and PEFT are ignored; every process of a sharded model must call
+    this. Files are read, hashed and checked before the
+    model is touched. Raises `CheckpointError` naming the file or layer and the mend; the model and the EWC
+    are then as they were.
+
+        >>> inject(model, config); ewc = EWC(model); load_pretrained("run/task3", model, ewc)
+    """
+    reshard(model)
+    layers = _layers(model, ewc)
+    if merged := [name for name, layer in layers.items() if layer.merged]:
+        raise CheckpointError(
+            f"{merged[0]}: its adapter is merged into the base weight; call unmerge(model) before loading"
+        )
+    read = functools.partial(read_files, Path(path))
+    files, config = together(read) if sharded(layers) else read()
+    if config.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{MANIFEST}: expected format {FORMAT}, got {shown(config.get('format'))}; nothing was loaded"
+        )
+    tasks = check_layers(layers, config.get("layers"))
+    updates = _tensor_updates(model, layers, unpack(files, ADAPTER))
+    state = unpack(files, STATE) if STATE in files else {}
+    updates += row_updates(layers, {key: state.pop(key) for key in list(state) if key.startswith(ROWS)})
+    parsed = None if ewc is None else parsed_ewc(ewc, state, config)
+    with Transaction() as change:
+        for target, value in updates:
+            change.copy_(target, value)
+        if ewc is not None and parsed is not None:
+            ewc.take_over(parsed, change)
+    for name, layer in layers.items():
+        layer.consolidated_tasks = tasks[name]
+
+
+def _layers(model: nn.Module, ewc: EWC | None) -> dict[str, AdaptedLinear]:
+    layers = by_canonical_name(adapters(model).items())
+    if not layers:
+        raise CheckpointError(
+            "model: expected adapters, found none; call fused_ewclora.inject(model, config) first"
+        )
+    for name, layer in layers.items():
+        if saved_by := getattr(layer.composer, "saved_by", None):
+            raise CheckpointError(
+                f"{name}: its adapters grow with the tasks and are saved and loaded by {saved_by}; after "
+                "method.export() save the whole model"
+            )
+    if ewc is not None and set(map(id, ewc.layers.values())) != set(map(id, layers.values())):
+        raise ArgumentError("ewc: expected the EWC of this model, got one whose layers are others")
+    return layers
+
+
+def _origin(layer: AdaptedLinear) -> str:
+    # Empty when it was injected on the meta device.
+    return layer.origin_fingerprint or fingerprint(whole(layer.base_weight))
+
+
+def is_changed(layer: AdaptedLinear) -> bool:
+    """Whether the base weight is no longer the pretrained one."""
+    return layer.consolidated_tasks > 0 or fingerprint(whole(layer.base_weight)) != _origin(layer)
+
+
+def changed_rows(layers: Mapping[str, AdaptedLinear], changed: list[str]) -> dict[str, Tensor]:
+    """The rows of base weights that consolidation writes, of the layers named, by their names in a file."""
+    return {
+        ROWS + fisher_key(name, piece): take_rows(whole(layers[name].base_weight), piece.rows)
+        for name in changed
+        for piece in layers[name].adapter_slices
+    }
+
+
+def _adapters_of(layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
+    return {
+        f"{name}.{leaf}": p for name, layer in layers.items() for leaf, p in layer.named_lora_parameters()
+    }
+
+
+def trained_tensors(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
+    """Parameters beside the adapters that train (heads, norms), and running statistics."""
+    known = {id(p) for p in _adapters_of(layers).values()}
+    trained: dict[str, Tensor] = {
+        **by_canonical_name((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            trained |= {
+                canonical_name(f"{name}.{key}"): value for key, value in module.named_buffers(recurse=False)
+            }
+    return {name: tensor for name, tensor in trained.items() if id(tensor) not in known}
+
+
+def _adapter_file(
+    model: nn.Module, layers: Mapping[str, AdaptedLinear], trained: Mapping[str, Tensor], changed: list[str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        if changed:
+            raise NotExactlyRepresentable(
+                f"tasks were consolidated into the base weight of {changed[0]}, which PEFT would take as "
+                "pretrained"
+            )
+        config = peft_config(model, layers, trained, stock_shapes(layers))
+    except NotExactlyRepresentable as reason:
+        config = own_config(str(reason))
+    peft = config["peft_type"] == "LORA"
+    tensors = {disk_key(name, True, peft): tensor for name, tensor in _adapters_of(layers).items()}
+    tensors |= {disk_key(name, False, peft): tensor for name, tensor in trained.items()}
+    return tensors, config
+
+
+def describe(layer: AdaptedLinear) -> dict[str, Any]:
+    """What a layer must look like to load what is saved of it now."""
+    return {
+        "shape": list(layer.base_weight.shape),
+        "fingerprint": _origin(layer),
+        "consolidated_tasks": layer.consolidated_tasks,
+        "adapters": [_describe_piece(piece) for piece in layer.adapter_slices],
+    }
+
+
+def _describe_piece(piece: AdapterSlice) -> dict[str, Any]:
+    return {
+        "name": piece.name,
+        "rows": [list(rows) for rows in piece.rows],
+        "r": piece.r,
+        "scaling": piece.scaling,
+    }
+
+
+def pack(tensors: Mapping[str, Tensor], keep: bool) -> bytes:
+    """The bytes of a file, nothing where another process writes it."""
+    copies: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())  # every process takes part
+        if keep:
+            # Copies: safetensors refuses tensors that share storage, as tied heads do.
+            copies[name] = full.cpu().clone().contiguous()
+    return safetensors.torch.save(copies) if keep else b""
+
+
+def unpack(files: Mapping[str, bytes], name: str) -> dict[str, Tensor]:
+    """The tensors in one of the files; raises `CheckpointError`."""
+    if name not in files:
+        raise CheckpointError(
+            f"{name}: not listed in {MANIFEST}; the checkpoint is incomplete. Nothing was loaded"
+        )
+    try:
+        return safetensors.torch.load(files[name])
+    except Exception as error:  # the parser's own errors are of several unrelated types
+        raise CheckpointError(f"{name}: expected safetensors: {error}. Nothing was loaded") from error
+
+
+def check_layers(layers: Mapping[str, AdaptedLinear], saved: Any) -> dict[str, int]:
+    """Same layers, adapters and pretrained weights; the consolidated tasks of each layer."""
+    if not isinstance(saved, dict) or not all(isinstance(entry, dict) for entry in saved.values()):
+        raise CheckpointError(f"{MANIFEST}: expected a table of layers; nothing was loaded")
+    saved = {canonical_name(name): entry for name, entry in saved.items()}
+    if missing := sorted(set(saved) ^ set(layers)):
+        where = "the checkpoint" if missing[0] in saved else "the model"
+        raise CheckpointError(
+            f"{missing[0]}: adapted in {where} only; inject with the configuration of the checkpoint. "
+            "Nothing was loaded"
+        )
+    for name, layer in layers.items():
+        ours = describe(layer)
+        for field in ("shape", "adapters"):
+            if saved[name].get(field) != ours[field]:
+                raise CheckpointError(
+                    f"{name}: {field}: the checkpoint has {shown(saved[name].get(field))}, the model "
+                    f"{ours[field]}; inject with the same "
+                    "configuration. Nothing was loaded"
+                )
+        if saved[name].get("fingerprint") != ours["fingerprint"]:
+            raise CheckpointError(
+                f"{name}: the checkpoint belongs to other base weights (fingerprint "
+                f"{shown(saved[name].get('fingerprint'))}, the model has "
+                f"{ours['fingerprint']}); load the pretrained weights it was trained from before inject. "
+                "Nothing was loaded"
+            )
+        tasks = saved[name].get("consolidated_tasks")
+        if isinstance(tasks, bool) or not isinstance(tasks, int) or not 0 <= tasks < 2**63:
+            raise CheckpointError(
+                f"{MANIFEST}: {name}: expected a number of consolidated tasks; nothing was loaded"
+            )
+    return {name: saved[name]["consolidated_tasks"] for name in layers}
+
+
+def _tensor_updates(
+    model: nn.Module, layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Tensor]
+) -> Updates:
+    required = _adapters_of(layers)
+    # Where PEFT keeps a copy of a head per adapter, they share a name; the one that trains is meant.
+    by_use = sorted(model.named_parameters(remove_duplicate=False), key=lambda item: item[1].requires_grad)
+    available: dict[str, Tensor] = {canonical_name(name): p for name, p in by_use}
+    available |= {
+        canonical_name(name): buffer for name, buffer in model.named_buffers(remove_duplicate=False)
+    }
+    available |= required
+    values = {model_key(key): tensor for key, tensor in saved.items()}
+    if missing := sorted(set(required) - set(values)):
+        raise CheckpointError(
+            f"{ADAPTER}: {missing[0]} is missing ({len(missing)} in all); nothing was loaded"
+        )
+    if foreign := sorted(set(values) - set(available)):
+        raise CheckpointError(
+            f"{ADAPTER}: the model has no {foreign[0]} ({len(foreign)} such tensors); nothing was loaded"
+        )
+    for name, value in values.items():
+        _same_kind(name, available[name], value, ADAPTER)
+    return [(available[name], value) for name, value in values.items()]
+
+
+def row_updates(layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Tensor]) -> Updates:
+    """New base weights from the saved rows; layers without saved rows must still have their pretrained
+    weights."""
+    left = {canonical_name(key.removeprefix(ROWS)): value for key, value in saved.items()}
+    updates: Updates = []
+    for name, layer in layers.items():
+        keys = [fisher_key(name, piece) for piece in layer.adapter_slices]
+        if not any(key in left for key in keys):
+            if is_changed(layer):
+                raise CheckpointError(
+                    f"{name}: the checkpoint is from before consolidation and the model's base weight has "
+                    "been changed since; load it into "
+                    "a freshly built and injected model. Nothing was loaded"
+                )
+            continue
+        weight = whole(layer.base_weight.detach()).clone()
+        for key, piece in zip(keys, layer.adapter_slices, strict=True):
+            if key not in left:
+                raise CheckpointError(f"{STATE}: the rows of {key} are missing; nothing was loaded")
+            rows = left.pop(key)
+            _same_kind(f"rows of {key}", weight[: piece.row_count], rows, STATE)
+            put_rows(weight, piece.rows, rows.to(weight.device))
+        updates.append((layer.base_weight, weight))
+    if left:
+        raise CheckpointError(f"{STATE}: the model has no adapter {min(left)}; nothing was loaded")
+    return updates
+
+
+def _same_kind(name: str, target: Tensor, value: Tensor, file: str) -> None:
+    if target.shape != value.shape or target.dtype != value.dtype:
+        raise CheckpointError(
+            f"{file}: {name}: the checkpoint has {list(value.shape)} {value.dtype}, the model "
+            f"{list(target.shape)} {target.dtype}; build the "
+            "model with the same shapes and dtype. Nothing was loaded"
+        )
+
+
+def parsed_ewc(ewc: EWC, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> EWCState:
+    """The validated state of an EWC, not yet taken over; raises `CheckpointError`."""
+    if config.get("ewc") is None:
+        raise CheckpointError(
+            f"{MANIFEST}: the checkpoint was saved without an EWC; load it with ewc=None. Nothing was loaded"
+        )
+    try:
+        return ewc.parse_state({"tensors": tensors, "config": config["ewc"]})
+    except FisherError as error:
+        raise CheckpointError(f"{STATE}: {error}. Nothing was loaded") from error

@@ -1,0 +1,216 @@
+"""Adapters to and from plain PEFT folders: exactly, or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..config import LoRAConfig
+from ..distributed.transaction import Transaction, canonical_name
+from ..errors import CheckpointError, EWCLoRAError, NotExactlyRepresentable, TargetError
+from ..layers.adapted import AdaptedLinear
+from ..layers.index import put_rows
+from ..layers.inject import adapters, eject, inject
+from ..layers.matching import plan
+from .checkpoint import is_changed, trained_tensors
+from .files import ADAPTER, ADAPTER_CONFIG, write_plain
+from .peft_format import PREFIX, model_key, peft_config, rank_and_alpha, refuse_foreign
+
+Planned = tuple[LoRAConfig, float]  # of one layer, and its exact scale
+_FACTOR = re.compile(r"(.+)\.lora_([AB])$")
+
+
+def export_peft(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write adapter_model.safetensors and adapter_config.json that PEFT loads onto the pretrained model
+    exactly.
+
+    Adapters on slices of a packed projection become one adapter of the summed rank with a block-structured B.
+    Other trained modules go along as modules_to_save. Raises `NotExactlyRepresentable` with the reason (tasks
+    consolidated into the base weights, a learned lora_scale, ...) and then writes nothing. fan_in_fan_out is
+    set when all adapted layers store their weight transposed; PEFT corrects it by itself where only some do.
+
+        >>> export_peft(model, "adapter")
+    """
+    layers = {canonical_name(name): layer for name, layer in adapters(model).items()}
+    if not layers:
+        raise NotExactlyRepresentable(
+            "the model has no adapters; call fused_ewclora.inject(model, config) first"
+        )
+    tensors: dict[str, Tensor] = {}
+    shapes: dict[str, tuple[int, float]] = {}
+    for name, layer in layers.items():
+        lora_a, lora_b, scaling = _whole_layer(name, layer)
+        tensors |= {f"{PREFIX}{name}.lora_A.weight": lora_a, f"{PREFIX}{name}.lora_B.weight": lora_b}
+        shapes[name] = (lora_a.shape[0], scaling)
+    trained = trained_tensors(model, layers)
+    config = peft_config(model, layers, trained, shapes)
+    tensors |= {f"{PREFIX}{name}": tensor.detach() for name, tensor in trained.items()}
+    packed = safetensors.torch.save({n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()})
+    write_plain(Path(path), {ADAPTER: packed, ADAPTER_CONFIG: json.dumps(config, indent=1).encode()})
+
+
+@torch.no_grad()
+def _whole_layer(name: str, layer: AdaptedLinear) -> tuple[Tensor, Tensor, float]:
+    """One A `[R, d_in]`, B `[d_out, R]` and scale that equal all adapters of the layer."""
+    if layer.merged:
+        raise NotExactlyRepresentable(f"{name}: its adapter is merged; call unmerge(model) first")
+    if is_changed(layer):
+        raise NotExactlyRepresentable(
+            f"{name}: earlier tasks were consolidated into its base weight, of which a rank-r adapter knows "
+            "nothing; "
+            "use save_pretrained, or eject(model) and save the whole model"
+        )
+    if layer.composer is not None:
+        raise NotExactlyRepresentable(
+            f"{name}: runs more than its lora_A and lora_B; end the training with the method's export()"
+        )
+    pieces = layer.adapter_parameters()
+    scales = {layer.adapter_scale(piece) for piece, _, _ in pieces}
+    if any(isinstance(scale, Tensor) for scale in scales) or len(scales) != 1:
+        raise NotExactlyRepresentable(f"{name}: its adapters have learned or different scales")
+    if len(pieces) == 1 and not pieces[0][0].name:
+        return pieces[0][1].detach(), pieces[0][2].detach(), float(scales.pop())
+    lora_a = torch.cat([a for _, a, _ in pieces])
+    lora_b = lora_a.new_zeros(layer.out_features, lora_a.shape[0])
+    column = 0
+    for piece, a, b in pieces:
+        put_rows(lora_b[:, column : column + a.shape[0]], piece.rows, b)
+        column += a.shape[0]
+    return lora_a, lora_b, float(scales.pop())
+
+
+def import_peft(path: str | os.PathLike[str], model: nn.Module) -> None:
+    """Inject the adapters of a PEFT folder into a model without adapters; it then computes what PEFT
+    computes.
+
+    Raises `CheckpointError` for files that are missing or malformed and `NotExactlyRepresentable` for
+    methods and settings that the adapted layers do not compute, such as DoRA; the model is then as it was.
+
+        >>> import_peft("adapter", model)
+    """
+    if adapters(model):
+        raise CheckpointError("model: expected one without adapters, because the folder says where they go")
+    config, tensors = _read(Path(path))
+    refuse_foreign(config)
+    factors: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = model_key(key)
+        if name.endswith((".lora_A", ".lora_B")) and not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{ADAPTER}: {name}: expected a floating-point tensor, got {tensor.dtype}; nothing was loaded"
+            )
+        if match := _FACTOR.fullmatch(name):
+            factors.setdefault(match[1], {})[match[2]] = tensor
+        elif ".lora_" in name:
+            raise NotExactlyRepresentable(f"{ADAPTER}: {name} is no factor of a linear layer")
+        else:
+            others[name] = tensor
+    modules = {canonical_name(name): name for name, _ in model.named_modules()}
+    plans = {name: _plan(model, modules, name, pair, config) for name, pair in factors.items()}
+    targets = _tensors(model)
+    for name, tensor in others.items():
+        if name not in targets or targets[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{ADAPTER}: {name} {list(tensor.shape)} fits nothing in the model; nothing was loaded"
+            )
+    _install(model, plans, factors, others)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by their names in files."""
+    named = [*model.named_buffers(remove_duplicate=False), *model.named_parameters(remove_duplicate=False)]
+    return {canonical_name(name): tensor for name, tensor in named}
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: cannot be read: {error}; nothing was loaded"
+        ) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: expected an object, got {type(config).__name__}; nothing was loaded"
+        )
+    try:
+        return config, safetensors.torch.load((folder / ADAPTER).read_bytes())
+    except Exception as error:  # the parser's own errors are of several unrelated types
+        raise CheckpointError(
+            f"{folder / ADAPTER}: expected safetensors: {error}; nothing was loaded"
+        ) from error
+
+
+def _plan(
+    model: nn.Module,
+    modules: Mapping[str, str],
+    name: str,
+    pair: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+) -> Planned:
+    """The configuration and scale of one layer, checked against its tensors."""
+    if set(pair) != {"A", "B"} or name not in modules:
+        raise CheckpointError(
+            f"{ADAPTER}: {name}: expected lora_A and lora_B of a layer of the model; nothing was loaded"
+        )
+    rank, alpha = rank_and_alpha(config, name)
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise CheckpointError(
+            f"{ADAPTER_CONFIG}: lora_alpha of {name}: expected a number, got {alpha!r}; nothing was loaded"
+        )
+    found = {letter: list(tensor.shape) for letter, tensor in pair.items()}
+    dropout = config.get("lora_dropout", 0.0)
+    target = re.escape(modules[name])
+    try:
+        planned = LoRAConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target)
+    except EWCLoRAError as error:
+        raise CheckpointError(f"{ADAPTER_CONFIG}: {name}: {error}; nothing was loaded") from None
+    try:
+        (match,) = plan(model, planned).matches
+    except TargetError as error:
+        raise NotExactlyRepresentable(f"{name}: {error}") from None
+    expected = {"A": [rank, match.in_features], "B": [match.adapters[0].row_count, rank]}
+    if found != expected:
+        raise CheckpointError(
+            f"{ADAPTER}: {name}: expected shapes {expected}, got {found}; nothing was loaded"
+        )
+    # Rank-stabilised: not every such scale is a number divided by r, so it is set as it is.
+    return planned, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _install(
+    model: nn.Module,
+    plans: Mapping[str, Planned],
+    factors: Mapping[str, Mapping[str, Tensor]],
+    others: Mapping[str, Tensor],
+) -> None:
+    try:
+        with Transaction() as change:
+            for config, _ in plans.values():
+                inject(model, config)
+            for name, layer in adapters(model).items():
+                (piece,) = layer.adapter_slices
+                layer.adapter_slices = (replace(piece, scaling=plans[canonical_name(name)][1]),)
+            parameters = _tensors(model)
+            for name, pair in factors.items():
+                change.copy_(parameters[f"{name}.lora_A"], pair["A"])
+                change.copy_(parameters[f"{name}.lora_B"], pair["B"])
+            for name, tensor in others.items():
+                change.copy_(parameters[name], tensor)
+                if isinstance(parameters[name], nn.Parameter):
+                    parameters[name].requires_grad_(True)
+    except BaseException:
+        if adapters(model):
+            eject(model, merge=False)
+        raise

@@ -1,0 +1,1 @@
+"""What runs where, and why: the environment, the layers of a model, dry runs on named models."""

@@ -1,0 +1,302 @@
+"""A dry run of adapters in a named model: which layers match, whether they run, on what, and how exactly.
+
+The injected model runs in fp32 on the backends that would serve it, and on the PyTorch reference. Both are
+compared with a dense model in fp64: the plain classes, with W + B diag(s) A for W, whose gradient G gives
+dA = s Bᵀ G and dB = s G Aᵀ.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ALL_LINEAR, LoRAConfig
+from ..errors import LayoutError, TargetError
+from ..integrations import _named
+from ..layers.inject import adapters, eject, inject
+from ..layers.matching import is_linear, known_layout, load_libraries, shorten
+from ..ops.dispatch import use_backend
+from ..report import Report
+from .explain import explain, verify_forward
+
+# An error may be so many times that of the reference in the same place, or of the reference in most places,
+# whichever is larger: other orders of summation.
+SLACK = 4.0
+ROUNDOFF = 16 * torch.finfo(torch.float32).eps  # where the reference happens to be exact
+LIMIT = 2.0**-10  # of any error: deep models amplify roundings, but no more than this
+# Gradients that cancel are compared with those of other layers: with at least this much of the median norm.
+SMALL = 2.0**-10
+LOST = 2.0**-16  # of the median norm: what is left of a gradient that cancels to zero
+OUTPUT = " output"  # no name of a module
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Outputs of a model, flattened, and the gradients of its adapters by parameter name."""
+
+    output: Tensor
+    gradients: dict[str, Tensor]
+
+
+def run(
+    name: str,
+    library: str | None = None,
+    targets: Sequence[str] = (),
+    slices: Sequence[str] = (),
+    rank: int = 8,
+    full: bool = False,
+) -> dict[str, Any]:
+    """What `python -m fused_ewclora check` prints, as data; `problems` is empty when all is well.
+
+    Raises what `inject` raises when nothing matches or a layout is missing, `ArgumentError` for a model that
+    is not known, `IntegrationError` when its library is missing.
+
+        >>> run("vit_tiny_patch16_224", targets=["qkv"], slices=("k", "v"))["problems"]
+        []
+    """
+    torch.manual_seed(0)
+    named = _named.build(name, library, full)
+    model, sample = named.model, dict(named.sample)
+    _enliven(model)
+    config = LoRAConfig(
+        r=rank,
+        target_modules=list(targets) or _default_targets(model, slices),
+        slices=tuple(slices) or None,
+    )
+    injected = inject(model, config)
+    problems = _bypass(model, sample)
+    rows = _layers(model, sample)
+    for lora_b in _lora_bs(model):
+        lora_b.normal_(0, 0.1)  # zeros would hide A
+    errors = _errors(model, sample)
+    problems += errors.pop("problems")
+    by_layer = errors.pop("layers")
+    for row in rows:
+        row.update(by_layer[row["name"]])
+    return {
+        "model": name,
+        "library": f"{named.library} {named.version}",
+        "built": named.built,
+        "input": {key: list(value.shape) for key, value in sample.items()},
+        "config": {"target_modules": config.target_modules, "slices": list(slices) or None, "r": rank},
+        **injected.summary,
+        "layers": rows,
+        **errors,
+        "problems": problems,
+    }
+
+
+def _default_targets(model: nn.Module, slices: Sequence[str]) -> str | list[str]:
+    """All linear layers, or the known packed projections that have these slices."""
+    if not slices:
+        return ALL_LINEAR
+    load_libraries(model)
+    found = []
+    for name, module in model.named_modules():
+        layout = known_layout(model, name) if is_linear(module) else None
+        if layout is not None and set(slices) <= set(layout.segments):
+            found.append(name)
+    if not found:
+        raise LayoutError(f"slices: the model has no known packed projection with {list(slices)}")
+    return found
+
+
+@torch.no_grad()
+def _enliven(model: nn.Module) -> None:
+    """Constant parameters (norms, biases, layer scales) would hide errors: they get some noise."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and bool((parameter == parameter.flatten()[:1]).all()):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def _lora_bs(model: nn.Module) -> Iterator[Tensor]:
+    for layer in adapters(model).values():
+        for _, _, lora_b in layer.adapter_parameters():
+            yield lora_b.detach()
+
+
+def _bypass(model: nn.Module, sample: Mapping[str, Tensor]) -> list[str]:
+    try:
+        verify_forward(model, sample)
+    except TargetError as error:
+        return [str(error)]
+    return []
+
+
+def _layers(model: nn.Module, sample: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """A row per layer: its adapters, the layout behind them, calls in one pass and what serves these."""
+    layers = adapters(model)
+    rows = []
+    for served in explain(model, sample).rows:
+        layer = layers[served["name"]]
+        layout = known_layout(model, served["name"])
+        rows.append(
+            {
+                "name": served["name"],
+                "segments": layout and layout.segments,
+                "sizes": layout and layout.sizes_of(layer.out_features),
+                "interleave": layout and layout.interleave,
+                "slices": [piece.name for piece in layer.adapter_slices if piece.name] or None,
+                "calls": served["calls"],
+                "backend": served["backend"],
+                "algorithm": served["algorithm"],
+                "why_not_faster": served["why_not_faster"],
+            }
+        )
+    return rows
+
+
+def _errors(model: nn.Module, sample: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Relative errors (Frobenius norms) of the output and of the gradients of each layer's adapters."""
+    names = {
+        name: [f"{name}.{leaf}".lstrip(".") for leaf, _ in layer.named_lora_parameters()]
+        for name, layer in adapters(model).items()
+    }
+    actual = _measure(model, sample)
+    with use_backend("reference"):
+        plain = _measure(model, sample)
+    try:
+        exact, truth = _dense(model, sample), "dense model in fp64"
+    except RuntimeError as error:
+        exact, truth = plain, f"PyTorch reference in fp32 (the model does not run in fp64: {error})"
+    measured, reference = _compared(actual, exact, names), _compared(plain, exact, names)
+    usual = statistics.median(reference.values())
+    own = {key: SLACK * max(error, usual) + ROUNDOFF for key, error in reference.items()}
+    limits = {key: LIMIT if exact is plain else min(LIMIT, limit) for key, limit in own.items()}
+    norms = _norms(exact, names)
+    typical = statistics.median(norms.values())
+    return {
+        "compared_with": truth,
+        "output_error": measured[OUTPUT],
+        "output_limit": limits[OUTPUT],
+        "reference_error": None if exact is plain else usual,
+        "without_gradient": [name for name, norm in norms.items() if norm <= LOST * typical],
+        "layers": {name: {"gradient_error": measured[name], "limit": limits[name]} for name in names},
+        "problems": [
+            f"{key.strip()}: relative error {error:.3g}, more than {limits[key]:.3g}"
+            for key, error in measured.items()
+            if not error <= limits[key]  # NaN is a problem
+        ],
+    }
+
+
+def _compared(value: Measured, exact: Measured, names: Mapping[str, list[str]]) -> dict[str, float]:
+    """Relative errors of the gradients of each layer, and of the output under `OUTPUT`."""
+    errors = {OUTPUT: _quotient(float((value.output - exact.output).norm()), float(exact.output.norm()))}
+    norms = _norms(exact, names)
+    least = SMALL * statistics.median(norms.values())
+    difference = Measured(
+        exact.output, {key: value.gradients[key] - gradient for key, gradient in exact.gradients.items()}
+    )
+    for name, error in _norms(difference, names).items():
+        errors[name] = _quotient(error, max(norms[name], least))
+    return errors
+
+
+def _norms(measured: Measured, names: Mapping[str, list[str]]) -> dict[str, float]:
+    """Frobenius norms of the gradients of each layer's adapters together."""
+    return {
+        name: float(torch.cat([measured.gradients[key].flatten() for key in keys]).norm())
+        for name, keys in names.items()
+    }
+
+
+def _quotient(error: float, norm: float) -> float:
+    if error == 0.0:
+        return 0.0
+    return error / norm if norm else math.inf
+
+
+def _measure(model: nn.Module, sample: Mapping[str, Tensor]) -> Measured:
+    named = {
+        f"{name}.{leaf}".lstrip("."): p
+        for name, layer in adapters(model).items()
+        for leaf, p in layer.named_lora_parameters()
+    }
+    output, gradients = _differentiated(model, sample, list(named.values()))
+    return Measured(output, dict(zip(named, gradients, strict=True)))
+
+
+def _differentiated(
+    model: nn.Module, sample: Mapping[str, Tensor], parameters: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """All outputs in one fp64 vector, and gradients of a random projection of it."""
+    torch.manual_seed(1)  # models that draw numbers in their forward
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    moved = {key: x.to(dtype) if x.is_floating_point() else x for key, x in sample.items()}
+    values = model(**moved) if len(moved) > 1 or "x" not in moved else model(moved["x"])
+    output = torch.cat([t.flatten().double() for t in _tensors(values)])
+    generator = torch.Generator().manual_seed(2)
+    direction = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    gradients: Sequence[Tensor | None] = [None] * len(parameters)
+    if output.requires_grad:  # not where every adapted layer is bypassed
+        loss = output @ direction / len(output) ** 0.5
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return output.detach(), [
+        torch.zeros_like(p, dtype=torch.float64) if g is None else g.double()
+        for g, p in zip(gradients, parameters, strict=True)
+    ]
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        if values.is_floating_point():
+            yield values
+    elif isinstance(values, Mapping):
+        for value in values.values():
+            yield from _tensors(value)
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _dense(model: nn.Module, sample: Mapping[str, Tensor]) -> Measured:
+    """The model in fp64 with its adapters folded in, which ends its life as an injected one."""
+    model.double()
+    layers = {
+        name: [
+            (piece, a.detach().clone(), b.detach().clone(), layer.adapter_scale(piece))
+            for piece, a, b in layer.adapter_parameters()
+        ]
+        for name, layer in adapters(model).items()
+    }
+    transposed = {name: layer.transposed for name, layer in adapters(model).items()}
+    eject(model)
+    model.requires_grad_(False)
+    weights = [model.get_submodule(name).get_parameter("weight").requires_grad_() for name in layers]
+    output, gradients = _differentiated(model, sample, weights)
+    found: dict[str, Tensor] = {}
+    for (name, pieces), gradient in zip(layers.items(), gradients, strict=True):
+        by_rows = gradient.t() if transposed[name] else gradient
+        for piece, lora_a, lora_b, scale in pieces:
+            rows = scale * torch.cat([by_rows[start:stop] for start, stop in piece.rows])
+            found[f"{name}.{piece.a_name}".lstrip(".")] = lora_b.t() @ rows
+            found[f"{name}.{piece.b_name}".lstrip(".")] = rows @ lora_a.t()
+    return Measured(output, found)
+
+
+def render(data: Mapping[str, Any]) -> str:
+    """The result for people."""
+    rows = [{k: v for k, v in row.items() if k != "why_not_faster"} for row in data["layers"]]
+    shapes = ", ".join(f"{key} {list(shape)}" for key, shape in data["input"].items())
+    usual = data["reference_error"]
+    own = "" if usual is None else f"; half of the PyTorch reference's errors are above {usual:.2g}"
+    notes = [
+        f"built: {data['built']}; {data['total']:,} parameters with random weights, run on {shapes}",
+        f"trainable: {data['trainable']:,} ({data['trainable_share']:.3%})",
+        f"compared with: {data['compared_with']}",
+        f"relative error of the output: {data['output_error']:.2g} (limit {data['output_limit']:.2g}{own})",
+    ]
+    if data["mended"]:
+        notes.insert(2, f"set to call their projections: {shorten(data['mended'])}")
+    if data["without_gradient"]:
+        notes.append(f"no gradient beyond rounding reaches: {shorten(data['without_gradient'])}")
+    notes += [f"PROBLEM: {problem}" for problem in data["problems"]]
+    notes.append("failed" if data["problems"] else "all layers run, and compute what they should")
+    return str(Report(f"check {data['model']} ({data['library']})", rows, notes))

@@ -1,0 +1,57 @@
+"""The Fisher of a task over several processes, each of which has seen its share of the data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import FisherError
+from .processes import check_same
+
+
+class Gathering(Protocol):
+    """A dataclass with the sums that one process has gathered."""
+
+    buffers: dict[str, Tensor]
+    samples: int
+    batch_size: int
+
+
+Task = TypeVar("Task", bound=Gathering)
+
+
+@torch.no_grad()
+def reduced(task: Task, described: Mapping[str, Any], group: dist.ProcessGroup | None = None) -> Task:
+    """The sum of the gatherings of all processes of `group`, in new buffers: one all-reduce of everything,
+    flat.
+
+    described: what must be the same in every process, or `TargetError` is raised in all. The sum over
+    samples does not depend on how they were dealt out; mode "batch" is the average over the batches that the
+    processes saw.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise FisherError("reduce_fisher_: expected torch.distributed.init_process_group to have been called")
+    values = list(task.buffers.values())
+    if len({(value.device, value.dtype) for value in values}) > 1:
+        raise FisherError("reduce_fisher_: expected all adapters of a process on one device and in one dtype")
+    flat = torch.cat([value.flatten() for value in values])
+    check_same(described, group)
+    samples = torch.tensor([task.samples], dtype=torch.int64, device=flat.device)
+    batch_size = torch.tensor([task.batch_size], dtype=torch.int64, device=flat.device)
+    dist.all_reduce(samples, group=group)
+    dist.all_reduce(batch_size, op=dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(flat, group=group)
+    buffers = _unflatten(flat, task.buffers)
+    return dataclasses.replace(  # type: ignore[type-var]
+        task, buffers=buffers, samples=int(samples.item()), batch_size=int(batch_size.item())
+    )
+
+
+def _unflatten(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    parts = flat.split([value.numel() for value in like.values()])
+    return {key: part.view_as(value) for (key, value), part in zip(like.items(), parts, strict=True)}

@@ -1,0 +1,392 @@
+"""EWC on the product of LoRA factors, over a sequence of tasks (EWC-LoRA, arXiv 2602.17559)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from .. import functional as FE
+from ..distributed.processes import check_same, common_generator, sharded, together
+from ..distributed.reduce import reduced
+from ..distributed.transaction import Transaction, by_canonical_name
+from ..errors import ArgumentError, FisherError, TargetError
+from ..layers.adapted import AdaptedLinear
+from ..layers.index import Operands, check_present, checked_fisher_dtype, devices, operands, slots_of
+from ..layers.inject import adapters, check_mergeable
+from . import estimation as passes
+from .consolidate import check_ready, consolidate
+from .fisher_pass import FisherPass, TaskFisher
+from .settings import FISHER_MODES, MERGE_MODES, UPDATES, number, one_of
+from .state import EWCState, Expected, TaskRecord, dump, parse
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .sharding import Sharding  # loads torch.distributed.fsdp, which takes a second
+
+
+class EWC:
+    """Penalty, Fisher and consolidation of all adapters of a model, (lambda/2) sum F (B diag(s) A)^2.
+
+    Args:
+        model: a model with injected adapters, also wrapped by DDP or torch.compile.
+        ewc_lambda: strength of the penalty. It means nothing without fisher_mode and, for "batch", the batch
+            size: the published 1e7 belongs to "batch" at batch size 128, and to "sample" belongs what
+            `convert_lambda` makes of it, 78125.
+        gamma: decay of the Fishers of earlier tasks, in [0, 1]; 1 is the published value, 0 forgets them.
+        fisher_mode: "sample", the mean of squared per-sample gradients, or "batch", n times the squared mean
+            gradient of a batch of n, averaged over samples (the official code).
+        fisher_dtype: of the cumulative Fisher, fp32 or bf16 (fp64 beside fp64 adapters); a task's Fisher is
+            accumulated in fp32.
+        merge_mode: "delta", W + s B A, or "factors", W0 + s (sum B)(sum A) with the cross terms of the
+            official code; it keeps the original rows W0.
+        check_finite: refuse NaN and Inf in Fishers and weights (one host synchronisation per task).
+        update: "sum", gamma F + F_task, or "convex", gamma F + (1 - gamma) F_task; the first task gives
+            F_task.
+        generator: source of the A of each new task; None is the default generator. Processes that call
+            `reduce_fisher_` or `shard_` draw the same A.
+
+    Consolidation resets lora_A and lora_B in place; an optimizer must forget their moments, which
+    `reset_optimizer_state_` does. The state follows the model to other devices; a copy or pickle of an EWC
+    holds a model of its own. Raises `ArgumentError`, `DtypeError`, and `TargetError` without adapters.
+
+        >>> ewc = EWC(model); loss = criterion(model(x), y) + ewc.penalty()
+        >>> ewc.end_task(loader, criterion)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ewc_lambda: float = 1e7,
+        gamma: float = 1.0,
+        fisher_mode: str = "sample",
+        fisher_dtype: torch.dtype = torch.float32,
+        merge_mode: str = "delta",
+        check_finite: bool = True,
+        update: str = "sum",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.model = model
+        self.ewc_lambda = number("ewc_lambda", ewc_lambda, 0.0, math.inf)
+        self.gamma = number("gamma", gamma, 0.0, 1.0)
+        self.fisher_mode = one_of("fisher_mode", fisher_mode, FISHER_MODES)
+        self.merge_mode = one_of("merge_mode", merge_mode, MERGE_MODES)
+        self.update = one_of("update", update, UPDATES)
+        self.check_finite, self.generator = bool(check_finite), generator
+        self.layers: dict[str, AdaptedLinear] = by_canonical_name(adapters(model).items())
+        if not self.layers:
+            raise TargetError(
+                "model: expected adapters, found none; call fused_ewclora.inject(model, config) first"
+            )
+        self._slots = slots_of(self.layers)
+        self._state = EWCState()
+        self._sharding: Sharding | None = None
+        self._drawing: torch.Generator | None = None  # of the next A, after reduce_fisher_
+        self.fisher_dtype = checked_fisher_dtype(self._slots, fisher_dtype)
+
+    @property
+    def fishers(self) -> dict[str, Tensor]:
+        """The cumulative Fisher `[rows of the adapter, d_in]` by module name, with ".k" etc. for slices;
+        empty before the first task. Sharded Fishers are DTensors."""
+        return self._visible(self._state.fishers)
+
+    @property
+    def tasks(self) -> int:
+        """Tasks consolidated so far."""
+        return len(self._state.history)
+
+    @property
+    def history(self) -> tuple[TaskRecord, ...]:
+        """How the Fisher of each consolidated task was made: labels, samples, batch size, gamma."""
+        return self._state.history
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.layers.values())).weight.device
+
+    def _visible(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(tensors) if self._sharding is None else self._sharding.wrapped(tensors)
+
+    def _check_placement(self) -> None:
+        check_present(self._slots)
+        if self._sharding is None and (name := next(iter(sharded(self.layers)), None)):
+            raise TargetError(f"{name}: its parameters are sharded; call ewc.shard_() after fully_shard")
+        self._follow()
+
+    def _follow(self) -> None:
+        """The state goes where a model that was moved is now."""
+        self._state = self._state.moved(devices(self._slots), self.fisher_dtype)
+
+    def _operands(self) -> Operands:
+        check_present(self._slots)
+        if next(iter(self._state.fishers.values())).device != self._device:
+            self._follow()
+        return operands(self._slots, self._state.fishers)
+
+    def penalty(self) -> Tensor:
+        """P = (lambda/2) sum F (B diag(s) A)^2 over all adapters, 0-d fp32, differentiable; exactly 0 before
+        the first consolidation.
+
+        >>> loss = criterion(model(x), y) + ewc.penalty()
+        """
+        if not self._state.fishers:
+            # A leaf, so that .backward() works on it alone; torch.compile has no leaves inside its graphs.
+            leaf = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            return torch.zeros((), device=self._device, requires_grad=leaf)
+        if self._sharding is not None:
+            return self._sharding.penalty(self._state.fishers, self.ewc_lambda)
+        return FE.ewc_penalty(*self._operands(), self.ewc_lambda)
+
+    def add_penalty_grad_(self, grad_scale: float | Tensor = 1.0) -> Tensor:
+        """Adds grad_scale * dP to `.grad` of the adapters, without a graph; returns the unscaled P, 0-d.
+        Under a GradScaler pass its scale.
+
+        >>> scaler.scale(loss).backward(); ewc.add_penalty_grad_(scaler.get_scale())
+        """
+        if not self._state.fishers:
+            return self.penalty().detach()
+        if self._sharding is not None:
+            return self._sharding.add_penalty_grad_(self._state.fishers, self.ewc_lambda, grad_scale)
+        terms = self._operands()
+        if any(slot.layer.composer is not None for slot in self._slots):
+            # What is composed need not be a leaf, whose .grad an optimizer reads.
+            with torch.enable_grad():
+                penalty = self.penalty()
+            penalty.backward(penalty.detach().new_ones(()) * grad_scale)
+            return penalty.detach()
+        return FE.ewc_penalty_grad_(*terms, self.ewc_lambda, grad_scale=grad_scale)
+
+    @contextmanager
+    def accumulate_fisher(
+        self,
+        reduction: str = "mean",
+        batch_size: int | None = None,
+        loss_scale: float = 1.0,
+        labels: str = "empirical",
+    ) -> Iterator[FisherPass]:
+        """Backward passes inside the block add to the Fisher of the current task; several blocks before
+        `consolidate` add up.
+
+        reduction is that of the loss over samples; batch_size the samples per batch where it is not the
+        leading dimension of every layer's input (set `.batch_size` on the block's value when it varies);
+        loss_scale the factor on the loss; labels is only recorded. Train or eval mode is the caller's choice.
+        Compiled models run eagerly inside. At the end every adapted layer must have been reached, else
+        `TargetError` or `FisherError`; an exception or non-finite values discard what the block gathered.
+
+        >>> with ewc.accumulate_fisher():
+        ...     for x, y in loader: criterion(model(x), y).backward()
+        """
+        self._check_placement()
+        keys: dict[str, list[str]] = {name: [] for name in self.layers}
+        for name, layer in self.layers.items():
+            keys[name] = [slot.key for slot in self._slots if slot.layer is layer]
+        passing = FisherPass(
+            self.layers, keys, self.fisher_mode, reduction, batch_size, loss_scale, self._sharding
+        )
+        with passing:
+            yield passing
+        self._add(passing.result(labels, self.check_finite))
+
+    def _add(self, gathered: TaskFisher) -> None:
+        old = self._state
+        task = gathered if old.task is None else gathered.plus(old.task)
+        self._state = replace(old, task=task)
+
+    def estimate_fisher(
+        self,
+        loader: Iterable[Any],
+        loss_fn: passes.LossFunction | None = None,
+        labels: str = "empirical",
+        max_batches: int | None = None,
+        progress: bool | None = None,
+        *,
+        reduction: str = "mean",
+        forward: passes.Forward = passes.default_forward,
+        logits_fn: Callable[[Any], Tensor] = passes.default_logits,
+        batch_size_fn: Callable[[Any], int] = passes.batch_size_of,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Adds the Fisher of the data in `loader` to the current task's, in eval mode; modes and gradients
+        are restored.
+
+        Batches are (x, y), x, or mappings for model(**batch) with targets "labels"; `forward(model, batch)`
+        -> (output, targets) adapts others. loss_fn(output, y) is a mean over samples (reduction "mean"; or
+        "sum"); None takes output.loss if there is one, else -log p(y). labels: "empirical"; "sampled", y ~
+        softmax(logits_fn(output)) with `generator`; "exact", the expectation over classes of -log p, one
+        backward per class, without loss_fn. Raises `FisherError` for an empty loader or non-finite values and
+        `TargetError` for layers that never ran; what this call gathered is then discarded.
+
+        >>> ewc.estimate_fisher(loader, torch.nn.functional.cross_entropy, labels="sampled")
+        """
+        passes.check_labels(labels, self.fisher_mode)
+        policy = passes.LabelPolicy(labels, loss_fn, reduction, logits_fn, generator)
+        passes.check_max_batches(max_batches)
+        device, model = self._device, passes.unwrapped(self.model)
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            passes.evaluation_mode(model),
+            passes.gradients_untouched(model) as clear_gradients,
+            self.accumulate_fisher(policy.backward_reduction, labels=labels) as passing,
+        ):
+            passing.samples = 0
+            for batch in passes.limited(loader, max_batches, progress):
+                samples = batch_size_fn(batch)
+                if samples == 0:
+                    continue
+                passing.batch_size = samples
+                output, targets = forward(model, passes.to_device(batch, device))
+                for loss, keep_graph in policy.passes(output, targets):
+                    passes.check_loss(loss)
+                    loss.backward(retain_graph=keep_graph)
+                    passing.finish_batch()
+                    clear_gradients()
+                passing.samples += samples
+
+    def reduce_fisher_(self, group: ProcessGroup | None = None) -> None:
+        """Sums the Fisher of the current task, and its number of samples, over the processes of `group`.
+
+        Call it once on every process between estimate_fisher and consolidate, each having passed over its own
+        share of the data. It also makes `consolidate` draw the same new A everywhere. Nothing is left to do
+        after `shard_`, which sums while gathering. Raises `FisherError` before any estimate or without a
+        process group, `TargetError` when adapters or settings differ between processes.
+
+            >>> ewc.estimate_fisher(loader, criterion); ewc.reduce_fisher_(); ewc.consolidate()
+        """
+        if self._state.task is None:
+            raise FisherError("reduce_fisher_: this task has no Fisher yet; call estimate_fisher first")
+        if self._sharding is None:
+            task = reduced(self._state.task, self._described(), group)
+            self._drawing = common_generator(self.generator, self._device, group)
+            self._state = replace(self._state, task=task)
+
+    def shard_(self, mesh: DeviceMesh | None = None) -> None:
+        """Keep of every Fisher the rows whose lora_B this process has; for models that FSDP2 shards.
+
+        Call it once on every process, after `fully_shard` and before training. mesh: that of the parameters,
+        which None takes; of a mesh with replication the sharded dimension counts. From then on the memory of
+        a Fisher is divided by the number of processes, Fishers are summed over all processes batch by batch
+        (so each must run the same number of batches, as FSDP requires), a state loaded or made before is
+        dealt out, and gradients of the penalty reach the shards undivided. Raises `TargetError` when a factor
+        is not sharded by rows over mesh or when adapters or settings differ between processes,
+        `ArgumentError` for merge_mode "factors".
+
+            >>> fully_shard(model); ewc = EWC(model); ewc.shard_()
+        """
+        if self.merge_mode != "delta":
+            raise ArgumentError(f"merge_mode: expected 'delta' for shard_, got {self.merge_mode!r}")
+        from .sharding import Sharding
+
+        sharding = Sharding(self.model, self._slots, mesh)
+        check_same(self._described())
+        if self._sharding is None:
+            self._state = self._state.mapped_by_key(sharding.taken)
+        self._sharding = sharding
+
+    def consolidate(self, gamma: float | None = None) -> None:
+        """Ends a task: F <- gamma F + F_task, W <- W + B diag(s) A (fp32 sum, one rounding), A and B reset;
+        all or nothing.
+
+        The model computes what it computed before, to one rounding of W. Raises `FisherError` when the task
+        has no Fisher or a new value is not finite, `TargetError` for merged or tied weights; weights,
+        Fishers, adapters and counters are then as they were.
+
+        >>> ewc.estimate_fisher(loader, criterion); ewc.consolidate()
+        """
+        self._check_placement()
+        gamma = self.gamma if gamma is None else number("gamma", gamma, 0.0, 1.0)
+        check_ready(self.layers)
+        check_mergeable(self.model)
+        with Transaction() as change:
+            self._state = consolidate(
+                self._state,
+                self._slots,
+                change,
+                gamma=gamma,
+                update=self.update,
+                merge_mode=self.merge_mode,
+                fisher_dtype=self.fisher_dtype,
+                check_finite=self.check_finite,
+                generator=self._drawing or self.generator,
+                sharding=self._sharding,
+            )
+        self._drawing = None
+
+    def end_task(
+        self,
+        loader: Iterable[Any],
+        loss_fn: passes.LossFunction | None = None,
+        *,
+        gamma: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """`estimate_fisher(loader, loss_fn, **kwargs)`, then `consolidate(gamma)`, with the errors of both.
+
+        A Fisher that was estimated stays when `consolidate` raises: mend the cause and call `consolidate`.
+
+            >>> ewc.end_task(loader, criterion, max_batches=100)
+        """
+        if gamma is not None:
+            number("gamma", gamma, 0.0, 1.0)
+        self.estimate_fisher(loader, loss_fn, **kwargs)
+        self.consolidate(gamma)
+
+    def _described(self) -> dict[str, Any]:
+        """What processes that work together have in common."""
+        pieces = {
+            s.key: (s.piece.row_count, s.layer.in_features, s.piece.r, s.piece.scaling) for s in self._slots
+        }
+        return {**pieces, **self._settings(), "gamma": self.gamma, "ewc_lambda": self.ewc_lambda}
+
+    def _settings(self) -> dict[str, str]:
+        return {"fisher_mode": self.fisher_mode, "merge_mode": self.merge_mode, "update": self.update}
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"tensors": Fishers and, with merge_mode "factors", the factor sums; "config": how they were made}.
+        Tensors are not copied.
+
+        >>> torch.save(ewc.state_dict(), "ewc.pt")
+        """
+        state = self._state if self._sharding is None else self._state.mapped_by_key(self._sharding.wrapped)
+        return dump(state, self._settings())
+
+    def parse_state(self, saved: Mapping[str, Any]) -> EWCState:
+        """The validated state in `saved`, not yet taken over; raises `FisherError` naming what does not
+        fit."""
+        shapes = {
+            slot.key: (slot.piece.row_count, slot.piece.r, slot.layer.in_features) for slot in self._slots
+        }
+        if self._sharding is None:
+            return parse(saved, Expected(shapes, self._settings(), self.check_finite))
+        saved, shapes = self._sharding.localised(saved, shapes)
+        return together(lambda: parse(saved, Expected(shapes, self._settings(), self.check_finite)))
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Takes over a `state_dict()` of an EWC with the same settings and adapters; nothing changes unless
+        all of it fits.
+
+        The state of the model (weights, adapters) is the model's own and loaded by itself. Raises
+        `FisherError`.
+
+        >>> ewc.load_state_dict(torch.load("ewc.pt", weights_only=True))
+        """
+        parsed = self.parse_state(saved)
+        with Transaction() as change:
+            self.take_over(parsed, change)
+
+    def take_over(self, parsed: EWCState, change: Transaction) -> None:
+        """Copies a parsed state in, on the devices of the layers; Fishers that exist already are updated in
+        place through `change`."""
+        new = parsed.copied(devices(self._slots), self.fisher_dtype)
+        if self._state.fishers and new.fishers:
+            for key, tensor in self._state.fishers.items():
+                change.copy_(tensor, new.fishers[key])
+            new = replace(new, fishers=self._state.fishers)
+        self._state = new

@@ -1,0 +1,50 @@
+"""The settings of `EWC`: what is allowed, and lambda for the other kind of Fisher."""
+
+from __future__ import annotations
+
+import math
+
+from ..errors import ArgumentError
+
+FISHER_MODES = ("sample", "batch")
+MERGE_MODES = ("delta", "factors")
+UPDATES = ("sum", "convex")
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ArgumentError(f"{name}: expected one of {allowed}, got {value!r}")
+    return value
+
+
+def number(name: str, value: float, low: float, high: float) -> float:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not (low <= value <= high and math.isfinite(value))
+    ):
+        upper = "" if math.isinf(high) else f" and <= {high}"
+        raise ArgumentError(f"{name}: expected a finite number >= {low}{upper}, got {value!r}")
+    return float(value)
+
+
+def convert_lambda(ewc_lambda: float, from_mode: str, to_mode: str, batch_size: int) -> float:
+    """The lambda that gives the same penalty with a Fisher of the other mode: lambda_sample = lambda_batch /
+    batch_size.
+
+    It rests on F_batch ~ F_sample / batch_size, which holds in expectation where the mean gradient of a batch
+    is small beside the gradients of single samples, that is near an optimum: E F_batch = F_sample / n + (1 -
+    1/n) (E g)^2. The published lambda = 1e7 belongs to mode "batch" at batch size
+    128. Raises `ArgumentError`.
+
+        >>> convert_lambda(1e7, "batch", "sample", batch_size=128)
+        78125.0
+    """
+    number("ewc_lambda", ewc_lambda, 0.0, math.inf)
+    one_of("from_mode", from_mode, FISHER_MODES)
+    one_of("to_mode", to_mode, FISHER_MODES)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ArgumentError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
+    if from_mode == to_mode:
+        return float(ewc_lambda)
+    return ewc_lambda / batch_size if to_mode == "sample" else ewc_lambda * batch_size

@@ -1,0 +1,298 @@
+"""`AdaptedLinear`: what a linear layer has once it carries adapters, whichever class stores its weight."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional as FE
+from ..errors import ArgumentError, TargetError
+from ..ops.capture import FisherCapture
+from .slices import AdapterSlice, fingerprint
+
+# Of a parameter: the table of its module, and its name there.
+Location = tuple[dict[str, nn.Parameter | None], str]
+
+
+class Composer(Protocol):
+    """Makes the adapters that a layer runs from more than its lora_A and lora_B: directions of earlier tasks,
+    normalised scales. Holds no tensors: these are parameters of the layer, named lora_..., so that they move,
+    copy and save with it."""
+
+    def adapters(self, layer: AdaptedLinear) -> list[FE.Adapter]:
+        """What the layer adds to its base, differentiable; an empty list for nothing."""
+
+
+class AdaptedLinear(nn.Module):
+    """The part of an adapted layer that injection, merging, the Fisher and checkpoints work with.
+
+    A subclass names the class that it replaces in `plain`; layers come about by `adopt_`, which swaps the
+    class of a module in place.
+    """
+
+    plain: ClassVar[type[nn.Module]]
+    transposed: ClassVar[bool] = False  # whether `plain` stores its weight as `[in_features, out_features]`
+    weight_path: ClassVar[str] = "weight"  # the name of the weight, seen from the layer
+
+    in_features: int
+    out_features: int
+    weight: Tensor
+    bias: Any  # Tensor or None
+    adapter_slices: tuple[AdapterSlice, ...]
+    r: int
+    lora_alpha: float | None
+    lora_dropout: float
+    adapters_enabled: bool
+    merged: bool
+    fisher_capture: FisherCapture | None
+    forward_calls: int  # eager ones; a graph that counted could not be part of a checkpointed region
+    origin_fingerprint: str
+    consolidated_tasks: int  # tasks whose B diag(s) A has been added to weight for good
+    base_trainable: tuple[str, ...]  # which of weight and bias required gradients before
+    rows_before_merge: Tensor  # only while merged
+    composer: Composer | None = None
+
+    @staticmethod
+    def features(module: nn.Module) -> tuple[int, int]:
+        """(in_features, out_features) of a module of the class `plain`."""
+        return module.in_features, module.out_features  # type: ignore[return-value]
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The weight as `[out_features, in_features]`: itself or a view of it, so that writing works."""
+        return self.weight.t() if self.transposed else self.weight
+
+    @property
+    def dropout_p(self) -> float:
+        """The probability of dropout on the x of the low-rank branch, in training."""
+        return self.lora_dropout
+
+    def not_fused(self) -> str | None:
+        """Why calls of this layer do not run on the fused op, or None."""
+        return None
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        """What the class `plain` computes."""
+        return F.linear(x, self.weight, self.bias)
+
+    @classmethod
+    def adopt_(
+        cls,
+        module: nn.Module,
+        adapters: tuple[AdapterSlice, ...],
+        lora_alpha: float | None,
+        lora_dropout: float,
+    ) -> AdaptedLinear:
+        """Turn `module` itself into this class, keeping hooks, place and keys; the caller validates."""
+        module.__class__ = cls
+        layer = cast(AdaptedLinear, module)
+        try:
+            layer._add_adapters(adapters, lora_alpha, lora_dropout)
+        except BaseException:  # out of memory
+            layer.release_()
+            raise
+        return layer
+
+    def release_(self) -> nn.Module:
+        """Turn this module back into its plain class in place, without adapters, requires_grad as it was."""
+        for name in self.base_trainable:
+            self._parameters[name].requires_grad_(True)  # type: ignore[union-attr]
+        for name, _ in self.named_lora_parameters():
+            del self._parameters[name]
+        if self.merged:
+            del self.rows_before_merge
+        for name in _OWN:
+            self.__dict__.pop(name, None)
+        self.__class__ = self.plain  # type: ignore[assignment]
+        return self
+
+    def _add_adapters(
+        self, adapters: tuple[AdapterSlice, ...], lora_alpha: float | None, lora_dropout: float
+    ) -> None:
+        self.adapter_slices = adapters
+        self.r, self.lora_alpha, self.lora_dropout = adapters[0].r, lora_alpha, lora_dropout
+        self.adapters_enabled, self.merged = True, False
+        self.fisher_capture = None
+        self.forward_calls = 0
+        self.consolidated_tasks = 0
+        self.origin_fingerprint = fingerprint(self.base_weight)
+        self.base_trainable = tuple(
+            n for n in ("weight", "bias") if (p := getattr(self, n)) is not None and p.requires_grad
+        )
+        for name in self.base_trainable:
+            getattr(self, name).requires_grad_(False)
+        dtype = torch.float32 if self.weight.dtype in (torch.float16, torch.bfloat16) else self.weight.dtype
+        for adapter in adapters:
+            a_shape, b_shape = (adapter.r, self.in_features), (adapter.row_count, adapter.r)
+            for name, shape in ((adapter.a_name, a_shape), (adapter.b_name, b_shape)):
+                value = torch.empty(shape, dtype=dtype, device=self.weight.device)
+                setattr(self, name, nn.Parameter(value))
+        self.reset_adapters()
+
+    @property
+    def initial_bound(self) -> float:
+        """The entries of a new lora_A are uniform between minus this and this."""
+        return 1.0 / math.sqrt(self.in_features)
+
+    @torch.no_grad()
+    def reset_adapters(self, generator: torch.Generator | None = None) -> None:
+        """A ~ U(-1/sqrt(in_features), 1/sqrt(in_features)) (Kaiming uniform with a = sqrt 5) and B = 0, in
+        place, as at the start of a task.
+
+        A generator of another device is used there and its numbers are copied, so that one seed gives the
+        same A everywhere.
+        """
+        bound = self.initial_bound
+        for _, lora_a, lora_b in self.adapter_parameters():
+            if generator is None or generator.device == lora_a.device:
+                lora_a.uniform_(-bound, bound, generator=generator)
+            else:
+                drawn = torch.empty(lora_a.shape, dtype=lora_a.dtype, device=generator.device)
+                lora_a.copy_(drawn.uniform_(-bound, bound, generator=generator))
+            lora_b.zero_()
+
+    def named_lora_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of all that adaptation added: lora_A, lora_B, lora_scale where there is one.
+
+        These are their names in checkpoints, wherever a layer keeps them.
+        """
+        return [
+            (name, p) for name, p in self._parameters.items() if p is not None and name.startswith("lora_")
+        ]
+
+    def adapter_parameters(self) -> list[tuple[AdapterSlice, nn.Parameter, nn.Parameter]]:
+        """(slice, lora_A, lora_B) per adapter, in the order of `FisherCapture.fishers`."""
+        found = []
+        for piece in self.adapter_slices:
+            (a_table, a_name), (b_table, b_name) = self.factor_locations(piece)
+            found.append((piece, cast(nn.Parameter, a_table[a_name]), cast(nn.Parameter, b_table[b_name])))
+        return found
+
+    def factor_locations(self, piece: AdapterSlice) -> tuple[Location, Location]:
+        """Where lora_A and lora_B of an adapter are kept; the tables live as long as the layer."""
+        return (self._parameters, piece.a_name), (self._parameters, piece.b_name)
+
+    def composed(self) -> list[FE.Adapter]:
+        """The adapters as the layer runs them: of its `composer`, else its lora_A, lora_B and scales."""
+        if self.composer is not None:
+            return self.composer.adapters(self)
+        return [FE.Adapter(a, b, self.adapter_scale(s), s.rows) for s, a, b in self.adapter_parameters()]
+
+    def adapter_scale(self, adapter: AdapterSlice) -> float | Tensor:
+        """The scale of one adapter: its `scaling`, times the parameter `lora_scale` where there is one."""
+        factor = self._parameters.get(adapter.scale_name)
+        if factor is None:
+            return adapter.scaling
+        return factor if adapter.scaling == 1.0 else factor * adapter.scaling
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., in_features]` -> y `[..., out_features]`; the plain linear while merged or disabled."""
+        if not torch.compiler.is_compiling():
+            self.__dict__["forward_calls"] += 1
+        if self.merged or not self.adapters_enabled:
+            return self.base_forward(x)
+        adapters = self.composed()
+        if not adapters:
+            if self.fisher_capture is None:
+                return self.base_forward(x)
+            # The Fisher is collected in the op's backward, which needs an adapter to run.
+            adapters = [FE.Adapter(a, b, 0.0, s.rows) for s, a, b in self.adapter_parameters()]
+        return FE.lora_linear_adapters(
+            x,
+            self.base_weight,
+            self.bias,
+            adapters,
+            dropout_p=self.dropout_p,
+            training=self.training,
+            capture=self.fisher_capture,
+        )
+
+    @torch.no_grad()
+    def consolidated_weight(self) -> Tensor:
+        """A new tensor W + B diag(s) A, summed in fp32 (fp64 for fp64) and rounded once.
+
+        Rows without an adapter are copied. Raises `TargetError` while merged, when W holds the sum already.
+        """
+        if self.merged:
+            raise TargetError(
+                "consolidated_weight: expected unmerged adapters, got merged ones; call fe.unmerge(model)"
+            )
+        weight = self.base_weight.detach().clone()
+        entries: list[tuple[Tensor, Tensor, Tensor, Any]] = []
+        for adapter in self.composed():
+            first = 0
+            for start, stop in adapter.rows:
+                last = first + stop - start
+                entries.append(
+                    (weight[start:stop], adapter.lora_a, adapter.lora_b[first:last], adapter.scale)
+                )
+                first = last
+        if not entries:
+            return weight
+        weights, lora_as, lora_bs, scales = zip(*entries, strict=True)
+        FE.merge_(weights, lora_as, lora_bs, scales)
+        return weight
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the adapters into weight, keeping the rows as they were; nothing happens when merged already.
+
+        Raises `ArgumentError` and changes nothing when the sum is not finite.
+        """
+        if self.merged:
+            return
+        weight = self.consolidated_weight()
+        if not bool(torch.isfinite(weight).all()):
+            raise ArgumentError(
+                "merge: expected a finite W + B diag(s) A, got NaN or Inf; nothing was changed"
+            )
+        before = torch.cat([self.base_weight[start:stop] for start, stop in self._owned_rows()])
+        self.register_buffer("rows_before_merge", before, persistent=False)
+        self.base_weight.copy_(weight)
+        self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put back the rows that `merge` kept, bit for bit; nothing happens when not merged."""
+        if not self.merged:
+            return
+        first = 0
+        for start, stop in self._owned_rows():
+            self.base_weight[start:stop].copy_(self.rows_before_merge[first : first + stop - start])
+            first += stop - start
+        del self.rows_before_merge
+        self.merged = False
+
+    def _owned_rows(self) -> list[tuple[int, int]]:
+        return [rows for adapter in self.adapter_slices for rows in adapter.rows]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        has_weight = f"{prefix}weight" in state_dict
+        if has_weight and self.merged:
+            message = "the adapters are merged into it; call fe.unmerge(model) before loading"
+            args[-1].append(f"{prefix}weight: {message}")  # error_msgs, which load_state_dict raises
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if has_weight and not any(key.startswith(f"{prefix}lora_") for key in state_dict):
+            # A plain checkpoint: these are the base weights from now on.
+            self.origin_fingerprint, self.consolidated_tasks = fingerprint(self.base_weight), 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The buffers of a running Fisher pass belong to it, not to copies of the layer.
+        return {**self.__dict__, "fisher_capture": None}
+
+    def extra_repr(self) -> str:
+        adapters = ", ".join(
+            f"{s.name or 'lora'}(r={s.r}, scaling={s.scaling:.4g})" for s in self.adapter_slices
+        )
+        return f"{super().extra_repr()}, {adapters}" + (", merged" if self.merged else "")
+
+
+# What an adapted layer has beside its plain class.
+_OWN = set(AdaptedLinear.__annotations__) - {
+    "plain", "transposed", "weight_path", "in_features", "out_features", "weight", "bias",
+}  # fmt: skip

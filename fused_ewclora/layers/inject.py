@@ -1,0 +1,271 @@
+"""Adapters in and out of a model, by swapping the class of its linear layers in place."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import LoRAConfig
+from ..distributed.processes import sharded
+from ..errors import EWCLoRAError, TargetError
+from ..report import Report
+from . import bypass
+from .adapted import AdaptedLinear
+from .matching import Plan, plan, shorten
+
+FROZEN = "_fused_ewclora_frozen"  # on the injected model: names of the parameters that were trainable before
+
+
+def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Every adapted layer by its dotted name, shared ones once.
+
+    >>> trainable = [p for layer in adapters(model).values() for p in layer.parameters() if p.requires_grad]
+    """
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+
+def inject(model: nn.Module, config: LoRAConfig) -> Report:
+    """Adapt matching `nn.Linear`s of `model` in place and freeze all but adapters; returns a printable table.
+
+    Names match as in PEFT; `"all-linear"` leaves out the head that `get_output_embeddings()` or
+    `get_classifier()` returns and, in transformers models, all that lies outside of the base model; it takes
+    every layer of a model that has none of these. Keys of the base state_dict stay as they are. A second call
+    may adapt other layers. Parents known to use a weight without calling its layer are set to call it, which
+    the table says. Raises `TargetError` (nothing matches, adapted already, not adaptable) or `LayoutError`
+    (slices without a layout that fits) and then has changed nothing.
+
+        >>> print(inject(model, LoRAConfig(r=10, target_modules=["attn.qkv", "fc1"])))
+    """
+    planned = plan(model, config)
+    if tied := _tied_weights(model, {match.name: match.module for match in planned.matches}):
+        warnings.warn(
+            f"{_tied_message(tied)}; training works, merging and consolidation will refuse", stacklevel=2
+        )
+    adopted: list[AdaptedLinear] = []
+    try:
+        for match in planned.matches:
+            adopted.append(
+                match.adapted.adopt_(match.module, match.adapters, match.lora_alpha, config.lora_dropout)
+            )
+    except BaseException:
+        for layer in adopted:
+            layer.release_()
+        raise
+    bypass.apply_(planned.mends)
+    _freeze(model)
+    return _report(model, planned)
+
+
+def _freeze(model: nn.Module) -> None:
+    keep = {id(p) for layer in adapters(model).values() for _, p in layer.named_lora_parameters()}
+    frozen = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in keep]
+    for _, parameter in frozen:
+        parameter.requires_grad_(False)
+    before = vars(model).get(FROZEN, ())
+    vars(model)[FROZEN] = tuple(dict.fromkeys((*before, *(name for name, _ in frozen))))
+
+
+def eject(model: nn.Module, merge: bool = True) -> None:
+    """Back to the plain classes in place, with the adapters folded in (`merge=True`) or dropped.
+
+    State_dict keys are those of the base model again, and parameters that injection froze require gradients
+    again. Raises `TargetError` without adapters or when a tied weight cannot be merged, `ArgumentError` when
+    a merged weight is not finite; nothing is changed then.
+
+        >>> eject(model)
+    """
+    layers = _adapted(model)
+    _check_whole(layers)
+    if merge:
+        _merge(model, layers)
+    else:
+        for layer in layers.values():
+            if layer.merged:
+                layer.unmerge()
+    for layer in layers.values():
+        layer.release_()
+    bypass.undo_(model)
+    for module in model.modules():
+        present = dict(module.named_parameters(remove_duplicate=False))
+        for name in vars(module).pop(FROZEN, ()):
+            if name in present:  # heads are replaced between tasks
+                present[name].requires_grad_(True)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model computes what its base weights alone compute.
+
+    Merged adapters are taken out and put back. Blocks nest; the state of every layer is restored on leaving,
+    also by an exception.
+
+        >>> with disabled(model): base = model(x)
+    """
+    layers = list(adapters(model).values())
+    before = [(layer, layer.adapters_enabled, layer.merged) for layer in layers]
+    try:
+        for layer in layers:
+            if layer.merged:
+                layer.unmerge()
+            layer.adapters_enabled = False
+        yield
+    finally:
+        for layer, enabled, merged in before:
+            layer.adapters_enabled = enabled
+            if merged:
+                layer.merge()
+
+
+def merge(model: nn.Module) -> None:
+    """W <- W + B diag(s) A in every adapted layer (fp32 sum, one rounding), so that inference costs what the
+    base model costs.
+
+    The replaced rows are kept for `unmerge`. Merging what is merged warns and does nothing, as in PEFT.
+    Raises `TargetError` without adapters or on tied weights, `ArgumentError` when a sum is not finite; all
+    layers are then as they were.
+
+        >>> merge(model); y = model(x); unmerge(model)
+    """
+    layers = _adapted(model)
+    if all(layer.merged for layer in layers.values()):
+        warnings.warn("merge: the adapters are merged already, nothing was done", stacklevel=2)
+        return
+    _merge(model, layers)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put back the rows that `merge` replaced, bit for bit.
+
+    Unmerging what is not merged warns and does nothing, as in PEFT. Raises `TargetError` without adapters.
+
+        >>> unmerge(model)
+    """
+    layers = _adapted(model)
+    if not any(layer.merged for layer in layers.values()):
+        warnings.warn("unmerge: the adapters are not merged, nothing was done", stacklevel=2)
+    for layer in layers.values():
+        if layer.merged:
+            layer.unmerge()
+
+
+def _merge(model: nn.Module, layers: dict[str, AdaptedLinear]) -> None:
+    check_mergeable(model)
+    _check_whole(layers)
+    done: list[AdaptedLinear] = []
+    for name, layer in layers.items():
+        if layer.merged:
+            continue
+        try:
+            layer.merge()
+        except BaseException as error:
+            for other in done:
+                other.unmerge()
+            if isinstance(error, EWCLoRAError):
+                raise type(error)(f"{name or 'model'}: {error}") from None
+            raise
+        done.append(layer)
+
+
+def _check_whole(layers: Mapping[str, AdaptedLinear]) -> None:
+    if names := sharded(layers):
+        raise TargetError(
+            f"{names[0]}: its parameters are sharded over processes; save_pretrained(path, model) and load "
+            "that in one process"
+        )
+
+
+def _adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
+    layers = adapters(model)
+    if not layers:
+        raise TargetError("model: expected adapted layers, got none; call fe.inject(model, config) first")
+    return layers
+
+
+def _tied_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """Those of `layers` whose weight other modules use too: their name -> the other names of the weight."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            users.setdefault(id(parameter), []).append(f"{name}.{leaf}".lstrip("."))
+    tied = {}
+    for name, layer in layers.items():
+        path = layer.weight_path if isinstance(layer, AdaptedLinear) else "weight"
+        own = f"{name}.{path}".lstrip(".")
+        others = [user for user in users[id(layer.weight)] if user != own]
+        if others:
+            tied[name] = others
+    return tied
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """Raises `TargetError` when the weight of an adapted layer is tied to another module, which merging into
+    it would change."""
+    if tied := _tied_weights(model, adapters(model)):
+        raise TargetError(f"merge: {_tied_message(tied)}, and would change with it. Nothing was changed")
+
+
+def _tied_message(tied: dict[str, list[str]]) -> str:
+    name, others = next(iter(tied.items()))
+    return f"the weight of {name!r} is also {shorten(others)}"
+
+
+def _report(model: nn.Module, planned: Plan) -> Report:
+    rows: list[dict[str, Any]] = []
+    for match in planned.matches:
+        for adapter in match.adapters:
+            rows.append(
+                {
+                    "name": match.name + (f" [{adapter.name}]" if adapter.name else ""),
+                    "class": match.adapted.__name__,
+                    "rows": _rows_text(adapter.rows),
+                    "in_features": match.in_features,
+                    "r": adapter.r,
+                    "scaling": adapter.scaling,
+                    "adapter_params": adapter.r * (match.in_features + adapter.row_count),
+                }
+            )
+    total = _count(p for p in model.parameters())
+    trainable = _count(p for p in model.parameters() if p.requires_grad)
+    share = trainable / total
+    notes = [
+        f"trainable: {trainable:,} of {total:,} parameters ({share:.3%}) in {len(planned.matches)} layers"
+    ]
+    notes += [f"skipped: {shorten(names)} ({reason})" for reason, names in planned.skipped.items()]
+    notes += [
+        f"set on {shorten(names)}: {setting}, or {child} would never be called; eject puts it back"
+        for (setting, child), names in _mended(planned).items()
+    ]
+    if planned.unmatched:
+        notes.append(f"target_modules that match nothing: {shorten(planned.unmatched)}")
+    summary = {
+        "layers": len(planned.matches),
+        "trainable": trainable,
+        "total": total,
+        "trainable_share": share,
+    }
+    skipped = {name: reason for reason, names in planned.skipped.items() for name in names}
+    mended = {mend.name: dict(mend.settings) for mend in planned.mends}
+    lists = {"skipped": skipped, "mended": mended, "unmatched": list(planned.unmatched)}
+    return Report("LoRA adapters", rows, notes, {**summary, **lists})
+
+
+def _mended(planned: Plan) -> dict[tuple[str, str], list[str]]:
+    """(setting, child) -> names of the parents that got it."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for mend in planned.mends:
+        for attribute, value in mend.settings.items():
+            found.setdefault((f"{attribute} = {value}", mend.child), []).append(mend.name)
+    return found
+
+
+def _rows_text(rows: tuple[tuple[int, int], ...]) -> str:
+    text = ", ".join(f"{start}:{stop}" for start, stop in rows[:2])
+    return text + (f", ... ({len(rows)} ranges)" if len(rows) > 2 else "")
+
+
+def _count(parameters: Iterator[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)

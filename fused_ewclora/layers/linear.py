@@ -1,0 +1,78 @@
+"""`LoRALinear`: an `nn.Linear` whose adapters are parameters of the same module: base keys never change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..config import QKVLayout, probability
+from .adapted import AdaptedLinear
+from .slices import AdapterSlice, fingerprint, fisher_key, plan_slices
+
+__all__ = ["AdapterSlice", "LoRALinear", "fingerprint", "fisher_key"]
+
+
+class LoRALinear(AdaptedLinear, nn.Linear):
+    """y = x W^T + bias + ((x A^T) s) B^T on the rows of each adapter, W and bias frozen (docs/mathematics.md,
+    section 1).
+
+    x `[..., in_features]`, y `[..., out_features]`; lora_A `[r, in_features]` and lora_B `[rows, r]`, with
+    slices lora_A_k, lora_B_k and so on. Adapters are fp32 beside an fp16 or bf16 weight, else of its dtype. A
+    parameter `lora_scale` (`lora_scale_k`) assigned later, 0-d or `[r]`, multiplies the scale. Raises
+    `ArgumentError`, `DtypeError` or `LayoutError` naming the argument.
+
+        >>> layer = LoRALinear(768, 2304, r=8, slices=("k", "v"), layout=QKVLayout(("q", "k", "v")))
+    """
+
+    plain = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        bias: bool = True,
+        slices: Sequence[str] | None = None,
+        layout: QKVLayout | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        adapters = plan_slices(out_features, r, lora_alpha, slices, layout)
+        probability(lora_dropout, "lora_dropout")
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._add_adapters(adapters, lora_alpha, lora_dropout)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        slices: Sequence[str] | None = None,
+        layout: QKVLayout | None = None,
+    ) -> LoRALinear:
+        """A new layer that shares weight and bias with `linear` and freezes them.
+
+        Raises `ArgumentError`, `DtypeError` or `LayoutError` naming the argument.
+
+            >>> layer = LoRALinear.from_linear(nn.Linear(16, 16), r=4)
+        """
+        adapters = plan_slices(linear.out_features, r, lora_alpha, slices, layout)
+        probability(lora_dropout, "lora_dropout")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = linear.in_features, linear.out_features
+        layer.weight, layer.bias, layer.training = linear.weight, linear.bias, linear.training
+        layer._add_adapters(adapters, lora_alpha, lora_dropout)
+        return layer
+
+    def reset_parameters(self) -> None:
+        """Re-initialise weight and bias as `nn.Linear` does, and the adapters."""
+        super().reset_parameters()
+        if "adapter_slices" in self.__dict__:  # nn.Linear.__init__ calls this before there are adapters
+            self.reset_adapters()

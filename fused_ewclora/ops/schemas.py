@@ -1,0 +1,233 @@
+"""Schemas and fakes of every op, in one list. Each op is opaque to torch.compile and picks its implementation
+when it runs.
+
+`rows` is a flat list of triples (adapter, row_start, row_stop): the next `row_stop - row_start` rows of that
+adapter's B belong to those output rows. `scales[i] * factors[i]` is the scale of adapter i, `factors[i]`
+alone where `scales[i]` is None. `ewc_penalty` returns its gradients in one flat tensor: dA, dB, ds of the
+first adapter as far as asked for, then those of the next; so what is done to them is one operation, not one
+per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..backends.candidate import Call, LinearShape, arch_of, bucket
+from ..reference.ewc_penalty import accumulate_dtype as joint_accumulate_dtype
+from ..reference.lora_linear import accumulate_dtype
+from .dispatch import Candidate, choose
+
+_ADAPTERS = "Tensor[] lora_as, Tensor[] lora_bs, Tensor?[] scales, float[] factors"
+SCHEMAS = {
+    "lora_linear": f"(Tensor x, Tensor weight, Tensor? bias, {_ADAPTERS}, int[] rows, float dropout_p, "
+    "Tensor? seed, str backend) -> (Tensor, Tensor)",
+    "lora_linear_backward": f"(Tensor dy, Tensor? x, Tensor weight, Tensor? bias, Tensor? z, {_ADAPTERS}, "
+    "int[] rows, float dropout_p, Tensor? seed, bool[] needs, str backend) -> Tensor[]",
+    "ewc_penalty": f"(Tensor[] fishers, {_ADAPTERS}, float ewc_lambda, bool[] needs, str backend) "
+    "-> (Tensor, Tensor)",
+    "fisher_accumulate_": "(Tensor(a!) fisher, Tensor x, Tensor dy, str squares, float weight, "
+    "Tensor? cu_seqlens, str backend) -> ()",
+    "merge_": f"(Tensor(a!)[] weights, {_ADAPTERS}, str backend) -> ()",
+    "soft_threshold_": "(Tensor(a!)[] scales, float kappa, str backend) -> ()",
+}
+
+_library = torch.library.Library("fused_ewclora", "DEF")
+
+
+def _lora_linear_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_as: Sequence[Tensor], *_: Any
+) -> tuple[Tensor, Tensor]:
+    rows = 1
+    for size in x.shape[:-1]:
+        rows = rows * size
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    z = x.new_empty((rows, sum(a.shape[0] for a in lora_as)), dtype=accumulate_dtype(x.dtype))
+    return y, z
+
+
+def _lora_linear_backward_fake(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    factors: Sequence[float],
+    rows: Sequence[int],
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+    backend: str,
+) -> list[Tensor]:
+    inputs: list[Tensor | None] = [weight, bias]
+    for triple in zip(lora_as, lora_bs, scales, strict=True):
+        inputs += triple
+    grads = [dy.new_empty((*dy.shape[:-1], weight.shape[1]))] if needs[0] else []
+    return grads + [
+        t.new_empty(t.shape) for t, need in zip(inputs, needs[1:], strict=True) if need and t is not None
+    ]
+
+
+def _ewc_penalty_fake(
+    fishers: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    factors: Sequence[float],
+    ewc_lambda: float,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    acc = joint_accumulate_dtype([*lora_as, *lora_bs])
+    length = 0
+    for triple in zip(lora_as, lora_bs, scales, strict=True):
+        length += sum(t.numel() for t, need in zip(triple, needs, strict=True) if need and t is not None)
+    return lora_as[0].new_empty((), dtype=acc), lora_as[0].new_empty((length,), dtype=acc)
+
+
+def _writes_its_argument(*_: Any) -> None:
+    return None
+
+
+def _least_served(tensors: Sequence[Tensor]) -> Tensor:
+    """A tensor of the dtype that fewest backends run: what serves it serves the whole call."""
+    common = (torch.float32, torch.bfloat16, torch.float16)
+    return next((t for t in tensors if t.dtype not in common), tensors[0])
+
+
+# The argument whose device and dtype decide the implementation.
+_DEFINING: dict[str, Callable[..., Tensor]] = {
+    "lora_linear": lambda x, *_: x,
+    "lora_linear_backward": lambda dy, *_: dy,
+    "ewc_penalty": lambda fishers, lora_as, *_: lora_as[0],
+    "fisher_accumulate_": lambda fisher, x, *_: x,
+    "merge_": lambda weights, *_: _least_served(weights),
+    "soft_threshold_": lambda scales, *_: _least_served(scales),
+}
+_FAKES = {
+    "lora_linear": _lora_linear_fake,
+    "lora_linear_backward": _lora_linear_backward_fake,
+    "ewc_penalty": _ewc_penalty_fake,
+}
+
+
+def _linear_shape(x: Tensor, weight: Tensor, lora_as: Sequence[Tensor], dropout_p: float) -> LinearShape:
+    d_out, d_in = weight.shape
+    rows = x.numel() // max(x.shape[-1], 1)
+    return LinearShape(bucket(rows), d_in, d_out, sum(a.shape[0] for a in lora_as), dropout_p > 0.0)
+
+
+def _work(tensors: Sequence[Tensor]) -> int:
+    """As if all were of the size of the first: a look at each would cost more than it tells."""
+    return bucket(len(tensors) * tensors[0].numel())
+
+
+# What else decides on a GPU: several algorithms, kernels for some ranks only, launches too small to matter.
+_SIZES: dict[str, Callable[..., dict[str, Any]]] = {
+    "lora_linear": lambda *a: {"shape": _linear_shape(a[0], a[1], a[3], a[8])},
+    "lora_linear_backward": lambda *a: {"shape": _linear_shape(a[0], a[2], a[5], a[10])},
+    "ewc_penalty": lambda *a: {"rank": max(lora_a.shape[0] for lora_a in a[1]), "work": _work(a[0])},
+    "fisher_accumulate_": lambda *a: {"work": bucket(a[1].numel() * a[2].shape[-1])},
+    "merge_": lambda *a: {"work": _work(a[0])},
+    "soft_threshold_": lambda *a: {"work": _work(a[0])},
+}
+
+
+def _call(op: str, tensor: Tensor, args: Sequence[Any]) -> Call:
+    device = tensor.device.type
+    if device == "cpu" and not args[-1].startswith("triton"):
+        return Call(device, tensor.dtype)
+    sizes = _SIZES[op](*args)
+    if tensor.dtype == torch.float32 or op == "ewc_penalty":
+        sizes["precision"] = torch.get_float32_matmul_precision()
+    return Call(device, tensor.dtype, arch_of(tensor.device), **sizes)
+
+
+def run(candidate: Candidate, device: str, args: Sequence[Any]) -> Any:
+    """What `candidate` returns for the arguments of an op, on tensors of `device`."""
+    # Autocast has chosen the dtypes of the inputs; sums inside stay as they are.
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return candidate.run(*args[:-1])
+    return candidate.run(*args[:-1])
+
+
+def _chosen(op: str, args: Sequence[Any]) -> tuple[Candidate, str]:
+    tensor = _DEFINING[op](*args)
+    return choose(op, args[-1], _call(op, tensor, args)), tensor.device.type
+
+
+def _implementation(op: str) -> Callable[..., Any]:
+    writes = op.endswith("_")
+
+    def call(*args: Any) -> Any:
+        result = run(*_chosen(op, args), args)
+        return None if writes else result
+
+    return call
+
+
+for _op, _schema in SCHEMAS.items():
+    _library.define(_op + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_op, _implementation(_op), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused_ewclora::{_op}", _FAKES.get(_op, _writes_its_argument), lib=_library)
+
+_PLAIN = {Tensor, Parameter, NoneType}
+
+
+def _observed(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the dispatcher has more to do for these tensors than to call the implementation: somebody
+    traces, transforms, records or replaces operations."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._autograd._profiler_enabled()
+        or not {type(t) for t in tensors} <= _PLAIN
+        or any(t is not None and t.is_meta for t in tensors[:1])
+    )
+
+
+def unobserved(op: str, tensors: Sequence[Tensor | None], args: Sequence[Any]) -> Candidate | None:
+    """The candidate that serves a call with these arguments, which are lists where the schema has lists; None
+    where the dispatcher has to see the call."""
+    return None if _observed(tensors) else _chosen(op, args)[0]
+
+
+def _direct(op: str) -> Callable[..., Any]:
+    """The op for callers that autograd has already passed. Through the dispatcher every element of every list
+    is converted, twice, which takes longer than a small call."""
+    # Calls through the overload skip the lookup that torch.ops.fused_ewclora.<op> makes every time.
+    overload = getattr(torch.ops.fused_ewclora, op).default
+    implementation = _implementation(op)
+
+    def call(*given: Any) -> Any:
+        # Lists, as the dispatcher hands them over.
+        args = [list(arg) if type(arg) is tuple else arg for arg in given]
+        tensors: list[Tensor | None] = []
+        for arg in args:
+            if isinstance(arg, Tensor):
+                tensors.append(arg)
+            elif type(arg) is list and arg and not isinstance(arg[0], (int, float)):
+                tensors += arg
+        return overload(*args) if _observed(tensors) else implementation(*args)
+
+    return call
+
+
+lora_linear = _direct("lora_linear")
+lora_linear_backward = _direct("lora_linear_backward")
+ewc_penalty = _direct("ewc_penalty")
+fisher_accumulate_ = torch.ops.fused_ewclora.fisher_accumulate_.default
+merge_ = torch.ops.fused_ewclora.merge_.default
+soft_threshold_ = torch.ops.fused_ewclora.soft_threshold_.default

@@ -1,0 +1,86 @@
+"""nvcc compiles every CUDA kernel, without a GPU, to code that spills nothing and uses the matrix units."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nvcc
+import pytest
+
+ARCHS = ("sm_86", "sm_90")  # the source is the same for all, and sm_86 leaves the least shared memory
+MOST_REGISTERS = 255
+MOST_SHARED = (
+    99 << 10
+)  # bytes a block may have on every architecture from sm_80 on; the least is that of sm_86
+STATIC_SHARED = 48 << 10
+needs_nvcc = pytest.mark.skipif(nvcc.toolkit() is None, reason="nvcc was not found: kernels are not compiled")
+needs_cuobjdump = pytest.mark.skipif(nvcc.cuobjdump() is None, reason="cuobjdump was not found")
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, dict[str, tuple[Path, str]]]:
+    return nvcc.all_compiled(ARCHS)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_spill_nothing_and_stay_within_their_launch_bounds(built, arch: str):
+    """ptxas spills what launch bounds leave no register for, so no spill means both."""
+    found = [kernel for _, told in built[arch].values() for kernel in nvcc.kernels(told)]
+    assert {kernel.name for kernel in found} == nvcc.MATRIX | nvcc.OTHERS
+    wrong = [k for k in found if k.spilled or k.stack or not 0 < k.registers <= MOST_REGISTERS]
+    assert not wrong, "\n".join(map(str, wrong))
+    assert all(kernel.shared <= STATIC_SHARED for kernel in found)
+
+
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", ARCHS)
+def test_matrix_kernels_use_the_matrix_units(built, arch: str):
+    for cubin, told in built[arch].values():
+        counts = nvcc.instructions(cubin, "HMMA", "LDGSTS")
+        for kernel in nvcc.kernels(told):
+            used = counts[kernel.symbol]
+            assert (used["HMMA"] > 0) == (kernel.name in nvcc.MATRIX), kernel
+            if (
+                kernel.name == "fisher_kernel"
+            ):  # its last constant: tokens come 16 bytes at a time, ahead of their use
+                assert (used["LDGSTS"] > 0) == ("Lb1EEEv" in kernel.symbol), kernel
+
+
+@needs_nvcc
+def test_bindings_compile_against_the_headers_of_cuda():
+    assert nvcc.check_bindings()
+
+
+def test_kernels_have_launch_bounds_and_keep_to_the_device_layer():
+    """What bypasses it is not seen by the emulator."""
+    forbidden = (
+        r"__global__|__launch_bounds__|__syncthreads|__shfl|\basm\b|<<<|threadIdx|#include <(ATen|c10|torch)"
+    )
+    for path in [*nvcc.CSRC.glob("*.cu"), *nvcc.CSRC.glob("*.cuh")]:
+        if path.name != "device.cuh":
+            assert not (found := re.findall(forbidden, path.read_text())), (path.name, found)
+
+
+def test_the_emulator_refuses_launches_with_more_shared_memory_than_every_gpu_has():
+    text = (nvcc.CSRC / "emulator" / "fibers.cpp").read_text()
+    (value,) = re.findall(r"MOST_SHARED = ([^;]+);", text)
+    assert eval(value) == MOST_SHARED
+
+
+def test_numbers_are_read_from_what_ptxas_says():
+    told = """
+ptxas info    : Compiling entry function '_ZN2fe4cuda11walk_kernelILi16EEEvNS0_10WalkParamsE' for 'sm_90'
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 64 bytes smem
+ptxas info    : Compiling entry function '_ZN2fe47_GLOBAL__N__69_14_a_cu_1718ewc_penalty_kernelEv' for 'sm_90'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers
+"""
+    first, second = nvcc.kernels(told)
+    assert (first.name, first.stack, first.spilled, first.registers, first.shared) == (
+        "walk_kernel", 8, 4, 168, 64,
+    )  # fmt: skip
+    assert (second.name, second.spilled, second.registers) == ("ewc_penalty_kernel", 0, 40)

@@ -1,0 +1,168 @@
+"""measured_choice.json from records that are made here: what is derived, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import choose
+from benchmarks.case import OURS
+from benchmarks.gpu.__main__ import planned
+from benchmarks.place import CUDA
+from fused_ewclora.backends import measured_choice
+from fused_ewclora.backends.candidate import Call
+from fused_ewclora.ops import schemas
+
+ROOT = Path(__file__).resolve().parents[2]
+
+MACHINE = {"device": "Abacus 9000", "capability": "9.0", "torch": "2", "python": "3", "commit": "abc"}
+OTHER, LATER = {**MACHINE, "device": "Abacus 9001"}, {**MACHINE, "commit": "def"}
+
+
+def record(provider: str, rows: int, host: float, device: float = 1e-5, **more: Any) -> dict[str, Any]:
+    """Of a forward pass with d_in = d_out = 4, so that work is 16 times the rows rounded up."""
+    shape = {"model": "m", "pass": "forward", "rows": rows, "d_in": 4, "d_out": 4, "rank": 2}
+    return {
+        "op": "lora_linear", "shape": shape, "dtype": "bfloat16", "provider": provider, "timing": "graph",
+        "seconds": {"p20": 0.99 * device, "p50": device, "p80": 1.01 * device}, "host_seconds": host,
+        "rounds": 9, "flops": 1.0, "bytes": 1.0, "error_fp64": 0.0, "backend": "", "algorithm": "",
+        "gbytes_per_second": 1.0, "gflops_per_second": 1.0, "environment": MACHINE, "time": "now", **more,
+    }  # fmt: skip
+
+
+def pair(rows: int, cuda: float, triton: float, **more: Any) -> list[dict[str, Any]]:
+    return [record(OURS, rows, triton, **more), record(CUDA, rows, cuda, **more)]
+
+
+def write(folder: Path, *found: dict[str, Any], name: str = "lora_linear") -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found))
+    return folder
+
+
+def derived(folder: Path, table: Path) -> list[dict[str, Any]]:
+    assert choose.main([str(folder), "--table", str(table)]) == 0
+    return json.loads(table.read_text())["entries"]
+
+
+FASTER, SLOWER, ALIKE = (1.0, 2.0), (2.0, 1.0), (0.95, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("times", "work"),
+    [
+        ([FASTER, FASTER, SLOWER], 16 * 16),
+        ([FASTER, FASTER, FASTER], 16 * 256),
+        ([FASTER, SLOWER, FASTER], 16 * 1),  # monotone: what comes after a slower case does not count
+        ([FASTER, ALIKE, FASTER], 16 * 1),  # within the noise
+        ([SLOWER, FASTER, FASTER], None),
+    ],
+)
+def test_cuda_is_preferred_up_to_the_first_case_in_which_it_was_not_faster(times, work, tmp_path: Path):
+    found = [r for rows, one in zip((1, 15, 200), times, strict=True) for r in pair(rows, *one)]
+    entries = derived(write(tmp_path / "x", *reversed(found)), tmp_path / "table.json")
+    assert [entry["work"] for entry in entries] == ([] if work is None else [work])
+
+
+def test_cases_of_equal_work_must_all_be_faster(tmp_path: Path):
+    found = [*pair(1, *FASTER), *pair(15, *FASTER), *pair(16, *SLOWER)]  # both are rounded up to 16 rows
+    (entry,) = derived(write(tmp_path / "x", *found), tmp_path / "table.json")
+    assert entry["work"] == 16 and entry["cases"] == 1
+
+
+def test_a_case_that_is_slower_in_a_graph_or_failed_is_not_faster(tmp_path: Path):
+    slower = [record(OURS, 15, 2.0, 1e-5), record(CUDA, 15, 1.0, 2e-5)]
+    failed = [record(OURS, 15, 2.0), {**record(CUDA, 15, 1.0), "failed": "wrong"}]
+    for case in (slower, failed):
+        (entry,) = derived(write(tmp_path / "x", *pair(1, *FASTER), *case), tmp_path / "table.json")
+        assert entry["work"] == 16
+
+
+def test_passes_choose_for_their_own_op_and_both_together_for_none(tmp_path: Path):
+    found = []
+    for which, times in (("forward", FASTER), ("backward", SLOWER), ("forward+backward", SLOWER)):
+        shape = {"pass": which} if which != "forward+backward" else {}
+        without = {name: value for name, value in pair(1, *times)[0]["shape"].items() if name != "pass"}
+        found += [{**r, "shape": {**without, **shape}} for r in pair(1, *times)]
+    (entry,) = derived(write(tmp_path / "x", *found), tmp_path / "table.json")
+    assert entry["op"] == "lora_linear"
+
+
+def test_the_table_names_where_it_comes_from_and_keeps_other_architectures(tmp_path: Path):
+    table = tmp_path / "table.json"
+    old = [{"arch": "sm_80", "op": "merge_", "work": 3}, {"arch": "sm_90", "op": "merge_", "work": 4}]
+    table.write_text(json.dumps({"entries": [dict(one, record="r") for one in old]}))
+    entries = derived(write(tmp_path / "x", *pair(1, *FASTER)), table)
+    assert [(e["arch"], e["op"]) for e in entries] == [("sm_80", "merge_"), ("sm_90", "lora_linear")]
+    assert entries[1] == {
+        "arch": "sm_90", "op": "lora_linear", "work": 16, "record": "lora_linear.jsonl",
+        "device": "Abacus 9000", "commit": "abc", "cases": 1,
+    }  # fmt: skip
+
+
+def test_the_backend_follows_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    derived(write(tmp_path / "x", *pair(15, *FASTER)), tmp_path / "table.json")
+    monkeypatch.setattr(measured_choice, "TABLE", tmp_path / "table.json")
+    for rows, preferred in ((16, True), (32, False)):
+        call = Call("cuda", torch.bfloat16, "sm_90", choose.LinearShape(rows, 4, 4, 2))
+        assert (measured_choice.outrun("lora_linear", call) is not None) is preferred
+    assert measured_choice.outrun("lora_linear", call._replace(arch="sm_80")) is None
+
+
+def test_work_is_what_a_call_of_that_shape_is_taken_for():
+    """The records' shapes and the calls' tensors lead to the same number."""
+    works = {}
+    for suite in ("ewc_penalty", "fisher_accumulate", "merge", "lora_linear"):
+        for one in planned(suite):
+            works.setdefault(one.op, choose.work_of({"op": one.op, "shape": one.shape}))
+    sizes = planned("ewc_penalty")[0].shape
+    fishers = [torch.empty(int(sizes["d_out"]), int(sizes["d_in"]), device="meta")] * int(sizes["adapters"])
+    lora_as = [torch.empty(10, int(sizes["d_in"]), device="meta")] * len(fishers)
+    told = schemas._SIZES["ewc_penalty"](fishers, lora_as)
+    assert told["work"] == works["ewc_penalty"]
+    sizes = planned("fisher_accumulate")[0].shape
+    leading = (int(sizes["samples"]), int(sizes["tokens"]))
+    x, dy = (torch.empty(*leading, int(sizes[name]), device="meta") for name in ("d_in", "d_out"))
+    assert schemas._SIZES["fisher_accumulate_"](None, x, dy)["work"] == works["fisher_accumulate"]
+    sizes = planned("merge")[0].shape
+    weights = [torch.empty(int(sizes["d_out"]), int(sizes["d_in"]), device="meta")] * int(sizes["adapters"])
+    assert schemas._SIZES["merge_"](weights)["work"] == works["merge"]
+    sizes = planned("lora_linear")[0].shape
+    x = torch.empty(int(sizes["rows"]), int(sizes["d_in"]), device="meta")
+    weight = torch.empty(int(sizes["d_out"]), int(sizes["d_in"]), device="meta")
+    shape = schemas._linear_shape(x, weight, [], 0.0)
+    call = Call("cuda", torch.bfloat16, shape=shape)
+    assert measured_choice.work(call) == works["lora_linear"]
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ([], "there are no records"),
+        ([record(OURS, 1, 1.0)], "has both providers"),
+        ([record(CUDA, 1, 1.0)], "has both providers"),
+        ([*pair(1, 1.0, 2.0), *pair(2, 1.0, 2.0, environment=OTHER)], "several devices"),
+        ([*pair(1, 1.0, 2.0), *pair(2, 1.0, 2.0, environment=LATER)], "several commits"),
+        (pair(1, 1.0, 2.0, environment={**MACHINE, "capability": None}), "not measured on a GPU"),
+        (pair(1, 1.0, 2.0, timing="wall"), "not measured on a GPU"),
+        (pair(1, 1.0, 2.0, surprise=1), "not a record of this version"),
+    ],
+)  # fmt: skip
+def test_records_that_decide_nothing_are_refused_in_one_sentence(found, said: str, tmp_path: Path, capsys):
+    table = tmp_path / "table.json"
+    table.write_text('{"entries": []}')
+    assert choose.main([str(write(tmp_path / "x", *found)), "--table", str(table)]) == 1
+    told = capsys.readouterr().err
+    assert said in told and len(told.splitlines()) == 1
+    assert table.read_text() == '{"entries": []}'
+
+
+def test_the_records_of_the_cpu_in_this_repository_are_refused(capsys):
+    table = measured_choice.TABLE.read_text()
+    assert choose.main([str(ROOT / "benchmarks" / "results" / "cpu")]) == 1
+    assert "not measured on a GPU" in capsys.readouterr().err
+    assert measured_choice.TABLE.read_text() == table

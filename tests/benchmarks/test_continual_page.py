@@ -1,0 +1,238 @@
+"""Pictures of continual runs show the figures of the records, and so does the page."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from continual_records import cost, ewc, run
+from PIL import Image
+
+from benchmarks.continual import configuration, page, pictures, recorded
+
+CIL, TIL = "class_incremental", "task_aware"
+
+
+def found() -> list:
+    made = [run(seed=seed) for seed in (0, 1)]
+    for value, loss in ((1e4, 8.0), (1e5, 7.0)):
+        made += [ewc(value, seed, loss=loss, aware=91.0) for seed in (0, 1)]
+    return [*made, cost("LoRA"), cost("SD-LoRA", 0.05)]
+
+
+def figure(kind: str, records: list, which: int = 0):
+    return [one for one in pictures.planned(records) if one.kind == kind][which].draw()
+
+
+def mean(protocol: str, method: str) -> list[list[float]]:
+    """The mean matrix over seeds, from the records alone."""
+    of = [r["matrices"][protocol] for r in found() if r.get("suite") and r["method"] == method]
+    return [[float(np.mean([m[t][i] for m in of])) for i in range(t + 1)] for t in range(3)]
+
+
+def lines(made, axis: int, gid: str) -> list:
+    return [line for line in made.axes[axis].lines if line.get_gid() == gid]
+
+
+# Pictures
+
+
+@pytest.mark.parametrize(("which", "protocol"), [(0, CIL), (1, TIL)])
+def test_heat_maps_hold_the_mean_accuracies(which: int, protocol: str):
+    made = figure("matrices", found(), which)
+    panels = {axis.get_gid(): axis for axis in made.axes if axis.get_gid()}
+    assert list(panels) == ["LoRA", "EWC-LoRA 10000", "EWC-LoRA 100000"]
+    for method, axis in panels.items():
+        expected = mean(protocol, method)
+        shown = {(round(t.get_position()[1]), round(t.get_position()[0])): t.get_text() for t in axis.texts}
+        assert shown == {(t, i): f"{expected[t][i]:.1f}" for t in range(3) for i in range(t + 1)}
+        (image,) = axis.images
+        np.testing.assert_allclose(image.get_array()[2], expected[2])
+        assert image.get_clim() == panels["LoRA"].images[0].get_clim()
+    assert "Row: after this task" in made.get_supxlabel() and "abc" in made.get_supxlabel()
+
+
+def test_curves_are_means_and_seeds_of_both_protocols():
+    made = figure("accuracy", found())
+    for axis, protocol in ((1, CIL), (2, TIL)):
+        (line,) = lines(made, axis, "LoRA")
+        np.testing.assert_allclose(line.get_ydata(), [np.mean(row) for row in mean(protocol, "LoRA")])
+        thin = [one for one in made.axes[axis].lines if one.get_linewidth() < 1.0]
+        assert len(thin) == 2 * 3  # two seeds of three methods
+        looks = {(one.get_color(), one.get_marker(), one.get_linestyle())
+                 for one in made.axes[axis].lines if one not in thin}  # fmt: skip
+        assert len(looks) == 3
+    names = [text.get_text() for text in made.axes[0].get_legend().get_texts()]
+    last = [np.mean(mean(protocol, "LoRA")[2]) for protocol in (CIL, TIL)]
+    assert names[0] == f"LoRA: {last[0]:.1f}, {last[1]:.1f}" and len(names) == 3
+
+
+def test_lambda_zero_is_lora_left_of_a_gap():
+    made = figure("over_lambda", found())
+    axis = made.axes[0]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["0", "1e4", "1e5"]
+    places = list(axis.get_xticks())
+    assert places == sorted(places) and places[1:] == [1e4, 1e5] and places[0] > 0.0
+    (line,) = [one for one in lines(made, 0, f"{CIL} bwt") if one.get_marker() == "o"]  # without caps
+    expected = [
+        np.mean([r["metrics"][CIL]["bwt"] for r in found() if r.get("suite") and r["method"] == method])
+        for method in ("LoRA", "EWC-LoRA 10000", "EWC-LoRA 100000")
+    ]
+    np.testing.assert_allclose(line.get_ydata(orig=False), expected)
+    np.testing.assert_allclose(line.get_xdata(orig=False), places)
+
+
+def test_costs_are_drawn_over_tasks():
+    made = figure("costs", found())
+    record = cost("SD-LoRA", 0.05)
+    scales = (1.0, 2.0**20, 2.0**20, 1e3)
+    fields = ("ratio_to_first", "step_peak_bytes", "state_bytes", "adapter_parameters")
+    for axis, (name, scale) in enumerate(zip(fields, scales, strict=True), 1):
+        (line,) = lines(made, axis, "SD-LoRA")
+        np.testing.assert_allclose(line.get_ydata(), np.array(record[name]) / scale)
+        assert list(line.get_xdata()) == list(range(1, 11))
+
+
+def test_twelve_methods_look_different_and_more_take_another_picture():
+    many = [run(f"method {number}") for number in range(13)]
+    assert [one.kind for one in pictures.planned(many)] == ["matrices", "matrices", "accuracy"] * 2
+    names = [one.name for one in pictures.planned(many)]
+    assert len(set(names)) == 6 and names[2] == "continual-language-accuracy-1"
+    thick = [one for one in figure("accuracy", many).axes[1].lines if one.get_gid()]
+    assert len({line.get_marker() for line in thick}) == 12  # without colours as well
+    assert len({(line.get_color(), line.get_linestyle()) for line in thick}) == 12
+
+
+def test_one_lambda_makes_no_picture_of_lambda():
+    assert "over_lambda" not in {one.kind for one in pictures.planned([run(), ewc(1e5)])}
+
+
+def test_streams_of_other_lengths_share_a_picture():
+    made = figure("accuracy", [run(), run("longer", kind="SDLoRA", tasks=5)])
+    assert [len(lines(made, 1, name)[0].get_ydata()) for name in ("LoRA", "longer")] == [3, 5]
+    assert list(made.axes[1].get_xticks()) == [1, 2, 3, 4, 5]
+
+
+# The page
+
+
+def folder(path: Path, records: list) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    for name, of in (("language", recorded.runs(records)), ("costs", recorded.costs(records))):
+        if of:
+            (path / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in of))
+    return path
+
+
+def rows(text: str, first: str) -> list[list[str]]:
+    """Cells of the rows of tables that start with a cell."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+            if line.startswith(f"| {first} |")]  # fmt: skip
+
+
+def test_the_committed_page_is_what_the_committed_records_give():
+    assert page.OUTPUT.exists() == page.RESULTS.is_dir()
+    if page.OUTPUT.exists():
+        assert page.check(page.RESULTS, page.OUTPUT) is None
+        shown = re.findall(r"\]\((images/[^)]+)\)", page.OUTPUT.read_text())
+        assert shown and all((page.OUTPUT.parent / name).is_file() for name in shown)
+
+
+def test_the_page_is_written_with_its_pictures_and_old_ones_go(tmp_path: Path):
+    results, output = (
+        folder(tmp_path / "results", [*found()[:2], cost("LoRA")]),
+        tmp_path / "docs" / "page.md",
+    )
+    old, other = (output.parent / "images" / name for name in ("continual-old.png", "roofline-a-cpu.png"))
+    old.parent.mkdir(parents=True)
+    old.touch()
+    other.touch()
+    command = ["--results", str(results), "--output", str(output)]
+    assert page.main(["--check", *command]) == 1
+    assert page.main(command) == 0 and page.main(["--check", *command]) == 0
+    shown = re.findall(r"\]\(images/([^)]+)\)", output.read_text())
+    assert sorted(shown) == sorted(path.name for path in old.parent.iterdir() if path != other)
+    assert len(shown) == 4 and other.exists() and not old.exists()
+    for name in shown:
+        with Image.open(old.parent / name) as picture:
+            assert picture.width == 1000
+
+
+def test_a_changed_record_fails_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    results, output = folder(tmp_path / "results", found()), tmp_path / "page.md"
+    output.write_text(page.generate(results))
+    command = ["--check", "--results", str(results), "--output", str(output)]
+    assert page.main(command) == 0
+    folder(results, [*found(), run(seed=2)])
+    assert page.main(command) == 1
+    told = capsys.readouterr().err
+    assert "is not what the records" in told and page.COMMAND in told and told.count("\n") == 1
+
+
+def test_records_that_cannot_be_used_end_with_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    command = ["--results", str(tmp_path / "results"), "--output", str(tmp_path / "page.md")]
+    assert page.main(command) == 2
+    file = folder(tmp_path / "results", [run()]) / "language.jsonl"
+    for line in ("{", json.dumps({**run(seed=1), "surprise": 1})):
+        file.write_text(f"{json.dumps(run())}\n{line}\n")
+        assert page.main(command) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert "no such folder" in told[0] and "line 2 is not a record" in told[1] and "surprise" in told[2]
+    assert not (tmp_path / "page.md").exists()
+
+
+def test_the_page_says_what_was_run_and_whether_targets_are_met(tmp_path: Path):
+    text = page.generate(folder(tmp_path / "results", found()))
+    verdicts = [row[-1] for row in rows_of_targets(text)]
+    # The lower one of two lambdas is the middle one: it forgets 0.8 of what LoRA does.
+    assert verdicts == ["FALLS SHORT", "PASS", "PASS", "FALLS SHORT", *["NOT MEASURED"] * 3]
+    assert ["command", "`python -m fused_ewclora demo --suite language`"] in rows(text, "command")
+    assert rows(text, "commit")[0] == ["commit", "abc"] and rows(text, "runs at a time")[0][1] == "2"
+    assert rows(text, "versions")[0][1] == "torch 2.13.0, python 3.11.7"
+    assert rows(text, "classes of the tasks")[0][1] == "2, 2, 2" and rows(text, "runs")[0][1] == "6"
+    assert rows(text, "glosses")[0][1] == "100"
+    options = ["EWC-LoRA 10000", "`EWCLoRA`", "ewc_lambda 10000, fisher_mode batch"]
+    assert options in rows(text, "EWC-LoRA 10000")
+    slow = ["SD-LoRA", "100 ms", "145 ms", "1.450", "190.73", "276.57", "0.95", "9.54", "46,080", "460,800"]
+    assert slow in rows(text, "SD-LoRA")
+
+
+def rows_of_targets(text: str) -> list[list[str]]:
+    section = text.split("## Targets")[1].split("##")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_page_lists_every_configuration(tmp_path: Path):
+    text = page.generate(folder(tmp_path / "results", found()))
+    published = text.split("## Published configurations")[1]
+    for name in configuration.available():
+        about = configuration.load(configuration.find(name)).about
+        assert f"- `{name}`: {about}" in (published if name.startswith("published/") else text)
+
+
+def test_a_suite_has_the_words_of_its_configuration_if_it_is_what_was_run(tmp_path: Path):
+    configured = configuration.load(configuration.find("language"))
+    made = run()
+    real = {**made, "run": {**made["run"], "problem": configured.runs[0].to_dict()["problem"]}}
+    for record, count in ((real, 1), (made, 0)):
+        text = page.generate(folder(tmp_path / "results", [record]))
+        assert text.split("## Suite language")[1].split("##")[0].count(configured.about) == count
+
+
+def test_without_records_nothing_is_called_measured(tmp_path: Path):
+    (tmp_path / "results").mkdir()
+    text = page.generate(tmp_path / "results")
+    assert page.NOTHING in text and {row[-1] for row in rows_of_targets(text)} == {"NOT MEASURED"}
+    assert page.NOTHING not in page.generate(folder(tmp_path / "results", found()))
+    assert "## Suite" not in text and "![" not in text
+
+
+def test_differences_between_runs_are_all_told(tmp_path: Path):
+    other = run("SD-LoRA", kind="SDLoRA", epochs=1, time="2026-03-01T00:00:00+00:00")
+    text = page.generate(folder(tmp_path / "results", [run(), other]))
+    assert rows(text, "training")[0][1] == "lr 0.001, epochs 5; lr 0.001, epochs 1"
+    assert rows(text, "run")[0][1] == "2026-01-01 to 2026-03-01"

@@ -1,0 +1,326 @@
+"""The benchmarks of the CPU: what they count, which cases and peers there are, and that records are kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as bench
+from benchmarks import (
+    collection,
+    end_to_end,
+    extras,
+    growth,
+    harness,
+    machine,
+    memory,
+    records,
+    registry,
+    shapes,
+    table,
+    workloads,
+)
+from benchmarks.case import OURS, Case, Provider, Target
+from benchmarks.place import Place
+from benchmarks.workload import Workload
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def few_rounds_without_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ceilings are not measured and peers not compiled: nothing here is about speed."""
+    monkeypatch.setattr(bench, "ceilings", lambda *_: {"copy": 1e9, "fp32": 1e9})
+    monkeypatch.setattr(extras, "compiled", lambda method, backend="": method)
+    yield
+
+
+def small(op: str) -> Workload:
+    return {
+        "ewc_penalty": workloads.penalty("m", (6, 4), 2, 3),
+        "fisher_accumulate": workloads.fisher("m", 3, 5, (6, 4)),
+        "lora_linear": workloads.linear("m", 7, (6, 4), 2),
+        "lora_linear_slices": workloads.linear("m", 7, (6, 12), 2, slices=True),
+        "merge": workloads.merge("m", (6, 4), 2, 3),
+        "soft_threshold": workloads.threshold("m", 2, 5),
+    }[op]
+
+
+def measured(one: Workload) -> tuple[Case, list[dict]]:
+    suite = next(s for s in bench.SUITES.values() if one.op in s.ops)
+    case = suite.build(one, Place())
+    return case, harness.measure(case, 0.0, {"copy": 1e9, "fp32": 1e9}, memory.CpuClock(2))
+
+
+# Bytes and FLOPs
+
+
+def product(rows: int, inner: int, columns: int) -> int:
+    return 2 * rows * inner * columns
+
+
+def test_the_linear_counts_every_product_and_every_pass_over_data():
+    m, d_in, d_out, r = 7, 6, 4, 2
+    forward = product(m, d_in, d_out) + product(m, d_in, r) + product(m, r, d_out)  # x Wᵀ, z, z Bᵀ
+    backward = product(m, d_out, d_in) + product(m, r, d_in)  # dy W, u A
+    backward += product(m, d_out, r) + product(d_out, m, r) + product(r, m, d_in)  # u, dB, dA
+    factors = r * (d_in + d_out)
+    moved = (m * d_in + d_out * d_in + d_out + factors + m * d_out) + (
+        m * d_out + m * d_in + d_out * d_in + factors + factors + m * d_in  # dy, x, W, A and B, dA and dB, dx
+    )
+    assert small("lora_linear").work == (forward + backward, 4 * moved)
+
+
+def test_slices_count_two_adapters_of_a_third():
+    m, d, r = 7, 6, 2  # W is [12, 6]; k and v have 4 rows each
+    base = 2 * product(m, d, 12)
+    low_rank = 2 * 3 * (product(m, d, r) + product(m, r, 4))
+    assert small("lora_linear_slices").work.flops == base + low_rank
+
+
+def test_the_penalty_reads_f_once_and_makes_three_products():
+    flops = 2 * (product(4, 3, 6) + product(4, 6, 3) + product(3, 4, 6))
+    factors = 3 * 6 + 4 * 3
+    assert small("ewc_penalty").work == (flops, 2 * (4 * 4 * 6 + 2 * 4 * factors))
+    half = workloads.penalty("m", (6, 4), 2, 3, "bfloat16")
+    assert small("ewc_penalty").work.bytes - half.work.bytes == 2 * 4 * 6 * 2
+
+
+def test_the_fisher_is_one_product_per_sample():
+    assert small("fisher_accumulate").work == (
+        3 * product(4, 5, 6),
+        4 * (3 * 5 * 6 + 3 * 5 * 4) + 4 * 2 * 4 * 6,
+    )
+
+
+def test_a_step_counts_linears_twice_and_attention():
+    step = workloads.step("tiny", 2, 3, 5, 4).work
+    d, h, rows = 16, 64, 15
+    linears = product(rows, d, 3 * d) + product(rows, d, d) + product(rows, d, h) + product(rows, h, d)
+    attention = 3 * (product(5, d, 5) + product(5, 5, d))
+    assert step.flops == 2 * (2 * linears + 3.5 * attention)
+    assert step.bytes == 2 * 2 * 4 * (3 * d * d + d * d + 2 * d * h)
+
+
+# Cases and peers
+
+
+@pytest.mark.parametrize("preset", registry.PRESETS)
+def test_a_preset_lists_every_case_once(preset: str):
+    cases = bench.planned(preset, list(bench.SUITES))
+    keys = [(c.suite, records.key({**vars(c.workload)})) for c in cases]
+    assert keys and len(set(keys)) == len(keys)
+    assert {c.workload.op for c in cases} == set(registry.OPS)
+    assert all(c.workload.work.flops > 0 and c.workload.work.bytes > 0 for c in cases if c.suite != "growth")
+
+
+def test_the_whole_registry_has_the_shapes_that_were_promised():
+    linear = [w for w in registry.full() if w.op == "lora_linear"]
+    assert {w.shape["rank"] for w in linear} == {4, 10, 16, 30, 64}
+    vits = {(m, b * t) for m, t in (("ViT-B", 197), ("ViT-H", 257), ("ViT-g", 257)) for b in (1, 16, 64, 256)}
+    assert vits <= {(str(w.shape["model"]).split()[0], w.shape["rows"]) for w in linear}
+    assert {w.dtype for w in linear} == {"float32", "bfloat16"}
+    assert shapes.GIANT.linears()["fc1"] == (1408, 6144)
+    assert shapes.LLAMA.linears()["k"] == (2048, 512) and shapes.T5.linears()["wo"] == (4096, 1024)
+
+
+@pytest.mark.parametrize("op", [op for op in registry.OPS if op not in end_to_end.OPS])
+def test_cases_have_the_peers_of_the_registry_and_correct_results(op: str):
+    case, found = measured(small(op))
+    assert {p.name for p in case.providers if p.role == "peer"} == set(registry.PEERS[op])
+    for record in found:
+        full = {**record, "time": "now", "environment": machine.environment(), "targets": []}
+        assert not list(records.violations(full))
+        if "failed" in record:
+            assert record["provider"] in extras.DISTRIBUTIONS and "Unavailable" in record["failed"]
+        else:
+            assert record["peak_bytes"] is not None
+
+
+def test_targets_belong_to_their_cases():
+    def targets(one: Workload) -> set[tuple[str | None, float]]:
+        suite = next(s for s in bench.SUITES.values() if one.op in s.ops)
+        return {(t.peer, t.limit) for t in suite.build(one, Place()).targets}
+
+    published = workloads.penalty("ViT-B k,v", (6, 6), 12, 10)
+    assert targets(published) == {("eager autograd", 1 / 4), ("torch.compile", 1 / 2.2)}
+    assert ("frozen linear", 1.06) in targets(workloads.linear("ViT-B proj", 1001, (6, 6), 10))
+    assert targets(small("lora_linear")) == {("best peer", 1.0)}
+    assert targets(small("fisher_accumulate")) == {("sgemm of equal FLOPs", 1.2), (None, 0.0)}
+    assert targets(workloads.fisher("m", 3, 1, (6, 4))) == set()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--preset", "huge"], "expected one of: cpu; quick; full"),
+        (["--op", "conv"], "expected one of: lora_linear; lora_linear_slices; ewc_penalty"),
+        (["--suite", "conv"], "expected one of: ewc_penalty"),
+        (["--provider", "nobody"], "backpack; "),
+        (["--shape", "ViT-X"], "ViT-B proj; "),
+        (["--op", "lora_linear", "--suite", "ewc_penalty"], "no case of lora_linear in ewc_penalty"),
+        (["--threads", "0"], "at least 1 of --threads"),
+    ],
+)
+def test_unknown_names_are_answered_with_the_valid_ones(arguments: list[str], told: str, capsys):
+    with pytest.raises(SystemExit) as ended:
+        bench.main(arguments)
+    assert ended.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_an_unknown_preset_of_the_registry_lists_the_valid_ones():
+    with pytest.raises(ValueError, match="cpu, quick, full"):
+        registry.workloads(("lora_linear",), "huge")
+
+
+def test_chosen_peers_leave_ours_and_floors():
+    case = bench.SUITES["fisher_accumulate"].build(small("fisher_accumulate"), Place())
+    kept = bench.chosen(case, ["einsum"])
+    assert [p.name for p in kept.providers] == [OURS, "einsum", "sgemm of equal FLOPs"]
+    penalty = bench.SUITES["ewc_penalty"].build(workloads.penalty("m", (4, 4), 12, 10), Place())
+    assert [t.peer for t in bench.chosen(penalty, ["eager autograd"]).targets] == ["eager autograd"]
+    assert bench.chosen(case, None) is case
+
+
+# Peers from the package index
+
+
+# Runs
+
+
+def run(tmp_path: Path, cases: list[bench.Planned], *more: str) -> int:
+    args = bench._parser().parse_args(["--out", str(tmp_path), "--min-rounds", "2", *more])
+    args.seconds = 0.0
+    return bench.run(cases, args)
+
+
+def test_an_interrupted_run_keeps_what_it_took(tmp_path: Path, monkeypatch, capsys):
+    build = bench.SUITES["lora_linear"].build
+    calls: list[Workload] = []
+
+    def second_is_interrupted(one: Workload, place: Place) -> Case:
+        calls.append(one)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return build(one, place)
+
+    monkeypatch.setitem(
+        bench.SUITES, "lora_linear", bench.SUITES["lora_linear"]._replace(build=second_is_interrupted)
+    )
+    cases = [bench.Planned("lora_linear", small("lora_linear"))] * 3
+    assert run(tmp_path, cases, "--provider", "addmm") == bench.INTERRUPTED == 130
+    found = records.read(tmp_path / "lora_linear.jsonl")
+    assert [r["provider"] for r in found] == [OURS, "addmm", "frozen linear"]
+    assert not [v for r in found for v in records.violations(r)]
+    assert "interrupted in case 2 of 3: 3 records kept" in capsys.readouterr().out
+
+
+def test_a_case_that_cannot_be_built_is_recorded_for_everybody(tmp_path: Path, monkeypatch, capsys):
+    def build(one: Workload, place: Place) -> Case:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setitem(bench.SUITES, "growth", bench.SUITES["growth"]._replace(build=build))
+    assert run(tmp_path, [bench.Planned("growth", small("ewc_penalty"))]) == 1
+    found = records.read(tmp_path / "growth.jsonl")
+    assert {r["provider"] for r in found} == {OURS, *registry.PEERS["ewc_penalty"]}
+    assert all("can't allocate memory" in r["failed"] for r in found)
+    assert not [v for r in found for v in records.violations(r)]
+
+
+def test_a_missing_library_is_recorded_and_no_failure_of_ours(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(extras, "load", lambda name: (_ for _ in ()).throw(extras.Unavailable(name)))
+    cases = [one for one in bench.planned("quick", ["end_to_end"]) if one.workload.op == "adapted_model"]
+    assert run(tmp_path, cases) == 0
+    found = records.read(tmp_path / "end_to_end.jsonl")
+    assert [(r["provider"], r["failed"]) for r in found] == [(n, "Unavailable: timm") for n in (OURS, "peft")]
+
+
+@pytest.mark.parametrize(("role", "status"), [("ours", 1), ("floor", 1), ("peer", 0)])
+def test_only_failures_of_peers_are_forgiven(role: str, status: int):
+    assert bench._failed([{"role": role, "failed": "RuntimeError: no"}], []) == bool(status)
+
+
+def test_targets_are_judged_in_three_words():
+    rows = [{"ratio": 1.0, "met": True}, {"ratio": 2.0, "met": False}, {"ratio": float("nan"), "met": False}]
+    assert [collection.verdict_of(row) for row in rows] == ["PASS", "FALL SHORT", "NOT MEASURED"]
+
+
+def test_the_table_tells_times_ratios_rates_and_verdicts():
+    fast, slow = torch.ones(4), torch.ones(4)
+    providers = [Provider(OURS, lambda: [fast], "ours"), Provider("peer", lambda: [slow]),
+                 Provider("gone", lambda: extras.load("opacus"))]  # fmt: skip
+    target = Target("peer", 1e9, "not slower by much")
+    case = Case("x", {"n": 4}, "float32", 8.0, 16.0, providers, lambda: [torch.ones(4).double()], 1e-6,
+                targets=[target])  # fmt: skip
+    found = harness.measure(case, 0.0, {"copy": 1e9, "fp32": 1e9}, memory.CpuClock(2))
+    text = "\n".join(table.lines("title", found, harness.verdicts(case, found)))
+    assert "p50 ms" in text and "1.00" in text and "PASS: not slower by much" in text
+
+
+def test_quick_writes_nothing_unless_told(monkeypatch: pytest.MonkeyPatch):
+    outs: list[Path | None] = []
+    monkeypatch.setattr(bench, "run", lambda cases, args: outs.append(args.out) or 0)
+    for arguments in (["--preset", "quick"], [], ["--dry"], ["--preset", "quick", "--out", "there"]):
+        assert bench.main(arguments) == 0
+    assert outs == [None, ROOT / "benchmarks" / "results" / "cpu", None, Path("there")]
+
+
+# Memory
+
+
+def test_peaks_are_those_of_one_call():
+    def temporary() -> torch.Tensor:
+        large = torch.empty(1 << 18)
+        del large
+        return torch.empty(1 << 8)
+
+    result, peak = memory.peak_bytes(temporary)
+    assert result.numel() == 1 << 8 and peak == 4 << 18
+    in_place = torch.ones(1 << 18)
+    assert memory.peak_bytes(lambda: in_place.add_(1.0))[1] <= 64  # the number
+
+
+def test_ours_stores_no_gradient_of_a_sample():
+    _, found = measured(workloads.fisher("m", 2, 5, (768, 768)))
+    by_name = {r["provider"]: r for r in found}
+    allowed = torch.get_num_threads() * 2 * 2**20
+    assert by_name[OURS]["peak_bytes"] <= allowed < by_name["einsum"]["peak_bytes"]
+
+
+def test_an_allocation_beyond_the_memory_fails_inside_the_limit(monkeypatch: pytest.MonkeyPatch):
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no /proc")
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1 << 30)
+    with memory.limited(), pytest.raises(RuntimeError, match="alloc"):
+        torch.empty(1 << 30)
+    torch.empty(1 << 28)  # the limit is gone
+
+
+# Growth
+
+
+@pytest.mark.parametrize("preset", registry.PRESETS)
+def test_one_field_varies_along_a_curve(preset: str):
+    curves: dict[str, list[Workload]] = {}
+    for one in growth.plan(preset):
+        curves.setdefault(json.dumps([one.op, one.shape[growth.SWEEP]]), []).append(one)
+    assert {json.loads(c)[1] for c in curves} == {"tokens", "width", "rank", "adapters", "samples"}
+    for key, points in curves.items():
+        name = json.loads(key)[1]
+        values = [p.shape[name] for p in points]
+        assert len(values) > 1 and values == sorted(set(values))
+        assert len({json.dumps({k: v for k, v in p.shape.items() if k != name}) for p in points}) == 1
+
+
+def test_points_are_ours_the_main_peer_and_the_floor():
+    for op, peer in growth.MAIN_PEER.items():
+        one = next(p for p in growth.plan("quick") if p.op == op)
+        case = growth.build(one, Place())
+        assert case.shape == one.shape and not case.targets
+        assert [p.name for p in case.providers if p.role == "peer"] == [peer]
+        assert {p.role for p in case.providers} == {"ours", "peer", "floor"}
+        assert case.flops == growth.expanded(one).work.flops

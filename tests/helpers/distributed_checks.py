@@ -1,0 +1,356 @@
+"""What several processes must agree on; run by test_distributed.py, once per number of processes."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from processes import run_checks
+from tiny_models import KEYS, adapted, batches, data
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+import fused_ewclora as fe
+from fused_ewclora.distributed.processes import reshard, whole
+from fused_ewclora.ewc.controller import EWC
+
+SAMPLES = 12  # a multiple of every number of processes, so that all see batches of one size
+OPTIONS = {"ewc_lambda": 20.0, "fisher_dtype": torch.float64}
+
+
+def close(found: Tensor, expected: Tensor, rtol: float = 1e-11) -> None:
+    torch.testing.assert_close(whole(found), whole(expected), rtol=rtol, atol=1e-14)
+
+
+def shard(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
+    """Two groups of FSDP: `fc` on its own, the rest in that of the root, which stays whole after forward."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if mesh is None else mesh
+    fully_shard(model.fc, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def mine(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return x[rank::world], y[rank::world]
+
+
+def step(
+    model: nn.Module, ewc: EWC, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], graph: bool
+):
+    """One step, with the penalty in the loss or added to the gradients; returns the penalty."""
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(batch[0]), batch[1])
+    penalty = ewc.penalty() if graph else None
+    (loss if penalty is None else loss + penalty).backward()
+    if penalty is None:
+        penalty = ewc.add_penalty_grad_()
+    optimizer.step()
+    return penalty.detach()
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.5)
+
+
+class Alone:
+    """The same training in one process, on all the data, with the A that the others drew."""
+
+    def __init__(self, mode: str) -> None:
+        self.model = adapted()
+        self.ewc = EWC(self.model, fisher_mode=mode, **OPTIONS)
+
+    def take_factors(self, others: EWC) -> None:
+        held = {slot.key: [whole(f).detach() for f in slot.factors()] for slot in others._slots}
+        with torch.no_grad():
+            for slot in self.ewc._slots:
+                for target, value in zip(slot.factors(), held[slot.key], strict=True):
+                    target.copy_(value)
+
+
+def agree(model: nn.Module, ewc: EWC, alone: Alone) -> None:
+    for (name, found), expected in zip(model.named_parameters(), alone.model.parameters(), strict=True):
+        try:
+            close(found.detach(), expected.detach())
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+    for key in KEYS if ewc.fishers else ():
+        close(ewc.fishers[key], alone.ewc.fishers[key])
+
+
+def two_tasks(graph: bool, mode: str, wrap: Callable[[nn.Module], nn.Module], sharded: bool) -> None:
+    alone = Alone(mode)
+    inner = adapted()
+    model = wrap(inner)
+    torch.manual_seed(dist.get_rank())  # what each process draws for itself differs
+    ewc = EWC(model, fisher_mode=mode, **OPTIONS)
+    if sharded:
+        ewc.shard_()
+    for task in range(3):
+        optimizers = optimizer_of(model), optimizer_of(alone.model)
+        for number in range(2):
+            x, y = data(SAMPLES, seed=10 * task + number)
+            found = step(model, ewc, optimizers[0], mine(x, y), graph)
+            close(found, step(alone.model, alone.ewc, optimizers[1], (x, y), graph), rtol=1e-6)
+            with torch.no_grad():  # leaves the root's parameters whole
+                close(model(x), alone.model(x))
+        agree(inner, ewc, alone)
+        if task == 2:
+            break
+        x, y = data(SAMPLES, seed=50 + task)
+        # Under DDP processes may see different numbers of batches; FSDP itself cannot have that.
+        own, size = mine(x, y), SAMPLES // dist.get_world_size() if mode == "batch" else 1
+        size += dist.get_rank() if not sharded and mode == "sample" else 0
+        ewc.estimate_fisher(batches(*own, size), F.cross_entropy)
+        ewc.reduce_fisher_()
+        # Mode "batch" averages over the batches that were seen, so that one process must see the same ones.
+        world = dist.get_world_size()
+        same = batches(x, y, 5) if mode == "sample" else [(x[r::world], y[r::world]) for r in range(world)]
+        alone.ewc.estimate_fisher(same, F.cross_entropy)
+        with torch.no_grad():
+            model(x)  # leaves the root's parameters whole again
+        ewc.consolidate()
+        alone.ewc.consolidate()
+        alone.take_factors(ewc)
+        assert [entry.samples for entry in ewc.history] == [SAMPLES] * (task + 1)
+        agree(inner, ewc, alone)
+
+
+def fisher_memory_is_divided() -> None:
+    model = shard(adapted())
+    ewc = EWC(model, **OPTIONS)
+    ewc.shard_()
+    ewc.end_task(batches(*mine(*data(SAMPLES)), 2), F.cross_entropy)
+    world = dist.get_world_size()
+    for slot in ewc._slots:
+        fisher = ewc.fishers[slot.key]
+        share = slot.layer.in_features * -(-slot.piece.row_count // world) * fisher.element_size()
+        assert isinstance(fisher, DTensor) and fisher.placements == (Shard(0),)
+        held = ewc._state.fishers[slot.key]
+        assert held.numel() * held.element_size() <= share and held.untyped_storage().nbytes() <= share
+        assert tuple(fisher.shape) == (slot.piece.row_count, slot.layer.in_features)
+
+
+def a_state_made_before_sharding_is_dealt_out() -> None:
+    before = EWC(adapted(), **OPTIONS)
+    before.estimate_fisher(batches(*data(SAMPLES), 4), F.cross_entropy)
+    before.consolidate()
+    before.estimate_fisher(batches(*data(4), 4), F.cross_entropy)
+    early = EWC(shard(adapted()), **OPTIONS)
+    early.load_state_dict(before.state_dict())
+    early.shard_()
+    late = EWC(shard(adapted()), **OPTIONS)
+    late.shard_()
+    late.load_state_dict(before.state_dict())
+    again = EWC(shard(adapted()), **OPTIONS)
+    again.shard_()
+    again.load_state_dict(late.state_dict())
+    for ewc in (early, late, again):
+        tensors = ewc.state_dict()["tensors"]
+        for name, value in before.state_dict()["tensors"].items():
+            assert isinstance(tensors[name], DTensor) and torch.equal(whole(tensors[name]), value), name
+
+
+def an_error_in_one_process_is_one_in_all() -> None:
+    model = shard(adapted())
+    ewc = EWC(model, **OPTIONS)
+    ewc.shard_()
+    x, y = mine(*data(SAMPLES))
+    if dist.get_rank() == 1:
+        x = x * float("nan")
+    try:
+        ewc.estimate_fisher([(x, y)], F.cross_entropy)
+    except fe.FisherError as error:
+        assert "NaN" in str(error)
+    else:
+        raise AssertionError("NaN was accepted")
+    ewc.estimate_fisher([mine(*data(SAMPLES))], F.cross_entropy)
+    before = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.fc.lora_B.to_local().mul_(float("inf"))
+    try:
+        ewc.consolidate()
+    except fe.FisherError:
+        pass
+    else:
+        raise AssertionError("a weight that is not finite was merged")
+    for name, p in model.named_parameters():
+        if name != "fc.lora_B":
+            assert torch.equal(whole(p.detach()), before[name]), name
+
+
+def what_is_not_sharded_is_said() -> None:
+    def message(call: Callable[[], object]) -> str:
+        try:
+            call()
+        except fe.EWCLoRAError as error:
+            return str(error)
+        raise AssertionError("no error")
+
+    assert "fully_shard(model)" in message(EWC(adapted()).shard_)
+    model = shard(adapted())
+    ewc = EWC(model)
+    assert "ewc.shard_()" in message(lambda: ewc.estimate_fisher([mine(*data(SAMPLES))], F.cross_entropy))
+    assert "merge_mode" in message(EWC(model, merge_mode="factors").shard_)
+    assert "sharded" in message(lambda: fe.merge(model))
+    assert "sharded" in message(lambda: fe.eject(model))
+
+
+def saved(folder: Path) -> None:
+    """Other numbers of processes load what these save; `values.pt` has what they should find."""
+    model = shard(adapted())
+    ewc = EWC(model, **OPTIONS)
+    ewc.shard_()
+    optimizer = optimizer_of(model)
+    for task in range(2):
+        batch = mine(*data(SAMPLES, seed=task))
+        step(model, ewc, optimizer, batch, True)
+        ewc.end_task([batch], F.cross_entropy)
+    step(model, ewc, optimizer, mine(*data(SAMPLES, seed=9)), True)
+    ewc.estimate_fisher([batch], F.cross_entropy)
+    with torch.no_grad():
+        model(data(2)[0])  # leaves the root's parameters whole
+    fe.save_pretrained(folder / "checkpoint", model, ewc)
+    found = values(model, ewc)
+    if dist.get_rank() == 0:
+        torch.save(found, folder / "values.pt")
+
+
+def values(model: nn.Module, ewc: EWC) -> dict[str, Tensor]:
+    """Everything that a checkpoint brings back, whole."""
+    reshard(model)
+    found = {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
+    found |= {name: whole(tensor) for name, tensor in ewc.state_dict()["tensors"].items()}
+    return {**found, "penalty": ewc.penalty().detach()}
+
+
+def loaded(folder: Path) -> None:
+    model = shard(adapted())
+    ewc = EWC(model, **OPTIONS)
+    ewc.shard_()
+    with torch.no_grad():
+        model(data(2)[0])
+    fe.load_pretrained(folder / "checkpoint", model, ewc)
+    compare(values(model, ewc), folder)
+    try:
+        fe.load_pretrained(folder / ("nothing" if dist.get_rank() == 1 else "checkpoint"), model, ewc)
+    except fe.CheckpointError:
+        pass
+    else:
+        raise AssertionError("one process found no checkpoint")
+    compare(values(model, ewc), folder)
+
+
+def compare(found: dict[str, Tensor], folder: Path) -> None:
+    expected = torch.load(folder / "values.pt", weights_only=True)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if name == "penalty":  # fp32, summed in another order
+            torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=0.0)
+        else:
+            assert torch.equal(found[name], tensor), name
+
+
+def what_differs_between_processes_is_said() -> None:
+    rank = dist.get_rank()
+    other = EWC(adapted(r=2 if rank == 0 else 3), **OPTIONS)
+    other.estimate_fisher([mine(*data(SAMPLES))], F.cross_entropy)
+    sharded = EWC(shard(adapted(lora_alpha=None if rank == 0 else 6)), **OPTIONS)
+    for call in (other.reduce_fisher_, sharded.shard_):
+        try:
+            call()
+        except fe.TargetError as error:
+            assert "qkv.k: process 0 has" in str(error) and "process 1" in str(error)
+        else:
+            raise AssertionError("different adapters were accepted")
+
+
+def mixed_precision() -> None:
+    """Forward in bf16, shards in fp32: gradients and Fishers are fp32 and as good as bf16 allows."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
+    model, alone = adapted(dtype=torch.float32), adapted(dtype=torch.float32)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), mp_policy=policy)
+    pair = EWC(model, ewc_lambda=20.0), EWC(alone, ewc_lambda=20.0)
+    pair[0].shard_()
+    x, y = data(SAMPLES)
+    x = x.float()
+    pair[0].end_task([mine(x, y)], F.cross_entropy)
+    pair[1].end_task([(x, y)], F.cross_entropy)
+    for key, expected in pair[1].fishers.items():
+        found = whole(pair[0].fishers[key])
+        assert found.dtype == torch.float32
+        assert (found - expected).norm() < 16 * 2**-8 * expected.norm()  # squares of sums over 16 products
+    (F.cross_entropy(model(mine(x, y)[0]), mine(x, y)[1]) + pair[0].penalty()).backward()
+    assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def new_factors_do_not_depend_on_the_processes() -> None:
+    """They are drawn whole, from a seed of the first process, and dealt out."""
+    generator = torch.Generator().manual_seed(5)
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    common = torch.Generator().manual_seed(seed)
+    given = torch.Generator().manual_seed(5 + dist.get_rank())
+    ewc = EWC(shard(adapted()), generator=given, **OPTIONS)
+    ewc.shard_()
+    ewc.end_task([mine(*data(SAMPLES))], F.cross_entropy)
+    for slot in ewc._slots:
+        a, b = (whole(factor).detach() for factor in slot.factors())
+        bound = slot.layer.initial_bound
+        assert torch.equal(a, torch.empty_like(a).uniform_(-bound, bound, generator=common))
+        assert not b.any()
+
+
+def replicated_shards() -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    two_tasks(True, "sample", lambda model: shard(model, mesh), True)
+
+
+DDP = nn.parallel.DistributedDataParallel
+# Name -> check, by the number of processes that run it; the folders are those of this run and of that by two.
+CHECKS: dict[str, tuple[tuple[int, ...], Callable[[Path, Path], None]]] = {
+    "ddp_equals_one_process": ((2, 4), lambda _, __: two_tasks(True, "sample", DDP, False)),
+    "ddp_equals_one_process_batch": ((2,), lambda _, __: two_tasks(False, "batch", DDP, False)),
+    "fsdp_equals_one_process": ((2, 4), lambda _, __: two_tasks(True, "sample", shard, True)),
+    "fsdp_equals_one_process_gradients_added": (
+        (2,),
+        lambda _, __: two_tasks(False, "sample", shard, True),
+    ),
+    "fsdp_equals_one_process_batch": ((2,), lambda _, __: two_tasks(True, "batch", shard, True)),
+    "replicated_shards_equal_one_process": ((4,), lambda _, __: replicated_shards()),
+    "new_factors_do_not_depend_on_the_processes": (
+        (2, 4),
+        lambda _, __: new_factors_do_not_depend_on_the_processes(),
+    ),
+    "fisher_memory_is_divided": ((2, 4), lambda _, __: fisher_memory_is_divided()),
+    "a_state_made_before_sharding_is_dealt_out": (
+        (2, 4),
+        lambda _, __: a_state_made_before_sharding_is_dealt_out(),
+    ),
+    "an_error_in_one_process_is_one_in_all": ((2,), lambda _, __: an_error_in_one_process_is_one_in_all()),
+    "what_is_not_sharded_is_said": ((2,), lambda _, __: what_is_not_sharded_is_said()),
+    "what_differs_between_processes_is_said": ((2,), lambda _, __: what_differs_between_processes_is_said()),
+    "mixed_precision": ((2,), lambda _, __: mixed_precision()),
+    "a_checkpoint_is_saved": ((2,), lambda mine, _: saved(mine)),
+    "a_checkpoint_of_two_processes_loads": ((2, 4), lambda _, two: loaded(two)),
+}
+
+
+def names(world: int) -> list[str]:
+    return [name for name, (worlds, _) in CHECKS.items() if world in worlds]
+
+
+def main(folder: Path, two: Path) -> None:
+    dist.init_process_group("gloo")
+    checks = {name: functools.partial(CHECKS[name][1], folder, two) for name in names(dist.get_world_size())}
+    run_checks(checks, folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,244 @@
+"""What wheels and source distributions contain, how each build mode behaves, and what an import costs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import sysconfig
+import tarfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from interpreters import HAS_COMPILER, ROOT, python
+
+CONTINUAL = ROOT / "benchmarks" / "continual"
+FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+LINKED = ("kernels/", "benchmarks/")  # from inside the package
+FOLDERS = ("fused_ewclora", "kernels", "benchmarks", "csrc", "tests")
+IMPORT_LIMIT_SECONDS = 0.15
+# The smallest extension that compiles: it stands for csrc/cpu, which takes a minute.
+TINY_EXTENSION = """#include <Python.h>
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
+"""
+# Where the kernels are, and which names beside the package are not parts of it.
+LOST = ["fused_ewclora.tests.conftest", "fused_ewclora.fused_ewclora.errors", "fused_ewclora.setup"]
+WHERE = f"""
+import importlib
+import fused_ewclora.kernels
+import fused_ewclora.benchmarks.case
+print(*fused_ewclora.kernels.__path__)
+for name in {LOST}:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        print(name)
+"""
+
+
+def kernels_of(folder: Path) -> list[str]:
+    """What WHERE should print for a package in `folder`."""
+    return [str(folder / "fused_ewclora" / "kernels"), *LOST]
+
+
+def python_with(site: Path, code: str) -> str:
+    """Output of `code` with the packages in `site`, without this environment's links to checkouts."""
+    paths = f"site.addsitedir({str(site)!r}); sys.path.append({sysconfig.get_path('purelib')!r})"
+    start = f"import site, sys; {paths}\n"
+    return python("-S", "-W", "ignore", "-c", start + code, cwd=site).stdout
+
+
+def copy_of_sources(folder: Path) -> Path:
+    """The checkout without what was built in it, its links as links."""
+    skip = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=skip, symlinks=True)
+    for name in FILES:
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def wheel(source: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    return python("setup.py", "bdist_wheel", "--dist-dir", "dist", cwd=source, check=check, **environment)
+
+
+def pip_install(*arguments: str | Path, cwd: Path) -> None:
+    options = ("--quiet", "--no-build-isolation", "--no-deps", "--no-index")
+    python("-m", "pip", "install", *options, *arguments, cwd=cwd, FUSED_EWCLORA_BUILD="none")
+
+
+def names(archive: Path) -> list[str]:
+    if archive.suffix == ".whl":
+        return zipfile.ZipFile(archive).namelist()
+    with tarfile.open(archive) as tar:
+        return [name.partition("/")[2] for name in tar.getnames()]
+
+
+def only(paths: Sequence[Path]) -> Path:
+    assert len(paths) == 1, paths
+    return paths[0]
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = copy_of_sources(tmp_path_factory.mktemp("pure"))
+    (source / "fused_ewclora" / "_C.cpython-39-stale.so").touch()  # left over from an earlier build in place
+    wheel(source, FUSED_EWCLORA_BUILD="none")
+    return only(list((source / "dist").glob("*.whl")))
+
+
+@pytest.fixture(scope="module")
+def installed(pure_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("site")
+    pip_install("--target", target, pure_wheel, cwd=target)
+    return target
+
+
+def test_pure_wheel_holds_the_package_the_kernels_and_nothing_else(pure_wheel: Path):
+    found = names(pure_wheel)
+    assert pure_wheel.name.endswith("-py3-none-any.whl")
+    assert {"fused_ewclora/py.typed", "fused_ewclora/kernels/py.typed"} <= set(found)
+    assert "fused_ewclora/backends/measured_choice.json" in found
+    assert not [name for name in found if name.endswith((".so", ".cpp", ".h", ".inl", ".cu", ".cuh"))]
+    assert {name.split("/")[0].partition("-")[0] for name in found} == {"fused_ewclora"}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fused_ewclora").rglob("*.py")}
+    assert modules <= set(found)
+    linked = [path for name in LINKED for path in (ROOT / name).rglob("*.py")]
+    tools = {f"fused_ewclora/{path.relative_to(ROOT)}" for path in linked}
+    assert {*tools, "fused_ewclora/benchmarks/record_schema.json"} <= set(found)
+    data = {f"fused_ewclora/{path.relative_to(ROOT)}" for path in CONTINUAL.rglob("*.json")}
+    assert {"record_schema.json", "language.json", "vision.json"} <= {Path(name).name for name in data}
+    assert data <= set(found)
+    assert not [name for name in found if name.endswith(".jsonl")]
+    assert not [name for name in found if name.endswith("kernels/__init__.py")]
+
+
+@pytest.fixture(scope="module")
+def source_distribution(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = copy_of_sources(tmp_path_factory.mktemp("source"))
+    python("setup.py", "sdist", "--dist-dir", "dist", cwd=source, FUSED_EWCLORA_BUILD="none")
+    return only(list((source / "dist").glob("*.tar.gz")))
+
+
+def test_sdist_complete(source_distribution: Path):
+    """A source distribution holds everything that a build needs; linked folders are where the links were."""
+    found = set(names(source_distribution))
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
+    built = (".so", ".jsonl", ".pyc")  # records of measurements are in the repository alone
+    wanted = {str(path.relative_to(ROOT)) for path in files if path.suffix not in built}
+    wanted = {f"fused_ewclora/{name}" if name.startswith(LINKED) else name for name in wanted}
+    wanted = {name for name in wanted if not name.startswith("tests/") and "/results/" not in name}
+    assert not wanted - found
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= found
+    assert not [name for name in found if name.startswith(("tests/", *LINKED))]
+
+
+def test_sdist_runs(source_distribution: Path, tmp_path: Path):
+    """A source distribution works where it is unpacked, and the wheel made from it once installed."""
+    with tarfile.open(source_distribution) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    source = only(list((tmp_path / "unpacked").iterdir()))
+    assert python("-c", WHERE, cwd=source).stdout.split() == kernels_of(source)
+    wheel(source, FUSED_EWCLORA_BUILD="none")
+    site = tmp_path / "site"
+    pip_install("--target", site, only(list((source / "dist").glob("*.whl"))), cwd=tmp_path)
+    assert python_with(site, WHERE).split() == kernels_of(site)
+
+
+def test_installed_without_extension_it_computes_on_the_reference(installed: Path):
+    code = """
+import torch, fused_ewclora, fused_ewclora.kernels
+from fused_ewclora import functional as FE
+assert fused_ewclora.__file__.startswith({site!r}), fused_ewclora.__file__
+assert list(fused_ewclora.kernels.__path__)[0].startswith({site!r}), fused_ewclora.kernels.__path__
+assert fused_ewclora.available_backends()["cpu"] is not None
+x, w, a, b = (torch.randn(*s, dtype=torch.float64) for s in ((3, 5), (4, 5), (2, 5), (4, 2)))
+torch.testing.assert_close(FE.lora_linear(x, w, None, a, b, 0.5), x @ (w + 0.5 * b @ a).T)
+""".format(site=str(installed))
+    python_with(installed, code)
+
+
+def test_kernels_in_checkout():
+    """The kernels import from the checkout, and nothing else of it becomes a part of the package."""
+    assert python("-c", WHERE, cwd=ROOT).stdout.split() == kernels_of(ROOT)
+    outside = python("-c", "import kernels; print(kernels.__file__)", cwd=ROOT).stdout.strip()
+    assert outside == "None", "a regular package here would shadow the unrelated package `kernels`"
+
+
+def test_kernels_in_editable_install(tmp_path: Path):
+    """An editable install imports the kernels of its checkout, and nothing else as a part of the package."""
+    source = copy_of_sources(tmp_path / "source")
+    site = tmp_path / "site"
+    pip_install("--target", site, "--editable", source, cwd=tmp_path)
+    assert python_with(site, WHERE).split() == kernels_of(source)
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler and Python's headers")
+def test_compiled_wheel_holds_the_extension_beside_the_package(tmp_path: Path):
+    source = copy_of_sources(tmp_path)
+    for path in (source / "csrc" / "cpu").iterdir():
+        path.unlink()
+    (source / "csrc" / "cpu" / "tiny.cpp").write_text(TINY_EXTENSION)
+    wheel(source, FUSED_EWCLORA_BUILD="cpu")
+    built = only(list((source / "dist").glob("*.whl")))
+    assert "none-any" not in built.name
+    assert f"fused_ewclora/_C{sysconfig.get_config_var('EXT_SUFFIX')}" in names(built)
+
+
+def test_auto_without_a_compiler_says_so_and_builds_pure_python(tmp_path: Path):
+    source = copy_of_sources(tmp_path)
+    result = wheel(source, CC="/nonexistent", CXX="/nonexistent")
+    assert "no C++ compiler: '/nonexistent' was not found" in result.stdout
+    assert only(list((source / "dist").glob("*.whl"))).name.endswith("-py3-none-any.whl")
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("cpu", "=cpu: the CPU extension cannot be built, no C++ compiler: '/nonexistent'"),
+        ("cuda", "=cuda: the CPU extension cannot be built, no C++ compiler: '/nonexistent'"),
+        ("abacus", ": expected one of auto, none, cpu, cuda, got 'abacus'"),
+    ],
+)
+def test_a_mode_that_cannot_be_built_stops_with_the_reason(mode: str, said: str):
+    environment = {"CXX": "/nonexistent", "FUSED_EWCLORA_BUILD": mode}
+    result = python("setup.py", "--version", cwd=ROOT, check=False, **environment)
+    assert result.returncode == 1
+    assert f"FUSED_EWCLORA_BUILD{said}" in result.stderr
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler and Python's headers")
+def test_setuptools_that_cannot_read_the_metadata_is_named(tmp_path: Path):
+    (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'\nfind_packages = setup = None\n")
+    result = python(ROOT / "setup.py", "--version", cwd=ROOT, check=False, PYTHONPATH=str(tmp_path))
+    assert result.returncode and "expected version 77 or newer, got 65.5.0" in result.stderr
+    assert "setuptools>=77" in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.skipif(os.environ.get("FUSED_EWCLORA_BUILD") == "none", reason="built without it on purpose")
+def test_the_extension_loads_where_it_could_be_built():
+    code = "import fused_ewclora; print(fused_ewclora.available_backends()['cpu'])"
+    assert python("-c", code, cwd=ROOT).stdout.strip() == "None"
+
+
+def test_import_adds_little_to_that_of_torch():
+    # Time of this process on a processor: that on the clock measures what else the machine does.
+    code = """
+import time, torch
+start = time.process_time()
+import fused_ewclora
+print(time.process_time() - start)
+"""
+    seconds = [float(python("-c", code, cwd=ROOT).stdout) for _ in range(5)]
+    assert statistics.median(seconds) <= IMPORT_LIMIT_SECONDS, seconds
+
+
+def test_import_loads_neither_extras_nor_compilers():
+    heavy = ("sklearn", "matplotlib", "scipy", "triton", "timm", "transformers", "peft", "fused_ewclora.demo")
+    code = f"import torch, sys; before = set(sys.modules); import fused_ewclora; print([m for m in {heavy} "
+    code += "if m in set(sys.modules) - before])"
+    assert python("-c", code, cwd=ROOT).stdout.strip() == "[]"

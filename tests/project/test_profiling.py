@@ -1,0 +1,122 @@
+"""Ranges around operations: named after op, shapes, backend and algorithm; nothing when they are off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from strategies import BACKENDS
+from torch.profiler import ProfilerActivity, profile
+
+import fused_ewclora as fe
+from fused_ewclora import functional as FE
+from fused_ewclora.ops import dispatch
+
+
+@pytest.fixture(autouse=True)
+def off_afterwards() -> Iterator[None]:
+    yield
+    fe.profiling.disable()
+
+
+def names(run) -> list[str]:
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        run()
+    return [event.name for event in found.events() if event.name.startswith("fused_ewclora.")]
+
+
+def every_op(backend: str) -> None:
+    x, w = torch.randn(2, 3, 8), torch.randn(6, 8)
+    a, b = torch.randn(2, 8, requires_grad=True), torch.randn(6, 2, requires_grad=True)
+    FE.lora_linear(x, w, None, a, b, backend=backend).sum().backward()
+    FE.ewc_penalty([torch.rand(6, 8)], [a], [b], backend=backend)
+    FE.fisher_accumulate_(torch.zeros(6, 8), x, torch.randn(2, 3, 6), backend=backend)
+    FE.merge_([w], [a.detach()], [b.detach()], backend=backend)
+    FE.soft_threshold_([torch.randn(4), torch.randn(5)], 0.1, backend=backend)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b in ("cpu", "reference")])
+def test_ranges_name_op_shapes_backend_and_algorithm(backend):
+    with fe.profiling.enable():
+        found = names(lambda: every_op(backend))
+    starts = [name.partition(")")[0] + ")" for name in found]
+    assert starts == [
+        "fused_ewclora.lora_linear(x [2, 3, 8], W [6, 8], rank 2, float32)",
+        "fused_ewclora.lora_linear_backward(dy [2, 3, 6], W [6, 8], rank 2, float32)",
+        "fused_ewclora.ewc_penalty(adapters 1, first [6, 8], float32, rank 2)",
+        "fused_ewclora.fisher_accumulate_(x [2, 3, 8], dy [2, 3, 6], float32, sample)",
+        "fused_ewclora.merge_(weights 1, first [6, 8], float32, rank 2)",
+        "fused_ewclora.soft_threshold_(vectors 2, first [4], float32)",
+    ]
+    for name in found:
+        op = name.split(".")[1].split("(")[0]
+        chosen = dispatch.choose(op, backend, dispatch.Call("cpu", torch.float32))
+        assert name.endswith(f" {backend}: {chosen.algorithm}")
+
+
+def test_without_ranges_the_functions_of_the_backends_run_themselves():
+    call = dispatch.Call("cpu", torch.float32)
+
+    def is_plain() -> bool:
+        return dispatch.choose("merge_", "reference", call) in dispatch.candidates("merge_")
+
+    assert is_plain()
+    fe.profiling.enable()
+    assert not is_plain()
+    fe.profiling.disable()
+    assert is_plain()
+    with fe.profiling.enable():
+        assert not is_plain()
+    assert is_plain()
+    assert not names(lambda: every_op("reference"))
+
+
+def test_blocks_nest():
+    with fe.profiling.enable():
+        with fe.profiling.enable():
+            pass
+        assert len(names(lambda: every_op("reference"))) == 6
+
+
+def test_results_are_the_same_and_errors_pass():
+    x, w, a, b = torch.randn(3, 8), torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
+    expected = FE.lora_linear(x, w, None, a, b)
+    with fe.profiling.enable():
+        assert torch.equal(FE.lora_linear(x, w, None, a, b), expected)
+        with pytest.raises(fe.BackendError, match="cannot run"):
+            FE.lora_linear(*(t.double() for t in (x, w)), None, a.double(), b.double(), backend=other())
+
+
+def other() -> str:
+    """A backend that does not serve fp64."""
+    return next((b for b in BACKENDS if b != "reference"), None) or pytest.skip("the reference alone")
+
+
+def test_compiled_models_have_ranges_too():
+    w, a, b = torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
+    run = torch.compile(lambda x: FE.lora_linear(x, w, None, a, b) * 2, backend="aot_eager", fullgraph=True)
+    run(torch.randn(3, 8))
+    with fe.profiling.enable():
+        found = names(lambda: run(torch.randn(3, 8)))
+    assert len(found) == 1 and found[0].startswith("fused_ewclora.lora_linear(x [3, 8]")
+
+
+def test_nvtx_is_refused_where_there_is_none(monkeypatch):
+    def missing(_: str) -> None:
+        raise RuntimeError("NVTX functions not installed")
+
+    monkeypatch.setattr(torch.cuda.nvtx, "mark", missing)
+    with pytest.raises(fe.BackendError, match=r"nvtx: .*NVTX functions not installed"):
+        fe.profiling.enable(nvtx=True)
+    assert not names(lambda: every_op("reference"))
+
+
+def test_nvtx_ranges_open_and_close_in_order(monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(torch.cuda.nvtx, "mark", lambda name: None)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", told.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: told.append("end"))
+    with fe.profiling.enable(nvtx=True):
+        every_op("reference")
+    assert told[1::2] == ["end"] * 6 and all(name.startswith("fused_ewclora.") for name in told[::2])
