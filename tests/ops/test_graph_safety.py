@@ -205,19 +205,16 @@ WAITS = {"item", "tolist", "cpu", "numpy", "nonzero", "is_nonzero", "synchronize
 HOT = [
     *sorted((PACKAGE / "ops").glob("*.py")),
     *sorted((PACKAGE / "reference").glob("*.py")),
-    *(PACKAGE / name for name in ("functional.py", "_checks.py", "adapted.py", "layers.py", "slices.py")),
-    *(
-        p
-        for p in sorted((PACKAGE / "backends").rglob("*.py"))
-        if p.stem not in ("aot", "autotune", "workloads")
-    ),
+    PACKAGE / "functional.py",
+    *(PACKAGE / "layers" / name for name in ("adapted.py", "linear.py", "slices.py")),
+    *(path for path in sorted((PACKAGE / "backends").rglob("*.py")) if "tools" not in path.parts),
 ]
 # (file, function): what it is for.
 EXCEPTIONS = {
-    ("_checks.py", "finite"): "NaN and Inf in a Fisher's inputs, unless check_finite=False",
+    ("ops/checks.py", "finite"): "NaN and Inf in a Fisher's inputs, unless check_finite=False",
     ("reference/fisher_accumulate.py", "sample_bounds"): "offsets of packed samples are validated",
-    ("adapted.py", "merge"): "merging is not part of a step",
-    ("slices.py", "fingerprint"): "of the base weight, at injection",
+    ("layers/adapted.py", "merge"): "merging is not part of a step",
+    ("layers/slices.py", "fingerprint"): "of the base weight, at injection",
     ("backends/triton/launch.py", "interpreted"): "a setting of Triton, not a tensor",
     ("backends/triton/tables.py", "overriding"): "a list of Python's",
 }
