@@ -12,15 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import LoRAConfig
-from ..distributed.processes import of_first, several, together
+from ..distributed.processes import of_first, several
 from ..distributed.transaction import Transaction, canonical_name
 from ..errors import ArgumentError, CheckpointError, TargetError
 from ..ewc.estimation import Forward, check_max_batches, default_forward
+from ..ewc.placement import LocalPlacement
 from ..ewc.settings import number, one_of
 from ..layers.inject import adapters
-from ._fold import folding
 from ._inputs import input_covariances
 from ._resume import dump, parse, take_over
+from ._shares import folded, in_all
 from ._subspace import VARIANTS, Subspace, directions, extended
 from .method import Loader, Loss, Method
 
@@ -123,13 +124,12 @@ class InfLoRA(Method):
         self._prepared = True
 
     def _covariances(self, loader: Loader, untrained: bool = False) -> dict[str, Tensor]:
-        """Sums over the data of all processes, each of which raises what one of them raises."""
-        if not several(self.group):
-            return self._own_covariances(loader, untrained)
-        found = together(lambda: self._own_covariances(loader, untrained), self.group)
-        for covariance in found.values():
-            dist.all_reduce(covariance, group=self.group)
-        return found
+        """Sums over the data of all processes; an error in one is raised in all."""
+        sums = in_all(lambda: self._own_covariances(loader, untrained), self.group)
+        if several(self.group):
+            for covariance in sums.values():
+                dist.all_reduce(covariance, group=self.group)
+        return sums
 
     def _own_covariances(self, loader: Loader, untrained: bool) -> dict[str, Tensor]:
         for name, layer in self.layers.items():
@@ -179,7 +179,7 @@ class InfLoRA(Method):
         }
         if several(self.group):
             subspaces = self._of_first(subspaces)
-        with folding(self.model, self.layers) as change:
+        with folded(LocalPlacement(self.model, self.layers), self.group) as change:
             for layer in self.layers.values():
                 for _, _, lora_b in layer.adapter_parameters():
                     change.copy_(lora_b, torch.zeros_like(lora_b))
