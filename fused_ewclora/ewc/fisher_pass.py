@@ -1,4 +1,5 @@
-"""One pass for the Fisher of a task: a capture on every adapted layer, and the checks that each was reached."""
+"""One pass for the Fisher of a task: a capture on every adapted layer, and the check that each was
+reached."""
 
 from __future__ import annotations
 

@@ -121,8 +121,9 @@ class LocalPlacement:
     def add_penalty_grad_(
         self, fishers: Mapping[str, Tensor], ewc_lambda: float, grad_scale: float | Tensor
     ) -> Tensor:
+        terms = self.operands(fishers)
         if all(ref.layer.composer is None for ref in self.refs):
-            return FE.ewc_penalty_grad_(*self.operands(fishers), ewc_lambda, grad_scale=grad_scale)
+            return FE.ewc_penalty_grad_(*terms, ewc_lambda, grad_scale=grad_scale)
         # The result of a composer need not be a leaf, whose .grad an optimizer reads.
         with torch.enable_grad():
             penalty = self.penalty(fishers, ewc_lambda)

@@ -1,4 +1,4 @@
-"""EWC where FSDP2 shards the parameters: each process holds the rows of a Fisher whose rows of lora_B it holds.
+"""EWC where FSDP2 shards the parameters: of a Fisher each process holds the rows whose lora_B it holds.
 
 lora_A and lora_B are small and gathered where they are needed; Fishers and base weights never are. Each
 process computes the penalty of its rows, and its rows of the new weights.

@@ -48,7 +48,7 @@ class TaskRecord:
 
 @dataclass(frozen=True)
 class AdapterSums:
-    """merge_mode "factors": W = base + s (sum B)(sum A), where base has the rows of W before the first task."""
+    """merge_mode "factors": W = base + s (sum B)(sum A), where base has the rows of W before all tasks."""
 
     lora_a: Tensor
     lora_b: Tensor
@@ -94,8 +94,8 @@ class EWCState:
         return self if placed else self.copied(devices, dtype)
 
     def mapped_by_key(self, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> EWCState:
-        """The state with `convert` applied to the Fishers by key, the cumulative ones and those of the current
-        task."""
+        """The state with `convert` applied to its tables of Fishers, the cumulative ones and those of the
+        current task."""
         task = self.task
         if task is not None:
             task = replace(task, buffers=convert(task.buffers))
@@ -202,7 +202,8 @@ def _sums(
     if expected.settings["merge_mode"] != "factors" or not trained:
         if unexpected := sorted({"sum_A", "sum_B", "base"} & set(grouped)):
             raise FisherError(
-                f"state: did not expect {unexpected}, which only merge_mode='factors' has, after its first task"
+                f"state: did not expect {unexpected}, which only merge_mode='factors' has, after its first "
+                "task"
             )
         return {}
     shapes = expected.shapes

@@ -1,5 +1,5 @@
-"""Methods over several processes, each with its share of the data: what they learn from data is a sum over all
-of it, and random values and decisions are the same in every process."""
+"""Methods over several processes, each with its share of the data: what is learned from data is a sum over
+all of it, and random values and decisions are the same in every process."""
 
 from __future__ import annotations
 
