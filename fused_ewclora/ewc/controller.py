@@ -242,7 +242,7 @@ class EWC:
         self._state = replace(self._state, task=task)
 
     def shard_(self, mesh: DeviceMesh | None = None) -> None:
-        """Keep of every Fisher the rows whose lora_B this process has; for models that FSDP2 shards.
+        """Keeps of every Fisher only the rows whose lora_B this process holds; for models that FSDP2 shards.
 
         Call it once on every process, after `fully_shard` and before training. mesh: that of the parameters,
         which None takes; of a mesh with replication the sharded dimension counts. From then on the memory of
@@ -332,15 +332,15 @@ class EWC:
         return {"fisher_mode": self.fisher_mode, "merge_mode": self.merge_mode, "update": self.update}
 
     def state_dict(self) -> dict[str, Any]:
-        """{"tensors": Fishers and, with merge_mode "factors", the factor sums; "config": how they were made}.
-        Tensors are not copied.
+        """{"tensors": Fishers and, with merge_mode "factors", the sums of A and of B; "config": how they were
+        made}. Tensors are not copied.
 
         >>> torch.save(ewc.state_dict(), "ewc.pt")
         """
         return dump(self._state.mapped_by_key(self._placement.wrapped), self._settings())
 
     def parse_state(self, saved: Mapping[str, Any]) -> EWCState:
-        """The validated state in `saved`, not yet taken over; raises `FisherError` naming what does not
+        """The validated state in `saved`, which `take_over` loads; raises `FisherError` naming what does not
         fit."""
         shapes = {
             ref.key: (ref.piece.row_count, ref.piece.r, ref.layer.in_features) for ref in self._placement.refs
@@ -361,8 +361,8 @@ class EWC:
             self.take_over(parsed, change)
 
     def take_over(self, parsed: EWCState, change: Transaction) -> None:
-        """Copies a parsed state in, on the devices of the layers; Fishers that exist already are updated in
-        place through `change`."""
+        """Loads a parsed state, on the devices of the layers; Fishers that exist already are updated in place
+        through `change`."""
         new = parsed.copied(devices(self._placement.refs), self.fisher_dtype)
         if self._state.fishers and new.fishers:
             for key, tensor in self._state.fishers.items():

@@ -1,4 +1,4 @@
-"""Subspaces of a layer's inputs: what earlier tasks used, and the strongest directions outside of it.
+"""Subspaces of a layer's inputs: those that earlier tasks used, and the strongest directions outside of them.
 
 DualGPM (Liang and Li, CVPR 2023) as InfLoRA (arXiv 2404.00228) uses it. C `[d, d]` is the sum of x^T x
 over the inputs x `[rows, d]` of one task. "paper" works with the inputs, whose singular values are the roots
@@ -17,15 +17,15 @@ VARIANTS = ("paper", "official")
 
 @dataclass(frozen=True)
 class Subspace:
-    """Directions that earlier tasks used, `basis` `[d, k]` with orthonormal columns, or those that they left
-    (`complement`), whichever are fewer: never more than d / 2 columns."""
+    """The directions that earlier tasks used, as orthonormal columns of `basis` `[d, k]`, or, with
+    `complement`, those that they left unused; whichever are fewer, so that k is at most d / 2."""
 
     basis: Tensor
     complement: bool
 
     @staticmethod
     def empty(width: int, device: torch.device) -> Subspace:
-        """Nothing used yet."""
+        """No direction is used yet."""
         return Subspace(torch.zeros(width, 0, dtype=torch.float64, device=device), False)
 
     @property
@@ -39,12 +39,12 @@ class Subspace:
         return Subspace(self.basis.to(device), self.complement)
 
     def free(self) -> Tensor:
-        """An orthonormal basis `[d, d - rank]` of the directions left."""
+        """An orthonormal basis `[d, d - rank]` of the unused directions."""
         return self.basis if self.complement else _outside(self.basis)
 
 
 def _outside(basis: Tensor) -> Tensor:
-    """An orthonormal basis of what the orthonormal columns of `basis` leave."""
+    """An orthonormal basis of the complement of the orthonormal columns of `basis`."""
     return torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :]
 
 

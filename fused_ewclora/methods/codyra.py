@@ -130,10 +130,11 @@ class CoDyRA(Method):
     def compact_(self, optimizer: Optimizer | None = None) -> int:
         """Removes the ranks whose gate is exactly 0 from A, B, w and their gradients; returns how many.
 
-        The model computes the same and trains on without them; a gate that its gradient would have revived
-        stays away until the next task, which starts at full rank. Parameters are replaced: optimizer gets
-        the new ones with its state (momentum, moments) cut accordingly; with None make one afterwards, and
-        wrap the model for several processes afterwards too, all of which must call this. Raises `TargetError`
+        The model computes the same and goes on training without them. A removed rank does not come back
+        before the next task, which starts at full rank; without `compact_`, the gradient of its gate might
+        make it nonzero again. Parameters are replaced: optimizer gets the new ones with its state (momentum,
+        moments) cut accordingly; with None make one afterwards. With several processes each must call this,
+        and DistributedDataParallel is to be made afterwards. Raises `TargetError`
         for merged or sharded layers and when processes differ in what survives, and `ArgumentError` for an
         optimizer that does not hold the adapters or whose state has another shape (Adafactor, LBFGS); nothing
         is changed then.
@@ -191,11 +192,11 @@ class CoDyRA(Method):
         for gate in self.gates().values():
             if gate.numel():
                 gates.setdefault(gate.device, []).append(gate)
-        for together in gates.values() if kappa > 0.0 else ():  # one call, unless the model is spread
+        for of_device in gates.values() if kappa > 0.0 else ():  # one call per device
             if self.threshold == "soft":
-                FE.soft_threshold_(together, kappa)
+                FE.soft_threshold_(of_device, kappa)
             else:
-                dead_zone_(together, kappa)
+                dead_zone_(of_device, kappa)
 
     @torch.no_grad()
     def _end(self, loader: Loader, loss_fn: Loss | None) -> None:

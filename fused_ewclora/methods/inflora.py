@@ -135,16 +135,15 @@ class InfLoRA(Method):
         for name, layer in self.layers.items():
             if untrained and any(bool(lora_b.any()) for _, _, lora_b in layer.adapter_parameters()):
                 raise ArgumentError(
-                    f"prepare: {name}: expected a lora_B of 0, which another A would change the meaning of; "
-                    "call it before training"
+                    f"prepare: {name}: expected a lora_B of 0, got a trained one, to which a new A would "
+                    "give another meaning; call it before training"
                 )
             if layer.merged:
                 raise TargetError(f"{name}: its adapter is merged into the base weight; call unmerge(model)")
         return input_covariances(self.model, self.layers, loader, self.max_batches, self.forward)
 
     def _of_first(self, subspaces: dict[str, Subspace]) -> dict[str, Subspace]:
-        """Those of the first process: where energies are equal another machine may order directions
-        otherwise."""
+        """Those of the first process: another machine may order directions of equal energy differently."""
         bases = of_first([used.basis for used in subspaces.values()], self.group)
         first = next(iter(subspaces.values())).basis
         flags = [used.complement for used in subspaces.values()]

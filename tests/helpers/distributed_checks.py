@@ -146,6 +146,7 @@ def a_state_made_before_sharding_is_dealt_out() -> None:
     early = EWC(shard(adapted()), **OPTIONS)
     early.load_state_dict(before.state_dict())
     early.shard_()
+    early.shard_()  # changes nothing
     late = EWC(shard(adapted()), **OPTIONS)
     late.shard_()
     late.load_state_dict(before.state_dict())
