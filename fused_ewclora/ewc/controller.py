@@ -230,7 +230,7 @@ class EWC:
 
         Call it once on every process between estimate_fisher and consolidate, each having passed over its own
         share of the data. It also makes `consolidate` draw the same new A everywhere. Nothing is left to do
-        after `shard_`, which sums while gathering. Raises `FisherError` before any estimate or without a
+        after `shard_`, with which a Fisher pass itself sums over processes. Raises `FisherError` before any estimate or without a
         process group, `TargetError` when adapters or settings differ between processes.
 
             >>> ewc.estimate_fisher(loader, criterion); ewc.reduce_fisher_(); ewc.consolidate()
@@ -248,8 +248,8 @@ class EWC:
         which None takes; of a mesh with replication the sharded dimension counts. From then on the memory of
         a Fisher is divided by the number of processes, Fishers are summed over all processes batch by batch
         (so each must run the same number of batches, as FSDP requires), a state loaded or made before is
-        dealt out, and gradients of the penalty reach the shards undivided. Raises `TargetError` when a factor
-        is not sharded by rows over mesh or when adapters or settings differ between processes,
+        sharded too, and gradients of the penalty reach the shards undivided. Raises `TargetError` when lora_A
+        or lora_B is not sharded by rows over mesh or when adapters or settings differ between processes,
         `ArgumentError` for merge_mode "factors".
 
             >>> fully_shard(model); ewc = EWC(model); ewc.shard_()
@@ -298,7 +298,7 @@ class EWC:
     ) -> None:
         """`estimate_fisher(loader, loss_fn, **kwargs)`, then `consolidate(gamma)`, with the errors of both.
 
-        A Fisher that was estimated stays when `consolidate` raises: mend the cause and call `consolidate`.
+        A Fisher that was estimated stays when `consolidate` raises: remove the cause and call `consolidate`.
 
             >>> ewc.end_task(loader, criterion, max_batches=100)
         """

@@ -54,12 +54,12 @@ class Share:
 class ShardedPlacement:
     """`Placement` of adapters whose matrices FSDP2 shards by rows.
 
-    local: the placement before sharding. mesh: that of the parameters, which None takes. Raises `TargetError`
+    before: the placement before sharding. mesh: that of the parameters, which None takes. Raises `TargetError`
     naming the adapter when its matrices are not sharded by rows over `mesh`.
     """
 
-    def __init__(self, local: Placement, mesh: DeviceMesh | None) -> None:
-        self.model, self.layers, self.refs = local.model, local.layers, local.refs
+    def __init__(self, before: Placement, mesh: DeviceMesh | None) -> None:
+        self.model, self.layers, self.refs = before.model, before.layers, before.refs
         reshard(self.model)
         # The parameters that FSDP keeps between runs; during a run it puts other tensors in their place.
         self._kept: dict[tuple[int, str], DTensor] = {}

@@ -133,11 +133,10 @@ class CoDyRA(Method):
         The model computes the same and goes on training without them. A removed rank does not come back
         before the next task, which starts at full rank; without `compact_`, the gradient of its gate might
         make it nonzero again. Parameters are replaced: optimizer gets the new ones with its state (momentum,
-        moments) cut accordingly; with None make one afterwards. With several processes each must call this,
-        and DistributedDataParallel is to be made afterwards. Raises `TargetError`
-        for merged or sharded layers and when processes differ in what survives, and `ArgumentError` for an
-        optimizer that does not hold the adapters or whose state has another shape (Adafactor, LBFGS); nothing
-        is changed then.
+        moments) cut accordingly; with None make one afterwards. Of several processes each must call this, and
+        make its DistributedDataParallel afterwards. Raises `TargetError` for merged or sharded layers and
+        when processes differ in what survives, and `ArgumentError` for an optimizer that does not hold the
+        adapters or whose state has another shape (Adafactor, LBFGS); nothing is changed then.
 
             >>> removed = method.compact_(optimizer)
         """

@@ -21,10 +21,9 @@ class LoRA(Method):
     """
 
     def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
-        generator = self._drawing()
         placement = LocalPlacement(self.model, self.layers)
         with folded(placement, self.group) as change:
-            placement.reset_adapters(change, generator)
+            placement.reset_adapters(change, self._drawing())
 
     def state_dict(self) -> dict[str, Any]:
         """{"tensors": {}, "config": counts of tasks}, between tasks. Weights and adapters are in the model's
