@@ -230,8 +230,8 @@ class EWC:
 
         Call it once on every process between estimate_fisher and consolidate, each having passed over its own
         share of the data. It also makes `consolidate` draw the same new A everywhere. Nothing is left to do
-        after `shard_`, with which a Fisher pass itself sums over processes. Raises `FisherError` before any estimate or without a
-        process group, `TargetError` when adapters or settings differ between processes.
+        after `shard_`, with which a Fisher pass itself sums over processes. Raises `FisherError` before any
+        estimate or without a process group, `TargetError` when adapters or settings differ between processes.
 
             >>> ewc.estimate_fisher(loader, criterion); ewc.reduce_fisher_(); ewc.consolidate()
         """

@@ -54,8 +54,8 @@ class Share:
 class ShardedPlacement:
     """`Placement` of adapters whose matrices FSDP2 shards by rows.
 
-    before: the placement before sharding. mesh: that of the parameters, which None takes. Raises `TargetError`
-    naming the adapter when its matrices are not sharded by rows over `mesh`.
+    before: the placement before sharding. mesh: that of the parameters, which None takes. Raises
+    `TargetError` naming the adapter when its matrices are not sharded by rows over `mesh`.
     """
 
     def __init__(self, before: Placement, mesh: DeviceMesh | None) -> None:
