@@ -78,8 +78,8 @@ def parse(saved: Any, adapters: Adapters, normalization: str) -> Parsed:
             raise _error(f"{key}: the state belongs to other base weights")
         directions.append(_directions(tensors, key, layer, piece))
         outcomes[key] = _outcomes(entry.get("outcomes"), key)
-        held = sum(outcome.kept for outcome in outcomes[key])
-        if len(outcomes[key]) != tasks or held != directions[-1].lora_anchor.shape[0]:
+        kept = sum(outcome.kept for outcome in outcomes[key])
+        if len(outcomes[key]) != tasks or kept != directions[-1].lora_anchor.shape[0]:
             raise _error(
                 f"{key}: expected an outcome for each of {tasks} tasks, and a direction if it was kept"
             )

@@ -69,9 +69,9 @@ def _ranked(covariance: Tensor, free: Tensor, variant: str) -> tuple[Tensor, Ten
 def directions(covariance: Tensor, used: Subspace, count: int, variant: str) -> Tensor:
     """The first `count` directions of a task outside of what is used, as rows `[count, d]`; zeros where fewer
     are left. The official code scales them by 1 / sqrt 3, the norm of a Kaiming-uniform row."""
-    found = _ranked(covariance, used.free(), variant)[0][:, :count].T
-    rows = torch.zeros(count, covariance.shape[0], dtype=found.dtype, device=found.device)
-    rows[: found.shape[0]] = found
+    strongest = _ranked(covariance, used.free(), variant)[0][:, :count].T
+    rows = torch.zeros(count, covariance.shape[0], dtype=strongest.dtype, device=strongest.device)
+    rows[: strongest.shape[0]] = strongest
     return rows if variant == "paper" else rows / 3.0**0.5
 
 
@@ -80,7 +80,7 @@ def extended(used: Subspace, covariance: Tensor, epsilon: float, variant: str) -
     task's energy. The official code takes one fewer, but at least one, after the first task."""
     d = covariance.shape[0]
     free = used.free()
-    found, energies = _ranked(covariance, free, variant)
+    ranked, energies = _ranked(covariance, free, variant)
     total = covariance.trace() if variant == "paper" else covariance.square().sum()
     left = energies.flip(0).cumsum(0).flip(0)  # outside of the memory before direction i is taken
     # Rounding leaves some energy outside of any subspace.
@@ -89,5 +89,5 @@ def extended(used: Subspace, covariance: Tensor, epsilon: float, variant: str) -
     if variant == "official" and used.rank == 0 and count > 1:
         count -= 1
     if used.rank + count <= d / 2:
-        return Subspace(torch.cat([used.basis, found[:, :count]], 1), False)
-    return Subspace(found[:, count:].clone(), True)
+        return Subspace(torch.cat([used.basis, ranked[:, :count]], 1), False)
+    return Subspace(ranked[:, count:].clone(), True)

@@ -109,12 +109,12 @@ class InfLoRA(Method):
         """
         if not self._running:
             raise ArgumentError("prepare: no task is running; call begin_task first")
-        found = self._covariances(loader, untrained=True)
+        covariances = self._covariances(loader, untrained=True)
         chosen = {}
         for name, layer in self.layers.items():
-            used = self.subspaces[name].to(found[name].device)
+            used = self.subspaces[name].to(covariances[name].device)
             widest = max(piece.r for piece in layer.adapter_slices)
-            chosen[name] = directions(found[name], used, widest, self.variant)
+            chosen[name] = directions(covariances[name], used, widest, self.variant)
         if several(self.group):
             chosen = dict(zip(chosen, of_first(list(chosen.values()), self.group), strict=True))
         with Transaction() as change:
@@ -170,10 +170,10 @@ class InfLoRA(Method):
     @torch.no_grad()
     def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
         self._check_prepared("end_task")
-        found = self._covariances(loader)
+        covariances = self._covariances(loader)
         epsilon = self.threshold(self.tasks)
         subspaces = {
-            name: extended(used.to(found[name].device), found[name], epsilon, self.variant)
+            name: extended(used.to(covariances[name].device), covariances[name], epsilon, self.variant)
             for name, used in self.subspaces.items()
         }
         if several(self.group):

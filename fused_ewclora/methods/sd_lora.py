@@ -123,10 +123,10 @@ class SDLoRA(Method):
             for key, layer, piece in self._adapters()
             for now in (Directions.of(layer, piece),)
         ]
-        held = sum(len(row["tasks"]) for row in rows)
-        dropped = self.tasks * len(rows) - held
-        notes = [f"{held} directions of {self.tasks} tasks in {len(rows)} adapters, {dropped} dropped"]
-        return Report("SD-LoRA directions", rows, notes, {"directions": held, "dropped": dropped})
+        kept = sum(len(row["tasks"]) for row in rows)
+        dropped = self.tasks * len(rows) - kept
+        notes = [f"{kept} directions of {self.tasks} tasks in {len(rows)} adapters, {dropped} dropped"]
+        return Report("SD-LoRA directions", rows, notes, {"directions": kept, "dropped": dropped})
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on, in a task or between tasks: tensors by name, plain
