@@ -1,4 +1,4 @@
-"""What several processes share: collectives, agreement, all-or-nothing changes."""
+"""Several processes: collectives, checks that all agree, and changes that happen in all or in none."""
 
 from __future__ import annotations
 

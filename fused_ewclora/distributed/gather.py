@@ -1,4 +1,4 @@
-"""Row-sharded matrices made whole and back: one collective for all of them, with its gradient."""
+"""Whole tensors from row shards, in one differentiable collective for all of them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowShards:
-    """How tensors of `rows` rows are dealt out over the processes of `group`: each holds `chunk` rows, the
-    last ones fewer or none, as `torch.chunk` and `DTensor` do."""
+    """How tensors of `rows` rows are sharded over the processes of `group`: each holds `chunk` rows, the last
+    ones fewer or none, as with `torch.chunk` and `DTensor`."""
 
     rows: tuple[int, ...]
     group: dist.ProcessGroup
@@ -34,13 +34,13 @@ class RowShards:
         return torch.cat(padded)
 
     def sizes(self, parts: Sequence[Tensor]) -> list[int]:
-        """Elements of every tensor in a row of `pack`."""
+        """The number of elements of each tensor in the result of `pack`."""
         return [self.chunk(i) * part.shape[1:].numel() for i, part in enumerate(parts)]
 
 
 class GatherRows(torch.autograd.Function):
-    """Whole tensors from the rows that each process has; the gradient is summed over processes and dealt
-    out."""
+    """Whole tensors from the rows that each process holds; each receives its rows of the gradient, summed
+    over processes."""
 
     @staticmethod
     def forward(ctx: Any, shards: RowShards, *parts: Tensor) -> tuple[Tensor, ...]:
@@ -75,8 +75,8 @@ class GatherRows(torch.autograd.Function):
 
 
 class SumOverProcesses(torch.autograd.Function):
-    """The sum of a term that every process has a part of. Its gradient with respect to that part is 1, and
-    every process backpropagates through its own part only."""
+    """The sum over processes of a term that each has computed a part of. Every process backpropagates through
+    its own part only, with gradient 1."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -90,7 +90,7 @@ class SumOverProcesses(torch.autograd.Function):
 
 
 def gathered(parts: Sequence[Tensor], rows: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
-    """The whole tensors of which every process of `group` has consecutive rows; one collective per dtype."""
+    """The whole tensors of which each process of `group` holds consecutive rows; one collective per dtype."""
     whole: list[Tensor | None] = [None] * len(parts)
     for dtype in dict.fromkeys(part.dtype for part in parts):
         which = [i for i, part in enumerate(parts) if part.dtype == dtype]

@@ -1,4 +1,4 @@
-"""What several processes must agree on, and whether a model is spread over them."""
+"""Errors, checks and random values that several processes have in common, and models sharded over them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ Result = TypeVar("Result")
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether it is a part of a tensor of several processes."""
+    """Whether this is a DTensor, which several processes hold together."""
     module = sys.modules.get("torch.distributed.tensor")  # importing it takes a second
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def sharded(layers: Mapping[str, nn.Module]) -> list[str]:
-    """The names of the layers of which a parameter lies in several processes."""
+    """The names of the layers that have a sharded parameter."""
     return [name for name, layer in layers.items() if any(map(is_dtensor, layer.parameters()))]
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees what FSDP2 keeps whole since the last forward pass; changes of shards would not reach it."""
+    """Frees the whole parameters that FSDP2 kept after the last forward pass; changes of the shards would not
+    reach them."""
     module = sys.modules.get("torch.distributed.fsdp")
     for part in model.modules() if module is not None else ():
         if isinstance(part, module.FSDPModule):  # type: ignore[union-attr]
@@ -35,13 +36,13 @@ def reshard(model: nn.Module) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor with the parts of all processes, a copy; every process must call it."""
+    """A whole copy of a sharded tensor, and any other tensor itself; every process must call this."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
 def assign_(target: Tensor, value: Tensor) -> None:
-    """target <- value, of which a sharded target takes its part."""
+    """target <- value; a sharded target takes its part of a whole value."""
     if is_dtensor(target) and not is_dtensor(value):
         parts = sys.modules["torch.distributed.tensor"]
         place = (target.device_mesh, target.placements)  # type: ignore[attr-defined]
@@ -50,24 +51,24 @@ def assign_(target: Tensor, value: Tensor) -> None:
 
 
 def several(group: Any = None) -> bool:
-    """Whether more than one process works together: those of `group`, None for all of torch.distributed."""
+    """Whether `group`, or all of torch.distributed for None, has more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
 def together(work: Callable[[], Result], group: Any = None) -> Result:
-    """The result of `work`, which makes no collective, unless it raises an error of this library or of files
-    in some process of `group`: then in all."""
+    """The result of `work`, which makes no collective calls; an error of this library or an `OSError` in one
+    process of `group` is raised in all."""
     result: list[Result] = []
     error: EWCLoRAError | OSError | None = None
     try:
         result.append(work())
     except (EWCLoRAError, OSError) as raised:
         error = raised
-    said: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(said, None if error is None else (type(error), str(error)), group=group)
+    errors: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(errors, None if error is None else (type(error), str(error)), group=group)
     if error is not None:
         raise error
-    for rank, other in enumerate(said):
+    for rank, other in enumerate(errors):
         if other is not None:
             kind, message = other
             raise kind(f"process {rank}: {message}")
@@ -89,16 +90,16 @@ def check_same(described: Mapping[str, Any], group: Any = None) -> None:
 
 @torch.no_grad()
 def of_first(tensors: Sequence[Tensor], group: Any = None) -> list[Tensor]:
-    """What the first process of `group` has in place of these tensors, whatever its shapes."""
+    """The values of these tensors in the first process of `group`, where they may have other shapes."""
     shapes: list[Any] = [[tuple(tensor.shape) for tensor in tensors]]
     dist.broadcast_object_list(shapes, group_src=0, group=group)
-    found = []
+    values = []
     for tensor, shape in zip(tensors, shapes[0], strict=True):
         same = tuple(tensor.shape) == shape
         value = tensor.clone(memory_format=torch.contiguous_format) if same else tensor.new_empty(shape)
         dist.broadcast(value, group_src=0, group=group)
-        found.append(value)
-    return found
+        values.append(value)
+    return values
 
 
 def common_generator(

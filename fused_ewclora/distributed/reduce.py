@@ -1,4 +1,4 @@
-"""The Fisher of a task over several processes, each of which has seen its share of the data."""
+"""The Fisher of a task as a sum over processes, each of which has passed over its share of the data."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ from ..errors import FisherError
 from .processes import check_same
 
 
-class Gathering(Protocol):
-    """A dataclass with the sums that one process has gathered."""
+class PartialFisher(Protocol):
+    """A dataclass with the sums over the data of one process."""
 
     buffers: dict[str, Tensor]
     samples: int
     batch_size: int
 
 
-Task = TypeVar("Task", bound=Gathering)
+Task = TypeVar("Task", bound=PartialFisher)
 
 
 @torch.no_grad()
 def reduced(task: Task, described: Mapping[str, Any], group: dist.ProcessGroup | None = None) -> Task:
-    """The sum of the gatherings of all processes of `group`, in new buffers: one all-reduce of everything,
-    flat.
+    """The sum over all processes of `group`, in new buffers, with one all-reduce of all Fishers, flattened.
 
-    described: what must be the same in every process, or `TargetError` is raised in all. The sum over
-    samples does not depend on how they were dealt out; mode "batch" is the average over the batches that the
-    processes saw.
+    described: what must be the same in every process; otherwise `TargetError` is raised in all. The sum over
+    samples does not depend on which process has seen which; mode "batch" is the average over the batches that
+    the processes have seen.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise FisherError("reduce_fisher_: expected torch.distributed.init_process_group to have been called")

@@ -41,17 +41,17 @@ def canonical_name(name: str) -> str:
 
 def by_canonical_name(named: Iterable[tuple[str, T]]) -> dict[str, T]:
     """Modules or tensors by canonical name; raises `TargetError` when two of them have the same."""
-    found: dict[str, T] = {}
+    by_name: dict[str, T] = {}
     names: dict[str, str] = {}
     for name, value in named:
         key = canonical_name(name)
-        if key in found and found[key] is not value:
+        if key in by_name and by_name[key] is not value:
             raise TargetError(
                 f"{names[key]} and {name}: expected names that differ by more than the prefix of a wrapper "
                 "such as DistributedDataParallel; rename one of them"
             )
-        found[key], names[key] = value, name
-    return found
+        by_name[key], names[key] = value, name
+    return by_name
 
 
 class Transaction:
@@ -70,11 +70,11 @@ class Transaction:
         return self
 
     def remember(self, target: Tensor) -> None:
-        """Keep the present value of a tensor that is about to be changed by other means."""
+        """Keeps the present value of a tensor that is about to be changed in another way."""
         self._old.append((target, target.detach().clone()))
 
     def copy_(self, target: Tensor, value: Tensor) -> None:
-        """target <- value, rounded to the dtype of target, of which a sharded target takes its part."""
+        """target <- value, rounded to the dtype of target; a sharded target takes its part of the value."""
         self.remember(target)
         assign_(target, value)
 

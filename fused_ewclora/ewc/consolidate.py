@@ -1,24 +1,18 @@
-"""The end of a task: every new value is computed and checked first, then all of them are copied in, or none
-(docs/mathematics.md, section 4)."""
+"""The new state of `EWC` at the end of a task (docs/mathematics.md, section 4)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..distributed.processes import together
-from ..distributed.transaction import Transaction
-from ..errors import ArgumentError, FisherError, TargetError
+from ..errors import ArgumentError, FisherError
 from ..layers.adapted import AdaptedLinear
-from ..layers.index import Slot, put_rows, take_rows
-from .fisher_pass import TaskFisher, nonfinite
-from .state import EWCState, Factors, TaskRecord
-
-if TYPE_CHECKING:
-    from .sharding import Sharding  # loads torch.distributed.fsdp, which takes a second
+from ..layers.index import AdapterRef, put_rows, take_rows
+from .fold import folding
+from .placement import Placement
+from .state import AdapterSums, EWCState, TaskFisher, TaskRecord
 
 
 @torch.no_grad()
@@ -39,41 +33,37 @@ def new_fisher(
 
 
 @torch.no_grad()
-def new_factors(slots: list[Slot], old: Mapping[str, Factors]) -> dict[str, Factors]:
+def new_sums(refs: Sequence[AdapterRef], old: Mapping[str, AdapterSums]) -> dict[str, AdapterSums]:
     """sum A, sum B and the original rows of W, as the official code accumulates them."""
-    factors = {}
-    for slot in slots:
-        a, b = slot.factors()
-        held = old.get(slot.key)
-        wide = torch.promote_types(a.dtype, torch.float32)
-        base = take_rows(slot.layer.base_weight, slot.piece.rows) if held is None else held.base
-        sum_a = a.detach().to(wide, copy=True) if held is None else held.lora_a + a
-        sum_b = b.detach().to(wide, copy=True) if held is None else held.lora_b + b
-        factors[slot.key] = Factors(sum_a, sum_b, base)
-    return factors
+    sums = {}
+    for ref in refs:
+        a, b = ref.matrices()
+        before = old.get(ref.key)
+        if before is None:
+            wide = torch.promote_types(a.dtype, torch.float32)
+            base = take_rows(ref.layer.base_weight, ref.piece.rows)
+            sums[ref.key] = AdapterSums(a.detach().to(wide, copy=True), b.detach().to(wide, copy=True), base)
+        else:
+            sums[ref.key] = AdapterSums(before.lora_a + a, before.lora_b + b, before.base)
+    return sums
 
 
 @torch.no_grad()
-def new_weights(slots: list[Slot], factors: Mapping[str, Factors]) -> list[tuple[Tensor, Tensor]]:
-    """(weight, its value after the task) per layer; W0 + s (sum B)(sum A) where factors are kept, else W + B
-    diag(s) A."""
-    layers = list(dict.fromkeys(slot.layer for slot in slots))
-    if not factors:
-        return [(layer.base_weight, layer.consolidated_weight()) for layer in layers]
-    weights = {layer: layer.base_weight.detach().clone() for layer in layers}
-    for slot in slots:
-        held = factors[slot.key]
-        delta = (held.lora_b * slot.piece.scaling) @ held.lora_a
-        put_rows(
-            weights[slot.layer], slot.piece.rows, (held.base.to(delta.dtype) + delta).to(held.base.dtype)
-        )
-    return [(layer.base_weight, weights[layer]) for layer in layers]
+def weights_of_sums(
+    layers: Mapping[str, AdaptedLinear], refs: Sequence[AdapterRef], sums: Mapping[str, AdapterSums]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """By layer: the base weight and its new value W0 + s (sum B)(sum A)."""
+    new = {layer: layer.base_weight.detach().clone() for layer in layers.values()}
+    for ref in refs:
+        own = sums[ref.key]
+        delta = (own.lora_b * ref.piece.scaling) @ own.lora_a
+        put_rows(new[ref.layer], ref.piece.rows, (own.base.to(delta.dtype) + delta).to(own.base.dtype))
+    return {name: (layer.base_weight, new[layer]) for name, layer in layers.items()}
 
 
 def consolidate(
     state: EWCState,
-    slots: list[Slot],
-    change: Transaction,
+    placement: Placement,
     *,
     gamma: float,
     update: str,
@@ -81,72 +71,44 @@ def consolidate(
     fisher_dtype: torch.dtype,
     check_finite: bool,
     generator: torch.Generator | None,
-    sharding: Sharding | None,
 ) -> EWCState:
-    """The state after the task; weights, Fishers and adapters are updated in place through `change`, all of
-    them or none."""
+    """The state after the task; weights, Fishers and adapters are updated in place, all of them or none."""
     task = state.task
     if task is None:
         raise FisherError(
             "consolidate: this task has no Fisher yet; call estimate_fisher(loader, loss_fn) first"
         )
-    if merge_mode == "factors" and (
-        learned := [s.key for s in slots if isinstance(s.layer.adapter_scale(s.piece), Tensor)]
-    ):
-        raise ArgumentError(
-            f"merge_mode: 'factors' has one scale for the sums of all tasks, but {learned[0]} has a "
-            "lora_scale; use 'delta'"
-        )
+    refs = placement.refs
     fishers = {
-        slot.key: new_fisher(state.fishers.get(slot.key), task, slot.key, gamma, update, fisher_dtype)
-        for slot in slots
+        ref.key: new_fisher(state.fishers.get(ref.key), task, ref.key, gamma, update, fisher_dtype)
+        for ref in refs
     }
-    factors = new_factors(slots, state.factors) if merge_mode == "factors" else {}
-    weights = new_weights(slots, factors) if sharding is None else sharding.new_weights()
-    if check_finite:
-        _agreed(sharding, lambda: _check(slots, fishers, weights))
-    record = TaskRecord("+".join(task.labels), task.samples, task.batch_size, gamma)
-    after = EWCState(state.fishers or fishers, factors, (*state.history, record), None)
-    layers = list(dict.fromkeys(slot.layer for slot in slots))
-    for weight, value in weights:
-        change.copy_(weight, value)
-    for key, old in state.fishers.items():
-        change.copy_(old, fishers[key])
-    held = [factor for slot in slots for factor in slot.factors()] if sharding is None else sharding.shards()
-    for tensor in held:
-        change.remember(tensor)
-    if sharding is not None:
-        sharding.reset_adapters(generator)
+    if merge_mode == "factors":
+        _check_one_scale(refs)
+        sums = new_sums(refs, state.sums)
+        weights = weights_of_sums(placement.layers, refs, sums)
     else:
-        for layer in layers:
-            layer.reset_adapters(generator)
-    for layer in layers:
-        layer.consolidated_tasks += 1
-    return after
+        sums, weights = {}, placement.new_weights()
+    record = TaskRecord("+".join(task.labels), task.samples, task.batch_size, gamma)
+    with folding(
+        placement.layers,
+        weights,
+        action="consolidate",
+        error=FisherError,
+        agree=placement.agree,
+        others={f"Fisher of {key}": fisher for key, fisher in fishers.items()},
+        finite=check_finite,
+    ) as change:
+        for key, old in state.fishers.items():
+            change.copy_(old, fishers[key])
+        placement.reset_adapters(change, generator)
+    return EWCState(state.fishers or fishers, sums, (*state.history, record), None)
 
 
-def check_ready(layers: Mapping[str, AdaptedLinear]) -> None:
-    """Raises `TargetError` or `FisherError` for a layer whose task cannot end now."""
-    for name, layer in layers.items():
-        if layer.merged:
-            raise TargetError(
-                f"{name}: its adapter is merged into the base weight; call unmerge(model) before consolidate"
+def _check_one_scale(refs: Sequence[AdapterRef]) -> None:
+    for ref in refs:
+        if isinstance(ref.layer.adapter_scale(ref.piece), Tensor):
+            raise ArgumentError(
+                f"merge_mode: 'factors' has one scale for the sums of all tasks, but {ref.key} has a "
+                "lora_scale; use 'delta'"
             )
-        if layer.fisher_capture is not None:
-            raise FisherError(f"{name}: a Fisher pass is active; leave its block before consolidate")
-
-
-def _agreed(sharding: Sharding | None, check: Callable[[], None]) -> None:
-    """An error in one process is one in all of them."""
-    check() if sharding is None else together(check)
-
-
-def _check(slots: list[Slot], fishers: Mapping[str, Tensor], weights: list[tuple[Tensor, Tensor]]) -> None:
-    names = list({slot.layer: slot.key for slot in slots}.values())  # in the order of `weights`
-    values = {f"Fisher of {key}": fisher for key, fisher in fishers.items()}
-    values |= {f"merged weight of {key}": value for key, (_, value) in zip(names, weights, strict=True)}
-    if bad := nonfinite(values):
-        raise FisherError(
-            f"consolidate: {bad[0]}: expected finite values, got NaN or Inf ({len(bad)} such tensors); "
-            "nothing was changed"
-        )

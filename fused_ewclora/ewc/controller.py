@@ -1,4 +1,4 @@
-"""EWC on the product of LoRA factors, over a sequence of tasks (EWC-LoRA, arXiv 2602.17559)."""
+"""EWC on the product B A of LoRA matrices, over a sequence of tasks (EWC-LoRA, arXiv 2602.17559)."""
 
 from __future__ import annotations
 
@@ -12,24 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .. import functional as FE
-from ..distributed.processes import check_same, common_generator, sharded, together
-from ..distributed.reduce import reduced
+from ..distributed.processes import check_same
 from ..distributed.transaction import Transaction, by_canonical_name
 from ..errors import ArgumentError, FisherError, TargetError
 from ..layers.adapted import AdaptedLinear
-from ..layers.index import Operands, check_present, checked_fisher_dtype, devices, operands, slots_of
-from ..layers.inject import adapters, check_mergeable
+from ..layers.index import checked_fisher_dtype, devices
+from ..layers.inject import adapters
 from . import estimation as passes
-from .consolidate import check_ready, consolidate
-from .fisher_pass import FisherPass, TaskFisher
+from .consolidate import consolidate
+from .fisher_pass import FisherPass
+from .placement import LocalPlacement, Placement
 from .settings import FISHER_MODES, MERGE_MODES, UPDATES, number, one_of
-from .state import EWCState, Expected, TaskRecord, dump, parse
+from .state import EWCState, Expected, TaskFisher, TaskRecord, dump
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-    from .sharding import Sharding  # loads torch.distributed.fsdp, which takes a second
 
 
 class EWC:
@@ -85,17 +82,16 @@ class EWC:
             raise TargetError(
                 "model: expected adapters, found none; call fused_ewclora.inject(model, config) first"
             )
-        self._slots = slots_of(self.layers)
+        self._placement: Placement = LocalPlacement(model, self.layers)
         self._state = EWCState()
-        self._sharding: Sharding | None = None
-        self._drawing: torch.Generator | None = None  # of the next A, after reduce_fisher_
-        self.fisher_dtype = checked_fisher_dtype(self._slots, fisher_dtype)
+        self._common_generator: torch.Generator | None = None  # of the next A, after reduce_fisher_
+        self.fisher_dtype = checked_fisher_dtype(self._placement.refs, fisher_dtype)
 
     @property
     def fishers(self) -> dict[str, Tensor]:
         """The cumulative Fisher `[rows of the adapter, d_in]` by module name, with ".k" etc. for slices;
         empty before the first task. Sharded Fishers are DTensors."""
-        return self._visible(self._state.fishers)
+        return self._placement.wrapped(self._state.fishers)
 
     @property
     def tasks(self) -> int:
@@ -111,24 +107,20 @@ class EWC:
     def _device(self) -> torch.device:
         return next(iter(self.layers.values())).weight.device
 
-    def _visible(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(tensors) if self._sharding is None else self._sharding.wrapped(tensors)
-
-    def _check_placement(self) -> None:
-        check_present(self._slots)
-        if self._sharding is None and (name := next(iter(sharded(self.layers)), None)):
-            raise TargetError(f"{name}: its parameters are sharded; call ewc.shard_() after fully_shard")
+    def _check(self) -> None:
+        """Raises `TargetError` when the adapters have changed; the state follows a model that was moved."""
+        self._placement.check()
         self._follow()
 
     def _follow(self) -> None:
-        """The state goes where a model that was moved is now."""
-        self._state = self._state.moved(devices(self._slots), self.fisher_dtype)
+        """Moves the state to the devices of the layers."""
+        self._state = self._state.moved(devices(self._placement.refs), self.fisher_dtype)
 
-    def _operands(self) -> Operands:
-        check_present(self._slots)
+    def _fishers_in_place(self) -> dict[str, Tensor]:
+        """The Fishers on the devices of the layers."""
         if next(iter(self._state.fishers.values())).device != self._device:
             self._follow()
-        return operands(self._slots, self._state.fishers)
+        return self._state.fishers
 
     def penalty(self) -> Tensor:
         """P = (lambda/2) sum F (B diag(s) A)^2 over all adapters, 0-d fp32, differentiable; exactly 0 before
@@ -140,9 +132,7 @@ class EWC:
             # A leaf, so that .backward() works on it alone; torch.compile has no leaves inside its graphs.
             leaf = torch.is_grad_enabled() and not torch.compiler.is_compiling()
             return torch.zeros((), device=self._device, requires_grad=leaf)
-        if self._sharding is not None:
-            return self._sharding.penalty(self._state.fishers, self.ewc_lambda)
-        return FE.ewc_penalty(*self._operands(), self.ewc_lambda)
+        return self._placement.penalty(self._fishers_in_place(), self.ewc_lambda)
 
     def add_penalty_grad_(self, grad_scale: float | Tensor = 1.0) -> Tensor:
         """Adds grad_scale * dP to `.grad` of the adapters, without a graph; returns the unscaled P, 0-d.
@@ -152,16 +142,7 @@ class EWC:
         """
         if not self._state.fishers:
             return self.penalty().detach()
-        if self._sharding is not None:
-            return self._sharding.add_penalty_grad_(self._state.fishers, self.ewc_lambda, grad_scale)
-        terms = self._operands()
-        if any(slot.layer.composer is not None for slot in self._slots):
-            # What is composed need not be a leaf, whose .grad an optimizer reads.
-            with torch.enable_grad():
-                penalty = self.penalty()
-            penalty.backward(penalty.detach().new_ones(()) * grad_scale)
-            return penalty.detach()
-        return FE.ewc_penalty_grad_(*terms, self.ewc_lambda, grad_scale=grad_scale)
+        return self._placement.add_penalty_grad_(self._fishers_in_place(), self.ewc_lambda, grad_scale)
 
     @contextmanager
     def accumulate_fisher(
@@ -183,21 +164,15 @@ class EWC:
         >>> with ewc.accumulate_fisher():
         ...     for x, y in loader: criterion(model(x), y).backward()
         """
-        self._check_placement()
-        keys: dict[str, list[str]] = {name: [] for name in self.layers}
-        for name, layer in self.layers.items():
-            keys[name] = [slot.key for slot in self._slots if slot.layer is layer]
-        passing = FisherPass(
-            self.layers, keys, self.fisher_mode, reduction, batch_size, loss_scale, self._sharding
-        )
-        with passing:
-            yield passing
-        self._add(passing.result(labels, self.check_finite))
+        self._check()
+        running = FisherPass(self._placement, self.fisher_mode, reduction, batch_size, loss_scale)
+        with running:
+            yield running
+        self._add(running.result(labels, self.check_finite))
 
-    def _add(self, gathered: TaskFisher) -> None:
+    def _add(self, fisher: TaskFisher) -> None:
         old = self._state
-        task = gathered if old.task is None else gathered.plus(old.task)
-        self._state = replace(old, task=task)
+        self._state = replace(old, task=fisher if old.task is None else fisher.plus(old.task))
 
     def estimate_fisher(
         self,
@@ -255,40 +230,38 @@ class EWC:
 
         Call it once on every process between estimate_fisher and consolidate, each having passed over its own
         share of the data. It also makes `consolidate` draw the same new A everywhere. Nothing is left to do
-        after `shard_`, which sums while gathering. Raises `FisherError` before any estimate or without a
-        process group, `TargetError` when adapters or settings differ between processes.
+        after `shard_`, with which a Fisher pass itself sums over processes. Raises `FisherError` before any
+        estimate or without a process group, `TargetError` when adapters or settings differ between processes.
 
             >>> ewc.estimate_fisher(loader, criterion); ewc.reduce_fisher_(); ewc.consolidate()
         """
         if self._state.task is None:
             raise FisherError("reduce_fisher_: this task has no Fisher yet; call estimate_fisher first")
-        if self._sharding is None:
-            task = reduced(self._state.task, self._described(), group)
-            self._drawing = common_generator(self.generator, self._device, group)
-            self._state = replace(self._state, task=task)
+        task = self._placement.reduced(self._state.task, self._described(), group)
+        self._common_generator = self._placement.common_generator(self.generator, group)
+        self._state = replace(self._state, task=task)
 
     def shard_(self, mesh: DeviceMesh | None = None) -> None:
-        """Keep of every Fisher the rows whose lora_B this process has; for models that FSDP2 shards.
+        """Keeps of every Fisher only the rows whose lora_B this process holds; for models that FSDP2 shards.
 
         Call it once on every process, after `fully_shard` and before training. mesh: that of the parameters,
         which None takes; of a mesh with replication the sharded dimension counts. From then on the memory of
         a Fisher is divided by the number of processes, Fishers are summed over all processes batch by batch
         (so each must run the same number of batches, as FSDP requires), a state loaded or made before is
-        dealt out, and gradients of the penalty reach the shards undivided. Raises `TargetError` when a factor
-        is not sharded by rows over mesh or when adapters or settings differ between processes,
+        sharded too, and gradients of the penalty reach the shards undivided. Raises `TargetError` when lora_A
+        or lora_B is not sharded by rows over mesh or when adapters or settings differ between processes,
         `ArgumentError` for merge_mode "factors".
 
             >>> fully_shard(model); ewc = EWC(model); ewc.shard_()
         """
         if self.merge_mode != "delta":
             raise ArgumentError(f"merge_mode: expected 'delta' for shard_, got {self.merge_mode!r}")
-        from .sharding import Sharding
+        from .sharding import ShardedPlacement  # loads torch.distributed.fsdp, which takes a second
 
-        sharding = Sharding(self.model, self._slots, mesh)
+        before, sharded = self._placement, ShardedPlacement(self._placement, mesh)
         check_same(self._described())
-        if self._sharding is None:
-            self._state = self._state.mapped_by_key(sharding.taken)
-        self._sharding = sharding
+        self._state = self._state.mapped_by_key(lambda fishers: sharded.taken(before.wrapped(fishers)))
+        self._placement = sharded
 
     def consolidate(self, gamma: float | None = None) -> None:
         """Ends a task: F <- gamma F + F_task, W <- W + B diag(s) A (fp32 sum, one rounding), A and B reset;
@@ -300,24 +273,20 @@ class EWC:
 
         >>> ewc.estimate_fisher(loader, criterion); ewc.consolidate()
         """
-        self._check_placement()
+        self._check()
         gamma = self.gamma if gamma is None else number("gamma", gamma, 0.0, 1.0)
-        check_ready(self.layers)
-        check_mergeable(self.model)
-        with Transaction() as change:
-            self._state = consolidate(
-                self._state,
-                self._slots,
-                change,
-                gamma=gamma,
-                update=self.update,
-                merge_mode=self.merge_mode,
-                fisher_dtype=self.fisher_dtype,
-                check_finite=self.check_finite,
-                generator=self._drawing or self.generator,
-                sharding=self._sharding,
-            )
-        self._drawing = None
+        self._placement.check_foldable("consolidate")
+        self._state = consolidate(
+            self._state,
+            self._placement,
+            gamma=gamma,
+            update=self.update,
+            merge_mode=self.merge_mode,
+            fisher_dtype=self.fisher_dtype,
+            check_finite=self.check_finite,
+            generator=self._common_generator or self.generator,
+        )
+        self._common_generator = None
 
     def end_task(
         self,
@@ -329,7 +298,7 @@ class EWC:
     ) -> None:
         """`estimate_fisher(loader, loss_fn, **kwargs)`, then `consolidate(gamma)`, with the errors of both.
 
-        A Fisher that was estimated stays when `consolidate` raises: mend the cause and call `consolidate`.
+        A Fisher that was estimated stays when `consolidate` raises: remove the cause and call `consolidate`.
 
             >>> ewc.end_task(loader, criterion, max_batches=100)
         """
@@ -338,35 +307,45 @@ class EWC:
         self.estimate_fisher(loader, loss_fn, **kwargs)
         self.consolidate(gamma)
 
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """An exception in the block discards every Fisher that was estimated in it.
+
+        >>> with ewc.restored_on_error(): ewc.end_task(loader, criterion)
+        """
+        before = self._state, self._common_generator
+        try:
+            yield
+        except BaseException:
+            self._state, self._common_generator = before
+            raise
+
     def _described(self) -> dict[str, Any]:
-        """What processes that work together have in common."""
-        pieces = {
-            s.key: (s.piece.row_count, s.layer.in_features, s.piece.r, s.piece.scaling) for s in self._slots
+        """What must be the same in all processes that share a model or its data."""
+        shapes = {
+            ref.key: (ref.piece.row_count, ref.layer.in_features, ref.piece.r, ref.piece.scaling)
+            for ref in self._placement.refs
         }
-        return {**pieces, **self._settings(), "gamma": self.gamma, "ewc_lambda": self.ewc_lambda}
+        return {**shapes, **self._settings(), "gamma": self.gamma, "ewc_lambda": self.ewc_lambda}
 
     def _settings(self) -> dict[str, str]:
         return {"fisher_mode": self.fisher_mode, "merge_mode": self.merge_mode, "update": self.update}
 
     def state_dict(self) -> dict[str, Any]:
-        """{"tensors": Fishers and, with merge_mode "factors", the factor sums; "config": how they were made}.
-        Tensors are not copied.
+        """{"tensors": Fishers and, with merge_mode "factors", the sums of A and of B; "config": how they were
+        made}. Tensors are not copied.
 
         >>> torch.save(ewc.state_dict(), "ewc.pt")
         """
-        state = self._state if self._sharding is None else self._state.mapped_by_key(self._sharding.wrapped)
-        return dump(state, self._settings())
+        return dump(self._state.mapped_by_key(self._placement.wrapped), self._settings())
 
     def parse_state(self, saved: Mapping[str, Any]) -> EWCState:
-        """The validated state in `saved`, not yet taken over; raises `FisherError` naming what does not
+        """The validated state in `saved`, which `take_over` loads; raises `FisherError` naming what does not
         fit."""
         shapes = {
-            slot.key: (slot.piece.row_count, slot.piece.r, slot.layer.in_features) for slot in self._slots
+            ref.key: (ref.piece.row_count, ref.piece.r, ref.layer.in_features) for ref in self._placement.refs
         }
-        if self._sharding is None:
-            return parse(saved, Expected(shapes, self._settings(), self.check_finite))
-        saved, shapes = self._sharding.localised(saved, shapes)
-        return together(lambda: parse(saved, Expected(shapes, self._settings(), self.check_finite)))
+        return self._placement.parsed(saved, Expected(shapes, self._settings(), self.check_finite))
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Takes over a `state_dict()` of an EWC with the same settings and adapters; nothing changes unless
@@ -382,9 +361,9 @@ class EWC:
             self.take_over(parsed, change)
 
     def take_over(self, parsed: EWCState, change: Transaction) -> None:
-        """Copies a parsed state in, on the devices of the layers; Fishers that exist already are updated in
-        place through `change`."""
-        new = parsed.copied(devices(self._slots), self.fisher_dtype)
+        """Loads a parsed state, on the devices of the layers; Fishers that exist already are updated in place
+        through `change`."""
+        new = parsed.copied(devices(self._placement.refs), self.fisher_dtype)
         if self._state.fishers and new.fishers:
             for key, tensor in self._state.fishers.items():
                 change.copy_(tensor, new.fishers[key])

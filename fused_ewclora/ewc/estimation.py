@@ -1,4 +1,4 @@
-"""One pass over data that gathers the Fisher of every adapted layer, and what a sample's label is in it."""
+"""The parts of a Fisher pass over data: forward, labels and loss of a batch, and the modes of the model."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ class LabelPolicy:
 
 
 def check_loss(loss: Any) -> None:
-    """A loss that can be backpropagated."""
+    """Raises `FisherError` unless the loss can be backpropagated."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise FisherError(f"loss_fn: expected a scalar loss per batch, got {got}")
@@ -212,15 +212,15 @@ def limited(loader: Iterable[Batch], max_batches: int | None, progress: bool | N
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without DDP, which would average gradients that nobody wants, and hang when processes have
-    different numbers of batches."""
+    """The model without DDP, which would average gradients over processes, and hang when these have different
+    numbers of batches."""
     inner = getattr(model, "_orig_mod", model)  # of torch.compile
     return inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else model
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; the mode of every single module restored after."""
+    """Eval mode inside; the mode of each module is restored after it."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -232,24 +232,24 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gradients_untouched(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Parameters have no `.grad` inside and get back the very tensors they had; yields a function that clears
-    them."""
-    held = [(parameter, parameter.grad) for parameter in model.parameters()]
+    """Every `.grad` is None at the start of the block and restored after it, as the same tensor; yields a
+    function that sets all of them to None."""
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
 
     def clear() -> None:
-        for parameter, _ in held:
+        for parameter, _ in before:
             parameter.grad = None
 
     clear()
     try:
         yield clear
     finally:
-        for parameter, grad in held:
+        for parameter, grad in before:
             parameter.grad = grad
 
 
 def check_labels(labels: str, mode: str) -> None:
-    """A label policy, and one that the Fisher mode can serve."""
+    """Raises `ArgumentError` for an unknown label policy, or one that the Fisher mode does not have."""
     if labels not in LABELS:
         raise ArgumentError(f"labels: expected one of {LABELS}, got {labels!r}")
     if labels == "exact" and mode != "sample":
@@ -260,6 +260,6 @@ def check_labels(labels: str, mode: str) -> None:
 
 
 def check_max_batches(max_batches: int | None) -> None:
-    """None, or at least one batch."""
+    """Raises `ArgumentError` unless it is None or at least 1."""
     if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
         raise ArgumentError(f"max_batches: expected an integer >= 1 or None, got {max_batches!r}")

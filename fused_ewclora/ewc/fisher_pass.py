@@ -1,60 +1,29 @@
-"""Gathers the Fisher of one task: capture on every adapted layer, and the checks that nothing was missed."""
+"""One pass for the Fisher of a task: a capture on every adapted layer, and the check that each was
+reached."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..distributed.processes import together
 from ..errors import ArgumentError, FisherError, TargetError
-from ..layers.adapted import AdaptedLinear
+from ..layers.finite import nonfinite
 from ..ops.capture import FisherCapture
-
-if TYPE_CHECKING:
-    from .sharding import Sharding  # loads torch.distributed.fsdp, which takes a second
-
-
-@dataclass
-class TaskFisher:
-    """What has been gathered for the current task: unnormalised buffers per Fisher key, and how they came
-    about."""
-
-    buffers: dict[str, Tensor]
-    samples: int
-    batch_size: int
-    labels: tuple[str, ...]
-
-    def plus(self, other: TaskFisher) -> TaskFisher:
-        """The sum with an earlier gathering, in this one's buffers."""
-        torch._foreach_add_(list(self.buffers.values()), [other.buffers[key] for key in self.buffers])
-        labels = tuple(dict.fromkeys((*other.labels, *self.labels)))
-        return TaskFisher(
-            self.buffers, self.samples + other.samples, max(self.batch_size, other.batch_size), labels
-        )
+from .placement import Placement
+from .state import TaskFisher
 
 
 def eager() -> AbstractContextManager[Any]:
-    """Compiled models run eagerly inside: a graph that was traced without capture would not feed it."""
+    """Compiled models run eagerly inside: a graph that was traced without a capture does not call it."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()  # nothing can have been compiled, and importing dynamo takes a second
     return torch.compiler.set_stance("force_eager")
-
-
-def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of the tensors that hold NaN or Inf; one host synchronisation for all of them."""
-    if not tensors:
-        return []
-    device = next(iter(tensors.values())).device
-    flags = torch.stack([torch.isfinite(tensor).all().to(device) for tensor in tensors.values()])
-    return [name for name, good in zip(tensors, flags.tolist(), strict=True) if not good]
 
 
 class FisherPass:
@@ -66,32 +35,28 @@ class FisherPass:
 
     def __init__(
         self,
-        layers: Mapping[str, AdaptedLinear],
-        keys: Mapping[str, list[str]],
+        placement: Placement,
         mode: str,
         reduction: str = "mean",
         batch_size: int | None = None,
         loss_scale: float = 1.0,
-        sharding: Sharding | None = None,
     ) -> None:
         if not (isinstance(loss_scale, (int, float)) and math.isfinite(loss_scale) and loss_scale > 0):
             raise ArgumentError(f"loss_scale: expected a finite number > 0, got {loss_scale!r}")
-        self._layers, self._keys = layers, keys
+        self._placement, self._layers = placement, placement.layers
         self._mode, self._reduction, self._loss_scale = mode, reduction, float(loss_scale)
         self._batch_size: int | None = None
-        self._sharding = sharding
         self._largest = 0
         self._captures: dict[str, FisherCapture] = {}
         self._stance: AbstractContextManager[Any] = nullcontext()
         self._calls: dict[str, int] = {}
-        self.samples: int | None = (
-            None  # set by estimate_fisher, whose "exact" policy passes each sample several times
-        )
+        # Set by estimate_fisher, whose "exact" policy passes each sample several times.
+        self.samples: int | None = None
         self.batch_size = batch_size
 
     @property
     def batch_size(self) -> int | None:
-        """Samples of the batches to come."""
+        """The number of samples in each of the next batches."""
         return self._batch_size
 
     @batch_size.setter
@@ -113,7 +78,10 @@ class FisherPass:
                 )
             if not layer.adapters_enabled:
                 raise FisherError(f"{name}: its adapter is disabled; leave the `disabled` block first")
-        self._captures = {name: self._capture(layer) for name, layer in self._layers.items()}
+        options = (self._mode, self._reduction, self._loss_scale, self._batch_size)
+        self._captures = {
+            name: self._placement.capture(layer, *options) for name, layer in self._layers.items()
+        }
         self._stance = eager()
         self._stance.__enter__()
         self._calls = {name: layer.forward_calls for name, layer in self._layers.items()}
@@ -121,22 +89,9 @@ class FisherPass:
             layer.fisher_capture = self._captures[name]
         return self
 
-    def _capture(self, layer: AdaptedLinear) -> FisherCapture:
-        pieces = layer.adapter_slices
-        rows = [piece.rows for piece in pieces]
-        options = (self._mode, self._reduction, self._loss_scale, self._batch_size)
-        if self._sharding is not None:
-            return self._sharding.capture(layer, rows, *options)
-        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-        buffers = [
-            torch.zeros(piece.row_count, layer.in_features, dtype=dtype, device=layer.weight.device)
-            for piece in pieces
-        ]
-        return FisherCapture(buffers, rows, *options)
-
     def finish_batch(self) -> None:
-        """All backward passes of the batch are done: square what is held for layers whose later calls took no
-        part in the loss."""
+        """To be called after all backward passes of a batch: accumulates what layers hold back while they
+        wait for calls whose output took no part in the loss."""
         for capture in self._captures.values():
             capture.finish()
 
@@ -148,22 +103,17 @@ class FisherPass:
         self._stance.__exit__(kind, error, trace)
 
     def result(self, labels: str, check_finite: bool) -> TaskFisher:
-        """What was gathered, after the block, by all processes when sharded; raises when a layer was missed,
-        counts disagree or a value is not finite."""
+        """The Fisher of the pass, after the block, of the data of all processes where they share the model;
+        raises when a layer was missed, counts disagree or a value is not finite."""
         self.finish_batch()
-        if self._sharding is None:
-            return self._result(labels, check_finite)
-        sharding = self._sharding
-        task = together(lambda: self._result(labels, check_finite))
-        batch_size = sharding.largest(task.batch_size)
-        return TaskFisher(task.buffers, sharding.summed(task.samples), batch_size, task.labels)
+        task = self._placement.agree(lambda: self._result(labels, check_finite))
+        samples, batch_size = self._placement.totals(task.samples, task.batch_size)
+        return TaskFisher(task.buffers, samples, batch_size, task.labels)
 
     def _result(self, labels: str, check_finite: bool) -> TaskFisher:
         self._check_reached()
         samples = self._counted_samples() if self.samples is None else self.samples
-        buffers: dict[str, Tensor] = {}
-        for name, capture in self._captures.items():
-            buffers.update(zip(self._keys[name], capture.fishers, strict=True))
+        buffers = self._buffers()
         if check_finite and (bad := nonfinite(buffers)):
             raise FisherError(
                 f"Fisher of {_some(bad)}: expected finite values, got NaN or Inf; look for NaN or Inf in "
@@ -173,6 +123,11 @@ class FisherPass:
             )
         batches = max(capture.batches for capture in self._captures.values())
         return TaskFisher(buffers, samples, self._largest or math.ceil(samples / batches), (labels,))
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """By Fisher key."""
+        captures = {self._layers[name]: capture for name, capture in self._captures.items()}
+        return {ref.key: captures[ref.layer].fishers[ref.index] for ref in self._placement.refs}
 
     def _check_reached(self) -> None:
         missed = [name for name, capture in self._captures.items() if capture.batches == 0]

@@ -1,4 +1,4 @@
-"""The settings of `EWC`: what is allowed, and lambda for the other kind of Fisher."""
+"""The settings of `EWC`: their allowed values, and the conversion of lambda between Fisher modes."""
 
 from __future__ import annotations
 

@@ -1,28 +1,34 @@
-"""EWC where FSDP2 shards the parameters: the rows of every Fisher live with the rows of its lora_B.
+"""EWC where FSDP2 shards the parameters: of a Fisher each process holds the rows whose lora_B it holds.
 
-Of lora_A and lora_B, small, whole copies are made where they are needed; of a Fisher or a base weight, never.
-Each process computes the part of the penalty that its rows have, and of the new weights its rows.
+lora_A and lora_B are small and gathered where they are needed; Fishers and base weights never are. Each
+process computes the penalty of its rows, and its rows of the new weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .. import functional as FE
 from ..distributed.gather import SumOverProcesses, gathered
-from ..distributed.processes import common_generator, reshard
+from ..distributed.processes import common_generator, reshard, together
+from ..distributed.transaction import Transaction
 from ..errors import TargetError
 from ..layers.adapted import AdaptedLinear
-from ..layers.index import Slot
+from ..layers.index import check_present
+from ..layers.inject import check_mergeable
 from ..ops.capture import FisherCapture
+from .placement import Placement, check_ready, fisher_buffer
+from .state import EWCState, Expected, TaskFisher, parse
+
+Result = TypeVar("Result")
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -31,8 +37,8 @@ def local(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Shares:
-    """Which of `rows` rows this process holds: `start` to `stop`; full shares have `chunk` rows."""
+class Share:
+    """The rows `start` to `stop` that this process holds of `rows` rows; a full share has `chunk` rows."""
 
     rows: int
     chunk: int
@@ -45,50 +51,61 @@ class Shares:
         return self.stop - self.start
 
 
-class Sharding:
-    """Where the adapters of a model are, and the operations of `EWC` on what this process has of them.
+class ShardedPlacement:
+    """`Placement` of adapters whose matrices FSDP2 shards by rows.
 
-    Raises `TargetError` naming the adapter when its factors are not sharded by rows over `mesh`.
+    before: the placement before sharding. mesh: that of the parameters, which None takes. Raises
+    `TargetError` naming the adapter when its matrices are not sharded by rows over `mesh`.
     """
 
-    def __init__(self, model: nn.Module, slots: Sequence[Slot], mesh: DeviceMesh | None) -> None:
-        self._model, self._slots = model, list(slots)
-        reshard(model)
-        # FSDP puts other tensors in the modules while they run; these are what it keeps between runs.
+    def __init__(self, before: Placement, mesh: DeviceMesh | None) -> None:
+        self.model, self.layers, self.refs = before.model, before.layers, before.refs
+        reshard(self.model)
+        # The parameters that FSDP keeps between runs; during a run it puts other tensors in their place.
         self._kept: dict[tuple[int, str], DTensor] = {}
-        first = self._factors()[0][1]
+        first = self._matrices()[0][1]
         self.mesh = first.device_mesh if mesh is None else mesh
         self._placements = first.placements
-        for slot, (a, b) in zip(self._slots, self._factors(), strict=True):
-            for name, factor in ((slot.piece.a_name, a), (slot.piece.b_name, b)):
-                self._check(slot.key, name, factor)
+        for ref, (a, b) in zip(self.refs, self._matrices(), strict=True):
+            for name, matrix in ((ref.piece.a_name, a), (ref.piece.b_name, b)):
+                self._check_sharded(ref.key, name, matrix)
         dimension = next(i for i, p in enumerate(self._placements) if isinstance(p, Shard))
         self.group = self.mesh.get_group(dimension)
         self._others = [self.mesh.get_group(i) for i in range(self.mesh.ndim) if i != dimension]
 
-    def _check(self, key: str, name: str, factor: DTensor) -> None:
-        if factor.device_mesh != self.mesh:
-            raise TargetError(f"mesh: {name} of {key} is sharded over {factor.device_mesh}, not {self.mesh}")
-        sharded = [p for p in factor.placements if not isinstance(p, Replicate)]
-        if sharded != [Shard(0)] or factor.placements != self._placements:
+    def check(self) -> None:
+        check_present(self.refs)
+
+    def check_foldable(self, action: str) -> None:
+        check_ready(self.layers, action)
+        check_mergeable(self.model)
+
+    def agree(self, work: Callable[[], Result]) -> Result:
+        return together(work)
+
+    def _check_sharded(self, key: str, name: str, matrix: DTensor) -> None:
+        if matrix.device_mesh != self.mesh:
+            raise TargetError(f"mesh: {name} of {key} is sharded over {matrix.device_mesh}, not {self.mesh}")
+        sharded = [p for p in matrix.placements if not isinstance(p, Replicate)]
+        if sharded != [Shard(0)] or matrix.placements != self._placements:
             raise TargetError(
-                f"mesh: expected {name} of {key} sharded by rows, Shard(0), got {factor.placements}"
+                f"mesh: expected {name} of {key} sharded by rows, Shard(0), got {matrix.placements}"
             )
 
     def _kept_tensor(self, key: tuple[int, str], table: Mapping[str, Any], name: str) -> DTensor:
-        found = table[name]
-        if isinstance(found, DTensor):
-            self._kept[key] = found
+        present = table[name]
+        if isinstance(present, DTensor):
+            self._kept[key] = present
         elif key not in self._kept:
             raise TargetError(
                 f"{name} is not a DTensor; shard the model first: torch.distributed.fsdp.fully_shard(model)"
             )
         return self._kept[key]
 
-    def _factors(self) -> list[tuple[DTensor, DTensor]]:
+    def _matrices(self) -> list[tuple[DTensor, DTensor]]:
         pairs = []
-        for index, slot in enumerate(self._slots):
-            (a_table, a_name), (b_table, b_name) = slot.locations
+        for index, ref in enumerate(self.refs):
+            (a_table, a_name), (b_table, b_name) = ref.locations
             a = self._kept_tensor((index, "a"), a_table, a_name)
             b = self._kept_tensor((index, "b"), b_table, b_name)
             pairs.append((a, b))
@@ -96,34 +113,34 @@ class Sharding:
 
     def _scales(self) -> list[DTensor | None]:
         scales: list[DTensor | None] = []
-        for index, slot in enumerate(self._slots):
-            table, name = slot.layer._parameters, slot.piece.scale_name
+        for index, ref in enumerate(self.refs):
+            table, name = ref.layer._parameters, ref.piece.scale_name
             scales.append(self._kept_tensor((index, "s"), table, name) if name in table else None)
         return scales
 
-    def share(self, rows: int) -> Shares:
-        """This process's share of `rows` rows, dealt out as DTensor does."""
+    def share(self, rows: int) -> Share:
+        """This process's share of `rows` rows, as DTensor divides them."""
         chunk = -(-rows // self.group.size())
         start = min(self.group.rank() * chunk, rows)
-        return Shares(rows, chunk, start, min(start + chunk, rows))
+        return Share(rows, chunk, start, min(start + chunk, rows))
 
     def whole(self, with_b: bool) -> tuple[list[Tensor], list[Tensor], list[float | Tensor]]:
-        """All lora_A, all lora_B (this process's rows of them, or all) and all scales; differentiable."""
-        factors, learned = self._factors(), self._scales()
-        kept: list[DTensor] = [a for a, _ in factors] + [s for s in learned if s is not None]
-        kept += [b for _, b in factors] if with_b else []
+        """The whole lora_As, lora_Bs (whole, or without `with_b` this process's rows) and scales;
+        differentiable."""
+        matrices, learned = self._matrices(), self._scales()
+        kept: list[DTensor] = [a for a, _ in matrices] + [s for s in learned if s is not None]
+        kept += [b for _, b in matrices] if with_b else []
         tensors = gathered([local(t) for t in kept], [t.shape[0] for t in kept], self.group)
-        count = len(factors)
+        count = len(matrices)
         lora_as, rest = tensors[:count], tensors[count:]
         scales: list[float | Tensor] = []
-        for slot, scale in zip(self._slots, learned, strict=True):
-            factor = slot.piece.scaling
+        for ref, scale in zip(self.refs, learned, strict=True):
+            factor = ref.piece.scaling
             scales.append(factor if scale is None else rest.pop(0) * factor)
-        return lora_as, rest if with_b else [local(b) for _, b in factors], scales
+        return lora_as, rest if with_b else [local(b) for _, b in matrices], scales
 
     def penalty(self, fishers: Mapping[str, Tensor], ewc_lambda: float) -> Tensor:
-        """The penalty of all rows, with gradients to the shards of every factor, not averaged over
-        processes."""
+        """Its gradients with respect to the shards are not averaged over processes."""
         lora_as, lora_bs, scales = self.whole(with_b=False)
         part = FE.ewc_penalty(list(fishers.values()), lora_as, lora_bs, scales, ewc_lambda)
         return cast(Tensor, SumOverProcesses.apply(part, self.group))
@@ -131,26 +148,25 @@ class Sharding:
     def add_penalty_grad_(
         self, fishers: Mapping[str, Tensor], ewc_lambda: float, grad_scale: float | Tensor
     ) -> Tensor:
-        """As `EWC.add_penalty_grad_`."""
         with torch.enable_grad():
             value = self.penalty(fishers, ewc_lambda)
             (value * grad_scale).backward()
         return value.detach()
 
     def wrapped(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Local rows per Fisher key as DTensors, sharded as lora_B is."""
-        found: dict[str, Tensor] = {}
-        for slot, (_, b) in zip(self._slots, self._factors(), strict=True):
-            if slot.key in tensors:
-                shape = torch.Size((b.shape[0], slot.layer.in_features))
-                found[slot.key] = DTensor.from_local(
-                    tensors[slot.key], self.mesh, self._placements, run_check=False, shape=shape,
+        """DTensors, sharded as lora_B is."""
+        wrapped: dict[str, Tensor] = {}
+        for ref, (_, b) in zip(self.refs, self._matrices(), strict=True):
+            if ref.key in tensors:
+                shape = torch.Size((b.shape[0], ref.layer.in_features))
+                wrapped[ref.key] = DTensor.from_local(
+                    tensors[ref.key], self.mesh, self._placements, run_check=False, shape=shape,
                     stride=(shape[1], 1),
                 )  # fmt: skip
-        return found
+        return wrapped
 
     def taken(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This process's rows of whole tensors or DTensors, as tensors of their own."""
+        """Copies of this process's rows of whole tensors or DTensors."""
         return {key: self.mine(tensor).clone() for key, tensor in tensors.items()}
 
     def mine(self, tensor: Tensor) -> Tensor:
@@ -160,27 +176,37 @@ class Sharding:
         share = self.share(tensor.shape[0])
         return tensor[share.start : share.stop]
 
-    def localised(
-        self, saved: Any, shapes: Mapping[str, tuple[int, int, int]]
-    ) -> tuple[Any, dict[str, tuple[int, int, int]]]:
-        """A saved state with this process's rows of its whole tensors or DTensors, and the shapes that these
-        should have; what is no state stays as it is."""
+    def parsed(self, saved: Any, expected: Expected) -> EWCState:
+        saved = self._rows_of_state(saved)
+        shapes = {key: (self.share(rows).count, r, d_in) for key, (rows, r, d_in) in expected.shapes.items()}
+        return together(lambda: parse(saved, replace(expected, shapes=shapes)))
+
+    def _rows_of_state(self, saved: Any) -> Any:
+        """A saved state with this process's rows of its whole tensors or DTensors; anything that is no state
+        unchanged."""
 
         def mine(value: Any) -> Any:
             return self.mine(value) if isinstance(value, Tensor) and value.dim() > 0 else value
 
         tensors = saved.get("tensors") if isinstance(saved, Mapping) else None
-        if isinstance(tensors, Mapping):
-            saved = {**saved, "tensors": {name: mine(value) for name, value in tensors.items()}}
-        return saved, {key: (self.share(rows).count, *rest) for key, (rows, *rest) in shapes.items()}  # type: ignore[misc]
+        if not isinstance(tensors, Mapping):
+            return saved
+        return {**saved, "tensors": {name: mine(value) for name, value in tensors.items()}}
 
-    def summed(self, count: int) -> int:
-        """The sum of a number over all processes of the mesh."""
-        return self._reduced(count, dist.ReduceOp.SUM)
+    def totals(self, samples: int, batch_size: int) -> tuple[int, int]:
+        return self._reduced(samples, dist.ReduceOp.SUM), self._reduced(batch_size, dist.ReduceOp.MAX)
 
-    def largest(self, count: int) -> int:
-        """The largest of a number over all processes of the mesh."""
-        return self._reduced(count, dist.ReduceOp.MAX)
+    def reduced(
+        self, task: TaskFisher, described: Mapping[str, Any], group: dist.ProcessGroup | None
+    ) -> TaskFisher:
+        """The same Fisher, which `capture` has summed over processes."""
+        return task
+
+    def common_generator(
+        self, generator: torch.Generator | None, group: dist.ProcessGroup | None
+    ) -> torch.Generator | None:
+        """The same generator, from which `reset_adapters` draws a common one."""
+        return generator
 
     def _reduced(self, count: int, op: Any) -> int:
         value = torch.tensor([count], dtype=torch.int64, device=self._device)
@@ -190,73 +216,71 @@ class Sharding:
 
     @property
     def _device(self) -> torch.device:
-        return self._slots[0].layer.weight.device
+        return self.refs[0].layer.weight.device
 
-    def capture(self, layer: AdaptedLinear, rows: list[Any], *options: Any) -> FisherCapture:
-        """A capture whose Fishers are this process's rows, summed over processes batch by batch."""
-        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-        shares = [self.share(piece.row_count) for piece in layer.adapter_slices]
-        fishers = [
-            torch.zeros(share.count, layer.in_features, dtype=dtype, device=layer.weight.device)
-            for share in shares
-        ]
-        capture = ShardedCapture(fishers, rows, *options)
+    def capture(self, layer: AdaptedLinear, *options: Any) -> FisherCapture:
+        """Its Fishers are this process's rows, summed over processes batch by batch."""
+        pieces = layer.adapter_slices
+        shares = [self.share(piece.row_count) for piece in pieces]
+        buffers = [fisher_buffer(layer, share.count) for share in shares]
+        capture = ShardedCapture(buffers, [piece.rows for piece in pieces], *options)
         capture.shares, capture.group, capture.others = shares, self.group, self._others
         return capture
 
     @torch.no_grad()
-    def new_weights(self) -> list[tuple[Tensor, Tensor]]:
-        """(what this process has of a base weight, its value with W + B diag(s) A) per layer."""
-        reshard(self._model)
+    def new_weights(self) -> dict[str, tuple[Tensor, Tensor]]:
+        reshard(self.model)
         lora_as, lora_bs, scales = self.whole(with_b=True)
-        pairs: dict[AdaptedLinear, tuple[Tensor, Tensor]] = {}
-        for slot, a, b, scale in zip(self._slots, lora_as, lora_bs, scales, strict=True):
-            target, (rows, columns) = self._part_of_weight(slot.layer)
-            _, value = pairs.setdefault(slot.layer, (target, target.detach().clone()))
+        parts = {layer: self._part_of_weight(layer) for layer in self.layers.values()}
+        values = {layer: target.detach().clone() for layer, (target, _) in parts.items()}
+        for ref, a, b, scale in zip(self.refs, lora_as, lora_bs, scales, strict=True):
+            _, (rows, columns) = parts[ref.layer]
+            value = values[ref.layer]
             first = 0
-            for start, stop in slot.piece.rows:
+            for start, stop in ref.piece.rows:
                 low, high = max(start, rows.start), min(stop, rows.stop)
                 if low < high:
                     b_rows = b[first + low - start : first + high - start]
                     piece = value[low - rows.start : high - rows.start]
                     FE.merge_(piece, a[:, columns], b_rows, scale)
                 first += stop - start
-        return list(pairs.values())
+        return {name: (parts[layer][0], values[layer]) for name, layer in self.layers.items()}
 
-    def _part_of_weight(self, layer: AdaptedLinear) -> tuple[Tensor, tuple[Shares, slice]]:
-        """The local part of the base weight, its rows, and its columns (of a transposed weight, FSDP deals
-        out the columns)."""
+    def _part_of_weight(self, layer: AdaptedLinear) -> tuple[Tensor, tuple[Share, slice]]:
+        """The local part of the base weight, its rows, and its columns (of a transposed weight, FSDP shards
+        the columns)."""
         weight = layer._parameters["weight"]
         if not isinstance(weight, DTensor):
-            return layer.base_weight, (Shares(layer.out_features, 0, 0, layer.out_features), slice(None))
+            return layer.base_weight, (Share(layer.out_features, 0, 0, layer.out_features), slice(None))
         share = self.share(weight.shape[0])
         if layer.transposed:
-            everything = Shares(layer.out_features, 0, 0, layer.out_features)
+            everything = Share(layer.out_features, 0, 0, layer.out_features)
             return local(weight).t(), (everything, slice(share.start, share.stop))
         return local(weight), (share, slice(None))
 
     @torch.no_grad()
-    def reset_adapters(self, generator: torch.Generator | None) -> None:
-        """New factors for every adapter, the same whatever the number of processes."""
+    def reset_adapters(self, change: Transaction, generator: torch.Generator | None) -> None:
+        """The new A do not depend on the number of processes."""
+        matrices = self._matrices()
+        for pair in matrices:
+            for matrix in pair:
+                change.remember(local(matrix))
         common = common_generator(generator, self._device)
-        for (a, b), slot in zip(self._factors(), self._slots, strict=True):
-            bound = slot.layer.initial_bound
+        for (a, b), ref in zip(matrices, self.refs, strict=True):
+            bound = ref.layer.initial_bound
             drawn = torch.empty(a.shape, dtype=a.dtype).uniform_(-bound, bound, generator=common)
             local(a).copy_(self.mine(drawn))
             local(b).zero_()
 
-    def shards(self) -> list[Tensor]:
-        """What this process has of all factors."""
-        return [local(factor) for pair in self._factors() for factor in pair]
-
 
 class ShardedCapture(FisherCapture):
-    """Squares the gradients of this process's samples in a workspace of one adapter and deals the rows out.
+    """Squares the gradients of this process's samples in a workspace for one adapter, and sums its rows over
+    processes into the process that holds them.
 
     Every process must make the same calls in the same order, as FSDP itself requires.
     """
 
-    shares: list[Shares]
+    shares: list[Share]
     group: dist.ProcessGroup
     others: list[dist.ProcessGroup]
 

@@ -1,5 +1,4 @@
-"""What an EWC controller remembers between tasks, and the check of a saved one before anything is taken
-over."""
+"""The state of an EWC controller, and the check of a saved one before any of it is loaded."""
 
 from __future__ import annotations
 
@@ -13,10 +12,28 @@ from torch import Tensor
 
 from ..distributed.transaction import canonical_name
 from ..errors import FisherError
-from .fisher_pass import TaskFisher, nonfinite
+from ..layers.finite import nonfinite
 
 FORMAT = 1  # of state_dict
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class TaskFisher:
+    """The Fisher of the current task so far: unnormalised sums by Fisher key, and how they were made."""
+
+    buffers: dict[str, Tensor]
+    samples: int
+    batch_size: int
+    labels: tuple[str, ...]
+
+    def plus(self, other: TaskFisher) -> TaskFisher:
+        """The sum with an earlier pass, in the buffers of this one."""
+        torch._foreach_add_(list(self.buffers.values()), [other.buffers[key] for key in self.buffers])
+        labels = tuple(dict.fromkeys((*other.labels, *self.labels)))
+        return TaskFisher(
+            self.buffers, self.samples + other.samples, max(self.batch_size, other.batch_size), labels
+        )
 
 
 @dataclass(frozen=True)
@@ -30,8 +47,8 @@ class TaskRecord:
 
 
 @dataclass(frozen=True)
-class Factors:
-    """merge_mode "factors": W = base + s (sum B)(sum A); base holds the rows of W before the first task."""
+class AdapterSums:
+    """merge_mode "factors": W = base + s (sum B)(sum A), where base has the rows of W before all tasks."""
 
     lora_a: Tensor
     lora_b: Tensor
@@ -40,24 +57,24 @@ class Factors:
 
 @dataclass(frozen=True)
 class EWCState:
-    """Replaced as a whole, so that it is never half updated; the cumulative Fishers inside it are updated in
-    place."""
+    """What an EWC keeps between tasks. It is replaced as a whole, so that it is never half updated; only the
+    cumulative Fishers in it are updated in place."""
 
     fishers: dict[str, Tensor] = field(default_factory=dict)
-    factors: dict[str, Factors] = field(default_factory=dict)
+    sums: dict[str, AdapterSums] = field(default_factory=dict)
     history: tuple[TaskRecord, ...] = ()
     task: TaskFisher | None = None
 
     def copied(self, devices: Mapping[str, torch.device], dtype: torch.dtype) -> EWCState:
-        """Tensors of its own, Fishers in `dtype`, on the given devices in their order."""
+        """A copy with the Fishers in `dtype`, on these devices and in their order."""
 
         def put(tensor: Tensor, key: str) -> Tensor:
             return tensor.detach().to(devices[key], copy=True)
 
         fishers = {key: put(self.fishers[key], key).to(dtype) for key in devices if self.fishers}
-        factors = {
-            key: Factors(*(put(tensor, key) for tensor in (held.lora_a, held.lora_b, held.base)))
-            for key, held in self.factors.items()
+        sums = {
+            key: AdapterSums(*(put(tensor, key) for tensor in (own.lora_a, own.lora_b, own.base)))
+            for key, own in self.sums.items()
         }
         task = self.task
         if task is not None:
@@ -68,16 +85,17 @@ class EWCState:
                 for key in devices
             }
             task = TaskFisher(buffers, task.samples, task.batch_size, task.labels)
-        return EWCState(fishers, factors, self.history, task)
+        return EWCState(fishers, sums, self.history, task)
 
     def moved(self, devices: Mapping[str, torch.device], dtype: torch.dtype) -> EWCState:
-        """Itself where all of it is on the given devices, else a copy there."""
-        held = self.fishers if self.task is None else {**self.task.buffers, **self.fishers}
-        there = all(tensor.device == devices[key] for key, tensor in held.items())
-        return self if there else self.copied(devices, dtype)
+        """This state where all Fishers are on these devices already, else a copy there."""
+        tensors = self.fishers if self.task is None else {**self.task.buffers, **self.fishers}
+        placed = all(tensor.device == devices[key] for key, tensor in tensors.items())
+        return self if placed else self.copied(devices, dtype)
 
     def mapped_by_key(self, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> EWCState:
-        """The state with other Fishers, of all tasks and of the current one, from a table by Fisher key."""
+        """The state with `convert` applied to its tables of Fishers, the cumulative ones and those of the
+        current task."""
         task = self.task
         if task is not None:
             task = replace(task, buffers=convert(task.buffers))
@@ -94,14 +112,10 @@ class Expected:
 
 
 def dump(state: EWCState, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A flat state: tensors by name, and plain numbers and strings under "config"."""
+    """The state as a dictionary: tensors by name, and plain numbers and strings under "config"."""
     tensors: dict[str, Tensor] = {f"fisher.{key}": tensor for key, tensor in state.fishers.items()}
-    for key, factors in state.factors.items():
-        tensors |= {
-            f"sum_A.{key}": factors.lora_a,
-            f"sum_B.{key}": factors.lora_b,
-            f"base.{key}": factors.base,
-        }
+    for key, own in state.sums.items():
+        tensors |= {f"sum_A.{key}": own.lora_a, f"sum_B.{key}": own.lora_b, f"base.{key}": own.base}
     config: dict[str, Any] = {
         "format": FORMAT,
         **settings,
@@ -126,9 +140,9 @@ def parse(saved: Any, expected: Expected) -> EWCState:
     if type(config.get("format")) is not int or config["format"] != FORMAT:
         raise FisherError(f"state: expected format {FORMAT}, got {shown(config.get('format'))}")
     for name, value in expected.settings.items():
-        if not isinstance(found := config.get(name), str) or found != value:
+        if not isinstance(saved_value := config.get(name), str) or saved_value != value:
             raise FisherError(
-                f"{name}: the state was made with {shown(found)}, this EWC has {value!r}; construct "
+                f"{name}: the state was made with {shown(saved_value)}, this EWC has {value!r}; construct "
                 "it with the same (ewc_lambda means nothing without it, see convert_lambda)"
             )
     grouped = _group(tensors)
@@ -143,7 +157,7 @@ def parse(saved: Any, expected: Expected) -> EWCState:
         raise FisherError(
             "state: expected a Fisher exactly when tasks were consolidated; fisher and history disagree"
         )
-    return EWCState(fishers, _factors(grouped, bool(history), expected), history, task)
+    return EWCState(fishers, _sums(grouped, bool(history), expected), history, task)
 
 
 def _group(tensors: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
@@ -182,13 +196,14 @@ def _check_group(
         raise FisherError(f"state: {kind} of {negative[0]}: expected squares, got negative values")
 
 
-def _factors(
+def _sums(
     grouped: Mapping[str, dict[str, Tensor]], trained: bool, expected: Expected
-) -> dict[str, Factors]:
+) -> dict[str, AdapterSums]:
     if expected.settings["merge_mode"] != "factors" or not trained:
-        if found := sorted({"sum_A", "sum_B", "base"} & set(grouped)):
+        if unexpected := sorted({"sum_A", "sum_B", "base"} & set(grouped)):
             raise FisherError(
-                f"state: did not expect {found}, which only merge_mode='factors' has, after its first task"
+                f"state: did not expect {unexpected}, which only merge_mode='factors' has, after its first "
+                "task"
             )
         return {}
     shapes = expected.shapes
@@ -200,7 +215,7 @@ def _factors(
         "sum_B", parts["sum_B"], {k: (rows, rank) for k, (rows, rank, _) in shapes.items()}, expected
     )
     _check_group("base", parts["base"], {k: (rows, cols) for k, (rows, _, cols) in shapes.items()}, expected)
-    return {key: Factors(parts["sum_A"][key], parts["sum_B"][key], parts["base"][key]) for key in shapes}
+    return {key: AdapterSums(parts["sum_A"][key], parts["sum_B"][key], parts["base"][key]) for key in shapes}
 
 
 def _task(config: Any, buffers: dict[str, Tensor], expected: Expected) -> TaskFisher | None:

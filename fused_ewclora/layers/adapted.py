@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import functional as FE
 from ..errors import ArgumentError, TargetError
 from ..ops.capture import FisherCapture
+from .finite import check_finite
 from .slices import AdapterSlice, fingerprint
 
 # Of a parameter: the table of its module, and its name there.
@@ -239,17 +240,15 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the adapters into weight, keeping the rows as they were; nothing happens when merged already.
+        """Add B diag(s) A to the weight and keep a copy of the rows that change, for `unmerge`; does nothing
+        when merged already.
 
         Raises `ArgumentError` and changes nothing when the sum is not finite.
         """
         if self.merged:
             return
         weight = self.consolidated_weight()
-        if not bool(torch.isfinite(weight).all()):
-            raise ArgumentError(
-                "merge: expected a finite W + B diag(s) A, got NaN or Inf; nothing was changed"
-            )
+        check_finite({"W + B diag(s) A": weight}, "merge", ArgumentError)
         before = torch.cat([self.base_weight[start:stop] for start, stop in self._owned_rows()])
         self.register_buffer("rows_before_merge", before, persistent=False)
         self.base_weight.copy_(weight)

@@ -1,4 +1,4 @@
-"""SD-LoRA's directions of one adapter: how they are kept, how a layer runs them, and how the current one is
+"""SD-LoRA's directions of one adapter: their parameters, how a layer runs them, and how the current one is
 frozen."""
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
+from ..config import Rows
 from ..errors import ArgumentError
 from ..functional import Adapter
 from ..layers.adapted import AdaptedLinear
@@ -31,7 +32,8 @@ class Directions:
 
     @staticmethod
     def of(layer: AdaptedLinear, piece: AdapterSlice) -> Directions:
-        """Those of an adapter, looked up on every call: some `.to()` and load calls replace Parameters."""
+        """The directions of an adapter, looked up on every call: some `.to()` and load calls replace
+        Parameters."""
         table, suffix = layer._parameters, suffix_of(piece)
         return Directions(*(table[name + suffix] for name in NAMES))  # type: ignore[arg-type]
 
@@ -43,7 +45,7 @@ class Directions:
         return Directions(lora_a, lora_b, lora_a.new_full((1,), alpha), *empty)
 
     def put(self, layer: AdaptedLinear, piece: AdapterSlice) -> None:
-        """Make these the parameters of an adapter, of rank r in its slice."""
+        """Make these the parameters of an adapter; its slice gets the rank of lora_A."""
         for name in NAMES:
             value = getattr(self, name).detach()
             parameter = nn.Parameter(value, requires_grad=name in TRAINED)
@@ -54,7 +56,7 @@ class Directions:
             layer.adapter_slices = tuple(replace(p, r=rank) if p is piece else p for p in pieces)
             layer.r = layer.adapter_slices[0].r
 
-    def stacked(self, alphas: Tensor, normalization: str, rows: tuple[tuple[int, int], ...]) -> Adapter:
+    def stacked(self, alphas: Tensor, normalization: str, rows: Rows) -> Adapter:
         """All directions as one adapter of rank R + r, with alphas `[D + 1]` as magnitudes."""
         current = alphas[-1:]
         if normalization == "product":
@@ -87,17 +89,22 @@ class Stack:
 
     def adapters(self, layer: AdaptedLinear) -> list[Adapter]:
         """What the layer adds to its base."""
-        found = [(Directions.of(layer, piece), piece.rows) for piece in layer.adapter_slices]
-        return [d.stacked(d.lora_magnitudes, self.normalization, rows) for d, rows in found]
+        return [now.stacked(now.lora_magnitudes, self.normalization, rows) for now, rows in _current(layer)]
 
     def changes(self, layer: AdaptedLinear) -> list[Adapter]:
-        """What it adds beyond what it added when the last task ended. Past directions are frozen, so only
-        their magnitudes differ from then, and there was nothing of the current one."""
-        found = [(Directions.of(layer, piece), piece.rows) for piece in layer.adapter_slices]
+        """The change of what the layer adds since the last task ended. Past directions are frozen, so only
+        their magnitudes have changed; the current direction did not exist then."""
         return [
-            d.stacked(d.lora_magnitudes - nn.functional.pad(d.lora_anchor, (0, 1)), self.normalization, rows)
-            for d, rows in found
+            now.stacked(
+                now.lora_magnitudes - nn.functional.pad(now.lora_anchor, (0, 1)), self.normalization, rows
+            )
+            for now, rows in _current(layer)
         ]
+
+
+def _current(layer: AdaptedLinear) -> list[tuple[Directions, Rows]]:
+    """The directions and the rows of every adapter of a layer."""
+    return [(Directions.of(layer, piece), piece.rows) for piece in layer.adapter_slices]
 
 
 def inverse_norm(lora_a: Tensor, lora_b: Tensor) -> Tensor:
@@ -114,9 +121,9 @@ def inverse_norm(lora_a: Tensor, lora_b: Tensor) -> Tensor:
         info = torch.finfo(wide)
         # Rounding of the sum, and squares so small that they have lost digits.
         noise = info.eps * gram_a.detach().trace() * gram_b.detach().trace() + info.tiny / info.eps
-        told = square.detach() > noise
-        # Where before rsqrt as well: autograd would multiply the infinite slope at 0 by 0.
-        return torch.where(told, square, 1.0).rsqrt()
+        nonzero = square.detach() > noise
+        # torch.where comes before rsqrt: autograd would multiply the infinite slope at 0 by 0.
+        return torch.where(nonzero, square, 1.0).rsqrt()
 
 
 def grams(lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +133,7 @@ def grams(lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Frozen:
-    """The directions after a task, and how far the new one was from the span of the earlier ones."""
+    """The directions after a task, and how far the new one is from the span of the earlier ones."""
 
     directions: Directions  # lora_A and lora_B as they were
     residual: float  # share of its squared norm outside of that span; 0 for a direction that is zero
@@ -149,11 +156,12 @@ def freeze(now: Directions, normalization: str, threshold: float | None, alpha_i
     traces = gram_a[current, current].trace() * gram_b[current, current].trace()
     if not bool(torch.isfinite(square) & torch.isfinite(now.lora_magnitudes).all()):
         raise ArgumentError("expected a finite direction B A and finite magnitudes, got NaN or Inf")
-    product, factors = float(square.clamp(min=0.0).sqrt()), float(traces.sqrt())
+    norm_of_product, product_of_norms = float(square.clamp(min=0.0).sqrt()), float(traces.sqrt())
     # Below `tiny` 1 / n would overflow.
-    if product <= max(torch.finfo(torch.float64).eps * factors, torch.finfo(now.lora_A.dtype).tiny):
+    smallest = max(torch.finfo(torch.float64).eps * product_of_norms, torch.finfo(now.lora_A.dtype).tiny)
+    if norm_of_product <= smallest:
         return Frozen(_dropped(now, torch.zeros_like(now.lora_anchor), alpha_init), 0.0, False)
-    norm = product if normalization == "product" else factors
+    norm = norm_of_product if normalization == "product" else product_of_norms
     alpha = now.lora_magnitudes[-1]
     if normalization == "factors" or float(inverse_norm(now.lora_A, now.lora_B)) == 1.0:
         alpha = alpha * norm  # it ran without normalisation; what it added stays the same

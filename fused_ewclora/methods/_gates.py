@@ -1,4 +1,4 @@
-"""Gates: one importance per rank of an adapter, and ranks that are gone (CoDyRA)."""
+"""Gates, one importance per rank of an adapter, and the removal of ranks whose gate is 0 (CoDyRA)."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ class Gated(Composer):
     """B diag(w) A of every adapter that has ranks left, w its parameter `lora_scale`."""
 
     def adapters(self, layer: AdaptedLinear) -> list[Adapter]:
-        """None for a layer without ranks; while its Fisher is gathered one that adds 0, because the Fisher is
-        collected in the op's backward."""
-        found = [
+        """None for a layer without ranks; during a Fisher pass one that adds 0, because the Fisher is
+        accumulated in the op's backward."""
+        remaining = [
             Adapter(lora_a, lora_b, layer.adapter_scale(piece), piece.rows)
             for piece, lora_a, lora_b in layer.adapter_parameters()
             if lora_a.shape[0]
         ]
-        if found or layer.fisher_capture is None:
-            return found
+        if remaining or layer.fisher_capture is None:
+            return remaining
         piece, lora_a, lora_b = layer.adapter_parameters()[0]
-        nothing = (lora_a.new_zeros(1, lora_a.shape[1]), lora_b.new_zeros(lora_b.shape[0], 1))
-        return [Adapter(nothing[0].requires_grad_(), nothing[1].requires_grad_(), 1.0, piece.rows)]
+        zero_a = lora_a.new_zeros(1, lora_a.shape[1]).requires_grad_()
+        zero_b = lora_b.new_zeros(lora_b.shape[0], 1).requires_grad_()
+        return [Adapter(zero_a, zero_b, 1.0, piece.rows)]
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,13 @@ def check_ungated(layers: Mapping[str, AdaptedLinear]) -> None:
 
 def add_gates(layers: Mapping[str, AdaptedLinear]) -> list[GatedAdapter]:
     """Gates of 1 on every adapter, in the order of the Fisher keys."""
-    found = []
+    gated = []
     for name, layer in layers.items():
         for piece, lora_a, _ in layer.adapter_parameters():
             layer.register_parameter(piece.scale_name, nn.Parameter(lora_a.new_ones(piece.r)))
-            found.append(GatedAdapter(fisher_key(name, piece), layer._parameters, piece))
+            gated.append(GatedAdapter(fisher_key(name, piece), layer._parameters, piece))
         layer.composer = Gated()
-    return found
+    return gated
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,11 @@ class _Pruned:
     keep: Tensor
 
     def select(self, tensor: Tensor) -> Tensor:
-        """What is kept of the parameter, or of something of its shape."""
+        """The ranks that are kept of the parameter, or of a tensor of its shape."""
         return tensor.detach().index_select(self.dim, self.keep)
 
     def parameter(self) -> nn.Parameter:
-        """The new parameter, with its part of the gradient."""
+        """The new parameter, with the kept ranks of the gradient."""
         new = nn.Parameter(self.select(self.old), requires_grad=self.old.requires_grad)
         new.grad = None if self.old.grad is None else self.select(self.old.grad)
         return new
@@ -130,20 +131,20 @@ def prune_(adapters: list[GatedAdapter], optimizer: Optimizer | None) -> int:
 
 
 def _states(optimizer: Optimizer, pruned: list[_Pruned]) -> dict[int, dict[str, object]]:
-    """The optimizer's state of every pruned parameter, by id of the old one; raises `ArgumentError` for
-    state that has no ranks of its own."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    found: dict[int, dict[str, object]] = {}
+    """The optimizer's state of every pruned parameter, by id of the old one; raises `ArgumentError` for a
+    state that cannot be cut by rank."""
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    states: dict[int, dict[str, object]] = {}
     for entry in pruned:
-        if entry.old.requires_grad and id(entry.old) not in held:
+        if entry.old.requires_grad and id(entry.old) not in optimized:
             raise ArgumentError(
                 f"optimizer: expected one that holds {entry.name} of the model, found none; make it after "
                 "begin_task. Nothing was changed"
             )
         if entry.old in optimizer.state:
             state = optimizer.state[entry.old]
-            found[id(entry.old)] = {key: _selected(entry, key, value) for key, value in state.items()}
-    return found
+            states[id(entry.old)] = {key: _selected(entry, key, value) for key, value in state.items()}
+    return states
 
 
 def _selected(entry: _Pruned, key: str, value: object) -> object:
@@ -160,8 +161,8 @@ def _selected(entry: _Pruned, key: str, value: object) -> object:
 
 @contextmanager
 def whole_ranks(adapters: list[GatedAdapter]) -> Iterator[None]:
-    """Pruned ranks come back as zeros, with which the model computes the same; the pruned parameters are put
-    back when the block raises."""
+    """Restores pruned ranks as zeros, which do not change what the model computes; if the block raises, the
+    pruned parameters are put back."""
     before = [(a.table, name, a.table[name]) for a in adapters for name, _ in a.along_rank]
     new: list[tuple[Table, str, nn.Parameter]] = []
     for adapter in adapters:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, TargetError
 from ..ewc.estimation import Forward, evaluation_mode, limited, to_device, unwrapped
-from ..ewc.fisher_pass import eager, nonfinite
+from ..ewc.fisher_pass import eager
 from ..layers.adapted import AdaptedLinear
+from ..layers.finite import nonfinite
 from .method import Loader
 
 

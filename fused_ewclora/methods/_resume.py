@@ -1,5 +1,5 @@
-"""What a method saves between tasks beside the model's own state_dict, and its check before it is taken
-over."""
+"""The state that a method saves between tasks beside the model's own state_dict, and the check of a saved one
+before it is loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FORMAT = 1
 
 
 def between_tasks(method: Method, what: str) -> None:
-    """Raises `ArgumentError` while a task runs, whose adapters may be of any rank."""
+    """Raises `ArgumentError` during a task, when adapters may have any rank."""
     if method._running:
         raise ArgumentError(f"{what}: task {method.tasks} has not ended; call end_task first")
 
@@ -44,8 +44,8 @@ def parse(method: Method, saved: Any) -> tuple[dict[str, Tensor], dict[str, Any]
     counts = config.get("layers")
     ours = {canonical_name(name) for name in method.layers}
     if not isinstance(counts, Mapping) or set(counts) != ours:
-        found = sorted(counts)[:3] if isinstance(counts, Mapping) else counts
-        raise CheckpointError(f"state: layers: expected those of the model, {sorted(ours)[:3]}, got {found}")
+        theirs = sorted(counts)[:3] if isinstance(counts, Mapping) else counts
+        raise CheckpointError(f"state: layers: expected those of the model, {sorted(ours)[:3]}, got {theirs}")
     for name, value in (("tasks", config.get("tasks")), *counts.items()):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise CheckpointError(f"state: {name}: expected a number of tasks, got {value!r}")
@@ -53,7 +53,7 @@ def parse(method: Method, saved: Any) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def take_over(method: Method, config: Mapping[str, Any]) -> None:
-    """Counts of tasks; nothing in here can fail."""
+    """Loads the numbers of tasks from a checked state; it cannot fail."""
     method.tasks = config["tasks"]
     for name, layer in method.layers.items():
         layer.consolidated_tasks = config["layers"][canonical_name(name)]

@@ -1,4 +1,4 @@
-"""The state of `SDLoRA` between runs, and the check of a saved one before anything is taken over."""
+"""The saved state of `SDLoRA`, and the check of one before any of it is loaded."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def dump(
 
 
 def parse(saved: Any, adapters: Adapters, normalization: str) -> Parsed:
-    """The state that `dump` wrote, with tensors of its own beside those of the adapters; raises
+    """The state that `dump` wrote, its tensors copied to the devices of the adapters; raises
     `CheckpointError` naming what does not fit."""
     tensors, config = (saved.get(k) if isinstance(saved, Mapping) else None for k in ("tensors", "config"))
     if not isinstance(tensors, Mapping) or not isinstance(config, Mapping):
@@ -78,8 +78,8 @@ def parse(saved: Any, adapters: Adapters, normalization: str) -> Parsed:
             raise _error(f"{key}: the state belongs to other base weights")
         directions.append(_directions(tensors, key, layer, piece))
         outcomes[key] = _outcomes(entry.get("outcomes"), key)
-        held = sum(outcome.kept for outcome in outcomes[key])
-        if len(outcomes[key]) != tasks or held != directions[-1].lora_anchor.shape[0]:
+        kept = sum(outcome.kept for outcome in outcomes[key])
+        if len(outcomes[key]) != tasks or kept != directions[-1].lora_anchor.shape[0]:
             raise _error(
                 f"{key}: expected an outcome for each of {tasks} tasks, and a direction if it was kept"
             )
@@ -87,28 +87,28 @@ def parse(saved: Any, adapters: Adapters, normalization: str) -> Parsed:
 
 
 def _outcomes(saved: Any, key: str) -> list[Outcome]:
-    found = []
+    outcomes = []
     for entry in saved if isinstance(saved, list) else [None]:
         values = entry if isinstance(entry, Mapping) else {}
         residual, kept = values.get("residual"), values.get("kept")
         if not isinstance(residual, float) or not isinstance(kept, bool):
             raise _error(f"{key}: expected a list of outcomes of tasks, got an entry {shown(entry)}")
-        found.append(Outcome(residual, kept))
-    return found
+        outcomes.append(Outcome(residual, kept))
+    return outcomes
 
 
 def _directions(
     tensors: Mapping[str, Tensor], key: str, layer: AdaptedLinear, piece: AdapterSlice
 ) -> Directions:
-    found: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     like = layer._parameters["lora_A" + suffix_of(piece)]
     assert like is not None
     for field in fields(Directions):
         value = tensors.get(f"{key}.{field.name}")
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise _error(f"{key}.{field.name}: expected a floating-point tensor, got {type(value).__name__}")
-        found[field.name] = value.detach().to(like.device, like.dtype, copy=True)
-    r, past, count = (_length(found[name]) for name in ("lora_A", "lora_past_A", "lora_anchor"))
+        values[field.name] = value.detach().to(like.device, like.dtype, copy=True)
+    r, past, count = (_length(values[name]) for name in ("lora_A", "lora_past_A", "lora_anchor"))
     rows, columns = piece.row_count, layer.in_features
     shapes = {
         "lora_A": (max(r, 1), columns),
@@ -120,11 +120,11 @@ def _directions(
         "lora_anchor": (count,),
     }
     for name, shape in shapes.items():
-        if tuple(found[name].shape) != shape:
-            raise _error(f"{key}.{name}: expected shape {list(shape)}, got {list(found[name].shape)}")
-        if not bool(torch.isfinite(found[name]).all()):
+        if tuple(values[name].shape) != shape:
+            raise _error(f"{key}.{name}: expected shape {list(shape)}, got {list(values[name].shape)}")
+        if not bool(torch.isfinite(values[name]).all()):
             raise _error(f"{key}.{name}: expected finite values, got NaN or Inf")
-    return Directions(**found)
+    return Directions(**values)
 
 
 def _length(tensor: Tensor) -> int:

@@ -1,48 +1,74 @@
-"""What methods do when several processes train together, each with its share of the data: sums over all of
-it, and the same draws and decisions in each."""
+"""Methods over several processes, each with its share of the data: what is learned from data is a sum over
+all of it, and random values and decisions are the same in every process."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from ..distributed.processes import check_same, common_generator, several, together
+from ..distributed.transaction import Transaction
+from ..errors import ArgumentError
 from ..ewc.controller import EWC
+from ..ewc.fold import folding
+from ..ewc.placement import Placement
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+Result = TypeVar("Result")
+
+
+def in_all(work: Callable[[], Result], group: ProcessGroup | None) -> Result:
+    """The result of `work`, which makes no collective calls; its error in one process of `group` is raised in
+    every process."""
+    return together(work, group) if several(group) else work()
 
 
 def drawing(
     generator: torch.Generator | None, device: torch.device, group: ProcessGroup | None
 ) -> torch.Generator | None:
-    """The source of what a task starts with: `generator`, or one with a seed that it gives the first process
-    of several."""
+    """The source of a task's new parameters: `generator`, or with several processes a common one, whose seed
+    the first process draws from `generator`."""
     return common_generator(generator, device, group) if several(group) else generator
 
 
 def agreed(decisions: Mapping[str, Any], group: ProcessGroup | None) -> None:
-    """Raises `TargetError` in every process when one of them has decided otherwise, as one does whose
-    parameters are not those of the others."""
+    """Raises `TargetError` in every process when their decisions differ, as they do when their parameters
+    differ."""
     if several(group):
         check_same(decisions, group)
+
+
+@contextmanager
+def folded(placement: Placement, group: ProcessGroup | None) -> Iterator[Transaction]:
+    """W <- W + B diag(s) A in every layer (fp32 sum, one rounding), then the block, which starts the adapters
+    anew through the transaction; an exception in it undoes everything.
+
+    Raises `TargetError` for merged or tied weights and `ArgumentError` for sums that are not finite, before
+    anything is changed.
+    """
+    placement.check_foldable("end_task")
+    with folding(
+        placement.layers,
+        placement.new_weights(),
+        action="end_task",
+        error=ArgumentError,
+        agree=lambda check: in_all(check, group),
+    ) as change:
+        yield change
 
 
 def end_task(ewc: EWC, loader: Iterable[Any], loss_fn: Any, labels: str, group: ProcessGroup | None) -> None:
     """`ewc.end_task` with the Fisher of the data of all processes of `group`.
 
-    Of several, all raise what one of them raises, and none keeps what was estimated.
+    Each process raises the errors of every other one; what was estimated is then discarded.
     """
-    if not several(group):
-        ewc.end_task(loader, loss_fn, labels=labels)
-        return
-    before = ewc._state
-    try:
-        together(lambda: ewc.estimate_fisher(loader, loss_fn, labels=labels), group)
-        ewc.reduce_fisher_(group)
+    with ewc.restored_on_error():
+        in_all(lambda: ewc.estimate_fisher(loader, loss_fn, labels=labels), group)
+        if several(group):
+            ewc.reduce_fisher_(group)
         ewc.consolidate()
-    except BaseException:
-        ewc._state = before
-        raise

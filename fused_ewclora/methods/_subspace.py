@@ -1,4 +1,4 @@
-"""Subspaces of a layer's inputs: what earlier tasks used, and the strongest directions outside of it.
+"""Subspaces of a layer's inputs: those that earlier tasks used, and the strongest directions outside of them.
 
 DualGPM (Liang and Li, CVPR 2023) as InfLoRA (arXiv 2404.00228) uses it. C `[d, d]` is the sum of x^T x
 over the inputs x `[rows, d]` of one task. "paper" works with the inputs, whose singular values are the roots
@@ -17,15 +17,15 @@ VARIANTS = ("paper", "official")
 
 @dataclass(frozen=True)
 class Subspace:
-    """Directions that earlier tasks used, `basis` `[d, k]` with orthonormal columns, or those that they left
-    (`complement`), whichever are fewer: never more than d / 2 columns."""
+    """The directions that earlier tasks used, as orthonormal columns of `basis` `[d, k]`, or, with
+    `complement`, those that they left unused; whichever are fewer, so that k is at most d / 2."""
 
     basis: Tensor
     complement: bool
 
     @staticmethod
     def empty(width: int, device: torch.device) -> Subspace:
-        """Nothing used yet."""
+        """No direction is used yet."""
         return Subspace(torch.zeros(width, 0, dtype=torch.float64, device=device), False)
 
     @property
@@ -39,12 +39,12 @@ class Subspace:
         return Subspace(self.basis.to(device), self.complement)
 
     def free(self) -> Tensor:
-        """An orthonormal basis `[d, d - rank]` of the directions left."""
+        """An orthonormal basis `[d, d - rank]` of the unused directions."""
         return self.basis if self.complement else _outside(self.basis)
 
 
 def _outside(basis: Tensor) -> Tensor:
-    """An orthonormal basis of what the orthonormal columns of `basis` leave."""
+    """An orthonormal basis of the complement of the orthonormal columns of `basis`."""
     return torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :]
 
 
@@ -69,9 +69,9 @@ def _ranked(covariance: Tensor, free: Tensor, variant: str) -> tuple[Tensor, Ten
 def directions(covariance: Tensor, used: Subspace, count: int, variant: str) -> Tensor:
     """The first `count` directions of a task outside of what is used, as rows `[count, d]`; zeros where fewer
     are left. The official code scales them by 1 / sqrt 3, the norm of a Kaiming-uniform row."""
-    found = _ranked(covariance, used.free(), variant)[0][:, :count].T
-    rows = torch.zeros(count, covariance.shape[0], dtype=found.dtype, device=found.device)
-    rows[: found.shape[0]] = found
+    strongest = _ranked(covariance, used.free(), variant)[0][:, :count].T
+    rows = torch.zeros(count, covariance.shape[0], dtype=strongest.dtype, device=strongest.device)
+    rows[: strongest.shape[0]] = strongest
     return rows if variant == "paper" else rows / 3.0**0.5
 
 
@@ -80,7 +80,7 @@ def extended(used: Subspace, covariance: Tensor, epsilon: float, variant: str) -
     task's energy. The official code takes one fewer, but at least one, after the first task."""
     d = covariance.shape[0]
     free = used.free()
-    found, energies = _ranked(covariance, free, variant)
+    ranked, energies = _ranked(covariance, free, variant)
     total = covariance.trace() if variant == "paper" else covariance.square().sum()
     left = energies.flip(0).cumsum(0).flip(0)  # outside of the memory before direction i is taken
     # Rounding leaves some energy outside of any subspace.
@@ -89,5 +89,5 @@ def extended(used: Subspace, covariance: Tensor, epsilon: float, variant: str) -
     if variant == "official" and used.rank == 0 and count > 1:
         count -= 1
     if used.rank + count <= d / 2:
-        return Subspace(torch.cat([used.basis, found[:, :count]], 1), False)
-    return Subspace(found[:, count:].clone(), True)
+        return Subspace(torch.cat([used.basis, ranked[:, :count]], 1), False)
+    return Subspace(ranked[:, count:].clone(), True)

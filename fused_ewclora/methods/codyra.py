@@ -17,14 +17,14 @@ from ..distributed.transaction import Transaction
 from ..errors import ArgumentError, CheckpointError, EWCLoRAError, TargetError
 from ..ewc.controller import EWC
 from ..ewc.estimation import check_labels
+from ..ewc.placement import LocalPlacement
 from ..ewc.settings import FISHER_MODES, number, one_of
 from ..ewc.state import EWCState
 from ..layers.inject import adapters, eject
 from ..report import Report
-from ._fold import folding
 from ._gates import add_gates, check_ungated, prune_, whole_ranks
 from ._resume import dump, parse, take_over
-from ._shares import agreed, end_task
+from ._shares import agreed, end_task, folded
 from .method import Loader, Loss, Method
 
 if TYPE_CHECKING:
@@ -130,13 +130,13 @@ class CoDyRA(Method):
     def compact_(self, optimizer: Optimizer | None = None) -> int:
         """Removes the ranks whose gate is exactly 0 from A, B, w and their gradients; returns how many.
 
-        The model computes the same and trains on without them; a gate that its gradient would have revived
-        stays away until the next task, which starts at full rank. Parameters are replaced: optimizer gets
-        the new ones with its state (momentum, moments) cut accordingly; with None make one afterwards, and
-        wrap the model for several processes afterwards too, all of which must call this. Raises `TargetError`
-        for merged or sharded layers and when processes differ in what survives, and `ArgumentError` for an
-        optimizer that does not hold the adapters or whose state has another shape (Adafactor, LBFGS); nothing
-        is changed then.
+        The model computes the same and goes on training without them. A removed rank does not come back
+        before the next task, which starts at full rank; without `compact_`, the gradient of its gate might
+        make it nonzero again. Parameters are replaced: optimizer gets the new ones with its state (momentum,
+        moments) cut accordingly; with None make one afterwards. Of several processes each must call this, and
+        make its DistributedDataParallel afterwards. Raises `TargetError` for merged or sharded layers and
+        when processes differ in what survives, and `ArgumentError` for an optimizer that does not hold the
+        adapters or whose state has another shape (Adafactor, LBFGS); nothing is changed then.
 
             >>> removed = method.compact_(optimizer)
         """
@@ -191,11 +191,11 @@ class CoDyRA(Method):
         for gate in self.gates().values():
             if gate.numel():
                 gates.setdefault(gate.device, []).append(gate)
-        for together in gates.values() if kappa > 0.0 else ():  # one call, unless the model is spread
+        for of_device in gates.values() if kappa > 0.0 else ():  # one call per device
             if self.threshold == "soft":
-                FE.soft_threshold_(together, kappa)
+                FE.soft_threshold_(of_device, kappa)
             else:
-                dead_zone_(together, kappa)
+                dead_zone_(of_device, kappa)
 
     @torch.no_grad()
     def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
@@ -204,29 +204,17 @@ class CoDyRA(Method):
         survivors, fresh = self.survivors(), self._new_gates(generator)
         with whole_ranks(self._adapters):
             if self.ewc is not None:
-                self._consolidate(self.ewc, loader, loss_fn)
+                end_task(self.ewc, loader, loss_fn, self.labels, self.group)
             else:
                 self._fold(generator)
         for gate, value in zip(self.gates().values(), fresh, strict=True):
             gate.copy_(value)
         self._survivors.append(survivors)
 
-    def _consolidate(self, ewc: EWC, loader: Loader, loss_fn: Loss | None) -> None:
-        before = ewc.parse_state(ewc.state_dict())
-        try:
-            end_task(ewc, loader, loss_fn, self.labels, self.group)
-        except BaseException:  # without the Fisher of this attempt, which the next would add to
-            with Transaction() as change:
-                ewc.take_over(before, change)
-            raise
-
     def _fold(self, generator: torch.Generator | None) -> None:
-        with folding(self.model, self.layers) as change:
-            for layer in self.layers.values():
-                for _, lora_a, lora_b in layer.adapter_parameters():
-                    change.remember(lora_a)
-                    change.remember(lora_b)
-                layer.reset_adapters(generator)
+        placement = LocalPlacement(self.model, self.layers)
+        with folded(placement, self.group) as change:
+            placement.reset_adapters(change, generator)
 
     def state_dict(self) -> dict[str, Any]:
         """{"tensors": the Fishers, "config": counts of tasks and ranks}, between tasks. Weights, adapters and

@@ -12,15 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import LoRAConfig
-from ..distributed.processes import of_first, several, together
+from ..distributed.processes import of_first, several
 from ..distributed.transaction import Transaction, canonical_name
 from ..errors import ArgumentError, CheckpointError, TargetError
 from ..ewc.estimation import Forward, check_max_batches, default_forward
+from ..ewc.placement import LocalPlacement
 from ..ewc.settings import number, one_of
 from ..layers.inject import adapters
-from ._fold import folding
 from ._inputs import input_covariances
 from ._resume import dump, parse, take_over
+from ._shares import folded, in_all
 from ._subspace import VARIANTS, Subspace, directions, extended
 from .method import Loader, Loss, Method
 
@@ -108,12 +109,12 @@ class InfLoRA(Method):
         """
         if not self._running:
             raise ArgumentError("prepare: no task is running; call begin_task first")
-        found = self._covariances(loader, untrained=True)
+        covariances = self._covariances(loader, untrained=True)
         chosen = {}
         for name, layer in self.layers.items():
-            used = self.subspaces[name].to(found[name].device)
+            used = self.subspaces[name].to(covariances[name].device)
             widest = max(piece.r for piece in layer.adapter_slices)
-            chosen[name] = directions(found[name], used, widest, self.variant)
+            chosen[name] = directions(covariances[name], used, widest, self.variant)
         if several(self.group):
             chosen = dict(zip(chosen, of_first(list(chosen.values()), self.group), strict=True))
         with Transaction() as change:
@@ -123,28 +124,26 @@ class InfLoRA(Method):
         self._prepared = True
 
     def _covariances(self, loader: Loader, untrained: bool = False) -> dict[str, Tensor]:
-        """Sums over the data of all processes, each of which raises what one of them raises."""
-        if not several(self.group):
-            return self._own_covariances(loader, untrained)
-        found = together(lambda: self._own_covariances(loader, untrained), self.group)
-        for covariance in found.values():
-            dist.all_reduce(covariance, group=self.group)
-        return found
+        """Sums over the data of all processes; an error in one is raised in all."""
+        sums = in_all(lambda: self._own_covariances(loader, untrained), self.group)
+        if several(self.group):
+            for covariance in sums.values():
+                dist.all_reduce(covariance, group=self.group)
+        return sums
 
     def _own_covariances(self, loader: Loader, untrained: bool) -> dict[str, Tensor]:
         for name, layer in self.layers.items():
             if untrained and any(bool(lora_b.any()) for _, _, lora_b in layer.adapter_parameters()):
                 raise ArgumentError(
-                    f"prepare: {name}: expected a lora_B of 0, which another A would change the meaning of; "
-                    "call it before training"
+                    f"prepare: {name}: expected a lora_B of 0, got a trained one, to which a new A would "
+                    "give another meaning; call it before training"
                 )
             if layer.merged:
                 raise TargetError(f"{name}: its adapter is merged into the base weight; call unmerge(model)")
         return input_covariances(self.model, self.layers, loader, self.max_batches, self.forward)
 
     def _of_first(self, subspaces: dict[str, Subspace]) -> dict[str, Subspace]:
-        """Those of the first process: where energies are equal another machine may order directions
-        otherwise."""
+        """Those of the first process: another machine may order directions of equal energy differently."""
         bases = of_first([used.basis for used in subspaces.values()], self.group)
         first = next(iter(subspaces.values())).basis
         flags = [used.complement for used in subspaces.values()]
@@ -171,15 +170,15 @@ class InfLoRA(Method):
     @torch.no_grad()
     def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
         self._check_prepared("end_task")
-        found = self._covariances(loader)
+        covariances = self._covariances(loader)
         epsilon = self.threshold(self.tasks)
         subspaces = {
-            name: extended(used.to(found[name].device), found[name], epsilon, self.variant)
+            name: extended(used.to(covariances[name].device), covariances[name], epsilon, self.variant)
             for name, used in self.subspaces.items()
         }
         if several(self.group):
             subspaces = self._of_first(subspaces)
-        with folding(self.model, self.layers) as change:
+        with folded(LocalPlacement(self.model, self.layers), self.group) as change:
             for layer in self.layers.values():
                 for _, _, lora_b in layer.adapter_parameters():
                     change.copy_(lora_b, torch.zeros_like(lora_b))

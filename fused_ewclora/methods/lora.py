@@ -5,37 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from ..distributed.transaction import Transaction
-from ..layers.inject import check_mergeable
+from ..ewc.placement import LocalPlacement
 from ._resume import dump, parse, take_over
+from ._shares import folded
 from .method import Loader, Loss, Method
 
 
 class LoRA(Method):
     """The baseline without protection: W <- W + B diag(s) A after each task, A and B start anew.
 
-    Errors are those of `Method`; `TargetError` for merged or tied weights.
+    Errors are those of `Method`. `end_task` raises `TargetError` for merged or tied weights and
+    `ArgumentError` for a sum that is not finite; nothing is changed then.
 
         >>> method = LoRA(model, LoRAConfig(r=10, target_modules=["qkv"]))
     """
 
-    @torch.no_grad()
     def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
-        check_mergeable(self.model)
-        generator = self._drawing()
-        weights = [(layer.base_weight, layer.consolidated_weight()) for layer in self.layers.values()]
-        with Transaction() as change:
-            for weight, value in weights:
-                change.copy_(weight, value)
-            for layer in self.layers.values():
-                for _, lora_a, lora_b in layer.adapter_parameters():
-                    change.remember(lora_a)
-                    change.remember(lora_b)
-                layer.reset_adapters(generator)
-        for layer in self.layers.values():
-            layer.consolidated_tasks += 1
+        placement = LocalPlacement(self.model, self.layers)
+        with folded(placement, self.group) as change:
+            placement.reset_adapters(change, self._drawing())
 
     def state_dict(self) -> dict[str, Any]:
         """{"tensors": {}, "config": counts of tasks}, between tasks. Weights and adapters are in the model's

@@ -14,12 +14,12 @@ from ..config import LoRAConfig, positive
 from ..distributed.processes import sharded
 from ..distributed.transaction import Transaction, canonical_name
 from ..errors import ArgumentError, CheckpointError, TargetError
-from ..ewc.consolidate import check_ready
+from ..ewc.anchored import AnchoredEWC
+from ..ewc.placement import check_ready
 from ..ewc.settings import number, one_of
 from ..layers.adapted import AdaptedLinear
 from ..layers.slices import AdapterSlice, fisher_key
 from ..report import Report
-from ._anchored import AnchoredEWC
 from ._directions import NORMALIZATIONS, Directions, Stack, freeze
 from ._sd_state import Outcome, dump, parse
 from ._shares import agreed, end_task
@@ -123,10 +123,10 @@ class SDLoRA(Method):
             for key, layer, piece in self._adapters()
             for now in (Directions.of(layer, piece),)
         ]
-        held = sum(len(row["tasks"]) for row in rows)
-        dropped = self.tasks * len(rows) - held
-        notes = [f"{held} directions of {self.tasks} tasks in {len(rows)} adapters, {dropped} dropped"]
-        return Report("SD-LoRA directions", rows, notes, {"directions": held, "dropped": dropped})
+        kept = sum(len(row["tasks"]) for row in rows)
+        dropped = self.tasks * len(rows) - kept
+        notes = [f"{kept} directions of {self.tasks} tasks in {len(rows)} adapters, {dropped} dropped"]
+        return Report("SD-LoRA directions", rows, notes, {"directions": kept, "dropped": dropped})
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on, in a task or between tasks: tensors by name, plain
@@ -146,7 +146,7 @@ class SDLoRA(Method):
         Raises `CheckpointError` or `FisherError` when other base weights, adapters or settings are found than
         were saved; nothing was loaded then.
         """
-        check_ready(self.layers)
+        check_ready(self.layers, "load_state_dict")
         parsed = parse(saved, self._adapters(), self.normalization)
         if (saved.get("ewc") is None) != (self.ewc is None):
             theirs = "without" if saved.get("ewc") is None else "with"
@@ -203,7 +203,7 @@ class SDLoRA(Method):
         self._refresh()
 
     def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
-        check_ready(self.layers)
+        check_ready(self.layers, "end_task")
         self._check_whole()
         generator = self._drawing(self.generator)
         ended = []

@@ -13,7 +13,7 @@ from torch import nn
 
 from fused_ewclora.config import LoRAConfig
 from fused_ewclora.errors import ArgumentError, DtypeError, FisherError, TargetError
-from fused_ewclora.ewc import consolidate
+from fused_ewclora.ewc import consolidate, fold
 from fused_ewclora.ewc.controller import EWC
 from fused_ewclora.ewc.settings import convert_lambda
 from fused_ewclora.layers.inject import disabled, inject, merge, unmerge
@@ -64,7 +64,7 @@ FAILURES = [
     (torch.Tensor, "copy_", 2), (torch.Tensor, "copy_", 4), (torch.Tensor, "clone", 5),
     (torch.Tensor, "clone", 9), (torch.Tensor, "uniform_", 2), (torch.Tensor, "zero_", 3),
     (LoRALinear, "reset_adapters", 1), (LoRALinear, "reset_adapters", 2), (consolidate, "new_fisher", 3),
-    (consolidate, "new_weights", 1), (consolidate, "nonfinite", 1), (consolidate, "TaskRecord", 1),
+    (consolidate, "weights_of_sums", 1), (fold, "check_finite", 1), (consolidate, "TaskRecord", 1),
 ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 import fused_ewclora as fe
 from fused_ewclora.distributed.processes import reshard, whole
 from fused_ewclora.ewc.controller import EWC
+from fused_ewclora.layers.index import adapter_refs
 
 SAMPLES = 12  # a multiple of every number of processes, so that all see batches of one size
 OPTIONS = {"ewc_lambda": 20.0, "fisher_dtype": torch.float64}
@@ -66,11 +67,11 @@ class Alone:
         self.model = adapted()
         self.ewc = EWC(self.model, fisher_mode=mode, **OPTIONS)
 
-    def take_factors(self, others: EWC) -> None:
-        held = {slot.key: [whole(f).detach() for f in slot.factors()] for slot in others._slots}
+    def take_matrices(self, others: EWC) -> None:
+        held = {ref.key: [whole(m).detach() for m in ref.matrices()] for ref in adapter_refs(others.layers)}
         with torch.no_grad():
-            for slot in self.ewc._slots:
-                for target, value in zip(slot.factors(), held[slot.key], strict=True):
+            for ref in adapter_refs(self.ewc.layers):
+                for target, value in zip(ref.matrices(), held[ref.key], strict=True):
                     target.copy_(value)
 
 
@@ -117,7 +118,7 @@ def two_tasks(graph: bool, mode: str, wrap: Callable[[nn.Module], nn.Module], sh
             model(x)  # leaves the root's parameters whole again
         ewc.consolidate()
         alone.ewc.consolidate()
-        alone.take_factors(ewc)
+        alone.take_matrices(ewc)
         assert [entry.samples for entry in ewc.history] == [SAMPLES] * (task + 1)
         agree(inner, ewc, alone)
 
@@ -128,13 +129,13 @@ def fisher_memory_is_divided() -> None:
     ewc.shard_()
     ewc.end_task(batches(*mine(*data(SAMPLES)), 2), F.cross_entropy)
     world = dist.get_world_size()
-    for slot in ewc._slots:
-        fisher = ewc.fishers[slot.key]
-        share = slot.layer.in_features * -(-slot.piece.row_count // world) * fisher.element_size()
+    for ref in adapter_refs(ewc.layers):
+        fisher = ewc.fishers[ref.key]
+        share = ref.layer.in_features * -(-ref.piece.row_count // world) * fisher.element_size()
         assert isinstance(fisher, DTensor) and fisher.placements == (Shard(0),)
-        held = ewc._state.fishers[slot.key]
+        held = fisher.to_local()
         assert held.numel() * held.element_size() <= share and held.untyped_storage().nbytes() <= share
-        assert tuple(fisher.shape) == (slot.piece.row_count, slot.layer.in_features)
+        assert tuple(fisher.shape) == (ref.piece.row_count, ref.layer.in_features)
 
 
 def a_state_made_before_sharding_is_dealt_out() -> None:
@@ -145,6 +146,7 @@ def a_state_made_before_sharding_is_dealt_out() -> None:
     early = EWC(shard(adapted()), **OPTIONS)
     early.load_state_dict(before.state_dict())
     early.shard_()
+    early.shard_()  # changes nothing
     late = EWC(shard(adapted()), **OPTIONS)
     late.shard_()
     late.load_state_dict(before.state_dict())
@@ -300,9 +302,9 @@ def new_factors_do_not_depend_on_the_processes() -> None:
     ewc = EWC(shard(adapted()), generator=given, **OPTIONS)
     ewc.shard_()
     ewc.end_task([mine(*data(SAMPLES))], F.cross_entropy)
-    for slot in ewc._slots:
-        a, b = (whole(factor).detach() for factor in slot.factors())
-        bound = slot.layer.initial_bound
+    for ref in adapter_refs(ewc.layers):
+        a, b = (whole(matrix).detach() for matrix in ref.matrices())
+        bound = ref.layer.initial_bound
         assert torch.equal(a, torch.empty_like(a).uniform_(-bound, bound, generator=common))
         assert not b.any()
 

@@ -163,7 +163,23 @@ def errors_in_all(method: Method, call: Callable[[], None], expected: type[Excep
         raise AssertionError("no error")
     after = state(method)
     assert after.keys() == before.keys() and method.tasks == tasks
-    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert all(
+        torch.allclose(tensor, after[name], rtol=0.0, atol=0.0, equal_nan=True)
+        for name, tensor in before.items()
+    )
+
+
+def adapters_of_one_process_that_are_not_finite_are_an_error_in_all() -> None:
+    """Parameters that no DDP kept equal."""
+    for kind in (LoRA, CoDyRA):
+        method = kind(adapted())
+        method.begin_task(0)
+        if dist.get_rank() == 1:
+            with torch.no_grad():
+                method.model.fc.lora_B[0, 0] = torch.nan
+        errors_in_all(
+            method, functools.partial(method.end_task, []), fe.ArgumentError, "of fc: expected finite"
+        )
 
 
 def bad_data_of_one_process_is_an_error_in_all() -> None:
@@ -242,6 +258,9 @@ CHECKS: dict[str, Callable[[], None]] = {
     "codyra_compact": case(CoDyRA, GATES, True),
     "codyra_ewc": case(CoDyRA, {**GATES, **EWC}),
     "bad_data_of_one_process_is_an_error_in_all": bad_data_of_one_process_is_an_error_in_all,
+    "adapters_of_one_process_that_are_not_finite_are_an_error_in_all": (
+        adapters_of_one_process_that_are_not_finite_are_an_error_in_all
+    ),
     "decisions_that_differ_are_an_error_in_all": decisions_that_differ_are_an_error_in_all,
     "groups_are_apart": groups_are_apart,
 }

@@ -1,0 +1,49 @@
+"""Adapters folded into the base weights at the end of a task: every new value is computed and checked first,
+then all of them are written, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..distributed.transaction import Transaction
+from ..errors import EWCLoRAError
+from ..layers.adapted import AdaptedLinear
+from ..layers.finite import check_finite
+
+
+@contextmanager
+def folding(
+    layers: Mapping[str, AdaptedLinear],
+    weights: Mapping[str, tuple[Tensor, Tensor]],
+    *,
+    action: str,
+    error: type[EWCLoRAError],
+    agree: Callable[[Callable[[], None]], None],
+    others: Mapping[str, Tensor] | None = None,
+    finite: bool = True,
+) -> Iterator[Transaction]:
+    """Writes new base weights, then runs the block, which starts the adapters anew through the transaction;
+    an exception in it undoes everything.
+
+    Args:
+        weights: (base weight, its new value) by the names of layers.
+        action: the name of the call, with which errors begin.
+        error: raised when a new value holds NaN or Inf, before anything is written.
+        agree: makes an error in one process an error in all.
+        others: further new values to check, by what they are.
+        finite: whether to check new values.
+    """
+    values = dict(others or {})
+    values |= {f"W + B diag(s) A of {name or 'model'}": value for name, (_, value) in weights.items()}
+    if finite:
+        agree(lambda: check_finite(values, action, error))
+    with torch.no_grad(), Transaction() as change:
+        for weight, value in weights.values():
+            change.copy_(weight, value)
+        yield change
+        for name in weights:
+            layers[name].consolidated_tasks += 1

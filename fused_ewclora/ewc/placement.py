@@ -1,0 +1,177 @@
+"""Where the tensors of a model are, whole in one process or sharded over several, and the parts of `EWC` that
+depend on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from .. import functional as FE
+from ..distributed import processes
+from ..distributed.processes import sharded
+from ..distributed.reduce import reduced
+from ..distributed.transaction import Transaction
+from ..errors import FisherError, TargetError
+from ..layers.adapted import AdaptedLinear
+from ..layers.index import AdapterRef, Operands, adapter_refs, check_present, operands
+from ..layers.inject import check_mergeable
+from ..ops.capture import FisherCapture
+from .state import EWCState, Expected, TaskFisher, parse
+
+Result = TypeVar("Result")
+
+
+class Placement(Protocol):
+    """What `EWC` does with the tensors of a model, by where they are.
+
+    Fishers are those of this process: whole ones, or its rows of them. Every process that holds a part of the
+    model must make the same calls.
+    """
+
+    model: nn.Module
+    layers: dict[str, AdaptedLinear]
+    refs: list[AdapterRef]
+
+    def check(self) -> None:
+        """Raises `TargetError` when the adapters were replaced or are placed differently."""
+
+    def check_foldable(self, action: str) -> None:
+        """Raises `TargetError` or `FisherError` when `action` cannot fold the adapters into the weights
+        now."""
+
+    def agree(self, work: Callable[[], Result]) -> Result:
+        """The result of `work`, which makes no collective calls; its error in one process is raised in every
+        process."""
+
+    def wrapped(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Fishers as users see them, whole or as DTensors."""
+
+    def parsed(self, saved: Any, expected: Expected) -> EWCState:
+        """This process's part of a saved state; raises `FisherError` as `parse` does. `expected` has the
+        shapes of whole tensors."""
+
+    def penalty(self, fishers: Mapping[str, Tensor], ewc_lambda: float) -> Tensor:
+        """(lambda/2) sum F (B diag(s) A)^2 over all rows, 0-d and differentiable."""
+
+    def add_penalty_grad_(
+        self, fishers: Mapping[str, Tensor], ewc_lambda: float, grad_scale: float | Tensor
+    ) -> Tensor:
+        """Adds the gradients of the penalty, times grad_scale, to `.grad`; returns the unscaled penalty."""
+
+    def capture(self, layer: AdaptedLinear, *options: Any) -> FisherCapture:
+        """A capture with empty buffers for the Fishers of a layer; options are those of `FisherCapture` after
+        the rows."""
+
+    def totals(self, samples: int, batch_size: int) -> tuple[int, int]:
+        """The samples of all processes, and the largest of their batch sizes."""
+
+    def reduced(
+        self, task: TaskFisher, described: Mapping[str, Any], group: ProcessGroup | None
+    ) -> TaskFisher:
+        """The Fisher of the data of all processes of `group`, as `distributed.reduce.reduced`."""
+
+    def common_generator(
+        self, generator: torch.Generator | None, group: ProcessGroup | None
+    ) -> torch.Generator | None:
+        """A source for `reset_adapters` with which every process of `group` draws the same values."""
+
+    def new_weights(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """By layer: the base weight, or this process's part of it, and its new value W + B diag(s) A."""
+
+    def reset_adapters(self, change: Transaction, generator: torch.Generator | None) -> None:
+        """Draws new A and sets B to 0 in every adapter, in place; `change` undoes it."""
+
+
+class LocalPlacement:
+    """`Placement` of a model that is whole in this process."""
+
+    def __init__(self, model: nn.Module, layers: dict[str, AdaptedLinear]) -> None:
+        self.model, self.layers, self.refs = model, layers, adapter_refs(layers)
+
+    def check(self) -> None:
+        check_present(self.refs)
+        if names := sharded(self.layers):
+            raise TargetError(f"{names[0]}: its parameters are sharded; call ewc.shard_() after fully_shard")
+
+    def check_foldable(self, action: str) -> None:
+        check_ready(self.layers, action)
+        check_mergeable(self.model)
+
+    def agree(self, work: Callable[[], Result]) -> Result:
+        return work()
+
+    def wrapped(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(tensors)
+
+    def parsed(self, saved: Any, expected: Expected) -> EWCState:
+        return parse(saved, expected)
+
+    def operands(self, fishers: Mapping[str, Tensor]) -> Operands:
+        """The operands of `ewc_penalty`."""
+        check_present(self.refs)
+        return operands(self.refs, fishers)
+
+    def penalty(self, fishers: Mapping[str, Tensor], ewc_lambda: float) -> Tensor:
+        return FE.ewc_penalty(*self.operands(fishers), ewc_lambda)
+
+    def add_penalty_grad_(
+        self, fishers: Mapping[str, Tensor], ewc_lambda: float, grad_scale: float | Tensor
+    ) -> Tensor:
+        terms = self.operands(fishers)
+        if all(ref.layer.composer is None for ref in self.refs):
+            return FE.ewc_penalty_grad_(*terms, ewc_lambda, grad_scale=grad_scale)
+        # The result of a composer need not be a leaf, whose .grad an optimizer reads.
+        with torch.enable_grad():
+            penalty = self.penalty(fishers, ewc_lambda)
+        penalty.backward(penalty.detach().new_ones(()) * grad_scale)
+        return penalty.detach()
+
+    def capture(self, layer: AdaptedLinear, *options: Any) -> FisherCapture:
+        pieces = layer.adapter_slices
+        buffers = [fisher_buffer(layer, piece.row_count) for piece in pieces]
+        return FisherCapture(buffers, [piece.rows for piece in pieces], *options)
+
+    def totals(self, samples: int, batch_size: int) -> tuple[int, int]:
+        return samples, batch_size
+
+    def reduced(
+        self, task: TaskFisher, described: Mapping[str, Any], group: ProcessGroup | None
+    ) -> TaskFisher:
+        return reduced(task, described, group)
+
+    def common_generator(
+        self, generator: torch.Generator | None, group: ProcessGroup | None
+    ) -> torch.Generator | None:
+        return processes.common_generator(generator, self.refs[0].layer.weight.device, group)
+
+    def new_weights(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {name: (layer.base_weight, layer.consolidated_weight()) for name, layer in self.layers.items()}
+
+    def reset_adapters(self, change: Transaction, generator: torch.Generator | None) -> None:
+        for ref in self.refs:
+            for matrix in ref.matrices():
+                change.remember(matrix)
+        for layer in self.layers.values():
+            layer.reset_adapters(generator)
+
+
+def check_ready(layers: Mapping[str, AdaptedLinear], action: str) -> None:
+    """Raises `TargetError` for a merged layer and `FisherError` for one with an active Fisher pass, neither
+    of which `action` can work on."""
+    for name, layer in layers.items():
+        if layer.merged:
+            raise TargetError(
+                f"{name}: its adapter is merged into the base weight; call unmerge(model) before {action}"
+            )
+        if layer.fisher_capture is not None:
+            raise FisherError(f"{name}: a Fisher pass is active; leave its block before {action}")
+
+
+def fisher_buffer(layer: AdaptedLinear, rows: int) -> Tensor:
+    """Zeros `[rows, in_features]` to accumulate a Fisher in: fp32, beside fp64 weights fp64."""
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+    return torch.zeros(rows, layer.in_features, dtype=dtype, device=layer.weight.device)
