@@ -49,7 +49,7 @@ def put_rows(weight: Tensor, rows: Rows, values: Tensor) -> None:
 def slots_of(layers: Mapping[str, AdaptedLinear]) -> list[Slot]:
     """Every adapter of every layer, in order."""
     return [
-        Slot(fisher_key(name, piece), layer, piece, index, layer.factor_locations(piece))
+        Slot(fisher_key(name, piece), layer, piece, index, layer.parameter_locations(piece))
         for name, layer in layers.items()
         for index, piece in enumerate(layer.adapter_slices)
     ]

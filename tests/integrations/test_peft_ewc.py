@@ -109,7 +109,7 @@ def test_consolidation_keeps_the_function_and_restarts_the_adapter():
     ewc.end_task(loader(1), F.cross_entropy)
     torch.testing.assert_close(live(inputs()), before, rtol=1e-13, atol=1e-13)
     for layer in ewc.layers.values():
-        a, b = (table[name] for table, name in layer.factor_locations(layer.adapter_slices[0]))
+        a, b = (table[name] for table, name in layer.parameter_locations(layer.adapter_slices[0]))
         assert not b.any() and 0 < a.abs().max() <= 1 / layer.in_features**0.5
     with live.disable_adapter():
         torch.testing.assert_close(live(inputs()), before, rtol=1e-13, atol=1e-13)
