@@ -131,7 +131,7 @@ def _layers(model: nn.Module, ewc: EWC | None) -> dict[str, AdaptedLinear]:
                 "the final model, call method.export() and save the whole model"
             )
     if ewc is not None and set(map(id, ewc.layers.values())) != set(map(id, layers.values())):
-        raise ArgumentError("ewc: expected the EWC of this model, got one of other layers")
+        raise ArgumentError("ewc: expected the EWC of this model, got one whose layers are others")
     return layers
 
 

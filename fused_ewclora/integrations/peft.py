@@ -51,7 +51,7 @@ def accelerate_(peft_model: nn.Module) -> Report:
 def restore_(peft_model: nn.Module) -> int:
     """Undo `accelerate_` and `attach_ewc`: all layers run PEFT's own forward again; returns their number.
 
-    Base weights that an EWC has consolidated stay as they are. An EWC of `attach_ewc` cannot be used any more.
+    Base weights that an EWC has consolidated stay as they are; an EWC of `attach_ewc` ends.
 
         >>> restore_(peft_model)
     """
