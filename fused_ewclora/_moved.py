@@ -11,6 +11,11 @@ from types import ModuleType
 
 # Path of earlier versions -> present path, inside the package.
 MOVED = {
+    # Private modules whose classes are part of pickled EWCs.
+    "_ewc_state": "ewc.state",
+    "_fisher_pass": "ewc.fisher_pass",
+    "_slots": "layers.index",
+    # Public modules.
     "adapted": "layers.adapted",
     "backends.triton.aot": "backends.triton.tools.aot",
     "backends.triton.autotune": "backends.triton.tools.autotune",
