@@ -42,7 +42,7 @@ def packed_projections(
         else []
     )
     if not rows:
-        notes.append("no known packed projections")
+        notes.append("no packed projections that are known")
     return Report(f"packed projections ({library})", rows, notes, {"layers": len(rows), "bypassed": bypassed})
 
 
