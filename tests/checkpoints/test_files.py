@@ -123,13 +123,13 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_checkpoint(tmp_path):
     expected = whole(model, ewc)
     for moment, _ in moments:
         folder = tmp_path / str(moment)
-        found = controller(adapted())
-        load_pretrained(folder, found.model, found)
-        tasks.append(found.tasks)
+        resumed = controller(adapted())
+        load_pretrained(folder, resumed.model, resumed)
+        tasks.append(resumed.tasks)
         save_pretrained(folder, model, ewc)  # and the next save finds its way
         assert sorted(p.name for p in folder.iterdir()) == sorted(NAMES)
-        load_pretrained(folder, found.model, found)
-        assert_same(expected, whole(found.model, found))
+        load_pretrained(folder, resumed.model, resumed)
+        assert_same(expected, whole(resumed.model, resumed))
     assert tasks == sorted(tasks) and set(tasks) == {1, 2}
 
 

@@ -165,9 +165,9 @@ def test_checkpoints_are_read_by_either_kind_of_model(tmp_path, saver, reader):
     fe.load_pretrained(tmp_path, other, controller)
     assert torch.equal(model(inputs()), other(inputs()))
     assert torch.equal(ewc.penalty(), controller.penalty()) and controller.tasks == 2
-    for one, two in ((model, ewc), (other, controller)):
-        two.generator = torch.Generator().manual_seed(7)
-        train(one, two, 3)
+    for trained, trained_ewc in ((model, ewc), (other, controller)):
+        trained_ewc.generator = torch.Generator().manual_seed(7)
+        train(trained, trained_ewc, 3)
     torch.testing.assert_close(model(inputs()), other(inputs()), rtol=1e-12, atol=1e-12)
 
 

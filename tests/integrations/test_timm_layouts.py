@@ -116,11 +116,11 @@ def make(case: str) -> tuple[nn.Module, tuple[Any, ...]]:
 def observed(attention: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
     """What the variables q, k, v and x_mlp of the class's methods hold when these return."""
     codes = {method.__code__ for method in vars(type(attention)).values() if isinstance(method, FunctionType)}
-    found: dict[str, Any] = {}
+    local_values: dict[str, Any] = {}
 
     def watch(frame: FrameType, event: str, _: Any) -> None:
         if event == "return" and frame.f_code in codes:
-            found.update(frame.f_locals)
+            local_values.update(frame.f_locals)
 
     before = sys.getprofile()
     sys.setprofile(watch)
@@ -130,10 +130,10 @@ def observed(attention: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]
     finally:
         sys.setprofile(before)
     return {
-        segment: found[name].clone()
+        segment: local_values[name].clone()
         for segment, names in VARIABLES.items()
         for name in names
-        if isinstance(found.get(name), Tensor)
+        if isinstance(local_values.get(name), Tensor)
     }
 
 
