@@ -1,4 +1,4 @@
-"""Damaged bytes, dying processes and full disks never cost the checkpoint that was there."""
+"""Damaged bytes, dying processes and full disks never destroy an existing checkpoint."""
 
 from __future__ import annotations
 

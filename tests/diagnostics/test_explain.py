@@ -1,4 +1,4 @@
-"""Which implementation layers run on, and whether they run at all."""
+"""Reports of the implementation of each layer, and of layers that never run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""EWC over a live PEFT model trains as on an injected model; each reads what the other writes."""
+"""EWC over a PEFT model trains as on an injected model, and each loads the checkpoints of the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parents that use a weight without calling its layer: rules set attributes on them while adapters are in."""
+"""Parents that use a weight without calling its layer: rules set attributes on them during injection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers are adapted, what the model is afterwards, and what is refused."""
+"""The layers that injection adapts, the model afterwards, and refused configurations."""
 
 from __future__ import annotations
 

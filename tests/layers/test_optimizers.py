@@ -1,4 +1,4 @@
-"""Optimizers over task boundaries: moments of adapters are forgotten, those of everything else stay."""
+"""Optimizers over task boundaries: the state of adapters is dropped, all other state is kept."""
 
 from __future__ import annotations
 

@@ -60,9 +60,9 @@ def read_by_make() -> set[str]:
 
 def variables() -> set[str]:
     files = [ROOT / "setup.py", *(p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py")))]
-    variables = set().union(*(read_by(path.read_text()) for path in files if path != Path(__file__)))
+    in_python = set().union(*(read_by(path.read_text()) for path in files if path != Path(__file__)))
     sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".inl", ".cu", ".cuh")]
-    return variables.union(*(read_by_cpp(path.read_text()) for path in sources), read_by_make())
+    return in_python.union(*(read_by_cpp(path.read_text()) for path in sources), read_by_make())
 
 
 def named(page: str) -> set[str]:

@@ -126,15 +126,15 @@ def source_distribution(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_sdist_complete(source_distribution: Path):
     """A source distribution holds everything that a build needs; linked folders are where the links were."""
-    files = set(names(source_distribution))
+    packed = set(names(source_distribution))
     files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
     built = (".so", ".jsonl", ".pyc")  # records of measurements are in the repository alone
     wanted = {str(path.relative_to(ROOT)) for path in files if path.suffix not in built}
     wanted = {f"fused_ewclora/{name}" if name.startswith(LINKED) else name for name in wanted}
     wanted = {name for name in wanted if not name.startswith("tests/") and "/results/" not in name}
-    assert not wanted - files
-    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= files
-    assert not [name for name in files if name.startswith(("tests/", *LINKED))]
+    assert not wanted - packed
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= packed
+    assert not [name for name in packed if name.startswith(("tests/", *LINKED))]
 
 
 def test_sdist_runs(source_distribution: Path, tmp_path: Path):
