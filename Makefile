@@ -1,7 +1,7 @@
-# Every target sets up what it needs in .venv; nothing is installed outside the checkout.
+# Every target sets up what it needs in .venv; nothing is installed outside of the checkout.
 #   make test    the whole test suite           make lint    ruff, mypy, clang-format
 #   make test-library, make test-integrations    its two halves: without and with model libraries
-#   make test-integrations INSTEAD=dir   with other versions of these: those that pip install --no-deps --target dir has put there
+#   make test-integrations INSTEAD=dir   with other versions of these, installed by pip install --no-deps --target dir
 #   make demo    the continual learning demo    make bench   benchmarks against installed peers
 #   make suite   continual learning with every method on language and vision
 #   make docs    the API reference and the pages of docs/, in build/docs
@@ -46,7 +46,7 @@ gpu-check:
 	@test -n "$(OUT)" || { echo "make gpu-check OUT=dir: OUT names the folder of the results"; exit 2; }
 	PYTHONPATH=$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m benchmarks.gpu_check --out $(OUT) $(CHECK_ARGS)
 
-# Integrations are documented with the libraries that they integrate.
+# The docstrings of integrations are read by importing these, which needs their libraries.
 docs: setup $(EXTRAS)
 	HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH)) python docs/build.py build/docs
 
@@ -76,7 +76,7 @@ $(INSTALL): $(REQUIREMENTS) setup.py pyproject.toml
 	FUSED_EWCLORA_BUILD=none python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
-# In a folder of their own, so that the tests never see them; without dependencies, so that torch stays as it is.
+# In a separate folder, so that the tests of the library never see them; without dependencies, so that torch is not replaced.
 $(EXTRAS): requirements-extras.txt $(REQUIREMENTS)
 	rm -rf $@
 	python -m pip install --quiet --no-deps --target $@ -r requirements-extras.txt

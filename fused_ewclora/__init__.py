@@ -36,7 +36,7 @@ from .report import Report
 
 _moved.install(__name__)
 
-# Loaded on first use: what few programs need, or what is slow to import. Name -> module that defines it.
+# Names that few programs need or that are slow to import are loaded on first use. Name -> defining module.
 _LAZY = {
     "EWC": "ewc.controller",
     "convert_lambda": "ewc.settings",

@@ -1,4 +1,4 @@
-"""What to inject: `LoRAConfig` in PEFT's vocabulary, and `QKVLayout`, the row layout of a packed
+"""Configuration of an injection: `LoRAConfig` with PEFT's names, and `QKVLayout`, the row layout of a packed
 projection."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _names(value: object, name: str) -> tuple[str, ...]:
 
 
 def segment_names(value: object, name: str) -> tuple[str, ...]:
-    """Distinct names that can be part of a parameter name."""
+    """Check distinct names that can be part of the name of a parameter; returns them as a tuple."""
     names = _names(value, name)
     for n in names:
         if not re.fullmatch(r"\w+", n):
@@ -37,7 +37,7 @@ def segment_names(value: object, name: str) -> tuple[str, ...]:
 
 
 def positive(value: object, name: str) -> int:
-    """An integer >= 1."""
+    """Check an integer >= 1; returns it."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise DtypeError(f"{name}: expected an integer, got {value!r}")
     if value < 1:
@@ -46,18 +46,20 @@ def positive(value: object, name: str) -> int:
 
 
 def finite(value: object, name: str) -> float:
-    """A number that is not NaN or infinite."""
+    """Check a number that is neither NaN nor infinite; returns it."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise DtypeError(f"{name}: expected a number, got {value!r}")
-    if isinstance(value, int) and abs(value) > 2**63:  # which no float may hold
-        raise ArgumentError(f"{name}: expected a number of 64 bits, got one of {value.bit_length()}")
+    if isinstance(value, int) and abs(value) > 2**63:  # it may be too large for a float
+        raise ArgumentError(
+            f"{name}: expected an integer of at most 64 bits, got one of {value.bit_length()}"
+        )
     if not math.isfinite(value):
         raise ArgumentError(f"{name}: expected a finite number, got {value}")
     return value
 
 
 def probability(value: object, name: str) -> float:
-    """A number in [0, 1]."""
+    """Check a number in [0, 1]; returns it."""
     number = finite(value, name)
     if not 0.0 <= number <= 1.0:
         raise ArgumentError(f"{name}: expected a probability in [0, 1], got {number}")
@@ -66,13 +68,13 @@ def probability(value: object, name: str) -> float:
 
 @dataclass(frozen=True)
 class QKVLayout:
-    """Which output rows of a packed projection belong to which segment.
+    """The segments of a packed projection: which output rows belong to which of them.
 
-    segments: names in the order of the rows. sizes: rows per segment, unequal with grouped queries; None
-    gives every segment the same share of whatever layer it is used on. interleave: None for contiguous
-    segments (timm ViT); h for rows laid out as [h heads][segments][size / h] (GPT-NeoX), so that a segment is
-    h ranges.
-    Raises `ArgumentError` or `DtypeError` for malformed fields, `LayoutError` when it does not fit a layer.
+    segments: the names in the order of the rows. sizes: the number of rows of each segment, which differ with
+    grouped queries; None divides the rows of any layer equally among the segments. interleave: None for
+    contiguous segments (timm ViT); h for rows laid out as [h heads][segments][size / h] (GPT-NeoX), where a
+    segment consists of h ranges. Raises `ArgumentError` or `DtypeError` for invalid fields, `LayoutError`
+    when the layout does not fit a layer.
 
         >>> QKVLayout(("q", "k", "v"), (8, 8, 8)).rows("k", 24)
         ((8, 16),)
@@ -99,12 +101,12 @@ class QKVLayout:
         for segment, size in zip(self.segments, sizes, strict=True):
             if self.interleave is not None and size % self.interleave:
                 raise LayoutError(
-                    f"interleave: {size} rows of {segment!r} are no multiple of {self.interleave} heads"
+                    f"interleave: {size} rows of {segment!r} are not a multiple of {self.interleave} heads"
                 )
 
     def sizes_of(self, out_features: int) -> tuple[int, ...]:
-        """Rows per segment on a layer of `out_features` rows; raises `LayoutError` when they do not add up to
-        it."""
+        """The number of rows of each segment in a layer of `out_features` rows; raises `LayoutError` when the
+        sizes do not add up to that."""
         if self.sizes is None:
             share, rest = divmod(out_features, len(self.segments))
             if rest or not share:
@@ -121,7 +123,7 @@ class QKVLayout:
         return self.sizes
 
     def rows(self, segment: str, out_features: int) -> Rows:
-        """(start, stop) row ranges of one segment, ascending."""
+        """The (start, stop) row ranges of one segment, in ascending order."""
         if segment not in self.segments:
             raise LayoutError(
                 f"slices: expected names among the layout's segments {list(self.segments)}, got {segment!r}"
@@ -135,15 +137,15 @@ class QKVLayout:
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Where adapters go and how large they are; names and matching rules are PEFT's.
+    """The layers that get adapters, and the sizes of these; names and matching rules are those of PEFT.
 
-    r: rank, >= 1. lora_alpha: None for scale 1 (the EWC-LoRA paper), else the scale is lora_alpha / r.
-    lora_dropout: on the input of the low-rank branch. target_modules, exclude_modules: a string is a regular
-    expression that must match the whole dotted name, a list holds names or dotted suffixes; `"all-linear"`
-    targets every `nn.Linear` but the output head. slices: segments of a packed projection that get an adapter
-    each; layout: its `QKVLayout`. rank_pattern, alpha_pattern: {regular expression for the end of the dotted
-    name: value}.
-    Raises `ArgumentError` or `DtypeError` naming the field.
+    r: the rank, >= 1. lora_alpha: None for scale 1 (the EWC-LoRA paper), else the scale is lora_alpha / r.
+    lora_dropout: the dropout probability on the input of the low-rank branch. target_modules,
+    exclude_modules: a string is a regular expression that must match the whole dotted name; a list holds
+    names or dotted suffixes; `"all-linear"` selects every `nn.Linear` except the output head. slices: the
+    segments of a packed projection that get one adapter each. layout: the `QKVLayout` of that projection.
+    rank_pattern, alpha_pattern: {regular expression for the end of the dotted name: value}. Raises
+    `ArgumentError` or `DtypeError` naming the field.
 
         >>> LoRAConfig(r=10, target_modules=["qkv"], slices=("k", "v"), layout=QKVLayout(("q", "k", "v")))
     """
@@ -179,16 +181,17 @@ class LoRAConfig:
         object.__setattr__(self, "alpha_pattern", _pattern(self.alpha_pattern, "alpha_pattern", finite))
 
     def rank_of(self, name: str) -> int:
-        """The rank of the adapters of the module called `name`."""
+        """The rank of the adapters in the module called `name`."""
         return _lookup(self.rank_pattern, name, self.r)
 
     def alpha_of(self, name: str) -> float | None:
-        """lora_alpha of the module called `name`."""
+        """lora_alpha for the module called `name`."""
         return _lookup(self.alpha_pattern, name, self.lora_alpha)
 
 
 def matches(targets: Targets, name: str) -> bool:
-    """PEFT's rule: a string must match the whole dotted name, a list holds names or dotted suffixes of it."""
+    """Whether `targets` select a name, by PEFT's rules: a string must match the whole dotted name as a
+    regular expression; a list holds names or dotted suffixes of names."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)

@@ -1,4 +1,4 @@
-"""The errors this library raises, all of them `ValueError`s so that existing handlers keep working."""
+"""The errors of this library. All of them are `ValueError`s, so that existing handlers catch them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ class EWCLoRAError(ValueError):
 
 
 class ArgumentError(EWCLoRAError):
-    """An argument has a wrong value or shape; the message names it, what was expected and what came."""
+    """An argument has a wrong value or shape; the message names it, the expected value and the actual one."""
 
 
 class DtypeError(EWCLoRAError, TypeError):
@@ -16,7 +16,7 @@ class DtypeError(EWCLoRAError, TypeError):
 
 
 class BackendError(EWCLoRAError):
-    """A backend that was asked for by name cannot serve the call; the message says why."""
+    """A backend that was requested by name cannot serve the call; the message says why."""
 
 
 class TargetError(EWCLoRAError):
@@ -24,15 +24,15 @@ class TargetError(EWCLoRAError):
 
 
 class LayoutError(EWCLoRAError):
-    """Slices of a packed projection were asked for without a known row layout."""
+    """Slices of a packed projection were requested without a known row layout."""
 
 
 class FisherError(EWCLoRAError):
-    """A Fisher is missing, not finite, or cannot be computed from the batches as given."""
+    """A Fisher is missing, not finite, or cannot be computed from the given batches."""
 
 
 class CheckpointError(EWCLoRAError):
-    """A checkpoint is truncated, foreign, or belongs to other base weights; nothing was loaded."""
+    """A checkpoint is truncated, in another format, or made for other base weights; nothing was loaded."""
 
 
 class NotExactlyRepresentable(EWCLoRAError):
@@ -40,4 +40,4 @@ class NotExactlyRepresentable(EWCLoRAError):
 
 
 class IntegrationError(EWCLoRAError, ImportError):
-    """An optional library is not installed, or in a version that is not supported."""
+    """An optional library is not installed, or its version is not supported."""

@@ -1,4 +1,4 @@
-"""Continual-learning metrics from an accuracy matrix, every one under a name that says how it is averaged."""
+"""Continual-learning metrics of an accuracy matrix; the name of each metric says how it is averaged."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ AVERAGES = ("sample_weighted", "task_mean")
 
 
 class ContinualMetrics:
-    """Accuracy matrices of one continual run, and the metrics of it.
+    """The accuracy matrices of one continual-learning run, and their metrics.
 
     `a[t][i]` is the accuracy on the test set of task `i` (`n_i` samples) after training task `t`, `i <= t`:
     `class_incremental`, where all heads compete, and optionally `task_aware`, where the task is known.
-    Accuracies keep the unit they come in (0..1 or 0..100); `scale` is the value of a perfect score.
+    Accuracies keep their unit (0..1 or 0..100); `scale` is the value of a perfect score.
 
     Formulas (Lopez-Paz & Ranzato 2017; Chaudhry et al. 2018), `T` tasks seen, `D_i = a[i][i]`:
 
@@ -60,7 +60,7 @@ class ContinualMetrics:
         task_aware: Iterable[Sequence[float]] | None = None,
         scale: float = 1.0,
     ) -> ContinualMetrics:
-        """Build from rows of `t + 1` entries, or from square matrices, where `i > t` is ignored."""
+        """Build from rows of `t + 1` entries, or from square matrices, whose entries `i > t` are ignored."""
         metrics = cls(test_sizes, scale)
         rows = [list(row)[: t + 1] for t, row in enumerate(class_incremental)]
         aware = None if task_aware is None else [list(row)[: t + 1] for t, row in enumerate(task_aware)]
@@ -101,7 +101,7 @@ class ContinualMetrics:
 
     @property
     def tasks_seen(self) -> int:
-        """Number of rows so far."""
+        """The number of tasks whose accuracies were added."""
         return len(self._rows["class_incremental"])
 
     @property
@@ -110,7 +110,7 @@ class ContinualMetrics:
         return bool(self._rows["task_aware"])
 
     def matrix(self, protocol: str = "class_incremental") -> np.ndarray:
-        """Accuracies `[T, T]`, fp64, NaN above the diagonal (those tasks were not trained yet)."""
+        """Accuracies `[T, T]` in fp64, NaN above the diagonal (for tasks that were not trained yet)."""
         rows = self._get(protocol)
         out = np.full((len(rows), len(rows)), np.nan)
         for t, row in enumerate(rows):
@@ -161,11 +161,11 @@ class ContinualMetrics:
         return float(np.mean([max(rows[t][i] for t in range(i, last)) - rows[last][i] for i in range(last)]))
 
     def stability(self, protocol: str = "class_incremental") -> float:
-        """`scale - forgetting_max`: the perfect score less what was forgotten."""
+        """`scale - forgetting_max`: the perfect score minus the forgetting."""
         return self.scale - self.forgetting_max(protocol)
 
     def stability_ratio(self, protocol: str = "class_incremental") -> float:
-        """`mean_{i<T}(a[T][i] / a[i][i])`; undefined (an error) for a task that was never learned at all."""
+        """`mean_{i<T}(a[T][i] / a[i][i])`; raises `ArgumentError` when some `a[i][i]` is 0."""
         rows = self._get(protocol, minimum=2)
         for i in range(len(rows) - 1):
             if rows[i][i] == 0.0:

@@ -1,4 +1,4 @@
-"""A table for people (`print(report)`) whose rows are data for programs (`report.rows`)."""
+"""A table that can be printed (`print(report)`) and whose rows are plain data (`report.rows`)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def _cell(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows of one table, each a dict with the same keys; `summary` holds totals, `notes` are sentences below
-    the table.
+    """A table. All `rows` are dicts with the same keys; `summary` holds totals; `notes` are printed below the
+    table.
 
     >>> print(Report("ranks", [{"name": "qkv", "r": 8}]))
     """
@@ -50,7 +50,7 @@ class Report:
         return "\n".join([*lines, *self.notes])
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain containers, for JSON."""
+        """All contents as plain containers, for JSON."""
         return {
             "title": self.title,
             "rows": [dict(row) for row in self.rows],

@@ -1,1 +1,1 @@
-"""Adapters and EWC state on disk, in files of this library and in those of PEFT."""
+"""Adapters and EWC state in files: the checkpoints of this library, and the adapter files of PEFT."""

@@ -1,5 +1,7 @@
-"""Saving and resuming adapters, consolidated weights and the EWC state: safetensors and JSON, replaced as a
-whole, loaded as a whole."""
+"""Checkpoints of adapters, consolidated weights and the EWC state, in safetensors and JSON.
+
+A checkpoint is replaced as a whole and loaded as a whole.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from reprlib import repr as shown  # of values that anybody may have written: short, and not too deep
+from reprlib import repr as shown  # shortens values from files, which may be long or deep
 from typing import Any
 
 import safetensors.torch
@@ -28,22 +30,22 @@ from .files import ADAPTER, ADAPTER_CONFIG, MANIFEST, STATE, read_files, write_f
 from .peft_format import disk_key, model_key, own_config, peft_config, stock_shapes
 
 FORMAT = 1
-ROWS = "merged_rows."  # prefix of base weight rows that consolidation has changed
+ROWS = "merged_rows."  # prefix of the keys of base weight rows that consolidation has changed
 Updates = list[tuple[Tensor, Tensor]]
 
 
 def save_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | None = None) -> None:
-    """Write everything that differs from the pretrained model into the folder `path`, in one step for whoever
-    reads it.
+    """Write everything that differs from the pretrained model into the folder `path`; a reader sees either
+    the old checkpoint or the new one.
 
-    adapter_model.safetensors and adapter_config.json hold the adapters and all other trained parameters and
-    running statistics, in PEFT's own layout when PEFT would compute exactly the same, else in one that PEFT
-    refuses. ewc_state.safetensors holds the Fishers and the base weight rows changed by consolidation;
-    ewc_config.json how they were made, and the hashes. Optimizers and random states are not included. A
-    process that dies here leaves the checkpoint that was there. Of a sharded model every process must call
-    this, and the first one writes whole tensors, which any number of processes can load. Raises
-    `CheckpointError` while adapters are merged, `ArgumentError` for an EWC of another model, `OSError` when
-    the disk refuses.
+    adapter_model.safetensors and adapter_config.json hold the adapters, all other trained parameters and the
+    running statistics. They have PEFT's own layout if PEFT would compute exactly the same, else one that PEFT
+    refuses to load. ewc_state.safetensors holds the Fishers and the base weight rows that consolidation has
+    changed; ewc_config.json says how the Fishers were estimated and holds the hashes of all files. States of
+    optimizers and of random generators are not saved. If the process dies while it writes, the old checkpoint
+    remains readable. When the model is sharded every process must call this; the first process writes whole
+    tensors, which any number of processes can load. Raises `CheckpointError` while adapters are merged,
+    `ArgumentError` for an EWC of another model, `OSError` when the files cannot be written.
 
         >>> save_pretrained("run/task3", model, ewc)
     """
@@ -51,7 +53,7 @@ def save_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
     layers = _layers(model, ewc)
     if merged := [name for name, layer in layers.items() if layer.merged]:
         raise CheckpointError(
-            f"{merged[0]}: its adapter is merged into the base weight; call unmerge(model) before saving"
+            f"{merged[0]}: its adapter is merged into the base weight; call fe.unmerge(model) before saving"
         )
     spread = bool(sharded(layers))
     keep = not spread or dist.get_rank() == 0
@@ -79,14 +81,14 @@ def save_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
 
 
 def load_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | None = None) -> None:
-    """Bring a freshly injected model (and its EWC) to the saved state; training continues bit for bit as if
-    uninterrupted.
+    """Load a checkpoint into a freshly injected model and its EWC; training then continues bit for bit as if
+    it had not been interrupted.
 
-    The model must have been built from the same pretrained weights and injected with the same configuration;
-    prefixes of DDP, torch.compile, FSDP and PEFT are ignored; every process of a sharded model must call
-    this. Files are read, hashed and checked before the
-    model is touched. Raises `CheckpointError` naming the file or layer and the mend; the model and the EWC
-    are then as they were.
+    The model must have been built from the same pretrained weights and injected with the same configuration.
+    Prefixes of DDP, torch.compile, FSDP and PEFT in names are ignored. When the model is sharded every
+    process must call this. All files are read, hashed and checked before the model is changed. Raises
+    `CheckpointError`, which names the file or the layer and says what to do; the model and the EWC are
+    unchanged then.
 
         >>> inject(model, config); ewc = EWC(model); load_pretrained("run/task3", model, ewc)
     """
@@ -94,7 +96,7 @@ def load_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
     layers = _layers(model, ewc)
     if merged := [name for name, layer in layers.items() if layer.merged]:
         raise CheckpointError(
-            f"{merged[0]}: its adapter is merged into the base weight; call unmerge(model) before loading"
+            f"{merged[0]}: its adapter is merged into the base weight; call fe.unmerge(model) before loading"
         )
     read = functools.partial(read_files, Path(path))
     files, config = together(read) if sharded(layers) else read()
@@ -125,8 +127,8 @@ def _layers(model: nn.Module, ewc: EWC | None) -> dict[str, AdaptedLinear]:
     for name, layer in layers.items():
         if saved_by := getattr(layer.composer, "saved_by", None):
             raise CheckpointError(
-                f"{name}: its adapters grow with the tasks and are saved and loaded by {saved_by}; after "
-                "method.export() save the whole model"
+                f"{name}: its adapters grow with the tasks and are saved and loaded by {saved_by}; to save "
+                "the final model, call method.export() and save the whole model"
             )
     if ewc is not None and set(map(id, ewc.layers.values())) != set(map(id, layers.values())):
         raise ArgumentError("ewc: expected the EWC of this model, got one whose layers are others")
@@ -134,7 +136,7 @@ def _layers(model: nn.Module, ewc: EWC | None) -> dict[str, AdaptedLinear]:
 
 
 def _origin(layer: AdaptedLinear) -> str:
-    # Empty when it was injected on the meta device.
+    # The stored fingerprint is empty when the layer was injected on the meta device.
     return layer.origin_fingerprint or fingerprint(whole(layer.base_weight))
 
 
@@ -144,7 +146,7 @@ def is_changed(layer: AdaptedLinear) -> bool:
 
 
 def changed_rows(layers: Mapping[str, AdaptedLinear], changed: list[str]) -> dict[str, Tensor]:
-    """The rows of base weights that consolidation writes, of the layers named, by their names in a file."""
+    """The rows of base weights that consolidation writes, for the layers in `changed`, by key."""
     return {
         ROWS + fisher_key(name, piece): take_rows(whole(layers[name].base_weight), piece.rows)
         for name in changed
@@ -159,7 +161,7 @@ def _adapters_of(layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
 
 
 def trained_tensors(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
-    """Parameters beside the adapters that train (heads, norms), and running statistics."""
+    """Trainable parameters other than the adapters (heads, norms), and running statistics."""
     known = {id(p) for p in _adapters_of(layers).values()}
     trained: dict[str, Tensor] = {
         **by_canonical_name((name, p) for name, p in model.named_parameters() if p.requires_grad)
@@ -178,8 +180,8 @@ def _adapter_file(
     try:
         if changed:
             raise NotExactlyRepresentable(
-                f"tasks were consolidated into the base weight of {changed[0]}, which PEFT would take as "
-                "pretrained"
+                f"tasks were consolidated into the base weight of {changed[0]}, and PEFT would load the "
+                "adapter onto the pretrained weight"
             )
         config = peft_config(model, layers, trained, stock_shapes(layers))
     except NotExactlyRepresentable as reason:
@@ -191,7 +193,7 @@ def _adapter_file(
 
 
 def describe(layer: AdaptedLinear) -> dict[str, Any]:
-    """What a layer must look like to load what is saved of it now."""
+    """The properties that a layer must have for its present checkpoint to be loaded into it."""
     return {
         "shape": list(layer.base_weight.shape),
         "fingerprint": _origin(layer),
@@ -210,10 +212,10 @@ def _describe_piece(piece: AdapterSlice) -> dict[str, Any]:
 
 
 def pack(tensors: Mapping[str, Tensor], keep: bool) -> bytes:
-    """The bytes of a file, nothing where another process writes it."""
+    """The contents of a file; empty in a process that does not write it (`keep` is False)."""
     copies: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        full = whole(tensor.detach())  # every process takes part
+        full = whole(tensor.detach())  # a collective: every process must call it
         if keep:
             # Copies: safetensors refuses tensors that share storage, as tied heads do.
             copies[name] = full.cpu().clone().contiguous()
@@ -221,19 +223,20 @@ def pack(tensors: Mapping[str, Tensor], keep: bool) -> bytes:
 
 
 def unpack(files: Mapping[str, bytes], name: str) -> dict[str, Tensor]:
-    """The tensors in one of the files; raises `CheckpointError`."""
+    """The tensors in one of the files; raises `CheckpointError` when they cannot be read."""
     if name not in files:
         raise CheckpointError(
             f"{name}: not listed in {MANIFEST}; the checkpoint is incomplete. Nothing was loaded"
         )
     try:
         return safetensors.torch.load(files[name])
-    except Exception as error:  # the parser's own errors are of several unrelated types
+    except Exception as error:  # the parser raises errors of several unrelated types
         raise CheckpointError(f"{name}: expected safetensors: {error}. Nothing was loaded") from error
 
 
 def check_layers(layers: Mapping[str, AdaptedLinear], saved: Any) -> dict[str, int]:
-    """Same layers, adapters and pretrained weights; the consolidated tasks of each layer."""
+    """Check that layers, adapters and pretrained weights are the saved ones; returns the number of
+    consolidated tasks of each layer."""
     if not isinstance(saved, dict) or not all(isinstance(entry, dict) for entry in saved.values()):
         raise CheckpointError(f"{MANIFEST}: expected a table of layers; nothing was loaded")
     saved = {canonical_name(name): entry for name, entry in saved.items()}
@@ -249,15 +252,13 @@ def check_layers(layers: Mapping[str, AdaptedLinear], saved: Any) -> dict[str, i
             if saved[name].get(field) != ours[field]:
                 raise CheckpointError(
                     f"{name}: {field}: the checkpoint has {shown(saved[name].get(field))}, the model "
-                    f"{ours[field]}; inject with the same "
-                    "configuration. Nothing was loaded"
+                    f"{ours[field]}; inject with the same configuration. Nothing was loaded"
                 )
         if saved[name].get("fingerprint") != ours["fingerprint"]:
             raise CheckpointError(
                 f"{name}: the checkpoint belongs to other base weights (fingerprint "
-                f"{shown(saved[name].get('fingerprint'))}, the model has "
-                f"{ours['fingerprint']}); load the pretrained weights it was trained from before inject. "
-                "Nothing was loaded"
+                f"{shown(saved[name].get('fingerprint'))}, the model has {ours['fingerprint']}); load the "
+                "pretrained weights that it was trained from before inject. Nothing was loaded"
             )
         tasks = saved[name].get("consolidated_tasks")
         if isinstance(tasks, bool) or not isinstance(tasks, int) or not 0 <= tasks < 2**63:
@@ -271,7 +272,7 @@ def _tensor_updates(
     model: nn.Module, layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Tensor]
 ) -> Updates:
     required = _adapters_of(layers)
-    # Where PEFT keeps a copy of a head per adapter, they share a name; the one that trains is meant.
+    # PEFT keeps a copy of a head for each adapter, all under one name; the trainable one takes precedence.
     by_use = sorted(model.named_parameters(remove_duplicate=False), key=lambda item: item[1].requires_grad)
     available: dict[str, Tensor] = {canonical_name(name): p for name, p in by_use}
     available |= {
@@ -293,8 +294,8 @@ def _tensor_updates(
 
 
 def row_updates(layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Tensor]) -> Updates:
-    """New base weights from the saved rows; layers without saved rows must still have their pretrained
-    weights."""
+    """New base weights from the saved rows; a layer without saved rows must still have its pretrained
+    weight."""
     left = {canonical_name(key.removeprefix(ROWS)): value for key, value in saved.items()}
     updates: Updates = []
     for name, layer in layers.items():
@@ -302,9 +303,9 @@ def row_updates(layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Tensor]
         if not any(key in left for key in keys):
             if is_changed(layer):
                 raise CheckpointError(
-                    f"{name}: the checkpoint is from before consolidation and the model's base weight has "
-                    "been changed since; load it into "
-                    "a freshly built and injected model. Nothing was loaded"
+                    f"{name}: the checkpoint was saved before any consolidation, but the base weight of the "
+                    "model has been consolidated; load it into a freshly built and injected model. Nothing "
+                    "was loaded"
                 )
             continue
         weight = whole(layer.base_weight.detach()).clone()
@@ -324,13 +325,13 @@ def _same_kind(name: str, target: Tensor, value: Tensor, file: str) -> None:
     if target.shape != value.shape or target.dtype != value.dtype:
         raise CheckpointError(
             f"{file}: {name}: the checkpoint has {list(value.shape)} {value.dtype}, the model "
-            f"{list(target.shape)} {target.dtype}; build the "
-            "model with the same shapes and dtype. Nothing was loaded"
+            f"{list(target.shape)} {target.dtype}; build the model with the same shapes and dtype. Nothing "
+            "was loaded"
         )
 
 
 def parsed_ewc(ewc: EWC, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> EWCState:
-    """The validated state of an EWC, not yet taken over; raises `CheckpointError`."""
+    """The validated state for an EWC, which is not changed; raises `CheckpointError`."""
     if config.get("ewc") is None:
         raise CheckpointError(
             f"{MANIFEST}: the checkpoint was saved without an EWC; load it with ewc=None. Nothing was loaded"

@@ -1,9 +1,9 @@
-"""A set of files that is replaced as a whole: whenever the writer dies, the old set or the new one can be
-read.
+"""A set of files that is replaced as a whole: whenever the writer dies, either the old set or the new one can
+be read.
 
-The manifest names every other file with its hash and is replaced last, in one rename. Before that, new
-contents lie beside the old files as `<name>.new`; after it they are renamed to their final names. A reader
-takes whichever of the two has the hash in the manifest.
+The manifest lists every other file with its hash. New contents are written beside the old files, as
+`<name>.new`; then one rename replaces the manifest; then the new contents are renamed to their final names. A
+reader takes whichever of `<name>.new` and `<name>` has the hash in the manifest.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ PENDING = ".new"
 
 
 def write_files(folder: Path, files: dict[str, bytes], config: dict[str, Any]) -> None:
-    """Replace the checkpoint in `folder` by `files` (names among NAMES) and `config`; other files there are
-    left alone."""
+    """Replace the checkpoint in `folder` by `files` (names among NAMES) and `config`; other files in the
+    folder are not touched."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a folder or a new path, got a file")
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,12 +49,12 @@ def write_files(folder: Path, files: dict[str, bytes], config: dict[str, Any]) -
 
 
 def identity(files: dict[str, bytes], config: dict[str, Any]) -> str:
-    """The checksum that `write_files` gives these contents; the same exactly when they are."""
+    """The checksum that `write_files` stores for these contents; it identifies them."""
     return _checksum(_listing(files, config))
 
 
 def identity_in(folder: Path) -> str:
-    """That of the checkpoint in `folder`, from its manifest; raises `CheckpointError` when there is none."""
+    """The checksum of the checkpoint in `folder`, from its manifest; raises `CheckpointError` without one."""
     return _checksum(_read_manifest(folder))
 
 
@@ -63,7 +63,7 @@ def _listing(files: dict[str, bytes], config: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_plain(folder: Path, files: dict[str, bytes]) -> None:
-    """Files without a manifest, each replaced in one rename."""
+    """Write files without a manifest, each replaced by one rename."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         _write(folder / (name + PENDING), content)
@@ -73,19 +73,19 @@ def write_plain(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def read_files(folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """The contents of every file in the manifest, each with the right hash, and the manifest; else
-    `CheckpointError`."""
+    """The contents of every file that the manifest lists, and the manifest; raises `CheckpointError` unless
+    all hashes match."""
     config = _read_manifest(folder)
     return {name: _read_verified(folder, name, digest) for name, digest in config["files"].items()}, config
 
 
 def _settle(folder: Path) -> None:
-    """Give pending contents of the present checkpoint their final names, which a writer that died had not
-    come to do."""
+    """Complete the renames of a writer that died: pending contents of the present checkpoint get their final
+    names."""
     try:
         digests = _read_manifest(folder)["files"]
     except CheckpointError:
-        return  # no checkpoint that could be lost
+        return  # there is no checkpoint to preserve
     for name in NAMES:
         final, pending = folder / name, folder / (name + PENDING)
         if name not in digests:
@@ -110,24 +110,26 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: expected JSON, got {type(error).__name__}: {error}. {_MEND}"
+            f"{path}: expected JSON, got {type(error).__name__}: {error}. {_REMEDY}"
         ) from error
     files = config.pop("files", None) if isinstance(config, dict) else None
     if not isinstance(files, dict) or not all(k in NAMES and isinstance(v, str) for k, v in files.items()):
-        raise CheckpointError(f"{path}: expected the manifest of a checkpoint with a list of files. {_MEND}")
+        raise CheckpointError(
+            f"{path}: expected the manifest of a checkpoint with a list of files. {_REMEDY}"
+        )
     checksum = config.pop("checksum", None)
     config["files"] = files
     try:
         right = checksum == _checksum(config)
-    except RecursionError:  # reading goes a little deeper than writing
+    except RecursionError:  # the JSON reader allows slightly deeper nesting than the writer
         right = False
     if not right:
-        raise CheckpointError(f"{path}: its checksum does not match its contents. {_MEND}")
+        raise CheckpointError(f"{path}: its checksum does not match its contents. {_REMEDY}")
     return config
 
 
 def _read_verified(folder: Path, name: str, digest: str) -> bytes:
-    found = False
+    exists = False
     for path in (folder / (name + PENDING), folder / name):
         try:
             content = path.read_bytes()
@@ -137,16 +139,16 @@ def _read_verified(folder: Path, name: str, digest: str) -> bytes:
             raise CheckpointError(f"{path}: cannot be read: {error}. Nothing was loaded") from error
         if _digest(content) == digest:
             return content
-        found = True
+        exists = True
     problem = (
-        "its hash is not the one in ewc_config.json: truncated, corrupted or of another checkpoint"
-        if found
+        "its hash is not the one in ewc_config.json: it is truncated, corrupted or from another checkpoint"
+        if exists
         else "missing"
     )
-    raise CheckpointError(f"{folder / name}: {problem}. {_MEND}")
+    raise CheckpointError(f"{folder / name}: {problem}. {_REMEDY}")
 
 
-_MEND = "Nothing was loaded; copy the folder again from its source, or use an earlier checkpoint"
+_REMEDY = "Nothing was loaded; copy the folder again from its source, or use an earlier checkpoint"
 
 
 def _checksum(config: dict[str, Any]) -> str:
@@ -165,7 +167,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make renames durable; some systems cannot open folders, and there the rename itself is all there is."""
+    """Make renames durable; on systems that cannot open folders the rename alone must suffice."""
     with contextlib.suppress(PermissionError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

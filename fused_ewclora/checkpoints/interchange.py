@@ -1,4 +1,4 @@
-"""Adapters to and from plain PEFT folders: exactly, or not at all."""
+"""Export of adapters to PEFT folders and import from them, exactly or not at all."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ from .checkpoint import is_changed, trained_tensors
 from .files import ADAPTER, ADAPTER_CONFIG, write_plain
 from .peft_format import PREFIX, model_key, peft_config, rank_and_alpha, refuse_foreign
 
-Planned = tuple[LoRAConfig, float]  # of one layer, and its exact scale
-_FACTOR = re.compile(r"(.+)\.lora_([AB])$")
+Planned = tuple[LoRAConfig, float]  # the configuration of one layer, and its exact scale
+_LORA_MATRIX = re.compile(r"(.+)\.lora_([AB])$")
 
 
 def export_peft(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write adapter_model.safetensors and adapter_config.json that PEFT loads onto the pretrained model
-    exactly.
+    """Write adapter_model.safetensors and adapter_config.json, which PEFT loads onto the pretrained model
+    without any change of its outputs.
 
-    Adapters on slices of a packed projection become one adapter of the summed rank with a block-structured B.
-    Other trained modules go along as modules_to_save. Raises `NotExactlyRepresentable` with the reason (tasks
-    consolidated into the base weights, a learned lora_scale, ...) and then writes nothing. fan_in_fan_out is
-    set when all adapted layers store their weight transposed; PEFT corrects it by itself where only some do.
+    The adapters on slices of a packed projection become one adapter of the summed rank with a
+    block-structured B. Other trained modules are written as modules_to_save. fan_in_fan_out is set when all
+    adapted layers store their weight transposed; when only some do, PEFT corrects it by itself. Raises
+    `NotExactlyRepresentable` with the reason (tasks consolidated into the base weights, a learned
+    lora_scale, ...); nothing is written then.
 
         >>> export_peft(model, "adapter")
     """
@@ -63,16 +64,15 @@ def export_peft(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def _whole_layer(name: str, layer: AdaptedLinear) -> tuple[Tensor, Tensor, float]:
     """One A `[R, d_in]`, B `[d_out, R]` and scale that equal all adapters of the layer."""
     if layer.merged:
-        raise NotExactlyRepresentable(f"{name}: its adapter is merged; call unmerge(model) first")
+        raise NotExactlyRepresentable(f"{name}: its adapter is merged; call fe.unmerge(model) first")
     if is_changed(layer):
         raise NotExactlyRepresentable(
-            f"{name}: earlier tasks were consolidated into its base weight, of which a rank-r adapter knows "
-            "nothing; "
-            "use save_pretrained, or eject(model) and save the whole model"
+            f"{name}: earlier tasks were consolidated into its base weight, which an adapter file does not "
+            "contain; use fe.save_pretrained, or fe.eject(model) and save the whole model"
         )
     if layer.composer is not None:
         raise NotExactlyRepresentable(
-            f"{name}: runs more than its lora_A and lora_B; end the training with the method's export()"
+            f"{name}: applies more than its lora_A and lora_B; end the training with the method's export()"
         )
     pieces = layer.adapter_parameters()
     scales = {layer.adapter_scale(piece) for piece, _, _ in pieces}
@@ -90,19 +90,21 @@ def _whole_layer(name: str, layer: AdaptedLinear) -> tuple[Tensor, Tensor, float
 
 
 def import_peft(path: str | os.PathLike[str], model: nn.Module) -> None:
-    """Inject the adapters of a PEFT folder into a model without adapters; it then computes what PEFT
+    """Inject the adapters of a PEFT folder into a model without adapters, which then computes what PEFT
     computes.
 
     Raises `CheckpointError` for files that are missing or malformed and `NotExactlyRepresentable` for
-    methods and settings that the adapted layers do not compute, such as DoRA; the model is then as it was.
+    methods and settings that adapted layers do not support, such as DoRA; the model is unchanged then.
 
         >>> import_peft("adapter", model)
     """
     if adapters(model):
-        raise CheckpointError("model: expected one without adapters, because the folder says where they go")
+        raise CheckpointError(
+            "model: expected one without adapters, because the folder determines the adapted layers"
+        )
     config, tensors = _read(Path(path))
     refuse_foreign(config)
-    factors: dict[str, dict[str, Tensor]] = {}
+    pairs: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = model_key(key)
@@ -110,21 +112,21 @@ def import_peft(path: str | os.PathLike[str], model: nn.Module) -> None:
             raise CheckpointError(
                 f"{ADAPTER}: {name}: expected a floating-point tensor, got {tensor.dtype}; nothing was loaded"
             )
-        if match := _FACTOR.fullmatch(name):
-            factors.setdefault(match[1], {})[match[2]] = tensor
+        if match := _LORA_MATRIX.fullmatch(name):
+            pairs.setdefault(match[1], {})[match[2]] = tensor
         elif ".lora_" in name:
-            raise NotExactlyRepresentable(f"{ADAPTER}: {name} is no factor of a linear layer")
+            raise NotExactlyRepresentable(f"{ADAPTER}: {name} is not lora_A or lora_B of a linear layer")
         else:
             others[name] = tensor
     modules = {canonical_name(name): name for name, _ in model.named_modules()}
-    plans = {name: _plan(model, modules, name, pair, config) for name, pair in factors.items()}
+    plans = {name: _plan(model, modules, name, pair, config) for name, pair in pairs.items()}
     targets = _tensors(model)
     for name, tensor in others.items():
         if name not in targets or targets[name].shape != tensor.shape:
             raise CheckpointError(
                 f"{ADAPTER}: {name} {list(tensor.shape)} fits nothing in the model; nothing was loaded"
             )
-    _install(model, plans, factors, others)
+    _install(model, plans, pairs, others)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -169,7 +171,7 @@ def _plan(
         raise CheckpointError(
             f"{ADAPTER_CONFIG}: lora_alpha of {name}: expected a number, got {alpha!r}; nothing was loaded"
         )
-    found = {letter: list(tensor.shape) for letter, tensor in pair.items()}
+    shapes = {letter: list(tensor.shape) for letter, tensor in pair.items()}
     dropout = config.get("lora_dropout", 0.0)
     target = re.escape(modules[name])
     try:
@@ -181,18 +183,18 @@ def _plan(
     except TargetError as error:
         raise NotExactlyRepresentable(f"{name}: {error}") from None
     expected = {"A": [rank, match.in_features], "B": [match.adapters[0].row_count, rank]}
-    if found != expected:
+    if shapes != expected:
         raise CheckpointError(
-            f"{ADAPTER}: {name}: expected shapes {expected}, got {found}; nothing was loaded"
+            f"{ADAPTER}: {name}: expected shapes {expected}, got {shapes}; nothing was loaded"
         )
-    # Rank-stabilised: not every such scale is a number divided by r, so it is set as it is.
+    # A rank-stabilised scale need not be a float divided by r, so the scale itself is stored.
     return planned, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _install(
     model: nn.Module,
     plans: Mapping[str, Planned],
-    factors: Mapping[str, Mapping[str, Tensor]],
+    pairs: Mapping[str, Mapping[str, Tensor]],
     others: Mapping[str, Tensor],
 ) -> None:
     try:
@@ -203,7 +205,7 @@ def _install(
                 (piece,) = layer.adapter_slices
                 layer.adapter_slices = (replace(piece, scaling=plans[canonical_name(name)][1]),)
             parameters = _tensors(model)
-            for name, pair in factors.items():
+            for name, pair in pairs.items():
                 change.copy_(parameters[f"{name}.lora_A"], pair["A"])
                 change.copy_(parameters[f"{name}.lora_B"], pair["B"])
             for name, tensor in others.items():

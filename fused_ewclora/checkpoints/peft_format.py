@@ -1,5 +1,5 @@
-"""The adapter files in the layout of PEFT where PEFT would compute the same, and one that it refuses where it
-would not."""
+"""The layouts of adapter files: PEFT's own where PEFT would compute the same, and one that PEFT refuses to
+load where it would not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..distributed.transaction import canonical_name
 from ..errors import CheckpointError, NotExactlyRepresentable
 from ..layers.adapted import AdaptedLinear
 
-OWN_TYPE = "FUSED_EWCLORA"  # unknown to PEFT, which raises on it
+OWN_TYPE = "FUSED_EWCLORA"  # unknown to PEFT, which therefore raises
 PREFIX = "base_model.model."
 _PEFT_KEY = re.compile(r"\.(lora_[AB])\.weight$")
 
@@ -27,7 +27,7 @@ def disk_key(name: str, adapter: bool, peft: bool) -> str:
 
 
 def model_key(key: str) -> str:
-    """The reverse of `disk_key`, also for keys that carry prefixes of wrappers."""
+    """The inverse of `disk_key`; it also removes the prefixes of wrappers."""
     return _PEFT_KEY.sub(r".\1", canonical_name(key))
 
 
@@ -48,11 +48,11 @@ def exact_alpha(scaling: float, divisor: float) -> float:
     ):
         if alpha / divisor == scaling:
             return int(alpha) if alpha == int(alpha) else alpha
-    raise NotExactlyRepresentable(f"scaling {scaling!r} is no number divided by {divisor!r}")
+    raise NotExactlyRepresentable(f"scaling {scaling!r} is not a float divided by {divisor!r}")
 
 
 def _alphas(scales: Mapping[str, tuple[int, float]]) -> tuple[dict[str, float], bool]:
-    """lora_alpha of each layer, and whether PEFT has to divide it by sqrt(r), not r, to get the scales."""
+    """lora_alpha of each layer, and whether PEFT must divide it by sqrt(r) instead of r to get the scales."""
     try:
         return {name: exact_alpha(scaling, r) for name, (r, scaling) in scales.items()}, False
     except NotExactlyRepresentable as error:
@@ -63,24 +63,24 @@ def _alphas(scales: Mapping[str, tuple[int, float]]) -> tuple[dict[str, float], 
 
 
 def _ambiguous(name: str, others: Iterable[str]) -> bool:
-    """PEFT matches names in lists as dotted suffixes."""
+    """Whether the name, which PEFT matches as a dotted suffix, is the end of another one."""
     return any(other.endswith("." + name) for other in others)
 
 
 def _pattern(name: str, layers: Iterable[str]) -> str:
-    """A key of rank_pattern that PEFT finds for this layer alone: anchored where it is another's suffix."""
+    """A key of rank_pattern that matches this layer only: anchored where the name is a suffix of another."""
     return ("^" if _ambiguous(name, layers) else "") + re.escape(name)
 
 
 def stock_shapes(layers: Mapping[str, AdaptedLinear]) -> dict[str, tuple[int, float]]:
-    """(r, scaling) of each layer; raises `NotExactlyRepresentable` for adapters that PEFT has no form for."""
+    """(r, scaling) of each layer; raises `NotExactlyRepresentable` for adapters that PEFT does not have."""
     shapes = {}
     for name, layer in layers.items():
         if len(layer.adapter_slices) != 1 or layer.adapter_slices[0].name:
             raise NotExactlyRepresentable(f"{name} has several adapters, or one on slices of its rows")
         piece = layer.adapter_slices[0]
         if layer.composer is not None:
-            raise NotExactlyRepresentable(f"{name} runs more than its lora_A and lora_B")
+            raise NotExactlyRepresentable(f"{name} applies more than its lora_A and lora_B")
         if piece.scale_name in layer._parameters:
             raise NotExactlyRepresentable(f"{name} has a learned lora_scale")
         shapes[name] = (piece.r, piece.scaling)
@@ -93,18 +93,18 @@ def peft_config(
     extras: Iterable[str],
     shapes: Mapping[str, tuple[int, float]],
 ) -> dict[str, Any]:
-    """adapter_config.json of stock PEFT for adapters of these (r, scaling) and other trained tensors;
+    """The adapter_config.json of PEFT for adapters with these (r, scaling) and for the other trained tensors;
     raises `NotExactlyRepresentable` with the reason when PEFT would compute something else."""
     first = next(iter(layers.values()))
     if any(layer.dropout_p != first.dropout_p for layer in layers.values()):
-        raise NotExactlyRepresentable("layers differ in the probability of dropout")
+        raise NotExactlyRepresentable("the layers have different dropout probabilities")
     alphas, stabilised = _alphas(shapes)
     plain = {name: (shapes[name][0], alphas[name]) for name in layers}
     r, alpha = plain[next(iter(layers))]
     transposed = {layer.transposed for layer in layers.values()}
     modules = [canonical_name(name) for name, _ in model.named_modules()]
     if any(_ambiguous(name, modules) for name in layers):
-        targets: Any = "|".join(re.escape(name) for name in layers)  # a string is matched in full
+        targets: Any = "|".join(re.escape(name) for name in layers)  # a string must match the whole name
     else:
         targets = list(layers)
     patterns = {name: _pattern(name, layers) for name in layers if plain[name] != (r, alpha)}
@@ -128,7 +128,7 @@ def peft_config(
 
 
 def _modules_to_save(model: nn.Module, extras: Iterable[str]) -> list[str] | None:
-    """Whole modules that own all the other trained parameters; PEFT saves modules, not parameters."""
+    """The modules that consist of the other trained parameters; PEFT saves modules, not parameters."""
     wanted = set(extras)
     names = sorted({name.rpartition(".")[0] for name in wanted})
     modules = {canonical_name(name): module for name, module in model.named_modules()}
@@ -139,13 +139,15 @@ def _modules_to_save(model: nn.Module, extras: Iterable[str]) -> list[str] | Non
             else set()
         )
         if not owned or not owned <= wanted or isinstance(modules[name], AdaptedLinear):
-            raise NotExactlyRepresentable(f"of {name or 'the model'} only some parameters are trained")
+            raise NotExactlyRepresentable(f"only some parameters of {name or 'the model'} are trained")
         if any(other != name and other.endswith(name) for other in modules):
-            raise NotExactlyRepresentable(f"{name} is trained and its name is the end of another module's")
+            raise NotExactlyRepresentable(
+                f"{name} is trained, and its name is the end of the name of another module"
+            )
     return names or None
 
 
-# Keys of adapter_config.json that do not change what the tensors mean, or only say which tensors there are.
+# Keys of adapter_config.json that do not affect the computation, or only say which tensors the file holds.
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
     "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
@@ -155,15 +157,15 @@ _HARMLESS = {
 _USED = {
     "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights",
 }  # fmt: skip
-_DEFAULT = 8  # of r and lora_alpha, in PEFT
-# Ways to begin that leave the base weights alone. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change them,
-# and PEFT changes them again when it loads such a file.
+_DEFAULT = 8  # of r and of lora_alpha in PEFT
+# Initialisations that do not change the base weights. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) do, and
+# PEFT changes the base weights again when it loads such a file.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def refuse_foreign(config: Mapping[str, Any]) -> None:
-    """Raises `NotExactlyRepresentable` for a method or setting of PEFT that an adapted linear layer does not
-    compute, also for ones that are not known here."""
+    """Raises `NotExactlyRepresentable` for methods and settings of PEFT that an adapted linear layer does not
+    support, unknown ones included."""
     if config.get("peft_type") != "LORA":
         raise NotExactlyRepresentable(f"peft_type={config.get('peft_type')!r}; expected 'LORA'")
     if (init := config.get("init_lora_weights", True)) not in _INITS:
@@ -173,18 +175,18 @@ def refuse_foreign(config: Mapping[str, Any]) -> None:
         )
     for key, value in config.items():
         if key not in _HARMLESS | _USED and value not in (None, False, "none", [], {}):
-            raise NotExactlyRepresentable(f"{key}={value!r} is not what a plain LoRA layer computes")
+            raise NotExactlyRepresentable(f"{key}={value!r} is not supported by a plain LoRA layer")
 
 
 def rank_and_alpha(config: Mapping[str, Any], name: str) -> tuple[Any, Any]:
-    """r and lora_alpha of a layer, by PEFT's rules; not yet known to be numbers."""
+    """r and lora_alpha of a layer by PEFT's rules, not yet validated."""
     r = _pattern_value(config.get("rank_pattern"), name, config.get("r", _DEFAULT))
     alpha = _pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha", _DEFAULT))
     return r, alpha
 
 
 def _pattern_value(patterns: Any, name: str, default: Any) -> Any:
-    """PEFT's rule: the first key that matches the name or its end after a dot."""
+    """The value of the first pattern that matches the whole name or its end after a dot, as in PEFT."""
     if not isinstance(patterns or {}, Mapping):
         raise CheckpointError(
             f"adapter_config.json: expected a table of patterns, got {type(patterns).__name__}; nothing was "
@@ -192,11 +194,11 @@ def _pattern_value(patterns: Any, name: str, default: Any) -> Any:
         )
     for pattern, value in (patterns or {}).items():
         try:
-            found = re.match(rf"(.*\.)?({pattern})$", name)
+            match = re.match(rf"(.*\.)?({pattern})$", name)
         except re.error as error:
             raise CheckpointError(
                 f"adapter_config.json: {pattern!r} is no pattern: {error}; nothing was loaded"
             ) from None
-        if found:
+        if match:
             return value
     return default

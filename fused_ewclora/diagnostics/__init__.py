@@ -1,1 +1,1 @@
-"""What runs where, and why: the environment, the layers of a model, dry runs on named models."""
+"""Reports on the environment, on the layers of a model, and on dry runs of named models."""

@@ -1,8 +1,8 @@
-"""A dry run of adapters in a named model: which layers match, whether they run, on what, and how exactly.
+"""A dry run of adapters in a named model: the layers that match, whether they run, their backend and errors.
 
-The injected model runs in fp32 on the backends that would serve it, and on the PyTorch reference. Both are
-compared with a dense model in fp64: the plain classes, with W + B diag(s) A for W, whose gradient G gives
-dA = s Bᵀ G and dB = s G Aᵀ.
+The injected model runs in fp32 on the backends that `auto` chooses, and on the PyTorch reference. Both runs
+are compared with a dense model in fp64, which has the plain classes with W + B diag(s) A in place of W. Its
+weight gradient G gives dA = s Bᵀ G and dB = s G Aᵀ.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from ..ops.dispatch import use_backend
 from ..report import Report
 from .explain import explain, verify_forward
 
-# An error may be so many times that of the reference in the same place, or of the reference in most places,
-# whichever is larger: other orders of summation.
+# An error may be this multiple of the error of the reference in the same layer, or of the reference's median
+# error, whichever is larger, because the orders of summation differ.
 SLACK = 4.0
-ROUNDOFF = 16 * torch.finfo(torch.float32).eps  # where the reference happens to be exact
-LIMIT = 2.0**-10  # of any error: deep models amplify roundings, but no more than this
-# Gradients that cancel are compared with those of other layers: with at least this much of the median norm.
+ROUNDOFF = 16 * torch.finfo(torch.float32).eps  # allowance where the reference happens to be exact
+LIMIT = 2.0**-10  # for every error: deep models amplify rounding errors, but not beyond this
+# The error of a gradient that nearly cancels is divided by this fraction of the median norm of all gradients.
 SMALL = 2.0**-10
-LOST = 2.0**-16  # of the median norm: what is left of a gradient that cancels to zero
-OUTPUT = " output"  # no name of a module
+LOST = 2.0**-16  # fraction of the median norm below which a gradient is only rounding error
+OUTPUT = " output"  # cannot be the name of a module
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Outputs of a model, flattened, and the gradients of its adapters by parameter name."""
+    """The flattened outputs of a model, and the gradients of its adapters by parameter name."""
 
     output: Tensor
     gradients: dict[str, Tensor]
@@ -52,10 +52,10 @@ def run(
     rank: int = 8,
     full: bool = False,
 ) -> dict[str, Any]:
-    """What `python -m fused_ewclora check` prints, as data; `problems` is empty when all is well.
+    """The data that `python -m fused_ewclora check` prints; `problems` is empty when there are none.
 
-    Raises what `inject` raises when nothing matches or a layout is missing, `ArgumentError` for a model that
-    is not known, `IntegrationError` when its library is missing.
+    Raises the errors of `inject` when nothing matches or a layout is missing, `ArgumentError` for an unknown
+    model, `IntegrationError` when its library is not installed.
 
         >>> run("vit_tiny_patch16_224", targets=["qkv"], slices=("k", "v"))["problems"]
         []
@@ -63,7 +63,7 @@ def run(
     torch.manual_seed(0)
     named = _named.build(name, library, full)
     model, sample = named.model, dict(named.sample)
-    _enliven(model)
+    _perturb_constants(model)
     config = LoRAConfig(
         r=rank,
         target_modules=list(targets) or _default_targets(model, slices),
@@ -73,7 +73,7 @@ def run(
     problems = _bypass(model, sample)
     rows = _layers(model, sample)
     for lora_b in _lora_bs(model):
-        lora_b.normal_(0, 0.1)  # zeros would hide A
+        lora_b.normal_(0, 0.1)  # with zeros, the gradient of A would be zero
     errors = _errors(model, sample)
     problems += errors.pop("problems")
     by_layer = errors.pop("layers")
@@ -97,19 +97,19 @@ def _default_targets(model: nn.Module, slices: Sequence[str]) -> str | list[str]
     if not slices:
         return ALL_LINEAR
     load_libraries(model)
-    found = []
+    names = []
     for name, module in model.named_modules():
         layout = known_layout(model, name) if is_linear(module) else None
         if layout is not None and set(slices) <= set(layout.segments):
-            found.append(name)
-    if not found:
+            names.append(name)
+    if not names:
         raise LayoutError(f"slices: the model has no known packed projection with {list(slices)}")
-    return found
+    return names
 
 
 @torch.no_grad()
-def _enliven(model: nn.Module) -> None:
-    """Constant parameters (norms, biases, layer scales) would hide errors: they get some noise."""
+def _perturb_constants(model: nn.Module) -> None:
+    """Add noise to constant parameters (norms, biases, layer scales), which would hide errors."""
     for parameter in model.parameters():
         if parameter.is_floating_point() and bool((parameter == parameter.flatten()[:1]).all()):
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -130,7 +130,7 @@ def _bypass(model: nn.Module, sample: Mapping[str, Tensor]) -> list[str]:
 
 
 def _layers(model: nn.Module, sample: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """A row per layer: its adapters, the layout behind them, calls in one pass and what serves these."""
+    """A row per layer: its adapters, its layout, its calls in one forward pass, and the backend of these."""
     layers = adapters(model)
     rows = []
     for served in explain(model, sample).rows:
@@ -153,46 +153,49 @@ def _layers(model: nn.Module, sample: Mapping[str, Tensor]) -> list[dict[str, An
 
 
 def _errors(model: nn.Module, sample: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Relative errors (Frobenius norms) of the output and of the gradients of each layer's adapters."""
+    """Relative errors, in the Frobenius norm, of the output and of the gradients of each layer's adapters."""
     names = {
         name: [f"{name}.{leaf}".lstrip(".") for leaf, _ in layer.named_lora_parameters()]
         for name, layer in adapters(model).items()
     }
-    actual = _measure(model, sample)
+    fused = _measure(model, sample)
     with use_backend("reference"):
-        plain = _measure(model, sample)
+        reference = _measure(model, sample)
     try:
-        exact, truth = _dense(model, sample), "dense model in fp64"
+        exact, compared_with = _dense(model, sample), "dense model in fp64"
     except RuntimeError as error:
-        exact, truth = plain, f"PyTorch reference in fp32 (the model does not run in fp64: {error})"
-    measured, reference = _compared(actual, exact, names), _compared(plain, exact, names)
-    usual = statistics.median(reference.values())
-    own = {key: SLACK * max(error, usual) + ROUNDOFF for key, error in reference.items()}
-    limits = {key: LIMIT if exact is plain else min(LIMIT, limit) for key, limit in own.items()}
+        exact = reference
+        compared_with = f"PyTorch reference in fp32 (the model does not run in fp64: {error})"
+    errors, reference_errors = _compared(fused, exact, names), _compared(reference, exact, names)
+    median = statistics.median(reference_errors.values())
+    limits = {
+        key: LIMIT if exact is reference else min(LIMIT, SLACK * max(error, median) + ROUNDOFF)
+        for key, error in reference_errors.items()
+    }
     norms = _norms(exact, names)
-    typical = statistics.median(norms.values())
+    median_norm = statistics.median(norms.values())
     return {
-        "compared_with": truth,
-        "output_error": measured[OUTPUT],
+        "compared_with": compared_with,
+        "output_error": errors[OUTPUT],
         "output_limit": limits[OUTPUT],
-        "reference_error": None if exact is plain else usual,
-        "without_gradient": [name for name, norm in norms.items() if norm <= LOST * typical],
-        "layers": {name: {"gradient_error": measured[name], "limit": limits[name]} for name in names},
+        "reference_error": None if exact is reference else median,
+        "without_gradient": [name for name, norm in norms.items() if norm <= LOST * median_norm],
+        "layers": {name: {"gradient_error": errors[name], "limit": limits[name]} for name in names},
         "problems": [
             f"{key.strip()}: relative error {error:.3g}, more than {limits[key]:.3g}"
-            for key, error in measured.items()
-            if not error <= limits[key]  # NaN is a problem
+            for key, error in errors.items()
+            if not error <= limits[key]  # a NaN is a problem too
         ],
     }
 
 
-def _compared(value: Measured, exact: Measured, names: Mapping[str, list[str]]) -> dict[str, float]:
-    """Relative errors of the gradients of each layer, and of the output under `OUTPUT`."""
-    errors = {OUTPUT: _quotient(float((value.output - exact.output).norm()), float(exact.output.norm()))}
+def _compared(measured: Measured, exact: Measured, names: Mapping[str, list[str]]) -> dict[str, float]:
+    """Relative errors of the gradients of each layer, and of the output under the key `OUTPUT`."""
+    errors = {OUTPUT: _quotient(float((measured.output - exact.output).norm()), float(exact.output.norm()))}
     norms = _norms(exact, names)
     least = SMALL * statistics.median(norms.values())
     difference = Measured(
-        exact.output, {key: value.gradients[key] - gradient for key, gradient in exact.gradients.items()}
+        exact.output, {key: measured.gradients[key] - gradient for key, gradient in exact.gradients.items()}
     )
     for name, error in _norms(difference, names).items():
         errors[name] = _quotient(error, max(norms[name], least))
@@ -200,7 +203,7 @@ def _compared(value: Measured, exact: Measured, names: Mapping[str, list[str]]) 
 
 
 def _norms(measured: Measured, names: Mapping[str, list[str]]) -> dict[str, float]:
-    """Frobenius norms of the gradients of each layer's adapters together."""
+    """The Frobenius norm of all adapter gradients of each layer."""
     return {
         name: float(torch.cat([measured.gradients[key].flatten() for key in keys]).norm())
         for name, keys in names.items()
@@ -226,8 +229,8 @@ def _measure(model: nn.Module, sample: Mapping[str, Tensor]) -> Measured:
 def _differentiated(
     model: nn.Module, sample: Mapping[str, Tensor], parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """All outputs in one fp64 vector, and gradients of a random projection of it."""
-    torch.manual_seed(1)  # models that draw numbers in their forward
+    """All outputs as one fp64 vector, and the gradients of a random projection of it."""
+    torch.manual_seed(1)  # for models whose forward draws random numbers
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     moved = {key: x.to(dtype) if x.is_floating_point() else x for key, x in sample.items()}
     values = model(**moved) if len(moved) > 1 or "x" not in moved else model(moved["x"])
@@ -235,7 +238,7 @@ def _differentiated(
     generator = torch.Generator().manual_seed(2)
     direction = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     gradients: Sequence[Tensor | None] = [None] * len(parameters)
-    if output.requires_grad:  # not where every adapted layer is bypassed
+    if output.requires_grad:  # it does not when every adapted layer is bypassed
         loss = output @ direction / len(output) ** 0.5
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     return output.detach(), [
@@ -257,7 +260,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _dense(model: nn.Module, sample: Mapping[str, Tensor]) -> Measured:
-    """The model in fp64 with its adapters folded in, which ends its life as an injected one."""
+    """The results of the dense fp64 model; `model` is converted to it in place and loses its adapters."""
     model.double()
     layers = {
         name: [
@@ -271,32 +274,32 @@ def _dense(model: nn.Module, sample: Mapping[str, Tensor]) -> Measured:
     model.requires_grad_(False)
     weights = [model.get_submodule(name).get_parameter("weight").requires_grad_() for name in layers]
     output, gradients = _differentiated(model, sample, weights)
-    found: dict[str, Tensor] = {}
+    adapter_gradients: dict[str, Tensor] = {}
     for (name, pieces), gradient in zip(layers.items(), gradients, strict=True):
         by_rows = gradient.t() if transposed[name] else gradient
         for piece, lora_a, lora_b, scale in pieces:
             rows = scale * torch.cat([by_rows[start:stop] for start, stop in piece.rows])
-            found[f"{name}.{piece.a_name}".lstrip(".")] = lora_b.t() @ rows
-            found[f"{name}.{piece.b_name}".lstrip(".")] = rows @ lora_a.t()
-    return Measured(output, found)
+            adapter_gradients[f"{name}.{piece.a_name}".lstrip(".")] = lora_b.t() @ rows
+            adapter_gradients[f"{name}.{piece.b_name}".lstrip(".")] = rows @ lora_a.t()
+    return Measured(output, adapter_gradients)
 
 
 def render(data: Mapping[str, Any]) -> str:
-    """The result for people."""
+    """The text form of the result of `run`."""
     rows = [{k: v for k, v in row.items() if k != "why_not_faster"} for row in data["layers"]]
     shapes = ", ".join(f"{key} {list(shape)}" for key, shape in data["input"].items())
-    usual = data["reference_error"]
-    own = "" if usual is None else f"; half of the PyTorch reference's errors are above {usual:.2g}"
+    median = data["reference_error"]
+    ref = "" if median is None else f"; median error of the PyTorch reference {median:.2g}"
     notes = [
         f"built: {data['built']}; {data['total']:,} parameters with random weights, run on {shapes}",
         f"trainable: {data['trainable']:,} ({data['trainable_share']:.3%})",
         f"compared with: {data['compared_with']}",
-        f"relative error of the output: {data['output_error']:.2g} (limit {data['output_limit']:.2g}{own})",
+        f"relative error of the output: {data['output_error']:.2g} (limit {data['output_limit']:.2g}{ref})",
     ]
-    if data["mended"]:
-        notes.insert(2, f"set to call their projections: {shorten(data['mended'])}")
+    if data["bypass_fixes"]:
+        notes.insert(2, f"set to call their projections: {shorten(data['bypass_fixes'])}")
     if data["without_gradient"]:
         notes.append(f"no gradient beyond rounding reaches: {shorten(data['without_gradient'])}")
     notes += [f"PROBLEM: {problem}" for problem in data["problems"]]
-    notes.append("failed" if data["problems"] else "all layers run, and compute what they should")
+    notes.append("failed" if data["problems"] else "all layers run, and all errors are within their limits")
     return str(Report(f"check {data['model']} ({data['library']})", rows, notes))

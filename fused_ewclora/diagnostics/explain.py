@@ -1,4 +1,4 @@
-"""Which implementation every adapted layer runs on, and whether it runs at all."""
+"""Reports the implementation that every adapted layer runs on, and finds layers that never run."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..report import Report
 
 
 def check_bypass(model: nn.Module) -> None:
-    """Call it after the model has run uncompiled: raises `TargetError` naming adapted layers whose forward
-    never ran, and the mend.
+    """Raises `TargetError` for adapted layers whose forward never ran, and says how to fix that; to be called
+    after the model has run uncompiled.
 
-    Some models read `layer.weight` and never call the layer (timm's BEiT and EVA02), so that an adapter
-    trains nothing. Costs a look at a counter per layer; nothing runs. Compiled calls are not counted; for a
-    compiled model there is `verify_forward`.
+    Some models read `layer.weight` and never call the layer (timm's BEiT and EVA02), so that its adapter has
+    no effect. The check reads one counter per layer and runs nothing. Compiled calls are not counted; use
+    `verify_forward` for a compiled model.
 
         >>> model(x); check_bypass(model)
     """
@@ -36,16 +36,16 @@ def check_bypass(model: nn.Module) -> None:
 
 
 def bypassed(model: nn.Module) -> list[str]:
-    """Names of the adapted layers that have not run since injection, or since `verify_forward` began."""
+    """The names of the adapted layers that have not run since injection, or since `verify_forward` began."""
     return [name for name, layer in adapters(model).items() if layer.forward_calls == 0]
 
 
 def verify_forward(model: nn.Module, sample: Any) -> dict[str, int]:
-    """Run the model once (eval mode, no gradients, uncompiled) and raise `TargetError` for adapted layers
-    that did not run.
+    """Run the model once in eval mode, without gradients and uncompiled, and raise `TargetError` for adapted
+    layers that did not run.
 
-    sample: a tensor, a tuple of arguments or a mapping of keyword arguments. Returns the number of calls per
-    adapted layer.
+    sample: a tensor, a tuple of arguments or a mapping of keyword arguments. Returns the number of calls of
+    each adapted layer.
 
         >>> verify_forward(model, torch.zeros(1, 3, 224, 224))
     """
@@ -56,12 +56,13 @@ def verify_forward(model: nn.Module, sample: Any) -> dict[str, int]:
 
 
 def explain(model: nn.Module, sample: Any = None) -> Report:
-    """A table of the implementation that serves each adapted layer and why others do not; rows are data. r is
-    the rank of every adapter that the layer runs: those of a method grow or shrink with its tasks.
+    """A table of the implementation that serves each adapted layer and the reasons why others do not; its
+    rows are data.
 
-    With a `sample` (as in `verify_forward`) the model runs once, the table counts the calls of each layer,
-    and the choice is the one for as many rows of input; layers that never ran are named below it. Without
-    one, 8192 rows are assumed. Under autocast its dtype decides.
+    The column r has the ranks of the adapters that the layer applies; with some methods they change from task
+    to task. With a `sample` (as in `verify_forward`) the model runs once, the table has the number of calls
+    of each layer, the implementation is the one for that number of input rows, and layers that never ran are
+    listed below the table. Without a sample 8192 rows are assumed. Under autocast its dtype is used.
 
         >>> print(explain(model, torch.zeros(1, 3, 224, 224)))
     """
@@ -69,8 +70,11 @@ def explain(model: nn.Module, sample: Any = None) -> Report:
     rows = []
     for name, layer in adapters(model).items():
         ranks = _ranks(layer)
-        shown = "+".join(map(str, ranks)) or "0"
-        row = {"name": name, "r": shown, **_implementation(layer, sum(ranks), sizes.get(name))}
+        row = {
+            "name": name,
+            "r": "+".join(map(str, ranks)) or "0",
+            **_implementation(layer, sum(ranks), sizes.get(name)),
+        }
         if calls is not None:
             row["calls"] = calls[name]
         rows.append(row)
@@ -83,7 +87,7 @@ def explain(model: nn.Module, sample: Any = None) -> Report:
 
 @torch.no_grad()
 def _ranks(layer: AdaptedLinear) -> list[int]:
-    """Of the adapters that a call of the layer runs; none for a layer whose ranks are all gone."""
+    """The ranks of the adapters that the layer applies; empty when a method has removed all of them."""
     if layer.composer is None:
         return [piece.r for piece in layer.adapter_slices]
     return [adapter.lora_a.shape[0] for adapter in layer.composed()]
@@ -103,7 +107,7 @@ def _implementation(layer: AdaptedLinear, rank: int, rows: int | None) -> dict[s
     if rank == 0:
         return {**row, "backend": "torch", "algorithm": "linear (no ranks left)", "why_not_faster": None}
     answers = dispatch.explain("lora_linear", _call(layer, dtype, rank, rows))
-    # Those that come after the first are less preferred, except for algorithms of the same backend.
+    # Later entries are less preferred, except for other algorithms of the same backend.
     first = next((i for i, (_, _, reason) in enumerate(answers) if reason is None), len(answers))
     backend, algorithm = answers[first][:2] if first < len(answers) else (None, None)
     reasons = [
@@ -116,7 +120,7 @@ def _implementation(layer: AdaptedLinear, rank: int, rows: int | None) -> dict[s
 
 
 def _call(layer: AdaptedLinear, dtype: torch.dtype, rank: int, rows: int | None) -> dispatch.Call:
-    """What the layer's next call would be, as far as its choice depends on it."""
+    """The next call of the layer, as far as the choice of an implementation depends on it."""
     dropout = layer.training and layer.dropout_p > 0.0
     shape = dispatch.LinearShape(
         dispatch.bucket(dispatch.DEFAULT_ROWS if rows is None else rows),
@@ -131,7 +135,7 @@ def _call(layer: AdaptedLinear, dtype: torch.dtype, rank: int, rows: int | None)
 
 
 def _observed(model: nn.Module, sample: Any) -> tuple[dict[str, int], dict[str, int]]:
-    """Calls of each adapted layer in one run, and the most rows of input in any of them."""
+    """The number of calls of each adapted layer in one run, and the most input rows of a call."""
     layers = adapters(model)
     before = {name: layer.forward_calls for name, layer in layers.items()}
     sizes: dict[str, int] = {}
@@ -175,7 +179,7 @@ def _run(model: nn.Module, sample: Any) -> None:
 
 def _eager() -> AbstractContextManager[Any]:
     if "torch._dynamo" not in sys.modules:
-        return nullcontext()  # nothing can have been compiled, and importing dynamo takes a second
+        return nullcontext()  # nothing has been compiled, and importing dynamo takes a second
     return torch.compiler.set_stance("force_eager")
 
 
@@ -183,6 +187,6 @@ def _bypass_message(model: nn.Module, names: list[str]) -> str:
     message = f"adapted layers that never ran although the model did: {shorten(names)}"
     parent = names[0].rpartition(".")[0]
     if getattr(model.get_submodule(parent), "qkv_bias_separate", None) is False:
-        # timm's BEiT-like attention calls F.linear on the weight unless this is set.
+        # timm's attention of BEiT and its relatives calls F.linear on the weight unless this is set.
         return f"{message}. Set qkv_bias_separate = True on their parents (as model.{parent})"
     return f"{message}. Their parents must call them, not F.linear on their weight; or use exclude_modules"

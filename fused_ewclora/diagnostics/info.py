@@ -1,4 +1,4 @@
-"""What is installed, what was compiled, and which backend serves which op, each with its reason."""
+"""Reports what is installed and compiled, and which backend serves which op, with the reasons."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def _instruction_set(extension: ModuleType | None) -> str | None:
         return None
     try:
         return str(extension.instruction_set())
-    except RuntimeError as error:  # FUSED_EWCLORA_CPU_ISA names one that this processor lacks
+    except RuntimeError as error:  # FUSED_EWCLORA_CPU_ISA names a set that this processor lacks
         return f"none: {error}"
 
 
 def _op_table(call: dispatch.Call) -> dict[str, dict[str, str | None]]:
-    """Op -> backend -> None when one of its algorithms serves `call`, or why none does."""
+    """Op -> backend -> None when one of its algorithms serves `call`, else the reason why none does."""
     missing = dispatch.available_backends()
     table = {}
     for op in schemas.SCHEMAS:
@@ -63,7 +63,7 @@ def _op_table(call: dispatch.Call) -> dict[str, dict[str, str | None]]:
 
 
 def collect() -> dict[str, Any]:
-    """Everything that `info` prints, as plain data for JSON.
+    """Everything that the command `info` prints, as plain data for JSON.
 
     >>> collect()["backends"]["reference"] is None
     True
@@ -93,14 +93,14 @@ def collect() -> dict[str, Any]:
 
 
 def _gpus() -> list[dict[str, Any]]:
-    """Name, architecture and ops in bf16 of every GPU."""
-    found = []
+    """The name and architecture of every GPU, and the backends of its ops in bf16."""
+    gpus = []
     for index in range(torch.cuda.device_count()):
         arch = dispatch.arch_of(torch.device("cuda", index))
         call = dispatch.Call("cuda", torch.bfloat16, arch, precision=torch.get_float32_matmul_precision())
         name = torch.cuda.get_device_name(index)
-        found.append({"name": name, "architecture": arch, "ops": _op_table(call)})
-    return found
+        gpus.append({"name": name, "architecture": arch, "ops": _op_table(call)})
+    return gpus
 
 
 def _lines(title: str, values: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Model libraries: what is known of each is loaded with the first model of it, or when its name is used."""
+"""Integrations with model libraries, each loaded on first use of its name or of a model of its library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ..layers.matching import register_library
 
 _MODULES = ("avalanche", "peft", "timm", "transformers")
-# Those that know packed projections or layer classes of their library's models.
+# The modules that register packed projections or layer classes, loaded for models of their library.
 _MODELS = ("timm", "transformers")
 
 

@@ -1,4 +1,4 @@
-"""Optional libraries: imported when they are needed, refused in versions that were never tried."""
+"""Optional libraries: imported when needed, and refused in versions that are not supported."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from types import ModuleType
 
 from ..errors import IntegrationError
 
-# module: (distribution, extra of this package, first version that works, first version that is not known to).
-# The tests were run with the first of each; pyproject.toml and docs/integrations name the same.
+# module: (distribution, extra of this package, first supported version, first unsupported version after it).
+# The tests pass with the first supported versions, which pyproject.toml and docs/integrations name too.
 _SUPPORTED = {
     "timm": ("timm", "timm", (1, 0, 20), (2,)),
     "transformers": ("transformers", "transformers", (4, 57), (6,)),
@@ -21,21 +21,21 @@ _SUPPORTED = {
 
 
 def require(name: str) -> ModuleType:
-    """The module of an optional library; raises `IntegrationError` naming the extra to install, the
-    supported versions, or why it cannot be imported."""
+    """The module of an optional library; raises `IntegrationError` that names the extra to install, the
+    supported versions, or the error of its import."""
     distribution, extra, first, beyond = _SUPPORTED[name]
-    version = _version(distribution)  # a folder that happens to have the name of the module has none
+    version = _version(distribution)  # None for a folder that happens to have the name of the module
     if version is None or importlib.util.find_spec(name) is None:
         raise IntegrationError(
             f"{distribution} is not installed; pip install 'fused-ewclora[{extra}]' brings it along"
         )
-    found = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
-    if not first <= found < beyond:
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+    if not first <= numbers < beyond:
         wanted = f">= {_text(first)}, < {_text(beyond)}"
         raise IntegrationError(f"{distribution}: expected a version {wanted}, got {version}")
     try:
         return importlib.import_module(name)
-    except Exception as error:  # whatever a library raises beside packages that it was not made for
+    except Exception as error:  # a library may raise anything beside packages that it does not support
         raise IntegrationError(f"{distribution} {version} cannot be imported: {error}") from error
 
 

@@ -1,5 +1,5 @@
-"""Models by name, small enough for a dry run: a named model of timm, a configuration or model type of
-transformers; random weights, nothing is downloaded."""
+"""Models by name, small enough for a dry run: a model name of timm, or a configuration file or model type of
+transformers. Weights are random; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LIBRARIES = ("timm", "transformers")
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model in eval mode, keyword arguments that it runs with, and in words what was built."""
+    """A model in eval mode, keyword arguments that it runs with, and a description of what was built."""
 
     library: str
     version: str
@@ -36,18 +36,18 @@ class NamedModel:
 
 
 def build(name: str, library: str | None = None, full: bool = False) -> NamedModel:
-    """The model called `name` with the smallest input it takes and, for transformers, few layers and words;
-    `full` leaves its sizes as they are.
+    """The model called `name` with the smallest input that it accepts; a transformers model also gets fewer
+    layers and a smaller vocabulary. `full` leaves all sizes as they are.
 
-    Raises `ArgumentError` naming the closest models when there is none of that name, and `IntegrationError`
-    when its library is missing.
+    Raises `ArgumentError` with similar names when there is no such model, and `IntegrationError` when its
+    library is not installed.
     """
     if library is not None:
         return _BUILDERS[library](name, full)
-    installed = [each for each in LIBRARIES if importlib.util.find_spec(each) is not None]
-    for each in installed or LIBRARIES[:1]:  # the error of a missing library names what to install
-        if _knows(each, name):
-            return _BUILDERS[each](name, full)
+    installed = [candidate for candidate in LIBRARIES if importlib.util.find_spec(candidate) is not None]
+    for candidate in installed or LIBRARIES[:1]:  # if none is installed, the error names what to install
+        if _knows(candidate, name):
+            return _BUILDERS[candidate](name, full)
     raise _unknown(name, installed)
 
 
@@ -69,7 +69,7 @@ def _unknown(name: str, libraries: list[str]) -> ArgumentError:
         for library in libraries
         for guess in difflib.get_close_matches(name, _names(library), n=3)
     ]
-    hint = f"; close to it: {', '.join(close)}" if close else ""
+    hint = f"; similar names: {', '.join(close)}" if close else ""
     return ArgumentError(
         f"model: expected a name of {' or '.join(libraries)}"
         f"{', or the path of a config.json' if 'transformers' in libraries else ''}, got {name!r}{hint}"
@@ -84,7 +84,9 @@ def _timm(name: str, full: bool) -> NamedModel:
     channels, height, width = config.input_size if config is not None else (3, 224, 224)
     native = (height, width)
     sizes = [native] if full else [(height // 4, width // 4), (height // 2, width // 2), native]
-    any_size: nn.Module | None = None  # models that take images of any size have no argument for it
+    any_size: nn.Module | None = (
+        None  # built once for models that accept any size and have no argument for it
+    )
     failure = ""
     for size in [size for size in sizes if min(size) >= SMALLEST_IMAGE] or [native]:
         images = torch.randn(BATCH, channels, *size)
@@ -123,9 +125,9 @@ def _transformers(name: str, full: bool) -> NamedModel:
     else:
         raise _unknown(name, ["transformers"])
     changed = [] if full else list(dict.fromkeys(_shrink(config)))
-    named = (config.architectures or [None])[0]
-    if named is not None and hasattr(transformers, named):
-        model = getattr(transformers, named)._from_config(config)
+    architecture = (config.architectures or [None])[0]
+    if architecture is not None and hasattr(transformers, architecture):
+        model = getattr(transformers, architecture)._from_config(config)
     else:
         model = transformers.AutoModel.from_config(config)
     model.eval()
@@ -135,7 +137,7 @@ def _transformers(name: str, full: bool) -> NamedModel:
     )
 
 
-# The number of layers, by the names that configurations give it.
+# The names that configurations use for the number of layers.
 _DEPTHS = (
     "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers",
     "num_encoder_layers", "num_decoder_layers",
@@ -143,13 +145,13 @@ _DEPTHS = (
 
 
 def _shrink(config: Any) -> Iterable[str]:
-    """Fewer layers and words in a configuration and those inside of it, in place; yields what changed. Widths
-    stay, since layouts and the choice of a kernel depend on them."""
+    """Reduce layers and vocabulary of a configuration and of those nested in it, in place; yields what
+    changed. Widths are kept, because layouts and the choice of a kernel depend on them."""
     for key in _DEPTHS:
         if isinstance(getattr(config, key, None), int) and getattr(config, key) > LAYERS:
             setattr(config, key, LAYERS)
             yield f"{key}={LAYERS}"
-    if isinstance(vars(config).get("layer_types"), list):  # some derive it from the depth
+    if isinstance(vars(config).get("layer_types"), list):  # elsewhere it is derived from the depth
         config.layer_types = config.layer_types[:LAYERS]
     words = getattr(config, "vocab_size", None)
     if isinstance(words, int) and words > VOCABULARY:
@@ -165,7 +167,7 @@ def _shrink(config: Any) -> Iterable[str]:
 
 
 def _tokens_or_images(model: Any, config: Any) -> dict[str, Tensor]:
-    """Random inputs; both for models of text and images."""
+    """Random inputs: tokens, images, or both for models of text and images."""
     vision = getattr(config, "vision_config", config)
     sample = {}
     if model.main_input_name == "input_ids":
@@ -179,8 +181,8 @@ def _tokens_or_images(model: Any, config: Any) -> dict[str, Tensor]:
         sample["pixel_values"] = torch.randn(BATCH, getattr(vision, "num_channels", 3), *sides)
     if model.main_input_name not in sample:
         raise ArgumentError(
-            f"model: {type(model).__name__} takes {model.main_input_name}; only models of input_ids or "
-            "pixel_values can be checked"
+            f"model: expected one that takes input_ids or pixel_values, got {type(model).__name__}, which "
+            f"takes {model.main_input_name}"
         )
     return sample
 

@@ -1,4 +1,4 @@
-"""The table of packed projections that an integration knows in a model."""
+"""A table of the packed projections of a model whose layout an integration knows."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from ..report import Report
 
 
 def packed_projections(
-    library: str, model: nn.Module, layout_of: LayoutRule, mend_of: CallRule | None = None
+    library: str, model: nn.Module, layout_of: LayoutRule, settings_of: CallRule | None = None
 ) -> Report:
-    """One row per layer that `layout_of`, asked as by `register_layout`, knows: `segments`, `sizes` and
-    `interleave` are the fields of its `QKVLayout`; `notes` says how its parent bypasses it, if it does."""
+    """One row per layer that the rule `layout_of` (of `register_layout`) knows. `segments`, `sizes` and
+    `interleave` are the fields of its `QKVLayout`; `notes` says how its parent bypasses it, if it does.
+    settings_of: the rule of `register_call`."""
     rows: list[dict[str, Any]] = []
     for name, layer in model.named_modules():
         for parent, path in ancestors(model, name) if is_linear(layer) else ():
@@ -30,12 +31,16 @@ def packed_projections(
                     "segments": layout.segments,
                     "sizes": layout.sizes,
                     "interleave": layout.interleave,
-                    "notes": _note(path, (mend_of(parent, path) if mend_of else None) or {}),
+                    "notes": _note(path, (settings_of(parent, path) if settings_of else None) or {}),
                 }
             )
             break
     bypassed = [row["name"] for row in rows if row["notes"]]
-    notes = [f"not called by their parents until inject sets it: {shorten(bypassed)}"] if bypassed else []
+    notes = (
+        [f"bypassed by their parents until inject sets the attribute: {shorten(bypassed)}"]
+        if bypassed
+        else []
+    )
     if not rows:
         notes.append("no packed projections that are known")
     return Report(f"packed projections ({library})", rows, notes, {"layers": len(rows), "bypassed": bypassed})

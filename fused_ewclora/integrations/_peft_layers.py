@@ -1,4 +1,4 @@
-"""PEFT's own LoRA linear as an adapted layer: the same modules, keys and methods, run on the fused op."""
+"""PEFT's LoRA linear as an adapted layer: the same modules, keys and methods, computed by the fused op."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from ._library import require
 
 require("peft")
 
-from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: E402  (not before the version is known)
+from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: E402  (after the version check)
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# What a layer has beside PEFT's class; all of it goes with `release_`.
+# Attributes that a layer has in addition to those of PEFT's class; `release_` removes them.
 _OWN = ("fisher_capture", "forward_calls", "origin_fingerprint", "consolidated_tasks", "bound", "gaussian")
 
 
 class FusedPeftLinear(AdaptedLinear, PeftLinear):
     """`peft.tuners.lora.layer.Linear` whose plain calls (one active adapter, no variant) are one fused op.
 
-    The class of a layer is swapped in place, so `isinstance`, state_dict keys and every method of PEFT stay.
-    Calls that the op does not compute run PEFT's forward; `not_fused` says why. x `[..., in_features]`, y
-    `[..., out_features]`.
+    The class of a layer is swapped in place, so `isinstance`, state_dict keys and all methods of PEFT keep
+    working. Calls that the op does not support run PEFT's forward; `not_fused` gives the reason.
+    x `[..., in_features]`, y `[..., out_features]`.
     """
 
     plain = PeftLinear
     weight_path = "base_layer.weight"
 
-    bound: str | None  # the adapter that an EWC belongs to, by attach_ewc
-    gaussian: bool  # whether new lora_A are normal with deviation 1 / r (init_lora_weights="gaussian")
+    bound: str | None  # the adapter that the EWC of attach_ewc belongs to
+    gaussian: bool  # whether a new lora_A is normal with standard deviation 1 / r
 
-    # PEFT's, most of them by name of the adapter.
+    # Attributes of PEFT, most of them mappings from the name of the adapter.
     base_layer: Any
     r: Any
     scaling: dict[str, float]
@@ -55,7 +55,7 @@ class FusedPeftLinear(AdaptedLinear, PeftLinear):
         layer = cast(FusedPeftLinear, module)
         layer.fisher_capture, layer.bound, layer.gaussian = None, None, False
         layer.forward_calls = layer.consolidated_tasks = 0
-        # Merged weights say nothing about the pretrained ones.
+        # A merged weight is not the pretrained one.
         layer.origin_fingerprint = "" if layer.merged else fingerprint(layer.base_weight)
         return layer
 
@@ -72,12 +72,12 @@ class FusedPeftLinear(AdaptedLinear, PeftLinear):
         return type(self.base_layer) is Conv1D
 
     def active_names(self) -> list[str]:
-        """The active adapters that this layer has."""
+        """The names of the active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.lora_A]
 
     @property
     def adapter_slices(self) -> tuple[AdapterSlice, ...]:  # type: ignore[override]
-        """The active adapters; one has no name of its own, as in a layer that `inject` adapted."""
+        """The active adapters; a single one has the name `""`, as in a layer that `inject` adapted."""
         names = self.active_names()
         rows = ((0, self.out_features),)
         return tuple(
@@ -87,7 +87,7 @@ class FusedPeftLinear(AdaptedLinear, PeftLinear):
 
     @property
     def adapters_enabled(self) -> bool:
-        """Whether PEFT's adapters are on; set it without touching requires_grad, which PEFT's methods do."""
+        """Whether PEFT's adapters are enabled; unlike PEFT's methods, setting it keeps requires_grad."""
         return not self._disable_adapters
 
     @adapters_enabled.setter
@@ -96,23 +96,23 @@ class FusedPeftLinear(AdaptedLinear, PeftLinear):
 
     @property
     def dropout_p(self) -> float:
-        """The largest probability of dropout of the active adapters."""
+        """The largest dropout probability of the active adapters."""
         return max((_dropout(self.lora_dropout[name]) or 0.0 for name in self.active_names()), default=0.0)
 
-    def factor_locations(self, piece: AdapterSlice) -> tuple[Location, Location]:
-        """Where lora_A and lora_B of an active adapter are kept; raises `TargetError` as `adapter_scale`."""
+    def parameter_locations(self, piece: AdapterSlice) -> tuple[Location, Location]:
+        """Where lora_A and lora_B of an active adapter are stored; raises as `adapter_scale` does."""
         name = self._name_of(piece)
         return (self.lora_A[name]._parameters, "weight"), (self.lora_B[name]._parameters, "weight")
 
     def named_lora_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """lora_A and lora_B of the active adapters, named as in a layer that `inject` adapted."""
-        found = []
+        named = []
         for piece, lora_a, lora_b in self.adapter_parameters():
-            found += [(piece.a_name, lora_a), (piece.b_name, lora_b)]
-        return found
+            named += [(piece.a_name, lora_a), (piece.b_name, lora_b)]
+        return named
 
     def adapter_scale(self, adapter: AdapterSlice) -> float | Tensor:
-        """PEFT's present scaling of the adapter; raises `TargetError` when the layer belongs to an EWC whose
+        """PEFT's current scaling of the adapter; raises `TargetError` when the layer belongs to an EWC whose
         adapter is not the active one."""
         return float(self.scaling[self._name_of(adapter)])
 
@@ -128,14 +128,15 @@ class FusedPeftLinear(AdaptedLinear, PeftLinear):
     def _check_bound(self) -> None:
         if self.bound is not None and (names := self.active_names()) != [self.bound]:
             raise TargetError(
-                f"the EWC of attach_ewc belongs to the adapter {self.bound!r}, but active are {names}; call "
+                f"the EWC of attach_ewc belongs to the adapter {self.bound!r}, but {names} are active; call "
                 f"set_adapter({self.bound!r}) on the PEFT model"
             )
 
     @torch.no_grad()
     def reset_adapters(self, generator: torch.Generator | None = None) -> None:
-        """New A and B = 0, in place, as at the start of a task: A normal with deviation 1 / r where PEFT was
-        told "gaussian", else Kaiming uniform, PEFT's default and `AdaptedLinear.reset_adapters`."""
+        """Initialise the adapters in place, as at the start of a task: B = 0, and A normal with standard
+        deviation 1 / r for init_lora_weights="gaussian", else as in `AdaptedLinear.reset_adapters`, which is
+        PEFT's default."""
         super().reset_adapters(generator)
         if self.gaussian:
             for piece, lora_a, _ in self.adapter_parameters():
@@ -144,12 +145,12 @@ class FusedPeftLinear(AdaptedLinear, PeftLinear):
                 lora_a.copy_(drawn.normal_(0.0, 1.0 / piece.r, generator=generator))
 
     def not_fused(self) -> str | None:
-        """Why PEFT's own forward serves the layer as it is now, or None."""
+        """The reason why PEFT's own forward serves the layer at present, or None."""
         if why := base_unfit(self.base_layer):
             return why
         names = self.active_names()
         if not names:
-            return "no adapter of it is active"
+            return "none of its adapters is active"
         if len(names) > 1:
             return f"{len(names)} adapters are active: {', '.join(names)}"
         return self._adapter_unfit(names[0])
@@ -175,19 +176,19 @@ class FusedPeftLinear(AdaptedLinear, PeftLinear):
             compute = torch.float64
         allowed = (compute,) if compute == torch.float64 else (compute, torch.float32)
         if lora_b.weight.dtype != dtype or dtype not in allowed:
-            return f"adapter {name!r} is {dtype} beside {compute}"
+            return f"adapter {name!r} is {dtype}, but the layer computes in {compute}"
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x `[..., in_features]` -> y `[..., out_features]`; extra arguments (adapter_names of a mixed batch)
-        go to PEFT's forward."""
+        """x `[..., in_features]` -> y `[..., out_features]`; calls with further arguments (adapter_names of a
+        mixed batch) run PEFT's forward."""
         if not torch.compiler.is_compiling():
             self.__dict__["forward_calls"] += 1
         extra = bool(args) or any(value is not None for value in kwargs.values())
         plain = extra or self.merged or self._disable_adapters
         if plain or (why := self.not_fused()) is not None:
             if self.fisher_capture is not None:
-                why = "it is merged or disabled, or was given more than x" if plain else why
+                why = "the layer is merged or disabled, or got arguments beside x" if plain else why
                 raise TargetError(f"a Fisher pass needs the fused op, which does not serve this call: {why}")
             return cast(Tensor, PeftLinear.forward(self, x, *args, **kwargs))
         if self.fisher_capture is not None:
@@ -211,8 +212,8 @@ class FusedPeftLinear(AdaptedLinear, PeftLinear):
         )
 
     def consolidated_weight(self) -> Tensor:
-        """A new tensor W + scaling B A, as in `AdaptedLinear`; raises `TargetError` while merged, and beside
-        other adapters, which were trained on W and would compute something else on it."""
+        """A new tensor W + scaling B A, as in `AdaptedLinear`; raises `TargetError` while merged, and when
+        the layer has other adapters, because these were trained on W and would no longer match the weight."""
         if len(self.lora_A) > 1:
             raise TargetError(
                 f"consolidation changes the base weight under all adapters, of which there are "
@@ -233,7 +234,7 @@ class FusedPeftLinear(AdaptedLinear, PeftLinear):
 
 
 def base_unfit(base: nn.Module) -> str | None:
-    """Why the fused op cannot stand in for a base layer, or None."""
+    """The reason why the fused op cannot compute a base layer, or None."""
     if type(base) not in (nn.Linear, Conv1D):
         return f"its base layer is {type(base).__name__}, not nn.Linear"
     weight: Any = base.weight
@@ -243,7 +244,7 @@ def base_unfit(base: nn.Module) -> str | None:
 
 
 def _dropout(module: nn.Module) -> float | None:
-    """The probability, or None for a module that is neither dropout nor nothing."""
+    """The dropout probability of a module, 0 for `nn.Identity`, None for a module of another class."""
     if type(module) is nn.Identity:
         return 0.0
     return module.p if type(module) is nn.Dropout else None

@@ -1,8 +1,9 @@
 """The state of an EWC inside the checkpoints that `Trainer` writes.
 
-Trainer does not tell callbacks which checkpoint it resumes. But trainer_state.json, which it loads from
-there and hands over, has room for entries of callbacks. So each checkpoint says there which state of the EWC
-belongs to it, by a checksum of all its contents, and whichever file has that checksum is the right one.
+Trainer does not tell callbacks which checkpoint it resumes from. However, it loads trainer_state.json from
+that checkpoint and passes its contents to callbacks, and the file has room for entries of callbacks. Each
+checkpoint therefore records a checksum of the EWC state that belongs to it there. On resuming, the state is
+the one with that checksum.
 """
 
 from __future__ import annotations
@@ -36,19 +37,19 @@ from ..errors import CheckpointError, IntegrationError
 from ..ewc.controller import EWC
 from ..layers.adapted import AdaptedLinear
 
-FOLDER = "fused_ewclora"  # in a checkpoint; no name in it meets those of Trainer or PEFT
+FOLDER = "fused_ewclora"  # inside a checkpoint, so that no file collides with those of Trainer or PEFT
 FORMAT = 1
-TRAINER_STATE_NAME = "trainer_state.json"  # of transformers.trainer, which takes long to import
-KEY = "fused_ewclora.EWC"  # in that file
+TRAINER_STATE_NAME = "trainer_state.json"  # as in transformers.trainer, which is slow to import
+KEY = "fused_ewclora.EWC"  # of the entry in that file
 Source = str | os.PathLike[str] | bool
 
 
 def begin(ewc: EWC, args: TrainingArguments, state: TrainerState, source: Source) -> None:
-    """When training begins: a resumed one takes over the state of its checkpoint, and the checkpoints to come
-    are told which one they belong to.
+    """To be called when training begins: load the EWC state of the checkpoint that training resumes from, if
+    any, and record the checksum of the state for the checkpoints that follow.
 
-    Raises `CheckpointError` when that state is not there or does not fit; the EWC and the layers are then as
-    they were. Every process must call this.
+    Raises `CheckpointError` when that state is missing or does not match; the EWC and the layers are
+    unchanged then. Every process must call this.
     """
     recorded = _recorded(state)
     if state.global_step > 0 or recorded is not None:
@@ -57,25 +58,25 @@ def begin(ewc: EWC, args: TrainingArguments, state: TrainerState, source: Source
             together(work) if several() else work()
     elif not isinstance(source, bool):
         raise IntegrationError(
-            "EWCCallback: resume_from_checkpoint: expected trainer.train(resume_from_checkpoint=...) beside "
-            f"{str(source)!r}, but training starts at step 0"
+            "EWCCallback: resume_from_checkpoint: expected the same folder in "
+            f"trainer.train(resume_from_checkpoint=...), got {str(source)!r}, but training starts at step 0"
         )
     if args.should_save:
         _record(state, identity(*_contents(ewc)))
 
 
 def save(ewc: EWC, args: TrainingArguments, state: TrainerState) -> None:
-    """Add the state to the checkpoint that Trainer has just written; by the process that wrote it."""
+    """Add the EWC state to the checkpoint that Trainer has just written, in the process that wrote it."""
     folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     if not (folder / TRAINER_STATE_NAME).is_file():
         raise IntegrationError(
-            f"EWCCallback: {folder}: expected the checkpoint that Trainer has just saved, found none; it is "
+            f"EWCCallback: {folder}: expected the checkpoint that Trainer has just saved, found none; it was "
             "written elsewhere, as in a hyperparameter search"
         )
     files, config = _contents(ewc)
     write_files(folder / FOLDER, files, config)
     checksum = identity(files, config)
-    if _recorded(state) != checksum:  # it has changed since training began
+    if _recorded(state) != checksum:  # the state has changed since training began
         _record(state, checksum)
         text = json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"
         write_plain(folder, {TRAINER_STATE_NAME: text.encode()})
@@ -87,12 +88,12 @@ def _recorded(state: TrainerState) -> str | None:
 
 
 def _record(state: TrainerState, checksum: str) -> None:
-    # The form that Trainer gives to entries of callbacks.
+    # The form of callback entries in Trainer.
     state.stateful_callbacks[KEY] = {"args": {}, "attributes": {"checksum": checksum}}
 
 
 def _contents(ewc: EWC) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Files and manifest."""
+    """The files and the manifest of the EWC state."""
     saved = ewc.state_dict()
     changed = [name for name, layer in _partly_saved(ewc).items() if is_changed(layer)]
     tensors = {**saved["tensors"], **changed_rows(ewc.layers, changed)}
@@ -102,17 +103,17 @@ def _contents(ewc: EWC) -> tuple[dict[str, bytes], dict[str, Any]]:
 
 
 def _partly_saved(ewc: EWC) -> dict[str, AdaptedLinear]:
-    """PEFT's layers, of which Trainer saves the adapters alone: there the rows that consolidation has changed
-    belong to the state. Of others it saves everything."""
+    """The layers of PEFT. Trainer saves only their adapters, so the rows that consolidation has changed
+    belong to the EWC state; of other layers it saves everything."""
     return {name: layer for name, layer in ewc.layers.items() if layer.weight_path != "weight"}
 
 
 def _resume(ewc: EWC, args: TrainingArguments, state: TrainerState, source: Source) -> None:
     recorded = _recorded(state)
     if recorded is not None and recorded == identity(*_contents(ewc)):
-        return  # the same process, or loaded by hand
+        return  # ewc has this state already: it is the same process, or the user has loaded it
     if isinstance(source, bool):
-        _take_over(ewc, _found(args, state, recorded))
+        _take_over(ewc, _find(args, state, recorded))
         return
     folder = Path(source) / FOLDER
     if recorded is not None and identity_in(folder) != recorded:
@@ -123,33 +124,32 @@ def _resume(ewc: EWC, args: TrainingArguments, state: TrainerState, source: Sour
     _take_over(ewc, folder)
 
 
-def _found(args: TrainingArguments, state: TrainerState, recorded: str | None) -> Path:
-    """The folder with the state of the checkpoint that Trainer has loaded."""
+def _find(args: TrainingArguments, state: TrainerState, recorded: str | None) -> Path:
+    """The folder with the EWC state of the checkpoint that Trainer has loaded."""
     where = f"the checkpoint of step {state.global_step}"
-    ways = (
-        "EWCCallback(ewc, resume_from_checkpoint=...) takes the folder of a checkpoint that has it, or False "
-        "after ewc and model were brought to the end of the previous task by load_pretrained. Nothing was "
-        "loaded"
+    remedy = (
+        "Give EWCCallback(ewc, resume_from_checkpoint=...) the folder of a checkpoint that has it; or False, "
+        "after load_pretrained has restored ewc and model to the end of the previous task. Nothing was loaded"
     )
     if recorded is None:
         raise CheckpointError(
-            f"{where}: expected an EWC state, but it was saved without an EWCCallback. {ways}"
+            f"{where}: expected an EWC state, but it was saved without an EWCCallback. {remedy}"
         )
     for checkpoint in _candidates(args, state):
         try:
             if identity_in(checkpoint / FOLDER) == recorded:
                 return checkpoint / FOLDER
         except CheckpointError:
-            continue  # not a checkpoint of ours, or not a whole one
+            continue  # not a checkpoint of this library, or an incomplete one
     raise CheckpointError(
-        f"{where}: its EWC state is in no checkpoint of {args.output_dir} (args.output_dir), nor is it that "
-        f"of ewc. {ways}"
+        f"{where}: its EWC state is in no checkpoint of {args.output_dir} (args.output_dir), nor is it the "
+        f"state of ewc. {remedy}"
     )
 
 
 def _candidates(args: TrainingArguments, state: TrainerState) -> Iterator[Path]:
-    """Checkpoints, the likely ones first. Those of one task share their EWC state, so that a neighbour serves
-    where saving was interrupted."""
+    """Folders of checkpoints, the most likely ones first. All checkpoints of a task have the same EWC state,
+    so another one can replace a checkpoint whose saving was interrupted."""
     if args.resume_from_checkpoint:
         yield Path(args.resume_from_checkpoint)
     yield Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

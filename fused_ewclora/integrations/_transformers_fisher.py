@@ -1,4 +1,4 @@
-"""The Fisher of language models whose labels are their inputs."""
+"""The Fisher of causal language models, whose labels are their own inputs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..ewc.estimation import IGNORED
 
 
 def next_tokens(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    """(logits `[N, T, V]`, what follows each position `[N, T]`) of a causal language model; a `forward` for
+    """Logits `[N, T, V]` and next tokens `[N, T]` of a causal language model; a `forward` for
     `EWC.estimate_fisher`.
 
-    The model's own loss is a mean over the tokens of a batch, in which long samples weigh more and a sample's
-    gradient depends on its neighbours. With these targets the loss is -log p(y_n | x_n), summed over tokens
-    and averaged over samples, as the Fisher is defined, and labels="sampled" draws each token from the logits
-    that predict it. The last position, labels of -100 and positions that attention_mask hides (which would
-    predict the first token after padding on the left) do not count. Raises `ArgumentError` for a batch
-    that is no mapping with "labels" `[N, T]`.
+    The model's own loss is a mean over the tokens of a batch. Long samples have more weight in it, and the
+    gradient of a sample depends on the other samples. With the targets of this function the loss is
+    -log p(y_n | x_n), summed over tokens and averaged over samples, as the Fisher is defined, and
+    labels="sampled" draws each token from the logits that predict it. The last position, labels of -100, and
+    positions that attention_mask hides (which would predict the first token after padding on the left) are
+    ignored. Raises `ArgumentError` unless the batch is a mapping with "labels" `[N, T]`.
 
         >>> ewc.estimate_fisher(loader, forward=next_tokens)
     """

@@ -1,4 +1,4 @@
-"""Layers of transformers: linear ones that are no `nn.Linear`, with adapters, and output heads."""
+"""Linear layers of transformers that are not plain `nn.Linear`s, with adapters, and output heads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..layers.adapted import AdaptedLinear
 from ..layers.matching import register_adapted_class, register_heads
 
-CLASSIFIERS = ("classifier", "score")  # as PEFT has them
+CLASSIFIERS = ("classifier", "score")  # as in PEFT
 
 
 class LoRAConv1D(AdaptedLinear, Conv1D):
@@ -21,7 +21,7 @@ class LoRAConv1D(AdaptedLinear, Conv1D):
     adapters on its output features.
 
     Shapes, dtypes and names of the adapters are those of `LoRALinear`: lora_A `[r, in_features]`, lora_B
-    `[rows, r]`, where rows are columns of the weight. Comes about by `fused_ewclora.inject`.
+    `[rows, r]`, where the rows are columns of the weight. `fused_ewclora.inject` creates these layers.
 
         >>> inject(gpt2, LoRAConfig(target_modules=["c_attn"], slices=("q", "v")))
     """
@@ -36,23 +36,23 @@ class LoRAConv1D(AdaptedLinear, Conv1D):
 
     @property
     def in_features(self) -> int:  # type: ignore[override]
-        """Columns of lora_A."""
+        """The number of columns of lora_A."""
         return int(self.nx)  # type: ignore[arg-type]
 
     @property
     def out_features(self) -> int:  # type: ignore[override]
-        """Rows of lora_B, together."""
+        """The number of rows of all lora_B together."""
         return int(self.nf)  # type: ignore[arg-type]
 
     def base_forward(self, x: Tensor) -> Tensor:
-        """What Conv1D computes."""
+        """The output of Conv1D, without adapters."""
         return Conv1D.forward(self, x)
 
     def extra_repr(self) -> str:
-        """Conv1D's own text, then the adapters."""
+        """The text of Conv1D, followed by the adapters."""
         return f"nf={self.nf}, nx={self.nx}{super().extra_repr()}"
 
-    __repr__ = nn.Module.__repr__  # Conv1D's would leave the adapters out
+    __repr__ = nn.Module.__repr__  # that of Conv1D would leave the adapters out
 
 
 class LoRAFalconLinear(AdaptedLinear, FalconLinear):
@@ -66,14 +66,14 @@ class LoRAFalconLinear(AdaptedLinear, FalconLinear):
     plain = FalconLinear
 
     def base_forward(self, x: Tensor) -> Tensor:
-        """What FalconLinear computes."""
+        """The output of FalconLinear, without adapters."""
         return FalconLinear.forward(self, x)
 
 
 @register_heads
 def heads(model: nn.Module) -> Iterator[nn.Module]:
-    """What a transformers model for a task has beside its base model: classifiers, language model heads. A
-    few (CLIP, SigLIP) have no base model, but give classifiers the usual names."""
+    """The modules of a transformers model that are not part of its base model: classifiers and language model
+    heads. A few models (CLIP, SigLIP) have no base model; their classifiers are found by the usual names."""
     if not isinstance(model, PreTrainedModel):
         return
     base = model.base_model

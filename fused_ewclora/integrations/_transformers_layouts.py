@@ -1,8 +1,8 @@
-"""How the models of transformers unpack their packed projections.
+"""The layouts of the packed projections in the models of transformers.
 
-Every entry was read in the model's forward (transformers 5.23) and is held to it by a test that changes one
-segment's rows and looks at the operands of the attention; 4.57 and 5.0 unpack alike. A class that is not
-listed has no known layout.
+Every entry was taken from the forward of the model (transformers 5.23; 4.57 and 5.0 are the same). A test
+verifies it by changing the rows of one segment and comparing the operands of the attention. A class that is
+not listed has no known layout.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..layers.matching import register_layout
 from ..report import Report
 from ._packed import packed_projections
 
-Rule = Callable[[Any], QKVLayout | None]  # of the module that owns the projection
+Rule = Callable[[Any], QKVLayout | None]  # takes the module that owns the projection
 QKV, KV = ("q", "k", "v"), ("k", "v")
 
 
@@ -34,7 +34,7 @@ def _up_gate(parent: Any) -> QKVLayout:
 
 
 def _by_head(heads: str) -> Rule:
-    """[heads][q, k, v][head_dim], the number of heads being an attribute of the parent or of its config."""
+    """[heads][q, k, v][head_dim]; `heads` is the attribute of the parent or its config with their number."""
 
     def rule(parent: Any) -> QKVLayout:
         count = getattr(parent, heads, None) or getattr(parent.config, heads)
@@ -51,7 +51,7 @@ def _grouped(parent: Any) -> QKVLayout:
 
 
 def _gpt2(parent: Any) -> QKVLayout:
-    """q | k | v, or k | v of the encoder's states."""
+    """q | k | v, or k | v in cross-attention."""
     return QKVLayout(KV if parent.is_cross_attention else QKV)
 
 
@@ -60,7 +60,7 @@ def _imagegpt(parent: Any) -> QKVLayout:
 
 
 def _gpt_bigcode(parent: Any) -> QKVLayout | None:
-    """One k and v for all heads, or q, k, v by head. Its cross attention fails in transformers itself."""
+    """One k and v for all heads, or [heads][q, k, v]. Cross-attention fails in transformers itself."""
     if parent.is_cross_attention:
         return None
     if parent.multi_query:
@@ -69,7 +69,7 @@ def _gpt_bigcode(parent: Any) -> QKVLayout | None:
 
 
 def _falcon(parent: Any) -> QKVLayout:
-    """[kv heads][their q heads, k, v] (new decoder), one k and v for all heads, or q, k, v by head."""
+    """[k/v heads][their q heads, k, v] (new decoder), one k and v for all heads, or [heads][q, k, v]."""
     size = parent.head_dim
     if parent.new_decoder_architecture:
         kv = parent.num_kv_heads * size
@@ -80,11 +80,11 @@ def _falcon(parent: Any) -> QKVLayout:
 
 
 def _codegen(parent: Any) -> QKVLayout:
-    """Four blocks, after the cores it was trained on, each q | v | k: values come before keys."""
+    """Four blocks (one per core that it was trained on), each q | v | k, with values before keys."""
     return QKVLayout(("q", "v", "k"), None, 4)
 
 
-# "<model>.<class of the parent>.<name of the projection>", the model being its folder in transformers.models
+# "<folder in transformers.models>.<class of the parent>.<name of the projection>"
 PACKED: Mapping[str, Rule] = {
     "bark.BarkSelfAttention.att_proj": _thirds,
     "blip.BlipAttention.qkv": _thirds,
@@ -134,7 +134,7 @@ PACKED: Mapping[str, Rule] = {
 
 
 def entry(parent: nn.Module, child: str) -> str | None:
-    """The key of a projection in `PACKED`, or None; subclasses may unpack otherwise and are not looked up."""
+    """The key of a projection in `PACKED`, or None; a subclass may unpack differently and is unknown."""
     module, kind = type(parent).__module__, type(parent).__name__
     if not module.startswith("transformers.models."):
         return None
@@ -152,8 +152,8 @@ def layout_of(parent: nn.Module, child: str) -> QKVLayout | None:
 def targets(model: nn.Module) -> Report:
     """A table of the packed projections of a transformers model whose layout is known; rows are data.
 
-    `QKVLayout(row["segments"], row["sizes"], row["interleave"])` is the layout of a row. `inject` uses the
-    same ones, so that `slices` need none. Nothing is changed.
+    `QKVLayout(row["segments"], row["sizes"], row["interleave"])` is the layout of a row. `inject` uses these
+    layouts, so that `slices` work without a `layout`. Nothing is changed.
 
         >>> print(targets(model))
         >>> inject(model, LoRAConfig(target_modules=["query_key_value"], slices=("q", "v")))

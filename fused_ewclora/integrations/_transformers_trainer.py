@@ -19,28 +19,29 @@ from ._transformers_checkpoint import Source, begin, save
 class EWCCallback(TrainerCallback):
     """Adds the gradient of `ewc.penalty()` to every optimizer step of a `Trainer`, and logs the penalty.
 
-    The penalty depends on parameters only, which stay the same until the optimizer steps. So its gradient is
-    added once, when a step begins and before its first micro-batch: gradient accumulation,
-    `num_items_in_batch` and the averaging of DDP do not touch it, and clipping sees the sum, as it would with
-    a penalty in the loss. Under a GradScaler it takes the scale of that step. `on_pre_optimizer_step` would
-    be too late: Trainer has clipped and unscaled by then.
+    The penalty depends only on parameters, which do not change until the optimizer steps. Its gradient is
+    therefore added once per step, before the first micro-batch. Gradient accumulation, `num_items_in_batch`
+    and the averaging of DDP do not affect it, and clipping sees the sum, as with a penalty in the loss. Under
+    a GradScaler the gradient is multiplied by the scale of that step. `on_pre_optimizer_step` would be too
+    late, because Trainer clips and unscales before it.
 
-    `loss` in the logs is that of the data; `ewc_penalty` is the mean penalty over the same steps. Reporters
-    come before callbacks of the user; for them too, move this one to the front of
-    `trainer.callback_handler.callbacks`.
+    `loss` in the logs is the loss of the data alone; `ewc_penalty` is the mean penalty over the same steps.
+    Reporters run before the callbacks of the user and miss it; move this callback to the front of
+    `trainer.callback_handler.callbacks` to include them.
 
-    Every checkpoint of Trainer holds the state of `ewc`, in a folder `fused_ewclora`. A training that is
-    resumed takes it over, also in a fresh process, whose model must have the same pretrained weights and be
-    injected in the same way before. ewc_lambda and gamma are the script's, as the learning rate is.
+    Every checkpoint of Trainer holds the state of `ewc` in a folder `fused_ewclora`. Training that is resumed
+    loads it, also in a fresh process, where the model must first be built from the same pretrained weights
+    and injected in the same way. ewc_lambda and gamma are not restored but set by the script, like the
+    learning rate.
 
     resume_from_checkpoint: True looks for that state in args.resume_from_checkpoint and in the checkpoints of
-    args.output_dir; a path is the folder of a checkpoint, for one that Trainer is told to resume from
-    somewhere else; False leaves `ewc` as it is.
+    args.output_dir; a path names the folder of a checkpoint elsewhere, from which Trainer resumes too; False
+    leaves `ewc` as it is.
 
     Raises `TargetError` at the start of training when the model is not that of `ewc`, `IntegrationError`
-    under DeepSpeed, FSDP and optimizers that step inside backward, which keep gradients elsewhere, and
-    `CheckpointError` when training is resumed and the state is missing or does not fit; `ewc` is then as it
-    was.
+    under DeepSpeed, FSDP and optimizers that step inside backward, which keep gradients outside of `.grad`,
+    and `CheckpointError` when training is resumed and the state is missing or does not match; `ewc` is
+    unchanged then.
 
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[EWCCallback(ewc)])
         >>> trainer.train(); ewc.end_task(trainer.get_train_dataloader())
@@ -55,15 +56,15 @@ class EWCCallback(TrainerCallback):
             )
         self.ewc = ewc
         self.resume_from_checkpoint = resume_from_checkpoint
-        self._added = False  # to the step that is being accumulated
+        self._added = False  # whether the current step has the gradient already
         self._sum: Tensor | float = 0.0
         self._steps = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse what would train without a penalty, take over the state that a resumed training had, and
-        forget an interrupted one."""
+        """Raise where the penalty would have no effect, load the state when training is resumed, and reset
+        the counters."""
         _check_model(self.ewc, kwargs["model"])
         if reason := _unsupported(args):
             raise IntegrationError(
@@ -83,7 +84,7 @@ class EWCCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Add the gradient, before the backward passes of the step add theirs."""
-        if self._added:  # the last epoch was stopped inside a step, whose gradients are still there
+        if self._added:  # the last epoch ended inside a step, whose gradients are still there
             return
         scaler = getattr(kwargs["optimizer"], "scaler", None)
         penalty = self.ewc.add_penalty_grad_(1.0 if scaler is None else _scale(scaler, self.ewc))
@@ -104,7 +105,7 @@ class EWCCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Put the mean penalty beside the loss: into the logs and into the history, which has a copy."""
+        """Add the mean penalty to the logs, and to the history, which is a copy of them."""
         if logs is None or "loss" not in logs or not self._steps:
             return
         logs["ewc_penalty"] = float(self._sum) / self._steps
@@ -114,7 +115,7 @@ class EWCCallback(TrainerCallback):
 
 
 def _scale(scaler: Any, ewc: EWC) -> Tensor:
-    """The scale of the step as a tensor, without waiting for the device; the first call initialises it."""
+    """The scale of the step as a tensor, without a device sync; the first call initialises the scaler."""
     device = next(iter(ewc.layers.values())).weight.device
     scale: Tensor = scaler.scale(torch.ones((), device=device))
     return scale
@@ -129,7 +130,7 @@ def _check_model(ewc: EWC, model: nn.Module) -> None:
 
 
 def _unsupported(args: TrainingArguments) -> str | None:
-    """Why gradients put into `.grad` would not reach the optimizer, or None."""
+    """The reason why gradients in `.grad` would not reach the optimizer, or None."""
     kind = getattr(args.distributed_state, "distributed_type", None)
     if args.deepspeed or str(kind).endswith("DEEPSPEED"):
         return "DeepSpeed keeps gradients outside of .grad"

@@ -1,4 +1,4 @@
-"""Avalanche: EWC-LoRA as a plugin of any supervised strategy."""
+"""Avalanche: EWC-LoRA as a plugin for any supervised strategy."""
 
 from __future__ import annotations
 
@@ -28,26 +28,27 @@ TRANSFORMS = ("eval", "train")
 
 
 class EWCLoRAPlugin(SupervisedPlugin):  # type: ignore[misc, unused-ignore]
-    """Adds the EWC penalty to the loss of a strategy, and ends a task after each of its training experiences.
+    """Adds the EWC penalty to the loss of a strategy, and ends a task after each training experience.
 
-    The end of a task is `EWC.end_task` over the dataset of the experience (the original one of an online
-    stream whose task boundaries are known) with the model in eval mode and the criterion of the strategy;
-    then the optimizer forgets the adapters' moments and keeps those of heads. Task labels reach multi-task
-    models as Avalanche passes them. `strategy.loss`, and so Avalanche's loss metrics, include the penalty.
+    To end a task, the plugin calls `EWC.end_task` over the dataset of the experience (for an online stream
+    with known task boundaries, over that of the original experience) with the model in eval mode and the
+    criterion of the strategy. It then resets the optimizer state of the adapters; the state of heads is kept.
+    Task labels are passed to multi-task models as in Avalanche. `strategy.loss`, and therefore Avalanche's
+    loss metrics, include the penalty.
 
     Args:
-        ewc: the `EWC` of the model that the strategy trains; None makes one of `ewc_options` before the first
-            experience, for a model that has its adapters by then.
+        ewc: the `EWC` of the model that the strategy trains; None creates one with `ewc_options` before the
+            first experience, when the model must have its adapters.
         labels, max_batches: as in `EWC.estimate_fisher`.
         batch_size: samples per batch of the Fisher pass; None is `train_mb_size` of the strategy. With
             fisher_mode "batch" the Fisher depends on it.
         transforms: "eval" or "train", the group of the dataset's transformations in the Fisher pass.
         reset_optimizer: False leaves the state of the optimizer as it is.
-        ewc_options: arguments of `EWC` beside the model, such as ewc_lambda.
+        ewc_options: the arguments of `EWC` other than the model, such as ewc_lambda.
 
-    The plugin is saved with its strategy by `avalanche.checkpointing.save_checkpoint`. Raises `ArgumentError`
-    for arguments that do not fit, and before anything is trained `TargetError` for a model without adapters
-    or one whose adapted layers have been replaced, `ArgumentError` for a second plugin or another model.
+    `avalanche.checkpointing.save_checkpoint` saves the plugin with its strategy. Raises `ArgumentError` for
+    invalid arguments. Before anything is trained, raises `TargetError` for a model without adapters or one
+    whose adapted layers have been replaced, and `ArgumentError` for a second plugin or another model.
 
         >>> plugin = EWCLoRAPlugin(ewc_lambda=1e7, fisher_mode="batch")
         >>> strategy = Naive(model=model, optimizer=optimizer, plugins=[plugin])
@@ -83,7 +84,7 @@ class EWCLoRAPlugin(SupervisedPlugin):  # type: ignore[misc, unused-ignore]
         self.transforms, self.reset_optimizer, self._ewc_options = transforms, reset_optimizer, ewc_options
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Checks that strategy and controller fit, once Avalanche has adapted the model."""
+        """Checks that the EWC belongs to the strategy's model, after Avalanche has adapted the model."""
         if sum(isinstance(plugin, EWCLoRAPlugin) for plugin in strategy.plugins) > 1:
             raise ArgumentError("plugins: expected one EWCLoRAPlugin, got several; each would end every task")
         if self.ewc is None:
@@ -101,7 +102,7 @@ class EWCLoRAPlugin(SupervisedPlugin):  # type: ignore[misc, unused-ignore]
             strategy.loss = strategy.loss + self._controller.penalty()
 
     def after_training_exp(self, strategy: Any, num_workers: int = 0, **kwargs: Any) -> None:
-        """Fisher over the experience, consolidation, and a fresh start of the adapters in the optimizer."""
+        """Estimates the Fisher, consolidates, and resets the adapters' optimizer state."""
         experience = strategy.experience
         if isinstance(experience, OnlineCLExperience) and experience.access_task_boundaries:
             if not experience.is_last_subexp:
@@ -115,7 +116,9 @@ class EWCLoRAPlugin(SupervisedPlugin):  # type: ignore[misc, unused-ignore]
             collate_fn=getattr(dataset, "collate_fn", None),
             num_workers=num_workers,
         )
-        task_labels = hasattr(experience, "task_labels")  # of strategies for benchmarks that have them
+        task_labels = hasattr(
+            experience, "task_labels"
+        )  # benchmarks without them have experiences without the attribute
 
         def forward(model: nn.Module, batch: Any) -> tuple[Any, Tensor]:
             x, y = batch[0], batch[1]
@@ -137,12 +140,14 @@ class EWCLoRAPlugin(SupervisedPlugin):  # type: ignore[misc, unused-ignore]
     @property
     def _controller(self) -> EWC:
         if self.ewc is None:
-            raise ArgumentError("ewc: expected one; the plugin makes it before the first training experience")
+            raise ArgumentError(
+                "ewc: expected an EWC, got None; the plugin makes it before the first training experience"
+            )
         return self.ewc
 
 
 def _check_layers(model: nn.Module, expected: dict[str, AdaptedLinear]) -> None:
-    """The adapted layers are still those of the controller: dynamic modules replace layers that grow."""
+    """Check that the model still has the layers of the EWC, because dynamic modules replace layers."""
     present = set(adapters(model).values())
     if gone := [name for name, layer in expected.items() if layer not in present]:
         raise TargetError(

@@ -1,4 +1,4 @@
-"""PEFT models on the fused ops, and EWC over their layers."""
+"""PEFT models on the fused op, and EWC over their layers."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from ._peft_layers import FusedPeftLinear, base_unfit
 
 require("peft")
 
-from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402  (not before the version is known)
+from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402  (after the version check)
 
 __all__ = ["accelerate_", "attach_ewc", "restore_"]
 
 
 def accelerate_(peft_model: nn.Module) -> Report:
-    """Run PEFT's own LoRA linears on the fused op, in place; returns a table of the layers and of those left
-    alone, with the reason.
+    """Run PEFT's LoRA linears on the fused op, in place; returns a table of the layers, with the reasons for
+    those that stay as they are.
 
-    peft_model: a `PeftModel`, or any model with PEFT's layers inside. Outputs and gradients are those of PEFT
-    to rounding; dropout has the same distribution but other random numbers. Keys of the state_dict, files,
-    merging, switching and deleting adapters stay PEFT's. A second call takes in what was added since;
-    `restore_` undoes. Raises `TargetError` for a model without layers of PEFT.
+    peft_model: a `PeftModel`, or any model that contains layers of PEFT. Outputs and gradients equal those of
+    PEFT up to rounding; dropout has the same distribution but uses other random numbers. Keys of the
+    state_dict, files, and merging, switching and deleting of adapters are those of PEFT. A second call
+    includes layers that were added since; `restore_` undoes it. Raises `TargetError` for a model without
+    layers of PEFT.
 
         >>> peft_model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q", "v"]))
         >>> print(accelerate_(peft_model))
@@ -48,7 +49,7 @@ def accelerate_(peft_model: nn.Module) -> Report:
 
 
 def restore_(peft_model: nn.Module) -> int:
-    """Undo `accelerate_` and `attach_ewc`: every layer runs PEFT's own forward again; returns their number.
+    """Undo `accelerate_` and `attach_ewc`: all layers run PEFT's own forward again; returns their number.
 
     Base weights that an EWC has consolidated stay as they are; an EWC of `attach_ewc` ends.
 
@@ -61,14 +62,15 @@ def restore_(peft_model: nn.Module) -> int:
 
 
 def attach_ewc(peft_model: nn.Module, **ewc_kwargs: Any) -> EWC:
-    """An EWC over the LoRA layers of a live PEFT model, which run on the fused op from now on.
+    """An EWC over the LoRA layers of a PEFT model, which run on the fused op from then on.
 
-    Fishers are named by the modules of the plain model. Consolidation adds scaling B A to the base weights
-    and starts the adapter anew, after which PEFT's adapter file alone no longer describes the model: save
-    with `fe.save_pretrained(path, peft_model, ewc)`, or `peft_model.merge_and_unload()` as a plain model. The
-    model must have one adapter, because others would compute something else on changed base weights.
-    ewc_kwargs are those of `fe.EWC`. Raises `TargetError` for several adapters, merged ones, or layers that
-    the fused op does not serve, and the errors of `fe.EWC`; the model is then as it was.
+    Fishers have the module names of the plain model. Consolidation adds scaling B A to the base weights and
+    initialises the adapter anew. After that PEFT's adapter file alone no longer describes the model: save it
+    with `fe.save_pretrained(path, peft_model, ewc)`, or as a plain model after
+    `peft_model.merge_and_unload()`. The model must have exactly one adapter, because consolidation would
+    change what other adapters compute. ewc_kwargs are the arguments of `fe.EWC`. Raises `TargetError` for
+    several adapters, merged ones, or layers that the fused op does not serve, and the errors of `fe.EWC`; the
+    model is unchanged then.
 
         >>> ewc = attach_ewc(peft_model, ewc_lambda=1e7, fisher_mode="batch")
     """
@@ -90,7 +92,7 @@ def attach_ewc(peft_model: nn.Module, **ewc_kwargs: Any) -> EWC:
 
 def _only_adapter(layers: list[FusedPeftLinear], report: Report) -> str:
     for name, why in [*report.summary["skipped"].items(), *report.summary["not_fused"].items()]:
-        raise TargetError(f"attach_ewc: {name or 'the model'}: {why}; its adapter would go unprotected")
+        raise TargetError(f"attach_ewc: {name or 'the model'}: {why}; its adapter would be unprotected")
     names = sorted({name for layer in layers for name in layer.lora_A})
     if len(names) != 1:
         raise TargetError(
@@ -109,7 +111,7 @@ def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
 
 
 def _unfit(layer: Any) -> str | None:
-    """Why a layer is left alone whichever of its adapters is active, or None."""
+    """The reason why a layer is left to PEFT whichever of its adapters is active, or None."""
     if type(layer) is not FusedPeftLinear.plain and not isinstance(layer, FusedPeftLinear):
         kind = type(layer)
         return f"{kind.__module__}.{kind.__qualname__} is not PEFT's LoRA linear"
@@ -136,8 +138,8 @@ def _report(fused: dict[str, Any], skipped: dict[str, str]) -> Report:
                 "why_not_fused": layer.not_fused(),
             }
         )
-    waiting = {row["name"]: row["why_not_fused"] for row in rows if row["why_not_fused"]}
-    notes = [f"{len(fused) - len(waiting)} of {len(fused) + len(skipped)} layers run on the fused op"]
+    not_fused = {row["name"]: row["why_not_fused"] for row in rows if row["why_not_fused"]}
+    notes = [f"{len(fused) - len(not_fused)} of {len(fused) + len(skipped)} layers run on the fused op"]
     notes += [f"left to PEFT: {name or '(the model)'}: {why}" for name, why in skipped.items()]
-    summary = {"layers": len(fused), "skipped": skipped, "not_fused": waiting}
+    summary = {"layers": len(fused), "skipped": skipped, "not_fused": not_fused}
     return Report("PEFT's LoRA layers on the fused op", rows, notes, summary)

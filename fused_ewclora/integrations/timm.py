@@ -1,7 +1,7 @@
-"""timm: how each attention class unpacks its packed projection, and which of them bypass it.
+"""timm: the layouts of the packed projections of its attention classes, and the classes that bypass them.
 
-Known by the class that defines the forward method, so that a subclass with a forward of its own is unknown,
-as is a forward replaced on an instance. Nothing here imports timm.
+A class is identified by where its forward method is defined. A subclass with its own forward is therefore
+unknown, as is an instance whose forward has been replaced. Nothing here imports timm.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Unpack = Callable[[Any, int], QKVLayout]  # (the attention, rows of the projecti
 
 
 def _equal(*segments: str) -> Unpack:
-    """Contiguous segments of one size."""
+    """Contiguous segments of equal size."""
     return lambda attention, rows: QKVLayout(segments, (rows // len(segments),) * len(segments))
 
 
@@ -29,7 +29,7 @@ _QKV, _KV, _QK = _equal("q", "k", "v"), _equal("k", "v"), _equal("q", "k")
 
 
 def _gc_vit(attention: Any, rows: int) -> QKVLayout:
-    """Blocks with a global query project k and v alone."""
+    """Blocks with a global query project only k and v."""
     return (_KV if attention.use_global else _QKV)(attention, rows)
 
 
@@ -40,7 +40,7 @@ def _maxvit(attention: Any, rows: int) -> QKVLayout:
 
 
 def _by_head(*segments: str) -> Unpack:
-    """[heads][segments], q and k of `key_dim` and v of `val_dim` rows per head."""
+    """[heads][segments], with `key_dim` rows per head for q and k and `val_dim` rows for v."""
 
     def layout(attention: Any, rows: int) -> QKVLayout:
         heads = attention.num_heads
@@ -51,12 +51,12 @@ def _by_head(*segments: str) -> Unpack:
 
 
 def _parallel(block: Any, rows: int) -> QKVLayout:
-    """The first layer of the MLP lies before q, k and v."""
+    """The rows of the first layer of the MLP come before q, k and v."""
     return QKVLayout(("mlp", "q", "k", "v"), tuple(block.in_split))
 
 
-# (module below timm, class): (path of the projection below it, how its rows are unpacked). Convolutions that
-# project q, k and v are no linear layers and not listed.
+# (module below timm, class): (path of the projection below the class, its layout). Convolutions that project
+# q, k and v are not linear layers and are not listed.
 _KNOWN: dict[tuple[str, str], tuple[str, Unpack]] = {
     ("layers.attention", "Attention"): ("qkv", _QKV),  # ViT, DeiT, NaFlexViT, ...
     ("layers.attention", "AttentionRope"): ("qkv", _QKV),
@@ -103,7 +103,7 @@ _KNOWN: dict[tuple[str, str], tuple[str, Unpack]] = {
     ("models.xcit", "XCA"): ("qkv", _QKV),
 }
 
-# These compute F.linear(x, qkv.weight, q, k and v biases) unless told to add the biases separately.
+# These compute F.linear(x, qkv.weight, biases of q, k and v) unless qkv_bias_separate is set.
 _BYPASSING = {
     ("models.beit", "Attention"),
     ("models.eva", "EvaAttention"),
@@ -131,8 +131,8 @@ def layout_of(parent: nn.Module, child: str) -> QKVLayout | None:
 
 
 @register_call
-def mend_of(parent: nn.Module, child: str) -> Mapping[str, Any] | None:
-    """What makes a timm attention call its packed projection, where it would use the weight alone."""
+def bypass_settings(parent: nn.Module, child: str) -> Mapping[str, Any] | None:
+    """The attributes that make a timm attention call its packed projection; None if it does so already."""
     if child != "qkv" or _defined_in(parent) not in _BYPASSING or getattr(parent, "q_bias", None) is None:
         return None
     return None if getattr(parent, "qkv_bias_separate", False) else {"qkv_bias_separate": True}
@@ -146,4 +146,4 @@ def targets(model: nn.Module) -> Report:
 
         >>> print(targets(timm.create_model("beitv2_base_patch16_224")))
     """
-    return packed_projections("timm", model, layout_of, mend_of)
+    return packed_projections("timm", model, layout_of, bypass_settings)

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: its own linear layers, packed projections, EWC in `Trainer`.
+"""Hugging Face transformers: its own linear layers, its packed projections, and EWC in `Trainer`.
 
 fe.inject(model, fe.LoRAConfig(target_modules=["c_attn"], slices=("q", "v")))
 trainer = Trainer(model, args, callbacks=[fe.integrations.transformers.EWCCallback(ewc)], ...)
@@ -10,7 +10,7 @@ from ._library import require
 
 require("transformers")
 
-from ._transformers_fisher import next_tokens  # noqa: E402  (not before the version is known)
+from ._transformers_fisher import next_tokens  # noqa: E402  (after the version check)
 from ._transformers_layers import LoRAConv1D, LoRAFalconLinear  # noqa: E402
 from ._transformers_layouts import targets  # noqa: E402
 from ._transformers_trainer import EWCCallback  # noqa: E402

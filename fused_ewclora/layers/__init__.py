@@ -1,4 +1,4 @@
-"""Layers with adapters: the layer classes, which modules become one, and how they are injected."""
+"""Layers with adapters: their classes, the rules that select modules, and injection."""
 
 from __future__ import annotations
 

@@ -15,29 +15,32 @@ from ..ops.capture import FisherCapture
 from .finite import check_finite
 from .slices import AdapterSlice, fingerprint
 
-# Of a parameter: the table of its module, and its name there.
+# Where a parameter is stored: the `_parameters` dictionary of its module, and its key there.
 Location = tuple[dict[str, nn.Parameter | None], str]
 
 
 class Composer(Protocol):
-    """Makes the adapters that a layer runs from more than its lora_A and lora_B: directions of earlier tasks,
-    normalised scales. Holds no tensors: these are parameters of the layer, named lora_..., so that they move,
-    copy and save with it."""
+    """Computes the adapters of a layer whose lora_A and lora_B are not all that it applies: a method may add
+    directions of earlier tasks, or normalise scales.
+
+    A composer holds no tensors. The tensors that it uses are parameters of the layer whose names begin with
+    lora_, so that they are moved, copied and saved with the layer.
+    """
 
     def adapters(self, layer: AdaptedLinear) -> list[FE.Adapter]:
-        """What the layer adds to its base, differentiable; an empty list for nothing."""
+        """The adapters that the layer applies, differentiable; an empty list when there are none."""
 
 
 class AdaptedLinear(nn.Module):
-    """The part of an adapted layer that injection, merging, the Fisher and checkpoints work with.
+    """Base class of adapted layers: all that injection, merging, the Fisher and checkpoints use of them.
 
-    A subclass names the class that it replaces in `plain`; layers come about by `adopt_`, which swaps the
-    class of a module in place.
+    The attribute `plain` of a subclass is the class that it replaces. `adopt_` turns a module of that class
+    into an adapted layer by assigning its `__class__`, so that the module itself stays in its place.
     """
 
     plain: ClassVar[type[nn.Module]]
     transposed: ClassVar[bool] = False  # whether `plain` stores its weight as `[in_features, out_features]`
-    weight_path: ClassVar[str] = "weight"  # the name of the weight, seen from the layer
+    weight_path: ClassVar[str] = "weight"  # path of the weight below the layer
 
     in_features: int
     out_features: int
@@ -50,11 +53,11 @@ class AdaptedLinear(nn.Module):
     adapters_enabled: bool
     merged: bool
     fisher_capture: FisherCapture | None
-    forward_calls: int  # eager ones; a graph that counted could not be part of a checkpointed region
+    forward_calls: int  # eager ones only; a graph that counts could not be checkpointed
     origin_fingerprint: str
-    consolidated_tasks: int  # tasks whose B diag(s) A has been added to weight for good
-    base_trainable: tuple[str, ...]  # which of weight and bias required gradients before
-    rows_before_merge: Tensor  # only while merged
+    consolidated_tasks: int  # tasks whose B diag(s) A is part of weight
+    base_trainable: tuple[str, ...]  # which of weight and bias required gradients before injection
+    rows_before_merge: Tensor  # exists only while the adapters are merged
     composer: Composer | None = None
 
     @staticmethod
@@ -64,20 +67,20 @@ class AdaptedLinear(nn.Module):
 
     @property
     def base_weight(self) -> Tensor:
-        """The weight as `[out_features, in_features]`: itself or a view of it, so that writing works."""
+        """The weight as `[out_features, in_features]`: the parameter itself or a writable view of it."""
         return self.weight.t() if self.transposed else self.weight
 
     @property
     def dropout_p(self) -> float:
-        """The probability of dropout on the x of the low-rank branch, in training."""
+        """The probability of dropout on the input of the low-rank branch during training."""
         return self.lora_dropout
 
     def not_fused(self) -> str | None:
-        """Why calls of this layer do not run on the fused op, or None."""
+        """The reason why calls of this layer do not run on the fused op, or None."""
         return None
 
     def base_forward(self, x: Tensor) -> Tensor:
-        """What the class `plain` computes."""
+        """The output of the class `plain`, without adapters."""
         return F.linear(x, self.weight, self.bias)
 
     @classmethod
@@ -88,18 +91,18 @@ class AdaptedLinear(nn.Module):
         lora_alpha: float | None,
         lora_dropout: float,
     ) -> AdaptedLinear:
-        """Turn `module` itself into this class, keeping hooks, place and keys; the caller validates."""
+        """Turn `module` itself into this class, with its hooks and state_dict keys; the caller validates."""
         module.__class__ = cls
         layer = cast(AdaptedLinear, module)
         try:
             layer._add_adapters(adapters, lora_alpha, lora_dropout)
-        except BaseException:  # out of memory
+        except BaseException:  # for example when memory runs out
             layer.release_()
             raise
         return layer
 
     def release_(self) -> nn.Module:
-        """Turn this module back into its plain class in place, without adapters, requires_grad as it was."""
+        """Turn this module back into its plain class in place: remove the adapters, restore requires_grad."""
         for name in self.base_trainable:
             self._parameters[name].requires_grad_(True)  # type: ignore[union-attr]
         for name, _ in self.named_lora_parameters():
@@ -136,16 +139,16 @@ class AdaptedLinear(nn.Module):
 
     @property
     def initial_bound(self) -> float:
-        """The entries of a new lora_A are uniform between minus this and this."""
+        """The bound b of the uniform distribution on (-b, b) that a new lora_A is drawn from."""
         return 1.0 / math.sqrt(self.in_features)
 
     @torch.no_grad()
     def reset_adapters(self, generator: torch.Generator | None = None) -> None:
-        """A ~ U(-1/sqrt(in_features), 1/sqrt(in_features)) (Kaiming uniform with a = sqrt 5) and B = 0, in
-        place, as at the start of a task.
+        """Initialise the adapters in place, as at the start of a task: A ~ U(-1/sqrt(in_features),
+        1/sqrt(in_features)), which is Kaiming uniform with a = sqrt 5, and B = 0.
 
-        A generator of another device is used there and its numbers are copied, so that one seed gives the
-        same A everywhere.
+        A generator on another device draws on its own device and the numbers are copied, so that one seed
+        gives the same A on every device.
         """
         bound = self.initial_bound
         for _, lora_a, lora_b in self.adapter_parameters():
@@ -157,9 +160,9 @@ class AdaptedLinear(nn.Module):
             lora_b.zero_()
 
     def named_lora_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """(name, parameter) of all that adaptation added: lora_A, lora_B, lora_scale where there is one.
+        """(name, parameter) of everything that adaptation added: lora_A, lora_B and lora_scale if it exists.
 
-        These are their names in checkpoints, wherever a layer keeps them.
+        The names are those of checkpoints, wherever the layer stores the parameters.
         """
         return [
             (name, p) for name, p in self._parameters.items() if p is not None and name.startswith("lora_")
@@ -167,31 +170,31 @@ class AdaptedLinear(nn.Module):
 
     def adapter_parameters(self) -> list[tuple[AdapterSlice, nn.Parameter, nn.Parameter]]:
         """(slice, lora_A, lora_B) per adapter, in the order of `FisherCapture.fishers`."""
-        found = []
+        adapters = []
         for piece in self.adapter_slices:
-            (a_table, a_name), (b_table, b_name) = self.factor_locations(piece)
-            found.append((piece, cast(nn.Parameter, a_table[a_name]), cast(nn.Parameter, b_table[b_name])))
-        return found
+            (a_table, a_name), (b_table, b_name) = self.parameter_locations(piece)
+            adapters.append((piece, cast(nn.Parameter, a_table[a_name]), cast(nn.Parameter, b_table[b_name])))
+        return adapters
 
-    def factor_locations(self, piece: AdapterSlice) -> tuple[Location, Location]:
-        """Where lora_A and lora_B of an adapter are kept; the tables live as long as the layer."""
+    def parameter_locations(self, piece: AdapterSlice) -> tuple[Location, Location]:
+        """Where lora_A and lora_B of an adapter are stored; the dictionaries live as long as the layer."""
         return (self._parameters, piece.a_name), (self._parameters, piece.b_name)
 
     def composed(self) -> list[FE.Adapter]:
-        """The adapters as the layer runs them: of its `composer`, else its lora_A, lora_B and scales."""
+        """The adapters that the layer applies: those of its `composer`, else lora_A, lora_B and the scale."""
         if self.composer is not None:
             return self.composer.adapters(self)
         return [FE.Adapter(a, b, self.adapter_scale(s), s.rows) for s, a, b in self.adapter_parameters()]
 
     def adapter_scale(self, adapter: AdapterSlice) -> float | Tensor:
-        """The scale of one adapter: its `scaling`, times the parameter `lora_scale` where there is one."""
-        factor = self._parameters.get(adapter.scale_name)
-        if factor is None:
+        """The scale of one adapter: its `scaling`, times the parameter `lora_scale` if it exists."""
+        learned = self._parameters.get(adapter.scale_name)
+        if learned is None:
             return adapter.scaling
-        return factor if adapter.scaling == 1.0 else factor * adapter.scaling
+        return learned if adapter.scaling == 1.0 else learned * adapter.scaling
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `[..., in_features]` -> y `[..., out_features]`; the plain linear while merged or disabled."""
+        """x `[..., in_features]` -> y `[..., out_features]`; the plain output while merged or disabled."""
         if not torch.compiler.is_compiling():
             self.__dict__["forward_calls"] += 1
         if self.merged or not self.adapters_enabled:
@@ -200,7 +203,7 @@ class AdaptedLinear(nn.Module):
         if not adapters:
             if self.fisher_capture is None:
                 return self.base_forward(x)
-            # The Fisher is collected in the op's backward, which needs an adapter to run.
+            # The op collects the Fisher in its backward, and it runs only with an adapter.
             adapters = [FE.Adapter(a, b, 0.0, s.rows) for s, a, b in self.adapter_parameters()]
         return FE.lora_linear_adapters(
             x,
@@ -240,8 +243,7 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add B diag(s) A to the weight and keep a copy of the rows that change, for `unmerge`; does nothing
-        when merged already.
+        """Fold the adapters into weight and keep a copy of the rows that change; a no-op when already merged.
 
         Raises `ArgumentError` and changes nothing when the sum is not finite.
         """
@@ -256,7 +258,7 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put back the rows that `merge` kept, bit for bit; nothing happens when not merged."""
+        """Restore the rows that `merge` kept, bit for bit; a no-op when not merged."""
         if not self.merged:
             return
         first = 0
@@ -272,16 +274,16 @@ class AdaptedLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         has_weight = f"{prefix}weight" in state_dict
         if has_weight and self.merged:
-            message = "the adapters are merged into it; call fe.unmerge(model) before loading"
+            message = "the adapters are merged into this weight; call fe.unmerge(model) before loading"
             args[-1].append(f"{prefix}weight: {message}")  # error_msgs, which load_state_dict raises
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
         if has_weight and not any(key.startswith(f"{prefix}lora_") for key in state_dict):
-            # A plain checkpoint: these are the base weights from now on.
+            # A checkpoint without adapters: its weights are the base weights from now on.
             self.origin_fingerprint, self.consolidated_tasks = fingerprint(self.base_weight), 0
 
     def __getstate__(self) -> dict[str, Any]:
-        # The buffers of a running Fisher pass belong to it, not to copies of the layer.
+        # The buffers belong to the running Fisher pass, not to copies of the layer.
         return {**self.__dict__, "fisher_capture": None}
 
     def extra_repr(self) -> str:
@@ -291,7 +293,7 @@ class AdaptedLinear(nn.Module):
         return f"{super().extra_repr()}, {adapters}" + (", merged" if self.merged else "")
 
 
-# What an adapted layer has beside its plain class.
+# Attributes that an adapted layer has in addition to those of its plain class.
 _OWN = set(AdaptedLinear.__annotations__) - {
     "plain", "transposed", "weight_path", "in_features", "out_features", "weight", "bias",
 }  # fmt: skip

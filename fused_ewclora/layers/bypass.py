@@ -1,4 +1,4 @@
-"""Parents that use the weight of a layer without calling it, and the settings that make them call it."""
+"""Bypasses: parents that use the weight of a layer without calling it, and settings that change that."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import nn
 from ..errors import TargetError
 
 CallRule = Callable[[nn.Module, str], Mapping[str, Any] | None]
-MENDED = (
-    "_fused_ewclora_mended"  # on a mended parent: its attributes as they were; data, so that copies have it
-)
+# Attribute of a changed parent that holds the old values, as plain data, so that copies of the model have it.
+# Models that were pickled by earlier versions have it under this name.
+OLD_VALUES = "_fused_ewclora_mended"
 
 _call_rules: list[CallRule] = []
 
 
 @dataclass(frozen=True)
-class Mend:
-    """Attributes to set on the module called `name`, which would not call its child otherwise."""
+class BypassFix:
+    """Attributes to set on `parent`, the module called `name`, so that it calls its `child`."""
 
     name: str
     parent: nn.Module
@@ -29,10 +29,11 @@ class Mend:
 
 
 def register_call(rule: CallRule) -> CallRule:
-    """Add a rule that knows parents which use a layer without calling it: rule(parent module, child name) ->
-    attributes to set on the parent so that it calls the layer, or None; usable as a decorator.
+    """Add a rule for parents that bypass a layer, which means that they use its weight without calling it:
+    rule(parent module, child name) -> attributes to set on the parent so that it calls the layer, or None.
 
-    `inject` sets them, with unchanged outputs, and `eject` puts the old values back.
+    Can be used as a decorator. `inject` sets the attributes, which must not change the outputs of the parent,
+    and `eject` restores the old values.
 
         >>> separate = {"qkv_bias_separate": True}
         >>> register_call(lambda parent, child: separate if isinstance(parent, Beit) else None)
@@ -41,42 +42,42 @@ def register_call(rule: CallRule) -> CallRule:
     return rule
 
 
-def find(model: nn.Module, layers: Iterable[nn.Module]) -> tuple[Mend, ...]:
-    """What has to be set for `layers` to be called, by all of their parents; raises `TargetError` when a
-    parent has no such attribute."""
+def find_fixes(model: nn.Module, layers: Iterable[nn.Module]) -> tuple[BypassFix, ...]:
+    """The fixes after which all parents of `layers` call them; raises `TargetError` when a parent lacks an
+    attribute that a rule would set."""
     wanted = set(layers)
-    found = []
+    fixes = []
     for name, parent in model.named_modules():
         for child, module in parent._modules.items():
             if module not in wanted:
                 continue
             for rule in _call_rules:
                 if settings := rule(parent, child):
-                    found.append(Mend(name, parent, child, settings))
+                    fixes.append(BypassFix(name, parent, child, settings))
                     break
-    for mend in found:
-        for attribute in mend.settings:
-            if not hasattr(mend.parent, attribute):
-                layer = f"{mend.name}.{mend.child}".lstrip(".")
+    for fix in fixes:
+        for attribute in fix.settings:
+            if not hasattr(fix.parent, attribute):
+                layer = f"{fix.name}.{fix.child}".lstrip(".")
                 raise TargetError(
-                    f"{layer}: {type(mend.parent).__name__} uses its weight without calling it, and has no "
-                    f"attribute {attribute} that would mend that; leave the layer out with "
+                    f"{layer}: {type(fix.parent).__name__} uses its weight without calling it, and has no "
+                    f"attribute {attribute}, which would make it call the layer; leave the layer out with "
                     f"exclude_modules=[{layer!r}]. Nothing was changed"
                 )
-    return tuple(found)
+    return tuple(fixes)
 
 
-def apply_(mends: Iterable[Mend]) -> None:
-    """Set them, keeping on each parent what was there."""
-    for mend in mends:
-        before = vars(mend.parent).setdefault(MENDED, {})
-        for attribute, value in mend.settings.items():
-            before.setdefault(attribute, getattr(mend.parent, attribute))
-            setattr(mend.parent, attribute, value)
+def apply_(fixes: Iterable[BypassFix]) -> None:
+    """Set the attributes and keep the old values on each parent."""
+    for fix in fixes:
+        before = vars(fix.parent).setdefault(OLD_VALUES, {})
+        for attribute, value in fix.settings.items():
+            before.setdefault(attribute, getattr(fix.parent, attribute))
+            setattr(fix.parent, attribute, value)
 
 
 def undo_(model: nn.Module) -> None:
-    """Put back what `apply_` replaced anywhere in the model."""
+    """Restore the values that `apply_` replaced, everywhere in the model."""
     for module in model.modules():
-        for attribute, value in vars(module).pop(MENDED, {}).items():
+        for attribute, value in vars(module).pop(OLD_VALUES, {}).items():
             setattr(module, attribute, value)

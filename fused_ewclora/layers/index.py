@@ -49,7 +49,7 @@ def put_rows(weight: Tensor, rows: Rows, values: Tensor) -> None:
 def adapter_refs(layers: Mapping[str, AdaptedLinear]) -> list[AdapterRef]:
     """A reference to every adapter of every layer, in order."""
     return [
-        AdapterRef(fisher_key(name, piece), layer, piece, index, layer.factor_locations(piece))
+        AdapterRef(fisher_key(name, piece), layer, piece, index, layer.parameter_locations(piece))
         for name, layer in layers.items()
         for index, piece in enumerate(layer.adapter_slices)
     ]

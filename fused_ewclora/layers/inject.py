@@ -1,4 +1,4 @@
-"""Adapters in and out of a model, by swapping the class of its linear layers in place."""
+"""Injection, merging and removal of adapters; the class of each linear layer is swapped in place."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from . import bypass
 from .adapted import AdaptedLinear
 from .matching import Plan, plan, shorten
 
-FROZEN = "_fused_ewclora_frozen"  # on the injected model: names of the parameters that were trainable before
+FROZEN = "_fused_ewclora_frozen"  # attribute of a model: the parameters that injection froze
 
 
 def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """Every adapted layer by its dotted name, shared ones once.
+    """Every adapted layer by its dotted name; a shared layer appears once.
 
     >>> trainable = [p for layer in adapters(model).values() for p in layer.parameters() if p.requires_grad]
     """
@@ -31,19 +31,19 @@ def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
 def inject(model: nn.Module, config: LoRAConfig) -> Report:
     """Adapt matching `nn.Linear`s of `model` in place and freeze all but adapters; returns a printable table.
 
-    Names match as in PEFT; `"all-linear"` leaves out the head that `get_output_embeddings()` or
-    `get_classifier()` returns and, in transformers models, all that lies outside of the base model; it takes
-    every layer of a model that has none of these. Keys of the base state_dict stay as they are. A second call
-    may adapt other layers. Parents known to use a weight without calling its layer are set to call it, which
-    the table says. Raises `TargetError` (nothing matches, adapted already, not adaptable) or `LayoutError`
-    (slices without a layout that fits) and then has changed nothing.
+    Names are matched as in PEFT. `"all-linear"` leaves out the head that `get_output_embeddings()` or
+    `get_classifier()` returns and, in transformers models, every layer outside of the base model; in a model
+    without any of these it selects every layer. The keys of the base state_dict do not change. A second call
+    can adapt further layers. Parents that are known to bypass a layer are set to call it, and the table says
+    so. Raises `TargetError` (nothing matches, already adapted, not adaptable) or `LayoutError` (slices
+    without a layout that fits); nothing is changed then.
 
         >>> print(inject(model, LoRAConfig(r=10, target_modules=["attn.qkv", "fc1"])))
     """
     planned = plan(model, config)
     if tied := _tied_weights(model, {match.name: match.module for match in planned.matches}):
         warnings.warn(
-            f"{_tied_message(tied)}; training works, merging and consolidation will refuse", stacklevel=2
+            f"{_tied_message(tied)}; training works, but merging and consolidation will raise", stacklevel=2
         )
     adopted: list[AdaptedLinear] = []
     try:
@@ -55,7 +55,7 @@ def inject(model: nn.Module, config: LoRAConfig) -> Report:
         for layer in adopted:
             layer.release_()
         raise
-    bypass.apply_(planned.mends)
+    bypass.apply_(planned.bypass_fixes)
     _freeze(model)
     return _report(model, planned)
 
@@ -70,11 +70,11 @@ def _freeze(model: nn.Module) -> None:
 
 
 def eject(model: nn.Module, merge: bool = True) -> None:
-    """Back to the plain classes in place, with the adapters folded in (`merge=True`) or dropped.
+    """Restore the plain classes in place; the adapters are folded in (`merge=True`) or dropped.
 
-    State_dict keys are those of the base model again, and parameters that injection froze require gradients
-    again. Raises `TargetError` without adapters or when a tied weight cannot be merged, `ArgumentError` when
-    a merged weight is not finite; nothing is changed then.
+    Afterwards the state_dict keys are those of the base model, and the parameters that injection froze
+    require gradients again. Raises `TargetError` without adapters or when a tied weight cannot be merged,
+    `ArgumentError` when a merged weight is not finite; nothing is changed then.
 
         >>> eject(model)
     """
@@ -92,16 +92,16 @@ def eject(model: nn.Module, merge: bool = True) -> None:
     for module in model.modules():
         present = dict(module.named_parameters(remove_duplicate=False))
         for name in vars(module).pop(FROZEN, ()):
-            if name in present:  # heads are replaced between tasks
+            if name in present:  # heads may have been replaced since
                 present[name].requires_grad_(True)
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model computes what its base weights alone compute.
+    """Inside the block the model computes what its base weights compute without adapters.
 
-    Merged adapters are taken out and put back. Blocks nest; the state of every layer is restored on leaving,
-    also by an exception.
+    Merged adapters are unmerged on entry and merged again on exit. Blocks can be nested. The state of every
+    layer is restored on exit, even after an exception.
 
         >>> with disabled(model): base = model(x)
     """
@@ -121,32 +121,33 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def merge(model: nn.Module) -> None:
-    """W <- W + B diag(s) A in every adapted layer (fp32 sum, one rounding), so that inference costs what the
-    base model costs.
+    """W <- W + B diag(s) A in every adapted layer (fp32 sum, one rounding), after which inference costs as
+    much as with the base model.
 
-    The replaced rows are kept for `unmerge`. Merging what is merged warns and does nothing, as in PEFT.
-    Raises `TargetError` without adapters or on tied weights, `ArgumentError` when a sum is not finite; all
-    layers are then as they were.
+    The replaced rows are kept for `unmerge`. If the adapters are already merged, this warns and does nothing,
+    as in PEFT. Raises `TargetError` without adapters or on tied weights, `ArgumentError` when a sum is not
+    finite; no layer is changed then.
 
         >>> merge(model); y = model(x); unmerge(model)
     """
     layers = _adapted(model)
     if all(layer.merged for layer in layers.values()):
-        warnings.warn("merge: the adapters are merged already, nothing was done", stacklevel=2)
+        warnings.warn("merge: the adapters are merged already; nothing was done", stacklevel=2)
         return
     _merge(model, layers)
 
 
 def unmerge(model: nn.Module) -> None:
-    """Put back the rows that `merge` replaced, bit for bit.
+    """Restore the rows that `merge` replaced, bit for bit.
 
-    Unmerging what is not merged warns and does nothing, as in PEFT. Raises `TargetError` without adapters.
+    If the adapters are not merged, this warns and does nothing, as in PEFT. Raises `TargetError` without
+    adapters.
 
         >>> unmerge(model)
     """
     layers = _adapted(model)
     if not any(layer.merged for layer in layers.values()):
-        warnings.warn("unmerge: the adapters are not merged, nothing was done", stacklevel=2)
+        warnings.warn("unmerge: the adapters are not merged; nothing was done", stacklevel=2)
     for layer in layers.values():
         if layer.merged:
             layer.unmerge()
@@ -173,8 +174,8 @@ def _merge(model: nn.Module, layers: dict[str, AdaptedLinear]) -> None:
 def _check_whole(layers: Mapping[str, AdaptedLinear]) -> None:
     if names := sharded(layers):
         raise TargetError(
-            f"{names[0]}: its parameters are sharded over processes; save_pretrained(path, model) and load "
-            "that in one process"
+            f"{names[0]}: expected whole parameters, got some that are sharded over processes; call "
+            "save_pretrained(path, model) and load the checkpoint in one process"
         )
 
 
@@ -186,7 +187,7 @@ def _adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 
 def _tied_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """Those of `layers` whose weight other modules use too: their name -> the other names of the weight."""
+    """The layers whose weight is also a parameter of other modules: name -> the other names of the weight."""
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for leaf, parameter in module._parameters.items():
@@ -202,8 +203,8 @@ def _tied_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str
 
 
 def check_mergeable(model: nn.Module) -> None:
-    """Raises `TargetError` when the weight of an adapted layer is tied to another module, which merging into
-    it would change."""
+    """Raises `TargetError` when the weight of an adapted layer is tied to another module, because merging
+    would change that module too."""
     if tied := _tied_weights(model, adapters(model)):
         raise TargetError(f"merge: {_tied_message(tied)}, and would change with it. Nothing was changed")
 
@@ -236,8 +237,8 @@ def _report(model: nn.Module, planned: Plan) -> Report:
     ]
     notes += [f"skipped: {shorten(names)} ({reason})" for reason, names in planned.skipped.items()]
     notes += [
-        f"set on {shorten(names)}: {setting}, or {child} would never be called; eject puts it back"
-        for (setting, child), names in _mended(planned).items()
+        f"set on {shorten(names)}: {setting}, or {child} would never be called; eject restores the old value"
+        for (setting, child), names in _changed_parents(planned).items()
     ]
     if planned.unmatched:
         notes.append(f"target_modules that match nothing: {shorten(planned.unmatched)}")
@@ -248,18 +249,23 @@ def _report(model: nn.Module, planned: Plan) -> Report:
         "trainable_share": share,
     }
     skipped = {name: reason for reason, names in planned.skipped.items() for name in names}
-    mended = {mend.name: dict(mend.settings) for mend in planned.mends}
-    lists = {"skipped": skipped, "mended": mended, "unmatched": list(planned.unmatched)}
+    fixes = {fix.name: dict(fix.settings) for fix in planned.bypass_fixes}
+    lists = {
+        "skipped": skipped,
+        "bypass_fixes": fixes,
+        "mended": fixes,  # what earlier versions call it
+        "unmatched": list(planned.unmatched),
+    }
     return Report("LoRA adapters", rows, notes, {**summary, **lists})
 
 
-def _mended(planned: Plan) -> dict[tuple[str, str], list[str]]:
-    """(setting, child) -> names of the parents that got it."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for mend in planned.mends:
-        for attribute, value in mend.settings.items():
-            found.setdefault((f"{attribute} = {value}", mend.child), []).append(mend.name)
-    return found
+def _changed_parents(planned: Plan) -> dict[tuple[str, str], list[str]]:
+    """(setting, child) -> names of the parents that it is set on."""
+    parents: dict[tuple[str, str], list[str]] = {}
+    for fix in planned.bypass_fixes:
+        for attribute, value in fix.settings.items():
+            parents.setdefault((f"{attribute} = {value}", fix.child), []).append(fix.name)
+    return parents
 
 
 def _rows_text(rows: tuple[tuple[int, int], ...]) -> str:

@@ -1,4 +1,4 @@
-"""`LoRALinear`: an `nn.Linear` whose adapters are parameters of the same module: base keys never change."""
+"""`LoRALinear`: an `nn.Linear` whose adapters are parameters of the same module, so that base keys stay."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class LoRALinear(AdaptedLinear, nn.Linear):
     section 1).
 
     x `[..., in_features]`, y `[..., out_features]`; lora_A `[r, in_features]` and lora_B `[rows, r]`, with
-    slices lora_A_k, lora_B_k and so on. Adapters are fp32 beside an fp16 or bf16 weight, else of its dtype. A
-    parameter `lora_scale` (`lora_scale_k`) assigned later, 0-d or `[r]`, multiplies the scale. Raises
+    slices lora_A_k, lora_B_k and so on. The adapters of an fp16 or bf16 weight are fp32; others have the
+    dtype of the weight. If a parameter `lora_scale` (`lora_scale_k`), 0-d or `[r]`, is assigned later, it
+    multiplies the scale. Raises
     `ArgumentError`, `DtypeError` or `LayoutError` naming the argument.
 
         >>> layer = LoRALinear(768, 2304, r=8, slices=("k", "v"), layout=QKVLayout(("q", "k", "v")))
@@ -72,7 +73,7 @@ class LoRALinear(AdaptedLinear, nn.Linear):
         return layer
 
     def reset_parameters(self) -> None:
-        """Re-initialise weight and bias as `nn.Linear` does, and the adapters."""
+        """Initialise weight and bias anew, as `nn.Linear` does, and the adapters."""
         super().reset_parameters()
-        if "adapter_slices" in self.__dict__:  # nn.Linear.__init__ calls this before there are adapters
+        if "adapter_slices" in self.__dict__:  # nn.Linear.__init__ calls this before the adapters exist
             self.reset_adapters()

@@ -1,4 +1,4 @@
-"""Which layers of a model a `LoRAConfig` means, decided and validated before anything is changed."""
+"""The layers of a model that a `LoRAConfig` selects, decided and validated before anything is changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .slices import AdapterSlice, plan_slices
 
 LayoutRule = Callable[[nn.Module, str], QKVLayout | None]
 HeadRule = Callable[[nn.Module], Iterable[nn.Module]]
-MAX_NAMES = 12  # of a list in an error message
+MAX_NAMES = 12  # in one list of an error message
 
 _layout_rules: list[LayoutRule] = []
 _head_rules: list[HeadRule] = []
@@ -26,12 +26,11 @@ _libraries: dict[str, Callable[[], object]] = {}
 
 
 def register_layout(rule: LayoutRule) -> LayoutRule:
-    """Add a rule that knows packed projections: rule(parent module, child name) -> `QKVLayout` or None;
-    usable as a decorator.
+    """Add a rule for packed projections: rule(parent module, child name) -> `QKVLayout` or None.
 
-    Rules serve layers that `slices` are asked for without a `layout`; the first that answers wins, and when
-    none does `inject` raises `LayoutError`. Rules that do not know the parent are asked about its own parent,
-    with a child such as `"qkv.linear"`.
+    Can be used as a decorator. The rules are asked when a configuration has `slices` without a `layout`. The
+    first one that returns a layout decides; when none does, `inject` raises `LayoutError`. If no rule knows
+    the parent, they are asked about the parent of the parent, with a child such as `"qkv.linear"`.
 
         >>> thirds = QKVLayout(("q", "k", "v"))
         >>> register_layout(lambda parent, child: thirds if child == "qkv" else None)
@@ -41,24 +40,24 @@ def register_layout(rule: LayoutRule) -> LayoutRule:
 
 
 def register_heads(rule: HeadRule) -> HeadRule:
-    """Add a rule that knows output heads, which `"all-linear"` leaves out: rule(model) -> modules."""
+    """Add a rule for output heads, which `"all-linear"` leaves out: rule(model) -> modules."""
     _head_rules.append(rule)
     return rule
 
 
 def register_adapted_class(adapted: type[AdaptedLinear]) -> None:
-    """Adapt modules whose class is exactly `adapted.plain` by turning them into `adapted`."""
+    """Register `adapted` as the class that modules of exactly the class `adapted.plain` become."""
     _adapted_classes[adapted.plain] = adapted
 
 
 def register_library(name: str, load: Callable[[], object]) -> None:
-    """Call `load`, which registers layouts and classes, once, before the first model that has modules of the
-    top-level package `name` is planned."""
+    """Register `load`, which registers layouts and classes of the top-level package `name`; it is called
+    once, before the first injection into a model with modules of that package."""
     _libraries[name] = load
 
 
 def load_libraries(model: nn.Module) -> None:
-    """Call what `register_library` was given for the packages that the modules of `model` come from."""
+    """Call the `load` functions that are registered for the packages of the modules of `model`."""
     for name in {type(module).__module__.partition(".")[0] for module in model.modules()} & set(_libraries):
         _libraries[name]()
         del _libraries[name]
@@ -66,7 +65,7 @@ def load_libraries(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Match:
-    """A layer that will be adapted, and the class it will have."""
+    """A layer that will be adapted, and the class that it will have."""
 
     name: str
     module: nn.Module
@@ -78,20 +77,21 @@ class Match:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything an injection will do; `skipped` maps a reason to the names it applies to."""
+    """Everything that an injection will do; `skipped` maps a reason to the names that it applies to."""
 
     matches: tuple[Match, ...]
     skipped: dict[str, list[str]] = field(default_factory=dict)
     unmatched: tuple[str, ...] = ()
-    mends: tuple[bypass.Mend, ...] = ()
+    bypass_fixes: tuple[bypass.BypassFix, ...] = ()
 
 
 def plan(model: nn.Module, config: LoRAConfig) -> Plan:
-    """Match and validate; raises `TargetError` or `LayoutError` naming the layer, and changes nothing.
+    """Match and validate without changing anything; raises `TargetError` or `LayoutError` naming the layer.
 
-    PEFT's rules on names. Only exact `nn.Linear`s are adapted: other classes are skipped with a reason, and
-    an `nn.Linear` that cannot be adapted raises when targets name it. `"all-linear"` leaves out what
-    `get_output_embeddings()` or `get_classifier()` return and what a rule of `register_heads` names.
+    Names are matched as in PEFT. Only modules whose class is exactly `nn.Linear`, or another one that is
+    registered, are adapted: modules of other classes are skipped with a reason, and an `nn.Linear` that the
+    targets name but that cannot be adapted raises. `"all-linear"` leaves out the modules that
+    `get_output_embeddings()`, `get_classifier()` or a rule of `register_heads` returns.
     """
     if config.target_modules is None:
         raise TargetError(
@@ -100,12 +100,12 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
     everything = config.target_modules == ALL_LINEAR
     load_libraries(model)
     heads = set(_output_heads(model)) if everything else set()
-    found: list[tuple[str, nn.Module]] = []
+    matched: list[tuple[str, nn.Module]] = []
     skipped: dict[str, list[str]] = {}
     for name, module in _wanted(model, config):
         reason = "output head" if module in heads else _unfit(module)
         if reason is None:
-            found.append((name, module))
+            matched.append((name, module))
         elif isinstance(module, AdaptedLinear):
             raise TargetError(
                 f"{name or 'model'}: has adapters already; fe.eject(model) removes them. Nothing was changed"
@@ -116,15 +116,16 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
             )
         else:
             skipped.setdefault(reason, []).append(name)
-    if not found:
+    if not matched:
         raise TargetError(_nothing_matched(model, config, skipped))
-    planned = tuple(_match(model, name, module, config) for name, module in found)
+    planned = tuple(_match(model, name, module, config) for name, module in matched)
     unmatched = _unmatched(config, [name for name, _ in _wanted(model, config)])
-    return Plan(planned, skipped, unmatched, bypass.find(model, [module for _, module in found]))
+    fixes = bypass.find_fixes(model, [module for _, module in matched])
+    return Plan(planned, skipped, unmatched, fixes)
 
 
 def _wanted(model: nn.Module, config: LoRAConfig) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that the names select, each once, under the first of its names; any of its names counts."""
+    """The modules that the configuration selects by any of their names, each once, under its first name."""
     aliases: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         aliases.setdefault(module, []).append(name)
@@ -143,21 +144,21 @@ def _output_heads(model: nn.Module) -> Iterator[nn.Module]:
     for getter in ("get_output_embeddings", "get_classifier"):
         method = getattr(model, getter, None)
         head = method() if callable(method) else None
-        for each in head if isinstance(head, (tuple, list)) else (head,):  # distilled models have two
-            if isinstance(each, nn.Module):
-                yield from each.modules()
+        for module in head if isinstance(head, (tuple, list)) else (head,):  # distilled models have two
+            if isinstance(module, nn.Module):
+                yield from module.modules()
     for rule in _head_rules:
         for head in rule(model):
             yield from head.modules()
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is an `nn.Linear`, or of another class with an adapted form, or derived from one."""
+    """Whether the module is an instance of `nn.Linear` or of another class that has an adapted form."""
     return isinstance(module, tuple(_adapted_classes))
 
 
 def _unfit(module: nn.Module) -> str | None:
-    """Why a module cannot be adapted in place, or None."""
+    """The reason why a module cannot be adapted in place, or None."""
     kind = type(module).__name__
     if not is_linear(module):
         return f"{kind} is not nn.Linear"
@@ -190,20 +191,20 @@ def _match(model: nn.Module, name: str, module: nn.Module, config: LoRAConfig) -
     try:
         adapters = plan_slices(out_features, config.rank_of(name), alpha, config.slices, layout)
     except LayoutError as error:
-        hint = "; layers of another layout take a call of inject of their own" if layout is not None else ""
+        hint = "; layers with another layout need their own call of inject" if layout is not None else ""
         raise LayoutError(f"{name or 'model'}: {error}{hint}. Nothing was changed") from None
     return Match(name, module, adapted, in_features, adapters, alpha)
 
 
 def known_layout(model: nn.Module, name: str) -> QKVLayout | None:
-    """What a registered rule says about the layer called `name`, or None."""
-    answers = (rule(parent, child) for parent, child in ancestors(model, name) for rule in _layout_rules)
-    return next((answer for answer in answers if answer is not None), None)
+    """The layout of the layer called `name` by the registered rules, or None."""
+    layouts = (rule(parent, child) for parent, child in ancestors(model, name) for rule in _layout_rules)
+    return next((layout for layout in layouts if layout is not None), None)
 
 
 def ancestors(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, str]]:
-    """(parent, its child) and (grandparent, path of two names) of the layer called `name`: some projections
-    are wrapped together with their norm."""
+    """(parent, name of the layer in it) and (grandparent, path of two names) for the layer called `name`;
+    some projections share a wrapper with their norm."""
     parts = name.split(".")
     for depth in range(1, min(len(parts), 2) + 1):
         yield model.get_submodule(".".join(parts[:-depth])), ".".join(parts[-depth:])

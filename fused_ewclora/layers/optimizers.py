@@ -1,4 +1,4 @@
-"""What an optimizer remembers of adapters that a task boundary has replaced."""
+"""Resetting the optimizer state of adapters at a task boundary."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from .inject import adapters
 
 
 def reset_optimizer_state_(optimizer: Optimizer, model: nn.Module) -> int:
-    """Forget what `optimizer` gathered for the adapters of `model`, in place; returns how many parameters.
+    """Drop the state that `optimizer` has for the adapters of `model`, in place; returns the number of
+    parameters.
 
-    Consolidation starts new adapters in the same tensors, so moments and step counts of the old ones would
-    push them in directions of a task that is over. State of heads and everything else stays, as do learning
-    rates and schedules. The next step equals that of a new optimizer for the adapters, for all optimizers of
-    `torch.optim` in every implementation; LBFGS, whose history mixes all parameters, forgets all of it.
-    Tensors of the state are replaced, so capture CUDA graphs of a step anew. Raises `TargetError` for a model
-    without adapters and `ArgumentError` for an optimizer that holds none of them; nothing is changed then.
+    Consolidation starts new adapters in the same tensors, where moments and step counts of the old adapters
+    would still push in the directions of the task that has ended. The state of heads and of all other
+    parameters stays, as do learning rates and schedules. The next step of the adapters equals the first step
+    of a new optimizer, for every optimizer of `torch.optim` in every implementation; the history of LBFGS
+    covers all parameters together and is dropped as a whole. Tensors of the state are replaced, so CUDA
+    graphs of a step must be captured again. Raises `TargetError` for a model without adapters and
+    `ArgumentError` for an optimizer that holds none of them; nothing is changed then.
 
         >>> ewc.end_task(loader, criterion); reset_optimizer_state_(optimizer, model)
     """
@@ -30,15 +32,16 @@ def reset_optimizer_state_(optimizer: Optimizer, model: nn.Module) -> int:
     held = [(group, p) for group in optimizer.param_groups for p in group["params"] if id(p) in owned]
     if not held:
         raise ArgumentError(
-            "optimizer: expected one that holds adapters of the model, found none; it was made before "
-            "inject, or .to() or load_state_dict(assign=True) has replaced the parameters: make a new one"
+            "optimizer: expected one that holds adapters of the model, got one that holds none; it was made "
+            "before inject, or .to() or load_state_dict(assign=True) has replaced the parameters: make a new "
+            "one"
         )
     if "history_size" in optimizer.defaults:  # LBFGS
         optimizer.state.clear()
     for group, parameter in held:
         if (
             "initial_accumulator_value" in group
-        ):  # Adagrad makes its state when it is constructed, never later
+        ):  # Adagrad creates its state in its constructor and nowhere else
             state = optimizer.state[parameter]
             state["step"].zero_()
             state["sum"].fill_(group["initial_accumulator_value"])

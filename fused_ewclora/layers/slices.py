@@ -1,4 +1,4 @@
-"""The adapters of one layer as data: the rows they own, their names, and the base weights they belong to."""
+"""The adapters of one layer as data: their rows and names, and a fingerprint of the base weight."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ FINGERPRINT_ROWS = 64  # enough to tell checkpoints apart, small enough to read 
 
 @dataclass(frozen=True)
 class AdapterSlice:
-    """One adapter of a layer: its segment (`""` for the whole layer), output rows, rank and scale."""
+    """One adapter of a layer: its segment (`""` for the whole layer), its output rows, its rank and scale."""
 
     name: str
     rows: Rows
     r: int
     scaling: float
-    a_name: str = field(init=False, repr=False, compare=False)  # names of its parameters, lora_A or lora_A_k
+    a_name: str = field(init=False, repr=False, compare=False)  # parameter names: lora_A, or lora_A_k
     b_name: str = field(init=False, repr=False, compare=False)
     scale_name: str = field(init=False, repr=False, compare=False)
 
@@ -38,12 +38,12 @@ class AdapterSlice:
 
     @property
     def row_count(self) -> int:
-        """Rows of its lora_B."""
+        """The number of rows of its lora_B."""
         return sum(stop - start for start, stop in self.rows)
 
 
 def fisher_key(module_name: str, adapter: AdapterSlice) -> str:
-    """The name of an adapter's Fisher: the module's name, plus `.k` etc. for a slice."""
+    """The name of the Fisher of an adapter: the module's name, followed by `.k` etc. for a slice."""
     return ".".join(part for part in (module_name, adapter.name) if part)
 
 
@@ -54,7 +54,7 @@ def plan_slices(
     slices: Sequence[str] | None,
     layout: QKVLayout | None,
 ) -> tuple[AdapterSlice, ...]:
-    """The adapters of a layer; raises `LayoutError` when slices are asked for without a layout that fits."""
+    """The adapters of a layer; raises `LayoutError` when there are slices without a layout that fits."""
     positive(r, "r")
     scaling = 1.0 if lora_alpha is None else finite(lora_alpha, "lora_alpha") / r
     if slices is None:
@@ -72,8 +72,8 @@ def plan_slices(
 
 
 def fingerprint(weight: Tensor) -> str:
-    """A hash of the shape and of up to 64 evenly spaced rows in bf16, the same for an fp32 weight and its
-    bf16 copy; `""` on meta."""
+    """A hash of the shape and of up to 64 evenly spaced rows in bf16, equal for an fp32 weight and its bf16
+    copy; `""` on the meta device."""
     if weight.is_meta:
         return ""
     rows = torch.linspace(0, weight.shape[0] - 1, min(FINGERPRINT_ROWS, weight.shape[0])).long()

@@ -63,7 +63,7 @@ def check_ungated(layers: Mapping[str, AdaptedLinear]) -> None:
         if layer.composer is not None:
             raise TargetError(f"{name}: expected plain adapters, found those of another method")
         for piece in layer.adapter_slices:
-            (table, _), _ = layer.factor_locations(piece)
+            (table, _), _ = layer.parameter_locations(piece)
             if table is not layer._parameters:
                 raise TargetError(
                     f"{name}: expected adapters of fused_ewclora.inject, found another library's"

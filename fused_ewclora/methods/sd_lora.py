@@ -172,7 +172,7 @@ class SDLoRA(Method):
         for name, layer in self.layers.items():
             if layer.composer is not None:
                 raise TargetError(f"{name}: its adapters belong to another method; eject the model first")
-            if type(layer).factor_locations is not AdaptedLinear.factor_locations:
+            if type(layer).parameter_locations is not AdaptedLinear.parameter_locations:
                 raise TargetError(f"{name}: expected adapters of fe.inject, got those of another library")
             for piece in layer.adapter_slices:
                 if piece.scaling != 1.0 or piece.scale_name in layer._parameters:

@@ -62,11 +62,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, merge_
     load_pretrained(tmp_path, resumed, resumed_ewc)
     assert_same(whole(model, ewc), whole(resumed, resumed_ewc))
     assert resumed_ewc.history == ewc.history
-    for one, one_ewc in ((model, ewc), (resumed, resumed_ewc)):
+    for trained, controller_of_trained in ((model, ewc), (resumed, resumed_ewc)):
         torch.manual_seed(3)
-        train(one, one_ewc, 3)
-        one_ewc.end_task(batches(*data(9, seed=3), 4), F.cross_entropy)
-        train(one, one_ewc, 4)
+        train(trained, controller_of_trained, 3)
+        controller_of_trained.end_task(batches(*data(9, seed=3), 4), F.cross_entropy)
+        train(trained, controller_of_trained, 4)
     assert_same(whole(model, ewc), whole(resumed, resumed_ewc))
 
 

@@ -1,4 +1,4 @@
-"""Damaged bytes, dying processes and full disks never cost the checkpoint that was there."""
+"""Damaged bytes, dying processes and full disks never destroy an existing checkpoint."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import torch, torch.nn.functional as F
 torch.set_num_threads(1)
-import fused_ewclora._checkpoint_files as files
+import fused_ewclora.checkpoints.files as files
 from tiny_models import adapted, data
-from fused_ewclora.checkpoint import save_pretrained
-from fused_ewclora.ewc import EWC
+from fused_ewclora.checkpoints.checkpoint import save_pretrained
+from fused_ewclora.ewc.controller import EWC
 
 root = Path(sys.argv[1])
 model = adapted()
@@ -123,13 +123,13 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_checkpoint(tmp_path):
     expected = whole(model, ewc)
     for moment, _ in moments:
         folder = tmp_path / str(moment)
-        found = controller(adapted())
-        load_pretrained(folder, found.model, found)
-        tasks.append(found.tasks)
+        resumed = controller(adapted())
+        load_pretrained(folder, resumed.model, resumed)
+        tasks.append(resumed.tasks)
         save_pretrained(folder, model, ewc)  # and the next save finds its way
         assert sorted(p.name for p in folder.iterdir()) == sorted(NAMES)
-        load_pretrained(folder, found.model, found)
-        assert_same(expected, whole(found.model, found))
+        load_pretrained(folder, resumed.model, resumed)
+        assert_same(expected, whole(resumed.model, resumed))
     assert tasks == sorted(tasks) and set(tasks) == {1, 2}
 
 

@@ -154,13 +154,13 @@ def target() -> Target:
 @pytest.fixture(scope="module")
 def expected(saved: dict[str, Path]) -> dict[str, dict[str, Tensor]]:
     """What each of them brings back."""
-    found = {}
+    states = {}
     for name, folder in saved.items():
         model = adapted()
         ewc = controller(model)
         fe.load_pretrained(folder, model, ewc)
-        found[name] = whole(model, ewc)
-    return found
+        states[name] = whole(model, ewc)
+    return states
 
 
 def assert_fishers(ewc: fe.EWC) -> None:
@@ -271,12 +271,12 @@ def states() -> dict[str, tuple[Any, Target]]:
 
         return made
 
-    found = {}
+    states = {}
     for merge_mode in ("delta", "factors"):
         _, ewc = two_tasks(merge_mode=merge_mode)
         ewc.estimate_fisher([data(4)], F.cross_entropy)
-        found[merge_mode] = (copy.deepcopy(ewc.state_dict()), Target(build(merge_mode)))
-    return found
+        states[merge_mode] = (copy.deepcopy(ewc.state_dict()), Target(build(merge_mode)))
+    return states
 
 
 @pytest.mark.parametrize("whole_state", [*ODD[:10], "state", [], torch.ones(3), {"tensors": 3, "config": {}}])

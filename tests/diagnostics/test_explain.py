@@ -1,4 +1,4 @@
-"""Which implementation layers run on, and whether they run at all."""
+"""Reports of the implementation of each layer, and of layers that never run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import fused_ewclora as fe
 from fused_ewclora.ops import dispatch
 
 
-def test_a_bypassed_layer_is_named_with_its_mend():
+def test_a_bypassed_layer_is_named_with_the_remedy():
     model = injected(attention=BypassAttention)
     assert torch.equal(model(X), model(X))
     with pytest.raises(

@@ -1,5 +1,5 @@
-"""Tests with the real model libraries. Where these are not installed the folder is left out, and said to be;
-`make test` requires them."""
+"""Tests with the real model libraries. Where these are not installed the folder is left out, and the summary
+of the run says so; `make test` requires them."""
 
 from __future__ import annotations
 

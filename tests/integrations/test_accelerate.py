@@ -1,4 +1,4 @@
-"""Training loops under `accelerate.Accelerator`, beside the plain ones they stand for."""
+"""Training loops under `accelerate.Accelerator`, compared with equivalent plain loops."""
 
 from __future__ import annotations
 

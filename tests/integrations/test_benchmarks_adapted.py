@@ -15,9 +15,9 @@ from benchmarks.workloads import OF_TIMM, adapted_model, step
 def test_peft_computes_what_ours_computes():
     torch.manual_seed(0)
     case = end_to_end.build(adapted_model(TINY.name + OF_TIMM, 1, 2, TINY.tokens, 4), Place())
-    found = {r["provider"]: r for r in harness.measure(case, 0.0, {}, WallClock(2, False))}
-    assert set(found) == {OURS, registry.PEFT}
-    assert not [r for r in found.values() if "failed" in r]
+    records = {r["provider"]: r for r in harness.measure(case, 0.0, {}, WallClock(2, False))}
+    assert set(records) == {OURS, registry.PEFT}
+    assert not [r for r in records.values() if "failed" in r]
 
 
 def test_adapters_of_peft_take_their_values_from_ours():
@@ -34,13 +34,17 @@ def test_adapters_of_peft_take_their_values_from_ours():
 def test_a_step_of_timms_model_is_right():
     torch.manual_seed(0)
     case = end_to_end.build(step(TINY.name + OF_TIMM, 1, 2, TINY.tokens, 4), Place())
-    found = harness.measure(case, 0.0, {}, WallClock(2, False))
-    assert not [r for r in found if "failed" in r]
+    records = harness.measure(case, 0.0, {}, WallClock(2, False))
+    assert not [r for r in records if "failed" in r]
 
 
 def test_both_targets_are_about_vit_small_at_batch_16():
-    about = [one for one in whole_models.cpu() if str(one.shape["model"]) == SMALL_VIT.name + OF_TIMM]
-    assert [(one.op, one.size("samples"), one.size("rank")) for one in about] == [
+    about = [
+        workload
+        for workload in whole_models.cpu()
+        if str(workload.shape["model"]) == SMALL_VIT.name + OF_TIMM
+    ]
+    assert [(workload.op, workload.size("samples"), workload.size("rank")) for workload in about] == [
         ("adapted_model", 16, 16), ("training_step", 16, 16),
     ]  # fmt: skip
     with torch.device("meta"):

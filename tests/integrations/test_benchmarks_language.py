@@ -74,8 +74,8 @@ def texts(data: Arrays) -> set[bytes]:
 
 
 def test_the_stream_has_the_largest_classes_in_tasks_of_the_asked_sizes(root: Path):
-    found = load(root)
-    tasks = found.stream.tasks
+    problem = load(root)
+    tasks = problem.stream.tasks
     assert sorted(name for task in tasks for name in task.classes) == sorted(LARGE)
     for task in tasks:
         assert len(task.classes) == 2
@@ -84,27 +84,27 @@ def test_the_stream_has_the_largest_classes_in_tasks_of_the_asked_sizes(root: Pa
             assert hidden.shape == (2 * count, 8, 16) and hidden.dtype == torch.float32
             assert mask.shape == (2 * count, 8) and mask.dtype == torch.bool
             assert labels.dtype == torch.int64 and labels.bincount().tolist() == [count] * 2
-    assert found.backbone.dim == 16
-    assert not any(p.requires_grad for p in found.backbone.parameters())
-    assert found.facts["definitions"] == sum((LARGE | SMALL).values()) + 4
-    assert found.facts["distinct_definitions"] == sum((LARGE | SMALL).values()) + 1
-    assert found.facts["classes_to_choose_from"] == 6
-    assert json.loads(json.dumps(found.facts)) == found.facts
+    assert problem.backbone.dim == 16
+    assert not any(p.requires_grad for p in problem.backbone.parameters())
+    assert problem.facts["definitions"] == sum((LARGE | SMALL).values()) + 4
+    assert problem.facts["distinct_definitions"] == sum((LARGE | SMALL).values()) + 1
+    assert problem.facts["classes_to_choose_from"] == 6
+    assert json.loads(json.dumps(problem.facts)) == problem.facts
 
 
 def test_fewer_classes_are_the_largest_ones(root: Path):
-    found = {name for task in load(root, classes_per_task=1).stream.tasks for name in task.classes}
-    assert found == {"noun.animal", "noun.act"}
+    classes = {name for task in load(root, classes_per_task=1).stream.tasks for name in task.classes}
+    assert classes == {"noun.animal", "noun.act"}
 
 
 def test_examples_are_definitions_of_their_class(root: Path):
-    found = load(root, frozen_blocks=0)
+    problem = load(root, frozen_blocks=0)
     model = language._model(root.resolve())
     names, definitions = zip(*wordnet.definitions(root), strict=True)
     by_class: dict[str, set[bytes]] = {name: set() for name in names}
     for name, row in zip(names, model.hidden(*model.tokens(definitions, 8), 0), strict=True):
         by_class[name].add(row.numpy().tobytes())
-    for task in found.stream.tasks:
+    for task in problem.stream.tasks:
         for data in (task.train, task.test):
             (hidden, _), labels = everything(data)
             for row, label in zip(hidden, labels.tolist(), strict=True):
@@ -113,17 +113,17 @@ def test_examples_are_definitions_of_their_class(root: Path):
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])
 def test_frozen_blocks_and_backbone_are_the_whole_model(root: Path, frozen: int):
-    found = load(root, frozen_blocks=frozen)
+    problem = load(root, frozen_blocks=frozen)
     whole = BertModel(settings(), add_pooling_layer=False).eval()
     whole.load_state_dict(language._model(root.resolve()).bert.state_dict())
     corpus = language._corpus(root.resolve(), 8)
-    assert len(found.backbone.layer) == 3 - frozen
-    for task in found.stream.tasks:
+    assert len(problem.backbone.layer) == 3 - frozen
+    for task in problem.stream.tasks:
         rows = torch.cat([corpus.rows[name][:8] for name in task.classes])
         mask = corpus.mask[rows]
         with torch.no_grad():
             states = whole(input_ids=corpus.numbers[rows], attention_mask=mask.long()).last_hidden_state
-            features = found.backbone(everything(task.test)[0])
+            features = problem.backbone(everything(task.test)[0])
         wanted = torch.stack([row[kept].mean(0) for row, kept in zip(states, mask, strict=True)])
         torch.testing.assert_close(features, wanted, **CLOSE)
         assert not mask.all() and features.std() > 0.1  # padding, and features that differ
@@ -140,13 +140,13 @@ def test_weights_are_those_of_the_file(root: Path):
 def test_padding_does_not_change_features(root: Path):
     model = minilm.load(root)
     some = [" ".join(WORDS[i : i + 1 + i % 5]) for i in range(12)]
-    found = []
+    outputs = []
     for length in (8, 15):
         numbers, mask = model.tokens(some, length)
         assert numbers.shape == mask.shape == (12, length)
         with torch.no_grad():
-            found.append(model.rest(2)((model.hidden(numbers, mask, 2), mask)))
-    torch.testing.assert_close(*found, **CLOSE)
+            outputs.append(model.rest(2)((model.hidden(numbers, mask, 2), mask)))
+    torch.testing.assert_close(*outputs, **CLOSE)
 
 
 def test_long_texts_are_cut(root: Path):
@@ -155,9 +155,9 @@ def test_long_texts_are_cut(root: Path):
 
 
 def test_no_text_is_in_both_training_and_testing_whatever_the_seeds(root: Path):
-    found = [load(root, seed, frozen_blocks=0) for seed in range(3)]
-    train = {text for one in found for task in one.stream.tasks for text in texts(task.train)}
-    test = {text for one in found for task in one.stream.tasks for text in texts(task.test)}
+    problems = [load(root, seed, frozen_blocks=0) for seed in range(3)]
+    train = {text for problem in problems for task in problem.stream.tasks for text in texts(task.train)}
+    test = {text for problem in problems for task in problem.stream.tasks for text in texts(task.test)}
     assert not train & test
     assert len(test) == 4 * 8  # the same of every seed, all different
 
@@ -172,9 +172,9 @@ def test_a_seed_repeats_and_another_draws_and_orders_anew(root: Path):
     language._problem.cache_clear()
     again = load(root, 3, frozen_blocks=0)
     assert again is not first
-    for one, other in zip(first.stream.tasks, again.stream.tasks, strict=True):
-        assert one.classes == other.classes
-        for data, same in ((one.train, other.train), (one.test, other.test)):
+    for task, other in zip(first.stream.tasks, again.stream.tasks, strict=True):
+        assert task.classes == other.classes
+        for data, same in ((task.train, other.train), (task.test, other.test)):
             for value, equal in zip(everything(data)[0], everything(same)[0], strict=True):
                 assert torch.equal(value, equal)
     orders = {tuple(task.classes for task in load(root, seed).stream.tasks) for seed in range(4)}
@@ -230,17 +230,17 @@ def test_equal_arguments_encode_once(root: Path, monkeypatch):
 
 
 def test_dropout_is_off(root: Path):
-    found = load(root)
-    inputs = everything(found.stream.tasks[0].test)[0]
+    problem = load(root)
+    inputs = everything(problem.stream.tasks[0].test)[0]
     with torch.no_grad():
-        assert torch.equal(found.backbone.train()(inputs), found.backbone.eval()(inputs))
+        assert torch.equal(problem.backbone.train()(inputs), problem.backbone.eval()(inputs))
 
 
 def test_adapters_of_keys_and_values_learn_a_task_that_ewc_then_protects(root: Path):
-    found = load(root)
-    before = copy.deepcopy(found.backbone.state_dict())
+    problem = load(root)
+    before = copy.deepcopy(problem.backbone.state_dict())
     torch.manual_seed(0)
-    model = Classifier(copy.deepcopy(found.backbone))
+    model = Classifier(copy.deepcopy(problem.backbone))
     fe.inject(model, fe.LoRAConfig(r=2, target_modules=["key", "value"]))
     assert list(fe.adapters(model)) == [
         f"backbone.layer.{block}.attention.self.{name}" for block in range(2) for name in ("key", "value")
@@ -250,7 +250,7 @@ def test_adapters_of_keys_and_values_learn_a_task_that_ewc_then_protects(root: P
     method.begin_task(0)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     losses = []
-    for inputs, labels in loader(found.stream.tasks[0].train, 24):
+    for inputs, labels in loader(problem.stream.tasks[0].train, 24):
         for _ in range(40):
             optimizer.zero_grad()
             loss = F.cross_entropy(model(inputs), labels) + method.penalty()
@@ -259,12 +259,12 @@ def test_adapters_of_keys_and_values_learn_a_task_that_ewc_then_protects(root: P
             losses.append(float(loss.detach()))
     assert losses[-1] < 0.8 * losses[0]
     assert all(layer.lora_B.detach().abs().max() > 0 for layer in fe.adapters(model).values())
-    method.end_task(loader(found.stream.tasks[0].train, 8), F.cross_entropy)
+    method.end_task(loader(problem.stream.tasks[0].train, 8), F.cross_entropy)
     method.begin_task(1)
     for layer in fe.adapters(model).values():
         torch.nn.init.ones_(layer.lora_B)
     assert float(method.penalty().detach()) > 0
-    assert all(torch.equal(before[name], value) for name, value in found.backbone.state_dict().items())
+    assert all(torch.equal(before[name], value) for name, value in problem.backbone.state_dict().items())
 
 
 def small(name: str, **options: object) -> configuration.Run:

@@ -24,14 +24,14 @@ def tiny_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     create = timm.create_model
     options = {tiny.name: tiny.options for tiny in MODELS.values()}
 
-    def small(name: str, **given: Any) -> nn.Module:
-        return create(name, **{**options[name], **given, "num_classes": 4})
+    def small(name: str, **options_of_caller: Any) -> nn.Module:
+        return create(name, **{**options[name], **options_of_caller, "num_classes": 4})
 
     monkeypatch.setattr(timm, "create_model", small)
     torch.set_num_threads(1)
 
 
-def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+def checked(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     status = cli.main(["check", *arguments, "--json"])
     data = json.loads(capsys.readouterr().out)
     assert status == (1 if data["problems"] else 0)
@@ -42,11 +42,11 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["vit", "beit", "eva02"])
 def test_a_named_timm_model_passes_with_its_layouts(name: str, capsys: pytest.CaptureFixture[str]):
     tiny = MODELS[name]
-    data = told(capsys, tiny.name, "--target", "qkv", "--slices", "k", "v", "--rank", "2")
+    data = checked(capsys, tiny.name, "--target", "qkv", "--slices", "k", "v", "--rank", "2")
     assert data["problems"] == []
     assert data["library"] == f"timm {timm.__version__}"
     assert "instead of" in data["built"] and data["input"]["x"][-1] < 224
-    assert bool(data["mended"]) is tiny.bypassed
+    assert bool(data["bypass_fixes"]) is tiny.bypassed
     assert data["compared_with"] == "dense model in fp64"
     assert len(data["layers"]) == 2
     for row in data["layers"]:
@@ -58,7 +58,7 @@ def test_a_named_timm_model_passes_with_its_layouts(name: str, capsys: pytest.Ca
 
 @pytest.mark.usefixtures("tiny_timm")
 def test_slices_alone_find_the_packed_projections(capsys: pytest.CaptureFixture[str]):
-    data = told(capsys, MODELS["pvtv2"].name, "--slices", "v", "--rank", "2")
+    data = checked(capsys, MODELS["pvtv2"].name, "--slices", "v", "--rank", "2")
     assert [row["name"] for row in data["layers"]] == [f"stages.{i}.blocks.0.attn.kv" for i in range(2)]
     assert cli.main(["check", MODELS["pvtv2"].name, "--slices", "q"]) == 1
     assert "no known packed projection with ['q']" in capsys.readouterr().err
@@ -86,7 +86,7 @@ def test_a_model_of_transformers_passes(name, arguments, first, sizes, tmp_path,
     }
     transformers.AutoConfig.for_model(name, **widths[name]).save_pretrained(tmp_path)
     torch.set_num_threads(1)
-    data = told(capsys, str(tmp_path / "config.json"), "--rank", "2", *arguments)
+    data = checked(capsys, str(tmp_path / "config.json"), "--rank", "2", *arguments)
     assert data["problems"] == []
     assert data["layers"][0]["name"] == first and data["layers"][0]["sizes"] == sizes
     assert "num_hidden_layers=2" in data["built"] and "vocab_size=1024" in data["built"]
@@ -131,7 +131,7 @@ def test_a_wrong_gradient_is_a_problem(monkeypatch: pytest.MonkeyPatch, capsys: 
         return measured
 
     monkeypatch.setattr(check, "_measure", wrong)
-    data = told(capsys, MODELS["vit"].name, "--target", "qkv", "--rank", "2")
+    data = checked(capsys, MODELS["vit"].name, "--target", "qkv", "--rank", "2")
     assert backends[1] == "reference" != backends[0]
     assert [problem.partition(":")[0] for problem in data["problems"]] == ["blocks.1.attn.qkv"]
 
@@ -139,7 +139,7 @@ def test_a_wrong_gradient_is_a_problem(monkeypatch: pytest.MonkeyPatch, capsys: 
 @pytest.mark.usefixtures("tiny_timm")
 def test_a_bypass_that_no_rule_knows_is_a_problem(monkeypatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(fe.integrations.timm, "_BYPASSING", set())
-    data = told(capsys, MODELS["beit"].name, "--target", "qkv", "--rank", "2")
+    data = checked(capsys, MODELS["beit"].name, "--target", "qkv", "--rank", "2")
     assert any("never ran" in problem and "qkv_bias_separate" in problem for problem in data["problems"])
     assert "blocks.0.attn.qkv: relative error 1, more than 0.000977" in data["problems"]
 

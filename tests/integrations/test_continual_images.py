@@ -47,7 +47,7 @@ def load(root: Path, dataset: str, seed: int = 0, **changes: Any) -> Problem:
 def different(names: list[str]) -> dict[str, set[str]]:
     """Names of methods by configuration, each in the first one that has such a method: data, ranks and the
     number of tasks do not make another one of it."""
-    found: dict[str, set[str]] = {name: set() for name in names}
+    methods: dict[str, set[str]] = {name: set() for name in names}
     known = set()
     for name in names:
         for run in configuration.load(configuration.find(name)).runs:
@@ -57,21 +57,21 @@ def different(names: list[str]) -> dict[str, set[str]]:
             key = json.dumps([run.kind, options, adapters, training])
             if key not in known:
                 known.add(key)
-                found[name].add(run.method)
-    return found
+                methods[name].add(run.method)
+    return methods
 
 
 @pytest.mark.parametrize(("name", "learned"), different(PUBLISHED).items(), ids=PUBLISHED)
 def test_methods_of_published_configurations_are_made_and_learn_two_tasks(
     name: str, learned: set[str], tmp_path: Path
 ) -> None:
-    found = configuration.load(configuration.find(name))
-    assert found.name == name.removeprefix("published/")
-    settings = found.runs[0].problem
+    loaded = configuration.load(configuration.find(name))
+    assert loaded.name == name.removeprefix("published/")
+    settings = loaded.runs[0].problem
     WRITERS[settings["dataset"]](tmp_path)
     torch.set_num_threads(1)
-    problem = problems.load(settings | TINY, tmp_path, found.runs[0].seed, "cpu")
-    for run in found.runs:
+    problem = problems.load(settings | TINY, tmp_path, loaded.runs[0].seed, "cpu")
+    for run in loaded.runs:
         assert timm.get_pretrained_cfg(run.problem["model"]).hf_hub_id  # a name and weights that timm knows
         method = State(run, problem, torch.device("cpu")).method
         adapted = {"qkv": 6} if "slices" in run.adapters else dict.fromkeys(("qkv", "proj", "fc1", "fc2"), 6)
@@ -139,14 +139,14 @@ def test_training_images_are_drawn_anew_and_test_images_are_not(tmp_path: Path) 
 
 def test_normalize_takes_the_statistics_of_the_model_or_given_ones(tmp_path: Path) -> None:
     write_cifar(tmp_path)
-    plain, model, given = (
+    plain, model, with_file = (
         load(tmp_path, "cifar100", normalize=value).stream.tasks[0].test[0][0]
         for value in (None, "model", {"mean": [0.1, 0.2, 0.3], "std": [1, 2, 4]})
     )
     mean = torch.tensor(timm.get_pretrained_cfg("test_vit").mean)[:, None, None]
     torch.testing.assert_close(model, (plain - mean) / 0.5)
     moved = (plain - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / torch.tensor([1, 2, 4])[:, None, None]
-    torch.testing.assert_close(given, moved)
+    torch.testing.assert_close(with_file, moved)
 
 
 def test_shuffled_classes_have_the_order_of_the_official_generator(tmp_path: Path) -> None:
@@ -168,17 +168,17 @@ def test_a_released_set_is_split_once_for_all_seeds(tmp_path: Path) -> None:
     def files(examples: Examples) -> list[str]:
         return [f"{file.parent.name}/{file.name}" for file in examples.images]  # type: ignore[union-attr]
 
-    found = image_sets.read("imagenet-r", tmp_path)
-    assert (len(found.train.labels), len(found.test.labels)) == (32, 8)
-    assert sorted(files(found.train) + files(found.test)) == sorted(
+    images = image_sets.read("imagenet-r", tmp_path)
+    assert (len(images.train.labels), len(images.test.labels)) == (32, 8)
+    assert sorted(files(images.train) + files(images.test)) == sorted(
         f"{wnid}/art_{number}.png" for wnid in WNIDS for number in range(10)
     )
     tested = [
         [Path(f).name for t in load(tmp_path, "imagenet-r", s).stream.tasks for f in files(t.test.examples)]
         for s in (0, 1)
     ]
-    assert tested[0] == tested[1] == [Path(file).name for file in files(found.test)]
-    assert files(image_sets.read("imagenet-r", tmp_path, 1).test) != files(found.test)
+    assert tested[0] == tested[1] == [Path(file).name for file in files(images.test)]
+    assert files(image_sets.read("imagenet-r", tmp_path, 1).test) != files(images.test)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

@@ -51,6 +51,6 @@ def test_the_script_for_several_processes_runs_in_two(tmp_path: Path):
     ]
     path = os.pathsep.join([str(DOCS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    told = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
-    assert told.returncode == 0, told.stderr[-4000:]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
     assert {"ddp", "fsdp"} <= {folder.name for folder in tmp_path.iterdir()}

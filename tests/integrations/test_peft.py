@@ -124,8 +124,8 @@ def test_saved_files_are_the_same_bytes(tmp_path):
     weights, config = "adapter_model.safetensors", "adapter_config.json"
     assert (tmp_path / "plain" / weights).read_bytes() == (tmp_path / "fused" / weights).read_bytes()
     configs = [json.loads((tmp_path / name / config).read_text()) for name in ("plain", "fused")]
-    for found in configs:  # PEFT writes a set in whatever order it has
-        found["target_modules"].sort()
+    for saved_config in configs:  # PEFT writes a set in whatever order it has
+        saved_config["target_modules"].sort()
     assert configs[0] == configs[1]
 
 
@@ -139,8 +139,8 @@ def test_merging_and_unmerging_are_pefts():
     for model in (plain, fused):
         model.unmerge_adapter()
     assert_equal_runs(plain, fused, x)
-    one, other = plain.merge_and_unload(), fused.merge_and_unload()
-    assert type(other) is MLP and torch.equal(one(x), other(x))
+    merged, other = plain.merge_and_unload(), fused.merge_and_unload()
+    assert type(other) is MLP and torch.equal(merged(x), other(x))
     assert not any(isinstance(module, PeftLinear) for module in other.modules())
 
 

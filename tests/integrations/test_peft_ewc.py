@@ -1,4 +1,4 @@
-"""EWC over a live PEFT model trains as on an injected model; each reads what the other writes."""
+"""EWC over a PEFT model trains as on an injected model, and each loads the checkpoints of the other."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_consolidation_keeps_the_function_and_restarts_the_adapter():
     ewc.end_task(loader(1), F.cross_entropy)
     torch.testing.assert_close(live(inputs()), before, rtol=1e-13, atol=1e-13)
     for layer in ewc.layers.values():
-        a, b = (table[name] for table, name in layer.factor_locations(layer.adapter_slices[0]))
+        a, b = (table[name] for table, name in layer.parameter_locations(layer.adapter_slices[0]))
         assert not b.any() and 0 < a.abs().max() <= 1 / layer.in_features**0.5
     with live.disable_adapter():
         torch.testing.assert_close(live(inputs()), before, rtol=1e-13, atol=1e-13)
@@ -165,9 +165,9 @@ def test_checkpoints_are_read_by_either_kind_of_model(tmp_path, saver, reader):
     fe.load_pretrained(tmp_path, other, controller)
     assert torch.equal(model(inputs()), other(inputs()))
     assert torch.equal(ewc.penalty(), controller.penalty()) and controller.tasks == 2
-    for one, two in ((model, ewc), (other, controller)):
-        two.generator = torch.Generator().manual_seed(7)
-        train(one, two, 3)
+    for trained, trained_ewc in ((model, ewc), (other, controller)):
+        trained_ewc.generator = torch.Generator().manual_seed(7)
+        train(trained, trained_ewc, 3)
     torch.testing.assert_close(model(inputs()), other(inputs()), rtol=1e-12, atol=1e-12)
 
 

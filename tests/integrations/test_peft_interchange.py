@@ -119,12 +119,12 @@ def test_names_that_end_as_others_do_are_told_apart(tmp_path):
     again = copy.deepcopy(plain)
     fe.import_peft(tmp_path / "a", again)
     torch.testing.assert_close(again(inputs()), model(inputs()), rtol=0, atol=0)
-    one, _ = exported(tmp_path / "b", plain, fe.LoRAConfig(r=2, target_modules="fc"))
+    whole, _ = exported(tmp_path / "b", plain, fe.LoRAConfig(r=2, target_modules="fc"))
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "b")
     assert [name for name, _ in loaded.named_modules() if name.endswith("lora_A")] == [
         "base_model.model.fc.lora_A"
     ]
-    torch.testing.assert_close(loaded(inputs()), one(inputs()), **TIGHT[WIDE])
+    torch.testing.assert_close(loaded(inputs()), whole(inputs()), **TIGHT[WIDE])
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -116,11 +116,11 @@ def make(case: str) -> tuple[nn.Module, tuple[Any, ...]]:
 def observed(attention: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
     """What the variables q, k, v and x_mlp of the class's methods hold when these return."""
     codes = {method.__code__ for method in vars(type(attention)).values() if isinstance(method, FunctionType)}
-    found: dict[str, Any] = {}
+    local_values: dict[str, Any] = {}
 
     def watch(frame: FrameType, event: str, _: Any) -> None:
         if event == "return" and frame.f_code in codes:
-            found.update(frame.f_locals)
+            local_values.update(frame.f_locals)
 
     before = sys.getprofile()
     sys.setprofile(watch)
@@ -130,10 +130,10 @@ def observed(attention: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]
     finally:
         sys.setprofile(before)
     return {
-        segment: found[name].clone()
+        segment: local_values[name].clone()
         for segment, names in VARIABLES.items()
         for name in names
-        if isinstance(found.get(name), Tensor)
+        if isinstance(local_values.get(name), Tensor)
     }
 
 
@@ -195,7 +195,7 @@ def test_no_class_of_timm_with_a_packed_projection_is_unknown():
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if key_of(case) in known._BYPASSING])
-def test_a_mended_attention_computes_the_same_and_calls_its_projection(case: str):
+def test_a_fixed_attention_computes_the_same_and_calls_its_projection(case: str):
     attention, inputs = make(case)
     with torch.no_grad():
         attention.q_bias.normal_()
@@ -206,7 +206,7 @@ def test_a_mended_attention_computes_the_same_and_calls_its_projection(case: str
     with torch.no_grad():
         attention(*inputs)
         assert not calls, "timm calls it by itself now: the rule is not needed"
-        settings = known.mend_of(attention, "qkv")
+        settings = known.bypass_settings(attention, "qkv")
         assert settings
         for attribute, value in settings.items():
             setattr(attention, attribute, value)
@@ -214,12 +214,12 @@ def test_a_mended_attention_computes_the_same_and_calls_its_projection(case: str
     assert calls == [attention.qkv]
     # One more rounding of qkv, in fp64, through an attention of 16 tokens.
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-    assert known.mend_of(attention, "qkv") is None, "mended already"
+    assert known.bypass_settings(attention, "qkv") is None, "the attribute is set already"
 
 
-def test_an_attention_without_biases_needs_no_mend():
+def test_an_attention_without_biases_needs_no_fix():
     attention = importlib.import_module("timm.models.beit").Attention(D, HEADS, qkv_bias=False)
-    assert known.mend_of(attention, "qkv") is None
+    assert known.bypass_settings(attention, "qkv") is None
 
 
 def test_a_forward_of_ones_own_is_unknown():

@@ -44,7 +44,7 @@ def test_injection_changes_no_output_and_no_base_key_and_ejection_nothing_at_all
         state = model.state_dict()
         assert all(torch.equal(state[key], value) for key, value in base.items())
         assert all("lora_" in key for key in state.keys() - base.keys())
-        assert bool(report.summary["mended"]) is tiny.bypassed
+        assert bool(report.summary["bypass_fixes"]) is tiny.bypassed
         fe.eject(model, merge=False)
         assert torch.equal(model(x), expected)
     assert list(model.state_dict()) == list(base)
@@ -116,14 +116,14 @@ def test_the_fisher_is_the_mean_of_squared_gradients_of_single_images(tiny: Tiny
 
 
 @BYPASSED
-def test_a_bypass_is_mended_named_and_put_back(tiny: Tiny):
+def test_a_bypass_is_fixed_reported_and_restored(tiny: Tiny):
     model, x = tiny.make(), tiny.images()
     report = fe.inject(model, tiny.config())
     parents = {name.rpartition(".")[0] for name in fe.adapters(model)}
-    assert report.summary["mended"] == {name: {"qkv_bias_separate": True} for name in parents}
+    assert report.summary["bypass_fixes"] == {name: {"qkv_bias_separate": True} for name in parents}
     assert "qkv_bias_separate = True" in str(report)
     assert fe.verify_forward(model, x).keys() == set(fe.adapters(model))
-    copied = dense(model)  # through a deepcopy, which must know what to put back
+    copied = dense(model)  # through a deepcopy, which must have the old values
     fe.eject(model)
     for ejected in (model, copied):
         assert not any(ejected.get_submodule(name).qkv_bias_separate for name in parents)
@@ -135,12 +135,12 @@ def test_a_model_built_with_separate_biases_stays_so():
     for block in model.blocks:
         block.attn.qkv_bias_separate = True
     report = fe.inject(model, MODELS["beit"].config())
-    assert report.summary["mended"] == {}
+    assert report.summary["bypass_fixes"] == {}
     fe.eject(model)
     assert all(block.attn.qkv_bias_separate for block in model.blocks)
 
 
-def test_only_parents_of_adapted_layers_are_mended():
+def test_only_parents_of_adapted_layers_are_changed():
     model = MODELS["beit"].make()
     fe.inject(model, fe.LoRAConfig(r=2, target_modules=["blocks.1.attn.qkv", "fc1"]))
     assert [block.attn.qkv_bias_separate for block in model.blocks] == [False, True]
@@ -148,7 +148,7 @@ def test_only_parents_of_adapted_layers_are_mended():
     assert [block.attn.qkv_bias_separate for block in model.blocks] == [False, False]
 
 
-def test_a_bypass_that_cannot_be_mended_is_refused_before_anything_changes():
+def test_a_bypass_without_the_attribute_is_refused_before_anything_changes():
     model = MODELS["beit"].make()
     del model.blocks[1].attn.qkv_bias_separate
     with pytest.raises(fe.TargetError, match=r"blocks\.1\.attn\.qkv: .*exclude_modules") as error:

@@ -1,5 +1,5 @@
-"""EWC in the checkpoints of `transformers.Trainer`: a run that was interrupted inside a task goes on in fresh
-objects as if it had not been."""
+"""EWC in the checkpoints of `transformers.Trainer`: a run that was interrupted inside a task continues in
+fresh objects as if it had not been interrupted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parents that use a weight without calling its layer: what rules say is set while adapters are in."""
+"""Parents that use a weight without calling its layer: rules set attributes on them during injection."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_settings_hold_while_adapters_are_in_and_are_reported():
     model["second"].qkv_bias_separate = True  # as somebody wanted it
     report = fe.inject(model, CONFIG)
     assert settings(model) == [True, True]
-    assert report.summary["mended"] == {"first": {"qkv_bias_separate": True}}
+    assert report.summary["bypass_fixes"] == {"first": {"qkv_bias_separate": True}}
     assert "set on first: qkv_bias_separate = True, or qkv would never be called" in str(report)
     fe.eject(model)
     assert settings(model) == [False, True]

@@ -53,10 +53,10 @@ def test_a_layer_runs_what_its_composer_says():
     x = torch.randn(5, WIDTH).double()
     dy = torch.randn(5, WIDTH).double()
     parameters = [layer.lora_A, layer.lora_B, layer.lora_magnitudes]
-    found = torch.autograd.grad(layer(x), parameters, dy)
+    gradients = torch.autograd.grad(layer(x), parameters, dy)
     y = F.linear(x, layer.weight + delta(layer), layer.bias)
     torch.testing.assert_close(layer(x), y, rtol=1e-12, atol=1e-12)
-    for ours, expected in zip(found, torch.autograd.grad(y, parameters, dy), strict=True):
+    for ours, expected in zip(gradients, torch.autograd.grad(y, parameters, dy), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -87,11 +87,11 @@ def test_the_penalty_is_that_of_what_runs():
     for key, part in (("qkv.k", "k"), ("qkv.v", "v")):
         product = getattr(model.qkv, f"lora_B_{part}") @ getattr(model.qkv, f"lora_A_{part}")
         expected = expected + 1.5 * (ewc.fishers[key] * product.square()).sum()
-    found = ewc.penalty()
-    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0.0)
+    penalty = ewc.penalty()
+    torch.testing.assert_close(penalty.double(), expected, rtol=1e-6, atol=0.0)
     wanted = [model.fc.lora_A, model.fc.lora_B, model.fc.lora_magnitudes]
     for ours, theirs in zip(
-        torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted), strict=True
+        torch.autograd.grad(penalty, wanted), torch.autograd.grad(expected, wanted), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 

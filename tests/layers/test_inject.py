@@ -1,4 +1,4 @@
-"""Which layers are adapted, what the model is afterwards, and what is refused."""
+"""The layers that injection adapts, the model afterwards, and refused configurations."""
 
 from __future__ import annotations
 
@@ -128,8 +128,10 @@ def test_rank_and_alpha_patterns_decide_per_layer():
             alpha_pattern={"fc2": 1},
         ),
     )
-    found = {name: (layer.r, layer.adapter_slices[0].scaling) for name, layer in fe.adapters(model).items()}
-    assert found == {
+    ranks_and_scales = {
+        name: (layer.r, layer.adapter_slices[0].scaling) for name, layer in fe.adapters(model).items()
+    }
+    assert ranks_and_scales == {
         "blocks.0.fc1": (2, 4.0),
         "blocks.0.fc2": (4, 0.25),
         "blocks.1.fc1": (4, 2.0),

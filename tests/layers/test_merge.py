@@ -1,4 +1,4 @@
-"""Adapters out of a model and back: disabled, merge, unmerge, eject."""
+"""Disabling, merging, unmerging and ejecting adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers over task boundaries: moments of adapters are forgotten, those of everything else stay."""
+"""Optimizers over task boundaries: the state of adapters is dropped, all other state is kept."""
 
 from __future__ import annotations
 
@@ -66,15 +66,15 @@ def test_the_next_task_has_fresh_adapter_moments_and_kept_head_moments(name):
     model = adapted()
     twin = copy.deepcopy(model)
     ewc, twin_ewc = controller(model), controller(twin)
-    one = kind([{"params": lora_parameters(model)}, {"params": heads(model)}], **options)
+    optimizer = kind([{"params": lora_parameters(model)}, {"params": heads(model)}], **options)
     kept, made_anew = kind(heads(twin), **options), kind(lora_parameters(twin), **options)
-    steps(model, ewc, [one], 1)
+    steps(model, ewc, [optimizer], 1)
     steps(twin, twin_ewc, [made_anew, kept], 1)
     for both in ((model, ewc), (twin, twin_ewc)):
         task_end(*both)
-    assert fe.reset_optimizer_state_(one, model) == len(lora_parameters(model))
+    assert fe.reset_optimizer_state_(optimizer, model) == len(lora_parameters(model))
     made_anew = kind(lora_parameters(twin), **options)
-    steps(model, ewc, [one], 2)
+    steps(model, ewc, [optimizer], 2)
     steps(twin, twin_ewc, [made_anew, kept], 2)
     assert_same(snapshot(model), snapshot(twin))
 

@@ -58,8 +58,8 @@ def pytorch(tmp_path: Path) -> Path:
 
 
 def shown(mode: str, site: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    given = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(site), "FUSED_EWCLORA_BUILD": mode, **environment}
-    return python("-c", SHOW, cwd=ROOT, check=check, **given)
+    variables = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(site), "FUSED_EWCLORA_BUILD": mode, **environment}
+    return python("-c", SHOW, cwd=ROOT, check=check, **variables)
 
 
 def modules(result: subprocess.CompletedProcess[str]) -> list[str]:
@@ -71,9 +71,9 @@ def test_with_a_toolkit_and_a_cuda_build_of_pytorch_both_extensions_are_built(mo
     home = toolkit(tmp_path)
     result = shown(mode, pytorch, CUDA_HOME=str(home))
     assert modules(result) == ["fused_ewclora._C", "fused_ewclora._C_cuda"]
-    given = result.stdout.split("module fused_ewclora._C_cuda")[1].splitlines()[0].split()
+    sources = result.stdout.split("module fused_ewclora._C_cuda")[1].splitlines()[0].split()
     expected = [*(ROOT / "csrc/cuda").glob("*.cu"), *(ROOT / "csrc/cuda/bindings").glob("*.cpp")]
-    assert sorted(given) == sorted(str(path.relative_to(ROOT)) for path in expected)
+    assert sorted(sources) == sorted(str(path.relative_to(ROOT)) for path in expected)
     assert "architectures 8.0;8.6;8.9;9.0;10.0+PTX" in result.stdout
     assert "'-O3', '-lineinfo'" in result.stdout
 
@@ -102,14 +102,14 @@ def test_a_script_called_nvcc_leads_to_the_toolkit_that_it_calls(pytorch, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"CUDA_HOME": "/nonexistent"}, "no CUDA toolkit: /nonexistent/bin/nvcc was not found"),
         ({"cuda": None}, "PyTorch 2.11.0 is not a CUDA build"),
         ({"release": "12.4"}, "cuda-12.4 is of CUDA 12, PyTorch 2.11.0 of CUDA 13.0"),
     ],
 )
-def test_what_is_missing_for_cuda_is_named(change: dict[str, str | None], said: str, pytorch, tmp_path):
+def test_what_is_missing_for_cuda_is_named(change: dict[str, str | None], message: str, pytorch, tmp_path):
     if "cuda" in change:
         init = pytorch / "torch" / "__init__.py"
         init.write_text(init.read_text().replace("'13.0'", "None"))
@@ -117,6 +117,6 @@ def test_what_is_missing_for_cuda_is_named(change: dict[str, str | None], said: 
     environment = {"CUDA_HOME": change.get("CUDA_HOME") or str(home)}
     result = shown("cuda", pytorch, check=False, **environment)
     assert result.returncode == 1 and "FUSED_EWCLORA_BUILD=cuda: the CUDA extension" in result.stderr
-    assert said in result.stderr
+    assert message in result.stderr
     result = shown("auto", pytorch, **environment)
-    assert said in result.stdout and modules(result) == ["fused_ewclora._C"]
+    assert message in result.stdout and modules(result) == ["fused_ewclora._C"]

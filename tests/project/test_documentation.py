@@ -64,11 +64,11 @@ MEMBERS = dict(item for module in MODULES for item in members(module))
 def static_docstrings(path: Path) -> dict[str, str | None]:
     """Of a module whose library may be missing."""
     tree = ast.parse(path.read_text())
-    found: dict[str, str | None] = {path.stem: ast.get_docstring(tree)}
+    docstrings: dict[str, str | None] = {path.stem: ast.get_docstring(tree)}
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-            found[f"{path.stem}.{node.name}"] = ast.get_docstring(node)
-    return found
+            docstrings[f"{path.stem}.{node.name}"] = ast.get_docstring(node)
+    return docstrings
 
 
 STATIC = {key: text for path in INTEGRATIONS for key, text in static_docstrings(path).items()}
@@ -127,10 +127,10 @@ def check_example(source: str, module: ModuleType, defined: set[str]) -> None:
         if target is None or not callable(target):
             continue
         signature = inspect.signature(target)
-        given = {keyword.arg for keyword in call.keywords if keyword.arg is not None}
+        keywords = {keyword.arg for keyword in call.keywords if keyword.arg is not None}
         options = signature.parameters
         if not any(p.kind is p.VAR_KEYWORD for p in options.values()):
-            assert given <= options.keys(), f"{name} has no {given - options.keys()}"
+            assert keywords <= options.keys(), f"{name} has no {keywords - options.keys()}"
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             defined.add(node.id)

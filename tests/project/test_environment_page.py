@@ -40,8 +40,10 @@ def read_by(source: str) -> set[str]:
             of_table = node.func.attr in READS and is_environment(node.func.value)
             if of_table or node.func.attr == "getenv":
                 keys.append(node.args[0])
-    found = {key.value for key in keys if isinstance(key, ast.Constant)}
-    return found | {constants[key.id] for key in keys if isinstance(key, ast.Name) and key.id in constants}
+    variables = {key.value for key in keys if isinstance(key, ast.Constant)}
+    return variables | {
+        constants[key.id] for key in keys if isinstance(key, ast.Name) and key.id in constants
+    }
 
 
 def read_by_cpp(source: str) -> set[str]:
@@ -58,9 +60,9 @@ def read_by_make() -> set[str]:
 
 def variables() -> set[str]:
     files = [ROOT / "setup.py", *(p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py")))]
-    found = set().union(*(read_by(path.read_text()) for path in files if path != Path(__file__)))
+    in_python = set().union(*(read_by(path.read_text()) for path in files if path != Path(__file__)))
     sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".inl", ".cu", ".cuh")]
-    return found.union(*(read_by_cpp(path.read_text()) for path in sources), read_by_make())
+    return in_python.union(*(read_by_cpp(path.read_text()) for path in sources), read_by_make())
 
 
 def named(page: str) -> set[str]:

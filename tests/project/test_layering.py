@@ -134,12 +134,12 @@ def edges() -> Iterator[tuple[str, str]]:
 
 
 def test_imports_follow_the_arrows():
-    found = [
+    violations = [
         f"{module} imports {target}: {reason}"
         for module, target in edges()
         if (reason := violation(module, target)) is not None
     ]
-    assert not found, "\n".join(found)
+    assert not violations, "\n".join(violations)
 
 
 def test_every_room_has_a_level():

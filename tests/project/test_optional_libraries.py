@@ -1,4 +1,4 @@
-"""What is said when a model library is missing, or in a version that was never tried."""
+"""The errors when a model library is missing or has an unsupported version."""
 
 from __future__ import annotations
 

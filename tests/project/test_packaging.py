@@ -99,22 +99,22 @@ def installed(pure_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_pure_wheel_holds_the_package_the_kernels_and_nothing_else(pure_wheel: Path):
-    found = names(pure_wheel)
+    files = names(pure_wheel)
     assert pure_wheel.name.endswith("-py3-none-any.whl")
-    assert {"fused_ewclora/py.typed", "fused_ewclora/kernels/py.typed"} <= set(found)
-    assert "fused_ewclora/backends/measured_choice.json" in found
-    assert not [name for name in found if name.endswith((".so", ".cpp", ".h", ".inl", ".cu", ".cuh"))]
-    assert {name.split("/")[0].partition("-")[0] for name in found} == {"fused_ewclora"}
+    assert {"fused_ewclora/py.typed", "fused_ewclora/kernels/py.typed"} <= set(files)
+    assert "fused_ewclora/backends/measured_choice.json" in files
+    assert not [name for name in files if name.endswith((".so", ".cpp", ".h", ".inl", ".cu", ".cuh"))]
+    assert {name.split("/")[0].partition("-")[0] for name in files} == {"fused_ewclora"}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fused_ewclora").rglob("*.py")}
-    assert modules <= set(found)
+    assert modules <= set(files)
     linked = [path for name in LINKED for path in (ROOT / name).rglob("*.py")]
     tools = {f"fused_ewclora/{path.relative_to(ROOT)}" for path in linked}
-    assert {*tools, "fused_ewclora/benchmarks/record_schema.json"} <= set(found)
+    assert {*tools, "fused_ewclora/benchmarks/record_schema.json"} <= set(files)
     data = {f"fused_ewclora/{path.relative_to(ROOT)}" for path in CONTINUAL.rglob("*.json")}
     assert {"record_schema.json", "language.json", "vision.json"} <= {Path(name).name for name in data}
-    assert data <= set(found)
-    assert not [name for name in found if name.endswith(".jsonl")]
-    assert not [name for name in found if name.endswith("kernels/__init__.py")]
+    assert data <= set(files)
+    assert not [name for name in files if name.endswith(".jsonl")]
+    assert not [name for name in files if name.endswith("kernels/__init__.py")]
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +126,15 @@ def source_distribution(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_sdist_complete(source_distribution: Path):
     """A source distribution holds everything that a build needs; linked folders are where the links were."""
-    found = set(names(source_distribution))
+    packed = set(names(source_distribution))
     files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
     built = (".so", ".jsonl", ".pyc")  # records of measurements are in the repository alone
     wanted = {str(path.relative_to(ROOT)) for path in files if path.suffix not in built}
     wanted = {f"fused_ewclora/{name}" if name.startswith(LINKED) else name for name in wanted}
     wanted = {name for name in wanted if not name.startswith("tests/") and "/results/" not in name}
-    assert not wanted - found
-    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= found
-    assert not [name for name in found if name.startswith(("tests/", *LINKED))]
+    assert not wanted - packed
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= packed
+    assert not [name for name in packed if name.startswith(("tests/", *LINKED))]
 
 
 def test_sdist_runs(source_distribution: Path, tmp_path: Path):
@@ -197,18 +197,18 @@ def test_auto_without_a_compiler_says_so_and_builds_pure_python(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("mode", "said"),
+    ("mode", "message"),
     [
         ("cpu", "=cpu: the CPU extension cannot be built, no C++ compiler: '/nonexistent'"),
         ("cuda", "=cuda: the CPU extension cannot be built, no C++ compiler: '/nonexistent'"),
         ("abacus", ": expected one of auto, none, cpu, cuda, got 'abacus'"),
     ],
 )
-def test_a_mode_that_cannot_be_built_stops_with_the_reason(mode: str, said: str):
+def test_a_mode_that_cannot_be_built_stops_with_the_reason(mode: str, message: str):
     environment = {"CXX": "/nonexistent", "FUSED_EWCLORA_BUILD": mode}
     result = python("setup.py", "--version", cwd=ROOT, check=False, **environment)
     assert result.returncode == 1
-    assert f"FUSED_EWCLORA_BUILD{said}" in result.stderr
+    assert f"FUSED_EWCLORA_BUILD{message}" in result.stderr
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler and Python's headers")

@@ -21,9 +21,9 @@ def off_afterwards() -> Iterator[None]:
 
 
 def names(run) -> list[str]:
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
         run()
-    return [event.name for event in found.events() if event.name.startswith("fused_ewclora.")]
+    return [event.name for event in profiled.events() if event.name.startswith("fused_ewclora.")]
 
 
 def every_op(backend: str) -> None:
@@ -39,8 +39,8 @@ def every_op(backend: str) -> None:
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b in ("cpu", "reference")])
 def test_ranges_name_op_shapes_backend_and_algorithm(backend):
     with fe.profiling.enable():
-        found = names(lambda: every_op(backend))
-    starts = [name.partition(")")[0] + ")" for name in found]
+        ranges = names(lambda: every_op(backend))
+    starts = [name.partition(")")[0] + ")" for name in ranges]
     assert starts == [
         "fused_ewclora.lora_linear(x [2, 3, 8], W [6, 8], rank 2, float32)",
         "fused_ewclora.lora_linear_backward(dy [2, 3, 6], W [6, 8], rank 2, float32)",
@@ -49,7 +49,7 @@ def test_ranges_name_op_shapes_backend_and_algorithm(backend):
         "fused_ewclora.merge_(weights 1, first [6, 8], float32, rank 2)",
         "fused_ewclora.soft_threshold_(vectors 2, first [4], float32)",
     ]
-    for name in found:
+    for name in ranges:
         op = name.split(".")[1].split("(")[0]
         chosen = dispatch.choose(op, backend, dispatch.Call("cpu", torch.float32))
         assert name.endswith(f" {backend}: {chosen.algorithm}")
@@ -98,8 +98,8 @@ def test_compiled_models_have_ranges_too():
     run = torch.compile(lambda x: FE.lora_linear(x, w, None, a, b) * 2, backend="aot_eager", fullgraph=True)
     run(torch.randn(3, 8))
     with fe.profiling.enable():
-        found = names(lambda: run(torch.randn(3, 8)))
-    assert len(found) == 1 and found[0].startswith("fused_ewclora.lora_linear(x [3, 8]")
+        ranges = names(lambda: run(torch.randn(3, 8)))
+    assert len(ranges) == 1 and ranges[0].startswith("fused_ewclora.lora_linear(x [3, 8]")
 
 
 def test_nvtx_is_refused_where_there_is_none(monkeypatch):
@@ -113,10 +113,10 @@ def test_nvtx_is_refused_where_there_is_none(monkeypatch):
 
 
 def test_nvtx_ranges_open_and_close_in_order(monkeypatch):
-    told: list[str] = []
+    pushed: list[str] = []
     monkeypatch.setattr(torch.cuda.nvtx, "mark", lambda name: None)
-    monkeypatch.setattr(torch.cuda.nvtx, "range_push", told.append)
-    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: told.append("end"))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", pushed.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: pushed.append("end"))
     with fe.profiling.enable(nvtx=True):
         every_op("reference")
-    assert told[1::2] == ["end"] * 6 and all(name.startswith("fused_ewclora.") for name in told[::2])
+    assert pushed[1::2] == ["end"] * 6 and all(name.startswith("fused_ewclora.") for name in pushed[::2])

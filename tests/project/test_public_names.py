@@ -1,0 +1,261 @@
+"""Module paths and public names of earlier versions stay importable, and their pickles loadable."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import adapted, data
+
+import fused_ewclora as fe
+from fused_ewclora import _moved
+from fused_ewclora.ewc.controller import EWC
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Every module path, and the names that users of the module import from it.
+NAMES = {
+    "fused_ewclora": """
+        AdaptedLinear ArgumentError BackendError CheckpointError DtypeError EWC EWCLoRAError FisherError
+        IntegrationError LayoutError LoRAConfig LoRALinear NotExactlyRepresentable QKVLayout Report
+        TargetError adapters available_backends check_bypass convert_lambda disabled eject explain
+        export_peft import_peft inject integrations load_pretrained merge register_call register_layout
+        reset_optimizer_state_ save_pretrained unmerge use_backend verify_forward
+    """,
+    "fused_ewclora.adapted": "AdaptedLinear Composer Location",
+    "fused_ewclora.backends": "",
+    "fused_ewclora.backends.candidate": "",
+    "fused_ewclora.backends.cuda": "",
+    "fused_ewclora.backends.measured_choice": "",
+    "fused_ewclora.backends.native": "",
+    "fused_ewclora.backends.reference": "",
+    "fused_ewclora.backends.triton": "",
+    "fused_ewclora.backends.triton.aot": """
+        Resources Specialisation build count cuobjdump parse_amdgcn parse_usage specialise target
+    """,
+    "fused_ewclora.backends.triton.autotune": """
+        Config Run Timer Trial Tuned keys measure neighbours preferred runs search time_on_gpu tune
+    """,
+    "fused_ewclora.backends.triton.ewc_penalty": "",
+    "fused_ewclora.backends.triton.fisher_accumulate": "",
+    "fused_ewclora.backends.triton.launch": "",
+    "fused_ewclora.backends.triton.lora_linear": "",
+    "fused_ewclora.backends.triton.lowrank": "",
+    "fused_ewclora.backends.triton.measured": "",
+    "fused_ewclora.backends.triton.merge": "",
+    "fused_ewclora.backends.triton.occupancy": "Limits Occupancy occupancy",
+    "fused_ewclora.backends.triton.regimes": "Rates impossible modelled padded slower",
+    "fused_ewclora.backends.triton.tables": "",
+    "fused_ewclora.backends.triton.workloads": "Make Sizes Workload noted workloads",
+    "fused_ewclora.check": "Measured render run",
+    "fused_ewclora.checkpoint": """
+        Updates changed_rows check_layers describe is_changed load_pretrained pack parsed_ewc row_updates
+        save_pretrained trained_tensors unpack
+    """,
+    "fused_ewclora.compile_report": """
+        Noted Survey collect described missing problems render show_progress survey unexercised
+    """,
+    "fused_ewclora.config": """
+        ALL_LINEAR LoRAConfig QKVLayout Rows Targets finite matches positive probability segment_names
+    """,
+    "fused_ewclora.demo": "",
+    "fused_ewclora.demo.cost": "",
+    "fused_ewclora.demo.data": "",
+    "fused_ewclora.demo.formats": "",
+    "fused_ewclora.demo.job": "",
+    "fused_ewclora.demo.plot": "",
+    "fused_ewclora.demo.protocol": "",
+    "fused_ewclora.demo.report": "",
+    "fused_ewclora.demo.scenario": "",
+    "fused_ewclora.demo.vit": "",
+    "fused_ewclora.distributed": "reduced",
+    "fused_ewclora.errors": """
+        ArgumentError BackendError CheckpointError DtypeError EWCLoRAError FisherError IntegrationError
+        LayoutError NotExactlyRepresentable TargetError
+    """,
+    "fused_ewclora.ewc": "EWC",
+    "fused_ewclora.explain": "bypassed check_bypass explain verify_forward",
+    "fused_ewclora.fisher": """
+        Batch Forward LabelPolicy LossFunction batch_size_of check_labels check_loss check_max_batches
+        default_forward default_logits default_loss evaluation_mode exact_terms gradients_untouched
+        leading_size limited negative_log_likelihood sample_labels to_device unwrapped
+    """,
+    "fused_ewclora.functional": """
+        Adapter ewc_penalty ewc_penalty_grad_ fisher_accumulate_ lora_linear lora_linear_adapters
+        lora_linear_slices merge_ soft_threshold_
+    """,
+    "fused_ewclora.info": "collect render",
+    "fused_ewclora.inject": "adapters check_mergeable disabled eject inject merge unmerge",
+    "fused_ewclora.integrations": "",
+    "fused_ewclora.integrations.avalanche": "EWCLoRAPlugin TRANSFORMS",
+    "fused_ewclora.integrations.peft": "accelerate_ attach_ewc restore_",
+    "fused_ewclora.integrations.timm": "Unpack layout_of targets",
+    "fused_ewclora.integrations.transformers": "EWCCallback LoRAConv1D LoRAFalconLinear next_tokens targets",
+    "fused_ewclora.interchange": "Planned export_peft import_peft",
+    "fused_ewclora.layers": "AdapterSlice LoRALinear fingerprint fisher_key",
+    "fused_ewclora.matching": """
+        HeadRule LayoutRule Match Plan ancestors is_linear known_layout load_libraries plan
+        register_adapted_class register_heads register_layout register_library shorten
+    """,
+    "fused_ewclora.methods": "CoDyRA EWCLoRA InfLoRA LoRA Method SDLoRA",
+    "fused_ewclora.methods.codyra": "CoDyRA GATE_INITS SCHEDULES STAIRS THRESHOLDS dead_zone_",
+    "fused_ewclora.methods.ewc_lora": "EWCLoRA",
+    "fused_ewclora.methods.inflora": "InfLoRA",
+    "fused_ewclora.methods.lora": "LoRA",
+    "fused_ewclora.methods.method": "Loader Loss Method",
+    "fused_ewclora.methods.sd_lora": "Ranks SDLoRA",
+    "fused_ewclora.metrics": "AVERAGES ContinualMetrics PROTOCOLS",
+    "fused_ewclora.ops": "",
+    "fused_ewclora.ops.capture": "",
+    "fused_ewclora.ops.ewc_penalty": "",
+    "fused_ewclora.ops.lora_linear": "",
+    "fused_ewclora.optimizers": "reset_optimizer_state_",
+    "fused_ewclora.profiling": "disable enable",
+    "fused_ewclora.reference": "",
+    "fused_ewclora.reference.ewc_penalty": "",
+    "fused_ewclora.reference.fisher_accumulate": "",
+    "fused_ewclora.reference.lora_linear": "",
+    "fused_ewclora.reference.merge": "",
+    "fused_ewclora.reference.philox": "",
+    "fused_ewclora.report": "Report",
+    "fused_ewclora.slices": "AdapterSlice fingerprint fisher_key plan_slices",
+    "fused_ewclora.tuning": "missing render run",
+}
+
+# The paths under which classes and functions are found in pickled models and controllers.
+PICKLED = {
+    "fused_ewclora.layers": ("LoRALinear",),
+    "fused_ewclora.slices": ("AdapterSlice",),
+    "fused_ewclora.ewc": ("EWC",),
+}
+
+# Modules that import an optional library; their names are read from their sources.
+OPTIONAL = {
+    "fused_ewclora.integrations.avalanche",
+    "fused_ewclora.integrations.peft",
+    "fused_ewclora.integrations.transformers",
+}
+
+
+def top_level(path: Path) -> set[str]:
+    """The names that a module defines or imports at its top level."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+def fresh(code: str) -> None:
+    """Run `code` in a new interpreter, where a warning about a module of the package is an error."""
+    options = ["-W", "error::DeprecationWarning", "-W", "error::ImportWarning"]
+    done = subprocess.run([sys.executable, *options, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{code}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("path", NAMES)
+def test_names_are_importable(path: str):
+    names = set(NAMES[path].split())
+    if path in OPTIONAL:
+        source = ROOT / Path(*path.split(".")).with_suffix(".py")
+        assert names <= top_level(source), names - top_level(source)
+        return
+    if path.startswith("fused_ewclora.backends.triton"):
+        pytest.importorskip("triton")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module = importlib.import_module(path)
+    missing = {name for name in names if not hasattr(module, name)}
+    assert not missing
+
+
+def test_the_public_names_of_the_package_are_in_all():
+    assert set(NAMES["fused_ewclora"].split()) <= set(fe.__all__)
+
+
+@pytest.mark.parametrize("old", sorted(_moved.MOVED))
+def test_an_old_path_is_the_module_of_the_new_path(old: str):
+    if "triton" in _moved.MOVED[old]:
+        pytest.importorskip("triton")
+    module = importlib.import_module(f"fused_ewclora.{old}")
+    assert module is importlib.import_module(f"fused_ewclora.{_moved.MOVED[old]}")
+
+
+FUNCTIONS = "assert type(fe.inject) is type(fe.explain) is type(lambda: 0)"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("import fused_ewclora.inject", "import fused_ewclora.explain", "import fused_ewclora as fe"),
+        ("from fused_ewclora import explain, inject", "assert callable(inject) and callable(explain)"),
+        ("from fused_ewclora.inject import adapters", "from fused_ewclora.explain import check_bypass"),
+        ("import fused_ewclora.layers.inject", "import fused_ewclora.diagnostics.explain"),
+        ("import fused_ewclora as fe", FUNCTIONS, "import fused_ewclora.inject, fused_ewclora.explain"),
+        ("import fused_ewclora.checkpoint, fused_ewclora.info, fused_ewclora.fisher, fused_ewclora.check",),
+        (
+            "import importlib, fused_ewclora",
+            "importlib.import_module('fused_ewclora.inject').adapters",
+            "importlib.import_module('fused_ewclora.explain').bypassed",
+        ),
+    ],
+    ids=lambda lines: lines[0],
+)
+def test_inject_and_explain_are_functions_whatever_is_imported(lines: tuple[str, ...]):
+    fresh("\n".join((*lines, "import fused_ewclora as fe", FUNCTIONS)))
+
+
+def test_modules_named_like_functions_are_found_by_their_paths():
+    fresh(
+        "import sys, fused_ewclora.inject, fused_ewclora.explain\n"
+        "from fused_ewclora.layers import inject\n"
+        "from fused_ewclora.diagnostics import explain\n"
+        "assert sys.modules['fused_ewclora.inject'] is inject\n"
+        "assert sys.modules['fused_ewclora.explain'] is explain\n"
+    )
+
+
+def test_old_paths_of_a_fresh_program_warn_about_nothing():
+    moved = [old for old in _moved.MOVED if not old.startswith("backends")]
+    fresh(
+        "\n".join(f"import fused_ewclora.{old}" for old in sorted(moved) if "tools" not in _moved.MOVED[old])
+    )
+
+
+def test_pickles_of_old_class_paths_load(monkeypatch: pytest.MonkeyPatch):
+    """Pickles name classes by module, and those of earlier versions name the old modules."""
+    model = adapted()
+    ewc = EWC(model, merge_mode="factors", fisher_dtype=torch.float64)
+    ewc.end_task([data(4)], F.cross_entropy)
+    ewc.estimate_fisher([data(4, seed=1)], F.cross_entropy)
+    with monkeypatch.context() as old:
+        for path, names in PICKLED.items():
+            for name in names:
+                old.setattr(getattr(importlib.import_module(path), name), "__module__", path)
+        content = pickle.dumps((model, ewc))
+    for path, names in PICKLED.items():
+        for name in (path, *names):
+            assert name.encode() in content
+    for path in ("layers.linear", "layers.slices", "ewc.controller"):
+        assert f"fused_ewclora.{path}".encode() not in content
+    loaded, controller = pickle.loads(content)
+    assert type(loaded.fc) is fe.LoRALinear and type(controller) is fe.EWC
+    x = data(4)[0]
+    assert torch.equal(loaded(x), model(x))
+    for key, fisher in ewc.fishers.items():
+        assert torch.equal(controller.fishers[key], fisher)
+    for controlled in (ewc, controller):
+        controlled.consolidate()
+    assert controller.history == ewc.history and controller.tasks == 2
