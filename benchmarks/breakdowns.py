@@ -12,7 +12,7 @@ from fused_ewclora import profiling
 from .case import Case, Run
 from .harness import Record
 
-TOLD = 12  # operations that a breakdown names; the others are summed up
+NAMED = 12  # operations that a breakdown names; the others are summed up
 
 
 def _operation(event: Any) -> str:
@@ -38,7 +38,7 @@ def breakdown(run: Run) -> dict[str, float]:
     for event in profile.events():
         spent[_operation(event)] += max(0.0, event.self_cpu_time_total)
     total = sum(spent.values()) or 1.0
-    shares = {name: round(value / total, 4) for name, value in spent.most_common(TOLD)}
+    shares = {name: round(value / total, 4) for name, value in spent.most_common(NAMED)}
     return {**shares, "other": round(max(0.0, 1.0 - sum(shares.values())), 4)}
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
+
+from .workload import Workload
 
 Run = Callable[[], Sequence[Tensor]]
 
@@ -64,3 +67,21 @@ class Case:
     product: str = "fp32"  # which measured product rate bounds the arithmetic
     precision: str | None = None  # torch.set_float32_matmul_precision while the case runs
     floor_bytes: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        workload: Workload,
+        *,
+        providers: Sequence[Provider],
+        truth: Callable[[], Sequence[Tensor]],
+        tolerance: float,
+        **others: Any,
+    ) -> Case:
+        """The case of a workload, which decides operation, shape, dtype, FLOPs and bytes; `others` are the
+        remaining fields."""
+        work = workload.work
+        return cls(
+            workload.op, workload.shape, workload.dtype, work.flops, work.bytes, providers, truth, tolerance,
+            **others,
+        )  # fmt: skip

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from fused_ewclora.demo.memory import peak_bytes
+
 from .energy import Meter, Unmeasurable
 
 MIN_ROUNDS, MAX_ROUNDS = 7, 60
@@ -55,10 +57,10 @@ class WallClock:
         samples: list[list[float]] = [[] for _ in prepared]
         begin = time.perf_counter()
         while prepared and self._more(len(samples[0]), time.perf_counter() - begin, seconds * len(prepared)):
-            for one, times in zip(prepared, samples, strict=True):
+            for computation, times in zip(prepared, samples, strict=True):
                 start = time.perf_counter()
-                one.once()
-                times.append((time.perf_counter() - start) / one.share)
+                computation.once()
+                times.append((time.perf_counter() - start) / computation.share)
         return samples
 
     def _more(self, rounds: int, spent: float, budget: float) -> bool:
@@ -104,9 +106,9 @@ class CudaClock(WallClock):
         prepared = self._captured(runs) or Prepared(_in_turn(runs), len(runs), "events")
         prepared.host_seconds = host
         prepared.once()
-        one = self._elapsed([prepared])[0] * prepared.share
+        single = self._elapsed([prepared])[0] * prepared.share
         if prepared.timing == "graph":
-            prepared.repeats = max(1, math.ceil(self.sample_seconds / max(one, 1e-6)))
+            prepared.repeats = max(1, math.ceil(self.sample_seconds / max(single, 1e-6)))
         return prepared
 
     def _host_seconds(self, runs: Sequence[Callable[[], Any]], budget: float = 0.02) -> float:
@@ -146,17 +148,17 @@ class CudaClock(WallClock):
     def _elapsed(self, prepared: Sequence[Prepared]) -> list[float]:
         """One sample of each, queued behind device work, seconds per computation."""
         events = []
-        for one in prepared:
+        for computation in prepared:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             # Eager launches take their host time; the device must not run dry meanwhile.
-            eager = one.timing == "events" and one.host_seconds
-            cycles = self.spin_cycles + int(min(eager * one.share, 0.02) * 2e9 if eager else 0)
+            eager = computation.timing == "events" and computation.host_seconds
+            cycles = self.spin_cycles + int(min(eager * computation.share, 0.02) * 2e9 if eager else 0)
             torch.cuda._sleep(cycles)
             start.record()
-            for _ in range(one.repeats):
-                one.once()
+            for _ in range(computation.repeats):
+                computation.once()
             end.record()
-            events.append((start, end, one.repeats * one.share))
+            events.append((start, end, computation.repeats * computation.share))
         torch.cuda.synchronize()
         return [start.elapsed_time(end) / 1e3 / count for start, end, count in events]
 
@@ -170,12 +172,7 @@ class CudaClock(WallClock):
 
     def peak(self, run: Callable[[], Any]) -> tuple[Any, int | None]:
         run()  # workspaces of libraries and compiled kernels are not part of a call
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = run()
-        torch.cuda.synchronize()
-        return result, torch.cuda.max_memory_allocated() - before
+        return peak_bytes(run, "cuda")
 
     def energy(self, prepared: Prepared) -> float | None:
         if self.meter is None:

@@ -26,10 +26,10 @@ def _files(path: Path) -> list[Path]:
         raise Unusable(f"{path}: no such file or folder")
     if not path.is_dir():
         return [path]
-    found = sorted(path.glob("*.jsonl"))
-    if not found:
+    files = sorted(path.glob("*.jsonl"))
+    if not files:
         raise Unusable(f"{path}: the folder holds no .jsonl files")
-    return found
+    return files
 
 
 def _quantiles_are_sound(record: Record) -> bool:
@@ -44,7 +44,7 @@ def _of_file(path: Path) -> list[Record]:
         raise Unusable(
             f"{path}: cannot be read ({getattr(failure, 'strerror', None) or 'not text'})"
         ) from None
-    found = []
+    checked = []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -58,10 +58,10 @@ def _of_file(path: Path) -> list[Record]:
             )
         if not _quantiles_are_sound(record):
             raise Unusable(f"{path}: line {number} has times that are not 0 < p20 <= p50 <= p80")
-        found.append(record)
-    if not found:
+        checked.append(record)
+    if not checked:
         raise Unusable(f"{path}: holds no records")
-    return found
+    return checked
 
 
 def load(*paths: Path | str) -> list[Record]:
@@ -70,10 +70,10 @@ def load(*paths: Path | str) -> list[Record]:
     return [record for path in paths for file in _files(Path(path)) for record in _of_file(file)]
 
 
-def newest(found: Iterable[Record]) -> dict[str, CaseRecords]:
+def newest(measurements: Iterable[Record]) -> dict[str, CaseRecords]:
     """The newest record of every case and provider, by case and provider; of equal times the later line."""
     cases: dict[str, CaseRecords] = {}
-    for record in found:
+    for record in measurements:
         case = cases.setdefault(records.key(record), {})
         before = case.get(record["provider"])
         if before is None or record["time"] >= before["time"]:
@@ -144,17 +144,20 @@ def _value(name: str, value: Any) -> str:
 
 def labels(cases: Sequence[CaseRecords]) -> list[str]:
     """Names of cases of one op with no more fields than tell them apart, in the order of their shapes."""
-    told = [_fields(next(iter(case.values()))) for case in cases]
-    names = list(dict.fromkeys(name for fields in told for name in fields))
+    all_fields = [_fields(next(iter(case.values()))) for case in cases]
+    names = list(dict.fromkeys(name for fields in all_fields for name in fields))
     chosen: list[str] = []
 
     def distinct(fields: Sequence[str]) -> int:
-        return len({tuple(str(one.get(name)) for name in fields) for one in told})
+        return len({tuple(str(case_fields.get(name)) for name in fields) for case_fields in all_fields})
 
     for name in names:
         if not chosen or distinct([*chosen, name]) > distinct(chosen):
             chosen.append(name)
-    return [", ".join(_value(name, one[name]) for name in chosen if name in one) for one in told]
+    return [
+        ", ".join(_value(name, case_fields[name]) for name in chosen if name in case_fields)
+        for case_fields in all_fields
+    ]
 
 
 def by_op(cases: Iterable[CaseRecords]) -> dict[str, list[CaseRecords]]:
@@ -170,10 +173,10 @@ def is_sweep(record: Record) -> bool:
     return SWEEP in record["shape"]
 
 
-def by_machine(found: Iterable[Record]) -> dict[str, list[Record]]:
+def by_machine(measurements: Iterable[Record]) -> dict[str, list[Record]]:
     """Records grouped by what can be compared: the device, and on a CPU the number of threads."""
     machines: dict[str, list[Record]] = {}
-    for record in found:
+    for record in measurements:
         environment = record["environment"]
         threads = environment.get("threads")
         name = environment["device"]
@@ -183,9 +186,9 @@ def by_machine(found: Iterable[Record]) -> dict[str, list[Record]]:
     return machines
 
 
-def told(found: Iterable[Record], name: str) -> str:
+def all_values(measurements: Iterable[Record], name: str) -> str:
     """All values of a field of the environments, in order of appearance; "" without any."""
-    values = (record["environment"].get(name) for record in found)
+    values = (record["environment"].get(name) for record in measurements)
     return ", ".join(dict.fromkeys(str(value) for value in values if value is not None))
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import machine
+from fused_ewclora.demo.environment import installed_version
+
 from .case import Run
 
 DISTRIBUTIONS = {  # by the name of the module
@@ -87,8 +88,8 @@ def load(name: str) -> Any:
 
 def versions() -> dict[str, str]:
     """The installed peers, for the environment of records."""
-    found = {name: machine.version(name) for name in DISTRIBUTIONS.values() if name != "matplotlib"}
-    return {name: version for name, version in found.items() if version is not None}
+    installed = {name: installed_version(name) for name in DISTRIBUTIONS.values() if name != "matplotlib"}
+    return {name: version for name, version in installed.items() if version is not None}
 
 
 def compiled(method: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:

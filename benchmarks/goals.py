@@ -113,9 +113,9 @@ def goals(sizes: Sizes = RELEASE) -> list[Goal]:
 
 
 def matches(record: Record, where: Mapping[str, object]) -> bool:
-    told = {"op": record["op"], "dtype": record["dtype"], **record["shape"]}
+    fields = {"op": record["op"], "dtype": record["dtype"], **record["shape"]}
     return all(
-        told.get(name) in value if isinstance(value, tuple) else told.get(name) == value
+        fields.get(name) in value if isinstance(value, tuple) else fields.get(name) == value
         for name, value in where.items()
     )
 
@@ -123,7 +123,7 @@ def matches(record: Record, where: Mapping[str, object]) -> bool:
 def row(goal: Goal, cases: Sequence[Mapping[str, Record]]) -> Record:
     """The verdict over the cases of the goal's suite (records by provider); "measured" is False where a case
     or a figure is missing."""
-    found = [case for case in cases if matches(next(iter(case.values())), goal.where)]
-    result = verdict(goal.target, found, goal.ours)
+    matching = [case for case in cases if matches(next(iter(case.values())), goal.where)]
+    result = verdict(goal.target, matching, goal.ours)
     known = result["ratio"] == result["ratio"]  # not NaN
-    return {**result, "measured": known and len(found) == goal.cases}
+    return {**result, "measured": known and len(matching) == goal.cases}

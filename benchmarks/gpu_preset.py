@@ -27,20 +27,20 @@ def gpu(sizes: Sizes = RELEASE) -> Iterator[Workload]:
 def rehearsal() -> Iterator[Workload]:
     """Tiny cases, each of which shows something that those before it do not."""
     shown: set[tuple[object, ...]] = set()
-    for one in gpu(REHEARSAL):
-        new = set(_traits(one)) - shown
+    for workload in gpu(REHEARSAL):
+        new = set(_traits(workload)) - shown
         shown |= new
         if new:
-            yield one
+            yield workload
 
 
-def _traits(one: Workload) -> Iterator[tuple[object, ...]]:
-    yield "dtype", one.op, one.dtype
-    yield "part", one.op, one.part if one.part in (LATER, OP) else MAIN  # the others run alike
+def _traits(workload: Workload) -> Iterator[tuple[object, ...]]:
+    yield "dtype", workload.op, workload.dtype
+    yield "part", workload.op, workload.part if workload.part in (LATER, OP) else MAIN  # the others run alike
     for name in ("pass", "mode", "precision", "optimizer"):
-        yield name, one.shape.get(name)
+        yield name, workload.shape.get(name)
     for name in ("adapters", "length"):
-        yield name, one.op, one.shape.get(name)
+        yield name, workload.op, workload.shape.get(name)
 
 
 def _linears(sizes: Sizes) -> Iterator[Workload]:

@@ -63,23 +63,23 @@ def plan(preset: str) -> list[Workload]:
     """All points of all curves of a preset; a GPU has none."""
     if preset not in _POINTS:
         return []
-    return [one for op in OPS for one in _curves(op, preset)]
+    return [workload for op in OPS for workload in _curves(op, preset)]
 
 
-def expanded(one: Workload) -> Workload:
+def expanded(workload: Workload) -> Workload:
     """The workload of a point in the terms of its op."""
-    width, dtype = one.size("width"), one.dtype.removeprefix("fisher ")
+    width, dtype = workload.size("width"), workload.dtype.removeprefix("fisher ")
     sizes = (width, width)
-    if one.op == "lora_linear":
-        return workloads.linear("growth", one.size("tokens"), sizes, one.size("rank"), dtype)
-    if one.op == "ewc_penalty":
-        return workloads.penalty("growth", sizes, one.size("adapters"), one.size("rank"), dtype)
-    return workloads.fisher("growth", one.size("samples"), one.size("tokens"), sizes, dtype=dtype)
+    if workload.op == "lora_linear":
+        return workloads.linear("growth", workload.size("tokens"), sizes, workload.size("rank"), dtype)
+    if workload.op == "ewc_penalty":
+        return workloads.penalty("growth", sizes, workload.size("adapters"), workload.size("rank"), dtype)
+    return workloads.fisher("growth", workload.size("samples"), workload.size("tokens"), sizes, dtype=dtype)
 
 
-def build(one: Workload, place: Place) -> Case:
+def build(workload: Workload, place: Place) -> Case:
     """A point: the case of its op with the main peer alone, and without targets."""
-    case = _BUILD[one.op](expanded(one), place)
-    peer = MAIN_PEER[one.op]
+    case = _BUILD[workload.op](expanded(workload), place)
+    peer = MAIN_PEER[workload.op]
     providers = [p for p in case.providers if p.role != "peer" or p.name == peer]
-    return dataclasses.replace(case, shape=one.shape, providers=providers, targets=())
+    return dataclasses.replace(case, shape=workload.shape, providers=providers, targets=())

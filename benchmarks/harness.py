@@ -157,9 +157,9 @@ def measure(case: Case, seconds: float, ceilings: Ceilings, clock: WallClock | N
             return records
         for provider in case.providers:
             try:
-                one = _sound(case, provider, truth, clock)
+                outcome = _sound(case, provider, truth, clock)
                 clock.check()
-                sound.append((provider, *one))
+                sound.append((provider, *outcome))
             except Exception as failure:
                 failed(provider, failure)
                 still_alive()

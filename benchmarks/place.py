@@ -24,12 +24,12 @@ MOST_COPIES = 64
 
 class Entry(NamedTuple):
     """One of our backends as a provider. `backend` is the argument of calls, None what users leave to the
-    library; `told` is the backend that records name."""
+    library; `recorded` is the backend that records name."""
 
     name: str
     role: str
     backend: str | None
-    told: str
+    recorded: str
 
     def using(self) -> AbstractContextManager[object]:
         """Inside, calls that name no backend, those of modules and controllers, run on this one."""
@@ -60,12 +60,12 @@ class Place:
 
     def entries(self, part: str) -> list[Entry]:
         """Our providers. On a GPU "ours" is Triton; the CUDA backend stands beside it where it is built."""
-        found = fe.available_backends()
+        reasons = fe.available_backends()
         if not self.gpu:
-            return [Entry(OURS, "ours", None, "cpu" if found["cpu"] is None else "reference")]
+            return [Entry(OURS, "ours", None, "cpu" if reasons["cpu"] is None else "reference")]
         if part == LATER:
             return [Entry(AGAIN, "variant", "triton", "triton")]
-        cuda = [Entry(CUDA, "variant", "cuda", "cuda")] if found["cuda"] is None else []
+        cuda = [Entry(CUDA, "variant", "cuda", "cuda")] if reasons["cuda"] is None else []
         return [Entry(OURS, "ours", "triton", "triton"), *cuda]
 
     def copies(self, working_set: float) -> int:
@@ -83,5 +83,5 @@ class Place:
 
 def turns(make: Callable[[Any], Run], buffers: Sequence[Any]) -> dict[str, Any]:
     """`run` and `rotation` of a provider, over all sets of buffers."""
-    first, *others = [make(one) for one in buffers]
+    first, *others = [make(inputs) for inputs in buffers]
     return {"run": first, "rotation": tuple(others)}

@@ -69,10 +69,10 @@ def _curves(family: Sequence[Curve], title: str) -> Any:
     return curves.draw(title, family)
 
 
-def planned(found: Sequence[Record]) -> list[Picture]:
+def planned(records: Sequence[Record]) -> list[Picture]:
     """The pictures of records, not drawn yet; that needs no matplotlib."""
     made: list[Picture] = []
-    for machine, of_machine in collection.by_machine(found).items():
+    for machine, of_machine in collection.by_machine(records).items():
         where = slug(machine)
         whole = [record for record in of_machine if not collection.is_sweep(record)]
         cases = list(collection.newest(whole).values())
@@ -83,38 +83,38 @@ def planned(found: Sequence[Record]) -> list[Picture]:
             made += _numbered(f"speedup-{where}-{op}", f"Speed-up of ours: {op}", "speedup", op, bars)
         for family in pages.families(of_machine):
             first = family[0]
-            told = [machine, first.op, first.field, *first.fixed.values(), first.dtype]
-            name, title = slug(f"scaling-{'-'.join(map(str, told))}"), f"{first.op}: time over {first.title}"
+            parts = [machine, first.op, first.field, *first.fixed.values(), first.dtype]
+            name, title = slug(f"scaling-{'-'.join(map(str, parts))}"), f"{first.op}: time over {first.title}"
             made += _numbered(name, title, "scaling", first.op, [functools.partial(_curves, family)])
     return made
 
 
-def pictures(found: Sequence[Record]) -> dict[str, Any]:
+def pictures(records: Sequence[Record]) -> dict[str, Any]:
     """Figures of matplotlib by the name of their file; raises Unusable without matplotlib, or where there is
     nothing to draw."""
     if importlib.util.find_spec("matplotlib") is None:
         raise Unusable(MISSING)
-    made = {one.name: one.draw() for one in planned(found)}
+    made = {picture.name: picture.draw() for picture in planned(records)}
     if not made:
         raise Unusable("no case has a measurement of ours to draw")
     return made
 
 
-def plot(found: Sequence[Record], out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+def plot(records: Sequence[Record], out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
     """Writes all pictures to the folder; the paths."""
-    drawn = pictures(found)
+    drawn = pictures(records)
     from .plots import style
 
     return [path for name, figure in drawn.items() for path in style.save(figure, out, name, formats)]
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
     parser.add_argument("records", type=Path, nargs="+", metavar="RECORDS", help="files or folders")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=["png"])
-    args = parser.parse_args(given)
+    args = parser.parse_args(argv)
     try:
         written = plot(collection.load(*args.records), args.out, args.format)
     except Unusable as reason:

@@ -58,14 +58,14 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_text().splitlines()
-    found = []
+    complete = []
     for number, line in enumerate(lines):
         try:
-            found.append(json.loads(line))
+            complete.append(json.loads(line))
         except json.JSONDecodeError:
             if number + 1 < len(lines):
                 raise
-    return found
+    return complete
 
 
 def key(record: dict[str, Any]) -> str:

@@ -41,19 +41,19 @@ SLOW_PEERS = (COMPILED, COMPILED_COMPOSITION, PEFT)  # those of the part LATER: 
 SMALL_PEERS: dict[str, tuple[str, ...]] = {"lora_linear": (COMPOSITION,)}
 
 
-def peers(one: Workload) -> tuple[str, ...]:
+def peers(workload: Workload) -> tuple[str, ...]:
     """The peers of a case, or of a part of one."""
-    if one.part in (SMALL, OP):
-        return SMALL_PEERS.get(one.op, ())
-    found = BATCH_MODE_PEERS if one.shape.get("mode") == "batch" else PEERS[one.op]
-    if one.part in (MAIN, LATER):
-        return tuple(name for name in found if (name in SLOW_PEERS) == (one.part == LATER))
-    return found
+    if workload.part in (SMALL, OP):
+        return SMALL_PEERS.get(workload.op, ())
+    names = BATCH_MODE_PEERS if workload.shape.get("mode") == "batch" else PEERS[workload.op]
+    if workload.part in (MAIN, LATER):
+        return tuple(name for name in names if (name in SLOW_PEERS) == (workload.part == LATER))
+    return names
 
 
-def product_floor(one: Workload) -> str:
+def product_floor(workload: Workload) -> str:
     """Name of the floor that is a plain product of as many FLOPs."""
-    return "sgemm of equal FLOPs" if one.dtype.endswith("float32") else "product of equal FLOPs"
+    return "sgemm of equal FLOPs" if workload.dtype.endswith("float32") else "product of equal FLOPs"
 
 
 def quick() -> Iterator[Workload]:
@@ -137,4 +137,4 @@ def workloads(ops: tuple[str, ...], preset: str) -> list[Workload]:
     """Those of a preset that are about `ops`, in its order."""
     if preset not in _OF_PRESET:
         raise ValueError(f"preset: expected one of {', '.join(_OF_PRESET)}, got {preset!r}")
-    return [one for one in _OF_PRESET[preset]() if one.op in ops]
+    return [workload for workload in _OF_PRESET[preset]() if workload.op in ops]

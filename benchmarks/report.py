@@ -96,8 +96,8 @@ def _error(record: Record | None) -> str:
 
 
 def _providers(cases: Sequence[CaseRecords], roles: Sequence[str]) -> list[str]:
-    found = [record for case in cases for record in case.values()]
-    return list(dict.fromkeys(r["provider"] for role in roles for r in found if collection.role(r) == role))
+    records = [record for case in cases for record in case.values()]
+    return list(dict.fromkeys(r["provider"] for role in roles for r in records if collection.role(r) == role))
 
 
 def _seconds(record: Record | None, name: str) -> str:
@@ -186,14 +186,14 @@ def gpu_targets(folder: Path) -> list[str]:
 
 def failures(cases: Sequence[CaseRecords]) -> list[str]:
     """Providers without a measurement, with their reasons; those of several cases once."""
-    found: dict[tuple[str, str], list[str]] = {}
+    reasons: dict[tuple[str, str], list[str]] = {}
     for case, label in zip(cases, collection.labels(cases), strict=True):
         for record in case.values():
             if "failed" in record:
-                found.setdefault((record["provider"], record["failed"]), []).append(label)
+                reasons.setdefault((record["provider"], record["failed"]), []).append(label)
     rows = [
         [labels[0] if len(labels) == 1 else f"{len(labels)} of {len(cases)} cases", *what]
-        for what, labels in found.items()
+        for what, labels in reasons.items()
     ]
     return ["Failed:", "", *table(["case", "provider", "reason"], rows)] if rows else []
 
@@ -209,28 +209,28 @@ def breakdowns(cases: Sequence[CaseRecords]) -> list[str]:
     return ["Shares of the time:", "", *table(["case", "provider", "shares"], rows)] if rows else []
 
 
-def machine_table(found: Sequence[Record], folder: str) -> list[str]:
+def machine_table(records: Sequence[Record], folder: str) -> list[str]:
     """Device, versions, commits, dates and rounds."""
-    versions = [f"{name} {value}" for name in VERSIONS if (value := collection.told(found, name))]
-    days = sorted({record["time"][:10] for record in found})
-    rounds = sorted(record["rounds"] for record in found if collection.measured(record))
+    versions = [f"{name} {value}" for name in VERSIONS if (value := collection.all_values(records, name))]
+    days = sorted({record["time"][:10] for record in records})
+    rounds = sorted(record["rounds"] for record in records if collection.measured(record))
     rows = [
-        ["records", f"{len(found)}, the newest in `{folder}`"],
-        ["device", collection.told(found, "device")],
+        ["records", f"{len(records)}, the newest in `{folder}`"],
+        ["device", collection.all_values(records, "device")],
     ]
     for name in ("processor", "cores", "threads", "instruction_set"):
-        if value := collection.told(found, name):
+        if value := collection.all_values(records, name):
             rows.append([name.replace("_", " "), value])
-    rows += [["versions", ", ".join(versions)], ["commit", collection.told(found, "commit") or DASH]]
+    rows += [["versions", ", ".join(versions)], ["commit", collection.all_values(records, "commit") or DASH]]
     rows.append(["measured", days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"])
     rows.append(["rounds", f"{rounds[0]} to {rounds[-1]}" if rounds else DASH])
     return table(["", ""], rows)
 
 
-def ceiling_table(found: Sequence[Record]) -> list[str]:
+def ceiling_table(records: Sequence[Record]) -> list[str]:
     """What copies and large products reached in the processes of the records."""
     values: dict[str, list[float]] = {"copy": []}
-    for record in found:
+    for record in records:
         for name, rate in collection.ceilings(record).items():
             values.setdefault(name, []).append(rate)
     rows = []
@@ -245,10 +245,10 @@ def ceiling_table(found: Sequence[Record]) -> list[str]:
     return table(["ceiling", "median", "range"], rows)
 
 
-def scaling_table(found: Sequence[Record]) -> list[str]:
+def scaling_table(records: Sequence[Record]) -> list[str]:
     """Exponents of the scaling curves beside those of the model."""
     rows = []
-    for curve in scaling.curves(found):
+    for curve in scaling.curves(records):
         fit, model = curve.fit(), scaling.model(curve)
         if fit is None:
             continue
@@ -262,13 +262,13 @@ def scaling_table(found: Sequence[Record]) -> list[str]:
 
 
 def _shown(pictures: Sequence[plot.Picture], kind: str, op: str | None = None) -> list[str]:
-    chosen = [one for one in pictures if one.kind == kind and op in (None, one.op)]
-    return [line for one in chosen for line in (f"![{one.title}]({IMAGES}/{one.name}.png)", "")]
+    chosen = [picture for picture in pictures if picture.kind == kind and op in (None, picture.op)]
+    return [line for picture in chosen for line in (f"![{picture.title}]({IMAGES}/{picture.name}.png)", "")]
 
 
-def section(machine: str, found: Sequence[Record], folder: str) -> list[str]:
+def section(machine: str, records: Sequence[Record], folder: str) -> list[str]:
     """Everything about one machine."""
-    newest = [record for case in collection.newest(found).values() for record in case.values()]
+    newest = [record for case in collection.newest(records).values() for record in case.values()]
     pictures = plot.planned(newest)
     lines = [f"## {machine}", "", *machine_table(newest, folder), *ceiling_table(newest)]
     if any("fraction_of_sgemm" in record for record in newest):
@@ -293,9 +293,9 @@ def generate(results: Path = RESULTS) -> str:
     cpu: list[str] = []
     gpu: list[str] = []
     for folder in _folders(results):
-        for machine, found in collection.by_machine(collection.load(folder)).items():
-            lines = section(machine, found, f"benchmarks/results/{folder.name}")
-            if collection.is_gpu(found[0]):
+        for machine, records in collection.by_machine(collection.load(folder)).items():
+            lines = section(machine, records, f"benchmarks/results/{folder.name}")
+            if collection.is_gpu(records[0]):
                 gpu += [*lines, *gpu_targets(folder)]
             else:
                 cpu += lines
@@ -306,7 +306,7 @@ def generate(results: Path = RESULTS) -> str:
 def write(results: Path, output: Path) -> None:
     """Writes the text and its pictures; pictures of this report that nothing shows any more are removed."""
     text = generate(results)
-    records = [one for folder in _folders(results) for one in collection.load(folder)]
+    records = [record for folder in _folders(results) for record in collection.load(folder)]
     images = output.parent / IMAGES
     drawn = set(plot.plot(records, images)) if records else set()
     for path in sorted(images.glob("*.png")):
@@ -337,7 +337,7 @@ def run(
     described: str | None,
     folders: tuple[Path, Path],
     act: tuple[Callable[[Path, Path], None], Callable[[Path, Path], str | None]],
-    given: Sequence[str] | None,
+    argv: Sequence[str] | None,
 ) -> int:
     """The command of a page: folders are its results and its file unless options say otherwise, act is what
     writes and what checks it. Exit status: 1 for a page that is out of date, 2 for unusable records."""
@@ -347,7 +347,7 @@ def run(
     parser.add_argument(
         "--output", type=Path, default=folders[1], help="the text; pictures go to images/ beside it"
     )
-    args = parser.parse_args(given)
+    args = parser.parse_args(argv)
     word = name.rpartition(".")[2]
     try:
         if args.check:
@@ -362,9 +362,9 @@ def run(
     return 0
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    return run("benchmarks.report", __doc__, (RESULTS, OUTPUT), (write, check), given)
+    return run("benchmarks.report", __doc__, (RESULTS, OUTPUT), (write, check), argv)
 
 
 if __name__ == "__main__":

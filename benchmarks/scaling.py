@@ -80,10 +80,10 @@ class Curve:
         return fit(self.sizes, self.seconds) if len(self.sizes) > 1 else None
 
 
-def curves(found: Iterable[Record]) -> list[Curve]:
+def curves(records: Iterable[Record]) -> list[Curve]:
     """All curves in the newest of the records, in order of appearance."""
     groups: dict[str, list[Record]] = {}
-    for case in collection.newest(found).values():
+    for case in collection.newest(records).values():
         for record in case.values():
             field = record["shape"].get(SWEEP)
             if field is None or "seconds" not in record:
@@ -121,7 +121,7 @@ def model(curve: Curve) -> Model | None:
     """Counted bytes at the measured copy bandwidth or FLOPs at the measured product rate, whichever takes
     longer, over the sizes of the curve; None where records have no ceilings or only one size."""
     least = [collection.least_seconds(record) for record in curve.records]
-    seconds = [one for one in least if one]
+    seconds = [value for value in least if value]
     if len(seconds) < len(least) or len(seconds) < 2:
         return None
     bounds = dict.fromkeys(filter(None, map(collection.bound, curve.records)))

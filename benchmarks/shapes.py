@@ -18,8 +18,13 @@ class Model(NamedTuple):
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """(d_in, d_out) of the linears of a block."""
-        d, h = self.width, self.hidden or 4 * self.width
+        d, h = self.width, self.mlp_width
         return {"qkv": (d, 3 * d), "proj": (d, d), "fc1": (d, h), "fc2": (h, d)}
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the hidden layer of the MLP."""
+        return self.hidden or 4 * self.width
 
 
 class TextModel(NamedTuple):

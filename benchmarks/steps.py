@@ -18,6 +18,7 @@ from typing import Any
 
 OK, FAILED, TIMED_OUT, NOT_RUN, SKIPPED = "ok", "failed", "timed out", "not run", "skipped"
 SKIP = 77  # exit status of a command that cannot run on this machine; its last line says why
+INTERRUPTED = 130  # exit status of a command that was ended by Ctrl-C, as shells report it
 LEAST = 3.0  # seconds below which a step is not worth starting
 GRACE = 8.0  # seconds after the interrupt, for reports
 

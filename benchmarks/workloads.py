@@ -42,9 +42,9 @@ def penalty_of_all_linears(model: Model, rank: int, dtype: str, precision: str, 
     """The penalty on every linear of a model; d_out and d_in are those of the first."""
     sizes = model.linears()
     label, count = label_of(model, "all linears"), len(sizes) * model.depth
-    one = penalty(label, next(iter(sizes.values())), count, rank, dtype, precision, part)
-    one.shape["linears"] = ALL_LINEARS
-    return one
+    workload = penalty(label, next(iter(sizes.values())), count, rank, dtype, precision, part)
+    workload.shape["linears"] = ALL_LINEARS
+    return workload
 
 
 def fisher(

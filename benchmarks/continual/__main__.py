@@ -17,12 +17,13 @@ from fused_ewclora.demo.job import Progress, device_of
 from fused_ewclora.errors import ArgumentError, EWCLoRAError
 
 from .. import records
+from ..plot import MISSING
+from ..steps import INTERRUPTED
 from . import configuration, costs, pictures, suite, summary
 from .configuration import Run
 
 SUITES = ("language", "vision")
 COSTS = "costs"
-INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,11 +62,11 @@ def chosen(args: argparse.Namespace) -> list[Run]:
         if name == COSTS:
             known += costs.NAMES
             continue
-        found = configuration.load(configuration.find(name), args.quick)
-        known += [run.method for run in found.runs]
+        loaded = configuration.load(configuration.find(name), args.quick)
+        known += [run.method for run in loaded.runs]
         if args.seeds:
-            found = configuration.with_seeds(found, args.seeds)
-        runs += [run for run in found.runs if not args.methods or run.method in args.methods]
+            loaded = configuration.with_seeds(loaded, args.seeds)
+        runs += [run for run in loaded.runs if not args.methods or run.method in args.methods]
     if args.methods and (unknown := [name for name in args.methods if name not in known]):
         raise ArgumentError(f"--methods: expected some of {sorted(set(known))}, got {unknown[0]!r}")
     return runs
@@ -75,9 +76,9 @@ def listing() -> str:
     """Every configuration with what it is about and its methods."""
     parts = []
     for name in configuration.available():
-        found = configuration.load(configuration.find(name))
-        names = ", ".join(dict.fromkeys(run.method for run in found.runs))
-        parts.append(f"{name}\n  {found.about}\n  methods: {names}")
+        loaded = configuration.load(configuration.find(name))
+        names = ", ".join(dict.fromkeys(run.method for run in loaded.runs))
+        parts.append(f"{name}\n  {loaded.about}\n  methods: {names}")
     return "\n\n".join(parts)
 
 
@@ -101,7 +102,7 @@ def _run(args: argparse.Namespace, command: str) -> int:
         return 0
     # Asked before hours of training, not when the first picture is drawn.
     if importlib.util.find_spec("matplotlib") is None:
-        raise ArgumentError("matplotlib is not installed; pip install 'fused-ewclora[demo]' brings it")
+        raise ArgumentError(MISSING)
     device_of(args.device)
     place = suite.Place(args.out, args.data_root, args.device, _jobs(args), args.threads)
     runs = chosen(args)
@@ -120,7 +121,7 @@ def _run(args: argparse.Namespace, command: str) -> int:
             suite.append(args.out / f"{COSTS}.jsonl", {**record, "command": command})
             print(f"{COSTS}  {record['method']}: task {record['tasks']} / task 1 = "
                   f"{record['ratio_to_first'][-1]:.3f}", file=sys.stderr, flush=True)  # fmt: skip
-    _tell(args, runs)
+    _report(args, runs)
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -141,17 +142,17 @@ def _tasks(run: Run) -> int:
     return tasks if isinstance(tasks, int) else len(tasks)
 
 
-def _tell(args: argparse.Namespace, runs: Sequence[Run]) -> None:
+def _report(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     """Tables and pictures of everything in the files that this command is about."""
     names = list(dict.fromkeys(run.suite for run in runs))
-    found = [record for name in names for record in records.read(args.out / f"{name}.jsonl")]
+    measurements = [record for name in names for record in records.read(args.out / f"{name}.jsonl")]
     if COSTS in (args.suite or ()):
-        found += records.read(args.out / f"{COSTS}.jsonl")
+        measurements += records.read(args.out / f"{COSTS}.jsonl")
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps(measurements))
         return
-    print(summary.told(found))
-    for path in pictures.draw(found, args.out):
+    print(summary.overview(measurements))
+    for path in pictures.draw(measurements, args.out):
         print(path)
 
 

@@ -28,11 +28,11 @@ def state_bytes(method: Method) -> int:
     """Bytes of what the method keeps from step to step beside the plain model: adapters, Fishers and what
     their controller remembers, subspaces. Each storage counts once and whole; gradients, heads and the state
     of optimizers do not count."""
-    found = {}
+    sizes = {}
     for tensor in _kept(method):
         storage = tensor.untyped_storage()
-        found[tensor.device, storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
+        sizes[tensor.device, storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
 
 def _held(method: Method) -> Iterator[tuple[str, nn.Parameter]]:

@@ -62,8 +62,8 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as JSON would return them."""
-        found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return found
+        containers: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return containers
 
     def fingerprint(self) -> str:
         """Equal for runs that must give the same numbers: names do not count."""
@@ -179,12 +179,12 @@ def _shortened(data: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def with_seeds(found: Configuration, seeds: list[int]) -> Configuration:
+def with_seeds(configuration: Configuration, seeds: list[int]) -> Configuration:
     """The same methods on other seeds, each once; raises `ArgumentError` for a negative one."""
     seeds = list(dict.fromkeys(map(_seed, seeds)))
-    first = {run.method: run for run in reversed(found.runs)}
-    order = list(dict.fromkeys(run.method for run in found.runs))
-    return replace(found, runs=tuple(replace(first[name], seed=s) for name in order for s in seeds))
+    first = {run.method: run for run in reversed(configuration.runs)}
+    order = list(dict.fromkeys(run.method for run in configuration.runs))
+    return replace(configuration, runs=tuple(replace(first[name], seed=s) for name in order for s in seeds))
 
 
 def _mapping(value: Any, where: str, required: set[str], optional: set[str]) -> dict[str, Any]:

@@ -12,14 +12,14 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from fused_ewclora.demo.cost import peak_bytes
+from fused_ewclora.demo.environment import timestamp
+from fused_ewclora.demo.memory import peak_bytes
 from fused_ewclora.errors import ArgumentError
 
 from .. import machine
@@ -98,21 +98,21 @@ def measure(
         "options": dict(options),
         "model": network.described(),
         "tasks": tasks,
-        "step_seconds": [quantiles(one) for one in seconds],
+        "step_seconds": [quantiles(samples) for samples in seconds],
         "ratio_to_first": ratios_to_first(seconds),
         "step_peak_bytes": [_peak(state, batch, place) for state in states],
         "state_bytes": [state.state_bytes() for state in states],
         "adapter_parameters": [state.adapter_parameters() for state in states],
         "rounds": rounds,
         "environment": machine.environment(place.type),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": timestamp(),
     }
 
 
 def _peak(state: State, batch: Batch, device: torch.device) -> int:
     """Gradients are made in the step, and are part of its peak."""
     state.optimizer.zero_grad()
-    return peak_bytes(lambda: state.step(batch), device)
+    return peak_bytes(lambda: state.step(batch), device)[1]
 
 
 def methods(tasks: int) -> list[tuple[str, str, dict[str, Any]]]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_ewclora as fe
-from fused_ewclora.demo.vit import Classifier, VisionTransformer
+from fused_ewclora.demo.vit import Classifier, VisionTransformer, key_value_config
 from fused_ewclora.errors import ArgumentError, EWCLoRAError
 from fused_ewclora.methods import Method, SDLoRA
 
@@ -62,8 +62,7 @@ class Network:
         )
 
     def config(self) -> fe.LoRAConfig:
-        layout = fe.QKVLayout(("q", "k", "v"), (self.dim,) * 3)
-        return fe.LoRAConfig(r=self.rank, target_modules=["qkv"], slices=("k", "v"), layout=layout)
+        return key_value_config(self.dim, self.rank)
 
     def example(self, device: torch.device) -> Batch:
         images = torch.rand(self.batch, CHANNELS, self.side, self.side, device=device)
@@ -122,13 +121,13 @@ def histories(
     torch.manual_seed(seed)
     model = network.classifier().to(device)
     method: Method = _class(kind)(model, network.config(), **options)
-    found = []
+    methods = []
     for task in range(tasks):
         model.add_head(CLASSES).to(device)
         loader = [network.example(device) for _ in range(HISTORY_STEPS)]
         method.begin_task(task)
         method.prepare(loader)
-        found.append(copy.deepcopy(method))
+        methods.append(copy.deepcopy(method))
         if task + 1 < tasks:
             optimizer = make_optimizer(model, TRAINING)
             for step, (images, labels) in enumerate(loader):
@@ -137,7 +136,7 @@ def histories(
                 optimizer.step()
                 method.after_step(step, len(loader))
             method.end_task(loader, F.cross_entropy)
-    return found
+    return methods
 
 
 def prepared(
@@ -166,10 +165,10 @@ def prepared(
     states = [State(method, kind) for method in methods]
     for state, loss in zip(states, expected, strict=True):
         with torch.no_grad():
-            found = F.cross_entropy(state.model(batch[0]), batch[1]).item()
-        if not abs(found - loss) <= LOSS_TOLERANCE * abs(loss):  # a NaN is refused, too
+            actual = F.cross_entropy(state.model(batch[0]), batch[1]).item()
+        if not abs(actual - loss) <= LOSS_TOLERANCE * abs(loss):  # a NaN is refused, too
             raise EWCLoRAError(
-                f"{name}: task {state.tasks}: expected a loss of {loss}, as the method has, got {found}"
+                f"{name}: task {state.tasks}: expected a loss of {loss}, as the method has, got {actual}"
             )
         for _ in range(WARMUP):
             state.step(batch)
@@ -182,8 +181,8 @@ def _class(kind: str) -> type[Method]:
         return SDLoRA
     if kind not in METHODS:
         raise ArgumentError(f"kind: expected one of {', '.join((*METHODS, LOOPED))}, got {kind!r}")
-    found: type[Method] = METHODS[kind]
-    return found
+    method_class: type[Method] = METHODS[kind]
+    return method_class
 
 
 def _check_directions(name: str, method: SDLoRA) -> None:

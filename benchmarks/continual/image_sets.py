@@ -213,7 +213,7 @@ def _listed(
     folder: Path, name: str, names: dict[int, str], present: dict[Path, set[str]]
 ) -> list[tuple[Path, int]]:
     """(file, label) of each line of a list; `names` collects the class of each label."""
-    found = []
+    entries = []
     try:
         lines = (folder / name).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -234,5 +234,5 @@ def _listed(
             present[file.parent] = {entry.name for entry in file.parent.iterdir()} if exists else set()
         if file.name not in present[file.parent]:
             raise DataError(f"{where}: {file}: expected an image, found no such file")
-        found.append((file, int(label)))
-    return found
+        entries.append((file, int(label)))
+    return entries

@@ -43,9 +43,9 @@ def statistics_of(normalize: Any, pretrained_config: Mapping[str, Any]) -> Stati
     {"mean": [3 numbers], "std": [3 numbers]}."""
     if normalize is None:
         return NONE
-    found = pretrained_config if normalize == "model" else normalize
+    values = pretrained_config if normalize == "model" else normalize
     try:
-        mean, std = tuple(map(float, found["mean"])), tuple(map(float, found["std"]))
+        mean, std = tuple(map(float, values["mean"])), tuple(map(float, values["std"]))
     except (TypeError, KeyError, ValueError):
         mean = std = ()
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0.0:

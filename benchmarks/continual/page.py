@@ -16,7 +16,7 @@ from ..collection import Record
 from ..plot import Picture
 from ..report import DASH, IMAGES, VERSIONS, difference, run, table
 from . import configuration, pictures, recorded, summary
-from .groups import Group, by_suite, group, newest_costs
+from .groups import MIB, Group, by_suite, group, newest_costs
 from .targets import verdict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,43 +62,51 @@ COSTS = (
 
 def generate(results: Path = RESULTS) -> str:
     """The text of docs/continual.md."""
-    found = recorded.load(results)
-    planned = pictures.planned(found)
+    records = recorded.load(results)
+    planned = pictures.planned(records)
     lines = [*HEAD.splitlines(), ""]
-    if not recorded.runs(found):
+    if not recorded.runs(records):
         lines += [NOTHING, ""]
-    lines += targets(found)
-    for suite, groups in by_suite(group(found)).items():
-        lines += section(suite, groups, [one for one in planned if one.op == suite])
-    lines += cost_section(found, [one for one in planned if one.kind == "costs"])
+    lines += targets(records)
+    for suite, groups in by_suite(group(records)).items():
+        lines += section(suite, groups, [picture for picture in planned if picture.op == suite])
+    lines += cost_section(records, [picture for picture in planned if picture.kind == "costs"])
     return "\n".join([*lines, *RERUN.splitlines(), "", *configurations()]).rstrip() + "\n"
 
 
-def targets(found: Sequence[Record]) -> list[str]:
+def targets(records: Sequence[Record]) -> list[str]:
     """What was to be shown, and whether it was; then the figures behind the verdicts."""
-    judged = [*summary.goals(found), *summary.cost_goals(found)]
-    rows = [[one["goal"], summary.target_text(one), summary.value_text(one), verdict(one)] for one in judged]
+    judged = [*summary.goals(records), *summary.cost_goals(records)]
+    rows = [
+        [goal["goal"], summary.target_text(goal), summary.value_text(goal), verdict(goal)] for goal in judged
+    ]
     lines = ["## Targets", "", *table(["what", "target", "value", "verdict"], rows)]
-    for one in judged:
-        if one["details"]:
-            lines += [f"{_capital(one['goal'])}:", "", *(f"- {line}" for line in one["details"]), ""]
+    for goal in judged:
+        if goal["details"]:
+            lines += [f"{_capital(goal['goal'])}:", "", *(f"- {line}" for line in goal["details"]), ""]
     return lines
 
 
 def section(suite: str, groups: Sequence[Group], planned: Sequence[Picture]) -> list[str]:
     """A suite: what was run, tables, pictures."""
-    found = [record for one in groups for record in one.records]
-    lines = [f"## Suite {suite}", "", *_about(suite, found), *problem_table(groups), *machine_table(found)]
-    lines += summary.markdown(summary.table(found))
+    records = [record for entry in groups for record in entry.records]
+    lines = [
+        f"## Suite {suite}",
+        "",
+        *_about(suite, records),
+        *problem_table(groups),
+        *machine_table(records),
+    ]
+    lines += summary.markdown(summary.table(records))
     return [*lines, *_shown(planned)]
 
 
 def problem_table(groups: Sequence[Group]) -> list[str]:
     """What was learned: tasks, examples, adapters, training, and the facts of the problem; where runs differ,
     all values."""
-    found = [record for one in groups for record in one.records]
-    rows = [["runs", str(len(found))]]
-    rows += [[name, _told(found, value)] for name, value in (
+    records = [record for entry in groups for record in entry.records]
+    rows = [["runs", str(len(records))]]
+    rows += [[name, _distinct(records, value)] for name, value in (
         ("problem", lambda r: _settings(r["run"]["problem"])),
         ("classes of the tasks", lambda r: ", ".join(str(len(classes)) for classes in r["classes"])),
         ("training examples", lambda r: ", ".join(map(str, r["train_sizes"]))),
@@ -106,30 +114,32 @@ def problem_table(groups: Sequence[Group]) -> list[str]:
         ("adapters", lambda r: _settings(r["run"]["adapters"])),
         ("training", lambda r: _settings(r["run"]["training"])),
     )]  # fmt: skip
-    names = list(dict.fromkeys(name for record in found for name in record["facts"]))
-    rows += [[name, _told(found, lambda r, name=name: _value(r["facts"].get(name)))] for name in names]
-    options = [[one.name, f"`{one.kind}`", _settings(one.options) or DASH] for one in groups]
+    names = list(dict.fromkeys(name for record in records for name in record["facts"]))
+    rows += [[name, _distinct(records, lambda r, name=name: _value(r["facts"].get(name)))] for name in names]
+    options = [[entry.name, f"`{entry.kind}`", _settings(entry.options) or DASH] for entry in groups]
     return [*table(["", ""], rows), *table(["method", "class", "options"], options)]
 
 
-def machine_table(found: Sequence[Record]) -> list[str]:
+def machine_table(records: Sequence[Record]) -> list[str]:
     """Command, machine, versions, commits and dates of records."""
-    versions = [f"{name} {value}" for name in VERSIONS if (value := collection.told(found, name))]
-    days = sorted({record["time"][:10] for record in found})
-    rows = [["command", ", ".join(f"`{one}`" for one in dict.fromkeys(r["command"] for r in found))]]
-    rows.append(["device", collection.told(found, "device")])
+    versions = [f"{name} {value}" for name in VERSIONS if (value := collection.all_values(records, name))]
+    days = sorted({record["time"][:10] for record in records})
+    rows = [
+        ["command", ", ".join(f"`{command}`" for command in dict.fromkeys(r["command"] for r in records))]
+    ]
+    rows.append(["device", collection.all_values(records, "device")])
     for name in ("processor", "cores", "threads", "jobs"):
-        if value := collection.told(found, name):
+        if value := collection.all_values(records, name):
             rows.append(["runs at a time" if name == "jobs" else name, value])
-    rows += [["versions", ", ".join(versions)], ["commit", collection.told(found, "commit") or DASH]]
+    rows += [["versions", ", ".join(versions)], ["commit", collection.all_values(records, "commit") or DASH]]
     rows.append(["run", days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"])
     return table(["", ""], rows)
 
 
-def cost_section(found: Sequence[Record], planned: Sequence[Picture]) -> list[str]:
+def cost_section(records: Sequence[Record], planned: Sequence[Picture]) -> list[str]:
     """Costs over tasks: the first and the last task of every method."""
     lines: list[str] = []
-    for comparable in newest_costs(found):
+    for comparable in newest_costs(records):
         first, last = "1", str(comparable[0]["tasks"])
         heads = ["method", f"step, task {first}", f"step, task {last}", "ratio"]
         for what in ("peak, MiB", "state, MiB", "numbers in adapters"):
@@ -144,7 +154,7 @@ def _cost_row(record: Record) -> list[str]:
     row = [record["method"], *seconds, f"{record['ratio_to_first'][-1]:.3f}"]
     for name in ("step_peak_bytes", "state_bytes"):
         ends = (record[name][0], record[name][-1])
-        row += [DASH if value is None else f"{value / summary.MIB:.2f}" for value in ends]
+        row += [DASH if value is None else f"{value / MIB:.2f}" for value in ends]
     return [*row, *(f"{record['adapter_parameters'][i]:,}" for i in (0, -1))]
 
 
@@ -162,19 +172,19 @@ def configurations() -> list[str]:
     return lines
 
 
-def _about(suite: str, found: Sequence[Record]) -> list[str]:
+def _about(suite: str, records: Sequence[Record]) -> list[str]:
     """What the configuration says of itself, if it comes with the library and is what was run."""
     for name in configuration.available():
         of = configuration.load(configuration.find(name))
         problems = [run.to_dict()["problem"] for run in of.runs]
-        if of.name == suite and all(record["run"]["problem"] in problems for record in found):
+        if of.name == suite and all(record["run"]["problem"] in problems for record in records):
             return [of.about, ""]
     return []
 
 
-def _told(found: Sequence[Record], value: Any) -> str:
+def _distinct(records: Sequence[Record], value: Any) -> str:
     """All values of records, in order of appearance."""
-    return "; ".join(dict.fromkeys(value(record) for record in found))
+    return "; ".join(dict.fromkeys(value(record) for record in records))
 
 
 def _settings(values: dict[str, Any]) -> str:
@@ -198,7 +208,7 @@ def _capital(text: str) -> str:
 
 
 def _shown(planned: Sequence[Picture]) -> list[str]:
-    return [line for one in planned for line in (f"![{one.title}]({IMAGES}/{one.name}.png)", "")]
+    return [line for picture in planned for line in (f"![{picture.title}]({IMAGES}/{picture.name}.png)", "")]
 
 
 def write(results: Path, output: Path) -> None:
@@ -217,9 +227,9 @@ def check(results: Path, output: Path) -> str | None:
     return difference(generate(results), results, output, COMMAND)
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    return run("benchmarks.continual.page", __doc__, (RESULTS, OUTPUT), (write, check), given)
+    return run("benchmarks.continual.page", __doc__, (RESULTS, OUTPUT), (write, check), argv)
 
 
 if __name__ == "__main__":

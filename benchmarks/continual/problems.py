@@ -33,5 +33,5 @@ def load(settings: dict[str, Any], root: Path, seed: int, device: str) -> Proble
         inspect.signature(module.load).bind(root, seed, device, **options)
     except TypeError as error:
         raise DataError(f"problem: {kind}: {error}") from error
-    found: Problem = module.load(root, seed, device, **options)
-    return found
+    problem: Problem = module.load(root, seed, device, **options)
+    return problem

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, MultiStepLR
 from torch.utils.data import DataLoader
 
 import fused_ewclora as fe
+from fused_ewclora.demo.evaluation import PERCENT, accuracies, check_finite
+from fused_ewclora.demo.files import temporary_name
 from fused_ewclora.demo.vit import Classifier
 from fused_ewclora.ewc.estimation import to_device
 from fused_ewclora.methods import Method
@@ -27,7 +28,6 @@ from . import accounting
 from .configuration import METHODS, Run, Training
 from .stream import Problem, Task, loader, size
 
-PERCENT = 100.0
 Progress = Callable[[str], None]
 
 
@@ -65,7 +65,7 @@ class State:
         }
         if self.device.type == "cuda":
             held["random_cuda"] = torch.cuda.get_rng_state(self.device)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+        temporary = temporary_name(file)
         torch.save(held, temporary)
         os.replace(temporary, file)
 
@@ -154,7 +154,7 @@ def learn(state: State, number: int, task: Task) -> dict[str, Any]:
     # Of the task that was trained: some methods add a direction for the next one when it ends.
     held, trained = accounting.adapter_parameters(method), accounting.trained_parameters(method)
     end_seconds = timed(lambda: method.end_task(passes, F.cross_entropy), device)
-    _check_finite(model, state.run.method, number)
+    check_finite(model, f"{state.run.method}, task {number}")
     return {
         "steps": steps,
         "train_seconds": sum(step_seconds),
@@ -169,25 +169,14 @@ def learn(state: State, number: int, task: Task) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
 def evaluate(
     model: Classifier, tasks: tuple[Task, ...], training: Training, device: torch.device
 ) -> tuple[list[float], list[float]]:
     """Class-incremental and task-aware accuracy on the test examples of every task, in percent."""
     model.eval()
-    class_incremental, task_aware, offset = [], [], 0
-    for task in tasks:
-        own = slice(offset, offset + len(task.classes))
-        right = torch.zeros(2, dtype=torch.int64)
-        for inputs, labels in loader(task.test, training.test_batch_size, workers=training.workers):
-            logits = model.all_logits(to_device(inputs, device)).cpu()
-            right[0] += (logits.argmax(1) == labels + offset).sum()
-            right[1] += (logits[:, own].argmax(1) == labels).sum()
-        incremental, aware = (PERCENT * right / size(task.test)).tolist()
-        class_incremental.append(incremental)
-        task_aware.append(aware)
-        offset = own.stop
-    return class_incremental, task_aware
+    loaders = (loader(task.test, training.test_batch_size, workers=training.workers) for task in tasks)
+    classes = [len(task.classes) for task in tasks]
+    return accuracies(model, list(zip(classes, loaders, strict=True)), device)
 
 
 def make_optimizer(model: Classifier, training: Training) -> torch.optim.Optimizer:
@@ -235,15 +224,6 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
 def _finished(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _check_finite(model: Classifier, method: str, number: int) -> None:
-    # Accuracies of a model that learned NaN would look like those of a bad method.
-    for name, value in model.state_dict().items():
-        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
-            raise fe.EWCLoRAError(
-                f"{method}: {name} is not finite after task {number}; lower the learning rate or the lambda"
-            )
 
 
 def _record(problem: Problem, results: Results) -> dict[str, Any]:

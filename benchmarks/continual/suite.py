@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import multiprocessing
-import os
 import shlex
 import signal
 import time
@@ -22,6 +20,8 @@ from typing import Any
 
 import torch
 
+from fused_ewclora.demo.environment import timestamp
+from fused_ewclora.demo.files import replace_text
 from fused_ewclora.errors import ArgumentError, EWCLoRAError
 
 from ..machine import environment
@@ -60,10 +60,10 @@ def outstanding(runs: Iterable[Run], place: Place) -> list[Run]:
     left = []
     for run in runs:
         file = place.records(run.suite)
-        found = [r for r in read(file) if (r["method"], r["seed"]) == (run.method, run.seed)]
-        if not found:
+        previous = [r for r in read(file) if (r["method"], r["seed"]) == (run.method, run.seed)]
+        if not previous:
             left.append(run)
-        elif found[-1]["fingerprint"] != run.fingerprint():
+        elif previous[-1]["fingerprint"] != run.fingerprint():
             raise ArgumentError(
                 f"{file}: {run.method}, seed {run.seed}, was run with another configuration; "
                 "remove those lines, or name another folder with --out"
@@ -87,8 +87,7 @@ def run_all(runs: Sequence[Run], place: Place, progress: Callable[[str], None], 
             "suite": run.suite, "method": run.method, "kind": run.kind, "seed": run.seed,
             "fingerprint": run.fingerprint(), "run": run.to_dict(),
         }  # fmt: skip
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        record = {**head, **outcome, "time": now, "command": command}
+        record = {**head, **outcome, "time": timestamp(), "command": command}
         check(record)
         append(place.records(run.suite), record)
         place.checkpoint(run).unlink(missing_ok=True)
@@ -100,9 +99,7 @@ def run_all(runs: Sequence[Run], place: Place, progress: Callable[[str], None], 
 def append(file: Path, record: Record) -> None:
     """Adds one line, after whatever an interruption may have left of the last one."""
     kept = "".join(f"{json.dumps(old, allow_nan=False)}\n" for old in read(file))
-    temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(f"{kept}{json.dumps(record, allow_nan=False)}\n")
-    os.replace(temporary, file)
+    replace_text(file, f"{kept}{json.dumps(record, allow_nan=False)}\n")
 
 
 def _outcomes(
@@ -111,7 +108,7 @@ def _outcomes(
     """Every run with what it found, or with why it failed, in the order in which they end."""
     if place.jobs == 1:
         for run in runs:
-            yield run, _one(run, place, progress)
+            yield run, _run_one(run, place, progress)
         return
     context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
     # Ctrl-C ends a worker at once, instead of going on with the next run; what it saved is whole. Where it is
@@ -120,14 +117,14 @@ def _outcomes(
     ends = (signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL)
     pool_of = partial(ProcessPoolExecutor, mp_context=context, initializer=signal.signal, initargs=ends)
     with context.Manager() as manager, pool_of(place.jobs) as pool:
-        said: Queue[str] = manager.Queue()
+        messages: Queue[str] = manager.Queue()
         pending: dict[Future[Record | str], Run] = {}
         try:
             for run in runs:
-                pending[pool.submit(_one, run, place, said.put)] = run
+                pending[pool.submit(_run_one, run, place, messages.put)] = run
             while pending:
                 done, _ = wait(pending, timeout=POLL, return_when="FIRST_COMPLETED")
-                _tell(said, progress)
+                _report_progress(messages, progress)
                 for future in done:
                     yield pending.pop(future), _result(future)
         finally:
@@ -135,10 +132,10 @@ def _outcomes(
                 future.cancel()
 
 
-def _tell(said: Queue[str], progress: Callable[[str], None]) -> None:
+def _report_progress(messages: Queue[str], progress: Callable[[str], None]) -> None:
     with contextlib.suppress(Empty):
         while True:
-            progress(said.get_nowait())
+            progress(messages.get_nowait())
 
 
 def _result(future: Future[Record | str]) -> Record | str:
@@ -148,7 +145,7 @@ def _result(future: Future[Record | str]) -> Record | str:
         return "its process was ended from outside, perhaps for want of memory; run the command again"
 
 
-def _one(run: Run, place: Place, progress: Callable[[str], None]) -> Record | str:
+def _run_one(run: Run, place: Place, progress: Callable[[str], None]) -> Record | str:
     """One run, in whatever process; an error that a reader can act on becomes a sentence."""
     before = torch.get_num_threads()
     torch.set_num_threads(place.threads)
@@ -157,13 +154,13 @@ def _one(run: Run, place: Place, progress: Callable[[str], None]) -> Record | st
         problem = problems.load(run.problem, place.root, run.seed, place.device)
         prepared = time.perf_counter()
 
-        def told(text: str) -> None:
+        def report_progress(text: str) -> None:
             progress(f"{run.suite}  seed {run.seed}  {run.method:16s}  {text}")
 
-        found = execute(run, problem, torch.device(place.device), place.checkpoint(run), told)
+        outcome = execute(run, problem, torch.device(place.device), place.checkpoint(run), report_progress)
         stamp = {**environment(torch.device(place.device).type), "jobs": place.jobs}
         seconds = {"problem": prepared - start, "run": time.perf_counter() - prepared}
-        return {**found, "seconds": seconds, "environment": stamp}
+        return {**outcome, "seconds": seconds, "environment": stamp}
     except EWCLoRAError as error:
         return str(error)
     finally:

@@ -6,17 +6,17 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from fused_ewclora.demo.spread import Spread
 from fused_ewclora.report import Report
 
 from ..collection import Record
 from ..report import table as markdown_table
 from . import costs, recorded
-from .groups import Group, Spread, by_suite, group, newest_costs
+from .groups import MIB, Group, by_suite, group, newest_costs
 from .targets import CIL, SUITE, TIL, Goal, goals, text, verdict
 
-__all__ = ["goals", "markdown", "render", "table", "told"]
+__all__ = ["goals", "markdown", "overview", "render", "table"]
 Row = dict[str, Any]
-MIB = 2.0**20
 ACCURACY = "accuracy in percent, mean ± standard deviation over seeds"
 COSTS = "costs, mean ± standard deviation over seeds"
 
@@ -75,7 +75,7 @@ VALUES: dict[str, Callable[[list[Record]], float]] = {  # of the tasks of a run
 }
 
 
-def table(found: Iterable[Record]) -> list[Row]:
+def table(records: Iterable[Record]) -> list[Row]:
     """One row per suite, method and setting of it, with a `Spread` over seeds for every measure.
 
     Plain values are "suite", "method" (with what tells its settings apart), "kind", "seeds", "seeds_of_suite"
@@ -84,24 +84,24 @@ def table(found: Iterable[Record]) -> list[Row]:
     "new_task" is that of a task just learned. Times are per step and per task; None for a method that ran on
     several machines. A measure that is not defined, such as BWT of one task, is None.
     """
-    return [_row(one, of_suite) for of_suite in by_suite(group(found)).values() for one in of_suite]
+    return [_row(entry, of_suite) for of_suite in by_suite(group(records)).values() for entry in of_suite]
 
 
-def _row(one: Group, of_suite: Sequence[Group]) -> Row:
+def _row(entry: Group, of_suite: Sequence[Group]) -> Row:
     def cost(key: str) -> Spread | None:
-        if key in TIMES and len(one.machines) > 1:
+        if key in TIMES and len(entry.machines) > 1:
             return None
-        return one.over_seeds(lambda record: VALUES[key](record["tasks"]))
+        return entry.over_seeds(lambda record: VALUES[key](record["tasks"]))
 
     return {
-        "suite": one.suite,
-        "method": one.name,
-        "kind": one.kind,
-        "seeds": list(one.seeds),
+        "suite": entry.suite,
+        "method": entry.name,
+        "kind": entry.kind,
+        "seeds": list(entry.seeds),
         "seeds_of_suite": len({seed for other in of_suite for seed in other.seeds}),
-        "tasks": one.tasks,
-        "machines": one.machines,
-        **{key: one.metric(*where) for key, where in METRICS.items()},
+        "tasks": entry.tasks,
+        "machines": entry.machines,
+        **{key: entry.metric(*where) for key, where in METRICS.items()},
         **{key: cost(key) for key in VALUES},
     }
 
@@ -161,21 +161,21 @@ def markdown(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def told(found: Sequence[Record]) -> str:
+def overview(records: Sequence[Record]) -> str:
     """What records say, for a terminal: tables, and the targets of what was run."""
-    rows = table(found)
-    judged = goals(found) if any(row["suite"] == SUITE for row in rows) else []
-    judged += cost_goals(found) if recorded.costs(found) else []
+    rows = table(records)
+    judged = goals(records) if any(row["suite"] == SUITE for row in rows) else []
+    judged += cost_goals(records) if recorded.costs(records) else []
     lines = [line for goal in judged for line in goal_lines(goal)]
     return "\n\n".join(
         [*([render(rows)] if rows else []), *(["\n".join(["targets", *lines])] if lines else [])]
     )
 
 
-def cost_goals(found: Sequence[Record]) -> list[Goal]:
+def cost_goals(records: Sequence[Record]) -> list[Goal]:
     """The targets of costs.py in the form of those of runs, for every machine and model that was measured
     over the whole stream."""
-    whole = [some for some in newest_costs(found) if some[0]["tasks"] == costs.TASKS]
+    whole = [some for some in newest_costs(records) if some[0]["tasks"] == costs.TASKS]
     return [{"bound": "most", "details": [], **goal} for some in whole or [[]] for goal in costs.goals(some)]
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from fused_ewclora.demo.data import DATASETS, load_dataset, load_mnist
+from fused_ewclora.demo.data import DATASETS
 from fused_ewclora.demo.formats import DataError
 from fused_ewclora.demo.protocol import Recipe, train_base
 from fused_ewclora.demo.scenario import Scenario, Split, make_scenario, select, task_classes
+from fused_ewclora.demo.sources import debian_package
 from fused_ewclora.demo.vit import VisionTransformer
 
-from .sources import debian_package
 from .stream import Arrays, Problem, Stream, Task
 
 FASHION_PACKAGE = "dataset-fashion-mnist"
@@ -92,13 +92,10 @@ def _scenario(dataset: str, root: Path) -> Scenario:
         raise DataError(f"dataset: expected one of {', '.join(DATASETS)}, got {dataset!r}")
     if dataset != "fashion-mnist":
         return make_scenario(dataset, root)
-    continual = load_dataset(dataset, _fashion_folder(root))
-    if continual.classes != len(FASHION_CLASSES):
-        raise DataError(f"{dataset}: expected {len(FASHION_CLASSES)} classes, got {continual.classes}")
-    base = load_mnist(root)
-    classes = tuple(range(continual.classes))
-    description = f"base: {base.name}, all classes; tasks: {continual.name}, all classes"
-    return Scenario(description, base, tuple(range(base.classes)), continual, classes)
+    scenario = make_scenario(dataset, root, _fashion_folder(root))
+    if (classes := scenario.continual.classes) != len(FASHION_CLASSES):
+        raise DataError(f"{dataset}: expected {len(FASHION_CLASSES)} classes, got {classes}")
+    return scenario
 
 
 def _fashion_folder(root: Path) -> Path:

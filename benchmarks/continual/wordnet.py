@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 from fused_ewclora.demo.formats import DataError
-
-from .sources import debian_package
+from fused_ewclora.demo.sources import debian_package
 
 PACKAGE = "wordnet-base"
 PARTS = ("noun", "verb", "adj", "adv")
@@ -42,7 +41,7 @@ def read(path: Path) -> list[tuple[str, str]]:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-    found: list[tuple[str, str]] = []
+    synsets: list[tuple[str, str]] = []
     for number, line in enumerate(lines, 1):
         if line.startswith("  "):  # the licence, at the top of every file
             continue
@@ -56,10 +55,10 @@ def read(path: Path) -> list[tuple[str, str]]:
             )
         if not (text := definition(gloss)):
             raise DataError(f"{path}, line {number}: expected a definition, got the gloss {gloss[:60]!r}")
-        found.append((LEXICOGRAPHER_FILES[file], text))
-    if not found:
+        synsets.append((LEXICOGRAPHER_FILES[file], text))
+    if not synsets:
         raise DataError(f"{path}: expected synsets, found none")
-    return found
+    return synsets
 
 
 def definitions(root: Path, parts: tuple[str, ...] = ("noun", "verb")) -> list[tuple[str, str]]:
@@ -71,9 +70,9 @@ def definitions(root: Path, parts: tuple[str, ...] = ("noun", "verb")) -> list[t
     if unknown := sorted(set(parts) - set(PARTS)):
         raise DataError(f"parts: expected some of {', '.join(PARTS)}, got {unknown[0]!r}")
     content = debian_package(root, PACKAGE)
-    found: list[tuple[str, str]] = []
+    synsets: list[tuple[str, str]] = []
     for part in parts:
         if not (files := sorted(content.rglob(f"data.{part}"))):
             raise DataError(f"{content}: expected a file data.{part} of {PACKAGE}, found none")
-        found += read(files[0])
-    return found
+        synsets += read(files[0])
+    return synsets

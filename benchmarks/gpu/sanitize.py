@@ -39,7 +39,7 @@ def sanitizer() -> str | None:
     homes = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", ""), "/usr/local/cuda"]
     folders = [Path(home, "bin") for home in homes if home]
     return shutil.which("compute-sanitizer") or next(
-        (found for folder in folders if (found := shutil.which("compute-sanitizer", path=folder))), None
+        (path for folder in folders if (path := shutil.which("compute-sanitizer", path=folder))), None
     )
 
 
@@ -60,11 +60,11 @@ def command(tool: str, binary: str) -> list[str]:
 def digest(lines: Sequence[str]) -> list[str]:
     """What a reader needs to begin with: wrong results, a tool's first complaint, and its summary; without
     any of them the last lines."""
-    found = [line for line in lines if line.startswith("wrong:")][:2]
+    selected = [line for line in lines if line.startswith("wrong:")][:2]
     summary = [line for line in lines if " SUMMARY: " in line][-1:]
     first = next((i for i, line in enumerate(lines) if COMPLAINT.match(line) and line not in summary), None)
-    found += lines[first : first + SHOWN] if first is not None else []
-    return [*found, *summary] if found or summary else list(lines[-SHOWN:])
+    selected += lines[first : first + SHOWN] if first is not None else []
+    return [*selected, *summary] if selected or summary else list(lines[-SHOWN:])
 
 
 def under(tool: str, binary: str, limit: float) -> list[str]:
@@ -88,12 +88,12 @@ def under_all(tools: Sequence[str], budget: float) -> int:
     if (binary := sanitizer()) is None:
         print("compute-sanitizer was not found: it is in the CUDA toolkit")
         return SKIP
-    end, said = time.monotonic() + budget - RESERVE, []
+    end, complaints = time.monotonic() + budget - RESERVE, []
     for i, tool in enumerate(tools):
         share = (end - time.monotonic()) / (1 if i + 1 == len(tools) else 1.5)
-        said += under(tool, binary, max(share, 1.0))
-    print("", *(said or [f"{', '.join(tools)}: nothing to complain about"]), sep="\n")
-    return int(bool(said))
+        complaints += under(tool, binary, max(share, 1.0))
+    print("", *(complaints or [f"{', '.join(tools)}: nothing to complain about"]), sep="\n")
+    return int(bool(complaints))
 
 
 def main() -> int:

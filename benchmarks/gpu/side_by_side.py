@@ -45,8 +45,8 @@ def all_at_once(compile_files: Compile, jobs: int, error: type[Exception]) -> Co
         while running or (left and not failed):
             while left and not failed and len(running) < jobs:
                 source = left.pop(0)
-                one = _forked(lambda s=source: compile_files(self, [s], output_dir, *args, **options))
-                running[one] = source
+                process = _forked(lambda s=source: compile_files(self, [s], output_dir, *args, **options))
+                running[process] = source
             child, status = os.wait()
             if status and child in running:
                 failed.append(running[child])

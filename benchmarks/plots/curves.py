@@ -20,8 +20,8 @@ NOTE = (
 
 
 def _text(curve: scaling.Curve) -> str:
-    found = curve.fit()
-    return f"{curve.provider}: exponent {found}" if found else curve.provider
+    fit = curve.fit()
+    return f"{curve.provider}: exponent {fit}" if fit else curve.provider
 
 
 def draw(title: str, family: Sequence[scaling.Curve]) -> Figure:
@@ -42,8 +42,8 @@ def draw(title: str, family: Sequence[scaling.Curve]) -> Figure:
             curve.sizes, y, yerr=[y - around[0], around[1] - y], linestyle="none", marker=marker,
             color=colour, markersize=8 if curve.provider == OURS else 6, capsize=2, gid=curve.provider,
         )  # fmt: skip
-        if found := curve.fit():
-            axis.plot(curve.sizes, [1e3 * found.at(x) for x in curve.sizes], color=colour, linewidth=1.0)
+        if fit := curve.fit():
+            axis.plot(curve.sizes, [1e3 * fit.at(x) for x in curve.sizes], color=colour, linewidth=1.0)
         ends.append((curve.sizes[-1], float(y[-1])))
         texts.append(_text(curve))
         colours.append(colour)

@@ -31,10 +31,10 @@ def point(record: Record) -> tuple[float, float]:
     return record["flops"] / record["bytes"], record["flops"] / record["seconds"]["p50"]
 
 
-def roofs(found: Sequence[Record]) -> Roofs:
+def roofs(records: Sequence[Record]) -> Roofs:
     """Least, median and largest measurement of every ceiling."""
     values: dict[str, list[float]] = {}
-    for record in found:
+    for record in records:
         for name, rate in collection.ceilings(record).items():
             values.setdefault(name, []).append(rate)
     return {name: (min(rates), float(np.median(rates)), max(rates)) for name, rates in values.items()}
@@ -62,11 +62,11 @@ def _draw_copy(
     if first >= last:
         return
     places = [first * (last / first) ** part for part in (0.05, 0.25, 0.45, 0.6)]
-    taken = [style.fraction(axis, one) for one in points]
+    taken = [style.fraction(axis, place) for place in points]
 
     def free(x: float) -> float:
         at = style.fraction(axis, (x, x * rate / unit))
-        return min((math.dist(at, one) for one in taken), default=1.0)
+        return min((math.dist(at, place) for place in taken), default=1.0)
 
     x = max(places, key=free)
     axis.text(
@@ -76,18 +76,18 @@ def _draw_copy(
     )  # fmt: skip
 
 
-def _draw_roofs(axis: Any, found: Roofs, points: Points, unit: float, name: str) -> None:
+def _draw_roofs(axis: Any, ceilings: Roofs, points: Points, unit: float, name: str) -> None:
     """The roofs, named; `points` are what the panel will hold."""
     left, right = axis.get_xlim()
-    if "copy" in found:
-        peak = max((rates[1] for key, rates in found.items() if key in ROOFS), default=math.inf)
-        _draw_copy(axis, found["copy"], peak, points, unit)
-    for key in (key for key in ROOFS if key in found):
-        low, rate, high = found[key]
-        starts = max(left, rate / found["copy"][1]) if "copy" in found else left
+    if "copy" in ceilings:
+        peak = max((rates[1] for key, rates in ceilings.items() if key in ROOFS), default=math.inf)
+        _draw_copy(axis, ceilings["copy"], peak, points, unit)
+    for key in (key for key in ROOFS if key in ceilings):
+        low, rate, high = ceilings[key]
+        starts = max(left, rate / ceilings["copy"][1]) if "copy" in ceilings else left
         axis.plot([starts, right], [rate / unit] * 2, color="black", linewidth=1.2)
         axis.fill_between([starts, right], low / unit, high / unit, color="black", alpha=0.12, linewidth=0)
-        begin = max(starts, left * (right / left) ** TEXT) if "copy" in found else left  # beside its name
+        begin = max(starts, left * (right / left) ** TEXT) if "copy" in ceilings else left  # beside its name
         here = _crowded_on_the_right(axis, points, begin, rate / unit)
         axis.annotate(
             f"{ROOFS[key]} {rate / unit:.3g} {name}", (begin if here else right, rate / unit),
@@ -122,10 +122,10 @@ def _draw_cases(axis: Any, cases: Sequence[CaseRecords], unit: float) -> None:
     )  # fmt: skip
 
 
-def _limits(axis: Any, cases: Sequence[CaseRecords], found: Roofs, unit: float) -> None:
+def _limits(axis: Any, cases: Sequence[CaseRecords], ceilings: Roofs, unit: float) -> None:
     """Every panel has its own range of rates, whose top is above the roof over its points."""
     ys = [point(record)[1] for case in cases for record in case.values() if collection.measured(record)]
-    peaks = sorted(rates[2] for key, rates in found.items() if key in ROOFS)
+    peaks = sorted(rates[2] for key, rates in ceilings.items() if key in ROOFS)
     top = next((peak for peak in peaks if peak >= 0.8 * max(ys)), max([*ys, *peaks[-1:]]))
     high = max(top, max(ys))
     low = min(min(ys) / 1.3, high / 5)
@@ -159,11 +159,11 @@ def _panel(
     style.label_right(axis, points, [names[i] for i in which], height)
 
 
-def _ridge(found: Roofs) -> float:
+def _ridge(ceilings: Roofs) -> float:
     """The intensity from which the highest product bounds."""
-    if "copy" not in found or len(found) < 2:
+    if "copy" not in ceilings or len(ceilings) < 2:
         return math.inf
-    return max(rates[1] for key, rates in found.items() if key != "copy") / found["copy"][1]
+    return max(rates[1] for key, rates in ceilings.items() if key != "copy") / ceilings["copy"][1]
 
 
 def draw(title: str, ops: Sequence[Sequence[CaseRecords]]) -> Figure:

@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
+from fused_ewclora.demo import palette
+
 from .. import collection
 from ..collection import Record
 
@@ -24,9 +26,8 @@ PALETTE = 256  # colours of a PNG
 SMALL, GREY = 8.5, "#555555"
 LETTER = 0.064  # inches, of a letter of small text on the average
 LINE = 1.4 * SMALL / 72  # inches from one line of small text to the next
-# Okabe-Ito without yellow, which is hard to see on white; markers differ as well.
-OURS_STYLE = ("#0072B2", "o")
-COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D")
+OURS_STYLE = (palette.BLUE, "o")
+COLOURS = (palette.ORANGE, *palette.OTHERS)
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 FLOOR_COLOUR, FLOOR_MARKERS = "#444444", ("_", "1", "2", "3")
 LEGIBLE: dict[str, Any] = {  # of text that may lie over lines
@@ -35,11 +36,11 @@ LEGIBLE: dict[str, Any] = {  # of text that may lie over lines
 matplotlib.rcParams["svg.hashsalt"] = "fused_ewclora"  # the same records, the same file
 
 
-def styles(found: Iterable[Record]) -> dict[str, tuple[str, str]]:
+def styles(records: Iterable[Record]) -> dict[str, tuple[str, str]]:
     """Colour and marker of every provider, in order of appearance: ours blue, floors grey."""
     chosen: dict[str, tuple[str, str]] = {}
     others = floors = 0
-    for record in found:
+    for record in records:
         name, role = record["provider"], collection.role(record)
         if name in chosen:
             continue
@@ -54,15 +55,15 @@ def styles(found: Iterable[Record]) -> dict[str, tuple[str, str]]:
     return chosen
 
 
-def caption(found: Sequence[Record]) -> str:
+def caption(records: Sequence[Record]) -> str:
     """Device, threads, versions, commit and dates of the records."""
-    gpu = any(map(collection.is_gpu, found))
+    gpu = any(map(collection.is_gpu, records))
     names = ("fused_ewclora", "torch", *(("triton", "cuda") if gpu else ()), "python", "commit")
-    values = [(name, collection.told(found, name)) for name in names]
-    threads = collection.told(found, "threads")
-    days = sorted({record["time"][:10] for record in found})
+    values = [(name, collection.all_values(records, name)) for name in names]
+    threads = collection.all_values(records, "threads")
+    days = sorted({record["time"][:10] for record in records})
     parts = [
-        collection.told(found, "device"),
+        collection.all_values(records, "device"),
         *([] if gpu or not threads else [f"{threads} thread{'s' * (threads != '1')}"]),
         *(f"{name} {value}" for name, value in values if value),
         days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
@@ -70,13 +71,13 @@ def caption(found: Sequence[Record]) -> str:
     return textwrap.fill("; ".join(parts), 140)
 
 
-def figure(height: float, title: str, found: Sequence[Record], note: str = "") -> Figure:
+def figure(height: float, title: str, records: Sequence[Record], note: str = "") -> Figure:
     """An empty figure of `height` inches with its title and its caption, after `note`."""
     made = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(made)
     made.suptitle(title, fontsize=12)
     lines = [textwrap.fill(note, 140)] if note else []
-    made.supxlabel("\n".join([*lines, caption(found)]), fontsize=SMALL, color=GREY)
+    made.supxlabel("\n".join([*lines, caption(records)]), fontsize=SMALL, color=GREY)
     return made
 
 

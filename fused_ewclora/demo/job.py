@@ -66,10 +66,10 @@ class Progress:
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """The recipe with what the command line changes; the default lambda follows the Fisher mode."""
     recipe = Recipe(**QUICK) if args.quick else Recipe()  # type: ignore[arg-type]
-    given = {
+    overrides = {
         name: getattr(args, name) for name in ("tasks", "rank", "epochs") if getattr(args, name) is not None
     }
-    recipe = dataclasses.replace(recipe, fisher_mode=args.fisher_mode, **given)
+    recipe = dataclasses.replace(recipe, fisher_mode=args.fisher_mode, **overrides)
     if args.ewc_lambda is None:
         ewc_lambda = fe.convert_lambda(recipe.ewc_lambda, "sample", args.fisher_mode, recipe.batch_size)
     else:

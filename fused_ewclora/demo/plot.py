@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from ..metrics import PROTOCOLS
+from .palette import BLUE, ORANGE
 from .protocol import Result
 from .report import EWC, PLAIN, of_method
 
-# Blue and orange of the Okabe-Ito palette, which colour-blind readers tell apart; the markers differ as well.
-STYLES = {PLAIN: ("#D55E00", "s"), EWC: ("#0072B2", "o")}
+STYLES = {PLAIN: (ORANGE, "s"), EWC: (BLUE, "o")}
 
 
 def plot(path: Path, results: list[Result], title: str) -> None:

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import fused_ewclora as fe
 
 from ..metrics import ContinualMetrics
+from .evaluation import PERCENT, accuracies, check_finite
 from .scenario import Scenario, Split, select, task_classes
-from .vit import Classifier, VisionTransformer
+from .vit import Classifier, VisionTransformer, key_value_config
 
-PERCENT = 100.0
 BASE_LEARNING_RATE = 2e-3
 BASE_WEIGHT_DECAY = 0.05
 BASE_BATCH = 64
@@ -116,39 +116,22 @@ def train_base(
         F.cross_entropy(model(images), split.train_labels[index].to(device)).backward()
         optimizer.step()
         schedule.step()
-    return backbone, accuracy(model.all_logits, split, slice(0, len(split.classes)), 0, device)
-
-
-@torch.no_grad()
-def accuracy(
-    logits: Callable[[Tensor], Tensor], split: Split, columns: slice, offset: int, device: torch.device
-) -> float:
-    """Percent of test images whose largest logit among `columns` is that of their class, `offset + label`."""
-    right = 0
-    for images, labels in zip(
-        split.test_images.split(EVALUATION_BATCH), split.test_labels.split(EVALUATION_BATCH), strict=True
-    ):
-        predicted = logits(images.to(device))[:, columns].argmax(1).cpu() + (columns.start or 0)
-        right += int((predicted == labels + offset).sum())
-    return PERCENT * right / len(split.test_labels)
+    return backbone, evaluate(model, [split], device)[0][0]
 
 
 def evaluate(model: Classifier, splits: list[Split], device: torch.device) -> tuple[list[float], list[float]]:
-    """Class-incremental and task-aware accuracy on every task so far."""
-    class_incremental, task_aware, offset = [], [], 0
+    """Class-incremental and task-aware accuracy on the test images of every split, in percent."""
+    tasks = []
     for split in splits:
-        own = slice(offset, offset + len(split.classes))
-        class_incremental.append(accuracy(model.all_logits, split, slice(0, None), offset, device))
-        task_aware.append(accuracy(model.all_logits, split, own, offset, device))
-        offset = own.stop
-    return class_incremental, task_aware
+        images, labels = split.test_images.split(EVALUATION_BATCH), split.test_labels.split(EVALUATION_BATCH)
+        tasks.append((len(split.classes), zip(images, labels, strict=True)))
+    return accuracies(model, tasks, device)
 
 
 def adapted(backbone: VisionTransformer, rank: int) -> Classifier:
     """A frozen copy of the backbone with adapters on the k and v rows of every packed qkv; no head yet."""
     model = Classifier(copy.deepcopy(backbone))
-    layout = fe.QKVLayout(("q", "k", "v"), (backbone.dim,) * 3)
-    fe.inject(model, fe.LoRAConfig(r=rank, target_modules=["qkv"], slices=("k", "v"), layout=layout))
+    fe.inject(model, key_value_config(backbone.dim, rank))
     return model
 
 
@@ -219,12 +202,5 @@ def run_method(
     result.metrics = ContinualMetrics.from_matrix(
         [cil for cil, _ in rows], [len(s.test_labels) for s in splits], [til for _, til in rows], PERCENT
     )
-    _check_trained(model)
+    check_finite(model, method)
     return result
-
-
-def _check_trained(model: nn.Module) -> None:
-    """A demo that learned NaN must not report numbers."""
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise fe.EWCLoRAError(f"{name}: not finite after training; lower the learning rate or the lambda")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import statistics
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..metrics import PROTOCOLS
+from .environment import versions
+from .files import replace_text
 from .protocol import Result
+from .spread import Spread
 
 PLAIN, EWC = "LoRA", "EWC-LoRA"
 METHODS = (PLAIN, EWC)
@@ -32,11 +31,6 @@ def of_method(results: list[Result], method: str) -> list[Result]:
     return sorted((r for r in results if r.method == method), key=lambda r: r.seed)
 
 
-def mean_std(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (0 for one value)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def aggregate(results: list[Result]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
     """method -> protocol -> metric -> mean and std over the seeds."""
     out: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
@@ -48,8 +42,8 @@ def aggregate(results: list[Result]) -> dict[str, dict[str, dict[str, dict[str, 
                 values = [s[protocol][name] for s in summaries]
                 known = [v for v in values if v is not None]
                 if len(known) == len(values):
-                    mean, std = mean_std(known)
-                    out[method][protocol][name] = {"mean": mean, "std": std}
+                    spread = Spread.of(known)
+                    out[method][protocol][name] = {"mean": spread.mean, "std": spread.deviation or 0.0}
     return out
 
 
@@ -134,19 +128,6 @@ def conclusion(summary: dict[str, Any], tasks: int, seeds: int) -> str:
     )
 
 
-def versions() -> dict[str, str | int]:
-    """What the numbers depend on besides the arguments."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found: dict[str, str | int] = {"python": platform.python_version(), "machine": platform.machine()}
-    for package in ("fused-ewclora", "torch", "numpy", "scikit-learn"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return {**found, "threads": torch.get_num_threads()}
-
-
 def record(results: list[Result], **rest: Any) -> dict[str, Any]:
     """Everything needed to redo the tables, as plain containers."""
 
@@ -172,7 +153,5 @@ def record(results: list[Result], **rest: Any) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write to a temporary name, then rename, so that a reader never sees half a file."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    """Writes the record; a reader never sees half a file."""
+    replace_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")

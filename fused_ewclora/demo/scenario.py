@@ -34,12 +34,13 @@ class Scenario:
     continual_classes: tuple[int, ...]
 
 
-def make_scenario(dataset: str, root: Path) -> Scenario:
+def make_scenario(dataset: str, root: Path, continual_root: Path | None = None) -> Scenario:
     """MNIST after scikit-learn's digits, Fashion-MNIST after MNIST, else half of the classes after the rest.
 
-    Of the ten digits the base takes four, so that three tasks of two classes remain.
+    Of the ten digits the base takes four, so that three tasks of two classes remain. continual_root is the
+    folder of the tasks' data set, where that is not `root`.
     """
-    continual = load_dataset(dataset, root)
+    continual = load_dataset(dataset, continual_root or root)
     if dataset in ("mnist", "fashion-mnist"):
         base = load_digits() if dataset == "mnist" else load_mnist(root)
         return Scenario(

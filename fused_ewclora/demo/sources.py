@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fused_ewclora.demo.formats import DataError
+from .formats import DataError
 
 LAST_WORDS = 500  # characters of what a failed command said
 
@@ -59,11 +59,11 @@ def debian_package(root: Path, package: str) -> Path:
 def _fetch(root: Path, tool: str, command: Sequence[str], pattern: str, remedy: str) -> None:
     """Runs a download and moves what matches into root, so that files there are always whole."""
     with _folder_beside(root) as made:
-        said = _command(tool, command, made, remedy)
-        found = sorted(made.glob(pattern))
-        if not found:
-            raise DataError(f"{remedy}. {tool} left no such file and said: {said or 'nothing'}")
-        for path in found:
+        output = _command(tool, command, made, remedy)
+        files = sorted(made.glob(pattern))
+        if not files:
+            raise DataError(f"{remedy}. {tool} left no such file and said: {output or 'nothing'}")
+        for path in files:
             path.replace(root / path.name)
 
 
@@ -85,7 +85,7 @@ def _command(tool: str, command: Sequence[str], folder: Path, remedy: str) -> st
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise DataError(f"{remedy}. There is no {tool} here") from error
-    said = done.stderr.strip()[-LAST_WORDS:]
+    output = done.stderr.strip()[-LAST_WORDS:]
     if done.returncode:
-        raise DataError(f"{remedy}. {tool} failed: {said or f'exit status {done.returncode}'}")
-    return said
+        raise DataError(f"{remedy}. {tool} failed: {output or f'exit status {done.returncode}'}")
+    return output
