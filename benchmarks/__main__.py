@@ -1,6 +1,6 @@
-"""Benchmarks of the CPU; those of a GPU are run by benchmarks.gpu_check. Every result is checked against
-fp64, then all providers of a case are timed in turns and the records appended. Exit status: 1 when a target
-is missed, ours fails or its result is wrong; 130 when interrupted, with what was taken until then kept."""
+"""Benchmarks on the CPU; benchmarks.gpu_check runs those on a GPU. Every result is checked against fp64, then
+all providers of a case are timed in turns and their records appended. Exit status: 1 when a target is missed,
+or this library fails or is wrong; 130 when interrupted: the records measured until then are kept."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# Inductor's compile workers start in the background and would take a core from what is timed first.
+# Inductor's compile workers start in the background and would slow down the first cases.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own notes, in the middle of tables
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # messages of the profiler would appear inside tables
 
 import torch
 
@@ -30,27 +30,27 @@ from .steps import INTERRUPTED
 from .suites import SUITES
 from .workload import Workload
 
-# In a checkout; an installed package has no place of its own for them.
+# An installed package has no folder of its own for records.
 RESULTS = (ROOT if (ROOT.parent / "setup.py").exists() else Path("benchmarks")) / "results" / "cpu"
-CEILINGS_AGE = 15.0  # seconds after which the ceilings are measured again
+CEILINGS_AGE = 15.0  # seconds after which ceilings are measured again
 
 PEERS = sorted({*(name for names in registry.PEERS.values() for name in names), *registry.BATCH_MODE_PEERS})
 
 
 class Planned(NamedTuple):
-    """A case to come."""
+    """A case that has not run yet."""
 
     suite: str
     workload: Workload
 
     @property
     def label(self) -> str:
-        """What --shape selects by."""
+        """The name by which --shape selects the case."""
         return str(self.workload.shape.get("model", self.workload.shape.get(SWEEP)))
 
 
 def planned(preset: str, suites: Sequence[str], ops: Sequence[str] = registry.OPS) -> list[Planned]:
-    """The cases of suites and ops, in the order of SUITES."""
+    """The cases of these suites and operations, in the order of SUITES."""
     return [
         Planned(name, workload)
         for name in SUITES
@@ -61,7 +61,7 @@ def planned(preset: str, suites: Sequence[str], ops: Sequence[str] = registry.OP
 
 
 class Rates:
-    """The ceilings of the machine, measured again from time to time: others may use it too."""
+    """The ceilings of the machine, measured again from time to time, because its load may change."""
 
     def __init__(self) -> None:
         self._at, self._ceilings = -CEILINGS_AGE, Ceilings()
@@ -73,8 +73,7 @@ class Rates:
 
 
 def _built(plan: Planned) -> Case | list[Record]:
-    """The case, or, where not even its inputs could be made, records of ours and all peers with the
-    reason."""
+    """The case; where its inputs cannot be allocated, failed records of ours and of all peers."""
     try:
         return SUITES[plan.suite].build(plan.workload, Place())
     except (RuntimeError, MemoryError) as failure:
@@ -89,7 +88,7 @@ def _built(plan: Planned) -> Case | list[Record]:
 
 
 def chosen(case: Case, peers: Sequence[str] | None) -> Case:
-    """The case with these peers alone, without targets about others; None is all of them."""
+    """The case with only these peers, and without targets about others; None selects all peers."""
     if peers is None:
         return case
     kept: list[Provider] = [p for p in case.providers if p.role in ("ours", "floor") or p.name in peers]
@@ -114,7 +113,7 @@ def take(
 
 
 def _failed(records: Sequence[Record], rows: Sequence[Record]) -> bool:
-    """Whether ours failed or missed a target; a peer that is missing or fails is its own affair."""
+    """Whether ours failed or missed a target; failures of peers do not count."""
     ours = [r for r in records if r["role"] != "peer" and "failed" in r]
     return any(not r["failed"].startswith(extras.Unavailable.__name__) for r in ours) or any(
         verdict_of(row) == SHORT for row in rows
@@ -122,7 +121,7 @@ def _failed(records: Sequence[Record], rows: Sequence[Record]) -> bool:
 
 
 def run(cases: Sequence[Planned], args: argparse.Namespace) -> int:
-    """Measures, prints and appends case by case."""
+    """Measures the cases; prints and appends the records after each."""
     stamp = {"environment": {**environment(), **extras.versions()}}
     rates, kept, failed, begin = Rates(), 0, False, time.monotonic()
     try:
@@ -177,14 +176,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, help="time per provider and case")
     add("--min-rounds", type=int, default=7, help="rounds per case, however long they take")
     add("--out", "--output", type=Path, help=f"folder the records are appended to; default: {RESULTS}, "
-        "but none with the preset quick: few rounds are no measurements")  # fmt: skip
+        "except with the preset quick, whose few rounds are not worth keeping")  # fmt: skip
     add("--dry", action="store_true", help="measure and print without writing records")
     add("--list", action="store_true", help="print the cases and stop")
     return parser
 
 
 def _selected(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[Planned]:
-    """The cases that were asked for; ends with a sentence where there are none."""
+    """The cases that the options select; an error of the parser where there are none."""
     cases = planned(args.preset, args.suite, args.op)
     if not cases:
         parser.error(f"no case of {', '.join(args.op)} in {', '.join(args.suite)}; see --list")

@@ -1,4 +1,4 @@
-"""The algorithms of the LoRA linear: which one serves a case, which can be forced, what a model predicts."""
+"""Algorithms of the LoRA linear: the chosen one, those that can be forced, and predicted times."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OPS = {"forward": "lora_linear", "backward": "lora_linear_backward"}
 
 
 def forced(entry: Entry) -> tuple[str, ...]:
-    """Algorithms that the argument `backend` can name."""
+    """Algorithms that the argument `backend` can select."""
     return OF_TRITON if entry.backend == "triton" else ()
 
 
@@ -24,7 +24,7 @@ def _shape(workload: Workload) -> LinearShape:
 
 
 def described(workload: Workload, place: Place, entry: Entry) -> str:
-    """The algorithms that serve the passes, in words."""
+    """The algorithms that the passes of the workload use, in words."""
     if not place.gpu:
         return "C++ prologue into BLAS addmm"
     shape = _shape(workload)
@@ -34,7 +34,7 @@ def described(workload: Workload, place: Place, entry: Entry) -> str:
 
 
 def predicted(workload: Workload, entry: Entry, key: str) -> float | None:
-    """Seconds of Triton's forward pass by the model that its choice uses; None where there is no model."""
+    """Seconds of Triton's forward pass by the cost model of the dispatch; None where it has no model."""
     if entry.backend != "triton" or workload.which != "forward":
         return None
     shape = _shape(workload)

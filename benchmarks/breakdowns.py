@@ -1,4 +1,4 @@
-"""What the time of a call goes to, by operation."""
+"""How the time of a call is divided among operations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fused_ewclora import profiling
 from .case import Case, Run
 from .harness import Record
 
-NAMED = 12  # operations that a breakdown names; the others are summed up
+NAMED = 12  # operations that a breakdown names; the others are summed as "other"
 
 
 def _operation(event: Any) -> str:
@@ -27,8 +27,8 @@ def _operation(event: Any) -> str:
 
 
 def breakdown(run: Run) -> dict[str, float]:
-    """Shares of the CPU time of one call by operation, the most expensive first, under torch.profiler, whose
-    own cost per operation is in them."""
+    """Shares of the CPU time of one call by operation, largest first. They include the overhead of
+    torch.profiler per operation."""
     with (
         profiling.enable(),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,

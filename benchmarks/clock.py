@@ -1,7 +1,7 @@
-"""How long computations take: by the wall clock on a CPU, by events around graph replays on a GPU.
+"""Timing of computations: the wall clock on a CPU, events around graph replays on a GPU.
 
-A clock is used inside its `running()`. `prepare` warms up one computation and its rotation; `times` takes
-samples of several prepared ones in turns, so that every variant sees the same machine.
+A clock is used inside its `running()`. `prepare` warms up a computation and its rotation; `times` samples
+several prepared computations in turns, so that all of them are measured under the same load of the machine.
 """
 
 from __future__ import annotations
@@ -67,25 +67,27 @@ class WallClock:
         return rounds < self.min_rounds or (spent < budget and rounds < self.max_rounds)
 
     def peak(self, run: Callable[[], Any]) -> tuple[Any, int | None]:
-        """The result of `run` and the bytes it allocated at its peak, where they can be known."""
+        """The result of `run`, and its peak memory in bytes where that can be measured."""
         return run(), None
 
     def energy(self, prepared: Prepared) -> float | None:
-        """Millijoules of one computation, where a counter tells."""
+        """Millijoules of one computation, where there is a counter."""
         return None
 
     def check(self) -> None:
-        """Raises when the device cannot go on."""
+        """Raises when the device can no longer be used."""
 
 
 class CudaClock(WallClock):
     """For GPUs: everything runs on one side stream, on which graphs can be captured."""
 
     max_rounds = 200
-    sample_seconds = 5e-4  # replays are repeated to this length, beside which the gap before them is small
-    spin_cycles = 200_000  # about 0.1 ms of device work first, so that launches are queued before their turn
+    sample_seconds = (
+        5e-4  # replays are repeated for at least this long, so that the gap before them is negligible
+    )
+    spin_cycles = 200_000  # about 0.1 ms of device work, during which the launches are queued
 
-    burst = 4  # samples between two looks at the counter of energy
+    burst = 4  # samples between two readings of the energy counter
 
     def __init__(self, meter: Meter | None = None) -> None:
         super().__init__()
@@ -93,7 +95,7 @@ class CudaClock(WallClock):
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        # Graphs of one run share memory: they run one after the other and nobody reads their results.
+        # Graphs of one run share memory: they run one after the other, and their results are not read.
         self.pool = torch.cuda.graph_pool_handle()
         with torch.cuda.stream(self.stream):
             yield
@@ -121,10 +123,10 @@ class CudaClock(WallClock):
         return (time.perf_counter() - begin) / calls
 
     def _captured(self, runs: Sequence[Callable[[], Any]]) -> Prepared | None:
-        """A graph of all runs in turn; None for what cannot be captured."""
+        """A graph of all runs, one after the other; None where they cannot be captured."""
         torch.cuda.synchronize()
         if 2 * torch.cuda.memory_reserved() > torch.cuda.get_device_properties(0).total_memory:
-            torch.cuda.empty_cache()  # a capture cannot free cached blocks of others
+            torch.cuda.empty_cache()  # a capture cannot free cached blocks
         # torch.cuda.graph() would collect garbage and empty the cache before each of hundreds of captures.
         graph = torch.cuda.CUDAGraph()
         gc.disable()  # a tensor or graph collected during a capture can break it
@@ -150,7 +152,7 @@ class CudaClock(WallClock):
         events = []
         for computation in prepared:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            # Eager launches take their host time; the device must not run dry meanwhile.
+            # Eager launches take host time, during which the device must not become idle.
             eager = computation.timing == "events" and computation.host_seconds
             cycles = self.spin_cycles + int(min(eager * computation.share, 0.02) * 2e9 if eager else 0)
             torch.cuda._sleep(cycles)
@@ -177,7 +179,9 @@ class CudaClock(WallClock):
     def energy(self, prepared: Prepared) -> float | None:
         if self.meter is None:
             return None
-        rounds = self.burst * prepared.repeats if prepared.repeats > 1 else 1  # one that is long enough
+        rounds = (
+            self.burst * prepared.repeats if prepared.repeats > 1 else 1
+        )  # a single replay is long enough
 
         def burst() -> int:
             for _ in range(rounds):
@@ -187,7 +191,7 @@ class CudaClock(WallClock):
 
         try:
             return self.meter.per_call(burst)
-        except Unmeasurable:  # the times of the case are there, and more valuable
+        except Unmeasurable:  # the times of the case are already measured, and matter more
             self.meter = None
             return None
 

@@ -1,9 +1,9 @@
 """Compares two record files or folders: `python -m benchmarks.compare A B`. Exit status 1 when B is slower or
 fails anew, 2 when the records cannot be compared.
 
-Every provider of ours gets the ratio B / A of its medians, as it is and normalised by its controls: the peers
-and floors of the same case, whose code is not ours. A change counts when the normalised ratio is beyond
-`noise`. Newest record per case and provider.
+For every provider of ours the ratio B / A of its medians is given, as measured and normalised by its
+controls: the peers and floors of the same case, whose code did not change. A change counts when the
+normalised ratio exceeds `noise`. The newest record of every case and provider is compared.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Z = 3.0  # standard errors; two-sided 0.3 % for a normal distribution, of every 
 NORMAL_P80 = 0.8416  # standard deviations from the median to the 80 % quantile of a normal distribution
 MEDIAN_EFFICIENCY = 1.2533  # sqrt(pi / 2): standard error of a median, of normal samples, over that of a mean
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
-LEAST_SCATTER = 0.015  # of medians between two processes, however quiet: placement of pages and code
-FEW_SCATTER = 0.03  # assumed where fewer than FEW controls tell
+LEAST_SCATTER = 0.015  # of medians between two processes on an idle machine: placement of pages and code
+FEW_SCATTER = 0.03  # assumed where there are fewer than FEW controls
 FEW = 6
 VERSIONS = ("torch", "triton", "cuda", "python", "instruction_set", "cores", "fused_ewclora")
 
@@ -40,7 +40,7 @@ def median_error(record: Record) -> float:
     The quantiles are taken over rounds, and the median of n independent samples scatters by
     1 / (2 f sqrt(n)) with f their density at the median; for a normal density that is 1.2533 sigma / sqrt(n)
     (for a uniform one between p20 and p80, 1.1 times this). Logarithms, because times have long right tails
-    and ratios are what is compared; with such a tail p80 overstates sigma, which errs on the side of noise.
+    and ratios are compared; with such a tail p80 overestimates sigma, so that fewer changes count.
     """
     seconds = record["seconds"]
     sigma = math.log(seconds["p80"] / seconds["p20"]) / (2.0 * NORMAL_P80)
@@ -48,12 +48,12 @@ def median_error(record: Record) -> float:
 
 
 def noise(own: float, controls: Sequence[float], scatter: float) -> float:
-    """How far ln(normalised ratio) goes by chance: Z sqrt(own² + e² + scatter²).
+    """How far ln(normalised ratio) can deviate by chance: Z sqrt(own² + e² + scatter²).
 
     own: standard error of ln(B / A) of the provider, from `median_error` of both records. e: that of the
-    median of its controls. scatter: what the rounds of one run cannot show, since all of them share a
-    process, its pages and its neighbours on the machine; it is measured on code that did not change
-    (`between_runs`). Rounds that are not independent make `own` too small; the scatter contains that too.
+    median of its controls. scatter: variation between runs, which the rounds of one run cannot show, since
+    all of them share a process, its pages and the load of the machine; it is measured on code that did not
+    change (`between_runs`). Rounds that are not independent make `own` too small; the scatter includes that.
     """
     count = len(controls)
     error = MEDIAN_EFFICIENCY if count > 2 else 1.0  # of one or two the median is the mean
@@ -63,8 +63,8 @@ def noise(own: float, controls: Sequence[float], scatter: float) -> float:
 
 @dataclass(frozen=True)
 class Change:
-    """A provider of a case in A and in B. `ratio` is B / A of the medians, `normalised` the same over what
-    the controls did (None without any), `bound` the factor that noise alone explains."""
+    """A provider of a case in A and in B. `ratio` is B / A of the medians, `normalised` the ratio divided by
+    that of the controls (None without controls), `bound` the factor that noise alone can explain."""
 
     op: str
     case: str
@@ -82,7 +82,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found; texts are sentences or names ready to be printed."""
+    """The result of `compare`; texts are sentences or names ready to be printed."""
 
     header: list[str]
     changes: list[Change]
@@ -137,9 +137,9 @@ class _Moved:
 
 
 def chance(moved: dict[str, _Moved], machine: float) -> list[float]:
-    """Differences of the kind that is judged, of code that did not change between A and B: ln(B / A) of every
-    control over that of the other controls of its case (of all cases, where it is alone), and ours over ours
-    measured again within a run."""
+    """Differences as they arise for code that did not change between A and B: ln(B / A) of every control
+    minus that of the other controls of its case (of all cases, where it is the only one), and ours against
+    ours measured a second time in the same run."""
     controls = {name: change.log for name, change in moved.items() if change.control}
     differences = []
     for name, log in controls.items():
@@ -153,14 +153,15 @@ def chance(moved: dict[str, _Moved], machine: float) -> list[float]:
 
 
 def between_runs(differences: Sequence[float]) -> float:
-    """Robust standard deviation of the differences that are `chance` alone; FEW_SCATTER where few tell."""
+    """Robust standard deviation of the differences from `chance`; FEW_SCATTER where there are few of them."""
     if len(differences) < FEW:
         return FEW_SCATTER
     return max(LEAST_SCATTER, MAD_TO_SIGMA * float(np.median(np.abs(differences))))
 
 
 def _normalised(log: float, references: Sequence[float]) -> float:
-    """The change that every reference leaves: the smallest, and none where they disagree about its sign."""
+    """The change relative to the references: the smallest one, and none where they disagree about its
+    sign."""
     left = [log - reference for reference in references]
     if min(left) <= 0.0 <= max(left):
         return 0.0
@@ -170,8 +171,8 @@ def _normalised(log: float, references: Sequence[float]) -> float:
 def _change(
     where: tuple[str, str], name: str, moved: dict[str, _Moved], everywhere: Sequence[float], scatter: float
 ) -> Change:
-    """Judged against the controls of the case and against those of all cases: one peer that changed for
-    itself is no regression of ours, and neither is a neighbour who was busy during one case."""
+    """Judged against the controls of the case and against those of all cases: neither a change of a single
+    peer nor a load on the machine during a single case is a regression of ours."""
     own = moved[name]
     controls = [other for who, other in moved.items() if other.control and who != name]
     references = [float(np.median([c.log for c in controls]))] if controls else []
@@ -204,7 +205,7 @@ def _single_value(name: str, which: str, environments: Sequence[dict[str, object
 
 
 def _comparable(a: dict[str, CaseRecords], b: dict[str, CaseRecords]) -> None:
-    """Raises Unusable where ratios would compare machines or settings."""
+    """Raises `Unusable` where ratios would compare different machines or settings."""
     gpu = any(collection.is_gpu(r) for case in b.values() for r in case.values())
     for name in ("device",) if gpu else ("device", "threads"):
         sides = (("A", a), ("B", b))
@@ -244,8 +245,8 @@ def _titles(old: dict[str, CaseRecords], new: dict[str, CaseRecords]) -> dict[st
 
 
 def _scatters(moved: dict[str, dict[str, _Moved]], machine: float) -> dict[str, float]:
-    """Scatter between runs by op: what waits for memory varies more than what computes. All ops together
-    ("") serve an op with few controls."""
+    """Scatter between runs by op: memory-bound operations vary more than compute-bound ones. For an op with
+    few controls the scatter of all ops together ("") is used."""
     differences: dict[str, list[float]] = {"": []}
     for key, case in moved.items():
         values = chance(case, machine)
@@ -335,7 +336,7 @@ def _controls(comparison: Comparison) -> str:
 
 
 def render(comparison: Comparison) -> str:
-    """Text: regressions first, then improvements, the count of the rest, and what is in one of them only."""
+    """Text: regressions, improvements, the number of unchanged cases, and cases that only A or only B has."""
     lines = [*comparison.header, _controls(comparison)]
     for title, verdict in (("regressions", SLOWER), ("improvements", FASTER)):
         changes = comparison.of(verdict)

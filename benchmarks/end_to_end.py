@@ -1,8 +1,8 @@
 """Whole training steps, and forward and backward of adapted models, with random weights.
 
-A step is forward, penalty, backward and the optimizer at a learning rate of next to nothing: the work of a
-step, with parameters that stay what the check compared. Ours is what users call: the injected model and
-`EWC.penalty()`. `blocks` in the shape says how much of the depth of the model there is.
+A step is forward, penalty, backward and the optimizer, with a learning rate so small that the parameters stay
+those that were checked. Ours is what users call: the injected model and `EWC.penalty()`. `blocks` in the
+shape is the number of blocks that the model has.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def subject(workload: Workload, samples: int, place: Place) -> Subject:
 
 
 def few(base: Subject) -> Batch:
-    """What is compared with fp64."""
+    """The samples whose gradients are compared with fp64."""
     return base.x[:CHECKED], base.labels[:CHECKED]
 
 
 def gradients(adapted: Adapted, batch: Batch, penalty: Penalty | None = None) -> list[Tensor]:
-    """Of the loss in all that trains."""
+    """Gradients of the loss with respect to all trained parameters."""
     x, labels = batch
     loss = F.cross_entropy(adapted.model(x), labels)
     if penalty is not None:
@@ -71,7 +71,7 @@ def exact(published: Adapted, base: Subject, fishers: list[Tensor] | None = None
 
 
 def optimizer_of(name: str, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """SGD or Adam; Adam in the form that a CUDA graph can hold."""
+    """SGD or Adam; Adam so that a CUDA graph can capture it."""
     if name == "SGD":
         return torch.optim.SGD(parameters, lr=RATE, foreach=True)
     capturable = parameters[0].device.type == "cuda"
@@ -103,8 +103,8 @@ def _step(
 
 
 def _fishers(published: Adapted, batch: Batch) -> list[Tensor]:
-    """Random ones, so large that gradients of the penalty are of the size of those of the loss: the check
-    sees both."""
+    """Random Fishers, scaled so that the gradients of the penalty and of the loss have the same norm: the
+    check depends on both."""
     fishers = [
         torch.rand(len(b), a.shape[1], device=a.device).square_()
         for a, b in zip(published.lora_as, published.lora_bs, strict=True)
@@ -117,15 +117,15 @@ def _fishers(published: Adapted, batch: Batch) -> list[Tensor]:
 
 
 def _step_targets(workload: Workload, place: Place) -> list[Target]:
-    """Of the CPU; those of a GPU are in goals.py."""
+    """Targets on a CPU; those on a GPU are in goals.py."""
     if place.gpu or not str(workload.shape["model"]).startswith("ViT-S"):
         return []
     return [Target(registry.WITHOUT, LIMIT, f"at most {LIMIT} x a step without EWC")]
 
 
 def build_step(workload: Workload, place: Place) -> Case:
-    """Ours and the published formulation; below them LoRA without a penalty and the head alone, which do less
-    than the case and are floors."""
+    """Ours and the published formulation; the floors are LoRA without a penalty and the head alone, which do
+    less than the case."""
     base = subject(workload, workload.size("samples"), place)
     ours = models.adapted(base)
     published = models.explicit(base, ours)

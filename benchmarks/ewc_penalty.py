@@ -1,4 +1,4 @@
-"""The EWC penalty and its gradients, all adapters in one call, against how PyTorch users write it."""
+"""The EWC penalty and its gradients, all adapters in one call, compared with formulations in PyTorch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Penalty = Callable[[Tensors, Tensors, Tensors], Tensor]
 
 
 class Inputs(NamedTuple):
-    """Of one case, one entry per matrix."""
+    """Inputs of one case, one entry per matrix."""
 
     fishers: list[Tensor]
     lora_as: list[Tensor]
@@ -42,7 +42,7 @@ def eager(fishers: Tensors, lora_as: Tensors, lora_bs: Tensors) -> Tensor:
 
 
 def stacked_over(fishers: Tensors) -> Penalty:
-    """One batched product per shape, F stored stacked: the best that plain PyTorch offers."""
+    """One batched product per shape with F stored stacked: the fastest formulation in plain PyTorch."""
     shapes = list(dict.fromkeys(f.shape for f in fishers))
     groups = [[i for i, f in enumerate(fishers) if f.shape == shape] for shape in shapes]
     stacks = [torch.stack([fishers[i] for i in group]) for group in groups]
@@ -139,7 +139,7 @@ def _peers(workload: Workload, place: Place, buffers: Sequence[Inputs]) -> Itera
 
 
 def _floors(workload: Workload, place: Place) -> Iterator[Provider]:
-    """On a CPU, a product of as many FLOPs; on a GPU a floor is computed from the bytes of F."""
+    """On a CPU, a product with as many FLOPs; on a GPU, the floor is computed from the bytes of F."""
     if not place.gpu:
         d_out, d_in = workload.size("d_out"), workload.size("d_in")
         inner = max(1, round(workload.work.flops / (2.0 * d_out * d_in)))
@@ -148,7 +148,7 @@ def _floors(workload: Workload, place: Place) -> Iterator[Provider]:
 
 
 def _targets(workload: Workload, place: Place) -> list[Target]:
-    """Of the CPU; those of a GPU are in goals.py."""
+    """Targets on a CPU; those on a GPU are in goals.py."""
     published = (
         workload.shape["rank"] == 10
         and workload.size("adapters") == 12

@@ -1,4 +1,4 @@
-"""Exact per-sample Fisher of one layer, against a plain product of its size and the methods in use."""
+"""Exact per-sample Fisher of one layer, compared with a product of equal size and with common methods."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .workload import Workload
 
 OPS = ("fisher_accumulate",)
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}  # peers round gradients and squares to bf16, 2^-9 each
-# Scratch of a thread: a block of F, the panels of a part of a sample. One dense gradient of ViT-B's smallest
-# linear is larger, so no gradient is ever stored.
+# Scratch memory of a thread: a block of F and panels of part of a sample. One dense gradient of ViT-B's
+# smallest linear is larger, so a peak below this shows that no gradient is stored.
 TILE_BYTES = 2 * 2**20
 Method = Callable[[Tensor, Tensor, Tensor], Tensor]
 Inputs = tuple[Tensor, Tensor, Tensor]  # fisher, x, dy
@@ -62,7 +62,7 @@ METHODS: dict[str, Method] = {
     "einsum": einsum, "torch.func vmap(grad)": vmap_grad, registry.LOOP: one_by_one,
     registry.BATCH_MODE_PEERS[0]: batch,
 }  # fmt: skip
-# These give the sum for one batch; that of several is one addition more.
+# These compute the sum for one batch; several batches take one more addition each.
 INSTALLED: dict[str, Callable[[Tensor, Tensor], Run]] = {
     registry.BACKPACK: extras.backpack_square_sum, registry.OPACUS: extras.opacus_square_sum,
 }  # fmt: skip
@@ -82,7 +82,7 @@ def _accumulating(
     name: str, method: Method, buffers: Sequence[Inputs], role: str = "peer", backend: str = "",
     algorithm: str = "",
 ) -> Provider:  # fmt: skip
-    """Timed adding to F as in use; checked from a zero F."""
+    """Timed while adding to F, as in training; checked on a zero F."""
     fisher, x, dy = buffers[0]
     runs = turns(lambda inputs: lambda: [method(*inputs)], buffers)
     check = lambda: [method(torch.zeros_like(fisher), x, dy)]  # noqa: E731
@@ -116,7 +116,7 @@ def exact(workload: Workload, inputs: Inputs) -> list[Tensor]:
 
 
 def _targets(workload: Workload, place: Place) -> list[Target]:
-    """Of the CPU; those of a GPU are in goals.py."""
+    """Targets on a CPU; those on a GPU are in goals.py."""
     if (
         place.gpu
         or workload.size("tokens") == 1

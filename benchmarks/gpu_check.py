@@ -28,8 +28,8 @@ from .steps import Deadline, Outcome, Step
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 520.0
-PARTIAL = "partial"  # a test run without failures that was cut short
-# Files of the tests by their paths in tests/. The kernels: these, and all of backends/.
+PARTIAL = "partial"  # a test run without failures that ran out of time
+# Test files, by their paths in tests/. Those of the kernels are these, and all of backends/.
 KERNELS = (
     "ops/test_lora_linear.py", "ops/test_ewc_penalty.py", "ops/test_ewc_penalty_grad.py",
     "ops/test_fisher_accumulate.py", "ops/test_merge_weights.py", "ops/test_merge_grouped.py",
@@ -37,7 +37,7 @@ KERNELS = (
 )  # fmt: skip
 REQUIRED = ("pytest", "hypothesis")  # by the tests
 HOST = ("backends/cuda/test_build.py",)  # compile for minutes and need no GPU: after everything else
-ELSEWHERE = (  # need a build, model libraries, or run this driver
+ELSEWHERE = (  # not run here: need a build or model libraries, or test this driver
     "project/test_packaging.py",
     "benchmarks/test_gpu.py",
     "benchmarks/test_gpu_check_",
@@ -52,7 +52,7 @@ SUITE_LIMITS = {
     "merge": 20.0,
 }
 EVERYTHING = "all tests"
-CALLS = "calls"  # instead of tests that cannot run
+CALLS = "calls"  # replaces the tests where they cannot run
 NAMES = (
     "environment",
     "build",
@@ -114,7 +114,7 @@ def plan(args: argparse.Namespace, work: Path) -> list[Step]:
     }
     if args.rehearse:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-        environment["FUSED_EWCLORA_BUILD"] = "none"  # nor is the emulator of the CUDA kernels
+        environment["FUSED_EWCLORA_BUILD"] = "none"  # without the emulator of the CUDA kernels as well
 
     def step(name: str, command: list[str], limit: float, log: Path | None = None, **more: Any) -> Step:
         return Step(name, command, limit, log or work / f"{name}.log", environment, **more)
@@ -145,14 +145,15 @@ def plan(args: argparse.Namespace, work: Path) -> list[Step]:
 
 
 def stretched(step: Step, later: Sequence[Step], left: float) -> Step:
-    """A step whose limit grows, as those of later ones will, where together they would leave time unused."""
+    """The step with a longer limit, in proportion with the later steps, where all together leave time
+    unused."""
     total = step.limit + sum(other.limit for other in later if other.name != EVERYTHING)
     return replace(step, limit=step.limit * max(1.0, left / total))
 
 
 def judged(outcome: Outcome, report: Path) -> Outcome:
-    """The outcome of a test run with the counts of its report and its failures by name; cut short without a
-    failure is "partial"."""
+    """The outcome of a test run with the counts of its report and the names of its failures; a run that timed
+    out without a failure is "partial"."""
     try:
         suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
     except (OSError, ElementTree.ParseError):
@@ -246,7 +247,7 @@ def check(args: argparse.Namespace, todo: Callable[[argparse.Namespace, Path], l
                 print(outcome, flush=True)
                 try:
                     status = pack(args, work, outcomes)
-                except Exception:  # of the report; the rest still runs
+                except Exception:  # in the report: the remaining steps still run
                     traceback.print_exc()
                     status = 1
                 if step.name == "environment" and outcome.detail == NO_GPU:

@@ -1,6 +1,6 @@
 """Appends the records of a GPU run to those of the repository: `python -m benchmarks.keep OUT`, where OUT is
-the folder of `make gpu-check`. They go to benchmarks/results/<gpu>/, one file per suite. Exit status 2 when
-they cannot be used: a rehearsal, several devices, records that are in the repository already.
+the output folder of `make gpu-check`. They are written to benchmarks/results/<gpu>/, one file per suite. Exit
+status 2 when they cannot be used: a rehearsal, several devices, records that the repository already has.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def keep(out: Path, results: Path = RESULTS) -> list[Path]:
-    """The files that were written; raises `Unusable`, before anything is written."""
+    """Appends the records and returns the files; raises `Unusable` before anything is written."""
     by_file = {path: collection.load(path) for path in sorted(out.glob("*.jsonl")) if path.stat().st_size}
     everything = [record for of_file in by_file.values() for record in of_file]
     if not everything:

@@ -1,4 +1,4 @@
-"""LoRA linear, one pass or both, against the frozen layer and the compositions in use."""
+"""LoRA linear, one pass or both, compared with the frozen layer and with common compositions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Method = Callable[..., Tensor]
 
 
 def composition(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Three linears and a sum, as PEFT's layer computes."""
+    """Three linears and a sum, as in PEFT's layer."""
     return linear(x, weight, bias) + linear(linear(x, a), b) * 1.0
 
 
@@ -57,7 +57,7 @@ def fused(
 
 
 def composition_slices(x: Tensor, weight: Tensor, bias: Tensor, *adapters: Tensor) -> Tensor:
-    """k and v of a packed qkv joined to its q, which is what users write by hand."""
+    """k and v of a packed qkv concatenated with q, as users write it."""
     a_k, b_k, a_v, b_v = adapters
     q, k, v = linear(x, weight, bias).split(weight.shape[0] // 3, dim=-1)
     return torch.cat([q, k + linear(linear(x, a_k), b_k), v + linear(linear(x, a_v), b_v)], dim=-1)
@@ -99,7 +99,7 @@ METHODS: dict[str, dict[str, Method]] = {
 
 
 class Inputs(NamedTuple):
-    """Of one case; `adapters` are A, B in turn."""
+    """Inputs of one case; `adapters` are A, B in turn."""
 
     x: Tensor
     fixed: tuple[Tensor, Tensor]
@@ -125,8 +125,8 @@ def draw(workload: Workload, place: Place) -> Inputs:
 
 
 def run_of(which: str, method: Method, inputs: Inputs, leaves: Sequence[Tensor] | None = None) -> Run:
-    """Both passes, whose results are y and the gradients in `leaves` (x and the adapters), or one of them
-    with its part of the results."""
+    """Both passes, which return y and the gradients with respect to `leaves` (default: x and the adapters),
+    or one of them with its part of the results."""
     x, fixed, adapters, dy = inputs
     wrt = [x, *adapters] if leaves is None else list(leaves)
 
@@ -163,7 +163,7 @@ def exact(workload: Workload, inputs: Inputs) -> list[Tensor]:
 
 
 def _ours(workload: Workload, place: Place, buffers: Sequence[Inputs]) -> Iterator[Provider]:
-    """Our backends; on a GPU, in a whole case, every algorithm of Triton as well."""
+    """Our backends; on a GPU, in the main part of a case, every algorithm of Triton as well."""
     method = fused_slices if workload.op == "lora_linear_slices" else fused
     for entry in place.entries(workload.part):
         for key in ("", *(algorithms.forced(entry) if workload.part == MAIN else ())):
@@ -191,7 +191,7 @@ def _peers(workload: Workload, place: Place, buffers: Sequence[Inputs]) -> Itera
 
 
 def _targets(workload: Workload, place: Place) -> Sequence[Target]:
-    """Of the CPU; those of a GPU are in goals.py."""
+    """Targets on a CPU; those on a GPU are in goals.py."""
     if place.gpu:
         return ()
     targets = [Target("best peer", 1.0, "never slower than the best peer")]

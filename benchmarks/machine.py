@@ -1,4 +1,4 @@
-"""The machine of a measurement: what it is, which versions ran, and the ceilings it reached just now."""
+"""The machine of a measurement: hardware, versions, and measured ceilings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Ceilings = dict[str, float]  # "copy": bytes/s read plus written; "fp32", "tf32"
 
 
 def commit() -> str | None:
-    """The commit that runs, with "-dirty" after changes; None where nobody knows."""
+    """The current commit, with "-dirty" after changes; None where it is unknown."""
     if COMMIT_VARIABLE in os.environ:
         return os.environ[COMMIT_VARIABLE]
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -42,7 +42,7 @@ def _processor() -> str:
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Everything about the machine and the versions that a reader needs to rerun a record."""
+    """Machine and versions, as needed to repeat a measurement."""
     description = {
         "device": _processor(),
         "cores": os.cpu_count(),

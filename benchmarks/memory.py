@@ -13,11 +13,11 @@ from fused_ewclora.demo.memory import peak_bytes
 
 from .clock import MIN_ROUNDS, WallClock
 
-SPARE = 0.9  # of what is free may be taken
+SPARE = 0.9  # share of the free memory that may be allocated
 
 
 class CpuClock(WallClock):
-    """The wall clock; peaks are those of a second call, outside of all timed rounds, which also warms up."""
+    """The wall clock; the peak is that of a second call, outside the timed rounds, which also warms up."""
 
     def __init__(self, min_rounds: int = MIN_ROUNDS) -> None:
         super().__init__(min_rounds, warm=False)
@@ -35,7 +35,7 @@ def _number(path: Path) -> int | None:
 
 
 def free_bytes() -> int | None:
-    """What can still be allocated, by the machine and by the control group; None where nobody says."""
+    """Memory that can still be allocated, within the machine and the control group; None where unknown."""
     limits = []
     info = Path("/proc/meminfo")
     if info.exists():
@@ -50,8 +50,8 @@ def free_bytes() -> int | None:
 
 @contextlib.contextmanager
 def limited() -> Iterator[None]:
-    """Inside, an allocation beyond the free memory fails, which is a reason in a record; without a limit the
-    system would end the process, and with it the run."""
+    """A context in which an allocation beyond the free memory fails, and a record states the reason; without
+    it the system would kill the process, and so end the run."""
     free = free_bytes()
     status = Path("/proc/self/status")
     if free is None or not status.exists():

@@ -51,7 +51,7 @@ class Adapted:
         return self.pairs[1::2]
 
     def leaves(self) -> list[Tensor]:
-        """All that trains: the adapters, and the head."""
+        """All trained parameters: the adapters and the head."""
         return [*self.pairs, *self.model.head.parameters()]
 
 
@@ -123,7 +123,8 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def adapted(subject: Subject, std: float = 0.02) -> Adapted:
-    """The model with adapters of this library, B random: at zero, where it starts, A has no gradient."""
+    """The model with adapters of this library and random B: with the initial B = 0, A would have no
+    gradient."""
     model = sharing(subject.model)
     fe.inject(model, subject.config)
     model.head.requires_grad_(True)
@@ -135,7 +136,7 @@ def adapted(subject: Subject, std: float = 0.02) -> Adapted:
 
 
 def protected(model: nn.Module, fishers: Sequence[Tensor]) -> fe.EWC:
-    """The controller after a task that left these Fishers, one per adapter."""
+    """The controller with these Fishers of an earlier task, one per adapter."""
     ewc = fe.EWC(model, ewc_lambda=EWC_LAMBDA)
     saved = ewc.state_dict()
     keys = [key for key, _, _ in _pairs(model)]

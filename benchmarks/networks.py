@@ -1,6 +1,5 @@
-"""Networks with random weights for whole training steps, of plain PyTorch: they run where nothing else is
-installed. Both take embedded tokens, since neither patches nor a vocabulary are measured, and classify the
-mean token."""
+"""Networks in plain PyTorch with random weights, for whole training steps without other libraries. They take
+embedded tokens, since neither patches nor vocabularies are measured, and classify the mean token."""
 
 from __future__ import annotations
 

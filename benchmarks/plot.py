@@ -30,7 +30,7 @@ def slug(text: str) -> str:
 
 
 class Picture(NamedTuple):
-    """One picture to come; `op` is "" where it shows several operations."""
+    """A picture that is not drawn yet; `op` is "" where it shows several operations."""
 
     name: str
     title: str
@@ -70,7 +70,7 @@ def _curves(family: Sequence[Curve], title: str) -> Any:
 
 
 def planned(records: Sequence[Record]) -> list[Picture]:
-    """The pictures of records, not drawn yet; that needs no matplotlib."""
+    """The pictures of records, not drawn yet, so that matplotlib is not needed."""
     made: list[Picture] = []
     for machine, of_machine in collection.by_machine(records).items():
         where = slug(machine)
@@ -90,8 +90,8 @@ def planned(records: Sequence[Record]) -> list[Picture]:
 
 
 def pictures(records: Sequence[Record]) -> dict[str, Any]:
-    """Figures of matplotlib by the name of their file; raises Unusable without matplotlib, or where there is
-    nothing to draw."""
+    """Figures by the name of their file; raises `Unusable` without matplotlib, or where there is nothing to
+    draw."""
     if importlib.util.find_spec("matplotlib") is None:
         raise Unusable(MISSING)
     made = {picture.name: picture.draw() for picture in planned(records)}

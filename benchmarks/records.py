@@ -22,7 +22,8 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def violations(value: Any, schema: dict[str, Any] = SCHEMA, where: str = "record") -> Iterator[str]:
-    """What `value` has against `schema`, in words; the keywords that the files record_schema.json use."""
+    """How `value` violates `schema`, in words; supports the keywords that the files record_schema.json
+    use."""
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if kinds and not any(_is(value, kind) for kind in kinds):
@@ -54,7 +55,7 @@ def violations(value: Any, schema: dict[str, Any] = SCHEMA, where: str = "record
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All records of a file; of one that is still being written, the complete lines."""
+    """All records of a file; an incomplete last line, of a file that is being written, is skipped."""
     if not path.exists():
         return []
     lines = path.read_text().splitlines()

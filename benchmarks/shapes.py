@@ -41,12 +41,12 @@ class TextModel(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What one run on a GPU uses; `RELEASE` is measured, `REHEARSAL` only shows that everything runs."""
+    """Sizes of one run on a GPU: `RELEASE` is measured, `REHEARSAL` only shows that everything runs."""
 
     base: Model
     large: Model
     huge: Model
-    small: Model  # whose calls are over before the next one is launched
+    small: Model  # so small that a call finishes before the next one is launched
     samples: int
     rank: int  # of adapters on whole linears
     slice_rank: int  # of the published adapters on k and v

@@ -46,7 +46,7 @@ def label(record: Record) -> str:
 
 
 def line(case: Case) -> str:
-    """Ours in microseconds, eager on the host's clock, share of the ceiling; then ours over each other."""
+    """Ours in microseconds, eager host time, share of the ceiling; then ours over each other provider."""
     first = next(iter(case.values()))
     ours = case.get(OURS, {})
     if "seconds" not in ours:
@@ -58,13 +58,13 @@ def line(case: Case) -> str:
     ratios = []
     for name, record in case.items():
         if name == OURS or record.get("failed", "").startswith(Unavailable.__name__):
-            continue  # who is not installed is told once, at the end
+            continue  # peers that are not installed are listed once, at the end
         short = SHORT_NAMES.get(name, name.replace(f"{OURS} triton:", ":"))
         ratios.append(
             f"{short} {median / record['seconds']['p50']:.2f}" if "seconds" in record else f"{short} FAILED"
         )
     times = f"{median * 1e6:9.1f} {host * 1e6 if host is not None else float('nan'):9.0f} {part or 0.0:5.2f}"
-    # Everything should be captured in a graph: what was not is launch-bound in these figures.
+    # Everything should be captured in a graph: times of anything else include its launches.
     eager = {"events": " (not captured)", "wall": " (host's clock)"}.get(ours["timing"], "")
     return f"  {label(first):42}{times}{eager}  {' '.join(ratios)}"
 

@@ -40,7 +40,7 @@ def _breakdown(record: Record) -> str:
 
 
 def lines(title: str, records: Sequence[Record], rows: Sequence[Record]) -> list[str]:
-    """A line per provider, in ratios to ours; where time goes; a line per target."""
+    """A line per provider with its ratio to ours; breakdowns of times; a line per target."""
     ours = next((r["seconds"]["p50"] for r in records if r["provider"] == OURS and "seconds" in r), math.nan)
     output = ["", title, HEAD, *(_line(record, ours) for record in records)]
     output += [_breakdown(record) for record in records if "breakdown" in record]

@@ -1,7 +1,7 @@
-"""A case as data, without anything allocated, and how many bytes and FLOPs it takes at least.
+"""A case as data, before anything is allocated, and the bytes and FLOPs that it takes at least.
 
-FLOPs are those of matrix products, a multiplication and an addition each; what is done to single elements is
-not counted. Bytes are those of every input read once per pass that needs it and every result written once.
+FLOPs are those of matrix products, counting multiplications and additions; elementwise work is not counted.
+Bytes count every input once per pass that reads it, and every result once.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ MODELS: dict[str, Model | TextModel] = {
 BOTH = "forward+backward"
 ALL_LINEARS = "all"  # value of "linears" in the shape of a penalty on every linear of a model
 
-# Parts of a plan. What takes long to get ready, such as a compiled peer, must not keep a case of a GPU from
-# being measured: its records come LATER and join those of the case. SMALL cases have few providers. The case
-# OP shows what a call of the op alone costs.
+# Parts of a plan. Peers that take long to prepare, such as compiled ones, must not delay the other cases of a
+# GPU: they are measured LATER, and their records belong to the same case. SMALL cases have few providers. The
+# case OP measures a call of the op alone.
 WHOLE, MAIN, LATER, SMALL, OP = "whole", "main", "later", "small", "op"
 
 
 class Work(NamedTuple):
-    """What a case must do at least."""
+    """The least work of a case."""
 
     flops: float
     bytes: float
@@ -38,7 +38,7 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """One case to come, or a part of one. dtype: of the data; "fisher float32" is that of F, with the rest in
+    """A case before it runs, or a part of one. dtype: of the data; "fisher float32" is that of F, the rest is
     fp32."""
 
     op: str
@@ -75,7 +75,7 @@ class Workload:
 
 
 def model_of(workload: Workload) -> Model | TextModel:
-    """The model that the label of a shape begins with: "ViT-B k,v", "ViT-B/16"."""
+    """The model at the beginning of the label of a shape: "ViT-B k,v", "ViT-B/16"."""
     return MODELS[str(workload.shape["model"]).split()[0].split("/")[0]]
 
 
@@ -124,7 +124,7 @@ def _merge(workload: Workload) -> Work:
 
 
 def _threshold(workload: Workload) -> Work:
-    """Single elements: counted as three FLOPs each, since there is nothing else."""
+    """Elementwise: counted as three FLOPs per element, since there are no products."""
     elements = workload.size("vectors") * workload.size("length")
     return Work(3.0 * elements, 8.0 * elements)
 
@@ -140,10 +140,10 @@ def _blocks(workload: Workload) -> tuple[float, float, float]:
 
 def _step(workload: Workload) -> Work:
     """Linears forward, and backward to their inputs; attention forward, and 2.5 times that backward. Every
-    frozen weight is read in both passes. Adapters and the penalty are what is to be judged: not counted."""
-    parameters, products, attention = _blocks(workload)
-    moved = 2.0 * workload.torch_dtype.itemsize * parameters * workload.size("blocks")
-    return Work(2 * products + 3.5 * attention, moved)
+    frozen weight is read in both passes. Adapters and the penalty are the overhead to be judged: not
+    counted.""" parameters, products, attention = _blocks(workload) moved = 2.0 *
+    workload.torch_dtype.itemsize * parameters * workload.size("blocks") return Work(2 * products + 3.5 *
+    attention, moved)
 
 
 def _pass(workload: Workload) -> Work:
