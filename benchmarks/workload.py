@@ -141,9 +141,10 @@ def _blocks(workload: Workload) -> tuple[float, float, float]:
 def _step(workload: Workload) -> Work:
     """Linears forward, and backward to their inputs; attention forward, and 2.5 times that backward. Every
     frozen weight is read in both passes. Adapters and the penalty are the overhead to be judged: not
-    counted.""" parameters, products, attention = _blocks(workload) moved = 2.0 *
-    workload.torch_dtype.itemsize * parameters * workload.size("blocks") return Work(2 * products + 3.5 *
-    attention, moved)
+    counted."""
+    parameters, products, attention = _blocks(workload)
+    moved = 2.0 * workload.torch_dtype.itemsize * parameters * workload.size("blocks")
+    return Work(2 * products + 3.5 * attention, moved)
 
 
 def _pass(workload: Workload) -> Work:

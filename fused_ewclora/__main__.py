@@ -25,7 +25,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    # Asked before minutes of training, not when the picture is drawn.
+    # Checked before minutes of training, not when the picture is drawn.
     missing = [name for name in DEMO_EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
         print(

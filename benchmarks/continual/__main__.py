@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def chosen(args: argparse.Namespace) -> list[Run]:
-    """The runs that the options ask for."""
+    """The runs that the options select."""
     runs: list[Run] = []
     known: list[str] = []
     for name in args.suite or SUITES:
@@ -73,7 +73,7 @@ def chosen(args: argparse.Namespace) -> list[Run]:
 
 
 def listing() -> str:
-    """Every configuration with what it is about and its methods."""
+    """Every configuration with its description and its methods."""
     parts = []
     for name in configuration.available():
         loaded = configuration.load(configuration.find(name))
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fused_ewclora: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command goes on from here ({args.out})", file=sys.stderr)
+        print(f"\ninterrupted; the same command continues from here ({args.out})", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -100,7 +100,7 @@ def _run(args: argparse.Namespace, command: str) -> int:
     if args.list:
         print(listing())
         return 0
-    # Asked before hours of training, not when the first picture is drawn.
+    # Checked before hours of training, not when the first picture is drawn.
     if importlib.util.find_spec("matplotlib") is None:
         raise ArgumentError(MISSING)
     device_of(args.device)
@@ -143,7 +143,7 @@ def _tasks(run: Run) -> int:
 
 
 def _report(args: argparse.Namespace, runs: Sequence[Run]) -> None:
-    """Tables and pictures of everything in the files that this command is about."""
+    """Prints tables and draws pictures of all records in the files of these runs."""
     names = list(dict.fromkeys(run.suite for run in runs))
     measurements = [record for name in names for record in records.read(args.out / f"{name}.jsonl")]
     if COSTS in (args.suite or ()):

@@ -27,7 +27,7 @@ def _records(groups: Sequence[Group]) -> list[Record]:
 
 
 def _seeds(groups: Sequence[Group]) -> str:
-    """Which seeds the means are over: those of the most methods, and the exceptions."""
+    """The seeds of the means: those of most methods, then the exceptions."""
     seeds_by_name = {group.name: ", ".join(map(str, group.seeds)) for group in groups}
     usual = max(seeds_by_name.values(), key=list(seeds_by_name.values()).count)
     others = [f"{name}: {seeds}" for name, seeds in seeds_by_name.items() if seeds != usual]
@@ -100,7 +100,7 @@ def accuracy(title: str, groups: Sequence[Group]) -> Figure:
 
 
 def over_lambda(title: str, groups: Sequence[Group]) -> Figure:
-    """Backward transfer, and what it costs, over lambda; LoRA is lambda 0, left of a gap in the axis."""
+    """Backward transfer and accuracies over lambda; LoRA is lambda 0, left of a gap in the axis."""
     note = (
         f"Large: means over {_seeds(groups)}, bars: standard deviations; small: single seeds. LoRA is lambda "
         "0, beyond the gap in the axis."
@@ -178,7 +178,7 @@ def _mib(values: Sequence[int | None]) -> list[float]:
 def _panels(
     height: float, title: str, records: Sequence[Record], note: str, rows: int, names: int
 ) -> tuple[Figure, Any, list[Any]]:
-    """A figure with `rows` of two panels, and above them an empty axis for a legend of so many names."""
+    """A figure with `rows` of two panels, and above them an empty axis for a legend of `names` names."""
     above = 0.19 * math.ceil(names / LEGEND_COLUMNS) + 0.1
     made = style.figure(height + above, title, records, note)
     grid = made.add_gridspec(rows + 1, 2, height_ratios=[above, *[(height - 1.0) / rows] * rows])
@@ -192,7 +192,7 @@ def _panels(
 
 
 def _legend(where: Any, axis: Any) -> None:
-    """What the lines of all panels are, where it hides none of them."""
+    """A legend for the lines of all panels, outside of them."""
     where.legend(*axis.get_legend_handles_labels(), loc="center", ncols=LEGEND_COLUMNS, fontsize=style.SMALL,
                  handlelength=3.0, frameon=False, borderaxespad=0.0)  # fmt: skip
 

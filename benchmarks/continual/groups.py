@@ -1,4 +1,4 @@
-"""Runs that differ in the seed only, together: what tables, targets and pictures are made of."""
+"""Groups of runs that differ only in the seed, from which tables, targets and pictures are made."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from . import recorded
 
 KINDS = ("LoRA", "EWCLoRA", "SDLoRA", "CoDyRA", "InfLoRA")  # as tables order them
 MIB = 2.0**20
-SHOWN_DIFFERENCES = 3  # that tell settings of one method apart
+SHOWN_DIFFERENCES = 3  # fields in the note that distinguishes settings of one method
 
 
 @dataclass(frozen=True)
 class Group:
     """The runs of one method with one setting, by seed, each seed once.
 
-    note: what is different from the other settings of the method in the suite; "" where it has one.
+    note: the differences from the other settings of the method in the suite; "" for a single setting.
     """
 
     suite: str
@@ -35,7 +35,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """The method, and its setting where there are several."""
+        """The method, with its setting where there are several."""
         return f"{self.method} ({self.note})" if self.note else self.method
 
     @property
@@ -58,11 +58,11 @@ class Group:
 
     @property
     def machines(self) -> list[str]:
-        """Where it ran; times of different machines are not averaged."""
+        """The machines of the runs; times of different machines are not averaged."""
         return list(collection.by_machine(self.records))
 
     def of_seeds(self, seeds: Sequence[int]) -> Group:
-        """The same with some of the seeds."""
+        """The group with only these seeds."""
         kept = tuple(record for record in self.records if record["seed"] in seeds)
         return Group(self.suite, self.method, self.kind, kept, self.note)
 
@@ -102,7 +102,7 @@ def basis(group: Group) -> str:
 def group(records: Iterable[Record]) -> list[Group]:
     """Groups of the runs among records, suites in order of appearance, methods by kind and lambda.
 
-    Of runs with the same setting and seed the newest counts, of equal times the later one.
+    Of runs with the same setting and seed the newest is used; of equal times, the later one.
     """
     settings: dict[tuple[str, str, str], dict[int, Record]] = {}
     for record in recorded.runs(records):
@@ -115,7 +115,7 @@ def group(records: Iterable[Record]) -> list[Group]:
         for (suite, method, _), seeds in settings.items()
     ]
     suites = list(dict.fromkeys(entry.suite for entry in groups))
-    # Runs are recorded as they end, several at a time: their order says nothing.
+    # Runs are recorded as they end, several at a time: their order has no meaning.
     groups.sort(key=lambda entry: (suites.index(entry.suite), _rank(entry.kind), entry.ewc_lambda))
     return list(_noted(groups))
 
@@ -129,8 +129,8 @@ def by_suite(groups: Iterable[Group]) -> dict[str, list[Group]]:
 
 
 def newest_costs(records: Iterable[Record]) -> list[list[Record]]:
-    """Records of costs that can be compared, of the same machine, model and number of tasks, in lists: of
-    every method the newest."""
+    """Lists of cost records that can be compared: of the same machine, model and number of tasks, the newest of
+    every method."""
     comparable: dict[str, dict[str, Record]] = {}
     for machine, of_machine in collection.by_machine(recorded.costs(records)).items():
         for record in of_machine:
@@ -147,7 +147,7 @@ def _rank(kind: str) -> int:
 
 
 def _noted(groups: Sequence[Group]) -> Iterator[Group]:
-    """With what tells settings of one method apart."""
+    """The groups with a note that distinguishes settings of the same method."""
     for entry in groups:
         same = [other for other in groups if (other.suite, other.method) == (entry.suite, entry.method)]
         if len(same) == 1:
@@ -164,7 +164,7 @@ def _noted(groups: Sequence[Group]) -> Iterator[Group]:
 
 
 def _flat(entry: Group) -> dict[str, Any]:
-    """Fields of a setting by their path."""
+    """The fields of a setting, by their path."""
     fields: dict[str, Any] = {}
 
     def visit(value: Any, path: str) -> None:

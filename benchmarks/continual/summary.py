@@ -27,7 +27,7 @@ class Column(NamedTuple):
     key: str
     heading: str
     digits: int = 1
-    same: str | None = None  # the column that makes this one redundant where the values do not differ
+    same: str | None = None  # this column is left out where its values equal those of `same`
 
 
 ACCURACIES = (
@@ -78,9 +78,9 @@ VALUES: dict[str, Callable[[list[Record]], float]] = {  # of the tasks of a run
 def table(records: Iterable[Record]) -> list[Row]:
     """One row per suite, method and setting of it, with a `Spread` over seeds for every measure.
 
-    Plain values are "suite", "method" (with what tells its settings apart), "kind", "seeds", "seeds_of_suite"
+    Plain values are "suite", "method" (with its setting where there are several), "kind", "seeds", "seeds_of_suite"
     (how many different ones its suite has: a method with fewer is incomplete), "tasks" and "machines".
-    Accuracies are in percent; those that say nothing else are class-incremental and weighted by samples,
+    Accuracies are in percent; unless named otherwise they are class-incremental and weighted by samples;
     "new_task" is that of a task just learned. Times are per step and per task; None for a method that ran on
     several machines. A measure that is not defined, such as BWT of one task, is None.
     """
@@ -107,7 +107,7 @@ def _row(entry: Group, of_suite: Sequence[Group]) -> Row:
 
 
 def _shown(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
-    """Without averages that are the same in every row."""
+    """The columns without averages that are redundant in every row."""
     return [column for column in columns if any(_apart(row[column.key], row, column) for row in rows)]
 
 
@@ -145,7 +145,7 @@ def render(rows: Sequence[Row]) -> str:
     parts = []
     for suite in dict.fromkeys(row["suite"] for row in rows):
         for title, heads, cells, notes in _tables([row for row in rows if row["suite"] == suite]):
-            # A heading may come twice; the keys of a report's rows may not.
+            # A heading may occur twice; the keys of a report's rows may not.
             keys = [head + " " * heads[:i].count(head) for i, head in enumerate(heads)]
             lines = [dict(zip(keys, line, strict=True)) for line in cells]
             parts.append(str(Report(f"{suite}: {title}", lines, notes)))
@@ -162,7 +162,7 @@ def markdown(rows: Sequence[Row]) -> list[str]:
 
 
 def overview(records: Sequence[Record]) -> str:
-    """What records say, for a terminal: tables, and the targets of what was run."""
+    """Tables of the records, and the targets of their suites, for a terminal."""
     rows = table(records)
     judged = goals(records) if any(row["suite"] == SUITE for row in rows) else []
     judged += cost_goals(records) if recorded.costs(records) else []
@@ -173,8 +173,8 @@ def overview(records: Sequence[Record]) -> str:
 
 
 def cost_goals(records: Sequence[Record]) -> list[Goal]:
-    """The targets of costs.py in the form of those of runs, for every machine and model that was measured
-    over the whole stream."""
+    """The targets of costs.py in the form of those of runs, for every machine and model with records of the
+    whole stream."""
     whole = [some for some in newest_costs(records) if some[0]["tasks"] == costs.TASKS]
     return [{"bound": "most", "details": [], **goal} for some in whole or [[]] for goal in costs.goals(some)]
 
@@ -191,5 +191,5 @@ def value_text(goal: Goal) -> str:
 
 
 def target_text(goal: Goal) -> str:
-    """The limit with its side."""
+    """The limit with ≤ or ≥."""
     return f"{'≤' if goal['bound'] == 'most' else '≥'} {goal['target']:g}"

@@ -1,4 +1,4 @@
-"""What the runs are to show, and whether they do."""
+"""The targets of the runs, and whether they are reached."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def goals(records: Iterable[Record], suite: str = SUITE, chosen: str | None = No
         goal     what is to be shown, in words
         target   limit of the value
         bound    "most" or "least": on which side of the limit the value must be
-        value    what the runs gave; None when methods or seeds are missing
-        met      whether that is enough; None without a value
+        value    result of the runs; None when methods or seeds are missing
+        met      whether the target is reached; None without a value
         details  means, deviations and differences within seeds, one sentence each; or what is missing
 
     chosen: the method of the first two targets; without it the one called "EWC-LoRA", or else the middle one
@@ -38,7 +38,7 @@ def goals(records: Iterable[Record], suite: str = SUITE, chosen: str | None = No
 
 
 def lines_of_lambda(groups: Sequence[Group]) -> list[list[Group]]:
-    """Groups that lambda alone tells apart: LoRA, where it was run, and EWC-LoRAs by lambda."""
+    """Groups that differ only in lambda: LoRA, where it was run, and EWC-LoRAs by lambda."""
     made = []
     for some in _comparable(groups):
         plain = [entry for entry in some if entry.kind == "LoRA"][:1]
@@ -99,7 +99,7 @@ def _judged(goal: Goal, value: float, details: Sequence[str]) -> Goal:
 
 
 def _line(lines: Sequence[list[Group]], chosen: str | None) -> list[Group]:
-    """The one with the chosen method, or else with the most lambdas."""
+    """The line with the chosen method, otherwise the one with the most lambdas."""
     for line in lines:
         if (chosen or CHOSEN) in [entry.method for entry in line]:
             return line
@@ -169,7 +169,7 @@ def _paired(what: str, pair: Sequence[Group], spreads: Sequence[Spread]) -> str:
 
 
 def text(spread: Spread | None, digits: int = 1) -> str:
-    """Mean and deviation; the mean alone of one seed, or where all seeds agree; a dash for nothing."""
+    """Mean and deviation; only the mean for one seed or where all seeds agree; a dash without a value."""
     if spread is None:
         return "–"
     mean = f"{round(spread.mean, digits) + 0.0:,.{digits}f}"  # + 0: no "-0.0"

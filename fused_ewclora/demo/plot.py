@@ -1,4 +1,4 @@
-"""The picture: accuracy over tasks of both methods, mean and every seed."""
+"""The picture of the demo: accuracy of both methods over tasks, mean and every seed."""
 
 from __future__ import annotations
 

@@ -22,20 +22,20 @@ BASE_LEARNING_RATE = 2e-3
 BASE_WEIGHT_DECAY = 0.05
 BASE_BATCH = 64
 EVALUATION_BATCH = 1000
-# Ranges of the random affine maps of base training (radians, relative size, relative shift): with
-# them the base learns strokes and shapes from 1,400 digits of scikit-learn instead of the images themselves.
+# Ranges of the random affine maps in base training (radians, relative size, relative shift), which keep the
+# base from memorising the 1,400 digits of scikit-learn.
 AUGMENT_ANGLE, AUGMENT_SCALE, AUGMENT_SHIFT = 0.3, 0.15, 0.15
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a run besides data and seed. Both methods share all of it but the lambda.
+    """All settings of a run besides data and seed. Both methods share all of them except the lambda.
 
     Chosen on the development seeds 100 and 101, which are not among the reported ones. Learning rates and
-    epochs for plain LoRA: of adapters 5e-4 .. 3e-3, heads 3e-3 .. 3e-2 and 5 or 10 epochs these give it an
-    A_avg within 0.5 points of the best found; lower rates (5e-4, 3e-3) forget less by themselves and learn
-    new tasks less well. Then ewc_lambda: the best A_last and A_avg of 150, 300, 600 on the
-    same seeds. It belongs to Fisher mode "sample"; `fe.convert_lambda` gives the value for "batch".
+    epochs were chosen for plain LoRA: among rates of 5e-4 .. 3e-3 for adapters and 3e-3 .. 3e-2 for heads, and
+    5 or 10 epochs, these reach an A_avg within 0.5 points of the best; lower rates (5e-4, 3e-3) forget less,
+    but learn new tasks less well. Then ewc_lambda: the best A_last and A_avg among 150, 300, 600 on the same
+    seeds. It belongs to Fisher mode "sample"; `fe.convert_lambda` gives the value for "batch".
     """
 
     tasks: int = 5
@@ -58,7 +58,7 @@ class Recipe:
 
 @dataclass
 class Result:
-    """One run: the accuracy matrices, and where the time went."""
+    """One run: the accuracy matrices, penalties and times."""
 
     method: str
     seed: int

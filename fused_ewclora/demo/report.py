@@ -1,4 +1,4 @@
-"""Tables, the conclusion in words, the JSON record and the picture."""
+"""Tables, the conclusion in words, and the JSON record."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHOWN = {
     "bwt": "BWT",
     "plasticity": "new task",
 }
-GOAL = 0.30  # a backward transfer this much smaller than that of plain LoRA is what the demo sets out to show
+GOAL = 0.30  # target of the demo: backward transfer smaller than that of plain LoRA by this share
 
 
 def of_method(results: list[Result], method: str) -> list[Result]:
@@ -72,7 +72,7 @@ def metrics_text(summary: dict[str, Any], seeds: int) -> str:
 
 
 def cost_text(rows: list[dict[str, Any]]) -> str:
-    """Fused beside plain: time and peak memory of a step."""
+    """Time and peak memory of a step, fused and plain."""
     lines = ["  one training step (forward, backward, penalty), medians of interleaved repeats"]
     for row in rows:
         shape = ", ".join(f"{key} {row[key]}" for key in ("dim", "blocks", "tokens", "batch", "rank"))
@@ -90,7 +90,7 @@ def cost_text(rows: list[dict[str, Any]]) -> str:
 
 
 def compare(summary: dict[str, Any]) -> dict[str, float | bool]:
-    """The claim in numbers: how much smaller the backward transfer is, and the change in final accuracy."""
+    """The comparison in numbers: the reduction of backward transfer, and the gain in final accuracy."""
     plain, ewc = (summary[m]["class_incremental"] for m in METHODS)
     bwt_plain, bwt_ewc = plain["bwt"]["mean"], ewc["bwt"]["mean"]
     smaller = (abs(bwt_plain) - abs(bwt_ewc)) / abs(bwt_plain) if bwt_plain else 0.0
@@ -99,7 +99,7 @@ def compare(summary: dict[str, Any]) -> dict[str, float | bool]:
 
 
 def conclusion(summary: dict[str, Any], tasks: int, seeds: int) -> str:
-    """What the numbers say, also when they fall short."""
+    """The results in words, whether the goal is reached or not."""
     claim = compare(summary)
     plain, ewc = (summary[m]["class_incremental"] for m in METHODS)
     change, gain = float(claim["bwt_reduction"]), float(claim["a_last_gain"])
@@ -129,7 +129,7 @@ def conclusion(summary: dict[str, Any], tasks: int, seeds: int) -> str:
 
 
 def record(results: list[Result], **rest: Any) -> dict[str, Any]:
-    """Everything needed to redo the tables, as plain containers."""
+    """All data of the tables, as plain containers."""
 
     def rows(r: Result, protocol: str) -> list[list[float]]:
         return [list(row[: t + 1]) for t, row in enumerate(r.metrics.matrix(protocol).tolist())]

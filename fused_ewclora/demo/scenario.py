@@ -1,4 +1,4 @@
-"""What the frozen base is trained on, and which classes are then learned task by task."""
+"""The data of the frozen base, and the classes that are then learned task by task."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A data set for the base, and one (or the remaining classes of it) for the tasks."""
+    """A data set for the base, and another one (or its remaining classes) for the tasks."""
 
     description: str
     base: ImageSet
@@ -78,7 +78,7 @@ def task_classes(scenario: Scenario, tasks: int, seed: int) -> list[tuple[int, .
 def select(
     images: ImageSet, classes: tuple[int, ...], per_class: int | None, test_per_class: int | None, seed: int
 ) -> Split:
-    """At most so many images per class: for training drawn with the seed, for testing the first ones."""
+    """At most per_class images of each class for training, drawn with the seed, and the first ones for testing."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(labels: Tensor, limit: int | None, shuffle: bool) -> tuple[Tensor, Tensor]:

