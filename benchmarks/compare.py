@@ -160,8 +160,7 @@ def between_runs(differences: Sequence[float]) -> float:
 
 
 def _normalised(log: float, references: Sequence[float]) -> float:
-    """The change relative to the references: the smallest one, and none where they disagree about its
-    sign."""
+    """The smallest change relative to a reference; 0 where the references disagree about its sign."""
     left = [log - reference for reference in references]
     if min(left) <= 0.0 <= max(left):
         return 0.0

@@ -145,8 +145,7 @@ def plan(args: argparse.Namespace, work: Path) -> list[Step]:
 
 
 def stretched(step: Step, later: Sequence[Step], left: float) -> Step:
-    """The step with a longer limit, in proportion with the later steps, where all together leave time
-    unused."""
+    """The step with a longer limit where it and the later steps together would leave time unused."""
     total = step.limit + sum(other.limit for other in later if other.name != EVERYTHING)
     return replace(step, limit=step.limit * max(1.0, left / total))
 

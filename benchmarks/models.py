@@ -123,8 +123,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def adapted(subject: Subject, std: float = 0.02) -> Adapted:
-    """The model with adapters of this library and random B: with the initial B = 0, A would have no
-    gradient."""
+    """The model with adapters of this library, B random: with the initial B = 0, A has no gradient."""
     model = sharing(subject.model)
     fe.inject(model, subject.config)
     model.head.requires_grad_(True)

@@ -22,8 +22,7 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def violations(value: Any, schema: dict[str, Any] = SCHEMA, where: str = "record") -> Iterator[str]:
-    """How `value` violates `schema`, in words; supports the keywords that the files record_schema.json
-    use."""
+    """How `value` violates `schema`, in words; for the keywords used in the files record_schema.json."""
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if kinds and not any(_is(value, kind) for kind in kinds):

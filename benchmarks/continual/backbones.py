@@ -75,15 +75,15 @@ def _downloaded(timm: Any, model: str, options: dict[str, Any]) -> nn.Module:
         config = timm.get_pretrained_cfg(model)
         source = config.hf_hub_id if config is not None and config.hf_hub_id else "no source known to timm"
         raise DataError(
-            f"pretrained: the weights of {model} could not be downloaded ({type(error).__name__}). timm takes them "
-            f"from the model hub ({source}); download its model.safetensors on a machine with network access, "
-            "and give the file as pretrained"
+            f"pretrained: the weights of {model} could not be downloaded ({type(error).__name__}). timm takes "
+            f"them from the model hub ({source}); download its model.safetensors on a machine with network "
+            "access, and give the file as pretrained"
         ) from error
     return made
 
 
 def _fill(timm: Any, network: nn.Module, file: Path) -> None:
-    """Loads every weight of the network from a checkpoint, which may also contain a classifier, but no more."""
+    """Loads all weights of the network from a checkpoint that has no others, except for a classifier."""
     if not file.is_file():
         raise DataError(f"pretrained: expected a checkpoint, found no file {file}")
     try:

@@ -24,9 +24,9 @@ _KEYS = {"name", "about", "problem", "adapters", "training", "seeds", "methods"}
 class Training:
     """How one task is trained.
 
-    lr is the rate of the adapters, head_lr that of the newest head. iterations, if set, is the number of steps
-    of a task of any size, instead of epochs. schedule: "cosine" to 0 and "multistep" (times decay at each of
-    milestones) change rates after every epoch; "cosine" after every step where iterations are set.
+    lr is the rate of the adapters, head_lr that of the newest head. iterations, if set, is the number of
+    steps of a task of any size, instead of epochs. schedule: "cosine" to 0 and "multistep" (times decay at
+    each of milestones) change rates after every epoch; "cosine" after every step where iterations are set.
     fisher_batch_size is that of the passes over the data after a task; None: batch_size.
     """
 
@@ -71,7 +71,7 @@ class Run:
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
     def lora_config(self) -> fe.LoRAConfig:
-        """The adapters of the run; "segments" are those of a packed projection whose layout is not registered."""
+        """The adapters; "segments" are those of a packed projection whose layout is not registered."""
         options = dict(self.adapters)
         if (segments := options.pop("segments", None)) is not None:
             options["layout"] = fe.QKVLayout(tuple(segments))

@@ -1,8 +1,8 @@
 """The cost of a training step at every task of a sequence: time, peak memory, and state of the method.
 
 Steps of all tasks are timed in turns. In one long run the first and the last task would be minutes apart, and
-the speed of a machine varies by more than the differences to be measured. So there is one model per task, with
-the history of that task, and a round is one step of each in random order.
+the speed of a machine varies by more than the differences to be measured. So there is one model per task,
+with the history of that task, and a round is one step of each in random order.
 """
 
 from __future__ import annotations

@@ -129,8 +129,8 @@ def by_suite(groups: Iterable[Group]) -> dict[str, list[Group]]:
 
 
 def newest_costs(records: Iterable[Record]) -> list[list[Record]]:
-    """Lists of cost records that can be compared: of the same machine, model and number of tasks, the newest of
-    every method."""
+    """Lists of cost records that can be compared: of the same machine, model and number of tasks, the newest
+    of every method."""
     comparable: dict[str, dict[str, Record]] = {}
     for machine, of_machine in collection.by_machine(recorded.costs(records)).items():
         for record in of_machine:

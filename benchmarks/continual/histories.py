@@ -27,7 +27,7 @@ CLASSES = 10  # of every task
 CHANNELS = 3
 HISTORY_STEPS = 2  # of training in each earlier task, enough that no direction is 0
 WARMUP = 3
-# Relative error of the fp32 loss, loop against product: sums of about 1e3 terms in two orders, a few layers deep.
+# Relative error of the fp32 loss, loop against product: sums of about 1e3 terms in two orders, in few layers.
 LOSS_TOLERANCE = 1e-4
 TRAINING = Training(lr=1e-3, head_lr=5e-3)
 

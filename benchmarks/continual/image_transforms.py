@@ -17,8 +17,8 @@ NONE: Statistics = ((0.0,) * 3, (1.0,) * 3)
 
 
 def training(size: int, crop_scale: Sequence[float], statistics: Statistics) -> Transform:
-    """A random crop with a share of the area in crop_scale, scaled to size x size and flipped with probability
-    1/2; values in 0..1, then normalised."""
+    """A random crop with a share of the area in crop_scale, scaled to size x size and flipped with
+    probability 1/2; values in 0..1, then normalised."""
     if len(crop_scale) != 2 or not 0.0 < crop_scale[0] <= crop_scale[1] <= 1.0:
         raise DataError(f"crop_scale: expected two numbers, 0 < low <= high <= 1, got {crop_scale!r}")
     kinds = _torchvision()
@@ -27,7 +27,7 @@ def training(size: int, crop_scale: Sequence[float], statistics: Statistics) -> 
 
 
 def testing(size: int, crop_fraction: float, interpolation: str, statistics: Statistics) -> Transform:
-    """The shorter side scaled to size / crop_fraction, then a centre crop; values in 0..1, then normalised."""
+    """The shorter side scaled to size / crop_fraction, then a centre crop; values 0..1, normalised."""
     if not isinstance(crop_fraction, (int, float)) or not 0.0 < crop_fraction <= 1.0:
         raise DataError(f"crop_fraction: expected a number, 0 < crop_fraction <= 1, got {crop_fraction!r}")
     if interpolation not in ("bilinear", "bicubic"):
@@ -39,8 +39,8 @@ def testing(size: int, crop_fraction: float, interpolation: str, statistics: Sta
 
 
 def statistics_of(normalize: Any, pretrained_config: Mapping[str, Any]) -> Statistics:
-    """For "model" those with which the weights were trained; for None those that change nothing; or the values
-    of {"mean": [3 numbers], "std": [3 numbers]}."""
+    """For "model" those with which the weights were trained; for None those that change nothing; or the
+    values of {"mean": [3 numbers], "std": [3 numbers]}."""
     if normalize is None:
         return NONE
     values = pretrained_config if normalize == "model" else normalize

@@ -19,7 +19,7 @@ from .stream import Problem, Stream, Task, split_classes
 
 
 class Images(Dataset[Any]):
-    """(image, label) of some examples, decoded on access. Raises `DataError` for files that are not images."""
+    """(image, label) of some examples, decoded on access. Raises `DataError` for other files."""
 
     def __init__(self, examples: Examples, transform: Transform) -> None:
         self.examples, self.transform = examples, transform

@@ -129,7 +129,7 @@ def draw(rows: Tensor, train: int, test: int, generator: torch.Generator) -> tup
 
 
 def distinct(numbers: Tensor, names: list[str]) -> Tensor:
-    """Positions of the rows of numbers `[N, T]` to keep: the first of equal ones, if all have the same name."""
+    """Rows of numbers `[N, T]` to keep: the first of equal ones, if all of them have the same name."""
     labels = np.unique(names, return_inverse=True)[1]
     _, first, group = np.unique(numbers.numpy(), axis=0, return_index=True, return_inverse=True)
     group = group.reshape(-1)

@@ -36,7 +36,8 @@ class LoopedAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         total = self.alphas[-1] * F.linear(F.linear(x, self.a), self.b)
-        for alpha, a, b in zip(self.alphas, self.past_a, self.past_b, strict=False):  # the last alpha belongs to self.a
+        # The last alpha belongs to self.a.
+        for alpha, a, b in zip(self.alphas, self.past_a, self.past_b, strict=False):
             total = total + alpha * F.linear(F.linear(x, a), b) / (b.norm() * a.norm())
         return total
 
@@ -59,7 +60,7 @@ class LoopedLinear(nn.Module):
 def unstack_(method: SDLoRA) -> nn.Module:
     """Replaces the layers of the method's model and returns it; the method cannot be used afterwards.
 
-    Raises `ArgumentError` for another normalization, whose norms the loop does not compute, and for a penalty.
+    Raises `ArgumentError` for other normalizations, whose norms the loop lacks, and for a penalty.
     """
     if method.normalization != "factors":
         raise ArgumentError(f"normalization: expected 'factors', got {method.normalization!r}")

@@ -103,8 +103,8 @@ def loader(
 
 
 def split_classes(classes: Sequence[str], tasks: int | Sequence[int]) -> Iterator[tuple[str, ...]]:
-    """Consecutive classes of each task: a number of tasks of nearly equal size, or tasks with these numbers of
-    classes, which need not use all classes.
+    """Consecutive classes of each task: a number of tasks of nearly equal size, or tasks with these numbers
+    of classes, which need not use all classes.
 
     Raises `DataError` when there are fewer classes than asked for, or a task would get none.
     """

@@ -55,8 +55,8 @@ class Place:
 
 
 def outstanding(runs: Iterable[Run], place: Place) -> list[Run]:
-    """The runs without a record. Raises `ArgumentError` when a record was made with another configuration: the
-    results of both would be averaged."""
+    """The runs without a record. Raises `ArgumentError` when a record was made with another configuration:
+    the results of both would be averaged."""
     left = []
     for run in runs:
         file = place.records(run.suite)

@@ -78,11 +78,11 @@ VALUES: dict[str, Callable[[list[Record]], float]] = {  # of the tasks of a run
 def table(records: Iterable[Record]) -> list[Row]:
     """One row per suite, method and setting of it, with a `Spread` over seeds for every measure.
 
-    Plain values are "suite", "method" (with its setting where there are several), "kind", "seeds", "seeds_of_suite"
-    (how many different ones its suite has: a method with fewer is incomplete), "tasks" and "machines".
-    Accuracies are in percent; unless named otherwise they are class-incremental and weighted by samples;
-    "new_task" is that of a task just learned. Times are per step and per task; None for a method that ran on
-    several machines. A measure that is not defined, such as BWT of one task, is None.
+    Plain values are "suite", "method" (with its setting where there are several), "kind", "seeds",
+    "seeds_of_suite" (how many different ones its suite has: a method with fewer is incomplete), "tasks" and
+    "machines". Accuracies are in percent; unless named otherwise they are class-incremental and weighted by
+    samples; "new_task" is that of a task just learned. Times are per step and per task; None for a method
+    that ran on several machines. A measure that is not defined, such as BWT of one task, is None.
     """
     return [_row(entry, of_suite) for of_suite in by_suite(group(records)).values() for entry in of_suite]
 

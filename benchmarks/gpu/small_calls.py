@@ -1,8 +1,8 @@
 """Small ragged calls of every operation, forward and backward, each compared with the reference in fp64.
 
-They are few enough for a tool that checks every memory access, and cover tails, slices, dropout, packed samples
-and every precision. `python -m benchmarks.gpu.small_calls` runs them on every available backend of a GPU, for
-machines without the libraries of the tests; exit status 1 when a result is wrong.
+They are few enough for a tool that checks every memory access, and cover tails, slices, dropout, packed
+samples and every precision. `python -m benchmarks.gpu.small_calls` runs them on every available backend of a
+GPU, for machines without the libraries of the tests; exit status 1 when a result is wrong.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ def _text(curve: scaling.Curve) -> str:
 
 
 def draw(title: str, family: Sequence[scaling.Curve]) -> Figure:
-    """One picture of curves that differ only in the provider: medians with p20 to p80, fits as thin lines, the
-    model (bytes or FLOPs at the measured ceilings) dashed; names are at the right."""
+    """One picture of curves that differ only in the provider: medians with p20 to p80, fits as thin lines,
+    the model (bytes or FLOPs at the measured ceilings) dashed; names are at the right."""
     records = [record for curve in family for record in curve.records]
     looks = style.styles(records)
     first = next((curve for curve in family if curve.provider == OURS), family[0])

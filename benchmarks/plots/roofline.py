@@ -133,7 +133,7 @@ def _limits(axis: Any, cases: Sequence[CaseRecords], ceilings: Roofs, unit: floa
 
 
 def _named(cases: Sequence[CaseRecords]) -> list[int]:
-    """The cases that get a name: all, or if there are many, those nearest to and farthest from the ceiling."""
+    """The cases that get a name: all, or of many, those nearest to and farthest from the ceiling."""
     if len(cases) <= NAMED:
         return list(range(len(cases)))
     shares = [collection.fraction_of_ceiling(mine) or 0.0 for mine in map(collection.ours, cases) if mine]

@@ -31,7 +31,7 @@ def _latin1(text: str, encoding: str) -> bytes:
 
 
 # The only names that a pickle of arrays may refer to; all others, and so every way to run code, are refused.
-# NumPy's two constructors of arrays are private and moved between versions, so they are taken from a reduction.
+# NumPy's two constructors of arrays are private and moved between versions: taken from a reduced array.
 _ALLOWED = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,

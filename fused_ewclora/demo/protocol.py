@@ -32,10 +32,10 @@ class Recipe:
     """All settings of a run besides data and seed. Both methods share all of them except the lambda.
 
     Chosen on the development seeds 100 and 101, which are not among the reported ones. Learning rates and
-    epochs were chosen for plain LoRA: among rates of 5e-4 .. 3e-3 for adapters and 3e-3 .. 3e-2 for heads, and
-    5 or 10 epochs, these reach an A_avg within 0.5 points of the best; lower rates (5e-4, 3e-3) forget less,
-    but learn new tasks less well. Then ewc_lambda: the best A_last and A_avg among 150, 300, 600 on the same
-    seeds. It belongs to Fisher mode "sample"; `fe.convert_lambda` gives the value for "batch".
+    epochs were chosen for plain LoRA: among rates of 5e-4 .. 3e-3 for adapters and 3e-3 .. 3e-2 for heads,
+    and 5 or 10 epochs, these reach an A_avg within 0.5 points of the best; lower rates (5e-4, 3e-3) forget
+    less, but learn new tasks less well. Then ewc_lambda: the best A_last and A_avg among 150, 300, 600 on the
+    same seeds. It belongs to Fisher mode "sample"; `fe.convert_lambda` gives the value for "batch".
     """
 
     tasks: int = 5

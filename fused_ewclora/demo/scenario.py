@@ -78,7 +78,7 @@ def task_classes(scenario: Scenario, tasks: int, seed: int) -> list[tuple[int, .
 def select(
     images: ImageSet, classes: tuple[int, ...], per_class: int | None, test_per_class: int | None, seed: int
 ) -> Split:
-    """At most per_class images of each class for training, drawn with the seed, and the first ones for testing."""
+    """Images of these classes: for training, drawn with the seed; for testing, the first of each class."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(labels: Tensor, limit: int | None, shuffle: bool) -> tuple[Tensor, Tensor]:
