@@ -71,12 +71,12 @@ def _timm() -> Any:
 def _downloaded(timm: Any, model: str, options: dict[str, Any]) -> nn.Module:
     try:
         made: nn.Module = timm.create_model(model, pretrained=True, **options)
-    except Exception as error:  # errors of the hub client, HTTP or files: a download can fail in many ways
+    except Exception as error:  # of the hub client, HTTP or files: a download can fail in many ways
         config = timm.get_pretrained_cfg(model)
         source = config.hf_hub_id if config is not None and config.hf_hub_id else "no source known to timm"
         raise DataError(
-            f"pretrained: the weights of {model} could not be downloaded ({type(error).__name__}). timm takes "
-            f"them from the model hub ({source}); download its model.safetensors on a machine with network "
+            f"pretrained: the weights of {model} could not be downloaded ({type(error).__name__}). timm "
+            f"loads them from the model hub ({source}); download model.safetensors on a machine with network "
             "access, and give the file as pretrained"
         ) from error
     return made

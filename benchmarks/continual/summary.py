@@ -49,7 +49,7 @@ OF_COSTS = (
     Column("end_seconds", "after a task, s", 2),
     Column("state_mib_first", "state, MiB, first task", 2),
     Column("state_mib_last", "last task", 2),
-    Column("parameters_first", "adapter numbers, first task", 0),
+    Column("parameters_first", "adapter parameters, first task", 0),
     Column("parameters_last", "last task", 0),
 )
 METRICS = {

@@ -72,7 +72,7 @@ def _goals(groups: Sequence[Group], suite: str, chosen: str | None) -> list[Goal
     name = ewc.name if ewc else chosen or CHOSEN
     made = [
         _goal(f"{suite}: backward transfer of {name} over that of LoRA, class-incremental", FORGETTING),
-        _goal(f"{suite}: task-aware final accuracy of {name} less that of LoRA, in points", GAIN, "least"),
+        _goal(f"{suite}: task-aware final accuracy of {name} minus that of LoRA, in points", GAIN, "least"),
         _goal(f"{suite}: forgetting rises in no step from LoRA to the largest lambda; largest rise", STEP),
     ]
     if plain is None or ewc is None:
@@ -165,7 +165,7 @@ def _means(what: str, groups: Sequence[Group], spreads: Sequence[Spread]) -> lis
 def _paired(what: str, pair: Sequence[Group], spreads: Sequence[Spread]) -> str:
     apart = Spread.of([b - a for a, b in zip(spreads[0].values, spreads[1].values, strict=True)])
     values = ", ".join(f"{value:+.2f}" for value in apart.values)
-    return f"{pair[1].name} less {pair[0].name}, {what} seed by seed: {values}; mean {text(apart, 2)}"
+    return f"{pair[1].name} minus {pair[0].name}, {what} seed by seed: {values}; mean {text(apart, 2)}"
 
 
 def text(spread: Spread | None, digits: int = 1) -> str:
