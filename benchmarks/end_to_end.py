@@ -165,12 +165,12 @@ def build_adapted(workload: Workload, place: Place) -> Case:
     def of_peft(batch: Batch) -> Run:
         return lambda: gradients(peft(), batch)
 
-    made: list[Adapted] = []
+    wrapped: list[Adapted] = []
 
     def peft() -> Adapted:
-        if not made:
-            made.append(models.by_peft(base, ours))
-        return made[0]
+        if not wrapped:
+            wrapped.append(models.by_peft(base, ours))
+        return wrapped[0]
 
     entry = place.entries(workload.part)[0]
     tiny = not str(workload.shape["model"]).startswith("ViT")

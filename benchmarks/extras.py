@@ -96,18 +96,18 @@ def compiled(method: Callable[..., Any], backend: str = "inductor") -> Callable[
     """torch.compile for the shapes of one case. Compiled code of earlier cases is dropped: after a few shapes
     of the same function the compiler would use dynamic shapes, and then stop compiling."""
     torch._dynamo.reset()
-    made: Callable[..., Any] = torch.compile(method, dynamic=False, backend=backend)
-    return made
+    compiled_method: Callable[..., Any] = torch.compile(method, dynamic=False, backend=backend)
+    return compiled_method
 
 
 def lazily(make: Callable[[], Run]) -> Run:
     """A run that is made at its first call, so that a missing peer fails there."""
-    made: list[Run] = []
+    runs: list[Run] = []
 
     def run() -> Any:
-        if not made:
-            made.append(make())
-        return made[0]()
+        if not runs:
+            runs.append(make())
+        return runs[0]()
 
     return run
 

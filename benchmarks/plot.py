@@ -42,13 +42,13 @@ class Picture(NamedTuple):
 def _numbered(
     name: str, title: str, kind: str, op: str, draws: Sequence[Callable[[str], Any]]
 ) -> list[Picture]:
-    made = []
+    numbered = []
     for number, draw in enumerate(draws, 1):
         several = len(draws) > 1
         whole = f"{title} ({number} of {len(draws)})" if several else title
         file = f"{name}-{number}" if several else name
-        made.append(Picture(file, whole, kind, op, functools.partial(draw, whole)))
-    return made
+        numbered.append(Picture(file, whole, kind, op, functools.partial(draw, whole)))
+    return numbered
 
 
 def _roofline(cases: Sequence[Sequence[CaseRecords]], title: str) -> Any:
@@ -71,22 +71,26 @@ def _curves(family: Sequence[Curve], title: str) -> Any:
 
 def planned(records: Sequence[Record]) -> list[Picture]:
     """The pictures of records, not drawn yet, so that matplotlib is not needed."""
-    made: list[Picture] = []
+    planned_pictures: list[Picture] = []
     for machine, of_machine in collection.by_machine(records).items():
         where = slug(machine)
         whole = [record for record in of_machine if not collection.is_sweep(record)]
         cases = list(collection.newest(whole).values())
         draws = [functools.partial(_roofline, page) for page in pages.rooflines(cases)]
-        made += _numbered(f"roofline-{where}", f"Roofline: {machine}", "roofline", "", draws)
+        planned_pictures += _numbered(f"roofline-{where}", f"Roofline: {machine}", "roofline", "", draws)
         for op, of_op in collection.by_op(cases).items():
             bars = [functools.partial(_speedup, page, of_op) for page in pages.speedups(of_op)]
-            made += _numbered(f"speedup-{where}-{op}", f"Speed-up of ours: {op}", "speedup", op, bars)
+            planned_pictures += _numbered(
+                f"speedup-{where}-{op}", f"Speed-up of ours: {op}", "speedup", op, bars
+            )
         for family in pages.families(of_machine):
             first = family[0]
             parts = [machine, first.op, first.field, *first.fixed.values(), first.dtype]
             name, title = slug(f"scaling-{'-'.join(map(str, parts))}"), f"{first.op}: time over {first.title}"
-            made += _numbered(name, title, "scaling", first.op, [functools.partial(_curves, family)])
-    return made
+            planned_pictures += _numbered(
+                name, title, "scaling", first.op, [functools.partial(_curves, family)]
+            )
+    return planned_pictures
 
 
 def pictures(records: Sequence[Record]) -> dict[str, Any]:
@@ -94,10 +98,10 @@ def pictures(records: Sequence[Record]) -> dict[str, Any]:
     draw."""
     if importlib.util.find_spec("matplotlib") is None:
         raise Unusable(MISSING)
-    made = {picture.name: picture.draw() for picture in planned(records)}
-    if not made:
+    figures = {picture.name: picture.draw() for picture in planned(records)}
+    if not figures:
         raise Unusable("no case has a measurement of ours to draw")
-    return made
+    return figures
 
 
 def plot(records: Sequence[Record], out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:

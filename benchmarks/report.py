@@ -250,10 +250,10 @@ def scaling_table(records: Sequence[Record]) -> list[str]:
         fit, model = curve.fit(), scaling.model(curve)
         if fit is None:
             continue
-        apart = scaling.deviation(fit, model.fit) if model else float("nan")
+        deviation = scaling.deviation(fit, model.fit) if model else float("nan")
         rows.append([
             curve.op, curve.title, curve.provider, str(fit), str(model.fit) if model else DASH,
-            model.bounds if model else DASH, DASH if apart != apart else f"{apart:+.1f}",
+            model.bounds if model else DASH, DASH if deviation != deviation else f"{deviation:+.1f}",
         ])  # fmt: skip
     heads = ["op", "time over", "provider", "exponent", "model", "bound by", "apart (standard errors)"]
     return ["### Scaling", "", *table(heads, rows)] if rows else []

@@ -28,30 +28,34 @@ COSTS = "costs"
 
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
-    made = argparse.ArgumentParser(prog="python -m fused_ewclora demo", description=__doc__)
-    made.add_argument(
+    command = argparse.ArgumentParser(prog="python -m fused_ewclora demo", description=__doc__)
+    command.add_argument(
         "--suite",
         nargs="*",
         metavar="NAME",
         help=f"configurations by name or file ({' '.join(SUITES)}); '{COSTS}' measures steps over ten tasks",
     )
-    made.add_argument("--list", action="store_true", help="show the configurations and their methods")
-    made.add_argument("--quick", action="store_true", help="the configurations' short versions: minutes")
-    made.add_argument(
+    command.add_argument("--list", action="store_true", help="show the configurations and their methods")
+    command.add_argument("--quick", action="store_true", help="the configurations' short versions: minutes")
+    command.add_argument(
         "--methods", nargs="+", metavar="NAME", help="of the configurations, or of the costs; default: all"
     )
-    made.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of the configurations' own")
-    made.add_argument(
+    command.add_argument(
+        "--seeds", nargs="+", type=int, metavar="N", help="instead of the configurations' own"
+    )
+    command.add_argument(
         "--out", type=Path, default=Path("suite-output"), help="records and pictures (suite-output)"
     )
-    made.add_argument(
+    command.add_argument(
         "--data-root", type=Path, default=Path("data"), help="data; fetched where possible (data)"
     )
-    made.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
-    made.add_argument("--jobs", type=int, help="runs at a time (cpu: one per core and thread; cuda: 1)")
-    made.add_argument("--threads", type=int, default=1, help="CPU threads of each run; 1 repeats exactly (1)")
-    made.add_argument("--json", action="store_true", help="print records to stdout instead of tables")
-    return made
+    command.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    command.add_argument("--jobs", type=int, help="runs at a time (cpu: one per core and thread; cuda: 1)")
+    command.add_argument(
+        "--threads", type=int, default=1, help="CPU threads of each run; 1 repeats exactly (1)"
+    )
+    command.add_argument("--json", action="store_true", help="print records to stdout instead of tables")
+    return command
 
 
 def chosen(args: argparse.Namespace) -> list[Run]:

@@ -70,7 +70,7 @@ def _timm() -> Any:
 
 def _downloaded(timm: Any, model: str, options: dict[str, Any]) -> nn.Module:
     try:
-        made: nn.Module = timm.create_model(model, pretrained=True, **options)
+        network: nn.Module = timm.create_model(model, pretrained=True, **options)
     except Exception as error:  # of the hub client, HTTP or files: a download can fail in many ways
         config = timm.get_pretrained_cfg(model)
         source = config.hf_hub_id if config is not None and config.hf_hub_id else "no source known to timm"
@@ -79,7 +79,7 @@ def _downloaded(timm: Any, model: str, options: dict[str, Any]) -> nn.Module:
             f"loads them from the model hub ({source}); download model.safetensors on a machine with network "
             "access, and give the file as pretrained"
         ) from error
-    return made
+    return network
 
 
 def _fill(timm: Any, network: nn.Module, file: Path) -> None:

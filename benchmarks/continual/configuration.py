@@ -206,19 +206,21 @@ def _training(values: dict[str, Any], where: str) -> Training:
     known = {f.name for f in fields(Training)}
     _mapping(values, f"{where}: training", {"lr", "head_lr"}, known)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    made = Training(**values)
+    training = Training(**values)
     for name, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-        if (value := getattr(made, name)) not in choices:
+        if (value := getattr(training, name)) not in choices:
             raise ArgumentError(f"{where}: training: {name}: expected one of {choices}, got {value!r}")
     for name in ("epochs", "batch_size", "test_batch_size", "iterations", "fisher_batch_size"):
-        value = getattr(made, name)
+        value = getattr(training, name)
         optional = name in ("iterations", "fisher_batch_size")
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if not whole and not (optional and value is None):
             raise ArgumentError(f"{where}: training: {name}: expected an integer >= 1, got {value!r}")
     for name in ("lr", "head_lr"):
-        if not isinstance(getattr(made, name), (int, float)) or not 0 < getattr(made, name) < float("inf"):
+        if not isinstance(getattr(training, name), (int, float)) or not 0 < getattr(training, name) < float(
+            "inf"
+        ):
             raise ArgumentError(
-                f"{where}: training: {name}: expected a number > 0, got {getattr(made, name)!r}"
+                f"{where}: training: {name}: expected a number > 0, got {getattr(training, name)!r}"
             )
-    return made
+    return training

@@ -45,8 +45,8 @@ def matrices(title: str, groups: Sequence[Group], protocol: str) -> Figure:
         f"Row: after this task. Column: on this task. Means over {_seeds(groups)}. All panels have one scale "
         "of colours."
     )
-    made = style.figure(1.2 + down * (size * 0.86 + 0.25), title, _records(groups), note)
-    axes = made.subplots(down, across, squeeze=False)
+    figure = style.figure(1.2 + down * (size * 0.86 + 0.25), title, _records(groups), note)
+    axes = figure.subplots(down, across, squeeze=False)
     low, high = (
         min(np.nanmin(matrix) for matrix in accuracies),
         max(np.nanmax(matrix) for matrix in accuracies),
@@ -69,8 +69,8 @@ def matrices(title: str, groups: Sequence[Group], protocol: str) -> Figure:
             side.set_visible(False)
     for axis in axes.flat[len(accuracies) :]:
         axis.set_visible(False)
-    made.colorbar(shown, ax=axes, shrink=min(1.0, 2.5 / down + 0.2), aspect=30, label="accuracy (%)")
-    return made
+    figure.colorbar(shown, ax=axes, shrink=min(1.0, 2.5 / down + 0.2), aspect=30, label="accuracy (%)")
+    return figure
 
 
 def accuracy(title: str, groups: Sequence[Group]) -> Figure:
@@ -79,7 +79,7 @@ def accuracy(title: str, groups: Sequence[Group]) -> Figure:
         f"Thick: means over {_seeds(groups)}; thin: single seeds. Accuracy is weighted by the tasks' test "
         "examples. Beside names: the last means of the left and the right panel."
     )
-    made, legend, axes = _panels(4.7, title, _records(groups), note, 1, len(groups))
+    figure, legend, axes = _panels(4.7, title, _records(groups), note, 1, len(groups))
     longest = max(group.tasks for group in groups)
     last = {id(group): [group.curves(protocol)[:, -1].mean() for protocol in (CIL, TIL)] for group in groups}
     for axis, protocol in zip(axes, (CIL, TIL), strict=True):
@@ -96,7 +96,7 @@ def accuracy(title: str, groups: Sequence[Group]) -> Figure:
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("accuracy on all tasks so far (%)")
     _legend(legend, axes[0])
-    return made
+    return figure
 
 
 def over_lambda(title: str, groups: Sequence[Group]) -> Figure:
@@ -105,8 +105,8 @@ def over_lambda(title: str, groups: Sequence[Group]) -> Figure:
         f"Large: means over {_seeds(groups)}, bars: standard deviations; small: single seeds. LoRA is lambda "
         "0, beyond the gap in the axis."
     )
-    made = style.figure(4.9, title, _records(groups), note)
-    axes = made.subplots(1, 2)
+    figure = style.figure(4.9, title, _records(groups), note)
+    axes = figure.subplots(1, 2)
     lambdas = [group.ewc_lambda for group in groups]
     zero = min(value for value in lambdas if value > 0.0) / 10.0
     places = [value or zero for value in lambdas]
@@ -139,7 +139,7 @@ def over_lambda(title: str, groups: Sequence[Group]) -> Figure:
         axis.set(xlabel="lambda", ylabel=label)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=style.SMALL)
-    return made
+    return figure
 
 
 def costs(title: str, records: Sequence[Record]) -> Figure:
@@ -150,7 +150,7 @@ def costs(title: str, records: Sequence[Record]) -> Figure:
         f"Step time: median over {rounds_text} rounds, in which the states of all tasks took turns, of the "
         "ratio to the first task's. State: what a method keeps beside the plain model."
     )
-    made, legend, axes = _panels(7.8, title, records, note, 2, len(records))
+    figure, legend, axes = _panels(7.8, title, records, note, 2, len(records))
     panels: tuple[tuple[str, Callable[[Record], list[Any]], str], ...] = (
         ("step time, ratio to the first task", lambda r: r["ratio_to_first"], "linear"),
         ("memory at a step's peak (MiB)", lambda r: _mib(r["step_peak_bytes"]), "linear"),
@@ -168,7 +168,7 @@ def costs(title: str, records: Sequence[Record]) -> Figure:
         axis.grid(alpha=0.25)
     axes[0].axhline(1.0, color="black", linewidth=0.8, zorder=0)
     _legend(legend, axes[0])
-    return made
+    return figure
 
 
 def _mib(values: Sequence[int | None]) -> list[float]:
@@ -180,14 +180,14 @@ def _panels(
 ) -> tuple[Figure, Any, list[Any]]:
     """A figure with `rows` of two panels, and above them an empty axis for a legend of `names` names."""
     above = 0.19 * math.ceil(names / LEGEND_COLUMNS) + 0.1
-    made = style.figure(height + above, title, records, note)
-    grid = made.add_gridspec(rows + 1, 2, height_ratios=[above, *[(height - 1.0) / rows] * rows])
-    legend = made.add_subplot(grid[0, :])
+    figure = style.figure(height + above, title, records, note)
+    grid = figure.add_gridspec(rows + 1, 2, height_ratios=[above, *[(height - 1.0) / rows] * rows])
+    legend = figure.add_subplot(grid[0, :])
     legend.set_axis_off()
     return (
-        made,
+        figure,
         legend,
-        [made.add_subplot(grid[row, column]) for row in range(1, rows + 1) for column in (0, 1)],
+        [figure.add_subplot(grid[row, column]) for row in range(1, rows + 1) for column in (0, 1)],
     )
 
 

@@ -156,8 +156,8 @@ def _noted(groups: Sequence[Group]) -> Iterator[Group]:
         settings = [_flat(other) for other in same]
         mine = settings[same.index(entry)]
         names = list(dict.fromkeys(name for fields in settings for name in fields))
-        apart = [name for name in names if len({json.dumps(fields.get(name)) for fields in settings}) > 1]
-        parts = [f"{name.rpartition('.')[2]} {mine.get(name, 'not given')}" for name in apart]
+        differing = [name for name in names if len({json.dumps(fields.get(name)) for fields in settings}) > 1]
+        parts = [f"{name.rpartition('.')[2]} {mine.get(name, 'not given')}" for name in differing]
         more = ["…"] if len(parts) > SHOWN_DIFFERENCES else []
         note = ", ".join([*parts[:SHOWN_DIFFERENCES], *more])
         yield Group(entry.suite, entry.method, entry.kind, entry.records, note)

@@ -67,5 +67,5 @@ def _torchvision() -> Any:
 
 def _composed(kinds: Any, steps: Sequence[Any], statistics: Statistics) -> Transform:
     end = [] if statistics == NONE else [kinds.Normalize(*statistics)]
-    made: Transform = kinds.Compose([*steps, kinds.ToTensor(), *end])
-    return made
+    composed: Transform = kinds.Compose([*steps, kinds.ToTensor(), *end])
+    return composed

@@ -66,10 +66,10 @@ def load(
     statistics = image_transforms.statistics_of(normalize, backbone.pretrained_config)
     train = image_transforms.training(image_size, crop_scale, statistics)
     test = image_transforms.testing(image_size, crop_fraction, interpolation, statistics)
-    made = []
+    stream_tasks = []
     for names in split_classes(_ordered(collection.classes, seed if shuffle else None), tasks):
         labels = [collection.classes.index(name) for name in names]
-        made.append(
+        stream_tasks.append(
             Task(names, Images(collection.train.of(labels), train), Images(collection.test.of(labels), test))
         )
     facts = {
@@ -79,7 +79,7 @@ def load(
         "weights": pretrained if isinstance(pretrained, str) else ("timm" if pretrained else "random"),
         "parameters": sum(p.numel() for p in backbone.parameters()),
     }
-    return Problem(Stream(dataset, tuple(made)), backbone.to(device), facts)
+    return Problem(Stream(dataset, tuple(stream_tasks)), backbone.to(device), facts)
 
 
 def _ordered(classes: Sequence[str], seed: int | None) -> list[str]:

@@ -22,7 +22,7 @@ PER_PAGE = 12  # methods of one picture
 def planned(records: Iterable[Record]) -> list[Picture]:
     """The pictures of records, not drawn yet, without matplotlib. `op` is the suite, "" for costs."""
     records = list(records)
-    made: list[Picture] = []
+    pictures: list[Picture] = []
     for suite, groups in by_suite(group(records)).items():
         pages = [groups[i : i + PER_PAGE] for i in range(0, len(groups), PER_PAGE)]
         for number, page in enumerate(pages, 1):
@@ -30,21 +30,21 @@ def planned(records: Iterable[Record]) -> list[Picture]:
             of = f" ({number} of {len(pages)})" if which else ""
             for protocol, words in PROTOCOLS.items():
                 title = f"{suite}: {words} accuracy in percent{of}"
-                made.append(_picture(f"{suite}-{words}{which}", title, "matrices", suite, page, protocol))
+                pictures.append(_picture(f"{suite}-{words}{which}", title, "matrices", suite, page, protocol))
             title = f"{suite}: accuracy on all tasks so far{of}"
-            made.append(_picture(f"{suite}-accuracy{which}", title, "accuracy", suite, page))
+            pictures.append(_picture(f"{suite}-accuracy{which}", title, "accuracy", suite, page))
         lines = [line for line in lines_of_lambda(groups) if len(line) > 2]
         for number, line in enumerate(lines, 1):
             which = f"-{number}" if len(lines) > 1 else ""
             title = f"{suite}: EWC-LoRA over lambda"
-            made.append(_picture(f"{suite}-lambda{which}", title, "over_lambda", suite, line))
+            pictures.append(_picture(f"{suite}-lambda{which}", title, "over_lambda", suite, line))
     for comparable in newest_costs(records):
         first = comparable[0]
         machine, sizes = next(iter(collection.by_machine(comparable))), first["model"]
         sizes_text = ", ".join(f"{name} {value}" for name, value in sizes.items())
         name = f"costs-{machine}-{'-'.join(map(str, sizes.values()))}-{first['tasks']}-tasks"
-        made.append(_picture(name, f"Costs over tasks: {sizes_text}", "costs", "", comparable))
-    return made
+        pictures.append(_picture(name, f"Costs over tasks: {sizes_text}", "costs", "", comparable))
+    return pictures
 
 
 def draw(records: Iterable[Record], out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:

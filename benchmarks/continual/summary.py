@@ -127,12 +127,12 @@ def _cells(columns: Sequence[Column], row: Row) -> list[str]:
 
 def _tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]], list[str]]]:
     """Title, headings, cells and notes of the tables of one suite."""
-    made = []
+    tables = []
     for title, columns, notes in ((ACCURACY, ACCURACIES, []), (COSTS, OF_COSTS, _notes(rows))):
         shown = _shown(columns, rows)
         heads = ["method", "seeds", "tasks", *(column.heading for column in shown)]
-        made.append((title, heads, [_cells(shown, row) for row in rows], notes))
-    return made
+        tables.append((title, heads, [_cells(shown, row) for row in rows], notes))
+    return tables
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:

@@ -39,7 +39,7 @@ def goals(records: Iterable[Record], suite: str = SUITE, chosen: str | None = No
 
 def lines_of_lambda(groups: Sequence[Group]) -> list[list[Group]]:
     """Groups that differ only in lambda: LoRA, where it was run, and EWC-LoRAs by lambda."""
-    made = []
+    all_lines = []
     for some in _comparable(groups):
         plain = [entry for entry in some if entry.kind == "LoRA"][:1]
         lines: dict[str, list[Group]] = {}
@@ -47,8 +47,8 @@ def lines_of_lambda(groups: Sequence[Group]) -> list[list[Group]]:
             if entry.kind == "EWCLoRA":
                 rest = {name: value for name, value in entry.options.items() if name != "ewc_lambda"}
                 lines.setdefault(json.dumps(rest, sort_keys=True), []).append(entry)
-        made += [[*plain, *line] for line in lines.values()]
-    return made
+        all_lines += [[*plain, *line] for line in lines.values()]
+    return all_lines
 
 
 def verdict(goal: Goal) -> str:
@@ -70,22 +70,22 @@ def _goals(groups: Sequence[Group], suite: str, chosen: str | None) -> list[Goal
     line = _line(lines_of_lambda(groups), chosen)
     ewc = _chosen([entry for entry in line if entry.kind == "EWCLoRA"], chosen)
     name = ewc.name if ewc else chosen or CHOSEN
-    made = [
+    open_goals = [
         _goal(f"{suite}: backward transfer of {name} over that of LoRA, class-incremental", FORGETTING),
         _goal(f"{suite}: task-aware final accuracy of {name} minus that of LoRA, in points", GAIN, "least"),
         _goal(f"{suite}: forgetting rises in no step from LoRA to the largest lambda; largest rise", STEP),
     ]
     if plain is None or ewc is None:
         missing = [text for entry, text in ((plain, "LoRA"), (ewc, name)) if entry is None]
-        return [{**goal, "details": [f"no runs of {' and of '.join(missing)}"]} for goal in made]
+        return [{**goal, "details": [f"no runs of {' and of '.join(missing)}"]} for goal in open_goals]
     pair = _with_common_seeds([plain, ewc])
     several = len(line) > 2  # LoRA and two lambdas
     return [
-        _forgetting(made[0], pair),
-        _gain(made[1], pair),
-        _monotone(made[2], _with_common_seeds(line))
+        _forgetting(open_goals[0], pair),
+        _gain(open_goals[1], pair),
+        _monotone(open_goals[2], _with_common_seeds(line))
         if several
-        else {**made[2], "details": ["a single lambda"]},
+        else {**open_goals[2], "details": ["a single lambda"]},
     ]
 
 
@@ -163,9 +163,9 @@ def _means(what: str, groups: Sequence[Group], spreads: Sequence[Spread]) -> lis
 
 
 def _paired(what: str, pair: Sequence[Group], spreads: Sequence[Spread]) -> str:
-    apart = Spread.of([b - a for a, b in zip(spreads[0].values, spreads[1].values, strict=True)])
-    values = ", ".join(f"{value:+.2f}" for value in apart.values)
-    return f"{pair[1].name} minus {pair[0].name}, {what} seed by seed: {values}; mean {text(apart, 2)}"
+    differences = Spread.of([b - a for a, b in zip(spreads[0].values, spreads[1].values, strict=True)])
+    values = ", ".join(f"{value:+.2f}" for value in differences.values)
+    return f"{pair[1].name} minus {pair[0].name}, {what} seed by seed: {values}; mean {text(differences, 2)}"
 
 
 def text(spread: Spread | None, digits: int = 1) -> str:

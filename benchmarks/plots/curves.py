@@ -30,8 +30,8 @@ def draw(title: str, family: Sequence[scaling.Curve]) -> Figure:
     records = [record for curve in family for record in curve.records]
     looks = style.styles(records)
     first = next((curve for curve in family if curve.provider == OURS), family[0])
-    made = style.figure(HEIGHT + 0.9, title, records, NOTE)
-    axis = made.subplots()
+    figure = style.figure(HEIGHT + 0.9, title, records, NOTE)
+    axis = figure.subplots()
     axis.set(xscale="log", yscale="log", ylabel="time (ms)", xlabel=first.field.replace("_", " "))
     ends, texts, colours = [], [], []
     for curve in family:
@@ -58,4 +58,4 @@ def draw(title: str, family: Sequence[scaling.Curve]) -> Figure:
     style.plain_ticks(axis.yaxis)
     axis.grid(alpha=0.25, which="major")
     style.label_right(axis, ends, texts, HEIGHT - 0.9, colours)
-    return made
+    return figure

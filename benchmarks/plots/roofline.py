@@ -174,8 +174,8 @@ def draw(title: str, ops: Sequence[Sequence[CaseRecords]]) -> Figure:
     unit, name = (TERA, "TFLOP/s") if max(point(r)[1] for r in shown) > TERA else (GIGA, "GFLOP/s")
     heights = [max(2.0, 0.3 + style.LINE * min(len(cases), NAMED)) for cases in ops]
     note = NOTE if "copy" in ceilings else NOTE + NO_COPY
-    made = style.figure(1.2 + sum(0.75 + height for height in heights), title, shown, note)
-    axes = made.subplots(len(ops), 1, height_ratios=heights, squeeze=False, sharex=True)[:, 0]
+    figure = style.figure(1.2 + sum(0.75 + height for height in heights), title, shown, note)
+    axes = figure.subplots(len(ops), 1, height_ratios=heights, squeeze=False, sharex=True)[:, 0]
     xs = [point(record)[0] for record in shown]
     for axis, cases, height in zip(axes, ops, heights, strict=True):
         axis.set(xscale="log", yscale="log", ylabel=name)
@@ -184,4 +184,4 @@ def draw(title: str, ops: Sequence[Sequence[CaseRecords]]) -> Figure:
     style.plain_ticks(axes[-1].xaxis)
     below = axes[-1].get_xlabel()
     axes[-1].set_xlabel("arithmetic intensity (FLOP/byte)" + (f"\n{below}" if below else ""), fontsize=10)
-    return made
+    return figure

@@ -34,8 +34,8 @@ def draw(title: str, cases: Sequence[CaseRecords], everything: Sequence[CaseReco
     looks = style.styles(record for case in known for record in case.values())
     records = [record for case in cases for record in case.values()]
     rows = sum(len(pages.others(case)) for case in cases) + 0.7 * (len(cases) - 1)
-    made = style.figure(1.55 + 0.19 * rows, title, records, NOTE)
-    axis = made.subplots()
+    figure = style.figure(1.55 + 0.19 * rows, title, records, NOTE)
+    axis = figure.subplots()
     y, ticks = 0.0, []
     bars: list[tuple[float, float, int]] = []  # ends, and letters beside
     for case in cases:
@@ -72,4 +72,4 @@ def draw(title: str, cases: Sequence[CaseRecords], everything: Sequence[CaseReco
     style.plain_ticks(axis.xaxis)
     axis.set_xlabel("speed-up (ratio of times, logarithmic)")
     axis.grid(alpha=0.25, axis="x")
-    return made
+    return figure

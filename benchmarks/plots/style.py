@@ -73,12 +73,12 @@ def caption(records: Sequence[Record]) -> str:
 
 def figure(height: float, title: str, records: Sequence[Record], note: str = "") -> Figure:
     """An empty figure of `height` inches with its title and its caption, after `note`."""
-    made = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(made)
-    made.suptitle(title, fontsize=12)
+    empty = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(empty)
+    empty.suptitle(title, fontsize=12)
     lines = [textwrap.fill(note, 140)] if note else []
-    made.supxlabel("\n".join([*lines, caption(records)]), fontsize=SMALL, color=GREY)
-    return made
+    empty.supxlabel("\n".join([*lines, caption(records)]), fontsize=SMALL, color=GREY)
+    return empty
 
 
 def spread(wanted: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
@@ -140,16 +140,16 @@ def plain_ticks(axis: Any) -> None:
     axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
-def save(made: Figure, out: Path, name: str, formats: Sequence[str]) -> list[Path]:
+def save(figure: Figure, out: Path, name: str, formats: Sequence[str]) -> list[Path]:
     """Writes the figure without dates, so that equal records give equal files; PNGs in few colours."""
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{name}.{extension}" for extension in formats]
     for path in paths:
         if path.suffix == ".svg":
-            made.savefig(path, metadata={"Date": None})
+            figure.savefig(path, metadata={"Date": None})
             continue
         pixels = io.BytesIO()
-        made.savefig(pixels, format="png", dpi=DPI)
+        figure.savefig(pixels, format="png", dpi=DPI)
         few = (
             Image.open(pixels)
             .convert("RGB")

@@ -43,10 +43,13 @@ def debian_package(root: Path, package: str) -> Path:
         print(f"downloading the Debian package {package} to {root} with apt-get", file=sys.stderr)
         _fetch(root, "apt-get", ["apt-get", "download", package], pattern, remedy)
         archives = sorted(root.glob(pattern))
-    with _folder_beside(root) as made:
-        unpacked = made / package
+    with _folder_beside(root) as temporary:
+        unpacked = temporary / package
         _command(
-            "dpkg-deb", ["dpkg-deb", "--extract", str(archives[-1].resolve()), str(unpacked)], made, remedy
+            "dpkg-deb",
+            ["dpkg-deb", "--extract", str(archives[-1].resolve()), str(unpacked)],
+            temporary,
+            remedy,
         )
         try:
             unpacked.rename(content)
@@ -58,9 +61,9 @@ def debian_package(root: Path, package: str) -> Path:
 
 def _fetch(root: Path, tool: str, command: Sequence[str], pattern: str, remedy: str) -> None:
     """Runs a download and moves the matching files into root, so that files there are always complete."""
-    with _folder_beside(root) as made:
-        output = _command(tool, command, made, remedy)
-        files = sorted(made.glob(pattern))
+    with _folder_beside(root) as temporary:
+        output = _command(tool, command, temporary, remedy)
+        files = sorted(temporary.glob(pattern))
         if not files:
             raise DataError(f"{remedy}. {tool} left no such file and said: {output or 'nothing'}")
         for path in files:
@@ -72,10 +75,10 @@ def _folder_beside(root: Path) -> Iterator[Path]:
     """A temporary folder on the file system of root, out of which finished files are renamed."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        made = tempfile.TemporaryDirectory(prefix=".fetching-", dir=root)
+        temporary = tempfile.TemporaryDirectory(prefix=".fetching-", dir=root)
     except OSError as error:
         raise DataError(f"{root}: expected a folder that can be written: {error}") from error
-    with made as name:
+    with temporary as name:
         yield Path(name).resolve()
 
 
