@@ -174,9 +174,12 @@ def evaluate(
 ) -> tuple[list[float], list[float]]:
     """Class-incremental and task-aware accuracy on the test examples of every task, in percent."""
     model.eval()
-    loaders = (loader(task.test, training.test_batch_size, workers=training.workers) for task in tasks)
-    classes = [len(task.classes) for task in tasks]
-    return accuracies(model, list(zip(classes, loaders, strict=True)), device)
+
+    def batches_of(task: Task) -> Iterator[tuple[Any, Tensor]]:
+        for inputs, labels in loader(task.test, training.test_batch_size, workers=training.workers):
+            yield to_device(inputs, device), labels
+
+    return accuracies(model, [(len(task.classes), batches_of(task)) for task in tasks])
 
 
 def make_optimizer(model: Classifier, training: Training) -> torch.optim.Optimizer:

@@ -13,20 +13,12 @@ import fused_ewclora as fe
 from .vit import Classifier
 
 PERCENT = 100.0
-TestBatches = tuple[int, Iterable[tuple[Any, Tensor]]]  # number of classes of a task, and (inputs, labels)
-
-
-def on_device(inputs: Any, device: torch.device) -> Any:
-    """A tensor, or a tuple of them, on a device."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device, non_blocking=True)
-    return tuple(value.to(device, non_blocking=True) for value in inputs)
+# The number of classes of a task, and batches of inputs, on the device of the model, and labels, on the CPU.
+TestBatches = tuple[int, Iterable[tuple[Any, Tensor]]]
 
 
 @torch.no_grad()
-def accuracies(
-    model: Classifier, tasks: Sequence[TestBatches], device: torch.device
-) -> tuple[list[float], list[float]]:
+def accuracies(model: Classifier, tasks: Sequence[TestBatches]) -> tuple[list[float], list[float]]:
     """Class-incremental and task-aware accuracy on every task, in percent; labels count from 0 within a task.
 
     Class-incremental: the largest logit of all heads. Task-aware: the largest logit of the task's own head.
@@ -36,7 +28,7 @@ def accuracies(
         own = slice(offset, offset + classes)
         incremental = aware = count = 0
         for inputs, labels in batches:
-            logits = model.all_logits(on_device(inputs, device)).cpu()
+            logits = model.all_logits(inputs).cpu()
             incremental += int((logits.argmax(1) == labels + offset).sum())
             aware += int((logits[:, own].argmax(1) == labels).sum())
             count += len(labels)

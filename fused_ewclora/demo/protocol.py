@@ -121,11 +121,12 @@ def train_base(
 
 def evaluate(model: Classifier, splits: list[Split], device: torch.device) -> tuple[list[float], list[float]]:
     """Class-incremental and task-aware accuracy on the test images of every split, in percent."""
-    tasks = []
-    for split in splits:
+
+    def batches_of(split: Split) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = split.test_images.split(EVALUATION_BATCH), split.test_labels.split(EVALUATION_BATCH)
-        tasks.append((len(split.classes), zip(images, labels, strict=True)))
-    return accuracies(model, tasks, device)
+        return ((x.to(device), y) for x, y in zip(images, labels, strict=True))
+
+    return accuracies(model, [(len(split.classes), batches_of(split)) for split in splits])
 
 
 def adapted(backbone: VisionTransformer, rank: int) -> Classifier:
