@@ -92,7 +92,7 @@ def under_all(tools: Sequence[str], budget: float) -> int:
     for i, tool in enumerate(tools):
         share = (end - time.monotonic()) / (1 if i + 1 == len(tools) else 1.5)
         complaints += under(tool, binary, max(share, 1.0))
-    print("", *(complaints or [f"{', '.join(tools)}: nothing to complain about"]), sep="\n")
+    print("", *(complaints or [f"{', '.join(tools)}: no complaints"]), sep="\n")
     return int(bool(complaints))
 
 
