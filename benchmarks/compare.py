@@ -1,5 +1,5 @@
 """Compares two record files or folders: `python -m benchmarks.compare A B`. Exit status 1 when B is slower or
-fails anew, 2 when the records cannot be compared.
+newly fails, 2 when the records cannot be compared.
 
 For every provider of ours the ratio B / A of its medians is given, as measured and normalised by its
 controls: the peers and floors of the same case, whose code did not change. A change counts when the
@@ -105,7 +105,7 @@ class Comparison:
 
     @property
     def status(self) -> int:
-        """Exit status: 1 for a regression, or a provider of ours that fails anew."""
+        """Exit status: 1 for a regression, or a provider of ours that newly fails."""
         return int(
             bool(self.regressions) or any(who in ("ours", "variant") for who, *_ in self.newly_failing)
         )

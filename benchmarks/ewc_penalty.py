@@ -18,8 +18,8 @@ from .workload import MAIN, OP, Workload, matrices
 
 OPS = ("ewc_penalty",)
 EWC_LAMBDA = 3.0
-# Relative gradient errors of 3 x tf32, tf32 and bf16 products are near 1e-7, 2e-4 and 2e-3, with a heavy tail
-# in F several times as much.
+# Relative gradient errors of 3 x tf32, tf32 and bf16 products are near 1e-7, 2e-4 and 2e-3, and
+# several times larger where F has a heavy tail.
 TOLERANCES = {"highest": 2e-5, "high": 3e-3, "medium": 2e-2}
 Tensors = Sequence[Tensor]
 Penalty = Callable[[Tensors, Tensors, Tensors], Tensor]

@@ -128,7 +128,7 @@ def peft_linear(weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> tuple[nn.
 
 def backpack_square_sum(x: Tensor, dy: Tensor) -> Run:
     """Sum over samples of squared gradients of one linear by BackPACK's SumGradSquared. The forward pass is
-    done once, before; a call is the backward pass, which also makes the gradient of the batch."""
+    done once, before; a call is the backward pass, which also computes the gradient of the batch."""
     backpack = load("backpack")
     extensions = importlib.import_module("backpack.extensions")
     layer = nn.Linear(x.shape[-1], dy.shape[-1], bias=False, device=x.device, dtype=x.dtype)

@@ -1,7 +1,7 @@
 """Checks and measures the GPU kernels unattended: `python -m benchmarks.gpu_check --out DIR`.
 
 Needs PyTorch and Triton in the running interpreter, builds the CUDA extension in the checkout, installs
-nothing, and leaves at most eight files in DIR (docs/gpu-check.md). Exit status 0: all is well; 1: a
+nothing, and leaves at most eight files in DIR (docs/gpu-check.md). Exit status 0: everything passed; 1: a
 step or one of our kernels failed; 2: only targets were missed or not measured.
 """
 
@@ -216,7 +216,7 @@ def shorten(path: Path, largest: int = LARGEST) -> None:
 
 
 def pack(args: argparse.Namespace, work: Path, outcomes: Sequence[Outcome]) -> int:
-    """Writes summary.txt and details.tar.gz anew; returns the exit status."""
+    """Writes summary.txt and details.tar.gz again; returns the exit status."""
     text, status = report(args, outcomes)
     (args.out / "summary.txt").write_text(text)
     shorten(args.out / "tests.log")
@@ -229,7 +229,7 @@ def pack(args: argparse.Namespace, work: Path, outcomes: Sequence[Outcome]) -> i
 
 
 def check(args: argparse.Namespace, todo: Callable[[argparse.Namespace, Path], list[Step]] = plan) -> int:
-    """Runs the steps and reports; the exit status."""
+    """Runs the steps and writes the report; returns the exit status."""
     deadline = Deadline(args.budget)
     args.out.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []

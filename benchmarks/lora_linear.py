@@ -202,7 +202,7 @@ def _targets(workload: Workload, place: Place) -> Sequence[Target]:
 
 
 def build(workload: Workload, place: Place) -> Case:
-    """One case or part: ours, the peers, and the frozen linear below them."""
+    """One case or part: ours, the peers, and the frozen linear as a floor."""
     buffers = [draw(workload, place) for _ in range(place.copies(workload.work.bytes))]
     floor = turns(lambda inputs: run_of(workload.which, frozen, inputs, [inputs.x]), buffers)
     return Case.of(

@@ -109,8 +109,8 @@ def sharing(model: nn.Module) -> Any:
 
 
 def in_fp64(model: nn.Module, held: T) -> tuple[nn.Module, T]:
-    """A copy of a model in fp64 that shares nothing, and `held`, which refers to its parameters, along with
-    it."""
+    """An fp64 copy of a model that shares nothing with it, and a copy of `held`, which refers to parameters
+    of the model."""
     model, held = copy.deepcopy((model, held))
     return model.double(), held
 

@@ -60,7 +60,7 @@ def all_at_once(compile_files: Compile, jobs: int, error: type[Exception]) -> Co
 
 def main(arguments: Sequence[str]) -> None:
     """Runs the script with its arguments."""
-    importlib.import_module("setuptools")  # brings its own distutils
+    importlib.import_module("setuptools")  # installs its own distutils
     compiler = importlib.import_module("distutils.ccompiler").CCompiler
     error = importlib.import_module("distutils.errors").CompileError
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
