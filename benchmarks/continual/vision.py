@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fused_ewclora.demo.data import DATASETS
+from fused_ewclora.demo.data import DATASETS, load_dataset
 from fused_ewclora.demo.formats import DataError
 from fused_ewclora.demo.protocol import Recipe, train_base
 from fused_ewclora.demo.scenario import Scenario, Split, make_scenario, select, task_classes
@@ -92,10 +92,10 @@ def _scenario(dataset: str, root: Path) -> Scenario:
         raise DataError(f"dataset: expected one of {', '.join(DATASETS)}, got {dataset!r}")
     if dataset != "fashion-mnist":
         return make_scenario(dataset, root)
-    scenario = make_scenario(dataset, root, _fashion_folder(root))
-    if (classes := scenario.continual.classes) != len(FASHION_CLASSES):
-        raise DataError(f"{dataset}: expected {len(FASHION_CLASSES)} classes, got {classes}")
-    return scenario
+    continual = load_dataset(dataset, _fashion_folder(root))
+    if continual.classes != len(FASHION_CLASSES):
+        raise DataError(f"{dataset}: expected {len(FASHION_CLASSES)} classes, got {continual.classes}")
+    return make_scenario(dataset, root, continual)
 
 
 def _fashion_folder(root: Path) -> Path:

@@ -34,13 +34,13 @@ class Scenario:
     continual_classes: tuple[int, ...]
 
 
-def make_scenario(dataset: str, root: Path, continual_root: Path | None = None) -> Scenario:
+def make_scenario(dataset: str, root: Path, continual: ImageSet | None = None) -> Scenario:
     """MNIST after scikit-learn's digits, Fashion-MNIST after MNIST, else half of the classes after the rest.
 
-    Of the ten digits the base takes four, so that three tasks of two classes remain. continual_root is the
-    folder of the tasks' data set, where that is not `root`.
+    Of the ten digits the base takes four, so that three tasks of two classes remain. continual is the
+    data set of the tasks, where it is already loaded.
     """
-    continual = load_dataset(dataset, continual_root or root)
+    continual = load_dataset(dataset, root) if continual is None else continual
     if dataset in ("mnist", "fashion-mnist"):
         base = load_digits() if dataset == "mnist" else load_mnist(root)
         return Scenario(
