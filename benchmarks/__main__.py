@@ -1,89 +1,94 @@
-"""Benchmarks of the CPU; those of a GPU are run by benchmarks.gpu_check. Every result is checked against
-fp64, then all providers of a case are timed in turns and the records appended. Exit status: 1 when a target
-is missed, ours fails or its result is wrong; 130 when interrupted, with what was taken until then kept."""
+"""Benchmarks on the CPU; benchmarks.gpu_check runs those on a GPU. Every result is checked against fp64, then
+all providers of a case are timed in turns and their records appended. Exit status: 1 when a target is missed,
+or this library fails or is wrong; 130 when interrupted: the records measured until then are kept."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# Inductor's compile workers start in the background and would take a core from what is timed first.
+# Inductor's compile workers start in the background and would slow down the first cases.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own notes, in the middle of tables
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # messages of the profiler would appear inside tables
 
 import torch
 
-from . import extras, growth, harness, memory, registry, table
+from fused_ewclora.demo.environment import timestamp
+
+from . import extras, harness, memory, registry, table
 from .case import OURS, Case, Provider
-from .collection import MISSING, SHORT, verdict_of
+from .collection import MISSING, SHORT, SWEEP, verdict_of
 from .harness import Record
 from .machine import ROOT, Ceilings, ceilings, environment
 from .place import Place
+from .steps import INTERRUPTED
 from .suites import SUITES
 from .workload import Workload
 
-# In a checkout; an installed package has no place of its own for them.
+# An installed package has no folder of its own for records.
 RESULTS = (ROOT if (ROOT.parent / "setup.py").exists() else Path("benchmarks")) / "results" / "cpu"
-CEILINGS_AGE = 15.0  # seconds after which the ceilings are measured again
-INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
-
+CEILINGS_AGE = 15.0  # seconds after which ceilings are measured again
 
 PEERS = sorted({*(name for names in registry.PEERS.values() for name in names), *registry.BATCH_MODE_PEERS})
 
 
 class Planned(NamedTuple):
-    """A case to come."""
+    """A case that has not run yet."""
 
     suite: str
     workload: Workload
 
     @property
     def label(self) -> str:
-        """What --shape selects by."""
-        return str(self.workload.shape.get("model", self.workload.shape.get(growth.SWEEP)))
+        """The name by which --shape selects the case."""
+        return str(self.workload.shape.get("model", self.workload.shape.get(SWEEP)))
 
 
 def planned(preset: str, suites: Sequence[str], ops: Sequence[str] = registry.OPS) -> list[Planned]:
-    """The cases of suites and ops, in the order of SUITES."""
-    found = [Planned(name, one) for name in SUITES if name in suites for one in SUITES[name].plan(preset)]
-    return [one for one in found if one.workload.op in ops]
+    """The cases of these suites and operations, in the order of SUITES."""
+    return [
+        Planned(name, workload)
+        for name in SUITES
+        if name in suites
+        for workload in SUITES[name].plan(preset)
+        if workload.op in ops
+    ]
 
 
 class Rates:
-    """The ceilings of the machine, measured again from time to time: others may use it too."""
+    """The ceilings of the machine, measured again from time to time, because its load may change."""
 
     def __init__(self) -> None:
-        self._at, self._found = -CEILINGS_AGE, Ceilings()
+        self._at, self._ceilings = -CEILINGS_AGE, Ceilings()
 
     def now(self) -> Ceilings:
         if time.monotonic() - self._at > CEILINGS_AGE:
-            self._found, self._at = ceilings("cpu", 0.1), time.monotonic()
-        return self._found
+            self._ceilings, self._at = ceilings("cpu", 0.1), time.monotonic()
+        return self._ceilings
 
 
-def _built(one: Planned) -> Case | list[Record]:
-    """The case, or, where not even its inputs could be made, records of ours and all peers with the
-    reason."""
+def _built(plan: Planned) -> Case | list[Record]:
+    """The case; where its inputs cannot be allocated, failed records of ours and of all peers."""
     try:
-        return SUITES[one.suite].build(one.workload, Place())
+        return SUITES[plan.suite].build(plan.workload, Place())
     except (RuntimeError, MemoryError) as failure:
-        work = one.workload
-        case = Case(work.op, work.shape, work.dtype, 0.0, 0.0, (), list, 0.0)
-        roles = {OURS: "ours", **dict.fromkeys(registry.PEERS[work.op], "peer")}
+        roles = {OURS: "ours", **dict.fromkeys(registry.PEERS[plan.workload.op], "peer")}
         return [
-            {**harness.common(case, name, role), "failed": f"{type(failure).__name__}: {failure}"[:400]}
+            {
+                **harness.common(plan.workload, name, role),
+                "failed": f"{type(failure).__name__}: {failure}"[:400],
+            }
             for name, role in roles.items()
         ]
 
 
 def chosen(case: Case, peers: Sequence[str] | None) -> Case:
-    """The case with these peers alone, without targets about others; None is all of them."""
+    """The case with only these peers, and without targets about others; None selects all peers."""
     if peers is None:
         return case
     kept: list[Provider] = [p for p in case.providers if p.role in ("ours", "floor") or p.name in peers]
@@ -93,22 +98,22 @@ def chosen(case: Case, peers: Sequence[str] | None) -> Case:
 
 
 def take(
-    one: Planned, peers: Sequence[str] | None, seconds: float, rates: Rates, min_rounds: int
+    plan: Planned, peers: Sequence[str] | None, seconds: float, rates: Rates, min_rounds: int
 ) -> tuple[list[Record], list[Record]]:
     """Records and targets of one case."""
     with memory.limited():
-        case = _built(one)
+        case = _built(plan)
         if isinstance(case, list):
             return case, []
         case = chosen(case, peers)
-        seconds *= SUITES[one.suite].share
-        found = harness.measure(case, seconds, rates.now(), memory.CpuClock(min_rounds))
-        SUITES[one.suite].after(case, found)
-    return found, harness.verdicts(case, found)
+        seconds *= SUITES[plan.suite].share
+        records = harness.measure(case, seconds, rates.now(), memory.CpuClock(min_rounds))
+        SUITES[plan.suite].after(case, records)
+    return records, harness.verdicts(case, records)
 
 
 def _failed(records: Sequence[Record], rows: Sequence[Record]) -> bool:
-    """Whether ours failed or missed a target; a peer that is missing or fails is its own affair."""
+    """Whether ours failed or missed a target; failures of peers do not count."""
     ours = [r for r in records if r["role"] != "peer" and "failed" in r]
     return any(not r["failed"].startswith(extras.Unavailable.__name__) for r in ours) or any(
         verdict_of(row) == SHORT for row in rows
@@ -116,23 +121,24 @@ def _failed(records: Sequence[Record], rows: Sequence[Record]) -> bool:
 
 
 def run(cases: Sequence[Planned], args: argparse.Namespace) -> int:
-    """Measures, prints and appends case by case."""
+    """Measures the cases; prints and appends the records after each."""
     stamp = {"environment": {**environment(), **extras.versions()}}
     rates, kept, failed, begin = Rates(), 0, False, time.monotonic()
     try:
-        for number, one in enumerate(cases, 1):
+        for number, plan in enumerate(cases, 1):
             torch.manual_seed(0)
-            found, rows = take(one, args.provider, args.seconds, rates, args.min_rounds)
-            title = f"[{number}/{len(cases)}] {one.workload}"
-            print("\n".join(table.lines(title, found, rows)), flush=True)
-            failed |= _failed(found, rows)
+            records, rows = take(plan, args.provider, args.seconds, rates, args.min_rounds)
+            title = f"[{number}/{len(cases)}] {plan.workload}"
+            print("\n".join(table.lines(title, records, rows)), flush=True)
+            failed |= _failed(records, rows)
             if args.out is not None:
-                now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-                told = [row for row in rows if verdict_of(row) != MISSING]
+                targets = [row for row in rows if verdict_of(row) != MISSING]
                 harness.append(
-                    args.out / f"{one.suite}.jsonl", found, {**stamp, "time": now, "targets": told}
+                    args.out / f"{plan.suite}.jsonl",
+                    records,
+                    {**stamp, "time": timestamp(), "targets": targets},
                 )
-                kept += len(found)
+                kept += len(records)
     except KeyboardInterrupt:
         where = f"{kept} records kept in {args.out}" if kept else "no records were written"
         print(f"\ninterrupted in case {number} of {len(cases)}: {where}", flush=True)
@@ -142,7 +148,7 @@ def run(cases: Sequence[Planned], args: argparse.Namespace) -> int:
     return int(failed)
 
 
-def _one_of(what: str, valid: Sequence[str]) -> Callable[[str], str]:
+def _choice(what: str, valid: Sequence[str]) -> Callable[[str], str]:
     """A type for argparse that ignores case and lists what is valid."""
     by_name = {name.lower(): name for name in valid}
 
@@ -158,35 +164,35 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     presets = "; ".join(f"{name}: {what}" for name, (what, _) in registry.PRESETS.items())
     add = parser.add_argument
-    add("--preset", type=_one_of("preset", list(registry.PRESETS)), default="cpu", help=presets)
-    add("--suite", nargs="+", type=_one_of("suite", list(SUITES)), default=list(SUITES),
+    add("--preset", type=_choice("preset", list(registry.PRESETS)), default="cpu", help=presets)
+    add("--suite", nargs="+", type=_choice("suite", list(SUITES)), default=list(SUITES),
         metavar="NAME", help=f"of {', '.join(SUITES)}")  # fmt: skip
-    add("--op", nargs="+", type=_one_of("op", registry.OPS), default=list(registry.OPS),
+    add("--op", nargs="+", type=_choice("op", registry.OPS), default=list(registry.OPS),
         metavar="NAME", help=f"of {', '.join(registry.OPS)}")  # fmt: skip
     add("--shape", nargs="+", metavar="LABEL", help='labels of the preset\'s cases, such as "ViT-B proj"')
-    add("--provider", nargs="+", type=_one_of("provider", PEERS), metavar="NAME",
+    add("--provider", nargs="+", type=_choice("provider", PEERS), metavar="NAME",
         help=f"peers to run beside ours and the floors, of: {'; '.join(PEERS)}")  # fmt: skip
     add("--threads", type=int, default=torch.get_num_threads(), help="threads of all providers")
     add("--seconds", type=float, help="time per provider and case")
     add("--min-rounds", type=int, default=7, help="rounds per case, however long they take")
     add("--out", "--output", type=Path, help=f"folder the records are appended to; default: {RESULTS}, "
-        "but none with the preset quick: few rounds are no measurements")  # fmt: skip
+        "except with the preset quick, whose few rounds are not worth keeping")  # fmt: skip
     add("--dry", action="store_true", help="measure and print without writing records")
     add("--list", action="store_true", help="print the cases and stop")
     return parser
 
 
 def _selected(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[Planned]:
-    """The cases that were asked for; ends with a sentence where there are none."""
+    """The cases that the options select; an error of the parser where there are none."""
     cases = planned(args.preset, args.suite, args.op)
     if not cases:
         parser.error(f"no case of {', '.join(args.op)} in {', '.join(args.suite)}; see --list")
-    labels = list(dict.fromkeys(one.label for one in cases))
+    labels = list(dict.fromkeys(plan.label for plan in cases))
     try:
-        wanted = labels if args.shape is None else [_one_of("shape", labels)(text) for text in args.shape]
+        wanted = labels if args.shape is None else [_choice("shape", labels)(text) for text in args.shape]
     except argparse.ArgumentTypeError as failure:
         parser.error(f"argument --shape: {failure}")
-    yield from (one for one in cases if one.label in wanted)
+    yield from (plan for plan in cases if plan.label in wanted)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -195,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     cases = list(_selected(parser, args))
     if args.list:
-        print("\n".join(f"{one.suite}: {one.workload}" for one in cases))
+        print("\n".join(f"{plan.suite}: {plan.workload}" for plan in cases))
         return 0
     if args.threads < 1 or args.min_rounds < 2:
         parser.error("expected at least 1 of --threads and 2 of --min-rounds, for quantiles")

@@ -1,4 +1,4 @@
-"""The algorithms of the LoRA linear: which one serves a case, which can be forced, what a model predicts."""
+"""Algorithms of the LoRA linear: the chosen one, those that can be forced, and predicted times."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ OPS = {"forward": "lora_linear", "backward": "lora_linear_backward"}
 
 
 def forced(entry: Entry) -> tuple[str, ...]:
-    """Algorithms that the argument `backend` can name."""
+    """Algorithms that the argument `backend` can select."""
     return OF_TRITON if entry.backend == "triton" else ()
 
 
-def _shape(one: Workload) -> LinearShape:
-    rank = one.size("rank") * (2 if one.op == "lora_linear_slices" else 1)
-    return LinearShape(one.size("rows"), one.size("d_in"), one.size("d_out"), rank)
+def _shape(workload: Workload) -> LinearShape:
+    rank = workload.size("rank") * (2 if workload.op == "lora_linear_slices" else 1)
+    return LinearShape(workload.size("rows"), workload.size("d_in"), workload.size("d_out"), rank)
 
 
-def described(one: Workload, place: Place, entry: Entry) -> str:
-    """The algorithms that serve the passes, in words."""
+def described(workload: Workload, place: Place, entry: Entry) -> str:
+    """The algorithms that the passes of the workload use, in words."""
     if not place.gpu:
         return "C++ prologue into BLAS addmm"
-    shape = _shape(one)
+    shape = _shape(workload)
     arch = None if place.rehearsal else predict.arch()
-    call = Call(place.device, one.torch_dtype, arch, shape._replace(rows=bucket(shape.rows)))
-    return "; ".join(choose(OPS[part], entry.told, call).algorithm for part in one.which.split("+"))
+    call = Call(place.device, workload.torch_dtype, arch, shape._replace(rows=bucket(shape.rows)))
+    return "; ".join(choose(OPS[part], entry.recorded, call).algorithm for part in workload.which.split("+"))
 
 
-def predicted(one: Workload, entry: Entry, key: str) -> float | None:
-    """Seconds of Triton's forward pass by the model that its choice uses; None where there is no model."""
-    if entry.backend != "triton" or one.which != "forward":
+def predicted(workload: Workload, entry: Entry, key: str) -> float | None:
+    """Seconds of Triton's forward pass by the cost model of the dispatch; None where it has no model."""
+    if entry.backend != "triton" or workload.which != "forward":
         return None
-    shape = _shape(one)
-    return predict.forward(key, shape.rows, shape.d_in, shape.d_out, shape.rank, one.torch_dtype)
+    shape = _shape(workload)
+    return predict.forward(key, shape.rows, shape.d_in, shape.d_out, shape.rank, workload.torch_dtype)

@@ -1,4 +1,4 @@
-"""What the time of a call goes to, by operation."""
+"""How the time of a call is divided among operations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fused_ewclora import profiling
 from .case import Case, Run
 from .harness import Record
 
-TOLD = 12  # operations that a breakdown names; the others are summed up
+NAMED = 12  # operations that a breakdown names; the others are summed as "other"
 
 
 def _operation(event: Any) -> str:
@@ -27,8 +27,8 @@ def _operation(event: Any) -> str:
 
 
 def breakdown(run: Run) -> dict[str, float]:
-    """Shares of the CPU time of one call by operation, the most expensive first, under torch.profiler, whose
-    own cost per operation is in them."""
+    """Shares of the CPU time of one call by operation, largest first. They include the overhead of
+    torch.profiler per operation."""
     with (
         profiling.enable(),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
@@ -38,7 +38,7 @@ def breakdown(run: Run) -> dict[str, float]:
     for event in profile.events():
         spent[_operation(event)] += max(0.0, event.self_cpu_time_total)
     total = sum(spent.values()) or 1.0
-    shares = {name: round(value / total, 4) for name, value in spent.most_common(TOLD)}
+    shares = {name: round(value / total, 4) for name, value in spent.most_common(NAMED)}
     return {**shares, "other": round(max(0.0, 1.0 - sum(shares.values())), 4)}
 
 

@@ -1,11 +1,14 @@
-"""What is measured: an operation at a shape, who computes it, and what it must reach."""
+"""What is measured: an operation at a shape, its providers, and its targets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
+
+from .workload import Workload
 
 Run = Callable[[], Sequence[Tensor]]
 
@@ -17,11 +20,12 @@ ROLES = ("ours", "variant", "peer", "floor")
 class Provider:
     """One way to compute a case.
 
-    role: "ours" is what targets are about; a "variant" is ours with something forced; a "floor" is work of
-    equal size whose result is not the case's (a plain product, a frozen layer) and is not checked.
-    rotation: the same on other buffers; timing takes turns through `run` and these, so that no buffer is
-    still in cache when its turn comes.
-    check: what is compared with the truth where `run` does not return it.
+    role: "ours" is this library, which targets refer to; a "variant" is this library with a forced backend or
+    algorithm; a "floor" is work of equal size with another result (a plain product, a frozen layer), which is
+    not checked.
+    rotation: the same computation on other buffers; `run` and these are timed in turns, so that no buffer is
+    still in cache when it is used again.
+    check: returns the results to compare with the truth, where `run` does not.
     """
 
     name: str
@@ -36,8 +40,11 @@ class Provider:
 
 @dataclass(frozen=True)
 class Target:
-    """ours <= limit * peer + allowance, of the medians or another `metric` of the records; a target of "4 x
-    faster" is a limit of 1/4. The peer "best peer" is the least of all peers; None leaves the allowance."""
+    """ours <= limit * peer + allowance, for the medians or another `metric` of the records.
+
+    "4 x faster" is a limit of 1/4. The peer "best peer" is the smallest value of all peers; without a peer
+    (None) the allowance alone is the bound.
+    """
 
     peer: str | None
     limit: float
@@ -48,8 +55,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Case:
-    """`truth` gives the fp64 results that every provider must match to `tolerance` (relative, in the norm of
-    each result). `floor_bytes` adds a computed floor: so many bytes at the measured copy bandwidth."""
+    """An operation at a shape. `truth` computes the fp64 results that every provider must match to
+    `tolerance` (relative, in the norm of each result). `floor_bytes` adds a floor that is computed, not run:
+    the time of this many bytes at the measured copy bandwidth."""
 
     op: str
     shape: dict[str, int | str]
@@ -64,3 +72,21 @@ class Case:
     product: str = "fp32"  # which measured product rate bounds the arithmetic
     precision: str | None = None  # torch.set_float32_matmul_precision while the case runs
     floor_bytes: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        workload: Workload,
+        *,
+        providers: Sequence[Provider],
+        truth: Callable[[], Sequence[Tensor]],
+        tolerance: float,
+        **others: Any,
+    ) -> Case:
+        """The case of a workload, which decides operation, shape, dtype, FLOPs and bytes; `others` are the
+        remaining fields."""
+        work = workload.work
+        return cls(
+            workload.op, workload.shape, workload.dtype, work.flops, work.bytes, providers, truth, tolerance,
+            **others,
+        )  # fmt: skip

@@ -1,7 +1,7 @@
-"""How long computations take: by the wall clock on a CPU, by events around graph replays on a GPU.
+"""Timing of computations: the wall clock on a CPU, events around graph replays on a GPU.
 
-A clock is used inside its `running()`. `prepare` warms up one computation and its rotation; `times` takes
-samples of several prepared ones in turns, so that every variant sees the same machine.
+A clock is used inside its `running()`. `prepare` warms up a computation and its rotation; `times` samples
+several prepared computations in turns, so that all of them are measured under the same load of the machine.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from fused_ewclora.demo.memory import peak_bytes
 
 from .energy import Meter, Unmeasurable
 
@@ -55,35 +57,37 @@ class WallClock:
         samples: list[list[float]] = [[] for _ in prepared]
         begin = time.perf_counter()
         while prepared and self._more(len(samples[0]), time.perf_counter() - begin, seconds * len(prepared)):
-            for one, times in zip(prepared, samples, strict=True):
+            for computation, times in zip(prepared, samples, strict=True):
                 start = time.perf_counter()
-                one.once()
-                times.append((time.perf_counter() - start) / one.share)
+                computation.once()
+                times.append((time.perf_counter() - start) / computation.share)
         return samples
 
     def _more(self, rounds: int, spent: float, budget: float) -> bool:
         return rounds < self.min_rounds or (spent < budget and rounds < self.max_rounds)
 
     def peak(self, run: Callable[[], Any]) -> tuple[Any, int | None]:
-        """The result of `run` and the bytes it allocated at its peak, where they can be known."""
+        """The result of `run`, and its peak memory in bytes where that can be measured."""
         return run(), None
 
     def energy(self, prepared: Prepared) -> float | None:
-        """Millijoules of one computation, where a counter tells."""
+        """Millijoules of one computation, where there is a counter."""
         return None
 
     def check(self) -> None:
-        """Raises when the device cannot go on."""
+        """Raises when the device can no longer be used."""
 
 
 class CudaClock(WallClock):
     """For GPUs: everything runs on one side stream, on which graphs can be captured."""
 
     max_rounds = 200
-    sample_seconds = 5e-4  # replays are repeated to this length, beside which the gap before them is small
-    spin_cycles = 200_000  # about 0.1 ms of device work first, so that launches are queued before their turn
+    sample_seconds = (
+        5e-4  # replays are repeated for at least this long, so that the gap before them is negligible
+    )
+    spin_cycles = 200_000  # about 0.1 ms of device work, during which the launches are queued
 
-    burst = 4  # samples between two looks at the counter of energy
+    burst = 4  # samples between two readings of the energy counter
 
     def __init__(self, meter: Meter | None = None) -> None:
         super().__init__()
@@ -91,7 +95,7 @@ class CudaClock(WallClock):
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        # Graphs of one run share memory: they run one after the other and nobody reads their results.
+        # Graphs of one run share memory: they run one after the other, and their results are not read.
         self.pool = torch.cuda.graph_pool_handle()
         with torch.cuda.stream(self.stream):
             yield
@@ -104,9 +108,9 @@ class CudaClock(WallClock):
         prepared = self._captured(runs) or Prepared(_in_turn(runs), len(runs), "events")
         prepared.host_seconds = host
         prepared.once()
-        one = self._elapsed([prepared])[0] * prepared.share
+        single = self._elapsed([prepared])[0] * prepared.share
         if prepared.timing == "graph":
-            prepared.repeats = max(1, math.ceil(self.sample_seconds / max(one, 1e-6)))
+            prepared.repeats = max(1, math.ceil(self.sample_seconds / max(single, 1e-6)))
         return prepared
 
     def _host_seconds(self, runs: Sequence[Callable[[], Any]], budget: float = 0.02) -> float:
@@ -119,10 +123,10 @@ class CudaClock(WallClock):
         return (time.perf_counter() - begin) / calls
 
     def _captured(self, runs: Sequence[Callable[[], Any]]) -> Prepared | None:
-        """A graph of all runs in turn; None for what cannot be captured."""
+        """A graph of all runs, one after the other; None where they cannot be captured."""
         torch.cuda.synchronize()
         if 2 * torch.cuda.memory_reserved() > torch.cuda.get_device_properties(0).total_memory:
-            torch.cuda.empty_cache()  # a capture cannot free cached blocks of others
+            torch.cuda.empty_cache()  # a capture cannot free cached blocks
         # torch.cuda.graph() would collect garbage and empty the cache before each of hundreds of captures.
         graph = torch.cuda.CUDAGraph()
         gc.disable()  # a tensor or graph collected during a capture can break it
@@ -146,17 +150,17 @@ class CudaClock(WallClock):
     def _elapsed(self, prepared: Sequence[Prepared]) -> list[float]:
         """One sample of each, queued behind device work, seconds per computation."""
         events = []
-        for one in prepared:
+        for computation in prepared:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            # Eager launches take their host time; the device must not run dry meanwhile.
-            eager = one.timing == "events" and one.host_seconds
-            cycles = self.spin_cycles + int(min(eager * one.share, 0.02) * 2e9 if eager else 0)
+            # Eager launches take host time, during which the device must not become idle.
+            eager = computation.timing == "events" and computation.host_seconds
+            cycles = self.spin_cycles + int(min(eager * computation.share, 0.02) * 2e9 if eager else 0)
             torch.cuda._sleep(cycles)
             start.record()
-            for _ in range(one.repeats):
-                one.once()
+            for _ in range(computation.repeats):
+                computation.once()
             end.record()
-            events.append((start, end, one.repeats * one.share))
+            events.append((start, end, computation.repeats * computation.share))
         torch.cuda.synchronize()
         return [start.elapsed_time(end) / 1e3 / count for start, end, count in events]
 
@@ -170,17 +174,14 @@ class CudaClock(WallClock):
 
     def peak(self, run: Callable[[], Any]) -> tuple[Any, int | None]:
         run()  # workspaces of libraries and compiled kernels are not part of a call
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = run()
-        torch.cuda.synchronize()
-        return result, torch.cuda.max_memory_allocated() - before
+        return peak_bytes(run, "cuda")
 
     def energy(self, prepared: Prepared) -> float | None:
         if self.meter is None:
             return None
-        rounds = self.burst * prepared.repeats if prepared.repeats > 1 else 1  # one that is long enough
+        rounds = (
+            self.burst * prepared.repeats if prepared.repeats > 1 else 1
+        )  # a single replay is long enough
 
         def burst() -> int:
             for _ in range(rounds):
@@ -190,7 +191,7 @@ class CudaClock(WallClock):
 
         try:
             return self.meter.per_call(burst)
-        except Unmeasurable:  # the times of the case are there, and more valuable
+        except Unmeasurable:  # the times of the case are already measured, and matter more
             self.meter = None
             return None
 

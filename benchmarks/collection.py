@@ -1,4 +1,4 @@
-"""Committed records, read by readers who trust nothing: every line is checked before any figure is used."""
+"""Reads committed records; every line is checked before any of its values is used."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .case import OURS
 Record = dict[str, Any]
 CaseRecords = dict[str, Record]  # by provider
 PASS, SHORT, MISSING = "PASS", "FALL SHORT", "NOT MEASURED"  # of targets
-COMPUTED = "computed"  # timing of a floor that nobody ran
-SWEEP = "sweep"  # key of a shape: names the field that the records of one curve differ in
+COMPUTED = "computed"  # timing of a floor that was computed, not run
+SWEEP = "sweep"  # key of a shape: the name of the field that varies along a scaling curve
 
 
 class Unusable(ValueError):
-    """Records that cannot be used, in one sentence."""
+    """Records that cannot be used; the message says why in one sentence."""
 
 
 def _files(path: Path) -> list[Path]:
@@ -26,10 +26,10 @@ def _files(path: Path) -> list[Path]:
         raise Unusable(f"{path}: no such file or folder")
     if not path.is_dir():
         return [path]
-    found = sorted(path.glob("*.jsonl"))
-    if not found:
+    files = sorted(path.glob("*.jsonl"))
+    if not files:
         raise Unusable(f"{path}: the folder holds no .jsonl files")
-    return found
+    return files
 
 
 def _quantiles_are_sound(record: Record) -> bool:
@@ -44,7 +44,7 @@ def _of_file(path: Path) -> list[Record]:
         raise Unusable(
             f"{path}: cannot be read ({getattr(failure, 'strerror', None) or 'not text'})"
         ) from None
-    found = []
+    checked = []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -58,22 +58,22 @@ def _of_file(path: Path) -> list[Record]:
             )
         if not _quantiles_are_sound(record):
             raise Unusable(f"{path}: line {number} has times that are not 0 < p20 <= p50 <= p80")
-        found.append(record)
-    if not found:
+        checked.append(record)
+    if not checked:
         raise Unusable(f"{path}: holds no records")
-    return found
+    return checked
 
 
 def load(*paths: Path | str) -> list[Record]:
-    """All records of files, or of the .jsonl files of folders, in order; raises Unusable with one sentence
-    for what is missing, empty, truncated or against record_schema.json."""
+    """All records of files, or of the .jsonl files of folders, in order. Raises `Unusable` for files that are
+    missing, empty or truncated, and for records that violate record_schema.json."""
     return [record for path in paths for file in _files(Path(path)) for record in _of_file(file)]
 
 
-def newest(found: Iterable[Record]) -> dict[str, CaseRecords]:
-    """The newest record of every case and provider, by case and provider; of equal times the later line."""
+def newest(measurements: Iterable[Record]) -> dict[str, CaseRecords]:
+    """The newest record of every case and provider, by case and provider; of equal times, the later line."""
     cases: dict[str, CaseRecords] = {}
-    for record in found:
+    for record in measurements:
         case = cases.setdefault(records.key(record), {})
         before = case.get(record["provider"])
         if before is None or record["time"] >= before["time"]:
@@ -82,7 +82,7 @@ def newest(found: Iterable[Record]) -> dict[str, CaseRecords]:
 
 
 def role(record: Record) -> str:
-    """ "ours", "variant", "peer" or "floor"; older records say it only by `floor` and by the name."""
+    """ "ours", "variant", "peer" or "floor"; older records state it only by `floor` and by the name."""
     if "role" in record:
         return str(record["role"])
     if record.get("floor"):
@@ -92,13 +92,13 @@ def role(record: Record) -> str:
 
 
 def measured(record: Record | None) -> bool:
-    """Whether somebody ran it and the clock was read."""
+    """Whether the provider was run and timed."""
     return record is not None and "seconds" in record and record.get("timing") != COMPUTED
 
 
 def ceilings(record: Record) -> dict[str, float]:
-    """What the process of a record measured: "copy" in bytes/s, products in FLOP/s. Older CPU records have
-    the fp32 product alone."""
+    """The ceilings measured in the process of a record: "copy" in bytes/s, products in FLOP/s. Older CPU
+    records have only the fp32 product."""
     if "ceilings" in record:
         return dict(record["ceilings"])
     if "sgemm_gflops_per_second" in record:
@@ -107,20 +107,20 @@ def ceilings(record: Record) -> dict[str, float]:
 
 
 def fraction_of_ceiling(record: Record) -> float | None:
-    """The share of the measured ceiling; of older CPU records, of the fp32 product."""
+    """The share of the measured ceiling; for older CPU records, of the fp32 product."""
     share = record.get("fraction_of_ceiling", record.get("fraction_of_sgemm"))
     return None if share is None else float(share)
 
 
 def least_seconds(record: Record) -> float | None:
-    """The time at the ceiling by which the record was judged: bytes at the copy bandwidth or FLOPs at the
-    product rate of its process, whichever takes longer."""
+    """The time at the ceiling of the record: its bytes at the copy bandwidth or its FLOPs at the product rate
+    of its process, whichever takes longer."""
     share = fraction_of_ceiling(record)
     return None if share is None else share * float(record["seconds"]["p50"])
 
 
 def bound(record: Record) -> str | None:
-    """ "bytes" or "flops": which of them takes the `least_seconds`."""
+    """ "bytes" or "flops": which of them determines `least_seconds`."""
     least = least_seconds(record)
     if least is None:
         return None
@@ -143,18 +143,21 @@ def _value(name: str, value: Any) -> str:
 
 
 def labels(cases: Sequence[CaseRecords]) -> list[str]:
-    """Names of cases of one op with no more fields than tell them apart, in the order of their shapes."""
-    told = [_fields(next(iter(case.values()))) for case in cases]
-    names = list(dict.fromkeys(name for fields in told for name in fields))
+    """Names of the cases of one op, with no more fields than needed to distinguish them, in order."""
+    all_fields = [_fields(next(iter(case.values()))) for case in cases]
+    names = list(dict.fromkeys(name for fields in all_fields for name in fields))
     chosen: list[str] = []
 
     def distinct(fields: Sequence[str]) -> int:
-        return len({tuple(str(one.get(name)) for name in fields) for one in told})
+        return len({tuple(str(case_fields.get(name)) for name in fields) for case_fields in all_fields})
 
     for name in names:
         if not chosen or distinct([*chosen, name]) > distinct(chosen):
             chosen.append(name)
-    return [", ".join(_value(name, one[name]) for name in chosen if name in one) for one in told]
+    return [
+        ", ".join(_value(name, case_fields[name]) for name in chosen if name in case_fields)
+        for case_fields in all_fields
+    ]
 
 
 def by_op(cases: Iterable[CaseRecords]) -> dict[str, list[CaseRecords]]:
@@ -170,10 +173,10 @@ def is_sweep(record: Record) -> bool:
     return SWEEP in record["shape"]
 
 
-def by_machine(found: Iterable[Record]) -> dict[str, list[Record]]:
-    """Records grouped by what can be compared: the device, and on a CPU the number of threads."""
+def by_machine(measurements: Iterable[Record]) -> dict[str, list[Record]]:
+    """Records grouped by device, and on a CPU by number of threads: only these can be compared."""
     machines: dict[str, list[Record]] = {}
-    for record in found:
+    for record in measurements:
         environment = record["environment"]
         threads = environment.get("threads")
         name = environment["device"]
@@ -183,9 +186,9 @@ def by_machine(found: Iterable[Record]) -> dict[str, list[Record]]:
     return machines
 
 
-def told(found: Iterable[Record], name: str) -> str:
+def all_values(measurements: Iterable[Record], name: str) -> str:
     """All values of a field of the environments, in order of appearance; "" without any."""
-    values = (record["environment"].get(name) for record in found)
+    values = (record["environment"].get(name) for record in measurements)
     return ", ".join(dict.fromkeys(str(value) for value in values if value is not None))
 
 
@@ -195,7 +198,7 @@ def ours(case: CaseRecords) -> Record | None:
 
 
 def verdict_of(row: Record) -> str:
-    """PASS, SHORT, or MISSING where a figure of the target was not measured."""
+    """PASS, SHORT, or MISSING where a value that the target needs was not measured."""
     known = row["ratio"] == row["ratio"] and row.get("measured", True)  # not NaN
     return MISSING if not known else PASS if row["met"] else SHORT
 

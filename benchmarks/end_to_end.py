@@ -1,8 +1,8 @@
 """Whole training steps, and forward and backward of adapted models, with random weights.
 
-A step is forward, penalty, backward and the optimizer at a learning rate of next to nothing: the work of a
-step, with parameters that stay what the check compared. Ours is what users call: the injected model and
-`EWC.penalty()`. `blocks` in the shape says how much of the depth of the model there is.
+A step is forward, penalty, backward and the optimizer, with a learning rate so small that the parameters stay
+those that were checked. Ours is what users call: the injected model and `EWC.penalty()`. `blocks` in the
+shape is the number of blocks that the model has.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ Penalty = Callable[[], Tensor]
 Batch = tuple[Tensor, Tensor]  # x, labels
 
 
-def subject(one: Workload, samples: int, place: Place) -> Subject:
+def subject(workload: Workload, samples: int, place: Place) -> Subject:
     """The model of a workload and a batch."""
-    model = model_of(one)
-    sizes = (one.size("blocks"), samples, one.size("tokens"), one.size("rank"))
+    model = model_of(workload)
+    sizes = (workload.size("blocks"), samples, workload.size("tokens"), workload.size("rank"))
     if isinstance(model, TextModel):
-        return models.text(model, *sizes, place.device, one.torch_dtype)
-    make = models.of_timm if str(one.shape["model"]).endswith(OF_TIMM) else models.vision
-    return make(model, *sizes, place.device, one.torch_dtype)
+        return models.text(model, *sizes, place.device, workload.torch_dtype)
+    make = models.of_timm if str(workload.shape["model"]).endswith(OF_TIMM) else models.vision
+    return make(model, *sizes, place.device, workload.torch_dtype)
 
 
 def few(base: Subject) -> Batch:
-    """What is compared with fp64."""
+    """The samples whose gradients are compared with fp64."""
     return base.x[:CHECKED], base.labels[:CHECKED]
 
 
 def gradients(adapted: Adapted, batch: Batch, penalty: Penalty | None = None) -> list[Tensor]:
-    """Of the loss in all that trains."""
+    """Gradients of the loss with respect to all trained parameters."""
     x, labels = batch
     loss = F.cross_entropy(adapted.model(x), labels)
     if penalty is not None:
@@ -71,7 +71,7 @@ def exact(published: Adapted, base: Subject, fishers: list[Tensor] | None = None
 
 
 def optimizer_of(name: str, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """SGD or Adam; Adam in the form that a CUDA graph can hold."""
+    """SGD or Adam; Adam so that a CUDA graph can capture it."""
     if name == "SGD":
         return torch.optim.SGD(parameters, lr=RATE, foreach=True)
     capturable = parameters[0].device.type == "cuda"
@@ -79,18 +79,18 @@ def optimizer_of(name: str, parameters: list[Tensor]) -> torch.optim.Optimizer:
 
 
 def _step(
-    one: Workload, name: str, role: str, adapted: Adapted, base: Subject, penalty: Penalty | None = None,
+    workload: Workload, name: str, role: str, adapted: Adapted, base: Subject, penalty: Penalty | None = None,
     entry: Entry | None = None,
 ) -> Provider:  # fmt: skip
-    optimizer_name = str(one.shape["optimizer"])
+    optimizer_name = str(workload.shape["optimizer"])
     parameters = adapted.leaves()
     optimizer = optimizer_of(optimizer_name, parameters)
     entry = entry or Entry(name, role, None, "")
 
     def run() -> list[Tensor]:
         with entry.using():
-            found = gradients(adapted, (base.x, base.labels), penalty)
-        for parameter, gradient in zip(parameters, found, strict=True):
+            new_gradients = gradients(adapted, (base.x, base.labels), penalty)
+        for parameter, gradient in zip(parameters, new_gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
         return []
@@ -99,12 +99,12 @@ def _step(
         with entry.using():
             return gradients(adapted, few(base), penalty)
 
-    return Provider(name, run, role, entry.told, f"whole step, {optimizer_name}", check=check)
+    return Provider(name, run, role, entry.recorded, f"whole step, {optimizer_name}", check=check)
 
 
 def _fishers(published: Adapted, batch: Batch) -> list[Tensor]:
-    """Random ones, so large that gradients of the penalty are of the size of those of the loss: the check
-    sees both."""
+    """Random Fishers, scaled so that the gradients of the penalty and of the loss have the same norm: the
+    check depends on both."""
     fishers = [
         torch.rand(len(b), a.shape[1], device=a.device).square_()
         for a, b in zip(published.lora_as, published.lora_bs, strict=True)
@@ -116,91 +116,83 @@ def _fishers(published: Adapted, batch: Batch) -> list[Tensor]:
     return [fisher.mul_(norms[0] / norms[1]) for fisher in fishers]
 
 
-def _step_targets(one: Workload, place: Place) -> list[Target]:
-    """Of the CPU; those of a GPU are in goals.py."""
-    if place.gpu or not str(one.shape["model"]).startswith("ViT-S"):
+def _step_targets(workload: Workload, place: Place) -> list[Target]:
+    """Targets on a CPU; those on a GPU are in goals.py."""
+    if place.gpu or not str(workload.shape["model"]).startswith("ViT-S"):
         return []
     return [Target(registry.WITHOUT, LIMIT, f"at most {LIMIT} x a step without EWC")]
 
 
-def build_step(one: Workload, place: Place) -> Case:
-    """Ours and the published formulation; below them LoRA without a penalty and the head alone, which do less
-    than the case and are floors."""
-    base = subject(one, one.size("samples"), place)
+def build_step(workload: Workload, place: Place) -> Case:
+    """Ours and the published formulation; the floors are LoRA without a penalty and the head alone, which do
+    less than the case."""
+    base = subject(workload, workload.size("samples"), place)
     ours = models.adapted(base)
     published = models.explicit(base, ours)
     fishers = _fishers(published, few(base))
     ewc = models.protected(ours.model, fishers)
-    entries = place.entries(one.part)
+    entries = place.entries(workload.part)
 
     def published_penalty() -> Tensor:
         return eager(fishers, published.lora_as, published.lora_bs)
 
-    providers = [_step(one, e.name, e.role, ours, base, ewc.penalty, e) for e in entries]
-    if registry.EXPLICIT in registry.peers(one):
-        providers.append(_step(one, registry.EXPLICIT, "peer", published, base, published_penalty))
-    providers.append(_step(one, registry.WITHOUT, "floor", ours, base, None, entries[0]))
-    if one.part != SMALL:
+    providers = [_step(workload, e.name, e.role, ours, base, ewc.penalty, e) for e in entries]
+    if registry.EXPLICIT in registry.peers(workload):
+        providers.append(_step(workload, registry.EXPLICIT, "peer", published, base, published_penalty))
+    providers.append(_step(workload, registry.WITHOUT, "floor", ours, base, None, entries[0]))
+    if workload.part != SMALL:
         frozen = Adapted(models.sharing(base.model), [])
-        providers.append(_step(one, FROZEN, "floor", frozen, base))
-    return Case(
-        op=one.op,
-        shape=one.shape,
-        dtype=one.dtype,
-        flops=one.work.flops,
-        bytes=one.work.bytes,
+        providers.append(_step(workload, FROZEN, "floor", frozen, base))
+    return Case.of(
+        workload,
         providers=providers,
         truth=lambda: exact(published, base, fishers),
-        tolerance=TOLERANCES[one.dtype],
-        targets=_step_targets(one, place),
-        product=place.product(one.torch_dtype),
+        tolerance=TOLERANCES[workload.dtype],
+        targets=_step_targets(workload, place),
+        product=place.product(workload.torch_dtype),
     )
 
 
 # Adapted models
 
 
-def build_adapted(one: Workload, place: Place) -> Case:
+def build_adapted(workload: Workload, place: Place) -> Case:
     """Forward and backward of an injected model of timm, and of the same model under PEFT."""
-    base = subject(one, one.size("samples"), place)
+    base = subject(workload, workload.size("samples"), place)
     ours = models.adapted(base)
     whole = (base.x, base.labels)
 
     def of_peft(batch: Batch) -> Run:
         return lambda: gradients(peft(), batch)
 
-    made: list[Adapted] = []
+    wrapped: list[Adapted] = []
 
     def peft() -> Adapted:
-        if not made:
-            made.append(models.by_peft(base, ours))
-        return made[0]
+        if not wrapped:
+            wrapped.append(models.by_peft(base, ours))
+        return wrapped[0]
 
-    entry = place.entries(one.part)[0]
-    tiny = not str(one.shape["model"]).startswith("ViT")
-    return Case(
-        op=one.op,
-        shape=one.shape,
-        dtype=one.dtype,
-        flops=one.work.flops,
-        bytes=one.work.bytes,
+    entry = place.entries(workload.part)[0]
+    tiny = not str(workload.shape["model"]).startswith("ViT")
+    return Case.of(
+        workload,
         providers=[
             Provider(
-                OURS, lambda: gradients(ours, whole), "ours", entry.told, "forward and backward",
+                OURS, lambda: gradients(ours, whole), "ours", entry.recorded, "forward and backward",
                 check=lambda: gradients(ours, few(base)),
             ),
             Provider(registry.PEFT, of_peft(whole), check=of_peft(few(base))),
         ],
         truth=lambda: exact(models.explicit(base, ours), base),
-        tolerance=TOLERANCES[one.dtype],
+        tolerance=TOLERANCES[workload.dtype],
         targets=[] if tiny else [Target(registry.PEFT, LIMIT, f"at most {LIMIT} x the model under PEFT")],
-        product=place.product(one.torch_dtype),
+        product=place.product(workload.torch_dtype),
     )  # fmt: skip
 
 
-def build(one: Workload, place: Place) -> Case:
+def build(workload: Workload, place: Place) -> Case:
     """One case; raises `Unavailable` where the library of the model is missing."""
     builders = {
         "training_step": build_step, "adapted_model": build_adapted, "fisher_pass": fisher_pass.build,
     }  # fmt: skip
-    return builders[one.op](one, place)
+    return builders[workload.op](workload, place)

@@ -1,7 +1,7 @@
-"""Energy of computations on NVIDIA GPUs, from the driver's counter of what the GPU has consumed.
+"""Energy of computations on NVIDIA GPUs, from the driver's counter of consumed energy.
 
-The counter is that of the whole GPU, so its idle power is part of every figure. It moves in steps some tens
-of milliseconds apart: a computation runs again and again, from one step to a later one.
+The counter is that of the whole GPU, so every value includes the idle power. It is updated every few tens of
+milliseconds: a computation is repeated from one update to a later one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Counter = Callable[[], float]  # millijoules since the driver was loaded
 
 
 class Unmeasurable(RuntimeError):
-    """There is no counter, for a reason."""
+    """There is no counter; the message says why."""
 
 
 def _checked(library: ctypes.CDLL, name: str, *arguments: object) -> None:
@@ -51,8 +51,8 @@ def counter() -> Counter:
 
 @dataclass
 class Meter:
-    """Millijoules per call. window: the least seconds between the two steps of the counter; limit: of one
-    figure; allowance: of all figures together, after which there are no more."""
+    """Millijoules per call. Seconds: window, the least between the two updates of the counter; limit, the
+    most for one measurement; allowance, the most for all measurements together."""
 
     read: Counter
     window: float = 0.04
@@ -60,8 +60,8 @@ class Meter:
     allowance: float = 10.0
 
     def per_call(self, burst: Callable[[], int]) -> float | None:
-        """`burst` runs calls, waits until they are done and says how many. None where the counter does not
-        move in time, or the allowance is spent."""
+        """`burst` runs calls, waits until they are done and returns their number. None where the counter is
+        not updated in time, or the allowance is spent."""
         if self.allowance <= 0.0:
             return None
         begin = time.perf_counter()
@@ -74,7 +74,7 @@ class Meter:
         return (second[1] - first[1]) / second[0]
 
     def _step(self, burst: Callable[[], int], least: float, end: float) -> tuple[int, float] | None:
-        """Calls until the first step of the counter after `least` seconds, and its value there."""
+        """Calls until the first update of the counter after `least` seconds, and its value then."""
         begin, calls, before = time.perf_counter(), 0, self.read()
         while (now := time.perf_counter()) < end:
             calls += burst()
@@ -86,8 +86,7 @@ class Meter:
 
 
 def meter(allowance: float = 10.0) -> tuple[Meter | None, str]:
-    """A meter of the GPU that is there, and what records say of it: the counter's name, or why there is
-    none."""
+    """A meter for the current GPU, and the text for records: the counter's name, or why there is none."""
     try:
         return Meter(counter(), allowance=allowance), NAME
     except Unmeasurable as reason:

@@ -1,4 +1,4 @@
-"""The EWC penalty and its gradients, all adapters in one call, against how PyTorch users write it."""
+"""The EWC penalty and its gradients, all adapters in one call, compared with formulations in PyTorch."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .workload import MAIN, OP, Workload, matrices
 
 OPS = ("ewc_penalty",)
 EWC_LAMBDA = 3.0
-# Relative gradient errors of 3 x tf32, tf32 and bf16 products are near 1e-7, 2e-4 and 2e-3, with a heavy tail
-# in F several times as much.
+# Relative gradient errors of 3 x tf32, tf32 and bf16 products are near 1e-7, 2e-4 and 2e-3, and
+# several times larger where F has a heavy tail.
 TOLERANCES = {"highest": 2e-5, "high": 3e-3, "medium": 2e-2}
 Tensors = Sequence[Tensor]
 Penalty = Callable[[Tensors, Tensors, Tensors], Tensor]
 
 
 class Inputs(NamedTuple):
-    """Of one case, one entry per matrix."""
+    """Inputs of one case, one entry per matrix."""
 
     fishers: list[Tensor]
     lora_as: list[Tensor]
@@ -42,7 +42,7 @@ def eager(fishers: Tensors, lora_as: Tensors, lora_bs: Tensors) -> Tensor:
 
 
 def stacked_over(fishers: Tensors) -> Penalty:
-    """One batched product per shape, F stored stacked: the best that plain PyTorch offers."""
+    """One batched product per shape with F stored stacked: the fastest formulation in plain PyTorch."""
     shapes = list(dict.fromkeys(f.shape for f in fishers))
     groups = [[i for i, f in enumerate(fishers) if f.shape == shape] for shape in shapes]
     stacks = [torch.stack([fishers[i] for i in group]) for group in groups]
@@ -97,39 +97,39 @@ def exact(inputs: Inputs) -> list[Tensor]:
     loss, grads_a, grads_b = 0.0, [], []
     for fisher, a, b in zip(*inputs, strict=True):
         wide = [t.detach().double() for t in (fisher, a, b)]
-        one = Inputs([wide[0]], [wide[1].requires_grad_()], [wide[2].requires_grad_()])
-        value, grad_a, grad_b = with_gradients(eager, one)()
+        single = Inputs([wide[0]], [wide[1].requires_grad_()], [wide[2].requires_grad_()])
+        value, grad_a, grad_b = with_gradients(eager, single)()
         loss = loss + value.detach()
         grads_a.append(grad_a)
         grads_b.append(grad_b)
     return [torch.as_tensor(loss), *grads_a, *grads_b]
 
 
-def draw(one: Workload, place: Place) -> Inputs:
+def draw(workload: Workload, place: Place) -> Inputs:
     """Random inputs of the usual sizes."""
-    rank, sizes = one.size("rank"), matrices(one)
+    rank, sizes = workload.size("rank"), matrices(workload)
 
     def random(method: Callable[..., Tensor], *size: int) -> Tensor:
         return method(*size, device=place.device)
 
     return Inputs(
-        [random(torch.rand, *size).square_().to(one.torch_dtype) for size in sizes],
+        [random(torch.rand, *size).square_().to(workload.torch_dtype) for size in sizes],
         [random(torch.randn, rank, d_in).div_(d_in**0.5).requires_grad_() for _, d_in in sizes],
         [random(torch.randn, d_out, rank).mul_(1e-2).requires_grad_() for d_out, _ in sizes],
     )
 
 
-def _ours(one: Workload, entry: Entry, buffers: Sequence[Inputs]) -> Provider:
-    if one.part == OP:
-        run, algorithm = of_op_layer(buffers[0], entry.told), "the op alone"
-        return Provider(entry.name, run, entry.role, entry.told, algorithm)
+def _ours(workload: Workload, entry: Entry, buffers: Sequence[Inputs]) -> Provider:
+    if workload.part == OP:
+        run, algorithm = of_op_layer(buffers[0], entry.recorded), "the op alone"
+        return Provider(entry.name, run, entry.role, entry.recorded, algorithm)
     method: Penalty = lambda f, a, b: fused(f, a, b, entry.backend)  # noqa: E731
     runs = turns(lambda inputs: with_gradients(method, inputs), buffers)
-    return Provider(entry.name, role=entry.role, backend=entry.told, algorithm="one pass over F", **runs)
+    return Provider(entry.name, role=entry.role, backend=entry.recorded, algorithm="one pass over F", **runs)
 
 
-def _peers(one: Workload, place: Place, buffers: Sequence[Inputs]) -> Iterator[Provider]:
-    for name in registry.peers(one):
+def _peers(workload: Workload, place: Place, buffers: Sequence[Inputs]) -> Iterator[Provider]:
+    for name in registry.peers(workload):
         method = place.compiled(eager) if name == registry.COMPILED else eager
 
         def make(inputs: Inputs, name: str = name, method: Penalty = method) -> Run:
@@ -138,18 +138,22 @@ def _peers(one: Workload, place: Place, buffers: Sequence[Inputs]) -> Iterator[P
         yield Provider(name, **turns(make, buffers))
 
 
-def _floors(one: Workload, place: Place) -> Iterator[Provider]:
-    """On a CPU, a product of as many FLOPs; on a GPU a floor is computed from the bytes of F."""
+def _floors(workload: Workload, place: Place) -> Iterator[Provider]:
+    """On a CPU, a product with as many FLOPs; on a GPU, the floor is computed from the bytes of F."""
     if not place.gpu:
-        d_out, d_in = one.size("d_out"), one.size("d_in")
-        inner = max(1, round(one.work.flops / (2.0 * d_out * d_in)))
+        d_out, d_in = workload.size("d_out"), workload.size("d_in")
+        inner = max(1, round(workload.work.flops / (2.0 * d_out * d_in)))
         left, right = torch.randn(d_out, inner), torch.randn(inner, d_in)
         yield Provider("sgemm of equal FLOPs", lambda: [left @ right], role="floor")
 
 
-def _targets(one: Workload, place: Place) -> list[Target]:
-    """Of the CPU; those of a GPU are in goals.py."""
-    published = one.shape["rank"] == 10 and one.size("adapters") == 12 and one.dtype == "fisher float32"
+def _targets(workload: Workload, place: Place) -> list[Target]:
+    """Targets on a CPU; those on a GPU are in goals.py."""
+    published = (
+        workload.shape["rank"] == 10
+        and workload.size("adapters") == 12
+        and workload.dtype == "fisher float32"
+    )
     if place.gpu or not published:
         return []
     return [
@@ -158,30 +162,26 @@ def _targets(one: Workload, place: Place) -> list[Target]:
     ]
 
 
-def build(one: Workload, place: Place) -> Case:
+def build(workload: Workload, place: Place) -> Case:
     """One case or part: ours, the peers, and a floor."""
-    of_fisher = float(one.torch_dtype.itemsize * sum(d_out * d_in for d_out, d_in in matrices(one)))
-    buffers = [draw(one, place) for _ in range(1 if one.part == OP else place.copies(of_fisher))]
+    of_fisher = float(workload.torch_dtype.itemsize * sum(d_out * d_in for d_out, d_in in matrices(workload)))
+    buffers = [draw(workload, place) for _ in range(1 if workload.part == OP else place.copies(of_fisher))]
 
     def truth() -> list[Tensor]:
-        found = exact(buffers[0])
-        return flat(found) if one.part == OP else found
+        results = exact(buffers[0])
+        return flat(results) if workload.part == OP else results
 
-    return Case(
-        op=one.op,
-        shape=one.shape,
-        dtype=one.dtype,
-        flops=one.work.flops,
-        bytes=one.work.bytes,
+    return Case.of(
+        workload,
         providers=[
-            *(_ours(one, entry, buffers) for entry in place.entries(one.part)),
-            *_peers(one, place, buffers),
-            *_floors(one, place),
+            *(_ours(workload, entry, buffers) for entry in place.entries(workload.part)),
+            *_peers(workload, place, buffers),
+            *_floors(workload, place),
         ],
         truth=truth,
-        tolerance=TOLERANCES[one.precision or "highest"],
-        targets=_targets(one, place),
+        tolerance=TOLERANCES[workload.precision or "highest"],
+        targets=_targets(workload, place),
         product=place.single,
-        precision=one.precision,
-        floor_bytes=of_fisher if one.part == MAIN else None,
+        precision=workload.precision,
+        floor_bytes=of_fisher if workload.part == MAIN else None,
     )

@@ -1,7 +1,7 @@
-"""Peers from the package index, none of them part of this repository: how they are imported and called.
+"""Peers from the package index, which are not part of this repository: how they are imported and called.
 
-`make bench` installs what requirements-extras.txt pins. A peer that cannot be imported raises `Unavailable`
-where it would have run, so it becomes a record with a reason.
+`make bench` installs the versions of requirements-extras.txt. A peer that cannot be imported raises
+`Unavailable` when it is run, so its record states the reason.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import machine
+from fused_ewclora.demo.environment import installed_version
+
 from .case import Run
 
 DISTRIBUTIONS = {  # by the name of the module
@@ -28,7 +29,7 @@ DISTRIBUTIONS = {  # by the name of the module
     "matplotlib": "matplotlib",
 }
 INSTALL = "pip install --no-deps -r requirements-extras.txt"
-# What torchvision's Python files register for; its compiled operators load beside one build of torch only.
+# Operators for which torchvision's Python files register functions; the compiled ones need a matching torch.
 _OPERATORS = (
     "nms", "qnms", "roi_align", "_roi_align_backward", "roi_pool", "_roi_pool_backward", "ps_roi_align",
     "_ps_roi_align_backward", "ps_roi_pool", "_ps_roi_pool_backward", "deform_conv2d",
@@ -52,8 +53,8 @@ def _declared() -> torch.library.Library:
 
 @functools.cache
 def prepare_torchvision() -> None:
-    """timm and transformers import torchvision for images that nothing here loads. Beside a build of torch
-    that it was not made for, its operators are missing and its import fails over their names alone."""
+    """Makes torchvision importable beside a build of torch that it was not compiled for. timm and
+    transformers import it, though its compiled operators are not used here; without them its import fails."""
     if importlib.util.find_spec("torchvision") is None:
         return
     try:
@@ -73,11 +74,11 @@ def load(name: str) -> Any:
         raise ValueError(f"extra: expected one of {', '.join(DISTRIBUTIONS)}, got {name!r}")
     if importlib.util.find_spec(name) is None:
         raise Unavailable(f"{DISTRIBUTIONS[name]} is not installed; {INSTALL}")
-    # Hooks of BackPACK and Opacus on a layer whose input needs no gradient.
+    # Caused by hooks of BackPACK and Opacus on a layer whose input needs no gradient.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecations inside of peers are not about this library
+            warnings.simplefilter("ignore")  # deprecations inside peers do not concern this library
             if name != "matplotlib":
                 prepare_torchvision()
             return importlib.import_module(name)
@@ -87,26 +88,26 @@ def load(name: str) -> Any:
 
 def versions() -> dict[str, str]:
     """The installed peers, for the environment of records."""
-    found = {name: machine.version(name) for name in DISTRIBUTIONS.values() if name != "matplotlib"}
-    return {name: version for name, version in found.items() if version is not None}
+    installed = {name: installed_version(name) for name in DISTRIBUTIONS.values() if name != "matplotlib"}
+    return {name: version for name, version in installed.items() if version is not None}
 
 
 def compiled(method: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
-    """torch.compile for the shapes of one case. Code of earlier cases is forgotten: after a few shapes of one
-    function the compiler would turn to dynamic shapes, and then give up."""
+    """torch.compile for the shapes of one case. Compiled code of earlier cases is dropped: after a few shapes
+    of the same function the compiler would use dynamic shapes, and then stop compiling."""
     torch._dynamo.reset()
-    made: Callable[..., Any] = torch.compile(method, dynamic=False, backend=backend)
-    return made
+    compiled_method: Callable[..., Any] = torch.compile(method, dynamic=False, backend=backend)
+    return compiled_method
 
 
 def lazily(make: Callable[[], Run]) -> Run:
-    """A run that is made at its first call, so that a peer that is missing fails there."""
-    made: list[Run] = []
+    """A run that is made at its first call, so that a missing peer fails there."""
+    runs: list[Run] = []
 
     def run() -> Any:
-        if not made:
-            made.append(make())
-        return made[0]()
+        if not runs:
+            runs.append(make())
+        return runs[0]()
 
     return run
 
@@ -127,7 +128,7 @@ def peft_linear(weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> tuple[nn.
 
 def backpack_square_sum(x: Tensor, dy: Tensor) -> Run:
     """Sum over samples of squared gradients of one linear by BackPACK's SumGradSquared. The forward pass is
-    done once, before; a call is the backward pass, which also makes the gradient of the batch."""
+    done once, before; a call is the backward pass, which also computes the gradient of the batch."""
     backpack = load("backpack")
     extensions = importlib.import_module("backpack.extensions")
     layer = nn.Linear(x.shape[-1], dy.shape[-1], bias=False, device=x.device, dtype=x.dtype)

@@ -1,4 +1,4 @@
-"""A pytest plugin: property tests draw few examples, for a first look where every new shape is compiled.
+"""A pytest plugin: property tests draw few examples, where every new shape has to be compiled.
 
 pytest -p benchmarks.few_examples --hypothesis-profile few
 """

@@ -1,4 +1,4 @@
-"""Exact per-sample Fisher of one layer, against a plain product of its size and the methods in use."""
+"""Exact per-sample Fisher of one layer, compared with a product of equal size and with common methods."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .workload import Workload
 
 OPS = ("fisher_accumulate",)
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}  # peers round gradients and squares to bf16, 2^-9 each
-# Scratch of a thread: a block of F, the panels of a part of a sample. One dense gradient of ViT-B's smallest
-# linear is larger, so no gradient is ever stored.
+# Scratch memory of a thread: a block of F and panels of part of a sample. One dense gradient of ViT-B's
+# smallest linear is larger, so a peak below this shows that no gradient is stored.
 TILE_BYTES = 2 * 2**20
 Method = Callable[[Tensor, Tensor, Tensor], Tensor]
 Inputs = tuple[Tensor, Tensor, Tensor]  # fisher, x, dy
@@ -62,18 +62,18 @@ METHODS: dict[str, Method] = {
     "einsum": einsum, "torch.func vmap(grad)": vmap_grad, registry.LOOP: one_by_one,
     registry.BATCH_MODE_PEERS[0]: batch,
 }  # fmt: skip
-# These give the sum for one batch; that of several is one addition more.
+# These compute the sum for one batch; several batches take one more addition each.
 INSTALLED: dict[str, Callable[[Tensor, Tensor], Run]] = {
     registry.BACKPACK: extras.backpack_square_sum, registry.OPACUS: extras.opacus_square_sum,
 }  # fmt: skip
 
 
-def draw(one: Workload, place: Place) -> Inputs:
+def draw(workload: Workload, place: Place) -> Inputs:
     """A Fisher of zeros, and random x and dy."""
-    n, t, d_in, d_out = (one.size(name) for name in ("samples", "tokens", "d_in", "d_out"))
+    n, t, d_in, d_out = (workload.size(name) for name in ("samples", "tokens", "d_in", "d_out"))
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, device=place.device).to(one.torch_dtype)
+        return torch.randn(size, device=place.device).to(workload.torch_dtype)
 
     return torch.zeros(d_out, d_in, device=place.device), normal(n, t, d_in), normal(n, t, d_out)
 
@@ -82,24 +82,24 @@ def _accumulating(
     name: str, method: Method, buffers: Sequence[Inputs], role: str = "peer", backend: str = "",
     algorithm: str = "",
 ) -> Provider:  # fmt: skip
-    """Timed adding to F as in use; checked from a zero F."""
+    """Timed while adding to F, as in training; checked on a zero F."""
     fisher, x, dy = buffers[0]
-    runs = turns(lambda one: lambda: [method(*one)], buffers)
+    runs = turns(lambda inputs: lambda: [method(*inputs)], buffers)
     check = lambda: [method(torch.zeros_like(fisher), x, dy)]  # noqa: E731
     return Provider(name, role=role, backend=backend, algorithm=algorithm, check=check, **runs)
 
 
-def _ours(one: Workload, place: Place, buffers: Sequence[Inputs]) -> Iterator[Provider]:
-    mode = str(one.shape["mode"])
-    for entry in place.entries(one.part):
+def _ours(workload: Workload, place: Place, buffers: Sequence[Inputs]) -> Iterator[Provider]:
+    mode = str(workload.shape["mode"])
+    for entry in place.entries(workload.part):
         method = functools.partial(
             FE.fisher_accumulate_, mode=mode, check_finite=False, backend=entry.backend
         )
-        yield _accumulating(entry.name, method, buffers, entry.role, entry.told, f"mode {mode}")
+        yield _accumulating(entry.name, method, buffers, entry.role, entry.recorded, f"mode {mode}")
 
 
-def _peers(one: Workload, buffers: Sequence[Inputs]) -> Iterator[Provider]:
-    for name in registry.peers(one):
+def _peers(workload: Workload, buffers: Sequence[Inputs]) -> Iterator[Provider]:
+    for name in registry.peers(workload):
         if name in METHODS:
             yield _accumulating(name, METHODS[name], buffers)
         else:
@@ -108,42 +108,43 @@ def _peers(one: Workload, buffers: Sequence[Inputs]) -> Iterator[Provider]:
             yield Provider(name, **runs)
 
 
-def exact(one: Workload, inputs: Inputs) -> list[Tensor]:
+def exact(workload: Workload, inputs: Inputs) -> list[Tensor]:
     """The same in fp64."""
     fisher, x, dy = inputs
-    method = one_by_one if one.shape["mode"] == "sample" else batch
+    method = one_by_one if workload.shape["mode"] == "sample" else batch
     return [method(torch.zeros_like(fisher, dtype=torch.float64), x.double(), dy.double())]
 
 
-def _targets(one: Workload, place: Place) -> list[Target]:
-    """Of the CPU; those of a GPU are in goals.py."""
-    if place.gpu or one.size("tokens") == 1 or one.shape["mode"] != "sample" or one.dtype != "float32":
+def _targets(workload: Workload, place: Place) -> list[Target]:
+    """Targets on a CPU; those on a GPU are in goals.py."""
+    if (
+        place.gpu
+        or workload.size("tokens") == 1
+        or workload.shape["mode"] != "sample"
+        or workload.dtype != "float32"
+    ):
         return []
     tile = f"no temporaries beside {TILE_BYTES >> 20} MiB of tiles per thread"
     allowed = float(torch.get_num_threads() * TILE_BYTES)
     return [
-        Target(registry.product_floor(one), 1.2, "at most 1.2 x one sgemm of the same FLOPs"),
+        Target(registry.product_floor(workload), 1.2, "at most 1.2 x one sgemm of the same FLOPs"),
         Target(None, 0.0, tile, "peak_bytes", allowance=allowed),
     ]
 
 
-def build(one: Workload, place: Place) -> Case:
+def build(workload: Workload, place: Place) -> Case:
     """One case or part: ours, the peers, and one product of as many FLOPs."""
-    buffers = [draw(one, place) for _ in range(place.copies(one.work.bytes))]
+    buffers = [draw(workload, place) for _ in range(place.copies(workload.work.bytes))]
     products = turns(lambda inputs: lambda: [product(*inputs[1:])], buffers)
-    return Case(
-        op=one.op,
-        shape=one.shape,
-        dtype=one.dtype,
-        flops=one.work.flops,
-        bytes=one.work.bytes,
+    return Case.of(
+        workload,
         providers=[
-            *_ours(one, place, buffers),
-            *_peers(one, buffers),
-            Provider(registry.product_floor(one), role="floor", **products),
+            *_ours(workload, place, buffers),
+            *_peers(workload, buffers),
+            Provider(registry.product_floor(workload), role="floor", **products),
         ],
-        truth=lambda: exact(one, buffers[0]),
-        tolerance=TOLERANCES[one.dtype],
-        targets=_targets(one, place),
-        product=place.product(one.torch_dtype),
+        truth=lambda: exact(workload, buffers[0]),
+        tolerance=TOLERANCES[workload.dtype],
+        targets=_targets(workload, place),
+        product=place.product(workload.torch_dtype),
     )

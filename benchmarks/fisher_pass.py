@@ -31,11 +31,11 @@ def _with_trained_qkv(model: nn.Module) -> tuple[nn.Module, list[Any]]:
     """The base model as peers need it: the packed projections require gradients, all of their rows."""
     base: Any = models.sharing(model)
     base.head.requires_grad_(False)
-    found = []
+    layers = []
     for block in base.blocks:
         block.attn.qkv.weight = nn.Parameter(block.attn.qkv.weight.detach())
-        found.append(block.attn.qkv)
-    return base, found
+        layers.append(block.attn.qkv)
+    return base, layers
 
 
 def _kv(square_sums: list[Tensor]) -> list[Tensor]:
@@ -65,9 +65,9 @@ def _loop(base: Subject, batches: Batches, wide: bool = False) -> Run:
         sums = [torch.zeros_like(w) for w in weights]
         for x, labels in batches:
             for n in range(len(x)):
-                one = x[n : n + 1].to(weights[0].dtype)
-                found = torch.autograd.grad(_loss(model(one), labels[n : n + 1]), weights)
-                for total, gradient in zip(sums, found, strict=True):
+                sample = x[n : n + 1].to(weights[0].dtype)
+                gradients = torch.autograd.grad(_loss(model(sample), labels[n : n + 1]), weights)
+                for total, gradient in zip(sums, gradients, strict=True):
                     total.addcmul_(gradient, gradient)
         return _kv(sums)
 
@@ -115,23 +115,28 @@ def _opacus(base: Subject, batches: Batches) -> Run:
     return _summed(batches, of_batch)
 
 
-def build(one: Workload, place: Place) -> Case:
+def build(workload: Workload, place: Place) -> Case:
     """One case, on a vision transformer."""
-    samples, count, model = one.size("samples"), one.size("batches"), model_of(one)
+    samples, count, model = workload.size("samples"), workload.size("batches"), model_of(workload)
     assert isinstance(model, Model)
     base = models.vision(
-        model, one.size("blocks"), samples * count, one.size("tokens"), one.size("rank"), place.device
+        model,
+        workload.size("blocks"),
+        samples * count,
+        workload.size("tokens"),
+        workload.size("rank"),
+        place.device,
     )
     batches = list(zip(base.x.split(samples), base.labels.split(samples), strict=True))
-    return Case(
-        op=one.op,
-        shape=one.shape,
-        dtype=one.dtype,
-        flops=one.work.flops,
-        bytes=one.work.bytes,
+    return Case.of(
+        workload,
         providers=[
             Provider(
-                OURS, _ours(base, batches), "ours", place.entries(one.part)[0].told, "EWC.estimate_fisher"
+                OURS,
+                _ours(base, batches),
+                "ours",
+                place.entries(workload.part)[0].recorded,
+                "EWC.estimate_fisher",
             ),
             Provider(registry.LOOP, _loop(base, batches)),
             Provider(registry.BACKPACK, extras.lazily(lambda: _backpack(base, batches))),

@@ -1,4 +1,4 @@
-"""What the GPU kernels must reach, as data: each a ratio of figures measured in one run."""
+"""The targets of the GPU kernels, as data: ratios of values measured in one run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ WGRAD = "product of equal FLOPs"  # of the Fisher: the weight gradient of the ba
 
 
 class Goal(NamedTuple):
-    """A target over the sum of the `cases` cases of `suite` whose op and shape have the values of `where`: a
-    tuple is any of its values, None a field that is not there. `ours` is the provider that has to reach
+    """A target for the sum over the `cases` cases of `suite` whose op and shape have the values of `where`: a
+    tuple stands for any of its values, None for an absent field. `ours` is the provider that must reach
     it."""
 
     suite: str
@@ -93,7 +93,7 @@ def _step(sizes: Sizes) -> list[Goal]:
 
 
 def _cuda(sizes: Sizes) -> list[Goal]:
-    """Of the CUDA backend, where Triton is missing."""
+    """Targets of the CUDA backend, which is used where Triton is missing."""
     name, penalty = sizes.large.name, _published(sizes, "high")
     fisher, linear = _per_sample(sizes), _both(sizes.large)
     host = Target(
@@ -113,17 +113,17 @@ def goals(sizes: Sizes = RELEASE) -> list[Goal]:
 
 
 def matches(record: Record, where: Mapping[str, object]) -> bool:
-    told = {"op": record["op"], "dtype": record["dtype"], **record["shape"]}
+    fields = {"op": record["op"], "dtype": record["dtype"], **record["shape"]}
     return all(
-        told.get(name) in value if isinstance(value, tuple) else told.get(name) == value
+        fields.get(name) in value if isinstance(value, tuple) else fields.get(name) == value
         for name, value in where.items()
     )
 
 
 def row(goal: Goal, cases: Sequence[Mapping[str, Record]]) -> Record:
     """The verdict over the cases of the goal's suite (records by provider); "measured" is False where a case
-    or a figure is missing."""
-    found = [case for case in cases if matches(next(iter(case.values())), goal.where)]
-    result = verdict(goal.target, found, goal.ours)
+    or a value is missing."""
+    matching = [case for case in cases if matches(next(iter(case.values())), goal.where)]
+    result = verdict(goal.target, matching, goal.ours)
     known = result["ratio"] == result["ratio"]  # not NaN
-    return {**result, "measured": known and len(found) == goal.cases}
+    return {**result, "measured": known and len(matching) == goal.cases}

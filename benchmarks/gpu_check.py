@@ -1,7 +1,7 @@
 """Checks and measures the GPU kernels unattended: `python -m benchmarks.gpu_check --out DIR`.
 
 Needs PyTorch and Triton in the running interpreter, builds the CUDA extension in the checkout, installs
-nothing, and leaves at most eight files in DIR (docs/gpu-check.md). Exit status 0: all is well; 1: a
+nothing, and leaves at most eight files in DIR (docs/gpu-check.md). Exit status 0: everything passed; 1: a
 step or one of our kernels failed; 2: only targets were missed or not measured.
 """
 
@@ -28,8 +28,8 @@ from .steps import Deadline, Outcome, Step
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 520.0
-PARTIAL = "partial"  # a test run without failures that was cut short
-# Files of the tests by their paths in tests/. The kernels: these, and all of backends/.
+PARTIAL = "partial"  # a test run without failures that ran out of time
+# Test files, by their paths in tests/. Those of the kernels are these, and all of backends/.
 KERNELS = (
     "ops/test_lora_linear.py", "ops/test_ewc_penalty.py", "ops/test_ewc_penalty_grad.py",
     "ops/test_fisher_accumulate.py", "ops/test_merge_weights.py", "ops/test_merge_grouped.py",
@@ -37,7 +37,7 @@ KERNELS = (
 )  # fmt: skip
 REQUIRED = ("pytest", "hypothesis")  # by the tests
 HOST = ("backends/cuda/test_build.py",)  # compile for minutes and need no GPU: after everything else
-ELSEWHERE = (  # need a build, model libraries, or run this driver
+ELSEWHERE = (  # not run here: need a build or model libraries, or test this driver
     "project/test_packaging.py",
     "benchmarks/test_gpu.py",
     "benchmarks/test_gpu_check_",
@@ -52,7 +52,7 @@ SUITE_LIMITS = {
     "merge": 20.0,
 }
 EVERYTHING = "all tests"
-CALLS = "calls"  # instead of tests that cannot run
+CALLS = "calls"  # replaces the tests where they cannot run
 NAMES = (
     "environment",
     "build",
@@ -114,7 +114,7 @@ def plan(args: argparse.Namespace, work: Path) -> list[Step]:
     }
     if args.rehearse:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-        environment["FUSED_EWCLORA_BUILD"] = "none"  # nor is the emulator of the CUDA kernels
+        environment["FUSED_EWCLORA_BUILD"] = "none"  # without the emulator of the CUDA kernels as well
 
     def step(name: str, command: list[str], limit: float, log: Path | None = None, **more: Any) -> Step:
         return Step(name, command, limit, log or work / f"{name}.log", environment, **more)
@@ -128,7 +128,7 @@ def plan(args: argparse.Namespace, work: Path) -> list[Step]:
         first, whole = ["project/test_metrics.py"], ["layers/test_config.py"]
     log = args.out / "tests.log"
     workers = 0 if args.rehearse else args.workers
-    found = [
+    planned = [
         step("environment", module("gpu.describe"), 60.0),
         step("build", module("gpu.build"), 150.0),
         step("tests", pytest_command(first, work / "tests.xml", workers, True), 110.0, log),
@@ -138,28 +138,28 @@ def plan(args: argparse.Namespace, work: Path) -> list[Step]:
     ]
     for suite, limit in SUITE_LIMITS.items():
         options = [suite, "--out", str(args.out), "--seconds", str(args.seconds), "--budget", "{budget}"]
-        found.append(step(suite, module("gpu", *options), limit, again=75))
+        planned.append(step(suite, module("gpu", *options), limit, again=75))
     command = pytest_command(whole, work / "all-tests.xml", workers, False)
-    found.append(step(EVERYTHING, command, args.budget, log))
-    return [one for one in found if not args.steps or one.name in args.steps]
+    planned.append(step(EVERYTHING, command, args.budget, log))
+    return [item for item in planned if not args.steps or item.name in args.steps]
 
 
 def stretched(step: Step, later: Sequence[Step], left: float) -> Step:
-    """A step whose limit grows, as those of later ones will, where together they would leave time unused."""
-    total = step.limit + sum(one.limit for one in later if one.name != EVERYTHING)
+    """The step with a longer limit where it and the later steps together would leave time unused."""
+    total = step.limit + sum(other.limit for other in later if other.name != EVERYTHING)
     return replace(step, limit=step.limit * max(1.0, left / total))
 
 
 def judged(outcome: Outcome, report: Path) -> Outcome:
-    """The outcome of a test run with the counts of its report and its failures by name; cut short without a
-    failure is "partial"."""
+    """The outcome of a test run with the counts of its report and the names of its failures; a run that timed
+    out without a failure is "partial"."""
     try:
         suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
     except (OSError, ElementTree.ParseError):
         return outcome
     names = ("tests", "failures", "errors", "skipped")
     count = {name: sum(int(s.get(name, 0)) for s in suites) for name in names}
-    told = ", ".join(f"{number} {name}" for name, number in count.items())
+    counts_text = ", ".join(f"{number} {name}" for name, number in count.items())
     clean = count["tests"] and not count["failures"] and not count["errors"]
     status = PARTIAL if outcome.status == steps.TIMED_OUT and clean else outcome.status
     wrong = [
@@ -168,16 +168,16 @@ def judged(outcome: Outcome, report: Path) -> Outcome:
         for test in s.iter("testcase")
         for flaw in (*test.findall("failure"), *test.findall("error"))
     ]
-    detail = f"{told}; {outcome.detail}".removesuffix("; ")
+    detail = f"{counts_text}; {outcome.detail}".removesuffix("; ")
     notes = tuple(line[:200] for line in wrong[:20]) or (() if clean else outcome.notes)
     return replace(outcome, status=status, detail=detail, notes=notes)
 
 
-def not_reached(suite: str, found: Sequence[dict[str, Any]], rehearsal: bool) -> int:
+def not_reached(suite: str, results: Sequence[dict[str, Any]], rehearsal: bool) -> int:
     """How many cases of a suite have no record."""
     from .gpu.__main__ import done, planned
 
-    return sum(not done(one, found) for one in planned(suite, rehearsal))
+    return sum(not done(workload, results) for workload in planned(suite, rehearsal))
 
 
 def report(args: argparse.Namespace, outcomes: Sequence[Outcome]) -> tuple[str, int]:
@@ -187,7 +187,7 @@ def report(args: argparse.Namespace, outcomes: Sequence[Outcome]) -> tuple[str, 
 
     suites = {name: records.read(args.out / f"{name}.jsonl") for name in SUITE_LIMITS}
     lines = summary.tables(suites)
-    wrong = [r for found in suites.values() for r in broken(found)]
+    wrong = [r for results in suites.values() for r in broken(results)]
     lines += ["", *summary.unavailable(suites), f"failures of ours: {len(wrong)}"]
     lines += [f"  {summary.label(r)[:60]}: {r['provider']}: {r['failed'][:200]}" for r in wrong[:30]]
     wanted = [goal for goal in goals() if not args.steps or goal.suite in args.steps]
@@ -197,8 +197,8 @@ def report(args: argparse.Namespace, outcomes: Sequence[Outcome]) -> tuple[str, 
     for outcome in outcomes:
         lines += [f"  {outcome}", *(f"      {note}" for note in outcome.notes)]
     run = {outcome.name for outcome in outcomes}
-    for name, found in suites.items():
-        if name in run and (missing := not_reached(name, found, args.rehearse)):
+    for name, results in suites.items():
+        if name in run and (missing := not_reached(name, results, args.rehearse)):
             lines.append(f"  {name}: {missing} cases were not reached")
     fine = (steps.OK, PARTIAL, steps.SKIPPED)
     status = 1 if wrong or any(outcome.status not in fine for outcome in outcomes) else 0
@@ -216,7 +216,7 @@ def shorten(path: Path, largest: int = LARGEST) -> None:
 
 
 def pack(args: argparse.Namespace, work: Path, outcomes: Sequence[Outcome]) -> int:
-    """Writes summary.txt and details.tar.gz anew; returns the exit status."""
+    """Writes summary.txt and details.tar.gz again; returns the exit status."""
     text, status = report(args, outcomes)
     (args.out / "summary.txt").write_text(text)
     shorten(args.out / "tests.log")
@@ -229,7 +229,7 @@ def pack(args: argparse.Namespace, work: Path, outcomes: Sequence[Outcome]) -> i
 
 
 def check(args: argparse.Namespace, todo: Callable[[argparse.Namespace, Path], list[Step]] = plan) -> int:
-    """Runs the steps and reports; the exit status."""
+    """Runs the steps and writes the report; returns the exit status."""
     deadline = Deadline(args.budget)
     args.out.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
@@ -246,7 +246,7 @@ def check(args: argparse.Namespace, todo: Callable[[argparse.Namespace, Path], l
                 print(outcome, flush=True)
                 try:
                     status = pack(args, work, outcomes)
-                except Exception:  # of the report; the rest still runs
+                except Exception:  # in the report: the remaining steps still run
                     traceback.print_exc()
                     status = 1
                 if step.name == "environment" and outcome.detail == NO_GPU:
@@ -260,7 +260,7 @@ def check(args: argparse.Namespace, todo: Callable[[argparse.Namespace, Path], l
     return status
 
 
-def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     workers = min(8, (os.cpu_count() or 2) // 2)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="a folder without results of earlier runs")
@@ -269,7 +269,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=workers, help="test processes, with pytest-xdist")
     parser.add_argument("--steps", nargs="*", choices=NAMES, default=[], help="only these")
     parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU, with Triton's interpreter")
-    args = parser.parse_args(given)
+    args = parser.parse_args(argv)
     args.out = args.out.resolve()
     if any((args.out / f"{name}.jsonl").exists() for name in SUITE_LIMITS):
         parser.error(f"--out {args.out}: holds records of an earlier run")

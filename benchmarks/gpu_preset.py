@@ -1,4 +1,4 @@
-"""The preset of a GPU, in order of importance: a run that is cut short has measured what matters most."""
+"""The preset for GPUs, in order of importance: a run that stops early has measured what matters most."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from .workload import BOTH, LATER, MAIN, OP, SMALL, Workload
 from .workloads import fisher, label_of, linear, merge, penalty, penalty_of_all_linears, step, threshold
 
 SINGLE, HALF = "float32", "bfloat16"
-OP_LAYER = "op layer"  # the label of the case that shows the host's time of one call of the op
-OP_WIDTH = 64  # of its matrices: the device is done before the host
+OP_LAYER = "op layer"  # label of the case that measures the host time of one call of the op
+OP_WIDTH = 64  # of its matrices, so small that the device finishes before the host
 
 
 def gpu(sizes: Sizes = RELEASE) -> Iterator[Workload]:
-    """bf16 data, published ranks; the cases that targets are about come first in each op."""
+    """bf16 data, published ranks; the cases that have targets come first in each op."""
     yield from _linears(sizes)
     yield from _penalties(sizes)
     yield from _fishers(sizes)
@@ -25,26 +25,30 @@ def gpu(sizes: Sizes = RELEASE) -> Iterator[Workload]:
 
 
 def rehearsal() -> Iterator[Workload]:
-    """Tiny cases, each of which shows something that those before it do not."""
+    """Tiny cases, each with a property that the cases before it do not have."""
     shown: set[tuple[object, ...]] = set()
-    for one in gpu(REHEARSAL):
-        new = set(_traits(one)) - shown
+    for workload in gpu(REHEARSAL):
+        new = set(_traits(workload)) - shown
         shown |= new
         if new:
-            yield one
+            yield workload
 
 
-def _traits(one: Workload) -> Iterator[tuple[object, ...]]:
-    yield "dtype", one.op, one.dtype
-    yield "part", one.op, one.part if one.part in (LATER, OP) else MAIN  # the others run alike
+def _traits(workload: Workload) -> Iterator[tuple[object, ...]]:
+    yield "dtype", workload.op, workload.dtype
+    yield (
+        "part",
+        workload.op,
+        workload.part if workload.part in (LATER, OP) else MAIN,
+    )  # the other parts run in the same way
     for name in ("pass", "mode", "precision", "optimizer"):
-        yield name, one.shape.get(name)
+        yield name, workload.shape.get(name)
     for name in ("adapters", "length"):
-        yield name, one.op, one.shape.get(name)
+        yield name, workload.op, workload.shape.get(name)
 
 
 def _linears(sizes: Sizes) -> Iterator[Workload]:
-    """Both passes first: they have the targets. Slow peers only for both passes of the large model."""
+    """Cases with both passes first: they have targets. Slow peers only for both passes of the large model."""
 
     def layers(model: Model, which: str, part: str = MAIN) -> Iterator[Workload]:
         rows = sizes.samples * model.tokens
@@ -58,7 +62,7 @@ def _linears(sizes: Sizes) -> Iterator[Workload]:
     for which in ("forward", "backward"):
         yield from layers(sizes.large, which)
     yield from layers(sizes.large, BOTH, LATER)
-    # One token, one sample and a few: what benchmarks.choose needs, the smallest first.
+    # One token, one sample and a few samples, which benchmarks.choose needs; the smallest first.
     for rows in (1, sizes.base.tokens, 8 * sizes.base.tokens):
         for which in ("forward", "backward"):
             for model, name in ((sizes.small, "proj"), (sizes.base, "proj"), (sizes.base, "fc1")):
@@ -84,7 +88,7 @@ def _penalties(sizes: Sizes) -> Iterator[Workload]:
     yield from kv(sizes.models, published, SINGLE, PRECISIONS)
     yield from kv([sizes.large], published, SINGLE, ("highest", "high"), LATER)
     yield from kv(sizes.models, published, HALF, PRECISIONS)
-    # Small matrices, so that the host's time is what a call of the op costs; then few or small adapters.
+    # Small matrices, so that host time dominates a call of the op; then few or small adapters.
     square = (OP_WIDTH, OP_WIDTH)
     yield penalty(OP_LAYER, square, 2 * sizes.large.depth, published, SINGLE, "high", OP)
     for model, depth in (
@@ -108,14 +112,14 @@ def _fishers(sizes: Sizes) -> Iterator[Workload]:
         for model in (sizes.large, sizes.huge):
             for name, size in model.linears().items():
                 yield fisher(label_of(model, name), sizes.samples, model.tokens, size, mode, HALF, MAIN)
-    for samples, token in ((1, True), (1, False), (8, False)):  # one token, one sample and a few
+    for samples, token in ((1, True), (1, False), (8, False)):  # one token, one sample, a few samples
         for model in (sizes.small, sizes.base):
             tokens, size = 1 if token else model.tokens, model.linears()["proj"]
             yield fisher(label_of(model, "proj"), samples, tokens, size, "sample", HALF, SMALL)
 
 
 def _merges(sizes: Sizes) -> Iterator[Workload]:
-    """One layer, then k and v of a whole model; then the scales of all adapters, and many."""
+    """One layer, then k and v of a whole model; then the scales of all adapters, and one long vector."""
     for model, dtype in ((sizes.large, SINGLE), (sizes.large, HALF), (sizes.small, SINGLE)):
         size = (model.width, model.width)
         for count in (1, 2 * model.depth):

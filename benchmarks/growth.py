@@ -1,7 +1,7 @@
-"""How cost grows: curves over tokens, width, rank, adapters and samples, ours and the main peer of each op.
+"""Scaling curves over tokens, width, rank, adapters and samples, for ours and the main peer of each op.
 
-The shape of every record of a curve has "sweep", the name of the field that the curve is over; the other
-fields are equal along it. Widths are those of square layers.
+The shape of every record of a curve has "sweep", the name of the field that varies along the curve; the other
+fields are constant. Widths are those of square layers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BUILD = {
     "ewc_penalty": ewc_penalty.build,
     "fisher_accumulate": fisher_accumulate.build,
 }
-# From where curves start: what a field is while another one is swept.
+# The values of the fields that are not swept.
 _CENTRE: dict[str, Shape] = {
     "lora_linear": {"tokens": 788, "width": 768, "rank": 10},
     "ewc_penalty": {"width": 768, "rank": 10, "adapters": 4},
@@ -50,7 +50,7 @@ _POINTS: dict[str, dict[str, tuple[int, ...]]] = {"cpu": _CPU, "quick": _QUICK, 
 
 
 def _curves(op: str, preset: str) -> Iterator[Workload]:
-    # Small beside a small point of a quick curve as well.
+    # Of the size of the points of a quick curve.
     small: Shape = {"tokens": 16, "width": 64, "rank": 4, "adapters": 2, "samples": 2}
     for name in _CENTRE[op]:
         for value in _POINTS[preset][name]:
@@ -60,26 +60,26 @@ def _curves(op: str, preset: str) -> Iterator[Workload]:
 
 
 def plan(preset: str) -> list[Workload]:
-    """All points of all curves of a preset; a GPU has none."""
+    """All points of all curves of a preset; presets for GPUs have none."""
     if preset not in _POINTS:
         return []
-    return [one for op in OPS for one in _curves(op, preset)]
+    return [workload for op in OPS for workload in _curves(op, preset)]
 
 
-def expanded(one: Workload) -> Workload:
-    """The workload of a point in the terms of its op."""
-    width, dtype = one.size("width"), one.dtype.removeprefix("fisher ")
+def expanded(workload: Workload) -> Workload:
+    """The workload of a point with the fields of its op."""
+    width, dtype = workload.size("width"), workload.dtype.removeprefix("fisher ")
     sizes = (width, width)
-    if one.op == "lora_linear":
-        return workloads.linear("growth", one.size("tokens"), sizes, one.size("rank"), dtype)
-    if one.op == "ewc_penalty":
-        return workloads.penalty("growth", sizes, one.size("adapters"), one.size("rank"), dtype)
-    return workloads.fisher("growth", one.size("samples"), one.size("tokens"), sizes, dtype=dtype)
+    if workload.op == "lora_linear":
+        return workloads.linear("growth", workload.size("tokens"), sizes, workload.size("rank"), dtype)
+    if workload.op == "ewc_penalty":
+        return workloads.penalty("growth", sizes, workload.size("adapters"), workload.size("rank"), dtype)
+    return workloads.fisher("growth", workload.size("samples"), workload.size("tokens"), sizes, dtype=dtype)
 
 
-def build(one: Workload, place: Place) -> Case:
-    """A point: the case of its op with the main peer alone, and without targets."""
-    case = _BUILD[one.op](expanded(one), place)
-    peer = MAIN_PEER[one.op]
+def build(workload: Workload, place: Place) -> Case:
+    """A point: the case of its op with only the main peer, without targets."""
+    case = _BUILD[workload.op](expanded(workload), place)
+    peer = MAIN_PEER[workload.op]
     providers = [p for p in case.providers if p.role != "peer" or p.name == peer]
-    return dataclasses.replace(case, shape=one.shape, providers=providers, targets=())
+    return dataclasses.replace(case, shape=workload.shape, providers=providers, targets=())

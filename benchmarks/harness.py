@@ -23,7 +23,7 @@ Record = dict[str, Any]
 
 
 class DeviceLost(RuntimeError):
-    """The device fails every call after an error of an earlier one; only a new process can go on."""
+    """The device fails every call after an earlier error; only a new process can continue."""
 
     def __init__(self, reason: str, records: list[Record]) -> None:
         super().__init__(reason)
@@ -56,14 +56,14 @@ def matmul_precision(precision: str | None) -> Iterator[None]:
 
 
 def least_seconds(case: Case, ceilings: Ceilings) -> float:
-    """The ceiling of a case: its bytes at the copy bandwidth or its FLOPs at the rate of a large product,
-    whichever takes longer."""
+    """The time of a case at the ceiling: its bytes at the copy bandwidth or its FLOPs at the rate of a large
+    product, whichever takes longer."""
     moved = case.bytes / ceilings["copy"] if "copy" in ceilings else 0.0
     return max(moved, case.flops / ceilings[case.product] if case.product in ceilings else 0.0)
 
 
 def common(case: Case | Workload, provider: str, role: str) -> Record:
-    """What every record says, a failed one too."""
+    """The fields of every record, including failed ones."""
     return {"op": case.op, "shape": case.shape, "dtype": case.dtype, "provider": provider, "role": role}
 
 
@@ -118,7 +118,7 @@ def _reason(failure: BaseException) -> str:
 def _sound(
     case: Case, provider: Provider, truth: Sequence[Tensor], clock: WallClock
 ) -> tuple[Prepared, float | None, int | None]:
-    """Runs and checks a provider and makes it ready to be timed; raises if it fails or is wrong."""
+    """Runs and checks a provider and prepares its timing; raises if it fails or is wrong."""
     results, peak = clock.peak(provider.run)
     error = None
     if provider.role != "floor":
@@ -130,8 +130,8 @@ def _sound(
 
 
 def measure(case: Case, seconds: float, ceilings: Ceilings, clock: WallClock | None = None) -> list[Record]:
-    """Records of the providers of one case. A provider that fails or is wrong is recorded with its reason and
-    never timed. Raises DeviceLost, with the records so far, when the device cannot go on."""
+    """Records of the providers of one case. A provider that fails or is wrong is recorded with the reason and
+    not timed. Raises `DeviceLost`, with the records so far, when the device can no longer be used."""
     clock = clock or WallClock()
     records = _computed_floor(case, ceilings)
     sound: list[tuple[Provider, Prepared, float | None, int | None]] = []
@@ -157,9 +157,9 @@ def measure(case: Case, seconds: float, ceilings: Ceilings, clock: WallClock | N
             return records
         for provider in case.providers:
             try:
-                one = _sound(case, provider, truth, clock)
+                outcome = _sound(case, provider, truth, clock)
                 clock.check()
-                sound.append((provider, *one))
+                sound.append((provider, *outcome))
             except Exception as failure:
                 failed(provider, failure)
                 still_alive()
@@ -185,8 +185,8 @@ def value_of(record: Record, metric: str) -> float:
 
 
 def verdict(target: Target, cases: Sequence[Mapping[str, Record]], ours: str) -> Record:
-    """One row: a metric of `ours`, summed over `cases` (records by provider), against the target's bound.
-    Where that is an allowance alone, the ratio is to the allowance and the limit 1."""
+    """One row: a metric of `ours`, summed over `cases` (records by provider), compared with the target's
+    bound. Where the bound is only an allowance, the ratio is relative to the allowance and the limit is 1."""
 
     def total(name: str) -> float:
         return sum(value_of(records.get(name, {}), target.metric) for records in cases)

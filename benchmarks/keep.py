@@ -1,6 +1,6 @@
 """Appends the records of a GPU run to those of the repository: `python -m benchmarks.keep OUT`, where OUT is
-the folder of `make gpu-check`. They go to benchmarks/results/<gpu>/, one file per suite. Exit status 2 when
-they cannot be used: a rehearsal, several devices, records that are in the repository already.
+the output folder of `make gpu-check`. They are written to benchmarks/results/<gpu>/, one file per suite. Exit
+status 2 when they cannot be used: a rehearsal, several devices, records that the repository already has.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def keep(out: Path, results: Path = RESULTS) -> list[Path]:
-    """The files that were written; raises `Unusable`, before anything is written."""
-    found = {path: collection.load(path) for path in sorted(out.glob("*.jsonl")) if path.stat().st_size}
-    everything = [record for of_file in found.values() for record in of_file]
+    """Appends the records and returns the files; raises `Unusable` before anything is written."""
+    by_file = {path: collection.load(path) for path in sorted(out.glob("*.jsonl")) if path.stat().st_size}
+    everything = [record for of_file in by_file.values() for record in of_file]
     if not everything:
         raise Unusable(f"{out}: holds no records")
     if not all(collection.is_gpu(record) for record in everything):
@@ -29,7 +29,7 @@ def keep(out: Path, results: Path = RESULTS) -> list[Path]:
     if len(devices) > 1:
         raise Unusable(f"{out}: records of several devices: {', '.join(sorted(devices))}")
     folder = results / slug(devices.pop())
-    targets = {path: folder / path.name for path in found}
+    targets = {path: folder / path.name for path in by_file}
     for path, target in targets.items():
         if target.exists() and path.read_text() in target.read_text():
             raise Unusable(f"{target}: holds the records of {path} already")
@@ -40,12 +40,12 @@ def keep(out: Path, results: Path = RESULTS) -> list[Path]:
     return list(targets.values())
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.keep", description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of a GPU run")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with a folder per device")
-    args = parser.parse_args(given)
+    args = parser.parse_args(argv)
     try:
         written = keep(args.out, args.results)
     except Unusable as reason:

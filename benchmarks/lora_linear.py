@@ -1,4 +1,4 @@
-"""LoRA linear, one pass or both, against the frozen layer and the compositions in use."""
+"""LoRA linear, one pass or both, compared with the frozen layer and with common compositions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Method = Callable[..., Tensor]
 
 
 def composition(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Three linears and a sum, as PEFT's layer computes."""
+    """Three linears and a sum, as in PEFT's layer."""
     return linear(x, weight, bias) + linear(linear(x, a), b) * 1.0
 
 
@@ -57,7 +57,7 @@ def fused(
 
 
 def composition_slices(x: Tensor, weight: Tensor, bias: Tensor, *adapters: Tensor) -> Tensor:
-    """k and v of a packed qkv joined to its q, which is what users write by hand."""
+    """k and v of a packed qkv concatenated with q, as users write it."""
     a_k, b_k, a_v, b_v = adapters
     q, k, v = linear(x, weight, bias).split(weight.shape[0] // 3, dim=-1)
     return torch.cat([q, k + linear(linear(x, a_k), b_k), v + linear(linear(x, a_v), b_v)], dim=-1)
@@ -99,7 +99,7 @@ METHODS: dict[str, dict[str, Method]] = {
 
 
 class Inputs(NamedTuple):
-    """Of one case; `adapters` are A, B in turn."""
+    """Inputs of one case; `adapters` are A, B in turn."""
 
     x: Tensor
     fixed: tuple[Tensor, Tensor]
@@ -107,13 +107,13 @@ class Inputs(NamedTuple):
     dy: Tensor
 
 
-def draw(one: Workload, place: Place) -> Inputs:
+def draw(workload: Workload, place: Place) -> Inputs:
     """Random inputs of the usual sizes."""
-    rows, d_in, d_out, rank = (one.size(name) for name in ("rows", "d_in", "d_out", "rank"))
-    width, count = (d_out // 3, 2) if one.op == "lora_linear_slices" else (d_out, 1)
+    rows, d_in, d_out, rank = (workload.size(name) for name in ("rows", "d_in", "d_out", "rank"))
+    width, count = (d_out // 3, 2) if workload.op == "lora_linear_slices" else (d_out, 1)
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
-        return torch.randn(size, device=place.device).mul_(std).to(one.torch_dtype)
+        return torch.randn(size, device=place.device).mul_(std).to(workload.torch_dtype)
 
     x, weight, bias = normal(rows, d_in), normal(d_out, d_in, std=d_in**-0.5), normal(d_out)
     adapters: list[Tensor] = []
@@ -125,8 +125,8 @@ def draw(one: Workload, place: Place) -> Inputs:
 
 
 def run_of(which: str, method: Method, inputs: Inputs, leaves: Sequence[Tensor] | None = None) -> Run:
-    """Both passes, whose results are y and the gradients in `leaves` (x and the adapters), or one of them
-    with its part of the results."""
+    """Both passes, which return y and the gradients with respect to `leaves` (default: x and the adapters),
+    or one of them with its part of the results."""
     x, fixed, adapters, dy = inputs
     wrt = [x, *adapters] if leaves is None else list(leaves)
 
@@ -154,68 +154,66 @@ def peft_run(which: str, inputs: Inputs) -> Run:
     return run_of(which, lambda x, *_: layer(x), inputs, [inputs.x, *factors])
 
 
-def exact(one: Workload, inputs: Inputs) -> list[Tensor]:
+def exact(workload: Workload, inputs: Inputs) -> list[Tensor]:
     """The same in fp64."""
     wide = [t.detach().double().requires_grad_() for t in (inputs.x, *inputs.adapters)]
     fixed = (inputs.fixed[0].double(), inputs.fixed[1].double())
     inputs64 = Inputs(wide[0], fixed, wide[1:], inputs.dy.double())
-    return list(run_of(one.which, METHODS[one.op][registry.COMPOSITION], inputs64)())
+    return list(run_of(workload.which, METHODS[workload.op][registry.COMPOSITION], inputs64)())
 
 
-def _ours(one: Workload, place: Place, buffers: Sequence[Inputs]) -> Iterator[Provider]:
-    """Our backends; on a GPU, in a whole case, every algorithm of Triton as well."""
-    method = fused_slices if one.op == "lora_linear_slices" else fused
-    for entry in place.entries(one.part):
-        for key in ("", *(algorithms.forced(entry) if one.part == MAIN else ())):
+def _ours(workload: Workload, place: Place, buffers: Sequence[Inputs]) -> Iterator[Provider]:
+    """Our backends; on a GPU, in the main part of a case, every algorithm of Triton as well."""
+    method = fused_slices if workload.op == "lora_linear_slices" else fused
+    for entry in place.entries(workload.part):
+        for key in ("", *(algorithms.forced(entry) if workload.part == MAIN else ())):
             backend = f"{entry.backend}:{key}" if key else entry.backend
             bound = functools.partial(method, backend=backend)
-            runs = turns(lambda inputs, m=bound: run_of(one.which, m, inputs), buffers)
+            runs = turns(lambda inputs, m=bound: run_of(workload.which, m, inputs), buffers)
             name, role = (f"{entry.name} {backend}", "variant") if key else (entry.name, entry.role)
-            algorithm = key or algorithms.described(one, place, entry)
-            guess = algorithms.predicted(one, entry, key)
-            yield Provider(name, role=role, backend=entry.told, algorithm=algorithm, predicted=guess, **runs)
+            algorithm = key or algorithms.described(workload, place, entry)
+            guess = algorithms.predicted(workload, entry, key)
+            yield Provider(
+                name, role=role, backend=entry.recorded, algorithm=algorithm, predicted=guess, **runs
+            )
 
 
-def _peers(one: Workload, place: Place, buffers: Sequence[Inputs]) -> Iterator[Provider]:
-    methods = METHODS[one.op]
-    for name in registry.peers(one):
+def _peers(workload: Workload, place: Place, buffers: Sequence[Inputs]) -> Iterator[Provider]:
+    methods = METHODS[workload.op]
+    for name in registry.peers(workload):
         if name == registry.PEFT:
-            make = lambda inputs: extras.lazily(lambda: peft_run(one.which, inputs))  # noqa: E731
+            make = lambda inputs: extras.lazily(lambda: peft_run(workload.which, inputs))  # noqa: E731
         else:
             compiled = name == registry.COMPILED_COMPOSITION
             method = place.compiled(methods[registry.COMPOSITION]) if compiled else methods[name]
-            make = functools.partial(run_of, one.which, method)
+            make = functools.partial(run_of, workload.which, method)
         yield Provider(name, **turns(make, buffers))
 
 
-def _targets(one: Workload, place: Place) -> Sequence[Target]:
-    """Of the CPU; those of a GPU are in goals.py."""
+def _targets(workload: Workload, place: Place) -> Sequence[Target]:
+    """Targets on a CPU; those on a GPU are in goals.py."""
     if place.gpu:
         return ()
     targets = [Target("best peer", 1.0, "never slower than the best peer")]
-    vit = str(one.shape["model"]).startswith("ViT")
-    if vit and one.shape["rank"] == 10 and one.size("rows") > 1000 and one.dtype == "float32":
+    vit = str(workload.shape["model"]).startswith("ViT")
+    if vit and workload.shape["rank"] == 10 and workload.size("rows") > 1000 and workload.dtype == "float32":
         targets.append(Target(registry.FROZEN, VIT_LIMIT, f"at most {VIT_LIMIT} x the frozen linear"))
     return targets
 
 
-def build(one: Workload, place: Place) -> Case:
-    """One case or part: ours, the peers, and the frozen linear below them."""
-    buffers = [draw(one, place) for _ in range(place.copies(one.work.bytes))]
-    floor = turns(lambda inputs: run_of(one.which, frozen, inputs, [inputs.x]), buffers)
-    return Case(
-        op=one.op,
-        shape=one.shape,
-        dtype=one.dtype,
-        flops=one.work.flops,
-        bytes=one.work.bytes,
+def build(workload: Workload, place: Place) -> Case:
+    """One case or part: ours, the peers, and the frozen linear as a floor."""
+    buffers = [draw(workload, place) for _ in range(place.copies(workload.work.bytes))]
+    floor = turns(lambda inputs: run_of(workload.which, frozen, inputs, [inputs.x]), buffers)
+    return Case.of(
+        workload,
         providers=[
-            *_ours(one, place, buffers),
-            *_peers(one, place, buffers),
+            *_ours(workload, place, buffers),
+            *_peers(workload, place, buffers),
             Provider(registry.FROZEN, role="floor", **floor),
         ],
-        truth=lambda: exact(one, buffers[0]),
-        tolerance=TOLERANCES[one.dtype],
-        targets=_targets(one, place),
-        product=place.product(one.torch_dtype),
+        truth=lambda: exact(workload, buffers[0]),
+        tolerance=TOLERANCES[workload.dtype],
+        targets=_targets(workload, place),
+        product=place.product(workload.torch_dtype),
     )

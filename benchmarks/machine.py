@@ -1,8 +1,7 @@
-"""The machine of a measurement: what it is, which versions ran, and the ceilings it reached just now."""
+"""The machine of a measurement: hardware, versions, and measured ceilings."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import statistics
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fused_ewclora.demo.environment import installed_version
+
 from .clock import WallClock, clock_of
 
 ROOT = Path(__file__).resolve().parent
@@ -20,16 +21,8 @@ COMMIT_VARIABLE = "BENCHMARKS_COMMIT"  # for copies of a checkout without its hi
 Ceilings = dict[str, float]  # "copy": bytes/s read plus written; "fp32", "tf32", "bf16": FLOP/s
 
 
-def version(distribution: str) -> str | None:
-    """Installed version, None in a checkout that was never installed."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def commit() -> str | None:
-    """The commit that runs, with "-dirty" after changes; None where nobody knows."""
+    """The current commit, with "-dirty" after changes; None where it is unknown."""
     if COMMIT_VARIABLE in os.environ:
         return os.environ[COMMIT_VARIABLE]
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -49,20 +42,20 @@ def _processor() -> str:
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Everything about the machine and the versions that a reader needs to rerun a record."""
-    found = {
+    """Machine and versions, as needed to repeat a measurement."""
+    description = {
         "device": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
-        "triton": version("triton"),
-        "fused_ewclora": version("fused-ewclora"),
+        "triton": installed_version("triton"),
+        "fused_ewclora": installed_version("fused-ewclora"),
         "python": platform.python_version(),
         "commit": commit(),
     }
     if device != "cuda":
-        return found
+        return description
     properties = torch.cuda.get_device_properties(0)
     gpu = {
         "device": properties.name,
@@ -71,9 +64,9 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "memory_bytes": properties.total_memory,
         "l2_bytes": getattr(properties, "L2_cache_size", None),
         "cuda": torch.version.cuda,
-        "processor": found["device"],
+        "processor": description["device"],
     }
-    return {**found, **gpu}
+    return {**description, **gpu}
 
 
 def _median(run: Callable[[], Any], clock: WallClock, seconds: float) -> float:
@@ -101,11 +94,11 @@ def ceilings(device: str = "cpu", seconds: float = 0.2) -> Ceilings:
         }
     before = torch.get_float32_matmul_precision()
     with clock.running():
-        found = {"copy": _copy_rate(1 << 29, device, clock, seconds)}  # 2 GiB: no cache holds any of it
-        found["bf16"] = _product_rate(8192, torch.bfloat16, device, clock, seconds)
+        rates = {"copy": _copy_rate(1 << 29, device, clock, seconds)}  # 2 GiB: no cache holds any of it
+        rates["bf16"] = _product_rate(8192, torch.bfloat16, device, clock, seconds)
         for name, precision in (("tf32", "high"), ("fp32", "highest")):
             torch.set_float32_matmul_precision(precision)
-            found[name] = _product_rate(8192, torch.float32, device, clock, seconds)
+            rates[name] = _product_rate(8192, torch.float32, device, clock, seconds)
         torch.set_float32_matmul_precision(before)
     torch.cuda.empty_cache()
-    return found
+    return rates

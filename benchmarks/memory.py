@@ -1,11 +1,5 @@
-"""Memory of computations on the CPU: what a call allocates at its peak, and a limit that allocations meet
-before the machine does.
-
-The peak of a call is the largest running sum, over its allocations and frees in order of time, of the bytes
-that PyTorch's CPU allocator handed out during the call: results and temporaries, without what was there
-before. The allocator reports to torch.profiler. What a library takes by itself is not seen: packing buffers
-of BLAS, vectors of C++ code (the kernels of this library take their scratch from the allocator).
-"""
+"""Memory of computations on the CPU: a clock that also measures peaks, and a limit that makes an allocation
+fail before the machine runs out of memory."""
 
 from __future__ import annotations
 
@@ -15,32 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from fused_ewclora.demo.memory import peak_bytes
 
 from .clock import MIN_ROUNDS, WallClock
 
-SPARE = 0.9  # of what is free may be taken
-
-
-def peak_bytes(run: Callable[[], Any]) -> tuple[Any, int | None]:
-    """The result of a call and its peak; None where this version of PyTorch does not list allocations."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        result = run()
-    recorded = getattr(profile.profiler, "kineto_results", None)
-    if recorded is None:
-        return result, None
-    changes = [(e.start_ns(), e.nbytes()) for e in recorded.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for _, change in sorted(changes, key=lambda one: one[0]):
-        held += change
-        peak = max(peak, held)
-    return result, peak
+SPARE = 0.9  # share of the free memory that may be allocated
 
 
 class CpuClock(WallClock):
-    """The wall clock; peaks are those of a second call, outside of all timed rounds, which also warms up."""
+    """The wall clock; the peak is that of a second call, outside the timed rounds, which also warms up."""
 
     def __init__(self, min_rounds: int = MIN_ROUNDS) -> None:
         super().__init__(min_rounds, warm=False)
@@ -58,23 +35,23 @@ def _number(path: Path) -> int | None:
 
 
 def free_bytes() -> int | None:
-    """What can still be allocated, by the machine and by the control group; None where nobody says."""
-    found = []
+    """Memory that can still be allocated, within the machine and the control group; None where unknown."""
+    limits = []
     info = Path("/proc/meminfo")
     if info.exists():
         lines = [line for line in info.read_text().splitlines() if line.startswith("MemAvailable:")]
-        found += [1024 * int(line.split()[1]) for line in lines]
+        limits += [1024 * int(line.split()[1]) for line in lines]
     group = Path("/sys/fs/cgroup")
     limit, used = _number(group / "memory.max"), _number(group / "memory.current")
     if limit is not None and used is not None:
-        found.append(limit - used)
-    return min(found) if found else None
+        limits.append(limit - used)
+    return min(limits) if limits else None
 
 
 @contextlib.contextmanager
 def limited() -> Iterator[None]:
-    """Inside, an allocation beyond the free memory fails, which is a reason in a record; without a limit the
-    system would end the process, and with it the run."""
+    """A context in which an allocation beyond the free memory fails, and a record states the reason; without
+    it the system would kill the process, and so end the run."""
     free = free_bytes()
     status = Path("/proc/self/status")
     if free is None or not status.exists():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +21,8 @@ SCALE = 1e-3  # W stays near where it started, however often a run is repeated
 KAPPA = 1e-6
 MERGED = {"float32": 1e-6, "bfloat16": 4e-3}  # relative error: roundings of W
 Layers = list[tuple[Tensor, Tensor, Tensor]]  # W, A, B
-Merge = Callable[[Layers], list[Tensor]]
-Vectors = Sequence[Tensor]
+Method = Callable[..., Sequence[Tensor]]
+Vectors = list[Tensor]
 
 
 def fused(layers: Layers, backend: str | None = None) -> list[Tensor]:
@@ -39,100 +41,90 @@ def in_fp32(layers: Layers) -> list[Tensor]:
     return [w.copy_(w.float() + SCALE * (b @ a)) for w, a, b in layers]
 
 
-MERGES: dict[str, Merge] = dict(zip(registry.PEERS["merge"], (in_low_precision, in_fp32), strict=True))
+MERGES: dict[str, Method] = dict(zip(registry.PEERS["merge"], (in_low_precision, in_fp32), strict=True))
 
 
-def _of_copies(merge: Merge, layers: Layers) -> Callable[[], list[Tensor]]:
-    return lambda: merge([(w.clone(), a, b) for w, a, b in layers])
+def _providers(
+    workload: Workload, place: Place, ours: Method, peers: Mapping[str, Method], buffers: Sequence[Any],
+    fresh: Callable[[], Any], algorithm: str,
+) -> Iterator[Provider]:  # fmt: skip
+    """Ours and the peers of an operation in place: timed on `buffers`, checked on new values from `fresh`."""
+
+    def provider(entry: Entry, method: Method, algorithm: str = "") -> Provider:
+        runs = turns(lambda values: lambda: method(values), buffers)
+        return Provider(
+            entry.name, role=entry.role, backend=entry.recorded, algorithm=algorithm,
+            check=lambda: method(fresh()), **runs,
+        )  # fmt: skip
+
+    for entry in place.entries(workload.part):
+        yield provider(entry, functools.partial(ours, backend=entry.backend), algorithm)
+    for name in registry.peers(workload):
+        yield provider(Entry(name, "peer", None, ""), peers[name])
 
 
-def _build_merge(one: Workload, place: Place) -> Case:
-    rank, dtype = one.size("rank"), one.torch_dtype
+def _build_merge(workload: Workload, place: Place) -> Case:
+    rank, dtype = workload.size("rank"), workload.torch_dtype
 
     def draw() -> Layers:
         def normal(*size: int) -> Tensor:
             return torch.randn(size, device=place.device)
 
-        return [(normal(m, n).to(dtype), normal(rank, n), normal(m, rank)) for m, n in matrices(one)]
+        return [(normal(m, n).to(dtype), normal(rank, n), normal(m, rank)) for m, n in matrices(workload)]
 
-    buffers = [draw() for _ in range(place.copies(one.work.bytes))]
+    buffers = [draw() for _ in range(place.copies(workload.work.bytes))]
     start = [(w.clone(), a, b) for w, a, b in buffers[0]]
 
-    def provider(
-        name: str, merge: Merge, role: str = "peer", backend: str = "", algorithm: str = ""
-    ) -> Provider:
-        runs = turns(lambda layers: lambda: merge(layers), buffers)
-        return Provider(
-            name, role=role, backend=backend, algorithm=algorithm, check=_of_copies(merge, start), **runs
-        )
+    def fresh() -> Layers:
+        return [(w.clone(), a, b) for w, a, b in start]
 
-    def ours(entry: Entry) -> Provider:
-        method: Merge = lambda layers: fused(layers, entry.backend)  # noqa: E731
-        return provider(entry.name, method, entry.role, entry.told, "one pass over W")
-
-    return Case(
-        op=one.op,
-        shape=one.shape,
-        dtype=one.dtype,
-        flops=one.work.flops,
-        bytes=one.work.bytes,
-        providers=[
-            *(ours(entry) for entry in place.entries(one.part)),
-            *(provider(name, MERGES[name]) for name in registry.peers(one)),
-        ],
+    return Case.of(
+        workload,
+        providers=list(_providers(workload, place, fused, MERGES, buffers, fresh, "one pass over W")),
         truth=lambda: [w.double() + SCALE * (b.double() @ a.double()) for w, a, b in start],
-        tolerance=MERGED[one.dtype],
+        tolerance=MERGED[workload.dtype],
         product=place.single,
-        floor_bytes=one.work.bytes if one.part == MAIN else None,
+        floor_bytes=workload.work.bytes if workload.part == MAIN else None,
     )
+
+
+def soft_threshold(scales: Vectors, backend: str | None = None) -> Vectors:
+    """This library, all vectors in one call."""
+    return list(FE.soft_threshold_(scales, KAPPA, backend=backend))
 
 
 def foreach(scales: Vectors) -> Vectors:
     """All vectors by PyTorch's multi-tensor kernels: sign(s) max(|s| - kappa, 0)."""
-    shrunk = torch._foreach_abs(scales)
+    shrunk = list(torch._foreach_abs(scales))
     torch._foreach_sub_(shrunk, KAPPA)
     torch._foreach_clamp_min_(shrunk, 0.0)
-    torch._foreach_mul_(shrunk, torch._foreach_sign(scales))
+    torch._foreach_mul_(shrunk, list(torch._foreach_sign(scales)))
     torch._foreach_copy_(scales, shrunk)
     return scales
 
 
-def _build_threshold(one: Workload, place: Place) -> Case:
-    count, length = one.size("vectors"), one.size("length")
-    copies = place.copies(one.work.bytes)
+def _build_threshold(workload: Workload, place: Place) -> Case:
+    count, length = workload.size("vectors"), workload.size("length")
+    copies = place.copies(workload.work.bytes)
     buffers = [[torch.randn(length, device=place.device) for _ in range(count)] for _ in range(copies)]
     start = [s.clone() for s in buffers[0]]
 
-    def provider(
-        name: str, method: Callable[[Vectors], Vectors], role: str, backend: str = "", algorithm: str = ""
-    ) -> Provider:
-        runs = turns(lambda scales: lambda: method(scales), buffers)
-        check = lambda: method([s.clone() for s in start])  # noqa: E731
-        return Provider(name, role=role, backend=backend, algorithm=algorithm, check=check, **runs)
-
-    def ours(entry: Entry) -> Provider:
-        method = lambda scales: FE.soft_threshold_(scales, KAPPA, backend=entry.backend)  # noqa: E731
-        return provider(entry.name, method, entry.role, entry.told, "in place")
+    def fresh() -> Vectors:
+        return [s.clone() for s in start]
 
     def truth() -> list[Tensor]:
         wide = [s.double() for s in start]
         return [s.sign() * (s.abs() - KAPPA).clamp_min(0.0) for s in wide]
 
-    return Case(
-        op=one.op,
-        shape=one.shape,
-        dtype=one.dtype,
-        flops=one.work.flops,
-        bytes=one.work.bytes,
-        providers=[
-            *(ours(entry) for entry in place.entries(one.part)),
-            *(provider(name, foreach, "peer") for name in registry.peers(one)),
-        ],
+    peers = dict.fromkeys(registry.PEERS["soft_threshold"], foreach)
+    return Case.of(
+        workload,
+        providers=list(_providers(workload, place, soft_threshold, peers, buffers, fresh, "in place")),
         truth=truth,
         tolerance=1e-6,
     )
 
 
-def build(one: Workload, place: Place) -> Case:
+def build(workload: Workload, place: Place) -> Case:
     """One case: ours, and the peers."""
-    return (_build_merge if one.op == "merge" else _build_threshold)(one, place)
+    return (_build_merge if workload.op == "merge" else _build_threshold)(workload, place)

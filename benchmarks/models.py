@@ -6,19 +6,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_ewclora as fe
+from fused_ewclora.demo.explicit import replace_with_explicit_
+from fused_ewclora.demo.vit import Block, key_value_config
 from fused_ewclora.layers.inject import adapters
 from fused_ewclora.layers.slices import fisher_key
 
 from . import extras
 from .ewc_penalty import EWC_LAMBDA
-from .networks import CLASSES, LlamaBlock, Stack, VisionBlock
+from .networks import CLASSES, LlamaBlock, Stack
 from .shapes import Model, TextModel
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ class Adapted:
         return self.pairs[1::2]
 
     def leaves(self) -> list[Tensor]:
-        """All that trains: the adapters, and the head."""
+        """All trained parameters: the adapters and the head."""
         return [*self.pairs, *self.model.head.parameters()]
 
 
@@ -60,11 +61,9 @@ def vision(
 ) -> Subject:  # fmt: skip
     """A vision transformer of plain PyTorch, adapters on k and v."""
     with torch.device(device):
-        base = Stack([VisionBlock(model) for _ in range(blocks)], model.width)
+        base = Stack([Block(model.width, model.heads, model.mlp_width) for _ in range(blocks)], model.width)
         x = torch.randn(samples, tokens, model.width)
-    layout = fe.QKVLayout(segments=("q", "k", "v"))
-    config = fe.LoRAConfig(r=rank, target_modules=["qkv"], slices=("k", "v"), layout=layout)
-    return _subject(base, config, x, dtype)
+    return _subject(base, key_value_config(model.width, rank), x, dtype)
 
 
 def text(
@@ -91,7 +90,7 @@ def of_timm(
     with torch.device(device):
         base = timm.models.VisionTransformer(
             img_size=image, patch_size=patch, embed_dim=model.width, depth=blocks, num_heads=model.heads,
-            num_classes=CLASSES, mlp_ratio=(model.hidden or 4 * model.width) / model.width,
+            num_classes=CLASSES, mlp_ratio=model.mlp_width / model.width,
         )  # fmt: skip
         x = torch.randn(samples, 3, image, image)
     return _subject(base, fe.LoRAConfig(r=rank, target_modules=["qkv"]), x, dtype)
@@ -110,8 +109,8 @@ def sharing(model: nn.Module) -> Any:
 
 
 def in_fp64(model: nn.Module, held: T) -> tuple[nn.Module, T]:
-    """A copy of a model in fp64 that shares nothing, and `held`, which refers to its parameters, along with
-    it."""
+    """An fp64 copy of a model that shares nothing with it, and a copy of `held`, which refers to parameters
+    of the model."""
     model, held = copy.deepcopy((model, held))
     return model.double(), held
 
@@ -124,7 +123,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def adapted(subject: Subject, std: float = 0.02) -> Adapted:
-    """The model with adapters of this library, B random: at zero, where it starts, A has no gradient."""
+    """The model with adapters of this library, B random: with the initial B = 0, A has no gradient."""
     model = sharing(subject.model)
     fe.inject(model, subject.config)
     model.head.requires_grad_(True)
@@ -136,7 +135,7 @@ def adapted(subject: Subject, std: float = 0.02) -> Adapted:
 
 
 def protected(model: nn.Module, fishers: Sequence[Tensor]) -> fe.EWC:
-    """The controller after a task that left these Fishers, one per adapter."""
+    """The controller with these Fishers of an earlier task, one per adapter."""
     ewc = fe.EWC(model, ewc_lambda=EWC_LAMBDA)
     saved = ewc.state_dict()
     keys = [key for key, _, _ in _pairs(model)]
@@ -161,36 +160,8 @@ def by_peft(subject: Subject, like: Adapted) -> Adapted:
     return Adapted(wrapped, pairs)
 
 
-class ExplicitDelta(nn.Module):
-    """A frozen linear with adapters as published: deltaW = B A is formed, and x multiplied by it."""
-
-    def __init__(self, linear: nn.Linear, rows: Sequence[tuple[int, int]], pairs: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.linear, self.rows = linear, rows
-        self.pairs = nn.ParameterList(pairs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x `[..., in_features]` -> `[..., out_features]`."""
-        y = self.linear(x)
-        deltas = [(b @ a).to(x.dtype) for a, b in zip(self.pairs[0::2], self.pairs[1::2], strict=True)]
-        if len(deltas[0]) == y.shape[-1]:
-            return y + F.linear(x, deltas[0])
-        parts, done = [], 0
-        for (start, end), delta in zip(self.rows, deltas, strict=True):
-            parts += [y[..., done:start], y[..., start:end] + F.linear(x, delta)]
-            done = end
-        return torch.cat([*parts, y[..., done:]], dim=-1)
-
-
 def explicit(subject: Subject, like: Adapted) -> Adapted:
     """The model with `ExplicitDelta` where `like` has adapters, of the same values."""
-    model, everything = sharing(subject.model), []
-    for name, layer in adapters(like.model).items():
-        found = layer.adapter_parameters()
-        pairs = [nn.Parameter(t.detach().clone()) for _, a, b in found for t in (a, b)]
-        rows = [s.rows[0] for s, _, _ in found]
-        parent, _, last = name.rpartition(".")
-        linear = cast(nn.Linear, model.get_submodule(name))
-        setattr(model.get_submodule(parent), last, ExplicitDelta(linear, rows, pairs))
-        everything += pairs
-    return Adapted(model, everything)
+    model = sharing(subject.model)
+    layers = replace_with_explicit_(model, adapters(like.model))
+    return Adapted(model, [factor for layer in layers for factor in layer.pairs])

@@ -1,14 +1,11 @@
-"""Networks with random weights for whole training steps, of plain PyTorch: they run where nothing else is
-installed. Both take embedded tokens, since neither patches nor a vocabulary are measured, and classify the
-mean token."""
+"""Networks in plain PyTorch with random weights, for whole training steps without other libraries. They take
+embedded tokens, since neither patches nor vocabularies are measured, and classify the mean token."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from .shapes import Model
 
 CLASSES = 100
 ROPE_BASE = 500_000.0  # of Llama 3
@@ -28,39 +25,6 @@ class Stack(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x.mean(1).to(self.head.weight.dtype))
-
-
-class Attention(nn.Module):
-    """Self-attention with a packed projection."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        sizes = model.linears()
-        self.heads = model.heads
-        self.qkv, self.proj = nn.Linear(*sizes["qkv"]), nn.Linear(*sizes["proj"])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x `[N, T, d]` -> `[N, T, d]`."""
-        n, t, d = x.shape
-        q, k, v = self.qkv(x).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, d)
-        return self.proj(mixed)
-
-
-class VisionBlock(nn.Module):
-    """A block of a vision transformer."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        sizes = model.linears()
-        self.norm1, self.norm2 = nn.LayerNorm(model.width), nn.LayerNorm(model.width)
-        self.attn = Attention(model)
-        self.fc1, self.fc2 = nn.Linear(*sizes["fc1"]), nn.Linear(*sizes["fc2"])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x `[N, T, d]` -> `[N, T, d]`."""
-        x = x + self.attn(self.norm1(x))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
 class LlamaBlock(nn.Module):

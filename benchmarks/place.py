@@ -1,4 +1,4 @@
-"""Where cases run: which of our backends take part there, how many buffers, and how peers are compiled."""
+"""Where cases run: which of our backends are measured, how many buffers, and how peers are compiled."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from . import extras
 from .case import OURS, Run
 from .workload import LATER
 
-CUDA = f"{OURS} cuda"  # the CUDA backend, where it is built, beside ours in the same case
-AGAIN = f"{OURS}, again"  # ours beside a later part of its case: the same measurement, a second time
+CUDA = f"{OURS} cuda"  # the CUDA backend, where it is built, as a variant of the same case
+AGAIN = f"{OURS}, again"  # ours, measured a second time with the later part of its case
 MOST_COPIES = 64
 
 
 class Entry(NamedTuple):
-    """One of our backends as a provider. `backend` is the argument of calls, None what users leave to the
-    library; `told` is the backend that records name."""
+    """One of our backends as a provider. `backend` is the argument of calls, None to let the library choose;
+    `recorded` is the name of the backend in records."""
 
     name: str
     role: str
     backend: str | None
-    told: str
+    recorded: str
 
     def using(self) -> AbstractContextManager[object]:
-        """Inside, calls that name no backend, those of modules and controllers, run on this one."""
+        """A context in which calls without a `backend`, such as those of modules, use this one."""
         return contextlib.nullcontext() if self.backend is None else fe.use_backend(self.backend)
 
 
 @dataclass(frozen=True)
 class Place:
-    """A rehearsal is small, on the CPU, with Triton's interpreter, and shows nothing but that everything
-    that a GPU runs can run."""
+    """A device. A rehearsal runs the cases of a GPU with tiny shapes on the CPU, in Triton's interpreter,
+    only to show that they run."""
 
     device: str = "cpu"
     rehearsal: bool = False
 
     @property
     def gpu(self) -> bool:
-        """Whether cases are those of a GPU, rehearsed ones too."""
+        """Whether the cases are those of a GPU, also in a rehearsal."""
         return self.device == "cuda" or self.rehearsal
 
     @property
@@ -59,18 +59,18 @@ class Place:
         return "bf16" if dtype == torch.bfloat16 else self.single
 
     def entries(self, part: str) -> list[Entry]:
-        """Our providers. On a GPU "ours" is Triton; the CUDA backend stands beside it where it is built."""
-        found = fe.available_backends()
+        """Our providers. On a GPU "ours" is Triton; the CUDA backend is a variant where it is built."""
+        reasons = fe.available_backends()
         if not self.gpu:
-            return [Entry(OURS, "ours", None, "cpu" if found["cpu"] is None else "reference")]
+            return [Entry(OURS, "ours", None, "cpu" if reasons["cpu"] is None else "reference")]
         if part == LATER:
             return [Entry(AGAIN, "variant", "triton", "triton")]
-        cuda = [Entry(CUDA, "variant", "cuda", "cuda")] if found["cuda"] is None else []
+        cuda = [Entry(CUDA, "variant", "cuda", "cuda")] if reasons["cuda"] is None else []
         return [Entry(OURS, "ours", "triton", "triton"), *cuda]
 
     def copies(self, working_set: float) -> int:
-        """How many sets of buffers hold three times the second-level cache of a GPU; 1 on a CPU, where one
-        set is used again and again as in training."""
+        """The number of sets of buffers that fill three times the L2 cache of a GPU; 1 on a CPU, where one
+        set is used repeatedly, as in training."""
         if self.device != "cuda":
             return 1
         cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 1 << 26)
@@ -83,5 +83,5 @@ class Place:
 
 def turns(make: Callable[[Any], Run], buffers: Sequence[Any]) -> dict[str, Any]:
     """`run` and `rotation` of a provider, over all sets of buffers."""
-    first, *others = [make(one) for one in buffers]
+    first, *others = [make(inputs) for inputs in buffers]
     return {"run": first, "rotation": tuple(others)}

@@ -30,7 +30,7 @@ def slug(text: str) -> str:
 
 
 class Picture(NamedTuple):
-    """One picture to come; `op` is "" where it shows several operations."""
+    """A picture that is not drawn yet; `op` is "" where it shows several operations."""
 
     name: str
     title: str
@@ -42,13 +42,13 @@ class Picture(NamedTuple):
 def _numbered(
     name: str, title: str, kind: str, op: str, draws: Sequence[Callable[[str], Any]]
 ) -> list[Picture]:
-    made = []
+    numbered = []
     for number, draw in enumerate(draws, 1):
         several = len(draws) > 1
         whole = f"{title} ({number} of {len(draws)})" if several else title
         file = f"{name}-{number}" if several else name
-        made.append(Picture(file, whole, kind, op, functools.partial(draw, whole)))
-    return made
+        numbered.append(Picture(file, whole, kind, op, functools.partial(draw, whole)))
+    return numbered
 
 
 def _roofline(cases: Sequence[Sequence[CaseRecords]], title: str) -> Any:
@@ -69,52 +69,56 @@ def _curves(family: Sequence[Curve], title: str) -> Any:
     return curves.draw(title, family)
 
 
-def planned(found: Sequence[Record]) -> list[Picture]:
-    """The pictures of records, not drawn yet; that needs no matplotlib."""
-    made: list[Picture] = []
-    for machine, of_machine in collection.by_machine(found).items():
+def planned(records: Sequence[Record]) -> list[Picture]:
+    """The pictures of records, not drawn yet, so that matplotlib is not needed."""
+    planned_pictures: list[Picture] = []
+    for machine, of_machine in collection.by_machine(records).items():
         where = slug(machine)
         whole = [record for record in of_machine if not collection.is_sweep(record)]
         cases = list(collection.newest(whole).values())
         draws = [functools.partial(_roofline, page) for page in pages.rooflines(cases)]
-        made += _numbered(f"roofline-{where}", f"Roofline: {machine}", "roofline", "", draws)
+        planned_pictures += _numbered(f"roofline-{where}", f"Roofline: {machine}", "roofline", "", draws)
         for op, of_op in collection.by_op(cases).items():
             bars = [functools.partial(_speedup, page, of_op) for page in pages.speedups(of_op)]
-            made += _numbered(f"speedup-{where}-{op}", f"Speed-up of ours: {op}", "speedup", op, bars)
+            planned_pictures += _numbered(
+                f"speedup-{where}-{op}", f"Speed-up of ours: {op}", "speedup", op, bars
+            )
         for family in pages.families(of_machine):
             first = family[0]
-            told = [machine, first.op, first.field, *first.fixed.values(), first.dtype]
-            name, title = slug(f"scaling-{'-'.join(map(str, told))}"), f"{first.op}: time over {first.title}"
-            made += _numbered(name, title, "scaling", first.op, [functools.partial(_curves, family)])
-    return made
+            parts = [machine, first.op, first.field, *first.fixed.values(), first.dtype]
+            name, title = slug(f"scaling-{'-'.join(map(str, parts))}"), f"{first.op}: time over {first.title}"
+            planned_pictures += _numbered(
+                name, title, "scaling", first.op, [functools.partial(_curves, family)]
+            )
+    return planned_pictures
 
 
-def pictures(found: Sequence[Record]) -> dict[str, Any]:
-    """Figures of matplotlib by the name of their file; raises Unusable without matplotlib, or where there is
-    nothing to draw."""
+def pictures(records: Sequence[Record]) -> dict[str, Any]:
+    """Figures by the name of their file; raises `Unusable` without matplotlib, or where there is nothing to
+    draw."""
     if importlib.util.find_spec("matplotlib") is None:
         raise Unusable(MISSING)
-    made = {one.name: one.draw() for one in planned(found)}
-    if not made:
+    figures = {picture.name: picture.draw() for picture in planned(records)}
+    if not figures:
         raise Unusable("no case has a measurement of ours to draw")
-    return made
+    return figures
 
 
-def plot(found: Sequence[Record], out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+def plot(records: Sequence[Record], out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
     """Writes all pictures to the folder; the paths."""
-    drawn = pictures(found)
+    drawn = pictures(records)
     from .plots import style
 
     return [path for name, figure in drawn.items() for path in style.save(figure, out, name, formats)]
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
     parser.add_argument("records", type=Path, nargs="+", metavar="RECORDS", help="files or folders")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=["png"])
-    args = parser.parse_args(given)
+    args = parser.parse_args(argv)
     try:
         written = plot(collection.load(*args.records), args.out, args.format)
     except Unusable as reason:

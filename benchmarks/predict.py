@@ -1,6 +1,6 @@
-"""Predicted seconds, from bytes and FLOPs and the assumed rates that the choice of algorithms uses.
+"""Predicted seconds, from bytes, FLOPs and the assumed rates of the cost model that chooses algorithms.
 
-Predictions, never measurements: records hold them as `predicted_seconds` beside what was measured.
+These are not measurements: records keep them in a field of their own, `predicted_seconds`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fused_ewclora.backends.triton.launch import family
 
 from .case import Case
 
-ASSUMED = "sm_90"  # where there is no GPU to ask
+ASSUMED = "sm_90"  # where there is no GPU
 
 
 @functools.cache
@@ -41,7 +41,7 @@ def of_case(case: Case) -> float:
 
 
 def filled(case: Case) -> Case:
-    """The case with a prediction for ours where its builder made none."""
+    """The case with predictions for ours where the suite gave none."""
     providers = [
         dataclasses.replace(p, predicted=of_case(case))
         if p.role in ("ours", "variant") and p.predicted is None
@@ -52,7 +52,7 @@ def filled(case: Case) -> Case:
 
 
 def forward(algorithm: str, rows: int, d_in: int, d_out: int, rank: int, dtype: torch.dtype) -> float | None:
-    """Of one algorithm of the LoRA linear, or of the one modelled as fastest ("")."""
+    """Seconds of an algorithm of the LoRA linear, or of the one predicted to be fastest ("")."""
     shape = LinearShape(rows, d_in, d_out, rank)
     times = cost_model.modelled("lora_linear", Call("cuda", dtype, arch(), shape))
     return times.get(algorithm) if algorithm else min(times.values())

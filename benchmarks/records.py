@@ -22,7 +22,7 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def violations(value: Any, schema: dict[str, Any] = SCHEMA, where: str = "record") -> Iterator[str]:
-    """What `value` has against `schema`, in words; the keywords that the files record_schema.json use."""
+    """How `value` violates `schema`, in words; for the keywords used in the files record_schema.json."""
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if kinds and not any(_is(value, kind) for kind in kinds):
@@ -54,18 +54,18 @@ def violations(value: Any, schema: dict[str, Any] = SCHEMA, where: str = "record
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All records of a file; of one that is still being written, the complete lines."""
+    """All records of a file; an incomplete last line, of a file that is being written, is skipped."""
     if not path.exists():
         return []
     lines = path.read_text().splitlines()
-    found = []
+    complete = []
     for number, line in enumerate(lines):
         try:
-            found.append(json.loads(line))
+            complete.append(json.loads(line))
         except json.JSONDecodeError:
             if number + 1 < len(lines):
                 raise
-    return found
+    return complete
 
 
 def key(record: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What can be measured, as data: operations, shapes, dtypes, peers and presets, for CPUs and GPUs alike."""
+"""What can be measured, as data: operations, shapes, dtypes, peers and presets, for CPUs and GPUs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .workload import COSTS, LATER, MAIN, OP, SMALL, TEXTS, VITS, Workload
 from .workloads import fisher, label_of, linear, merge, penalty, threshold
 
 OPS = tuple(COSTS)
-PRESETS = {  # of a CPU: what each is for; the seconds per provider and case that are its default
+PRESETS = {  # for CPUs: description, and default seconds per provider and case
     "cpu": ("shapes for two cores, the default", 0.7),
     "quick": ("about a minute: shows that everything runs, and roughly how fast", 0.02),
     "full": ("the whole registry: hours, and the memory of a server", 1.0),
@@ -24,7 +24,7 @@ EXPLICIT, LOOP = "explicit deltaW, eager penalty", "batch size 1"
 COMPOSITION, ADDMM, UNSLOTH = "composition", "addmm", "addmm in Unsloth's order"
 FROZEN, WITHOUT = "frozen linear", "LoRA without EWC"
 
-# Peers that every case of an op has; floors and ours come on top and always run.
+# Peers of every case of an op; ours and floors are not listed and always run.
 PEERS: dict[str, tuple[str, ...]] = {
     "ewc_penalty": ("eager autograd", COMPILED, STACKED),
     "fisher_accumulate": ("einsum", "torch.func vmap(grad)", LOOP, BACKPACK, OPACUS),
@@ -37,23 +37,23 @@ PEERS: dict[str, tuple[str, ...]] = {
     "fisher_pass": (LOOP, BACKPACK, OPACUS),
 }
 BATCH_MODE_PEERS = ("product, then square and add",)  # of fisher_accumulate in mode "batch"
-SLOW_PEERS = (COMPILED, COMPILED_COMPOSITION, PEFT)  # those of the part LATER: long to get ready
+SLOW_PEERS = (COMPILED, COMPILED_COMPOSITION, PEFT)  # measured in the part LATER: they take long to prepare
 SMALL_PEERS: dict[str, tuple[str, ...]] = {"lora_linear": (COMPOSITION,)}
 
 
-def peers(one: Workload) -> tuple[str, ...]:
+def peers(workload: Workload) -> tuple[str, ...]:
     """The peers of a case, or of a part of one."""
-    if one.part in (SMALL, OP):
-        return SMALL_PEERS.get(one.op, ())
-    found = BATCH_MODE_PEERS if one.shape.get("mode") == "batch" else PEERS[one.op]
-    if one.part in (MAIN, LATER):
-        return tuple(name for name in found if (name in SLOW_PEERS) == (one.part == LATER))
-    return found
+    if workload.part in (SMALL, OP):
+        return SMALL_PEERS.get(workload.op, ())
+    names = BATCH_MODE_PEERS if workload.shape.get("mode") == "batch" else PEERS[workload.op]
+    if workload.part in (MAIN, LATER):
+        return tuple(name for name in names if (name in SLOW_PEERS) == (workload.part == LATER))
+    return names
 
 
-def product_floor(one: Workload) -> str:
-    """Name of the floor that is a plain product of as many FLOPs."""
-    return "sgemm of equal FLOPs" if one.dtype.endswith("float32") else "product of equal FLOPs"
+def product_floor(workload: Workload) -> str:
+    """Name of the floor that is a plain product with as many FLOPs."""
+    return "sgemm of equal FLOPs" if workload.dtype.endswith("float32") else "product of equal FLOPs"
 
 
 def quick() -> Iterator[Workload]:
@@ -69,7 +69,7 @@ def quick() -> Iterator[Workload]:
 
 
 def cpu() -> Iterator[Workload]:
-    """What the targets are about, and around it other ranks, dtypes, few rows, and models of text."""
+    """The cases of the targets, then other ranks, dtypes, few rows, and language models."""
     b, l = RELEASE.base.width, RELEASE.large.width  # noqa: E741
     rows = 16 * RELEASE.base.tokens
     yield penalty("ViT-B k,v", (b, b), 12, 10)
@@ -134,7 +134,7 @@ _OF_PRESET: dict[str, Callable[[], Iterator[Workload]]] = {
 
 
 def workloads(ops: tuple[str, ...], preset: str) -> list[Workload]:
-    """Those of a preset that are about `ops`, in its order."""
+    """The workloads of a preset for the operations `ops`, in its order."""
     if preset not in _OF_PRESET:
         raise ValueError(f"preset: expected one of {', '.join(_OF_PRESET)}, got {preset!r}")
-    return [one for one in _OF_PRESET[preset]() if one.op in ops]
+    return [workload for workload in _OF_PRESET[preset]() if workload.op in ops]

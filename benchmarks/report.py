@@ -1,8 +1,7 @@
 """Writes docs/benchmarks.md and its pictures from the committed records: `python -m benchmarks.report`.
 
-The text follows from the records alone. `--check` writes nothing; exit status 1 when docs/benchmarks.md is
-not what the records give (the pictures are not compared: they depend on the fonts of a machine), 2 when
-records cannot be used.
+The text depends only on the records. `--check` writes nothing; exit status 1 when docs/benchmarks.md is out
+of date (the pictures are not compared: they depend on the fonts of a machine), 2 for unusable records.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ How to read the tables:
 
 - Times are medians over rounds in which all providers of a case took turns, with the quantiles [p20, p80].
   Only the newest record of every case and provider counts.
-- A column with a peer's name is its time over ours: above 1 ours is faster. Columns in italics are floors,
-  work of equal size that is not the case's result: there 1 is the best that can be expected.
+- A column with a peer's name is its time over ours: above 1, ours is faster. Columns in italics are floors,
+  work of equal size with another result: there 1 is the best that can be expected.
 - GB/s and GFLOP/s are of ours, from bytes and FLOPs counted for the case. "Of the ceiling" compares the time
   of ours with that of these bytes at the measured copy bandwidth or of these FLOPs at the measured rate of a
   large product, whichever is longer. The ceilings are measured in the same process.
 - "Error" is the largest relative error of a result against fp64, in the norm of the result.
-- A dash stands for what was not measured, or what older records do not say.
+- A dash stands for a value that was not measured, or that older records lack.
 
-Machines are shared and their speed varies: compare ratios, and look at the quantiles before believing a
-digit. `python -m benchmarks.compare A B` compares two sets of records and says what is beyond their noise.
+Machines are shared and their speed varies: compare ratios, and take the quantiles into account.
+`python -m benchmarks.compare A B` compares two sets of records and lists the changes that exceed their noise.
 """
 NO_GPU = """
 Nothing is measured: there are no records of a GPU. Whatever this documentation says about the speed of the
@@ -48,9 +47,8 @@ GPU kernels is a prediction from counted bytes and FLOPs at assumed rates. docs/
 measure.
 """
 GPU = """
-"Predicted" is a model's time, from counted bytes and FLOPs at assumed rates, and in a column of its own.
-Every other figure was measured. "Energy" is that of the whole GPU per call, from the driver's counter, idle
-power included.
+"Predicted" is the time of a model, from counted bytes and FLOPs at assumed rates. All other values were
+measured. "Energy" is that of the whole GPU per call, from the driver's counter, including idle power.
 """
 
 
@@ -96,8 +94,8 @@ def _error(record: Record | None) -> str:
 
 
 def _providers(cases: Sequence[CaseRecords], roles: Sequence[str]) -> list[str]:
-    found = [record for case in cases for record in case.values()]
-    return list(dict.fromkeys(r["provider"] for role in roles for r in found if collection.role(r) == role))
+    records = [record for case in cases for record in case.values()]
+    return list(dict.fromkeys(r["provider"] for role in roles for r in records if collection.role(r) == role))
 
 
 def _seconds(record: Record | None, name: str) -> str:
@@ -163,7 +161,7 @@ def _target_rows(name: str, rows: Sequence[dict]) -> list[list[str]]:
 
 
 def case_targets(cases: Sequence[CaseRecords]) -> list[str]:
-    """Targets that the records of a case carry."""
+    """Targets in the records of the cases."""
     rows = []
     for case, label in zip(cases, collection.labels(cases), strict=True):
         mine = collection.ours(case)
@@ -185,21 +183,21 @@ def gpu_targets(folder: Path) -> list[str]:
 
 
 def failures(cases: Sequence[CaseRecords]) -> list[str]:
-    """Providers without a measurement, with their reasons; those of several cases once."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """Providers without a measurement, with their reasons; equal reasons of several cases in one row."""
+    reasons: dict[tuple[str, str], list[str]] = {}
     for case, label in zip(cases, collection.labels(cases), strict=True):
         for record in case.values():
             if "failed" in record:
-                found.setdefault((record["provider"], record["failed"]), []).append(label)
+                reasons.setdefault((record["provider"], record["failed"]), []).append(label)
     rows = [
         [labels[0] if len(labels) == 1 else f"{len(labels)} of {len(cases)} cases", *what]
-        for what, labels in found.items()
+        for what, labels in reasons.items()
     ]
     return ["Failed:", "", *table(["case", "provider", "reason"], rows)] if rows else []
 
 
 def breakdowns(cases: Sequence[CaseRecords]) -> list[str]:
-    """What the time of a call goes to, where records say it."""
+    """How the time of a call is divided among operations, where records state it."""
     rows = [
         [label, record["provider"], ", ".join(f"{100 * part:.0f} % {what}" for what, part in parts.items())]
         for case, label in zip(cases, collection.labels(cases), strict=True)
@@ -209,28 +207,28 @@ def breakdowns(cases: Sequence[CaseRecords]) -> list[str]:
     return ["Shares of the time:", "", *table(["case", "provider", "shares"], rows)] if rows else []
 
 
-def machine_table(found: Sequence[Record], folder: str) -> list[str]:
+def machine_table(records: Sequence[Record], folder: str) -> list[str]:
     """Device, versions, commits, dates and rounds."""
-    versions = [f"{name} {value}" for name in VERSIONS if (value := collection.told(found, name))]
-    days = sorted({record["time"][:10] for record in found})
-    rounds = sorted(record["rounds"] for record in found if collection.measured(record))
+    versions = [f"{name} {value}" for name in VERSIONS if (value := collection.all_values(records, name))]
+    days = sorted({record["time"][:10] for record in records})
+    rounds = sorted(record["rounds"] for record in records if collection.measured(record))
     rows = [
-        ["records", f"{len(found)}, the newest in `{folder}`"],
-        ["device", collection.told(found, "device")],
+        ["records", f"{len(records)}, the newest in `{folder}`"],
+        ["device", collection.all_values(records, "device")],
     ]
     for name in ("processor", "cores", "threads", "instruction_set"):
-        if value := collection.told(found, name):
+        if value := collection.all_values(records, name):
             rows.append([name.replace("_", " "), value])
-    rows += [["versions", ", ".join(versions)], ["commit", collection.told(found, "commit") or DASH]]
+    rows += [["versions", ", ".join(versions)], ["commit", collection.all_values(records, "commit") or DASH]]
     rows.append(["measured", days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"])
     rows.append(["rounds", f"{rounds[0]} to {rounds[-1]}" if rounds else DASH])
     return table(["", ""], rows)
 
 
-def ceiling_table(found: Sequence[Record]) -> list[str]:
-    """What copies and large products reached in the processes of the records."""
+def ceiling_table(records: Sequence[Record]) -> list[str]:
+    """Measured rates of copies and large products in the processes of the records."""
     values: dict[str, list[float]] = {"copy": []}
-    for record in found:
+    for record in records:
         for name, rate in collection.ceilings(record).items():
             values.setdefault(name, []).append(rate)
     rows = []
@@ -245,30 +243,30 @@ def ceiling_table(found: Sequence[Record]) -> list[str]:
     return table(["ceiling", "median", "range"], rows)
 
 
-def scaling_table(found: Sequence[Record]) -> list[str]:
-    """Exponents of the scaling curves beside those of the model."""
+def scaling_table(records: Sequence[Record]) -> list[str]:
+    """Exponents of the scaling curves and of the model."""
     rows = []
-    for curve in scaling.curves(found):
+    for curve in scaling.curves(records):
         fit, model = curve.fit(), scaling.model(curve)
         if fit is None:
             continue
-        apart = scaling.deviation(fit, model.fit) if model else float("nan")
+        deviation = scaling.deviation(fit, model.fit) if model else float("nan")
         rows.append([
             curve.op, curve.title, curve.provider, str(fit), str(model.fit) if model else DASH,
-            model.bounds if model else DASH, DASH if apart != apart else f"{apart:+.1f}",
+            model.bounds if model else DASH, DASH if deviation != deviation else f"{deviation:+.1f}",
         ])  # fmt: skip
     heads = ["op", "time over", "provider", "exponent", "model", "bound by", "apart (standard errors)"]
     return ["### Scaling", "", *table(heads, rows)] if rows else []
 
 
 def _shown(pictures: Sequence[plot.Picture], kind: str, op: str | None = None) -> list[str]:
-    chosen = [one for one in pictures if one.kind == kind and op in (None, one.op)]
-    return [line for one in chosen for line in (f"![{one.title}]({IMAGES}/{one.name}.png)", "")]
+    chosen = [picture for picture in pictures if picture.kind == kind and op in (None, picture.op)]
+    return [line for picture in chosen for line in (f"![{picture.title}]({IMAGES}/{picture.name}.png)", "")]
 
 
-def section(machine: str, found: Sequence[Record], folder: str) -> list[str]:
+def section(machine: str, records: Sequence[Record], folder: str) -> list[str]:
     """Everything about one machine."""
-    newest = [record for case in collection.newest(found).values() for record in case.values()]
+    newest = [record for case in collection.newest(records).values() for record in case.values()]
     pictures = plot.planned(newest)
     lines = [f"## {machine}", "", *machine_table(newest, folder), *ceiling_table(newest)]
     if any("fraction_of_sgemm" in record for record in newest):
@@ -293,9 +291,9 @@ def generate(results: Path = RESULTS) -> str:
     cpu: list[str] = []
     gpu: list[str] = []
     for folder in _folders(results):
-        for machine, found in collection.by_machine(collection.load(folder)).items():
-            lines = section(machine, found, f"benchmarks/results/{folder.name}")
-            if collection.is_gpu(found[0]):
+        for machine, records in collection.by_machine(collection.load(folder)).items():
+            lines = section(machine, records, f"benchmarks/results/{folder.name}")
+            if collection.is_gpu(records[0]):
                 gpu += [*lines, *gpu_targets(folder)]
             else:
                 cpu += lines
@@ -304,9 +302,9 @@ def generate(results: Path = RESULTS) -> str:
 
 
 def write(results: Path, output: Path) -> None:
-    """Writes the text and its pictures; pictures of this report that nothing shows any more are removed."""
+    """Writes the text and its pictures; removes pictures of this report that are no longer shown."""
     text = generate(results)
-    records = [one for folder in _folders(results) for one in collection.load(folder)]
+    records = [record for folder in _folders(results) for record in collection.load(folder)]
     images = output.parent / IMAGES
     drawn = set(plot.plot(records, images)) if records else set()
     for path in sorted(images.glob("*.png")):
@@ -316,7 +314,7 @@ def write(results: Path, output: Path) -> None:
 
 
 def difference(text: str, results: Path, output: Path, command: str) -> str | None:
-    """Where the file is not the text that its command would write from the records in `results`."""
+    """The first line of the file that differs from the text for the records in `results`, or None."""
     if not output.exists():
         return f"{output}: no such file; {command} writes it"
     expected, lines = text.splitlines(), output.read_text(encoding="utf-8").splitlines()
@@ -324,11 +322,11 @@ def difference(text: str, results: Path, output: Path, command: str) -> str | No
         return None
     same = next((n for n, (a, b) in enumerate(zip(lines, expected, strict=False)) if a != b), None)
     where = min(len(lines), len(expected)) if same is None else same
-    return f"{output}: line {where + 1} is not what the records in {results} give; {command} writes it anew"
+    return f"{output}: line {where + 1} is not what the records in {results} give; {command} writes it again"
 
 
 def check(results: Path, output: Path) -> str | None:
-    """What is wrong with the text, None if it is what the records give."""
+    """Why the text is out of date, or None."""
     return difference(generate(results), results, output, "python -m benchmarks.report")
 
 
@@ -337,17 +335,17 @@ def run(
     described: str | None,
     folders: tuple[Path, Path],
     act: tuple[Callable[[Path, Path], None], Callable[[Path, Path], str | None]],
-    given: Sequence[str] | None,
+    argv: Sequence[str] | None,
 ) -> int:
-    """The command of a page: folders are its results and its file unless options say otherwise, act is what
-    writes and what checks it. Exit status: 1 for a page that is out of date, 2 for unusable records."""
+    """The command of a page. folders: defaults for its results and its file; act: the functions that write
+    and check it. Returns the exit status: 1 for a page that is out of date, 2 for unusable records."""
     parser = argparse.ArgumentParser(prog=f"python -m {name}", description=described)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if the text is out of date")
     parser.add_argument("--results", type=Path, default=folders[0], help="folder of the records")
     parser.add_argument(
         "--output", type=Path, default=folders[1], help="the text; pictures go to images/ beside it"
     )
-    args = parser.parse_args(given)
+    args = parser.parse_args(argv)
     word = name.rpartition(".")[2]
     try:
         if args.check:
@@ -362,9 +360,9 @@ def run(
     return 0
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    return run("benchmarks.report", __doc__, (RESULTS, OUTPUT), (write, check), given)
+    return run("benchmarks.report", __doc__, (RESULTS, OUTPUT), (write, check), argv)
 
 
 if __name__ == "__main__":

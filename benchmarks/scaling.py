@@ -1,4 +1,4 @@
-"""How times grow with a size: exponents of measured curves beside those of the counted bytes and FLOPs.
+"""How times grow with a size: exponents of measured curves, and of their model from bytes and FLOPs.
 
 Records of a curve have a shape with `"sweep": "<field>"` and the swept number in `<field>`; all other fields
 of the shape, op and dtype are equal within a curve, and every provider has its own. What follows from the
@@ -35,7 +35,7 @@ class Fit:
 
 
 def fit(sizes: Sequence[float], seconds: Sequence[float]) -> Fit:
-    """Least squares of a line in logarithms, every point alike; the error is from what the line leaves."""
+    """Least squares of a line in logarithms with equal weights; the error is estimated from the residuals."""
     if len(set(sizes)) < 2:
         raise ValueError(f"an exponent needs two sizes or more, got {sorted(set(sizes))}")
     x, y = np.log(sizes), np.log(seconds)
@@ -67,7 +67,7 @@ class Curve:
 
     @property
     def family(self) -> str:
-        """What curves of one picture share: everything but the provider."""
+        """Equal for curves of one picture, which differ only in the provider."""
         return json.dumps([self.op, self.dtype, self.field, self.fixed], sort_keys=True)
 
     @property
@@ -80,10 +80,10 @@ class Curve:
         return fit(self.sizes, self.seconds) if len(self.sizes) > 1 else None
 
 
-def curves(found: Iterable[Record]) -> list[Curve]:
+def curves(records: Iterable[Record]) -> list[Curve]:
     """All curves in the newest of the records, in order of appearance."""
     groups: dict[str, list[Record]] = {}
-    for case in collection.newest(found).values():
+    for case in collection.newest(records).values():
         for record in case.values():
             field = record["shape"].get(SWEEP)
             if field is None or "seconds" not in record:
@@ -109,8 +109,8 @@ def _curve(group: Sequence[Record]) -> Curve:
 
 @dataclass(frozen=True)
 class Model:
-    """The prediction for a curve: `seconds` at the measured ceilings, their fit, and what `bounds`: "bytes",
-    "flops", or "bytes, flops" where that changes along the curve."""
+    """The prediction for a curve: `seconds` at the measured ceilings, their fit, and what `bounds` them:
+    "bytes", "flops", or "bytes, flops" where that changes along the curve."""
 
     seconds: list[float]
     fit: Fit
@@ -121,7 +121,7 @@ def model(curve: Curve) -> Model | None:
     """Counted bytes at the measured copy bandwidth or FLOPs at the measured product rate, whichever takes
     longer, over the sizes of the curve; None where records have no ceilings or only one size."""
     least = [collection.least_seconds(record) for record in curve.records]
-    seconds = [one for one in least if one]
+    seconds = [value for value in least if value]
     if len(seconds) < len(least) or len(seconds) < 2:
         return None
     bounds = dict.fromkeys(filter(None, map(collection.bound, curve.records)))

@@ -18,8 +18,13 @@ class Model(NamedTuple):
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """(d_in, d_out) of the linears of a block."""
-        d, h = self.width, self.hidden or 4 * self.width
+        d, h = self.width, self.mlp_width
         return {"qkv": (d, 3 * d), "proj": (d, d), "fc1": (d, h), "fc2": (h, d)}
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the hidden layer of the MLP."""
+        return self.hidden or 4 * self.width
 
 
 class TextModel(NamedTuple):
@@ -36,12 +41,12 @@ class TextModel(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What one run on a GPU uses; `RELEASE` is measured, `REHEARSAL` only shows that everything runs."""
+    """Sizes of one run on a GPU: `RELEASE` is measured, `REHEARSAL` only shows that everything runs."""
 
     base: Model
     large: Model
     huge: Model
-    small: Model  # whose calls are over before the next one is launched
+    small: Model  # so small that a call finishes before the next one is launched
     samples: int
     rank: int  # of adapters on whole linears
     slice_rank: int  # of the published adapters on k and v

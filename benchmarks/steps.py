@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 OK, FAILED, TIMED_OUT, NOT_RUN, SKIPPED = "ok", "failed", "timed out", "not run", "skipped"
-SKIP = 77  # exit status of a command that cannot run on this machine; its last line says why
-LEAST = 3.0  # seconds below which a step is not worth starting
+SKIP = 77  # exit status of a command that cannot run on this machine; its last line gives the reason
+INTERRUPTED = 130  # exit status of a command that was ended by Ctrl-C, as shells report it
+LEAST = 3.0  # seconds that a step needs to be started
 GRACE = 8.0  # seconds after the interrupt, for reports
 
 
@@ -27,7 +28,7 @@ class Deadline:
 
     def __init__(self, seconds: float, reserve: float = 5.0) -> None:
         self.end = time.monotonic() + seconds
-        self.reserve = reserve  # kept for what comes after the last step
+        self.reserve = reserve  # seconds for the work after the last step
 
     def left(self) -> float:
         return self.end - self.reserve - time.monotonic()
@@ -53,7 +54,7 @@ class Outcome:
     status: str
     seconds: float
     detail: str = ""
-    notes: tuple[str, ...] = ()  # what a reader needs to begin with a failure
+    notes: tuple[str, ...] = ()  # the first information about a failure
 
     def __str__(self) -> str:
         return f"{self.name:20} {self.status:10} {self.seconds:6.1f} s  {self.detail}".rstrip()

@@ -1,4 +1,4 @@
-"""The suites: which operations one has, how its cases are listed and built. CPUs and GPUs run the same."""
+"""The suites: their operations, and how their cases are listed and built, for CPUs and GPUs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .workload import Workload
 
 
 class Suite(NamedTuple):
-    """plan: the workloads of a preset; after: adds to measured records on a CPU; share: of the seconds per
-    provider, less where many points of a curve support each other."""
+    """plan: the workloads of a preset; after: adds fields to measured records on a CPU; share: of the seconds
+    per provider, less than 1 for curves, whose many points support each other."""
 
     ops: Sequence[str]
     plan: Callable[[str], list[Workload]]

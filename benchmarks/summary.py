@@ -30,10 +30,10 @@ SHORT_NAMES = {
 Case = Mapping[str, Record]
 
 
-def by_case(found: Sequence[Record]) -> list[dict[str, Record]]:
+def by_case(results: Sequence[Record]) -> list[dict[str, Record]]:
     """Records grouped by case, by provider."""
     cases: dict[str, dict[str, Record]] = {}
-    for record in found:
+    for record in results:
         cases.setdefault(records.key(record), {})[record["provider"]] = record
     return list(cases.values())
 
@@ -46,7 +46,7 @@ def label(record: Record) -> str:
 
 
 def line(case: Case) -> str:
-    """Ours in microseconds, eager on the host's clock, share of the ceiling; then ours over each other."""
+    """Ours in microseconds, eager host time, share of the ceiling; then ours over each other provider."""
     first = next(iter(case.values()))
     ours = case.get(OURS, {})
     if "seconds" not in ours:
@@ -55,33 +55,33 @@ def line(case: Case) -> str:
     median = ours["seconds"]["p50"]
     host = ours.get("host_seconds")
     part = ours.get("fraction_of_ceiling")
-    told = []
+    ratios = []
     for name, record in case.items():
         if name == OURS or record.get("failed", "").startswith(Unavailable.__name__):
-            continue  # who is not installed is told once, at the end
+            continue  # peers that are not installed are listed once, at the end
         short = SHORT_NAMES.get(name, name.replace(f"{OURS} triton:", ":"))
-        told.append(
+        ratios.append(
             f"{short} {median / record['seconds']['p50']:.2f}" if "seconds" in record else f"{short} FAILED"
         )
     times = f"{median * 1e6:9.1f} {host * 1e6 if host is not None else float('nan'):9.0f} {part or 0.0:5.2f}"
-    # Everything should be captured in a graph: what was not is launch-bound in these figures.
+    # Everything should be captured in a graph: times of anything else include its launches.
     eager = {"events": " (not captured)", "wall": " (host's clock)"}.get(ours["timing"], "")
-    return f"  {label(first):42}{times}{eager}  {' '.join(told)}"
+    return f"  {label(first):42}{times}{eager}  {' '.join(ratios)}"
 
 
 def unavailable(suites: Mapping[str, Sequence[Record]]) -> list[str]:
     """What was not measured because it is not installed."""
-    reasons = [r.get("failed", "") for found in suites.values() for r in found]
+    reasons = [r.get("failed", "") for results in suites.values() for r in results]
     return list(dict.fromkeys(why for why in reasons if why.startswith(Unavailable.__name__)))
 
 
 def tables(suites: Mapping[str, Sequence[Record]]) -> list[str]:
     """All measured cases."""
     lines = []
-    for suite, found in suites.items():
-        if found:
+    for suite, results in suites.items():
+        if results:
             lines += ["", f"{suite}: us, eager us, share of ceiling; ours / other (below 1: ours is faster)"]
-            lines += [line(case) for case in by_case(found)]
+            lines += [line(case) for case in by_case(results)]
     return lines
 
 

@@ -35,16 +35,16 @@ def _line(record: Record, ours: float) -> str:
 
 
 def _breakdown(record: Record) -> str:
-    told = [f"{name} {share:.0%}" for name, share in record["breakdown"].items() if share >= 0.03]
-    return f"  {record['provider']}: {', '.join(told)}"
+    parts = [f"{name} {share:.0%}" for name, share in record["breakdown"].items() if share >= 0.03]
+    return f"  {record['provider']}: {', '.join(parts)}"
 
 
 def lines(title: str, records: Sequence[Record], rows: Sequence[Record]) -> list[str]:
-    """A line per provider, in ratios to ours; where time goes; a line per target."""
+    """A line per provider with its ratio to ours; breakdowns of times; a line per target."""
     ours = next((r["seconds"]["p50"] for r in records if r["provider"] == OURS and "seconds" in r), math.nan)
-    told = ["", title, HEAD, *(_line(record, ours) for record in records)]
-    told += [_breakdown(record) for record in records if "breakdown" in record]
-    return told + [
+    output = ["", title, HEAD, *(_line(record, ours) for record in records)]
+    output += [_breakdown(record) for record in records if "breakdown" in record]
+    return output + [
         f"  {verdict_of(row)}: {row['target']} (ratio {row['ratio']:.3f}, limit {row['limit']:.3f})"
         for row in rows
     ]

@@ -17,7 +17,7 @@ def quick() -> Iterator[Workload]:
 
 
 def cpu() -> Iterator[Workload]:
-    """ViT-S of timm as users adapt it, whole; of larger models as many samples and blocks as take seconds."""
+    """The whole ViT-S of timm as users adapt it; of larger models, few samples and blocks."""
     small = (SMALL_VIT.name + OF_TIMM, SMALL_VIT.depth, 16, SMALL_VIT.tokens)
     yield adapted_model(*small, 16)
     yield step(*small, 16, part=SMALL)

@@ -1,7 +1,7 @@
-"""A case as data, without anything allocated, and how many bytes and FLOPs it takes at least.
+"""A case as data, before anything is allocated, and the bytes and FLOPs that it takes at least.
 
-FLOPs are those of matrix products, a multiplication and an addition each; what is done to single elements is
-not counted. Bytes are those of every input read once per pass that needs it and every result written once.
+FLOPs are those of matrix products, counting multiplications and additions; elementwise work is not counted.
+Bytes count every input once per pass that reads it, and every result once.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ MODELS: dict[str, Model | TextModel] = {
 BOTH = "forward+backward"
 ALL_LINEARS = "all"  # value of "linears" in the shape of a penalty on every linear of a model
 
-# Parts of a plan. What takes long to get ready, such as a compiled peer, must not keep a case of a GPU from
-# being measured: its records come LATER and join those of the case. SMALL cases have few providers. The case
-# OP shows what a call of the op alone costs.
+# Parts of a plan. Peers that take long to prepare, such as compiled ones, must not delay the other cases of a
+# GPU: they are measured LATER, and their records belong to the same case. SMALL cases have few providers. The
+# case OP measures a call of the op alone.
 WHOLE, MAIN, LATER, SMALL, OP = "whole", "main", "later", "small", "op"
 
 
 class Work(NamedTuple):
-    """What a case must do at least."""
+    """The least work of a case."""
 
     flops: float
     bytes: float
@@ -38,7 +38,7 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """One case to come, or a part of one. dtype: of the data; "fisher float32" is that of F, with the rest in
+    """A case before it runs, or a part of one. dtype: of the data; "fisher float32" is that of F, the rest is
     fp32."""
 
     op: str
@@ -52,8 +52,8 @@ class Workload:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        found: torch.dtype = getattr(torch, self.dtype.removeprefix("fisher "))
-        return found
+        dtype: torch.dtype = getattr(torch, self.dtype.removeprefix("fisher "))
+        return dtype
 
     @property
     def which(self) -> str:
@@ -63,8 +63,8 @@ class Workload:
     @property
     def precision(self) -> str | None:
         """torch.get_float32_matmul_precision() of the case; None leaves it as it is."""
-        found = self.shape.get("precision")
-        return None if found is None else str(found)
+        precision = self.shape.get("precision")
+        return None if precision is None else str(precision)
 
     @property
     def work(self) -> Work:
@@ -74,92 +74,93 @@ class Workload:
         return f"{self.op}  {', '.join(f'{k} {v}' for k, v in self.shape.items())}  {self.dtype}"
 
 
-def model_of(one: Workload) -> Model | TextModel:
-    """The model that the label of a shape begins with: "ViT-B k,v", "ViT-B/16"."""
-    return MODELS[str(one.shape["model"]).split()[0].split("/")[0]]
+def model_of(workload: Workload) -> Model | TextModel:
+    """The model at the beginning of the label of a shape: "ViT-B k,v", "ViT-B/16"."""
+    return MODELS[str(workload.shape["model"]).split()[0].split("/")[0]]
 
 
-def matrices(one: Workload) -> list[tuple[int, int]]:
+def matrices(workload: Workload) -> list[tuple[int, int]]:
     """(d_out, d_in) of every matrix of a penalty or a merge."""
-    if one.shape.get("linears") == ALL_LINEARS:
-        block = [(d_out, d_in) for d_in, d_out in model_of(one).linears().values()]
-        return block * (one.size("adapters") // len(block))
-    return [(one.size("d_out"), one.size("d_in"))] * one.size("adapters")
+    if workload.shape.get("linears") == ALL_LINEARS:
+        block = [(d_out, d_in) for d_in, d_out in model_of(workload).linears().values()]
+        return block * (workload.size("adapters") // len(block))
+    return [(workload.size("d_out"), workload.size("d_in"))] * workload.size("adapters")
 
 
-def _linear(one: Workload, adapters: int, width: int) -> Work:
+def _linear(workload: Workload, adapters: int, width: int) -> Work:
     """Forward x W^T and z B^T with z = x A^T; backward dy W, and u = dy B with its products u A, dy^T z and
     u^T x. dy and x are read again in the backward pass, z and u stay in cache."""
-    rows, d_in, d_out, rank = (one.size(name) for name in ("rows", "d_in", "d_out", "rank"))
+    rows, d_in, d_out, rank = (workload.size(name) for name in ("rows", "d_in", "d_out", "rank"))
     base = 2.0 * rows * d_in * d_out
     low_rank = 2.0 * rows * rank * adapters * (d_in + width)
     factors = rank * adapters * (d_in + width)
     forward = base + low_rank, rows * (d_in + d_out) + d_in * d_out + d_out + factors
     backward = base + 2 * low_rank, rows * (2 * d_in + d_out) + d_in * d_out + 2 * factors
     each = {"forward": forward, "backward": backward}
-    parts = [each[name] for name in one.which.split("+")]
+    parts = [each[name] for name in workload.which.split("+")]
     moved = sum(elements for _, elements in parts)
-    return Work(sum(flops for flops, _ in parts), one.torch_dtype.itemsize * float(moved))
+    return Work(sum(flops for flops, _ in parts), workload.torch_dtype.itemsize * float(moved))
 
 
-def _penalty(one: Workload) -> Work:
+def _penalty(workload: Workload) -> Work:
     """delta = B A, (F delta) A^T and B^T (F delta), each 2 r FLOPs per element of F; F is read once."""
-    rank, sizes = one.size("rank"), matrices(one)
+    rank, sizes = workload.size("rank"), matrices(workload)
     elements = sum(d_out * d_in for d_out, d_in in sizes)
     factors = rank * sum(d_out + d_in for d_out, d_in in sizes)
-    return Work(6.0 * rank * elements, float(one.torch_dtype.itemsize * elements + 4 * 2 * factors))
+    return Work(6.0 * rank * elements, float(workload.torch_dtype.itemsize * elements + 4 * 2 * factors))
 
 
-def _fisher(one: Workload) -> Work:
+def _fisher(workload: Workload) -> Work:
     """One product dy_n^T x_n per sample; F, fp32, is read and written."""
-    n, t, d_in, d_out = (one.size(name) for name in ("samples", "tokens", "d_in", "d_out"))
-    moved = one.torch_dtype.itemsize * n * t * (d_in + d_out) + 8 * d_in * d_out
+    n, t, d_in, d_out = (workload.size(name) for name in ("samples", "tokens", "d_in", "d_out"))
+    moved = workload.torch_dtype.itemsize * n * t * (d_in + d_out) + 8 * d_in * d_out
     return Work(2.0 * n * t * d_in * d_out, float(moved))
 
 
-def _merge(one: Workload) -> Work:
+def _merge(workload: Workload) -> Work:
     """W + s B A: W is read and written."""
-    elements = sum(d_out * d_in for d_out, d_in in matrices(one))
-    return Work(2.0 * one.size("rank") * elements, 2.0 * one.torch_dtype.itemsize * elements)
+    elements = sum(d_out * d_in for d_out, d_in in matrices(workload))
+    return Work(2.0 * workload.size("rank") * elements, 2.0 * workload.torch_dtype.itemsize * elements)
 
 
-def _threshold(one: Workload) -> Work:
-    """Single elements: counted as three FLOPs each, since there is nothing else."""
-    elements = one.size("vectors") * one.size("length")
+def _threshold(workload: Workload) -> Work:
+    """Elementwise: counted as three FLOPs per element, since there are no products."""
+    elements = workload.size("vectors") * workload.size("length")
     return Work(3.0 * elements, 8.0 * elements)
 
 
-def _blocks(one: Workload) -> tuple[float, float, float]:
+def _blocks(workload: Workload) -> tuple[float, float, float]:
     """Parameters of a block's linears, FLOPs of the linears of all blocks and of their attention, forward."""
-    model = model_of(one)
+    model = model_of(workload)
     parameters = float(sum(d_in * d_out for d_in, d_out in model.linears().values()))
-    n, t, blocks = one.size("samples"), one.size("tokens"), one.size("blocks")
+    n, t, blocks = workload.size("samples"), workload.size("tokens"), workload.size("blocks")
     width = model.width if isinstance(model, Model) else model.layers["q"][1]
     return parameters, 2.0 * n * t * blocks * parameters, 4.0 * n * t * t * blocks * width
 
 
-def _step(one: Workload) -> Work:
+def _step(workload: Workload) -> Work:
     """Linears forward, and backward to their inputs; attention forward, and 2.5 times that backward. Every
-    frozen weight is read in both passes. Adapters and the penalty are what is to be judged: not counted."""
-    parameters, products, attention = _blocks(one)
-    moved = 2.0 * one.torch_dtype.itemsize * parameters * one.size("blocks")
+    frozen weight is read in both passes. Adapters and the penalty are the overhead to be judged: not
+    counted."""
+    parameters, products, attention = _blocks(workload)
+    moved = 2.0 * workload.torch_dtype.itemsize * parameters * workload.size("blocks")
     return Work(2 * products + 3.5 * attention, moved)
 
 
-def _pass(one: Workload) -> Work:
+def _pass(workload: Workload) -> Work:
     """A training step without adapters per batch, and dy_n^T x_n of the two matrices whose Fisher is
     estimated, which is read and written."""
-    _, products, attention = _blocks(one)
-    n, t, blocks = one.size("samples"), one.size("tokens"), one.size("blocks")
-    matrix = 2.0 * one.size("width") ** 2
+    _, products, attention = _blocks(workload)
+    n, t, blocks = workload.size("samples"), workload.size("tokens"), workload.size("blocks")
+    matrix = 2.0 * workload.size("width") ** 2
     each = 2 * products + 3.5 * attention + 2.0 * n * t * blocks * matrix
-    step = _step(one).bytes + 8.0 * blocks * matrix
-    return Work(one.size("batches") * each, one.size("batches") * step)
+    step = _step(workload).bytes + 8.0 * blocks * matrix
+    return Work(workload.size("batches") * each, workload.size("batches") * step)
 
 
 COSTS: dict[str, Callable[[Workload], Work]] = {
-    "lora_linear": lambda one: _linear(one, 1, one.size("d_out")),
-    "lora_linear_slices": lambda one: _linear(one, 2, one.size("d_out") // 3),
+    "lora_linear": lambda workload: _linear(workload, 1, workload.size("d_out")),
+    "lora_linear_slices": lambda workload: _linear(workload, 2, workload.size("d_out") // 3),
     "ewc_penalty": _penalty,
     "fisher_accumulate": _fisher,
     "merge": _merge,

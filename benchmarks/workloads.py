@@ -1,11 +1,11 @@
-"""Cases by what they are about; presets list them."""
+"""Constructors of workloads, one per operation; presets list their results."""
 
 from __future__ import annotations
 
 from .shapes import Model, TextModel
 from .workload import ALL_LINEARS, BOTH, WHOLE, Shape, Workload
 
-OF_TIMM = " of timm"  # ends the label of a model that timm builds, with adapters on all of qkv
+OF_TIMM = " of timm"  # suffix of the label of a model that timm builds, with adapters on all of qkv
 
 
 def label_of(model: Model | TextModel, name: str) -> str:
@@ -28,8 +28,8 @@ def penalty(
     label: str, sizes: tuple[int, int], adapters: int, rank: int, dtype: str = "float32",
     precision: str | None = None, part: str = WHOLE,
 ) -> Workload:  # fmt: skip
-    """The penalty on that many matrices with its gradients; dtype is that of F. precision None: PyTorch's,
-    which is "highest" unless somebody changed it."""
+    """The penalty on so many matrices, with its gradients; dtype is that of F. precision None: the current
+    setting of PyTorch, by default "highest"."""
     shape: Shape = {
         "model": label, "d_out": sizes[1], "d_in": sizes[0], "adapters": adapters, "rank": rank
     }  # fmt: skip
@@ -42,9 +42,9 @@ def penalty_of_all_linears(model: Model, rank: int, dtype: str, precision: str, 
     """The penalty on every linear of a model; d_out and d_in are those of the first."""
     sizes = model.linears()
     label, count = label_of(model, "all linears"), len(sizes) * model.depth
-    one = penalty(label, next(iter(sizes.values())), count, rank, dtype, precision, part)
-    one.shape["linears"] = ALL_LINEARS
-    return one
+    workload = penalty(label, next(iter(sizes.values())), count, rank, dtype, precision, part)
+    workload.shape["linears"] = ALL_LINEARS
+    return workload
 
 
 def fisher(
@@ -62,7 +62,7 @@ def fisher(
 def merge(
     label: str, sizes: tuple[int, int], adapters: int, rank: int, dtype: str = "float32", part: str = WHOLE
 ) -> Workload:
-    """Adapters added to that many weights in one call."""
+    """Adapters merged into so many weights in one call."""
     shape: Shape = {
         "model": label, "d_out": sizes[1], "d_in": sizes[0], "adapters": adapters, "rank": rank
     }  # fmt: skip

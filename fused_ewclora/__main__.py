@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .errors import EWCLoRAError
@@ -25,7 +25,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    # Asked before minutes of training, not when the picture is drawn.
+    # Checked before minutes of training, not when the picture is drawn.
     missing = [name for name in DEMO_EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
         print(
@@ -112,8 +112,10 @@ def _add_autotune(commands: Any) -> None:
     parser.set_defaults(run=_autotune)
 
 
-# Commands whose parsers are in benchmarks/: every word behind them is passed on.
-_BENCHMARKS = {
+# Commands of the benchmarks, which parse their own arguments: words of the command line -> module. Nothing
+# else in the package imports benchmarks/. The first entry whose words match is run.
+BENCHMARK_COMMANDS = {
+    ("demo", SUITE): "continual.__main__",
     ("bench", "compare"): "compare",
     ("bench", "report"): "report",
     ("bench",): "__main__",
@@ -121,15 +123,14 @@ _BENCHMARKS = {
 }
 
 
-def _benchmarks(arguments: list[str]) -> int | None:
-    """Runs a command of the benchmarks; None if it is none."""
-    if arguments[:1] == ["demo"] and SUITE in arguments:
-        suite = importlib.import_module("fused_ewclora.benchmarks.continual.__main__")
-        return int(suite.main(arguments[1:]))
-    for words, module in _BENCHMARKS.items():
-        if tuple(arguments[: len(words)]) == words:
-            found = importlib.import_module(f"fused_ewclora.benchmarks.{module}")
-            return int(found.main(arguments[len(words) :]))
+def _benchmark_command(arguments: Sequence[str]) -> Callable[[], int] | None:
+    """The command of the benchmarks that the arguments name, or None."""
+    words = tuple(arguments)
+    for command, module in BENCHMARK_COMMANDS.items():
+        option = SUITE in command  # an option may stand anywhere, and its own parser reads it again
+        if words[:1] == command[:1] and SUITE in words if option else words[: len(command)] == command:
+            rest = words[1:] if option else words[len(command) :]
+            return lambda: int(importlib.import_module(f"fused_ewclora.benchmarks.{module}").main(rest))
     return None
 
 
@@ -156,8 +157,8 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0 done, 1 failed, 2 wrong usage or a missing extra)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if (status := _benchmarks(arguments)) is not None:
-        return status
+    if (command := _benchmark_command(arguments)) is not None:
+        return command()
     args = _parser(arguments[0] if arguments else None).parse_args(arguments)
     try:
         return int(args.run(args))

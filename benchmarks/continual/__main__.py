@@ -17,67 +17,72 @@ from fused_ewclora.demo.job import Progress, device_of
 from fused_ewclora.errors import ArgumentError, EWCLoRAError
 
 from .. import records
+from ..plot import MISSING
+from ..steps import INTERRUPTED
 from . import configuration, costs, pictures, suite, summary
 from .configuration import Run
 
 SUITES = ("language", "vision")
 COSTS = "costs"
-INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
-    made = argparse.ArgumentParser(prog="python -m fused_ewclora demo", description=__doc__)
-    made.add_argument(
+    command = argparse.ArgumentParser(prog="python -m fused_ewclora demo", description=__doc__)
+    command.add_argument(
         "--suite",
         nargs="*",
         metavar="NAME",
         help=f"configurations by name or file ({' '.join(SUITES)}); '{COSTS}' measures steps over ten tasks",
     )
-    made.add_argument("--list", action="store_true", help="show the configurations and their methods")
-    made.add_argument("--quick", action="store_true", help="the configurations' short versions: minutes")
-    made.add_argument(
+    command.add_argument("--list", action="store_true", help="show the configurations and their methods")
+    command.add_argument("--quick", action="store_true", help="the configurations' short versions: minutes")
+    command.add_argument(
         "--methods", nargs="+", metavar="NAME", help="of the configurations, or of the costs; default: all"
     )
-    made.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of the configurations' own")
-    made.add_argument(
+    command.add_argument(
+        "--seeds", nargs="+", type=int, metavar="N", help="instead of the configurations' own"
+    )
+    command.add_argument(
         "--out", type=Path, default=Path("suite-output"), help="records and pictures (suite-output)"
     )
-    made.add_argument(
+    command.add_argument(
         "--data-root", type=Path, default=Path("data"), help="data; fetched where possible (data)"
     )
-    made.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
-    made.add_argument("--jobs", type=int, help="runs at a time (cpu: one per core and thread; cuda: 1)")
-    made.add_argument("--threads", type=int, default=1, help="CPU threads of each run; 1 repeats exactly (1)")
-    made.add_argument("--json", action="store_true", help="print records to stdout instead of tables")
-    return made
+    command.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    command.add_argument("--jobs", type=int, help="runs at a time (cpu: one per core and thread; cuda: 1)")
+    command.add_argument(
+        "--threads", type=int, default=1, help="CPU threads of each run; 1 repeats exactly (1)"
+    )
+    command.add_argument("--json", action="store_true", help="print records to stdout instead of tables")
+    return command
 
 
 def chosen(args: argparse.Namespace) -> list[Run]:
-    """The runs that the options ask for."""
+    """The runs that the options select."""
     runs: list[Run] = []
     known: list[str] = []
     for name in args.suite or SUITES:
         if name == COSTS:
             known += costs.NAMES
             continue
-        found = configuration.load(configuration.find(name), args.quick)
-        known += [run.method for run in found.runs]
+        loaded = configuration.load(configuration.find(name), args.quick)
+        known += [run.method for run in loaded.runs]
         if args.seeds:
-            found = configuration.with_seeds(found, args.seeds)
-        runs += [run for run in found.runs if not args.methods or run.method in args.methods]
+            loaded = configuration.with_seeds(loaded, args.seeds)
+        runs += [run for run in loaded.runs if not args.methods or run.method in args.methods]
     if args.methods and (unknown := [name for name in args.methods if name not in known]):
         raise ArgumentError(f"--methods: expected some of {sorted(set(known))}, got {unknown[0]!r}")
     return runs
 
 
 def listing() -> str:
-    """Every configuration with what it is about and its methods."""
+    """Every configuration with its description and its methods."""
     parts = []
     for name in configuration.available():
-        found = configuration.load(configuration.find(name))
-        names = ", ".join(dict.fromkeys(run.method for run in found.runs))
-        parts.append(f"{name}\n  {found.about}\n  methods: {names}")
+        loaded = configuration.load(configuration.find(name))
+        names = ", ".join(dict.fromkeys(run.method for run in loaded.runs))
+        parts.append(f"{name}\n  {loaded.about}\n  methods: {names}")
     return "\n\n".join(parts)
 
 
@@ -91,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fused_ewclora: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command goes on from here ({args.out})", file=sys.stderr)
+        print(f"\ninterrupted; the same command continues from here ({args.out})", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -99,9 +104,9 @@ def _run(args: argparse.Namespace, command: str) -> int:
     if args.list:
         print(listing())
         return 0
-    # Asked before hours of training, not when the first picture is drawn.
+    # Checked before hours of training, not when the first picture is drawn.
     if importlib.util.find_spec("matplotlib") is None:
-        raise ArgumentError("matplotlib is not installed; pip install 'fused-ewclora[demo]' brings it")
+        raise ArgumentError(MISSING)
     device_of(args.device)
     place = suite.Place(args.out, args.data_root, args.device, _jobs(args), args.threads)
     runs = chosen(args)
@@ -120,7 +125,7 @@ def _run(args: argparse.Namespace, command: str) -> int:
             suite.append(args.out / f"{COSTS}.jsonl", {**record, "command": command})
             print(f"{COSTS}  {record['method']}: task {record['tasks']} / task 1 = "
                   f"{record['ratio_to_first'][-1]:.3f}", file=sys.stderr, flush=True)  # fmt: skip
-    _tell(args, runs)
+    _report(args, runs)
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -141,17 +146,17 @@ def _tasks(run: Run) -> int:
     return tasks if isinstance(tasks, int) else len(tasks)
 
 
-def _tell(args: argparse.Namespace, runs: Sequence[Run]) -> None:
-    """Tables and pictures of everything in the files that this command is about."""
+def _report(args: argparse.Namespace, runs: Sequence[Run]) -> None:
+    """Prints tables and draws pictures of all records in the files of these runs."""
     names = list(dict.fromkeys(run.suite for run in runs))
-    found = [record for name in names for record in records.read(args.out / f"{name}.jsonl")]
+    measurements = [record for name in names for record in records.read(args.out / f"{name}.jsonl")]
     if COSTS in (args.suite or ()):
-        found += records.read(args.out / f"{COSTS}.jsonl")
+        measurements += records.read(args.out / f"{COSTS}.jsonl")
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps(measurements))
         return
-    print(summary.told(found))
-    for path in pictures.draw(found, args.out):
+    print(summary.overview(measurements))
+    for path in pictures.draw(measurements, args.out):
         print(path)
 
 

@@ -1,4 +1,4 @@
-"""What a method keeps beside the plain model: numbers of adapters, and bytes of everything."""
+"""What a method stores in addition to the base model: sizes of adapters, and bytes in total."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from torch import Tensor, nn
 import fused_ewclora as fe
 from fused_ewclora.methods import Method
 
-# Beginnings of names of adapter parameters that a checkpoint of the learned model would need. The others
-# (norms of frozen directions, magnitudes at the end of the last task) follow from these or serve a penalty.
+# Prefixes of the names of adapter parameters that a checkpoint of the learned model needs. The others (norms
+# of frozen directions, magnitudes at the end of the last task) can be computed from these or serve a penalty.
 COUNTED = ("lora_A", "lora_B", "lora_scale", "lora_magnitudes", "lora_past_A", "lora_past_B")
 
 
 def adapter_parameters(method: Method) -> int:
-    """How many numbers the adapters hold: A, B, gates, magnitudes and frozen directions, trained or not."""
+    """The number of values in adapters: A, B, gates, magnitudes and frozen directions, trained or not."""
     return sum(p.numel() for name, p in _held(method) if name.startswith(COUNTED))
 
 
 def trained_parameters(method: Method) -> int:
-    """How many numbers of the adapters an optimizer changes; heads do not count."""
+    """The number of trained values in adapters; heads do not count."""
     return sum(p.numel() for _, p in _held(method) if p.requires_grad)
 
 
 def state_bytes(method: Method) -> int:
-    """Bytes of what the method keeps from step to step beside the plain model: adapters, Fishers and what
-    their controller remembers, subspaces. Each storage counts once and whole; gradients, heads and the state
-    of optimizers do not count."""
-    found = {}
+    """Bytes that the method stores from step to step in addition to the base model: adapters, Fishers and the
+    other state of their controller, subspaces. Each storage counts once, in full; gradients, heads and the
+    state of optimizers do not count."""
+    sizes = {}
     for tensor in _kept(method):
         storage = tensor.untyped_storage()
-        found[tensor.device, storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
+        sizes[tensor.device, storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
 
 def _held(method: Method) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, parameter) of all adapters; a parameter that layers share comes once. Methods replace both
-    layers' parameters and their ranks, so they are looked up in the model."""
+    """(name, parameter) of all adapters; a parameter that layers share is yielded once. Methods replace the
+    parameters of layers and change ranks, so they are read from the model each time."""
     seen: set[int] = set()
     for layer in fe.adapters(method.model).values():
         for name, parameter in layer.named_lora_parameters():

@@ -14,7 +14,7 @@ from fused_ewclora.demo.formats import DataError
 
 from .. import extras
 
-# Parts of checkpoints that features do not go through: classifiers, and a layer that early ones have there.
+# Parts of checkpoints that do not contribute to features: classifiers, and a layer before them in early ones.
 CLASSIFIERS = ("head.", "head_dist.", "fc.", "pre_logits.")
 
 
@@ -50,7 +50,7 @@ def make(root: Path, model: str, image_size: int, pretrained: bool | str, seed: 
         torch.manual_seed(seed)
         try:
             network = timm.create_model(model, pretrained=False, **options)
-        except (TypeError, RuntimeError) as error:  # of a network without img_size, of an unknown tag
+        except (TypeError, RuntimeError) as error:  # a network without img_size, an unknown tag
             raise DataError(f"model: {model!r} cannot be made: {error}") from error
         if pretrained is True:
             network = _downloaded(timm, model, options)
@@ -70,26 +70,26 @@ def _timm() -> Any:
 
 def _downloaded(timm: Any, model: str, options: dict[str, Any]) -> nn.Module:
     try:
-        made: nn.Module = timm.create_model(model, pretrained=True, **options)
-    except Exception as error:  # of the hub's client, of HTTP, of files: a download can fail in any way
+        network: nn.Module = timm.create_model(model, pretrained=True, **options)
+    except Exception as error:  # of the hub client, HTTP or files: a download can fail in many ways
         config = timm.get_pretrained_cfg(model)
-        source = config.hf_hub_id if config is not None and config.hf_hub_id else "no place that timm knows"
+        source = config.hf_hub_id if config is not None and config.hf_hub_id else "no source known to timm"
         raise DataError(
-            f"pretrained: the weights of {model} cannot be had ({type(error).__name__}). timm takes them "
-            f"from the model hub ({source}); download its model.safetensors where there is a network, and "
-            "give the file as pretrained"
+            f"pretrained: the weights of {model} could not be downloaded ({type(error).__name__}). timm "
+            f"loads them from the model hub ({source}); download model.safetensors on a machine with network "
+            "access, and give the file as pretrained"
         ) from error
-    return made
+    return network
 
 
 def _fill(timm: Any, network: nn.Module, file: Path) -> None:
-    """Every weight of the network from a checkpoint, which may hold a classifier besides, and no more."""
+    """Loads all weights of the network from a checkpoint that has no others, except for a classifier."""
     if not file.is_file():
         raise DataError(f"pretrained: expected a checkpoint, found no file {file}")
     try:
         state = timm.models.load_state_dict(str(file), device="cpu", weights_only=True)
         state = _converter(network)(state, network)
-    except Exception as error:  # a damaged or foreign file can raise nearly anything
+    except Exception as error:  # a damaged or unrelated file can raise almost any exception
         raise DataError(
             f"pretrained: {file}: not a readable checkpoint: {type(error).__name__}: {error}"
         ) from error

@@ -1,4 +1,4 @@
-"""Configurations of runs: JSON files that say which problem, which adapters, how to train, which methods."""
+"""Configurations of runs: JSON files with the problem, the adapters, the training and the methods."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _KEYS = {"name", "about", "problem", "adapters", "training", "seeds", "methods"}
 class Training:
     """How one task is trained.
 
-    lr is of the adapters, head_lr of the newest head; iterations, where given, is the number of steps of a
-    task whatever its size, instead of epochs. schedule: "cosine" to 0 and "multistep" (times decay at each of
-    milestones) change rates after every epoch, "cosine" after every step where iterations are given.
-    fisher_batch_size is of the passes over a task's data after it; None: batch_size.
+    lr is the rate of the adapters, head_lr that of the newest head. iterations, if set, is the number of
+    steps of a task of any size, instead of epochs. schedule: "cosine" to 0 and "multistep" (times decay at
+    each of milestones) change rates after every epoch; "cosine" after every step where iterations are set.
+    fisher_batch_size is that of the passes over the data after a task; None: batch_size.
     """
 
     lr: float
@@ -62,17 +62,16 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as JSON would return them."""
-        found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return found
+        containers: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return containers
 
     def fingerprint(self) -> str:
-        """Equal for runs that must give the same numbers: names do not count."""
+        """Equal for runs that must give the same results: names do not count."""
         decisive = {k: v for k, v in self.to_dict().items() if k not in ("suite", "method")}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
     def lora_config(self) -> fe.LoRAConfig:
-        """The adapters of the run; "segments" names those of a packed projection whose layout no library
-        registers."""
+        """The adapters; "segments" are those of a packed projection whose layout is not registered."""
         options = dict(self.adapters)
         if (segments := options.pop("segments", None)) is not None:
             options["layout"] = fe.QKVLayout(tuple(segments))
@@ -81,13 +80,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Configuration:
-    """A file of `configurations/`, or one like them.
+    """A file of `configurations/`, or one of the same form.
 
-    Keys: "name", "about" (where it comes from and what is different from there), "problem" ("kind" and the
+    Keys: "name", "about" (its source, and the differences from it), "problem" ("kind" and the
     keywords of its loader), "adapters" (keywords of `LoRAConfig`, and "segments"), "training" (`Training`),
     "seeds", and "methods": a list of {"name", "kind", and optionally "options" of the method, "adapters",
-    "training", "seeds", which go before those of the file}. "quick", optional, makes a short version: the
-    same keys with what changes, and "methods", a list of names.
+    "training", "seeds", which override those of the file}. "quick", optional, defines a short version: the
+    same keys with the changed values, and "methods", a list of names.
     """
 
     name: str
@@ -110,7 +109,7 @@ def find(name: str) -> Path:
 
 
 def load(path: Path, quick: bool = False) -> Configuration:
-    """Reads and checks a configuration; raises `ArgumentError` naming the file and what is wrong in it."""
+    """Reads and checks a configuration; raises `ArgumentError` that names the file and the error in it."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -147,7 +146,7 @@ def parse(data: Any, quick: bool = False) -> Configuration:
                 training=_training({**data["training"], **entry.get("training", {})}, where),
                 options=entry.get("options", {}),
             )
-            run.lora_config()  # so that what is wrong with it is found before the first run
+            run.lora_config()  # raises for wrong values before the first run
             runs.append(run)
     names = [(run.method, run.seed) for run in runs]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -156,7 +155,7 @@ def parse(data: Any, quick: bool = False) -> Configuration:
 
 
 def _shortened(data: dict[str, Any]) -> dict[str, Any]:
-    """The configuration that "quick" makes of it, under a name of its own."""
+    """The short version that "quick" defines, under its own name."""
     if "quick" not in data:
         raise ArgumentError(f"quick: {data['name']} has no short version")
     change = _mapping(data["quick"], "quick", set(), _KEYS - {"name", "about"})
@@ -165,7 +164,7 @@ def _shortened(data: dict[str, Any]) -> dict[str, Any]:
     if unknown := [name for name in wanted if name not in named]:
         raise ArgumentError(f"quick: methods: no method is called {unknown[0]!r}")
     merged = {name: {**data[name], **change.get(name, {})} for name in ("problem", "adapters", "training")}
-    # What is short goes before what a method has of its own.
+    # Values of the short version override those of a method.
     entries = [
         {
             **{key: value for key, value in named[name].items() if key != "seeds" or "seeds" not in change},
@@ -179,12 +178,12 @@ def _shortened(data: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def with_seeds(found: Configuration, seeds: list[int]) -> Configuration:
+def with_seeds(configuration: Configuration, seeds: list[int]) -> Configuration:
     """The same methods on other seeds, each once; raises `ArgumentError` for a negative one."""
     seeds = list(dict.fromkeys(map(_seed, seeds)))
-    first = {run.method: run for run in reversed(found.runs)}
-    order = list(dict.fromkeys(run.method for run in found.runs))
-    return replace(found, runs=tuple(replace(first[name], seed=s) for name in order for s in seeds))
+    first = {run.method: run for run in reversed(configuration.runs)}
+    order = list(dict.fromkeys(run.method for run in configuration.runs))
+    return replace(configuration, runs=tuple(replace(first[name], seed=s) for name in order for s in seeds))
 
 
 def _mapping(value: Any, where: str, required: set[str], optional: set[str]) -> dict[str, Any]:
@@ -207,19 +206,21 @@ def _training(values: dict[str, Any], where: str) -> Training:
     known = {f.name for f in fields(Training)}
     _mapping(values, f"{where}: training", {"lr", "head_lr"}, known)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    made = Training(**values)
+    training = Training(**values)
     for name, choices in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-        if (value := getattr(made, name)) not in choices:
+        if (value := getattr(training, name)) not in choices:
             raise ArgumentError(f"{where}: training: {name}: expected one of {choices}, got {value!r}")
     for name in ("epochs", "batch_size", "test_batch_size", "iterations", "fisher_batch_size"):
-        value = getattr(made, name)
+        value = getattr(training, name)
         optional = name in ("iterations", "fisher_batch_size")
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if not whole and not (optional and value is None):
             raise ArgumentError(f"{where}: training: {name}: expected an integer >= 1, got {value!r}")
     for name in ("lr", "head_lr"):
-        if not isinstance(getattr(made, name), (int, float)) or not 0 < getattr(made, name) < float("inf"):
+        if not isinstance(getattr(training, name), (int, float)) or not 0 < getattr(training, name) < float(
+            "inf"
+        ):
             raise ArgumentError(
-                f"{where}: training: {name}: expected a number > 0, got {getattr(made, name)!r}"
+                f"{where}: training: {name}: expected a number > 0, got {getattr(training, name)!r}"
             )
-    return made
+    return training

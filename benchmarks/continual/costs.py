@@ -1,8 +1,8 @@
-"""What a training step costs at every task of a sequence: time, peak memory, and what a method keeps.
+"""The cost of a training step at every task of a sequence: time, peak memory, and state of the method.
 
-Steps of all tasks are timed in turns. In one long run the first and the last task would be minutes apart, in
-which a machine changes its speed by more than what is to be shown; so there is one model per task, each with
-the history of that task and a step of its own, and a round is one step of each in random order.
+Steps of all tasks are timed in turns. In one long run the first and the last task would be minutes apart, and
+the speed of a machine varies by more than the differences to be measured. So there is one model per task,
+with the history of that task, and a round is one step of each in random order.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from fused_ewclora.demo.cost import peak_bytes
+from fused_ewclora.demo.environment import timestamp
+from fused_ewclora.demo.memory import peak_bytes
 from fused_ewclora.errors import ArgumentError
 
 from .. import machine
@@ -29,16 +29,16 @@ Record = dict[str, Any]
 
 TASKS = 10
 ROUNDS = 60
-FLAT = 1.03  # of its first value, what does not grow may be
+FLAT = 1.03  # limit of the last value over the first one for costs that must not grow
 
 
 def rounds_of(steps: Sequence[Callable[[], Any]], rounds: int, seed: int) -> list[list[float]]:
-    """Seconds of every step in every round, `[steps][rounds]`; each round has an order of its own, so that
-    none of them always follows the same one."""
+    """Seconds of every step in every round, `[steps][rounds]`; each round has its own order, so that
+    no step always follows the same one."""
     order = random.Random(seed)
     seconds: list[list[float]] = [[] for _ in steps]
     collecting = gc.isenabled()
-    gc.disable()  # a collection would fall into some step of some round
+    gc.disable()  # a collection would distort the time of a step
     try:
         for _ in range(rounds):
             for number in order.sample(range(len(steps)), len(steps)):
@@ -78,10 +78,10 @@ def measure(
 ) -> Record:
     """The costs of one method over `tasks` tasks, as a record (record_schema.json).
 
-    kind and options: a method of `METHODS` and its keywords, or `LOOPED` with those of SDLoRA. Nothing but
-    shapes decides costs, so images are random; only the subspaces of InfLoRA, part of its state_bytes, have
-    sizes that real images would change. Raises `ArgumentError` for numbers that are not positive or an
-    unknown kind, and `EWCLoRAError` for a state that fails its checks.
+    kind and options: a method of `METHODS` and its keywords, or `LOOPED` with those of SDLoRA. Images are
+    random, because costs depend only on shapes; the exception are the subspaces of InfLoRA, part of its
+    state_bytes, whose sizes depend on the images. Raises `ArgumentError` for numbers that are not positive or
+    an unknown kind, and `EWCLoRAError` for a state that fails its checks.
 
         >>> record = measure("LoRA", "LoRA", {}, tasks=2, rounds=3, network=QUICK)
     """
@@ -98,25 +98,25 @@ def measure(
         "options": dict(options),
         "model": network.described(),
         "tasks": tasks,
-        "step_seconds": [quantiles(one) for one in seconds],
+        "step_seconds": [quantiles(samples) for samples in seconds],
         "ratio_to_first": ratios_to_first(seconds),
         "step_peak_bytes": [_peak(state, batch, place) for state in states],
         "state_bytes": [state.state_bytes() for state in states],
         "adapter_parameters": [state.adapter_parameters() for state in states],
         "rounds": rounds,
         "environment": machine.environment(place.type),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": timestamp(),
     }
 
 
 def _peak(state: State, batch: Batch, device: torch.device) -> int:
-    """Gradients are made in the step, and are part of its peak."""
+    """The peak of a step, including the gradients, which are allocated in it."""
     state.optimizer.zero_grad()
-    return peak_bytes(lambda: state.step(batch), device)
+    return peak_bytes(lambda: state.step(batch), device)[1]
 
 
 def methods(tasks: int) -> list[tuple[str, str, dict[str, Any]]]:
-    """(name, kind, options) of what is measured by default."""
+    """(name, kind, options) of the methods that are measured."""
     return [
         ("LoRA", "LoRA", {}),
         ("EWC-LoRA", "EWCLoRA", {"ewc_lambda": 1.0}),
@@ -148,7 +148,7 @@ def measure_all(
 
 
 class Target(NamedTuple):
-    """What a method must not exceed: a figure of its record, as a multiple of the same at an earlier task."""
+    """A limit for a method: a value of its record, as a multiple of the same value at an earlier task."""
 
     method: str
     what: str
@@ -195,7 +195,7 @@ def _judged(target: Target, record: Record | None) -> Record:
 
 
 def trend(ratios: Sequence[float]) -> float:
-    """The last value over the first one on the line of least squares through all of them."""
+    """The last value over the first one on the least-squares line through all of them."""
     slope, first = np.polyfit(np.arange(len(ratios)), np.asarray(ratios), 1)
     return float(1.0 + slope * (len(ratios) - 1) / first)
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from ..collection import Record
 from ..plots import style
-from .groups import Group
+from .groups import MIB, Group
 from .targets import CIL, TIL
 
 ACROSS, LEGEND_COLUMNS = 3, 3  # panels of matrices, names
@@ -19,42 +19,44 @@ HATS = (style.OURS_STYLE[0], *style.COLOURS)
 LOOKS = tuple(  # colours first, then again with other lines; markers all differ
     (HATS[i % len(HATS)], ("o", *style.MARKERS)[i], "-" if i < len(HATS) else "--") for i in range(12)
 )
-MIB = 2.0**20
 NAMES = {CIL: "class-incremental", TIL: "task-aware"}
 
 
 def _records(groups: Sequence[Group]) -> list[Record]:
-    return [record for one in groups for record in one.records]
+    return [record for group in groups for record in group.records]
 
 
 def _seeds(groups: Sequence[Group]) -> str:
-    """Which seeds the means are over: those of the most methods, and the exceptions."""
-    told = {one.name: ", ".join(map(str, one.seeds)) for one in groups}
-    usual = max(told.values(), key=list(told.values()).count)
-    others = [f"{name}: {seeds}" for name, seeds in told.items() if seeds != usual]
+    """The seeds of the means: those of most methods, then the exceptions."""
+    seeds_by_name = {group.name: ", ".join(map(str, group.seeds)) for group in groups}
+    usual = max(seeds_by_name.values(), key=list(seeds_by_name.values()).count)
+    others = [f"{name}: {seeds}" for name, seeds in seeds_by_name.items() if seeds != usual]
     return f"seeds {usual} ({'; '.join(others)})" if others else f"seeds {usual}"
 
 
 def matrices(title: str, groups: Sequence[Group], protocol: str) -> Figure:
     """Mean accuracy after task t (row) on task i (column), a panel per method, on one scale of colours."""
-    found = [one.matrix(protocol) for one in groups]
-    tasks = max(len(matrix) for matrix in found)
-    across = min(ACROSS, len(found))
-    down = math.ceil(len(found) / across)
+    accuracies = [group.matrix(protocol) for group in groups]
+    tasks = max(len(matrix) for matrix in accuracies)
+    across = min(ACROSS, len(accuracies))
+    down = math.ceil(len(accuracies) / across)
     size = min(0.92 * style.WIDTH / across, 0.75 + 0.42 * tasks)  # inches, of a panel
     note = (
         f"Row: after this task. Column: on this task. Means over {_seeds(groups)}. All panels have one scale "
         "of colours."
     )
-    made = style.figure(1.2 + down * (size * 0.86 + 0.25), title, _records(groups), note)
-    axes = made.subplots(down, across, squeeze=False)
-    low, high = min(np.nanmin(matrix) for matrix in found), max(np.nanmax(matrix) for matrix in found)
+    figure = style.figure(1.2 + down * (size * 0.86 + 0.25), title, _records(groups), note)
+    axes = figure.subplots(down, across, squeeze=False)
+    low, high = (
+        min(np.nanmin(matrix) for matrix in accuracies),
+        max(np.nanmax(matrix) for matrix in accuracies),
+    )
     scale = {"vmin": 10.0 * math.floor(low / 10.0), "vmax": 10.0 * math.ceil(high / 10.0)}
     digits = 1 if size / tasks > 0.33 else 0  # what fits into a cell
-    for axis, one, matrix in zip(axes.flat, groups, found, strict=False):
+    for axis, group, matrix in zip(axes.flat, groups, accuracies, strict=False):
         shown = axis.imshow(matrix, cmap="viridis", aspect="auto", **scale)
-        axis.set_title(one.name, fontsize=style.SMALL + 1)
-        axis.set_gid(one.name)
+        axis.set_title(group.name, fontsize=style.SMALL + 1)
+        axis.set_gid(group.name)
         ticks = range(len(matrix))
         axis.set_xticks(ticks, [str(i + 1) for i in ticks], fontsize=style.SMALL - 1)
         axis.set_yticks(ticks, [str(i + 1) for i in ticks], fontsize=style.SMALL - 1)
@@ -65,10 +67,10 @@ def matrices(title: str, groups: Sequence[Group], protocol: str) -> Figure:
                       fontsize=style.SMALL - 1.0, color="white" if dark else "black")  # fmt: skip
         for side in axis.spines.values():
             side.set_visible(False)
-    for axis in axes.flat[len(found) :]:
+    for axis in axes.flat[len(accuracies) :]:
         axis.set_visible(False)
-    made.colorbar(shown, ax=axes, shrink=min(1.0, 2.5 / down + 0.2), aspect=30, label="accuracy (%)")
-    return made
+    figure.colorbar(shown, ax=axes, shrink=min(1.0, 2.5 / down + 0.2), aspect=30, label="accuracy (%)")
+    return figure
 
 
 def accuracy(title: str, groups: Sequence[Group]) -> Figure:
@@ -77,35 +79,35 @@ def accuracy(title: str, groups: Sequence[Group]) -> Figure:
         f"Thick: means over {_seeds(groups)}; thin: single seeds. Accuracy is weighted by the tasks' test "
         "examples. Beside names: the last means of the left and the right panel."
     )
-    made, legend, axes = _panels(4.7, title, _records(groups), note, 1, len(groups))
-    longest = max(one.tasks for one in groups)
-    last = {id(one): [one.curves(protocol)[:, -1].mean() for protocol in (CIL, TIL)] for one in groups}
+    figure, legend, axes = _panels(4.7, title, _records(groups), note, 1, len(groups))
+    longest = max(group.tasks for group in groups)
+    last = {id(group): [group.curves(protocol)[:, -1].mean() for protocol in (CIL, TIL)] for group in groups}
     for axis, protocol in zip(axes, (CIL, TIL), strict=True):
-        for one, (colour, marker, line) in zip(groups, LOOKS, strict=False):
-            curves = one.curves(protocol)
-            x = np.arange(1, one.tasks + 1)
+        for group, (colour, marker, line) in zip(groups, LOOKS, strict=False):
+            curves = group.curves(protocol)
+            x = np.arange(1, group.tasks + 1)
             for curve in curves if len(curves) > 1 else ():
                 axis.plot(x, curve, color=colour, linewidth=0.6, alpha=0.35)
-            label = f"{one.name}: {last[id(one)][0]:.1f}, {last[id(one)][1]:.1f}"
+            label = f"{group.name}: {last[id(group)][0]:.1f}, {last[id(group)][1]:.1f}"
             axis.plot(x, curves.mean(axis=0), color=colour, marker=marker, linestyle=line, linewidth=1.8,
-                      markersize=5.5, label=label, gid=one.name)  # fmt: skip
+                      markersize=5.5, label=label, gid=group.name)  # fmt: skip
         axis.set_title(f"{NAMES[protocol]}", fontsize=10)
         axis.set(xlabel="tasks learned", xticks=range(1, longest + 1))
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("accuracy on all tasks so far (%)")
     _legend(legend, axes[0])
-    return made
+    return figure
 
 
 def over_lambda(title: str, groups: Sequence[Group]) -> Figure:
-    """Backward transfer, and what it costs, over lambda; LoRA is lambda 0, left of a gap in the axis."""
+    """Backward transfer and accuracies over lambda; LoRA is lambda 0, left of a gap in the axis."""
     note = (
         f"Large: means over {_seeds(groups)}, bars: standard deviations; small: single seeds. LoRA is lambda "
         "0, beyond the gap in the axis."
     )
-    made = style.figure(4.9, title, _records(groups), note)
-    axes = made.subplots(1, 2)
-    lambdas = [one.ewc_lambda for one in groups]
+    figure = style.figure(4.9, title, _records(groups), note)
+    axes = figure.subplots(1, 2)
+    lambdas = [group.ewc_lambda for group in groups]
     zero = min(value for value in lambdas if value > 0.0) / 10.0
     places = [value or zero for value in lambdas]
     panels = (
@@ -117,8 +119,8 @@ def over_lambda(title: str, groups: Sequence[Group]) -> Figure:
     )  # fmt: skip
     for axis, (label, curves) in zip(axes, panels, strict=True):
         for (protocol, name, words), (colour, marker, _) in zip(curves, LOOKS, strict=False):
-            found = [one.metric(protocol, name) for one in groups]
-            known = [(x, spread) for x, spread in zip(places, found, strict=True) if spread is not None]
+            spreads = [group.metric(protocol, name) for group in groups]
+            known = [(x, spread) for x, spread in zip(places, spreads, strict=True) if spread is not None]
             for x, spread in known:
                 beside = [0.9 * x] * len(spread.values)
                 axis.plot(beside, spread.values, color=colour, marker=marker, markersize=3,
@@ -137,19 +139,18 @@ def over_lambda(title: str, groups: Sequence[Group]) -> Figure:
         axis.set(xlabel="lambda", ylabel=label)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=style.SMALL)
-    return made
+    return figure
 
 
-def costs(title: str, found: Sequence[Record]) -> Figure:
+def costs(title: str, records: Sequence[Record]) -> Figure:
     """Step time, memory, state and numbers of adapters over tasks, a line per method."""
-    rounds = sorted({record["rounds"] for record in found})
-    told = str(rounds[0]) if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
+    rounds = sorted({record["rounds"] for record in records})
+    rounds_text = str(rounds[0]) if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
     note = (
-        f"Step time: median over {told} rounds, in which the states of all tasks took turns, of the ratio "
-        "to the first task's. "
-        "State: what a method keeps beside the plain model."
+        f"Step time: median over {rounds_text} rounds, in which the states of all tasks took turns, of the "
+        "ratio to the first task's. State: what a method keeps beside the plain model."
     )
-    made, legend, axes = _panels(7.8, title, found, note, 2, len(found))
+    figure, legend, axes = _panels(7.8, title, records, note, 2, len(records))
     panels: tuple[tuple[str, Callable[[Record], list[Any]], str], ...] = (
         ("step time, ratio to the first task", lambda r: r["ratio_to_first"], "linear"),
         ("memory at a step's peak (MiB)", lambda r: _mib(r["step_peak_bytes"]), "linear"),
@@ -157,17 +158,17 @@ def costs(title: str, found: Sequence[Record]) -> Figure:
         ("numbers in adapters (thousands)", lambda r: [n / 1e3 for n in r["adapter_parameters"]], "log"),
     )  # fmt: skip
     for axis, (label, values, scale) in zip(axes, panels, strict=True):
-        for record, (colour, marker, line) in zip(found, LOOKS, strict=False):
+        for record, (colour, marker, line) in zip(records, LOOKS, strict=False):
             x = range(1, record["tasks"] + 1)
             axis.plot(x, values(record), color=colour, marker=marker, linestyle=line, linewidth=1.6,
                       markersize=5, label=record["method"], gid=record["method"], alpha=0.85)  # fmt: skip
-        axis.set(xlabel="task", ylabel=label, xticks=range(1, found[0]["tasks"] + 1), yscale=scale)
+        axis.set(xlabel="task", ylabel=label, xticks=range(1, records[0]["tasks"] + 1), yscale=scale)
         if scale == "log":
             style.plain_ticks(axis.yaxis)
         axis.grid(alpha=0.25)
     axes[0].axhline(1.0, color="black", linewidth=0.8, zorder=0)
     _legend(legend, axes[0])
-    return made
+    return figure
 
 
 def _mib(values: Sequence[int | None]) -> list[float]:
@@ -175,23 +176,23 @@ def _mib(values: Sequence[int | None]) -> list[float]:
 
 
 def _panels(
-    height: float, title: str, found: Sequence[Record], note: str, rows: int, names: int
+    height: float, title: str, records: Sequence[Record], note: str, rows: int, names: int
 ) -> tuple[Figure, Any, list[Any]]:
-    """A figure with `rows` of two panels, and above them an empty axis for a legend of so many names."""
+    """A figure with `rows` of two panels, and above them an empty axis for a legend of `names` names."""
     above = 0.19 * math.ceil(names / LEGEND_COLUMNS) + 0.1
-    made = style.figure(height + above, title, found, note)
-    grid = made.add_gridspec(rows + 1, 2, height_ratios=[above, *[(height - 1.0) / rows] * rows])
-    legend = made.add_subplot(grid[0, :])
+    figure = style.figure(height + above, title, records, note)
+    grid = figure.add_gridspec(rows + 1, 2, height_ratios=[above, *[(height - 1.0) / rows] * rows])
+    legend = figure.add_subplot(grid[0, :])
     legend.set_axis_off()
     return (
-        made,
+        figure,
         legend,
-        [made.add_subplot(grid[row, column]) for row in range(1, rows + 1) for column in (0, 1)],
+        [figure.add_subplot(grid[row, column]) for row in range(1, rows + 1) for column in (0, 1)],
     )
 
 
 def _legend(where: Any, axis: Any) -> None:
-    """What the lines of all panels are, where it hides none of them."""
+    """A legend for the lines of all panels, outside of them."""
     where.legend(*axis.get_legend_handles_labels(), loc="center", ncols=LEGEND_COLUMNS, fontsize=style.SMALL,
                  handlelength=3.0, frameon=False, borderaxespad=0.0)  # fmt: skip
 

@@ -1,42 +1,30 @@
-"""Runs that differ in the seed only, together: what tables, targets and pictures are made of."""
+"""Groups of runs that differ only in the seed, from which tables, targets and pictures are made."""
 
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+
+from fused_ewclora.demo.spread import Spread
 
 from .. import collection
 from ..collection import Record
 from . import recorded
 
 KINDS = ("LoRA", "EWCLoRA", "SDLoRA", "CoDyRA", "InfLoRA")  # as tables order them
-SHOWN_DIFFERENCES = 3  # that tell settings of one method apart
-
-
-class Spread(NamedTuple):
-    """Mean and sample standard deviation over seeds; the latter is None for a single one."""
-
-    mean: float
-    deviation: float | None
-    values: tuple[float, ...]
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        return cls(statistics.fmean(values), deviation, tuple(values))
+MIB = 2.0**20
+SHOWN_DIFFERENCES = 3  # fields in the note that distinguishes settings of one method
 
 
 @dataclass(frozen=True)
 class Group:
     """The runs of one method with one setting, by seed, each seed once.
 
-    note: what is different from the other settings of the method in the suite; "" where it has one.
+    note: the differences from the other settings of the method in the suite; "" for a single setting.
     """
 
     suite: str
@@ -47,7 +35,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """The method, and its setting where there are several."""
+        """The method, with its setting where there are several."""
         return f"{self.method} ({self.note})" if self.note else self.method
 
     @property
@@ -60,8 +48,8 @@ class Group:
 
     @property
     def options(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.records[0]["run"]["options"]
-        return found
+        options: dict[str, Any] = self.records[0]["run"]["options"]
+        return options
 
     @property
     def ewc_lambda(self) -> float:
@@ -70,11 +58,11 @@ class Group:
 
     @property
     def machines(self) -> list[str]:
-        """Where it ran; times of different machines are not averaged."""
+        """The machines of the runs; times of different machines are not averaged."""
         return list(collection.by_machine(self.records))
 
     def of_seeds(self, seeds: Sequence[int]) -> Group:
-        """The same with some of the seeds."""
+        """The group with only these seeds."""
         kept = tuple(record for record in self.records if record["seed"] in seeds)
         return Group(self.suite, self.method, self.kind, kept, self.note)
 
@@ -111,13 +99,13 @@ def basis(group: Group) -> str:
     return json.dumps([group.suite, kept, group.tasks], sort_keys=True)
 
 
-def group(found: Iterable[Record]) -> list[Group]:
+def group(records: Iterable[Record]) -> list[Group]:
     """Groups of the runs among records, suites in order of appearance, methods by kind and lambda.
 
-    Of runs with the same setting and seed the newest counts, of equal times the later one.
+    Of runs with the same setting and seed the newest is used; of equal times, the later one.
     """
     settings: dict[tuple[str, str, str], dict[int, Record]] = {}
-    for record in recorded.runs(found):
+    for record in recorded.runs(records):
         seeds = settings.setdefault((record["suite"], record["method"], setting(record)), {})
         before = seeds.get(record["seed"])
         if before is None or record["time"] >= before["time"]:
@@ -126,25 +114,25 @@ def group(found: Iterable[Record]) -> list[Group]:
         Group(suite, method, next(iter(seeds.values()))["kind"], tuple(seeds[seed] for seed in sorted(seeds)))
         for (suite, method, _), seeds in settings.items()
     ]
-    suites = list(dict.fromkeys(one.suite for one in groups))
-    # Runs are recorded as they end, several at a time: their order says nothing.
-    groups.sort(key=lambda one: (suites.index(one.suite), _rank(one.kind), one.ewc_lambda))
+    suites = list(dict.fromkeys(entry.suite for entry in groups))
+    # Runs are recorded as they end, several at a time: their order has no meaning.
+    groups.sort(key=lambda entry: (suites.index(entry.suite), _rank(entry.kind), entry.ewc_lambda))
     return list(_noted(groups))
 
 
 def by_suite(groups: Iterable[Group]) -> dict[str, list[Group]]:
     """Groups by the name of their suite."""
     suites: dict[str, list[Group]] = {}
-    for one in groups:
-        suites.setdefault(one.suite, []).append(one)
+    for entry in groups:
+        suites.setdefault(entry.suite, []).append(entry)
     return suites
 
 
-def newest_costs(found: Iterable[Record]) -> list[list[Record]]:
-    """Records of costs that can be compared, of the same machine, model and number of tasks, in lists: of
-    every method the newest."""
+def newest_costs(records: Iterable[Record]) -> list[list[Record]]:
+    """Lists of cost records that can be compared: of the same machine, model and number of tasks, the newest
+    of every method."""
     comparable: dict[str, dict[str, Record]] = {}
-    for machine, of_machine in collection.by_machine(recorded.costs(found)).items():
+    for machine, of_machine in collection.by_machine(recorded.costs(records)).items():
         for record in of_machine:
             which = json.dumps([machine, record["model"], record["tasks"]], sort_keys=True)
             methods = comparable.setdefault(which, {})
@@ -159,33 +147,33 @@ def _rank(kind: str) -> int:
 
 
 def _noted(groups: Sequence[Group]) -> Iterator[Group]:
-    """With what tells settings of one method apart."""
-    for one in groups:
-        same = [other for other in groups if (other.suite, other.method) == (one.suite, one.method)]
+    """The groups with a note that distinguishes settings of the same method."""
+    for entry in groups:
+        same = [other for other in groups if (other.suite, other.method) == (entry.suite, entry.method)]
         if len(same) == 1:
-            yield one
+            yield entry
             continue
-        told = [_flat(other) for other in same]
-        mine = told[same.index(one)]
-        names = list(dict.fromkeys(name for fields in told for name in fields))
-        apart = [name for name in names if len({json.dumps(fields.get(name)) for fields in told}) > 1]
-        parts = [f"{name.rpartition('.')[2]} {mine.get(name, 'not given')}" for name in apart]
+        settings = [_flat(other) for other in same]
+        mine = settings[same.index(entry)]
+        names = list(dict.fromkeys(name for fields in settings for name in fields))
+        differing = [name for name in names if len({json.dumps(fields.get(name)) for fields in settings}) > 1]
+        parts = [f"{name.rpartition('.')[2]} {mine.get(name, 'not given')}" for name in differing]
         more = ["…"] if len(parts) > SHOWN_DIFFERENCES else []
         note = ", ".join([*parts[:SHOWN_DIFFERENCES], *more])
-        yield Group(one.suite, one.method, one.kind, one.records, note)
+        yield Group(entry.suite, entry.method, entry.kind, entry.records, note)
 
 
-def _flat(one: Group) -> dict[str, Any]:
-    """Fields of a setting by their path."""
-    found: dict[str, Any] = {}
+def _flat(entry: Group) -> dict[str, Any]:
+    """The fields of a setting, by their path."""
+    fields: dict[str, Any] = {}
 
     def visit(value: Any, path: str) -> None:
         if isinstance(value, dict):
             for name, inner in value.items():
                 visit(inner, f"{path}.{name}" if path else name)
         else:
-            found[path] = value
+            fields[path] = value
 
-    run = {n: v for n, v in one.records[0]["run"].items() if n not in ("suite", "method", "seed")}
-    visit({**run, "number of tasks": one.tasks}, "")
-    return found
+    run = {n: v for n, v in entry.records[0]["run"].items() if n not in ("suite", "method", "seed")}
+    visit({**run, "number of tasks": entry.tasks}, "")
+    return fields

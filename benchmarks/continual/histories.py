@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_ewclora as fe
-from fused_ewclora.demo.vit import Classifier, VisionTransformer
+from fused_ewclora.demo.vit import Classifier, VisionTransformer, key_value_config
 from fused_ewclora.errors import ArgumentError, EWCLoRAError
 from fused_ewclora.methods import Method, SDLoRA
 
@@ -25,9 +25,9 @@ Batch = tuple[Tensor, Tensor]
 LOOPED = "LoopedSDLoRA"  # a kind beside those of METHODS
 CLASSES = 10  # of every task
 CHANNELS = 3
-HISTORY_STEPS = 2  # of training in each earlier task: values do not matter, that no direction is 0 does
+HISTORY_STEPS = 2  # of training in each earlier task, enough that no direction is 0
 WARMUP = 3
-# Of the loss in fp32, one loop against one product: sums of some 1e3 terms in two orders, a few layers deep.
+# Relative error of the fp32 loss, loop against product: sums of about 1e3 terms in two orders, in few layers.
 LOSS_TOLERANCE = 1e-4
 TRAINING = Training(lr=1e-3, head_lr=5e-3)
 
@@ -62,8 +62,7 @@ class Network:
         )
 
     def config(self) -> fe.LoRAConfig:
-        layout = fe.QKVLayout(("q", "k", "v"), (self.dim,) * 3)
-        return fe.LoRAConfig(r=self.rank, target_modules=["qkv"], slices=("k", "v"), layout=layout)
+        return key_value_config(self.dim, self.rank)
 
     def example(self, device: torch.device) -> Batch:
         images = torch.rand(self.batch, CHANNELS, self.side, self.side, device=device)
@@ -87,7 +86,7 @@ class State:
         self.optimizer = make_optimizer(self.model, TRAINING)  # type: ignore[arg-type]
 
     def step(self, batch: Batch) -> float:
-        """A whole training step; the loss with its penalty, read back, so that a GPU has finished."""
+        """A whole training step; returns the loss with its penalty, so that a GPU has finished."""
         self.optimizer.zero_grad()
         loss = self.loss(batch)
         loss.backward()
@@ -122,13 +121,13 @@ def histories(
     torch.manual_seed(seed)
     model = network.classifier().to(device)
     method: Method = _class(kind)(model, network.config(), **options)
-    found = []
+    methods = []
     for task in range(tasks):
         model.add_head(CLASSES).to(device)
         loader = [network.example(device) for _ in range(HISTORY_STEPS)]
         method.begin_task(task)
         method.prepare(loader)
-        found.append(copy.deepcopy(method))
+        methods.append(copy.deepcopy(method))
         if task + 1 < tasks:
             optimizer = make_optimizer(model, TRAINING)
             for step, (images, labels) in enumerate(loader):
@@ -137,7 +136,7 @@ def histories(
                 optimizer.step()
                 method.after_step(step, len(loader))
             method.end_task(loader, F.cross_entropy)
-    return found
+    return methods
 
 
 def prepared(
@@ -151,7 +150,7 @@ def prepared(
 ) -> tuple[list[State], Batch]:
     """Checked states, one per task, after their warm-up, and the batch that all of them train on.
 
-    Raises `EWCLoRAError` for a state that is not what it is to be, so that no time is taken of it.
+    Raises `EWCLoRAError` for a state that fails a check, so that it is never timed.
     """
     methods = histories(kind, options, tasks, network, device, seed)
     batch = network.example(device)
@@ -166,10 +165,10 @@ def prepared(
     states = [State(method, kind) for method in methods]
     for state, loss in zip(states, expected, strict=True):
         with torch.no_grad():
-            found = F.cross_entropy(state.model(batch[0]), batch[1]).item()
-        if not abs(found - loss) <= LOSS_TOLERANCE * abs(loss):  # a NaN is refused, too
+            actual = F.cross_entropy(state.model(batch[0]), batch[1]).item()
+        if not abs(actual - loss) <= LOSS_TOLERANCE * abs(loss):  # a NaN is refused, too
             raise EWCLoRAError(
-                f"{name}: task {state.tasks}: expected a loss of {loss}, as the method has, got {found}"
+                f"{name}: task {state.tasks}: expected a loss of {loss}, as the method has, got {actual}"
             )
         for _ in range(WARMUP):
             state.step(batch)
@@ -182,8 +181,8 @@ def _class(kind: str) -> type[Method]:
         return SDLoRA
     if kind not in METHODS:
         raise ArgumentError(f"kind: expected one of {', '.join((*METHODS, LOOPED))}, got {kind!r}")
-    found: type[Method] = METHODS[kind]
-    return found
+    method_class: type[Method] = METHODS[kind]
+    return method_class
 
 
 def _check_directions(name: str, method: SDLoRA) -> None:

@@ -1,7 +1,6 @@
-"""Image sets as they are published, from their official files: which images, of which class, in which split.
+"""Published image sets from their official files: the images of every class in every split.
 
-Nothing is decoded here but CIFAR-100, whose images are arrays in one file. Expected layouts, below the data
-folder:
+Only CIFAR-100 is decoded here, whose images are arrays in one file. Expected layouts in the data folder:
 
     cifar-100-python/{train,test,meta}            the archive "CIFAR-100 python version", extracted
     imagenet-r/<wnid>/*, imagenet-a/<wnid>/*      as released, or split as train/<wnid>/*, test/<wnid>/*
@@ -26,7 +25,7 @@ from fused_ewclora.demo.formats import (
     restricted_unpickle,
 )
 
-TEST_SHARE = 0.2  # of a class that is released without a split
+TEST_SHARE = 0.2  # of each class, for sets that are released without a split
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 
 
@@ -75,7 +74,7 @@ class Collection:
 
 
 def read(dataset: str, root: Path, split_seed: int = 0) -> Collection:
-    """One of `READERS`, from the data folder `root`; split_seed is of sets that come without a split.
+    """One of `READERS`, from the data folder `root`; split_seed: for sets without a published split.
 
     Raises `DataError` that names the files it expects.
 
@@ -88,7 +87,7 @@ def read(dataset: str, root: Path, split_seed: int = 0) -> Collection:
 
 
 def cifar100(root: Path, split_seed: int) -> Collection:
-    """60,000 images of 100 classes; its own split."""
+    """60,000 images of 100 classes, with the official split."""
     folder = root / "cifar-100-python"
     for name in ("train", "test", "meta"):
         if not (folder / name).is_file():
@@ -116,7 +115,7 @@ def folders(name: str, official: str) -> Callable[[Path, int], Collection]:
         folder = root / name
         if not folder.is_dir():
             raise DataError(
-                f"{folder}: expected {official}, one folder of images per class, or split by yourself as "
+                f"{folder}: expected {official}, one folder of images per class, or already split as "
                 "train/<class>/* and test/<class>/*; found no such folder"
             )
         if (folder / "train").is_dir() or (folder / "test").is_dir():
@@ -127,7 +126,7 @@ def folders(name: str, official: str) -> Callable[[Path, int], Collection]:
 
 
 def domainnet(root: Path, split_seed: int) -> Collection:
-    """345 classes, each with images of all six domains; the official lists are its split.
+    """345 classes, each with images of all six domains, split by the official lists.
 
     A line of a list is "<path below domainnet> <label>"; classes are in the order of these labels.
     """
@@ -140,7 +139,7 @@ def domainnet(root: Path, split_seed: int) -> Collection:
                 f"lists <domain>_train.txt, <domain>_test.txt for {', '.join(DOMAINS)}; found no {file}"
             )
     names: dict[int, str] = {}
-    present: dict[Path, set[str]] = {}  # by folder: one look per folder, not one per image
+    present: dict[Path, set[str]] = {}  # files by folder, so that every folder is listed once
     splits = {
         split: [
             entry for domain in DOMAINS for entry in _listed(folder, f"{domain}_{split}.txt", names, present)
@@ -190,9 +189,9 @@ def _split_folders(name: str, folder: Path) -> Collection:
 
 
 def _unsplit_folders(name: str, folder: Path, split_seed: int) -> Collection:
-    """A fifth of each class, but at least one image, for testing, the same ones for every run.
+    """A fifth of each class, but at least one image, is for testing, the same images in every run.
 
-    The published splits of these sets were drawn once and are lists of files; this one is of the same size.
+    The published splits of these sets were drawn once and are lists of files; this one has the same size.
     """
     # The legacy generator: its permutations are the same in all versions of NumPy.
     random = np.random.RandomState(split_seed)
@@ -213,7 +212,7 @@ def _listed(
     folder: Path, name: str, names: dict[int, str], present: dict[Path, set[str]]
 ) -> list[tuple[Path, int]]:
     """(file, label) of each line of a list; `names` collects the class of each label."""
-    found = []
+    entries = []
     try:
         lines = (folder / name).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -234,5 +233,5 @@ def _listed(
             present[file.parent] = {entry.name for entry in file.parent.iterdir()} if exists else set()
         if file.name not in present[file.parent]:
             raise DataError(f"{where}: {file}: expected an image, found no such file")
-        found.append((file, int(label)))
-    return found
+        entries.append((file, int(label)))
+    return entries

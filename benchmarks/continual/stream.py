@@ -1,4 +1,4 @@
-"""What a run learns: a stream of tasks with classes of their own, and the frozen backbone that is adapted."""
+"""What a run learns: a stream of tasks with disjoint classes, and the frozen backbone that is adapted."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ class Stream:
 
 @dataclass(frozen=True)
 class Problem:
-    """A stream and what learns it.
+    """A stream and the backbone that learns it.
 
     backbone: frozen modules that map inputs to features `[N, dim]`; `backbone.dim` is their width. It is
-    copied by runs, never changed. facts: what a reader should know of it, for the record (for instance the
-    accuracy of a base that was trained here).
+    copied by runs, never changed. facts: descriptive values for the record (for instance the accuracy of a
+    base that was trained here).
     """
 
     stream: Stream
@@ -103,8 +103,8 @@ def loader(
 
 
 def split_classes(classes: Sequence[str], tasks: int | Sequence[int]) -> Iterator[tuple[str, ...]]:
-    """Consecutive classes of each task: so many tasks as equal as possible, or tasks of the given numbers of
-    classes, which may leave classes over.
+    """Consecutive classes of each task: a number of tasks of nearly equal size, or tasks with these numbers
+    of classes, which need not use all classes.
 
     Raises `DataError` when there are fewer classes than asked for, or a task would get none.
     """

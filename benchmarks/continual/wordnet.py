@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 from fused_ewclora.demo.formats import DataError
-
-from .sources import debian_package
+from fused_ewclora.demo.sources import debian_package
 
 PACKAGE = "wordnet-base"
 PARTS = ("noun", "verb", "adj", "adv")
@@ -22,7 +21,7 @@ LEXICOGRAPHER_FILES = (
     "verb.emotion", "verb.motion", "verb.perception", "verb.possession", "verb.social", "verb.stative",
     "verb.weather", "adj.ppl",
 )  # fmt: skip
-# A synset up to its words: where it is in the file, its lexicographer file, its kind.
+# A synset up to its words: its offset in the file, its lexicographer file, its kind.
 _SYNSET = re.compile(r"\d{8} (\d\d) [nvasr] [0-9a-f]{2} ")
 # Examples are quoted; most follow a semicolon, some a colon or a comma.
 _EXAMPLE = re.compile(r'\s*[;:,]\s*"')
@@ -42,7 +41,7 @@ def read(path: Path) -> list[tuple[str, str]]:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-    found: list[tuple[str, str]] = []
+    synsets: list[tuple[str, str]] = []
     for number, line in enumerate(lines, 1):
         if line.startswith("  "):  # the licence, at the top of every file
             continue
@@ -56,24 +55,24 @@ def read(path: Path) -> list[tuple[str, str]]:
             )
         if not (text := definition(gloss)):
             raise DataError(f"{path}, line {number}: expected a definition, got the gloss {gloss[:60]!r}")
-        found.append((LEXICOGRAPHER_FILES[file], text))
-    if not found:
+        synsets.append((LEXICOGRAPHER_FILES[file], text))
+    if not synsets:
         raise DataError(f"{path}: expected synsets, found none")
-    return found
+    return synsets
 
 
 def definitions(root: Path, parts: tuple[str, ...] = ("noun", "verb")) -> list[tuple[str, str]]:
     """(lexicographer file, definition) of all synsets of some parts of speech.
 
-    root: folder with the Debian package wordnet-base or its content, or where it is fetched to. Adjectives
-    and adverbs have hardly any subjects of their own: nearly all are in one file each. Raises `DataError`.
+    root: folder with the Debian package wordnet-base or its content; it is downloaded there if missing.
+    Adjectives and adverbs are not divided by subject: nearly all are in one file each. Raises `DataError`.
     """
     if unknown := sorted(set(parts) - set(PARTS)):
         raise DataError(f"parts: expected some of {', '.join(PARTS)}, got {unknown[0]!r}")
     content = debian_package(root, PACKAGE)
-    found: list[tuple[str, str]] = []
+    synsets: list[tuple[str, str]] = []
     for part in parts:
         if not (files := sorted(content.rglob(f"data.{part}"))):
             raise DataError(f"{content}: expected a file data.{part} of {PACKAGE}, found none")
-        found += read(files[0])
-    return found
+        synsets += read(files[0])
+    return synsets

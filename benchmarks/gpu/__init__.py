@@ -1,1 +1,1 @@
-"""Benchmarks of the GPU kernels: one module per suite, each a plan of cases in order of importance."""
+"""Benchmarks on a GPU: suites, the build of the extension, small calls for compute-sanitizer."""

@@ -1,14 +1,13 @@
 """Runs one suite on a GPU: `python -m benchmarks.gpu SUITE --out DIR`.
 
-Appends records to DIR/SUITE.jsonl case by case and skips cases that are there already, so that a suite that
-was cut short goes on where it stopped. Exit status 1 when one of our own providers failed or was wrong, 75
-when the device was lost and a new process can go on.
+Appends records to DIR/SUITE.jsonl case by case and skips cases that are there already, so that an interrupted
+suite continues where it stopped. Exit status 1 when one of our own providers failed or was wrong, 75 when the
+device was lost and a new process can continue.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import os
 import sys
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from fused_ewclora.demo.environment import timestamp
 
 from .. import energy, predict, records, registry
 from ..case import OURS, ROLES
@@ -30,9 +31,9 @@ from ..suites import SUITES
 from ..workload import LATER, Workload
 
 NAMES = tuple(name for name, suite in SUITES.items() if suite.plan("gpu"))
-ENERGY = 0.08  # of the budget is for energy, of the cases that come first
+ENERGY = 0.08  # share of the budget for measuring energy, spent on the first cases
 DEVICE_LOST = 75  # "temporary failure": try again
-PEERS = frozenset(ROLES) - {"ours", "variant", "floor"}  # a peer that fails is its own affair
+PEERS = frozenset(ROLES) - {"ours", "variant", "floor"}  # roles whose failures do not count
 
 
 def planned(suite: str, rehearsal: bool = False) -> list[Workload]:
@@ -40,27 +41,29 @@ def planned(suite: str, rehearsal: bool = False) -> list[Workload]:
     return SUITES[suite].plan("rehearsal" if rehearsal else "gpu")
 
 
-def marker(one: Workload) -> str:
-    """A provider by which records show that a case, or a later part of one, was done."""
-    return registry.peers(one)[0] if one.part == LATER else OURS
+def marker(workload: Workload) -> str:
+    """The provider whose record shows that a case, or a later part of one, was done."""
+    return registry.peers(workload)[0] if workload.part == LATER else OURS
 
 
-def done(one: Workload, found: Iterable[Record]) -> bool:
+def done(workload: Workload, previous: Iterable[Record]) -> bool:
     """Whether records hold the outcome of this part."""
-    return any(r["provider"] == marker(one) and records.key(r) == records.key(vars(one)) for r in found)
+    return any(
+        r["provider"] == marker(workload) and records.key(r) == records.key(vars(workload)) for r in previous
+    )
 
 
-def broken(found: Iterable[Record]) -> list[Record]:
-    """Records of failures that are ours; what needs a library that is not there is not."""
-    failed = [r for r in found if "failed" in r and r.get("role") not in PEERS]
+def broken(results: Iterable[Record]) -> list[Record]:
+    """Records of failures of ours, except those because a library is not installed."""
+    failed = [r for r in results if "failed" in r and r.get("role") not in PEERS]
     return [r for r in failed if not r["failed"].startswith(Unavailable.__name__)]
 
 
-def show(found: Sequence[Record]) -> None:
-    """A case in a few lines."""
-    first = found[0]
+def show(results: Sequence[Record]) -> None:
+    """Prints the records of a case."""
+    first = results[0]
     print(f"\n{first['op']}  {', '.join(f'{k} {v}' for k, v in first['shape'].items())}  {first['dtype']}")
-    for r in found:
+    for r in results:
         if "failed" in r:
             print(f"  {r['provider']:40} {r['failed']}")
             continue
@@ -76,47 +79,48 @@ def show(found: Sequence[Record]) -> None:
 
 
 def _measured(
-    suite: str, one: Workload, place: Place, seconds: float, found: Ceilings, clock: WallClock
+    suite: str, workload: Workload, place: Place, seconds: float, limits: Ceilings, clock: WallClock
 ) -> list[Record]:
     try:
         with clock.running():
-            case = predict.filled(SUITES[suite].build(one, place))
+            case = predict.filled(SUITES[suite].build(workload, place))
     except Exception as failure:
         reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:400]
-        return [{**common(one, marker(one), "ours"), "failed": f"the case could not be built: {reason}"}]
-    return measure(case, seconds, found, clock)
+        return [
+            {**common(workload, marker(workload), "ours"), "failed": f"the case could not be built: {reason}"}
+        ]
+    return measure(case, seconds, limits, clock)
 
 
 def run(suite: str, out: Path, place: Place, seconds: float, budget: float) -> int:
-    """Measures what is left of a suite within `budget` seconds; the exit status."""
+    """Measures the remaining cases of a suite within `budget` seconds; returns the exit status."""
     begin = time.monotonic()
     torch.manual_seed(0)
-    meter, told = (None, "not measured") if place.rehearsal else energy.meter(ENERGY * budget)
+    meter, energy_source = (None, "not measured") if place.rehearsal else energy.meter(ENERGY * budget)
     clock = WallClock(2, warm=False) if place.rehearsal else clock_of(place.device, meter)
     path = out / f"{suite}.jsonl"
     before = records.read(path)
-    left = [one for one in planned(suite, place.rehearsal) if not done(one, before)]
+    left = [workload for workload in planned(suite, place.rehearsal) if not done(workload, before)]
     limits = ceilings(place.device, 0.01 if place.rehearsal else 0.2)
-    machine = {**environment(place.device), **versions(), "energy": told}
+    machine = {**environment(place.device), **versions(), "energy": energy_source}
     print(f"{suite}: {len(left)} cases; ceilings {', '.join(f'{k} {v:.3g}' for k, v in limits.items())}")
     status = 0
-    for number, one in enumerate(left):
+    for number, workload in enumerate(left):
         if time.monotonic() - begin > budget:
             print(f"{len(left) - number} of {len(left)} cases were not reached in {budget:.0f} s")
             break
         lost = False
         try:
-            found = _measured(suite, one, place, seconds, limits, clock)
+            results = _measured(suite, workload, place, seconds, limits, clock)
         except DeviceLost as failure:
-            found, lost = failure.records, True
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        extra: dict[str, Any] = {"environment": machine, "time": now}
-        append(path, found, extra)
-        show(found)
-        status |= bool(broken(found))
+            results, lost = failure.records, True
+        extra: dict[str, Any] = {"environment": machine, "time": timestamp()}
+        append(path, results, extra)
+        show(results)
+        status |= bool(broken(results))
         if lost:
             return DEVICE_LOST
-        del found
+        del results
         gc.collect()
         if place.device == "cuda":
             torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
-"""Builds the CUDA extension in place for the GPU that is here: `python -m benchmarks.gpu.build`.
+"""Builds the CUDA extension in place for the current GPU: `python -m benchmarks.gpu.build`.
 
 Exit status 0: the backend "cuda" can be used; 1: the compiler failed or the extension does not load, with
-its first error in the last lines; 77: nothing to build with, the last line says what is missing.
+its first error in the last lines; 77: a tool for building is missing, which the last line names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from ..steps import SKIP, shown
 
 ROOT = Path(__file__).resolve().parents[2]
-MISSING = re.compile(r"extension cannot be built, (.+)")  # as setup.py says it
+MISSING = re.compile(r"extension cannot be built, (.+)")  # the message of setup.py
 ERROR = re.compile(r"\berror\b|\bfatal\b|undefined reference|Killed|No space left", re.IGNORECASE)
 SHOWN = 6  # lines of the first error
 LOADS = (
@@ -35,7 +35,7 @@ def command(ninja: bool) -> list[str]:
 
 
 def settings(capability: tuple[int, int]) -> dict[str, str]:
-    """Of setup.py: this GPU's architecture alone, and a compiler per core."""
+    """Environment variables of setup.py: only this GPU's architecture, and one compiler per core."""
     return {
         "FUSED_EWCLORA_BUILD": "cuda",
         "TORCH_CUDA_ARCH_LIST": f"{capability[0]}.{capability[1]}",
@@ -47,13 +47,13 @@ def settings(capability: tuple[int, int]) -> dict[str, str]:
 
 
 def first_error(lines: Sequence[str]) -> list[str]:
-    """The first line that names an error and some after it, or the last ones."""
+    """The first line with an error and some lines after it; without an error, the last lines."""
     where = next((i for i, line in enumerate(lines) if ERROR.search(line)), max(len(lines) - SHOWN, 0))
     return list(lines[where : where + SHOWN])
 
 
 def build(root: Path, capability: tuple[int, int]) -> int:
-    """Builds what is not current, and loads it; the exit status."""
+    """Builds what is out of date, and loads it; returns the exit status."""
     environment = settings(capability)
     ninja = shutil.which("ninja", path=environment["PATH"]) is not None
     code, lines = shown(command(ninja), environment, root)

@@ -1,5 +1,5 @@
-"""Says what machine this is, as JSON: `python -m benchmarks.gpu.describe [--ceilings]`. Settings of the GPU
-are read, never changed. Exit status 3 without a GPU."""
+"""Describes the machine as JSON: `python -m benchmarks.gpu.describe [--ceilings]`. Settings of the GPU are
+read, never changed. Exit status 3 without a GPU."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def driver() -> dict[str, str]:
         return {"nvidia-smi": "not found"}
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as failure:
         return {"nvidia-smi": str(failure)}
-    if found.returncode:
-        return {"nvidia-smi": (found.stdout + found.stderr).strip()[:400]}
-    values = found.stdout.splitlines()[0].split(", ")
+    if result.returncode:
+        return {"nvidia-smi": (result.stdout + result.stderr).strip()[:400]}
+    values = result.stdout.splitlines()[0].split(", ")
     return dict(zip(QUERY.split(","), values, strict=False))
 
 
 def tools() -> dict[str, str | None]:
-    """Where the programs are that some steps of the GPU check need; None: not found."""
-    found = {name: shutil.which(name) for name in ("nvcc", "ninja", "c++")}
-    return {**found, "compute-sanitizer": sanitizer()}
+    """Paths of the programs that some steps of the GPU check need; None: not found."""
+    paths = {name: shutil.which(name) for name in ("nvcc", "ninja", "c++")}
+    return {**paths, "compute-sanitizer": sanitizer()}
 
 
 def main() -> int:
@@ -58,9 +58,14 @@ def main() -> int:
         return 0
     from fused_ewclora import available_backends
 
-    told = {"environment": {**environment(device), **versions()}, "driver": driver(), "tools": tools()}
-    told["energy"] = "not measured" if args.rehearse else energy.meter()[1]
-    print(json.dumps({**told, "backends": available_backends()}, indent=1))
+    description = {
+        "environment": {**environment(device), **versions()},
+        "driver": driver(),
+        "tools": tools(),
+        "energy": "not measured" if args.rehearse else energy.meter()[1],
+        "backends": available_backends(),
+    }
+    print(json.dumps(description, indent=1))
     return 0
 
 

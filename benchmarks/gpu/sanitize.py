@@ -1,7 +1,7 @@
 """Runs small calls of every op of the CUDA backend under a tool: `python -m benchmarks.gpu.sanitize`.
 
 The tools are those of compute-sanitizer: memcheck watches accesses to memory, racecheck those of the threads
-of a block to shared memory. Both watch our kernels alone, and results are compared with the reference. Exit
+of a block to shared memory. Both watch only our kernels, and results are compared with the reference. Exit
 status 0: no complaint; 1: the last lines say which; 77: the extension or compute-sanitizer is missing.
 `--calls` runs the calls in this process, without a tool; `--rehearse` does so on the CPU, on the reference.
 """
@@ -27,8 +27,8 @@ TOOLS = {
     "memcheck": ["--padding", "256"],  # bytes between allocations, which nothing may touch
     "racecheck": [],
 }
-FOUND = 86  # exit status when a tool has something to say
-RESERVE = 5.0  # seconds of the budget for what comes after the tools
+FOUND = 86  # exit status of a tool that reports errors
+RESERVE = 5.0  # seconds of the budget for the work after the tools
 SHOWN = 3  # lines of a tool's first complaint
 CONTENT = " SUMMARY: 0 "  # errors or hazards
 COMPLAINT = re.compile(r"========= (?!    |COMPUTE-SANITIZER)\S")  # its first line; details are indented
@@ -39,7 +39,7 @@ def sanitizer() -> str | None:
     homes = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", ""), "/usr/local/cuda"]
     folders = [Path(home, "bin") for home in homes if home]
     return shutil.which("compute-sanitizer") or next(
-        (found for folder in folders if (found := shutil.which("compute-sanitizer", path=folder))), None
+        (path for folder in folders if (path := shutil.which("compute-sanitizer", path=folder))), None
     )
 
 
@@ -58,18 +58,18 @@ def command(tool: str, binary: str) -> list[str]:
 
 
 def digest(lines: Sequence[str]) -> list[str]:
-    """What a reader needs to begin with: wrong results, a tool's first complaint, and its summary; without
-    any of them the last lines."""
-    found = [line for line in lines if line.startswith("wrong:")][:2]
+    """The most informative lines: wrong results, a tool's first complaint, and its summary; without any of
+    them, the last lines."""
+    selected = [line for line in lines if line.startswith("wrong:")][:2]
     summary = [line for line in lines if " SUMMARY: " in line][-1:]
     first = next((i for i, line in enumerate(lines) if COMPLAINT.match(line) and line not in summary), None)
-    found += lines[first : first + SHOWN] if first is not None else []
-    return [*found, *summary] if found or summary else list(lines[-SHOWN:])
+    selected += lines[first : first + SHOWN] if first is not None else []
+    return [*selected, *summary] if selected or summary else list(lines[-SHOWN:])
 
 
 def under(tool: str, binary: str, limit: float) -> list[str]:
-    """What a tool has to say within `limit` seconds; empty if it is content."""
-    # The caching allocator would hand out parts of one large allocation, inside of which nothing is noticed.
+    """The complaints of a tool within `limit` seconds; empty without any."""
+    # The caching allocator hands out parts of one large allocation, within which no error would be detected.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
     begin = time.monotonic()
     code, lines = shown(command(tool, binary), environment, ROOT, limit)
@@ -81,19 +81,19 @@ def under(tool: str, binary: str, limit: float) -> list[str]:
 
 
 def under_all(tools: Sequence[str], budget: float) -> int:
-    """Runs the tools one after the other; the exit status."""
+    """Runs the tools one after the other; returns the exit status."""
     if (reason := available_backends()["cuda"]) is not None:
         print(f"the CUDA backend is not available: {reason}")
         return SKIP
     if (binary := sanitizer()) is None:
         print("compute-sanitizer was not found: it is in the CUDA toolkit")
         return SKIP
-    end, said = time.monotonic() + budget - RESERVE, []
+    end, complaints = time.monotonic() + budget - RESERVE, []
     for i, tool in enumerate(tools):
         share = (end - time.monotonic()) / (1 if i + 1 == len(tools) else 1.5)
-        said += under(tool, binary, max(share, 1.0))
-    print("", *(said or [f"{', '.join(tools)}: nothing to complain about"]), sep="\n")
-    return int(bool(said))
+        complaints += under(tool, binary, max(share, 1.0))
+    print("", *(complaints or [f"{', '.join(tools)}: no complaints"]), sep="\n")
+    return int(bool(complaints))
 
 
 def main() -> int:

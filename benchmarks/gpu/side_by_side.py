@@ -1,4 +1,4 @@
-"""Runs a setup script that compiles as many files at once as MAX_JOBS says, where ninja is missing:
+"""Runs a setup script that compiles MAX_JOBS files at the same time, where ninja is missing:
 `python -m benchmarks.gpu.side_by_side setup.py build_ext --inplace`.
 
 PyTorch's BuildExtension changes the compiler's settings from file to file, which threads would share: so
@@ -18,7 +18,7 @@ Compile = Callable[..., list[str]]
 
 
 def _forked(compile_one: Callable[[], object]) -> int:
-    """Starts a process that does it and ends; its id."""
+    """Calls the function in a forked process; returns its id."""
     sys.stdout.flush()
     sys.stderr.flush()
     if child := os.fork():
@@ -45,8 +45,8 @@ def all_at_once(compile_files: Compile, jobs: int, error: type[Exception]) -> Co
         while running or (left and not failed):
             while left and not failed and len(running) < jobs:
                 source = left.pop(0)
-                one = _forked(lambda s=source: compile_files(self, [s], output_dir, *args, **options))
-                running[one] = source
+                process = _forked(lambda s=source: compile_files(self, [s], output_dir, *args, **options))
+                running[process] = source
             child, status = os.wait()
             if status and child in running:
                 failed.append(running[child])
@@ -60,7 +60,7 @@ def all_at_once(compile_files: Compile, jobs: int, error: type[Exception]) -> Co
 
 def main(arguments: Sequence[str]) -> None:
     """Runs the script with its arguments."""
-    importlib.import_module("setuptools")  # brings its own distutils
+    importlib.import_module("setuptools")  # installs its own distutils
     compiler = importlib.import_module("distutils.ccompiler").CCompiler
     error = importlib.import_module("distutils.errors").CompileError
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)

@@ -1,8 +1,8 @@
 """Small ragged calls of every operation, forward and backward, each compared with the reference in fp64.
 
-Few enough for a tool that checks every access: together they reach tails, slices, dropout, packed samples and
-every precision. `python -m benchmarks.gpu.small_calls` runs them on every backend of a GPU that is there, for
-machines without what the tests need; exit status 1 when a result is wrong.
+They are few enough for a tool that checks every memory access, and cover tails, slices, dropout, packed
+samples and every precision. `python -m benchmarks.gpu.small_calls` runs them on every available backend of a
+GPU, for machines without the libraries of the tests; exit status 1 when a result is wrong.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ def linear(
     x = values(rows, d_in + 5, dtype=dtype)[:, 2:-3] if strided else values(rows, d_in, dtype=dtype)
     weight, bias = values(d_out, d_in, dtype=dtype, std=d_in**-0.5), values(d_out, dtype=dtype)
     leaves = [x.requires_grad_(), *([weight.requires_grad_(), bias.requires_grad_()] if base else [])]
-    given = []
+    adapter_arguments = []
     for i, (rank, ranges) in enumerate(adapters):
         a = values.leaf(rank, d_in, dtype=master, std=d_in**-0.5)
         b = values.leaf(sum(stop - start for start, stop in ranges), rank, dtype=master, std=0.3)
         scale = values.leaf(rank, dtype=master) if i % 2 else 0.75
-        given.append(FE.Adapter(a, b, scale, ranges))
+        adapter_arguments.append(FE.Adapter(a, b, scale, ranges))
         leaves += [t for t in (a, b, scale) if isinstance(t, Tensor)]
     options: dict[str, Any] = {"dropout_p": dropout, "training": True, "seed": 5} if dropout else {}
-    y = FE.lora_linear_adapters(x, weight, bias, given, **options, backend=backend)
+    y = FE.lora_linear_adapters(x, weight, bias, adapter_arguments, **options, backend=backend)
     return [y, *torch.autograd.grad(y, leaves, values(rows, d_out, dtype=dtype))]
 
 
@@ -92,8 +92,8 @@ def fisher(
     values: Values, backend: str, samples: int = 3, tokens: int = 21, d_in: int = 61, d_out: int = 45,
     dtype: torch.dtype = BF16, mode: str = "sample", packed: Sequence[int] = (), flat: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """F after one call on top of what it held; `packed` are lengths of samples, `flat` is one token without
-    its dimension."""
+    """F after one call, starting from random values; `packed` are lengths of samples, `flat` means one token
+    without a dimension for it."""
     start = values(d_out, d_in).abs()
     leading = (sum(packed),) if packed else (samples,) if flat else (samples, tokens)
     x, dy = values(*leading, d_in, dtype=dtype), values(*leading, d_out, dtype=dtype)
@@ -158,7 +158,7 @@ FISHERS: dict[str, dict[str, Any]] = {
 
 
 def calls() -> Iterator[Call]:
-    """All of them."""
+    """All small calls."""
     for name, options in LINEARS.items():
         tolerance = TOLERANCES[options.get("dtype", BF16)]
         yield Call(f"lora_linear, {name}", functools.partial(linear, **options), tolerance)
@@ -174,8 +174,8 @@ def calls() -> Iterator[Call]:
         yield Call(f"fisher_accumulate_, {name}", functools.partial(fisher, **options), tolerance)
     for name, method in (("merge_", merge), ("soft_threshold_", threshold)):
         for dtype in (FP32, BF16, FP16):
-            told = f"{name}, {str(dtype).removeprefix('torch.')}"
-            yield Call(told, functools.partial(method, dtype=dtype), TOLERANCES[dtype])
+            label = f"{name}, {str(dtype).removeprefix('torch.')}"
+            yield Call(label, functools.partial(method, dtype=dtype), TOLERANCES[dtype])
 
 
 def wrong(call: Call, backend: str, device: str) -> str | None:
@@ -190,7 +190,7 @@ def wrong(call: Call, backend: str, device: str) -> str | None:
 
 
 def run_calls(backend: str, device: str) -> int:
-    """Runs and checks all calls in this process; the exit status."""
+    """Runs and checks all calls in this process; returns the exit status."""
     failed, count = 0, 0
     for call in calls():
         try:
@@ -210,8 +210,8 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, on the reference")
     if parser.parse_args().rehearse:
         return run_calls("reference", "cpu")
-    found = available_backends()
-    return max(run_calls(name, "cuda") for name in ("triton", "cuda", "reference") if found[name] is None)
+    reasons = available_backends()
+    return max(run_calls(name, "cuda") for name in ("triton", "cuda", "reference") if reasons[name] is None)
 
 
 if __name__ == "__main__":

@@ -20,18 +20,18 @@ NOTE = (
 
 
 def _text(curve: scaling.Curve) -> str:
-    found = curve.fit()
-    return f"{curve.provider}: exponent {found}" if found else curve.provider
+    fit = curve.fit()
+    return f"{curve.provider}: exponent {fit}" if fit else curve.provider
 
 
 def draw(title: str, family: Sequence[scaling.Curve]) -> Figure:
-    """One picture of the curves that differ in the provider only: medians with p20 to p80, fits as thin
-    lines, the model (bytes or FLOPs at the measured ceilings) dashed; all are named at the right."""
+    """One picture of curves that differ only in the provider: medians with p20 to p80, fits as thin lines,
+    the model (bytes or FLOPs at the measured ceilings) dashed; names are at the right."""
     records = [record for curve in family for record in curve.records]
     looks = style.styles(records)
     first = next((curve for curve in family if curve.provider == OURS), family[0])
-    made = style.figure(HEIGHT + 0.9, title, records, NOTE)
-    axis = made.subplots()
+    figure = style.figure(HEIGHT + 0.9, title, records, NOTE)
+    axis = figure.subplots()
     axis.set(xscale="log", yscale="log", ylabel="time (ms)", xlabel=first.field.replace("_", " "))
     ends, texts, colours = [], [], []
     for curve in family:
@@ -42,8 +42,8 @@ def draw(title: str, family: Sequence[scaling.Curve]) -> Figure:
             curve.sizes, y, yerr=[y - around[0], around[1] - y], linestyle="none", marker=marker,
             color=colour, markersize=8 if curve.provider == OURS else 6, capsize=2, gid=curve.provider,
         )  # fmt: skip
-        if found := curve.fit():
-            axis.plot(curve.sizes, [1e3 * found.at(x) for x in curve.sizes], color=colour, linewidth=1.0)
+        if fit := curve.fit():
+            axis.plot(curve.sizes, [1e3 * fit.at(x) for x in curve.sizes], color=colour, linewidth=1.0)
         ends.append((curve.sizes[-1], float(y[-1])))
         texts.append(_text(curve))
         colours.append(colour)
@@ -58,4 +58,4 @@ def draw(title: str, family: Sequence[scaling.Curve]) -> Figure:
     style.plain_ticks(axis.yaxis)
     axis.grid(alpha=0.25, which="major")
     style.label_right(axis, ends, texts, HEIGHT - 0.9, colours)
-    return made
+    return figure

@@ -1,4 +1,4 @@
-"""Which picture shows which records; needs no matplotlib."""
+"""The division of records among pictures; does not need matplotlib."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ PANELS = 4  # of one picture
 
 def others(case: CaseRecords) -> list[Record]:
     """Peers and floors of a case that have a time, floors last."""
-    found = [r for r in case.values() if "seconds" in r and collection.role(r) in ("peer", "floor")]
-    return sorted(found, key=lambda record: collection.role(record) == "floor")
+    records = [r for r in case.values() if "seconds" in r and collection.role(r) in ("peer", "floor")]
+    return sorted(records, key=lambda record: collection.role(record) == "floor")
 
 
 def with_ours(cases: Sequence[CaseRecords]) -> list[CaseRecords]:
@@ -43,10 +43,10 @@ def speedups(cases: Sequence[CaseRecords]) -> list[list[CaseRecords]]:
     return [page for page in pages if page]
 
 
-def families(found: Sequence[Record]) -> list[list[scaling.Curve]]:
-    """Curves of two sizes or more, grouped by what they share beside the provider."""
+def families(records: Sequence[Record]) -> list[list[scaling.Curve]]:
+    """Curves of at least two sizes, grouped so that only the provider differs within a group."""
     groups: dict[str, list[scaling.Curve]] = {}
-    for curve in scaling.curves(found):
+    for curve in scaling.curves(records):
         if len(curve.records) > 1:
             groups.setdefault(curve.family, []).append(curve)
     return list(groups.values())

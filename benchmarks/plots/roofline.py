@@ -1,4 +1,4 @@
-"""The roofline of a machine: what cases reach, beside what a copy and large products reached just before."""
+"""The roofline of a machine: rates of cases, and of a copy and large products in the same processes."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def point(record: Record) -> tuple[float, float]:
     return record["flops"] / record["bytes"], record["flops"] / record["seconds"]["p50"]
 
 
-def roofs(found: Sequence[Record]) -> Roofs:
+def roofs(records: Sequence[Record]) -> Roofs:
     """Least, median and largest measurement of every ceiling."""
     values: dict[str, list[float]] = {}
-    for record in found:
+    for record in records:
         for name, rate in collection.ceilings(record).items():
             values.setdefault(name, []).append(rate)
     return {name: (min(rates), float(np.median(rates)), max(rates)) for name, rates in values.items()}
 
 
 def _crowded_on_the_right(axis: Any, points: Points, starts: float, roof: float) -> bool:
-    """Whether a text above the right end of a roof would meet more points than one above its left end."""
+    """Whether a text above the right end of a roof would cover more points than one above its left end."""
     height = style.fraction(axis, (starts, roof))[1]
     places = [style.fraction(axis, point) for point in points]
     near = [x for x, y in places if height - 0.05 < y < height + 0.2]
@@ -52,7 +52,7 @@ def _crowded_on_the_right(axis: Any, points: Points, starts: float, roof: float)
 def _draw_copy(
     axis: Any, rates: tuple[float, float, float], peak: float, points: Points, unit: float
 ) -> None:
-    """The sloped roof, named where it is farthest from points."""
+    """The sloped roof, with its name where it is farthest from points."""
     (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
     low, rate, high = rates
     ends = np.array([left, min(right, peak / rate)])
@@ -62,11 +62,11 @@ def _draw_copy(
     if first >= last:
         return
     places = [first * (last / first) ** part for part in (0.05, 0.25, 0.45, 0.6)]
-    taken = [style.fraction(axis, one) for one in points]
+    taken = [style.fraction(axis, place) for place in points]
 
     def free(x: float) -> float:
         at = style.fraction(axis, (x, x * rate / unit))
-        return min((math.dist(at, one) for one in taken), default=1.0)
+        return min((math.dist(at, place) for place in taken), default=1.0)
 
     x = max(places, key=free)
     axis.text(
@@ -76,18 +76,18 @@ def _draw_copy(
     )  # fmt: skip
 
 
-def _draw_roofs(axis: Any, found: Roofs, points: Points, unit: float, name: str) -> None:
-    """The roofs, named; `points` are what the panel will hold."""
+def _draw_roofs(axis: Any, ceilings: Roofs, points: Points, unit: float, name: str) -> None:
+    """The roofs with their names; `points` are those that the panel will show."""
     left, right = axis.get_xlim()
-    if "copy" in found:
-        peak = max((rates[1] for key, rates in found.items() if key in ROOFS), default=math.inf)
-        _draw_copy(axis, found["copy"], peak, points, unit)
-    for key in (key for key in ROOFS if key in found):
-        low, rate, high = found[key]
-        starts = max(left, rate / found["copy"][1]) if "copy" in found else left
+    if "copy" in ceilings:
+        peak = max((rates[1] for key, rates in ceilings.items() if key in ROOFS), default=math.inf)
+        _draw_copy(axis, ceilings["copy"], peak, points, unit)
+    for key in (key for key in ROOFS if key in ceilings):
+        low, rate, high = ceilings[key]
+        starts = max(left, rate / ceilings["copy"][1]) if "copy" in ceilings else left
         axis.plot([starts, right], [rate / unit] * 2, color="black", linewidth=1.2)
         axis.fill_between([starts, right], low / unit, high / unit, color="black", alpha=0.12, linewidth=0)
-        begin = max(starts, left * (right / left) ** TEXT) if "copy" in found else left  # beside its name
+        begin = max(starts, left * (right / left) ** TEXT) if "copy" in ceilings else left  # beside its name
         here = _crowded_on_the_right(axis, points, begin, rate / unit)
         axis.annotate(
             f"{ROOFS[key]} {rate / unit:.3g} {name}", (begin if here else right, rate / unit),
@@ -122,10 +122,10 @@ def _draw_cases(axis: Any, cases: Sequence[CaseRecords], unit: float) -> None:
     )  # fmt: skip
 
 
-def _limits(axis: Any, cases: Sequence[CaseRecords], found: Roofs, unit: float) -> None:
+def _limits(axis: Any, cases: Sequence[CaseRecords], ceilings: Roofs, unit: float) -> None:
     """Every panel has its own range of rates, whose top is above the roof over its points."""
     ys = [point(record)[1] for case in cases for record in case.values() if collection.measured(record)]
-    peaks = sorted(rates[2] for key, rates in found.items() if key in ROOFS)
+    peaks = sorted(rates[2] for key, rates in ceilings.items() if key in ROOFS)
     top = next((peak for peak in peaks if peak >= 0.8 * max(ys)), max([*ys, *peaks[-1:]]))
     high = max(top, max(ys))
     low = min(min(ys) / 1.3, high / 5)
@@ -133,7 +133,7 @@ def _limits(axis: Any, cases: Sequence[CaseRecords], found: Roofs, unit: float) 
 
 
 def _named(cases: Sequence[CaseRecords]) -> list[int]:
-    """Which cases get a name: all, or of many those nearest to and farthest from the ceiling."""
+    """The cases that get a name: all, or of many, those nearest to and farthest from the ceiling."""
     if len(cases) <= NAMED:
         return list(range(len(cases)))
     shares = [collection.fraction_of_ceiling(mine) or 0.0 for mine in map(collection.ours, cases) if mine]
@@ -159,11 +159,11 @@ def _panel(
     style.label_right(axis, points, [names[i] for i in which], height)
 
 
-def _ridge(found: Roofs) -> float:
-    """The intensity from which the highest product bounds."""
-    if "copy" not in found or len(found) < 2:
+def _ridge(ceilings: Roofs) -> float:
+    """The intensity above which the highest product rate is the bound."""
+    if "copy" not in ceilings or len(ceilings) < 2:
         return math.inf
-    return max(rates[1] for key, rates in found.items() if key != "copy") / found["copy"][1]
+    return max(rates[1] for key, rates in ceilings.items() if key != "copy") / ceilings["copy"][1]
 
 
 def draw(title: str, ops: Sequence[Sequence[CaseRecords]]) -> Figure:
@@ -174,8 +174,8 @@ def draw(title: str, ops: Sequence[Sequence[CaseRecords]]) -> Figure:
     unit, name = (TERA, "TFLOP/s") if max(point(r)[1] for r in shown) > TERA else (GIGA, "GFLOP/s")
     heights = [max(2.0, 0.3 + style.LINE * min(len(cases), NAMED)) for cases in ops]
     note = NOTE if "copy" in ceilings else NOTE + NO_COPY
-    made = style.figure(1.2 + sum(0.75 + height for height in heights), title, shown, note)
-    axes = made.subplots(len(ops), 1, height_ratios=heights, squeeze=False, sharex=True)[:, 0]
+    figure = style.figure(1.2 + sum(0.75 + height for height in heights), title, shown, note)
+    axes = figure.subplots(len(ops), 1, height_ratios=heights, squeeze=False, sharex=True)[:, 0]
     xs = [point(record)[0] for record in shown]
     for axis, cases, height in zip(axes, ops, heights, strict=True):
         axis.set(xscale="log", yscale="log", ylabel=name)
@@ -184,4 +184,4 @@ def draw(title: str, ops: Sequence[Sequence[CaseRecords]]) -> Figure:
     style.plain_ticks(axes[-1].xaxis)
     below = axes[-1].get_xlabel()
     axes[-1].set_xlabel("arithmetic intensity (FLOP/byte)" + (f"\n{below}" if below else ""), fontsize=10)
-    return made
+    return figure

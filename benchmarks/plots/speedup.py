@@ -29,13 +29,13 @@ def ratio(other: Record, ours: Record) -> tuple[float, float, float]:
 def draw(title: str, cases: Sequence[CaseRecords], everything: Sequence[CaseRecords]) -> Figure:
     """A group of bars per case of a page; names and colours are those of `everything` of the operation."""
     known = pages.with_ours(everything)
-    told = {id(case): name for case, name in zip(known, collection.labels(known), strict=True)}
-    names = [told[id(case)] for case in cases]
+    name_of = {id(case): name for case, name in zip(known, collection.labels(known), strict=True)}
+    names = [name_of[id(case)] for case in cases]
     looks = style.styles(record for case in known for record in case.values())
     records = [record for case in cases for record in case.values()]
     rows = sum(len(pages.others(case)) for case in cases) + 0.7 * (len(cases) - 1)
-    made = style.figure(1.55 + 0.19 * rows, title, records, NOTE)
-    axis = made.subplots()
+    figure = style.figure(1.55 + 0.19 * rows, title, records, NOTE)
+    axis = figure.subplots()
     y, ticks = 0.0, []
     bars: list[tuple[float, float, int]] = []  # ends, and letters beside
     for case in cases:
@@ -72,4 +72,4 @@ def draw(title: str, cases: Sequence[CaseRecords], everything: Sequence[CaseReco
     style.plain_ticks(axis.xaxis)
     axis.set_xlabel("speed-up (ratio of times, logarithmic)")
     axis.grid(alpha=0.25, axis="x")
-    return made
+    return figure

@@ -1,4 +1,4 @@
-"""What all pictures share: colours, markers, the caption, files."""
+"""Common style of all pictures: colours, markers, the caption, files."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
+from fused_ewclora.demo import palette
+
 from .. import collection
 from ..collection import Record
 
 WIDTH, DPI = 10.0, 100  # inches, dots per inch: 1000 pixels
 PALETTE = 256  # colours of a PNG
 SMALL, GREY = 8.5, "#555555"
-LETTER = 0.064  # inches, of a letter of small text on the average
+LETTER = 0.064  # average width of a letter of small text, in inches
 LINE = 1.4 * SMALL / 72  # inches from one line of small text to the next
-# Okabe-Ito without yellow, which is hard to see on white; markers differ as well.
-OURS_STYLE = ("#0072B2", "o")
-COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D")
+OURS_STYLE = (palette.BLUE, "o")
+COLOURS = (palette.ORANGE, *palette.OTHERS)
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 FLOOR_COLOUR, FLOOR_MARKERS = "#444444", ("_", "1", "2", "3")
 LEGIBLE: dict[str, Any] = {  # of text that may lie over lines
     "fontsize": SMALL, "zorder": 6, "path_effects": [withStroke(linewidth=2.5, foreground="white")],
 }  # fmt: skip
-matplotlib.rcParams["svg.hashsalt"] = "fused_ewclora"  # the same records, the same file
+matplotlib.rcParams["svg.hashsalt"] = "fused_ewclora"  # so that equal records give equal files
 
 
-def styles(found: Iterable[Record]) -> dict[str, tuple[str, str]]:
+def styles(records: Iterable[Record]) -> dict[str, tuple[str, str]]:
     """Colour and marker of every provider, in order of appearance: ours blue, floors grey."""
     chosen: dict[str, tuple[str, str]] = {}
     others = floors = 0
-    for record in found:
+    for record in records:
         name, role = record["provider"], collection.role(record)
         if name in chosen:
             continue
@@ -54,15 +55,15 @@ def styles(found: Iterable[Record]) -> dict[str, tuple[str, str]]:
     return chosen
 
 
-def caption(found: Sequence[Record]) -> str:
+def caption(records: Sequence[Record]) -> str:
     """Device, threads, versions, commit and dates of the records."""
-    gpu = any(map(collection.is_gpu, found))
+    gpu = any(map(collection.is_gpu, records))
     names = ("fused_ewclora", "torch", *(("triton", "cuda") if gpu else ()), "python", "commit")
-    values = [(name, collection.told(found, name)) for name in names]
-    threads = collection.told(found, "threads")
-    days = sorted({record["time"][:10] for record in found})
+    values = [(name, collection.all_values(records, name)) for name in names]
+    threads = collection.all_values(records, "threads")
+    days = sorted({record["time"][:10] for record in records})
     parts = [
-        collection.told(found, "device"),
+        collection.all_values(records, "device"),
         *([] if gpu or not threads else [f"{threads} thread{'s' * (threads != '1')}"]),
         *(f"{name} {value}" for name, value in values if value),
         days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
@@ -70,14 +71,14 @@ def caption(found: Sequence[Record]) -> str:
     return textwrap.fill("; ".join(parts), 140)
 
 
-def figure(height: float, title: str, found: Sequence[Record], note: str = "") -> Figure:
+def figure(height: float, title: str, records: Sequence[Record], note: str = "") -> Figure:
     """An empty figure of `height` inches with its title and its caption, after `note`."""
-    made = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(made)
-    made.suptitle(title, fontsize=12)
+    empty = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(empty)
+    empty.suptitle(title, fontsize=12)
     lines = [textwrap.fill(note, 140)] if note else []
-    made.supxlabel("\n".join([*lines, caption(found)]), fontsize=SMALL, color=GREY)
-    return made
+    empty.supxlabel("\n".join([*lines, caption(records)]), fontsize=SMALL, color=GREY)
+    return empty
 
 
 def spread(wanted: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
@@ -139,16 +140,16 @@ def plain_ticks(axis: Any) -> None:
     axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
-def save(made: Figure, out: Path, name: str, formats: Sequence[str]) -> list[Path]:
+def save(figure: Figure, out: Path, name: str, formats: Sequence[str]) -> list[Path]:
     """Writes the figure without dates, so that equal records give equal files; PNGs in few colours."""
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{name}.{extension}" for extension in formats]
     for path in paths:
         if path.suffix == ".svg":
-            made.savefig(path, metadata={"Date": None})
+            figure.savefig(path, metadata={"Date": None})
             continue
         pixels = io.BytesIO()
-        made.savefig(pixels, format="png", dpi=DPI)
+        figure.savefig(pixels, format="png", dpi=DPI)
         few = (
             Image.open(pixels)
             .convert("RGB")

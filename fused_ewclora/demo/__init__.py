@@ -72,25 +72,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fisher-mode",
         choices=("sample", "batch"),
         default=recipe.fisher_mode,
-        help="per-sample Fisher, or that of batch means as in the official code; converts the default lambda",
+        help="Fisher per sample, or of batch means as in the official code; converts the default lambda",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument(
         "--threads",
         type=_at_least(1),
         default=1,
-        help="CPU threads; the model is small, and 1 repeats exactly (1)",
+        help="CPU threads; with 1, results are reproducible (1)",
     )
     parser.add_argument(
         "--output", default="demo-output", help="folder for demo.json and demo.png (demo-output)"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="a run of seconds on the smallest data, to see that it works"
+        "--quick", action="store_true", help="a run of a few seconds on the smallest data set, as a test"
     )
     parser.add_argument("--json", action="store_true", help="print the record to stdout instead of tables")
     parser.add_argument(
         "--suite",
         nargs="*",
         metavar="NAME",
-        help="instead of all this: every method on language and vision (demo --suite --help)",
+        help="instead of the demo: every method on language and vision (demo --suite --help)",
     )

@@ -3,56 +3,27 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import fused_ewclora as fe
 
+from .explicit import ExplicitDelta, replace_with_explicit_
+from .memory import peak_bytes
 from .protocol import adapted
 from .vit import Classifier, VisionTransformer
 
 WARMUP = 2
-SLICES = ("k", "v")
 
 
-class PlainQKV(nn.Module):
-    """The published formulation: every forward pass forms dW = B A, `k += x dW_k^T`, `v += x dW_v^T`."""
-
-    def __init__(self, layer: fe.AdaptedLinear) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-        self.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
-        self.lora_as = nn.ParameterList(a.detach().clone() for _, a, _ in layer.adapter_parameters())
-        self.lora_bs = nn.ParameterList(b.detach().clone() for _, _, b in layer.adapter_parameters())
-
-    def deltas(self) -> list[Tensor]:
-        return [b @ a for a, b in zip(self.lora_as, self.lora_bs, strict=True)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = F.linear(x, self.weight, self.bias).chunk(3, dim=-1)
-        delta_k, delta_v = self.deltas()
-        return torch.cat([q, k + F.linear(x, delta_k), v + F.linear(x, delta_v)], dim=-1)
-
-
-def plain_copy(model: Classifier) -> tuple[Classifier, list[PlainQKV]]:
-    """The same model, same values, on plain layers."""
+def plain_copy(model: Classifier) -> tuple[Classifier, list[ExplicitDelta]]:
+    """The same model with the same values, its adapters in the published formulation."""
     twin = copy.deepcopy(model)
-    layers = []
-    for name, layer in fe.adapters(twin).items():
-        plain = PlainQKV(layer).to(layer.weight.device)
-        twin.set_submodule(name, plain)
-        layers.append(plain)
-    return twin, layers
+    return twin, replace_with_explicit_(twin, fe.adapters(twin))
 
 
 def steps(
@@ -95,31 +66,6 @@ def steps(
     return fused, plain
 
 
-def peak_bytes(step: Callable[[], float], device: torch.device) -> int:
-    """Most memory that tensors made during the step hold at one moment, beyond what was there before."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return int(torch.cuda.max_memory_allocated(device) - before)
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "9"
-    )  # the profiler reports its start and stop on stderr otherwise
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(file))
-        events = json.loads(file.read_text())["traceEvents"]
-    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
-    held = peak = 0
-    for _, change in sorted(changes, key=lambda item: item[0]):
-        held += change
-        peak = max(peak, held)
-    return peak
-
-
 def measure(
     name: str,
     repeats: int,
@@ -154,6 +100,6 @@ def measure(
         "repeats": repeats,
         "fused_ms": 1e3 * statistics.median(times["fused"]),
         "plain_ms": 1e3 * statistics.median(times["plain"]),
-        "fused_peak_mib": peak_bytes(fused, device) / 2**20,
-        "plain_peak_mib": peak_bytes(plain, device) / 2**20,
+        "fused_peak_mib": peak_bytes(fused, device)[1] / 2**20,
+        "plain_peak_mib": peak_bytes(plain, device)[1] / 2**20,
     }

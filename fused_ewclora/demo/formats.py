@@ -24,14 +24,14 @@ class DataError(ArgumentError):
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """Python 3 writes bytes for Python 2 as `_codecs.encode(text, "latin1")`; this does that and no more."""
+    """Python 3 writes bytes for Python 2 as `_codecs.encode(text, "latin1")`, the only use allowed here."""
     if encoding not in ("latin1", b"latin1"):
         raise DataError(f"pickle: expected bytes written as latin1, got encoding {encoding!r}")
     return text.encode("latin1")
 
 
-# All that a pickle of arrays may name; everything else, and so every way to run code, is refused.
-# NumPy's two makers of arrays are private names that moved between versions: taken from what uses them.
+# The only names that a pickle of arrays may refer to; all others, and so every way to run code, are refused.
+# NumPy's two constructors of arrays are private and moved between versions: taken from a reduced array.
 _ALLOWED = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
@@ -61,7 +61,7 @@ def restricted_unpickle(stream: BinaryIO, name: str = "pickle") -> Any:
         return _ArrayUnpickler(stream, encoding="bytes").load()
     except DataError:
         raise
-    except Exception as error:  # a damaged pickle can raise nearly anything
+    except Exception as error:  # a damaged pickle can raise almost any exception
         raise DataError(f"{name}: not a readable pickle: {type(error).__name__}: {error}") from error
 
 

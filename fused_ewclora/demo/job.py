@@ -1,4 +1,4 @@
-"""The whole job: base, both methods over all seeds, cost of a step, tables, files."""
+"""The demo: base, both methods over all seeds, cost of a step, tables, files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ QUICK = {
 
 
 class Progress:
-    """A bar where stderr is a terminal, otherwise one line per step of work."""
+    """A progress bar where stderr is a terminal, otherwise one line per step of work."""
 
     def __init__(self, total: int, quiet: bool = False) -> None:
         self._done, self._total, self._start = 0, total, time.perf_counter()
@@ -64,12 +64,12 @@ class Progress:
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
-    """The recipe with what the command line changes; the default lambda follows the Fisher mode."""
+    """The recipe with the options of the command line; the default lambda depends on the Fisher mode."""
     recipe = Recipe(**QUICK) if args.quick else Recipe()  # type: ignore[arg-type]
-    given = {
+    overrides = {
         name: getattr(args, name) for name in ("tasks", "rank", "epochs") if getattr(args, name) is not None
     }
-    recipe = dataclasses.replace(recipe, fisher_mode=args.fisher_mode, **given)
+    recipe = dataclasses.replace(recipe, fisher_mode=args.fisher_mode, **overrides)
     if args.ewc_lambda is None:
         ewc_lambda = fe.convert_lambda(recipe.ewc_lambda, "sample", args.fisher_mode, recipe.batch_size)
     else:
@@ -78,7 +78,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 
 def device_of(name: str) -> torch.device:
-    """The device by name, if this machine has it."""
+    """The device of this name; raises `ArgumentError` where it is not available."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -169,7 +169,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def render(data: dict[str, Any], results: list[Result], output: Path) -> str:
-    """Everything for the reader at the terminal."""
+    """The tables and the conclusion, for the terminal."""
     parts = [report.matrix_text(results, method, "class_incremental") for method in report.METHODS]
     parts += [report.metrics_text(data["summary"], len(data["seeds"])), report.cost_text(data["step_cost"])]
     parts += [report.conclusion(data["summary"], data["recipe"]["tasks"], len(data["seeds"]))]

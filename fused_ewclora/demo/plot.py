@@ -1,4 +1,4 @@
-"""The picture: accuracy over tasks of both methods, mean and every seed."""
+"""The picture of the demo: accuracy of both methods over tasks, mean and every seed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from ..metrics import PROTOCOLS
+from .palette import BLUE, ORANGE
 from .protocol import Result
 from .report import EWC, PLAIN, of_method
 
-# Blue and orange of the Okabe-Ito palette, which colour-blind readers tell apart; the markers differ as well.
-STYLES = {PLAIN: ("#D55E00", "s"), EWC: ("#0072B2", "o")}
+STYLES = {PLAIN: (ORANGE, "s"), EWC: (BLUE, "o")}
 
 
 def plot(path: Path, results: list[Result], title: str) -> None:

@@ -9,32 +9,32 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import fused_ewclora as fe
 
 from ..metrics import ContinualMetrics
+from .evaluation import PERCENT, accuracies, check_finite
 from .scenario import Scenario, Split, select, task_classes
-from .vit import Classifier, VisionTransformer
+from .vit import Classifier, VisionTransformer, key_value_config
 
-PERCENT = 100.0
 BASE_LEARNING_RATE = 2e-3
 BASE_WEIGHT_DECAY = 0.05
 BASE_BATCH = 64
 EVALUATION_BATCH = 1000
-# Ranges of the random affine maps of base training (radians, relative size, relative shift): with
-# them the base learns strokes and shapes from 1,400 digits of scikit-learn instead of the images themselves.
+# Ranges of the random affine maps in base training (radians, relative size, relative shift), which keep the
+# base from memorising the 1,400 digits of scikit-learn.
 AUGMENT_ANGLE, AUGMENT_SCALE, AUGMENT_SHIFT = 0.3, 0.15, 0.15
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a run besides data and seed. Both methods share all of it but the lambda.
+    """All settings of a run besides data and seed. Both methods share all of them except the lambda.
 
     Chosen on the development seeds 100 and 101, which are not among the reported ones. Learning rates and
-    epochs for plain LoRA: of adapters 5e-4 .. 3e-3, heads 3e-3 .. 3e-2 and 5 or 10 epochs these give it an
-    A_avg within 0.5 points of the best found; lower rates (5e-4, 3e-3) forget less by themselves and learn
-    new tasks less well. Then ewc_lambda: the best A_last and A_avg of 150, 300, 600 on the
+    epochs were chosen for plain LoRA: among rates of 5e-4 .. 3e-3 for adapters and 3e-3 .. 3e-2 for heads,
+    and 5 or 10 epochs, these reach an A_avg within 0.5 points of the best; lower rates (5e-4, 3e-3) forget
+    less, but learn new tasks less well. Then ewc_lambda: the best A_last and A_avg among 150, 300, 600 on the
     same seeds. It belongs to Fisher mode "sample"; `fe.convert_lambda` gives the value for "batch".
     """
 
@@ -58,7 +58,7 @@ class Recipe:
 
 @dataclass
 class Result:
-    """One run: the accuracy matrices, and where the time went."""
+    """One run: the accuracy matrices, penalties and times."""
 
     method: str
     seed: int
@@ -116,39 +116,23 @@ def train_base(
         F.cross_entropy(model(images), split.train_labels[index].to(device)).backward()
         optimizer.step()
         schedule.step()
-    return backbone, accuracy(model.all_logits, split, slice(0, len(split.classes)), 0, device)
-
-
-@torch.no_grad()
-def accuracy(
-    logits: Callable[[Tensor], Tensor], split: Split, columns: slice, offset: int, device: torch.device
-) -> float:
-    """Percent of test images whose largest logit among `columns` is that of their class, `offset + label`."""
-    right = 0
-    for images, labels in zip(
-        split.test_images.split(EVALUATION_BATCH), split.test_labels.split(EVALUATION_BATCH), strict=True
-    ):
-        predicted = logits(images.to(device))[:, columns].argmax(1).cpu() + (columns.start or 0)
-        right += int((predicted == labels + offset).sum())
-    return PERCENT * right / len(split.test_labels)
+    return backbone, evaluate(model, [split], device)[0][0]
 
 
 def evaluate(model: Classifier, splits: list[Split], device: torch.device) -> tuple[list[float], list[float]]:
-    """Class-incremental and task-aware accuracy on every task so far."""
-    class_incremental, task_aware, offset = [], [], 0
-    for split in splits:
-        own = slice(offset, offset + len(split.classes))
-        class_incremental.append(accuracy(model.all_logits, split, slice(0, None), offset, device))
-        task_aware.append(accuracy(model.all_logits, split, own, offset, device))
-        offset = own.stop
-    return class_incremental, task_aware
+    """Class-incremental and task-aware accuracy on the test images of every split, in percent."""
+
+    def batches_of(split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+        images, labels = split.test_images.split(EVALUATION_BATCH), split.test_labels.split(EVALUATION_BATCH)
+        return ((x.to(device), y) for x, y in zip(images, labels, strict=True))
+
+    return accuracies(model, [(len(split.classes), batches_of(split)) for split in splits])
 
 
 def adapted(backbone: VisionTransformer, rank: int) -> Classifier:
     """A frozen copy of the backbone with adapters on the k and v rows of every packed qkv; no head yet."""
     model = Classifier(copy.deepcopy(backbone))
-    layout = fe.QKVLayout(("q", "k", "v"), (backbone.dim,) * 3)
-    fe.inject(model, fe.LoRAConfig(r=rank, target_modules=["qkv"], slices=("k", "v"), layout=layout))
+    fe.inject(model, key_value_config(backbone.dim, rank))
     return model
 
 
@@ -219,12 +203,5 @@ def run_method(
     result.metrics = ContinualMetrics.from_matrix(
         [cil for cil, _ in rows], [len(s.test_labels) for s in splits], [til for _, til in rows], PERCENT
     )
-    _check_trained(model)
+    check_finite(model, method)
     return result
-
-
-def _check_trained(model: nn.Module) -> None:
-    """A demo that learned NaN must not report numbers."""
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise fe.EWCLoRAError(f"{name}: not finite after training; lower the learning rate or the lambda")

@@ -1,19 +1,18 @@
-"""Tables, the conclusion in words, the JSON record and the picture."""
+"""Tables, the conclusion in words, and the JSON record."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import statistics
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..metrics import PROTOCOLS
+from .environment import versions
+from .files import replace_text
 from .protocol import Result
+from .spread import Spread
 
 PLAIN, EWC = "LoRA", "EWC-LoRA"
 METHODS = (PLAIN, EWC)
@@ -24,17 +23,12 @@ SHOWN = {
     "bwt": "BWT",
     "plasticity": "new task",
 }
-GOAL = 0.30  # a backward transfer this much smaller than that of plain LoRA is what the demo sets out to show
+GOAL = 0.30  # target of the demo: backward transfer smaller than that of plain LoRA by this share
 
 
 def of_method(results: list[Result], method: str) -> list[Result]:
     """The runs of one method, in the order of the seeds."""
     return sorted((r for r in results if r.method == method), key=lambda r: r.seed)
-
-
-def mean_std(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (0 for one value)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def aggregate(results: list[Result]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
@@ -48,8 +42,8 @@ def aggregate(results: list[Result]) -> dict[str, dict[str, dict[str, dict[str, 
                 values = [s[protocol][name] for s in summaries]
                 known = [v for v in values if v is not None]
                 if len(known) == len(values):
-                    mean, std = mean_std(known)
-                    out[method][protocol][name] = {"mean": mean, "std": std}
+                    spread = Spread.of(known)
+                    out[method][protocol][name] = {"mean": spread.mean, "std": spread.deviation or 0.0}
     return out
 
 
@@ -78,7 +72,7 @@ def metrics_text(summary: dict[str, Any], seeds: int) -> str:
 
 
 def cost_text(rows: list[dict[str, Any]]) -> str:
-    """Fused beside plain: time and peak memory of a step."""
+    """Time and peak memory of a step, fused and plain."""
     lines = ["  one training step (forward, backward, penalty), medians of interleaved repeats"]
     for row in rows:
         shape = ", ".join(f"{key} {row[key]}" for key in ("dim", "blocks", "tokens", "batch", "rank"))
@@ -96,7 +90,7 @@ def cost_text(rows: list[dict[str, Any]]) -> str:
 
 
 def compare(summary: dict[str, Any]) -> dict[str, float | bool]:
-    """The claim in numbers: how much smaller the backward transfer is, and the change in final accuracy."""
+    """The comparison in numbers: the reduction of backward transfer, and the gain in final accuracy."""
     plain, ewc = (summary[m]["class_incremental"] for m in METHODS)
     bwt_plain, bwt_ewc = plain["bwt"]["mean"], ewc["bwt"]["mean"]
     smaller = (abs(bwt_plain) - abs(bwt_ewc)) / abs(bwt_plain) if bwt_plain else 0.0
@@ -105,7 +99,7 @@ def compare(summary: dict[str, Any]) -> dict[str, float | bool]:
 
 
 def conclusion(summary: dict[str, Any], tasks: int, seeds: int) -> str:
-    """What the numbers say, also when they fall short."""
+    """The results in words, whether the goal is reached or not."""
     claim = compare(summary)
     plain, ewc = (summary[m]["class_incremental"] for m in METHODS)
     change, gain = float(claim["bwt_reduction"]), float(claim["a_last_gain"])
@@ -134,21 +128,8 @@ def conclusion(summary: dict[str, Any], tasks: int, seeds: int) -> str:
     )
 
 
-def versions() -> dict[str, str | int]:
-    """What the numbers depend on besides the arguments."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found: dict[str, str | int] = {"python": platform.python_version(), "machine": platform.machine()}
-    for package in ("fused-ewclora", "torch", "numpy", "scikit-learn"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return {**found, "threads": torch.get_num_threads()}
-
-
 def record(results: list[Result], **rest: Any) -> dict[str, Any]:
-    """Everything needed to redo the tables, as plain containers."""
+    """All data of the tables, as plain containers."""
 
     def rows(r: Result, protocol: str) -> list[list[float]]:
         return [list(row[: t + 1]) for t, row in enumerate(r.metrics.matrix(protocol).tolist())]
@@ -172,7 +153,5 @@ def record(results: list[Result], **rest: Any) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write to a temporary name, then rename, so that a reader never sees half a file."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    """Writes the record; a reader never sees half a file."""
+    replace_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""What the frozen base is trained on, and which classes are then learned task by task."""
+"""The data of the frozen base, and the classes that are then learned task by task."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A data set for the base, and one (or the remaining classes of it) for the tasks."""
+    """A data set for the base, and another one (or its remaining classes) for the tasks."""
 
     description: str
     base: ImageSet
@@ -34,12 +34,13 @@ class Scenario:
     continual_classes: tuple[int, ...]
 
 
-def make_scenario(dataset: str, root: Path) -> Scenario:
+def make_scenario(dataset: str, root: Path, continual: ImageSet | None = None) -> Scenario:
     """MNIST after scikit-learn's digits, Fashion-MNIST after MNIST, else half of the classes after the rest.
 
-    Of the ten digits the base takes four, so that three tasks of two classes remain.
+    Of the ten digits the base takes four, so that three tasks of two classes remain. continual is the
+    data set of the tasks, where it is already loaded.
     """
-    continual = load_dataset(dataset, root)
+    continual = load_dataset(dataset, root) if continual is None else continual
     if dataset in ("mnist", "fashion-mnist"):
         base = load_digits() if dataset == "mnist" else load_mnist(root)
         return Scenario(
@@ -77,7 +78,7 @@ def task_classes(scenario: Scenario, tasks: int, seed: int) -> list[tuple[int, .
 def select(
     images: ImageSet, classes: tuple[int, ...], per_class: int | None, test_per_class: int | None, seed: int
 ) -> Split:
-    """At most so many images per class: for training drawn with the seed, for testing the first ones."""
+    """Images of these classes: for training, drawn with the seed; for testing, the first of each class."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(labels: Tensor, limit: int | None, shuffle: bool) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-INIT_STD = 0.02  # truncated-normal width that ViT and BERT use for tokens and positions
+import fused_ewclora as fe
+
+INIT_STD = 0.02  # standard deviation of the truncated normal for tokens and positions, as in ViT and BERT
 
 
 class Attention(nn.Module):
@@ -94,3 +96,9 @@ class Classifier(nn.Module):
         """Logits of all heads side by side, `[N, classes seen so far]`, in task order."""
         features = self.backbone(images)
         return torch.cat([head(features) for head in self.heads], dim=1)
+
+
+def key_value_config(dim: int, rank: int) -> fe.LoRAConfig:
+    """Adapters on the k and v rows of every packed qkv projection of width dim."""
+    layout = fe.QKVLayout(("q", "k", "v"), (dim,) * 3)
+    return fe.LoRAConfig(r=rank, target_modules=["qkv"], slices=("k", "v"), layout=layout)

@@ -202,7 +202,7 @@ def test_ctrl_c_ends_all_processes_and_the_command_goes_on_from_there(tmp_path: 
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does
     _, rest = running.communicate(timeout=60)
     assert running.returncode == 130, rest
-    assert "goes on from here" in rest
+    assert "continues from here" in rest
     file = tmp_path / "out" / "digits.jsonl"
     before = len(file.read_text().splitlines()) if file.exists() else 0
     assert before < 3

