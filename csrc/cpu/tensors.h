@@ -6,12 +6,15 @@
 #include <optional>
 #include <vector>
 
+#include "../arguments.h"
 #include "kernels.h"
 
 namespace fe {
 
-using Tensors = std::vector<at::Tensor>;
-using OptionalTensors = std::vector<std::optional<at::Tensor>>;
+using arguments::OptionalTensors;
+using arguments::Tensors;
+
+constexpr at::DeviceType DEVICE = at::kCPU;  // of the tensors that kernels take
 
 inline Dtype dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
@@ -22,7 +25,7 @@ inline Dtype dtype_of(const at::Tensor& t) {
     case at::kHalf:
       return Dtype::f16;
     default:
-      TORCH_CHECK(false, "the CPU kernels take float32, bfloat16 and float16, got ", t.scalar_type());
+      TORCH_CHECK_TYPE(false, "the CPU kernels take float32, bfloat16 and float16, got ", t.scalar_type());
   }
 }
 
@@ -88,7 +91,7 @@ Tensors lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tenso
 std::tuple<at::Tensor, at::Tensor> ewc_penalty(const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs,
                                                const OptionalTensors& scales, const std::vector<double>& factors, double ewc_lambda,
                                                const std::vector<bool>& needs);
-void fisher_accumulate(at::Tensor fisher, const at::Tensor& x, const at::Tensor& dy, const std::string& mode, double weight,
+void fisher_accumulate(at::Tensor fisher, const at::Tensor& x, const at::Tensor& dy, const std::string& squares, double weight,
                        const std::optional<at::Tensor>& cu_seqlens);
 void merge(const Tensors& weights, const Tensors& lora_as, const Tensors& lora_bs, const OptionalTensors& scales,
            const std::vector<double>& factors);
