@@ -245,7 +245,7 @@ inline void fisher_accumulate(at::DeviceType device, const at::Tensor& fisher, c
                     "dy: expected the leading shape of x ", x.sizes(), ", got shape ", dy.sizes());
   shape(fisher, {"fisher"}, {dy.size(-1), x.size(-1)}, "features of dy and x");
   if (offsets == nullptr) return;
-  TORCH_CHECK_VALUE(squares == "sample", "cu_seqlens: expected None for squares 'batch', which does not tell samples apart");
+  TORCH_CHECK_VALUE(squares == "sample", "cu_seqlens: expected None for squares 'batch', which does not tell samples apart, got a tensor");
   TORCH_CHECK_TYPE(offsets->scalar_type() == at::kInt || offsets->scalar_type() == at::kLong,
                    "cu_seqlens: expected torch.int32 or torch.int64, got ", described(offsets->scalar_type()));
   TORCH_CHECK_VALUE(offsets->dim() == 1, "cu_seqlens: expected shape [N + 1], got ", offsets->sizes());
