@@ -24,7 +24,7 @@ struct Cut {
   int64_t row;
 };
 
-// Where the share of `part` begins when all rows are split into `parts` of about equal cost, at whole strips of rows.
+// Where the share of `part` begins when all rows are split into `parts` of about equal cost, at a boundary between strips of rows.
 Cut cut_at(const std::vector<Adapter>& adapters, double total, int64_t part, int64_t parts) {
   if (part == parts) return {adapters.size(), 0};
   const double target = total * double(part) / double(parts);

@@ -1,4 +1,4 @@
-// Fisher accumulation on the CPU: cuts F into blocks of equal size, as many as keep all threads busy.
+// Fisher accumulation on the CPU: cuts F into blocks of equal size, enough of them to keep all threads busy.
 #include "tensors.h"
 
 namespace fe {

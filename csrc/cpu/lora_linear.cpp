@@ -1,4 +1,4 @@
-// LoRA linear on the CPU: packs the factors, runs the row passes on all threads, and lets BLAS add the base product.
+// LoRA linear on the CPU: packs the factors, runs the row passes on all threads, and has BLAS add the base product.
 #include "tensors.h"
 
 namespace fe {

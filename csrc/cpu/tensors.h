@@ -1,4 +1,4 @@
-// From tensors to what the kernels take, and the one way in which work is split over threads.
+// From tensors to what the kernels take, and how work is split over threads.
 #pragma once
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -54,8 +54,8 @@ inline std::vector<float> scale_of(const std::optional<at::Tensor>& scale, doubl
   return values;
 }
 
-// f(part, begin, end) over `parts` equal parts of [0, n). The split depends on `parts` alone, so sums kept per part are the same
-// whatever thread runs them.
+// f(part, begin, end) over `parts` equal parts of [0, n). The split depends on `parts` alone, so sums kept per part do not
+// depend on which thread computes them.
 template <class F>
 void over_parts(int64_t parts, int64_t n, const F& f) {
   at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {

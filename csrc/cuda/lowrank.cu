@@ -1,4 +1,4 @@
-// Around the walk: packing the factors of all adapters, expanding ranks to columns, and dealing gradients out.
+// Around the walk: packing the factors of all adapters, expanding ranks to columns, and distributing the gradients.
 #include <algorithm>
 
 #include "lowrank.cuh"

@@ -18,8 +18,8 @@ Optionals = Sequence[Tensor | None]
 
 
 def _wrong(name: str, expected: str, came: object) -> ArgumentError:
-    shape = isinstance(came, Tensor)
-    return ArgumentError(f"{name}: expected {expected}, got {f'shape {list(came.shape)}' if shape else came}")
+    got = f"shape {list(came.shape)}" if isinstance(came, Tensor) else came
+    return ArgumentError(f"{name}: expected {expected}, got {got}")
 
 
 def _matrix(tensor: Tensor, name: str) -> None:

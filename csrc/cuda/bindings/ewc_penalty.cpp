@@ -1,7 +1,7 @@
 // The op ewc_penalty: finds the table of an earlier call with the same tensors, or makes one.
 //
-// A step calls it with hundreds of tensors that are where they were before. They are compared in place, in Python's own lists: converting
-// those to C++ vectors would cost more than the launch.
+// Every training step calls it with the same hundreds of tensors. They are compared in Python's own lists: converting those to C++ vectors
+// would cost more than the launch.
 #include "ewc_penalty.h"
 
 #include <torch/csrc/autograd/python_variable.h>

@@ -98,7 +98,7 @@ struct Adapters {
     return last.first_range + last.ranges;
   }
 
-  // Allocates the gradients that `needs` asks for, in its order, and lets the tables point to them.
+  // Allocates the gradients that `needs` asks for, in its order, and makes the tables point to them.
   void gradients(const std::vector<bool>& needs, Tensors& out) {
     size_t next = 0;
     for (AdapterTable& table : tables)
@@ -130,7 +130,7 @@ struct Adapters {
   static at::Tensor owned(const at::Tensor& b, const RowRange& r) { return b.narrow(0, r.offset, r.stop - r.start); }
 };
 
-// What kernels are told of a call besides its adapters.
+// What kernels need to know about a call besides its adapters.
 struct Setting {
   Dtype dtype;
   Precision precision;

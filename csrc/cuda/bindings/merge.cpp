@@ -11,7 +11,7 @@ struct Extent {
   uintptr_t begin, end;
 };
 
-// The addresses from the first element to behind the last.
+// From the address of the first element to one past the last.
 Extent extent(const at::Tensor& t) {
   int64_t last = 0;
   for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);

@@ -26,7 +26,7 @@ constexpr at::DeviceType DEVICE = at::kCUDA;
 
 // The stream that PyTorch launches on now, on the device of `like`.
 cudaStream_t current_stream(const at::Tensor& like);
-// How many blocks run side by side at least.
+// A lower bound on the number of blocks that run side by side.
 int multiprocessors(const at::Tensor& like);
 
 // Raises with the op, what it was launched on, and what CUDA says.
