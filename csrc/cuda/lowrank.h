@@ -1,7 +1,7 @@
 // The low-rank terms of a LoRA linear beside its BLAS products: packing factors, skinny products of x and dy, distributing the gradients.
 //
-// A call has adapters (A_i [r_i, d_in], B_i [rows it owns, r_i], a scale per rank). Ranks are numbered across all adapters,
-// in order, and padded to `ranks` (see padded_rank). a [ranks, d_in] holds the rows of every A, b [d_out, ranks] those of every B times its scale, zero
+// A call has adapters (A_i [r_i, d_in], B_i [rows it owns, r_i], a scale per rank). Ranks are numbered across all adapters, in order, and
+// padded to `ranks` (see padded_rank). a [ranks, d_in] holds the rows of every A, b [d_out, ranks] those of every B times its scale, zero
 // where an adapter does not own an output row: one product then serves any number of adapters on any rows.
 #pragma once
 #include "numbers.h"
