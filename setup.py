@@ -106,7 +106,7 @@ def cpu_extension():
         "fused_ewclora._C",
         sources("cpu/*.cpp"),
         include_dirs=[str(ROOT / "csrc")],
-        depends=[*sources("cpu/*.h"), *sources("cpu/*.inl"), *sources("autograd/*.h")],
+        depends=[*sources("cpu/*.h"), *sources("cpu/*.inl"), *sources("autograd/*.h"), *sources("*.h")],
         # No -march: files choose instruction sets by pragmas. No -std: PyTorch adds the one it needs.
         extra_compile_args=["-O3", "-g0", "-Wall", "-fvisibility=hidden", *openmp],
         extra_link_args=openmp,
@@ -125,7 +125,7 @@ def cuda_extension(home):
         "fused_ewclora._C_cuda",
         [*kernels, *sources("cuda/bindings/*.cpp")],
         include_dirs=[str(ROOT / "csrc" / "cuda")],
-        depends=[*sources("cuda/**/*.h"), *sources("cuda/*.cuh"), *sources("autograd/*.h")],
+        depends=[*sources("cuda/**/*.h"), *sources("cuda/*.cuh"), *sources("autograd/*.h"), *sources("*.h")],
         extra_compile_args={
             "cxx": ["-O2", "-g0", "-Wall", "-fvisibility=hidden"],
             "nvcc": ["-O3", "-lineinfo", f"--threads={threads}", "-Xcompiler=-fvisibility=hidden"],

@@ -35,7 +35,7 @@ def _scale(entry, factor, k, TYPE: tl.constexpr):
 
 @triton.jit
 def _last(counter, count):
-    """Whether this program is the last of `count` to come here. What the others stored before they came is
+    """Whether this program is the last of `count` to arrive. What the others stored before they arrived is
     then visible; the counter is left at 0 for the next launch."""
     tl.debug_barrier()  # every thread's stores come before the one thread's atomic
     last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
@@ -118,8 +118,8 @@ def ewc_penalty_kernel(
 
     A program walks down a region of rows of one block of columns. With bs = B diag(s) it forms, tile by tile,
     delta = bs A, h = F delta, the products h A^T (dB before its scale) and bs^T h (dA). What is complete only
-    when its neighbours are done goes to `work`, and the last of them, told by a counter, adds it up in the
-    order of the items: no result depends on which one that was. `counters` are 0 before and after. UNIT: rows
+    when its neighbours are done goes to `work`, and the last of them, found by a counter, adds it up in the
+    order of the items: no result depends on which that was. `counters` are 0 before and after. UNIT: rows
     of F are contiguous, start at multiples of 16 bytes, and are multiples of 8 long.
     """
     pid = tl.program_id(0)

@@ -79,7 +79,7 @@ def lowrank_rows_kernel(
 
     Program (i, s, k) owns rows i of BLOCK_M, columns [s chunk, (s + 1) chunk) and ranks k of BLOCK_R. It
     writes u[s] [M, u_columns] (and the same, rounded, to u_copy [M, RP]); for c [M, c_columns] g[i] [N, RP] =
-    x^T c over its rows; sums[i] [N]. Who reads u, g and sums adds them up over s or i.
+    x^T c over its rows; sums[i] [N]. The reader of u, g and sums adds them up over s or i.
     """
     block, split, ranks = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m, r = block * BLOCK_M, ranks * BLOCK_R

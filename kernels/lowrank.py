@@ -1,4 +1,4 @@
-"""Kernels that gather the factors of several adapters in one matrix, and deal their gradients out again.
+"""Kernels that gather the factors of several adapters in one matrix, and distribute their gradients again.
 
 Adapters come as tuples, a few per launch. `owner` [adapters, d_out] (int32) gives the row of an adapter's B
 that belongs to an output row, -1 for none; without it the only adapter owns every row.

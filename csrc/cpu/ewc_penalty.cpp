@@ -24,7 +24,7 @@ struct Cut {
   int64_t row;
 };
 
-// Where the share of `part` begins when all rows are split into `parts` of about equal cost, at whole strips of rows.
+// Where the share of `part` begins when all rows are split into `parts` of about equal cost, at a boundary between strips of rows.
 Cut cut_at(const std::vector<Adapter>& adapters, double total, int64_t part, int64_t parts) {
   if (part == parts) return {adapters.size(), 0};
   const double target = total * double(part) / double(parts);
@@ -41,6 +41,7 @@ Cut cut_at(const std::vector<Adapter>& adapters, double total, int64_t part, int
 std::tuple<at::Tensor, at::Tensor> ewc_penalty(const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs,
                                                const OptionalTensors& scales, const std::vector<double>& factors, double ewc_lambda,
                                                const std::vector<bool>& needs) {
+  arguments::ewc_penalty(DEVICE, fishers, lora_as, lora_bs, scales, factors, needs);
   std::vector<Adapter> adapters(fishers.size());
   int64_t ranks = 0, scratch = 0, widest = 0, length = 0;
   double total = 0.0;

@@ -21,7 +21,7 @@ inline void penalty_tile(const float* fisher, int64_t stride, int64_t rows, int6
   expand(sb, r, rows, panel, r, columns, [=](int64_t row, int64_t column, int v, vfloat d, auto extent) __attribute__((always_inline)) {
     const float* f = fisher + row * stride + column;
     const vfloat value = load(f, extent) * d;
-    // Strips run too short a way along a row for the hardware to see them coming. Into L2: a strip is as large as L1.
+    // Strips are too short along a row for the hardware prefetcher to detect them. Into L2: a strip is as large as L1.
     __builtin_prefetch(f + F_ROWS * stride, 0, 2);
     total[v] += value * d;
     store(h + row * F_COLUMNS + column, value);

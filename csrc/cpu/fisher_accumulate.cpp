@@ -1,4 +1,4 @@
-// Fisher accumulation on the CPU: cuts F into blocks of equal size, as many as keep all threads busy.
+// Fisher accumulation on the CPU: cuts F into blocks of equal size, enough of them to keep all threads busy.
 #include "tensors.h"
 
 namespace fe {
@@ -32,9 +32,9 @@ Grid grid_for(int64_t d_out, int64_t d_in, int64_t threads) {
   return best;
 }
 
-std::vector<int64_t> sample_bounds(const at::Tensor& x, const std::string& mode, const std::optional<at::Tensor>& cu_seqlens, int64_t rows,
-                                   bool one_token) {
-  if (mode == "batch" || one_token) return {0, rows};
+std::vector<int64_t> sample_bounds(const at::Tensor& x, const std::string& squares, const std::optional<at::Tensor>& cu_seqlens,
+                                   int64_t rows, bool one_token) {
+  if (squares == "batch" || one_token) return {0, rows};
   if (cu_seqlens) {
     const at::Tensor offsets = cu_seqlens->to(at::kLong).contiguous();
     return {offsets.data_ptr<int64_t>(), offsets.data_ptr<int64_t>() + offsets.numel()};
@@ -46,14 +46,15 @@ std::vector<int64_t> sample_bounds(const at::Tensor& x, const std::string& mode,
 
 }  // namespace
 
-void fisher_accumulate(at::Tensor fisher, const at::Tensor& x, const at::Tensor& dy, const std::string& mode, double weight,
+void fisher_accumulate(at::Tensor fisher, const at::Tensor& x, const at::Tensor& dy, const std::string& squares, double weight,
                        const std::optional<at::Tensor>& cu_seqlens) {
+  arguments::fisher_accumulate(DEVICE, fisher, x, dy, squares, cu_seqlens);
   const at::Tensor x2 = as_rows(x), dy2 = as_rows(dy);
   const int64_t rows = x2.size(0), d_out = fisher.size(0), d_in = fisher.size(1);
   if (rows == 0) return;
   at::Tensor target = fisher.stride(1) == 1 || d_in == 1 ? fisher : fisher.contiguous();
-  const bool one_token = mode == "sample" && !cu_seqlens && rows == x.size(0);
-  const std::vector<int64_t> bounds = sample_bounds(x, mode, cu_seqlens, rows, one_token);
+  const bool one_token = squares == "sample" && !cu_seqlens && rows == x.size(0);
+  const std::vector<int64_t> bounds = sample_bounds(x, squares, cu_seqlens, rows, one_token);
   FisherBlock p;
   p.x = matrix(x2), p.dy = matrix(dy2), p.fisher = matrix(target);
   p.bounds = bounds.data(), p.samples = int64_t(bounds.size()) - 1;

@@ -112,7 +112,7 @@ inline void fisher(const FisherBlock& p, float* scratch) {
       const bool first = t == p.bounds[n], last = tokens == left;
       pack_tokens<TILE_ROWS>(p.dy, t, tokens, p.i0, p.i1, p.square_inputs, dy_panel);
       pack_tokens<WIDTH>(p.x, t, tokens, p.j0, p.j1, p.square_inputs, x_panel);
-      // With squared inputs the products are sums already: they go straight to `sums`, every part adding to it.
+      // With squared inputs the products are sums already: they go straight to `sums`, to which every part adds.
       const bool squared = last && !p.square_inputs;
       for (int64_t ct = 0; ct < f.column_tiles; ++ct)
         for (int64_t rt = 0; rt < f.row_tiles; ++rt) {

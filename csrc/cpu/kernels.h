@@ -1,5 +1,5 @@
 // What the CPU kernels need from a call, and the table of kernels of one instruction set. No ATen, no allocation: plain pointers and
-// sizes, so that the same sources compile anywhere. Every kernel does the share of one thread.
+// sizes, so that the same sources compile anywhere. Every kernel does one thread's share of the work.
 //
 // "Panel" is the layout all low-rank factors are packed into: a [r, n] matrix stored as [ceil(n / L)][r][L] with zero padding, L the
 // vector length of the instruction set. Walking along n reads it sequentially for every rank, whatever n and r are, and no kernel

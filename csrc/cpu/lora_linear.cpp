@@ -1,4 +1,4 @@
-// LoRA linear on the CPU: packs the factors, runs the row passes on all threads, and lets BLAS add the base product.
+// LoRA linear on the CPU: packs the factors, runs the row passes on all threads, and has BLAS add the base product.
 #include "tensors.h"
 
 namespace fe {
@@ -75,6 +75,7 @@ std::tuple<at::Tensor, at::Tensor> lora_linear(const at::Tensor& x, const at::Te
                                                const Tensors& lora_as, const Tensors& lora_bs, const OptionalTensors& scales,
                                                const std::vector<double>& factors, const std::vector<int64_t>& rows, double dropout_p,
                                                const std::optional<at::Tensor>& seed) {
+  arguments::lora_linear(DEVICE, x, weight, bias, lora_as, lora_bs, scales, factors, rows, dropout_p, seed);
   const Packed packed(weight, lora_as, lora_bs, scales, factors, rows, dropout_p, seed);
   const at::Tensor x2 = as_rows(x);
   const int64_t m = x2.size(0);
@@ -103,6 +104,7 @@ Tensors lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tenso
                              const Tensors& lora_bs, const OptionalTensors& scales, const std::vector<double>& factors,
                              const std::vector<int64_t>& rows, double dropout_p, const std::optional<at::Tensor>& seed,
                              const std::vector<bool>& needs) {
+  arguments::lora_linear_backward(DEVICE, dy, x, weight, bias, z, lora_as, lora_bs, scales, factors, rows, dropout_p, seed, needs);
   const Packed packed(weight, lora_as, lora_bs, scales, factors, rows, dropout_p, seed);
   const LoraShape& s = packed.shape;
   const at::Tensor dy2 = as_rows(dy);

@@ -186,7 +186,7 @@ inline void reduce_tail(const float* c, int64_t ldc, const float* x, int64_t ldx
 }
 
 // Adds to all r ranks of the gradient panel. A strip of columns of X stays in the first-level cache while the ranks pass over it; with
-// the loops the other way round X and the panel together just overflow that cache, which cost a factor of two now and then.
+// the loops interchanged, X and the panel together slightly exceed that cache, which sometimes costs a factor of two.
 inline void reduce(const float* c, int64_t ldc, const float* x, int64_t ldx, int64_t rows, int64_t n, float* grad, int64_t r) {
   auto over_ranks = [&](int64_t j, auto&& block_of) __attribute__((always_inline)) {
     for (int64_t k = 0; k < r;) {

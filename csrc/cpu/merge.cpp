@@ -20,6 +20,7 @@ static void merge_one(const at::Tensor& weight, const at::Tensor& lora_a, const 
 
 void merge(const Tensors& weights, const Tensors& lora_as, const Tensors& lora_bs, const OptionalTensors& scales,
            const std::vector<double>& factors) {
+  arguments::merge(DEVICE, weights, lora_as, lora_bs, scales, factors);
   for (size_t i = 0; i < weights.size(); ++i) merge_one(weights[i], lora_as[i], lora_bs[i], scales[i], factors[i]);
 }
 
@@ -33,6 +34,7 @@ static void soft_threshold_one(const at::Tensor& scale, double kappa) {
 }
 
 void soft_threshold(const Tensors& scales, double kappa) {
+  arguments::soft_threshold(DEVICE, scales);
   for (const at::Tensor& scale : scales) soft_threshold_one(scale, kappa);
 }
 

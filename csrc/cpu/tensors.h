@@ -1,4 +1,4 @@
-// From tensors to what the kernels take, and the one way in which work is split over threads.
+// From tensors to what the kernels take, and how work is split over threads.
 #pragma once
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -6,12 +6,15 @@
 #include <optional>
 #include <vector>
 
+#include "../arguments.h"
 #include "kernels.h"
 
 namespace fe {
 
-using Tensors = std::vector<at::Tensor>;
-using OptionalTensors = std::vector<std::optional<at::Tensor>>;
+using arguments::OptionalTensors;
+using arguments::Tensors;
+
+constexpr at::DeviceType DEVICE = at::kCPU;  // of the tensors that kernels take
 
 inline Dtype dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
@@ -22,7 +25,7 @@ inline Dtype dtype_of(const at::Tensor& t) {
     case at::kHalf:
       return Dtype::f16;
     default:
-      TORCH_CHECK(false, "the CPU kernels take float32, bfloat16 and float16, got ", t.scalar_type());
+      TORCH_CHECK_TYPE(false, "the CPU kernels take float32, bfloat16 and float16, got ", t.scalar_type());
   }
 }
 
@@ -51,8 +54,8 @@ inline std::vector<float> scale_of(const std::optional<at::Tensor>& scale, doubl
   return values;
 }
 
-// f(part, begin, end) over `parts` equal parts of [0, n). The split depends on `parts` alone, so sums kept per part are the same
-// whatever thread runs them.
+// f(part, begin, end) over `parts` equal parts of [0, n). The split depends on `parts` alone, so sums kept per part do not
+// depend on which thread computes them.
 template <class F>
 void over_parts(int64_t parts, int64_t n, const F& f) {
   at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
@@ -88,7 +91,7 @@ Tensors lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tenso
 std::tuple<at::Tensor, at::Tensor> ewc_penalty(const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs,
                                                const OptionalTensors& scales, const std::vector<double>& factors, double ewc_lambda,
                                                const std::vector<bool>& needs);
-void fisher_accumulate(at::Tensor fisher, const at::Tensor& x, const at::Tensor& dy, const std::string& mode, double weight,
+void fisher_accumulate(at::Tensor fisher, const at::Tensor& x, const at::Tensor& dy, const std::string& squares, double weight,
                        const std::optional<at::Tensor>& cu_seqlens);
 void merge(const Tensors& weights, const Tensors& lora_as, const Tensors& lora_bs, const OptionalTensors& scales,
            const std::vector<double>& factors);

@@ -12,7 +12,7 @@
 
 #define FE_DEVICE __device__ __forceinline__
 #define FE_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
-#define FE_PARAMETER const __grid_constant__  // indexed where it lies, not copied to local memory
+#define FE_PARAMETER const __grid_constant__  // indexed in place, not copied to local memory
 #define FE_UNROLL _Pragma("unroll")
 
 namespace fe::cuda {

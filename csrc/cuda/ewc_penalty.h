@@ -61,7 +61,7 @@ template <Precision P, int RP>
 struct PenaltyLayout {
   static constexpr int WARPS = penalty_warps(RP), THREADS = 32 * WARPS, WIDTH = WARPS * PENALTY_COLUMNS;
   static constexpr int BLOCKS = RP <= 16 || (RP <= 32 && P == Precision::bf16) ? 2 : 1;  // per multiprocessor, by registers
-  // 4 more than a multiple of 16: lanes that read eight columns of four even rows then meet in no bank.
+  // 4 more than a multiple of 16: lanes that read eight columns of four even rows then hit different banks.
   static constexpr int LDB = RP + 4, LDH = PENALTY_COLUMNS + 4, LDA = WIDTH + 4;
   static constexpr int B = 0;                                                  // [2][rows][LDB]: B
   static constexpr int SCALED = B + 2 * PENALTY_ROWS * LDB;                    // [2][rows][LDB]: B s

@@ -103,7 +103,7 @@ fisher_kernel(FE_PARAMETER FisherProducts p) {
     }
   }
 
-  sync_block();                                             // what was read ahead belongs to no step, but is read all the same
+  sync_block();                                             // the fragments read ahead are not used, but the reads must be over
   float* sums = reinterpret_cast<float*>(shared_memory());  // where tiles were
   FE_UNROLL for (int i = 0; i < DOWN; ++i) FE_UNROLL for (int j = 0; j < ACROSS; ++j) FE_UNROLL for (int k = 0; k < 4; ++k) {
     const int m = row + 16 * i + 8 * (k / 2) + lane() / 4, n = column + 8 * j + lane() % 4 * 2 + k % 2;

@@ -27,8 +27,8 @@ struct FisherProducts {
 
 constexpr int FISHER_TILE = 128;  // rows and columns of F that a block owns
 
-// Shared memory of a block: stages of a tile of x and one of dy, or a tile of sums. The pitch lets fragments meet in no bank, whether they are
-// read by matrices of 16-bit numbers or number by number.
+// Shared memory of a block: stages of a tile of x and one of dy, or a tile of sums. The pitch keeps reads of fragments
+// free of bank conflicts, whether 16-bit numbers are read as matrices or one by one.
 constexpr int FISHER_STAGES = 4, FISHER_PITCH = FISHER_TILE + 8;
 constexpr int fisher_step(int element_size, bool single) {  // tokens of a stage
   return element_size == 2 && !single ? 32 : 16;

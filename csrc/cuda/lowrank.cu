@@ -1,4 +1,4 @@
-// Around the walk: packing the factors of all adapters, expanding ranks to columns, and dealing gradients out.
+// Around the walk: packing the factors of all adapters, expanding ranks to columns, and distributing the gradients.
 #include <algorithm>
 
 #include "lowrank.cuh"
@@ -306,7 +306,7 @@ FE_DEVICE void deal_scales(const FinishParams& p, int64_t groups) {
   }
 }
 
-// A block per slab of a, then of b, then of the bias; the last of those of b to arrive deals the gradients of scales out.
+// A block per slab of a, then of b, then of the bias; the last of those of b to arrive computes the gradients of scales.
 FE_KERNEL(FINISH_THREADS, 2) finish_kernel(FE_PARAMETER FinishParams p) {
   float* scratch = reinterpret_cast<float*>(shared_memory());
   const int64_t of_a = (p.a.length + FINISH_SLAB - 1) / FINISH_SLAB, of_b = (p.b.length + FINISH_SLAB - 1) / FINISH_SLAB;

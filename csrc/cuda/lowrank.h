@@ -1,6 +1,6 @@
-// The low-rank terms of a LoRA linear beside its BLAS products: packing factors, skinny products of x and dy, dealing gradients out.
+// The low-rank terms of a LoRA linear beside its BLAS products: packing factors, skinny products of x and dy, distributing the gradients.
 //
-// A call has adapters (A_i [r_i, d_in], B_i [rows it owns, r_i], a scale per rank). Their ranks count through, adapter after adapter, and are
+// A call has adapters (A_i [r_i, d_in], B_i [rows it owns, r_i], a scale per rank). Ranks are numbered across all adapters, in order, and
 // padded to `ranks` (see padded_rank). a [ranks, d_in] holds the rows of every A, b [d_out, ranks] those of every B times its scale, zero
 // where an adapter does not own an output row: one product then serves any number of adapters on any rows.
 #pragma once
@@ -50,7 +50,7 @@ constexpr int padded_rank(int64_t rank) {
 constexpr int WALK_COLUMNS = 256;   // that a block of the walk owns
 constexpr int EXPAND_COLUMNS = 32;  // that a warp of the expansion writes at a time, at most
 
-// Packs one factor for launch_lowrank_walk and the other one for launch_lowrank_expand, rounded to `dtype`.
+// Packs one factor for launch_lowrank_walk and the other for launch_lowrank_expand, rounded to `dtype`.
 struct PackParams {
   AdapterTable table;
   void*
@@ -132,7 +132,7 @@ struct FinishParams {
 };
 cudaError_t launch_lowrank_finish(const FinishParams& params, cudaStream_t stream);
 
-// What every driver takes as parameters of a launch.
+// The size of launch parameters that every driver accepts.
 static_assert(sizeof(PackParams) < 4096 && sizeof(FinishParams) < 4096);
 
 }  // namespace fe::cuda

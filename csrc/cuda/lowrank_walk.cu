@@ -24,7 +24,7 @@ struct WalkShape {
   static constexpr int PARTIAL = U ? TILES * RANK_TILES * 32 * 4 : 0;  // floats per warp
   static constexpr int C_WORDS = G ? TILES * RANK_TILES * 32 * FOUR<P> : 0;
   static constexpr int C_EACH = G ? C_WORDS / WALK_THREADS : 1;
-  static constexpr int PITCH = WARP_COLUMNS + 4;                  // lanes of a transposed read meet 32 banks
+  static constexpr int PITCH = WARP_COLUMNS + 4;                  // lanes of a transposed read hit 32 different banks
   static constexpr int TURN = G && !IS_HALF<P> ? 16 * PITCH : 0;  // floats per warp
   static constexpr size_t SHARED = 4 * (WALK_WARPS * (P_WORDS + PARTIAL + TURN) + C_WORDS);
   static constexpr int BLOCKS = WIDE && (RB == 16 || STRIP == 32) ? 2 : 1;  // side by side; addresses of odd strides take registers

@@ -39,7 +39,7 @@ struct ThresholdParams {
   float kappa;
 };
 
-// What every driver takes as parameters of a launch.
+// The size of launch parameters that every driver accepts.
 static_assert(sizeof(MergeParams) < 4096 && sizeof(ThresholdParams) < 4096);
 
 // Entries of one launch are written in any order: no two of them may share elements.

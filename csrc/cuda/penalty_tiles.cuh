@@ -31,7 +31,7 @@ FE_DEVICE float b_at(const PenaltyAdapter& p, int i, int k) {
   return k < p.rank && i < p.d_out ? load_number(p.lora_b, p.b_dtype, i * p.b_row + k * p.b_column) : 0.f;
 }
 
-// The warp's columns of F, strip by strip: `load` starts the accesses to the next strip, `get` gives it in the layout of C fragments.
+// The warp's columns of F, strip by strip: `load` starts the accesses to the next strip, `get` returns it in the layout of C fragments.
 template <FisherLoads L>
 struct Fisher;
 

@@ -1,4 +1,4 @@
-// Sums whose order is fixed, and who comes last.
+// Sums in a fixed order, and finding the last of several blocks.
 #pragma once
 #include "device.cuh"
 
@@ -15,7 +15,7 @@ FE_DEVICE float block_sum(float value, float* scratch) {
   return total;
 }
 
-// Whether this block is the last of `count` to come here; what the others stored before they came is then visible. The counter is left at 0
+// Whether this block is the last of `count` to arrive; what the others stored before they arrived is then visible. The counter is left at 0
 // for the next launch. All threads call it; `flag` is one word of shared memory.
 FE_DEVICE bool last_to_arrive(uint32_t* counter, uint32_t count, uint32_t* flag) {
   fence();

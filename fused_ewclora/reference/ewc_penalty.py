@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import arguments
+
 Scale = float | Tensor
 
 
@@ -46,8 +48,9 @@ def penalty_and_grads(
 
     ds is returned for the adapters whose scale is a tensor.
     """
+    arguments.ewc_penalty(fishers, lora_as, lora_bs, scales, factors, needs)
     acc = accumulate_dtype([*lora_as, *lora_bs])
-    total = torch.zeros((), dtype=torch.float64, device=fishers[0].device if fishers else None)
+    total = torch.zeros((), dtype=torch.float64, device=fishers[0].device)
     grads: list[Tensor] = []
     for fisher, lora_a, lora_b, scale, factor in zip(fishers, lora_as, lora_bs, scales, factors, strict=True):
         s = factor if scale is None else scale.to(acc) * factor

@@ -8,6 +8,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from . import arguments
+
 
 def sample_bounds(x: Tensor, cu_seqlens: Tensor | None) -> list[int]:
     """Row offsets of the samples after flattening x to `[rows, d_in]`: N + 1 numbers."""
@@ -22,15 +24,16 @@ def fisher_accumulate_(
     fisher: Tensor,
     x: Tensor,
     dy: Tensor,
-    mode: str = "sample",
+    squares: str = "sample",
     weight: float = 1.0,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """F += weight * sum_n (dy_n^T x_n)^2 (mode "sample") or F += weight * (sum_n dy_n^T x_n)^2 (mode
+    """F += weight * sum_n (dy_n^T x_n)^2 (squares "sample") or F += weight * (sum_n dy_n^T x_n)^2 (squares
     "batch"), in place."""
+    arguments.fisher_accumulate(fisher, x, dy, squares, cu_seqlens)
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    bounds = sample_bounds(x, cu_seqlens) if mode == "sample" else [0, x2.shape[0]]
+    bounds = sample_bounds(x, cu_seqlens) if squares == "sample" else [0, x2.shape[0]]
     total = torch.zeros(fisher.shape, dtype=acc, device=fisher.device)
     for start, stop in itertools.pairwise(bounds):
         total += (dy2[start:stop].to(acc).T @ x2[start:stop].to(acc)).square()

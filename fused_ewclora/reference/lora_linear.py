@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import arguments
 from .philox import dropout
 
 Scale = float | Tensor
@@ -88,6 +89,7 @@ def forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns y `[..., d_out]` and z `[M, sum of ranks]` in the accumulation dtype."""
+    arguments.lora_linear(x, weight, bias, lora_as, lora_bs, scales, factors, rows, dropout_p, seed)
     acc = accumulate_dtype(x.dtype)
     x2 = x.reshape(-1, x.shape[-1]).to(acc)
     z = dropout(x2, dropout_p, seed) @ torch.cat([a.to(acc) for a in lora_as]).T
@@ -126,6 +128,9 @@ def backward(
 
     x is needed for dA and dweight, z for dB and ds.
     """
+    arguments.lora_linear_backward(
+        dy, x, weight, bias, z, lora_as, lora_bs, scales, factors, rows, dropout_p, seed, needs
+    )
     acc = accumulate_dtype(dy.dtype)
     g = dy.reshape(-1, dy.shape[-1]).to(acc)
     x2 = None if x is None else x.reshape(-1, x.shape[-1]).to(acc)

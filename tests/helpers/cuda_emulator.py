@@ -58,7 +58,7 @@ def _changed() -> float:
     """When the newest source was written."""
     return max(
         path.stat().st_mtime
-        for path in [Path(__file__), *CSRC.rglob("*"), *AUTOGRAD.iterdir()]
+        for path in [Path(__file__), *CSRC.rglob("*"), *AUTOGRAD.iterdir(), *CSRC.parent.glob("*.h")]
         if path.is_file()
     )
 

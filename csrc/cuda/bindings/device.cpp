@@ -1,4 +1,4 @@
-// The device that tensors are on: its stream, its size, what its errors say.
+// The device that tensors are on: its stream, its number of multiprocessors, and errors that describe the tensors.
 #include <array>
 #include <sstream>
 

@@ -1,7 +1,7 @@
 // The op ewc_penalty: finds the table of an earlier call with the same tensors, or makes one.
 //
-// A step calls it with hundreds of tensors that are where they were before. They are compared in place, in Python's own lists: converting
-// those to C++ vectors would cost more than the launch.
+// Every training step calls it with the same hundreds of tensors. They are compared in Python's own lists: converting those to C++ vectors
+// would cost more than the launch.
 #include "ewc_penalty.h"
 
 #include <torch/csrc/autograd/python_variable.h>
@@ -17,7 +17,7 @@ namespace py = pybind11;
 
 constexpr size_t KEPT = 16;  // tables; a training loop needs one
 
-// What a table depends on of one tensor of up to two dimensions.
+// What a table depends on of one tensor. Those of a table have at most two dimensions, so others equal none of them.
 struct Seen {
   const void* data = nullptr;
   int64_t sizes[2] = {}, strides[2] = {};
@@ -26,7 +26,7 @@ struct Seen {
 
   Seen() = default;
   explicit Seen(const at::Tensor& t) : data(t.const_data_ptr()), dtype(t.scalar_type()), dim(int8_t(t.dim())) {
-    for (int i = 0; i < dim; ++i) sizes[i] = t.size(i), strides[i] = t.stride(i);
+    for (int i = 0; i < std::min<int>(dim, 2); ++i) sizes[i] = t.size(i), strides[i] = t.stride(i);
   }
   bool operator==(const Seen& o) const {
     return data == o.data && dim == o.dim && dtype == o.dtype && sizes[0] == o.sizes[0] && sizes[1] == o.sizes[1] &&
@@ -37,7 +37,7 @@ struct Seen {
 struct Call {
   py::list lists[4];  // fishers, lora_as, lora_bs, scales
   py::list factors;
-  std::array<bool, 3> needs;
+  std::vector<bool> needs;
 
   template <class F>
   bool each(const F& f) const {
@@ -51,7 +51,7 @@ struct Call {
 struct Entry {
   std::vector<Seen> seen;
   std::vector<double> factors;
-  std::array<bool, 3> needs;
+  std::vector<bool> needs;
   at::Float32MatmulPrecision precision;
   PenaltyTable table;
 
@@ -61,7 +61,7 @@ struct Entry {
     for (int i = 0; i < 4; ++i)
       for (const py::handle item : call.lists[i]) to[i]->push_back(item.is_none() ? at::Tensor() : THPVariable_Unpack(item.ptr()));
     for (const py::handle factor : call.factors) a.factors.push_back(factor.cast<double>());
-    a.need_a = call.needs[0], a.need_b = call.needs[1], a.need_s = call.needs[2];
+    a.needs = call.needs;
     return a;
   }
   explicit Entry(const Call& call) : needs(call.needs), precision(at::globalContext().float32MatmulPrecision()), table(arguments(call)) {
@@ -72,7 +72,9 @@ struct Entry {
   bool serves(const Call& call) const {
     if (needs != call.needs || factors.size() != call.factors.size() || precision != at::globalContext().float32MatmulPrecision())
       return false;
-    if (seen.size() != 4 * call.lists[0].size()) return false;
+    size_t tensors = 0;
+    for (const py::list& list : call.lists) tensors += list.size();
+    if (seen.size() != tensors) return false;
     size_t i = 0;
     if (!call.each([&](const at::Tensor* t) { return seen[i++] == (t ? Seen(*t) : Seen()); })) return false;
     i = 0;
@@ -89,9 +91,8 @@ std::list<Entry>& entries() {
 }
 
 std::tuple<at::Tensor, at::Tensor> ewc_penalty(py::list fishers, py::list lora_as, py::list lora_bs, py::list scales, py::list factors,
-                                               double ewc_lambda, std::array<bool, 3> needs) {
+                                               double ewc_lambda, const std::vector<bool>& needs) {
   const Call call{{std::move(fishers), std::move(lora_as), std::move(lora_bs), std::move(scales)}, std::move(factors), needs};
-  TORCH_CHECK_VALUE(call.lists[0].size() > 0, "ewc_penalty: expected at least one adapter");
   auto& kept = entries();
   for (auto entry = kept.begin(); entry != kept.end(); ++entry) {
     if (!entry->serves(call)) continue;
@@ -109,8 +110,8 @@ void bind_ewc_penalty(py::module& m) {
   py::class_<PenaltyTable>(m, "PenaltyTable",
                            "The table of one call of ewc_penalty in device memory; valid while its tensors stay where they are.")
       .def(py::init([](const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs, const OptionalTensors& scales,
-                       const std::vector<double>& factors, std::array<bool, 3> needs) {
-             PenaltyArguments a{fishers, lora_as, lora_bs, {}, factors, needs[0], needs[1], needs[2]};
+                       const std::vector<double>& factors, const std::vector<bool>& needs) {
+             PenaltyArguments a{fishers, lora_as, lora_bs, {}, factors, needs};
              for (const auto& scale : scales) a.scales.push_back(scale.value_or(at::Tensor()));
              return PenaltyTable(a);
            }),

@@ -90,6 +90,7 @@ void square_of_sum(const at::Tensor& fisher, const at::Tensor& x, const at::Tens
 
 void fisher_accumulate(at::Tensor fisher, const at::Tensor& x, const at::Tensor& dy, const std::string& squares, double weight,
                        const std::optional<at::Tensor>& cu_seqlens) {
+  arguments::fisher_accumulate(DEVICE, fisher, x, dy, squares, cu_seqlens);
   if (x.numel() == 0 || dy.numel() == 0 || (cu_seqlens && cu_seqlens->numel() < 2)) return;
   const c10::DeviceGuard guard(x.device());
   squares == "batch" ? square_of_sum(fisher, x, dy, weight) : products(fisher, x, dy, weight, cu_seqlens);

@@ -28,8 +28,6 @@ struct Workspace {
 
 Dropout dropout_of(double p, const std::optional<at::Tensor>& seed) {
   if (p == 0.0 || !seed) return {};
-  TORCH_CHECK(seed->scalar_type() == at::kLong && seed->numel() == 1, "lora_linear: the seed of dropout is one int64, got ",
-              described(*seed));
   const double rounded = std::nearbyint(p * 4294967296.0);
   return {seed->data_ptr<int64_t>(), rounded >= 4294967295.0 ? 0xFFFFFFFFu : uint32_t(rounded), p >= 1.0 ? 0.f : float(1.0 / (1.0 - p))};
 }
@@ -100,7 +98,7 @@ struct Adapters {
     return last.first_range + last.ranges;
   }
 
-  // Allocates the gradients that `needs` asks for, in its order, and lets the tables point to them.
+  // Allocates the gradients that `needs` asks for, in its order, and makes the tables point to them.
   void gradients(const std::vector<bool>& needs, Tensors& out) {
     size_t next = 0;
     for (AdapterTable& table : tables)
@@ -132,7 +130,7 @@ struct Adapters {
   static at::Tensor owned(const at::Tensor& b, const RowRange& r) { return b.narrow(0, r.offset, r.stop - r.start); }
 };
 
-// What kernels are told of a call besides its adapters.
+// What kernels need to know about a call besides its adapters.
 struct Setting {
   Dtype dtype;
   Precision precision;
@@ -220,6 +218,7 @@ std::tuple<at::Tensor, at::Tensor> lora_linear(const at::Tensor& x, const at::Te
                                                const Tensors& lora_as, const Tensors& lora_bs, const OptionalTensors& scales,
                                                const std::vector<double>& factors, const std::vector<int64_t>& rows, double dropout_p,
                                                const std::optional<at::Tensor>& seed) {
+  arguments::lora_linear(DEVICE, x, weight, bias, lora_as, lora_bs, scales, factors, rows, dropout_p, seed);
   const c10::DeviceGuard guard(x.device());
   const Adapters adapters(weight, lora_as, lora_bs, scales, factors, rows);
   const at::Tensor x2 = as_rows(x);
@@ -341,6 +340,7 @@ Tensors lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tenso
                              const Tensors& lora_bs, const OptionalTensors& scales, const std::vector<double>& factors,
                              const std::vector<int64_t>& rows, double dropout_p, const std::optional<at::Tensor>& seed,
                              const std::vector<bool>& needed) {
+  arguments::lora_linear_backward(DEVICE, dy, x, weight, bias, z, lora_as, lora_bs, scales, factors, rows, dropout_p, seed, needed);
   const c10::DeviceGuard guard(dy.device());
   const Needs needs(needed);
   Adapters adapters(weight, lora_as, lora_bs, scales, factors, rows);

@@ -11,7 +11,7 @@ struct Extent {
   uintptr_t begin, end;
 };
 
-// The addresses from the first element to behind the last.
+// From the address of the first element to one past the last.
 Extent extent(const at::Tensor& t) {
   int64_t last = 0;
   for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
@@ -67,6 +67,7 @@ MergeEntry entry(const at::Tensor& weight, const at::Tensor& lora_a, const at::T
 
 void merge(const Tensors& weights, const Tensors& lora_as, const Tensors& lora_bs, const OptionalTensors& scales,
            const std::vector<double>& factors) {
+  arguments::merge(DEVICE, weights, lora_as, lora_bs, scales, factors);
   if (weights.empty()) return;
   const c10::DeviceGuard guard(weights[0].device());
   const cudaStream_t stream = current_stream(weights[0]);
@@ -78,6 +79,7 @@ void merge(const Tensors& weights, const Tensors& lora_as, const Tensors& lora_b
 }
 
 void soft_threshold(const Tensors& scales, double kappa) {
+  arguments::soft_threshold(DEVICE, scales);
   if (scales.empty()) return;
   const c10::DeviceGuard guard(scales[0].device());
   const cudaStream_t stream = current_stream(scales[0]);

@@ -41,15 +41,20 @@ bool capturing(cudaStream_t stream) {
 #endif
 }
 
+const PenaltyArguments& checked(const PenaltyArguments& a) {
+  arguments::ewc_penalty(DEVICE, a.fishers, a.lora_as, a.lora_bs, a.scales, a.factors, a.needs);
+  return a;
+}
+
 }  // namespace
 
 PenaltyTable::PenaltyTable(const PenaltyArguments& a)
-    : options_(a.lora_as[0].options().dtype(at::kFloat).requires_grad(false)),
+    : options_(checked(a).lora_as[0].options().dtype(at::kFloat).requires_grad(false)),
       precision_(float_precision(Precision::bf16)),
       shape_(std::to_string(a.fishers.size()) + " Fisher matrices, the first " + described(a.fishers[0])),
-      need_a_(a.need_a),
-      need_b_(a.need_b),
-      need_s_(a.need_s),
+      need_a_(a.needs[0]),
+      need_b_(a.needs[1]),
+      need_s_(a.needs[2]),
       multiprocessors_(cuda::multiprocessors(a.lora_as[0])) {
   TORCH_CHECK(
       !capturing(current_stream(a.lora_as[0])),

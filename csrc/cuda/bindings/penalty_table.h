@@ -12,7 +12,7 @@ namespace fe::cuda {
 struct PenaltyArguments {
   Tensors fishers, lora_as, lora_bs, scales;
   std::vector<double> factors;
-  bool need_a, need_b, need_s;
+  std::vector<bool> needs;  // A, B, s
 };
 
 // Everything about a call that does not depend on values. Owns the table in device memory, which stays valid while the tensors it was made

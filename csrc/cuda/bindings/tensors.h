@@ -8,17 +8,25 @@
 #include <string>
 #include <vector>
 
+#include "../../arguments.h"
 #include "../numbers.h"
 #include "../runtime.h"
 
 namespace fe::cuda {
 
-using Tensors = std::vector<at::Tensor>;
-using OptionalTensors = std::vector<std::optional<at::Tensor>>;
+using arguments::OptionalTensors;
+using arguments::Tensors;
+
+// Of the tensors that kernels take.
+#ifdef FE_EMULATED
+constexpr at::DeviceType DEVICE = at::kCPU;
+#else
+constexpr at::DeviceType DEVICE = at::kCUDA;
+#endif
 
 // The stream that PyTorch launches on now, on the device of `like`.
 cudaStream_t current_stream(const at::Tensor& like);
-// How many blocks run side by side at least.
+// A lower bound on the number of blocks that run side by side.
 int multiprocessors(const at::Tensor& like);
 
 // Raises with the op, what it was launched on, and what CUDA says.

@@ -1,9 +1,10 @@
 // The device layer on the CPU: kernels run block after block, each thread of a block as a fiber of its own.
 //
-// Threads run until they wait: at a barrier, or at an instruction of a whole warp. Who goes first changes from wait to wait, so that a missing
-// barrier shows. Shared memory starts as NaN; asynchronous copies land no sooner than they are waited for; addresses of 16-byte accesses are
-// checked; threads of a warp or block that wait at different places are an error. Blocks run in a random order unless the launch is ordered.
-// The matrix units cut tf32 operands off to 11 significant bits, as hardware does. Not seen: races between blocks, and the cost of anything.
+// Threads run until they wait: at a barrier, or at an instruction of a whole warp. The order in which they resume changes from wait to wait,
+// so that a missing barrier shows. Shared memory starts as NaN; asynchronous copies arrive only when they are waited for; addresses of
+// 16-byte accesses are checked; threads of a warp or block that wait at different places are an error. Blocks run in a random order unless
+// the launch is ordered. The matrix units cut tf32 operands off to 11 significant bits, as hardware does. Not seen: races between blocks,
+// and the cost of anything.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -96,9 +96,9 @@ def _host(module: str, function: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(f"{__name__}.{module}"), function)
 
     def run(*arguments: Any) -> Any:
-        first = arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[0][0]
+        first = arguments[0] if isinstance(arguments[0], torch.Tensor) else next(iter(arguments[0]), None)
         # Launches go to the current device.
-        if first.is_cuda and first.device.index != torch.cuda.current_device():
+        if first is not None and first.is_cuda and first.device.index != torch.cuda.current_device():
             with torch.cuda.device(first.device):
                 return found()(*arguments)
         return found()(*arguments)

@@ -19,6 +19,7 @@ from torch import Tensor
 from fused_ewclora.kernels import ewc_penalty as kernels
 
 from ...errors import BackendError
+from ...reference import arguments
 from . import tables
 from .launch import addressable, arch, cdiv, launch, multiprocessors, precision
 
@@ -97,11 +98,14 @@ def _plan(
     needs: Sequence[bool],
 ) -> Plan:
     """The prepared tables of this call: kept from an earlier one with the same tensors, or made."""
+    if not fishers or len(lora_as) != len(fishers):
+        arguments.ewc_penalty(fishers, lora_as, lora_bs, scales, factors, needs)  # says so
     tensors = tuple(map(_described, (*fishers, *lora_as, *lora_bs, *scales)))
     like = lora_as[0]
     key = (tensors, tuple(factors), tuple(needs), arch(like), precision(), like.device, tables.overriding())
     plan = _plans.get(key)
     if plan is None:
+        arguments.ewc_penalty(fishers, lora_as, lora_bs, scales, factors, needs)
         if like.is_cuda and torch.cuda.is_current_stream_capturing():
             raise BackendError(
                 "ewc_penalty: expected a call with the same tensors before the capture of a CUDA graph; its "

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fused_ewclora.kernels import fisher_accumulate as kernels
 
+from ...reference import arguments
 from . import launch, tables
 from .launch import cdiv
 
@@ -26,6 +27,7 @@ def fisher_accumulate_(
 ) -> None:
     """F += weight * sum_n (dy_n^T x_n)^2 or, for `squares` "batch", weight * (sum_n dy_n^T x_n)^2, in place;
     no temporaries but the G of "batch"."""
+    arguments.fisher_accumulate(fisher, x, dy, squares, cu_seqlens)
     if x.shape[:-1].numel() == 0 or (cu_seqlens is not None and cu_seqlens.numel() < 2):
         return
     if squares == "batch":

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fused_ewclora.kernels import merge as kernels
 
+from ...reference import arguments
 from . import launch, tables
 from .launch import cdiv
 
@@ -22,6 +23,7 @@ def merge_(
     factors: Sequence[float],
 ) -> None:
     """W_i += B_i diag(s_i) A_i in place, in the order of the entries where weights overlap."""
+    arguments.merge(weights, lora_as, lora_bs, scales, factors)
     for group in _groups(weights):
         w, a, b = ([tensors[i] for i in group] for tensors in (weights, lora_as, lora_bs))
         s = [scales[i] for i in group]
@@ -37,6 +39,7 @@ def merge_(
 
 def soft_threshold_(scales: Sequence[Tensor], kappa: float) -> None:
     """s_i = sign(s_i) max(|s_i| - kappa, 0) in place, in the order of the entries where they overlap."""
+    arguments.soft_threshold(scales)
     for group in _groups(scales):
         given = [scales[i] for i in group]
         flat = [t.reshape(-1) for t in given]  # views where the strides allow it
