@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import seeding
 import torch
+from budgets import EXAMPLES, FACTOR
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +46,7 @@ settings.register_profile(
     deadline=None,
     derandomize=False,
     print_blob=True,
-    max_examples=25,  # EXAMPLES of strategies.py
+    max_examples=FACTOR * EXAMPLES,
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("default")

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import seeding
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -294,10 +293,10 @@ def mixed_precision() -> None:
 
 def new_factors_do_not_depend_on_the_processes() -> None:
     """They are drawn whole, from a seed of the first process, and dealt out."""
-    generator = seeding.generator(5)
+    generator = torch.Generator().manual_seed(5)
     seed = int(torch.randint(2**62, (1,), generator=generator))
-    common = seeding.generator(seed)
-    given = seeding.generator(5 + dist.get_rank())
+    common = torch.Generator().manual_seed(seed)
+    given = torch.Generator().manual_seed(5 + dist.get_rank())
     ewc = EWC(shard(adapted()), generator=given, **OPTIONS)
     ewc.shard_()
     ewc.end_task([mine(*data(SAMPLES))], F.cross_entropy)

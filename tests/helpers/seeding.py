@@ -1,4 +1,4 @@
-"""One number that shifts the seeds of the tests; a run with another shows which of them merely happen to work."""
+"""One number that shifts the seeds of the tests; a run with another shows which merely happen to work."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import seeding
 import torch
+from budgets import EXAMPLES, FACTOR, INTERPRETED_EXAMPLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -29,8 +30,6 @@ LINEAR_BACKENDS = [
     name if key is None else f"{name}:{key}" for name in BACKENDS for key in algorithms(name) or (None,)
 ]
 ON_GPU = ("triton", "cuda")
-EXAMPLES = 25  # of a property, unless it asks for another number
-INTERPRETED_EXAMPLES = 8  # every program of a kernel is a few NumPy calls, some 1e4 times slower than a GPU
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "transposed", "every other column", "columns of a wider matrix", "expanded")
@@ -82,14 +81,15 @@ def set_threads(backend: str, count: int) -> None:
 def property_test(
     examples: int = EXAMPLES, **drawn: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """`given(**drawn)` for tests with a parameter `backend`: `examples`, or few where `interpreted`."""
+    """`given(**drawn)` for tests with a parameter `backend`: `examples`, or few where `interpreted`; FACTOR times
+    as many."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         def test(**fixed: Any) -> None:
             most = INTERPRETED_EXAMPLES if interpreted(fixed["backend"]) else examples
             if (profile := settings().max_examples) < EXAMPLES:  # one for a quick look
                 most = min(most, profile)
-            settings(max_examples=min(examples, most))(given(**drawn)(function))(**fixed)
+            settings(max_examples=FACTOR * min(examples, most))(given(**drawn)(function))(**fixed)
 
         test.__name__, test.__doc__, test.__module__ = (
             function.__name__,
@@ -173,8 +173,8 @@ class Values:
 def gap(dtype: torch.dtype) -> float:
     """What to put between the elements of strided tensors: NaN, which spoils every sum that it enters.
 
-    PyTorch's own 16-bit product reads past the ends of rows on processors with AMX and multiplies what is there
-    by zero. With it the gaps hold a large finite number, which shows where it counts, not where it is only read.
+    PyTorch's own 16-bit product reads past the ends of rows on processors with AMX and multiplies what is
+    there by zero. Its gaps hold a large finite number, which shows where it counts, not where it is read.
     """
     if not torch.cuda.is_available() and dtype in LOW_PRECISION:
         rows = torch.full((64, 64), math.nan, dtype=dtype)
