@@ -92,7 +92,9 @@ def test_an_interpreting_process_says_that_it_cannot_compile():
 
 
 def test_an_unknown_kernel_is_answered_with_the_known_ones():
-    with pytest.raises(BackendError, match="abacus_kernel: there are lora_linear_kernel, lowrank_rows_kernel"):
+    with pytest.raises(
+        BackendError, match="abacus_kernel: there are lora_linear_kernel, lowrank_rows_kernel"
+    ):
         compile_report._chosen([noted("lowrank_rows_kernel"), noted()], ["abacus_kernel"], (), ())
 
 
