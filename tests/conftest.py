@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import seeding
+import seeding  # noqa: F401  shifts seeds
 import torch
 from budgets import EXAMPLES, FACTOR
 from hypothesis import HealthCheck, settings
@@ -36,10 +35,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"CUDA kernels were not tested in the emulator: {NOT_EMULATED}")
 
 
-def _shifted(manual_seed: Callable[[int], torch.Generator], seed: int) -> torch.Generator:
-    return manual_seed((int(seed) + seeding.SHIFT) % 2**64)
-
-
 # Fresh inputs on every run find more than the same ones forever; a failure prints how to reproduce it.
 settings.register_profile(
     "default",
@@ -53,9 +48,6 @@ settings.load_profile("default")
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 THREADS = int(os.environ.get("FUSED_EWCLORA_TEST_THREADS") or "0") or max(1, (os.cpu_count() or 1) // WORKERS)
-
-if seeding.SHIFT:
-    torch.manual_seed = functools.partial(_shifted, torch.manual_seed)
 
 
 @pytest.fixture(autouse=True)

@@ -81,8 +81,8 @@ def set_threads(backend: str, count: int) -> None:
 def property_test(
     examples: int = EXAMPLES, **drawn: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """`given(**drawn)` for tests with a parameter `backend`: `examples`, or few where `interpreted`; FACTOR times
-    as many."""
+    """`given(**drawn)` for tests with a parameter `backend`: FACTOR times `examples`, or few where
+    `interpreted`."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         def test(**fixed: Any) -> None:
