@@ -1,6 +1,7 @@
 # Every target sets up what it needs in .venv; nothing is installed outside of the checkout.
 #   make test    the whole test suite           make lint    ruff, mypy, clang-format
 #   make test-library, make test-integrations    its two halves: without and with model libraries
+#   make test-long    the same tests with several times as many random inputs and compiled kernels
 #   make test-integrations INSTEAD=dir   with other versions of these, installed by pip install --no-deps --target dir
 #   make demo    the continual learning demo    make bench   benchmarks against installed peers
 #   make suite   continual learning with every method on language and vision
@@ -10,7 +11,7 @@
 # Variables: PYTHON, MAX_JOBS, FUSED_EWCLORA_BUILD, TEST_ARGS, INSTEAD, DEMO_ARGS, SUITE_ARGS, BENCH_ARGS, OUT, CHECK_ARGS
 
 PYTHON ?= python3
-TEST_ARGS ?= -n 2 --dist loadfile
+TEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -20,10 +21,13 @@ INSTALL := .venv/.install
 EXTENSION := build/.extension
 EXTRAS := .venv/extras
 
-.PHONY: test test-library test-integrations demo suite docs lint format bench gpu-check setup clean distclean
+.PHONY: test test-long test-library test-integrations demo suite docs lint format bench gpu-check setup clean distclean
 .DELETE_ON_ERROR:
 
 test: test-library test-integrations
+
+test-long: export FUSED_EWCLORA_TEST_LONG := 1
+test-long: test
 
 test-library: setup
 	python -m pytest $(TEST_ARGS)

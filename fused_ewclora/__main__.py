@@ -72,6 +72,7 @@ def _compile_report(args: argparse.Namespace) -> int:
         args.rank,
         args.jobs,
         compile_report.show_progress,
+        args.few,
     )
     print(json.dumps(data, indent=1) if args.json else compile_report.render(data, args.full))
     return 1 if data["problems"] else 0
@@ -85,6 +86,7 @@ def _add_compile_report(commands: Any) -> None:
     parser.add_argument("--kernel", nargs="+", default=[], metavar="NAME", help="compile these kernels only")
     parser.add_argument("--dtype", nargs="+", default=[], choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--rank", nargs="+", type=int, default=[], metavar="R", help="ranks of the adapters")
+    parser.add_argument("--few", action="store_true", help="two calls of each kernel and configuration")
     parser.add_argument("--jobs", type=int, metavar="N", help="compiler processes (default: one per core)")
     parser.add_argument("--full", action="store_true", help="one line per specialisation")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

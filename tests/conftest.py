@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import seeding  # noqa: F401  shifts seeds
 import torch
+from budgets import EXAMPLES, FACTOR
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,13 +41,19 @@ settings.register_profile(
     deadline=None,
     derandomize=False,
     print_blob=True,
-    max_examples=25,  # EXAMPLES of strategies.py
+    max_examples=FACTOR * EXAMPLES,
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("default")
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
+THREADS = int(os.environ.get("FUSED_EWCLORA_TEST_THREADS") or "0") or max(1, (os.cpu_count() or 1) // WORKERS)
+
+
+@pytest.fixture(autouse=True)
+def known_seed() -> None:
+    """Random numbers of a test depend on no other test."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

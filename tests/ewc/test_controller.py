@@ -281,15 +281,20 @@ def test_bf16_fisher_is_the_fp32_one_rounded_once_per_task():
 
 
 def test_memory_is_constant_over_tasks():
+    def tensors() -> list[Tensor]:
+        gc.collect()
+        return [o for o in gc.get_objects() if type(o) in (Tensor, torch.nn.Parameter)]
+
     _, ewc = after_one_task()
     x, y = data(4)
+    kept = tensors()  # those of other tests, too, which else may go in the meantime
     counts = []
     for _ in range(4):
         ewc.end_task([(x, y)], F.cross_entropy)
-        gc.collect()
-        counts.append(sum(1 for o in gc.get_objects() if type(o) in (Tensor, torch.nn.Parameter)))
+        counts.append(len(tensors()))
         assert ewc.state_dict()["config"].get("task") is None  # the task's buffers are gone
     assert len(set(counts)) == 1, counts
+    del kept
 
 
 def test_penalty_follows_parameters_that_were_replaced():

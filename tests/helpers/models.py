@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import seeding
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -112,7 +113,7 @@ KV = fe.LoRAConfig(r=3, target_modules=["qkv"], slices=("k", "v"), layout=THIRDS
 
 def randomize_adapters_(model: nn.Module, seed: int = 0, size: float = 0.3) -> None:
     """Adapters as after some training: no zero B."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeding.generator(seed)
     with torch.no_grad():
         for layer in fe.adapters(model).values():
             for _, lora_a, lora_b in layer.adapter_parameters():
@@ -152,7 +153,7 @@ def rounding_bound(layer: fe.LoRALinear, x: Tensor, eps: float) -> Tensor:
     return sums * eps * (magnitude if layer.bias is None else magnitude + _fp64(layer.bias).abs())
 
 
-X = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+X = torch.randn(3, 4, 8, generator=seeding.generator(0))
 ALL = fe.LoRAConfig(r=2, target_modules="all-linear")
 
 

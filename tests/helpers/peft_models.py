@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import peft
+import seeding
 import torch
 from models import MLP
 from tolerance import EPS, accumulation, assert_as_good, rounding_bound
@@ -20,7 +21,7 @@ TERMS = 10  # of the longest sum in MLP
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> None:
     """What training would do to lora_B, of all adapters."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeding.generator(seed)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
@@ -53,7 +54,7 @@ def pair(*args: Any, **kwargs: Any):
 
 
 def inputs(dtype: torch.dtype = torch.float64, samples: int = 5, d_in: int = 6) -> Tensor:
-    return torch.randn(samples, d_in, generator=torch.Generator().manual_seed(9)).to(dtype)
+    return torch.randn(samples, d_in, generator=seeding.generator(9)).to(dtype)
 
 
 def run(model: nn.Module, x: Tensor, **kwargs: Any) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+import seeding
 import timm
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class Tiny:
         return fe.LoRAConfig(r=3, target_modules=list(self.targets), slices=self.slices, **options)
 
     def images(self, count: int = 3) -> Tensor:
-        generator = torch.Generator().manual_seed(count)
+        generator = seeding.generator(count)
         return torch.randn(count, 3, self.size, self.size, generator=generator, dtype=torch.float64)
 
 

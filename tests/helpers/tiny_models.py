@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 
+import seeding
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ def randomise(model: nn.Module, scale: float = 0.3) -> None:
 
 
 def data(samples: int, seed: int = 1, dtype=torch.float64) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeding.generator(seed)
     x = torch.randn(samples, TOKENS, WIDTH, generator=generator, dtype=dtype)
     return x, torch.randint(0, CLASSES, (samples,), generator=generator)
 

@@ -108,6 +108,7 @@ def assert_within(actual: Tensor, exact: Tensor, bound: Tensor | float, what: st
 def assert_as_good(actual: Tensor, plain: Tensor, exact: Tensor, bound: Tensor, what: str) -> None:
     """The largest error is at most twice that of PyTorch's own `plain`, plus the largest derived `bound`."""
     own = (plain.detach().cpu().to(torch.float64) - exact).abs()
+    assert bool(torch.isfinite(own).all()), f"{what}: PyTorch's own result is not finite"
     limit = 2.0 * (own.max() if own.numel() else 0.0) + (bound.max() if bound.numel() else 0.0)
     assert_within(actual, exact, float(limit), f"{what} (twice PyTorch's own error plus {float(limit):.3g})")
 

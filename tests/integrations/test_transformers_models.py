@@ -285,10 +285,11 @@ def test_sampled_tokens_give_the_fisher_of_the_models_own_distribution():
     """Over many draws the mean of squared gradients is their expectation, here for one token to predict."""
     case = CASES["llama"]
     model = case.adapted()
-    ids = torch.tensor([[3, 8]])
-    batch = {"input_ids": ids, "labels": ids}  # one position counts, the other has no next token
+    ids = torch.tensor([[3, 8, 5]])
+    # The second position alone counts. The first attends to itself alone, whatever its queries and keys are.
+    batch = {"input_ids": ids, "labels": torch.tensor([[-100, -100, 5]])}
     plain, weights = dense(case, model)
-    log_p = plain(input_ids=ids).logits[0, 0].log_softmax(-1)
+    log_p = plain(input_ids=ids).logits[0, 1].log_softmax(-1)
     expected: dict[str, Any] = {}
     for token in range(VOCABULARY):
         grads = torch.autograd.grad(log_p[token], list(weights.values()), retain_graph=True)

@@ -256,7 +256,8 @@ def test_small_low_rank_terms_survive_bf16_where_merging_loses_them(backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_of_fp32_masters_beat_the_plain_low_precision_composition(backend, dtype):
-    case = simple(backend, dtype, rows=200, d_in=131, d_out=97, rank=10, master=torch.float32)
+    # Of a rank that leaves enough numbers in the gradient of the scale for its error to be one of many.
+    case = simple(backend, dtype, rows=70, d_in=67, d_out=61, rank=61, master=torch.float32)
     _, grads = case.gradients()
     _, own = plain(case)
     exact = oracles.lora_linear_gradients(case.dy, case.x, case.weight, case.adapters).adapters[0]

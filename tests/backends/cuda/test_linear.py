@@ -10,8 +10,9 @@ from typing import Any
 import oracles
 import pytest
 import torch
+import torch.nn.functional as F
 from linear_cases import Case, assert_gradients, assert_output, make_scale, parameter
-from strategies import Values
+from strategies import Values, gap
 from tolerance import EPS, relative_error
 
 import fused_ewclora as fe
@@ -152,13 +153,13 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_lies_between_rows_is_not_read(dtype, place):
-    """NaN; the numbers are those of dense rows."""
+    """`gap`; the numbers are those of dense rows."""
     start, pitch, columns = PLACES[place]
     case = call(dtype, (50, columns, columns), [(12, ((0, columns),))], 0.2)
     expected = case.gradients()
     for name in ("x", "dy"):
         dense = getattr(case, name).detach()
-        buffer = dense.new_full((52, pitch), math.nan)
+        buffer = dense.new_full((52, pitch), gap(dtype))
         setattr(case, name, parameter(buffer[:50, start : start + columns].copy_(dense)))
     y, grads = case.gradients()
     torch.testing.assert_close(y, expected[0], rtol=4 * EPS[dtype], atol=4 * EPS[dtype])
@@ -198,7 +199,8 @@ def lower_precision(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 def test_lower_precision_rounds_factors_to_tf32_and_leaves_sums_alone(lower_precision):
-    """Of each product two factors are rounded, u and z once more where they are factors in turn."""
+    """Of each product two factors are rounded, u and z once more where they are factors in turn. The product
+    of x and the weight is PyTorch's, which some processors compute from bf16 parts at "medium"."""
     case = call(torch.float32, (70, 136, 264), [(16, ((0, 264),))])
     y, grads = case.gradients()
     exact = oracles.lora_linear_gradients(case.dy, case.x, case.weight, case.adapters, None)
@@ -207,5 +209,7 @@ def test_lower_precision_rounds_factors_to_tf32_and_leaves_sums_alone(lower_prec
         error = relative_error(grads[name], truth)
         assert tf32 / 8 < error < 2 * tf32, f"{name}: error {error:.2e}"
     low_rank = oracles.lora_linear(case.x, case.weight, case.bias, case.adapters, None)
-    assert relative_error(y, low_rank) < 2 * tf32
+    base = oracles.lora_linear(case.x, case.weight, case.bias, [], None)
+    own = F.linear(case.x, case.weight, case.bias).detach().cpu().double() - base
+    assert (y.detach().cpu().double() - low_rank).norm() < 2 * tf32 * low_rank.norm() + own.norm()
     assert relative_error(grads["bias"], exact.bias) < 8 * EPS[torch.float32]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from budgets import LONG
 
 from fused_ewclora.backends.triton import launch, tables
 from fused_ewclora.backends.triton.tools import aot, compile_report
@@ -23,12 +24,12 @@ needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
 
-# What can be compiled in a few minutes. The command without arguments compiles everything.
+# What can be compiled in a minute, all calls in a few. The command without arguments compiles everything.
+FEW = () if LONG else ("--few",)
 OTHERS = ("sm_80", "sm_86", "sm_100", "gfx942")
 GATES = {
-    "sm_90 in bf16": ("--arch", "sm_90", "--dtype", "bfloat16", "--rank", "10", "64"),
-    "sm_90 in fp32": ("--arch", "sm_90", "--dtype", "float32", "--rank", "64"),
-    "others in bf16": ("--arch", *OTHERS, "--dtype", "bfloat16", "--rank", "10"),
+    "sm_90": ("--arch", "sm_90", "--dtype", "bfloat16", "float32", "--rank", "10", "64", *FEW),
+    "others in bf16": ("--arch", *OTHERS, "--dtype", "bfloat16", "--rank", "10", *FEW),
 }
 ROW = {
     "kernel", "arch", "dtype", "config", "constants", "aligned", "registers", "scalar_registers", "spill",
@@ -90,11 +91,19 @@ def test_an_interpreting_process_says_that_it_cannot_compile():
     assert "TRITON_INTERPRET" in result.stderr and "Traceback" not in result.stderr
 
 
-@needs_triton
 def test_an_unknown_kernel_is_answered_with_the_known_ones():
-    result = report("--arch", "sm_90", "--kernel", "abacus_kernel")
-    assert result.returncode == 1
-    assert "abacus_kernel" in result.stderr and "lora_linear_kernel" in result.stderr
+    with pytest.raises(BackendError, match="abacus_kernel: there are lora_linear_kernel, lowrank"):
+        compile_report._chosen([noted("lowrank_rows_kernel"), noted()], ["abacus_kernel"], (), ())
+
+
+def noted(name: str = "lora_linear_kernel", aligned: bool = True, **config: int) -> compile_report.Noted:
+    specialisation = aot.Specialisation("sm_90", "", name, {}, {}, {}, {})
+    return compile_report.Noted(specialisation, "bfloat16", config, {}, {10}, [aligned], ["a call"])
+
+
+def test_few_are_an_aligned_and_an_unaligned_call_of_each_kernel_and_configuration():
+    launches = [noted(), noted("lowrank_rows_kernel"), noted(num_warps=4), noted(aligned=False)]
+    assert compile_report._last_of_each_configuration([*launches, *launches]) == launches
 
 
 def test_without_cuobjdump_the_report_says_what_is_missing(monkeypatch: pytest.MonkeyPatch):

@@ -152,11 +152,12 @@ def collect(
     ranks: Sequence[int] = (),
     jobs: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    few: bool = False,
 ) -> dict[str, Any]:
     """The report as plain data; `BackendError` in words where nothing can be compiled.
 
-    `kernels`, `dtypes` and `ranks` choose what is compiled (empty: everything); every host is called with
-    every workload in any case.
+    `kernels`, `dtypes` and `ranks` choose what is compiled (empty: everything), and `few` one aligned and one
+    unaligned call of each kernel and configuration; every host is called with every workload in any case.
     """
     if (reason := missing()) is not None:
         raise BackendError(reason)
@@ -165,6 +166,7 @@ def collect(
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=get_context("spawn")) as pool:
         surveys = list(pool.map(survey, *zip(*questions, strict=True)))
         chosen = _chosen([n for s in surveys for n in s.noted], kernels, dtypes, ranks)
+        chosen = _last_of_each_configuration(chosen) if few else chosen
         rows = []
         for noted, resources in zip(
             chosen, pool.map(aot.build, [n.specialisation for n in chosen]), strict=True
@@ -197,6 +199,14 @@ def _chosen(
         and (not dtypes or n.dtype in dtypes)
         and (not ranks or n.ranks & {0, *ranks})
     ]
+
+
+def _last_of_each_configuration(noted: Sequence[Noted]) -> list[Noted]:
+    """With aligned arguments and without."""
+    configurations = (
+        (n.specialisation.arch, n.specialisation.name, n.dtype, repr(n.config), any(n.aligned)) for n in noted
+    )
+    return list(dict(zip(configurations, noted, strict=True)).values())
 
 
 def _row(noted: Noted, resources: aot.Resources) -> dict[str, Any]:
