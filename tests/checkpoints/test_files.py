@@ -67,9 +67,9 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import torch, torch.nn.functional as F
 torch.set_num_threads(1)
-import fused_ewclora._checkpoint_files as files
+import fused_ewclora.checkpoints.files as files
 from tiny_models import adapted, data
-from fused_ewclora.checkpoint import save_pretrained
+from fused_ewclora.checkpoints.checkpoint import save_pretrained
 from fused_ewclora.ewc import EWC
 
 root = Path(sys.argv[1])
