@@ -152,3 +152,21 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_litter(tmp_path, mon
     with pytest.raises(OSError, match="no space"):
         save_pretrained(tmp_path, model, ewc)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_leftovers_of_a_dead_writer(tmp_path, monkeypatch):
+    """What a writer that died had not yet made the checkpoint never becomes it, whatever befalls the next
+    writer."""
+    model, ewc = two_tasks()
+    save_pretrained(tmp_path, model, ewc)
+    before = {n: (tmp_path / n).read_bytes() for n in NAMES}
+    for name in (files.ADAPTER, files.STATE):
+        (tmp_path / (name + files.PENDING)).write_bytes(b"of a checkpoint that was never finished")
+
+    def full(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(files, "_write", full)
+    with pytest.raises(OSError, match="no space"):
+        save_pretrained(tmp_path, model, ewc)
+    assert {n: (tmp_path / n).read_bytes() for n in NAMES} == before

@@ -320,6 +320,22 @@ def test_state_dict_round_trip_continues_bit_for_bit():
     assert ewc.history == other_ewc.history
 
 
+def test_loaded_state_is_a_copy():
+    """Tasks that end after a load leave the state that was loaded as it was."""
+    model, ewc = after_one_task(merge_mode="factors")
+    x, y = data(4)
+    ewc.estimate_fisher([(x, y)], F.cross_entropy)
+    saved = ewc.state_dict()["tensors"]
+    before = copy.deepcopy(saved)
+    other = copy.deepcopy(model)
+    other_ewc = EWC(other, fisher_dtype=torch.float64, merge_mode="factors")
+    other_ewc.load_state_dict(ewc.state_dict())
+    other_ewc.estimate_fisher([(x, y)], F.cross_entropy)
+    other_ewc.consolidate()
+    other_ewc.end_task([(x, y)], F.cross_entropy)
+    assert_same(before, saved)
+
+
 @pytest.mark.parametrize("wrap", ["ddp", "compile"])
 def test_keys_do_not_depend_on_wrappers(wrap):
     model, ewc = after_one_task()

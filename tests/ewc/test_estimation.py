@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import CLASSES, KEYS, adapted, assert_same, batches, data, layers, snapshot, squares
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fused_ewclora.config import LoRAConfig
 from fused_ewclora.errors import FisherError
@@ -90,6 +91,14 @@ def test_batch_mode_is_the_official_estimate():
     assert_close(consolidated(adapted(), parts, mode="batch"), expected)
 
 
+def test_batch_mode_of_a_sum():
+    """Batch mode divides the gradient of a loss that sums by the samples of its batch."""
+    x, y = data(7)
+    loss = lambda output, target: F.cross_entropy(output, target, reduction="sum")  # noqa: E731
+    expected = consolidated(adapted(), batches(x, y, 3), mode="batch")
+    assert_close(consolidated(adapted(), batches(x, y, 3), loss, mode="batch", reduction="sum"), expected)
+
+
 def test_at_batch_size_one_both_modes_agree():
     x, y = data(5)
     parts = batches(x, y, 1)
@@ -156,6 +165,18 @@ def test_ignored_positions_keep_their_label_when_sampling():
     assert torch.equal(drawn < 0, targets < 0)
 
 
+def test_default_loss_of_tokens():
+    """-log p of a sample is a sum over its positions, and the mean is one over samples."""
+    logits = torch.randn(3, 4, 5, dtype=torch.float64)
+    targets = torch.randint(0, 5, (3, 4))
+    targets[0, 1:] = -100
+    log_p = logits.log_softmax(-1)
+    samples = [-sum(log_p[n, t, c] for t, c in enumerate(targets[n]) if c >= 0) for n in range(3)]
+    for reduction, divisor in (("mean", 3), ("sum", 1)):
+        loss = estimation.negative_log_likelihood(logits, targets, reduction)
+        torch.testing.assert_close(loss, sum(samples) / divisor)
+
+
 @pytest.mark.parametrize("labels", ["empirical", "sampled", "exact"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_counts_once(labels, reentrant):
@@ -177,6 +198,33 @@ def test_activation_checkpointing_counts_once_by_hand(reentrant):
     ewc.consolidate()
     assert_close(ewc.fishers, oracle(adapted(calls=2), x, y))
     assert ewc.history[0].samples == 5
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_calls(reentrant, by_hand):
+    """Calls of one layer that are recomputed one by one, between backward passes of the others, are still
+    summed before they are squared."""
+    x, y = data(5)
+    model = adapted(calls=2)
+
+    def block(x):
+        q, k, v = model.qkv(x).chunk(3, dim=-1)
+        x = x + F.scaled_dot_product_attention(q, k, v)
+        for _ in range(model.calls):
+            x = x + checkpoint(lambda x: torch.tanh(model.fc(x)), x, use_reentrant=reentrant)
+        return x
+
+    model.block = block
+    ewc = EWC(model, fisher_dtype=torch.float64)
+    if by_hand:
+        with ewc.accumulate_fisher():
+            for part_x, part_y in batches(x, y, 2):
+                F.cross_entropy(model(part_x), part_y).backward()
+    else:
+        ewc.estimate_fisher(batches(x, y, 2), F.cross_entropy)
+    ewc.consolidate()
+    assert_close(ewc.fishers, oracle(adapted(calls=2), x, y))
 
 
 @pytest.mark.parametrize("labels", ["empirical", "exact"])
@@ -386,3 +434,10 @@ def test_an_empty_batch_adds_nothing():
     ewc.consolidate()
     assert ewc.history[0].samples == 4
     assert_close(ewc.fishers, oracle(adapted(), x, y))
+
+
+def test_empty_batch_in_a_loader():
+    """The batches after an empty one count."""
+    x, y = data(4)
+    loader = [(x[:1], y[:1]), (x[:0], y[:0]), (x[1:], y[1:])]
+    assert_close(consolidated(adapted(), loader), oracle(adapted(), x, y))

@@ -309,6 +309,27 @@ def new_factors_do_not_depend_on_the_processes() -> None:
         assert not b.any()
 
 
+def groups_do_not_mix() -> None:
+    """Each half of the processes trains a model of its own: sums and draws are those of the half."""
+    half, rank = dist.get_world_size() // 2, dist.get_rank()
+    group, _ = dist.new_subgroups(half)
+    ewc, alone = EWC(adapted(), **OPTIONS), EWC(adapted(), **OPTIONS)
+    ewc.estimate_fisher([data(3, seed=rank)], F.cross_entropy)
+    first = rank // half * half
+    alone.estimate_fisher([data(3, seed=member) for member in range(first, first + half)], F.cross_entropy)
+    torch.manual_seed(rank)  # what each process draws for itself differs
+    ewc.reduce_fisher_(group)
+    ewc.consolidate()
+    alone.consolidate()
+    assert ewc.history[0].samples == alone.history[0].samples == 3 * half
+    for key in KEYS:
+        close(ewc.fishers[key], alone.fishers[key])
+    drawn: list[Tensor | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(drawn, ewc.model.fc.lora_A.detach())
+    for other, factor in enumerate(drawn):
+        assert torch.equal(factor, drawn[rank]) == (other // half == rank // half), other
+
+
 def replicated_shards() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     two_tasks(True, "sample", lambda model: shard(model, mesh), True)
@@ -330,6 +351,7 @@ CHECKS: dict[str, tuple[tuple[int, ...], Callable[[Path, Path], None]]] = {
         (2, 4),
         lambda _, __: new_factors_do_not_depend_on_the_processes(),
     ),
+    "groups_do_not_mix": ((2, 4), lambda _, __: groups_do_not_mix()),
     "fisher_memory_is_divided": ((2, 4), lambda _, __: fisher_memory_is_divided()),
     "a_state_made_before_sharding_is_dealt_out": (
         (2, 4),

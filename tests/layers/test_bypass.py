@@ -69,6 +69,18 @@ def test_a_second_injection_keeps_what_the_first_found():
 
 
 @pytest.mark.usefixtures("rule")
+def test_eject_forgets_settings():
+    """What somebody sets after an eject is not put back by the next one."""
+    model = two()
+    fe.inject(model, CONFIG)
+    fe.eject(model, merge=False)
+    model["first"].qkv_bias_separate = True
+    fe.inject(model, fe.LoRAConfig(r=2, target_modules=["proj"]))
+    fe.eject(model, merge=False)
+    assert settings(model) == [True, False]
+
+
+@pytest.mark.usefixtures("rule")
 def test_every_parent_of_a_shared_layer_is_set():
     model = two()
     model["second"].qkv = model["first"].qkv

@@ -167,6 +167,17 @@ def test_from_linear_shares_and_freezes_the_base():
     assert (error <= 2 * rounding_bound(layer, x, torch.finfo(torch.float32).eps)).all()
 
 
+def test_scale_parameter_and_alpha():
+    """A learned scale multiplies alpha / r, in the layer and where it is merged."""
+    layer = fe.LoRALinear(6, 5, r=2, lora_alpha=8, dtype=torch.float64)
+    randomize_adapters_(layer)
+    layer.lora_scale = nn.Parameter(torch.tensor([0.5, -3.0], dtype=torch.float64))
+    x = torch.randn(4, 6, dtype=torch.float64)
+    weight = layer.weight + layer.lora_B @ torch.diag(torch.tensor([2.0, -12.0]).double()) @ layer.lora_A
+    torch.testing.assert_close(layer(x), F.linear(x, weight, layer.bias))
+    torch.testing.assert_close(layer.consolidated_weight(), weight.detach())
+
+
 def test_scale_parameter_multiplies_the_scale_and_learns():
     layer = trained_kv(torch.float64)
     layer.lora_scale_k = nn.Parameter(torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64))

@@ -21,6 +21,7 @@ from tolerance import EPS, assert_within, relative_error, sum_bound
 from torch import Tensor
 
 from fused_ewclora import functional as FE
+from fused_ewclora.ops import schemas
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.parametrize("backend", BACKENDS)]
 
@@ -54,6 +55,40 @@ def test_a_cut_near_the_end_of_an_adapter_loses_no_rows(backend, threads):
     torch.set_num_threads(threads)
     case = make(Values(3, backend), [(61, 47, 30), (13, 1, 1), (47, 61, 30)], backend)
     assert_equals_oracle(case, *case.gradients())
+
+
+def penalty_of(fisher: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return 0.5 * (fisher * (scale * b @ a) ** 2).sum()
+
+
+def test_same_memory_other_call(backend):
+    """What is prepared for one call serves no other with the same tensors: not of another scale, nor of
+    another view of the same memory."""
+    values = Values(5, backend)
+    fisher, a, b = values.normal(19, 19).square(), values.normal(3, 19), values.normal(19, 3)
+    for view in (fisher, fisher.T):
+        for scale in (1.0, 0.5, -3.0):
+            found = FE.ewc_penalty([view], [a], [b], [scale], backend=backend)
+            torch.testing.assert_close(found, penalty_of(view, a, b, scale), rtol=1e-4, atol=0.0)
+    for view_a, view_b in ((a, b), (values.normal(19, 3).T, values.normal(3, 19).T)):
+        found = FE.ewc_penalty([fisher], [view_a], [view_b], backend=backend)
+        torch.testing.assert_close(found, penalty_of(fisher, view_a, view_b, 1.0), rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("one_number", [False, True])
+def test_factor_beside_a_scale(backend, one_number):
+    """An op that is given both multiplies them, in the value and in every gradient."""
+    values = Values(6, backend)
+    fisher, a, b = values.normal(19, 33).square(), values.normal(3, 33), values.normal(19, 3)
+    scale = values.normal() if one_number else values.normal(3)
+    needs = [True, True, True]
+    arguments = [fisher], [a], [b]
+    value, flat = schemas.ewc_penalty(*arguments, [scale], [0.5], 2.0, needs, backend)
+    expected, flat_expected = schemas.ewc_penalty(*arguments, [0.5 * scale], [1.0], 2.0, needs, backend)
+    flat_expected = flat_expected.clone()
+    flat_expected[a.numel() + b.numel() :] *= 0.5
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(flat, flat_expected)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
