@@ -125,7 +125,7 @@ void adapter_lists(const Tensors& lora_as, const Tensors& lora_bs, const Scales&
   count(lora_as.size(), "lora_as", expected, other);
   count(lora_bs.size(), "lora_bs", expected, other);
   count(scales.size(), "scales", expected, other);
-  count(factors.size(), "factors", expected, other);
+  count(factors.size(), "scale_factors", expected, other);
 }
 
 // What the forward and the backward of a LoRA linear share; `like` is x or dy.
@@ -186,13 +186,14 @@ inline void lora_linear_backward(at::DeviceType device, const at::Tensor& dy, co
                     " features (rows of weight), got shape ", dy.sizes());
   const size_t expected = 3 + 3 * lora_as.size();
   TORCH_CHECK_VALUE(needs.size() == expected, "needs: expected ", expected,
-                    " entries (x, weight, bias, then A, B, s of each adapter), got ", needs.size());
+                    " entries (x, weight, bias, then every A, every B, every s), got ", needs.size());
   const at::Tensor *x_ = pointer(x), *z_ = pointer(z);
   bool need_x = needs[1], need_z = false;
   int64_t ranks = 0;
-  for (size_t i = 0; i < lora_as.size(); ++i) {
-    const bool need_s = needs[5 + 3 * i];
-    need_x = need_x || needs[3 + 3 * i], need_z = need_z || needs[4 + 3 * i] || need_s;
+  const size_t adapters = lora_as.size();
+  for (size_t i = 0; i < adapters; ++i) {
+    const bool need_s = needs[3 + 2 * adapters + i];
+    need_x = need_x || needs[3 + i], need_z = need_z || needs[3 + adapters + i] || need_s;
     ranks += lora_as[i].size(0);
     TORCH_CHECK_VALUE(!need_s || pointer(scales[i]) != nullptr, Name{"scales", int64_t(i)},
                       ": expected a tensor for its gradient, got None");

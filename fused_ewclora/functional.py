@@ -19,8 +19,8 @@ from .ops import checks as check
 from .ops import dispatch, schemas
 from .ops import ewc_penalty as _penalty
 from .ops import lora_linear as _linear
+from .ops.adapters import Adapter, Adapters, Scale
 from .ops.capture import FisherCapture
-from .ops.checks import Adapter, Scale
 from .reference.fisher_accumulate import sample_bounds
 
 __all__ = [
@@ -119,26 +119,21 @@ def lora_linear_adapters(
     if dropout_p > 0.0 and not training:  # in this order: without dropout no graph depends on the mode
         dropout_p = 0.0
     mask_seed = check.seed_tensor(seed, x.device) if dropout_p > 0.0 else None
-    factors = [1.0 if isinstance(a.scale, Tensor) else float(a.scale) for a in adapters]
-    flat: list[Tensor | None] = []
-    for adapter in adapters:
-        flat += (adapter.lora_a, adapter.lora_b, adapter.scale if isinstance(adapter.scale, Tensor) else None)
-    meta = _linear.LoRALinearMeta(factors, list(rows), float(dropout_p), dispatch.resolve(backend))
-    return _linear.lora_linear(x, weight, bias, flat, meta, mask_seed, capture)
+    meta = _linear.LoRALinearMeta(rows, float(dropout_p), dispatch.resolve(backend))
+    lora_as, lora_bs, scales, _ = zip(*adapters, strict=True)
+    together = Adapters.of(lora_as, lora_bs, scales)
+    return _linear.lora_linear(x, weight, bias, together, meta, mask_seed, capture)
 
 
-def _penalty_arguments(
+def _penalty_adapters(
     fishers: Sequence[Tensor],
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scales: Sequence[Scale] | None,
-) -> tuple[list[Tensor | None], list[float]]:
+) -> Adapters:
     scales = [1.0] * len(fishers) if scales is None else scales
     check.penalty(fishers, lora_as, lora_bs, scales)
-    tensors: list[Tensor | None] = []
-    for a, b, scale in zip(lora_as, lora_bs, scales, strict=True):
-        tensors += (a, b, scale if isinstance(scale, Tensor) else None)
-    return tensors, [1.0 if isinstance(s, Tensor) else float(s) for s in scales]
+    return Adapters.of(lora_as, lora_bs, scales)
 
 
 def ewc_penalty(
@@ -161,11 +156,10 @@ def ewc_penalty(
         >>> loss = criterion(model(x), y) + ewc_penalty(fishers, lora_as, lora_bs, ewc_lambda=1e7)
     """
     check.number(ewc_lambda, "ewc_lambda")
-    tensors, factors = _penalty_arguments(fishers, lora_as, lora_bs, scales)
+    adapters = _penalty_adapters(fishers, lora_as, lora_bs, scales)
     if not fishers:
         return torch.zeros(())
-    name = dispatch.resolve(backend)
-    return _penalty.ewc_penalty(factors, float(ewc_lambda), name, list(fishers), tensors)
+    return _penalty.ewc_penalty(list(fishers), adapters, float(ewc_lambda), dispatch.resolve(backend))
 
 
 @torch.no_grad()
@@ -188,15 +182,14 @@ def ewc_penalty_grad_(
         >>> loss.backward(); ewc_penalty_grad_(fishers, lora_as, lora_bs, ewc_lambda=1e7)
     """
     check.number(ewc_lambda, "ewc_lambda")
-    tensors, factors = _penalty_arguments(fishers, lora_as, lora_bs, scales)
+    adapters = _penalty_adapters(fishers, lora_as, lora_bs, scales)
     if not fishers:
         return torch.zeros(())
+    tensors = adapters.tensors()
     wanted = [t is not None and t.requires_grad for t in tensors]
     needs = _penalty.kinds(wanted)
     name = dispatch.resolve(backend)
-    value, flat = schemas.ewc_penalty(
-        list(fishers), list(lora_as), list(lora_bs), tensors[2::3], factors, float(ewc_lambda), needs, name
-    )
+    value, flat = schemas.ewc_penalty(list(fishers), *adapters, float(ewc_lambda), needs, name)
     if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
         flat *= grad_scale
     held, added = [], []
@@ -285,14 +278,12 @@ def merge_(weight: Any, lora_a: Any, lora_b: Any, scale: Any = 1.0, *, backend: 
         scale = scale if isinstance(scale, Sequence) else [scale] * len(weight)
         for name, values in (("lora_a", lora_a), ("lora_b", lora_b), ("scale", scale)):
             check.as_many(values, len(weight), name, "weight")
-        weights, lora_as, lora_bs = list(weight), list(lora_a), list(lora_b)
+        weights, lora_as, lora_bs = list(weight), lora_a, lora_b
         for i, entry in enumerate(zip(weights, lora_as, lora_bs, scale, strict=True)):
             check.merge(*entry, where=f"[{i}]")
         check.one_device(weights, "weight")
     if weights:
-        tensors = [s if isinstance(s, Tensor) else None for s in scale]
-        factors = [1.0 if isinstance(s, Tensor) else float(s) for s in scale]
-        schemas.merge_(weights, lora_as, lora_bs, tensors, factors, dispatch.resolve(backend))
+        schemas.merge_(weights, *Adapters.of(lora_as, lora_bs, scale), dispatch.resolve(backend))
     return weight
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from .errors import BackendError
-from .ops import dispatch
+from .ops import dispatch, schemas
 
 
 def _size(tensor: Tensor) -> str:
@@ -35,19 +35,25 @@ def _many(what: str, tensors: Sequence[Tensor]) -> str:
     return f"{what} {len(tensors)}, first {_size(tensors[0])}, {_dtype(tensors[0])}"
 
 
-# What a range says of the arguments of an op (those of its schema).
-_DESCRIBED: dict[str, Callable[..., str]] = {
-    "lora_linear": lambda *a: "x " + _linear(a[0], a[1], a[3]),
-    "lora_linear_backward": lambda *a: "dy " + _linear(a[0], a[2], a[5]),
-    "ewc_penalty": lambda *a: f"{_many('adapters', a[0])}, rank {max(t.shape[0] for t in a[1])}",
-    "fisher_accumulate_": lambda *a: f"x {_size(a[1])}, dy {_size(a[2])}, {_dtype(a[1])}, {a[3]}",
-    "merge_": lambda *a: f"{_many('weights', a[0])}, rank {max(t.shape[0] for t in a[1])}",
-    "soft_threshold_": lambda *a: _many("vectors", a[0]),
-}
+def _adapters(what: str, tensors: Sequence[Tensor], lora_as: Sequence[Tensor]) -> str:
+    return f"{_many(what, tensors)}, rank {max(a.shape[0] for a in lora_as)}"
+
+
+# What a range says of the arguments of an op.
+_DESCRIBED = schemas.by_name(
+    {
+        "lora_linear": lambda x, weight, lora_as: "x " + _linear(x, weight, lora_as),
+        "lora_linear_backward": lambda dy, weight, lora_as: "dy " + _linear(dy, weight, lora_as),
+        "ewc_penalty": lambda fishers, lora_as: _adapters("adapters", fishers, lora_as),
+        "fisher_accumulate_": lambda x, dy, squares: f"x {_size(x)}, dy {_size(dy)}, {_dtype(x)}, {squares}",
+        "merge_": lambda weights, lora_as: _adapters("weights", weights, lora_as),
+        "soft_threshold_": lambda scales: _many("vectors", scales),
+    }
+)
 
 
 def _name(op: str, candidate: dispatch.Candidate, args: Sequence[Any]) -> str:
-    return f"fused_ewclora.{op}({_DESCRIBED[op](*args)}) {candidate.backend}: {candidate.algorithm}"
+    return f"fused_ewclora.{op}({_DESCRIBED[op](args)}) {candidate.backend}: {candidate.algorithm}"
 
 
 def _annotated(op: str, candidate: dispatch.Candidate, nvtx: bool) -> dispatch.Candidate:

@@ -6,12 +6,12 @@
 namespace fe::recorded {
 
 struct EWCPenalty : torch::autograd::Function<EWCPenalty> {
-  // flat: dA, dB, ds of the first adapter as far as `needs` asks for each kind, then those of the next, in one tensor.
-  static at::Tensor forward(AutogradContext* ctx, at::TensorList tensors, const std::vector<int64_t>& slots, const at::Tensor& penalty,
-                            const at::Tensor& flat, const std::vector<bool>& needs) {
+  // Inputs: every A, every B, every s of `adapters`. flat: their gradients, of the kinds that `needs` asks for, in one tensor.
+  static at::Tensor forward(AutogradContext* ctx, at::TensorList tensors, const std::vector<int64_t>& slots, int64_t adapters,
+                            const at::Tensor& penalty, const at::Tensor& flat, const std::vector<bool>& needs) {
     std::vector<int64_t> sizes;  // per gradient: which of `tensors` it belongs to, dtype, dimensions and sizes
     for (size_t i = 0; i < slots.size(); ++i) {
-      if (!needs[slots[i] % 3]) continue;
+      if (!needs[slots[i] / adapters]) continue;
       const at::Tensor& t = tensors[i];
       sizes.insert(sizes.end(), {int64_t(i), int64_t(t.scalar_type()), t.dim()});
       sizes.insert(sizes.end(), t.sizes().begin(), t.sizes().end());
@@ -28,7 +28,7 @@ struct EWCPenalty : torch::autograd::Function<EWCPenalty> {
     const WithoutAutocast plain;
     const at::Tensor scaled = ctx->get_saved_variables()[0] * outputs[0];
     const std::vector<int64_t> sizes = ctx->saved_data["sizes"].toIntVector();
-    variable_list gradients(ctx->saved_data["tensors"].toInt() + 4);  // slots, the penalty itself, flat and needs have none
+    variable_list gradients(ctx->saved_data["tensors"].toInt() + 5);  // slots, adapters, the penalty itself, flat and needs have none
     int64_t start = 0;
     for (size_t at = 0; at < sizes.size();) {
       const size_t input = size_t(sizes[at]), dims = size_t(sizes[at + 2]);
@@ -42,11 +42,12 @@ struct EWCPenalty : torch::autograd::Function<EWCPenalty> {
     return once(std::move(gradients), "ewc_penalty", graph_is_made);
   }
 
-  // What Python calls: the penalty, differentiable in `adapters` (A, B, scale tensor or None, per adapter).
-  static at::Tensor call(const Optionals& adapters, const at::Tensor& penalty, const at::Tensor& flat, const std::vector<bool>& needs) {
+  // What Python calls: the penalty, differentiable in the tensors of its adapters.
+  static at::Tensor call(const std::vector<at::Tensor>& lora_as, const std::vector<at::Tensor>& lora_bs, const Optionals& scales,
+                         const at::Tensor& penalty, const at::Tensor& flat, const std::vector<bool>& needs) {
     Inputs inputs;
-    for (const auto& adapter : adapters) inputs.add(adapter);
-    return EWCPenalty::apply(at::TensorList(inputs.tensors), inputs.slots, penalty, flat, needs);
+    inputs.add(lora_as, lora_bs, scales);
+    return EWCPenalty::apply(at::TensorList(inputs.tensors), inputs.slots, int64_t(lora_as.size()), penalty, flat, needs);
   }
 };
 

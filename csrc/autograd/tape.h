@@ -32,6 +32,12 @@ struct Inputs {
     }
     ++count;
   }
+  // Of adapters, in the order in which the ops have their gradients.
+  void add(const std::vector<at::Tensor>& lora_as, const std::vector<at::Tensor>& lora_bs, const Optionals& scales) {
+    for (const auto& a : lora_as) add(a);
+    for (const auto& b : lora_bs) add(b);
+    for (const auto& s : scales) add(s);
+  }
 };
 
 // All inputs again, undefined where they are missing.

@@ -59,15 +59,15 @@ std::tuple<at::Tensor, at::Tensor> ewc_penalty(const Tensors& fishers, const Ten
     k.scale = unit ? nullptr : a.scale.data();
     k.lambda = float(ewc_lambda);
     k.need_a = needs[0], k.need_b = needs[1], k.need_s = needs[2] && scales[i];
-    a.place_a = length, length += k.need_a ? k.rank * k.d_in : 0;
-    a.place_b = length, length += k.need_b ? k.rows * k.rank : 0;
-    a.place_s = length, length += k.need_s ? scales[i]->numel() : 0;
     a.first_rank = ranks, ranks += k.rank;
     a.cost = total, total += row_cost(k) * k.rows;
     scratch = std::max(scratch, kernels().penalty_scratch(k.rank, k.d_in));
     widest = std::max(widest, k.rank * k.d_in);
   }
 
+  for (Adapter& a : adapters) a.place_a = length, length += a.kernel.need_a ? a.kernel.rank * a.kernel.d_in : 0;
+  for (Adapter& a : adapters) a.place_b = length, length += a.kernel.need_b ? a.kernel.rows * a.kernel.rank : 0;
+  for (size_t i = 0; i < adapters.size(); ++i) adapters[i].place_s = length, length += adapters[i].kernel.need_s ? scales[i]->numel() : 0;
   at::Tensor grads = floats(length);
   for (Adapter& a : adapters) {
     a.grad_a = grads.data_ptr<float>() + a.place_a;

@@ -115,11 +115,11 @@ Tensors lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tenso
   p.dy = matrix(dy2);
   p.need_dx = needs[0];
   p.need_bias = needs[2];
-  for (size_t i = 0; i < lora_as.size(); ++i) {
-    p.need_a = p.need_a || needs[3 + 3 * i];
-    p.need_b = p.need_b || needs[4 + 3 * i];
-    p.need_s = p.need_s || needs[5 + 3 * i];
-  }
+  // Of every A, every B, every s.
+  const size_t adapters = lora_as.size();
+  const auto need_as = needs.begin() + 3, need_bs = need_as + adapters, need_scales = need_bs + adapters;
+  const auto any = [&](auto first) { return std::find(first, first + adapters, true) != first + adapters; };
+  p.need_a = any(need_as), p.need_b = any(need_bs), p.need_s = any(need_scales);
   if (p.need_a) p.x = matrix(x2);
   if (z) p.z = z->data_ptr<float>();
   at::Tensor dx;
@@ -153,28 +153,30 @@ Tensors lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tenso
   }
   if (needs[1]) out.push_back(dy2.t().mm(x2));
   if (needs[2]) out.push_back(at::from_blob(p.grad_bias, {s.d_out}, at::kFloat).to(bias->scalar_type(), false, true));
-  for (size_t i = 0; i < lora_as.size(); ++i) {
-    const int64_t first = s.rank_begin[i], rank = lora_as[i].size(0);
-    if (needs[3 + 3 * i]) {
-      at::Tensor da = at::empty({rank, s.d_in}, at::kFloat);
-      kernels().unpack_panel(p.grad_a, rank, s.d_in, s.d_in, 1, s.total_rank, first, da.data_ptr<float>());
-      out.push_back(da.to(lora_as[i].scalar_type()));
+  for (size_t i = 0; i < adapters; ++i) {
+    if (!need_as[i]) continue;
+    const int64_t rank = lora_as[i].size(0);
+    at::Tensor da = at::empty({rank, s.d_in}, at::kFloat);
+    kernels().unpack_panel(p.grad_a, rank, s.d_in, s.d_in, 1, s.total_rank, s.rank_begin[i], da.data_ptr<float>());
+    out.push_back(da.to(lora_as[i].scalar_type()));
+  }
+  for (size_t i = 0; i < adapters; ++i) {
+    if (!need_bs[i]) continue;
+    const int64_t rank = lora_as[i].size(0);
+    at::Tensor db = at::empty({lora_bs[i].size(0), rank}, at::kFloat);
+    for (size_t q = 0; q < packed.ranges.size(); ++q) {
+      const RowRange& range = packed.ranges[q];
+      if (range.adapter != int(i)) continue;
+      kernels().unpack_panel(p.grad_b + range.panel, rank, range.stop - range.start, 1, rank, rank, 0,
+                             db.data_ptr<float>() + packed.offsets[q] * rank);
     }
-    if (needs[4 + 3 * i]) {
-      at::Tensor db = at::empty({lora_bs[i].size(0), rank}, at::kFloat);
-      for (size_t q = 0; q < packed.ranges.size(); ++q) {
-        const RowRange& range = packed.ranges[q];
-        if (range.adapter != int(i)) continue;
-        kernels().unpack_panel(p.grad_b + range.panel, rank, range.stop - range.start, 1, rank, rank, 0,
-                               db.data_ptr<float>() + packed.offsets[q] * rank);
-      }
-      out.push_back(db.to(lora_bs[i].scalar_type()));
-    }
-    if (needs[5 + 3 * i]) {
-      at::Tensor ds = at::from_blob(p.grad_s + first, {rank}, at::kFloat) * factors[i];
-      if (scales[i]->dim() == 0) ds = ds.sum();
-      out.push_back(ds.to(scales[i]->scalar_type()));
-    }
+    out.push_back(db.to(lora_bs[i].scalar_type()));
+  }
+  for (size_t i = 0; i < adapters; ++i) {
+    if (!need_scales[i]) continue;
+    at::Tensor ds = at::from_blob(p.grad_s + s.rank_begin[i], {lora_as[i].size(0)}, at::kFloat) * factors[i];
+    if (scales[i]->dim() == 0) ds = ds.sum();
+    out.push_back(ds.to(scales[i]->scalar_type()));
   }
   return out;
 }

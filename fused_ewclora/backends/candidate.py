@@ -46,17 +46,17 @@ class Call(NamedTuple):
     work: int | None = None  # elements (of the Fisher: multiplications), about, as a power of two
 
 
-def _never(call: Call) -> str | None:
+def _not_outperformed(call: Call) -> str | None:
     return None
 
 
 class Candidate(NamedTuple):
     """One implementation of one op.
 
-    `supports` says in words why it cannot serve a call, or None. `yields` says why another algorithm of the
-    same backend is expected to be faster, or None; it does not count when one of `keys` is asked for by name
-    ("triton:prologue"). `recorded`, where there is one, runs a LoRA linear and puts a backward of its own on
-    autograd's tape: (x, weight, bias, seed, flat adapters, factors, rows, dropout_p) -> y.
+    `supports` says in words why it cannot serve a call, or None. `outperformed` says why another algorithm of
+    the same backend is expected to be faster, or None; it does not count when one of `keys` is asked for by
+    name ("triton:prologue"). `recorded`, where there is one, takes the arguments of `run` for a LoRA linear,
+    puts a backward of its own on autograd's tape and returns y.
     """
 
     backend: str
@@ -64,7 +64,7 @@ class Candidate(NamedTuple):
     supports: Callable[[Call], str | None]
     run: Callable[..., Any]
     keys: tuple[str, ...] = ()
-    yields: Callable[[Call], str | None] = _never
+    outperformed: Callable[[Call], str | None] = _not_outperformed
     recorded: Callable[..., Any] | None = None
 
 

@@ -6,32 +6,16 @@ import itertools
 import math
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from ..errors import ArgumentError, DtypeError
+from .adapters import Adapter, Scale, row_ranges
 from .capture import MODES
 
-Scale = float | Tensor
 _SHORT = (torch.float16, torch.bfloat16)
-
-
-class Adapter(NamedTuple):
-    """One low-rank adapter of a linear layer.
-
-    lora_a `[r, d_in]`, lora_b `[rows, r]`, scale a float, 0-d or `[r]`; rows are the output row ranges that
-    lora_b's rows belong to, in order.
-
-        >>> Adapter(lora_a, lora_b, 1.0, rows=((0, 768),))
-    """
-
-    lora_a: Tensor
-    lora_b: Tensor
-    scale: Scale
-    rows: tuple[tuple[int, int], ...]
 
 
 def _shape(tensor: Tensor) -> str:
@@ -135,8 +119,8 @@ def _widened(value: Scale, dtype: torch.dtype) -> Scale:
 
 def lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], dropout_p: float
-) -> tuple[int, ...]:
-    """Everything about a LoRA linear; returns the flat (adapter, start, stop) triples of the ops."""
+) -> list[int]:
+    """Everything about a LoRA linear; returns the `rows` of the ops."""
     floating(x, "x")
     matrix(weight, "weight")
     _same(weight, "weight", x, "x")
@@ -152,7 +136,7 @@ def lora_linear(
         raise ArgumentError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
     if not adapters:
         raise ArgumentError("adapters: expected at least one, got none")
-    triples: list[int] = []
+    flat_rows: list[int] = []
     for index, (lora_a, lora_b, scale, rows) in enumerate(adapters):
         where = "" if len(adapters) == 1 else f" of adapter {index}"
         _factors(lora_a, lora_b, scale, where, x, "x")
@@ -166,16 +150,16 @@ def lora_linear(
                 f"lora_b{where}: expected {owned} rows (its output rows), got {lora_b.shape[0]}"
             )
         for start, stop in rows:
-            triples += (index, start, stop)
-    _disjoint(triples, d_out)
-    return tuple(triples)
+            flat_rows += (index, start, stop)
+    _disjoint(flat_rows, d_out)
+    return flat_rows
 
 
-def _disjoint(triples: list[int], d_out: int) -> None:
-    if len(triples) == 3 and triples[1] == 0 and triples[2] == d_out:
+def _disjoint(rows: list[int], d_out: int) -> None:
+    if rows == [0, 0, d_out]:
         return
     done = 0
-    for start, stop in sorted(zip(triples[1::3], triples[2::3], strict=True)):
+    for start, stop in sorted((start, stop) for _, start, stop in row_ranges(rows)):
         if not 0 <= start < stop <= d_out:
             raise ArgumentError(
                 f"rows: expected 0 <= start < stop <= {d_out} (rows of weight), got ({start}, {stop})"

@@ -15,7 +15,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..backends import measured_choice
 from ..backends.candidate import Call as Call
 from ..backends.candidate import Candidate as Candidate
 from ..backends.candidate import LinearShape as LinearShape
@@ -65,10 +64,18 @@ def available_backends() -> dict[str, str | None]:
     }
 
 
+@remembers_choices
+@functools.cache
+def _measured_choice() -> Callable[..., str | None] | None:
+    """`measured_choice.outperformed`, None while its table has no entries."""
+    measured = importlib.import_module("fused_ewclora.backends.measured_choice")
+    return measured.outperformed if measured.entries() else None
+
+
 @functools.cache
 def recorded_penalty() -> Callable[..., Tensor] | None:
     """What puts a penalty and its gradients, whichever backend computed them, on autograd's tape in C++:
-    (flat adapters, penalty, flat gradients, needs) -> penalty. None without the C++ extension."""
+    (lora_as, lora_bs, scales, penalty, flat gradients, needs) -> penalty. None without the C++ extension."""
     native = importlib.import_module("fused_ewclora.backends.native")
     return getattr(native.extension(), "ewc_penalty_recorded", None)
 
@@ -154,13 +161,10 @@ def _reason(op: str, candidate: Candidate, asked: str, call: Call) -> str | None
     # Ops without algorithms by that name run as they always do.
     if algorithm and any(algorithm in c.keys for c in candidates(op)):
         return None if algorithm in candidate.keys else f"algorithm {algorithm!r} was asked for"
-    if backend == "auto" and candidate.backend == measured_choice.SLOWER:
-        other_serves = any(
-            c.backend == measured_choice.FASTER and c.supports(call) is None for c in candidates(op)
-        )
-        if other_serves and (reason := measured_choice.outrun(op, call)) is not None:
-            return reason
-    return candidate.yields(call)
+    measured = _measured_choice() if backend == "auto" else None
+    if measured is not None and (reason := measured(op, candidate, call, candidates(op))) is not None:
+        return reason
+    return candidate.outperformed(call)
 
 
 Annotate = Callable[[str, Candidate], Candidate]

@@ -11,21 +11,23 @@ from torch import Tensor
 from . import dispatch, schemas
 from ._distinct import distinct
 from ._once import once
+from .adapters import Adapters, by_kind
 
 
 class Layout(NamedTuple):
-    """Of the gradients in the flat result of the op: which of the inputs A, B, s, A, B, s, … they belong to,
-    and how those look. Lists side by side: hundreds of gradients are dealt out in every step."""
+    """Of the gradients in the flat result of the op: which of the tensors of `Adapters` they belong to, and
+    how those look. Lists side by side: hundreds of gradients are dealt out in every step."""
 
     inputs: list[int]
     shapes: list[torch.Size]
     dtypes: list[torch.dtype]
 
 
-def layout(adapters: Sequence[Tensor | None], needs: Sequence[bool]) -> Layout:
-    """The order in which the op leaves the gradients that `needs` asks for, by kind."""
-    given = [(i, t) for i, t in enumerate(adapters) if t is not None and needs[i % 3]]
-    return Layout([i for i, _ in given], [t.shape for _, t in given], [t.dtype for _, t in given])
+def layout(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> Layout:
+    """Of the gradients of the kinds that `needs` asks for."""
+    adapters = len(tensors) // 3
+    wanted = [(i, t) for i, t in enumerate(tensors) if t is not None and needs[i // adapters]]
+    return Layout([i for i, _ in wanted], [t.shape for _, t in wanted], [t.dtype for _, t in wanted])
 
 
 def unflatten(flat: Tensor, order: Layout) -> list[Tensor]:
@@ -43,7 +45,7 @@ def unflatten(flat: Tensor, order: Layout) -> list[Tensor]:
 
 def kinds(wanted: Sequence[bool]) -> list[bool]:
     """Whether any A, any B, any s wants a gradient."""
-    return [any(wanted[0::3]), any(wanted[1::3]), any(wanted[2::3])]
+    return [any(of_kind) for of_kind in by_kind(wanted)]
 
 
 class EWCPenaltyFunction(torch.autograd.Function):
@@ -52,19 +54,19 @@ class EWCPenaltyFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        factors: list[float],
+        fishers: list[Tensor],
+        scale_factors: list[float],
         ewc_lambda: float,
         backend: str,
-        fishers: list[Tensor],
-        *adapters: Tensor | None,
+        *tensors: Tensor | None,
     ) -> Tensor:
         needs = kinds(ctx.needs_input_grad[4:])
-        lora_as, lora_bs, scales = list(adapters[0::3]), list(adapters[1::3]), list(adapters[2::3])
+        lora_as, lora_bs, scales = by_kind(tensors)
         penalty, flat = schemas.ewc_penalty(
-            fishers, lora_as, lora_bs, scales, factors, ewc_lambda, needs, backend
+            fishers, lora_as, lora_bs, scales, scale_factors, ewc_lambda, needs, backend
         )
         ctx.save_for_backward(flat)
-        ctx.layout, ctx.inputs = layout(adapters, needs), len(adapters)
+        ctx.layout, ctx.inputs = layout(tensors, needs), len(tensors)
         return penalty
 
     @staticmethod
@@ -80,21 +82,22 @@ class EWCPenaltyFunction(torch.autograd.Function):
 
 
 def ewc_penalty(
-    factors: list[float],
+    fishers: list[Tensor],
+    adapters: Adapters,
     ewc_lambda: float,
     backend: str,
-    fishers: list[Tensor],
-    adapters: Sequence[Tensor | None],
 ) -> Tensor:
-    """`adapters` is flat: A, B, scale tensor or None, per adapter."""
-    lora_as, lora_bs, scales = list(adapters[0::3]), list(adapters[1::3]), list(adapters[2::3])
-    graph = torch.is_grad_enabled()
-    needs = kinds([graph and t is not None and t.requires_grad for t in adapters])
-    args = (fishers, lora_as, lora_bs, scales, factors, ewc_lambda, needs, backend)
-    candidate = schemas.unobserved("ewc_penalty", [*fishers, *adapters], args)
+    """The penalty of arguments that have been checked."""
+    tensors, graph = adapters.tensors(), torch.is_grad_enabled()
+    needs = kinds([graph and t is not None and t.requires_grad for t in tensors])
+    args = (fishers, *adapters, ewc_lambda, needs, backend)
+    candidate = schemas.unobserved("ewc_penalty", [*fishers, *tensors], args)
     recorded = dispatch.recorded_penalty() if candidate is not None else None
     if candidate is None or (recorded is None and any(needs)):
-        return EWCPenaltyFunction.apply(factors, ewc_lambda, backend, fishers, *distinct(adapters))
+        constants = (adapters.scale_factors, ewc_lambda, backend)
+        return EWCPenaltyFunction.apply(fishers, *constants, *distinct(tensors))
     with torch.no_grad():
         penalty, flat = schemas.run(candidate, fishers[0].device.type, args)
-    return penalty if recorded is None or not any(needs) else recorded(adapters, penalty, flat, needs)
+    if recorded is None or not any(needs):
+        return penalty
+    return recorded(adapters.lora_as, adapters.lora_bs, adapters.scales, penalty, flat, needs)

@@ -1,16 +1,18 @@
 """Schemas and fakes of every op, in one list. Each op is opaque to torch.compile and picks its implementation
 when it runs.
 
-`rows` is a flat list of triples (adapter, row_start, row_stop): the next `row_stop - row_start` rows of that
-adapter's B belong to those output rows. `scales[i] * factors[i]` is the scale of adapter i, `factors[i]`
-alone where `scales[i]` is None. `ewc_penalty` returns its gradients in one flat tensor: dA, dB, ds of the
-first adapter as far as asked for, then those of the next; so what is done to them is one operation, not one
-per layer.
+The lists of adapters are those of `adapters.Adapters`. `rows` is a flat list of triples (adapter, row_start,
+row_stop), which `adapters.row_ranges` reads. `needs` says which gradients are wanted: of
+`lora_linear_backward` those of x, weight, bias, every A, every B, every s; of `ewc_penalty` those of all A,
+of all B, of all s. Gradients come in that order, those of `ewc_penalty` in one flat tensor, so that what is
+done to them is one operation, not one per layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from types import NoneType
 from typing import Any
 
@@ -23,7 +25,7 @@ from ..reference.ewc_penalty import accumulate_dtype as joint_accumulate_dtype
 from ..reference.lora_linear import accumulate_dtype
 from .dispatch import Candidate, choose
 
-_ADAPTERS = "Tensor[] lora_as, Tensor[] lora_bs, Tensor?[] scales, float[] factors"
+_ADAPTERS = "Tensor[] lora_as, Tensor[] lora_bs, Tensor?[] scales, float[] scale_factors"
 SCHEMAS = {
     "lora_linear": f"(Tensor x, Tensor weight, Tensor? bias, {_ADAPTERS}, int[] rows, float dropout_p, "
     "Tensor? seed, str backend) -> (Tensor, Tensor)",
@@ -35,6 +37,11 @@ SCHEMAS = {
     "Tensor? cu_seqlens, str backend) -> ()",
     "merge_": f"(Tensor(a!)[] weights, {_ADAPTERS}, str backend) -> ()",
     "soft_threshold_": "(Tensor(a!)[] scales, float kappa, str backend) -> ()",
+}
+
+ARGUMENTS = {
+    op: [argument.name for argument in torch._C.parse_schema(op + schema).arguments]
+    for op, schema in SCHEMAS.items()
 }
 
 _library = torch.library.Library("fused_ewclora", "DEF")
@@ -60,16 +67,14 @@ def _lora_linear_backward_fake(
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scales: Sequence[Tensor | None],
-    factors: Sequence[float],
+    scale_factors: Sequence[float],
     rows: Sequence[int],
     dropout_p: float,
     seed: Tensor | None,
     needs: Sequence[bool],
     backend: str,
 ) -> list[Tensor]:
-    inputs: list[Tensor | None] = [weight, bias]
-    for triple in zip(lora_as, lora_bs, scales, strict=True):
-        inputs += triple
+    inputs = [weight, bias, *lora_as, *lora_bs, *scales]
     grads = [dy.new_empty((*dy.shape[:-1], weight.shape[1]))] if needs[0] else []
     return grads + [
         t.new_empty(t.shape) for t, need in zip(inputs, needs[1:], strict=True) if need and t is not None
@@ -81,15 +86,15 @@ def _ewc_penalty_fake(
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scales: Sequence[Tensor | None],
-    factors: Sequence[float],
+    scale_factors: Sequence[float],
     ewc_lambda: float,
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     acc = joint_accumulate_dtype([*lora_as, *lora_bs])
     length = 0
-    for triple in zip(lora_as, lora_bs, scales, strict=True):
-        length += sum(t.numel() for t, need in zip(triple, needs, strict=True) if need and t is not None)
+    for of_kind, need in zip((lora_as, lora_bs, scales), needs, strict=True):
+        length += sum(t.numel() for t in of_kind if need and t is not None)
     return lora_as[0].new_empty((), dtype=acc), lora_as[0].new_empty((length,), dtype=acc)
 
 
@@ -103,15 +108,31 @@ def _least_served(tensors: Sequence[Tensor]) -> Tensor:
     return next((t for t in tensors if t.dtype not in common), tensors[0])
 
 
-# The argument whose device and dtype decide the implementation.
-_DEFINING: dict[str, Callable[..., Tensor]] = {
-    "lora_linear": lambda x, *_: x,
-    "lora_linear_backward": lambda dy, *_: dy,
-    "ewc_penalty": lambda fishers, lora_as, *_: lora_as[0],
-    "fisher_accumulate_": lambda fisher, x, *_: x,
-    "merge_": lambda weights, *_: _least_served(weights),
-    "soft_threshold_": lambda scales, *_: _least_served(scales),
-}
+def by_name(functions: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[[Sequence[Any]], Any]]:
+    """For each op a function of the sequence of its arguments, from one whose parameters are those it reads,
+    named as in the schema."""
+
+    def of_all(op: str, function: Callable[..., Any]) -> Callable[[Sequence[Any]], Any]:
+        places = [ARGUMENTS[op].index(name) for name in inspect.signature(function).parameters]
+        read = operator.itemgetter(*places)
+        if len(places) == 1:
+            return lambda args: function(read(args))
+        return lambda args: function(*read(args))
+
+    return {op: of_all(op, function) for op, function in functions.items()}
+
+
+# The tensor whose device and dtype decide the implementation.
+_DEFINING = by_name(
+    {
+        "lora_linear": lambda x: x,
+        "lora_linear_backward": lambda dy: dy,
+        "ewc_penalty": lambda lora_as: lora_as[0],
+        "fisher_accumulate_": lambda x: x,
+        "merge_": lambda weights: _least_served(weights),
+        "soft_threshold_": lambda scales: _least_served(scales),
+    }
+)
 _FAKES = {
     "lora_linear": _lora_linear_fake,
     "lora_linear_backward": _lora_linear_backward_fake,
@@ -131,21 +152,29 @@ def _work(tensors: Sequence[Tensor]) -> int:
 
 
 # What else decides on a GPU: several algorithms, kernels for some ranks only, launches too small to matter.
-_SIZES: dict[str, Callable[..., dict[str, Any]]] = {
-    "lora_linear": lambda *a: {"shape": _linear_shape(a[0], a[1], a[3], a[8])},
-    "lora_linear_backward": lambda *a: {"shape": _linear_shape(a[0], a[2], a[5], a[10])},
-    "ewc_penalty": lambda *a: {"rank": max(lora_a.shape[0] for lora_a in a[1]), "work": _work(a[0])},
-    "fisher_accumulate_": lambda *a: {"work": bucket(a[1].numel() * a[2].shape[-1])},
-    "merge_": lambda *a: {"work": _work(a[0])},
-    "soft_threshold_": lambda *a: {"work": _work(a[0])},
-}
+_SIZES = by_name(
+    {
+        "lora_linear": lambda x, weight, lora_as, dropout_p: {
+            "shape": _linear_shape(x, weight, lora_as, dropout_p)
+        },
+        "lora_linear_backward": lambda dy, weight, lora_as, dropout_p: {
+            "shape": _linear_shape(dy, weight, lora_as, dropout_p)
+        },
+        "ewc_penalty": lambda fishers, lora_as: {
+            "rank": max(a.shape[0] for a in lora_as), "work": _work(fishers)
+        },
+        "fisher_accumulate_": lambda x, dy: {"work": bucket(x.numel() * dy.shape[-1])},
+        "merge_": lambda weights: {"work": _work(weights)},
+        "soft_threshold_": lambda scales: {"work": _work(scales)},
+    }
+)  # fmt: skip
 
 
 def _call(op: str, tensor: Tensor, args: Sequence[Any]) -> Call:
     device = tensor.device.type
     if device == "cpu" and not args[-1].startswith("triton"):
         return Call(device, tensor.dtype)
-    sizes = _SIZES[op](*args)
+    sizes = _SIZES[op](args)
     if tensor.dtype == torch.float32 or op == "ewc_penalty":
         sizes["precision"] = torch.get_float32_matmul_precision()
     return Call(device, tensor.dtype, arch_of(tensor.device), **sizes)
@@ -161,7 +190,7 @@ def run(candidate: Candidate, device: str, args: Sequence[Any]) -> Any:
 
 
 def _chosen(op: str, args: Sequence[Any]) -> tuple[Candidate, str]:
-    tensor = _DEFINING[op](*args)
+    tensor = _DEFINING[op](args)
     return choose(op, args[-1], _call(op, tensor, args)), tensor.device.type
 
 

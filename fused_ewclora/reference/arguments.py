@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, DtypeError
+from .adapters import by_kind, row_ranges
 
 Tensors = Sequence[Tensor]
 Optionals = Sequence[Tensor | None]
@@ -85,9 +86,14 @@ def _adapter(a: Tensor, b: Tensor, scale: Tensor | None, i: int, like: Tensor, l
 
 
 def _as_many(
-    lora_as: Tensors, lora_bs: Tensors, scales: Optionals, factors: Sequence[float], count: int, other: str
+    lora_as: Tensors,
+    lora_bs: Tensors,
+    scales: Optionals,
+    scale_factors: Sequence[float],
+    count: int,
+    other: str,
 ) -> None:
-    lists = {"lora_as": lora_as, "lora_bs": lora_bs, "scales": scales, "factors": factors}
+    lists = {"lora_as": lora_as, "lora_bs": lora_bs, "scales": scales, "scale_factors": scale_factors}
     for name, values in lists.items():
         if len(values) != count:
             raise _wrong(name, f"{count} entries, as in {other}", len(values))
@@ -101,7 +107,7 @@ def _layer(
     lora_as: Tensors,
     lora_bs: Tensors,
     scales: Optionals,
-    factors: Sequence[float],
+    scale_factors: Sequence[float],
     rows: Sequence[int],
     dropout_p: float,
     seed: Tensor | None,
@@ -117,7 +123,7 @@ def _layer(
         _same(bias, "bias", like, like_name)
     if not lora_as:
         raise _wrong("lora_as", "at least one adapter", "none")
-    _as_many(lora_as, lora_bs, scales, factors, len(lora_as), "lora_as")
+    _as_many(lora_as, lora_bs, scales, scale_factors, len(lora_as), "lora_as")
     for i, (lora_a, lora_b, scale) in enumerate(zip(lora_as, lora_bs, scales, strict=True)):
         _adapter(lora_a, lora_b, scale, i, like, like_name)
         if lora_a.shape[1] != d_in:
@@ -125,7 +131,7 @@ def _layer(
     if len(rows) % 3 != 0:
         raise _wrong("rows", "triples (adapter, start, stop)", f"{len(rows)} numbers")
     owned = [0] * len(lora_as)
-    for index, start, stop in zip(rows[0::3], rows[1::3], rows[2::3], strict=True):
+    for index, start, stop in row_ranges(rows):
         if not 0 <= index < len(owned):
             raise _wrong("rows", f"an adapter below {len(owned)}", index)
         if not 0 <= start < stop <= d_out:
@@ -150,13 +156,13 @@ def lora_linear(
     lora_as: Tensors,
     lora_bs: Tensors,
     scales: Optionals,
-    factors: Sequence[float],
+    scale_factors: Sequence[float],
     rows: Sequence[int],
     dropout_p: float,
     seed: Tensor | None,
 ) -> None:
     """Arguments of the op `lora_linear`."""
-    _layer(x, "x", weight, bias, lora_as, lora_bs, scales, factors, rows, dropout_p, seed)
+    _layer(x, "x", weight, bias, lora_as, lora_bs, scales, scale_factors, rows, dropout_p, seed)
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise _wrong("x", f"{weight.shape[1]} features (columns of weight)", x)
 
@@ -170,24 +176,25 @@ def lora_linear_backward(
     lora_as: Tensors,
     lora_bs: Tensors,
     scales: Optionals,
-    factors: Sequence[float],
+    scale_factors: Sequence[float],
     rows: Sequence[int],
     dropout_p: float,
     seed: Tensor | None,
     needs: Sequence[bool],
 ) -> None:
     """Arguments of the op `lora_linear_backward`."""
-    _layer(dy, "dy", weight, bias, lora_as, lora_bs, scales, factors, rows, dropout_p, seed)
+    _layer(dy, "dy", weight, bias, lora_as, lora_bs, scales, scale_factors, rows, dropout_p, seed)
     d_out, d_in = weight.shape
     if dy.dim() < 1 or dy.shape[-1] != d_out:
         raise _wrong("dy", f"{d_out} features (rows of weight)", dy)
     count = 3 + 3 * len(lora_as)
     if len(needs) != count:
-        expected = f"{count} entries (x, weight, bias, then A, B, s of each adapter)"
+        expected = f"{count} entries (x, weight, bias, then every A, every B, every s)"
         raise _wrong("needs", expected, len(needs))
-    needed = {"x": (x, needs[1] or any(needs[3::3])), "z": (z, any((*needs[4::3], *needs[5::3])))}
+    need_as, need_bs, need_scales = by_kind(needs[3:])
+    needed = {"x": (x, needs[1] or any(need_as)), "z": (z, any(need_bs) or any(need_scales))}
     needed["bias"] = (bias, needs[2])
-    needed |= {f"scales[{i}]": (scale, needs[5 + 3 * i]) for i, scale in enumerate(scales)}
+    needed |= {f"scales[{i}]": (scale, need_scales[i]) for i, scale in enumerate(scales)}
     for name, (tensor, need) in needed.items():
         if need and tensor is None:
             raise _wrong(name, "a tensor for the gradients that are asked for", None)
@@ -208,13 +215,13 @@ def ewc_penalty(
     lora_as: Tensors,
     lora_bs: Tensors,
     scales: Optionals,
-    factors: Sequence[float],
+    scale_factors: Sequence[float],
     needs: Sequence[bool],
 ) -> None:
     """Arguments of the op `ewc_penalty`."""
     if not fishers:
         raise _wrong("fishers", "at least one adapter", "none")
-    _as_many(lora_as, lora_bs, scales, factors, len(fishers), "fishers")
+    _as_many(lora_as, lora_bs, scales, scale_factors, len(fishers), "fishers")
     if len(needs) != 3:
         raise _wrong("needs", "3 entries (A, B, s)", len(needs))
     _floating(lora_as[0], "lora_as[0]")
@@ -250,10 +257,10 @@ def fisher_accumulate(fisher: Tensor, x: Tensor, dy: Tensor, squares: str, cu_se
 
 
 def merge(
-    weights: Tensors, lora_as: Tensors, lora_bs: Tensors, scales: Optionals, factors: Sequence[float]
+    weights: Tensors, lora_as: Tensors, lora_bs: Tensors, scales: Optionals, scale_factors: Sequence[float]
 ) -> None:
     """Arguments of the op `merge_`."""
-    _as_many(lora_as, lora_bs, scales, factors, len(weights), "weights")
+    _as_many(lora_as, lora_bs, scales, scale_factors, len(weights), "weights")
     for i, (weight, a, b, scale) in enumerate(zip(weights, lora_as, lora_bs, scales, strict=True)):
         _floating(weight, f"weights[{i}]")
         _matrix(weight, f"weights[{i}]")

@@ -39,20 +39,23 @@ def penalty_and_grads(
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scales: Sequence[Tensor | None],
-    factors: Sequence[float],
+    scale_factors: Sequence[float],
     ewc_lambda: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """The op `fused_ewclora::ewc_penalty`: penalty and, as `needs` = (dA, dB, ds) asks, gradients in the
-    accumulation dtype, one after the other in one flat tensor, adapter by adapter.
+    accumulation dtype, one after the other in one flat tensor: every dA, every dB, every ds.
 
     ds is returned for the adapters whose scale is a tensor.
     """
-    arguments.ewc_penalty(fishers, lora_as, lora_bs, scales, factors, needs)
+    arguments.ewc_penalty(fishers, lora_as, lora_bs, scales, scale_factors, needs)
     acc = accumulate_dtype([*lora_as, *lora_bs])
     total = torch.zeros((), dtype=torch.float64, device=fishers[0].device)
-    grads: list[Tensor] = []
-    for fisher, lora_a, lora_b, scale, factor in zip(fishers, lora_as, lora_bs, scales, factors, strict=True):
+    das: list[Tensor] = []
+    dbs: list[Tensor] = []
+    dss: list[Tensor] = []
+    adapters = zip(fishers, lora_as, lora_bs, scales, scale_factors, strict=True)
+    for fisher, lora_a, lora_b, scale, factor in adapters:
         s = factor if scale is None else scale.to(acc) * factor
         a, b = lora_a.to(acc), lora_b.to(acc)
         delta = (b * s) @ a
@@ -60,11 +63,12 @@ def penalty_and_grads(
         total += 0.5 * (h * delta).sum(dtype=torch.float64)
         h_a = h @ a.T  # [d_out, r]
         if needs[0]:
-            grads.append((b * s).T @ h)
+            das.append((b * s).T @ h)
         if needs[1]:
-            grads.append(h_a * s)
+            dbs.append(h_a * s)
         if needs[2] and scale is not None:
             ds = (b * h_a).sum(0) * factor
-            grads.append(ds.sum() if scale.dim() == 0 else ds)
-    flat = torch.cat([g.reshape(-1) for g in grads]) if grads else total.new_empty(0, dtype=acc)
+            dss.append(ds.sum() if scale.dim() == 0 else ds)
+    grads = [g.reshape(-1) for g in (*das, *dbs, *dss)]
+    flat = torch.cat(grads) if grads else total.new_empty(0, dtype=acc)
     return total.to(acc), flat

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import arguments
+from .adapters import by_kind, row_ranges
 from .philox import dropout
 
 Scale = float | Tensor
@@ -72,8 +73,7 @@ def _scale(tensor: Tensor | None, factor: float, acc: torch.dtype) -> Scale:
 
 
 def _ranges(rows: Sequence[int], adapter: int) -> list[tuple[int, int]]:
-    triples = zip(rows[0::3], rows[1::3], rows[2::3], strict=True)
-    return [(start, stop) for index, start, stop in triples if index == adapter]
+    return [(start, stop) for index, start, stop in row_ranges(rows) if index == adapter]
 
 
 def forward(
@@ -83,13 +83,13 @@ def forward(
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scales: Sequence[Tensor | None],
-    factors: Sequence[float],
+    scale_factors: Sequence[float],
     rows: Sequence[int],
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns y `[..., d_out]` and z `[M, sum of ranks]` in the accumulation dtype."""
-    arguments.lora_linear(x, weight, bias, lora_as, lora_bs, scales, factors, rows, dropout_p, seed)
+    arguments.lora_linear(x, weight, bias, lora_as, lora_bs, scales, scale_factors, rows, dropout_p, seed)
     acc = accumulate_dtype(x.dtype)
     x2 = x.reshape(-1, x.shape[-1]).to(acc)
     z = dropout(x2, dropout_p, seed) @ torch.cat([a.to(acc) for a in lora_as]).T
@@ -100,7 +100,7 @@ def forward(
     if bias is not None:
         y += bias.to(acc)
     for i, z_i in enumerate(z.split([a.shape[0] for a in lora_as], dim=1)):
-        low_rank = (z_i * _scale(scales[i], factors[i], acc)) @ lora_bs[i].to(acc).T
+        low_rank = (z_i * _scale(scales[i], scale_factors[i], acc)) @ lora_bs[i].to(acc).T
         done = 0
         for start, stop in _ranges(rows, i):
             y[:, start:stop] += low_rank[:, done : done + stop - start]
@@ -117,47 +117,49 @@ def backward(
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scales: Sequence[Tensor | None],
-    factors: Sequence[float],
+    scale_factors: Sequence[float],
     rows: Sequence[int],
     dropout_p: float,
     seed: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients asked for by `needs` = (x, weight, bias, then A, B, s of each adapter), in that order, each
+    """Gradients asked for by `needs` = (x, weight, bias, then every A, every B, every s), in that order, each
     in its input's dtype.
 
     x is needed for dA and dweight, z for dB and ds.
     """
     arguments.lora_linear_backward(
-        dy, x, weight, bias, z, lora_as, lora_bs, scales, factors, rows, dropout_p, seed, needs
+        dy, x, weight, bias, z, lora_as, lora_bs, scales, scale_factors, rows, dropout_p, seed, needs
     )
     acc = accumulate_dtype(dy.dtype)
     g = dy.reshape(-1, dy.shape[-1]).to(acc)
     x2 = None if x is None else x.reshape(-1, x.shape[-1]).to(acc)
     branch = None if x2 is None else dropout(x2, dropout_p, seed)
     dx_branch = g.new_zeros(g.shape[0], weight.shape[1]) if needs[0] else None
-    adapter_grads: list[Tensor] = []
+    need_as, need_bs, need_scales = by_kind(needs[3:])
+    das: list[Tensor] = []
+    dbs: list[Tensor] = []
+    dss: list[Tensor] = []
     first = 0
     for i, (lora_a, lora_b) in enumerate(zip(lora_as, lora_bs, strict=True)):
-        need_a, need_b, need_s = needs[3 + 3 * i : 6 + 3 * i]
-        scale, rank = _scale(scales[i], factors[i], acc), lora_a.shape[0]
+        scale, rank = _scale(scales[i], scale_factors[i], acc), lora_a.shape[0]
         g_i = torch.cat([g[:, start:stop] for start, stop in _ranges(rows, i)], dim=1)
         p = g_i @ lora_b.to(acc)  # [M, r]
         z_i = None if z is None else z[:, first : first + rank]
         first += rank
         if dx_branch is not None:
             dx_branch += (p * scale) @ lora_a.to(acc)
-        if need_a:
+        if need_as[i]:
             assert branch is not None
-            adapter_grads.append(((p * scale).T @ branch).to(lora_a.dtype))
-        if need_b:
+            das.append(((p * scale).T @ branch).to(lora_a.dtype))
+        if need_bs[i]:
             assert z_i is not None
-            adapter_grads.append((g_i.T @ (z_i * scale)).to(lora_b.dtype))
-        if need_s:
+            dbs.append((g_i.T @ (z_i * scale)).to(lora_b.dtype))
+        if need_scales[i]:
             learned = scales[i]
             assert z_i is not None and learned is not None
-            ds = (p * z_i).sum(0) * factors[i]
-            adapter_grads.append((ds.sum() if learned.dim() == 0 else ds).to(learned.dtype))
+            ds = (p * z_i).sum(0) * scale_factors[i]
+            dss.append((ds.sum() if learned.dim() == 0 else ds).to(learned.dtype))
     grads: list[Tensor] = []
     if dx_branch is not None:
         dx = g @ weight.to(acc) + dropout(dx_branch, dropout_p, seed)
@@ -168,4 +170,4 @@ def backward(
     if needs[2]:
         assert bias is not None
         grads.append(g.sum(0).to(bias.dtype))
-    return grads + adapter_grads
+    return [*grads, *das, *dbs, *dss]

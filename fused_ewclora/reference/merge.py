@@ -16,12 +16,12 @@ def merge_(
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scales: Sequence[Tensor | None],
-    factors: Sequence[float],
+    scale_factors: Sequence[float],
 ) -> None:
     """W_i <- W_i + B_i diag(s_i) A_i in place, one after the other, each summed in fp32 (fp64 for fp64
     weights) and rounded once."""
-    arguments.merge(weights, lora_as, lora_bs, scales, factors)
-    for weight, a, b, scale, factor in zip(weights, lora_as, lora_bs, scales, factors, strict=True):
+    arguments.merge(weights, lora_as, lora_bs, scales, scale_factors)
+    for weight, a, b, scale, factor in zip(weights, lora_as, lora_bs, scales, scale_factors, strict=True):
         acc = torch.float64 if weight.dtype == torch.float64 else torch.float32
         s = factor if scale is None else scale.to(acc) * factor
         weight.copy_(weight.to(acc) + (b.to(acc) * s) @ a.to(acc))

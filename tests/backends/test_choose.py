@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -14,8 +17,8 @@ from benchmarks.case import OURS
 from benchmarks.gpu.__main__ import planned
 from benchmarks.place import CUDA
 from fused_ewclora.backends import measured_choice
-from fused_ewclora.backends.candidate import Call
-from fused_ewclora.ops import schemas
+from fused_ewclora.backends.candidate import Call, Candidate, forget_choices
+from fused_ewclora.ops import dispatch, schemas
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,13 +107,72 @@ def test_the_table_names_where_it_comes_from_and_keeps_other_architectures(tmp_p
     }  # fmt: skip
 
 
-def test_the_backend_follows_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+class FakeGPU:
+    """A machine on which Triton serves every call, and CUDA unless there is a reason why it cannot."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.patch = patch
+        self.cuda_reason: str | None = None
+        backends = (("triton", lambda call: None), ("cuda", lambda call: self.cuda_reason))
+        candidates = tuple(Candidate(name, name, supports, lambda *_: None) for name, supports in backends)
+        patch.setattr(dispatch, "candidates", lambda op: candidates)
+
+    def use_table(self, table: Path) -> None:
+        self.patch.setattr(measured_choice, "TABLE", table)
+        forget_choices()
+
+    def choice(self, rows: int, arch: str = "sm_90") -> str:
+        call = Call("cuda", torch.bfloat16, arch, choose.LinearShape(rows, 4, 4, 2))
+        return dispatch.choose("lora_linear", "auto", call).backend
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGPU]:
+    with monkeypatch.context() as patch:
+        yield FakeGPU(patch)
+    forget_choices()
+
+
+def test_the_backend_follows_the_table(tmp_path: Path, gpu: FakeGPU):
     derived(write(tmp_path / "x", *pair(15, *FASTER)), tmp_path / "table.json")
-    monkeypatch.setattr(measured_choice, "TABLE", tmp_path / "table.json")
-    for rows, preferred in ((16, True), (32, False)):
-        call = Call("cuda", torch.bfloat16, "sm_90", choose.LinearShape(rows, 4, 4, 2))
-        assert (measured_choice.outrun("lora_linear", call) is not None) is preferred
-    assert measured_choice.outrun("lora_linear", call._replace(arch="sm_80")) is None
+    gpu.use_table(tmp_path / "table.json")
+    assert [gpu.choice(rows) for rows in (16, 32)] == ["cuda", "triton"]
+    assert gpu.choice(16, "sm_80") == "triton"
+
+
+def test_a_backend_that_cannot_serve_a_call_is_not_preferred(tmp_path: Path, gpu: FakeGPU):
+    derived(write(tmp_path / "x", *pair(15, *FASTER)), tmp_path / "table.json")
+    gpu.cuda_reason = "not built"
+    gpu.use_table(tmp_path / "table.json")
+    assert gpu.choice(16) == "triton"
+
+
+def calls_into(file: str, run: Callable[[], object]) -> int:
+    """How many calls of functions that are written in `file` there are."""
+    calls = 0
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        nonlocal calls
+        calls += event == "call" and frame.f_code.co_filename == file
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+def test_choices_consult_the_table_only_while_it_has_entries(tmp_path: Path, gpu: FakeGPU):
+    empty, filled = tmp_path / "empty.json", tmp_path / "filled.json"
+    empty.write_text('{"entries": []}')
+    derived(write(tmp_path / "x", *pair(15, *FASTER)), filled)
+    for table, consulted in ((empty, False), (filled, True), (empty, False)):
+        gpu.use_table(table)
+        gpu.choice(1024)  # reads the table
+        calls = calls_into(measured_choice.__file__, lambda: [gpu.choice(rows) for rows in (1, 16, 64)])
+        assert (calls > 0) is consulted
 
 
 def test_work_is_what_a_call_of_that_shape_is_taken_for():
@@ -122,15 +184,15 @@ def test_work_is_what_a_call_of_that_shape_is_taken_for():
     sizes = planned("ewc_penalty")[0].shape
     fishers = [torch.empty(int(sizes["d_out"]), int(sizes["d_in"]), device="meta")] * int(sizes["adapters"])
     lora_as = [torch.empty(10, int(sizes["d_in"]), device="meta")] * len(fishers)
-    told = schemas._SIZES["ewc_penalty"](fishers, lora_as)
+    told = schemas._SIZES["ewc_penalty"]((fishers, lora_as))
     assert told["work"] == works["ewc_penalty"]
     sizes = planned("fisher_accumulate")[0].shape
     leading = (int(sizes["samples"]), int(sizes["tokens"]))
     x, dy = (torch.empty(*leading, int(sizes[name]), device="meta") for name in ("d_in", "d_out"))
-    assert schemas._SIZES["fisher_accumulate_"](None, x, dy)["work"] == works["fisher_accumulate"]
+    assert schemas._SIZES["fisher_accumulate_"]((None, x, dy))["work"] == works["fisher_accumulate"]
     sizes = planned("merge")[0].shape
     weights = [torch.empty(int(sizes["d_out"]), int(sizes["d_in"]), device="meta")] * int(sizes["adapters"])
-    assert schemas._SIZES["merge_"](weights)["work"] == works["merge"]
+    assert schemas._SIZES["merge_"]((weights,))["work"] == works["merge"]
     sizes = planned("lora_linear")[0].shape
     x = torch.empty(int(sizes["rows"]), int(sizes["d_in"]), device="meta")
     weight = torch.empty(int(sizes["d_out"]), int(sizes["d_in"]), device="meta")

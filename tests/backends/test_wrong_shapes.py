@@ -27,7 +27,7 @@ def adapters() -> dict[str, Any]:
         "lora_as": [T(2, 5), T(3, 5)],
         "lora_bs": [T(4, 2), T(3, 3)],
         "scales": [None, T(3)],
-        "factors": [1.0, 2.0],
+        "scale_factors": [1.0, 2.0],
     }
 
 
@@ -42,7 +42,7 @@ def linear_backward() -> dict[str, Any]:
     forward = linear()
     front = {"dy": T(6, 7), "x": forward.pop("x"), "weight": forward.pop("weight")}
     front |= {"bias": forward.pop("bias"), "z": T(6, 5)}
-    return {**front, **forward, "needs": [True] * 5 + [False] + [True] * 3}
+    return {**front, **forward, "needs": [True] * 7 + [False, True]}
 
 
 def penalty() -> dict[str, Any]:
@@ -85,7 +85,7 @@ ADAPTERS: list[Row] = [
     ("lora_bs", [T(4, 2)], ValueError, ["2", "1"]),
     ("scales", [None], ValueError, ["2", "1"]),
     ("scales", [None, None, None], ValueError, ["2", "3"]),
-    ("factors", [1.0], ValueError, ["2", "1"]),
+    ("scale_factors", [1.0], ValueError, ["2", "1"]),
     ("lora_as[1]", T(15), ValueError, ["matrix", "[15]"]),
     ("lora_as[1]", T(0, 5), ValueError, ["rank", "[0, 5]"]),
     ("lora_bs[1]", T(3, 2), ValueError, ["3 columns", "[3, 2]"]),

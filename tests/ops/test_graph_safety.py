@@ -35,7 +35,7 @@ VALUE_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_sha
 
 def implementation(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     """The reference, whatever the device."""
-    call = dispatch.Call("cpu", schemas._DEFINING[op](*args).dtype)
+    call = dispatch.Call("cpu", schemas._DEFINING[op](args).dtype)
     return dispatch.choose(op, "reference", call).run
 
 

@@ -115,7 +115,7 @@ void bind_ewc_penalty(py::module& m) {
              for (const auto& scale : scales) a.scales.push_back(scale.value_or(at::Tensor()));
              return PenaltyTable(a);
            }),
-           py::arg("fishers"), py::arg("lora_as"), py::arg("lora_bs"), py::arg("scales"), py::arg("factors"), py::arg("needs"))
+           py::arg("fishers"), py::arg("lora_as"), py::arg("lora_bs"), py::arg("scales"), py::arg("scale_factors"), py::arg("needs"))
       .def("run", &PenaltyTable::run, py::arg("ewc_lambda"), "Penalty (0-d) and flat gradients, fp32.")
       .def_property_readonly("items", &PenaltyTable::items, "Thread blocks of a launch.");
   m.def("ewc_penalty", &ewc_penalty);

@@ -1,4 +1,5 @@
 // LoRA linear: the low-rank terms by kernels, the base products by BLAS on top of them.
+#include <algorithm>
 #include <cmath>
 
 #include "../lowrank.h"
@@ -100,24 +101,28 @@ struct Adapters {
 
   // Allocates the gradients that `needs` asks for, in its order, and makes the tables point to them.
   void gradients(const std::vector<bool>& needs, Tensors& out) {
-    size_t next = 0;
-    for (AdapterTable& table : tables)
-      for (int32_t k = 0; k < table.count; ++k, ++next) {
-        LowrankAdapter& e = table.adapters[k];
-        const auto dense = [&](const at::Tensor& like) {
-          out.push_back(at::empty(like.sizes(), like.options()));
-          return out.back().data_ptr();
-        };
-        if (needs[3 + 3 * next]) e.da = dense(lora_as[next]);
-        if (needs[4 + 3 * next]) e.db = dense(lora_bs[next]);
-        for (Spread& s : spread)
-          if (s.adapter == next && e.db != nullptr) {
-            s.gradient = out.back();
-            s.db = at::empty_like(s.b);
-            e.db = s.db.data_ptr();
-          }
-        if (needs[5 + 3 * next]) e.ds = dense(*scales[next]);
-      }
+    size_t need = 3;  // those of x, weight and bias come before
+    const auto each_needed = [&](const auto& allocate) {
+      size_t i = 0;
+      for (AdapterTable& table : tables)
+        for (int32_t k = 0; k < table.count; ++k, ++i, ++need)
+          if (needs[need]) allocate(table.adapters[k], i);
+    };
+    const auto dense = [&](const at::Tensor& like) {
+      out.push_back(at::empty(like.sizes(), like.options()));
+      return out.back().data_ptr();
+    };
+    each_needed([&](LowrankAdapter& e, size_t i) { e.da = dense(lora_as[i]); });
+    each_needed([&](LowrankAdapter& e, size_t i) {
+      e.db = dense(lora_bs[i]);
+      for (Spread& s : spread)
+        if (s.adapter == i) {
+          s.gradient = out.back();
+          s.db = at::empty_like(s.b);
+          e.db = s.db.data_ptr();
+        }
+    });
+    each_needed([&](LowrankAdapter& e, size_t i) { e.ds = dense(*scales[i]); });
   }
   // Rows of spread gradients to where they belong.
   void collect() const {
@@ -257,10 +262,15 @@ namespace {
 
 // What a backward has to compute.
 struct Needs {
-  bool x, weight, bias, a = false, b = false, s = false;
+  bool x, weight, bias, a, b, s;
 
   explicit Needs(const std::vector<bool>& needs) : x(needs[0]), weight(needs[1]), bias(needs[2]) {
-    for (size_t i = 3; i + 2 < needs.size(); i += 3) a = a || needs[i], b = b || needs[i + 1], s = s || needs[i + 2];
+    const size_t adapters = (needs.size() - 3) / 3;
+    const auto any = [&](size_t kind) {
+      const auto first = needs.begin() + 3 + kind * adapters, last = first + adapters;
+      return std::find(first, last, true) != last;
+    };
+    a = any(0), b = any(1), s = any(2);
   }
   bool u() const { return x || a; }
   bool g() const { return b || s; }

@@ -60,6 +60,11 @@ PenaltyTable::PenaltyTable(const PenaltyArguments& a)
       !capturing(current_stream(a.lora_as[0])),
       "ewc_penalty: expected a call with the same tensors before the capture of a CUDA graph; its table of pointers cannot be copied "
       "to the device during one");
+  for (const at::Tensor& lora_a : a.lora_as) next_b_ += need_a_ ? lora_a.numel() : 0;
+  next_s_ = next_b_;
+  for (const at::Tensor& lora_b : a.lora_bs) next_s_ += need_b_ ? lora_b.numel() : 0;
+  length_ = next_s_;
+  for (const at::Tensor& scale : a.scales) length_ += need_s_ && scale.defined() ? scale.numel() : 0;
   for (size_t i = 0; i < a.fishers.size(); ++i) add(a, i);
   for (Group& group : groups_) lay_out(group);
 }
@@ -78,10 +83,10 @@ void PenaltyTable::add(const PenaltyArguments& a, size_t i) {
   p.scale_stride = scale.stride, p.scale_dtype = scale.dtype, p.factor = scale.factor, p.scalar = scaled && a.scales[i].dim() == 0;
   p.fisher_dtype = dtype_of(fisher), p.a_dtype = dtype_of(lora_a), p.b_dtype = dtype_of(lora_b);
   p.d_out = int32_t(d_out), p.d_in = int32_t(d_in), p.rank = int32_t(rank);
-  p.grad_a = length_, length_ += need_a_ ? rank * d_in : 0;
-  p.grad_b = length_, length_ += need_b_ ? d_out * rank : 0;
-  p.grad_s = need_s_ && scaled ? length_ : -1;
-  length_ += p.grad_s >= 0 ? a.scales[i].numel() : 0;
+  p.grad_a = next_a_, next_a_ += rank * d_in;
+  p.grad_b = next_b_, next_b_ += d_out * rank;
+  p.grad_s = need_s_ && scaled ? next_s_ : -1;
+  next_s_ += p.grad_s >= 0 ? a.scales[i].numel() : 0;
   if (d_out == 0 || d_in == 0) {  // no item would write its gradients
     holes_ = true;
     return;

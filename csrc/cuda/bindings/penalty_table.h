@@ -46,7 +46,8 @@ class PenaltyTable {
   std::string shape_;
   bool need_a_, need_b_, need_s_, holes_ = false;
   int multiprocessors_;
-  int64_t length_ = 0;  // of the flat gradients
+  int64_t length_ = 0;                            // of the flat gradients
+  int64_t next_a_ = 0, next_b_ = 0, next_s_ = 0;  // where those of the next adapter begin
   std::vector<Group> groups_;
   std::map<std::pair<size_t, cudaStream_t>, at::Tensor> counters_;
 };

@@ -132,10 +132,9 @@ def candidates(op: str) -> tuple[Candidate, ...]:
             continue  # u comes out of the pass that dB needs anyway
         keys = ("prologue", "full") if backward and key == "prologue" else (key,)
         supports = functools.partial(_cannot_linear, op, key)
-        yields = functools.partial(cost_model.slower, op, key)
-        found.append(
-            Candidate("triton", algorithm, supports, _host("lora_linear", f"{op}_{key}"), keys, yields)
-        )
+        outperformed = functools.partial(cost_model.outperformed, op, key)
+        run = _host("lora_linear", f"{op}_{key}")
+        found.append(Candidate("triton", algorithm, supports, run, keys, outperformed))
     return tuple(found)
 
 

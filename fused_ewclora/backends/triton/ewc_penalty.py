@@ -39,7 +39,7 @@ class Group:
     """Adapters whose tensors have the same dtypes: one launch."""
 
     table: Tensor
-    factors: Tensor
+    scale_factors: Tensor
     items: Tensor
     workspace: int  # floats
     counters: int
@@ -63,12 +63,12 @@ def ewc_penalty(
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scales: Sequence[Tensor | None],
-    factors: Sequence[float],
+    scale_factors: Sequence[float],
     ewc_lambda: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """Loss (0-d) and flat gradients, fp32; see `ops.schemas`."""
-    plan = _plan(fishers, lora_as, lora_bs, scales, factors, needs)
+    plan = _plan(fishers, lora_as, lora_bs, scales, scale_factors, needs)
     like = lora_as[0]
     # Adapters without elements have no item that would write their gradients, or a loss.
     allocate = like.new_zeros if plan.holes else like.new_empty
@@ -76,9 +76,9 @@ def ewc_penalty(
     for i, group in enumerate(plan.groups):
         work = like.new_empty(group.workspace, dtype=torch.float32)
         launch(
-            kernels.ewc_penalty_kernel, (group.items.shape[0],), group.table, group.factors, group.items,
-            work, _counters(like, group.counters), losses[i], grads, group.items.shape[0], float(ewc_lambda),
-            NEED_A=needs[0], NEED_B=needs[1], **group.options,
+            kernels.ewc_penalty_kernel, (group.items.shape[0],), group.table, group.scale_factors,
+            group.items, work, _counters(like, group.counters), losses[i], grads, group.items.shape[0],
+            float(ewc_lambda), NEED_A=needs[0], NEED_B=needs[1], **group.options,
         )  # fmt: skip
     return losses[0] if len(plan.groups) == 1 else losses.sum(), grads
 
@@ -94,25 +94,26 @@ def _plan(
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scales: Sequence[Tensor | None],
-    factors: Sequence[float],
+    scale_factors: Sequence[float],
     needs: Sequence[bool],
 ) -> Plan:
     """The prepared tables of this call: kept from an earlier one with the same tensors, or made."""
     if not fishers or len(lora_as) != len(fishers):
-        arguments.ewc_penalty(fishers, lora_as, lora_bs, scales, factors, needs)  # says so
+        arguments.ewc_penalty(fishers, lora_as, lora_bs, scales, scale_factors, needs)  # says so
     tensors = tuple(map(_described, (*fishers, *lora_as, *lora_bs, *scales)))
     like = lora_as[0]
-    key = (tensors, tuple(factors), tuple(needs), arch(like), precision(), like.device, tables.overriding())
+    values = (tensors, tuple(scale_factors), tuple(needs))
+    key = (*values, arch(like), precision(), like.device, tables.overriding())
     plan = _plans.get(key)
     if plan is None:
-        arguments.ewc_penalty(fishers, lora_as, lora_bs, scales, factors, needs)
+        arguments.ewc_penalty(fishers, lora_as, lora_bs, scales, scale_factors, needs)
         if like.is_cuda and torch.cuda.is_current_stream_capturing():
             raise BackendError(
                 "ewc_penalty: expected a call with the same tensors before the capture of a CUDA graph; its "
                 "table of pointers cannot be copied to the device during one"
             )
         near_fs, near_as, near_bs = ([addressable(t) for t in group] for group in (fishers, lora_as, lora_bs))
-        plan = _prepare(near_fs, near_as, near_bs, scales, factors, needs)
+        plan = _prepare(near_fs, near_as, near_bs, scales, scale_factors, needs)
         given, pointed_to = (*fishers, *lora_as, *lora_bs), (*near_fs, *near_as, *near_bs)
         if like.device.type == "meta" or any(a is not b for a, b in zip(given, pointed_to, strict=True)):
             return plan._replace(copies=pointed_to)  # pointers for this call alone
@@ -125,7 +126,7 @@ def _plan(
 
 
 class Member(NamedTuple):
-    """One adapter; `places` are those of dA, dB, ds in the flat gradients, -1 where not asked for."""
+    """One adapter; `places` are those of its dA, dB, ds in the flat gradients, -1 where not asked for."""
 
     fisher: Tensor
     a: Tensor
@@ -143,18 +144,21 @@ def _prepare(
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scales: Sequence[Tensor | None],
-    factors: Sequence[float],
+    scale_factors: Sequence[float],
     needs: Sequence[bool],
 ) -> Plan:
     length = 0
-    groups: dict[Any, list[Member]] = {}
-    for fisher, a, b, scale, factor in zip(fishers, lora_as, lora_bs, scales, factors, strict=True):
-        places = []
-        for tensor, need in zip((a, b, scale), needs, strict=True):
+    places: list[list[int]] = []
+    for of_kind, need in zip((lora_as, lora_bs, scales), needs, strict=True):
+        places.append([])
+        for tensor in of_kind:
             size = tensor.numel() if need and tensor is not None else -1
-            places.append(length if size >= 0 else -1)
+            places[-1].append(length if size >= 0 else -1)
             length += max(size, 0)
-        member = Member(fisher, a, b, scale, float(factor), tuple(places))
+    groups: dict[Any, list[Member]] = {}
+    numbers, of_adapters = map(float, scale_factors), zip(*places, strict=True)
+    for adapter in zip(fishers, lora_as, lora_bs, scales, numbers, of_adapters, strict=True):
+        member = Member(*adapter)
         groups.setdefault(member.types(), []).append(member)
     made = tuple(_group(members) for members in groups.values())
     return Plan(made, length, any(fisher.numel() == 0 for fisher in fishers))
@@ -171,9 +175,9 @@ def _group(members: Sequence[Member]) -> Group:
     names = ("FISHER_TYPE", "A_TYPE", "B_TYPE", "SCALE_TYPE")
     options = {**config, **dict(zip(names, (_TYPES[t] for t in types), strict=True)), "RP": rp}
     options |= {"NEED_S": need_s, "PRECISION": precision(), "UNIT": all(_unit(m.fisher) for m in members)}
-    factors = torch.tensor([member.factor for member in members], dtype=torch.float32)
-    table, factors, items = (t.to(like.device) for t in (table, factors, items))
-    return Group(table, factors, items, floats, counters, options)
+    scale_factors = torch.tensor([member.factor for member in members], dtype=torch.float32)
+    table, scale_factors, items = (t.to(like.device) for t in (table, scale_factors, items))
+    return Group(table, scale_factors, items, floats, counters, options)
 
 
 def _layout(members: Sequence[Member], m: int, n: int, rp: int) -> tuple[Tensor, Tensor, int, int]:

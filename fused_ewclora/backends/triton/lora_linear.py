@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...reference.adapters import by_kind
 from .cost_model import MAX_FULL_RANK, padded
 from .launch import addressable, arch, cdiv
-from .lowrank import Adapters, Dropout, add_up, columns_pass, pack, product, rows_pass
+from .lowrank import Dropout, Packed, add_up, columns_pass, pack, product, rows_pass
 from .tables import lookup
 
 
@@ -33,14 +34,14 @@ class _Forward:
         lora_as: Sequence[Tensor],
         lora_bs: Sequence[Tensor],
         scales: Sequence[Tensor | None],
-        factors: Sequence[float],
+        scale_factors: Sequence[float],
         rows: Sequence[int],
         dropout_p: float,
         seed: Tensor | None,
     ) -> None:
         self.x, self.weight = _matrix(x), addressable(weight)
         self.bias = None if bias is None else bias.contiguous()
-        self.adapters = (lora_as, lora_bs, scales, factors, rows)
+        self.adapters = (lora_as, lora_bs, scales, scale_factors, rows)
         self.dropout = Dropout.of(dropout_p, seed)
         self.d_out, self.d_in = weight.shape
         self.rank = sum(a.shape[0] for a in lora_as)
@@ -49,10 +50,10 @@ class _Forward:
         self.y = self.output.view(self.x.shape[0], self.d_out)
         self.z = self.x.new_empty(self.x.shape[0], self.rank, dtype=torch.float32)
 
-    def pack(self, b: Tensor | None = None) -> Adapters:
+    def pack(self, b: Tensor | None = None) -> Packed:
         return pack(*self.adapters, self.x, self.d_out, b=b)
 
-    def product(self, packed: Adapters, full: bool = False, base: bool = True) -> None:
+    def product(self, packed: Packed, full: bool = False, base: bool = True) -> None:
         factors, bounds = (packed.a, packed.b), (packed.lo, packed.hi)
         product(self.x, self.weight, factors, self.z, self.bias, self.y, bounds, full=full, base=base)
 
@@ -136,7 +137,7 @@ def _backward(
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scales: Sequence[Tensor | None],
-    factors: Sequence[float],
+    scale_factors: Sequence[float],
     rows: Sequence[int],
     dropout_p: float,
     seed: Tensor | None,
@@ -146,7 +147,7 @@ def _backward(
     x2 = None if x is None else _matrix(x)
     (d_out, d_in), count = weight.shape, grad.shape[0]
     need_x, need_weight, need_bias = needs[:3]
-    need_as, need_bs, need_scales = needs[3::3], needs[4::3], needs[5::3]
+    need_as, need_bs, need_scales = by_kind(needs[3:])
     rp = padded(sum(a.shape[0] for a in lora_as))
     concat = algorithm == "concat" and need_x
     left = grad.new_empty(count, d_out + rp) if concat else None
@@ -162,7 +163,7 @@ def _backward(
         return [*grads, *([grad.sum(0, dtype=torch.float32).to(grad.dtype)] if need_bias else [])]
 
     packed = pack(
-        lora_as, lora_bs, scales, factors, rows, grad, d_out, a=None if right is None else right[d_out:]
+        lora_as, lora_bs, scales, scale_factors, rows, grad, d_out, a=None if right is None else right[d_out:]
     )
     # One read of dy for u, dB, ds and the bias; columns that no adapter owns are read for the bias alone.
     whole = need_bias or left is not None
@@ -185,16 +186,14 @@ def _backward(
         grads.append(parts.sums.sum(0).to(bias.dtype))
     das = _gradients_of_a(packed, x2, u, need_as, rp, dropout)
     dbs, dss = _gradients_of_b(packed, parts.g, lo, need_bs, need_scales)
-    for triple in zip(das, dbs, dss, strict=True):
-        grads += [t for t in triple if t is not None]
-    return grads
+    return [*grads, *(t for t in (*das, *dbs, *dss) if t is not None)]
 
 
 def _input_gradient(
     algorithm: str,
     grad: Tensor,
     weight: Tensor,
-    packed: Adapters,
+    packed: Packed,
     u: Tensor,
     dx: Tensor,
     dropout: Dropout,
@@ -218,7 +217,7 @@ def _input_gradient(
 
 
 def _gradients_of_a(
-    packed: Adapters, x: Tensor | None, u: Tensor | None, needs: Sequence[bool], rp: int, dropout: Dropout
+    packed: Packed, x: Tensor | None, u: Tensor | None, needs: Sequence[bool], rp: int, dropout: Dropout
 ) -> list[Tensor | None]:
     """dA_i = u_i^T drop(x) by one read of x."""
     grads = [torch.empty_like(a, memory_format=torch.contiguous_format) if need else None
@@ -230,7 +229,7 @@ def _gradients_of_a(
 
 
 def _gradients_of_b(
-    packed: Adapters, parts: Tensor | None, lo: int, need_bs: Sequence[bool], need_scales: Sequence[bool]
+    packed: Packed, parts: Tensor | None, lo: int, need_bs: Sequence[bool], need_scales: Sequence[bool]
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """dB_i and ds_i from the partial sums of dy^T z over the columns of dy from `lo` on."""
     grads = [torch.empty_like(b, memory_format=torch.contiguous_format) if need else None

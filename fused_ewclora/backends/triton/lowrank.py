@@ -14,6 +14,7 @@ from torch import Tensor
 from fused_ewclora.kernels import lora_linear as kernels
 from fused_ewclora.kernels import lowrank as sums
 
+from ...reference.adapters import row_ranges
 from ...reference.philox import drop_threshold, inverse_keep
 from . import tables
 from .cost_model import padded
@@ -36,14 +37,14 @@ class Dropout:
 
 
 @dataclass(frozen=True)
-class Adapters:
+class Packed:
     """The adapters of one call, packed: a `[rp, d_in]`, b `[d_out, rp]` scaled, zero outside rows
     [lo, hi)."""
 
     lora_as: Sequence[Tensor]
     lora_bs: Sequence[Tensor]
     scales: Sequence[Tensor | None]
-    factors: Sequence[float]
+    scale_factors: Sequence[float]
     owner: Tensor | None
     a: Tensor
     b: Tensor
@@ -66,16 +67,21 @@ class Adapters:
 
 
 @functools.lru_cache(maxsize=256)
-def _owner(rows: tuple[int, ...], adapters: int, d_out: int, device: torch.device) -> Tensor | None:
-    """`[adapters, d_out]` int32: the row of each adapter's B that belongs to an output row, or -1."""
+def _owner(
+    rows: tuple[int, ...], adapters: int, d_out: int, device: torch.device
+) -> tuple[Tensor | None, int, int]:
+    """`[adapters, d_out]` int32: the row of each adapter's B that belongs to an output row, or -1; None where
+    one adapter owns all rows. And the output rows [lo, hi) outside of which none has an owner."""
     if rows == (0, 0, d_out):
-        return None
+        return None, 0, d_out
     owner = torch.full((adapters, d_out), -1, dtype=torch.int32)
     done = [0] * adapters
-    for adapter, start, stop in zip(rows[0::3], rows[1::3], rows[2::3], strict=True):
+    lo, hi = d_out, 0
+    for adapter, start, stop in row_ranges(rows):
+        lo, hi = min(lo, start), max(hi, stop)
         owner[adapter, start:stop] = torch.arange(done[adapter], done[adapter] + stop - start)
         done[adapter] += stop - start
-    return owner.to(device)
+    return owner.to(device), lo, hi
 
 
 def _scale_stride(scale: Tensor | None) -> int:
@@ -90,21 +96,21 @@ def pack(
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scales: Sequence[Tensor | None],
-    factors: Sequence[float],
+    scale_factors: Sequence[float],
     rows: Sequence[int],
     like: Tensor,
     d_out: int,
     a: Tensor | None = None,
     b: Tensor | None = None,
-) -> Adapters:
+) -> Packed:
     """All factors in two matrices of the dtype of `like`, written to `a` and `b` where given."""
     lora_as, lora_bs = [addressable(t) for t in lora_as], [addressable(t) for t in lora_bs]
     d_in = lora_as[0].shape[1]
     rp = padded(sum(t.shape[0] for t in lora_as))
     a = like.new_empty(rp, d_in) if a is None else a
     b = like.new_empty(d_out, rp) if b is None else b
-    owner = _owner(tuple(rows), len(lora_as), d_out, like.device)
-    packed = Adapters(lora_as, lora_bs, scales, factors, owner, a, b, min(rows[1::3]), max(rows[2::3]))
+    owner, lo, hi = _owner(tuple(rows), len(lora_as), d_out, like.device)
+    packed = Packed(lora_as, lora_bs, scales, scale_factors, owner, a, b, lo, hi)
     config = tables.lookup("lowrank_pack_kernel", arch(like), like.dtype, rp)
     blocks = cdiv(max(d_in, d_out), config["BLOCK"])
     for part, first in packed.groups():
@@ -115,7 +121,7 @@ def pack(
             widths[-1] += rp - packed.rank
         launch(
             sums.lowrank_pack_kernel, (blocks, 2), tuple(as_), tuple(bs), tuple(ss),
-            tuple(map(float, factors[part])), None if owner is None else owner[part], a, b, d_in, d_out,
+            tuple(map(float, scale_factors[part])), None if owner is None else owner[part], a, b, d_in, d_out,
             d_out, first, tuple(ranks), tuple(widths), _strides(as_, 0), _strides(as_, 1), _strides(bs, 0),
             _strides(bs, 1), tuple(map(_scale_stride, ss)), a.stride(0), b.stride(0), **config,
         )  # fmt: skip
@@ -251,7 +257,7 @@ def add_up(
     parts: Tensor,
     outs: Sequence[Tensor | None],
     *,
-    adapters: Adapters | None = None,
+    adapters: Packed | None = None,
     transposed: bool = False,
     dots: Sequence[Tensor | None] | None = None,
 ) -> None:
@@ -273,15 +279,16 @@ def add_up(
         ranks = (rp,) if adapters is None else tuple(a.shape[0] for a in adapters.lora_as[part])
         if plain:
             nothing: tuple[Tensor | None, ...] = (None,) * count
-            bs, ss, factors, owner = nothing, nothing, (1.0,) * count, None
+            bs, ss, scale_factors, owner = nothing, nothing, (1.0,) * count, None
         else:
             assert adapters is not None
             bs, ss = tuple(adapters.lora_bs[part]), tuple(adapters.scales[part])
-            factors = tuple(map(float, adapters.factors[part]))
+            scale_factors = tuple(map(float, adapters.scale_factors[part]))
             owner = None if adapters.owner is None else adapters.owner[part, adapters.lo :]
         strides = (_strides(out, 1), _strides(out, 0)) if transposed else (_strides(out, 0), _strides(out, 1))
         launch(
-            sums.lowrank_sum_kernel, (cdiv(rows, config["BLOCK"]), count), parts, tuple(out), ss, factors,
-            owner, bs, dot, rows, splits, 0 if owner is None else owner.stride(0), first, ranks, *strides,
-            tuple(map(_scale_stride, ss)), _strides(bs, 0), _strides(bs, 1), *parts.stride()[:2], **config,
+            sums.lowrank_sum_kernel, (cdiv(rows, config["BLOCK"]), count), parts, tuple(out), ss,
+            scale_factors, owner, bs, dot, rows, splits, 0 if owner is None else owner.stride(0), first,
+            ranks, *strides, tuple(map(_scale_stride, ss)), _strides(bs, 0), _strides(bs, 1),
+            *parts.stride()[:2], **config,
         )  # fmt: skip

@@ -20,10 +20,10 @@ def merge_(
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scales: Sequence[Tensor | None],
-    factors: Sequence[float],
+    scale_factors: Sequence[float],
 ) -> None:
     """W_i += B_i diag(s_i) A_i in place, in the order of the entries where weights overlap."""
-    arguments.merge(weights, lora_as, lora_bs, scales, factors)
+    arguments.merge(weights, lora_as, lora_bs, scales, scale_factors)
     for group in _groups(weights):
         w, a, b = ([tensors[i] for i in group] for tensors in (weights, lora_as, lora_bs))
         s = [scales[i] for i in group]
@@ -31,7 +31,7 @@ def merge_(
         tiles = max(cdiv(t.shape[0], config["BLOCK_M"]) * cdiv(t.shape[1], config["BLOCK_N"]) for t in w)
         launch.launch(
             kernels.merge_kernel, (tiles, len(group)), tuple(w), tuple(a), tuple(b), tuple(s),
-            tuple(factors[i] for i in group), _sizes(w, 0), _sizes(w, 1), _sizes(a, 0),
+            tuple(scale_factors[i] for i in group), _sizes(w, 0), _sizes(w, 1), _sizes(a, 0),
             *(_strides(tensors, dim) for tensors in (w, a, b) for dim in (0, 1)),
             tuple(t.stride(0) if t is not None and t.dim() else 0 for t in s), **config,
         )  # fmt: skip

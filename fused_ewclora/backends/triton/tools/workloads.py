@@ -208,8 +208,7 @@ def _backward(make: Callable[[Make], tuple[list[Any], list[Any]]]) -> Callable[[
         rows = x.numel() // x.shape[-1]
         z = maker.normal(rows, sum(a.shape[0] for a in lora_as), dtype=torch.float32)
         needs = [True, False, bias is not None]
-        for scale in scales:
-            needs += [True, True, scale is not None]
+        needs += [True] * (2 * len(lora_as)) + [scale is not None for scale in scales]
         return (dy, x, weight, bias, z, *adapters, needs)
 
     return arguments
@@ -223,8 +222,8 @@ def _penalties(dtype: torch.dtype, rank: int, precision: str, sizes: Sizes) -> I
             pairs = [_adapter(make, rank, width, width, dtype) for _ in range(sizes.layers)]
             fishers = [make.fisher(width, width, dtype=fisher_dtype) for _ in pairs]
             scales = [make.normal(rank, dtype=dtype) if scaled else None for _ in pairs]
-            factors = [1.0] * sizes.layers
-            return (fishers, [a for a, _ in pairs], [b for _, b in pairs], scales, factors, 2.0, list(needs))
+            lora_as, lora_bs = [a for a, _ in pairs], [b for _, b in pairs]
+            return (fishers, lora_as, lora_bs, scales, [1.0] * sizes.layers, 2.0, list(needs))
 
         return make
 
