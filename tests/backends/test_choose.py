@@ -65,19 +65,22 @@ FASTER, SLOWER, ALIKE = (1.0, 2.0), (2.0, 1.0), (0.95, 1.0)
         ([SLOWER, FASTER, FASTER], None),
     ],
 )
-def test_cuda_is_preferred_up_to_the_first_case_in_which_it_was_not_faster(times, work, tmp_path: Path):
+def test_cuda_until_not_faster(times, work, tmp_path: Path):
+    """CUDA is preferred up to the first case in which it was not faster."""
     found = [r for rows, one in zip((1, 15, 200), times, strict=True) for r in pair(rows, *one)]
     entries = derived(write(tmp_path / "x", *reversed(found)), tmp_path / "table.json")
     assert [entry["work"] for entry in entries] == ([] if work is None else [work])
 
 
-def test_cases_of_equal_work_must_all_be_faster(tmp_path: Path):
+def test_equal_work_all_faster(tmp_path: Path):
+    """Of cases of equal work, all must be faster."""
     found = [*pair(1, *FASTER), *pair(15, *FASTER), *pair(16, *SLOWER)]  # both are rounded up to 16 rows
     (entry,) = derived(write(tmp_path / "x", *found), tmp_path / "table.json")
     assert entry["work"] == 16 and entry["cases"] == 1
 
 
-def test_a_case_that_is_slower_in_a_graph_or_failed_is_not_faster(tmp_path: Path):
+def test_graph_slower_or_failed(tmp_path: Path):
+    """A case that is slower in a graph, or failed, does not count as faster."""
     slower = [record(OURS, 15, 2.0, 1e-5), record(CUDA, 15, 1.0, 2e-5)]
     failed = [record(OURS, 15, 2.0), {**record(CUDA, 15, 1.0), "failed": "wrong"}]
     for case in (slower, failed):
@@ -85,7 +88,8 @@ def test_a_case_that_is_slower_in_a_graph_or_failed_is_not_faster(tmp_path: Path
         assert entry["work"] == 16
 
 
-def test_passes_choose_for_their_own_op_and_both_together_for_none(tmp_path: Path):
+def test_single_passes_only(tmp_path: Path):
+    """Each pass decides for its own op; records of both passes together decide nothing."""
     found = []
     for which, times in (("forward", FASTER), ("backward", SLOWER), ("forward+backward", SLOWER)):
         shape = {"pass": which} if which != "forward+backward" else {}
@@ -95,7 +99,8 @@ def test_passes_choose_for_their_own_op_and_both_together_for_none(tmp_path: Pat
     assert entry["op"] == "lora_linear"
 
 
-def test_the_table_names_where_it_comes_from_and_keeps_other_architectures(tmp_path: Path):
+def test_table_provenance(tmp_path: Path):
+    """The table names its sources and keeps the entries of other architectures."""
     table = tmp_path / "table.json"
     old = [{"arch": "sm_80", "op": "merge_", "work": 3}, {"arch": "sm_90", "op": "merge_", "work": 4}]
     table.write_text(json.dumps({"entries": [dict(one, record="r") for one in old]}))
@@ -133,7 +138,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGPU]:
     forget_choices()
 
 
-def test_the_backend_follows_the_table(tmp_path: Path, gpu: FakeGPU):
+def test_backend_follows_table(tmp_path: Path, gpu: FakeGPU):
+    """The backend follows the table."""
     derived(write(tmp_path / "x", *pair(15, *FASTER)), tmp_path / "table.json")
     gpu.use_table(tmp_path / "table.json")
     assert [gpu.choice(rows) for rows in (16, 32)] == ["cuda", "triton"]
@@ -175,7 +181,7 @@ def test_choices_consult_the_table_only_while_it_has_entries(tmp_path: Path, gpu
         assert (calls > 0) is consulted
 
 
-def test_work_is_what_a_call_of_that_shape_is_taken_for():
+def test_work_matches_call():
     """The records' shapes and the calls' tensors lead to the same number."""
     works = {}
     for suite in ("ewc_penalty", "fisher_accumulate", "merge", "lora_linear"):
@@ -214,7 +220,8 @@ def test_work_is_what_a_call_of_that_shape_is_taken_for():
         (pair(1, 1.0, 2.0, surprise=1), "not a record of this version"),
     ],
 )  # fmt: skip
-def test_records_that_decide_nothing_are_refused_in_one_sentence(found, said: str, tmp_path: Path, capsys):
+def test_undecided_records_refused(found, said: str, tmp_path: Path, capsys):
+    """Records that decide nothing are refused in one sentence."""
     table = tmp_path / "table.json"
     table.write_text('{"entries": []}')
     assert choose.main([str(write(tmp_path / "x", *found)), "--table", str(table)]) == 1
@@ -223,7 +230,8 @@ def test_records_that_decide_nothing_are_refused_in_one_sentence(found, said: st
     assert table.read_text() == '{"entries": []}'
 
 
-def test_the_records_of_the_cpu_in_this_repository_are_refused(capsys):
+def test_cpu_records_refused(capsys):
+    """The CPU records in this repository are refused."""
     table = measured_choice.TABLE.read_text()
     assert choose.main([str(ROOT / "benchmarks" / "results" / "cpu")]) == 1
     assert "not measured on a GPU" in capsys.readouterr().err

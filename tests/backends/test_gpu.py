@@ -180,13 +180,15 @@ def assert_replays(work: Any, step: Step, exact: bool) -> None:
 
 @each_algorithm
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_graph_of_forward_and_backward_replays_on_new_values(backend, dtype):
+def test_graph_forward_backward(backend, dtype):
+    """A graph of forward and backward replays on new values."""
     step = Linear(backend, dtype)
     assert_replays(step, step, without_blas(backend))
 
 
 @each_backend
-def test_a_graph_with_dropout_reads_its_seed_when_it_replays(backend):
+def test_graph_dropout_seed(backend):
+    """A graph with dropout reads its seed when it replays."""
     step = Linear(backend, torch.bfloat16, dropout=True)
     graph, results = captured(step)
     graph.replay()
@@ -199,7 +201,8 @@ def test_a_graph_with_dropout_reads_its_seed_when_it_replays(backend):
 
 @each_backend
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_graph_of_any_other_operation_replays_on_new_values(backend, name):
+def test_graph_other_operations(backend, name):
+    """A graph of any other operation replays on new values."""
     work = Others(backend)
     assert_replays(work, getattr(work, name), without_blas(backend, name))
 
@@ -215,7 +218,8 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_watch_for_waiting_sees_it():
+def test_sync_detected():
+    """The guard against waiting for the device notices such a wait."""
     ones = torch.ones(3, device="cuda")
     with pytest.raises(RuntimeError, match="synchroniz"), no_waiting():
         ones.sum().item()
@@ -223,7 +227,8 @@ def test_the_watch_for_waiting_sees_it():
 
 @each_algorithm
 @pytest.mark.parametrize("dropout", [False, True])
-def test_forward_and_backward_never_wait_for_the_device(backend, dropout):
+def test_linear_no_sync(backend, dropout):
+    """Forward and backward never wait for the device."""
     if dropout and (reason := refused_linear(backend, 14, dropout=True)) is not None:
         pytest.skip(reason)
     step = Linear(backend, torch.bfloat16, dropout)
@@ -234,7 +239,8 @@ def test_forward_and_backward_never_wait_for_the_device(backend, dropout):
 
 @each_backend
 @pytest.mark.parametrize("name", OTHERS)
-def test_no_other_operation_waits_for_the_device(backend, name):
+def test_other_operations_no_sync(backend, name):
+    """No other operation waits for the device."""
     work = Others(backend)
     step = getattr(work, name)
     step()
@@ -243,7 +249,8 @@ def test_no_other_operation_waits_for_the_device(backend, name):
 
 
 @each_algorithm
-def test_linears_repeat_bit_by_bit(backend):
+def test_linear_deterministic(backend):
+    """LoRA linears repeat bit for bit."""
     step = Linear(backend, torch.bfloat16)
     first = copies(step())
     for _ in range(20):
@@ -252,7 +259,8 @@ def test_linears_repeat_bit_by_bit(backend):
 
 @each_backend
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_operations_repeat_bit_by_bit(backend, name):
+def test_other_operations_deterministic(backend, name):
+    """The other operations repeat bit for bit."""
     work = Others(backend)
     step = getattr(work, name)
     first = copies(step())
@@ -262,7 +270,7 @@ def test_other_operations_repeat_bit_by_bit(backend, name):
 
 @each_backend
 @pytest.mark.parametrize("name", ["linear", *OTHERS])
-def test_operations_run_on_the_stream_that_is_current(backend, name):
+def test_current_stream(backend, name):
     """Inputs appear late on that stream alone: kernels on another one would read the old values."""
     work: Any = Linear(backend, torch.bfloat16) if name == "linear" else Others(backend)
     step = work if name == "linear" else getattr(work, name)
@@ -283,7 +291,8 @@ def test_operations_run_on_the_stream_that_is_current(backend, name):
 
 @each_backend
 @pytest.mark.parametrize("mode", ["sample", "batch"])
-def test_fishers_of_more_than_2_to_the_31_elements(backend, mode):
+def test_int64_fisher(backend, mode):
+    """A Fisher may have more than 2^31 elements."""
     needs_memory(24)
     d, last = 46_400, slice(-7, None)
     fisher = torch.zeros(d, d, dtype=torch.bfloat16, device="cuda")
@@ -300,7 +309,8 @@ def test_fishers_of_more_than_2_to_the_31_elements(backend, mode):
 
 
 @each_backend
-def test_weights_of_more_than_2_to_the_31_elements_are_merged(backend):
+def test_int64_merge(backend):
+    """Weights of more than 2^31 elements are merged."""
     needs_memory(16)
     d = 46_400
     weight = torch.zeros(d, d, dtype=torch.bfloat16, device="cuda")
@@ -316,7 +326,7 @@ def test_weights_of_more_than_2_to_the_31_elements_are_merged(backend):
 
 
 @each_backend
-def test_penalties_over_more_than_2_to_the_31_elements(backend):
+def test_int64_penalty(backend):
     """With F = 1 the penalty is half of sum (B^T B) * (A A^T)."""
     needs_memory(16)
     d = 46_400
@@ -333,7 +343,8 @@ def test_penalties_over_more_than_2_to_the_31_elements(backend):
 
 
 @each_algorithm
-def test_inputs_of_more_than_2_to_the_31_elements(backend):
+def test_int64_linear_input(backend):
+    """Inputs may have more than 2^31 elements."""
     needs_memory(24)
     rows, d_in, d_out = 2**21 + 5, 1024, 64
     x = torch.zeros(rows, d_in, device="cuda", dtype=torch.bfloat16)
@@ -353,7 +364,8 @@ def test_inputs_of_more_than_2_to_the_31_elements(backend):
 
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_compiled_training_step_is_one_graph_and_gives_the_eager_gradients(backend, dtype):
+def test_compile_matches_eager(backend, dtype):
+    """A compiled training step is one graph and gives the eager gradients."""
     linear, others = Linear(backend, dtype), Others(backend)
     leaves = [*linear.factors, *others.leaves()]
 
@@ -370,7 +382,8 @@ def test_a_compiled_training_step_is_one_graph_and_gives_the_eager_gradients(bac
 
 
 @each_backend
-def test_autocast_takes_the_kernels_of_its_dtype(backend):
+def test_autocast_dtype(backend):
+    """Autocast takes the kernels of its dtype."""
     step = Linear(backend, torch.float32)
     with torch.autocast("cuda", dtype=torch.bfloat16):
         y = FE.lora_linear_adapters(step.x, step.weight, None, step.adapters, backend=backend)
@@ -381,7 +394,7 @@ def test_autocast_takes_the_kernels_of_its_dtype(backend):
 
 @each_backend
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_lower_matmul_precision_costs_what_it_may(backend, precision):
+def test_matmul_precision_error(backend, precision):
     """tf32 rounds each factor to 2^-11 of itself, bf16 to 2^-8; two products, and sums of random sign."""
     before = torch.get_float32_matmul_precision()
     work = Others(backend)

@@ -68,7 +68,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     return Device(monkeypatch)
 
 
-def test_a_graph_runs_the_whole_rotation_and_a_sample_is_one_run(device: Device):
+def test_graph_whole_rotation(device: Device):
+    """A graph runs the whole rotation, and a sample is the time of one run."""
     clock = CudaClock()
     with clock.running():
         prepared = clock.prepare([lambda: device.launch("a"), lambda: device.launch("b")])
@@ -80,7 +81,8 @@ def test_a_graph_runs_the_whole_rotation_and_a_sample_is_one_run(device: Device)
     assert prepared.host_seconds is not None
 
 
-def test_short_graphs_are_replayed_until_gaps_do_not_count(device: Device):
+def test_short_graph_repeats(device: Device):
+    """Short graphs are replayed until the gaps between them do not count."""
     clock = CudaClock()
     clock.sample_seconds = 10 * KERNEL
     with clock.running():
@@ -100,7 +102,9 @@ def test_variants_take_turns(device: Device):
     assert device.ran == ["a", "b"] * clock.min_rounds
 
 
-def test_what_cannot_be_captured_is_timed_eagerly(device: Device):
+def test_eager_fallback(device: Device):
+    """What cannot be captured is timed eagerly."""
+
     def run() -> None:
         if device.captured is not None:
             raise RuntimeError("operation not permitted when stream is capturing")
@@ -117,7 +121,9 @@ def test_what_cannot_be_captured_is_timed_eagerly(device: Device):
         assert clock.pool is not pool
 
 
-def test_no_memory_for_a_capture_is_a_failure(device: Device):
+def test_capture_out_of_memory(device: Device):
+    """Running out of memory during a capture is a failure."""
+
     def run() -> None:
         if device.captured is not None:
             raise RuntimeError("CUDA out of memory")
@@ -129,7 +135,8 @@ def test_no_memory_for_a_capture_is_a_failure(device: Device):
     assert device.captured is None
 
 
-def test_the_peak_is_what_one_warm_call_adds(device: Device):
+def test_peak_memory(device: Device):
+    """The peak is the memory that one warm call adds."""
     held: list[int] = []
 
     def run() -> str:

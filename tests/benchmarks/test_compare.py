@@ -45,12 +45,14 @@ def write(path: Path, found: list) -> Path:
     return path
 
 
-def test_made_records_follow_the_schema():
+def test_records_match_schema():
+    """The records made for these tests follow the schema."""
     assert [v for one in run() for v in records.violations(one)] == []
 
 
 @pytest.mark.parametrize("factor", [1.3, 1 / 1.3])
-def test_a_change_of_a_third_is_found(factor: float):
+def test_large_change_found(factor: float):
+    """A change of a third is found."""
     after = run()
     for one in after:
         if one["provider"] == OURS and one["shape"]["width"] == 16:
@@ -68,7 +70,7 @@ def test_three_percent_are_noise():
     assert found.changes[0].ratio == pytest.approx(1.03)
 
 
-def test_runs_of_the_same_code_hold_no_regression():
+def test_unchanged_no_regression():
     """At a scatter of 2 % between runs, none of 300 unchanged results is called slower."""
     found = [
         compare.compare(run(jitter=0.02, seed=2 * n), run(jitter=0.02, seed=2 * n + 1)) for n in range(100)
@@ -76,7 +78,8 @@ def test_runs_of_the_same_code_hold_no_regression():
     assert sum(len(one.regressions) for one in found) == 0
 
 
-def test_a_slower_machine_is_no_regression():
+def test_slow_machine_normalised():
+    """A slower machine is not a regression."""
     found = compare.compare(run(), run(machine=1.4))
     assert found.regressions == [] and found.status == 0
     assert found.machine == pytest.approx(1.4)
@@ -84,13 +87,15 @@ def test_a_slower_machine_is_no_regression():
     assert found.changes[0].normalised == pytest.approx(1.0)
 
 
-def test_a_regression_shows_on_a_slower_machine():
+def test_slow_machine_regression():
+    """A regression shows on a slower machine."""
     found = compare.compare(run(), run(ours=1.3, machine=1.4))
     assert len(found.regressions) == 3
     assert found.regressions[0].normalised == pytest.approx(1.3)
 
 
-def test_peers_that_get_faster_are_no_regression_of_ours():
+def test_faster_peers():
+    """Peers that get faster are not a regression of ours."""
     after = run()
     for one in after:
         if one["provider"] in PEERS and one["shape"]["width"] == 8:
@@ -98,7 +103,8 @@ def test_peers_that_get_faster_are_no_regression_of_ours():
     assert compare.compare(run(), after).regressions == []
 
 
-def test_a_neighbour_who_is_busy_during_one_case_is_no_regression():
+def test_busy_neighbour():
+    """A neighbour on the machine who is busy during one case is not a regression."""
     after = run()
     for one in after:
         if one["shape"]["width"] == 8:
@@ -106,20 +112,23 @@ def test_a_neighbour_who_is_busy_during_one_case_is_no_regression():
     assert compare.compare(run(), after).regressions == []
 
 
-def test_rounds_that_scatter_hide_what_quiet_rounds_show():
+def test_scattered_rounds():
+    """Rounds that scatter hide what quiet rounds show."""
     quiet = compare.compare(run(spread=0.02), run(ours=1.2, spread=0.02))
     wild = compare.compare(run(spread=0.9, rounds=7), run(ours=1.2, spread=0.9, rounds=7))
     assert len(quiet.regressions) == 3 and wild.regressions == []
 
 
-def test_without_controls_the_ratio_as_measured_is_judged():
+def test_no_controls():
+    """Without controls the ratio is judged as measured."""
     alone = [[one for one in run(ours=t) if one["provider"] == OURS] for t in (1.0, 1.3)]
     found = compare.compare(*alone)
     assert [c.normalised for c in found.regressions] == [None] * 3
     assert "no control" in compare.render(found)
 
 
-def test_the_error_of_a_median_is_that_of_samples():
+def test_median_error():
+    """The estimated error of a median is the one found by sampling."""
     draw = np.random.default_rng(0)
     samples = np.exp(0.05 * draw.standard_normal((2000, 40)))
     p20, p80 = np.exp(0.05 * np.array([-0.8416, 0.8416]))
@@ -132,7 +141,7 @@ def test_the_newest_record_counts():
     assert compare.compare([*run(), *old], run()).of(compare.FASTER) == []
 
 
-def test_ours_measured_again_tells_the_scatter():
+def test_repeat_gives_scatter():
     """A second measurement of the same code that is 20 % off shows what a change of 25 % is worth."""
     few = (OURS, "eager")
     before, after = ([one for one in run(ours=t) if one["provider"] in few] for t in (1.0, 1.25))
@@ -143,7 +152,8 @@ def test_ours_measured_again_tells_the_scatter():
     assert found.regressions == [] and found.scatter["penalty"] > 0.1
 
 
-def test_a_computed_floor_is_no_control():
+def test_floor_not_control():
+    """A computed floor is not a control."""
     floors = [record("floor", t, role="floor", timing="computed") for t in (1.0, 9.0)]
     found = compare.compare([*run(), floors[0]], [*run(), floors[1]])
     assert all(c.provider != "floor" and c.normalised == pytest.approx(1.0) for c in found.changes)
@@ -155,7 +165,8 @@ def failed(one: dict) -> dict:
 
 
 @pytest.mark.parametrize(("who", "status"), [(OURS, 1), ("eager", 0)])
-def test_a_provider_that_fails_anew_is_named(who: str, status: int):
+def test_new_failure_named(who: str, status: int):
+    """A provider that newly fails is named."""
     after = [failed(one) if one["provider"] == who else one for one in run()]
     found = compare.compare(run(), after)
     assert len(found.newly_failing) == 3 and found.status == status
@@ -164,7 +175,8 @@ def test_a_provider_that_fails_anew_is_named(who: str, status: int):
     assert len(compare.compare(after, run()).working_again) == 3
 
 
-def test_cases_and_providers_of_one_side_are_listed():
+def test_unmatched_listed():
+    """Cases and providers that only one side has are listed."""
     before, after = run(), [one for one in run() if one["shape"]["width"] != 8]
     found = compare.compare(before, [one for one in after if one["provider"] != "einsum"])
     assert found.only_a == ["penalty width 8", *(f"penalty width {w}: einsum" for w in (16, 32))]
@@ -191,17 +203,20 @@ def test_regressions_come_first():
         ({"op": "fisher"}, "no case in common"),
     ],
 )
-def test_what_cannot_be_compared_is_said_in_one_sentence(change: dict, words: str):
+def test_incomparable_refused(change: dict, words: str):
+    """What cannot be compared is refused in one sentence."""
     with pytest.raises(collection.Unusable, match=words):
         compare.compare(run(), run(**change))
 
 
-def test_threads_of_the_host_do_not_matter_on_a_gpu():
+def test_gpu_host_threads():
+    """The number of host threads does not matter on a GPU."""
     sides = [run(environment={**ENVIRONMENT, "cuda": "13.0", "threads": n}) for n in (2, 8)]
     assert compare.compare(*sides).status == 0
 
 
-def test_torch_of_another_version_is_noted():
+def test_torch_version_noted():
+    """A different version of torch is noted."""
     text = compare.render(compare.compare(run(), run(environment={**ENVIRONMENT, "torch": "2.14.0"})))
     assert "note: torch 2.13.0 in A, 2.14.0 in B" in text
 
@@ -220,9 +235,10 @@ def test_torch_of_another_version_is_noted():
         ("[]", "expected object"),
     ],
 )
-def test_files_that_cannot_be_used_end_with_status_2_and_a_sentence(
+def test_bad_file_exit_status(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, words: str
 ):
+    """Files that cannot be used end the command with status 2 and a sentence."""
     good, bad = write(tmp_path / "good.jsonl", run()), tmp_path / "bad.jsonl"
     if content is not None:
         bad.write_text(content)
@@ -244,7 +260,8 @@ def test_folders_are_read_whole(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert compare.main([str(tmp_path / "empty"), str(b)]) == 2
 
 
-def test_labels_hold_no_more_than_tells_cases_apart():
+def test_minimal_labels():
+    """Labels hold no more than what tells cases apart."""
     shapes = [
         {"model": "B", "d": 8, "rank": 4},
         {"model": "L", "d": 9, "rank": 4},

@@ -83,7 +83,8 @@ def walked_bytes(method: Method) -> int:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_everything_that_a_method_keeps_is_counted(name: str) -> None:
+def test_all_state_counted(name: str) -> None:
+    """Everything that a method keeps is counted."""
     for tasks in (0, 2):
         method = started(name, tasks)
         assert state_bytes(method) == walked_bytes(method)
@@ -102,7 +103,8 @@ def test_everything_that_a_method_keeps_is_counted(name: str) -> None:
         ("InfLoRA", FACTORS, FACTORS),
     ],
 )
-def test_adapters_hold_the_numbers_of_their_formulas(name: str, first: int, third: int) -> None:
+def test_adapter_formulas(name: str, first: int, third: int) -> None:
+    """Adapters hold as many numbers as their formulas say."""
     assert adapter_parameters(started(name, 0)) == first
     assert adapter_parameters(started(name, 2)) == third
 
@@ -116,14 +118,16 @@ def test_adapters_hold_the_numbers_of_their_formulas(name: str, first: int, thir
         ("InfLoRA", FACTORS // 2),  # A is frozen
     ],
 )
-def test_trained_numbers_are_those_with_gradients(name: str, trained: int) -> None:
+def test_trained_parameters(name: str, trained: int) -> None:
+    """The trained numbers are those with gradients."""
     method = started(name, 2)
     head = sum(p.numel() for p in method.model.head.parameters())
     assert trained_parameters(method) == trained
     assert trained + head == sum(p.numel() for p in method.model.parameters() if p.requires_grad)
 
 
-def test_bytes_of_adapters_fishers_and_subspaces() -> None:
+def test_state_bytes() -> None:
+    """The bytes of adapters, Fishers and subspaces are counted."""
     factors, fishers = FACTORS * DOUBLE, FISHERS * 4  # Fishers are in fp32
     assert state_bytes(started("LoRA", 2)) == factors
     assert state_bytes(started("EWC-LoRA", 0)) == factors
@@ -136,7 +140,8 @@ def test_bytes_of_adapters_fishers_and_subspaces() -> None:
     assert state_bytes(inflora) == factors + columns * WIDTH * DOUBLE
 
 
-def test_a_storage_counts_once_and_whole() -> None:
+def test_shared_storage_once() -> None:
+    """A storage counts once and as a whole."""
     method = started("LoRA", 0)
     before = state_bytes(method)
     layer = method.model.fc

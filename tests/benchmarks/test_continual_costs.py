@@ -52,7 +52,8 @@ def loss_of(method: Method, batch: histories.Batch) -> Tensor:
 
 
 @pytest.mark.parametrize("name, kind, options", ENTRIES)
-def test_a_state_is_that_of_a_sequence_that_stopped_there(name: str, kind: str, options: Any) -> None:
+def test_state_matches_shorter_sequence(name: str, kind: str, options: Any) -> None:
+    """A state is that of a sequence that stopped there."""
     batch = TINY.example(CPU)
     long = histories.histories(kind, options, 3, TINY, CPU, seed=1)
     for tasks in (1, 2, 3):
@@ -62,7 +63,8 @@ def test_a_state_is_that_of_a_sequence_that_stopped_there(name: str, kind: str, 
 
 
 @pytest.mark.parametrize("name, kind, options", ENTRIES)
-def test_a_step_trains_its_own_state_and_no_other(name: str, kind: str, options: Any) -> None:
+def test_step_trains_own_state(name: str, kind: str, options: Any) -> None:
+    """A step trains its own state and no other."""
     states, batch = histories.prepared(name, kind, options, 3, TINY, CPU, seed=0)
     for number, state in enumerate(states):
         before = [copy.deepcopy(one.model.state_dict()) for one in states]
@@ -76,7 +78,8 @@ def test_a_step_trains_its_own_state_and_no_other(name: str, kind: str, options:
             assert changed == (trained if other == number else set())
 
 
-def test_a_state_in_a_later_task_has_its_penalty() -> None:
+def test_later_state_penalty() -> None:
+    """A state in a later task has its penalty."""
     states, batch = histories.prepared("EWC", "EWCLoRA", {"ewc_lambda": 1e6}, 2, TINY, CPU, seed=0)
     for state in states:
         plain = F.cross_entropy(state.model(batch[0]), batch[1])
@@ -92,7 +95,8 @@ def test_proximal_steps_are_on() -> None:
         assert bool((new < old - 0.09).all())  # Adam moves a gate by about its rate of 1e-3
 
 
-def test_proximal_steps_are_on_in_earlier_tasks() -> None:
+def test_proximal_earlier_tasks() -> None:
+    """Proximal steps are already on in earlier tasks."""
     method = histories.histories("CoDyRA", {"kappa_max": 10.0}, 2, TINY, CPU, seed=0)[1]
     assert method.report().summary["tasks"] == [0]  # ranks left at the end of task 0
 
@@ -121,7 +125,8 @@ def moved(ranks: tuple[int, ...], tasks: int) -> SDLoRA:
 
 @pytest.mark.parametrize("ranks, tasks", [((3,), 1), ((3,), 3), ((4, 2, 3), 4)])
 @pytest.mark.usefixtures("fp64")
-def test_the_loop_computes_what_sd_lora_computes(ranks: tuple[int, ...], tasks: int) -> None:
+def test_loop_matches_sd_lora(ranks: tuple[int, ...], tasks: int) -> None:
+    """The loop over tasks computes what SD-LoRA computes."""
     method = moved(ranks, tasks)
     images, labels = TINY.example(CPU)
     loss = F.cross_entropy(method.model(images), labels)
@@ -144,7 +149,8 @@ def test_the_loop_computes_what_sd_lora_computes(ranks: tuple[int, ...], tasks: 
 
 
 @pytest.mark.parametrize("options, name", [({}, "normalization"), ({"ewc_lambda": 1.0}, "ewc_lambda")])
-def test_the_loop_is_made_of_nothing_else(options: dict[str, Any], name: str) -> None:
+def test_loop_options_refused(options: dict[str, Any], name: str) -> None:
+    """The loop over tasks is made from no other options of SD-LoRA."""
     options = {"normalization": "factors", **options} if options else options
     method = histories.histories("SDLoRA", options, 1, TINY, CPU, seed=0)[0]
     before = dict(method.model.named_modules())
@@ -156,14 +162,16 @@ def test_the_loop_is_made_of_nothing_else(options: dict[str, Any], name: str) ->
 # What is refused before any time is taken
 
 
-def test_a_loop_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_loop_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that computes something else is refused."""
     forward = looped.LoopedAdapter.forward
     monkeypatch.setattr(looped.LoopedAdapter, "forward", lambda self, x: 1.5 * forward(self, x))
     with pytest.raises(EWCLoRAError, match=r"loop: task 1: expected a loss"):
         histories.prepared("loop", LOOPED, {"normalization": "factors"}, 3, QUICK, CPU, seed=0)
 
 
-def test_a_dropped_direction_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropped_direction_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dropped direction is refused."""
     # Without training B stays 0, and a direction of zero is dropped.
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
     with pytest.raises(EWCLoRAError, match=r"SD: .*: expected 1 directions, got 0"):
@@ -171,9 +179,8 @@ def test_a_dropped_direction_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("gradient", [None, torch.tensor(float("nan"))])
-def test_gradients_that_are_missing_or_not_finite_are_refused(
-    gradient: Tensor | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_gradients_refused(gradient: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients that are missing or not finite are refused."""
     step = State.step
 
     def spoiled(self: State, batch: histories.Batch) -> float:
@@ -187,7 +194,8 @@ def test_gradients_that_are_missing_or_not_finite_are_refused(
         histories.prepared("LoRA", "LoRA", {}, 1, TINY, CPU, seed=0)
 
 
-def test_a_loss_that_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_loss_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that is not finite is refused."""
     monkeypatch.setattr(histories.Network, "example", lambda self, device: _nan(self))
     with pytest.raises(EWCLoRAError, match="nan"):
         histories.prepared("LoRA", "LoRA", {}, 1, TINY, CPU, seed=0)
@@ -207,7 +215,8 @@ def _nan(network: Network) -> histories.Batch:
         ({"rounds": True}, "rounds"),
     ],
 )
-def test_counts_must_be_positive_integers(change: dict[str, Any], name: str) -> None:
+def test_bad_counts_refused(change: dict[str, Any], name: str) -> None:
+    """Counts must be positive integers."""
     with pytest.raises(ArgumentError, match=f"^{name}: expected an integer >= 1"):
         costs.measure("LoRA", "LoRA", {}, **{"network": TINY, "rounds": 1, "tasks": 1, **change})
 
@@ -233,7 +242,8 @@ class FakeClock:
             self.speed *= 1.05
 
 
-def test_drift_of_the_machine_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_drift_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drift of the machine cancels out."""
     clock = FakeClock()
     monkeypatch.setattr(costs.time, "perf_counter", lambda: clock.now)
     steps = [lambda n=n, c=c: clock.step(n, c) for n, c in enumerate((2.0, 3.0, 5.0))]
@@ -249,7 +259,8 @@ def test_drift_of_the_machine_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all({turn[place] for turn in turns} == {0, 1, 2} for place in range(3))
 
 
-def test_nothing_is_collected_while_steps_are_timed() -> None:
+def test_no_garbage_collection() -> None:
+    """No garbage is collected while steps are timed."""
     seen: list[bool] = []
     costs.rounds_of([lambda: seen.append(gc.isenabled())], 2, seed=0)
     assert seen == [False, False] and gc.isenabled()
@@ -262,7 +273,8 @@ def test_nothing_is_collected_while_steps_are_timed() -> None:
     assert gc.isenabled()
 
 
-def test_quantiles_and_ratios_are_those_of_numpy() -> None:
+def test_quantiles_match_numpy() -> None:
+    """Quantiles and ratios equal those of NumPy."""
     seconds = np.random.default_rng(0).random((3, 9)) + 0.1
     for row in seconds:
         expected = np.quantile(row, [0.2, 0.5, 0.8])
@@ -274,7 +286,8 @@ def test_quantiles_and_ratios_are_those_of_numpy() -> None:
 # Records
 
 
-def test_quick_records_have_the_form_of_the_schema(quick: dict[str, dict[str, Any]]) -> None:
+def test_records_match_schema(quick: dict[str, dict[str, Any]]) -> None:
+    """The records of a quick run follow the schema."""
     assert list(quick) == [name for name, _, _ in costs.methods(3)]
     for record in quick.values():
         assert not list(recorded.violations({**json.loads(json.dumps(record)), "command": "a command"}))
@@ -286,7 +299,8 @@ def test_quick_records_have_the_form_of_the_schema(quick: dict[str, dict[str, An
         assert record["model"] == {"dim": 32, "blocks": 1, "tokens": 5, "batch": 4, "rank": 4}
 
 
-def test_records_tell_what_methods_keep(quick: dict[str, dict[str, Any]]) -> None:
+def test_records_state_size(quick: dict[str, dict[str, Any]]) -> None:
+    """Records tell what methods keep."""
     held = {name: record["adapter_parameters"] for name, record in quick.items()}
     kept = {name: record["state_bytes"] for name, record in quick.items()}
     assert held["LoRA"] == held["EWC-LoRA"] == [FACTORS] * 3
@@ -298,9 +312,10 @@ def test_records_tell_what_methods_keep(quick: dict[str, dict[str, Any]]) -> Non
     assert loop["state_bytes"] == [4 * number for number in held["SD-LoRA"]]
 
 
-def test_a_step_of_later_tasks_peaks_higher_where_directions_are_kept(
+def test_peak_grows_with_directions(
     quick: dict[str, dict[str, Any]],
 ) -> None:
+    """Where directions are kept, the peak memory of a step grows from task to task."""
     gradients = 4 * FACTORS  # bytes, made by every step
     for name in ("LoRA", "CoDyRA", "InfLoRA"):
         peaks = quick[name]["step_peak_bytes"]
@@ -327,7 +342,8 @@ def verdicts(*records: dict[str, Any]) -> list[bool | None]:
     return [goal["met"] for goal in costs.goals(records)]
 
 
-def test_targets_are_judged_from_records_of_ten_tasks() -> None:
+def test_targets_ten_tasks() -> None:
+    """Targets are judged from records of ten tasks."""
     assert verdicts(record_of("SD-LoRA"), record_of("EWC-LoRA")) == [True] * 4
     assert verdicts() == [None] * 4
     assert verdicts(record_of("SD-LoRA")) == [True, None, None, None]
@@ -345,7 +361,8 @@ def test_targets_are_judged_from_records_of_ten_tasks() -> None:
         ("EWC-LoRA", {"state_bytes": [10] + [100] * 8 + [104]}, 3, 1.04),
     ],
 )
-def test_each_target_can_be_missed(method: str, change: dict[str, Any], number: int, value: float) -> None:
+def test_targets_missed(method: str, change: dict[str, Any], number: int, value: float) -> None:
+    """Each target can be missed."""
     others = [record_of(name) for name in ("SD-LoRA", "EWC-LoRA") if name != method]
     found = costs.goals([*others, record_of(method, **change)])
     assert [goal["met"] for goal in found] == [n != number for n in range(4)]
@@ -354,7 +371,8 @@ def test_each_target_can_be_missed(method: str, change: dict[str, Any], number: 
     assert verdicts(*others, record_of(method, **change), record_of(method)) == [True] * 4
 
 
-def test_a_trend_is_that_of_all_tasks() -> None:
+def test_trend_all_tasks() -> None:
+    """A trend is that of all tasks."""
     assert costs.trend([2.0, 2.5, 3.0]) == pytest.approx(1.5)
     one_off = [1.0] * 9 + [1.04]
     slope, first = 0.04 * 4.5 / 82.5, 1.004 - 4.5 * 0.04 * 4.5 / 82.5  # 82.5: squares of 0..9 about 4.5
@@ -363,5 +381,6 @@ def test_a_trend_is_that_of_all_tasks() -> None:
     assert verdicts(record_of("EWC-LoRA", ratio_to_first=[1.0] + [1.08] * 9))[1] is False
 
 
-def test_a_target_is_met_at_its_limit() -> None:
+def test_target_limit_inclusive() -> None:
+    """A target is met at its limit."""
     assert verdicts(record_of("SD-LoRA", ratio_to_first=[1.0, 2.0] + [1.0] * 7 + [1.35]))[0] is True

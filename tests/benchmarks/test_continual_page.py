@@ -41,7 +41,8 @@ def lines(made, axis: int, gid: str) -> list:
 
 
 @pytest.mark.parametrize(("which", "protocol"), [(0, CIL), (1, TIL)])
-def test_heat_maps_hold_the_mean_accuracies(which: int, protocol: str):
+def test_heat_maps(which: int, protocol: str):
+    """Heat maps hold the mean accuracies."""
     made = figure("matrices", found(), which)
     panels = {axis.get_gid(): axis for axis in made.axes if axis.get_gid()}
     assert list(panels) == ["LoRA", "EWC-LoRA 10000", "EWC-LoRA 100000"]
@@ -55,7 +56,8 @@ def test_heat_maps_hold_the_mean_accuracies(which: int, protocol: str):
     assert "Row: after this task" in made.get_supxlabel() and "abc" in made.get_supxlabel()
 
 
-def test_curves_are_means_and_seeds_of_both_protocols():
+def test_accuracy_curves():
+    """Curves show the means and the single seeds of both protocols."""
     made = figure("accuracy", found())
     for axis, protocol in ((1, CIL), (2, TIL)):
         (line,) = lines(made, axis, "LoRA")
@@ -70,7 +72,8 @@ def test_curves_are_means_and_seeds_of_both_protocols():
     assert names[0] == f"LoRA: {last[0]:.1f}, {last[1]:.1f}" and len(names) == 3
 
 
-def test_lambda_zero_is_lora_left_of_a_gap():
+def test_lambda_zero():
+    """Lambda zero is LoRA, drawn to the left of a gap in the axis."""
     made = figure("over_lambda", found())
     axis = made.axes[0]
     assert [text.get_text() for text in axis.get_xticklabels()] == ["0", "1e4", "1e5"]
@@ -85,7 +88,8 @@ def test_lambda_zero_is_lora_left_of_a_gap():
     np.testing.assert_allclose(line.get_xdata(orig=False), places)
 
 
-def test_costs_are_drawn_over_tasks():
+def test_cost_curves():
+    """Costs are drawn over tasks."""
     made = figure("costs", found())
     record = cost("SD-LoRA", 0.05)
     scales = (1.0, 2.0**20, 2.0**20, 1e3)
@@ -96,7 +100,8 @@ def test_costs_are_drawn_over_tasks():
         assert list(line.get_xdata()) == list(range(1, 11))
 
 
-def test_twelve_methods_look_different_and_more_take_another_picture():
+def test_many_methods_split():
+    """Twelve methods look different from each other, and more take another picture."""
     many = [run(f"method {number}") for number in range(13)]
     assert [one.kind for one in pictures.planned(many)] == ["matrices", "matrices", "accuracy"] * 2
     names = [one.name for one in pictures.planned(many)]
@@ -106,11 +111,13 @@ def test_twelve_methods_look_different_and_more_take_another_picture():
     assert len({(line.get_color(), line.get_linestyle()) for line in thick}) == 12
 
 
-def test_one_lambda_makes_no_picture_of_lambda():
+def test_single_lambda():
+    """With a single lambda there is no picture over lambda."""
     assert "over_lambda" not in {one.kind for one in pictures.planned([run(), ewc(1e5)])}
 
 
-def test_streams_of_other_lengths_share_a_picture():
+def test_unequal_stream_lengths():
+    """Streams of different lengths share a picture."""
     made = figure("accuracy", [run(), run("longer", kind="SDLoRA", tasks=5)])
     assert [len(lines(made, 1, name)[0].get_ydata()) for name in ("LoRA", "longer")] == [3, 5]
     assert list(made.axes[1].get_xticks()) == [1, 2, 3, 4, 5]
@@ -133,7 +140,8 @@ def rows(text: str, first: str) -> list[list[str]]:
             if line.startswith(f"| {first} |")]  # fmt: skip
 
 
-def test_the_committed_page_is_what_the_committed_records_give():
+def test_committed_page_current():
+    """The committed page is what the committed records give."""
     assert page.OUTPUT.exists() == page.RESULTS.is_dir()
     if page.OUTPUT.exists():
         assert page.check(page.RESULTS, page.OUTPUT) is None
@@ -141,7 +149,8 @@ def test_the_committed_page_is_what_the_committed_records_give():
         assert shown and all((page.OUTPUT.parent / name).is_file() for name in shown)
 
 
-def test_the_page_is_written_with_its_pictures_and_old_ones_go(tmp_path: Path):
+def test_old_pictures_removed(tmp_path: Path):
+    """The page is written with its pictures, and old pictures are removed."""
     results, output = (
         folder(tmp_path / "results", [*found()[:2], cost("LoRA")]),
         tmp_path / "docs" / "page.md",
@@ -161,7 +170,8 @@ def test_the_page_is_written_with_its_pictures_and_old_ones_go(tmp_path: Path):
             assert picture.width == 1000
 
 
-def test_a_changed_record_fails_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_changed_record_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A changed record fails the check."""
     results, output = folder(tmp_path / "results", found()), tmp_path / "page.md"
     output.write_text(page.generate(results))
     command = ["--check", "--results", str(results), "--output", str(output)]
@@ -172,7 +182,8 @@ def test_a_changed_record_fails_the_check(tmp_path: Path, capsys: pytest.Capture
     assert "is not what the records" in told and page.COMMAND in told and told.count("\n") == 1
 
 
-def test_records_that_cannot_be_used_end_with_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_bad_records_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Records that cannot be used end the command with status 2."""
     command = ["--results", str(tmp_path / "results"), "--output", str(tmp_path / "page.md")]
     assert page.main(command) == 2
     file = folder(tmp_path / "results", [run()]) / "language.jsonl"
@@ -184,7 +195,8 @@ def test_records_that_cannot_be_used_end_with_status_2(tmp_path: Path, capsys: p
     assert not (tmp_path / "page.md").exists()
 
 
-def test_the_page_says_what_was_run_and_whether_targets_are_met(tmp_path: Path):
+def test_runs_and_targets(tmp_path: Path):
+    """The page says what was run and whether targets are met."""
     text = page.generate(folder(tmp_path / "results", found()))
     verdicts = [row[-1] for row in rows_of_targets(text)]
     # The lower one of two lambdas is the middle one: it forgets 0.8 of what LoRA does.
@@ -206,7 +218,8 @@ def rows_of_targets(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_the_page_lists_every_configuration(tmp_path: Path):
+def test_configurations_listed(tmp_path: Path):
+    """The page lists every configuration."""
     text = page.generate(folder(tmp_path / "results", found()))
     published = text.split("## Published configurations")[1]
     for name in configuration.available():
@@ -214,7 +227,8 @@ def test_the_page_lists_every_configuration(tmp_path: Path):
         assert f"- `{name}`: {about}" in (published if name.startswith("published/") else text)
 
 
-def test_a_suite_has_the_words_of_its_configuration_if_it_is_what_was_run(tmp_path: Path):
+def test_suite_description(tmp_path: Path):
+    """A suite is described in the words of its configuration if that is what was run."""
     configured = configuration.load(configuration.find("language"))
     made = run()
     real = {**made, "run": {**made["run"], "problem": configured.runs[0].to_dict()["problem"]}}
@@ -223,7 +237,8 @@ def test_a_suite_has_the_words_of_its_configuration_if_it_is_what_was_run(tmp_pa
         assert text.split("## Suite language")[1].split("##")[0].count(configured.about) == count
 
 
-def test_without_records_nothing_is_called_measured(tmp_path: Path):
+def test_no_records(tmp_path: Path):
+    """Without records nothing is called measured."""
     (tmp_path / "results").mkdir()
     text = page.generate(tmp_path / "results")
     assert page.NOTHING in text and {row[-1] for row in rows_of_targets(text)} == {"NOT MEASURED"}
@@ -231,7 +246,8 @@ def test_without_records_nothing_is_called_measured(tmp_path: Path):
     assert "## Suite" not in text and "![" not in text
 
 
-def test_differences_between_runs_are_all_told(tmp_path: Path):
+def test_run_differences_listed(tmp_path: Path):
+    """All differences between runs are told."""
     other = run("SD-LoRA", kind="SDLoRA", epochs=1, time="2026-03-01T00:00:00+00:00")
     text = page.generate(folder(tmp_path / "results", [run(), other]))
     assert rows(text, "training")[0][1] == "lr 0.001, epochs 5; lr 0.001, epochs 1"

@@ -83,7 +83,8 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_interrupted_run_ends_as_if_it_had_not_been(method: str, tmp_path: Path) -> None:
+def test_resume_identical(method: str, tmp_path: Path) -> None:
+    """An interrupted run, once resumed, ends as if it had never been interrupted."""
     run, file = a_run(method), tmp_path / "state.pt"
     whole = execute(run, problem(), CPU)
 
@@ -122,7 +123,8 @@ def test_what_a_run_records() -> None:
     json.dumps(record, allow_nan=False)
 
 
-def test_more_than_ten_tasks_of_unequal_sizes() -> None:
+def test_many_unequal_tasks() -> None:
+    """A run may have more than ten tasks of unequal sizes."""
     sizes = (2, 1, 3, 2, 2, 2, 2, 4, 2, 2, 2, 3)
     training = Training(lr=5e-3, head_lr=5e-2, epochs=1, batch_size=8)
     record = execute(a_run(training=training), problem(sizes, each=3), CPU)
@@ -130,7 +132,8 @@ def test_more_than_ten_tasks_of_unequal_sizes() -> None:
     assert [len(names) for names in record["classes"]] == list(sizes)
 
 
-def test_a_rank_of_zero_runs_and_starts_anew() -> None:
+def test_rank_zero() -> None:
+    """A run goes on with a rank of zero, and the next task starts anew."""
     run = a_run("CoDyRA", options={"kappa_max": 50.0, "dense_fraction": 0.0, "schedule": "linear"})
     record = execute(run, problem(), CPU)
     assert record["report"] is not None
@@ -138,7 +141,8 @@ def test_a_rank_of_zero_runs_and_starts_anew() -> None:
     assert record["metrics"]["class_incremental"]["plasticity"] > 50.0  # heads learn without adapters
 
 
-def test_not_a_number_is_an_error_and_no_result() -> None:
+def test_nan_refused() -> None:
+    """NaN is an error, not a result."""
     training = Training(lr=1e30, head_lr=1e30, epochs=3, batch_size=8, optimizer="sgd")
     with pytest.raises(fe.EWCLoRAError, match=r"LoRA.*after task 0|NaN|finite"):
         execute(a_run("LoRA", training=training), problem(), CPU)
@@ -174,7 +178,8 @@ def test_seeds_decide_and_repeat() -> None:
     assert [t["loss"] for t in first_run] != [t["loss"] for t in other]
 
 
-def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
+def test_foreign_state_refused(tmp_path: Path) -> None:
+    """The state of another run is refused."""
     file = tmp_path / "state.pt"
     execute(a_run("LoRA"), problem(), CPU, file)
     with pytest.raises(fe.CheckpointError, match="another run"):
@@ -195,17 +200,20 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
         ([Task(("a", "a"), *[examples(2, 2, 0)] * 2)], "'a'.*again"),
     ],
 )
-def test_streams_that_cannot_be_learned(tasks: list[Task], message: str) -> None:
+def test_bad_streams_refused(tasks: list[Task], message: str) -> None:
+    """Streams that cannot be learned are refused."""
     with pytest.raises(DataError, match=message):
         Stream("bad", tuple(tasks))
 
 
-def test_inputs_and_labels_must_go_together() -> None:
+def test_inputs_labels_mismatch() -> None:
+    """Inputs and labels must match."""
     with pytest.raises(DataError, match="3 examples"):
         Arrays(torch.zeros(2, 4), torch.zeros(3, dtype=torch.int64))
 
 
-def test_classes_are_dealt_to_tasks() -> None:
+def test_class_split() -> None:
+    """Classes are dealt out to tasks."""
     names = list("abcdefg")
     assert list(split_classes(names, 3)) == [("a", "b", "c"), ("d", "e"), ("f", "g")]
     assert list(split_classes(names, [1, 4])) == [("a",), ("b", "c", "d", "e")]
@@ -216,7 +224,8 @@ def test_classes_are_dealt_to_tasks() -> None:
         list(split_classes(names, [5, 3]))
 
 
-def test_every_example_comes_once_per_epoch() -> None:
+def test_epoch_covers_examples() -> None:
+    """Every example comes once per epoch."""
     data = examples(3, 5, 0)
     batches = loader(data, 4, torch.Generator().manual_seed(0))
     labels = torch.cat([y for _, y in batches])
@@ -249,7 +258,9 @@ def test_rates_follow_the_schedule() -> None:
         assert schedule.get_last_lr() == pytest.approx([0.0, 0.0])
 
 
-def test_the_penalty_and_the_schedule_take_part_in_training() -> None:
+def test_penalty_schedule_used() -> None:
+    """The penalty and the schedule take part in training."""
+
     def losses(run: Run) -> list[float]:
         return [task["loss"] for task in execute(run, problem(), CPU)["tasks"]]
 
@@ -260,7 +271,8 @@ def test_the_penalty_and_the_schedule_take_part_in_training() -> None:
     assert losses(constant) != losses(replace(constant, training=training))
 
 
-def test_a_run_is_the_loop_written_by_hand() -> None:
+def test_matches_handwritten_loop() -> None:
+    """A run equals the loop written by hand."""
     run, found = a_run("LoRA"), problem()
     torch.manual_seed(run.seed)
     order = torch.Generator().manual_seed(run.seed)
@@ -285,7 +297,8 @@ def test_a_run_is_the_loop_written_by_hand() -> None:
     assert [task["loss"] for task in execute(run, found, CPU)["tasks"]] == losses
 
 
-def test_the_pass_after_a_task_takes_examples_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_end_pass_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass after a task takes the examples in their order."""
     seen: list[Tensor] = []
 
     def end(self: fe.methods.LoRA, passes: Any, loss_fn: Any) -> None:

@@ -76,7 +76,8 @@ def test_a_configuration_becomes_runs() -> None:
         ({"adapters": {"r": 0, "target_modules": ["qkv"]}}, "r: expected"),
     ],
 )
-def test_wrong_configurations_say_what_is_wrong(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_bad_configuration_message(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """Wrong configurations are refused with a message that says what is wrong."""
     data = {key: value for key, value in {**DIGITS, **change}.items() if value is not None}
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(data))
@@ -85,7 +86,8 @@ def test_wrong_configurations_say_what_is_wrong(change: dict[str, Any], message:
     assert "mine.json" in str(caught.value)
 
 
-def test_configurations_are_found_by_name_or_path(tmp_path: Path) -> None:
+def test_find_configuration(tmp_path: Path) -> None:
+    """Configurations are found by name or by path."""
     assert "language" in configuration.available() and "vision" in configuration.available()
     assert configuration.find("language").name == "language.json"
     (tmp_path / "mine.json").write_text(json.dumps({**DIGITS, "quick": {"methods": ["x"]}}))
@@ -100,7 +102,8 @@ def test_configurations_are_found_by_name_or_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_all_runs_are_recorded_and_not_repeated(jobs: int, tmp_path: Path) -> None:
+def test_runs_recorded_once(jobs: int, tmp_path: Path) -> None:
+    """All runs are recorded and not repeated."""
     pytest.importorskip("sklearn")
     runs = configuration.parse(DIGITS).runs[:2]
     bad = replace(runs[0], method="bad", adapters={"r": 2, "target_modules": ["nothing"]})
@@ -118,7 +121,8 @@ def test_all_runs_are_recorded_and_not_repeated(jobs: int, tmp_path: Path) -> No
         suite.outstanding([replace(runs[0], options={"x": 1})], place)
 
 
-def test_a_line_that_was_cut_off_does_not_spoil_the_file(tmp_path: Path) -> None:
+def test_truncated_line(tmp_path: Path) -> None:
+    """A line that was cut off does not spoil the file."""
     file = tmp_path / "x.jsonl"
     file.write_text('{"a": 1}\n{"a": ')
     suite.append(file, {"a": 2})
@@ -146,9 +150,10 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.C
     return folder, done
 
 
-def test_the_command_makes_records_a_table_and_pictures(
+def test_command_outputs(
     output: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
+    """The command makes records, a table and pictures."""
     folder, done = output
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (folder / "out" / "digits.jsonl").read_text().splitlines()]
@@ -162,9 +167,10 @@ def test_the_command_makes_records_a_table_and_pictures(
     assert pictures and all(str(path) in done.stdout for path in pictures)
 
 
-def test_the_same_command_again_does_nothing_new(
+def test_command_idempotent(
     output: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Running the same command again does nothing new."""
     folder, _ = output
     before = (folder / "out" / "digits.jsonl").read_bytes()
     options = [
@@ -183,7 +189,8 @@ def test_the_same_command_again_does_nothing_new(
     assert (folder / "out" / "digits.jsonl").read_bytes() == before
 
 
-def test_ctrl_c_ends_all_processes_and_the_command_goes_on_from_there(tmp_path: Path) -> None:
+def test_ctrl_c_resume(tmp_path: Path) -> None:
+    """Ctrl-C ends all processes, and the command goes on from there."""
     pytest.importorskip("sklearn")
     data = {**DIGITS, "training": {**DIGITS["training"], "epochs": 20}, "methods": DIGITS["methods"][:1]}
     (tmp_path / "mine.json").write_text(json.dumps({**data, "seeds": [0, 1, 2]}))
@@ -221,18 +228,18 @@ def test_ctrl_c_ends_all_processes_and_the_command_goes_on_from_there(tmp_path: 
         (["--seeds", "-1"], "seeds: expected integers >= 0"),
     ],
 )
-def test_wrong_options_are_refused_with_words(
+def test_bad_options_refused(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Wrong options are refused with an explanation."""
     (tmp_path / "mine.json").write_text(json.dumps(DIGITS))
     assert main(["--suite", str(tmp_path / "mine.json"), "--out", str(tmp_path / "out"), *options]) == 1
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_data_fails_one_run_and_says_what_to_get(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Missing data fails one run, and the message says what to get."""
     data = {**DIGITS, "problem": {**DIGITS["problem"], "dataset": "cifar100"}, "seeds": [0]}
     (tmp_path / "mine.json").write_text(json.dumps(data))
     options = ["--out", str(tmp_path), "--data-root", str(tmp_path / "none"), "--methods", "LoRA"]
@@ -240,7 +247,8 @@ def test_missing_data_fails_one_run_and_says_what_to_get(
     assert re.search(r"FAILED: digits: LoRA, seed 0: .*cifar100", capsys.readouterr().err)
 
 
-def test_the_list_names_every_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_configurations(capsys: pytest.CaptureFixture[str]) -> None:
+    """The list names every configuration."""
     assert main(["--suite", "--list"]) == 0
     said = capsys.readouterr().out
     assert all(f"{name}\n" in said for name in configuration.available()) and "CoDyRA" in said

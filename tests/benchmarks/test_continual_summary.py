@@ -26,7 +26,8 @@ def row(found: list, method: str) -> dict:
 # Records
 
 
-def test_made_records_follow_the_schema():
+def test_records_follow_schema():
+    """Made records follow the schema."""
     assert [
         v for one in (run(), run(tasks=1), ewc(1e5), cost("LoRA")) for v in recorded.violations(one)
     ] == []
@@ -59,7 +60,8 @@ def test_made_records_follow_the_schema():
         ("report", "text", "expected object or null"),
     ],
 )
-def test_a_run_that_breaks_the_schema_is_refused(path: str, value: object, complaint: str):
+def test_bad_run_refused(path: str, value: object, complaint: str):
+    """A run that breaks the schema is refused."""
     broken = changed(run(), path, value)
     assert any(complaint in one for one in recorded.violations(broken)), list(recorded.violations(broken))
     with pytest.raises(Unusable):
@@ -78,12 +80,14 @@ def test_a_run_that_breaks_the_schema_is_refused(path: str, value: object, compl
         ("rounds", 0, "0 < 1"),
     ],
 )
-def test_costs_that_break_the_schema_are_refused(path: str, value: object, complaint: str):
+def test_bad_costs_refused(path: str, value: object, complaint: str):
+    """Costs that break the schema are refused."""
     broken = changed(cost("LoRA"), path, value)
     assert any(complaint in one for one in recorded.violations(broken)), list(recorded.violations(broken))
 
 
-def test_what_is_no_record_is_refused():
+def test_non_record_refused():
+    """Anything that is not a record is refused."""
     for thing in ([], "text", {}, None):
         with pytest.raises(Unusable):
             recorded.check(thing)
@@ -111,7 +115,8 @@ def test_keywords_of_schemas(schema: dict, good: object, bad: object):
 # Tables
 
 
-def test_entries_are_means_and_sample_deviations_over_seeds():
+def test_mean_and_deviation():
+    """Entries are means and sample deviations over seeds."""
     sizes = [10, 20, 70]
     found = three(sizes=sizes)
     cil = np.array([
@@ -147,14 +152,16 @@ def test_entries_are_means_and_sample_deviations_over_seeds():
         assert made[name].deviation == pytest.approx(np.std(values, ddof=1), abs=1e-9), name
 
 
-def test_the_mean_of_tasks_is_shown_where_it_differs():
+def test_mean_of_tasks():
+    """The mean over tasks is shown where it differs."""
     same, apart = three(), three(sizes=[10, 20, 70])
     assert "mean of tasks" not in summary.render(summary.table(same))
     text = summary.render(summary.table(apart))
     assert all(f"{name}, mean of tasks" in text for name in ("A_last", "A_avg", "task-aware A_last"))
 
 
-def test_a_method_with_fewer_seeds_is_visible_and_its_mean_its_own():
+def test_fewer_seeds():
+    """A method with fewer seeds is visible, and its mean is its own."""
     found = [*three(), *three(ewc, 1e5)[:2]]
     made = row(found, "EWC-LoRA 100000")
     assert (made["seeds"], made["seeds_of_suite"], made["A_last"].values) == (
@@ -169,7 +176,8 @@ def test_a_method_with_fewer_seeds_is_visible_and_its_mean_its_own():
     ("change", "told"),
     [({"tasks": 2}, "tasks 2"), ({"epochs": 1}, "epochs 1"), ({"options": {"x": 1}}, "x 1")],
 )
-def test_runs_with_another_setting_have_a_row_of_their_own(change: dict, told: str):
+def test_other_setting_row(change: dict, told: str):
+    """Runs with another setting have a row of their own."""
     found = [*three()[:2], run(seed=2, **change)]
     rows = summary.table(found)
     assert [one["seeds"] for one in rows] == [[0, 1], [2]] and rows[0]["method"] != rows[1]["method"]
@@ -177,7 +185,8 @@ def test_runs_with_another_setting_have_a_row_of_their_own(change: dict, told: s
     assert rows[0]["A_last"] == row(found[:2], "LoRA")["A_last"]
 
 
-def test_of_runs_that_were_repeated_the_newest_counts():
+def test_newest_repeat_counts():
+    """Of runs that were repeated, the newest counts."""
     old, new = run(loss=30.0), run(loss=5.0, time=LATER)
     assert (
         row([new, old], "LoRA")["A_last"] == row([new], "LoRA")["A_last"] == row([old, new], "LoRA")["A_last"]
@@ -185,7 +194,8 @@ def test_of_runs_that_were_repeated_the_newest_counts():
     assert row([new], "LoRA")["A_last"] != row([old], "LoRA")["A_last"]
 
 
-def test_times_of_several_machines_are_not_averaged():
+def test_machines_not_averaged():
+    """Times from several machines are not averaged."""
     found = [*three()[:2], run(seed=2, environment={**ENVIRONMENT, "device": "another CPU"})]
     made = row(found, "LoRA")
     assert made["step_ms"] is made["end_seconds"] is made["prepare_seconds"] is None
@@ -193,20 +203,23 @@ def test_times_of_several_machines_are_not_averaged():
     assert "Ran on several machines, hence without times: LoRA." in summary.render(summary.table(found))
 
 
-def test_one_seed_has_no_deviation_and_one_task_no_backward_transfer():
+def test_single_seed_or_task():
+    """One seed has no deviation, and one task has no backward transfer."""
     made = row([run(tasks=1)], "LoRA")
     assert made["bwt"] is made["forgetting"] is made["aware_bwt"] is None and made["A_last"].deviation is None
     text = summary.render([made])
     assert "±" not in text.partition("\n")[2].replace("mean ± standard", "") and "–" in text
 
 
-def test_methods_come_by_kind_and_lambda_whatever_ended_first():
+def test_method_order():
+    """Methods are ordered by kind and lambda, whichever ended first."""
     found = [ewc(1e6), run("CoDyRA", kind="CoDyRA"), ewc(1e4), run("SD-LoRA", kind="SDLoRA"), run(), ewc(1e5)]
     names = ["LoRA", "EWC-LoRA 10000", "EWC-LoRA 100000", "EWC-LoRA 1e+06", "SD-LoRA", "CoDyRA"]
     assert [one["method"] for one in summary.table(found)] == names
 
 
-def test_markdown_has_the_cells_of_the_terminal():
+def test_markdown_matches_terminal():
+    """The Markdown table has the same cells as the terminal."""
     rows = summary.table([*three(), *three(ewc, 1e5)])
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in summary.markdown(rows)]
     (accuracy, costs) = [line for line in cells if line[0] == "EWC-LoRA 100000"]
@@ -228,7 +241,8 @@ def good() -> list:
                         for r in three(ewc, value, loss=loss, aware=91.0))]  # fmt: skip
 
 
-def test_targets_that_are_met_and_their_values():
+def test_targets_met():
+    """Targets that are met are listed with their values."""
     forgetting, gain, monotone = targets.goals(good())
     assert judged(good()) == ["PASS"] * 3
     bwt = {m: np.mean([r["metrics"]["class_incremental"]["bwt"] for r in good() if r["method"] == m])
@@ -248,7 +262,8 @@ def test_targets_that_are_missed(which: int, change: dict):
     assert judged([*good(), *worse])[which] == "FALLS SHORT"
 
 
-def test_the_chosen_method_is_the_one_of_that_name_or_the_middle_lambda_or_an_argument():
+def test_chosen_method():
+    """The chosen method is the one of that name, the one of middle lambda, or an argument."""
     named = three(ewc, 1e3, method="EWC-LoRA", loss=9.0)
     values = [
         targets.goals(found, chosen=chosen)[0]["value"]
@@ -259,18 +274,21 @@ def test_the_chosen_method_is_the_one_of_that_name_or_the_middle_lambda_or_an_ar
 
 
 @pytest.mark.parametrize("found", [[], three(), three(ewc, 1e5), three(suite="vision"), [cost("LoRA")]])
-def test_what_is_missing_is_not_measured(found: list):
+def test_missing_not_measured(found: list):
+    """What is missing counts as not measured."""
     goals = targets.goals(found)
     assert [(goal["value"], goal["met"]) for goal in goals] == [(None, None)] * 3
     assert all(goal["details"] for goal in goals) and judged(found) == ["NOT MEASURED"] * 3
 
 
-def test_one_lambda_shows_no_order():
+def test_single_lambda():
+    """A single lambda shows no order."""
     found = [*three(), *three(ewc, 1e5, loss=7.0)]
     assert judged(found) == ["PASS", "PASS", "NOT MEASURED"]
 
 
-def test_only_seeds_of_all_that_are_compared_count():
+def test_common_seeds():
+    """Only seeds that all compared methods share count."""
     fewer = [r for r in good() if not (r["kind"] == "EWCLoRA" and r["seed"] == 0)]
     without = [r for r in good() if r["seed"] != 0]
     assert [g["value"] for g in targets.goals(fewer)] == [g["value"] for g in targets.goals(without)]
@@ -278,13 +296,15 @@ def test_only_seeds_of_all_that_are_compared_count():
     assert judged(apart) == ["NOT MEASURED"] * 3
 
 
-def test_where_nothing_is_forgotten_there_is_no_ratio_but_gains_count():
+def test_nothing_forgotten():
+    """Where nothing is forgotten there is no ratio, but gains count."""
     gains = [r for value in (1e4, 1e5) for r in three(ewc, value, loss=-5.0)]
     assert judged([*three(loss=-2.0), *gains])[0] == "NOT MEASURED"
     assert judged([*three(loss=2.0), *gains])[0] == "PASS"
 
 
-def test_lambdas_of_another_fisher_or_another_training_are_not_compared():
+def test_incomparable_lambdas():
+    """Lambdas of another Fisher or another training are not compared."""
     other = []
     for value, loss in ((10.0, 1.0), (1e7, 12.0)):
         other += three(ewc, value, loss=loss, options={"ewc_lambda": value, "fisher_mode": "sample"})
@@ -302,7 +322,8 @@ def test_costs_have_their_targets():
     assert {targets.verdict(goal) for goal in summary.cost_goals([])} == {"NOT MEASURED"}
 
 
-def test_the_terminal_is_told_tables_and_targets_of_what_was_run():
+def test_terminal_output():
+    """The terminal shows the tables and targets of what was run."""
     text = summary.overview([*good(), cost("SD-LoRA", 0.05)])
     assert "language: accuracy in percent" in text and "language: costs" in text
     assert text.count("PASS") == 3 and text.count("FALLS SHORT") == 1

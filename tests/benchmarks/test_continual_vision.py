@@ -43,7 +43,8 @@ def flat(problem: Problem) -> torch.Tensor:
     return torch.cat([p.flatten() for p in problem.backbone.parameters()])
 
 
-def test_tasks_have_the_classes_and_examples_asked_for() -> None:
+def test_task_sizes() -> None:
+    """Tasks have the classes and examples asked for."""
     problem = small()
     classes = [task.classes for task in problem.stream.tasks]
     assert sorted(name for names in classes for name in names) == list("456789")  # 0..3 are of the base
@@ -58,7 +59,8 @@ def test_tasks_have_the_classes_and_examples_asked_for() -> None:
         assert [task.classes[int(y)] for y in labels] == [known[x.numpy().tobytes()] for x in images]
 
 
-def test_no_image_is_trained_on_and_tested_on() -> None:
+def test_train_test_disjoint() -> None:
+    """No image is used for both training and testing."""
     for task in small(train_per_class=1000, test_per_class=1000).stream.tasks:
         train, test = (
             {x.numpy().tobytes() for x in next(iter(loader(data, size(data))))[0]}
@@ -67,7 +69,8 @@ def test_no_image_is_trained_on_and_tested_on() -> None:
         assert not train & test
 
 
-def test_a_seed_repeats_and_another_one_draws_anew() -> None:
+def test_seed_reproducible() -> None:
+    """A seed repeats its draw, and another seed draws anew."""
     first, other = small(0), small(1)
     vision._base.cache_clear()
     again = small(0)
@@ -76,7 +79,8 @@ def test_a_seed_repeats_and_another_one_draws_anew() -> None:
     assert [t.classes for t in first.stream.tasks] != [t.classes for t in other.stream.tasks]
 
 
-def test_methods_of_one_seed_share_a_base_and_loading_leaves_the_random_state_alone() -> None:
+def test_shared_base() -> None:
+    """Methods of one seed share a base, and loading leaves the random state alone."""
     torch.manual_seed(123)  # not what an earlier call could have left
     state = torch.random.get_rng_state()
     first = small()
@@ -85,7 +89,8 @@ def test_methods_of_one_seed_share_a_base_and_loading_leaves_the_random_state_al
     assert not any(p.requires_grad for p in first.backbone.parameters()) and not first.backbone.training
 
 
-def test_the_base_learns_its_classes() -> None:
+def test_base_learns() -> None:
+    """The base learns its classes."""
     untrained, trained = small(base_steps=2), small(base_steps=150)
     assert set(trained.facts) == {"description", "base_accuracy", "parameters"}
     assert trained.facts["parameters"] == flat(trained).numel()
@@ -94,7 +99,8 @@ def test_the_base_learns_its_classes() -> None:
     )  # of 4 classes, chance 25
 
 
-def test_one_task_of_every_method_of_the_configuration_runs() -> None:
+def test_every_method_runs() -> None:
+    """One task runs with every method of the configuration."""
     problem = small()
     for run in configuration.load(configuration.find("vision")).runs:
         if run.seed:
@@ -120,7 +126,8 @@ def test_one_task_of_every_method_of_the_configuration_runs() -> None:
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_the_settings_of_the_configuration_are_those_of_the_loader(quick: bool) -> None:
+def test_settings_match_loader(quick: bool) -> None:
+    """The settings of the configuration are those of the loader."""
     found = configuration.load(configuration.find("vision"), quick)
     settings = {**found.runs[0].problem, **SMALL}
     assert settings.pop("kind") == "vision"
@@ -129,9 +136,8 @@ def test_the_settings_of_the_configuration_are_those_of_the_loader(quick: bool) 
 
 
 @pytest.mark.parametrize("folder", ["", "dataset-fashion-mnist/usr/share/fashion-mnist"])
-def test_fashion_mnist_is_found_beside_the_wheel_of_mnist(
-    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fashion_mnist_found(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fashion-MNIST is found beside the wheel of MNIST."""
     (tmp_path / folder).mkdir(parents=True, exist_ok=True)
     images = write_idx_set(tmp_path / folder, per_class=6, classes=10)
     monkeypatch.setattr(scenario, "load_mnist", lambda root: load_digits())  # the wheel has 20 MB
@@ -144,7 +150,8 @@ def test_fashion_mnist_is_found_beside_the_wheel_of_mnist(
     torch.testing.assert_close(inputs[labels == 1][:, 0], torch.from_numpy(expected), rtol=0.0, atol=0.0)
 
 
-def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_mismatch_refused(tmp_path: Path) -> None:
+    """What does not fit is refused."""
     with pytest.raises(DataError, match=r"dataset: expected one of mnist, .*got 'letters'"):
         small(dataset="letters")
     with pytest.raises(DataError, match="4 tasks of at least 2 classes need 8 classes, got 6"):

@@ -63,7 +63,8 @@ def product(rows: int, inner: int, columns: int) -> int:
     return 2 * rows * inner * columns
 
 
-def test_the_linear_counts_every_product_and_every_pass_over_data():
+def test_linear_flops_bytes():
+    """The linear counts every product and every pass over data."""
     m, d_in, d_out, r = 7, 6, 4, 2
     forward = product(m, d_in, d_out) + product(m, d_in, r) + product(m, r, d_out)  # x Wᵀ, z, z Bᵀ
     backward = product(m, d_out, d_in) + product(m, r, d_in)  # dy W, u A
@@ -75,14 +76,16 @@ def test_the_linear_counts_every_product_and_every_pass_over_data():
     assert small("lora_linear").work == (forward + backward, 4 * moved)
 
 
-def test_slices_count_two_adapters_of_a_third():
+def test_slice_flops():
+    """Slices count two adapters of a third each."""
     m, d, r = 7, 6, 2  # W is [12, 6]; k and v have 4 rows each
     base = 2 * product(m, d, 12)
     low_rank = 2 * 3 * (product(m, d, r) + product(m, r, 4))
     assert small("lora_linear_slices").work.flops == base + low_rank
 
 
-def test_the_penalty_reads_f_once_and_makes_three_products():
+def test_penalty_flops():
+    """The penalty reads F once and makes three products."""
     flops = 2 * (product(4, 3, 6) + product(4, 6, 3) + product(3, 4, 6))
     factors = 3 * 6 + 4 * 3
     assert small("ewc_penalty").work == (flops, 2 * (4 * 4 * 6 + 2 * 4 * factors))
@@ -90,14 +93,16 @@ def test_the_penalty_reads_f_once_and_makes_three_products():
     assert small("ewc_penalty").work.bytes - half.work.bytes == 2 * 4 * 6 * 2
 
 
-def test_the_fisher_is_one_product_per_sample():
+def test_fisher_flops():
+    """The Fisher is one product per sample."""
     assert small("fisher_accumulate").work == (
         3 * product(4, 5, 6),
         4 * (3 * 5 * 6 + 3 * 5 * 4) + 4 * 2 * 4 * 6,
     )
 
 
-def test_a_step_counts_linears_twice_and_attention():
+def test_step_flops():
+    """A step counts linears twice, and attention."""
     step = workloads.step("tiny", 2, 3, 5, 4).work
     d, h, rows = 16, 64, 15
     linears = product(rows, d, 3 * d) + product(rows, d, d) + product(rows, d, h) + product(rows, h, d)
@@ -110,7 +115,8 @@ def test_a_step_counts_linears_twice_and_attention():
 
 
 @pytest.mark.parametrize("preset", registry.PRESETS)
-def test_a_preset_lists_every_case_once(preset: str):
+def test_preset_lists_once(preset: str):
+    """A preset lists every case once."""
     cases = bench.planned(preset, list(bench.SUITES))
     keys = [(c.suite, records.key({**vars(c.workload)})) for c in cases]
     assert keys and len(set(keys)) == len(keys)
@@ -118,7 +124,8 @@ def test_a_preset_lists_every_case_once(preset: str):
     assert all(c.workload.work.flops > 0 and c.workload.work.bytes > 0 for c in cases if c.suite != "growth")
 
 
-def test_the_whole_registry_has_the_shapes_that_were_promised():
+def test_registry_shapes():
+    """The whole registry has the shapes that were promised."""
     linear = [w for w in registry.full() if w.op == "lora_linear"]
     assert {w.shape["rank"] for w in linear} == {4, 10, 16, 30, 64}
     vits = {(m, b * t) for m, t in (("ViT-B", 197), ("ViT-H", 257), ("ViT-g", 257)) for b in (1, 16, 64, 256)}
@@ -129,7 +136,8 @@ def test_the_whole_registry_has_the_shapes_that_were_promised():
 
 
 @pytest.mark.parametrize("op", [op for op in registry.OPS if op not in end_to_end.OPS])
-def test_cases_have_the_peers_of_the_registry_and_correct_results(op: str):
+def test_peers_correct(op: str):
+    """Cases have the peers of the registry and correct results."""
     case, found = measured(small(op))
     assert {p.name for p in case.providers if p.role == "peer"} == set(registry.PEERS[op])
     for record in found:
@@ -141,7 +149,9 @@ def test_cases_have_the_peers_of_the_registry_and_correct_results(op: str):
             assert record["peak_bytes"] is not None
 
 
-def test_targets_belong_to_their_cases():
+def test_targets_match_cases():
+    """Targets belong to their cases."""
+
     def targets(one: Workload) -> set[tuple[str | None, float]]:
         suite = next(s for s in bench.SUITES.values() if one.op in s.ops)
         return {(t.peer, t.limit) for t in suite.build(one, Place()).targets}
@@ -166,18 +176,21 @@ def test_targets_belong_to_their_cases():
         (["--threads", "0"], "at least 1 of --threads"),
     ],
 )
-def test_unknown_names_are_answered_with_the_valid_ones(arguments: list[str], told: str, capsys):
+def test_unknown_name(arguments: list[str], told: str, capsys):
+    """Unknown names are answered with the valid ones."""
     with pytest.raises(SystemExit) as ended:
         bench.main(arguments)
     assert ended.value.code == 2 and told in capsys.readouterr().err
 
 
-def test_an_unknown_preset_of_the_registry_lists_the_valid_ones():
+def test_unknown_preset():
+    """An unknown preset of the registry is answered with the valid ones."""
     with pytest.raises(ValueError, match="cpu, quick, full"):
         registry.workloads(("lora_linear",), "huge")
 
 
-def test_chosen_peers_leave_ours_and_floors():
+def test_chosen_peers():
+    """Choosing peers still keeps ours and the floors."""
     case = bench.SUITES["fisher_accumulate"].build(small("fisher_accumulate"), Place())
     kept = bench.chosen(case, ["einsum"])
     assert [p.name for p in kept.providers] == [OURS, "einsum", "sgemm of equal FLOPs"]
@@ -198,7 +211,8 @@ def run(tmp_path: Path, cases: list[bench.Planned], *more: str) -> int:
     return bench.run(cases, args)
 
 
-def test_an_interrupted_run_keeps_what_it_took(tmp_path: Path, monkeypatch, capsys):
+def test_interrupted_run(tmp_path: Path, monkeypatch, capsys):
+    """An interrupted run keeps what it has measured."""
     build = bench.SUITES["lora_linear"].build
     calls: list[Workload] = []
 
@@ -219,7 +233,9 @@ def test_an_interrupted_run_keeps_what_it_took(tmp_path: Path, monkeypatch, caps
     assert "interrupted in case 2 of 3: 3 records kept" in capsys.readouterr().out
 
 
-def test_a_case_that_cannot_be_built_is_recorded_for_everybody(tmp_path: Path, monkeypatch, capsys):
+def test_build_failure_recorded(tmp_path: Path, monkeypatch, capsys):
+    """A case that cannot be built is recorded for every provider."""
+
     def build(one: Workload, place: Place) -> Case:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
@@ -231,7 +247,8 @@ def test_a_case_that_cannot_be_built_is_recorded_for_everybody(tmp_path: Path, m
     assert not [v for r in found for v in records.violations(r)]
 
 
-def test_a_missing_library_is_recorded_and_no_failure_of_ours(tmp_path: Path, monkeypatch):
+def test_missing_library_recorded(tmp_path: Path, monkeypatch):
+    """A missing library is recorded and is no failure of ours."""
     monkeypatch.setattr(extras, "load", lambda name: (_ for _ in ()).throw(extras.Unavailable(name)))
     cases = [one for one in bench.planned("quick", ["end_to_end"]) if one.workload.op == "adapted_model"]
     assert run(tmp_path, cases) == 0
@@ -240,16 +257,19 @@ def test_a_missing_library_is_recorded_and_no_failure_of_ours(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(("role", "status"), [("ours", 1), ("floor", 1), ("peer", 0)])
-def test_only_failures_of_peers_are_forgiven(role: str, status: int):
+def test_peer_failures_forgiven(role: str, status: int):
+    """Only failures of peers are forgiven."""
     assert bench._failed([{"role": role, "failed": "RuntimeError: no"}], []) == bool(status)
 
 
-def test_targets_are_judged_in_three_words():
+def test_three_verdicts():
+    """Targets are judged with one of three verdicts."""
     rows = [{"ratio": 1.0, "met": True}, {"ratio": 2.0, "met": False}, {"ratio": float("nan"), "met": False}]
     assert [collection.verdict_of(row) for row in rows] == ["PASS", "FALL SHORT", "NOT MEASURED"]
 
 
-def test_the_table_tells_times_ratios_rates_and_verdicts():
+def test_table_columns():
+    """The table shows times, ratios, rates and verdicts."""
     fast, slow = torch.ones(4), torch.ones(4)
     providers = [Provider(OURS, lambda: [fast], "ours"), Provider("peer", lambda: [slow]),
                  Provider("gone", lambda: extras.load("opacus"))]  # fmt: skip
@@ -261,7 +281,8 @@ def test_the_table_tells_times_ratios_rates_and_verdicts():
     assert "p50 ms" in text and "1.00" in text and "PASS: not slower by much" in text
 
 
-def test_quick_writes_nothing_unless_told(monkeypatch: pytest.MonkeyPatch):
+def test_quick_writes_nothing(monkeypatch: pytest.MonkeyPatch):
+    """A quick run writes nothing unless told to."""
     outs: list[Path | None] = []
     monkeypatch.setattr(bench, "run", lambda cases, args: outs.append(args.out) or 0)
     for arguments in (["--preset", "quick"], [], ["--dry"], ["--preset", "quick", "--out", "there"]):
@@ -272,7 +293,9 @@ def test_quick_writes_nothing_unless_told(monkeypatch: pytest.MonkeyPatch):
 # Memory
 
 
-def test_peaks_are_those_of_one_call():
+def test_peak_per_call():
+    """Peak memory is that of a single call."""
+
     def temporary() -> torch.Tensor:
         large = torch.empty(1 << 18)
         del large
@@ -284,14 +307,16 @@ def test_peaks_are_those_of_one_call():
     assert memory.peak_bytes(lambda: in_place.add_(1.0))[1] <= 64  # the number
 
 
-def test_ours_stores_no_gradient_of_a_sample():
+def test_no_sample_gradient():
+    """Ours stores no gradient of a sample."""
     _, found = measured(workloads.fisher("m", 2, 5, (768, 768)))
     by_name = {r["provider"]: r for r in found}
     allowed = torch.get_num_threads() * 2 * 2**20
     assert by_name[OURS]["peak_bytes"] <= allowed < by_name["einsum"]["peak_bytes"]
 
 
-def test_an_allocation_beyond_the_memory_fails_inside_the_limit(monkeypatch: pytest.MonkeyPatch):
+def test_allocation_limit(monkeypatch: pytest.MonkeyPatch):
+    """An allocation beyond the memory fails inside the limit."""
     if not Path("/proc/self/status").exists():
         pytest.skip("no /proc")
     monkeypatch.setattr(memory, "free_bytes", lambda: 1 << 30)
@@ -304,7 +329,8 @@ def test_an_allocation_beyond_the_memory_fails_inside_the_limit(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("preset", registry.PRESETS)
-def test_one_field_varies_along_a_curve(preset: str):
+def test_curve_one_field(preset: str):
+    """Only one field varies along a curve."""
     curves: dict[str, list[Workload]] = {}
     for one in growth.plan(preset):
         curves.setdefault(json.dumps([one.op, one.shape[growth.SWEEP]]), []).append(one)
@@ -316,7 +342,8 @@ def test_one_field_varies_along_a_curve(preset: str):
         assert len({json.dumps({k: v for k, v in p.shape.items() if k != name}) for p in points}) == 1
 
 
-def test_points_are_ours_the_main_peer_and_the_floor():
+def test_curve_providers():
+    """The points of a curve are ours, the main peer and the floor."""
     for op, peer in growth.MAIN_PEER.items():
         one = next(p for p in growth.plan("quick") if p.op == op)
         case = growth.build(one, Place())

@@ -33,7 +33,8 @@ class Gpu:
         return calls
 
 
-def test_energy_per_call_is_that_between_two_steps_of_the_counter(monkeypatch: pytest.MonkeyPatch):
+def test_between_counter_steps(monkeypatch: pytest.MonkeyPatch):
+    """Energy per call is measured between two steps of the counter."""
     gpu = Gpu(monkeypatch)
     for offset in (0.0, 0.3 * STEP, 0.99 * STEP):
         gpu.now += offset
@@ -44,20 +45,23 @@ def test_energy_per_call_is_that_between_two_steps_of_the_counter(monkeypatch: p
         assert 0.2 <= gpu.now - begin <= 0.2 + 3 * STEP
 
 
-def test_energy_counts_every_call_of_a_burst(monkeypatch: pytest.MonkeyPatch):
+def test_burst_calls_counted(monkeypatch: pytest.MonkeyPatch):
+    """Energy counts every call of a burst."""
     gpu = Gpu(monkeypatch)
     found = energy.Meter(gpu.counter, window=0.2).per_call(lambda: gpu.burst(4))
     assert found == pytest.approx(EXACT, rel=2 * 4 * CALL / 0.2)
 
 
-def test_a_counter_that_stands_still_gives_no_figure(monkeypatch: pytest.MonkeyPatch):
+def test_stuck_counter(monkeypatch: pytest.MonkeyPatch):
+    """A counter that stands still gives no figure."""
     gpu = Gpu(monkeypatch, step=1e9)
     meter = energy.Meter(gpu.counter, limit=0.1)
     assert meter.per_call(gpu.burst) is None
     assert gpu.now == pytest.approx(0.1, abs=2 * CALL)
 
 
-def test_figures_end_with_the_allowance(monkeypatch: pytest.MonkeyPatch):
+def test_allowance_spent(monkeypatch: pytest.MonkeyPatch):
+    """No more figures come once the time allowance is spent."""
     gpu = Gpu(monkeypatch)
     meter = energy.Meter(gpu.counter, allowance=0.1)
     found = [meter.per_call(gpu.burst) for _ in range(5)]
@@ -96,7 +100,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(uuid="ab-12"))
 
 
-def test_the_counter_is_that_of_the_current_device(cuda: None, monkeypatch: pytest.MonkeyPatch):
+def test_current_device(cuda: None, monkeypatch: pytest.MonkeyPatch):
+    """The counter is that of the current device."""
     driver = Driver()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
     read = energy.counter()
@@ -110,21 +115,22 @@ def test_the_counter_is_that_of_the_current_device(cuda: None, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("broken", "said"), [("handle", "HandleByUUID: Not Supported"), ("total", "Consumption: Not Supported")]
 )
-def test_a_driver_without_a_counter_is_a_reason(
-    broken: str, said: str, cuda: None, monkeypatch: pytest.MonkeyPatch
-):
+def test_driver_without_counter(broken: str, said: str, cuda: None, monkeypatch: pytest.MonkeyPatch):
+    """A driver without a counter is given as the reason."""
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(broken))
     meter, told = energy.meter()
     assert meter is None and told.startswith("not measured: ") and said in told
 
 
-def test_no_driver_is_a_reason(monkeypatch: pytest.MonkeyPatch):
+def test_no_driver(monkeypatch: pytest.MonkeyPatch):
+    """A missing driver is given as the reason."""
     monkeypatch.setattr(energy, "LIBRARY", "libnvidia-ml-that-nobody-has.so")
     meter, told = energy.meter()
     assert meter is None and "libnvidia-ml-that-nobody-has.so" in told
 
 
-def test_the_clock_of_gpus_hands_the_meter_whole_rotations(monkeypatch: pytest.MonkeyPatch):
+def test_whole_rotations(monkeypatch: pytest.MonkeyPatch):
+    """The clock of GPUs hands the meter whole rotations."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     runs: list[int] = []
@@ -141,7 +147,8 @@ def test_the_clock_of_gpus_hands_the_meter_whole_rotations(monkeypatch: pytest.M
     assert CudaClock().energy(prepared) is None and WallClock().energy(prepared) is None
 
 
-def test_a_counter_that_is_lost_costs_no_times(monkeypatch: pytest.MonkeyPatch):
+def test_lost_counter(monkeypatch: pytest.MonkeyPatch):
+    """Losing the counter does not lose any times."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
 
     class Lost:
@@ -152,7 +159,9 @@ def test_a_counter_that_is_lost_costs_no_times(monkeypatch: pytest.MonkeyPatch):
     assert clock.energy(Prepared(lambda: None, 1, "graph")) is None and clock.meter is None
 
 
-def test_records_and_tables_have_energy_where_it_was_measured():
+def test_records_and_tables():
+    """Records and tables have energy where it was measured."""
+
     class Clock(WallClock):
         def energy(self, prepared: Prepared) -> float | None:
             return 12.5

@@ -14,7 +14,8 @@ from benchmarks import extras
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_peer_that_is_not_installed_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch):
+def test_missing_install_hint(monkeypatch: pytest.MonkeyPatch):
+    """A peer that is not installed says how to install it."""
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(extras.Unavailable, match=r"opacus is not installed; pip install --no-deps"):
         extras.load("opacus")
@@ -22,7 +23,8 @@ def test_a_peer_that_is_not_installed_says_how_to_install_it(monkeypatch: pytest
         extras.load("numpy")
 
 
-def test_a_peer_that_cannot_be_imported_is_unavailable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_import_error_unavailable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A peer that cannot be imported is unavailable."""
     (tmp_path / "opacus.py").write_text("raise RuntimeError('made for another torch')")
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.partition(".")[0] == "opacus"]:
@@ -33,7 +35,8 @@ def test_a_peer_that_cannot_be_imported_is_unavailable(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("missing", [True, False])
-def test_operators_are_declared_only_where_they_are_missing(missing: bool, monkeypatch: pytest.MonkeyPatch):
+def test_missing_operators_declared(missing: bool, monkeypatch: pytest.MonkeyPatch):
+    """Operators are declared only where they are missing."""
     tried: list[str] = []
 
     def imported(name: str) -> types.ModuleType:

@@ -29,12 +29,14 @@ PARAMETERS = {"ViT-B/16": 14.2e6, "ViT-L/16": 50.3e6, "ViT-H/14": 104.9e6}  # of
 
 @pytest.mark.parametrize("suite", NAMES)
 @pytest.mark.parametrize("rehearsal", [False, True])
-def test_a_plan_lists_every_part_once(suite: str, rehearsal: bool):
+def test_plan_lists_once(suite: str, rehearsal: bool):
+    """A plan lists every part once."""
     parts = [(records.key(vars(one)), marker(one)) for one in planned(suite, rehearsal)]
     assert parts and len(set(parts)) == len(parts)
 
 
-def test_a_gpu_runs_the_suites_that_a_cpu_runs():
+def test_same_suites_as_cpu():
+    """A GPU runs the same suites as a CPU."""
     assert set(NAMES) == set(gpu_check.SUITE_LIMITS) == set(SUITES) - {"growth"}
     for suite in NAMES:
         kinds = [{(one.op, one.part) for one in planned(suite, rehearsal)} for rehearsal in (False, True)]
@@ -42,7 +44,8 @@ def test_a_gpu_runs_the_suites_that_a_cpu_runs():
         assert {part for _, part in kinds[0]} - {part for _, part in kinds[1]} <= {SMALL}
 
 
-def test_shapes_are_those_of_the_models():
+def test_model_shapes():
+    """The shapes are those of the models."""
     sizes = shapes.RELEASE
     for model in sizes.models:
         by_label = {label_of(model, name): size for name, size in model.linears().items()}
@@ -63,7 +66,8 @@ def test_shapes_are_those_of_the_models():
         assert counted["all linears"] or model is not sizes.large
 
 
-def test_every_target_finds_its_cases_in_the_plans():
+def test_targets_find_cases():
+    """Every target finds its cases in the plans."""
     for goal in goals.goals():
         cases = {
             records.key(vars(one))
@@ -89,7 +93,8 @@ def case(*runs: Provider, **more: object) -> Case:
     return Case("x", {"n": 4}, "float32", 8.0, 16.0, runs, lambda: [exact], 1e-6, **more)
 
 
-def test_the_records_in_the_repository_fit_the_schema():
+def test_committed_records_schema():
+    """The records in the repository fit the schema."""
     folder = ROOT / "benchmarks" / "results"
     paths = sorted(folder.rglob("*.jsonl"))
     assert paths
@@ -99,7 +104,9 @@ def test_the_records_in_the_repository_fit_the_schema():
         assert found and not [v for r in found for v in violations(r)], path
 
 
-def test_measured_and_failed_records_fit_the_schema(tmp_path: Path):
+def test_measured_failed_schema(tmp_path: Path):
+    """Measured and failed records fit the schema."""
+
     def crash() -> list[torch.Tensor]:
         raise ValueError("no such kernel")
 
@@ -133,14 +140,16 @@ def test_measured_and_failed_records_fit_the_schema(tmp_path: Path):
         ({"surprise": 1}, "surprise is not described"),
     ],
 )
-def test_a_record_that_breaks_the_schema_is_noticed(change: dict, complaint: str):
+def test_bad_record_noticed(change: dict, complaint: str):
+    """A record that breaks the schema is noticed."""
     good = records.read(ROOT / "benchmarks" / "results" / "cpu" / "lora_linear.jsonl")[0]
     assert not list(records.violations(good))
     assert any(complaint in v for v in records.violations({**good, **change}))
     assert any("is missing" in v for v in records.violations({k: v for k, v in good.items() if k != "flops"}))
 
 
-def test_an_unfinished_last_line_is_left_out(tmp_path: Path):
+def test_unfinished_last_line(tmp_path: Path):
+    """An unfinished last line is left out."""
     path = tmp_path / "x.jsonl"
     path.write_text('{"op": 1}\n{"op": ')
     assert records.read(path) == [{"op": 1}]
@@ -149,7 +158,8 @@ def test_an_unfinished_last_line_is_left_out(tmp_path: Path):
         records.read(path)
 
 
-def test_rotated_buffers_share_a_sample():
+def test_rotated_buffers():
+    """Rotated buffers share one timing sample."""
     calls: list[int] = []
     prepared = WallClock().prepare([lambda: calls.append(0), lambda: calls.append(1)])
     calls.clear()
@@ -157,7 +167,9 @@ def test_rotated_buffers_share_a_sample():
     assert calls == [0, 1] and prepared.share == 2
 
 
-def test_a_device_that_is_lost_keeps_the_records():
+def test_device_lost():
+    """Records are kept when the device is lost."""
+
     class Lost(WallClock):
         def check(self) -> None:
             raise RuntimeError("illegal memory access")
@@ -180,7 +192,8 @@ def test_a_device_that_is_lost_keeps_the_records():
         (Target("slow", 1.0, "", "peak_bytes", allowance=5.0), 1.0, True),
     ],
 )
-def test_a_target_compares_sums_over_cases(target: Target, ratio: float | None, met: bool):
+def test_target_compares_sums(target: Target, ratio: float | None, met: bool):
+    """A target compares sums over cases."""
     one = {
         OURS: record(OURS, 1.0, "ours", peak_bytes=3),
         "slow": record("slow", 2.0, peak_bytes=2),
@@ -213,7 +226,8 @@ def synthetic(ours: float) -> list[dict]:
 
 
 @pytest.mark.parametrize(("ours", "word"), [(1.2, "PASS"), (1.3, "FALL SHORT")])
-def test_the_summary_says_which_targets_are_met(ours: float, word: str):
+def test_summary_targets_met(ours: float, word: str):
+    """The summary says which targets are met."""
     found = {"lora_linear": synthetic(ours)}
     text, verdicts = summary.targets(goals.goals(), found)
     line = next(line for line in text if "ViT-L/16 four linears, fwd+bwd, x frozen" in line)
@@ -224,7 +238,8 @@ def test_the_summary_says_which_targets_are_met(ours: float, word: str):
     assert f"frozen {ours:.2f}" in table
 
 
-def test_the_summary_names_what_is_not_installed_once():
+def test_summary_missing_peers():
+    """The summary names what is not installed, once."""
     why = f"{Unavailable.__name__}: peft is not installed"
     found = synthetic(1.2)
     found += [{**r, "provider": "peft", "failed": why} for r in found if r["provider"] == OURS]
@@ -232,12 +247,14 @@ def test_the_summary_names_what_is_not_installed_once():
     assert summary.unavailable({"lora_linear": found, "merge": []}) == [why]
 
 
-def test_a_target_with_a_missing_case_is_not_met():
+def test_target_missing_case():
+    """A target with a missing case is not met."""
     found = [r for r in synthetic(0.5) if r["shape"]["model"] != "ViT-L fc2"]
     assert collection.PASS not in summary.targets(goals.goals(), {"lora_linear": found})[1]
 
 
-def test_failures_of_peers_are_not_ours():
+def test_peer_failures():
+    """Failures of peers do not count as ours."""
     found = [{"provider": role, "role": role, "failed": "x"} for role in ("ours", "variant", "floor", "peer")]
     assert [r["role"] for r in broken(found)] == ["ours", "variant", "floor"]
     missing = {"provider": OURS, "role": "ours", "failed": f"{Unavailable.__name__}: timm is not installed"}
@@ -245,7 +262,8 @@ def test_failures_of_peers_are_not_ours():
 
 
 @pytest.mark.parametrize("suite", NAMES)
-def test_only_ours_carry_a_prediction(suite: str):
+def test_prediction_only_ours(suite: str):
+    """Only our records carry a prediction."""
     one = predict.filled(SUITES[suite].build(planned(suite, True)[0], Place("cpu", True)))
     for provider in one.providers:
         assert bool(provider.predicted) is (provider.role in ("ours", "variant")), provider.name

@@ -40,7 +40,8 @@ def case_of(suite: str, one: Workload) -> Case:
 
 @needs_cuda
 @pytest.mark.parametrize("suite", NAMES)
-def test_the_provider_is_right_in_every_part_of_a_suite(suite: str):
+def test_provider_correct(suite: str):
+    """The provider is right in every part of a suite."""
     for one in parts(suite):
         case = case_of(suite, one)
         found = [p for p in case.providers if p.name == CUDA]
@@ -56,7 +57,7 @@ def test_the_provider_is_right_in_every_part_of_a_suite(suite: str):
 
 
 @needs_cuda
-def test_a_provider_that_does_nothing_is_noticed():
+def test_idle_provider_noticed():
     """Every suite compares with fp64, so that a kernel that was never launched does not look fast."""
     for suite in NAMES:
         case = case_of(suite, next(parts(suite)))
@@ -69,14 +70,16 @@ def test_a_provider_that_does_nothing_is_noticed():
 
 
 @pytest.mark.parametrize("suite", NAMES)
-def test_without_the_extension_suites_have_no_such_provider(suite: str, monkeypatch: pytest.MonkeyPatch):
+def test_without_extension(suite: str, monkeypatch: pytest.MonkeyPatch):
+    """Without the extension, the suites have no such provider."""
     found = {**fe.available_backends(), "cuda": "it was not built"}
     monkeypatch.setattr(fe, "available_backends", lambda: found)
     names = [p.name for p in case_of(suite, planned(suite, True)[0]).providers]
     assert OURS in names and CUDA not in names
 
 
-def test_small_cases_stand_before_the_least_important_ones_and_have_few_providers():
+def test_small_cases_placement():
+    """Every suite has small cases, which are few and never come first."""
     for suite in ("lora_linear", "ewc_penalty", "fisher_accumulate"):
         places = [i for i, one in enumerate(planned(suite)) if one.part == SMALL]
         assert places and places[0] > 0, suite
@@ -84,7 +87,8 @@ def test_small_cases_stand_before_the_least_important_ones_and_have_few_provider
 
 
 @needs_cuda
-def test_the_op_alone_is_one_call_without_autograd():
+def test_op_without_autograd():
+    """The op alone is a single call without autograd."""
     one = next(one for one in parts("ewc_penalty") if one.shape["model"] == gpu_preset.OP_LAYER)
     case = case_of("ewc_penalty", one)
     loss, grads = next(p for p in case.providers if p.name == CUDA).run()

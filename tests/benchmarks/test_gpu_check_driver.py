@@ -29,14 +29,16 @@ def step(code: str, log: Path, name: str = "a step", limit: float = 20.0, **more
 @pytest.mark.parametrize(
     ("code", "status", "detail"), [("pass", steps.OK, ""), ("exit(4)", steps.FAILED, "exit status 4")]
 )
-def test_the_exit_status_of_a_step_decides(code: str, status: str, detail: str, tmp_path: Path):
+def test_exit_status(code: str, status: str, detail: str, tmp_path: Path):
+    """The exit status of a step decides its outcome."""
     outcome = steps.run(step(f"print('hello'); {code}", tmp_path / "log"), steps.Deadline(60.0), ROOT)
     assert (outcome.status, outcome.detail) == (status, detail)
     assert "hello" in (tmp_path / "log").read_text()
     assert (outcome.notes[-1:] == ("hello",)) is (status == steps.FAILED)
 
 
-def test_a_command_that_does_not_exist_is_an_outcome(tmp_path: Path):
+def test_unknown_command(tmp_path: Path):
+    """A command that does not exist is an outcome, not an error."""
     missing = steps.Step("x", [str(tmp_path / "nothing")], 5.0, tmp_path / "log")
     assert steps.run(missing, steps.Deadline(60.0), ROOT).status == steps.FAILED
 
@@ -49,7 +51,8 @@ def lives(process: int) -> bool:
     return told.rpartition(")")[2].split()[0] != "Z"
 
 
-def test_a_step_is_interrupted_first_and_its_children_end_with_it(tmp_path: Path):
+def test_interrupt_kills_children(tmp_path: Path):
+    """A step is interrupted first, and its children end with it."""
     code = (
         "import subprocess, sys, time\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
@@ -69,7 +72,8 @@ def test_a_step_is_interrupted_first_and_its_children_end_with_it(tmp_path: Path
     assert not lives(child)
 
 
-def test_the_deadline_cuts_later_steps_short(tmp_path: Path):
+def test_deadline_shortens_steps(tmp_path: Path):
+    """The deadline cuts later steps short."""
     deadline = steps.Deadline(6.0, reserve=0.0)
     slow = "import time; time.sleep(60)"
     first = steps.run(step(slow, tmp_path / "log", limit=60.0), deadline, ROOT, grace=1.0)
@@ -77,7 +81,8 @@ def test_the_deadline_cuts_later_steps_short(tmp_path: Path):
     assert (first.status, second.status) == (steps.TIMED_OUT, steps.NOT_RUN)
 
 
-def test_a_step_runs_again_after_the_status_that_asks_for_it(tmp_path: Path):
+def test_rerun_status(tmp_path: Path):
+    """A step runs again after the status that asks for it."""
     mark = tmp_path / "mark"
     code = f"import pathlib; p = pathlib.Path({str(mark)!r}); n = p.exists(); p.touch(); exit(0 if n else 75)"
     assert steps.run(step(code, tmp_path / "log", again=75), steps.Deadline(60.0), ROOT).status == steps.OK
@@ -86,7 +91,8 @@ def test_a_step_runs_again_after_the_status_that_asks_for_it(tmp_path: Path):
     assert endless.status == steps.FAILED
 
 
-def test_a_run_ended_from_outside_still_leaves_a_summary(tmp_path: Path):
+def test_killed_leaves_summary(tmp_path: Path):
+    """A run ended from outside still leaves a summary."""
     code = (
         "import signal, sys, benchmarks.gpu_check as g, benchmarks.steps as s\n"
         "def todo(args, work):\n"
@@ -109,7 +115,8 @@ def test_a_run_ended_from_outside_still_leaves_a_summary(tmp_path: Path):
     assert (tmp_path / "details.tar.gz").stat().st_size > 0
 
 
-def test_counts_and_names_of_failures_come_from_the_report(tmp_path: Path):
+def test_report_failure_counts(tmp_path: Path):
+    """Counts and names of failures come from the report."""
     xml = tmp_path / "x.xml"
     body = '<testcase classname="t" name="{}"/>'
     xml.write_text(
@@ -126,13 +133,15 @@ def test_counts_and_names_of_failures_come_from_the_report(tmp_path: Path):
     assert judged.status == steps.TIMED_OUT and "1 failures" in judged.detail and "1 != 2" in judged.notes[0]
 
 
-def test_records_of_an_earlier_run_are_not_mixed_in(tmp_path: Path):
+def test_earlier_records_excluded(tmp_path: Path):
+    """Records of an earlier run are not mixed in."""
     (tmp_path / "merge.jsonl").touch()
     with pytest.raises(SystemExit):
         gpu_check.arguments(["--out", str(tmp_path)])
 
 
-def test_long_logs_are_cut_in_the_middle(tmp_path: Path):
+def test_long_logs_cut(tmp_path: Path):
+    """Long logs are cut in the middle."""
     log = tmp_path / "log"
     log.write_text("first" + "x" * 5000 + "last")
     gpu_check.shorten(log, 1000)
@@ -140,7 +149,8 @@ def test_long_logs_are_cut_in_the_middle(tmp_path: Path):
     assert len(text) < 1000 and text.startswith("first") and text.endswith("last")
 
 
-def test_make_starts_the_check_without_an_environment_of_its_own():
+def test_make_without_venv():
+    """The Makefile starts the check without creating an environment of its own."""
     told = subprocess.run(
         ["make", "--dry-run", "gpu-check", "OUT=somewhere", "PYTHON=pythonX"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -149,7 +159,8 @@ def test_make_starts_the_check_without_an_environment_of_its_own():
     assert "venv" not in told and "pip" not in told and "setup.py" not in told
 
 
-def test_a_missing_gpu_ends_the_run_at_once(tmp_path: Path):
+def test_missing_gpu_stops(tmp_path: Path):
+    """A missing GPU ends the run at once."""
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     ran = subprocess.run(
@@ -178,7 +189,7 @@ def check_that_every_tool_reads(out: Path, tmp_path: Path) -> None:
     assert compare.compare(kept, kept).status == 0
 
 
-def test_a_rehearsal_runs_every_step_and_provider(tmp_path: Path):
+def test_full_rehearsal(tmp_path: Path):
     """The whole driver in a copy of the sources, where nothing was built."""
     copy, out = tmp_path / "checkout", tmp_path / "out"
     left_out = shutil.ignore_patterns(".*", "build", "dist", "results", "*.so", "__pycache__", "*-output")

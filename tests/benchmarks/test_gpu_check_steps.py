@@ -31,7 +31,8 @@ def planned(*more: str) -> dict[str, steps.Step]:
 # Plan and outcomes
 
 
-def test_steps_come_in_order_of_value_and_within_ten_minutes():
+def test_step_order():
+    """Steps come in order of value and fit within ten minutes."""
     plan = planned()
     assert tuple(plan) == tuple(name for name in gpu_check.NAMES if name != gpu_check.CALLS)
     assert list(plan)[:4] == ["environment", "build", "tests", "sanitize"]
@@ -40,7 +41,8 @@ def test_steps_come_in_order_of_value_and_within_ten_minutes():
     assert gpu_check.BUDGET <= 540.0
 
 
-def test_limits_grow_where_steps_would_leave_time_unused():
+def test_limits_grow():
+    """Limits grow where steps would leave time unused."""
     one, *later = planned("--steps", "lora_linear", "merge", "all tests").values()
     assert [step.name for step in later] == ["merge", "all tests"]
     grown = gpu_check.stretched(one, later, 600.0)
@@ -49,13 +51,15 @@ def test_limits_grow_where_steps_would_leave_time_unused():
     assert gpu_check.stretched(later[1], [], 900.0).limit == pytest.approx(900.0)
 
 
-def test_only_known_steps_can_be_asked_for():
+def test_unknown_step_refused():
+    """Only known steps can be asked for."""
     assert list(planned("--steps", "all tests")) == ["all tests"]
     with pytest.raises(SystemExit):
         planned("--steps", "lora-linear")
 
 
-def test_only_tests_that_need_a_gpu_come_first():
+def test_gpu_tests_first():
+    """Only tests that need a GPU come first."""
     first, others = gpu_check.test_files()
     assert {"backends/cuda/test_fisher.py", "ops/test_lora_linear.py", "backends/test_gpu.py"} <= set(first)
     assert all((ROOT / "tests" / name).is_file() for name in (*first, *others))
@@ -71,7 +75,8 @@ def test_only_tests_that_need_a_gpu_come_first():
     assert host not in (*first, *others) and f"tests/{host}" in everything
 
 
-def test_a_step_that_cannot_run_here_is_skipped_with_its_reason(tmp_path: Path):
+def test_unrunnable_step_skipped(tmp_path: Path):
+    """A step that cannot run here is skipped with its reason."""
     code = "print('much'); print('nvcc was not found'); raise SystemExit(77)"
     outcome = run(code, tmp_path / "log", "build")
     assert (outcome.status, outcome.detail) == (steps.SKIPPED, "nvcc was not found")
@@ -80,7 +85,8 @@ def test_a_step_that_cannot_run_here_is_skipped_with_its_reason(tmp_path: Path):
     assert status == 0 and "nvcc was not found" in text
 
 
-def test_small_calls_stand_in_for_tests_that_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_small_calls_fallback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Small calls stand in for tests that cannot run."""
     monkeypatch.setattr(gpu_check, "REQUIRED", ("pytest", "a_module_that_nobody_has"))
     plan = planned()
     assert tuple(plan) == gpu_check.NAMES
@@ -103,7 +109,8 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_setup_is_run_for_the_architecture_of_this_gpu(fake: Path, monkeypatch: pytest.MonkeyPatch, capfd):
+def test_setup_architecture(fake: Path, monkeypatch: pytest.MonkeyPatch, capfd):
+    """The setup script is run for the architecture of this GPU."""
     lines = ["import os, sys", "print(sys.argv[1:])"]
     names = ("FUSED_EWCLORA_BUILD", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS")
     lines += [f"print({name!r}, os.environ[{name!r}])" for name in names]
@@ -116,14 +123,15 @@ def test_setup_is_run_for_the_architecture_of_this_gpu(fake: Path, monkeypatch: 
     assert f"MAX_JOBS {len(os.sched_getaffinity(0))}" in told
 
 
-def test_what_setup_misses_is_a_reason_to_skip(fake: Path, capfd):
+def test_setup_missing_skipped(fake: Path, capfd):
+    """What the setup script misses is a reason to skip."""
     said = "FUSED_EWCLORA_BUILD=cuda: the CUDA extension cannot be built, no CUDA toolkit: nvcc was not found"
     (fake / "setup.py").write_text(f"import sys; sys.exit({said!r})")
     assert build.build(fake, (9, 0)) == steps.SKIP
     assert capfd.readouterr().out.splitlines()[-1] == "no CUDA toolkit: nvcc was not found"
 
 
-def test_setup_of_this_repository_says_what_it_misses_in_these_words(capfd):
+def test_setup_missing_message(capfd):
     """On a machine whose PyTorch is no CUDA build; the sentence must be the one that is looked for."""
     if torch.version.cuda is not None:
         pytest.skip("this PyTorch is a CUDA build: it would be built for")
@@ -132,7 +140,8 @@ def test_setup_of_this_repository_says_what_it_misses_in_these_words(capfd):
     assert code == steps.SKIP and ("not a CUDA build" in told or "no CUDA toolkit" in told)
 
 
-def test_a_compile_that_fails_shows_its_first_error_in_the_summary(fake: Path, tmp_path: Path):
+def test_compile_error_summary(fake: Path, tmp_path: Path):
+    """A compilation that fails shows its first error in the summary."""
     compiler = [
         "ok.cu",
         "a.cu(12): error: identifier x is undefined",
@@ -151,14 +160,16 @@ def test_a_compile_that_fails_shows_its_first_error_in_the_summary(fake: Path, t
     assert status == 1 and "a.cu(12): error: identifier x" in text
 
 
-def test_an_extension_that_does_not_load_is_a_failure(fake: Path, monkeypatch: pytest.MonkeyPatch, capfd):
+def test_extension_load_failure(fake: Path, monkeypatch: pytest.MonkeyPatch, capfd):
+    """An extension that does not load is a failure."""
     (fake / "setup.py").write_text("")
     monkeypatch.setattr(build, "LOADS", "raise ImportError('undefined symbol: launch')")
     assert build.build(fake, (9, 0)) == 1
     assert "undefined symbol: launch" in capfd.readouterr().out.partition("the first error:")[2]
 
 
-def test_nothing_is_built_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys):
+def test_no_gpu_no_build(monkeypatch: pytest.MonkeyPatch, capsys):
+    """Nothing is built without a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for options, said in (
         ([], "no CUDA device to build for"),
@@ -169,7 +180,8 @@ def test_nothing_is_built_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys)
         assert capsys.readouterr().out.splitlines() == [said]
 
 
-def test_without_ninja_files_are_compiled_side_by_side(fake: Path):
+def test_without_ninja(fake: Path):
+    """Without ninja, files are compiled side by side."""
     setup = "from setuptools import Extension, setup\n"
     setup += "setup(name='x', ext_modules=[Extension('xx', ['a.c', 'b.c'])])"
     (fake / "setup.py").write_text(setup)
@@ -194,7 +206,9 @@ def test_without_ninja_files_are_compiled_side_by_side(fake: Path):
     assert loaded.stdout == "7\n"
 
 
-def test_no_more_compilers_run_than_were_asked_for(tmp_path: Path):
+def test_compiler_jobs_limit(tmp_path: Path):
+    """No more compilers run than were asked for."""
+
     class Compiler:
         def object_filenames(self, sources: list[str], output_dir: str) -> list[str]:
             return [f"{output_dir}/{name}.o" for name in sources]
@@ -242,7 +256,8 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return install
 
 
-def test_both_tools_watch_our_kernels_and_nothing_hides_in_a_cache(tool, capfd):
+def test_memcheck_and_racecheck(tool, capfd):
+    """Both tools watch our kernels, and nothing hides in a cache."""
     called = tool(CONTENT)
     assert sanitize.under_all(list(sanitize.TOOLS), 60.0) == 0
     assert "memcheck, racecheck: no complaints" in capfd.readouterr().out
@@ -267,14 +282,16 @@ def test_every_kernel_is_watched():
         (f"import subprocess; subprocess.run({SLEEP})", ["memcheck: no result in"]),
     ],
 )  # fmt: skip
-def test_what_a_tool_says_is_in_the_last_lines(code: str, said: list[str], tool, capfd):
+def test_tool_last_lines(code: str, said: list[str], tool, capfd):
+    """What a tool says is in the last lines."""
     tool(code)
     assert sanitize.under_all(["memcheck"], 9.0 if "sleep" in code else 60.0) == 1
     last = "\n".join(capfd.readouterr().out.splitlines()[-10:])
     assert all(words in last for words in said), last
 
 
-def test_one_tool_with_a_complaint_does_not_keep_the_other_from_running(tool, capfd):
+def test_tools_run_independently(tool, capfd):
+    """A complaint from one tool does not keep the other from running."""
     called = tool(f"if 'memcheck' in sys.argv:\n    {FAULT}\n{CONTENT}")
     assert sanitize.under_all(list(sanitize.TOOLS), 60.0) == 1
     assert len(called.read_text().splitlines()) == 2
@@ -282,7 +299,8 @@ def test_one_tool_with_a_complaint_does_not_keep_the_other_from_running(tool, ca
     assert "memcheck: errors" in told and "racecheck: " not in told.splitlines()[-1]
 
 
-def test_the_sanitizer_is_skipped_where_something_is_missing(monkeypatch: pytest.MonkeyPatch, capfd):
+def test_sanitizer_skipped(monkeypatch: pytest.MonkeyPatch, capfd):
+    """The sanitizer is skipped where something is missing."""
     monkeypatch.setattr(sanitize, "available_backends", lambda: {"cuda": "the CUDA extension was not built"})
     assert sanitize.under_all(["memcheck"], 60.0) == steps.SKIP
     assert "was not built" in capfd.readouterr().out.splitlines()[-1]
@@ -304,7 +322,8 @@ def test_every_call_is_right(backend: str, capfd):
     assert f"{backend}: 0 of" in capfd.readouterr().out
 
 
-def test_calls_cover_every_op_dtype_and_mode():
+def test_op_dtype_mode_coverage():
+    """Calls cover every op, dtype and mode."""
     from fused_ewclora.ops.schemas import SCHEMAS
 
     names = [call.name for call in small_calls.calls()]
@@ -316,7 +335,9 @@ def test_calls_cover_every_op_dtype_and_mode():
 
 
 @pytest.mark.parametrize("call", list(small_calls.calls()), ids=lambda call: call.name)
-def test_a_call_that_computes_nothing_is_wrong(call: small_calls.Call):
+def test_noop_call_wrong(call: small_calls.Call):
+    """A call that computes nothing is wrong."""
+
     def nothing(values: small_calls.Values, backend: str) -> list[torch.Tensor]:
         if backend == "reference":
             return call.method(values, backend)
@@ -327,7 +348,8 @@ def test_a_call_that_computes_nothing_is_wrong(call: small_calls.Call):
 
 
 @pytest.mark.parametrize("op", ["merge_", "soft_threshold_", "fisher_accumulate_"])
-def test_an_op_that_leaves_its_argument_as_it_was_is_noticed(op: str, monkeypatch: pytest.MonkeyPatch):
+def test_unchanged_argument_noticed(op: str, monkeypatch: pytest.MonkeyPatch):
+    """An op that leaves its argument unchanged is noticed."""
     real = getattr(small_calls.FE, op)
 
     def lazy(*args: object, backend: str, **options: object) -> object:

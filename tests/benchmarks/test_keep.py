@@ -10,7 +10,8 @@ from benchmark_records import CPU, GPU, newer, results
 from benchmarks import collection, keep
 
 
-def test_records_are_appended_below_the_name_of_the_device(tmp_path: Path, capsys):
+def test_append_by_device(tmp_path: Path, capsys):
+    """Records are appended under the name of the device."""
     results(tmp_path, one_merge=newer(), two_merge=newer(time="2026-02-02T00:00:00+00:00"))
     for out in ("one", "two"):
         (tmp_path / out / "lora_linear.jsonl").touch()  # a suite that time did not reach
@@ -31,9 +32,8 @@ def test_records_are_appended_below_the_name_of_the_device(tmp_path: Path, capsy
         ([*newer(), {"op": "x"}], "does not follow record_schema.json"),
     ],
 )
-def test_records_that_cannot_be_used_are_refused_in_one_sentence(
-    found: list, said: str, tmp_path: Path, capsys
-):
+def test_unusable_records_refused(found: list, said: str, tmp_path: Path, capsys):
+    """Records that cannot be used are refused in one sentence."""
     results(tmp_path, out_merge=found)
     assert keep.main([str(tmp_path / "out"), "--results", str(tmp_path / "kept")]) == 2
     told = capsys.readouterr().err

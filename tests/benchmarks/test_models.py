@@ -25,7 +25,8 @@ TEXT = TextModel("t", {"q": (128, 128), "k": (128, 64), "v": (128, 64), "o": (12
 STEP = step(TINY.name, 1, 2, TINY.tokens, 4)
 
 
-def test_the_published_formulation_computes_what_ours_computes():
+def test_published_formulation():
+    """The published formulation computes what ours computes."""
     base = models.text(TEXT, 1, 2, 4, 3)
     ours = models.adapted(base)
     published = models.explicit(base, ours)
@@ -37,7 +38,8 @@ def test_the_published_formulation_computes_what_ours_computes():
     assert held[0] is wide.blocks[0].q_proj.pairs[0] and published.pairs[0].dtype == torch.float32
 
 
-def test_slices_of_a_packed_projection_by_explicit_deltas():
+def test_packed_projection_slices():
+    """Explicit deltas compute the same slices of a packed projection."""
     model = torch.nn.ModuleDict({"qkv": torch.nn.Linear(4, 6)})
     layout = fe.QKVLayout(("q", "k", "v"), (2, 2, 2))
     fe.inject(model, fe.LoRAConfig(r=2, target_modules=["qkv"], slices=("k",), layout=layout))
@@ -50,7 +52,8 @@ def test_slices_of_a_packed_projection_by_explicit_deltas():
     torch.testing.assert_close(ExplicitDelta(layer)(x), expected)
 
 
-def test_a_frozen_model_in_bf16_has_adapters_and_a_head_in_fp32():
+def test_frozen_bf16():
+    """A frozen model in bf16 has adapters and a head in fp32."""
     base = models.vision(TINY, 1, 2, TINY.tokens, 3, dtype=torch.bfloat16)
     ours = models.adapted(base)
     assert ours.model.blocks[0].attn.qkv.weight.dtype == base.x.dtype == torch.bfloat16
@@ -58,7 +61,8 @@ def test_a_frozen_model_in_bf16_has_adapters_and_a_head_in_fp32():
     assert ours.model(base.x).dtype == torch.float32
 
 
-def test_attention_is_that_of_its_formula():
+def test_attention_formula():
+    """Attention computes its formula."""
     block, x = Attention(TINY.width, TINY.heads), torch.randn(2, 3, TINY.width)
     q, k, v = (t.unflatten(-1, (TINY.heads, -1)).transpose(1, 2) for t in block.qkv(x).chunk(3, -1))
     weights = (q @ k.transpose(-1, -2) * (TINY.width // TINY.heads) ** -0.5).softmax(-1)
@@ -73,13 +77,15 @@ def measured(one: Workload, case: Case | None = None) -> dict[str, dict]:
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_provider_of_a_step_is_right(optimizer: str, dtype: str):
+def test_step_providers_correct(optimizer: str, dtype: str):
+    """Every provider of a step is right."""
     found = measured(step(TINY.name, 1, 2, TINY.tokens, 4, optimizer, dtype))
     assert set(found) == {OURS, registry.EXPLICIT, registry.WITHOUT, end_to_end.FROZEN}
     assert not [r for r in found.values() if "failed" in r]
 
 
-def test_a_step_leaves_its_parameters_as_they_were_checked():
+def test_run_keeps_parameters():
+    """Running a step leaves the checked parameters as they were."""
     case = end_to_end.build(STEP, Place())
     before = case.providers[0].check()
     for provider in case.providers:
@@ -88,7 +94,8 @@ def test_a_step_leaves_its_parameters_as_they_were_checked():
         torch.testing.assert_close(new, old, rtol=1e-6, atol=1e-9)
 
 
-def test_the_step_of_ours_pays_for_the_penalty_of_the_controller(monkeypatch: pytest.MonkeyPatch):
+def test_step_pays_penalty(monkeypatch: pytest.MonkeyPatch):
+    """Our step pays for the penalty of the controller."""
     penalties: list[Tensor] = []
     real = fe.EWC.penalty
 
@@ -104,24 +111,28 @@ def test_the_step_of_ours_pays_for_the_penalty_of_the_controller(monkeypatch: py
     assert len(penalties) == 1 and penalties[0].item() > 0.0
 
 
-def test_a_step_without_the_penalty_would_be_wrong():
+def test_missing_penalty_wrong():
+    """A step without the penalty would be wrong."""
     case = end_to_end.build(STEP, Place())
     idle = next(p for p in case.providers if p.name == registry.WITHOUT)
     found = measured(STEP, dataclasses.replace(case, providers=[dataclasses.replace(idle, role="ours")]))
     assert "wrong" in found[registry.WITHOUT]["failed"]
 
 
-def test_a_step_of_few_providers_is_ours_with_and_without_ewc():
+def test_few_providers():
+    """A step of few providers is ours with and without EWC."""
     case = end_to_end.build(dataclasses.replace(STEP, part=SMALL), Place())
     assert [p.name for p in case.providers] == [OURS, registry.WITHOUT]
 
 
-def test_ours_gathers_the_fisher_that_a_loop_gathers():
+def test_fisher_matches_loop():
+    """Ours gathers the same Fisher as a loop."""
     found = measured(fisher_pass(TINY, 1, 2, 2, 4))
     assert {name for name, r in found.items() if "failed" not in r} >= {OURS, registry.LOOP}
 
 
-def test_a_breakdown_attributes_what_ours_runs_to_its_operation():
+def test_breakdown_attribution():
+    """A breakdown attributes what ours runs to its operation."""
     case = lora_linear.build(linear("m", 7, (6, 4), 2), Place())
     shares = breakdowns.breakdown(case.providers[0].run)
     assert {"fused_ewclora.lora_linear", "fused_ewclora.lora_linear_backward"} <= set(shares)

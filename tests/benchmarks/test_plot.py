@@ -50,34 +50,39 @@ def curve(law, sizes=(2, 4, 8, 16, 32), provider: str = OURS, **fixed: object) -
     ]
 
 
-def test_made_records_follow_the_schema():
+def test_records_follow_schema():
+    """Made records follow the schema."""
     assert [v for one in [*two_cases(), *curve(float)] for v in records.violations(one)] == []
 
 
 # Exponents
 
 
-def test_the_exponent_of_a_square_is_two():
+def test_exponent_of_square():
+    """The exponent of a square is two."""
     found = scaling.fit([1, 2, 4, 8], [3e-3 * n**2 for n in (1, 2, 4, 8)])
     assert f"{found.exponent:.2f}" == "2.00" and found.error < 1e-6
     assert found.at(16) == pytest.approx(3e-3 * 256)
 
 
-def test_the_standard_error_of_an_exponent_is_its_scatter():
+def test_exponent_standard_error():
+    """The standard error of an exponent reflects its scatter."""
     draw, sizes = np.random.default_rng(0), 2.0 ** np.arange(1, 9)
     fits = [scaling.fit(sizes, sizes**1.5 * np.exp(0.1 * draw.standard_normal(8))) for _ in range(400)]
     scatter = np.std([one.exponent for one in fits])
     assert math.sqrt(np.mean([one.error**2 for one in fits])) == pytest.approx(scatter, rel=0.1)
 
 
-def test_two_sizes_have_an_exponent_without_an_error_and_one_has_none():
+def test_exponent_few_sizes():
+    """Two sizes give an exponent without an error, and one size gives none."""
     found = scaling.fit([1, 2], [1.0, 2.0])
     assert found.exponent == pytest.approx(1.0) and math.isnan(found.error) and str(found) == "1.00"
     with pytest.raises(ValueError, match="two sizes"):
         scaling.fit([3, 3], [1.0, 2.0])
 
 
-def test_curves_differ_in_the_swept_field_only():
+def test_curves_swept_field():
+    """Curves differ in the swept field only."""
     found = [*curve(float), *curve(float, provider="eager"), *curve(float, rank=4), *two_cases()]
     curves = scaling.curves(found)
     assert [(c.provider, c.fixed) for c in curves] == [(OURS, {}), ("eager", {}), (OURS, {"rank": 4})]
@@ -85,7 +90,8 @@ def test_curves_differ_in_the_swept_field_only():
     assert curves[0].family == curves[1].family != curves[2].family
 
 
-def test_the_model_of_a_curve_is_its_ceiling():
+def test_model_ceiling():
+    """The model of a curve is its ceiling."""
     (one,) = scaling.curves(curve(lambda n: 1e-3 * n))
     model = scaling.model(one)
     assert model is not None and model.bounds == "flops"
@@ -94,14 +100,16 @@ def test_the_model_of_a_curve_is_its_ceiling():
     assert scaling.deviation(one.fit(), scaling.Fit(0.5, 0.1, 1.0)) == pytest.approx(5.0)
 
 
-def test_a_model_that_changes_its_bound_names_both():
+def test_bound_change_named():
+    """A model that changes its bound names both."""
     (one,) = scaling.curves([
         record(OURS, 1.0, {"sweep": "rank", "rank": n}, flops=1e8 * n, moved=1e7) for n in (1, 2, 4, 8)
     ])  # fmt: skip
     assert scaling.model(one).bounds == "bytes, flops"
 
 
-def test_a_sweep_without_its_number_is_refused():
+def test_missing_sweep_number():
+    """A sweep without its number is refused."""
     with pytest.raises(collection.Unusable, match="sweeps 'rank'"):
         scaling.curves([record(OURS, 1.0, {"sweep": "rank", "width": 8})])
 
@@ -121,7 +129,8 @@ def points(axis) -> set:
     return {(line.get_label(), *(round(float(v[0]), 6) for v in line.get_data())) for line in lines}
 
 
-def test_points_of_the_roofline_are_at_intensity_and_rate(drawn):
+def test_roofline_points(drawn):
+    """Points of the roofline are at their intensity and rate."""
     (axis,) = drawn["roofline-a-cpu-2-threads"].axes
     expected = {
         (name, 40.0 * width, round(4.0 / seconds, 6))
@@ -133,7 +142,8 @@ def test_points_of_the_roofline_are_at_intensity_and_rate(drawn):
     assert "FLOP/byte" in axis.get_xlabel() and axis.get_ylabel() == "GFLOP/s"
 
 
-def test_roofs_are_the_measured_ceilings(drawn):
+def test_roofline_ceilings(drawn):
+    """Roofs are the measured ceilings."""
     (axis,) = drawn["roofline-a-cpu-2-threads"].axes
     lines = [line.get_xydata() for line in axis.lines if line.get_gid() is None]
     slopes = [line for line in lines if line[0][0] != line[1][0] and line[0][1] != line[1][1]]
@@ -144,7 +154,8 @@ def test_roofs_are_the_measured_ceilings(drawn):
     assert {"copy 10 GB/s", "fp32 product 200 GFLOP/s", "width 1", "width 8"} == set(texts)
 
 
-def test_bars_are_ratios_of_medians(drawn):
+def test_bar_ratios(drawn):
+    """Bars are ratios of medians."""
     (axis,) = drawn["speedup-a-cpu-2-threads-penalty"].axes
     bars = {(bar.get_gid(), round(bar.get_x() + bar.get_width(), 6)) for bar in axis.patches}
     assert bars == {("eager", 4.0), ("product", 0.5)}
@@ -154,7 +165,8 @@ def test_bars_are_ratios_of_medians(drawn):
     assert any(line.get_xdata()[0] == line.get_xdata()[1] == 1.0 for line in axis.lines)
 
 
-def test_error_bars_hold_both_spreads():
+def test_error_bars():
+    """Error bars hold both spreads."""
     from benchmarks.plots import speedup
 
     ours, other = record(OURS, 1.0, {}), record("eager", 3.0, {})
@@ -176,7 +188,8 @@ def test_curves_name_their_exponents(drawn):
     assert axis.get_ylabel() == "time (ms)" and axis.get_xlabel() == "width"
 
 
-def test_captions_say_where_the_figures_are_from(drawn):
+def test_caption_source(drawn):
+    """Captions say where the figures are from."""
     for figure in drawn.values():
         told = " ".join(figure.get_supxlabel().split())
         assert all(
@@ -199,7 +212,8 @@ def test_names_do_not_overlap():
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 40])
-def test_places_are_in_order_and_apart(count: int):
+def test_label_spacing(count: int):
+    """Label positions stay in order and apart."""
     pytest.importorskip("matplotlib")
     from benchmarks.plots.style import spread
 
@@ -211,7 +225,8 @@ def test_places_are_in_order_and_apart(count: int):
     assert all(b - a >= min(0.05, 1 / max(count - 1, 1)) - 1e-9 for a, b in itertools.pairwise(ordered))
 
 
-def test_many_bars_are_dealt_to_pages():
+def test_bars_paginated():
+    """Many bars are spread over several pages."""
     pytest.importorskip("matplotlib")
     found = [record(name, 1.0, {"width": n}) for n in range(60) for name in (OURS, "eager")]
     names = [name for name in plot.pictures(found) if name.startswith("speedup")]
@@ -221,7 +236,8 @@ def test_many_bars_are_dealt_to_pages():
 # The command
 
 
-def test_files_are_written_and_equal_records_give_equal_files(tmp_path: Path, capsys):
+def test_files_reproducible(tmp_path: Path, capsys):
+    """Files are written, and equal records give equal files."""
     pytest.importorskip("matplotlib")
     file = tmp_path / "r.jsonl"
     file.write_text("".join(json.dumps(one) + "\n" for one in two_cases()))
@@ -234,7 +250,8 @@ def test_files_are_written_and_equal_records_give_equal_files(tmp_path: Path, ca
     assert capsys.readouterr().out.count("\n") == 4
 
 
-def test_few_colours_are_the_right_ones(tmp_path: Path, drawn):
+def test_few_colours(tmp_path: Path, drawn):
+    """A picture reduced to few colours keeps the right ones."""
     from PIL import Image
 
     from benchmarks.plots import style
@@ -245,7 +262,8 @@ def test_few_colours_are_the_right_ones(tmp_path: Path, drawn):
     assert (np.abs(pixels - bar).max(axis=1) <= 6).sum() > 1000
 
 
-def test_what_cannot_be_drawn_ends_with_status_2_and_a_sentence(tmp_path: Path, capsys, monkeypatch):
+def test_undrawable_exit_status(tmp_path: Path, capsys, monkeypatch):
+    """What cannot be drawn ends with status 2 and a sentence."""
     assert plot.main([str(tmp_path / "none.jsonl"), "--out", str(tmp_path)]) == 2
     assert "no such file or folder" in capsys.readouterr().err
     file = tmp_path / "r.jsonl"

@@ -19,21 +19,25 @@ def rows(text: str, first: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_made_records_follow_the_schema():
+def test_records_follow_schema():
+    """Made records follow the schema."""
     assert [v for one in [*older(), *newer()] for v in records.violations(one)] == []
 
 
-def test_the_committed_text_is_what_the_committed_records_give():
+def test_committed_text_current():
+    """The committed text is what the committed records give."""
     assert report.check(report.RESULTS, report.OUTPUT) is None
 
 
-def test_the_pictures_of_the_committed_text_are_there():
+def test_committed_pictures_exist():
+    """The pictures of the committed text are there."""
     words = report.OUTPUT.read_text().split("](")[1:]
     pictures = [word.split(")")[0] for word in words]
     assert pictures and all((report.OUTPUT.parent / name).is_file() for name in pictures)
 
 
-def test_a_changed_record_fails_the_check(tmp_path: Path, capsys):
+def test_changed_record_fails(tmp_path: Path, capsys):
+    """A changed record fails the check."""
     copy = tmp_path / "results"
     shutil.copytree(report.RESULTS, copy)
     text = tmp_path / "benchmarks.md"
@@ -64,20 +68,23 @@ def test_figures_of_a_case(tmp_path: Path):
     assert ["m16", "at most the product", "2.000", "1.000", "FALL SHORT"] in rows(text, "m16")
 
 
-def test_what_older_records_do_not_say_is_a_dash(tmp_path: Path):
+def test_older_records_dash(tmp_path: Path):
+    """What older records do not say is shown as a dash."""
     text = report.generate(results(tmp_path, cpu_penalty=older()))
     assert rows(text, "copy") == [["copy", "– (these records have none)", "–"]]
     assert rows(text, "fp32 product")[0][1] == "200 GFLOP/s"
     assert 'Older records: their ceiling is the fp32 product alone, and so is "of the ceiling".' in text
 
 
-def test_without_records_of_a_gpu_nothing_is_called_measured(tmp_path: Path):
+def test_no_gpu_records(tmp_path: Path):
+    """Without records of a GPU, nothing is called measured."""
     text = report.generate(results(tmp_path, cpu_penalty=older()))
     section = text.split("## GPUs")[1]
     assert "Nothing is measured" in section and "prediction" in section and "|" not in section
 
 
-def test_predictions_are_in_a_column_of_their_own(tmp_path: Path):
+def test_predictions_column(tmp_path: Path):
+    """Predictions are in a column of their own."""
     text = report.generate(results(tmp_path, cpu_penalty=older(), gpu_penalty=newer()))
     section = text.split("## GPUs")[1]
     assert "## a GPU" in section and "Nothing is measured" not in section
@@ -87,7 +94,8 @@ def test_predictions_are_in_a_column_of_their_own(tmp_path: Path):
     assert {row[-1] for row in rows(section, "lora_linear")} == {"NOT MEASURED"}
 
 
-def test_failed_peers_have_their_reasons(tmp_path: Path):
+def test_failed_peer_reasons(tmp_path: Path):
+    """Failed peers have their reasons."""
     text = report.generate(results(tmp_path, gpu_penalty=newer()))
     reason = "RuntimeError: &lt;shape> a&#124;b"
     assert rows(text, "2 of 2 cases") == [["2 of 2 cases", "broken", reason]]
@@ -98,7 +106,8 @@ def test_failed_peers_have_their_reasons(tmp_path: Path):
     assert rows(text, "m8")[0][rows(text, "case")[0].index("broken")] == "failed"
 
 
-def test_a_breakdown_is_told_in_shares(tmp_path: Path):
+def test_breakdown_shares(tmp_path: Path):
+    """A breakdown is given in shares."""
     found = newer(breakdown={"penalty": 0.75, "aten::mm": 0.25})
     text = report.generate(results(tmp_path, gpu_penalty=found))
     assert ["m8", OURS, "75 % penalty, 25 % aten::mm"] in rows(text, "m8")
@@ -115,7 +124,8 @@ def test_curves_have_their_exponents(tmp_path: Path):
     assert "### penalty" not in text
 
 
-def test_the_report_is_written_with_its_pictures_and_old_ones_go(tmp_path: Path):
+def test_old_pictures_removed(tmp_path: Path):
+    """The report is written with its pictures, and old ones are removed."""
     pytest.importorskip("matplotlib")
     folder, output = results(tmp_path / "results", cpu_penalty=older()), tmp_path / "docs" / "benchmarks.md"
     (tmp_path / "docs" / "images").mkdir(parents=True)
@@ -127,7 +137,8 @@ def test_the_report_is_written_with_its_pictures_and_old_ones_go(tmp_path: Path)
     assert names == ["logo.png", "roofline-a-cpu-2-threads.png", "speedup-a-cpu-2-threads-penalty.png"]
 
 
-def test_records_that_cannot_be_used_end_with_status_2(tmp_path: Path, capsys):
+def test_unusable_exit_status(tmp_path: Path, capsys):
+    """Records that cannot be used end with status 2."""
     folder = results(tmp_path / "results", cpu_penalty=older())
     (folder / "cpu" / "penalty.jsonl").write_text('{"op": "pen')
     assert report.main(["--check", "--results", str(folder)]) == 2
@@ -137,6 +148,7 @@ def test_records_that_cannot_be_used_end_with_status_2(tmp_path: Path, capsys):
         report.generate(folder)
 
 
-def test_records_of_continual_runs_are_left_to_their_own_page(tmp_path: Path):
+def test_continual_records_excluded(tmp_path: Path):
+    """Records of continual runs are left to their own page."""
     alone = report.generate(results(tmp_path, cpu_penalty=older()))
     assert report.generate(results(tmp_path, continual_language=[{"suite": "language"}])) == alone

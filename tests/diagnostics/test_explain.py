@@ -30,7 +30,8 @@ def test_a_bypassed_layer_is_named_with_the_remedy():
     fe.check_bypass(model)
 
 
-def test_verify_forward_leaves_modes_and_counts_alone():
+def test_verify_forward_restores():
+    """`verify_forward` leaves modes and counts alone."""
     model = injected().train()
     model.blocks[0].eval()
     modes = [module.training for module in model.modules()]
@@ -40,7 +41,8 @@ def test_verify_forward_leaves_modes_and_counts_alone():
     assert [layer.forward_calls for layer in fe.adapters(model).values()] == [3, 3]
 
 
-def test_explain_names_the_backend_of_every_layer():
+def test_backend_per_layer():
+    """`explain` names the backend of every layer."""
     model = injected()
     with fe.use_backend("reference"):
         report = fe.explain(model)
@@ -50,7 +52,8 @@ def test_explain_names_the_backend_of_every_layer():
     assert {row["algorithm"] for row in fe.explain(model).rows} == {"linear (merged)"}
 
 
-def test_explain_says_why_faster_implementations_do_not_serve(monkeypatch: pytest.MonkeyPatch):
+def test_unavailable_backend_reason(monkeypatch: pytest.MonkeyPatch):
+    """`explain` says why faster implementations do not serve."""
     answers = [("cuda", "tensor cores", "no GPU"), ("cpu", "vectors", "fp8"), ("reference", "plain", None)]
     asked = []
 
@@ -72,7 +75,8 @@ def test_explain_says_why_faster_implementations_do_not_serve(monkeypatch: pytes
     assert row["backend"] is None and "fp8" in row["why_not_faster"]
 
 
-def test_explain_asks_about_the_sizes_of_each_layer_and_of_the_sample(monkeypatch: pytest.MonkeyPatch):
+def test_sizes_asked(monkeypatch: pytest.MonkeyPatch):
+    """`explain` asks about the sizes of each layer and of the sample."""
     shapes = []
 
     def answer(op: str, call: dispatch.Call) -> list[tuple[str, str, str | None]]:
@@ -92,7 +96,8 @@ def test_explain_asks_about_the_sizes_of_each_layer_and_of_the_sample(monkeypatc
     assert not layer._forward_pre_hooks
 
 
-def test_explain_tells_apart_algorithms_of_the_chosen_backend(monkeypatch: pytest.MonkeyPatch):
+def test_algorithm_named(monkeypatch: pytest.MonkeyPatch):
+    """`explain` tells apart the algorithms of the chosen backend."""
     answers = [
         ("triton", "fast", "rank 70 > 64"),
         ("triton", "good", None),
@@ -109,7 +114,8 @@ def test_explain_tells_apart_algorithms_of_the_chosen_backend(monkeypatch: pytes
     )
 
 
-def test_explain_shows_and_asks_about_the_ranks_that_run(monkeypatch: pytest.MonkeyPatch):
+def test_effective_ranks(monkeypatch: pytest.MonkeyPatch):
+    """`explain` shows and asks about the ranks that actually run."""
     shapes = []
 
     def answer(op: str, call: dispatch.Call) -> list[tuple[str, str, str | None]]:

@@ -39,7 +39,8 @@ def test_processes_agree(world: int, name: str):
     assert_agreed(results_of(world), name)
 
 
-def test_one_process_loads_what_several_saved():
+def test_resume_one_process():
+    """One process loads what several processes saved."""
     results_of(2)
     model = adapted()
     randomise(model)
@@ -48,7 +49,8 @@ def test_one_process_loads_what_several_saved():
     distributed_checks.compare(distributed_checks.values(model, ewc), folder_of(2))
 
 
-def test_reducing_without_a_fisher_or_a_process_group_says_so():
+def test_reduce_without_group():
+    """Reducing without a Fisher or a process group raises an error that says so."""
     ewc = EWC(adapted())
     with pytest.raises(FisherError, match="estimate_fisher"):
         ewc.reduce_fisher_()

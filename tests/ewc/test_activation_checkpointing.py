@@ -35,11 +35,12 @@ def gradients(backend: str, reentrant: bool | None, dropout_p: float, seed: int 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize(("dropout_p", "seed"), [(0.0, None), (0.5, None), (0.5, 3)])
-def test_gradients_are_those_without_checkpointing(backend, reentrant, dropout_p, seed):
+def test_gradients_unchanged(backend, reentrant, dropout_p, seed):
+    """Gradients are the same as without checkpointing."""
     plain = gradients(backend, None, dropout_p, seed)
     assert all(map(torch.equal, gradients(backend, reentrant, dropout_p, seed), plain))
 
 
-def test_the_comparison_sees_another_mask(backend):
+def test_other_mask_differs(backend):
     """With other seeds the gradients differ: the test above can fail."""
     assert not torch.equal(gradients(backend, False, 0.5, 3)[0], gradients(backend, False, 0.5, 4)[0])

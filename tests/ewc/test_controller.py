@@ -51,7 +51,8 @@ def after_one_task(**options) -> tuple:
     return model, ewc
 
 
-def test_penalty_is_exactly_zero_in_the_first_task_and_can_be_backpropagated():
+def test_zero_first_task():
+    """The penalty is exactly zero in the first task and can be backpropagated."""
     model = adapted()
     ewc = EWC(model)
     penalty = ewc.penalty()
@@ -70,7 +71,8 @@ def test_penalty_is_exactly_zero_in_the_first_task_and_can_be_backpropagated():
 
 @pytest.mark.parametrize("lora_alpha", [None, 3.0])
 @pytest.mark.parametrize("ewc_lambda", [0.0, 2.5, 1e7])
-def test_penalty_and_its_gradients_are_those_of_the_formula(lora_alpha, ewc_lambda):
+def test_penalty_formula(lora_alpha, ewc_lambda):
+    """The penalty and its gradients match the formula."""
     model, ewc = after_one_task(lora_alpha=lora_alpha, ewc_lambda=ewc_lambda)
     parameters = [p for layer in layers(model) for _, a, b in layer.adapter_parameters() for p in (a, b)]
     expected = explicit_penalty(ewc, model)
@@ -82,7 +84,8 @@ def test_penalty_and_its_gradients_are_those_of_the_formula(lora_alpha, ewc_lamb
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12 * float(theirs.abs().max()))
 
 
-def test_penalty_is_one_call_for_all_adapters(monkeypatch):
+def test_penalty_single_call(monkeypatch):
+    """The penalty is one call for all adapters."""
     _, ewc = after_one_task()
     calls = []
     original = FE.ewc_penalty
@@ -93,14 +96,16 @@ def test_penalty_is_one_call_for_all_adapters(monkeypatch):
     assert calls == [len(KEYS)]
 
 
-def test_fp32_penalty_is_fp32_also_beside_a_bf16_model():
+def test_fp32_penalty_bf16():
+    """The fp32 penalty stays fp32 even beside a bf16 model."""
     for dtype in (torch.float32, torch.bfloat16):
         _, ewc = after_one_task(dtype=dtype)
         assert ewc.penalty().dtype == torch.float32
 
 
 @pytest.mark.parametrize("grad_scale", [1.0, 65536.0, torch.tensor(1024.0)])
-def test_adding_gradients_equals_scaled_backward(grad_scale):
+def test_add_gradients(grad_scale):
+    """Adding gradients directly equals a scaled backward pass."""
     model, ewc = after_one_task(ewc_lambda=50.0)
     other = copy.deepcopy(model)
     other_ewc = EWC(other, ewc_lambda=50.0, fisher_dtype=torch.float64)
@@ -118,7 +123,8 @@ def test_adding_gradients_equals_scaled_backward(grad_scale):
             )
 
 
-def test_a_grad_scaler_restores_lambda():
+def test_grad_scaler_lambda():
+    """Unscaling by a gradient scaler restores the effect of lambda."""
     model, ewc = after_one_task(dtype=torch.float32, ewc_lambda=50.0)
     parameters = [p for layer in layers(model) for _, a, b in layer.adapter_parameters() for p in (a, b)]
     scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
@@ -133,7 +139,8 @@ def test_a_grad_scaler_restores_lambda():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("merge_mode", ["delta", "factors"])
-def test_consolidation_keeps_the_function_to_one_rounding_of_the_weight(dtype, merge_mode):
+def test_consolidation_rounding(dtype, merge_mode):
+    """Consolidation keeps the function up to one rounding of the weight."""
     model = adapted(dtype=dtype)
     x, y = data(6, dtype=dtype)
     before = model(x).detach().double()
@@ -162,7 +169,8 @@ def _exact_weight(layer: LoRALinear) -> Tensor:
     return weight
 
 
-def test_rows_without_an_adapter_never_change():
+def test_untouched_rows():
+    """Rows without an adapter never change."""
     model = adapted()
     before = model.qkv.weight[:WIDTH].clone()
     x, y = data(4)
@@ -175,7 +183,7 @@ def test_rows_without_an_adapter_never_change():
     update=st.sampled_from(["sum", "convex"]),
     override=st.booleans(),
 )
-def test_two_tasks_follow_the_recursion(gamma, update, override):
+def test_two_task_recursion(gamma, update, override):
     """F = gamma F_1 + F_2, or gamma F_1 + (1 - gamma) F_2; F_t from a fresh controller on the same model."""
     model = adapted()
     options = {"update": update, "fisher_dtype": torch.float64}
@@ -197,7 +205,8 @@ def test_two_tasks_follow_the_recursion(gamma, update, override):
     assert [record.gamma for record in ewc.history] == [gamma, gamma] and ewc.tasks == 2
 
 
-def test_gamma_zero_copies_and_does_not_multiply_infinity():
+def test_gamma_zero_infinity():
+    """A gamma of zero copies and does not multiply infinity."""
     _, ewc = after_one_task(check_finite=False, gamma=0.0)
     next(iter(ewc.fishers.values())).fill_(torch.inf)
     x, y = data(4)
@@ -205,7 +214,8 @@ def test_gamma_zero_copies_and_does_not_multiply_infinity():
     assert all(bool(fisher.isfinite().all()) for fisher in ewc.fishers.values())
 
 
-def test_factor_merging_gives_the_sum_of_factors_from_the_first_weight():
+def test_factor_merging_sum():
+    """Factor merging gives the sum of the factors from the first weight on."""
     model = adapted()
     start = {name: model.get_submodule(name).weight.clone() for name in ("qkv", "fc")}
     ewc = EWC(model, merge_mode="factors", fisher_dtype=torch.float64)
@@ -227,7 +237,8 @@ def test_factor_merging_gives_the_sum_of_factors_from_the_first_weight():
             torch.testing.assert_close(model.get_submodule(name).weight, expected, rtol=0.0, atol=1e-14)
 
 
-def test_the_two_merge_modes_differ_by_cross_terms_from_the_second_task_on():
+def test_merge_modes_differ():
+    """The two merge modes differ by cross terms from the second task on."""
     deltas = []
     for merge_mode in ("delta", "factors"):
         model = adapted()
@@ -243,7 +254,8 @@ def test_the_two_merge_modes_differ_by_cross_terms_from_the_second_task_on():
     assert float((deltas[0][1] - deltas[1][1]).abs().max()) > 1e-3
 
 
-def test_consolidation_works_in_place_and_resets_the_adapters():
+def test_consolidation_in_place():
+    """Consolidation works in place and resets the adapters."""
     model, ewc = after_one_task()
     parameters, fishers = dict(model.named_parameters()), ewc.fishers
     pointers = {key: fisher.data_ptr() for key, fisher in fishers.items()}
@@ -257,7 +269,8 @@ def test_consolidation_works_in_place_and_resets_the_adapters():
             assert float(a.detach().abs().max()) <= layer.in_features**-0.5
 
 
-def test_the_generator_decides_the_next_adapters():
+def test_adapter_generator():
+    """The generator decides the next adapters."""
     starts = []
     for _ in range(2):
         model = adapted()
@@ -269,7 +282,8 @@ def test_the_generator_decides_the_next_adapters():
     assert torch.equal(*starts)
 
 
-def test_bf16_fisher_is_the_fp32_one_rounded_once_per_task():
+def test_bf16_fisher_rounding():
+    """The bf16 Fisher is the fp32 one rounded once per task."""
     ewcs = [
         after_one_task(dtype=torch.float32, fisher_dtype=dtype)[1]
         for dtype in (torch.float32, torch.bfloat16)
@@ -280,7 +294,9 @@ def test_bf16_fisher_is_the_fp32_one_rounded_once_per_task():
     assert ewcs[1].penalty().item() == pytest.approx(ewcs[0].penalty().item(), rel=2**-8)
 
 
-def test_memory_is_constant_over_tasks():
+def test_constant_memory():
+    """Memory is constant over tasks."""
+
     def tensors() -> list[Tensor]:
         gc.collect()
         return [o for o in gc.get_objects() if type(o) in (Tensor, torch.nn.Parameter)]
@@ -297,7 +313,8 @@ def test_memory_is_constant_over_tasks():
     del kept
 
 
-def test_penalty_follows_parameters_that_were_replaced():
+def test_replaced_parameters():
+    """The penalty follows parameters that were replaced."""
     model, ewc = after_one_task()
     model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
     before = ewc.penalty().item()
@@ -306,7 +323,8 @@ def test_penalty_follows_parameters_that_were_replaced():
     assert ewc.penalty().item() > before
 
 
-def test_state_dict_round_trip_continues_bit_for_bit():
+def test_resume_bitwise():
+    """Training continues bit for bit after a `state_dict` round trip."""
     model, ewc = after_one_task(merge_mode="factors")
     x, y = data(4)
     ewc.estimate_fisher([(x, y)], F.cross_entropy)  # saved in the middle of a task boundary
@@ -337,7 +355,8 @@ def test_loaded_state_is_a_copy():
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "compile"])
-def test_keys_do_not_depend_on_wrappers(wrap):
+def test_keys_ignore_wrappers(wrap):
+    """Keys do not depend on wrappers."""
     model, ewc = after_one_task()
     if wrap == "compile":
         wrapped = torch.compile(model, backend="eager")
@@ -350,7 +369,8 @@ def test_keys_do_not_depend_on_wrappers(wrap):
     assert torch.equal(other.penalty(), ewc.penalty())
 
 
-def test_compiled_models_give_the_same_fisher_and_compiled_penalties_the_same_value():
+def test_compiled_same_values():
+    """Compiled models give the same Fisher, and compiled penalties the same value."""
     x, y = data(6, dtype=torch.float32)
     model = adapted(dtype=torch.float32)
     twin = copy.deepcopy(model)
@@ -368,19 +388,22 @@ def test_compiled_models_give_the_same_fisher_and_compiled_penalties_the_same_va
     torch.testing.assert_close(step(x), F.cross_entropy(model(x), y) + ewcs[0].penalty())
 
 
-def test_convert_lambda_keeps_the_penalty_where_the_batch_law_holds():
+def test_convert_lambda_law():
+    """`convert_lambda` keeps the penalty unchanged where the batch law holds."""
     assert convert_lambda(1e7, "batch", "sample", 128) == 78125.0
     assert convert_lambda(78125.0, "sample", "batch", 128) == 1e7
     assert convert_lambda(3.0, "batch", "batch", 128) == 3.0
 
 
-def test_module_is_part_of_the_public_names():
+def test_public_module():
+    """The module is part of the public names."""
     import fused_ewclora as fe
 
     assert fe.EWC is ewc_module.EWC and fe.convert_lambda is convert_lambda
 
 
-def test_the_first_task_compiles_without_a_graph_break():
+def test_compile_first_task():
+    """The first task compiles without a graph break."""
     model = adapted(dtype=torch.float32)
     ewc = EWC(model)
     x, y = data(3, dtype=torch.float32)

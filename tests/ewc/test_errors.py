@@ -71,7 +71,8 @@ FAILURES = [
 @pytest.mark.parametrize(
     ("owner", "name", "number"), FAILURES, ids=[f"{o.__name__}.{n}-{k}" for o, n, k in FAILURES]
 )
-def test_consolidation_is_all_or_nothing_wherever_it_fails(second_task, monkeypatch, owner, name, number):
+def test_consolidation_atomic(second_task, monkeypatch, owner, name, number):
+    """Consolidation is all or nothing, wherever it fails."""
     model, ewc = second_task
     before = state_of(model, ewc)
     with monkeypatch.context() as patch:
@@ -83,7 +84,8 @@ def test_consolidation_is_all_or_nothing_wherever_it_fails(second_task, monkeypa
     assert ewc.tasks == 2
 
 
-def test_an_interrupt_in_the_middle_of_copying_is_rolled_back_too(second_task, monkeypatch):
+def test_interrupt_rolled_back(second_task, monkeypatch):
+    """An interrupt in the middle of copying is rolled back too."""
     model, ewc = second_task
     before = state_of(model, ewc)
     original = LoRALinear.reset_adapters
@@ -101,7 +103,8 @@ def test_an_interrupt_in_the_middle_of_copying_is_rolled_back_too(second_task, m
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["lora_A_v", "lora_B_k", "fisher"])
-def test_nonfinite_values_stop_a_consolidation(second_task, bad, where):
+def test_nan_stops_consolidation(second_task, bad, where):
+    """Values that are not finite stop a consolidation."""
     model, ewc = second_task
     with torch.no_grad():
         target = ewc.fishers["fc"] if where == "fisher" else getattr(model.qkv, where)
@@ -112,7 +115,8 @@ def test_nonfinite_values_stop_a_consolidation(second_task, bad, where):
     assert_unchanged(before, model, ewc)
 
 
-def test_consolidation_without_a_fisher_says_what_to_call():
+def test_consolidation_without_fisher():
+    """Consolidation without a Fisher says what to call first."""
     model = adapted()
     ewc = EWC(model)
     before = state_of(model, ewc)
@@ -122,7 +126,8 @@ def test_consolidation_without_a_fisher_says_what_to_call():
 
 
 @pytest.mark.parametrize("gamma", [-0.1, 1.1, math.nan, "1", True])
-def test_gamma_outside_its_range_is_refused_before_anything_runs(second_task, gamma):
+def test_gamma_out_of_range(second_task, gamma):
+    """A gamma outside its range is refused before anything runs."""
     model, ewc = second_task
     before = state_of(model, ewc)
     for call in (lambda: ewc.consolidate(gamma), lambda: ewc.end_task([], F.cross_entropy, gamma=gamma)):
@@ -155,7 +160,8 @@ BAD_ESTIMATES = [
 
 
 @pytest.mark.parametrize(("message", "loader", "options", "error"), BAD_ESTIMATES)
-def test_estimates_that_cannot_work_say_why_and_change_nothing(message, loader, options, error):
+def test_impossible_estimate(message, loader, options, error):
+    """Estimates that cannot work say why and change nothing."""
     options = dict(options)
     model = adapted()
     x, y = data(0 if options.pop("empty", False) else 4)
@@ -175,7 +181,8 @@ def test_estimates_that_cannot_work_say_why_and_change_nothing(message, loader, 
     assert_unchanged(before, model, ewc)
 
 
-def test_a_loader_that_fails_half_way_leaves_no_trace():
+def test_failing_loader():
+    """A loader that fails halfway leaves no trace."""
     model = adapted()
     ewc = EWC(model)
     x, y = data(4)
@@ -197,7 +204,8 @@ class Bypassing(Tiny):
         return super().block(x) if self.calls == 1 else x + F.linear(x, self.qkv.weight)[..., :6] + self.fc(x)
 
 
-def test_a_layer_that_is_bypassed_is_named_with_the_mend():
+def test_bypassed_layer():
+    """A bypassed layer is named together with its remedy."""
     model = Bypassing(calls=0)
     inject(model, LoRAConfig(r=2, target_modules=["qkv", "fc"]))
     ewc = EWC(model)
@@ -208,7 +216,8 @@ def test_a_layer_that_is_bypassed_is_named_with_the_mend():
     assert_unchanged(before, model, ewc)
 
 
-def test_a_layer_whose_output_takes_no_part_is_named():
+def test_unused_output():
+    """A layer whose output takes no part in the loss is named."""
     model = adapted()
     ewc = EWC(model)
     x, _ = data(4)
@@ -217,7 +226,8 @@ def test_a_layer_whose_output_takes_no_part_is_named():
         model.fc(x)
 
 
-def test_backward_without_anything_inside_the_block_is_an_error():
+def test_backward_nothing_inside():
+    """A backward pass with nothing recorded inside the block is an error."""
     ewc = EWC(adapted())
     with pytest.raises(FisherError, match="no forward and backward"), ewc.accumulate_fisher():
         pass
@@ -237,7 +247,8 @@ def test_passes_do_not_nest(second_task):
     assert_unchanged(before, model, ewc)
 
 
-def test_merged_or_disabled_adapters_have_no_fisher_and_are_not_consolidated(second_task):
+def test_merged_or_disabled(second_task):
+    """Merged or disabled adapters have no Fisher and are not consolidated."""
     model, ewc = second_task
     x, y = data(4)
     merge(model)
@@ -270,13 +281,15 @@ def test_constructor_arguments_are_checked(name, options, error):
         EWC(adapted(), **options)
 
 
-def test_a_model_without_adapters_is_refused():
+def test_no_adapters():
+    """A model without adapters is refused."""
     with pytest.raises(TargetError, match="inject"):
         EWC(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("batch_size", [None, 3])
-def test_bad_pass_arguments_are_refused(batch_size):
+def test_bad_pass_arguments(batch_size):
+    """Bad arguments to a pass are refused."""
     ewc = EWC(adapted())
     for options in (
         {"loss_scale": 0.0},
@@ -292,7 +305,8 @@ def test_bad_pass_arguments_are_refused(batch_size):
             raise AssertionError("the block must not run")
 
 
-def test_samples_that_do_not_divide_the_rows_are_refused():
+def test_indivisible_samples():
+    """Sample counts that do not divide the rows are refused."""
     model = adapted()
     ewc = EWC(model)
     before = state_of(model, ewc)
@@ -334,7 +348,8 @@ def broken_states():
 @pytest.mark.parametrize(
     ("change", "message"), [case[1:] for case in broken_states()], ids=[c[0] for c in broken_states()]
 )
-def test_states_that_do_not_fit_are_refused_and_change_nothing(second_task, change, message):
+def test_bad_state(second_task, change, message):
+    """States that do not fit are refused and change nothing."""
     model, ewc = second_task
     before = state_of(model, ewc)
     saved = copy.deepcopy(ewc.state_dict())
@@ -344,7 +359,8 @@ def test_states_that_do_not_fit_are_refused_and_change_nothing(second_task, chan
     assert_unchanged(before, model, ewc)
 
 
-def test_convert_lambda_checks_its_arguments():
+def test_bad_convert_lambda():
+    """`convert_lambda` checks its arguments."""
     for arguments in (
         (-1.0, "batch", "sample", 2),
         (1.0, "b", "sample", 2),

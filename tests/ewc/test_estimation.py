@@ -46,7 +46,8 @@ def oracle(model, x, y):
 
 
 @given(samples=st.integers(1, 7), size=st.integers(1, 7), seed=st.integers(0, 2**20))
-def test_empirical_fisher_is_the_mean_of_squared_sample_gradients_for_any_batching(samples, size, seed):
+def test_empirical_any_batching(samples, size, seed):
+    """The empirical Fisher is the mean of squared sample gradients for any batching."""
     model, (x, y) = adapted(seed), data(samples, seed + 1)
     expected = oracle(model, x, y)
     assert_close(consolidated(model, batches(x, y, size)), expected)
@@ -54,7 +55,7 @@ def test_empirical_fisher_is_the_mean_of_squared_sample_gradients_for_any_batchi
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["sample", "batch"])
-def test_low_precision_models_give_the_fp64_fisher_of_the_same_weights(dtype, mode):
+def test_low_precision_fp64(dtype, mode):
     """x and dy carry the rounding of the model; squares and sums are fp32."""
     x, y = data(6, dtype=dtype)
     model = adapted(dtype=dtype)
@@ -69,20 +70,22 @@ def test_low_precision_models_give_the_fp64_fisher_of_the_same_weights(dtype, mo
 
 
 @given(order=st.permutations(range(6)))
-def test_fisher_is_invariant_to_sample_order(order):
+def test_order_invariant(order):
+    """The Fisher is invariant to the order of the samples."""
     (x, y), order = data(6), torch.tensor(order)
     one = consolidated(adapted(), batches(x, y, 4))
     two = consolidated(adapted(), batches(x[order], y[order], 4))
     assert_close(one, two)
 
 
-def test_sum_reduced_loss_gives_the_same_fisher():
+def test_sum_reduced_loss():
+    """A loss reduced by sum gives the same Fisher."""
     x, y = data(7)
     loss = lambda output, target: F.cross_entropy(output, target, reduction="sum")  # noqa: E731
     assert_close(consolidated(adapted(), batches(x, y, 3), loss, reduction="sum"), oracle(adapted(), x, y))
 
 
-def test_batch_mode_is_the_official_estimate():
+def test_batch_mode_official():
     """sum_b (n_b / N) (mean gradient of b)^2."""
     x, y = data(7)
     parts = batches(x, y, 3)
@@ -99,13 +102,14 @@ def test_batch_mode_of_a_sum():
     assert_close(consolidated(adapted(), batches(x, y, 3), loss, mode="batch", reduction="sum"), expected)
 
 
-def test_at_batch_size_one_both_modes_agree():
+def test_batch_size_one():
+    """At batch size one, both modes agree."""
     x, y = data(5)
     parts = batches(x, y, 1)
     assert_close(consolidated(adapted(), parts, mode="batch"), consolidated(adapted(), parts))
 
 
-def test_batch_law_holds_in_expectation_for_sampled_labels():
+def test_batch_law_expectation():
     """E F_batch = F_sample / n for sampled labels, where the expected gradient is exactly 0."""
     x, _ = data(4)
     generator = torch.Generator().manual_seed(3)
@@ -118,7 +122,8 @@ def test_batch_law_holds_in_expectation_for_sampled_labels():
     assert abs(ratio / 4 - 1) < 5 * math.sqrt(2 / 600), ratio
 
 
-def test_exact_labels_are_the_expectation_over_classes():
+def test_exact_labels_expectation():
+    """Exact labels give the expectation over classes."""
     x, y = data(5)
     model = adapted()
     p = model(x).softmax(-1).detach()
@@ -131,7 +136,8 @@ def test_exact_labels_are_the_expectation_over_classes():
     assert_close(actual, squares(adapted(), losses, weights))
 
 
-def test_exact_labels_ignore_classes_masked_by_minus_infinity():
+def test_exact_masked_classes():
+    """Exact labels ignore classes masked by minus infinity."""
     x, y = data(5)
     mask = torch.tensor([0.0, -math.inf, 0.0, -math.inf], dtype=torch.float64)
     exact = {"loss_fn": None, "labels": "exact"}
@@ -140,7 +146,8 @@ def test_exact_labels_ignore_classes_masked_by_minus_infinity():
     assert_close(masked, kept)
 
 
-def test_sampled_labels_are_drawn_from_the_model_and_repeat_with_the_generator():
+def test_sampled_labels_generator():
+    """Sampled labels are drawn from the model and repeat with the generator."""
     x, y = data(6)
     model, parts = adapted(), batches(x, y, 6)
     generator = torch.Generator().manual_seed(5)
@@ -150,7 +157,8 @@ def test_sampled_labels_are_drawn_from_the_model_and_repeat_with_the_generator()
     assert_close(first, oracle(adapted(), x, drawn))
 
 
-def test_sampled_labels_have_the_model_s_frequencies():
+def test_sampled_label_frequencies():
+    """Sampled labels have the frequencies that the model predicts."""
     logits = torch.tensor([[0.0, 1.0, -1.0, -math.inf]]).expand(20000, 4)
     counts = (
         estimation.sample_labels(logits, None, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000
@@ -159,7 +167,8 @@ def test_sampled_labels_have_the_model_s_frequencies():
     assert torch.all((counts - p).abs() <= 5 * (p * (1 - p) / 20000).sqrt())
 
 
-def test_ignored_positions_keep_their_label_when_sampling():
+def test_ignored_positions():
+    """Ignored positions keep their label when sampling."""
     targets = torch.tensor([[1, -100], [-100, 2]])
     drawn = estimation.sample_labels(torch.zeros(2, 2, 5), targets, None)
     assert torch.equal(drawn < 0, targets < 0)
@@ -188,7 +197,8 @@ def test_activation_checkpointing_counts_once(labels, reentrant):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing_counts_once_by_hand(reentrant):
+def test_checkpointing_by_hand(reentrant):
+    """Activation checkpointing counts once when the pass is written by hand."""
     x, y = data(5)
     model = adapted(calls=2, reentrant=reentrant)
     ewc = EWC(model, fisher_dtype=torch.float64)
@@ -228,7 +238,8 @@ def test_checkpointed_calls(reentrant, by_hand):
 
 
 @pytest.mark.parametrize("labels", ["empirical", "exact"])
-def test_a_layer_called_twice_squares_the_sum_of_its_gradients(labels):
+def test_layer_called_twice(labels):
+    """A layer called twice squares the sum of its gradients."""
     x, y = data(4)
     if labels == "empirical":
         expected = oracle(adapted(calls=2), x, y)
@@ -240,7 +251,8 @@ def test_a_layer_called_twice_squares_the_sum_of_its_gradients(labels):
     assert_close(consolidated(adapted(calls=2), batches(x, y, 3), labels=labels), expected)
 
 
-def test_several_estimates_before_one_consolidation_add_up():
+def test_estimates_accumulate():
+    """Several estimates before one consolidation add up."""
     x, y = data(7)
     ewc = EWC(adapted(), fisher_dtype=torch.float64)
     ewc.estimate_fisher([(x[:3], y[:3])], F.cross_entropy)
@@ -250,7 +262,8 @@ def test_several_estimates_before_one_consolidation_add_up():
     assert ewc.history[0].samples == 7 and ewc.history[0].batch_size == 4
 
 
-def test_by_hand_equals_the_loop_over_a_loader():
+def test_manual_equals_loader():
+    """A pass written by hand equals the loop over a loader."""
     x, y = data(7)
     model = adapted()
     ewc = EWC(model, fisher_dtype=torch.float64)
@@ -262,7 +275,8 @@ def test_by_hand_equals_the_loop_over_a_loader():
 
 
 @pytest.mark.parametrize("mode", ["sample", "batch"])
-def test_loss_scale_is_divided_out(mode):
+def test_loss_scale_divided(mode):
+    """The loss scale is divided out."""
     x, y = data(6)
     model = adapted()
     ewc = EWC(model, fisher_dtype=torch.float64, fisher_mode=mode)
@@ -272,7 +286,9 @@ def test_loss_scale_is_divided_out(mode):
     assert_close(ewc.fishers, consolidated(adapted(), [(x, y)], mode=mode))
 
 
-def test_samples_folded_into_windows_are_counted_as_the_batch_size_says():
+def test_windowed_samples():
+    """Samples folded into windows are counted as the batch size says."""
+
     class Windows(nn.Module):
         def __init__(self):
             super().__init__()
@@ -297,7 +313,9 @@ def test_samples_folded_into_windows_are_counted_as_the_batch_size_says():
     assert_close(ewc.fishers, {"fc": total.detach() / 5})
 
 
-def test_layers_that_disagree_about_the_number_of_samples_are_refused():
+def test_sample_count_mismatch():
+    """Layers that disagree about the number of samples are refused."""
+
     class Folded(nn.Module):
         def __init__(self):
             super().__init__()
@@ -334,7 +352,8 @@ class Wrapped(nn.Module):
         return {"logits": logits, "loss": None if labels is None else F.cross_entropy(logits, labels)}
 
 
-def test_batches_of_every_common_form_give_the_same_fisher():
+def test_batch_forms():
+    """Batches of every common form give the same Fisher."""
     x, y = data(5)
     parts = batches(x, y, 3)
     expected = consolidated(adapted(), parts)
@@ -357,7 +376,8 @@ def test_batches_of_every_common_form_give_the_same_fisher():
     assert all(torch.equal(ewc.fishers[f"model.{key}"], expected[key]) for key in KEYS)
 
 
-def test_modes_and_gradients_are_as_before_also_after_an_error():
+def test_modes_restored():
+    """Modes and gradients are as before, even after an error."""
     x, y = data(6)
     model = adapted()
     model.train()
@@ -381,7 +401,8 @@ def test_modes_and_gradients_are_as_before_also_after_an_error():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_nonfinite_data_raises_and_discards_only_what_was_gathered_in_that_pass(bad):
+def test_nan_discards_pass(bad):
+    """Non-finite data raise an error and discard only what that pass gathered."""
     x, y = data(6)
     model = adapted()
     ewc = EWC(model, fisher_dtype=torch.float64)
@@ -397,14 +418,16 @@ def test_nonfinite_data_raises_and_discards_only_what_was_gathered_in_that_pass(
     assert ewc.history[0].samples == 6
 
 
-def test_check_finite_can_be_turned_off():
+def test_check_finite_off():
+    """`check_finite` can be turned off."""
     x, y = data(2)
     ewc = EWC(adapted(), check_finite=False)
     ewc.end_task([(x * math.nan, y)], F.cross_entropy)
     assert all(bool(fisher.isnan().all()) for fisher in ewc.fishers.values())
 
 
-def test_max_batches_reads_no_further():
+def test_max_batches_limit():
+    """With `max_batches`, the loader is read no further."""
     x, y = data(6)
 
     def endless():
@@ -416,7 +439,8 @@ def test_max_batches_reads_no_further():
     assert ewc.history[0].samples == 12
 
 
-def test_progress_bar_shows_when_asked_for_only(capfd):
+def test_progress_bar_optional(capfd):
+    """The progress bar shows only when asked for."""
     x, y = data(2)
     ewc = EWC(adapted())
     ewc.estimate_fisher([(x, y)], F.cross_entropy)
@@ -425,7 +449,8 @@ def test_progress_bar_shows_when_asked_for_only(capfd):
     assert "Fisher" in capfd.readouterr().err
 
 
-def test_an_empty_batch_adds_nothing():
+def test_empty_batch():
+    """An empty batch adds nothing."""
     model, (x, y) = adapted(), data(4)
     ewc = EWC(model, fisher_dtype=torch.float64)
     with ewc.accumulate_fisher():

@@ -115,7 +115,8 @@ def wide(model: nn.Module) -> tuple[Tensor, ...]:
 
 
 @each_mix
-def test_outputs_and_gradients_equal_fp64_to_the_dtypes_own_error(mix):
+def test_outputs_gradients_fp64(mix):
+    """Outputs and gradients equal fp64 up to the rounding error of the dtype."""
     model = model_of(mix)
     x, dy = data_of(mix)
     y, loss = loss_of(mix, model, x, dy)
@@ -158,7 +159,8 @@ def controller(model: nn.Module, mix: Mix, **options) -> fe.EWC:
 
 @each_mix
 @pytest.mark.parametrize("form", ["autograd", "in place"])
-def test_the_penalty_is_fp32_and_its_gradients_have_the_dtype_of_the_parameters(mix, form):
+def test_penalty_dtypes(mix, form):
+    """The penalty is fp32 and its gradients have the dtype of the parameters."""
     model = model_of(mix)
     ewc = controller(model, mix)
     with mix.cast():
@@ -194,7 +196,8 @@ def exact_fisher(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 @each_mix
 @pytest.mark.parametrize("scale", [1.0, 4096.0])
-def test_the_fisher_is_free_of_the_loss_scale(mix, scale):
+def test_fisher_loss_scale(mix, scale):
+    """The Fisher does not depend on the loss scale."""
     model = model_of(mix)
     ewc = fe.EWC(model)
     x, dy = data_of(mix)
@@ -208,7 +211,7 @@ def test_the_fisher_is_free_of_the_loss_scale(mix, scale):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_loss_scale_saves_gradients_that_fp16_would_lose(autocast):
+def test_fp16_underflow(autocast):
     """dy = 2^-30 is zero in fp16, so the Fisher would be; times 2^20 it is exact."""
     mix = Mix(F16, F32, "inject", False)
     model = model_of(mix)
@@ -225,7 +228,8 @@ def test_a_loss_scale_saves_gradients_that_fp16_would_lose(autocast):
 
 
 @pytest.mark.parametrize("base", [F16, BF16])
-def test_a_loss_scale_that_overflows_is_refused_and_leaves_the_earlier_gathering(base):
+def test_loss_scale_overflow(base):
+    """A loss scale that overflows is refused and leaves what was gathered before."""
     mix = Mix(base, F32, "inject", False)
     model = model_of(mix)
     ewc = controller(model, mix)
@@ -242,7 +246,8 @@ def test_a_loss_scale_that_overflows_is_refused_and_leaves_the_earlier_gathering
 
 
 @each_mix
-def test_consolidation_rounds_the_weight_once_and_keeps_every_dtype(mix):
+def test_consolidation_dtypes(mix):
+    """Consolidation rounds the weight once and keeps every dtype."""
     model = model_of(mix)
     w, _, a, b = wide(model)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
@@ -287,7 +292,7 @@ def gradients(mix: Mix, form: str, scaled: bool) -> tuple[dict[str, Tensor], nn.
 
 @pytest.mark.parametrize("mix", SCALABLE, ids=str)
 @pytest.mark.parametrize("form", ["autograd", "in place before unscaling", "in place after unscaling"])
-def test_a_grad_scaler_changes_no_gradient(mix, form):
+def test_grad_scaler_bitwise(mix, form):
     """Bitwise: its scale is a power of two, and nothing here is subnormal."""
     plain, scaled = gradients(mix, form, scaled=False), gradients(mix, form, scaled=True)
     assert plain[0].keys() == {"0.lora_A", "0.lora_B"}
@@ -298,7 +303,8 @@ def test_a_grad_scaler_changes_no_gradient(mix, form):
 
 @pytest.mark.parametrize("mix", [MIXES[0], MIXES[1], MIXES[4]], ids=str)
 @pytest.mark.parametrize("form", ["autograd", "in place"])
-def test_a_step_that_overflows_is_skipped_without_damage(mix, form):
+def test_overflow_step_skipped(mix, form):
+    """A step that overflows is skipped without damage."""
     model = model_of(mix)
     ewc = controller(model, mix)
     x, dy = data_of(mix)
@@ -327,7 +333,7 @@ def test_a_step_that_overflows_is_skipped_without_damage(mix, form):
     assert [n for n in before if not torch.equal(before[n], after[n])] == ["model.0.lora_A", "model.0.lora_B"]
 
 
-def test_fp16_adapters_meet_pytorchs_own_refusal():
+def test_fp16_adapters_refused():
     """GradScaler does not unscale fp16 gradients; keep fp32 adapters (docs/integrations/precision.md)."""
     with pytest.raises(ValueError, match="unscale FP16 gradients"):
         gradients(Mix(F16, F16, "to", False), "autograd", scaled=True)

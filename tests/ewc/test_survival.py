@@ -56,7 +56,8 @@ def by_torch_save(pair):
 @pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle, by_torch_save])
 @pytest.mark.parametrize("merge_mode", ["delta", "factors"])
 @pytest.mark.parametrize("moment", ["between tasks", "in a task", "before consolidation"])
-def test_copies_of_model_and_controller_train_on_identically_and_independently(copied, merge_mode, moment):
+def test_copies_train_independently(copied, merge_mode, moment):
+    """Copies of model and controller train on identically and independently."""
     model, ewc = two_tasks(merge_mode=merge_mode, generator=torch.Generator().manual_seed(1))
     if moment != "between tasks":
         train(model, ewc, 2)
@@ -75,7 +76,8 @@ def test_copies_of_model_and_controller_train_on_identically_and_independently(c
     assert ewc.history == other_ewc.history
 
 
-def test_a_copied_controller_brings_its_own_model_along():
+def test_controller_copies_model():
+    """A copied controller brings its own model along."""
     model, ewc = two_tasks()
     before = whole(model, ewc)
     other = copy.deepcopy(ewc)
@@ -84,7 +86,8 @@ def test_a_copied_controller_brings_its_own_model_along():
     assert_same(before, whole(model, ewc))
 
 
-def test_a_copy_made_inside_of_a_fisher_pass_is_not_part_of_it():
+def test_copy_inside_pass():
+    """A copy made inside a Fisher pass is not part of it."""
     model, ewc = two_tasks()
     x, y = data(5)
     with ewc.accumulate_fisher():
@@ -122,7 +125,8 @@ def one_process():
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("wrap", [ddp, compiled, recomputing, all_of_them])
-def test_states_pass_between_wrapped_and_bare_models(wrap, tmp_path):
+def test_wrapped_bare_states(wrap, tmp_path):
+    """States pass between wrapped and bare models."""
     model, ewc = two_tasks()
     train(model, ewc, 3)
     expected = whole(model, ewc)
@@ -147,7 +151,7 @@ def test_states_pass_between_wrapped_and_bare_models(wrap, tmp_path):
     assert torch.equal(wrapped_ewc.penalty(), ewc.penalty())
 
 
-def test_adapters_whose_names_differ_only_by_a_wrappers_prefix_are_refused(tmp_path):
+def test_wrapper_prefix_clash(tmp_path):
     """ "module.fc" is what DDP calls "fc": in one model that has both they could not be told apart."""
     model = nn.ModuleDict({"fc": nn.Linear(3, 3), "module": nn.ModuleDict({"fc": nn.Linear(3, 3)})})
     fe.inject(model, fe.LoRAConfig(r=1, target_modules=["fc"]))
@@ -158,7 +162,8 @@ def test_adapters_whose_names_differ_only_by_a_wrappers_prefix_are_refused(tmp_p
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_the_fisher_keeps_its_dtype_when_the_model_changes_its_own(dtype):
+def test_fisher_keeps_dtype(dtype):
+    """The Fisher keeps its dtype when the model changes its own."""
     model = adapted(dtype=torch.float32)
     ewc = fe.EWC(model, ewc_lambda=20.0)
     ewc.end_task([data(6, dtype=torch.float32)], F.cross_entropy)
@@ -177,7 +182,8 @@ def test_the_fisher_keeps_its_dtype_when_the_model_changes_its_own(dtype):
     assert ewc.tasks == 2 and ewc.fishers["fc"] is fishers["fc"]
 
 
-def test_an_fp64_fisher_beside_a_model_that_became_fp32_says_so():
+def test_fp64_fisher_fp32():
+    """An fp64 Fisher beside a model that became fp32 raises an error that says so."""
     model, ewc = two_tasks()
     model.float()
     with pytest.raises(DtypeError, match=r"fishers\[0\].*float32.*float64"):
@@ -185,7 +191,7 @@ def test_an_fp64_fisher_beside_a_model_that_became_fp32_says_so():
 
 
 @pytest.mark.parametrize("merge_mode", ["delta", "factors"])
-def test_the_whole_state_moves_with_the_model_at_its_next_use(merge_mode):
+def test_state_follows_device(merge_mode):
     """On the meta device, which every machine has."""
     model, ewc = two_tasks(merge_mode=merge_mode)
     ewc.estimate_fisher([data(5)], F.cross_entropy)
@@ -197,14 +203,16 @@ def test_the_whole_state_moves_with_the_model_at_its_next_use(merge_mode):
     assert {tensor.device.type for tensor in tensors.values()} == {"meta"}
 
 
-def test_a_state_that_need_not_move_keeps_its_tensors():
+def test_state_keeps_tensors():
+    """A state that need not move keeps its tensors."""
     _, ewc = two_tasks()
     fishers = ewc.fishers
     ewc.penalty()
     assert all(ewc.fishers[key] is fisher for key, fisher in fishers.items())
 
 
-def test_parameters_assigned_after_the_controller_was_made_are_followed():
+def test_assigned_parameters():
+    """Parameters assigned after the controller was made are followed."""
     model, ewc = two_tasks()
     twin, twin_ewc = copy.deepcopy((model, ewc))
     model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
@@ -223,7 +231,7 @@ USES = {
 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("again", [None, {"r": 3}, {"lora_alpha": 5.0}, {"slices": None}])
-def test_a_controller_of_adapters_that_are_gone_says_so(use, again):
+def test_adapters_gone(use, again):
     """Ejected, or injected anew with another configuration."""
     model, ewc = two_tasks()
     ewc.estimate_fisher([data(4)], F.cross_entropy)
@@ -239,7 +247,8 @@ def test_a_controller_of_adapters_that_are_gone_says_so(use, again):
     assert_same(before, snapshot(model, ewc.state_dict()["tensors"]))
 
 
-def test_the_same_adapters_injected_again_go_on_with_the_same_controller():
+def test_reinjected_adapters():
+    """The same adapters injected again continue with the same controller."""
     model, ewc = two_tasks()
     fe.eject(model)
     torch.manual_seed(0)
@@ -251,7 +260,8 @@ def test_the_same_adapters_injected_again_go_on_with_the_same_controller():
     assert ewc.tasks == 3
 
 
-def test_an_ejected_model_is_plain_and_its_controllers_state_serves_another():
+def test_ejected_state_reused():
+    """An ejected model is plain, and the state of its controller serves another model."""
     model, ewc = two_tasks()
     x, _ = data(3)
     expected = model(x)
@@ -269,7 +279,7 @@ def test_an_ejected_model_is_plain_and_its_controllers_state_serves_another():
     assert_same(ewc.fishers, other.fishers)
 
 
-def test_optimizer_states_survive_a_resume_beside_a_checkpoint(tmp_path):
+def test_optimizer_resume(tmp_path):
     """Adapters, head, Fisher and moments: a run that goes on from files equals the one that was not cut."""
     model, ewc = two_tasks()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -305,7 +315,7 @@ class Dead(BaseException):
     """The process has died: no code of its own runs after it."""
 
 
-def test_a_first_save_that_dies_at_any_moment_leaves_nothing_or_all_of_it(tmp_path, monkeypatch):
+def test_interrupted_first_save(tmp_path, monkeypatch):
     """Before every write, fsync, rename and removal in turn; kills over an older checkpoint are in
     test_checkpoint_files.py."""
     model, ewc = two_tasks()

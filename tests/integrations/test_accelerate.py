@@ -68,7 +68,8 @@ def plain_loop(clip: bool) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("way", ["in the loss", "straight into .grad"])
-def test_both_ways_to_add_the_penalty_equal_the_plain_loop(way, clip):
+def test_penalty_plain_loop(way, clip):
+    """Both ways to add the penalty equal the plain loop."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION)
     model, ewc = second_task()
     start = trained(model)
@@ -92,7 +93,8 @@ def test_both_ways_to_add_the_penalty_equal_the_plain_loop(way, clip):
         torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-14)
 
 
-def test_bf16_autocast_reaches_the_adapted_layers_and_their_fisher():
+def test_bf16_autocast():
+    """Autocast to bf16 reaches the adapted layers and their Fisher."""
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     plain = adapted(dtype=torch.float32)
     model = accelerator.prepare(adapted(dtype=torch.float32))
@@ -118,7 +120,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-def test_names_do_not_depend_on_the_wrapper(one_process, tmp_path):
+def test_names_ignore_wrapper(one_process, tmp_path):
     """DDP is what `prepare` puts around a model when there are several processes."""
     model = adapted()
     wrapped = DistributedDataParallel(model)
@@ -134,7 +136,8 @@ def test_names_do_not_depend_on_the_wrapper(one_process, tmp_path):
     assert all(torch.equal(again.fishers[key], fisher) for key, fisher in ewc.fishers.items())
 
 
-def test_save_state_keeps_adapters_and_the_registered_controller(tmp_path):
+def test_save_state(tmp_path):
+    """`save_state` keeps the adapters and the registered controller."""
     accelerator = Accelerator(cpu=True)
     model, ewc = second_task()
     model, _ = accelerator.prepare(model, optimizer_of(model))

@@ -162,7 +162,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_strategy_equals_the_controller_by_hand_to_the_last_bit(case):
+def test_strategy_bitwise(case):
+    """A strategy equals the controller used by hand to the last bit."""
     build, stream = CASES[case][0], CASES[case][1]().train_stream
     model = build()
     twin = copy.deepcopy(model)
@@ -176,7 +177,8 @@ def test_a_strategy_equals_the_controller_by_hand_to_the_last_bit(case):
     assert ewc.history == twin_ewc.history
 
 
-def test_the_plugin_makes_its_controller_from_options():
+def test_controller_options():
+    """The plugin makes its controller from options."""
     model = mlp()
     plugin = EWCLoRAPlugin(**options(gamma=0.5), labels="sampled", max_batches=2)
     assert plugin.ewc is None
@@ -186,7 +188,8 @@ def test_the_plugin_makes_its_controller_from_options():
 
 
 @pytest.mark.parametrize("reset", [True, False])
-def test_the_optimizer_keeps_what_it_knows_of_the_head(reset):
+def test_optimizer_head_state(reset):
+    """The optimizer keeps its state for the head."""
     model = mlp()
     strategy = naive(model, EWCLoRAPlugin(**options(), reset_optimizer=reset))
     strategy.train(benchmark().train_stream[0])
@@ -197,7 +200,8 @@ def test_the_optimizer_keeps_what_it_knows_of_the_head(reset):
 
 
 @pytest.mark.parametrize("group", ["eval", "train"])
-def test_the_fisher_sees_the_transformations_asked_for(group):
+def test_fisher_transforms(group):
+    """The Fisher sees the transformations that were asked for."""
     stream = benchmark(1, transforms=TransformGroups({"train": lambda x: 3.0 * x, "eval": lambda x: -x}))
     model = mlp()
     twin = copy.deepcopy(model)
@@ -226,7 +230,7 @@ def test_criterion_that_sums():
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_an_online_stream_ends_a_task_where_its_boundaries_say_so(known):
+def test_online_boundaries(known):
     """Without boundaries every small experience is a task, as for Avalanche's own plugins."""
     online = split_online_stream(benchmark(2).train_stream, 4, access_task_boundaries=known)
     ewc = fe.EWC(mlp(), **options())
@@ -237,7 +241,7 @@ def test_an_online_stream_ends_a_task_where_its_boundaries_say_so(known):
     assert samples == ([SAMPLES] * 2 if known else [4, 4, 3] * 2)
 
 
-def test_a_run_resumed_from_avalanches_checkpoint_equals_the_uninterrupted_one(tmp_path):
+def test_resume_checkpoint(tmp_path):
     """Without the optimizer, whose class dill does not pickle with every PyTorch; plain SGD has no state."""
 
     def plain_sgd(strategy: Naive) -> Naive:
@@ -262,7 +266,8 @@ def test_a_run_resumed_from_avalanches_checkpoint_equals_the_uninterrupted_one(t
     assert plugin.ewc.history == ewc.history
 
 
-def test_evaluation_in_between_changes_nothing_and_sees_the_same_function():
+def test_evaluation_in_between():
+    """Evaluation in between changes nothing and sees the same function."""
     stream = benchmark(2)
     model = mlp()
     strategy = naive(model, EWCLoRAPlugin(**options()))
@@ -305,7 +310,8 @@ def later_injection():
         (later_injection, TargetError, "1 adapted layers are unknown"),
     ],
 )
-def test_mistakes_are_named_before_anything_is_trained(build, error, message):
+def test_early_mistakes(build, error, message):
+    """Mistakes are named before anything is trained."""
     model, plugins = build()
     before = snapshot(model)
     with pytest.raises(error, match=message):
@@ -325,7 +331,8 @@ def test_mistakes_are_named_before_anything_is_trained(build, error, message):
         ({"max_batches": 0}, "max_batches: expected an integer >= 1"),
     ],
 )
-def test_arguments_are_checked_when_the_plugin_is_made(arguments, message):
+def test_bad_arguments(arguments, message):
+    """Arguments are checked when the plugin is made."""
     if arguments.get("ewc") == "made":
         arguments = {**arguments, "ewc": fe.EWC(mlp())}
     with pytest.raises(ArgumentError, match=message):

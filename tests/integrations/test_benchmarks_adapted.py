@@ -12,7 +12,8 @@ from benchmarks.shapes import SMALL_VIT, TINY
 from benchmarks.workloads import OF_TIMM, adapted_model, step
 
 
-def test_peft_computes_what_ours_computes():
+def test_peft_same_outputs():
+    """PEFT computes what our implementation computes."""
     torch.manual_seed(0)
     case = end_to_end.build(adapted_model(TINY.name + OF_TIMM, 1, 2, TINY.tokens, 4), Place())
     records = {r["provider"]: r for r in harness.measure(case, 0.0, {}, WallClock(2, False))}
@@ -20,7 +21,8 @@ def test_peft_computes_what_ours_computes():
     assert not [r for r in records.values() if "failed" in r]
 
 
-def test_adapters_of_peft_take_their_values_from_ours():
+def test_peft_copies_values():
+    """The adapters of PEFT take their values from ours."""
     base = models.of_timm(TINY, 1, 2, TINY.tokens, 4)
     ours = models.adapted(base)
     theirs = models.by_peft(base, ours)
@@ -31,14 +33,16 @@ def test_adapters_of_peft_take_their_values_from_ours():
     assert trained == {id(p) for p in theirs.leaves()}
 
 
-def test_a_step_of_timms_model_is_right():
+def test_timm_training_step():
+    """A training step of the timm model is right."""
     torch.manual_seed(0)
     case = end_to_end.build(step(TINY.name + OF_TIMM, 1, 2, TINY.tokens, 4), Place())
     records = harness.measure(case, 0.0, {}, WallClock(2, False))
     assert not [r for r in records if "failed" in r]
 
 
-def test_both_targets_are_about_vit_small_at_batch_16():
+def test_vit_small_targets():
+    """Both targets are about ViT-Small at batch size 16."""
     about = [
         workload
         for workload in whole_models.cpu()

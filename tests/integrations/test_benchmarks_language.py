@@ -73,7 +73,8 @@ def texts(data: Arrays) -> set[bytes]:
     return {row.numpy().tobytes() for row in everything(data)[0][0]}
 
 
-def test_the_stream_has_the_largest_classes_in_tasks_of_the_asked_sizes(root: Path):
+def test_stream_largest_classes(root: Path):
+    """The stream has the largest classes, in tasks of the sizes asked for."""
     problem = load(root)
     tasks = problem.stream.tasks
     assert sorted(name for task in tasks for name in task.classes) == sorted(LARGE)
@@ -92,12 +93,14 @@ def test_the_stream_has_the_largest_classes_in_tasks_of_the_asked_sizes(root: Pa
     assert json.loads(json.dumps(problem.facts)) == problem.facts
 
 
-def test_fewer_classes_are_the_largest_ones(root: Path):
+def test_fewer_classes(root: Path):
+    """When fewer classes are asked for, they are the largest ones."""
     classes = {name for task in load(root, classes_per_task=1).stream.tasks for name in task.classes}
     assert classes == {"noun.animal", "noun.act"}
 
 
-def test_examples_are_definitions_of_their_class(root: Path):
+def test_examples_are_definitions(root: Path):
+    """Examples are definitions of their class."""
     problem = load(root, frozen_blocks=0)
     model = language._model(root.resolve())
     names, definitions = zip(*wordnet.definitions(root), strict=True)
@@ -112,7 +115,8 @@ def test_examples_are_definitions_of_their_class(root: Path):
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])
-def test_frozen_blocks_and_backbone_are_the_whole_model(root: Path, frozen: int):
+def test_frozen_blocks_backbone(root: Path, frozen: int):
+    """Frozen blocks and backbone together are the whole model."""
     problem = load(root, frozen_blocks=frozen)
     whole = BertModel(settings(), add_pooling_layer=False).eval()
     whole.load_state_dict(language._model(root.resolve()).bert.state_dict())
@@ -129,7 +133,8 @@ def test_frozen_blocks_and_backbone_are_the_whole_model(root: Path, frozen: int)
         assert not mask.all() and features.std() > 0.1  # padding, and features that differ
 
 
-def test_weights_are_those_of_the_file(root: Path):
+def test_weights_from_file(root: Path):
+    """The weights are those of the file."""
     stored = safetensors.torch.load(files()["model.safetensors"])
     taken = minilm.load(root).bert.state_dict()
     assert len(taken) == len(stored) - 3  # position_ids and the weight and bias of pooling
@@ -137,7 +142,8 @@ def test_weights_are_those_of_the_file(root: Path):
         torch.testing.assert_close(value, stored[name], rtol=0, atol=0)
 
 
-def test_padding_does_not_change_features(root: Path):
+def test_padding_invariant(root: Path):
+    """Padding does not change features."""
     model = minilm.load(root)
     some = [" ".join(WORDS[i : i + 1 + i % 5]) for i in range(12)]
     outputs = []
@@ -154,7 +160,8 @@ def test_long_texts_are_cut(root: Path):
     assert mask.all() and numbers[0, 0] == 2 and numbers[0, -1] == 3
 
 
-def test_no_text_is_in_both_training_and_testing_whatever_the_seeds(root: Path):
+def test_train_test_disjoint(root: Path):
+    """No text is in both training and testing, whatever the seeds."""
     problems = [load(root, seed, frozen_blocks=0) for seed in range(3)]
     train = {text for problem in problems for task in problem.stream.tasks for text in texts(task.train)}
     test = {text for problem in problems for task in problem.stream.tasks for text in texts(task.test)}
@@ -162,12 +169,14 @@ def test_no_text_is_in_both_training_and_testing_whatever_the_seeds(root: Path):
     assert len(test) == 4 * 8  # the same of every seed, all different
 
 
-def test_a_text_is_drawn_once(root: Path):
+def test_text_drawn_once(root: Path):
+    """A text is drawn only once."""
     for task in load(root, frozen_blocks=0, train_per_class=24).stream.tasks:
         assert len(texts(task.train)) == len(task.train) == 48
 
 
-def test_a_seed_repeats_and_another_draws_and_orders_anew(root: Path):
+def test_seed_repeats(root: Path):
+    """A seed repeats its draw and order, and another seed gives new ones."""
     first = load(root, 3, frozen_blocks=0)
     language._problem.cache_clear()
     again = load(root, 3, frozen_blocks=0)
@@ -186,7 +195,8 @@ def test_a_seed_repeats_and_another_draws_and_orders_anew(root: Path):
     assert training(load(root, 4, frozen_blocks=0)) != training(first)
 
 
-def test_the_order_of_definitions_in_the_files_does_not_count(root: Path, tmp_path: Path):
+def test_file_order_invariant(root: Path, tmp_path: Path):
+    """The order of definitions in the files does not matter."""
     write_wheel(tmp_path, files())
     write_wordnet(tmp_path, backwards=True)
     assert wordnet.definitions(tmp_path) != wordnet.definitions(root)
@@ -197,7 +207,8 @@ def test_the_order_of_definitions_in_the_files_does_not_count(root: Path, tmp_pa
         torch.testing.assert_close(everything(task.train)[0], everything(other.train)[0], rtol=0, atol=0)
 
 
-def test_loading_leaves_the_random_state_alone(root: Path):
+def test_random_state_untouched(root: Path):
+    """Loading leaves the random state alone."""
     torch.manual_seed(5)
     load(root)
     drawn = torch.rand(3)
@@ -205,7 +216,8 @@ def test_loading_leaves_the_random_state_alone(root: Path):
     assert torch.equal(drawn, torch.rand(3))
 
 
-def test_equal_definitions_count_once_and_ambiguous_ones_not_at_all(root: Path):
+def test_duplicate_definitions(root: Path):
+    """Equal definitions count once, and ambiguous ones not at all."""
     model = minilm.load(root)
     corpus = language._corpus(root.resolve(), 8)
     shared, repeated = model.tokens([SHARED, REPEATED], 8)[0]
@@ -216,7 +228,8 @@ def test_equal_definitions_count_once_and_ambiguous_ones_not_at_all(root: Path):
     assert counts == LARGE | SMALL | {"noun.act": LARGE["noun.act"] + 1}
 
 
-def test_a_row_counts_only_where_all_its_names_agree():
+def test_names_must_agree():
+    """A row counts only where all its names agree."""
     rows = torch.tensor([[1, 2], [3, 4], [1, 2], [7, 8], [3, 4], [5, 6], [5, 6]])
     assert language.distinct(rows, ["b", "a", "a", "c", "b", "a", "a"]).tolist() == [3, 5]
 
@@ -236,7 +249,8 @@ def test_dropout_is_off(root: Path):
         assert torch.equal(problem.backbone.train()(inputs), problem.backbone.eval()(inputs))
 
 
-def test_adapters_of_keys_and_values_learn_a_task_that_ewc_then_protects(root: Path):
+def test_ewc_protects_task(root: Path):
+    """Adapters on keys and values learn a task that EWC then protects."""
     problem = load(root)
     before = copy.deepcopy(problem.backbone.state_dict())
     torch.manual_seed(0)
@@ -278,7 +292,8 @@ def small(name: str, **options: object) -> configuration.Run:
 
 
 @pytest.mark.parametrize(("kind", "options"), [("InfLoRA", {}), ("CoDyRA", {"gate_init": "normal"})])
-def test_methods_run_on_pairs_of_hidden_states_and_masks(root: Path, kind: str, options: dict[str, object]):
+def test_methods_masked_states(root: Path, kind: str, options: dict[str, object]):
+    """Methods run on pairs of hidden states and masks."""
     record = run.execute(small(kind, **options), load(root), torch.device("cpu"))
     assert [len(row) for row in record["matrices"]["class_incremental"]] == [1, 2]
 
@@ -296,7 +311,8 @@ def test_methods_run_on_pairs_of_hidden_states_and_masks(root: Path, kind: str, 
         ({"train_per_class": 2.0}, "train_per_class: expected an integer >= 1, got 2.0"),
     ],
 )
-def test_arguments_that_cannot_be_met_are_named(root: Path, changes: dict[str, int], message: str):
+def test_unmet_arguments(root: Path, changes: dict[str, int], message: str):
+    """Arguments that cannot be met are named."""
     with pytest.raises(DataError) as caught:
         load(root, **changes)
     assert message in str(caught.value)
@@ -334,9 +350,8 @@ NO_PADDING = Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")).to_str
         (without_a_tensor, "does not fit config.json"),
     ],
 )
-def test_a_wheel_that_is_not_the_model_is_refused(
-    tmp_path: Path, change: Callable[[dict[str, bytes]], object], message: str
-):
+def test_wrong_wheel(tmp_path: Path, change: Callable[[dict[str, bytes]], object], message: str):
+    """A wheel whose contents are not the model is refused."""
     content = files()
     change(content)
     write_wheel(tmp_path, content)
@@ -345,7 +360,8 @@ def test_a_wheel_that_is_not_the_model_is_refused(
     assert str(caught.value).startswith(f"{tmp_path / WHEEL}: ") and message in str(caught.value)
 
 
-def test_a_damaged_wheel_is_named(tmp_path: Path):
+def test_damaged_wheel(tmp_path: Path):
+    """A damaged wheel is named."""
     (tmp_path / WHEEL).write_bytes(b"PK")
     with pytest.raises(DataError, match="cannot be read, remove it to fetch it again"):
         minilm.load(tmp_path)

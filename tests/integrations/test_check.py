@@ -40,7 +40,8 @@ def checked(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, An
 
 @pytest.mark.usefixtures("tiny_timm")
 @pytest.mark.parametrize("name", ["vit", "beit", "eva02"])
-def test_a_named_timm_model_passes_with_its_layouts(name: str, capsys: pytest.CaptureFixture[str]):
+def test_timm_passes(name: str, capsys: pytest.CaptureFixture[str]):
+    """A named timm model passes with its layouts."""
     tiny = MODELS[name]
     data = checked(capsys, tiny.name, "--target", "qkv", "--slices", "k", "v", "--rank", "2")
     assert data["problems"] == []
@@ -57,7 +58,8 @@ def test_a_named_timm_model_passes_with_its_layouts(name: str, capsys: pytest.Ca
 
 
 @pytest.mark.usefixtures("tiny_timm")
-def test_slices_alone_find_the_packed_projections(capsys: pytest.CaptureFixture[str]):
+def test_slices_find_packed(capsys: pytest.CaptureFixture[str]):
+    """Slices alone find the packed projections."""
     data = checked(capsys, MODELS["pvtv2"].name, "--slices", "v", "--rank", "2")
     assert [row["name"] for row in data["layers"]] == [f"stages.{i}.blocks.0.attn.kv" for i in range(2)]
     assert cli.main(["check", MODELS["pvtv2"].name, "--slices", "q"]) == 1
@@ -65,7 +67,8 @@ def test_slices_alone_find_the_packed_projections(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.usefixtures("tiny_timm")
-def test_the_table_for_people_says_what_was_run(capsys: pytest.CaptureFixture[str]):
+def test_readable_table(capsys: pytest.CaptureFixture[str]):
+    """The table for people says what was run."""
     assert cli.main(["check", MODELS["vit"].name, "--rank", "2"]) == 0
     text = capsys.readouterr().out
     for part in ("blocks.1.mlp.fc2", "56 x 56 instead of 224 x 224", "dense model in fp64", "all layers run"):
@@ -79,7 +82,8 @@ def test_the_table_for_people_says_what_was_run(capsys: pytest.CaptureFixture[st
         ("gpt2", ["--slices", "k", "v"], "h.0.attn.c_attn", [16, 16, 16]),
     ],
 )
-def test_a_model_of_transformers_passes(name, arguments, first, sizes, tmp_path, capsys):
+def test_transformers_passes(name, arguments, first, sizes, tmp_path, capsys):
+    """A model of transformers passes."""
     widths = {
         "bert": {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16},
         "gpt2": {"n_embd": 16, "n_head": 2},
@@ -93,7 +97,8 @@ def test_a_model_of_transformers_passes(name, arguments, first, sizes, tmp_path,
     assert all(0 < row["gradient_error"] <= row["limit"] for row in data["layers"])
 
 
-def test_a_type_of_transformers_is_found_by_its_name():
+def test_transformers_type_name():
+    """A model type of transformers is found by its name."""
     assert _named._knows("transformers", "bert") and not _named._knows("timm", "bert")
     assert _named._knows("timm", "vit_tiny_patch16_224") and not _named._knows("transformers", "vit_tiny")
 
@@ -107,19 +112,22 @@ def test_a_type_of_transformers_is_found_by_its_name():
         (["whisper"], "takes input_features"),
     ],
 )
-def test_an_unknown_model_is_refused_with_the_closest_names(arguments, message, capsys):
+def test_unknown_model(arguments, message, capsys):
+    """An unknown model is refused, with the closest names."""
     assert cli.main(["check", *arguments]) == 1
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny_timm")
-def test_an_unknown_target_is_refused_as_by_inject(capsys: pytest.CaptureFixture[str]):
+def test_unknown_target(capsys: pytest.CaptureFixture[str]):
+    """An unknown target is refused just as `inject` refuses it."""
     assert cli.main(["check", MODELS["vit"].name, "--target", "qvk"]) == 1
     assert "did you mean 'qkv'?" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny_timm")
-def test_a_wrong_gradient_is_a_problem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_wrong_gradient(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """A wrong gradient is reported as a problem."""
     measure = check._measure
     backends = []
 
@@ -137,7 +145,8 @@ def test_a_wrong_gradient_is_a_problem(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 @pytest.mark.usefixtures("tiny_timm")
-def test_a_bypass_that_no_rule_knows_is_a_problem(monkeypatch, capsys: pytest.CaptureFixture[str]):
+def test_unknown_bypass(monkeypatch, capsys: pytest.CaptureFixture[str]):
+    """A bypass that no rule knows is reported as a problem."""
     monkeypatch.setattr(fe.integrations.timm, "_BYPASSING", set())
     data = checked(capsys, MODELS["beit"].name, "--target", "qkv", "--rank", "2")
     assert any("never ran" in problem and "qkv_bias_separate" in problem for problem in data["problems"])
@@ -145,7 +154,8 @@ def test_a_bypass_that_no_rule_knows_is_a_problem(monkeypatch, capsys: pytest.Ca
 
 
 @pytest.mark.usefixtures("tiny_timm")
-def test_a_missing_library_names_the_extra(monkeypatch, capsys: pytest.CaptureFixture[str]):
+def test_missing_library(monkeypatch, capsys: pytest.CaptureFixture[str]):
+    """A missing library is reported with the name of the extra to install."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     assert cli.main(["check", "vit_tiny_patch16_224"]) == 1
     assert "fused-ewclora[timm]" in capsys.readouterr().err

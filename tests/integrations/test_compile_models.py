@@ -120,7 +120,7 @@ def ewc_after_a_task(model: nn.Module, data: Callable[..., tuple[Tensor, Tensor]
     ("make", "data", "backend"),
     [(vit, images, "aot_eager_decomp_partition"), (bert, tokens, "eager"), (llama, tokens, "eager")],
 )
-def test_a_compiled_training_step_has_the_gradients_of_an_eager_one(make, data, backend):
+def test_matches_eager(make, data, backend):
     """Forward, loss and penalty in one graph; the first of the backends partitions it as inductor does."""
     model = make()
     ewc = ewc_after_a_task(model, data)
@@ -138,7 +138,7 @@ def test_a_compiled_training_step_has_the_gradients_of_an_eager_one(make, data, 
     assert_near(gradients(model, got), eager)
 
 
-def test_steps_tasks_and_modes_share_the_graph_of_a_compiled_model():
+def test_shared_graph():
     """As many graphs as the plain model has; those for disabled and for merged adapters are kept."""
     counts = []
     for model in (plain_vit(), vit()):
@@ -176,7 +176,8 @@ def test_steps_tasks_and_modes_share_the_graph_of_a_compiled_model():
         assert counter.frame_count == counts[1] + 2
 
 
-def test_a_penalty_inside_of_the_graph_compiles_for_the_first_task_and_once_for_all_others():
+def test_penalty_in_graph():
+    """A penalty in the graph compiles for the first task and once for all others."""
     model, counter = vit(), CompileCounterWithBackend("eager")
     ewc = fe.EWC(model, ewc_lambda=1e3)
     x, y = images()
@@ -203,7 +204,7 @@ def wrapped(model: nn.Module, backend: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize(("how", "frozen"), [(in_place, False), (wrapped, True)])
-def test_adapters_injected_after_compilation_take_part_in_compiled_calls(how, frozen):
+def test_late_injection(how, frozen):
     """Also where injection changes nothing but classes, because all parameters were frozen before."""
     model, counter = plain_vit().requires_grad_(not frozen), CompileCounterWithBackend("eager")
     compiled, x = how(model, counter), images()[0]
@@ -222,7 +223,7 @@ def vit_forward_eagerly(model: nn.Module, x: Tensor) -> Tensor:
         return model(x)
 
 
-def test_blocks_compiled_one_by_one_share_a_graph():
+def test_blocks_share_graph():
     """Two of them: the input of the first block needs no gradient, those of the others do."""
     model, counter = vit(depth=3), CompileCounterWithBackend("eager")
     x, y = images()
@@ -234,7 +235,8 @@ def test_blocks_compiled_one_by_one_share_a_graph():
     assert counter.frame_count == 2
 
 
-def test_batches_of_any_size_share_a_graph_once_their_size_is_dynamic():
+def test_dynamic_batch():
+    """Batches of any size share a graph once their size is dynamic."""
     model, counter = vit(), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for samples in (4, 3, 7, 2):
@@ -245,7 +247,8 @@ def test_batches_of_any_size_share_a_graph_once_their_size_is_dynamic():
     assert counter.frame_count == 1
 
 
-def test_a_model_that_ran_compiled_alone_is_told_how_to_check_for_bypassed_layers():
+def test_bypass_check_hint():
+    """A model that only ran compiled is told how to check for bypassed layers."""
     model = vit()
     torch.compile(model, backend="eager")(images()[0])
     with pytest.raises(fe.TargetError, match="compiled calls are not counted, verify_forward"):
@@ -255,7 +258,8 @@ def test_a_model_that_ran_compiled_alone_is_told_how_to_check_for_bypassed_layer
     fe.check_bypass(model)
 
 
-def test_checkpointed_blocks_compile_to_one_graph_with_the_gradients_of_eager_ones():
+def test_checkpointed_blocks():
+    """Checkpointed blocks compile to one graph, with the gradients of eager ones."""
     model, counter = vit(), CompileCounterWithBackend("aot_eager")
     model.set_grad_checkpointing()
     ewc = fe.EWC(model)

@@ -62,9 +62,8 @@ def different(names: list[str]) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize(("name", "learned"), different(PUBLISHED).items(), ids=PUBLISHED)
-def test_methods_of_published_configurations_are_made_and_learn_two_tasks(
-    name: str, learned: set[str], tmp_path: Path
-) -> None:
+def test_published_methods_learn(name: str, learned: set[str], tmp_path: Path) -> None:
+    """Methods of published configurations are made and learn two tasks."""
     loaded = configuration.load(configuration.find(name))
     assert loaded.name == name.removeprefix("published/")
     settings = loaded.runs[0].problem
@@ -86,13 +85,15 @@ def test_methods_of_published_configurations_are_made_and_learn_two_tasks(
             assert [len(row) for row in record["matrices"]["class_incremental"]] == [1, 2]
 
 
-def test_there_is_a_configuration_of_every_published_protocol() -> None:
+def test_every_protocol_configured() -> None:
+    """Every published protocol has a configuration."""
     sets = {configuration.load(configuration.find(name)).runs[0].problem["dataset"] for name in PUBLISHED}
     assert sets == set(image_sets.READERS) and len(PUBLISHED) == 12
 
 
 @pytest.mark.parametrize("dataset", WRITERS)
-def test_tasks_hold_the_images_of_their_classes(dataset: str, tmp_path: Path) -> None:
+def test_task_classes(dataset: str, tmp_path: Path) -> None:
+    """Tasks hold the images of their classes."""
     WRITERS[dataset](tmp_path)
     problem = load(tmp_path, dataset)
     names = WNIDS if dataset.startswith("imagenet") else CLASSES
@@ -108,7 +109,8 @@ def test_tasks_hold_the_images_of_their_classes(dataset: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("dataset", ["imagenet-r", "domainnet", "cifar100"])
-def test_labels_and_pixels_of_test_images_are_those_of_the_files(dataset: str, tmp_path: Path) -> None:
+def test_labels_and_pixels(dataset: str, tmp_path: Path) -> None:
+    """Labels and pixels of test images are those of the files."""
     WRITERS[dataset](tmp_path)
     whole = image_transforms.testing(SIDE, 1.0, "bilinear", image_transforms.NONE)
     for number, task in enumerate(load(tmp_path, dataset, image_size=48).stream.tasks):
@@ -128,7 +130,8 @@ def test_labels_and_pixels_of_test_images_are_those_of_the_files(dataset: str, t
             torch.testing.assert_close(image, torch.from_numpy(expected / np.float32(255)), rtol=0, atol=0)
 
 
-def test_training_images_are_drawn_anew_and_test_images_are_not(tmp_path: Path) -> None:
+def test_training_redrawn(tmp_path: Path) -> None:
+    """Training images are drawn anew, and test images are not."""
     write_cifar(tmp_path)
     task = load(tmp_path, "cifar100").stream.tasks[0]
     assert not torch.equal(task.train[0][0], task.train[0][0])
@@ -137,7 +140,8 @@ def test_training_images_are_drawn_anew_and_test_images_are_not(tmp_path: Path) 
         assert 0.0 <= data[0][0].min() < 0.5 < data[0][0].max() <= 1.0
 
 
-def test_normalize_takes_the_statistics_of_the_model_or_given_ones(tmp_path: Path) -> None:
+def test_normalize_statistics(tmp_path: Path) -> None:
+    """`normalize` takes the statistics of the model or given ones."""
     write_cifar(tmp_path)
     plain, model, with_file = (
         load(tmp_path, "cifar100", normalize=value).stream.tasks[0].test[0][0]
@@ -149,7 +153,8 @@ def test_normalize_takes_the_statistics_of_the_model_or_given_ones(tmp_path: Pat
     torch.testing.assert_close(with_file, moved)
 
 
-def test_shuffled_classes_have_the_order_of_the_official_generator(tmp_path: Path) -> None:
+def test_shuffled_class_order(tmp_path: Path) -> None:
+    """Shuffled classes have the order of the official generator."""
     write_split("imagenet-a")(tmp_path)
     orders = []
     for seed in (1993, 1994):
@@ -162,7 +167,8 @@ def test_shuffled_classes_have_the_order_of_the_official_generator(tmp_path: Pat
     assert load(tmp_path, "imagenet-a", 1993).stream.tasks[0].classes == WNIDS[:2]
 
 
-def test_a_released_set_is_split_once_for_all_seeds(tmp_path: Path) -> None:
+def test_fixed_split(tmp_path: Path) -> None:
+    """A released set is split once for all seeds."""
     write_released(tmp_path)
 
     def files(examples: Examples) -> list[str]:
@@ -182,9 +188,8 @@ def test_a_released_set_is_split_once_for_all_seeds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_a_checkpoint_gives_all_weights_and_its_position_embedding_is_resized(
-    suffix: str, tmp_path: Path
-) -> None:
+def test_position_embedding_resized(suffix: str, tmp_path: Path) -> None:
+    """A checkpoint gives all weights, and its position embedding is resized."""
     torch.manual_seed(3)
     source = timm.create_model("test_vit", num_classes=7, img_size=32).eval()
     state = {name: torch.randn_like(value) for name, value in source.state_dict().items()}
@@ -203,7 +208,8 @@ def test_a_checkpoint_gives_all_weights_and_its_position_embedding_is_resized(
     assert not any(p.requires_grad for p in made.parameters()) and not made.training
 
 
-def test_random_weights_belong_to_their_seed_and_leave_the_random_state_alone() -> None:
+def test_random_weights_seed() -> None:
+    """Random weights follow their seed and leave the random state alone."""
     torch.manual_seed(123)  # not what an earlier call could have left
     state = torch.random.get_rng_state()
     first, again, other = (
@@ -233,15 +239,15 @@ def _checkpoint(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Non
         (_checkpoint(lambda s: s.update({"norm.bias": torch.ones(5)})), r"shapes do not fit.*norm\.bias"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_refused(
-    write: Callable[[Path], Any], message: str, tmp_path: Path
-) -> None:
+def test_bad_checkpoint(write: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+    """A checkpoint that does not fit is refused."""
     write(tmp_path)
     with pytest.raises(DataError, match=f"(?s)pretrained: .*{message}"):
         backbones.make(tmp_path, "test_vit", 32, "w.pth", 0)
 
 
-def test_weights_that_cannot_be_downloaded_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that cannot be downloaded are named."""
     hub = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
@@ -289,16 +295,16 @@ def _listing(text: str) -> Callable[[Path], None]:
         ("domainnet", _listing("real/dog/a.png 4\n"), "line 5: .*dog.*no such file"),
     ],
 )  # fmt: skip
-def test_folders_that_are_not_as_published_are_refused(
-    dataset: str, change: Callable[[Path], Any], message: str, tmp_path: Path
-) -> None:
+def test_bad_folders(dataset: str, change: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+    """Folders that are not as published are refused."""
     WRITERS[dataset](tmp_path)
     change(tmp_path)
     with pytest.raises(DataError, match=message):
         image_sets.read(dataset, tmp_path)
 
 
-def test_a_class_that_is_only_trained_or_only_tested_is_refused(tmp_path: Path) -> None:
+def test_one_sided_class(tmp_path: Path) -> None:
+    """A class that is only in training or only in testing is refused."""
     write_domainnet(tmp_path)
     for domain in image_sets.DOMAINS:
         file = tmp_path / "domainnet" / f"{domain}_test.txt"
@@ -316,15 +322,15 @@ def test_a_class_that_is_only_trained_or_only_tested_is_refused(tmp_path: Path) 
         ({"meta": {b"names": []}}, "meta: expected a list fine_label_names"),
     ],
 )
-def test_cifar_files_that_do_not_agree_are_refused(
-    changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_cifar_mismatch(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """CIFAR files that do not agree are refused."""
     write_cifar(tmp_path, **changes)
     with pytest.raises(DataError, match=message):
         image_sets.read("cifar100", tmp_path)
 
 
-def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
+def test_unreadable_image(tmp_path: Path) -> None:
+    """An unreadable image is named."""
     write_split("imagenet-r")(tmp_path)
     (tmp_path / "imagenet-r" / "train" / WNIDS[0] / "art_1.png").write_bytes(b"not an image")
     task = load(tmp_path, "imagenet-r").stream.tasks[0]
@@ -332,7 +338,8 @@ def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
         list(loader(task.train, 4))
 
 
-def test_a_class_of_one_image_cannot_be_split(tmp_path: Path) -> None:
+def test_single_image_class(tmp_path: Path) -> None:
+    """A class of one image cannot be split."""
     write_released(tmp_path)
     write_images(tmp_path / "imagenet-r" / "n09", 1)
     with pytest.raises(DataError, match="n09: expected at least 2 images, one for testing, got 1"):
@@ -340,7 +347,8 @@ def test_a_class_of_one_image_cannot_be_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dataset", image_sets.READERS)
-def test_missing_data_are_named_with_their_layout(dataset: str, tmp_path: Path) -> None:
+def test_missing_data(dataset: str, tmp_path: Path) -> None:
+    """Missing data are named together with the layout expected."""
     with pytest.raises(DataError, match=r"(cifar-100-python\.tar\.gz|imagenet-.\.tar|_train\.txt).*found no"):
         load(tmp_path, dataset)
 
@@ -363,7 +371,8 @@ def test_missing_data_are_named_with_their_layout(dataset: str, tmp_path: Path) 
         ({"tasks": 5}, "tasks: expected at least one class per task"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_bad_settings(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """Settings out of range are refused."""
     write_cifar(tmp_path)
     with pytest.raises(DataError, match=message):
         load(tmp_path, **({"dataset": "cifar100"} | settings))

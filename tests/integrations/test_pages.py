@@ -30,14 +30,16 @@ ALONE = [page for page in PAGES if page.stem != "distributed"]
 
 
 @pytest.mark.parametrize("page", ALONE, ids=[page.stem for page in ALONE])
-def test_the_script_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_single_process_script(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The script of a page runs."""
     code = script(page)
     assert code.strip(), "a page without a script"
     monkeypatch.chdir(tmp_path)
     exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
 
 
-def test_the_script_for_several_processes_runs_in_two(tmp_path: Path):
+def test_two_process_script(tmp_path: Path):
+    """The script for several processes runs in two."""
     page = next(page for page in PAGES if page.stem == "distributed")
     (tmp_path / "train.py").write_text(script(page))
     command = [

@@ -53,7 +53,8 @@ def layers(model):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("build", [MLP, Transposed])
-def test_outputs_and_gradients_are_those_of_peft(build, dtype):
+def test_outputs_gradients(build, dtype):
+    """Outputs and gradients are those of PEFT."""
     plain, fused = pair(build(), dtype)
     assert all(type(layer) is FusedPeftLinear for layer in layers(fused).values())
     assert {p.dtype for n, p in fused.named_parameters() if "lora_" in n} == {
@@ -62,7 +63,8 @@ def test_outputs_and_gradients_are_those_of_peft(build, dtype):
     assert_equal_runs(plain, fused, inputs(dtype))
 
 
-def test_adapters_of_low_precision_are_served_as_they_are():
+def test_low_precision_adapters():
+    """Adapters of low precision are served as they are."""
     torch.manual_seed(0)
     model = peft.get_peft_model(MLP().bfloat16(), lora_config(), autocast_adapter_dtype=False)
     randomise(model)
@@ -71,13 +73,15 @@ def test_adapters_of_low_precision_are_served_as_they_are():
     assert_equal_runs(model, fused, inputs(torch.bfloat16))
 
 
-def test_biases_that_train_get_their_gradients():
+def test_trainable_biases():
+    """Biases that train get their gradients."""
     plain, fused = pair(bias="lora_only")
     assert fused.base_model.model.fc1.base_layer.bias.requires_grad
     assert_equal_runs(plain, fused, inputs())
 
 
-def test_layers_that_peft_put_into_a_plain_model_are_taken_in():
+def test_plain_model_layers():
+    """Layers that PEFT put into a plain model are taken over."""
     plain = peft.inject_adapter_in_model(lora_config(), MLP().double())
     randomise(plain)
     fused = copy.deepcopy(plain)
@@ -90,7 +94,8 @@ def test_layers_that_peft_put_into_a_plain_model_are_taken_in():
     torch.testing.assert_close(fused(inputs()), y, rtol=1e-13, atol=1e-13)
 
 
-def test_under_autocast_the_output_has_its_dtype_and_the_values_of_peft():
+def test_autocast_dtype():
+    """Under autocast, the output has the autocast dtype and the values of PEFT."""
     plain, fused = pair(dtype=torch.float32)
     x = inputs(torch.float32)
     exact = copy.deepcopy(plain).double()(x.double())
@@ -102,7 +107,8 @@ def test_under_autocast_the_output_has_its_dtype_and_the_values_of_peft():
     assert (ours.double() - exact).abs().max() <= 2 * error + rounding
 
 
-def test_the_class_swap_keeps_keys_modules_and_what_isinstance_says():
+def test_class_swap_preserves():
+    """The class swap keeps keys, modules and `isinstance` results."""
     model = peft_model()
     keys, modules = list(model.state_dict()), list(model.modules())
     before = {name: set(vars(layer)) for name, layer in layers(model).items()}
@@ -117,7 +123,8 @@ def test_the_class_swap_keeps_keys_modules_and_what_isinstance_says():
     assert {type(layer) for layer in layers(model).values()} == {PeftLinear}
 
 
-def test_saved_files_are_the_same_bytes(tmp_path):
+def test_saved_bytes(tmp_path):
+    """Saved files are the same, byte for byte."""
     plain, fused = pair(modules_to_save=["head"])
     for name, model in (("plain", plain), ("fused", fused)):
         model.save_pretrained(tmp_path / name)
@@ -129,7 +136,8 @@ def test_saved_files_are_the_same_bytes(tmp_path):
     assert configs[0] == configs[1]
 
 
-def test_merging_and_unmerging_are_pefts():
+def test_merge_unmerge():
+    """Merging and unmerging are those of PEFT."""
     plain, fused = pair()
     x = inputs()
     for model in (plain, fused):
@@ -144,7 +152,8 @@ def test_merging_and_unmerging_are_pefts():
     assert not any(isinstance(module, PeftLinear) for module in other.modules())
 
 
-def test_a_merged_model_can_be_taken_in_and_unmerged(tmp_path):
+def test_unmerge_after_swap(tmp_path):
+    """A merged model can be taken over and unmerged."""
     model = peft_model()
     x = inputs()
     y = model(x)
@@ -156,7 +165,8 @@ def test_a_merged_model_can_be_taken_in_and_unmerged(tmp_path):
     fe.export_peft(model, tmp_path)  # refused if the merged weights had been taken for the pretrained ones
 
 
-def test_disabled_adapters_leave_the_base_model():
+def test_disabled_adapters():
+    """Disabled adapters leave the base model."""
     plain, fused = pair()
     x = inputs()
     with plain.disable_adapter(), fused.disable_adapter():
@@ -168,7 +178,8 @@ def test_disabled_adapters_leave_the_base_model():
     assert_equal_runs(plain, fused, x)
 
 
-def test_adapters_can_be_added_switched_and_deleted_after_the_swap():
+def test_adapter_changes():
+    """Adapters can be added, switched and deleted after the swap."""
     plain, fused = pair()
     x = inputs()
     for model in (plain, fused):
@@ -185,7 +196,8 @@ def test_adapters_can_be_added_switched_and_deleted_after_the_swap():
     assert_equal_runs(plain, fused, x)
 
 
-def test_several_active_adapters_run_pefts_own_forward_and_the_table_says_so():
+def test_several_active():
+    """With several active adapters, PEFT's own forward runs and the table says so."""
     plain, fused = pair()
     for model in (plain, fused):
         torch.manual_seed(3)
@@ -198,7 +210,8 @@ def test_several_active_adapters_run_pefts_own_forward_and_the_table_says_so():
     assert {row["why_not_faster"] for row in fe.explain(fused, inputs()).rows} == {reason}
 
 
-def test_batches_that_mix_adapters_run_pefts_own_forward():
+def test_mixed_adapter_batch():
+    """Batches that mix adapters run PEFT's own forward."""
     plain, fused = pair()
     names = ["default", "__base__", "other", "default", "other"]
     outputs = []
@@ -212,7 +225,8 @@ def test_batches_that_mix_adapters_run_pefts_own_forward():
         fused(inputs(), adapter_names=names[:2])
 
 
-def test_the_scale_is_pefts_present_one():
+def test_current_scale():
+    """The scale is the one that PEFT currently has."""
     plain, fused = pair()
     for model in (plain, fused):
         for layer in layers(model).values():
@@ -227,7 +241,8 @@ def test_the_scale_is_pefts_present_one():
         ({"lora_bias": True, "target_modules": ["fc1"]}, "have a bias (default)"),
     ],
 )
-def test_other_kinds_of_lora_are_left_alone_with_the_reason(options, reason):
+def test_other_lora_kinds(options, reason):
+    """Other kinds of LoRA are left alone, with the reason."""
     plain, fused = pair(**options)
     report = accelerate_(fused)
     assert report.summary["layers"] == 0 and all(reason in why for why in report.summary["skipped"].values())
@@ -243,7 +258,8 @@ def test_other_kinds_of_lora_are_left_alone_with_the_reason(options, reason):
         ({"lora_bias": True, "target_modules": ["fc1"]}, "has a bias"),
     ],
 )
-def test_an_adapter_of_another_kind_takes_turns_with_a_plain_one(options, reason):
+def test_alternating_kinds(options, reason):
+    """An adapter of another kind can alternate with a plain one."""
     plain, fused = pair()
     for model in (plain, fused):
         torch.manual_seed(3)
@@ -265,7 +281,8 @@ class Quantised(nn.Linear):
         return nn.functional.linear(x, self.weight.round(decimals=1), self.bias)
 
 
-def test_base_layers_that_are_not_exactly_linear_are_left_alone():
+def test_inexact_linear():
+    """Base layers that are not exactly linear are left alone."""
     torch.manual_seed(0)
     model = MLP()
     model.fc1 = Quantised(6, 10)
@@ -275,7 +292,9 @@ def test_base_layers_that_are_not_exactly_linear_are_left_alone():
     assert_equal_runs(plain, fused, inputs())
 
 
-def test_layers_of_other_classes_are_left_alone():
+def test_foreign_layers():
+    """Layers of other classes are left alone."""
+
     class Words(nn.Module):
         def __init__(self):
             super().__init__()
@@ -292,7 +311,8 @@ def test_layers_of_other_classes_are_left_alone():
         fe.integrations.peft.attach_ewc(fused)
 
 
-def test_hooks_on_inner_modules_still_run():
+def test_inner_hooks():
+    """Hooks on inner modules still run."""
     plain, fused = pair()
     seen = []
     for model in (plain, fused):
@@ -304,7 +324,8 @@ def test_hooks_on_inner_modules_still_run():
     assert "hooks" in accelerate_(fused).summary["not_fused"]["fc1"]
 
 
-def test_dropout_has_the_distribution_of_peft_and_follows_the_seed():
+def test_dropout_distribution():
+    """Dropout has the distribution of PEFT and follows the seed."""
     width, p = 40, 0.3
     model = peft_model(nn.Sequential(nn.Linear(width, width)), r=width, target_modules=["0"], lora_dropout=p)
     accelerate_(model)
@@ -328,7 +349,8 @@ def test_dropout_has_the_distribution_of_peft_and_follows_the_seed():
     torch.testing.assert_close(factors(1), x)
 
 
-def test_gradients_pass_through_the_mask_that_the_forward_drew():
+def test_dropout_mask_gradients():
+    """Gradients pass through the mask that the forward pass drew."""
     _, fused = pair(lora_dropout=0.5)
     x = inputs()
 
@@ -340,25 +362,29 @@ def test_gradients_pass_through_the_mask_that_the_forward_drew():
     assert torch.autograd.gradcheck(loss, (scale,))
 
 
-def test_copies_and_pickles_stay_fused():
+def test_copies_stay_fused():
+    """Copies and pickles stay fused."""
     _, fused = pair()
     for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
         assert {type(layer) for layer in layers(other).values()} == {FusedPeftLinear}
         assert torch.equal(other(inputs()), fused(inputs()))
 
 
-def test_a_fused_model_compiles_into_one_graph():
+def test_compile_one_graph():
+    """A fused model compiles into one graph."""
     _, fused = pair()
     compiled = torch.compile(fused, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(inputs()), fused(inputs()))
 
 
-def test_models_without_peft_layers_are_refused():
+def test_no_lora_layers():
+    """Models without PEFT layers are refused."""
     with pytest.raises(fe.TargetError, match="found none"):
         accelerate_(MLP())
 
 
-def test_ejecting_gives_the_layers_back_to_peft():
+def test_eject_restores_layers():
+    """Ejecting gives the layers back to PEFT."""
     plain, fused = pair()
     fe.eject(fused, merge=False)
     assert {type(layer) for layer in layers(fused).values()} == {PeftLinear}

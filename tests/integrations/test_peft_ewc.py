@@ -83,7 +83,8 @@ def assert_equal_models(live, ewc, native, other):
 @pytest.mark.parametrize(
     "options", [{"fisher_mode": "sample"}, {"fisher_mode": "batch", "gamma": 0.5}, {"merge_mode": "factors"}]
 )
-def test_tasks_train_as_on_an_injected_model(options):
+def test_matches_injected_model(options):
+    """Tasks train as on an injected model."""
     live, ewc, native, other = both(**options)
     for task in (1, 2, 3):
         penalties = [train(model, controller, task) for model, controller in ((live, ewc), (native, other))]
@@ -102,7 +103,8 @@ def test_tasks_train_as_on_an_injected_model(options):
         torch.testing.assert_close(ewc.layers[name].lora_B["default"].weight.grad, ours.lora_B.grad)
 
 
-def test_consolidation_keeps_the_function_and_restarts_the_adapter():
+def test_consolidation_restarts_adapter():
+    """Consolidation keeps the function and restarts the adapter."""
     live, ewc, *_ = both()
     randomise(live)
     before = live(inputs())
@@ -118,7 +120,8 @@ def test_consolidation_keeps_the_function_and_restarts_the_adapter():
     assert "fc1.weight" in plain.state_dict()
 
 
-def test_a_gaussian_adapter_starts_anew_as_a_gaussian():
+def test_gaussian_restart():
+    """A Gaussian adapter starts anew as a Gaussian."""
     net = nn.Sequential(nn.Linear(400, 8))
     model = peft_model(net, r=4, target_modules=["0"], init_lora_weights="gaussian")
     ewc = attach_ewc(model, generator=torch.Generator().manual_seed(2), fisher_dtype=WIDE)
@@ -129,7 +132,9 @@ def test_a_gaussian_adapter_starts_anew_as_a_gaussian():
     assert abs(float(a.detach().std()) * 4 - 1) < 5 / 3200**0.5
 
 
-def test_a_transposed_base_weight_is_consolidated_in_place():
+def test_transposed_weight():
+    """A transposed base weight is consolidated in place."""
+
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -155,7 +160,8 @@ def fresh():
 
 @pytest.mark.parametrize("saver", ["peft", "injected"])
 @pytest.mark.parametrize("reader", ["peft", "injected"])
-def test_checkpoints_are_read_by_either_kind_of_model(tmp_path, saver, reader):
+def test_checkpoints_interchange(tmp_path, saver, reader):
+    """Checkpoints are read by either kind of model."""
     model, ewc = fresh()[saver]
     train(model, ewc, 1)
     train(model, ewc, 2)
@@ -171,7 +177,8 @@ def test_checkpoints_are_read_by_either_kind_of_model(tmp_path, saver, reader):
     torch.testing.assert_close(model(inputs()), other(inputs()), rtol=1e-12, atol=1e-12)
 
 
-def test_a_checkpoint_before_consolidation_is_one_of_peft_itself(tmp_path):
+def test_checkpoint_before_consolidation(tmp_path):
+    """A checkpoint saved before consolidation can be loaded by PEFT itself."""
     live, ewc, *_ = both()
     randomise(live)
     with torch.no_grad():
@@ -182,7 +189,8 @@ def test_a_checkpoint_before_consolidation_is_one_of_peft_itself(tmp_path):
     torch.testing.assert_close(again(inputs()), live(inputs()), rtol=1e-13, atol=1e-13)
 
 
-def test_the_state_of_the_controller_goes_round():
+def test_controller_round_trip():
+    """The state of the controller survives a round trip."""
     live, ewc, *_ = both()
     train(live, ewc, 1)
     randomise(live)
@@ -205,7 +213,8 @@ def gpt2(*targets):
     return names, model.eval(), batch
 
 
-def test_fishers_carry_the_names_of_the_plain_model():
+def test_fisher_plain_names():
+    """Fishers carry the names of the plain model."""
     names, model, batch = gpt2("c_attn", "c_proj")
     ewc = attach_ewc(model, fisher_dtype=WIDE)
     before = model(**batch).logits
@@ -251,7 +260,8 @@ def refused(case: str):
 
 
 @pytest.mark.parametrize("case", ["variant", "adapters", "merged", "kwargs", "plain"])
-def test_a_refusal_leaves_the_model_as_it_was(case):
+def test_refusal_changes_nothing(case):
+    """A refusal leaves the model as it was."""
     model, options, message = refused(case)
     classes = [type(module) for module in model.modules()]
     with pytest.raises(fe.EWCLoRAError, match=message):
@@ -259,7 +269,8 @@ def test_a_refusal_leaves_the_model_as_it_was(case):
     assert [type(module) for module in model.modules()] == classes
 
 
-def test_a_second_adapter_stops_the_controller_before_anything_changes():
+def test_second_adapter():
+    """A second adapter stops the controller before anything changes."""
     live, ewc, *_ = both(modules_to_save=())
     train(live, ewc, 1)
     randomise(live)
@@ -280,7 +291,8 @@ def test_a_second_adapter_stops_the_controller_before_anything_changes():
     assert ewc.tasks == 2
 
 
-def test_a_fisher_pass_refuses_calls_that_the_fused_op_does_not_serve():
+def test_unserved_calls():
+    """A Fisher pass refuses calls that the fused op does not serve."""
     live, ewc, *_ = both()
     handle = live.base_model.model.fc1.base_layer.register_forward_hook(lambda *a: None)
     with pytest.raises(fe.TargetError, match="hooks"):
@@ -289,7 +301,8 @@ def test_a_fisher_pass_refuses_calls_that_the_fused_op_does_not_serve():
     ewc.estimate_fisher(loader(1), F.cross_entropy)
 
 
-def test_restoring_ends_the_controller_and_keeps_the_weights():
+def test_restore_keeps_weights():
+    """Restoring ends the controller and keeps the weights."""
     live, ewc, *_ = both()
     train(live, ewc, 1)
     randomise(live)

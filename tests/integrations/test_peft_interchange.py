@@ -86,7 +86,8 @@ def exported(tmp_path, plain, *configs, head=()):
 
 
 @pytest.mark.parametrize("dtype", TIGHT, ids=str)
-def test_peft_computes_what_was_exported(tmp_path, dtype):
+def test_export_same_outputs(tmp_path, dtype):
+    """PEFT computes what was exported."""
     plain = base(MLP, dtype)
     options = {"rank_pattern": {"fc2": 3}, "alpha_pattern": {"fc1": 5.0}}
     config = fe.LoRAConfig(r=2, lora_alpha=3, target_modules=list(TARGETS), **options)
@@ -98,7 +99,8 @@ def test_peft_computes_what_was_exported(tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", TIGHT, ids=str)
 @pytest.mark.parametrize("alpha", [None, 3.0])
-def test_adapters_on_k_and_v_become_one_that_peft_computes(tmp_path, alpha, dtype):
+def test_key_value_adapters(tmp_path, alpha, dtype):
+    """Adapters on k and v become a single one that PEFT computes."""
     plain = base(Packed, dtype)
     layout = fe.QKVLayout(("q", "k", "v"))
     config = fe.LoRAConfig(r=2, lora_alpha=alpha, target_modules=["qkv"], slices=("k", "v"), layout=layout)
@@ -107,7 +109,8 @@ def test_adapters_on_k_and_v_become_one_that_peft_computes(tmp_path, alpha, dtyp
     assert_peft_reads(tmp_path, model, plain, inputs(dtype), **TIGHT[dtype])
 
 
-def test_names_that_end_as_others_do_are_told_apart(tmp_path):
+def test_name_suffixes(tmp_path):
+    """Names that end as others do are told apart."""
     plain = base(Packed)
     every = r"qkv|fc|block\.fc"
     ranks, alphas = {"^fc": 3}, {"block.fc": 5.0}
@@ -128,7 +131,8 @@ def test_names_that_end_as_others_do_are_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_transposed_layers_are_written_as_fan_in_fan_out(tmp_path, mixed):
+def test_transposed_fan_in(tmp_path, mixed):
+    """Transposed layers are written as `fan_in_fan_out`."""
     plain = base(lambda: Transposed(mixed))
     config = fe.LoRAConfig(r=2, lora_alpha=3, target_modules=["fc1", "fc2"])
     model, written = exported(tmp_path / "a", plain, config)
@@ -157,7 +161,8 @@ WAYS = {
 
 @pytest.mark.parametrize("dtype", TIGHT, ids=str)
 @pytest.mark.parametrize("way", WAYS)
-def test_an_import_computes_what_peft_computed(tmp_path, way, dtype):
+def test_import_same_outputs(tmp_path, way, dtype):
+    """An import computes what PEFT computed."""
     plain = base(MLP, dtype)
     theirs = peft_model(copy.deepcopy(plain), dtype, **WAYS[way])
     theirs.save_pretrained(tmp_path)
@@ -167,7 +172,8 @@ def test_an_import_computes_what_peft_computed(tmp_path, way, dtype):
 
 
 @pytest.mark.parametrize("alpha", [3, 13])  # 13 / sqrt(3) is no number divided by 3
-def test_dropout_and_the_rank_stabilised_scale_go_round(tmp_path, alpha):
+def test_dropout_rslora(tmp_path, alpha):
+    """Dropout and the rank-stabilised scale survive a round trip."""
     theirs = peft_model(use_rslora=True, lora_dropout=0.25, r=3, lora_alpha=alpha)
     theirs.save_pretrained(tmp_path / "theirs")
     model = base(MLP)
@@ -180,7 +186,9 @@ def test_dropout_and_the_rank_stabilised_scale_go_round(tmp_path, alpha):
     assert again.scaling["default"] == scale and again.lora_dropout["default"].p == 0.25
 
 
-def test_layers_chosen_by_index_arrive(tmp_path):
+def test_layers_by_index(tmp_path):
+    """Layers chosen by index arrive."""
+
     class Stack(nn.Module):
         def __init__(self):
             super().__init__()
@@ -221,7 +229,8 @@ def tiny_transformer(kind):
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
-def test_transformers_models_go_both_ways(tmp_path, kind):
+def test_transformers_both_ways(tmp_path, kind):
+    """Models of transformers go both ways."""
     plain, targets, head = tiny_transformer(kind)
     tokens = torch.randint(1, 11, (3, 5))
     config = fe.LoRAConfig(r=2, lora_alpha=3, target_modules=targets)
@@ -239,7 +248,8 @@ def test_transformers_models_go_both_ways(tmp_path, kind):
     torch.testing.assert_close(other(tokens).logits, theirs(tokens).logits, **TIGHT[WIDE])
 
 
-def test_a_peft_model_on_the_fused_op_is_exported_as_peft_would(tmp_path):
+def test_export_fused_model(tmp_path):
+    """A PEFT model on the fused op is exported as PEFT would export it."""
     plain = base(MLP)
     theirs = peft_model(copy.deepcopy(plain), modules_to_save=["head"])
     with torch.no_grad():
@@ -279,7 +289,8 @@ def refused(model, folder, message):
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_a_plain_adapter_does_not_compute_is_refused(tmp_path, case):
+def test_unsupported_variants(tmp_path, case):
+    """What a plain adapter does not compute is refused."""
     config, message = REFUSED[case]
     torch.manual_seed(0)
     peft.get_peft_model(MLP(), config()).save_pretrained(tmp_path)
@@ -290,14 +301,17 @@ CHANGED = [{"layer_replication": [[0, 2], [1, 3]]}, {"target_parameters": ["fc1.
 
 
 @pytest.mark.parametrize("settings", CHANGED)
-def test_settings_that_change_the_model_are_refused(tmp_path, settings):
+def test_model_changing_settings(tmp_path, settings):
+    """Settings that change the model are refused."""
     peft_model().save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
     refused(base(MLP), tmp_path, next(iter(settings)))
 
 
-def test_adapters_of_other_layers_than_linear_are_refused(tmp_path):
+def test_nonlinear_layers(tmp_path):
+    """Adapters of layers other than linear ones are refused."""
+
     class Words(nn.Module):
         def __init__(self):
             super().__init__()
@@ -308,7 +322,8 @@ def test_adapters_of_other_layers_than_linear_are_refused(tmp_path):
         refused(Words(), tmp_path, message)
 
 
-def test_pissa_that_peft_converted_is_a_plain_adapter(tmp_path):
+def test_converted_pissa(tmp_path):
+    """A PiSSA adapter that PEFT converted is a plain adapter."""
     plain = base(MLP, torch.float32)
     theirs = peft.get_peft_model(copy.deepcopy(plain), lora_config(init_lora_weights="pissa"))
     theirs.save_pretrained(tmp_path / "first")
@@ -320,7 +335,8 @@ def test_pissa_that_peft_converted_is_a_plain_adapter(tmp_path):
     torch.testing.assert_close(plain(x), theirs(x), **TIGHT[torch.float32])
 
 
-def test_an_export_is_what_peft_itself_would_have_written(tmp_path):
+def test_export_same_files(tmp_path):
+    """An export is what PEFT itself would have written."""
     theirs = peft_model(modules_to_save=["head"])
     theirs.save_pretrained(tmp_path / "theirs")
     plain = base(MLP)

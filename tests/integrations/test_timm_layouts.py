@@ -138,7 +138,8 @@ def observed(attention: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_rows_of_a_segment_make_that_variable_and_no_other(case: str):
+def test_rows_per_segment(case: str):
+    """The rows of a segment make the variable it is named after and no other."""
     if (first := SINCE.get(case, (0,))) > VERSION:
         pytest.skip(f"timm {timm.__version__} is older than {'.'.join(map(str, first))}")
     attention, inputs = make(case)
@@ -162,7 +163,8 @@ def test_the_rows_of_a_segment_make_that_variable_and_no_other(case: str):
         assert bool((after[segment] != before[segment]).any(-2).all()), f"{segment}: not all of its columns"
 
 
-def test_every_known_class_is_tested():
+def test_known_classes_covered():
+    """Every class with a known layout is tested."""
     assert {key_of(case) for case in CASES} == set(known._KNOWN)
 
 
@@ -182,7 +184,8 @@ def packed_linears(path: Path) -> Iterator[str]:
         name = match["name"] or name
 
 
-def test_no_class_of_timm_with_a_packed_projection_is_unknown():
+def test_packed_classes_known():
+    """No timm class with a packed projection is unknown."""
     root = Path(timm.__file__).parent
     classes = {
         (f"{folder}.{path.stem}", name)
@@ -222,7 +225,8 @@ def test_an_attention_without_biases_needs_no_fix():
     assert known.bypass_settings(attention, "qkv") is None
 
 
-def test_a_forward_of_ones_own_is_unknown():
+def test_custom_forward_unknown():
+    """An attention with a forward of its own has no known layout."""
     base = importlib.import_module("timm.layers").Attention
 
     class Same(base):
@@ -241,7 +245,9 @@ def test_a_forward_of_ones_own_is_unknown():
     assert known.layout_of(base(D, HEADS), "proj") is None
 
 
-def test_slices_of_an_unknown_parent_need_a_layout():
+def test_unknown_parent_slices():
+    """Slices of a layer in an unknown parent need a layout."""
+
     class Other(importlib.import_module("timm.layers").Attention):
         def forward(self, x: Tensor) -> Tensor:
             return self.proj(self.qkv(x)[..., :D])

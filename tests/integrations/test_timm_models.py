@@ -31,7 +31,8 @@ def labels(x: Tensor) -> Tensor:
 
 
 @EVERY
-def test_injection_changes_no_output_and_no_base_key_and_ejection_nothing_at_all(tiny: Tiny):
+def test_inject_eject_unchanged(tiny: Tiny):
+    """Injection changes no output and no base key, and ejection changes nothing at all."""
     model, x = tiny.make(), tiny.images()
     base = {key: value.clone() for key, value in model.state_dict().items()}
     classes = {name: type(module) for name, module in model.named_modules()}
@@ -53,7 +54,8 @@ def test_injection_changes_no_output_and_no_base_key_and_ejection_nothing_at_all
 
 
 @EVERY
-def test_only_the_rows_of_the_slices_change(tiny: Tiny):
+def test_only_slice_rows_change(tiny: Tiny):
+    """Only the rows of the slices change."""
     model = tiny.make()
     base = {key: value.clone() for key, value in model.state_dict().items()}
     layouts = {row["name"]: row for row in fe.integrations.timm.targets(model).rows}
@@ -75,7 +77,8 @@ def test_only_the_rows_of_the_slices_change(tiny: Tiny):
 
 
 @EVERY
-def test_outputs_and_gradients_are_those_of_the_dense_model(tiny: Tiny):
+def test_matches_dense_model(tiny: Tiny):
+    """Outputs and gradients are those of the dense model."""
     model, x = adapted(tiny), tiny.images()
     other, y = dense(model), labels(x)
     torch.testing.assert_close(model(x), other(x), **EXACT)
@@ -92,7 +95,7 @@ def test_outputs_and_gradients_are_those_of_the_dense_model(tiny: Tiny):
 
 
 @EVERY
-def test_the_fisher_is_the_mean_of_squared_gradients_of_single_images(tiny: Tiny):
+def test_fisher_single_images(tiny: Tiny):
     """Windows, class tokens and pooled keys: rows of one image must stay together."""
     model, x = adapted(tiny), tiny.images(2)
     other, y = dense(model), labels(x)
@@ -130,7 +133,8 @@ def test_a_bypass_is_fixed_reported_and_restored(tiny: Tiny):
         assert fe.integrations.timm.targets(ejected).summary["bypassed"]
 
 
-def test_a_model_built_with_separate_biases_stays_so():
+def test_separate_biases_kept():
+    """A model built with separate biases keeps them separate."""
     model = MODELS["beit"].make()
     for block in model.blocks:
         block.attn.qkv_bias_separate = True
@@ -157,7 +161,8 @@ def test_a_bypass_without_the_attribute_is_refused_before_anything_changes():
     assert not fe.adapters(model) and not model.blocks[0].attn.qkv_bias_separate
 
 
-def test_levit_is_adapted_by_the_name_of_the_linear_inside():
+def test_levit_inner_linear():
+    """LeViT is adapted by the name of the linear layer inside."""
     model = timm.create_model(
         "levit_128s",
         img_size=64,
@@ -174,14 +179,15 @@ def test_levit_is_adapted_by_the_name_of_the_linear_inside():
     assert any(name.endswith("kv.linear") and "downsample" in name for name in rows)
 
 
-def test_all_linear_leaves_out_both_heads_of_a_distilled_model():
+def test_distilled_heads_excluded():
+    """Targeting `all-linear` leaves out both heads of a distilled model."""
     model = MODELS["deit"].make()
     report = fe.inject(model, fe.LoRAConfig(r=2, target_modules="all-linear"))
     assert report.summary["skipped"] == {"head": "output head", "head_dist": "output head"}
     assert len(fe.adapters(model)) == 2 * 4
 
 
-def test_the_end_of_a_task_knows_the_samples_behind_windows():
+def test_window_sample_counts():
     """SwinV2 with all layers that see images; its position networks see none, and are refused by name."""
     tiny = MODELS["swinv2"]
     x, names = tiny.images(3), {"layers.0.blocks.0.attn.qkv", "layers.1.blocks.0.mlp.fc2"}

@@ -41,7 +41,8 @@ def fisher_of(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 @SOME
-def test_a_new_classifier_trains_and_is_left_alone_by_ejection(name: str):
+def test_new_classifier(name: str):
+    """A new classifier trains, and ejection leaves it alone."""
     model = adapted(MODELS[name])
     model.reset_classifier(7)
     model.double()
@@ -59,7 +60,8 @@ def test_a_new_classifier_trains_and_is_left_alone_by_ejection(name: str):
     ("name", "reentrant"),  # timm's BEiT hands keywords to checkpoint, which the reentrant one refuses
     [("vit", False), ("vit", True), ("beit", False), ("swin", False), ("swin", True)],
 )
-def test_gradient_checkpointing_changes_neither_gradients_nor_the_fisher(name: str, reentrant: bool):
+def test_gradient_checkpointing(name: str, reentrant: bool):
+    """Gradient checkpointing changes neither the gradients nor the Fisher."""
     plain, x_y = adapted(MODELS[name]), batch(name)
     model = copy.deepcopy(plain)
     model.set_grad_checkpointing()
@@ -81,7 +83,8 @@ def test_gradient_checkpointing_changes_neither_gradients_nor_the_fisher(name: s
 
 
 @SOME
-def test_a_checkpoint_of_the_plain_model_loads_before_and_after_injection(name: str):
+def test_plain_checkpoint_loads(name: str):
+    """A checkpoint of the plain model loads before and after injection."""
     tiny = MODELS[name]
     other = tiny.make()
     with torch.no_grad():
@@ -105,7 +108,8 @@ def test_a_checkpoint_of_the_plain_model_loads_before_and_after_injection(name: 
 
 
 @SOME
-def test_the_moving_average_covers_adapters_and_computes_by_itself(name: str):
+def test_ema_covers_adapters(name: str):
+    """The moving average covers the adapters and computes by itself."""
     model, (x, _) = adapted(MODELS[name]), batch(name)
     ema = ModelEmaV3(model, decay=0.75)
     assert torch.equal(ema(x), model(x))
@@ -124,7 +128,7 @@ def test_the_moving_average_covers_adapters_and_computes_by_itself(name: str):
     assert set(fe.adapters(model)), "the model itself keeps its adapters"
 
 
-def test_the_moving_average_starts_again_after_a_task():
+def test_ema_restarts():
     """consolidate moves the adapters into the weights: an average across it would mix two bases."""
     model, (x, y) = adapted(MODELS["vit"]), batch("vit")
     ema = ModelEmaV3(model)
@@ -134,7 +138,8 @@ def test_the_moving_average_starts_again_after_a_task():
     assert torch.equal(ema(x), model(x))
 
 
-def test_parameter_groups_hold_each_trainable_parameter_once():
+def test_parameter_groups():
+    """Parameter groups hold each trainable parameter once."""
     model = adapted(MODELS["vit"])
     trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     decayed = timm.optim.param_groups_weight_decay(model, 0.1)
@@ -159,7 +164,8 @@ def test_parameter_groups_hold_each_trainable_parameter_once():
     assert decays["head.weight"] == 0.1
 
 
-def test_an_optimizer_of_timm_trains_two_tasks():
+def test_optimizer_two_tasks():
+    """A timm optimizer trains two tasks."""
     model, (x, y) = adapted(MODELS["beit"]), batch("beit", 4)
     ewc = fe.EWC(model, ewc_lambda=1.0, fisher_dtype=torch.float64)
     for _ in range(2):
@@ -177,7 +183,8 @@ def test_an_optimizer_of_timm_trains_two_tasks():
 
 
 @SOME
-def test_features_are_those_of_the_merged_model(name: str):
+def test_features_match_merged(name: str):
+    """Features are those of the merged model."""
     model, (x, _) = adapted(MODELS[name]), batch(name)
     other = copy.deepcopy(model)
     fe.eject(other)
@@ -190,7 +197,8 @@ def test_features_are_those_of_the_merged_model(name: str):
 
 
 @pytest.mark.parametrize("name", ["vit", "beit"])
-def test_a_features_only_model_takes_adapters(name: str):
+def test_features_only_model(name: str):
+    """A features-only model takes adapters."""
     tiny = MODELS[name]
     torch.manual_seed(0)
     model = timm.create_model(tiny.name, features_only=True, out_indices=(0, 1), **tiny.options).double()

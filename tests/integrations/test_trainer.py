@@ -129,7 +129,8 @@ def start_of(model: nn.Module) -> dict[str, Tensor]:
 
 # 7 batches: with 3 per step the last step of an epoch has fewer. A norm of 0 is no clipping.
 @pytest.mark.parametrize(("accumulation", "max_grad_norm"), [(1, 0.0), (3, 0.0), (3, 1e-2)])
-def test_training_equals_a_loop_with_the_penalty_in_the_loss(accumulation, max_grad_norm, tmp_path):
+def test_matches_manual_loop(accumulation, max_grad_norm, tmp_path):
+    """Training equals a loop with the penalty in the loss."""
     model, other = gpt2(), gpt2()
     ewc, other_ewc = second_task(model), second_task(other)
     start = start_of(model)
@@ -146,7 +147,8 @@ def test_training_equals_a_loop_with_the_penalty_in_the_loss(accumulation, max_g
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1e-2])  # 0: nothing is unscaled before the optimizer's step
-def test_a_gradient_scaler_changes_nothing(max_grad_norm, tmp_path, monkeypatch):
+def test_grad_scaler(max_grad_norm, tmp_path, monkeypatch):
+    """A gradient scaler changes nothing."""
     model, other = gpt2(), gpt2()
     ewc, other_ewc = second_task(model), second_task(other)
     start = start_of(model)
@@ -166,7 +168,8 @@ def test_a_gradient_scaler_changes_nothing(max_grad_norm, tmp_path, monkeypatch)
     assert_trained_alike(model, other, start)
 
 
-def test_the_penalty_is_logged_as_the_mean_over_the_steps_of_the_loss(tmp_path):
+def test_penalty_logged_mean(tmp_path):
+    """The penalty is logged as the mean over the steps, as the loss is."""
     model, other = gpt2(), gpt2()
     ewc, other_ewc = second_task(model), second_task(other)
     seen: list[dict[str, Any]] = []
@@ -188,7 +191,7 @@ def test_the_penalty_is_logged_as_the_mean_over_the_steps_of_the_loss(tmp_path):
     assert "ewc_penalty" not in seen[-1], "the summary of the run has no step of its own"
 
 
-def test_a_step_cut_short_by_the_end_of_an_epoch_gets_one_penalty():
+def test_truncated_step_penalty():
     """Trainer leaves the loop inside a step when a callback stops the epoch, and goes on accumulating."""
     model = gpt2()
     ewc = second_task(model)
@@ -202,7 +205,8 @@ def test_a_step_cut_short_by_the_end_of_an_epoch_gets_one_penalty():
     assert all(torch.equal(p.grad, 2 * once[name]) for name, p in adapter_tensors(model))
 
 
-def test_the_first_task_trains_as_without_ewc(tmp_path):
+def test_first_task_plain(tmp_path):
+    """The first task trains as it does without EWC."""
     model, other = gpt2(), gpt2()
     start = start_of(model)
     callback = EWCCallback(fe.EWC(model, 1e4, fisher_dtype=torch.float64))
@@ -236,7 +240,8 @@ def labelled(seed: int) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_two_tasks_train_consolidate_and_save(bf16, tmp_path):
+def test_two_tasks_saved(bf16, tmp_path):
+    """Two tasks train, consolidate and save."""
     model = bert()
     ewc = fe.EWC(model, ewc_lambda=100.0)
     for task in range(2):
@@ -267,7 +272,7 @@ def test_two_tasks_train_consolidate_and_save(bf16, tmp_path):
                                    rtol=0.05 if bf16 else 0, atol=0.05 if bf16 else 0)  # fmt: skip
 
 
-def test_a_checkpoint_of_the_trainer_resumes_with_the_penalty(tmp_path):
+def test_checkpoint_resume(tmp_path):
     """A fresh model that goes on from the end of the first epoch ends where the first run ended."""
     results = []
     for checkpoint in (None, str(tmp_path / "checkpoint-7")):
@@ -282,7 +287,8 @@ def test_a_checkpoint_of_the_trainer_resumes_with_the_penalty(tmp_path):
     assert_trained_alike(results[1], results[0], start)
 
 
-def test_what_would_train_without_a_penalty_is_refused(tmp_path):
+def test_missing_penalty_refused(tmp_path):
+    """A setup that would train without a penalty is refused."""
     model, other = gpt2(), gpt2()
     ewc = fe.EWC(model, 1.0, fisher_dtype=torch.float64)
     trainer = Trainer(other, arguments(tmp_path), train_dataset=sentences(), callbacks=[EWCCallback(ewc)])
@@ -303,7 +309,8 @@ def test_what_would_train_without_a_penalty_is_refused(tmp_path):
             EWCCallback(ewc).on_train_begin(args, None, None, model=model)
 
 
-def test_the_fisher_of_padded_batches_is_that_of_single_samples_without_padding(tmp_path):
+def test_padding_fisher(tmp_path):
+    """The Fisher of padded batches is that of single samples without padding."""
     model = bert().double().eval()
     samples = labelled(0)
     trainer = Trainer(model, arguments(tmp_path, per_device_train_batch_size=4), train_dataset=samples)

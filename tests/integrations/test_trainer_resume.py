@@ -123,7 +123,8 @@ def contents(ewc: fe.EWC) -> dict[str, Tensor]:
     [{}, {"gradient_accumulation_steps": 4, "num_train_epochs": 4}, {"save_total_limit": 1}],
     ids=["every batch", "accumulation", "rotation"],
 )
-def test_an_interrupted_task_goes_on_as_if_it_had_not_been(settings, tmp_path):
+def test_interrupted_task(settings, tmp_path):
+    """An interrupted task goes on as if it had not been interrupted."""
     whole = controller(bert())
     uninterrupted = two_tasks(tmp_path / "whole", whole, False, **settings)
     two_tasks(tmp_path / "run", controller(bert()), True, **settings)
@@ -139,7 +140,7 @@ def test_an_interrupted_task_goes_on_as_if_it_had_not_been(settings, tmp_path):
     assert len(kept) == settings.get("save_total_limit", len(kept)) > 0
 
 
-def test_a_checkpoint_of_the_model_only_keeps_the_ewc(tmp_path):
+def test_model_only_checkpoint(tmp_path):
     """Trainer then starts with a new optimizer; the EWC and its penalty are those of before."""
     two_tasks(tmp_path, controller(bert()), True, save_only_model=True)
     ewc, expected = controller(bert()), controller(bert())
@@ -155,7 +156,8 @@ def test_a_checkpoint_of_the_model_only_keeps_the_ewc(tmp_path):
     assert min(penalty for _, penalty in penalties(trainer)[-3:]) > 0.0
 
 
-def test_a_checkpoint_that_was_moved_is_named(tmp_path):
+def test_moved_checkpoint_named(tmp_path):
+    """A checkpoint that was moved is named."""
     expected, checkpoint = interrupted(tmp_path / "run")
     moved = tmp_path / "elsewhere"
     shutil.move(checkpoint, moved)
@@ -175,7 +177,7 @@ def test_a_checkpoint_that_was_moved_is_named(tmp_path):
     assert_same(again, ewc)
 
 
-def test_the_state_of_a_neighbour_serves_where_saving_was_interrupted(tmp_path):
+def test_neighbour_state_used(tmp_path):
     """Killed between Trainer's files and ours, or saved where no callback is asked (SIGTERM)."""
     ewc = controller(bert())
     two_tasks(tmp_path, ewc, False)
@@ -189,7 +191,8 @@ def test_the_state_of_a_neighbour_serves_where_saving_was_interrupted(tmp_path):
         torch.testing.assert_close(again.fishers[key], fisher, rtol=1e-12, atol=0.0)
 
 
-def test_a_state_of_another_run_in_the_same_place_is_not_taken(tmp_path):
+def test_foreign_run_rejected(tmp_path):
+    """The state of another run in the same place is not taken."""
     _, checkpoint = interrupted(tmp_path / "run")
     moved = tmp_path / "elsewhere"
     shutil.move(checkpoint, moved)
@@ -204,7 +207,8 @@ def test_a_state_of_another_run_in_the_same_place_is_not_taken(tmp_path):
     assert ewc.tasks == 0
 
 
-def test_a_checkpoint_without_an_ewc_state_is_refused(tmp_path):
+def test_missing_state_refused(tmp_path):
+    """A checkpoint without an EWC state is refused."""
     ewc = controller(bert())
     trainer_of(tmp_path, 0, ewc, []).train()
     with pytest.raises(fe.CheckpointError, match=r"step 12: expected an EWC state, but .* without an EWCC"):
@@ -214,7 +218,8 @@ def test_a_checkpoint_without_an_ewc_state_is_refused(tmp_path):
     trainer_of(tmp_path, 0, ewc, [kept], num_train_epochs=3).train(resume_from_checkpoint=True)
 
 
-def test_a_folder_without_resuming_is_refused(tmp_path):
+def test_folder_not_resuming(tmp_path):
+    """A checkpoint folder is refused when training does not resume."""
     ewc = controller(bert())
     with pytest.raises(fe.IntegrationError, match="training starts at step 0"):
         trainer_of(tmp_path, 0, ewc, [EWCCallback(ewc, resume_from_checkpoint="run")]).train()
@@ -222,7 +227,7 @@ def test_a_folder_without_resuming_is_refused(tmp_path):
         EWCCallback(ewc, resume_from_checkpoint=3)
 
 
-def test_what_does_not_fit_changes_nothing(tmp_path):
+def test_mismatch_changes_nothing(tmp_path):
     """Whatever Trainer did to the model, the EWC and the counts of its layers stay."""
     _, checkpoint = interrupted(tmp_path)
     cases = [
@@ -249,7 +254,7 @@ def test_what_does_not_fit_changes_nothing(tmp_path):
     assert ewc.tasks == 0
 
 
-def test_an_ewc_at_the_right_state_needs_no_file(tmp_path):
+def test_matching_state_no_file(tmp_path):
     """Training resumed in the same process, or after loading by hand."""
     ewc, checkpoint = interrupted(tmp_path)
     for files in (tmp_path / "task1").glob("*/fused_ewclora"):
@@ -258,7 +263,9 @@ def test_an_ewc_at_the_right_state_needs_no_file(tmp_path):
     assert ewc.tasks == 1
 
 
-def test_a_task_that_ends_inside_of_training_is_in_the_checkpoint(tmp_path):
+def test_task_end_while_training(tmp_path):
+    """A task that ends during training is in the checkpoint."""
+
     class Ends(TrainerCallback):
         def on_epoch_end(self, args, state, control, train_dataloader=None, **kwargs):
             if state.epoch == 1.0:
@@ -274,7 +281,7 @@ def test_a_task_that_ends_inside_of_training_is_in_the_checkpoint(tmp_path):
     assert state["global_step"] == 6 and "fused_ewclora.EWC" in state["stateful_callbacks"]
 
 
-def test_a_peft_model_gets_its_consolidated_weights_back(tmp_path):
+def test_peft_weights_restored(tmp_path):
     """Of PEFT's models Trainer saves the adapters alone."""
 
     def live() -> fe.EWC:

@@ -69,7 +69,8 @@ def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_the_layer_says_what_it_is():
+def test_layer_repr():
+    """The layer has the class, the sizes and the text of a `Conv1D` with adapters."""
     layer = adapted(True).qkv
     assert type(layer) is LoRAConv1D and isinstance(layer, Conv1D)
     assert (layer.in_features, layer.out_features) == (IN, OUT)
@@ -77,7 +78,8 @@ def test_the_layer_says_what_it_is():
     assert repr(layer) == text
 
 
-def test_outputs_and_gradients_are_those_of_the_explicit_weight():
+def test_matches_explicit_weight():
+    """Outputs and gradients are those of the explicit weight."""
     model = adapted(True)
     layer, x = model.qkv, data()[0].requires_grad_(True)
     own = [p for _, *pair in layer.adapter_parameters() for p in pair]
@@ -93,7 +95,8 @@ def test_outputs_and_gradients_are_those_of_the_explicit_weight():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_kernels_read_the_transposed_weight_as_the_contiguous_one(dtype):
+def test_kernels_transposed_weight(dtype):
+    """The kernels read the transposed weight as they read the contiguous one."""
     conv, linear = adapted(True, dtype), adapted(False, dtype)
     x = data()[0].to(dtype)
     y, expected = conv.qkv(x), linear.qkv(x)
@@ -107,7 +110,8 @@ def test_kernels_read_the_transposed_weight_as_the_contiguous_one(dtype):
 
 
 @pytest.mark.parametrize("merge_mode", ["delta", "factors"])
-def test_tasks_end_as_with_the_linear_layer(merge_mode):
+def test_tasks_match_linear(merge_mode):
+    """Tasks end as they do with the linear layer."""
     states = []
     for transposed in (True, False):
         model = adapted(transposed)
@@ -132,7 +136,8 @@ def test_tasks_end_as_with_the_linear_layer(merge_mode):
         close(fishers[key], fisher)
 
 
-def test_merge_adds_the_transposed_product_and_unmerge_restores_every_bit():
+def test_merge_unmerge_bitwise():
+    """Merging adds the transposed product, and unmerging restores every bit."""
     model, x = adapted(True), data()[0]
     before, y = model.qkv.weight.detach().clone(), model(x)
     fe.merge(model)
@@ -144,7 +149,8 @@ def test_merge_adds_the_transposed_product_and_unmerge_restores_every_bit():
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_eject_gives_back_the_very_module_with_its_class_and_keys(merge):
+def test_eject_original_module(merge):
+    """Ejecting gives back the very same module, with its class and keys."""
     model, x = adapted(True), data()[0]
     module, keys, y = model.qkv, set(Model(True).state_dict()), model(x)
     fe.eject(model, merge=merge)
@@ -153,7 +159,8 @@ def test_eject_gives_back_the_very_module_with_its_class_and_keys(merge):
     close(model(x), y if merge else Model(True)(x))
 
 
-def test_a_plain_checkpoint_loads_and_becomes_the_base():
+def test_plain_checkpoint_base():
+    """A plain checkpoint loads and becomes the base."""
     model, plain = adapted(True), Model(True)
     plain.qkv.weight.data.mul_(2.0)
     before = model.qkv.origin_fingerprint
@@ -165,7 +172,8 @@ def test_a_plain_checkpoint_loads_and_becomes_the_base():
 
 
 @pytest.mark.parametrize("tasks", [0, 1])
-def test_checkpoints_resume_bit_for_bit(tasks, tmp_path):
+def test_resume_bitwise(tasks, tmp_path):
+    """Training resumes from checkpoints bit for bit."""
     model = adapted(True)
     ewc = fe.EWC(model, 20.0, fisher_dtype=torch.float64)
     for task in range(tasks):
@@ -183,7 +191,8 @@ def test_checkpoints_resume_bit_for_bit(tasks, tmp_path):
     assert torch.equal(other(data()[0]), model(data()[0]))
 
 
-def test_a_checkpoint_of_other_base_weights_is_refused(tmp_path):
+def test_other_base_refused(tmp_path):
+    """A checkpoint of other base weights is refused."""
     fe.save_pretrained(tmp_path, adapted(True))
     other = Model(True)
     other.qkv.weight.data.mul_(1.5)
@@ -192,13 +201,15 @@ def test_a_checkpoint_of_other_base_weights_is_refused(tmp_path):
         fe.load_pretrained(tmp_path, other)
 
 
-def test_copies_and_pickles_compute_the_same():
+def test_copies_and_pickles():
+    """Copies and pickles compute the same."""
     model, x = adapted(True), data()[0]
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(other.qkv) is LoRAConv1D and torch.equal(other(x), model(x))
 
 
-def test_a_weight_of_another_shape_is_refused_before_anything_changes():
+def test_bad_shape_refused():
+    """A weight of another shape is refused before anything changes."""
     model = Model(True)
     model.qkv.nf = OUT + 1
     with pytest.raises(fe.TargetError, match=r"\[6, 12\], not \[in_features, out_features\]"):
@@ -216,7 +227,8 @@ class Holder(nn.Module):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_falcons_linear_layer_is_adapted_and_keeps_its_own_forward_without_adapters(bias):
+def test_falcon_linear(bias):
+    """Falcon's linear layer is adapted, and keeps its own forward without adapters."""
     # A transformers model brings its classes along; this one is not from there.
     torch.manual_seed(0)
     model, x = Holder(bias), data()[0]

@@ -261,7 +261,8 @@ def gated_operands(parent: nn.Module, call: Callable[[], Any]) -> dict[str, Tens
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)])
-def test_rows_of_a_segment_change_what_the_segment_is_named_after_and_nothing_else(case):
+def test_rows_per_segment(case):
+    """The rows of a segment change what the segment is named after and nothing else."""
     entry, config, settings, arguments, calling = case
     child = entry.rpartition(".")[2]
     parent = made(entry, config, settings, arguments)
@@ -286,7 +287,8 @@ def test_rows_of_a_segment_change_what_the_segment_is_named_after_and_nothing_el
     assert bool((owned == 1).all()), "every row belongs to one segment"
 
 
-def test_every_known_layout_is_tested():
+def test_known_layouts_covered():
+    """Every known layout is tested."""
     assert {case[0] for case in CASES} == set(PACKED)
 
 
@@ -298,7 +300,8 @@ def neox(layers: int = 2) -> nn.Module:
     return transformers.GPTNeoXForCausalLM(config).eval()
 
 
-def test_targets_are_data_and_print_as_a_table():
+def test_targets_report_table():
+    """Targets are reported as data and print as a table."""
     report = fe.integrations.transformers.targets(neox())
     assert [row["name"] for row in report.rows] == [
         f"gpt_neox.layers.{i}.attention.query_key_value" for i in range(2)
@@ -310,27 +313,31 @@ def test_targets_are_data_and_print_as_a_table():
     assert "query_key_value" in str(report)
 
 
-def test_targets_of_an_adapted_model_are_those_of_the_plain_one():
+def test_targets_after_injection():
+    """The targets of an adapted model are those of the plain one."""
     model = neox()
     before = fe.integrations.transformers.targets(model)
     fe.inject(model, fe.LoRAConfig(target_modules=["query_key_value"]))
     assert fe.integrations.transformers.targets(model).rows == before.rows
 
 
-def test_targets_of_conv1d_are_its_columns():
+def test_conv1d_target_columns():
+    """The targets of a `Conv1D` are its columns."""
     torch.manual_seed(0)
     model = transformers.GPT2Model(transformers.GPT2Config(**GPT2, n_layer=1, vocab_size=20, n_positions=8))
     (row,) = fe.integrations.transformers.targets(model).rows
     assert (row["name"], row["sizes"]) == ("h.0.attn.c_attn", (WIDTH,) * 3)
 
 
-def test_a_model_without_packed_projections_says_so():
+def test_no_packed_projections():
+    """A model without packed projections says so."""
     config = transformers.BertConfig(**{**SMALL, "num_hidden_layers": 1, "vocab_size": 20})
     report = fe.integrations.transformers.targets(transformers.BertModel(config))
     assert report.rows == [] and "no packed projections" in str(report)
 
 
-def test_slices_need_no_layout_where_it_is_known():
+def test_slices_known_layout():
+    """Slices need no layout where it is known."""
     model = neox(1)
     fe.inject(model, fe.LoRAConfig(r=2, target_modules=["query_key_value"], slices=("q", "v")))
     layer = model.gpt_neox.layers[0].attention.query_key_value
@@ -339,7 +346,9 @@ def test_slices_need_no_layout_where_it_is_known():
     assert v.rows == tuple((h * 3 * SIZE + 2 * SIZE, (h + 1) * 3 * SIZE) for h in range(HEADS))
 
 
-def test_a_subclass_that_may_unpack_otherwise_has_no_known_layout():
+def test_subclass_unknown_layout():
+    """A subclass that may unpack its rows differently has no known layout."""
+
     class Reordered(type(neox(1).gpt_neox.layers[0].attention)):
         pass
 

@@ -153,7 +153,8 @@ def test_injection_changes_no_output(case):
 
 
 @each_model
-def test_outputs_and_gradients_are_those_of_the_dense_weights(case):
+def test_matches_dense_weights(case):
+    """Outputs and gradients are those of the dense weights."""
     model, batch = case.adapted(), batch_of(case)
     plain, weights = dense(case, model)
     output, expected = model(**batch), plain(**batch)
@@ -166,7 +167,8 @@ def test_outputs_and_gradients_are_those_of_the_dense_weights(case):
 
 
 @each_model
-def test_the_fisher_of_mapping_batches_is_the_mean_square_of_single_gradients(case):
+def test_fisher_mapping_batches(case):
+    """The Fisher of batches that are mappings is the mean square of single-sample gradients."""
     model, batch = case.adapted(), batch_of(case)
     ewc = fe.EWC(model, 1.0, fisher_dtype=torch.float64)
     halves = [{key: value[i : i + 2] for key, value in batch.items()} for i in (0, 2)]
@@ -183,7 +185,8 @@ def test_the_fisher_of_mapping_batches_is_the_mean_square_of_single_gradients(ca
 
 
 @each_model
-def test_a_model_without_its_adapters_is_saved_and_loaded_by_plain_transformers(case, tmp_path):
+def test_saved_without_adapters(case, tmp_path):
+    """A model without its adapters is saved and loaded by plain transformers."""
     model, batch = case.adapted(torch.float32), batch_of(case, torch.float32)
     before = model(**batch).logits
     classes = {name: type(module) for name, module in case.model().named_modules()}
@@ -198,7 +201,8 @@ def test_a_model_without_its_adapters_is_saved_and_loaded_by_plain_transformers(
 
 
 @each_model
-def test_all_linear_leaves_out_the_head(case):
+def test_all_linear_excludes_head(case):
+    """Targeting `all-linear` leaves out the head."""
     model = case.model()
     fe.inject(model, fe.LoRAConfig(r=2, target_modules="all-linear"))
     names = set(fe.adapters(model))
@@ -211,7 +215,8 @@ def test_all_linear_leaves_out_the_head(case):
     assert len(names) >= 4
 
 
-def test_all_linear_leaves_out_a_classifier_beside_no_base_model():
+def test_classifier_without_base():
+    """Targeting `all-linear` leaves out the classifier of a model that is its own `base_model`."""
     vision = {**TEXT, **VIT, "num_labels": 2}
     config = hf.SiglipConfig(text_config=TEXT, vision_config=vision, num_labels=3)
     model = hf.SiglipForImageClassification(config)
@@ -223,7 +228,8 @@ def test_all_linear_leaves_out_a_classifier_beside_no_base_model():
 @pytest.mark.filterwarnings("ignore:.*_checkpointing_enable. is deprecated:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "gpt_neox", "t5"])
-def test_checkpointed_activations_give_the_same_gradients_and_fisher(name, reentrant):
+def test_activation_checkpointing(name, reentrant):
+    """Activation checkpointing gives the same gradients and the same Fisher."""
     case = CASES[name]
     batch, results = batch_of(case), []
     for checkpointed in (False, True):
@@ -256,7 +262,8 @@ def count_calls(model: nn.Module) -> list[None]:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2-conv1d", "gpt_neox", "phi3"])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_padding_changes_no_fisher_of_a_language_model(name, side):
+def test_lm_padding_fisher(name, side):
+    """Padding does not change the Fisher of a language model."""
     case = CASES[name]
     samples = [{"input_ids": torch.arange(1, length + 1) * 3 % VOCABULARY} for length in (5, 3, 4)]
     padded = {"input_ids": [], "attention_mask": [], "labels": [], "position_ids": []}
@@ -281,7 +288,7 @@ def test_padding_changes_no_fisher_of_a_language_model(name, side):
         assert (fisher - fishers[1][key]).abs().max() <= 1e-5 * fisher.max(), key
 
 
-def test_sampled_tokens_give_the_fisher_of_the_models_own_distribution():
+def test_sampled_tokens_fisher():
     """Over many draws the mean of squared gradients is their expectation, here for one token to predict."""
     case = CASES["llama"]
     model = case.adapted()
@@ -312,7 +319,8 @@ def test_next_tokens_need_labels():
             ewc.estimate_fisher([batch], forward=next_tokens)
 
 
-def test_tied_embeddings_train_but_refuse_to_merge():
+def test_tied_embeddings():
+    """Tied embeddings train but refuse to merge."""
     model = CASES["gpt2"].model()
     with pytest.warns(UserWarning, match=r"the weight of 'lm_head' is also transformer\.wte\.weight"):
         fe.inject(model, fe.LoRAConfig(r=2, target_modules=["lm_head"]))
@@ -329,7 +337,8 @@ def test_tied_embeddings_train_but_refuse_to_merge():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "bert"])
-def test_half_precision_models_train_adapters_in_fp32(name, dtype):
+def test_half_precision_masters(name, dtype):
+    """Models in half precision train their adapters in fp32."""
     case = CASES[name]
     model, batch = case.adapted(dtype), batch_of(case, dtype)
     output = model(**batch)
@@ -344,7 +353,8 @@ def test_half_precision_models_train_adapters_in_fp32(name, dtype):
     assert all(torch.isfinite(fisher).all() and fisher.sum() > 0 for fisher in ewc.fishers.values())
 
 
-def test_t5_keeps_wo_in_fp32_beside_fp16_and_its_adapter_works(tmp_path):
+def test_t5_fp32_wo(tmp_path):
+    """T5 keeps `wo` in fp32 beside fp16, and its adapter works."""
     CASES["t5"].model(torch.float32).save_pretrained(tmp_path)
     model = hf.T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float16)
     wo = [m for n, m in model.named_modules() if n.endswith("wo")]
@@ -354,7 +364,8 @@ def test_t5_keeps_wo_in_fp32_beside_fp16_and_its_adapter_works(tmp_path):
     assert all(m.lora_B.grad.abs().max() > 0 for m in wo)
 
 
-def test_a_plain_checkpoint_loads_into_the_injected_model():
+def test_plain_checkpoint_loads():
+    """A plain checkpoint loads into the injected model."""
     case = CASES["gpt2"]
     model, other = case.adapted(), case.model()
     with torch.no_grad():
@@ -367,7 +378,8 @@ def test_a_plain_checkpoint_loads_into_the_injected_model():
         assert torch.equal(model(**batch).logits, other(**batch).logits)
 
 
-def test_generation_with_a_cache_equals_the_merged_model():
+def test_cached_generation():
+    """Generation with a cache equals that of the merged model."""
     model = CASES["gpt2"].adapted()
     ids = torch.tensor([[3, 5, 8]])
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -376,7 +388,8 @@ def test_generation_with_a_cache_equals_the_merged_model():
     assert torch.equal(model.generate(ids, **options), tokens) and tokens.shape == (1, 7)
 
 
-def test_copies_of_a_model_are_independent():
+def test_copies_independent():
+    """Copies of a model are independent."""
     model = CASES["gpt2"].adapted()
     other = copy.deepcopy(model)
     batch = batch_of(CASES["gpt2"])

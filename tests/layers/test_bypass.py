@@ -35,7 +35,8 @@ def settings(model: nn.Module) -> list[bool]:
 
 
 @pytest.mark.usefixtures("rule")
-def test_settings_hold_while_adapters_are_in_and_are_reported():
+def test_settings_held_reported():
+    """Settings hold while adapters are in, and are reported."""
     model = two()
     model["second"].qkv_bias_separate = True  # as somebody wanted it
     report = fe.inject(model, CONFIG)
@@ -48,7 +49,8 @@ def test_settings_hold_while_adapters_are_in_and_are_reported():
 
 @pytest.mark.usefixtures("rule")
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_of_a_model_know_what_to_put_back(copied):
+def test_copies_restore_settings(copied):
+    """Copies of a model know which settings to put back."""
     model = two()
     fe.inject(model, CONFIG)
     other = copied(model)
@@ -58,7 +60,8 @@ def test_copies_of_a_model_know_what_to_put_back(copied):
 
 
 @pytest.mark.usefixtures("rule")
-def test_a_second_injection_keeps_what_the_first_found():
+def test_second_injection():
+    """A second injection keeps the settings that the first one found."""
     model = two()
     fe.inject(model, fe.LoRAConfig(r=2, target_modules=["first.qkv"]))
     assert settings(model) == [True, False]
@@ -81,7 +84,8 @@ def test_eject_forgets_settings():
 
 
 @pytest.mark.usefixtures("rule")
-def test_every_parent_of_a_shared_layer_is_set():
+def test_shared_layer_parents():
+    """Every parent of a shared layer is set."""
     model = two()
     model["second"].qkv = model["first"].qkv
     fe.inject(model, CONFIG)
@@ -89,7 +93,8 @@ def test_every_parent_of_a_shared_layer_is_set():
 
 
 @pytest.mark.usefixtures("rule")
-def test_a_failing_injection_sets_nothing(monkeypatch: pytest.MonkeyPatch):
+def test_failed_injection(monkeypatch: pytest.MonkeyPatch):
+    """A failing injection sets nothing."""
     model = two()
 
     def fails(*_: object) -> None:
@@ -101,7 +106,8 @@ def test_a_failing_injection_sets_nothing(monkeypatch: pytest.MonkeyPatch):
     assert settings(model) == [False, False] and not fe.adapters(model)
 
 
-def test_an_attribute_that_is_not_there_is_an_error_before_anything_changes(monkeypatch):
+def test_missing_attribute(monkeypatch):
+    """A missing attribute is an error before anything changes."""
     rules = [lambda parent, child: {"no_such": 1} if child == "qkv" else None]
     monkeypatch.setattr(bypass, "_call_rules", rules)
     model = two()

@@ -48,7 +48,8 @@ def delta(layer: fe.AdaptedLinear) -> Tensor:
     return layer.lora_magnitudes[0] * past + layer.lora_magnitudes[1] * layer.lora_B @ layer.lora_A
 
 
-def test_a_layer_runs_what_its_composer_says():
+def test_forward_uses_composer():
+    """A layer runs the factors that its composer returns."""
     layer = stacked().fc
     x = torch.randn(5, WIDTH).double()
     dy = torch.randn(5, WIDTH).double()
@@ -60,7 +61,8 @@ def test_a_layer_runs_what_its_composer_says():
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_merging_and_consolidation_use_what_runs():
+def test_merge_uses_composer():
+    """Merging and consolidation use the composed factors that run."""
     model = stacked()
     x, y = data(8)
     expected = model.fc.weight + delta(model.fc).detach()
@@ -75,7 +77,8 @@ def test_merging_and_consolidation_use_what_runs():
     torch.testing.assert_close(model.fc.weight, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_the_penalty_is_that_of_what_runs():
+def test_penalty_uses_composer():
+    """The penalty is that of the composed factors that run."""
     model = stacked()
     ewc = fe.EWC(model, ewc_lambda=3.0, fisher_dtype=torch.float64)
     ewc.end_task(batches(*data(8), 4), F.cross_entropy)
@@ -96,7 +99,8 @@ def test_the_penalty_is_that_of_what_runs():
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_penalty_gradients_added_without_a_loss_reach_what_is_composed():
+def test_direct_penalty_gradients():
+    """Penalty gradients added without a loss reach the parameters of the composition."""
     model = stacked()
     ewc = fe.EWC(model, ewc_lambda=3.0, fisher_dtype=torch.float64)
     ewc.end_task(batches(*data(8), 4), F.cross_entropy)
@@ -111,7 +115,8 @@ def test_penalty_gradients_added_without_a_loss_reach_what_is_composed():
         torch.testing.assert_close(parameter.grad, 1 + 2 * gradient, rtol=1e-6, atol=1e-12)
 
 
-def test_a_layer_without_ranks_is_its_base():
+def test_zero_ranks():
+    """A layer without ranks is its base."""
     model = adapted()
     model.fc.composer = Nothing()
     x = torch.randn(2, WIDTH).double()
@@ -128,7 +133,8 @@ def test_a_layer_without_ranks_is_its_base():
     assert type(model.fc) is nn.Linear and "composer" not in vars(model.fc)
 
 
-def test_copies_and_files_keep_what_is_composed():
+def test_copies_and_files():
+    """Copies and files keep the composed parameters."""
     model = stacked()
     x = data(4)[0]
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

@@ -30,7 +30,8 @@ def test_segments_partition_the_rows(parts: list[int], heads: int | None):
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(1, 5))
-def test_interleaved_rows_are_what_a_reshape_by_heads_selects(parts: list[int], heads: int):
+def test_interleaved_rows(parts: list[int], heads: int):
+    """Interleaved rows are those that a reshape by heads selects."""
     total = sum(parts) * heads
     layout = QKVLayout(NAMES[: len(parts)], tuple(part * heads for part in parts), interleave=heads)
     by_head = torch.arange(total).view(heads, sum(parts)).split(parts, dim=1)
@@ -40,7 +41,8 @@ def test_interleaved_rows_are_what_a_reshape_by_heads_selects(parts: list[int], 
 
 
 @given(st.integers(1, 40), st.integers(1, 4))
-def test_without_sizes_segments_share_any_layer_equally(share: int, count: int):
+def test_equal_segments(share: int, count: int):
+    """Without sizes, segments share a layer of any size equally."""
     layout = QKVLayout(NAMES[:count])
     assert layout.sizes_of(share * count) == (share,) * count
     assert layout.rows(NAMES[count - 1], share * count) == ((share * (count - 1), share * count),)
@@ -86,7 +88,8 @@ def test_bad_fields_are_named(call: Any, error: type[Exception], word: str):
         call()
 
 
-def test_patterns_match_the_end_of_the_dotted_name():
+def test_pattern_suffix_match():
+    """Patterns match the end of the dotted name."""
     config = LoRAConfig(
         r=8, lora_alpha=16, rank_pattern={r"blocks\.1\.fc1": 2, "fc1": 4}, alpha_pattern={"attn.qkv": 1}
     )
@@ -100,7 +103,8 @@ def test_patterns_match_the_end_of_the_dotted_name():
     assert config.alpha_of("blocks.0.attn.proj") == 16
 
 
-def test_alternatives_in_a_pattern_stay_together():
+def test_pattern_alternatives():
+    """Alternatives in a pattern stay together."""
     config = LoRAConfig(r=8, rank_pattern={"fc1|fc2": 3})
     assert [config.rank_of(name) for name in ("a.fc1", "a.fc2", "fc2", "fc1.x", "x.yfc2")] == [3, 3, 3, 8, 8]
 
@@ -122,7 +126,8 @@ def test_target_rules(targets: Any, name: str, expected: bool):
     assert matches(targets, name) is expected
 
 
-def test_a_config_is_frozen_and_does_not_alias_its_arguments():
+def test_frozen_no_alias():
+    """A configuration is frozen and does not alias its arguments."""
     names, ranks = ["qkv"], {"fc1": 2}
     config = LoRAConfig(target_modules=names, rank_pattern=ranks)
     names.append("fc1")

@@ -32,7 +32,8 @@ import fused_ewclora as fe
     st.sampled_from([None, ("k",), ("v", "q")]),
     st.integers(1, 5),
 )
-def test_injection_leaves_the_output_as_it_was(attention: type[Attention], slices: Any, r: int):
+def test_output_unchanged(attention: type[Attention], slices: Any, r: int):
+    """Injection leaves the output as it was."""
     model = TinyViT(attention=attention).double()
     x = X.double()
     y = model(x)
@@ -56,7 +57,8 @@ def test_injection_leaves_the_output_as_it_was(attention: type[Attention], slice
 
 
 @pytest.mark.parametrize("attention", [Attention, InterleavedAttention])
-def test_only_the_segments_asked_for_are_adapted(attention: type[Attention]):
+def test_only_requested_segments(attention: type[Attention]):
+    """Only the requested segments are adapted."""
     heads = 2 if attention is InterleavedAttention else None
     config = fe.LoRAConfig(
         r=3, target_modules=["qkv"], slices=("v",), layout=fe.QKVLayout(("q", "k", "v"), interleave=heads)
@@ -70,7 +72,8 @@ def test_only_the_segments_asked_for_are_adapted(attention: type[Attention]):
     assert not torch.allclose(v, v0, atol=1e-3)
 
 
-def test_base_keys_stay_and_everything_else_is_frozen():
+def test_base_keys_frozen():
+    """The base keys stay, and everything but the adapters is frozen."""
     base = TinyViT()
     model = injected()
     added = set(model.state_dict()) - set(base.state_dict())
@@ -81,7 +84,8 @@ def test_base_keys_stay_and_everything_else_is_frozen():
     assert set(result.missing_keys) == added and not result.unexpected_keys
 
 
-def test_report_is_a_table_with_rows_as_data():
+def test_report_table():
+    """The report is a table with its rows as data."""
     model = TinyViT()
     report = fe.inject(model, KV)
     assert [row["name"] for row in report.rows] == [
@@ -95,7 +99,8 @@ def test_report_is_a_table_with_rows_as_data():
     assert report.to_dict()["summary"]["layers"] == 2
 
 
-def test_all_linear_leaves_out_the_head_where_the_model_names_it():
+def test_all_linear_excludes_head():
+    """Targeting `all-linear` leaves out the head where the model names it."""
     model = TinyViT()
     report = fe.inject(model, ALL)
     assert report.summary["skipped"] == {"head": "output head"}
@@ -109,14 +114,16 @@ def test_all_linear_leaves_out_the_head_where_the_model_names_it():
     assert list(fe.adapters(plain)) == ["0", "1"]
 
 
-def test_names_that_match_other_classes_are_reported():
+def test_other_classes_reported():
+    """Names that match layers of other classes are reported."""
     report = fe.inject(TinyViT(), fe.LoRAConfig(target_modules=["proj", "nothing"]))
     assert report.summary["skipped"] == {"patch_embed.proj": "Conv1d is not nn.Linear"}
     assert report.summary["unmatched"] == ["nothing"]
     assert "patch_embed.proj" in str(report) and "nothing" in str(report)
 
 
-def test_rank_and_alpha_patterns_decide_per_layer():
+def test_rank_alpha_patterns():
+    """Rank and alpha patterns decide for each layer."""
     model = TinyViT()
     fe.inject(
         model,
@@ -139,14 +146,16 @@ def test_rank_and_alpha_patterns_decide_per_layer():
     }
 
 
-def test_a_second_call_adapts_other_layers_and_keeps_the_first_trainable():
+def test_second_call():
+    """A second call adapts other layers and keeps the first ones trainable."""
     model = injected()
     fe.inject(model, fe.LoRAConfig(r=2, target_modules=["fc1"]))
     assert len(fe.adapters(model)) == 4
     assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
 
 
-def test_a_shared_module_is_adapted_once():
+def test_shared_module_once():
+    """A shared module is adapted once."""
     model = MLP(d_in=10)
     model.fc2 = model.fc1
     fe.inject(model, fe.LoRAConfig(r=2, target_modules=["fc2"]))
@@ -155,7 +164,8 @@ def test_a_shared_module_is_adapted_once():
     assert type(model.fc1) is nn.Linear and model.fc2 is model.fc1
 
 
-def test_layout_rules_serve_layers_without_a_declared_layout(monkeypatch: pytest.MonkeyPatch):
+def test_layout_rules(monkeypatch: pytest.MonkeyPatch):
+    """Layout rules serve layers without a declared layout."""
     monkeypatch.setattr("fused_ewclora.layers.matching._layout_rules", [])
 
     @fe.register_layout
@@ -232,7 +242,8 @@ def test_refused_injections_change_nothing(
     assert_same(before, fingerprint(model))
 
 
-def test_a_failure_in_the_middle_undoes_the_beginning(monkeypatch: pytest.MonkeyPatch):
+def test_failure_rolled_back(monkeypatch: pytest.MonkeyPatch):
+    """A failure in the middle undoes the beginning."""
     model = MLP()
     before = fingerprint(model)
     reset, calls = fe.LoRALinear.reset_adapters, []

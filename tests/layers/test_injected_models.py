@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 import fused_ewclora as fe
 
 
-def test_copies_and_pickles_of_an_injected_model_work():
+def test_copies_and_pickles():
+    """Copies and pickles of an injected model work."""
     model = injected()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(X), model(X))
@@ -35,7 +36,8 @@ def gradients(model: nn.Module, forward: Callable[[Tensor], Tensor]) -> dict[str
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_gives_the_same_gradients(reentrant: bool):
+def test_activation_checkpointing(reentrant: bool):
+    """Activation checkpointing gives the same gradients."""
     model = injected()
 
     def checkpointed(x: Tensor) -> Tensor:
@@ -53,7 +55,8 @@ def test_activation_checkpointing_gives_the_same_gradients(reentrant: bool):
     torch.testing.assert_close(gradients(model, checkpointed), expected, rtol=0, atol=0)
 
 
-def test_a_compiled_model_is_one_graph_and_equals_the_eager_one():
+def test_compile_one_graph():
+    """A compiled model is one graph and equals the eager one."""
     model = injected()
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -64,7 +67,8 @@ def test_a_compiled_model_is_one_graph_and_equals_the_eager_one():
     assert fe.verify_forward(compiled, X) == {f"_orig_mod.blocks.{i}.attn.qkv": 1 for i in (0, 1)}
 
 
-def test_gradients_are_those_of_the_explicit_weight():
+def test_matches_explicit_weight():
+    """Gradients are those of the explicit weight."""
     model = injected().double()
     x = X.double()
     model(x).square().sum().backward()

@@ -51,7 +51,8 @@ def bias_of(layer: fe.LoRALinear) -> torch.Tensor | None:
 
 
 @given(layers(), st.sampled_from([(), (4,), (2, 3), (0,)]))
-def test_output_is_that_of_the_explicit_weight(layer: fe.LoRALinear, leading: tuple[int, ...]):
+def test_matches_explicit_weight(layer: fe.LoRALinear, leading: tuple[int, ...]):
+    """The output is that of the explicit weight."""
     x = torch.randn(*leading, layer.in_features, dtype=torch.float64)
     expected = F.linear(x, layer.weight + explicit_delta(layer), bias_of(layer))
     error = (layer(x) - expected).abs()
@@ -60,7 +61,8 @@ def test_output_is_that_of_the_explicit_weight(layer: fe.LoRALinear, leading: tu
 
 
 @given(layers(torch.float32))
-def test_fp32_output_is_within_rounding_of_fp64(layer: fe.LoRALinear):
+def test_fp32_rounding(layer: fe.LoRALinear):
+    """The fp32 output is within rounding of the fp64 output."""
     x = torch.randn(5, layer.in_features)
     expected = F.linear(x.double(), layer.weight.double() + explicit_delta(layer), bias_of(layer))
     error = (layer(x).double() - expected).abs()
@@ -68,7 +70,8 @@ def test_fp32_output_is_within_rounding_of_fp64(layer: fe.LoRALinear):
 
 
 @given(layers())
-def test_rows_outside_slices_never_change(layer: fe.LoRALinear):
+def test_unsliced_rows_unchanged(layer: fe.LoRALinear):
+    """Rows outside the slices never change."""
     outside = explicit_delta(layer).abs().sum(1) == 0
     owned = torch.zeros(layer.out_features, dtype=torch.bool)
     for adapter in layer.adapter_slices:
@@ -86,7 +89,8 @@ def test_rows_outside_slices_never_change(layer: fe.LoRALinear):
 
 
 @given(layers())
-def test_training_moves_only_the_adapters(layer: fe.LoRALinear):
+def test_only_adapters_train(layer: fe.LoRALinear):
+    """Training moves only the adapters."""
     before = {name: p.detach().clone() for name, p in layer.named_parameters()}
     optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1)
     layer(torch.randn(4, layer.in_features, dtype=torch.float64)).square().sum().backward()
@@ -96,14 +100,16 @@ def test_training_moves_only_the_adapters(layer: fe.LoRALinear):
 
 
 @given(layers())
-def test_consolidated_weight_is_the_explicit_sum(layer: fe.LoRALinear):
+def test_consolidated_weight_sum(layer: fe.LoRALinear):
+    """The consolidated weight is the explicit sum."""
     expected = layer.weight + explicit_delta(layer)
     error = (layer.consolidated_weight() - expected).abs()
     assert (error <= 2 * weight_bound(layer, torch.finfo(torch.float64).eps)).all(), error.max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_low_precision_consolidation_rounds_once(dtype: torch.dtype):
+def test_consolidation_rounds_once(dtype: torch.dtype):
+    """Consolidation in low precision rounds once."""
     layer = trained_kv(dtype)
     exact = layer.weight.double() + explicit_delta(layer)
     # Half a unit in the last place for the one rounding, after fp32 sums.
@@ -120,7 +126,8 @@ def test_low_precision_consolidation_rounds_once(dtype: torch.dtype):
         (torch.float64, torch.float64),
     ],
 )
-def test_adapters_are_fp32_masters_beside_low_precision(base: torch.dtype, adapter: torch.dtype):
+def test_fp32_masters(base: torch.dtype, adapter: torch.dtype):
+    """Adapters are fp32 masters beside weights in low precision."""
     layer = trained_kv(base)
     assert {p.dtype for _, p in layer.named_lora_parameters()} == {adapter}
     y = layer(torch.randn(2, 8, dtype=base))
@@ -129,13 +136,15 @@ def test_adapters_are_fp32_masters_beside_low_precision(base: torch.dtype, adapt
     assert all(p.grad is not None and p.grad.dtype == adapter for _, p in layer.named_lora_parameters())
 
 
-def test_casting_the_module_casts_everything():
+def test_module_cast():
+    """Casting the module casts everything in it."""
     layer = trained_kv().to(torch.bfloat16)
     assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
     assert layer(torch.randn(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_parameters_start_as_at_the_start_of_a_task():
+def test_initial_parameters():
+    """New parameters are as at the start of a task."""
     layer = fe.LoRALinear(400, 24, r=5, slices=("k",), layout=THIRDS)
     (adapter, lora_a, lora_b), *_ = layer.adapter_parameters()
     bound, lora_a = 400**-0.5, lora_a.detach()
@@ -156,7 +165,8 @@ def test_reset_follows_its_generator():
     assert not layers[0].lora_B_k.any()
 
 
-def test_from_linear_shares_and_freezes_the_base():
+def test_from_linear():
+    """`from_linear` shares and freezes the base."""
     linear = nn.Linear(6, 5).eval()
     layer = fe.LoRALinear.from_linear(linear, r=2, lora_alpha=8, lora_dropout=0.1)
     assert layer.weight is linear.weight and layer.bias is linear.bias
@@ -178,7 +188,8 @@ def test_scale_parameter_and_alpha():
     torch.testing.assert_close(layer.consolidated_weight(), weight.detach())
 
 
-def test_scale_parameter_multiplies_the_scale_and_learns():
+def test_scale_parameter_learns():
+    """The scale parameter multiplies the scale and learns."""
     layer = trained_kv(torch.float64)
     layer.lora_scale_k = nn.Parameter(torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64))
     x = torch.randn(4, 8, dtype=torch.float64)
@@ -189,7 +200,8 @@ def test_scale_parameter_multiplies_the_scale_and_learns():
     torch.testing.assert_close(layer.consolidated_weight(), (layer.weight + explicit_delta(layer)).detach())
 
 
-def test_dropout_touches_only_the_low_rank_branch_and_only_in_training():
+def test_dropout_branch():
+    """Dropout affects only the low-rank branch, and only in training."""
     layer = fe.LoRALinear(64, 24, r=3, lora_dropout=0.5, dtype=torch.float64)
     x = torch.randn(4, 64, dtype=torch.float64)
     base = F.linear(x, layer.weight, layer.bias)
@@ -200,7 +212,8 @@ def test_dropout_touches_only_the_low_rank_branch_and_only_in_training():
     assert torch.equal(layer(x), layer(x))
 
 
-def test_copies_are_independent_and_leave_the_fisher_pass_behind():
+def test_copies_independent():
+    """Copies are independent and leave the Fisher pass behind."""
     layer = trained_kv()
     fishers = [torch.zeros(8, 8) for _ in range(2)]
     layer.fisher_capture = FisherCapture(fishers, [s.rows for s in layer.adapter_slices])
@@ -214,7 +227,8 @@ def test_copies_are_independent_and_leave_the_fisher_pass_behind():
     assert layer.fisher_capture is not None
 
 
-def test_plain_base_checkpoints_load_and_are_remembered():
+def test_plain_checkpoint_loads():
+    """Checkpoints of the plain base load and are remembered."""
     layer, base = trained_kv(), nn.Linear(8, 24)
     before, layer.consolidated_tasks = layer.origin_fingerprint, 3
     result = layer.load_state_dict(base.state_dict(), strict=False)
@@ -230,7 +244,8 @@ def test_plain_base_checkpoints_load_and_are_remembered():
     assert layer.origin_fingerprint == kept
 
 
-def test_fingerprint_ignores_rounding_to_bf16_and_sees_other_weights():
+def test_fingerprint_bf16_rounding():
+    """The fingerprint ignores rounding to bf16 and detects other weights."""
     layer = nn.Linear(8, 100)
     low = copy.deepcopy(layer).to(torch.bfloat16)
     other = nn.Linear(8, 100)
@@ -238,7 +253,8 @@ def test_fingerprint_ignores_rounding_to_bf16_and_sees_other_weights():
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_loading_into_a_merged_layer_is_refused():
+def test_load_merged_refused():
+    """Loading into a merged layer is refused."""
     layer = trained_kv()
     layer.merge()
     before = layer.weight.clone()
@@ -262,7 +278,8 @@ def test_unmerge_restores_every_bit(dtype: torch.dtype):
     assert not dict(layer.named_buffers())
 
 
-def test_a_merged_layer_computes_the_plain_linear_of_the_sum():
+def test_merged_plain_linear():
+    """A merged layer computes the plain linear function with the summed weight."""
     layer = trained_kv(torch.float64)
     x = torch.randn(3, 8, dtype=torch.float64)
     y = layer(x)
@@ -271,7 +288,8 @@ def test_a_merged_layer_computes_the_plain_linear_of_the_sum():
     torch.testing.assert_close(layer(x), y)
 
 
-def test_merge_refuses_what_is_not_finite():
+def test_merge_nonfinite_refused():
+    """Merging refuses values that are not finite."""
     layer = trained_kv()
     with torch.no_grad():
         layer.lora_B_v[0, 0] = float("nan")
@@ -281,7 +299,8 @@ def test_merge_refuses_what_is_not_finite():
     assert torch.equal(layer.weight, before) and not layer.merged
 
 
-def test_eager_calls_are_counted_and_counting_never_recompiles():
+def test_eager_calls_counted():
+    """Eager calls are counted, and counting never causes recompilation."""
     layer = trained_kv()
     x = torch.randn(2, 8)
     layer(x)
@@ -304,7 +323,8 @@ def test_eager_calls_are_counted_and_counting_never_recompiles():
     assert len(graphs) == 1  # counting must not recompile
 
 
-def test_reset_parameters_resets_base_and_adapters():
+def test_reset_parameters():
+    """`reset_parameters` resets the base and the adapters."""
     layer = trained_kv()
     before = layer.weight.clone()
     layer.reset_parameters()
@@ -312,7 +332,8 @@ def test_reset_parameters_resets_base_and_adapters():
     assert not layer.lora_B_k.any()
 
 
-def test_a_layer_on_meta_costs_nothing_and_materialises():
+def test_meta_device():
+    """A layer on the meta device costs nothing and can be materialised."""
     layer = fe.LoRALinear(8, 24, r=2, device="meta")
     assert layer.lora_A.is_meta and layer.origin_fingerprint == ""
     layer.to_empty(device="cpu")
@@ -332,9 +353,8 @@ def test_a_layer_on_meta_costs_nothing_and_materialises():
         ({"r": 2, "slices": ("k", "k"), "layout": THIRDS}, fe.ArgumentError, "slices"),
     ],
 )
-def test_bad_arguments_are_named_and_change_nothing(
-    arguments: dict[str, Any], error: type[Exception], word: str
-):
+def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], word: str):
+    """Bad arguments are named and change nothing."""
     with pytest.raises(error, match=word):
         fe.LoRALinear(8, 24, **arguments)
     linear = nn.Linear(8, 24)
@@ -344,7 +364,8 @@ def test_bad_arguments_are_named_and_change_nothing(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_runs_in_its_dtype(dtype: torch.dtype):
+def test_autocast_dtype(dtype: torch.dtype):
+    """Under autocast the layer runs in the dtype of autocast."""
     layer = trained_kv()
     with torch.autocast("cpu", dtype=dtype):
         y = layer(torch.randn(2, 8))

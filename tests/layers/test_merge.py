@@ -21,7 +21,8 @@ from torch import nn
 import fused_ewclora as fe
 
 
-def test_disabled_is_the_base_model_and_nests():
+def test_disabled_nests():
+    """A model with its adapters disabled is the base model, and disabling nests."""
     model, base = injected(), TinyViT()
     base.load_state_dict(model.state_dict(), strict=False)
     y, y0 = model(X), base(X)
@@ -34,7 +35,8 @@ def test_disabled_is_the_base_model_and_nests():
     assert torch.equal(model(X), y)
 
 
-def test_disabled_takes_merged_adapters_out_and_puts_them_back():
+def test_disabled_while_merged():
+    """`disabled` takes merged adapters out and puts them back."""
     model, base = injected(), TinyViT()
     base.load_state_dict(model.state_dict(), strict=False)
     fe.merge(model)
@@ -44,7 +46,8 @@ def test_disabled_takes_merged_adapters_out_and_puts_them_back():
     assert_same(merged, fingerprint(model))
 
 
-def test_unmerge_restores_the_model_bit_for_bit():
+def test_unmerge_bitwise():
+    """Unmerging restores the model bit for bit."""
     model = injected()
     before, y = fingerprint(model), model(X)
     fe.merge(model)
@@ -54,7 +57,8 @@ def test_unmerge_restores_the_model_bit_for_bit():
     assert torch.equal(model(X), y)
 
 
-def test_merging_twice_warns_and_does_nothing():
+def test_double_merge_warns():
+    """Merging twice warns and does nothing."""
     model = injected()
     with pytest.warns(UserWarning, match="not merged"):
         fe.unmerge(model)
@@ -66,7 +70,8 @@ def test_merging_twice_warns_and_does_nothing():
 
 
 @pytest.mark.parametrize("operation", [fe.merge, fe.eject])
-def test_a_merge_that_fails_leaves_every_layer_as_it_was(operation: Callable[[nn.Module], None]):
+def test_failed_merge_unchanged(operation: Callable[[nn.Module], None]):
+    """A merge that fails leaves every layer as it was."""
     model = injected()
     with torch.no_grad():
         fe.adapters(model)["blocks.1.attn.qkv"].lora_A_k[0, 0] = float("inf")
@@ -78,7 +83,8 @@ def test_a_merge_that_fails_leaves_every_layer_as_it_was(operation: Callable[[nn
 
 @pytest.mark.parametrize("merged_before", [False, True])
 @pytest.mark.parametrize("merge", [False, True])
-def test_eject_restores_class_keys_and_requires_grad(merge: bool, merged_before: bool):
+def test_eject_restores(merge: bool, merged_before: bool):
+    """Ejecting restores the class, the keys and `requires_grad`."""
     torch.manual_seed(0)
     model = TinyViT()
     model.blocks[0].norm1.requires_grad_(False)
@@ -97,13 +103,15 @@ def test_eject_restores_class_keys_and_requires_grad(merge: bool, merged_before:
     assert_same(before, fingerprint(model))
 
 
-def test_operations_on_a_model_without_adapters_say_so():
+def test_no_adapters():
+    """Operations on a model without adapters say so."""
     for operation in (fe.merge, fe.unmerge, fe.eject):
         with pytest.raises(fe.TargetError, match="inject"):
             operation(MLP())
 
 
-def test_tied_weights_are_warned_about_and_never_merged():
+def test_tied_weights():
+    """Tied weights cause a warning and are never merged."""
     model = MLP(d_in=10)
     model.fc2.weight = model.fc1.weight
     with pytest.warns(UserWarning, match=r"'fc1' is also fc2.weight"):
@@ -117,13 +125,15 @@ def test_tied_weights_are_warned_about_and_never_merged():
     assert type(model.fc1) is nn.Linear
 
 
-def test_eject_reaches_through_a_compile_wrapper():
+def test_eject_compiled():
+    """Ejecting reaches through a compile wrapper."""
     model = injected()
     fe.eject(torch.compile(model, backend="eager"))
     assert not fe.adapters(model) and all(p.requires_grad for p in model.parameters())
 
 
-def test_eject_after_the_head_was_replaced_restores_what_is_left():
+def test_eject_replaced_head():
+    """Ejecting after the head was replaced restores what is left."""
     model = injected()
     model.head = nn.Linear(8, 9, bias=False)
     fe.eject(model)

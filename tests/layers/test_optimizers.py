@@ -60,7 +60,7 @@ def task_end(model, ewc) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_next_task_has_fresh_adapter_moments_and_kept_head_moments(name):
+def test_fresh_adapter_moments(name):
     """Bitwise that of two optimizers, of which the adapters' is made anew and the head's is kept."""
     kind, options = OPTIMIZERS[name]
     model = adapted()
@@ -79,7 +79,7 @@ def test_the_next_task_has_fresh_adapter_moments_and_kept_head_moments(name):
     assert_same(snapshot(model), snapshot(twin))
 
 
-def test_old_moments_would_have_moved_the_new_adapters():
+def test_stale_moments_move():
     """What the reset is for: a gradient of zero must not move the adapters of a new task."""
     moved = {}
     for reset in (False, True):
@@ -98,7 +98,8 @@ def test_old_moments_would_have_moved_the_new_adapters():
     assert moved == {False: True, True: False}
 
 
-def test_lbfgs_forgets_all_of_its_history():
+def test_lbfgs_history_cleared():
+    """L-BFGS forgets all of its history."""
     model = adapted()
     x, y = data(8)
 
@@ -120,7 +121,8 @@ def test_lbfgs_forgets_all_of_its_history():
     assert_same(snapshot(model), snapshot(twin))
 
 
-def test_learned_scales_and_wrapped_models_are_found():
+def test_scales_and_wrappers():
+    """Learned scales and the parameters of wrapped models are found."""
     model = adapted()
     model.fc.lora_scale = nn.Parameter(torch.ones(2, dtype=torch.float64))
     wrapped = nn.Sequential(model)
@@ -145,7 +147,8 @@ def test_schedules_and_hyperparameters_stay():
 
 
 @pytest.mark.parametrize("case", ["no adapters", "made before inject", "parameters replaced"])
-def test_what_cannot_be_meant_is_refused_and_changes_nothing(case):
+def test_meaningless_reset_refused(case):
+    """A reset that makes no sense is refused and changes nothing."""
     model = adapted()
     optimizer = torch.optim.Adam(heads(model) if case == "made before inject" else model.parameters())
     steps(model, controller(model), [optimizer], 1)

@@ -99,7 +99,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_tasks_are_those_of_the_literal_algorithm(case):
+def test_literal_two_tasks(case):
+    """Two tasks are those of the literal algorithm."""
     steps, (kind, settings), options = CASES[case]
     model = adapted(r=4)
     dtype = {"fisher_dtype": torch.float64} if "ewc_lambda" in options else {}
@@ -144,7 +145,8 @@ def test_two_tasks_are_those_of_the_literal_algorithm(case):
 
 
 @given(total=st.integers(1, 200), dense_fraction=st.floats(0, 1), kappa_max=st.floats(1e-6, 1))
-def test_kappa_is_that_of_the_loops(total, dense_fraction, kappa_max):
+def test_kappa_schedule(total, dense_fraction, kappa_max):
+    """Kappa is that of the reference loops."""
     for schedule, loop in (("staircase", official_kappas), ("linear", linear_kappas)):
         options = {"kappa_max": kappa_max, "dense_fraction": dense_fraction, "schedule": schedule}
         method = CoDyRA(nn.Sequential(fe.LoRALinear(2, 2, 1)), **options)
@@ -157,7 +159,8 @@ def test_kappa_is_that_of_the_loops(total, dense_fraction, kappa_max):
         assert found == sorted(found) and max(found) <= kappa_max
 
 
-def test_the_last_step_has_all_of_kappa():
+def test_kappa_last_step():
+    """The last step has the whole of kappa."""
     method = CoDyRA(adapted(), kappa_max=0.25)
     assert [method.kappa(step, 8) for step in range(8)] == [0, 0, 0, 0, 0.0625, 0.125, 0.1875, 0.25]
     dense = CoDyRA(adapted(), kappa_max=0.25, dense_fraction=1.0)
@@ -165,7 +168,8 @@ def test_the_last_step_has_all_of_kappa():
 
 
 @given(st.lists(st.sampled_from([0.0, 0.25, 0.3, 0.5, 0.500001, 0.75, 3.0]), min_size=1), st.booleans())
-def test_the_dead_zone_is_that_of_the_three_assignments(values, negative):
+def test_dead_zone(values, negative):
+    """The dead zone is that of the three literal assignments."""
     gate = torch.tensor(values, dtype=torch.float64) * (-1 if negative else 1)
     expected = gate.clone()
     shrink(expected, 0.25, "dead_zone")
@@ -175,7 +179,8 @@ def test_the_dead_zone_is_that_of_the_three_assignments(values, negative):
     assert gate.count_nonzero() == len(kept)
 
 
-def test_all_gates_are_shrunk_in_one_call(monkeypatch):
+def test_gates_one_call(monkeypatch):
+    """All gates are shrunk in one call."""
     calls = []
     real = fe.functional.soft_threshold_
     monkeypatch.setattr(fe.functional, "soft_threshold_", lambda *given: calls.append(given) or real(*given))
@@ -186,7 +191,8 @@ def test_all_gates_are_shrunk_in_one_call(monkeypatch):
     assert all(torch.equal(gate, torch.full((2,), 0.75).double()) for gate in method.gates().values())
 
 
-def test_gates_beside_bf16_weights_are_fp32_and_fold_in_with_one_rounding():
+def test_bf16_gates():
+    """Gates beside bf16 weights are fp32 and are folded in with one rounding."""
     model = adapted(dtype=torch.bfloat16)
     method = CoDyRA(model, gate_init="normal", generator=torch.Generator().manual_seed(0))
     assert {gate.dtype for gate in method.gates().values()} == {torch.float32}
@@ -207,14 +213,16 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_values_are_refused_before_anything_is_changed(name):
+def test_bad_values_refused(name):
+    """Bad values are refused before anything is changed."""
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(fe.ArgumentError, match=name):
         CoDyRA(model, fe.LoRAConfig(r=2, target_modules=["0"]), **{name: BAD[name]})
     assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
 
 
-def test_a_fisher_dtype_that_does_not_go_with_the_layers_leaves_a_plain_model():
+def test_bad_fisher_dtype():
+    """A Fisher dtype that does not suit the layers leaves a plain model."""
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(fe.DtypeError, match="fisher_dtype"):
         CoDyRA(
@@ -226,7 +234,8 @@ def test_a_fisher_dtype_that_does_not_go_with_the_layers_leaves_a_plain_model():
     assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
 
 
-def test_adapters_of_another_method_are_refused():
+def test_foreign_adapters_refused():
+    """Adapters of another method are refused."""
     model = adapted()
     CoDyRA(model)
     before = snapshot(model)
@@ -246,7 +255,8 @@ def test_zero_steps_are_refused():
         CoDyRA(adapted()).after_step(0, 0)
 
 
-def test_compiled_models_are_one_graph_with_and_without_ranks():
+def test_compile_one_graph():
+    """Compiled models are one graph, with and without ranks."""
     model = adapted(dtype=torch.float32)
     method = CoDyRA(model)
     method.begin_task(0)
@@ -261,7 +271,8 @@ def test_compiled_models_are_one_graph_with_and_without_ranks():
     assert torch.equal(found[0], expected[0])
 
 
-def test_gates_and_fishers_are_in_files(tmp_path):
+def test_gates_saved(tmp_path):
+    """Gates and Fishers are in the files."""
     method, other = (CoDyRA(adapted(seed=s), ewc_lambda=1.0, gate_init="normal") for s in (0, 0))
     method.begin_task(0)
     method.end_task([data(4)], F.cross_entropy)

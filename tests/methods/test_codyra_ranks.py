@@ -54,7 +54,7 @@ def make(name: str, method: CoDyRA) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_goes_on_as_with_ranks_that_stay_zero(name):
+def test_compaction_matches_zeros(name):
     """Sums over ranks have fewer terms, all of them zeros: a few roundings of fp64 in four steps."""
     method = gated()
     optimizer = make(name, method)
@@ -81,7 +81,8 @@ def test_training_goes_on_as_with_ranks_that_stay_zero(name):
     assert set(optimizer.state) <= {p for group in optimizer.param_groups for p in group["params"]}
 
 
-def test_gradients_are_cut_too_and_frozen_factors_stay_frozen():
+def test_gradients_compacted():
+    """Gradients are cut too, and frozen factors stay frozen."""
     method = gated()
     method.model.fc.lora_A.requires_grad_(False)
     x, y = data(8)
@@ -113,7 +114,8 @@ def of_the_head(method):
 
 
 @pytest.mark.parametrize("maker", [adafactor, lbfgs, of_the_head])
-def test_optimizers_that_cannot_follow_are_refused_before_anything_is_changed(maker):
+def test_bad_optimizer_refused(maker):
+    """Optimizers that cannot follow are refused before anything is changed."""
     method = gated()
     optimizer = maker(method)
     if maker is adafactor:
@@ -134,7 +136,8 @@ def test_merged_layers_are_refused():
 
 
 @pytest.mark.parametrize("where", [KEYS, ("fc",), ("qkv.k", "qkv.v"), ("qkv.v",)])
-def test_adapters_without_ranks_run_merge_and_come_back(where):
+def test_zero_rank_adapters(where):
+    """Adapters without ranks run, merge and come back."""
     method = gated()
     model = method.model
     kill(method, {key: [0, 1, 2] for key in where})
@@ -160,7 +163,8 @@ def test_adapters_without_ranks_run_merge_and_come_back(where):
     assert model.fc.lora_B.any() and model.qkv.lora_B_v.any()
 
 
-def test_the_fisher_of_a_layer_without_ranks_is_that_of_its_weights():
+def test_zero_rank_fisher():
+    """The Fisher of a layer without ranks is that of its weights."""
     fishers = []
     for compact in (False, True):
         method = gated(ewc_lambda=2.0, fisher_dtype=torch.float64)
@@ -176,7 +180,8 @@ def test_the_fisher_of_a_layer_without_ranks_is_that_of_its_weights():
 
 
 @pytest.mark.parametrize("options", [{}, {"ewc_lambda": 2.0, "fisher_dtype": torch.float64}])
-def test_the_next_task_does_not_depend_on_compaction(options):
+def test_next_task_independent(options):
+    """The next task does not depend on compaction."""
     found = []
     for compact in (False, True):
         method = gated(gate_init="normal", **options)
@@ -197,7 +202,8 @@ def test_the_next_task_does_not_depend_on_compaction(options):
     gates=st.lists(st.sampled_from([0.0, -0.5, 2.0]), min_size=1, max_size=5),
     turn=st.integers(0, 4),
 )
-def test_compaction_keeps_what_any_slices_compute(heads, names, gates, turn):
+def test_compaction_any_slices(heads, names, gates, turn):
+    """Compaction keeps what the layer computes, for any slices."""
     layout = fe.QKVLayout(("q", "k", "v"), interleave=heads)
     model = nn.Sequential(nn.Linear(5, 12)).double()
     config = fe.LoRAConfig(
@@ -225,7 +231,8 @@ def test_compaction_keeps_what_any_slices_compute(heads, names, gates, turn):
     torch.testing.assert_close(model(x), before, rtol=1e-13, atol=1e-13)
 
 
-def test_reports_have_the_ranks_of_every_task():
+def test_reports_list_ranks():
+    """Reports have the ranks of every task."""
     method = gated()
     kill(method)
     method.compact_()
@@ -244,7 +251,8 @@ def everything(method: CoDyRA) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("options", [{}, {"ewc_lambda": 2.0, "fisher_dtype": torch.float64}])
-def test_a_task_that_cannot_end_changes_nothing_and_can_be_ended_again(options):
+def test_failed_task_retry(options):
+    """A task that cannot end changes nothing and can be ended again."""
     method = gated(**options)
     twin = gated(**options)
     loader = batches(*data(6), 3)
@@ -270,7 +278,8 @@ def test_a_task_that_cannot_end_changes_nothing_and_can_be_ended_again(options):
     assert_same(everything(twin), everything(method))
 
 
-def test_an_attempt_that_fails_after_its_fisher_does_not_count_twice(monkeypatch):
+def test_failed_fisher_counted_once(monkeypatch):
+    """An attempt that fails after its Fisher does not count twice."""
     method, twin = (gated(ewc_lambda=2.0, fisher_dtype=torch.float64) for _ in range(2))
     loader = batches(*data(6), 3)
     with monkeypatch.context() as patch:
@@ -285,7 +294,9 @@ def test_an_attempt_that_fails_after_its_fisher_does_not_count_twice(monkeypatch
 
 
 @pytest.mark.parametrize("options", [{}, {"ewc_lambda": 2.0, "fisher_dtype": torch.float64}])
-def test_a_saved_state_goes_on_in_a_fresh_model(options, tmp_path):
+def test_resume_fresh_model(options, tmp_path):
+    """A saved state goes on in a fresh model."""
+
     def task(method: CoDyRA) -> None:
         seed = method.tasks
         method.begin_task(seed)
@@ -313,7 +324,8 @@ def test_a_saved_state_goes_on_in_a_fresh_model(options, tmp_path):
     assert method.report().rows == other.report().rows
 
 
-def test_states_that_do_not_fit_are_refused():
+def test_bad_state_refused():
+    """States that do not fit are refused."""
     method = gated()
     with pytest.raises(fe.ArgumentError, match="has not ended"):
         method.state_dict()

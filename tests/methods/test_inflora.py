@@ -85,7 +85,8 @@ def projector(subspace: Subspace) -> Tensor:
 
 @pytest.mark.parametrize("variant", ["paper", "official"])
 @pytest.mark.parametrize(("epsilon", "last", "total"), [(0.6, 1.0, 5), (0.9, 1.0, 4), (0.7, 0.7, None)])
-def test_three_tasks_are_those_of_the_literal_algorithm(variant, epsilon, last, total):
+def test_literal_three_tasks(variant, epsilon, last, total):
+    """Three tasks are those of the literal algorithm."""
     model = fresh()
     method = InfLoRA(model, epsilon=epsilon, epsilon_last=last, total_tasks=total, variant=variant)
     dense = Literal(model, variant)
@@ -129,7 +130,8 @@ def test_three_tasks_are_those_of_the_literal_algorithm(variant, epsilon, last, 
     assert 0 < min(ranks) < max(ranks), "the case must extend the subspace"
 
 
-def test_only_b_is_trained_and_k_and_v_share_a():
+def test_only_b_trained():
+    """Only B is trained, and k and v share A."""
     model = fresh()
     method = InfLoRA(model)
     method.begin_task(0)
@@ -143,7 +145,7 @@ def test_only_b_is_trained_and_k_and_v_share_a():
     close(model.qkv.lora_A_k @ model.qkv.lora_A_k.T, torch.eye(2).double(), 1e-12, "rows of A")
 
 
-def test_new_tasks_leave_what_the_subspace_holds_alone():
+def test_subspace_protected():
     """With epsilon 1 the inputs of the first task of a layer span its subspace: later updates are 0 on it."""
     model = nn.Sequential(nn.Linear(WIDTH, 4, bias=False)).double()
     method = InfLoRA(model, fe.LoRAConfig(r=2, target_modules=["0"]), epsilon=1.0)
@@ -170,9 +172,8 @@ def test_new_tasks_leave_what_the_subspace_holds_alone():
     variant=st.sampled_from(["paper", "official"]),
     seed=st.integers(0, 99),
 )
-def test_subspaces_hold_their_share_with_orthonormal_bases_of_at_most_half_the_width(
-    width, shape, epsilon, variant, seed
-):
+def test_subspace_orthonormal(width, shape, epsilon, variant, seed):
+    """Subspaces hold their share, with orthonormal bases of at most half the width."""
     generator = torch.Generator().manual_seed(seed)
     used = Subspace.empty(width, torch.device("cpu"))
     for _ in range(3):
@@ -200,7 +201,7 @@ def test_subspaces_hold_their_share_with_orthonormal_bases_of_at_most_half_the_w
         used = after
 
 
-def test_inputs_are_counted_once_for_any_batches_and_dtype():
+def test_inputs_counted_once():
     """bf16 inputs have exact products in fp32."""
     found = []
     for size in (1, 4, 9):
@@ -215,7 +216,8 @@ def test_inputs_are_counted_once_for_any_batches_and_dtype():
         close(c, exact, 27 * float(torch.finfo(torch.float32).eps) * float(exact.abs().max()), "C")
 
 
-def test_passes_leave_modes_hooks_and_gradients_alone():
+def test_passes_leave_model():
+    """Passes leave modes, hooks and gradients alone."""
     model = fresh()
     model.train()
     model.fc.eval()
@@ -229,7 +231,8 @@ def test_passes_leave_modes_hooks_and_gradients_alone():
     assert not model.fc._forward_pre_hooks and model.head.weight.grad.all()
 
 
-def test_loaders_of_mappings_and_batches_of_other_forms_are_served():
+def test_batch_forms():
+    """Loaders of mappings and of batches of other forms are served."""
     x, y = data(6)
     found = []
     for loader, options in (
@@ -246,7 +249,8 @@ def test_loaders_of_mappings_and_batches_of_other_forms_are_served():
     assert all(torch.equal(a, found[0]) for a in found)
 
 
-def test_one_loop_serves_methods_that_prepare_and_those_that_do_not():
+def test_prepare_optional():
+    """One loop serves methods that prepare and methods that do not."""
     for kind in (InfLoRA, fe.methods.CoDyRA, fe.methods.LoRA):
         method = kind(fresh())
         method.begin_task(0)

@@ -18,14 +18,16 @@ BAD = [
 
 
 @pytest.mark.parametrize("options", BAD, ids=str)
-def test_bad_values_are_refused_before_anything_is_changed(options):
+def test_bad_values_refused(options):
+    """Bad values are refused before anything is changed."""
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(fe.ArgumentError, match=next(iter(options))):
         InfLoRA(model, fe.LoRAConfig(r=2, target_modules=["0"]), **options)
     assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
 
 
-def test_another_a_for_a_trained_b_is_refused():
+def test_trained_b_refused():
+    """Preparing another A beside a trained B is refused."""
     method = InfLoRA(adapted())
     method.begin_task(0)
     before = snapshot(method.model)
@@ -34,7 +36,8 @@ def test_another_a_for_a_trained_b_is_refused():
     assert_same(before, snapshot(method.model))
 
 
-def test_a_task_without_prepare_is_refused_at_once():
+def test_missing_prepare():
+    """A task without `prepare` is refused at once."""
     model = fresh()
     method = InfLoRA(model)
     with pytest.raises(fe.ArgumentError, match="begin_task first"):
@@ -72,7 +75,8 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("case", "pass_"), [*FAILURES, ("weight", "end_task")])
-def test_passes_that_fail_change_nothing(case, pass_):
+def test_failed_pass_unchanged(case, pass_):
+    """Passes that fail change nothing."""
     model = Bypassing() if case == "bypassed" else nn.Sequential(nn.Linear(4, 4))
     method = InfLoRA(model, fe.LoRAConfig(r=2, target_modules="all-linear"), epsilon=0.5)
     method.begin_task(0)
@@ -126,7 +130,8 @@ def task(method: InfLoRA) -> None:
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_a_saved_state_goes_on_in_a_fresh_model(after, tmp_path):
+def test_resume_fresh_model(after, tmp_path):
+    """A saved state goes on in a fresh model."""
     options = {"epsilon": 0.6, "total_tasks": 5}
     method = InfLoRA(fresh(), **options)
     for _ in range(after):
@@ -143,7 +148,8 @@ def test_a_saved_state_goes_on_in_a_fresh_model(after, tmp_path):
     assert type(other.export().fc) is nn.Linear
 
 
-def test_states_that_do_not_fit_are_refused():
+def test_bad_state_refused():
+    """States that do not fit are refused."""
     wide = {"epsilon": 0.5}  # so that no subspace is empty, whatever the numbers
     method = InfLoRA(fresh(), **wide)
     method.begin_task(0)

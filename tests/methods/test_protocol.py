@@ -26,7 +26,8 @@ def run(method: Method, tasks: int = 2, steps: int = 2) -> nn.Module:
     return method.model
 
 
-def test_ewc_lora_is_ewc_used_by_hand():
+def test_ewc_lora_manual():
+    """EWC-LoRA is EWC used by hand."""
     method = fe.methods.EWCLoRA(adapted(), ewc_lambda=5.0, generator=torch.Generator().manual_seed(1))
     run(method)
     model = adapted()
@@ -43,7 +44,8 @@ def test_ewc_lora_is_ewc_used_by_hand():
         assert torch.equal(found, expected), name
 
 
-def test_sequential_lora_folds_in_and_starts_anew():
+def test_sequential_lora():
+    """Sequential LoRA folds the adapters in and starts anew."""
     model = adapted()
     expected = {name: layer.consolidated_weight() for name, layer in fe.adapters(model).items()}
     method = LoRA(model)
@@ -59,7 +61,8 @@ def test_sequential_lora_folds_in_and_starts_anew():
     torch.testing.assert_close(model(x), before, rtol=1e-12, atol=1e-12)
 
 
-def test_a_task_that_cannot_end_changes_nothing():
+def test_failed_task_unchanged():
+    """A task that cannot end changes nothing."""
     model = adapted()
     method = LoRA(model)
     method.begin_task(0)
@@ -70,7 +73,8 @@ def test_a_task_that_cannot_end_changes_nothing():
     assert method.tasks == 0 and all(torch.equal(v, before[k]) for k, v in snapshot(model).items())
 
 
-def test_a_plain_model_is_injected():
+def test_plain_model_injected():
+    """A plain model is injected."""
     config = fe.LoRAConfig(r=2, target_modules=["0"])
     method = LoRA(nn.Sequential(nn.Linear(4, 4)), config)
     assert list(method.layers) == ["0"]
@@ -95,7 +99,8 @@ def test_tasks_come_in_order():
 
 
 @pytest.mark.parametrize("kind", [fe.methods.LoRA, fe.methods.EWCLoRA])
-def test_a_state_goes_on_where_it_was_saved(kind: type[Method]) -> None:
+def test_resume_state(kind: type[Method]) -> None:
+    """A state goes on from where it was saved."""
     options = {"ewc_lambda": 5.0} if kind is fe.methods.EWCLoRA else {}
     torch.manual_seed(0)
     whole = kind(adapted(), **options)
@@ -123,7 +128,8 @@ def test_a_state_goes_on_where_it_was_saved(kind: type[Method]) -> None:
     assert {k: v.consolidated_tasks for k, v in resumed.layers.items()} == dict.fromkeys(resumed.layers, 2)
 
 
-def test_a_state_of_another_method_is_refused() -> None:
+def test_other_method_refused() -> None:
+    """The state of another method is refused."""
     with pytest.raises(fe.CheckpointError, match="method"):
         LoRA(adapted()).load_state_dict(fe.methods.EWCLoRA(adapted(), ewc_lambda=1.0).state_dict())
     broken = fe.methods.EWCLoRA(adapted(), ewc_lambda=1.0).state_dict()

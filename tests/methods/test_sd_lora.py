@@ -41,7 +41,8 @@ def dense(adapter: FE.Adapter) -> Tensor:
     ],
     ids=["paper", "ranks", "distilled", "official", "all", "ewc", "ewc that starts off its anchor"],
 )
-def test_every_step_is_that_of_dense_matrices(options):
+def test_matches_dense_steps(options):
+    """Every step is that of dense matrices."""
     model = adapted()
     method = SDLoRA(model, **options)
     literal = Literal(model, **{k: v for k, v in options.items() if k not in ("ranks", "fisher_dtype")})
@@ -94,7 +95,8 @@ def random_directions(seed: int, ranks: list[int], r: int, rows: int, columns: i
 
 @given(seeds, past_ranks, st.integers(1, 5), st.integers(1, 5), st.integers(1, 5))
 @settings(max_examples=15)
-def test_gradients_through_the_normalisation_are_exact(seed, ranks, r, rows, columns):
+def test_normalisation_gradients(seed, ranks, r, rows, columns):
+    """Gradients through the normalisation are exact."""
     now = random_directions(seed, ranks, r, rows, columns)
     x = torch.randn(3, columns).double().requires_grad_()
     weight = torch.randn(rows, columns).double()
@@ -109,7 +111,8 @@ def test_gradients_through_the_normalisation_are_exact(seed, ranks, r, rows, col
 
 
 @given(seeds, past_ranks, st.integers(1, 5), st.sampled_from(["product", "factors"]))
-def test_stacked_directions_are_their_sum_one_by_one(seed, ranks, r, normalization):
+def test_stacked_directions_sum(seed, ranks, r, normalization):
+    """Stacked directions are the sum of the directions taken one by one."""
     now = random_directions(seed, ranks, r, 6, 7)
     expected = now.lora_B @ now.lora_A
     if normalization == "product":
@@ -128,7 +131,8 @@ def test_stacked_directions_are_their_sum_one_by_one(seed, ranks, r, normalizati
     torch.testing.assert_close(dense(found), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_a_direction_that_is_zero_runs_as_it_is():
+def test_zero_direction():
+    """A direction that is zero runs as it is."""
     model = adapted()
     method = SDLoRA(model, alpha_init=0.7)
     with torch.no_grad():
@@ -151,7 +155,8 @@ def test_a_direction_that_is_zero_runs_as_it_is():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_directions_too_small_for_a_norm_are_finite(dtype):
+def test_tiny_directions_finite(dtype):
+    """Directions too small for a norm give finite values."""
     for a, b in ((1.0, 1e-21), (1.0, 1e-30), (1e-30, 1.0), (1e-12, 1e-12), (0.0, 1.0), (1.0, 1e-3)):
         lora_a = torch.full((2, 5), a, dtype=dtype).requires_grad_()
         lora_b = torch.full((4, 2), b, dtype=dtype).requires_grad_()
@@ -167,7 +172,8 @@ def test_directions_too_small_for_a_norm_are_finite(dtype):
 
 @pytest.mark.parametrize("size", [1e-3, 1e-12, 1e-20, 1e-30, 1e-44])
 @pytest.mark.parametrize("normalization", ["product", "factors"])
-def test_freezing_keeps_what_a_direction_of_any_size_adds(size, normalization):
+def test_freezing_any_size(size, normalization):
+    """Freezing keeps what a direction of any size adds."""
     lora_a, lora_b = torch.ones(2, 5), torch.full((4, 2), size)
     now = Directions.first(lora_a, lora_b, 0.5)
     before = dense(now.stacked(now.lora_magnitudes, normalization, ROWS))
@@ -179,7 +185,8 @@ def test_freezing_keeps_what_a_direction_of_any_size_adds(size, normalization):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_parts_that_cancel_are_zero_and_not_their_rounding(dtype):
+def test_cancelling_parts(dtype):
+    """Parts that cancel count as zero, not as their rounding errors."""
     for _ in range(20):
         first, second, column = (torch.randn(n, dtype=dtype) for n in (9, 9, 5))
         lora_a = torch.stack([first, second, first + second])
@@ -187,7 +194,8 @@ def test_parts_that_cancel_are_zero_and_not_their_rounding(dtype):
         assert inverse_norm(lora_a, lora_b).item() == 1.0
 
 
-def test_the_end_of_a_task_changes_no_output_and_no_weight():
+def test_task_end_unchanged():
+    """The end of a task changes no output and no weight."""
     for normalization in ("product", "factors"):
         model = adapted()
         weights = [layer.weight.clone() for layer in fe.adapters(model).values()]
@@ -203,7 +211,8 @@ def test_the_end_of_a_task_changes_no_output_and_no_weight():
             assert torch.equal(layer.weight, weight) and not layer.weight.requires_grad
 
 
-def test_directions_of_earlier_tasks_never_change_and_all_magnitudes_train():
+def test_old_directions_fixed():
+    """Directions of earlier tasks never change, and all magnitudes train."""
     model = adapted()
     method = SDLoRA(model)
     run(method, range(2))
@@ -229,7 +238,8 @@ class Counting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_step_is_one_call_per_layer_whatever_the_number_of_tasks():
+def test_one_call_per_layer():
+    """A step is one call per layer, whatever the number of tasks."""
     model = adapted()
     method = SDLoRA(model)
     counts = []
@@ -256,7 +266,8 @@ def outside_of(matrices: list[Tensor], share: float) -> Tensor:
 
 @pytest.mark.parametrize("normalization", ["product", "factors"])
 @pytest.mark.parametrize("share", [0.0, 8.9e-4, 9.1e-4])
-def test_a_direction_within_the_span_of_earlier_ones_is_dropped(normalization, share):
+def test_dependent_direction_dropped(normalization, share):
+    """A direction within the span of earlier ones is dropped."""
     model = adapted()
     method = SDLoRA(model, normalization=normalization, kd_threshold=9e-4, ranks=(2, 2, 5))
     run(method, range(2))

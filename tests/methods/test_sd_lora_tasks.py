@@ -39,7 +39,8 @@ def reloaded(method: SDLoRA, fresh: nn.Module, **options) -> SDLoRA:
     return other
 
 
-def test_many_tasks_end_as_a_plain_model_that_computes_the_same():
+def test_many_tasks_plain():
+    """Many tasks end as a plain model that computes the same."""
     model = adapted()
     method = seeded(model, ranks=(3, 2, 1), kd_threshold=0.3)
     run(method, range(13), steps=1)
@@ -56,7 +57,8 @@ def test_many_tasks_end_as_a_plain_model_that_computes_the_same():
 
 @pytest.mark.parametrize("tasks", [0, 1, 3])
 @pytest.mark.parametrize("moment", ["between tasks", "in a task"])
-def test_training_resumes_bit_for_bit_in_a_new_model(tasks, moment):
+def test_resume_bitwise(tasks, moment):
+    """Training resumes bit for bit in a new model."""
     options = {"ranks": (2, 3, 1), "kd_threshold": 0.95, "ewc_lambda": 3.0}
     method = seeded(adapted(), **options)
     run(method, range(tasks), steps=1)
@@ -74,7 +76,8 @@ def test_training_resumes_bit_for_bit_in_a_new_model(tasks, moment):
     assert_same(everything(method), everything(other))
 
 
-def test_what_was_loaded_is_independent_of_its_source():
+def test_loaded_state_independent():
+    """A loaded state is independent of its source."""
     source, target = seeded(adapted(), ewc_lambda=3.0), seeded(adapted(), ewc_lambda=3.0)
     run(source, range(2), steps=1)
     target.load_state_dict(source.state_dict())
@@ -83,7 +86,8 @@ def test_what_was_loaded_is_independent_of_its_source():
     assert_same(everything(source), before)
 
 
-def test_a_state_that_does_not_fit_changes_nothing():
+def test_bad_state_unchanged():
+    """A state that does not fit changes nothing."""
     method = seeded(adapted(), ewc_lambda=3.0)
     run(method, range(2), steps=1)
     target = seeded(adapted(), ewc_lambda=3.0)
@@ -133,7 +137,8 @@ def test_a_state_that_does_not_fit_changes_nothing():
         ("merged", "call unmerge"),
     ],
 )
-def test_a_task_that_cannot_end_changes_nothing_and_can_be_ended_again(cause, message):
+def test_failed_task_retry(cause, message):
+    """A task that cannot end changes nothing and can be ended again."""
     method, other = (seeded(adapted(), ewc_lambda=3.0, fisher_dtype=torch.float64) for _ in range(2))
     loader = batches(*data(6), 4)
     for each in (method, other):
@@ -172,7 +177,8 @@ def failing(output: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(output, y)
 
 
-def test_merged_adapters_neither_end_a_task_nor_load_one():
+def test_merged_refused():
+    """Merged adapters can neither end a task nor load one."""
     method = seeded(adapted())
     run(method, range(1), steps=1)
     method.begin_task(1)
@@ -184,7 +190,8 @@ def test_merged_adapters_neither_end_a_task_nor_load_one():
     assert_same(everything(method), before)
 
 
-def test_the_penalty_is_zero_where_the_last_task_ended():
+def test_penalty_starts_zero():
+    """The penalty is zero where the last task ended."""
     method = seeded(adapted(), ewc_lambda=3.0)
     run(method, range(2))
     assert method.penalty().item() == 0.0 and method.ewc.tasks == 2
@@ -203,7 +210,8 @@ def test_the_penalty_is_zero_where_the_last_task_ended():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_weights_keep_adapters_in_single(dtype):
+def test_low_precision_masters(dtype):
+    """Weights in low precision keep adapters in single precision."""
     model = adapted(dtype=dtype)
     method = SDLoRA(model, kd_threshold=9e-4)
     run(method, range(3), steps=1)
@@ -229,7 +237,8 @@ def test_low_precision_weights_keep_adapters_in_single(dtype):
         assert ((layer(sample).double() - expected).abs() <= bound).all()
 
 
-def test_autocast_leaves_the_norm_in_single_precision():
+def test_autocast_norm():
+    """Autocast leaves the norm in single precision."""
     model = adapted(dtype=torch.float32)
     method = SDLoRA(model)
     run(method, range(1))
@@ -242,7 +251,8 @@ def test_autocast_leaves_the_norm_in_single_precision():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_of_the_model_compute_the_same_and_move(copied):
+def test_copies_move(copied):
+    """Copies of the model compute the same and can be moved."""
     model = adapted()
     method = SDLoRA(model)
     run(method, range(2))
@@ -270,7 +280,8 @@ def test_the_model_compiles_whole():
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-12, atol=1e-12)
 
 
-def test_files_that_would_lose_directions_are_refused(tmp_path):
+def test_lossy_files_refused(tmp_path):
+    """Files that would lose directions are refused."""
     model = adapted()
     method = SDLoRA(model)
     run(method, range(1))
@@ -298,7 +309,8 @@ def test_files_that_would_lose_directions_are_refused(tmp_path):
         ({"ewc_lambda": 1.0, "merge_mode": "delta"}, "merge_mode: expected none"),
     ],
 )
-def test_bad_arguments_are_named_and_change_nothing(options, message):
+def test_bad_arguments(options, message):
+    """Bad arguments are named and change nothing."""
     model = adapted()
     before = snapshot(model)
     with pytest.raises(fe.EWCLoRAError, match=message):
@@ -307,7 +319,8 @@ def test_bad_arguments_are_named_and_change_nothing(options, message):
     assert model.fc.composer is None
 
 
-def test_a_rank_that_is_none_is_refused_before_the_task_begins():
+def test_bad_rank_refused():
+    """An invalid rank is refused before the task begins."""
     model = adapted()
     method = SDLoRA(model, ranks=lambda task: 2 - task)
     run(method, range(2), steps=1)
@@ -317,7 +330,8 @@ def test_a_rank_that_is_none_is_refused_before_the_task_begins():
     assert_same(snapshot(model), before)
 
 
-def test_adapters_with_other_scales_or_owners_are_refused():
+def test_foreign_adapters_refused():
+    """Adapters with other scales or owners are refused."""
     with pytest.raises(fe.ArgumentError, match="lora_alpha: expected None"):
         SDLoRA(adapted(lora_alpha=4.0))
     plain = Tiny()

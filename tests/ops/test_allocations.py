@@ -49,7 +49,7 @@ def test_the_profiler_sees_allocations(backend):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("fisher_dtype", [torch.float32, torch.bfloat16])
-def test_the_penalty_of_vit_l_needs_little_besides_its_gradients(backend, threads, fisher_dtype):
+def test_penalty_vit_l(backend, threads, fisher_dtype):
     """8 of the 48 matrices (k and v of 24 layers), 1024 x 1024, r = 10, with gradients."""
     torch.set_num_threads(threads)
     a = [torch.randn(10, 1024).requires_grad_() for _ in range(8)]
@@ -65,7 +65,7 @@ def test_the_penalty_of_vit_l_needs_little_besides_its_gradients(backend, thread
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["sample", "batch"])
-def test_the_fisher_of_vit_l_needs_no_gradient_matrix(backend, mode, dtype, threads):
+def test_fisher_vit_l(backend, mode, dtype, threads):
     """fc1, 4096 x 1024, T = 197: one dense gradient would be 16 MiB, one per sample N times that."""
     torch.set_num_threads(threads)
     x, dy = torch.randn(2, 197, 1024).to(dtype), torch.randn(2, 197, 4096).to(dtype)
@@ -79,7 +79,8 @@ def test_the_fisher_of_vit_l_needs_no_gradient_matrix(backend, mode, dtype, thre
     assert largest < nbytes(fisher) // 2, f"one allocation of {largest / MIB:.2f} MiB"
 
 
-def test_the_check_for_bad_values_needs_no_mask_of_its_input(backend):
+def test_finite_check_no_mask(backend):
+    """The check for bad values needs no mask of its input."""
     torch.set_num_threads(1)
     x, dy = torch.randn(2, 197, 64), torch.randn(2, 197, 4096)
     fisher = torch.zeros(4096, 64)
@@ -89,7 +90,8 @@ def test_the_check_for_bad_values_needs_no_mask_of_its_input(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merging_makes_no_copy_of_the_weight(backend, dtype):
+def test_merge_no_copy(backend, dtype):
+    """Merging makes no copy of the weight."""
     torch.set_num_threads(1)
     weight = torch.randn(1024, 1024).to(dtype)
     a, b = torch.randn(10, 1024), torch.randn(1024, 10)
@@ -99,7 +101,7 @@ def test_merging_makes_no_copy_of_the_weight(backend, dtype):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_the_linear_keeps_y_and_z_and_needs_little_else(backend, dropout_p, threads):
+def test_linear_keeps_intermediates(backend, dropout_p, threads):
     """197 tokens of ViT-L's fc1: forward makes y and z, backward dx, dA and dB."""
     torch.set_num_threads(threads)
     x = torch.randn(1, 197, 1024, requires_grad=True)

@@ -251,7 +251,7 @@ def op_calls() -> dict[str, list[tuple[Any, ...]]]:
         (dy, x, w, bias, z, *one, 0.0, None, everything),
         (dy, x, w, bias, z, *one, 0.5, seed, everything),
         (dy, None, w, None, z, *one, 0.0, None, frozen_a),
-        (dy, x, w, None, z2, *two, 0.0, None, [True, False, False] + [True, True, False] + [True] * 3),
+        (dy, x, w, None, z2, *two, 0.0, None, [True, False, False] + [True] * 4 + [False, True]),
     ]
     tokens, grads = Values(6).normal(3, 2, 5), Values(7).normal(3, 2, 7)
     offsets = torch.tensor([0, 1, 6])

@@ -27,7 +27,7 @@ def built() -> dict[str, dict[str, tuple[Path, str]]]:
 
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHS)
-def test_kernels_spill_nothing_and_stay_within_their_launch_bounds(built, arch: str):
+def test_no_spills(built, arch: str):
     """ptxas spills what launch bounds leave no register for, so no spill means both."""
     found = [kernel for _, told in built[arch].values() for kernel in nvcc.kernels(told)]
     assert {kernel.name for kernel in found} == nvcc.MATRIX | nvcc.OTHERS
@@ -39,7 +39,8 @@ def test_kernels_spill_nothing_and_stay_within_their_launch_bounds(built, arch: 
 @needs_nvcc
 @needs_cuobjdump
 @pytest.mark.parametrize("arch", ARCHS)
-def test_matrix_kernels_use_the_matrix_units(built, arch: str):
+def test_matrix_units_used(built, arch: str):
+    """Matrix kernels use the matrix units."""
     for cubin, told in built[arch].values():
         counts = nvcc.instructions(cubin, "HMMA", "LDGSTS")
         for kernel in nvcc.kernels(told):
@@ -52,11 +53,12 @@ def test_matrix_kernels_use_the_matrix_units(built, arch: str):
 
 
 @needs_nvcc
-def test_bindings_compile_against_the_headers_of_cuda():
+def test_bindings_compile():
+    """The bindings compile against the CUDA headers."""
     assert nvcc.check_bindings()
 
 
-def test_kernels_have_launch_bounds_and_keep_to_the_device_layer():
+def test_launch_bounds_declared():
     """What bypasses it is not seen by the emulator."""
     forbidden = (
         r"__global__|__launch_bounds__|__syncthreads|__shfl|\basm\b|<<<|threadIdx|#include <(ATen|c10|torch)"
@@ -66,13 +68,15 @@ def test_kernels_have_launch_bounds_and_keep_to_the_device_layer():
             assert not (found := re.findall(forbidden, path.read_text())), (path.name, found)
 
 
-def test_the_emulator_refuses_launches_with_more_shared_memory_than_every_gpu_has():
+def test_shared_memory_limit():
+    """The emulator refuses launches with more shared memory than every GPU has."""
     text = (nvcc.CSRC / "emulator" / "fibers.cpp").read_text()
     (value,) = re.findall(r"MOST_SHARED = ([^;]+);", text)
     assert eval(value) == MOST_SHARED
 
 
-def test_numbers_are_read_from_what_ptxas_says():
+def test_ptxas_output_parsed():
+    """Stack, spills, registers and shared memory are read from the output of ptxas."""
     told = """
 ptxas info    : Compiling entry function '_ZN2fe4cuda11walk_kernelILi16EEEvNS0_10WalkParamsE' for 'sm_90'
     8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads

@@ -32,7 +32,8 @@ DEFECTS = {
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
-def test_the_kernels_are_built_for_the_emulator():
+def test_kernels_built():
+    """The kernels are built for the emulator."""
     cuda_emulator.load()  # raises with the compiler's words
 
 
@@ -59,7 +60,8 @@ def told(program: Path, *words: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", DEFECTS)
-def test_a_kernel_without_the_defect_runs(program: Path, name: str):
+def test_correct_kernel_passes(program: Path, name: str):
+    """A kernel without the defect runs and gives the right result."""
     assert told(program, name) == ["fine", "0"]
 
 
@@ -73,22 +75,25 @@ def test_a_defect_is_seen(program: Path, name: str):
         assert re.match(expected, said)
 
 
-def test_blocks_run_in_order_only_when_the_launch_says_so(program: Path):
+def test_block_order_on_request(program: Path):
+    """Blocks run in order only when the launch says so."""
     assert told(program, "order_of_blocks") == ["fine", "0"]
     assert told(program, "order_of_blocks", "broken") == ["fine", "1"]
 
 
-def test_launches_no_gpu_takes_are_refused(program: Path):
+def test_impossible_launch_refused(program: Path):
+    """Launches that no GPU accepts are refused."""
     assert told(program, "launch") == ["fine"]
     (said,) = told(program, "launch", "broken")
     assert said.startswith("no such launch: 128 threads, 101392 bytes of shared memory")
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
-def test_products_take_operands_where_the_manual_has_them(program: Path, precision: str):
+def test_mma_operand_layout(program: Path, precision: str):
+    """Matrix products take their operands from where the manual places them."""
     assert told(program, precision) == ["fine", "0"]
 
 
-def test_tf32_products_cut_operands_off(program: Path):
+def test_tf32_truncates_operands(program: Path):
     """More than half of the last bit is added to one operand: rounded it would show."""
     assert told(program, "tf32", "broken") == ["fine", "0"]

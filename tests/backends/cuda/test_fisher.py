@@ -57,7 +57,7 @@ def precision(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.parametrize("width", [48, 49], ids=["wide", "by elements"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [2, 15, 16, 17, 31, 32, 33, 48, 65, 133])
-def test_blocks_of_tokens_do_not_reach_into_the_next_sample(dtype, tokens, width):
+def test_sample_boundaries(dtype, tokens, width):
     """Neither into what lies behind the tokens of a sample in memory: NaN here."""
     x, dy = integers(3, tokens, width, dtype=dtype), integers(3, tokens, 32, dtype=dtype, seed=1)
     buffers = [t.new_full((3, tokens + 3, t.shape[-1]), math.nan) for t in (x, dy)]
@@ -69,7 +69,8 @@ def test_blocks_of_tokens_do_not_reach_into_the_next_sample(dtype, tokens, width
 @pytest.mark.parametrize("layout", UNEVEN)
 @pytest.mark.parametrize("shape", [(3, 37), (45,)], ids=["tokens", "one token"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_all_layouts_read_the_same(dtype, shape, layout):
+def test_layouts_agree(dtype, shape, layout):
+    """All layouts of the same numbers give the same result."""
     x, dy = integers(*shape, 72, dtype=dtype), integers(*shape, 40, dtype=dtype, seed=1)
     if layout == "expanded":
         x = x[..., :1, :].contiguous().expand(x.shape)
@@ -81,7 +82,8 @@ def test_all_layouts_read_the_same(dtype, shape, layout):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_that_begin_off_a_multiple_of_16_bytes_are_read_by_elements(dtype):
+def test_misaligned_rows(dtype):
+    """Rows that do not begin at a multiple of 16 bytes are read element by element."""
     x, dy = integers(2, 5, 64, dtype=dtype), integers(2, 5, 32, dtype=dtype, seed=1)
     storage = x.new_full((x.numel() + 1,), math.nan)
     moved = storage[1:].view(x.shape).copy_(x)
@@ -93,7 +95,7 @@ def test_rows_that_begin_off_a_multiple_of_16_bytes_are_read_by_elements(dtype):
     [((3, LONG), (0, 1, 2, 3)), ((MANY,), (0, MANY // 2, MANY))],
     ids=["tokens", "one token"],
 )
-def test_splits_add_their_parts_of_the_samples_one_after_the_other(shape, parts):
+def test_splits_add_in_order(shape, parts):
     """Bit for bit what a call for each part does, in this order and in no other."""
     values = Values(1, "cuda")
     x, dy, fisher = values.normal(*shape, 70), values.normal(*shape, 33), values.fisher(33, 70)
@@ -110,7 +112,8 @@ def test_splits_add_their_parts_of_the_samples_one_after_the_other(shape, parts)
 
 @pytest.mark.parametrize("tokens", [21, LONG])
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
-def test_packed_samples_equal_samples_of_one_length_bit_by_bit(tokens, kind):
+def test_packed_equals_dense(tokens, kind):
+    """Packed samples give, bit for bit, the result of samples of one length."""
     values = Values(2, "cuda")
     x, dy = values.normal(3, tokens, 31), values.normal(3, tokens, 40)
     fisher = accumulate(zeros(x, dy), x, dy)
@@ -123,7 +126,7 @@ def test_packed_samples_equal_samples_of_one_length_bit_by_bit(tokens, kind):
 @pytest.mark.parametrize(
     "lengths", [(0, 0, 0), (0, 33), (33, 0), (0, 1, 0, 0, 40, 0), (0, LONG, 0, 0, LONG), (1, 1, 1)]
 )
-def test_samples_without_tokens_add_nothing(lengths, dtype):
+def test_empty_samples(lengths, dtype):
     """Also where they begin, end or make up all of a split's part."""
     offsets = list(itertools.accumulate(lengths, initial=0))
     x, dy = integers(offsets[-1], 48, dtype=dtype), integers(offsets[-1], 24, dtype=dtype, seed=1)
@@ -135,7 +138,8 @@ def test_samples_without_tokens_add_nothing(lengths, dtype):
 
 @pytest.mark.parametrize("mode", ["sample", "batch"])
 @pytest.mark.parametrize("shape", [(3, LONG), (MANY,)], ids=["tokens", "one token"])
-def test_a_bf16_fisher_is_rounded_once_however_many_multiprocessors_wait(shape, mode):
+def test_bf16_rounded_once(shape, mode):
+    """A bf16 Fisher is rounded once, however many multiprocessors are idle."""
     values = Values(3, "cuda")
     x, dy = 0.1 * values.normal(*shape, 40), 0.1 * values.normal(*shape, 16)
     fisher = values.fisher(16, 40, dtype=torch.bfloat16)
@@ -149,7 +153,7 @@ def test_a_bf16_fisher_is_rounded_once_however_many_multiprocessors_wait(shape, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["sample", "batch"])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_elements_around_a_view_of_the_fisher_keep_their_bits(mode, transposed, dtype):
+def test_view_surroundings_untouched(mode, transposed, dtype):
     """Three views of which two are read 16 bytes at a time."""
     x, dy = integers(2, 9, 40), integers(2, 9, 33, seed=1)
     expected = accumulate(zeros(x, dy), x, dy, mode=mode).to(dtype)
@@ -163,7 +167,7 @@ def test_elements_around_a_view_of_the_fisher_keep_their_bits(mode, transposed, 
 
 
 @pytest.mark.parametrize("width", [8, 9], ids=["wide", "by elements"])
-def test_samples_may_lie_more_than_2_31_elements_apart(width):
+def test_int64_sample_stride(width):
     """The last of five; only the pages that are read exist."""
     x = integers(5, 3, width, dtype=torch.float16)
     dy = integers(5, 3, 16, dtype=torch.float16, seed=1)
@@ -175,7 +179,7 @@ def test_samples_may_lie_more_than_2_31_elements_apart(width):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_squares_of_single_tokens_are_products_of_fp32(dtype):
+def test_single_token_fp32(dtype):
     """Of numbers with all bits set, whose squares no 16-bit type and no single tf32 holds."""
     values = Values(5, "cuda")
     x, dy = values.normal(300, 33, dtype=dtype), values.normal(300, 17, dtype=dtype)
@@ -185,7 +189,8 @@ def test_squares_of_single_tokens_are_products_of_fp32(dtype):
 
 
 @pytest.mark.parametrize("shape", [(2, 40), (80,)], ids=["tokens", "one token"])
-def test_fp32_is_rounded_to_tf32_at_lower_precisions_and_never_to_bf16(precision, shape):
+def test_matmul_precision_tf32(precision, shape):
+    """At lower matmul precisions fp32 is rounded to tf32, never to bf16."""
     values = Values(6, "cuda")
     x, dy = values.normal(*shape, 33), values.normal(*shape, 17)
     samples = [(a.reshape(-1, 33), b.reshape(-1, 17)) for a, b in zip(x, dy, strict=True)]
@@ -205,7 +210,8 @@ def test_fp32_is_rounded_to_tf32_at_lower_precisions_and_never_to_bf16(precision
 
 
 @pytest.mark.parametrize("mode", ["sample", "batch"])
-def test_nothing_to_add_is_no_launch(mode):
+def test_empty_launches_nothing(mode):
+    """With nothing to add, no kernel is launched."""
     device = device_of("cuda")
     for samples, tokens, d_in, d_out in ((0, 4, 3, 5), (2, 0, 3, 5), (2, 4, 0, 5), (2, 4, 3, 0)):
         fisher = torch.ones(d_out, d_in, device=device)

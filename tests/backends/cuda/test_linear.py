@@ -61,7 +61,7 @@ def check(case: Case) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("rank", "p"), [(16, 0.3), (32, 0.0), (40, 0.3)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_blocks_of_rows_and_columns_meet(dtype, rank, p):
+def test_row_column_blocks(dtype, rank, p):
     """More columns than a block walks over, both ways, and rows for two regions, that end inside a strip."""
     check(call(dtype, (75, 264, 272), [(rank, ((0, 272),))], p))
 
@@ -74,7 +74,7 @@ def test_ranks_come_in_parts(rank, dtype):
     check(call(dtype, (20, 24, 40), [(rank, ((0, 40),))], 0.5))
 
 
-def test_ranks_come_in_parts_for_every_turn_of_columns():
+def test_rank_chunks_many_columns():
     """More ranks than shared memory holds, and more columns than the warps of a block write at a time."""
     check(call(torch.float32, (9, 136, 152), [(270, ((0, 152),))]))
 
@@ -82,18 +82,19 @@ def test_ranks_come_in_parts_for_every_turn_of_columns():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("first", [0, 8, 13])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_without_owner_are_left_out(dtype, first, bias):
+def test_unowned_rows_skipped(dtype, first, bias):
     """Without a bias the pass over dy begins at the first owned row: at a multiple of 16 bytes, or not."""
     check(call(dtype, (35, 24, 96), [(10, ((first, first + 20), (40, 44))), (7, ((80, 88),))], bias=bias))
 
 
-def test_more_adapters_than_a_launch_takes():
+def test_many_adapters():
+    """A call may have more adapters than one launch takes."""
     owners: list[tuple[int, Rows]] = [(2, ((8 * i, 8 * i + 3), (8 * i + 5, 8 * i + 8))) for i in range(35)]
     check(call(torch.float32, (9, 24, 280), owners))
 
 
 @pytest.mark.parametrize("rank", [10, 70])
-def test_the_order_of_blocks_does_not_show(rank):
+def test_order_invariant(rank):
     """Sums of many parts of every kind: another order would be other bits."""
     case = call(torch.float32, (33, 40, 300), [(rank, ((0, 220),)), (3, ((220, 300),))])
     y, grads = case.gradients()
@@ -104,7 +105,7 @@ def test_the_order_of_blocks_does_not_show(rank):
 
 
 @pytest.mark.parametrize("rank", [10, 40])
-def test_gradients_of_scales_are_zero_as_long_as_b_is(rank):
+def test_scale_gradients_zero_b(rank):
     """Also where their sums take the place of what told the block that it is the last."""
     case = call(torch.float32, (20, 24, 100), [(rank, ((0, 100),))])
     case.adapters[0].lora_b.data.zero_()
@@ -113,7 +114,7 @@ def test_gradients_of_scales_are_zero_as_long_as_b_is(rank):
 
 
 @pytest.mark.parametrize("first", [0, 8])
-def test_gradients_do_not_depend_on_which_others_are_asked_for(first):
+def test_gradient_subsets(first):
     """Every set of them has its own passes: over dy for one or both of its products, over x, or neither."""
     case = call(torch.float32, (37, 24, 40), [(5, ((first, 40),))], 0.3)
     leaves, expected = case.leaves(), check(case)
@@ -128,7 +129,8 @@ def test_gradients_do_not_depend_on_which_others_are_asked_for(first):
 
 
 @pytest.mark.parametrize("frozen", ["", "B", "scale"])
-def test_more_ranges_of_rows_than_a_launch_takes(frozen):
+def test_many_row_ranges(frozen):
+    """A call may have more ranges of rows than one launch takes."""
     many = tuple((2 * i, 2 * i + 1) for i in reversed(range(70)))
     few = tuple((2 * i + 1, 2 * i + 2) for i in range(40))
     rest = tuple((2 * i + 1, 2 * i + 2) for i in range(40, 70))  # beside those of `few`
@@ -152,7 +154,7 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_lies_between_rows_is_not_read(dtype, place):
+def test_row_gaps_unread(dtype, place):
     """`gap`; the numbers are those of dense rows."""
     start, pitch, columns = PLACES[place]
     case = call(dtype, (50, columns, columns), [(12, ((0, columns),))], 0.2)
@@ -168,7 +170,8 @@ def test_what_lies_between_rows_is_not_read(dtype, place):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scales_and_bias_may_have_strides(dtype):
+def test_strided_scales_bias(dtype):
+    """Scales and bias may have strides."""
     case, values = call(dtype, (20, 24, 40), [(5, ((0, 8),)), (20, ((8, 40),))]), Values(1, "cuda")
     for i, adapter in enumerate(case.adapters):
         scale = values.normal(adapter.lora_a.shape[0], layout="every other column")
@@ -179,7 +182,8 @@ def test_scales_and_bias_may_have_strides(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dropped_numbers_do_not_count_whatever_they_are(dtype):
+def test_dropout_ignores_dropped_values(dtype):
+    """Dropped numbers do not count, whatever their values are."""
     case = call(dtype, (40, 64, 48), [(5, ((0, 48),))], 0.4)
     for leaf in (case.x, case.weight, case.bias, case.adapters[0].lora_b, case.adapters[0].scale):
         leaf.requires_grad_(False)
@@ -198,7 +202,7 @@ def lower_precision(request: pytest.FixtureRequest) -> Iterator[Any]:
     torch.set_float32_matmul_precision(before)
 
 
-def test_lower_precision_rounds_factors_to_tf32_and_leaves_sums_alone(lower_precision):
+def test_matmul_precision_tf32(lower_precision):
     """Of each product two factors are rounded, u and z once more where they are factors in turn. The product
     of x and the weight is PyTorch's, which some processors compute from bf16 parts at "medium"."""
     case = call(torch.float32, (70, 136, 264), [(16, ((0, 264),))])

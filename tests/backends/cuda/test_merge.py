@@ -31,7 +31,8 @@ def assert_merged(weight: torch.Tensor, before: torch.Tensor, *factors: torch.Te
     assert_within(weight, exact, bound, "weight")
 
 
-def test_more_weights_than_a_launch_takes():
+def test_many_weights():
+    """A call may merge more weights than one launch takes."""
     values = Values(1, "cuda")
     shapes = [(1 + 7 * i % 40, 1 + 11 * i % 50) for i in range(35)]
     weights = [values.normal(*shape, dtype=DTYPES[i % 3]) for i, shape in enumerate(shapes)]
@@ -44,7 +45,7 @@ def test_more_weights_than_a_launch_takes():
         assert_merged(*entry, scale)
 
 
-def test_weights_that_share_rows_are_merged_one_after_the_other():
+def test_overlapping_rows_in_order():
     """Wherever they begin; in bf16 the order of the roundings shows."""
     values = Values(4, "cuda")
     packed = values.normal(120, 264, dtype=torch.bfloat16)
@@ -57,7 +58,8 @@ def test_weights_that_share_rows_are_merged_one_after_the_other():
     assert torch.equal(packed, expected)
 
 
-def test_more_scales_than_a_launch_takes():
+def test_many_scales():
+    """A call may have more scales than one launch takes."""
     values = Values(2, "cuda")
     scales = [values.normal(1 + 37 * i % 60, dtype=DTYPES[i % 3]) for i in range(130)]
     expected = [oracles.soft_threshold(s, 0.4) for s in scales]
@@ -82,7 +84,7 @@ def test_scales_may_have_strides(dtype, rank):
 @pytest.mark.parametrize("place", [(8, 320, 264), (8, 320, 261), (8, 321, 264), (9, 320, 264)])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_lies_around_a_weight_keeps_its_bits(dtype, transposed, place):
+def test_weight_surroundings_untouched(dtype, transposed, place):
     """NaN; rows end and begin at multiples of 16 bytes, or between them."""
     (start, pitch, columns), values = place, Values(3, "cuda")
     buffer = torch.full((50, pitch), math.nan, dtype=dtype, device=values.device)

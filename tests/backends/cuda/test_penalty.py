@@ -67,7 +67,7 @@ PLACES = {
 @pytest.mark.parametrize("rank", [3, 30, 70])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", FISHERS)
-def test_what_lies_around_a_fisher_is_not_read(dtype, place, rank):
+def test_fisher_surroundings_unread(dtype, place, rank):
     """NaN: beside its rows, and behind the last of them, in the middle of a strip."""
     start, pitch, d_in = PLACES[place]
     case = make(Values(rank, "cuda"), [(37, d_in, rank)], "cuda", fisher_dtype=dtype, ewc_lambda=3.0)
@@ -87,7 +87,7 @@ def test_scales_may_have_strides(dtype):
     check(case)
 
 
-def test_fishers_of_all_kinds_share_a_call():
+def test_mixed_fishers():
     """Each way of reading is a launch of its own, for the largest rank in it; the penalty is that of all."""
     values = Values(2, "cuda")
     shapes = [(20, 32, 40), (33, 40, 20), (40, 24, 20), (40, 48, 5), (17, 40, 70), (50, 33, 5)]
@@ -102,7 +102,8 @@ def test_fishers_of_all_kinds_share_a_call():
 
 
 @pytest.mark.parametrize("rank", [70, 130])
-def test_regions_of_rows_and_blocks_of_columns_meet_in_every_chunk_of_ranks(rank):
+def test_rank_chunks(rank):
+    """Regions of rows and blocks of columns meet in every chunk of ranks."""
     check(make(Values(3, "cuda"), [(40, 20, rank), (40, 150, rank), (5, 300, rank)], "cuda"))
 
 
@@ -118,7 +119,8 @@ LONG = {
 
 
 @pytest.mark.parametrize("what", LONG)
-def test_a_block_walks_down_several_strips(precision, what):
+def test_several_strips(precision, what):
+    """One block walks down several strips of rows."""
     name, shape, fisher_dtype = LONG[what]
     case = make(Values(4, "cuda"), [shape], "cuda", fisher_dtype=fisher_dtype)
     case.scales = [parameter(case.lora_bs[0][0])]
@@ -153,7 +155,8 @@ def assert_rounded(case: Case, found: list[Tensor], part: float) -> None:
 @pytest.mark.parametrize("shape", [(70, 264, 10), (37, 48, 16), (40, 24, 30), (40, 152, 50), (24, 32, 70)])
 @pytest.mark.parametrize("fisher_dtype", FISHERS)
 @pytest.mark.parametrize("name", ROUNDED)
-def test_lower_precision_rounds_factors_and_leaves_sums_alone(precision, name, fisher_dtype, shape):
+def test_matmul_precision_rounding(precision, name, fisher_dtype, shape):
+    """Lower matmul precision rounds the factors and leaves the sums alone."""
     case = make(Values(sum(shape), "cuda"), [shape] * 3, "cuda", fisher_dtype=fisher_dtype, ewc_lambda=3.0)
     exactly = results(case)
     precision(name)
@@ -249,7 +252,8 @@ CHANGES = (
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_table_serves_no_call_but_its_own(precision, change):
+def test_table_not_shared(precision, change):
+    """A table serves no call but its own."""
     case = square(torch.bfloat16 if change is other_dtype else torch.float32)
     first = by_new_table(case)
     assert same_bits(results(case), first)
@@ -259,7 +263,7 @@ def test_a_table_serves_no_call_but_its_own(precision, change):
     assert same_bits(changed, by_new_table(case))
 
 
-def test_values_that_change_in_place_are_read_anew():
+def test_inplace_update_seen():
     """A table holds where tensors are, not what they hold: optimisers write in place."""
     case = make(Values(5, "cuda"), [(24, 40, 5), (20, 24, 10), (33, 17, 3)], "cuda")
     results(case)
@@ -269,7 +273,8 @@ def test_values_that_change_in_place_are_read_anew():
     check(case)
 
 
-def test_more_calls_than_tables_are_kept_for():
+def test_table_eviction():
+    """There may be more calls than tables are kept for."""
     cases = [make(Values(i, "cuda"), [(17, 8 + i, 3)], "cuda") for i in range(20)]
     first = [results(case) for case in cases]
     for _ in range(2):
@@ -278,6 +283,7 @@ def test_more_calls_than_tables_are_kept_for():
 
 @pytest.mark.parametrize("shape", [(0, 24, 3), (24, 0, 3), (0, 0, 3)])
 @pytest.mark.parametrize("alone", [True, False])
-def test_gradients_of_adapters_without_elements_are_zero(shape, alone):
+def test_empty_adapter_gradients(shape, alone):
+    """Adapters without elements have gradients of zero."""
     case = make(Values(6, "cuda"), [shape] if alone else [(20, 24, 3), shape, (20, 24, 3)], "cuda")
     check(case)

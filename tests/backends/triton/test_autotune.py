@@ -80,7 +80,8 @@ def distance(to: dict[str, Any]) -> Callable[[dict[str, Any]], float]:
     return lambda c: 1.0 + sum(abs(math.log2(c[k] / to[k])) for k in to if k != "TMA")
 
 
-def test_neighbours_are_one_step_away_and_within_limits():
+def test_search_neighbours():
+    """Neighbours are one step away and within limits."""
     found = autotune.neighbours(config(BLOCK_M=16, num_stages=1, num_warps=16))
     assert all(
         sum(c[k] != v for k, v in config(BLOCK_M=16, num_stages=1, num_warps=16).items()) == 1 for c in found
@@ -92,7 +93,8 @@ def test_neighbours_are_one_step_away_and_within_limits():
     assert not any(c["TMA"] for c in autotune.neighbours(config(TMA=False))), "TMA is never switched on"
 
 
-def test_the_search_walks_to_the_fastest_configuration():
+def test_search_finds_fastest():
+    """The search walks to the fastest configuration."""
     best = config(BLOCK_M=128, BLOCK_N=32, num_warps=8)
     trials = autotune.search(START, lambda c: Trial(c, distance(best)(c)))
     assert trials[0].config == best
@@ -102,12 +104,14 @@ def test_the_search_walks_to_the_fastest_configuration():
     )
 
 
-def test_the_search_stays_where_nothing_is_clearly_faster():
+def test_search_stays():
+    """The search stays where nothing is clearly faster."""
     trials = autotune.search(START, lambda c: Trial(c, 1.0 if c == START else 0.99))
     assert trials[0].config == START
 
 
-def test_the_search_stops_at_its_limit():
+def test_search_limit():
+    """The search stops at its limit."""
     tried: list[dict[str, Any]] = []
 
     def attempt(c: dict[str, Any]) -> Trial:
@@ -117,7 +121,8 @@ def test_the_search_stops_at_its_limit():
     assert len(autotune.search(START, attempt, limit=7)) == len(tried) == 7
 
 
-def test_tuning_takes_the_fastest_and_says_what_it_measured(toy: Path):
+def test_tuning_picks_fastest(toy: Path):
+    """Tuning takes the fastest configuration and says what it measured."""
     best = config(BLOCK_M=128, num_stages=4)
     tuned = tune(lambda c: 1e-3, distance(best))
     assert tuned.entry["config"] == best
@@ -129,7 +134,9 @@ def test_tuning_takes_the_fastest_and_says_what_it_measured(toy: Path):
     assert "1000000.0 us" in tuned.entry["source"], "the best takes one second"
 
 
-def test_a_configuration_with_wrong_results_is_discarded_whatever_its_speed(toy: Path):
+def test_wrong_results_discarded(toy: Path):
+    """A configuration with wrong results is discarded, whatever its speed."""
+
     def error(c: dict[str, Any]) -> float:
         return {128: 3e-3, 32: math.nan}.get(c["BLOCK_M"], 1e-3)
 
@@ -140,7 +147,9 @@ def test_a_configuration_with_wrong_results_is_discarded_whatever_its_speed(toy:
     assert "relative error 3.0e-03 > 2.0e-03" in reasons[128] and "nan" in reasons[32]
 
 
-def test_a_configuration_that_does_not_compile_is_discarded_with_the_reason(toy: Path):
+def test_compile_error_discarded(toy: Path):
+    """A configuration that does not compile is discarded, and the reason is given."""
+
     def error(c: dict[str, Any]) -> float:
         if c["num_warps"] == 8:
             raise RuntimeError("out of resource: shared memory")
@@ -152,12 +161,14 @@ def test_a_configuration_that_does_not_compile_is_discarded_with_the_reason(toy:
 
 
 @pytest.mark.parametrize("broken", [0.5, math.nan])
-def test_nothing_is_tuned_against_a_broken_shipped_configuration(toy: Path, broken: float):
+def test_broken_shipped_config(toy: Path, broken: float):
+    """Nothing is tuned against a broken shipped configuration."""
     with pytest.raises(RuntimeError, match="shipped configuration of toy_kernel"):
         tune(lambda c: broken, lambda c: 1.0)
 
 
-def test_what_is_written_is_read_back_and_replaces_the_same_key_only(toy: Path):
+def test_file_roundtrip(toy: Path):
+    """What is written is read back and replaces only the entry of the same key."""
     for one in (entry(64), entry(16), entry(16, "float16"), entry(16, BLOCK_M=256)):
         measured.add(toy, one)
     found = measured.read(toy)
@@ -165,7 +176,8 @@ def test_what_is_written_is_read_back_and_replaces_the_same_key_only(toy: Path):
     assert [path.name for path in toy.parent.iterdir()] == [toy.name], "no temporary file is left"
 
 
-def test_a_measured_file_serves_as_a_shipped_table(toy: Path):
+def test_measured_file_as_table(toy: Path):
+    """A measured file can serve as a shipped table."""
     for rank in (64, 16, 32):
         measured.add(toy, entry(rank, BLOCK_M=rank))
     entries = json.loads(toy.read_text())["entries"]
@@ -188,9 +200,8 @@ def test_a_measured_file_serves_as_a_shipped_table(toy: Path):
         "\x00\xff",
     ],
 )
-def test_foreign_content_is_ignored_with_a_warning_that_names_the_file_and_is_replaced(
-    toy: Path, content: str
-):
+def test_foreign_file_warns(toy: Path, content: str):
+    """Foreign content is ignored with a warning that names the file, and is replaced."""
     toy.parent.mkdir()
     toy.write_text(content, encoding="latin-1")
     with pytest.warns(RuntimeWarning, match="sm_90.json: ignored"):
@@ -200,7 +211,8 @@ def test_foreign_content_is_ignored_with_a_warning_that_names_the_file_and_is_re
     assert measured.read(toy) == [entry()]
 
 
-def test_the_folder_follows_its_variables(monkeypatch: pytest.MonkeyPatch):
+def test_cache_folder_variables(monkeypatch: pytest.MonkeyPatch):
+    """The cache folder follows its environment variables."""
     monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
     monkeypatch.delenv(measured.CACHE, raising=False)
     assert measured.path("sm_90") == Path("/elsewhere/fused_ewclora/sm_90.json")
@@ -208,14 +220,16 @@ def test_the_folder_follows_its_variables(monkeypatch: pytest.MonkeyPatch):
     assert measured.path("gfx942") == Path("/here/gfx942.json")
 
 
-def test_nothing_is_read_or_measured_unless_asked_for(toy: Path, monkeypatch: pytest.MonkeyPatch):
+def test_off_by_default(toy: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nothing is read or measured unless asked for."""
     measured.add(toy, entry(BLOCK_M=256))
     monkeypatch.setattr(measured, "read", lambda file: pytest.fail("read"))
     monkeypatch.setattr(autotune, "measure", lambda key: pytest.fail("measured"))
     assert looked_up() == START
 
 
-def test_lookups_prefer_what_was_measured_for_exactly_their_rank(toy: Path, monkeypatch: pytest.MonkeyPatch):
+def test_lookup_exact_rank(toy: Path, monkeypatch: pytest.MonkeyPatch):
+    """Lookups prefer what was measured for exactly their rank."""
     monkeypatch.setenv(tables.AUTOTUNE, "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # nothing can be measured now
     measured.add(toy, entry(32, BLOCK_M=256))
@@ -223,7 +237,8 @@ def test_lookups_prefer_what_was_measured_for_exactly_their_rank(toy: Path, monk
     assert looked_up(16) == START
 
 
-def test_an_entry_with_the_blocks_of_another_version_is_not_used(toy: Path, monkeypatch: pytest.MonkeyPatch):
+def test_other_version_blocks(toy: Path, monkeypatch: pytest.MonkeyPatch):
+    """An entry with the block names of another version is not used."""
     monkeypatch.setenv(tables.AUTOTUNE, "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     measured.add(toy, entry(BLOCK_Q=16))
@@ -240,9 +255,8 @@ def gpu(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return toy
 
 
-def test_the_first_lookup_measures_and_later_ones_and_processes_do_not(
-    gpu: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_measured_once(gpu: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first lookup measures; later lookups and other processes do not."""
     best = config(num_warps=8)
     asked: list[Key] = []
 
@@ -260,9 +274,9 @@ def test_the_first_lookup_measures_and_later_ones_and_processes_do_not(
     assert "Abacus 9000" in written["source"]
 
 
-def test_after_an_error_of_tuning_the_shipped_configuration_serves(
-    gpu: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_tuning_error_fallback(gpu: Path, monkeypatch: pytest.MonkeyPatch):
+    """After an error in tuning, the shipped configuration is used."""
+
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -272,13 +286,15 @@ def test_after_an_error_of_tuning_the_shipped_configuration_serves(
     assert not gpu.exists()
 
 
-def test_nothing_is_measured_inside_the_capture_of_a_graph(gpu: Path, monkeypatch: pytest.MonkeyPatch):
+def test_no_tuning_in_capture(gpu: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nothing is measured while a graph is being captured."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(autotune, "measure", lambda key: pytest.fail("measured"))
     assert looked_up() == START
 
 
-def test_overrides_and_watching_are_of_one_thread(toy: Path):
+def test_overrides_thread_local(toy: Path):
+    """Overrides and watching apply to one thread only."""
     seen: list[dict[str, Any]] = []
     with tables.override(entry(BLOCK_M=256)), tables.watching() as keys:
         other = threading.Thread(target=lambda: seen.append(looked_up()))
@@ -289,7 +305,8 @@ def test_overrides_and_watching_are_of_one_thread(toy: Path):
     assert looked_up() == START
 
 
-def test_what_a_thread_notes_no_other_thread_notes():
+def test_noting_thread_local():
+    """Launches are noted only for the thread that asked for it."""
     ran: list[tuple[int, ...]] = []
 
     class Kernel:
@@ -304,7 +321,8 @@ def test_what_a_thread_notes_no_other_thread_notes():
     assert [noted.grid for noted in launches] == [(3,)] and ran == [(5,)]
 
 
-def test_the_command_says_why_it_cannot_measure(monkeypatch: pytest.MonkeyPatch):
+def test_command_without_gpu(monkeypatch: pytest.MonkeyPatch):
+    """The command says why it cannot measure."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendError, match=r"no GPU|not installed"):
         tuning.run()
@@ -314,9 +332,7 @@ def test_the_command_says_why_it_cannot_measure(monkeypatch: pytest.MonkeyPatch)
     ("kernel", "dtype", "rank"),
     [("fisher_square_kernel", "float32", 0), ("lowrank_rows_kernel", "float32", 16)],
 )
-def test_kernels_run_and_are_checked_under_other_configurations(
-    monkeypatch: pytest.MonkeyPatch, kernel: str, dtype: str, rank: int
-):
+def test_interpreter_end_to_end(monkeypatch: pytest.MonkeyPatch, kernel: str, dtype: str, rank: int):
     """The whole way on Triton's interpreter: workloads that ask, the fp64 truth, overridden launches."""
     pytest.importorskip("triton")
     if not launch.interpreted():
@@ -338,7 +354,7 @@ def test_kernels_run_and_are_checked_under_other_configurations(
     assert set(used) >= {shipped[block], 2 * shipped[block]}
 
 
-def test_every_configuration_that_can_be_looked_up_can_be_measured():
+def test_all_lookups_measurable():
     """Also those of matmul precisions other than the current one, and of odd strides."""
     pytest.importorskip("triton")
     keys = autotune.keys("sm_90", (torch.float32,), (16,))

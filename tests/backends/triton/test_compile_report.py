@@ -59,13 +59,14 @@ def data(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 @needs_triton
-def test_shipped_configurations_compile_spill_nothing_and_fit(data: dict[str, Any]):
+def test_shipped_configs_compile(data: dict[str, Any]):
     """No spills, shared memory within a block's, wgmma where products are, and no entry without a use."""
     assert data["problems"] == []
 
 
 @needs_triton
-def test_every_kernel_is_compiled_for_every_architecture(data: dict[str, Any]):
+def test_all_kernels_all_archs(data: dict[str, Any]):
+    """Every kernel is compiled for every architecture."""
     sources = [path.read_text() for path in (ROOT / "kernels").glob("*.py")]
     kernels = {name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)}
     assert set(compile_report.MATRIX_KERNELS) <= kernels
@@ -74,7 +75,8 @@ def test_every_kernel_is_compiled_for_every_architecture(data: dict[str, Any]):
 
 
 @needs_triton
-def test_rows_have_the_documented_fields(data: dict[str, Any]):
+def test_row_fields(data: dict[str, Any]):
+    """Rows have the documented fields."""
     assert set(data) == {"schema", "triton", "rows", "failures", "unexercised", "problems"}
     assert data["schema"] == compile_report.SCHEMA
     for row in data["rows"]:
@@ -85,13 +87,15 @@ def test_rows_have_the_documented_fields(data: dict[str, Any]):
 
 
 @needs_triton
-def test_an_interpreting_process_says_that_it_cannot_compile():
+def test_interpreter_refused():
+    """A process that runs the interpreter says that it cannot compile."""
     result = report("--arch", "sm_90", TRITON_INTERPRET="1")
     assert result.returncode == 1
     assert "TRITON_INTERPRET" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_an_unknown_kernel_is_answered_with_the_known_ones():
+def test_unknown_kernel():
+    """The answer to an unknown kernel is a list of the known ones."""
     with pytest.raises(BackendError, match="abacus_kernel: there are lora_linear_kernel, lowrank"):
         compile_report._chosen([noted("lowrank_rows_kernel"), noted()], ["abacus_kernel"], (), ())
 
@@ -106,7 +110,8 @@ def test_few_are_an_aligned_and_an_unaligned_call_of_each_kernel_and_configurati
     assert compile_report._last_of_each_configuration([*launches, *launches]) == launches
 
 
-def test_without_cuobjdump_the_report_says_what_is_missing(monkeypatch: pytest.MonkeyPatch):
+def test_missing_cuobjdump(monkeypatch: pytest.MonkeyPatch):
+    """Without `cuobjdump` the report says what is missing."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(launch, "interpreted", lambda: False)
     monkeypatch.setattr(aot, "cuobjdump", lambda: None)
@@ -114,7 +119,8 @@ def test_without_cuobjdump_the_report_says_what_is_missing(monkeypatch: pytest.M
         compile_report.collect(("sm_90",))
 
 
-def test_without_triton_the_report_says_what_is_missing(monkeypatch: pytest.MonkeyPatch):
+def test_missing_triton(monkeypatch: pytest.MonkeyPatch):
+    """Without Triton the report says what is missing."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BackendError, match="pip install triton"):
         compile_report.collect(("sm_90",))
@@ -134,7 +140,8 @@ def problems(*rows: dict[str, Any]) -> list[str]:
     return compile_report.problems({"rows": rows, "failures": [], "unexercised": []})
 
 
-def test_a_good_row_is_no_problem():
+def test_good_row_accepted():
+    """A good row is not reported as a problem."""
     assert problems(row()) == []
 
 
@@ -149,19 +156,22 @@ def test_a_good_row_is_no_problem():
         ({"error": "CompilationError: no"}, "CompilationError"),
     ],
 )
-def test_what_must_not_ship_is_a_problem(changed: dict[str, Any], words: str):
+def test_bad_row_reported(changed: dict[str, Any], words: str):
+    """What must not ship is reported as a problem."""
     (found,) = problems(row(**changed))
     assert words in found and "lora_linear_kernel" in found
 
 
-def test_spills_are_counted_on_nvidia_and_wgmma_is_asked_of_sm_90_products_in_16_bit_only():
+def test_spill_wgmma_scope():
+    """Spills count on NVIDIA only, and wgmma is required only of 16-bit products on sm_90."""
     assert problems(row(arch="gfx942", spill=8, instructions={"wgmma": 0})) == []
     assert problems(row(arch="sm_80", instructions={"wgmma": 0})) == []
     assert problems(row(dtype="float32", instructions={"wgmma": 0})) == []
     assert problems(row(kernel="lowrank_sum_kernel", instructions={"wgmma": 0})) == []
 
 
-def test_an_entry_that_nothing_launches_is_named():
+def test_unused_entry_named():
+    """A table entry that nothing launches is named."""
     entries = tables.table("sm_90")
     found = compile_report.unexercised("sm_90", set())
     assert len(found) >= len(entries)
@@ -193,18 +203,21 @@ def test_an_entry_that_nothing_launches_is_named():
         (("gfx942", 64, 32 * 1024, 4), 2, "shared memory"),
     ],
 )
-def test_occupancy_equals_values_by_hand(arguments: tuple[Any, ...], blocks: int, limited_by: str):
+def test_occupancy_by_hand(arguments: tuple[Any, ...], blocks: int, limited_by: str):
+    """Occupancy equals values worked out by hand."""
     found = occupancy(*arguments)
     assert (found.blocks, found.limited_by) == (blocks, limited_by)
     assert found.warps == blocks * arguments[3]
 
 
-def test_occupancy_is_the_share_of_resident_warps():
+def test_occupancy_warp_share():
+    """Occupancy is the share of resident warps."""
     assert occupancy("sm_90", 128, 0, 8).share == 16 / 64
     assert occupancy("sm_86", 128, 0, 8).share == 16 / 48
 
 
-def test_resources_of_nvidia_code_are_the_largest_of_its_functions():
+def test_nvidia_resources():
+    """The resources of NVIDIA code are the largest of its functions."""
     text = """
     Resource usage:
      Common:
@@ -217,7 +230,8 @@ def test_resources_of_nvidia_code_are_the_largest_of_its_functions():
     assert aot.parse_usage(text) == {"REG": 168, "STACK": 48, "LOCAL": 16}
 
 
-def test_resources_of_amd_code_come_from_its_metadata():
+def test_amd_resources():
+    """The resources of AMD code come from its metadata."""
     text = """
     .private_segment_fixed_size: 24
     .sgpr_count:     30
@@ -230,7 +244,8 @@ def test_resources_of_amd_code_come_from_its_metadata():
     assert found["private_segment_fixed_size"] == 24
 
 
-def test_instructions_are_counted_by_kind():
+def test_instruction_counts():
+    """Instructions are counted by kind."""
     text = """
     wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16
     mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32

@@ -33,7 +33,8 @@ def backend():
 
 
 @pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
-def test_without_a_gpu_and_without_its_interpreter_it_says_so():
+def test_no_gpu_no_interpreter():
+    """Without a GPU and without its interpreter, Triton says so."""
     code = (
         "import torch, fused_ewclora as fe\n"
         "from fused_ewclora import functional as FE\n"
@@ -47,7 +48,8 @@ def test_without_a_gpu_and_without_its_interpreter_it_says_so():
     assert "BackendError: backend: backend 'triton' is not available: no GPU" in done.stderr
 
 
-def test_without_triton_everything_else_works():
+def test_missing_triton():
+    """Without Triton everything else works."""
     code = (
         "import importlib.util as util\n"
         "find = util.find_spec\n"
@@ -62,7 +64,8 @@ def test_without_triton_everything_else_works():
 
 
 @pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
-def test_a_version_that_is_too_old_is_named(backend, monkeypatch):
+def test_old_version_named(backend, monkeypatch):
+    """A version that is too old is named."""
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.5.1+git1")
     assert backend.unavailable.__wrapped__() == "Triton 3.5.1+git1 is installed, 3.6 or newer is needed"
 
@@ -72,7 +75,8 @@ def test_a_version_that_is_too_old_is_named(backend, monkeypatch):
     ("triton", "numpy", "fits"),
     [("3.6.0", "2.3.5", True), ("3.7.1", "2.4.6", True), ("3.6.0", "2.4.0", False)],
 )
-def test_an_interpreter_that_newer_numpy_breaks_is_no_backend(backend, monkeypatch, triton, numpy, fits):
+def test_numpy_breaks_interpreter(backend, monkeypatch, triton, numpy, fits):
+    """An interpreter that a newer NumPy breaks is not offered as a backend."""
     monkeypatch.setattr(importlib.metadata, "version", {"triton": triton, "numpy": numpy}.get)
     monkeypatch.setattr(backend, "interpreting", lambda: True)
     expected = f"the interpreter of Triton {triton} needs NumPy 2.3 or older, {numpy} is installed"
@@ -80,7 +84,9 @@ def test_an_interpreter_that_newer_numpy_breaks_is_no_backend(backend, monkeypat
 
 
 @needs_triton
-def test_an_install_that_does_not_import_is_a_reason_and_no_error(backend, monkeypatch):
+def test_broken_install_reason(backend, monkeypatch):
+    """An install that fails to import is a reason not to use Triton, not an error."""
+
     def broken(name):
         raise OSError("libtriton.so: no such file")
 
@@ -90,7 +96,8 @@ def test_an_install_that_does_not_import_is_a_reason_and_no_error(backend, monke
 
 @needs_triton
 @pytest.mark.parametrize("arch", ["sm_70", "sm_75", "sm_80", "sm_120", "gfx942"])
-def test_parts_without_the_matrix_units_are_refused(backend, monkeypatch, arch):
+def test_old_arch_refused(backend, monkeypatch, arch):
+    """GPUs without the matrix units are refused."""
     monkeypatch.setattr(backend, "interpreting", lambda: False)
     reason = backend._cannot(Call("cuda", torch.float32, arch))
     old = {"sm_70": "7.0", "sm_75": "7.5"}.get(arch)
@@ -98,7 +105,8 @@ def test_parts_without_the_matrix_units_are_refused(backend, monkeypatch, arch):
 
 
 @needs_triton
-def test_fp64_is_refused_by_name_and_served_by_the_reference():
+def test_fp64_reference():
+    """Asked for by name, Triton refuses fp64; otherwise the reference serves it."""
     fisher, a, b = (
         torch.ones(*s, dtype=torch.float64, device=device_of("triton")) for s in ((7, 5), (2, 5), (7, 2))
     )
@@ -109,7 +117,8 @@ def test_fp64_is_refused_by_name_and_served_by_the_reference():
 
 @needs_triton
 @pytest.mark.skipif(device_of("triton") == "cpu", reason="the interpreter serves the CPU")
-def test_tensors_on_the_cpu_are_refused_beside_a_gpu():
+def test_cpu_tensors_refused():
+    """Tensors on the CPU are refused where there is a GPU."""
     with pytest.raises(BackendError, match=r"'triton' cannot run merge_ on cpu .*tensors are on cpu"):
         FE.merge_(torch.zeros(7, 5), torch.ones(2, 5), torch.ones(7, 2), backend="triton")
 
@@ -117,13 +126,15 @@ def test_tensors_on_the_cpu_are_refused_beside_a_gpu():
 @needs_triton
 @pytest.mark.skipif(device_of("triton") == "cuda", reason="beside a GPU Triton comes first")
 @pytest.mark.parametrize("op", ["lora_linear", "ewc_penalty", "fisher_accumulate_", "merge_"])
-def test_auto_never_takes_the_interpreter(op):
+def test_auto_skips_interpreter(op):
+    """The choice `auto` never takes the interpreter."""
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         assert dispatch.choose(op, "auto", Call("cpu", dtype)).backend != "triton"
 
 
 @needs_triton
-def test_ranks_that_the_penalty_has_no_kernel_for_go_elsewhere():
+def test_penalty_rank_fallback():
+    """Ranks for which the penalty has no kernel go to another backend."""
     values = Values(0, "triton")
     fisher, a, b = values.fisher(9, 7), values.normal(129, 7), values.normal(9, 129)
     exact, _ = oracles.ewc_penalty([fisher], [a], [b], [1.0], 2.0)
@@ -138,7 +149,8 @@ def test_ranks_that_the_penalty_has_no_kernel_for_go_elsewhere():
 
 
 @needs_triton
-def test_algorithms_are_asked_for_by_name():
+def test_algorithm_names():
+    """Algorithms are asked for by name."""
     before = dispatch.current_backend()
     assert set(dispatch.algorithms("triton")) == {"full", "prologue", "addmm", "concat"}
     assert [name for name in LINEAR_BACKENDS if name.startswith("triton")] == [
@@ -155,7 +167,8 @@ def test_algorithms_are_asked_for_by_name():
 
 @needs_triton
 @pytest.mark.parametrize("algorithm", ["full", "prologue", "addmm", "concat"])
-def test_the_named_algorithm_is_the_one_that_runs(algorithm):
+def test_named_algorithm_runs(algorithm):
+    """The named algorithm is the one that runs."""
     shape = dispatch.LinearShape(64, 64, 64, 16)
     call = call_for("triton", torch.float32, shape=shape)
     assert algorithm in dispatch.choose("lora_linear", f"triton:{algorithm}", call).keys
@@ -184,7 +197,8 @@ def linear(backend: str, rank: int = 4, dropout_p: float = 0.0) -> list[torch.Te
         ("triton:concat", {"dropout_p": 0.5}, "dropout"),
     ],
 )
-def test_an_algorithm_that_cannot_do_it_says_why(name, options, reason):
+def test_algorithm_refusal_reason(name, options, reason):
+    """An algorithm that cannot serve a call says why."""
     assert reason in refused_linear(name, options.get("rank", 4), "dropout_p" in options)
     with pytest.raises(BackendError, match=reason):
         linear(name, **options)
@@ -192,7 +206,8 @@ def test_an_algorithm_that_cannot_do_it_says_why(name, options, reason):
 
 @needs_triton
 @pytest.mark.parametrize(("rank", "dropout_p"), [(4, 0.0), (70, 0.0), (4, 0.5), (70, 0.5)])
-def test_triton_without_an_algorithm_takes_one_that_can(rank, dropout_p):
+def test_default_algorithm(rank, dropout_p):
+    """Without a named algorithm, Triton takes one that can serve the call."""
     reference = [t.cpu() for t in linear("reference", rank, dropout_p)]
     for mine, truth in zip(linear("triton", rank, dropout_p), reference, strict=True):
         # sums of at most 70 products, squared and multiplied once more: 1e3 roundings of the largest element

@@ -65,7 +65,7 @@ def block_of_tokens(dtype: torch.dtype) -> int:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("blocks, extra", [(0, 2), (1, -1), (1, 0), (1, 1), (2, -1), (3, 5)])
-def test_blocks_of_tokens_do_not_reach_into_the_next_sample(launches, dtype, blocks, extra):
+def test_sample_boundaries(launches, dtype, blocks, extra):
     """Neither into what lies behind the tokens of a sample in memory: NaN here."""
     tokens = blocks * block_of_tokens(dtype) + extra
     x, dy = integers(3, tokens, 48, dtype=dtype), integers(3, tokens, 32, dtype=dtype, seed=1)
@@ -78,7 +78,8 @@ def test_blocks_of_tokens_do_not_reach_into_the_next_sample(launches, dtype, blo
 
 @pytest.mark.parametrize("tokens", [7, 33])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_descriptors_and_pointers_read_the_same(monkeypatch, launches, dtype, tokens):
+def test_descriptors_equal_pointers(monkeypatch, launches, dtype, tokens):
+    """Descriptors and pointers read the same numbers."""
     x, dy = integers(5, tokens, 72, dtype=dtype), integers(5, tokens, 40, dtype=dtype, seed=1)
     by_descriptor = accumulate(torch.zeros(40, 72, device=x.device), x, dy)
     monkeypatch.setattr(launch, "tileable", lambda tensor, shape: False)
@@ -88,7 +89,8 @@ def test_descriptors_and_pointers_read_the_same(monkeypatch, launches, dtype, to
     assert [options["TMA"] for _, _, options in launches] == [config["TMA"], False]
 
 
-def test_slices_of_a_packed_gradient_are_read_by_descriptor_in_place(launches):
+def test_packed_gradient_slices(launches):
+    """Slices of a packed gradient are read in place by descriptor."""
     x, packed = integers(3, 20, 32), integers(3, 20, 3 * 32, seed=1)
     fisher = accumulate(torch.zeros(32, 32, device=x.device), x, packed[..., 32:64])
     assert torch.equal(fisher.cpu().double(), exact(x, packed[..., 32:64]))
@@ -98,7 +100,7 @@ def test_slices_of_a_packed_gradient_are_read_by_descriptor_in_place(launches):
 
 @pytest.mark.parametrize("splits", [2, 3, 7])
 @pytest.mark.parametrize("shape", [(11, 5), (40,)], ids=["tokens", "one token"])
-def test_splits_add_their_parts_of_the_samples_one_after_the_other(monkeypatch, launches, shape, splits):
+def test_splits_add_in_order(monkeypatch, launches, shape, splits):
     """Bit for bit what as many calls on the parts do."""
     values = Values(1, "triton")
     x, dy, fisher = values.normal(*shape, 70), values.normal(*shape, 33), values.fisher(33, 70)
@@ -114,7 +116,8 @@ def test_splits_add_their_parts_of_the_samples_one_after_the_other(monkeypatch, 
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-def test_packed_samples_equal_samples_of_one_length_bit_by_bit(monkeypatch, splits):
+def test_packed_equals_dense(monkeypatch, splits):
+    """Packed samples give, bit for bit, the result of samples of one length."""
     split_into(monkeypatch, splits)
     values = Values(2, "triton")
     x, dy = values.normal(6, 21, 31), values.normal(6, 21, 40)
@@ -126,7 +129,8 @@ def test_packed_samples_equal_samples_of_one_length_bit_by_bit(monkeypatch, spli
 
 
 @pytest.mark.parametrize("shape", [(11, 5), (40,)], ids=["tokens", "one token"])
-def test_a_bf16_fisher_is_rounded_once_however_many_multiprocessors_wait(monkeypatch, launches, shape):
+def test_bf16_rounded_once(monkeypatch, launches, shape):
+    """A bf16 Fisher is rounded once, however many multiprocessors are idle."""
     values = Values(3, "triton")
     x, dy = values.normal(*shape, 31), values.normal(*shape, 17)
     before = values.fisher(17, 31, dtype=torch.bfloat16)
@@ -140,7 +144,8 @@ def test_a_bf16_fisher_is_rounded_once_however_many_multiprocessors_wait(monkeyp
 
 
 @pytest.mark.parametrize("mode", ["sample", "batch"])
-def test_elements_around_a_view_of_the_fisher_keep_their_bits(monkeypatch, mode):
+def test_view_surroundings_untouched(monkeypatch, mode):
+    """Elements around a view of the Fisher keep their bits."""
     split_into(monkeypatch, 2)
     values = Values(4, "triton")
     x, dy = values.normal(4, 9, 40), values.normal(4, 9, 33)
@@ -157,7 +162,7 @@ def test_elements_around_a_view_of_the_fisher_keep_their_bits(monkeypatch, mode)
 
 
 @pytest.mark.parametrize("pointers", [False, True])
-def test_samples_may_lie_more_than_2_31_elements_apart(monkeypatch, pointers):
+def test_int64_sample_stride(monkeypatch, pointers):
     """The last of five; only the pages that are read exist."""
     if pointers:
         monkeypatch.setattr(launch, "tileable", lambda tensor, shape: False)
@@ -171,7 +176,7 @@ def test_samples_may_lie_more_than_2_31_elements_apart(monkeypatch, pointers):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_squares_of_single_tokens_are_products_of_fp32(dtype):
+def test_single_token_fp32(dtype):
     """Of numbers with all bits set, whose squares no 16-bit type and no single tf32 holds."""
     values = Values(5, "triton")
     x, dy = values.normal(300, 33, dtype=dtype), values.normal(300, 17, dtype=dtype)
@@ -182,7 +187,7 @@ def test_squares_of_single_tokens_are_products_of_fp32(dtype):
 
 @pytest.mark.parametrize("samples", [1, 2, 64, 1000])
 @pytest.mark.parametrize("tiles", [1, 7, 36, 64, 100, 131, 132, 256, 1024])
-def test_splits_never_cost_more_waves_than_they_save(tiles, samples):
+def test_split_wave_cost(tiles, samples):
     """In the model that chooses them, at the tokens of a ViT; and no split is empty."""
     splits = host.choose_splits(tiles, samples, 224, 132)
     assert 1 <= splits <= min(samples, host.MAX_SPLITS)
@@ -195,7 +200,7 @@ def test_splits_never_cost_more_waves_than_they_save(tiles, samples):
         assert splits > 1
 
 
-def test_the_grid_of_a_vit_layer_fills_an_h200():
+def test_vit_grid_h200():
     """k of ViT-B, 36 tiles of 128 x 128 for 132 multiprocessors."""
     x = torch.empty(64, 197, 768, dtype=torch.bfloat16, device="meta")
     fisher = torch.empty(768, 768, device="meta")

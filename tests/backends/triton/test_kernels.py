@@ -59,14 +59,15 @@ def assert_right(case: Case) -> None:
 
 @each_algorithm
 @pytest.mark.parametrize("rank", [1, 4, 10, 16, 30, 64])
-def test_published_ranks_are_padded_with_zeros(backend, rank):
+def test_padded_ranks(backend, rank):
+    """The ranks used in publications are padded with zeros."""
     assert_right(linear(backend, torch.bfloat16, [[(0, 80)]], [rank]))
 
 
 @each_algorithm
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0, 1])
-def test_views_that_no_descriptor_can_address_give_the_same(backend, dtype, offset):
+def test_misaligned_views(backend, dtype, offset):
     """One element into a buffer: no longer at a multiple of 16 bytes, so that tiles come through pointers."""
     from fused_ewclora.backends.triton import launch
 
@@ -78,7 +79,7 @@ def test_views_that_no_descriptor_can_address_give_the_same(backend, dtype, offs
 
 @each_algorithm
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_adapters_on_uneven_and_interleaved_ranges_touch_their_own_rows(backend, dtype):
+def test_ragged_row_ranges(backend, dtype):
     """k and v of five heads, one row and most rows of a tile, ranges out of order and rows of nobody."""
     heads = [[(16 * h + 5, 16 * h + 9) for h in range(5)], [(16 * h + 9, 16 * h + 16) for h in range(5)]]
     assert_right(linear(backend, dtype, heads, [3, 17]))
@@ -87,7 +88,8 @@ def test_adapters_on_uneven_and_interleaved_ranges_touch_their_own_rows(backend,
 
 
 @each_algorithm
-def test_more_adapters_than_one_launch_packs(backend):
+def test_many_adapters(backend):
+    """A call may have more adapters than one launch packs."""
     ranges = [[(8 * i, 8 * i + 7)] for i in range(9)]
     assert_right(linear(backend, torch.float32, ranges, [1, 10, 2, 7, 16, 3, 5, 1, 9]))
 
@@ -101,7 +103,7 @@ def test_shapes_beside_tile_sizes(backend, shape):
 
 @each_algorithm
 @pytest.mark.parametrize("blocks", [(16, 64, 16), (64, 16, 64), (64, 64, 32)])
-def test_another_configuration_computes_the_same(backend, blocks):
+def test_config_invariant(backend, blocks):
     """What a table or the tuner may choose changes speed, not results."""
     from fused_ewclora.backends.triton import tables
 
@@ -121,7 +123,7 @@ def test_another_configuration_computes_the_same(backend, blocks):
     assert {key.kernel for key in seen} >= {"lowrank_rows_kernel", "lowrank_columns_kernel"}
 
 
-def test_forward_drops_what_the_reference_drops_in_every_algorithm():
+def test_dropout_matches_reference():
     """Also in those that have no backward with dropout."""
     served = []
     for name in [*ALGORITHMS, "reference"]:
@@ -135,13 +137,15 @@ def test_forward_drops_what_the_reference_drops_in_every_algorithm():
     assert 0.5 < float(served[-1].double().mean()) < 0.9
 
 
-def test_every_operation_repeats_bit_by_bit():
+def test_operations_deterministic():
+    """Every operation repeats bit for bit."""
     first, again = every_operation.results("triton"), every_operation.results("triton")
     assert all(torch.equal(value, again[name]) for name, value in first.items())
 
 
 @each_algorithm
-def test_every_algorithm_repeats_bit_by_bit(backend):
+def test_algorithms_deterministic(backend):
+    """Every algorithm repeats bit for bit."""
     p = 0.5 if refused_linear(backend, 10, dropout=True) is None else 0.0
     case = linear(backend, torch.bfloat16, [[(0, 80)]], [10], rows=70)
     case.dropout_p = p
@@ -151,7 +155,8 @@ def test_every_algorithm_repeats_bit_by_bit(backend):
 
 @pytest.mark.parametrize("fisher_dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0, 1])
-def test_the_penalty_reads_what_lies_anywhere(fisher_dtype, offset):
+def test_penalty_any_alignment(fisher_dtype, offset):
+    """The penalty reads tensors at any alignment."""
     case = make(
         Values(3, "triton"), [(48, 80, 10), (33, 72, 30), (64, 16, 64)], "triton", fisher_dtype=fisher_dtype
     )
@@ -160,7 +165,7 @@ def test_the_penalty_reads_what_lies_anywhere(fisher_dtype, offset):
     assert_equals_oracle(case, *case.gradients())
 
 
-def test_the_penalty_of_mixed_dtypes_is_one_sum():
+def test_penalty_mixed_dtypes():
     """Adapters are grouped by dtype, one launch each."""
     values = Values(4, "triton")
     case = make(values, [(33, 40, 3), (17, 72, 10), (20, 16, 4)], "triton")
@@ -171,7 +176,8 @@ def test_the_penalty_of_mixed_dtypes_is_one_sum():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize(("mode", "tokens"), [("sample", 37), ("sample", 1), ("batch", 37)])
-def test_the_fisher_reads_what_lies_anywhere(mode, tokens, dtype, offset):
+def test_fisher_any_alignment(mode, tokens, dtype, offset):
+    """Fisher accumulation reads tensors at any alignment."""
     values = Values(5, "triton")
     x, dy = values.normal(3, tokens, 72, dtype=dtype), values.normal(3, tokens, 40, dtype=dtype)
     x, dy = at_offset(x, offset), at_offset(dy, offset)
@@ -180,7 +186,8 @@ def test_the_fisher_reads_what_lies_anywhere(mode, tokens, dtype, offset):
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0,)])
-def test_no_samples_or_tokens_change_no_bit(shape):
+def test_fisher_empty_batch(shape):
+    """Without samples or tokens, no bit of the Fisher changes."""
     values = Values(6, "triton")
     fisher = values.fisher(17, 24)
     before = fisher.clone()
@@ -193,7 +200,8 @@ def test_no_samples_or_tokens_change_no_bit(shape):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0, 1])
-def test_merging_writes_what_lies_anywhere(dtype, offset):
+def test_merge_any_alignment(dtype, offset):
+    """Merging writes weights at any alignment."""
     values = Values(7, "triton")
     weight, a, b = values.normal(40, 72, dtype=dtype), values.normal(10, 72), values.normal(40, 10)
     weight, a, b = (at_offset(t, offset) for t in (weight, a, b))
