@@ -132,7 +132,7 @@ def candidates(op: str) -> tuple[Candidate, ...]:
             continue  # u comes out of the pass that dB needs anyway
         keys = ("prologue", "full") if backward and key == "prologue" else (key,)
         supports = functools.partial(_cannot_linear, op, key)
-        outperformed = functools.partial(cost_model.outperformed, op, key)
+        outperformed = functools.partial(cost_model.slower, op, key)
         run = _host("lora_linear", f"{op}_{key}")
         found.append(Candidate("triton", algorithm, supports, run, keys, outperformed))
     return tuple(found)

@@ -57,7 +57,7 @@ def impossible(op: str, algorithm: str, call: Call) -> str | None:
     return None
 
 
-def outperformed(op: str, algorithm: str, call: Call) -> str | None:
+def slower(op: str, algorithm: str, call: Call) -> str | None:
     """Why another algorithm is expected to be faster, or None for the fastest."""
     if call.shape is None:
         return None
