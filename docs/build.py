@@ -31,9 +31,7 @@ STYLE = (
 def reference(out: Path) -> None:
     """A page per public module."""
     pdoc.render.configure(docformat="google", show_source=False, template_directory=None)
-    # Modules of the same names as public functions of the package, which has pages for these.
-    hidden = ("!fused_ewclora.explain", "!fused_ewclora.inject")
-    pdoc.pdoc(*MODULES, *hidden, output_directory=out)
+    pdoc.pdoc(*MODULES, output_directory=out)
 
 
 def title(text: str, path: Path) -> str:

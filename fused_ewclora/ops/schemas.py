@@ -122,17 +122,22 @@ def by_name(functions: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[[
     return {op: of_all(op, function) for op, function in functions.items()}
 
 
-# The tensor whose device and dtype decide the implementation.
-_DEFINING = by_name(
-    {
-        "lora_linear": lambda x: x,
-        "lora_linear_backward": lambda dy: dy,
-        "ewc_penalty": lambda lora_as: lora_as[0],
-        "fisher_accumulate_": lambda x: x,
-        "merge_": lambda weights: _least_served(weights),
-        "soft_threshold_": lambda scales: _least_served(scales),
-    }
-)
+# The argument whose device and dtype decide the implementation, and where it is.
+_DEFINING = {
+    "lora_linear": "x", "lora_linear_backward": "dy", "ewc_penalty": "lora_as", "fisher_accumulate_": "x",
+    "merge_": "weights", "soft_threshold_": "scales",
+}  # fmt: skip
+_DEFINING_PLACE = {op: ARGUMENTS[op].index(name) for op, name in _DEFINING.items()}
+
+
+def defining(op: str, args: Sequence[Any]) -> Tensor:
+    """The tensor whose device and dtype decide the implementation of a call."""
+    value = args[_DEFINING_PLACE[op]]
+    if isinstance(value, Tensor):
+        return value
+    return value[0] if op == "ewc_penalty" else _least_served(value)  # all lora_as are of one dtype
+
+
 _FAKES = {
     "lora_linear": _lora_linear_fake,
     "lora_linear_backward": _lora_linear_backward_fake,
@@ -190,7 +195,7 @@ def run(candidate: Candidate, device: str, args: Sequence[Any]) -> Any:
 
 
 def _chosen(op: str, args: Sequence[Any]) -> tuple[Candidate, str]:
-    tensor = _DEFINING[op](args)
+    tensor = defining(op, args)
     return choose(op, args[-1], _call(op, tensor, args)), tensor.device.type
 
 

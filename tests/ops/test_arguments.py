@@ -187,7 +187,8 @@ def identity(row: Row) -> str:
 
 
 @pytest.mark.parametrize(("operation", "wrong", "error", "words"), TABLE, ids=map(identity, TABLE))
-def test_wrong_arguments_raise_and_are_named(operation, wrong, error, words):
+def test_wrong_named(operation, wrong, error, words):
+    """Wrong arguments raise and are named."""
     given = [t for value in wrong.values() for t in tensors_in(value) if t.device.type == "cpu"]
     before = [t.clone() for t in given]
     with pytest.raises(EWCLoRAError) as caught:
@@ -202,7 +203,8 @@ def test_wrong_arguments_raise_and_are_named(operation, wrong, error, words):
 @pytest.mark.parametrize(
     ("operation", "target"), [(fisher, "fisher"), (merge, "weight"), (soft_threshold, "scale")]
 )
-def test_targets_are_unchanged_by_calls_that_raise(operation, target):
+def test_targets_unchanged(operation, target):
+    """Targets are unchanged by calls that raise."""
     tensor = torch.full((7, 5) if target != "scale" else (3,), 2.0)
     wrong = {"fisher": {"dy": T(3, 4, 6)}, "weight": {"lora_b": T(7, 3)}, "scale": {"kappa": -1.0}}[target]
     with pytest.raises(ArgumentError):
@@ -210,7 +212,8 @@ def test_targets_are_unchanged_by_calls_that_raise(operation, target):
     assert bool((tensor == 2.0).all())
 
 
-def test_grads_are_unchanged_by_calls_that_raise():
+def test_grads_unchanged():
+    """Grads are unchanged by calls that raise."""
     a, b = T(2, 5, requires_grad=True), T(7, 2, requires_grad=True)
     a.grad = torch.ones(2, 5)
     with pytest.raises(ArgumentError):
@@ -218,7 +221,8 @@ def test_grads_are_unchanged_by_calls_that_raise():
     assert torch.equal(a.grad, torch.ones(2, 5)) and b.grad is None
 
 
-def test_errors_are_value_errors_and_wrong_types_are_type_errors_too():
+def test_error_classes():
+    """Errors are value errors and wrong types are type errors too."""
     for error in (ArgumentError, DtypeError, BackendError):
         assert issubclass(error, EWCLoRAError) and issubclass(error, ValueError)
     assert issubclass(DtypeError, TypeError) and not issubclass(ArgumentError, TypeError)

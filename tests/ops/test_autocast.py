@@ -30,7 +30,8 @@ def leaves(backend: str, x_dtype: torch.dtype = torch.float32) -> list[Tensor]:
 @each_linear
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_outputs_have_autocasts_dtype_and_gradients_that_of_their_parameters(backend, dtype, x_dtype):
+def test_dtypes(backend, dtype, x_dtype):
+    """Outputs have the dtype of autocast, gradients that of their parameters."""
     inputs = leaves(backend, x_dtype)
     with autocast(backend, dtype):
         y = FE.lora_linear(*inputs, backend=backend)
@@ -40,7 +41,7 @@ def test_outputs_have_autocasts_dtype_and_gradients_that_of_their_parameters(bac
 
 
 @each_linear
-def test_the_layer_computes_what_it_computes_on_cast_inputs(backend):
+def test_layer_cast_inputs(backend):
     """Bitwise: autocast chooses dtypes and nothing else; A and B stay fp32."""
     x, w, bias, a, b, s = leaves(backend)
     half = [t.detach().bfloat16() for t in (x, w, bias)]
@@ -54,7 +55,7 @@ def test_the_layer_computes_what_it_computes_on_cast_inputs(backend):
 
 
 @each_backend
-def test_penalty_and_gradients_stay_fp32(backend):
+def test_penalty_fp32(backend):
     """Bitwise those without autocast: lambda = 1e7 in bf16 products would be noise."""
     values = Values(1, backend)
     f, a, b = (

@@ -62,7 +62,8 @@ def with_gradients(function: Callable[..., Tensor], arguments: list[Tensor]) -> 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("function", DIFFERENTIABLE)
-def test_forward_and_backward_in_one_graph_give_the_same_bits(function, dynamic):
+def test_one_graph_same_bits(function, dynamic):
+    """Forward and backward compile to one graph and give the same bits."""
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for rows in (6, 9, 1) if dynamic else (6,):
         arguments = parameters(rows, rows)
@@ -96,7 +97,8 @@ def penalty_grad_step(fisher: Tensor, a: Tensor, b: Tensor) -> Tensor:
         (penalty_grad_step, ((7, 5), (2, 5), (7, 2))),
     ],
 )
-def test_mutating_operations_compile_to_one_graph(function, shapes):
+def test_mutating_one_graph(function, shapes):
+    """Mutating operations compile to one graph."""
     tensors = [Values(1).normal(*shape) for shape in shapes]
     first, second = [t.clone() for t in tensors], [t.clone() for t in tensors]
     value = function(*first)
@@ -105,7 +107,8 @@ def test_mutating_operations_compile_to_one_graph(function, shapes):
     assert all(map(torch.equal, first, second))
 
 
-def test_gradients_added_in_a_compiled_step_are_those_of_an_eager_one():
+def test_penalty_grad_compiled():
+    """Gradients added in a compiled step are those of an eager step."""
     fisher, a, b = (Values(1).fisher(7, 5), Values(2).normal(2, 5), Values(3).normal(7, 2))
     results = []
     for compiled in (False, True):
@@ -118,7 +121,8 @@ def test_gradients_added_in_a_compiled_step_are_those_of_an_eager_one():
     assert all(map(torch.equal, *results))
 
 
-def test_inductor_runs_forward_and_backward():
+def test_inductor_both_passes():
+    """Inductor runs forward and backward."""
     arguments = parameters()
     compiled = torch.compile(linear, fullgraph=True)
     expected = with_gradients(linear, arguments)
@@ -126,7 +130,7 @@ def test_inductor_runs_forward_and_backward():
         torch.testing.assert_close(one, two, rtol=4e-7, atol=0.0)
 
 
-def test_other_values_of_the_same_shapes_do_not_recompile():
+def test_no_recompilation():
     """New data, new seeds, new scale tensors: one compilation for all of them."""
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -151,7 +155,8 @@ def shared_penalty(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, s: 
 
 
 @pytest.mark.parametrize("function", [shared_factors, shared_penalty])
-def test_adapters_that_share_a_tensor_compile_to_one_graph_and_add_up_their_gradients(function):
+def test_shared_tensor(function):
+    """Adapters that share a tensor compile to one graph and add up their gradients."""
     arguments = parameters()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     expected, got = with_gradients(function, arguments), with_gradients(compiled, arguments)
@@ -167,7 +172,8 @@ def first_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
-def test_the_first_call_of_a_process_compiles_once(first_call, backend):
+def test_first_call_once(first_call, backend):
+    """The first call of a process compiles once."""
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(lambda *t: FE.lora_linear(*t, backend=backend), backend=counter, fullgraph=True)
     arguments = parameters()
@@ -178,7 +184,7 @@ def test_the_first_call_of_a_process_compiles_once(first_call, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_backend_that_is_named_serves_compiled_calls(backend):
+def test_named_backend(backend):
     """Forward and backward, and the penalty; as in eager calls."""
 
     def step(fisher: Tensor, *t: Tensor) -> Tensor:
@@ -194,7 +200,8 @@ def test_a_backend_that_is_named_serves_compiled_calls(backend):
         torch.testing.assert_close(one, two, rtol=4e-7, atol=0.0)  # sums outside the op may be reordered
 
 
-def test_a_backend_that_is_missing_is_the_same_error_in_compiled_calls(monkeypatch):
+def test_missing_backend(monkeypatch):
+    """A missing backend raises the same error in compiled calls."""
     missing = {**fe.available_backends(), "cuda": "there is no GPU"}
     monkeypatch.setattr(dispatch, "available_backends", lambda: missing)
     dispatch.choose.cache_clear()
@@ -204,7 +211,8 @@ def test_a_backend_that_is_missing_is_the_same_error_in_compiled_calls(monkeypat
 
 
 @pytest.mark.parametrize(("p", "graphs"), [(0.0, 1), (0.5, 2)])
-def test_train_and_eval_share_a_graph_unless_there_is_dropout(p, graphs):
+def test_train_eval_graph(p, graphs):
+    """Training and evaluation share a graph unless there is dropout."""
     counter = CompileCounterWithBackend("eager")
     layer = fe.LoRALinear(5, 7, r=3, lora_dropout=p)
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
@@ -214,7 +222,8 @@ def test_train_and_eval_share_a_graph_unless_there_is_dropout(p, graphs):
     assert counter.frame_count == graphs
 
 
-def test_a_lambda_that_changes_compiles_without_a_graph_break():
+def test_changing_lambda():
+    """A lambda that changes compiles without a graph break."""
     counter = CompileCounterWithBackend("eager")
     _, _, _, a, b, s = parameters()
     fisher, strength = Values(5).fisher(7, 5), [1.0]
@@ -227,7 +236,8 @@ def test_a_lambda_that_changes_compiles_without_a_graph_break():
         assert counter.frame_count <= graphs
 
 
-def test_dropout_without_a_seed_draws_anew_in_every_compiled_call():
+def test_dropout_unseeded():
+    """Dropout without a seed draws a new mask in every compiled call."""
     compiled = torch.compile(
         lambda *t: FE.lora_linear(*t, dropout_p=0.5, training=True), backend="aot_eager", fullgraph=True
     )

@@ -36,7 +36,8 @@ def penalty(device: str = "cpu", **options) -> torch.Tensor:
     return FE.ewc_penalty([fisher], [a], [b], **options)
 
 
-def test_use_backend_sets_the_choice_for_good():
+def test_use_backend_sets():
+    """`use_backend` sets the choice until it is changed."""
     fe.use_backend("reference")
     assert dispatch.current_backend() == "reference"
     assert dispatch.resolve(None) == "reference"
@@ -44,7 +45,8 @@ def test_use_backend_sets_the_choice_for_good():
     assert dispatch.current_backend() == "auto"
 
 
-def test_use_backend_as_a_context_ends_with_the_block_even_by_an_error():
+def test_use_backend_context():
+    """As a context manager, `use_backend` ends with the block, also after an error."""
     fe.use_backend("auto")
     with fe.use_backend("reference"):
         assert dispatch.current_backend() == "reference"
@@ -56,13 +58,14 @@ def test_use_backend_as_a_context_ends_with_the_block_even_by_an_error():
     assert dispatch.current_backend() == "auto"
 
 
-def test_a_backend_named_in_the_call_wins_over_the_choice():
+def test_call_wins():
+    """A backend named in the call takes precedence over the choice."""
     with fe.use_backend("reference"):
         assert dispatch.resolve("auto") == "auto"
 
 
 @pytest.mark.parametrize("backend", NAMES)
-def test_the_choice_decides_who_computes(backend, monkeypatch):
+def test_choice_decides(backend, monkeypatch):
     """Observed, not inferred: the chosen candidate is replaced by one that reports itself."""
     asked = []
 
@@ -78,7 +81,8 @@ def test_the_choice_decides_who_computes(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", ["CPU", "rocm", "", "None"])
-def test_unknown_names_are_refused_with_the_list_and_change_nothing(wrong):
+def test_unknown_name(wrong):
+    """Unknown names are refused with the list of known ones; nothing changes."""
     fe.use_backend("reference")
     with pytest.raises(
         ArgumentError, match="use_backend: expected one of auto, triton, cuda, cpu, reference"
@@ -90,7 +94,8 @@ def test_unknown_names_are_refused_with_the_list_and_change_nothing(wrong):
 
 
 @pytest.mark.parametrize("name", UNAVAILABLE)
-def test_an_unavailable_backend_is_refused_with_its_reason_and_changes_nothing(name):
+def test_unavailable_refused(name):
+    """An unavailable backend is refused with its reason; nothing changes."""
     reason = fe.available_backends()[name]
     fe.use_backend("reference")
     with pytest.raises(BackendError) as caught:
@@ -103,7 +108,7 @@ def test_an_unavailable_backend_is_refused_with_its_reason_and_changes_nothing(n
 
 
 @needs_cpu
-def test_a_named_backend_never_falls_back():
+def test_no_fallback():
     """fp64 runs on the reference: `auto` goes there, `cpu` says that it cannot."""
     double = [torch.ones(*shape, dtype=torch.float64) for shape in ((7, 5), (2, 5), (7, 2))]
     assert FE.ewc_penalty(*([t] for t in double), backend="auto").dtype == torch.float64
@@ -116,7 +121,8 @@ def test_a_named_backend_never_falls_back():
 
 
 @pytest.mark.parametrize("op", SCHEMAS)
-def test_every_op_is_served_on_every_dtype_of_the_cpu(op):
+def test_cpu_dtypes(op):
+    """Every op is served for every dtype on the CPU."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         rows = dispatch.explain(op, Call("cpu", dtype), "auto")
         assert ("reference", "plain PyTorch", None) in rows
@@ -125,7 +131,8 @@ def test_every_op_is_served_on_every_dtype_of_the_cpu(op):
 
 
 @pytest.mark.parametrize("op", SCHEMAS)
-def test_explain_gives_a_reason_in_words_for_all_that_do_not_serve(op):
+def test_explain_reasons(op):
+    """`explain` gives a reason in words for every candidate that does not serve."""
     with fe.use_backend("reference"):
         for backend, algorithm, reason in dispatch.explain(op, Call("cpu", torch.float32)):
             assert algorithm and (reason is None) == (backend == "reference")
@@ -136,20 +143,23 @@ def test_explain_gives_a_reason_in_words_for_all_that_do_not_serve(op):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_backends_agree_on_every_operation(backend):
+def test_backends_agree(backend):
+    """Backends agree on every operation."""
     exact = every_operation.results("reference", torch.float64)
     error = every_operation.worst_error(every_operation.results(backend), exact)
     limit = TOLERANCE + (4 * TF32X3 if on_matrix_units(backend) else 0.0)
     assert error <= limit, f"error {error:.3g} > {limit:.3g}"
 
 
-def test_the_environment_names_the_backend():
+def test_environment():
+    """The environment names the backend."""
     code = "from fused_ewclora.ops.dispatch import current_backend; print(current_backend())"
     done = in_subprocess(code, FUSED_EWCLORA_BACKEND="reference")
     assert done.stdout.strip() == "reference", done.stderr
 
 
-def test_a_wrong_name_in_the_environment_is_an_error_that_names_the_variable():
+def test_environment_wrong():
+    """A wrong name in the environment is an error that names the variable."""
     code = (
         "import torch, fused_ewclora.functional as FE\n"
         "FE.merge_(torch.zeros(7, 5), torch.zeros(2, 5), torch.zeros(7, 2))"
@@ -161,7 +171,7 @@ def test_a_wrong_name_in_the_environment_is_an_error_that_names_the_variable():
 
 @needs_cpu
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
-def test_every_instruction_set_gives_the_same_results(isa, tmp_path):
+def test_instruction_sets(isa, tmp_path):
     """Processors without AVX-512 or AVX2 run other code from the same sources."""
     if isa == "avx2" and "AVX" not in torch.backends.cpu.get_cpu_capability():
         pytest.skip("this processor has no AVX2")
@@ -181,7 +191,7 @@ def test_every_instruction_set_gives_the_same_results(isa, tmp_path):
 
 
 @needs_cpu
-def test_a_fisher_pass_runs_on_the_backend_that_was_asked_for():
+def test_fisher_pass_backend():
     """The C++ kernels do not serve fp64, so asking for them shows whether the capture listens."""
     capture = FisherCapture([torch.zeros(7, 5, dtype=torch.float64)], [((0, 7),)])
     x, dy = torch.ones(3, 4, 5, dtype=torch.float64), torch.ones(3, 4, 7, dtype=torch.float64)
@@ -190,7 +200,8 @@ def test_a_fisher_pass_runs_on_the_backend_that_was_asked_for():
 
 
 @needs_cpu
-def test_an_unknown_instruction_set_is_an_error_that_names_the_variable():
+def test_instruction_set_unknown():
+    """An unknown instruction set is an error that names the variable."""
     done = in_subprocess(
         "import every_operation; every_operation.results('cpu')", FUSED_EWCLORA_CPU_ISA="mmx"
     )

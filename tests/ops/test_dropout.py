@@ -27,7 +27,8 @@ def call(backend, x, **options):
 
 @each_backend
 @property_test(seed=seeds, p=st.sampled_from((0.05, 0.3, 0.9)), rows=st.integers(1, 60), d=st.integers(1, 40))
-def test_backward_drops_the_elements_that_forward_dropped(backend, seed, p, rows, d):
+def test_backward_same_mask(backend, seed, p, rows, d):
+    """Backward drops the elements that forward dropped."""
     values = Values(seed, backend)
     x = torch.ones(rows, d, device=values.device, requires_grad=True)
     a = torch.eye(d, device=values.device, requires_grad=True)
@@ -42,7 +43,7 @@ def test_backward_drops_the_elements_that_forward_dropped(backend, seed, p, rows
 
 @each_backend
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9, 0.99])
-def test_the_share_of_kept_elements_is_binomial(backend, p):
+def test_share_kept(backend, p):
     """Six standard deviations: a false alarm in 5e8 seeds."""
     rows, d = 512, 64
     x = torch.ones(rows, d, device=device_of(backend))
@@ -52,7 +53,7 @@ def test_the_share_of_kept_elements_is_binomial(backend, p):
 
 
 @each_backend
-def test_masks_of_different_rows_columns_and_seeds_are_uncorrelated(backend):
+def test_masks_uncorrelated(backend):
     """Correlation of n independent signs is within six times 1 / sqrt(n)."""
     x = torch.ones(256, 64, device=device_of(backend))
     masks = [(call(backend, x, dropout_p=0.5, seed=s) != 0).double() * 2 - 1 for s in (1, 2, 2**32 + 1)]
@@ -62,7 +63,8 @@ def test_masks_of_different_rows_columns_and_seeds_are_uncorrelated(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_seed_gives_the_same_elements_on_every_backend(dtype):
+def test_same_on_backends(dtype):
+    """A seed gives the same elements on every backend."""
     ones = [torch.ones(50, 37, dtype=dtype, device=device_of(name)) for name in DROPOUT_BACKENDS]
     calls = zip(DROPOUT_BACKENDS, ones, strict=True)
     kept = [call(name, x, dropout_p=0.3, seed=7).cpu() != 0 for name, x in calls]
@@ -70,7 +72,7 @@ def test_a_seed_gives_the_same_elements_on_every_backend(dtype):
 
 
 @each_backend
-def test_the_mask_depends_on_nothing_but_seed_row_and_column(backend):
+def test_mask_arguments(backend):
     """More rows or threads, another dtype, several leading dimensions: the same elements are dropped."""
     x = torch.ones(120, 33, device=device_of(backend))
     torch.set_num_threads(1)
@@ -83,7 +85,8 @@ def test_the_mask_depends_on_nothing_but_seed_row_and_column(backend):
 
 
 @each_backend
-def test_all_adapters_of_a_call_see_the_same_dropped_x(backend):
+def test_adapters_share_mask(backend):
+    """All adapters of a call see the same dropped x."""
     x, eye = torch.ones(20, 13, device=device_of(backend)), torch.eye(13, device=device_of(backend))
     slices = [(0, 13, eye, eye, 1.0), (13, 26, eye, eye, 1.0)]
     options = {"dropout_p": 0.5, "training": True, "seed": 3, "backend": backend}
@@ -92,7 +95,8 @@ def test_all_adapters_of_a_call_see_the_same_dropped_x(backend):
 
 
 @each_backend
-def test_runs_repeat_under_manual_seed_and_differ_without(backend):
+def test_manual_seed(backend):
+    """Runs repeat under `torch.manual_seed` and differ without it."""
     x = torch.ones(20, 30, device=device_of(backend))
     torch.manual_seed(11)
     first, second = call(backend, x, dropout_p=0.5), call(backend, x, dropout_p=0.5)
@@ -102,7 +106,8 @@ def test_runs_repeat_under_manual_seed_and_differ_without(backend):
 
 
 @each_backend
-def test_a_tensor_seed_is_the_number_it_holds(backend):
+def test_tensor_seed(backend):
+    """A tensor as seed means the number that it holds."""
     x = torch.ones(20, 30, device=device_of(backend))
     number = call(backend, x, dropout_p=0.5, seed=-5)
     for seed in (torch.tensor(-5), torch.tensor([-5]), torch.tensor(-5, device=x.device)):
@@ -110,7 +115,8 @@ def test_a_tensor_seed_is_the_number_it_holds(backend):
 
 
 @each_backend
-def test_nothing_is_dropped_at_p_0_or_in_evaluation_and_no_random_number_is_drawn(backend):
+def test_p_zero(backend):
+    """At p = 0 or in evaluation nothing is dropped and no random number is drawn."""
     values = Values(0, backend)
     x, w, a, b = values.normal(9, 30), values.normal(7, 30), values.normal(3, 30), values.normal(7, 3)
     torch.manual_seed(1)
@@ -122,7 +128,8 @@ def test_nothing_is_dropped_at_p_0_or_in_evaluation_and_no_random_number_is_draw
 
 
 @each_backend
-def test_the_low_rank_branch_vanishes_at_p_1_and_the_base_stays(backend):
+def test_p_one(backend):
+    """At p = 1 the low-rank branch vanishes and the base remains."""
     values = Values(0, backend)
     x, w, a, b = values.normal(9, 30), values.normal(7, 30), values.normal(3, 30), values.normal(7, 3)
     x.requires_grad_(), a.requires_grad_(), b.requires_grad_()
@@ -135,7 +142,8 @@ def test_the_low_rank_branch_vanishes_at_p_1_and_the_base_stays(backend):
     assert not da.any() and not db.any()
 
 
-def test_gradients_agree_with_finite_differences_under_a_fixed_seed():
+def test_gradcheck():
+    """Gradients agree with finite differences under a fixed seed."""
     values = Values(0)
     shapes = ((5, 6), (7, 6), (7,), (3, 6), (7, 3), (3,))
     tensors = [values.normal(*shape, dtype=torch.float64) for shape in shapes]

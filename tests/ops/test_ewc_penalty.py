@@ -27,21 +27,23 @@ pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.parametriz
 
 
 @property_test(40, data=st.data(), threads=st.sampled_from((1, 2, 3)))
-def test_value_and_gradients_equal_fp64_for_any_shapes_ranks_dtypes_and_strides(backend, data, threads):
+def test_equals_fp64(backend, data, threads):
+    """Value and gradients equal fp64 for any shapes, ranks, dtypes and strides."""
     torch.set_num_threads(threads)
     case = data.draw(cases(backend))
     assert_equals_oracle(case, *case.gradients())
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_work_split_over_threads_gives_the_same_values(backend, threads):
+def test_threads(backend, threads):
+    """Work split over threads gives the same values."""
     set_threads(backend, threads)
     case = make(Values(1, backend), BIG, backend, ewc_lambda=1e7)
     assert_equals_oracle(case, *case.gradients())
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_a_small_adapter_between_two_large_ones_may_be_split_as_well(backend, threads):
+def test_split_small_adapter(backend, threads):
     """The middle of the work lies in the small one, and rounds to rows of its neighbours, too."""
     torch.set_num_threads(threads)
     shapes = [(61, 47, 30), (13, 1, 1), (47, 61, 30)] if threads == 2 else [(61, 47, 30), (13, 1, 1)] * 3
@@ -50,7 +52,7 @@ def test_a_small_adapter_between_two_large_ones_may_be_split_as_well(backend, th
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_a_cut_near_the_end_of_an_adapter_loses_no_rows(backend, threads):
+def test_split_near_end(backend, threads):
     """Row counts that are no multiple of a tile, cut where rounding would fall short of the last row."""
     torch.set_num_threads(threads)
     case = make(Values(3, backend), [(61, 47, 30), (13, 1, 1), (47, 61, 30)], backend)
@@ -92,7 +94,8 @@ def test_factor_beside_a_scale(backend, one_number):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_runs_repeat_bit_by_bit_with_the_same_number_of_threads(backend, threads):
+def test_deterministic(backend, threads):
+    """Runs repeat bit by bit with the same number of threads."""
     set_threads(backend, threads)
     case = make(Values(1, backend), BIG, backend)
     value, grads = case.gradients()
@@ -101,7 +104,7 @@ def test_runs_repeat_bit_by_bit_with_the_same_number_of_threads(backend, threads
         assert torch.equal(value, value2) and all(map(torch.equal, grads, grads2))
 
 
-def test_sums_of_millions_of_terms_keep_their_accuracy(backend):
+def test_long_sums(backend):
     """4 million equal terms: a single fp32 accumulator would be off by about 1e-3."""
     skip_if_interpreted(backend, "4 million elements")
     values = Values(0, backend)
@@ -112,14 +115,16 @@ def test_sums_of_millions_of_terms_keep_their_accuracy(backend):
     assert_within(value, torch.tensor(exact, dtype=torch.float64), bound, "penalty")
 
 
-def test_a_zero_fisher_gives_exact_zeros(backend):
+def test_zero_fisher(backend):
+    """A zero fisher gives exact zeros."""
     case = make(Values(2, backend), BIG[:3], backend, ewc_lambda=1e7)
     case.fishers = [torch.zeros_like(f) for f in case.fishers]
     value, grads = case.gradients()
     assert value.item() == 0.0 and not any(bool(grad.any()) for grad in grads)
 
 
-def test_at_the_start_of_a_task_b_is_zero_and_so_is_everything(backend):
+def test_zero_b(backend):
+    """At the start of a task B is zero, and so are value and gradient of A."""
     case = make(Values(2, backend), BIG[:3], backend, ewc_lambda=1e7)
     case.lora_bs = [torch.zeros_like(b).requires_grad_() for b in case.lora_bs]
     value, grads = case.gradients()
@@ -132,7 +137,7 @@ def test_no_adapters_give_zero(backend):
 
 
 @property_test(seed=seeds, power=st.integers(-3, 3))
-def test_it_is_quadratic_in_b_and_linear_in_lambda_and_fisher(backend, seed, power):
+def test_homogeneity(backend, seed, power):
     """Bitwise, since the factors are powers of two."""
     case, factor = make(Values(seed, backend), [(13, 17, 3), (5, 33, 10)], backend), 2.0**power
     value = case.run()
@@ -142,7 +147,8 @@ def test_it_is_quadratic_in_b_and_linear_in_lambda_and_fisher(backend, seed, pow
 
 
 @property_test(seed=seeds)
-def test_it_is_additive_over_adapters_and_blind_to_their_order(backend, seed):
+def test_additive(backend, seed):
+    """The penalty is additive over adapters and does not depend on their order."""
     case = make(Values(seed, backend), [(13, 17, 3), (5, 33, 10), (40, 2, 31)], backend)
     columns = list(zip(case.fishers, case.lora_as, case.lora_bs, case.scales, strict=True))
     parts = sum(FE.ewc_penalty(*([c] for c in column), backend=backend).double() for column in columns)
@@ -154,7 +160,7 @@ def test_it_is_additive_over_adapters_and_blind_to_their_order(backend, seed):
     assert_within(swapped, parts.detach().cpu(), bound, "other order")
 
 
-def test_scales_may_be_folded_into_a(backend):
+def test_scale_folded(backend):
     """diag(s) is a reparametrisation: P(A, B, s) = P(diag(s) A, B, 1), and dA carries the factor s."""
     values = Values(4, backend)
     case = make(values, [(31, 47, 10)] * 3, backend)
@@ -176,7 +182,7 @@ def test_scales_may_be_folded_into_a(backend):
         assert_within(g, exact, sum_bound(da, 31 + 47, torch.float32, backend), "dA")
 
 
-def test_an_anchor_is_a_concatenated_adapter(backend):
+def test_anchor(backend):
     """lambda/2 sum F (B A - B0 A0)^2 is the penalty of [B, -B0] and [A; A0]; the first r gradients count."""
     values = Values(6, backend)
     f = values.fisher(31, 47)
@@ -197,7 +203,7 @@ def test_an_anchor_is_a_concatenated_adapter(backend):
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("fisher_dtype", [torch.float32, torch.bfloat16])
-def test_the_published_lambda_stays_finite_beside_low_precision_adapters(backend, dtype, fisher_dtype):
+def test_published_lambda(backend, dtype, fisher_dtype):
     """lambda F overflows fp16 by far; the penalty and its gradients do not, as long as they can be held."""
     values = Values(7, backend)
     case = make(values, [(97, 131, 10)], backend, dtype=dtype, fisher_dtype=fisher_dtype, ewc_lambda=1e7)
@@ -207,7 +213,8 @@ def test_the_published_lambda_stays_finite_beside_low_precision_adapters(backend
     assert_equals_oracle(case, value, grads)
 
 
-def test_backward_may_run_twice_and_scales_with_the_incoming_gradient(backend):
+def test_backward_twice(backend):
+    """Backward may run twice and scales with the incoming gradient."""
     case = make(Values(8, backend), BIG[:3], backend)
     value = case.run()
     once = torch.autograd.grad(value, case.leaves(), retain_graph=True)
@@ -216,7 +223,8 @@ def test_backward_may_run_twice_and_scales_with_the_incoming_gradient(backend):
 
 
 @pytest.mark.parametrize("frozen", ["A", "B", "s", "A and B"])
-def test_frozen_factors_get_no_gradient_and_change_no_other(backend, frozen):
+def test_frozen_inputs(backend, frozen):
+    """Frozen inputs get no gradient and change no other."""
     case = make(Values(9, backend), BIG[:3], backend)
     whole = {id(leaf): grad for leaf, grad in zip(case.leaves(), case.gradients()[1], strict=True)}
     scales = [s for s in case.scales if isinstance(s, Tensor)]
@@ -232,14 +240,16 @@ def test_frozen_factors_get_no_gradient_and_change_no_other(backend, frozen):
     assert all((t.grad is None) == (not t.requires_grad) for t in groups[frozen])
 
 
-def test_nothing_is_recorded_without_gradients(backend):
+def test_no_graph(backend):
+    """Nothing is recorded where no gradients are asked for."""
     case = make(Values(9, backend), BIG[:2], backend)
     for leaf in case.leaves():
         leaf.requires_grad_(False)
     assert not case.run().requires_grad
 
 
-def test_a_second_derivative_raises_and_says_why(backend):
+def test_second_derivative(backend):
+    """A second derivative raises and says why."""
     case = make(Values(9, backend), [(5, 7, 2)], backend)
     for loss in (case.run().square(), case.run()):  # of the latter the incoming gradient is a constant
         grads = torch.autograd.grad(loss, case.leaves(), create_graph=True)
@@ -248,7 +258,8 @@ def test_a_second_derivative_raises_and_says_why(backend):
             grads[0].sum().backward()
 
 
-def test_fp64_gradients_agree_with_finite_differences(backend):
+def test_gradcheck(backend):
+    """Gradients in fp64 agree with finite differences."""
     if torch.float64 not in dtypes_of(backend, "ewc_penalty"):
         pytest.skip("no fp64")
     case = make(Values(10), [(5, 7, 2), (3, 4, 6), (6, 2, 3)], backend, dtype=torch.float64)

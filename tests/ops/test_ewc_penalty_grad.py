@@ -23,14 +23,16 @@ def add_grads(case: Case, **options) -> Tensor:
 
 
 @property_test(data=st.data())
-def test_gradients_land_in_grad_and_equal_fp64(backend, data):
+def test_equals_fp64(backend, data):
+    """Gradients are written to `.grad` and equal fp64."""
     case = data.draw(cases(backend))
     value = add_grads(case)
     assert not value.requires_grad
     assert_equals_oracle(case, value, [leaf.grad for leaf in case.leaves()])
 
 
-def test_it_gives_what_autograd_gives(backend):
+def test_equals_autograd(backend):
+    """The gradients are those of autograd."""
     case = make(Values(1, backend), BIG, backend, ewc_lambda=1e7)
     value, grads = case.gradients()
     assert torch.equal(add_grads(case), value)
@@ -38,7 +40,7 @@ def test_it_gives_what_autograd_gives(backend):
 
 
 @pytest.mark.parametrize("kind", ["float", "tensor"])
-def test_a_grad_scale_multiplies_gradients_and_not_the_value(backend, kind):
+def test_grad_scale(backend, kind):
     """2^12 is exact in every dtype, so that equality is bitwise."""
     case = make(Values(1, backend), BIG, backend)
     value, grads = case.gradients()
@@ -48,7 +50,8 @@ def test_a_grad_scale_multiplies_gradients_and_not_the_value(backend, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
-def test_existing_gradients_are_added_to_in_place(backend, dtype):
+def test_adds_in_place(backend, dtype):
+    """Existing gradients are added to in place."""
     case = make(Values(2, backend), BIG[:3], backend, dtype=dtype)
     _, grads = case.gradients()
     held = [torch.ones_like(leaf) for leaf in case.leaves()]
@@ -61,7 +64,8 @@ def test_existing_gradients_are_added_to_in_place(backend, dtype):
         assert_within(old, exact, EPS[dtype] * exact.abs() + EPS[dtype] * new.double().cpu().abs(), "sum")
 
 
-def test_gradients_of_a_loss_and_of_the_penalty_add_up(backend):
+def test_adds_to_loss(backend):
+    """Gradients of a loss and of the penalty add up."""
     case = make(Values(2, backend), BIG[:3], backend)
     sum(leaf.square().sum() for leaf in case.leaves()).backward()
     add_grads(case, grad_scale=2.0)
@@ -75,7 +79,7 @@ def test_gradients_of_a_loss_and_of_the_penalty_add_up(backend):
         assert_within(both, exact, 2 * EPS[torch.float32] * parts, "sum")
 
 
-def test_a_grad_scaler_restores_lambda(backend):
+def test_grad_scaler(backend):
     """Loss scale on both, one unscale: what the optimiser sees is free of the scale."""
     case = make(Values(3, backend), BIG[:3], backend)
     _, grads = case.gradients()
@@ -89,7 +93,8 @@ def test_a_grad_scaler_restores_lambda(backend):
 
 @pytest.mark.parametrize("frozen", ["A", "B", "everything"])
 @pytest.mark.parametrize("grad_scale", [1.0, 2.0])
-def test_frozen_factors_keep_grad_none(backend, frozen, grad_scale):
+def test_frozen_inputs(backend, frozen, grad_scale):
+    """Frozen inputs keep `.grad` None."""
     case = make(Values(4, backend), BIG[:3], backend)
     value = case.run()
     groups = {"A": case.lora_as, "B": case.lora_bs, "everything": case.leaves()}
@@ -100,7 +105,7 @@ def test_frozen_factors_keep_grad_none(backend, frozen, grad_scale):
     assert all(leaf.grad is not None for leaf in case.leaves())
 
 
-def test_gradients_do_not_alias_one_another(backend):
+def test_no_aliases(backend):
     """They may share storage, but no element."""
     case = make(Values(5, backend), BIG[:3], backend)
     add_grads(case)

@@ -54,7 +54,8 @@ def cases(draw: Any, backend: str) -> Case:
 
 
 @property_test(60, data=st.data(), threads=st.sampled_from((1, 2, 3)))
-def test_it_adds_what_a_loop_over_samples_adds(backend, data, threads):
+def test_equals_loop(backend, data, threads):
+    """Accumulation equals a loop over samples."""
     torch.set_num_threads(threads)
     assert_accumulates(data.draw(cases(backend)), backend)
 
@@ -65,7 +66,8 @@ def test_it_adds_what_a_loop_over_samples_adds(backend, data, threads):
     kind=st.sampled_from((torch.int32, torch.int64)),
     dtype=st.sampled_from((torch.float32, torch.bfloat16)),
 )
-def test_packed_samples_of_any_length_even_none_are_told_apart(backend, lengths, seed, kind, dtype):
+def test_packed_ragged(backend, lengths, seed, kind, dtype):
+    """Packed samples of any length, zero included, are kept apart."""
     values = Values(seed, backend)
     offsets = [sum(lengths[:n]) for n in range(len(lengths) + 1)]
     x, dy = values.normal(offsets[-1], 31, dtype=dtype), values.normal(offsets[-1], 23, dtype=dtype)
@@ -76,7 +78,7 @@ def test_packed_samples_of_any_length_even_none_are_told_apart(backend, lengths,
 
 @pytest.mark.parametrize("tokens", [319, 320, 321, 640, 641, 700])
 @pytest.mark.parametrize("mode", ["sample", "batch"])
-def test_long_samples_are_one_sum(backend, tokens, mode):
+def test_long_samples(backend, tokens, mode):
     """Kernels cut tokens into blocks; a sample that crosses blocks is still squared once."""
     values = Values(tokens, backend)
     x, dy = values.normal(3, tokens, 61), values.normal(3, tokens, 29)
@@ -84,7 +86,7 @@ def test_long_samples_are_one_sum(backend, tokens, mode):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_fisher_of_several_blocks_is_covered_once(backend, threads):
+def test_several_blocks(backend, threads):
     """Larger than one cache block on both sides, and a multiple of neither tile."""
     set_threads(backend, threads)
     values = Values(1, backend)
@@ -93,14 +95,15 @@ def test_a_fisher_of_several_blocks_is_covered_once(backend, threads):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_equal_tokens_stay_within_a_bound_that_knows_of_them(backend, seed):
+def test_equal_tokens(backend, seed):
     """305 equal products round 305 times the same way."""
     values = Values(seed, backend)
     x, dy = values.normal(5, 61, 13, layout="expanded"), values.normal(5, 61, 13, layout="expanded")
     assert_accumulates(Case(values.fisher(13, 13), x, dy, per_sample(x, dy), "batch"), backend)
 
 
-def test_many_samples_of_one_token_are_a_single_product(backend):
+def test_single_tokens(backend):
+    """Many samples of one token are a single product."""
     values = Values(1, backend)
     x, dy = values.normal(700, 61), values.normal(700, 29)
     assert_accumulates(Case(values.fisher(29, 61), x, dy, per_sample(x, dy)), backend)
@@ -110,7 +113,8 @@ def test_many_samples_of_one_token_are_a_single_product(backend):
     assert torch.equal(one, three)
 
 
-def test_mode_batch_squares_the_sum_and_mode_sample_sums_squares(backend):
+def test_modes(backend):
+    """Mode "batch" squares the sum and mode "sample" sums squares."""
     values = Values(0, backend)
     x, dy = values.full((2, 1), 1.0), values.full((2, 1), 2.0)
     dy[1] = -2.0
@@ -122,7 +126,8 @@ def test_mode_batch_squares_the_sum_and_mode_sample_sums_squares(backend):
 
 
 @property_test(order=st.permutations(range(6)), seed=seeds)
-def test_the_order_of_samples_does_not_matter(backend, order, seed):
+def test_order_invariant(backend, order, seed):
+    """The order of samples does not matter."""
     values = Values(seed, backend)
     x, dy = values.normal(6, 5, 31), values.normal(6, 5, 17)
     fisher, other = values.zeros(17, 31), values.zeros(17, 31)
@@ -145,7 +150,8 @@ def test_two_calls_equal_one(backend, weight):
 
 
 @pytest.mark.parametrize("mode", ["sample", "batch"])
-def test_padding_with_zero_gradients_changes_nothing(backend, mode):
+def test_padding(backend, mode):
+    """Padding with zero gradients changes nothing."""
     values = Values(5, backend)
     x, dy = values.normal(4, 9, 31), values.normal(4, 9, 17)
     dy[:, 6:] = 0.0
@@ -156,7 +162,8 @@ def test_padding_with_zero_gradients_changes_nothing(backend, mode):
     assert_within(padded, oracles.exact(short), bound, "fisher")
 
 
-def test_gradients_of_zero_change_no_bit(backend):
+def test_zero_gradients(backend):
+    """Gradients of zero change no bit."""
     values = Values(5, backend)
     fisher = values.fisher(17, 31)
     before = fisher.clone()
@@ -165,7 +172,7 @@ def test_gradients_of_zero_change_no_bit(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_slices_of_a_packed_gradient_are_read_in_place(backend, dtype):
+def test_slices_in_place(backend, dtype):
     """The k rows of a qkv gradient: a view with the row stride of all three."""
     values = Values(6, backend)
     x, packed = values.normal(3, 11, 33, dtype=dtype), values.normal(3, 11, 3 * 33, dtype=dtype)
@@ -182,7 +189,7 @@ def test_slices_of_a_packed_gradient_are_read_in_place(backend, dtype):
 
 
 @property_test(power=st.integers(-10, 10))
-def test_it_is_linear_in_the_weight(backend, power):
+def test_weight_linear(backend, power):
     """Bitwise, since the weight is a power of two."""
     values = Values(7, backend)
     x, dy = values.normal(4, 5, 31), values.normal(4, 5, 17)
@@ -194,7 +201,8 @@ def test_it_is_linear_in_the_weight(backend, power):
 
 @pytest.mark.parametrize("mode", ["sample", "batch"])
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_products_above_255_do_not_overflow_fp16(backend, mode, tokens):
+def test_fp16_overflow(backend, mode, tokens):
+    """Products above 255 do not overflow fp16."""
     values = Values(0, backend)
     x = values.full((2, tokens, 33), 60.0, torch.float16)
     dy = values.full((2, tokens, 17), 100.0, torch.float16)
@@ -204,7 +212,7 @@ def test_products_above_255_do_not_overflow_fp16(backend, mode, tokens):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
-def test_small_gradients_of_mean_losses_are_squared_in_fp32(backend, dtype):
+def test_small_gradients(backend, dtype):
     """dy = 2^-14 and x = 2^-6: the square 2^-40 is no fp16 number."""
     values = Values(0, backend)
     x, dy = values.full((2, 3, 5), 2.0**-6, dtype), values.full((2, 3, 7), 2.0**-14, dtype)
@@ -214,7 +222,8 @@ def test_small_gradients_of_mean_losses_are_squared_in_fp32(backend, dtype):
 
 @pytest.mark.parametrize("name", ["x", "dy"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_one_bad_value_raises_and_leaves_every_bit(backend, name, value):
+def test_nan_refused(backend, name, value):
+    """One value that is not finite raises, and every bit is left as it was."""
     values = Values(8, backend)
     tensors = {"x": values.full((3, 5, 31), 1.0), "dy": values.full((3, 5, 17), 1.0)}
     tensors[name][1, 2, 3] = value
@@ -236,7 +245,8 @@ def test_no_graph_is_kept(backend):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_runs_repeat_bit_by_bit(backend, threads):
+def test_deterministic(backend, threads):
+    """Runs repeat bit by bit."""
     set_threads(backend, threads)
     values = Values(9, backend)
     x, dy = values.normal(5, 19, 401), values.normal(5, 19, 97)

@@ -35,7 +35,7 @@ VALUE_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_sha
 
 def implementation(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     """The reference, whatever the device."""
-    call = dispatch.Call("cpu", schemas._DEFINING[op](args).dtype)
+    call = dispatch.Call("cpu", schemas.defining(op, args).dtype)
     return dispatch.choose(op, "reference", call).run
 
 
@@ -102,7 +102,7 @@ def with_scale_tensors(model: nn.Module) -> None:
     ("change", "reentrant"),
     [(plain, None), (plain, False), (plain, True), (with_dropout, False), (with_scale_tensors, None)],
 )
-def test_no_training_step_looks_at_a_value(change, reentrant):
+def test_step_reads_nothing(change, reentrant):
     """Both forms of the penalty, with gradients there and to be made, a tensor as the factor of one."""
     model, ewc = on_meta(reentrant=reentrant)
     change(model)
@@ -116,7 +116,8 @@ def test_no_training_step_looks_at_a_value(change, reentrant):
         assert all(p.grad is not None for _, p in layer.named_lora_parameters())
 
 
-def test_autocast_does_not_look_at_a_value():
+def test_autocast_reads_nothing():
+    """Autocast does not look at a value."""
     model, ewc = on_meta()
     x, y = batch()
     with NoHostSynchronisation("meta"), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -124,7 +125,8 @@ def test_autocast_does_not_look_at_a_value():
     assert model.fc.lora_A.grad is not None
 
 
-def test_inference_does_not_look_at_a_value():
+def test_inference_reads_nothing():
+    """Inference does not look at a value."""
     model, _ = on_meta()
     x, _ = batch()
     with NoHostSynchronisation("meta"), torch.no_grad():
@@ -134,7 +136,7 @@ def test_inference_does_not_look_at_a_value():
 
 
 @pytest.mark.parametrize("mode", ["sample", "batch"])
-def test_the_batches_of_a_fisher_pass_do_not_look_at_a_value(mode):
+def test_fisher_reads_nothing(mode):
     """Only its end does, where values are checked."""
     model, _ = on_meta(calls=2)
     ewc = fe.EWC(model, fisher_mode=mode, check_finite=False)
@@ -167,7 +169,7 @@ CALLS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
 
 @pytest.mark.parametrize("device", ["meta", "cuda"])
 @pytest.mark.parametrize("name", CALLS)
-def test_no_operation_looks_at_a_value_or_leaves_its_device(name, device):
+def test_ops_read_nothing(name, device):
     """On the meta device with the reference inside; on tensors that claim to be on a GPU up to the op."""
     with FakeTensorMode() if device == "cuda" else nullcontext():
         tensors = {kind: torch.rand(shape, device=device) for kind, shape in SHAPES.items()}
@@ -193,7 +195,8 @@ ON_FAKES = ("item", "tolist", "cpu", "bool", "equal", "another device")  # no in
 @pytest.mark.parametrize(
     ("device", "look"), [*(("meta", look) for look in LOOKS), *(("cuda", look) for look in ON_FAKES)]
 )
-def test_looks_at_values_are_noticed(look, device):
+def test_reads_noticed(look, device):
+    """Reading a value is noticed."""
     with FakeTensorMode() if device == "cuda" else nullcontext():
         value = torch.ones((), device=device)
         with NoHostSynchronisation(device), pytest.raises((HostSynchronisation, NotImplementedError)):
@@ -239,17 +242,20 @@ def waits(source: str) -> list[str]:
     return found
 
 
-def test_the_sources_of_a_step_wait_nowhere_but_where_it_is_said():
+def test_sources_do_not_wait():
+    """The sources of a step wait for values only where the exceptions say so."""
     found = {(str(path.relative_to(PACKAGE)), name) for path in HOT for name in waits(path.read_text())}
     assert found == set(EXCEPTIONS)
 
 
-def test_the_search_of_sources_finds_waits():
+def test_search_finds_waits():
+    """The search of sources finds waits."""
     source = "def f(x):\n    return x.item()\nclass A:\n    def g(self, x):\n        return bool(x.any())\n"
     assert waits(source) == ["f", "g"]
 
 
-def test_the_cuda_sources_do_not_wait_for_the_device():
+def test_cuda_does_not_wait():
+    """The CUDA sources do not wait for the device."""
     pattern = re.compile(
         r"(Device|Stream|Event)Synchronize|\.item<|\.item\(|kCPU|\.cpu\(\)|cudaMemcpy\(|nonzero"
     )
@@ -275,7 +281,8 @@ def in_second_task() -> tuple[nn.Module, fe.EWC]:
     return model, ewc
 
 
-def test_the_end_of_a_task_leaves_tensors_where_they_are(in_second_task):
+def test_end_keeps_addresses(in_second_task):
+    """The end of a task leaves tensors where they are."""
     model, ewc = in_second_task
     before, weight = places(model, ewc), model.fc.weight.clone()
     ewc.end_task([tiny_models.data(4, seed=2, dtype=torch.float32)], F.cross_entropy, gamma=0.5)
@@ -283,7 +290,8 @@ def test_the_end_of_a_task_leaves_tensors_where_they_are(in_second_task):
     assert not torch.equal(model.fc.weight, weight)
 
 
-def test_a_consolidation_that_fails_leaves_tensors_where_they_are(in_second_task):
+def test_failure_keeps_addresses(in_second_task):
+    """A consolidation that fails leaves tensors where they are."""
     model, ewc = in_second_task
     ewc.estimate_fisher([tiny_models.data(4, dtype=torch.float32)], F.cross_entropy)
     before = places(model, ewc)
@@ -294,7 +302,8 @@ def test_a_consolidation_that_fails_leaves_tensors_where_they_are(in_second_task
     assert places(model, ewc) == before
 
 
-def test_merging_and_disabling_leave_tensors_where_they_are(in_second_task):
+def test_merge_keeps_addresses(in_second_task):
+    """Merging and disabling leave tensors where they are."""
     model, ewc = in_second_task
     before = places(model, ewc)
     fe.merge(model)
@@ -305,7 +314,8 @@ def test_merging_and_disabling_leave_tensors_where_they_are(in_second_task):
     assert places(model, ewc) == before
 
 
-def test_loading_leaves_tensors_where_they_are(in_second_task, tmp_path):
+def test_load_keeps_addresses(in_second_task, tmp_path):
+    """Loading leaves tensors where they are."""
     model, ewc = in_second_task
     fe.save_pretrained(tmp_path, model, ewc)
     saved = copy.deepcopy(model.state_dict()), copy.deepcopy(ewc.state_dict())
@@ -319,7 +329,8 @@ def test_loading_leaves_tensors_where_they_are(in_second_task, tmp_path):
     assert places(model, ewc) == before and torch.equal(model.fc.lora_B, trained)
 
 
-def test_gradients_of_the_penalty_are_added_where_they_are(in_second_task):
+def test_penalty_keeps_addresses(in_second_task):
+    """Gradients of the penalty are added in place."""
     model, ewc = in_second_task
     x, y = tiny_models.data(4, dtype=torch.float32)
     F.cross_entropy(model(x), y).backward()

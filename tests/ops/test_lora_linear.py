@@ -40,7 +40,8 @@ threads = st.sampled_from((1, 2, 3))
 
 
 @property_test(50, data=st.data(), count=threads)
-def test_output_and_gradients_equal_fp64_for_any_shape_rank_dtype_and_stride(backend, data, count):
+def test_equals_fp64(backend, data, count):
+    """Output and gradients equal fp64 for any shape, rank, dtype and stride."""
     torch.set_num_threads(count)
     case = data.draw(cases(backend))
     y, grads = case.gradients()
@@ -49,7 +50,8 @@ def test_output_and_gradients_equal_fp64_for_any_shape_rank_dtype_and_stride(bac
 
 
 @property_test(15, data=st.data(), count=threads)
-def test_dropped_elements_count_neither_in_the_output_nor_in_any_gradient(backend, data, count):
+def test_dropout(backend, data, count):
+    """Dropped elements count neither in the output nor in any gradient."""
     if refused_linear(backend, 1, dropout=True) is not None:
         pytest.skip("no dropout, as tested among the refusals")
     torch.set_num_threads(count)
@@ -74,7 +76,7 @@ def simple(backend, dtype=torch.float32, rows=37, d_in=33, d_out=29, rank=5, mas
 
 
 @pytest.mark.parametrize("rank", [1, 10, 30, 64, 70])
-def test_published_and_odd_ranks_serve_real_widths(backend, rank):
+def test_real_widths(backend, rank):
     """1408 (ViT-g) is a multiple of no block size; rank 70 exceeds d_out = 40."""
     if (reason := refused_linear(backend, rank)) is not None:
         pytest.skip(reason)
@@ -87,7 +89,8 @@ def test_published_and_odd_ranks_serve_real_widths(backend, rank):
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 7), (3, 0, 2)])
-def test_an_empty_batch_gives_an_empty_output_and_zero_gradients(backend, shape):
+def test_empty_batch(backend, shape):
+    """An empty batch gives an empty output and zero gradients."""
     case = simple(backend)
     case.x = parameter(torch.empty(*shape, 33, device=case.x.device))
     case.dy = torch.empty(*shape, 29, device=case.x.device)
@@ -109,7 +112,8 @@ def test_strides_change_no_value(backend, layout, dtype):
         assert relative_error(grads2[name], grad.double().cpu()) <= tolerance, name
 
 
-def test_the_three_public_forms_are_one_function(backend):
+def test_public_forms(backend):
+    """The three public forms are one function."""
     case = simple(backend)
     (a, b, s, _), x, w, bias = case.adapters[0], case.x, case.weight, case.bias
     whole = FE.lora_linear(x, w, bias, a, b, s, backend=backend)
@@ -121,7 +125,8 @@ def test_the_three_public_forms_are_one_function(backend):
     assert torch.equal(sliced, FE.lora_linear_adapters(x, w, bias, adapters, backend=backend))
 
 
-def test_rows_of_one_adapter_in_several_ranges_are_taken_in_their_order(backend):
+def test_row_ranges(backend):
+    """Rows of one adapter in several ranges are taken in their order."""
     case = simple(backend)
     a, b, s, _ = case.adapters[0]
     ranges = ((17, 29), (0, 6), (9, 12))
@@ -137,7 +142,7 @@ def test_rows_of_one_adapter_in_several_ranges_are_taken_in_their_order(backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_outside_slices_never_change(backend, dtype):
+def test_rows_outside_slices(backend, dtype):
     """They are bitwise those of the same call with B = 0, and as good as those of `F.linear`."""
     values = Values(3, backend)
     x, w = values.normal(50, 61, dtype=dtype), values.normal(97, 61, dtype=dtype)
@@ -155,7 +160,8 @@ def test_rows_outside_slices_never_change(backend, dtype):
     assert_as_good(base, F.linear(x, w), exact, bound, "output of the base")
 
 
-def test_every_subset_of_requires_grad_gives_exactly_the_gradients_asked_for(backend):
+def test_requires_grad_subsets(backend):
+    """Every subset of requires grad gives exactly the gradients asked for."""
     full = simple(backend)
     leaves = list(full.leaves().items())
     _, expected = full.gradients()
@@ -191,7 +197,8 @@ def saved_tensors(case: Case) -> list[torch.Tensor]:
     return kept
 
 
-def test_x_is_saved_without_a_copy_and_z_beside_it(backend):
+def test_saved_tensors(backend):
+    """x is saved without a copy and z beside it."""
     case = simple(backend)
     kept = saved_tensors(case)
     known = {leaf.untyped_storage().data_ptr() for leaf in case.leaves().values()}
@@ -202,7 +209,8 @@ def test_x_is_saved_without_a_copy_and_z_beside_it(backend):
 
 
 @pytest.mark.parametrize("frozen", ["A and weight", "all but x"])
-def test_x_is_not_saved_when_nothing_needs_it(backend, frozen):
+def test_x_not_saved(backend, frozen):
+    """x is not saved when nothing needs it."""
     case = simple(backend)
     a, b, s, _ = case.adapters[0]
     for tensor in [a, case.weight] + ([b, s, case.bias] if frozen == "all but x" else []):
@@ -213,7 +221,8 @@ def test_x_is_not_saved_when_nothing_needs_it(backend, frozen):
     case.gradients()
 
 
-def test_no_graph_is_built_without_gradients(backend):
+def test_no_graph(backend):
+    """No graph is built without gradients."""
     case = simple(backend)
     with_graph = case.run()
     with torch.no_grad():
@@ -222,7 +231,7 @@ def test_no_graph_is_built_without_gradients(backend):
     assert torch.equal(with_graph, without)
 
 
-def test_small_low_rank_terms_survive_bf16_where_merging_loses_them(backend):
+def test_bf16_small_terms(backend):
     """At |dW| / |W| = 1e-3, bf16: share of x dW^T found in the output, by projection of y - x W^T on it.
 
     The output's own rounding adds noise of about eps |y| / sqrt(12) per element, that is
@@ -255,7 +264,8 @@ def test_small_low_rank_terms_survive_bf16_where_merging_loses_them(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_of_fp32_masters_beat_the_plain_low_precision_composition(backend, dtype):
+def test_fp32_masters(backend, dtype):
+    """Gradients of fp32 masters are more exact than the plain low-precision composition."""
     # Of a rank that leaves enough numbers in the gradient of the scale for its error to be one of many.
     case = simple(backend, dtype, rows=70, d_in=67, d_out=61, rank=61, master=torch.float32)
     _, grads = case.gradients()
@@ -269,14 +279,16 @@ def test_gradients_of_fp32_masters_beat_the_plain_low_precision_composition(back
         assert mine < theirs / factor, f"{name}: error {mine:.2e}, plain composition {theirs:.2e}"
 
 
-def test_repeated_runs_give_the_same_bits(backend):
+def test_deterministic(backend):
+    """Repeated runs give the same bits."""
     case = simple(backend, rows=200)
     first, again = case.gradients(), case.gradients()
     assert torch.equal(first[0], again[0])
     assert all(torch.equal(grad, again[1][name]) for name, grad in first[1].items())
 
 
-def test_gradients_are_computed_afresh_when_the_graph_is_kept(backend):
+def test_kept_graph(backend):
+    """Gradients are computed afresh when the graph is kept."""
     case = simple(backend)
     y, leaves = case.run(), list(case.leaves().values())
     once = torch.autograd.grad(y, leaves, case.dy, retain_graph=True)
@@ -285,7 +297,8 @@ def test_gradients_are_computed_afresh_when_the_graph_is_kept(backend):
         assert torch.equal(2 * one, two)
 
 
-def test_a_second_derivative_raises_and_says_why(backend):
+def test_second_derivative(backend):
+    """A second derivative raises and says why."""
     case = simple(backend)
     y, leaves = case.run(), list(case.leaves().values())
     for loss in (y.square().sum(), y.sum()):  # of the latter the incoming gradient is a constant
@@ -296,7 +309,7 @@ def test_a_second_derivative_raises_and_says_why(backend):
 
 
 @pytest.mark.parametrize("shape", [(5, 12), (2, 3, 12)])
-def test_the_output_may_be_changed_in_place(backend, shape):
+def test_output_in_place(backend, shape):
     """As that of nn.Linear: biases added by `y += b` (timm's BEiT), nn.ReLU(inplace=True)."""
     values = Values(0, backend)
     x, weight, lora_a, lora_b = (values.normal(*s) for s in (shape, (8, 12), (2, 12), (8, 2)))

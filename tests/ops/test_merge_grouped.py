@@ -34,7 +34,8 @@ def entries(values: Values, shapes, dtypes):
 
 
 @property_test(count=st.integers(0, 6), seed=seeds, data=st.data())
-def test_entries_of_any_shape_and_dtype_are_merged_in_one_call(backend, count, seed, data):
+def test_any_entries(backend, count, seed, data):
+    """Entries of any shape and dtype are merged in one call."""
     dtypes = [data.draw(st.sampled_from(dtypes_of(backend, "merge_"))) for _ in range(count)]
     weights, lora_as, lora_bs, scales = entries(Values(seed, backend), SHAPES[:count], dtypes)
     expected = [
@@ -49,7 +50,8 @@ def test_entries_of_any_shape_and_dtype_are_merged_in_one_call(backend, count, s
         assert_within(weight, exact, bound, f"weight {list(weight.shape)} {weight.dtype}")
 
 
-def test_a_group_equals_single_calls_bit_by_bit(backend):
+def test_equals_single_calls(backend):
+    """A group equals single calls bit by bit."""
     dtypes = [torch.float32, torch.bfloat16, torch.float16] * 2
     weights, lora_as, lora_bs, scales = entries(Values(1, backend), SHAPES, dtypes)
     singles = [w.clone() for w in weights]
@@ -59,7 +61,7 @@ def test_a_group_equals_single_calls_bit_by_bit(backend):
     assert all(torch.equal(one, other) for one, other in zip(weights, singles, strict=True))
 
 
-def test_a_weight_given_more_than_once_is_merged_as_often_and_in_order(backend):
+def test_repeated_weight(backend):
     """Also when only slices of it meet; in bf16 the order of the roundings shows."""
     values = Values(2, backend)
     packed = values.normal(96, 33, dtype=torch.bfloat16)
@@ -73,7 +75,8 @@ def test_a_weight_given_more_than_once_is_merged_as_often_and_in_order(backend):
     assert torch.equal(packed, expected)
 
 
-def test_one_scale_may_serve_all_entries(backend):
+def test_one_scale(backend):
+    """One scale may serve all entries."""
     values = Values(3, backend)
     weights = [values.normal(8, 5) for _ in range(3)]
     a, b, scale = values.normal(2, 5), values.normal(8, 2), values.normal(2)
@@ -93,7 +96,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_an_error_in_the_last_entry_leaves_every_weight_as_it_was(backend, name):
+def test_error_in_last(backend, name):
+    """An error in the last entry leaves every weight as it was."""
     values = Values(4, backend)
     change, message = BAD[name]
     entry = {"weight": None, "lora_a": values.normal(2, 5), "lora_b": values.normal(8, 2), "scale": 2.0}
@@ -105,7 +109,8 @@ def test_an_error_in_the_last_entry_leaves_every_weight_as_it_was(backend, name)
     assert all(torch.equal(call["weight"], w) for call, w in zip(calls[:2], before, strict=True))
 
 
-def test_a_dtype_that_the_backend_lacks_changes_no_entry(backend):
+def test_unsupported_dtype(backend):
+    """An unsupported dtype in one entry changes no entry."""
     if serves(backend, "merge_", torch.float64):
         pytest.skip(f"{backend} serves every dtype")
     values = Values(5, backend)
@@ -119,7 +124,8 @@ def test_a_dtype_that_the_backend_lacks_changes_no_entry(backend):
     assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
 
 
-def test_sequences_of_different_length_are_refused(backend):
+def test_lengths_differ(backend):
+    """Sequences of different length are refused."""
     w, a, b = torch.ones(8, 5), torch.ones(2, 5), torch.ones(8, 2)
     with pytest.raises(fe.ArgumentError, match=r"^lora_a: expected 2 entries, one per weight, got 1"):
         FE.merge_([w, w], [a], [b, b], backend=backend)
@@ -133,7 +139,8 @@ def test_sequences_of_different_length_are_refused(backend):
         FE.merge_([w, w.to("meta")], [a, a.to("meta")], [b, b.to("meta")], backend=backend)
 
 
-def test_scales_of_any_shape_and_dtype_are_thresholded_in_one_call(backend):
+def test_threshold_any_scales(backend):
+    """Scales of any shape and dtype are thresholded in one call."""
     values = Values(6, backend)
     kinds = [torch.float32, *LOW_PRECISION]
     scales = [
@@ -151,7 +158,8 @@ def test_scales_of_any_shape_and_dtype_are_thresholded_in_one_call(backend):
     assert torch.equal(twice, expected)
 
 
-def test_an_integer_among_the_scales_leaves_the_others_as_they_were(backend):
+def test_threshold_integer(backend):
+    """An integer among the scales leaves the others as they were."""
     scale = Values(7, backend).normal(5)
     before = scale.clone()
     with pytest.raises(fe.DtypeError, match=r"^scale\[1\]: expected a floating-point tensor"):
@@ -159,5 +167,6 @@ def test_an_integer_among_the_scales_leaves_the_others_as_they_were(backend):
     assert torch.equal(scale, before)
 
 
-def test_no_entries_are_no_error(backend):
+def test_no_entries(backend):
+    """No entries are no error."""
     assert FE.merge_([], [], [], backend=backend) == [] and FE.soft_threshold_([], 0.5, backend=backend) == []

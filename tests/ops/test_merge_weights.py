@@ -48,7 +48,8 @@ def merges(draw: Any, backend: str) -> tuple[Any, ...]:
 
 
 @property_test(data=st.data(), threads=st.sampled_from((1, 2, 3)))
-def test_the_sum_is_that_of_fp64_to_one_rounding(backend, data, threads):
+def test_one_rounding(backend, data, threads):
+    """The sum is that of fp64 to one rounding."""
     torch.set_num_threads(threads)
     weight, a, b, scale = data.draw(merges(backend))
     exact = oracles.merged(weight, a, b, scale)
@@ -64,7 +65,7 @@ def test_the_sum_is_that_of_fp64_to_one_rounding(backend, data, threads):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
 @property_test(seed=seeds, d_in=widths, d_out=widths)
-def test_low_precision_weights_are_rounded_once_bitwise(backend, dtype, seed, d_in, d_out):
+def test_low_precision_bitwise(backend, dtype, seed, d_in, d_out):
     """Factors of few bits make fp32 sums exact in any order, so that rounding alone remains."""
     generator = torch.Generator().manual_seed(seed)
     a = torch.randint(-8, 9, (7, d_in), generator=generator) / 64.0
@@ -76,7 +77,8 @@ def test_low_precision_weights_are_rounded_once_bitwise(backend, dtype, seed, d_
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
-def test_row_slices_are_merged_in_place_and_other_rows_keep_their_bits(backend, dtype):
+def test_row_slices(backend, dtype):
+    """Row slices are merged in place and other rows keep their bits."""
     values = Values(1, backend)
     packed, a, b = values.normal(96, 33, dtype=dtype), values.normal(5, 33), values.normal(32, 5)
     before = packed.clone()
@@ -86,7 +88,8 @@ def test_row_slices_are_merged_in_place_and_other_rows_keep_their_bits(backend, 
     assert torch.equal(packed[:32], before[:32]) and torch.equal(packed[64:], before[64:])
 
 
-def test_elements_between_the_columns_of_a_view_keep_their_bits(backend):
+def test_strided_view(backend):
+    """Elements between the columns of a view keep their bits."""
     buffer = torch.full((9, 40), math.nan, device=device_of(backend))
     view = buffer[:, 3:34:2].zero_()
     FE.merge_(view, buffer.new_ones(2, 16), buffer.new_ones(9, 2), backend=backend)
@@ -97,7 +100,8 @@ def test_elements_between_the_columns_of_a_view_keep_their_bits(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
-def test_zero_b_changes_no_bit(backend, dtype):
+def test_zero_b(backend, dtype):
+    """A B of zeros changes no bit."""
     weight = Values(2, backend).normal(31, 47, dtype=dtype)
     before = weight.clone()
     a, b = (torch.full(shape, v, device=weight.device) for shape, v in (((3, 47), 1.0), ((31, 3), 0.0)))
@@ -105,7 +109,8 @@ def test_zero_b_changes_no_bit(backend, dtype):
     assert torch.equal(weight, before)
 
 
-def test_a_merged_weight_computes_what_the_adapter_computed(backend):
+def test_equals_adapter(backend):
+    """A merged weight computes what the adapter computed."""
     values = Values(3, backend)
     x, w, a, b, s = (values.normal(*shape) for shape in ((20, 31), (17, 31), (5, 31), (17, 5), (5,)))
     with_adapter = FE.lora_linear(x, w, None, a, b, s, backend=backend)
@@ -116,7 +121,8 @@ def test_a_merged_weight_computes_what_the_adapter_computed(backend):
     )
 
 
-def test_parameters_that_require_gradients_are_merged_without_a_graph(backend):
+def test_no_graph(backend):
+    """Parameters that require gradients are merged without a graph."""
     weight = torch.nn.Parameter(torch.zeros(7, 5, device=device_of(backend)))
     a, b = weight.new_ones(2, 5, requires_grad=True), weight.new_ones(7, 2, requires_grad=True)
     FE.merge_(weight, a, b, backend=backend)
@@ -125,7 +131,8 @@ def test_parameters_that_require_gradients_are_merged_without_a_graph(backend):
 
 @pytest.mark.parametrize("layout", ["contiguous", "every other column"])
 @property_test(data=st.data(), kappa=st.sampled_from((0.0, 5e-3, 0.7, 100.0)))
-def test_soft_thresholds_are_those_of_the_formula(backend, layout, data, kappa):
+def test_soft_threshold_formula(backend, layout, data, kappa):
+    """Soft thresholds are those of the formula."""
     dtype = data.draw(st.sampled_from(dtypes_of(backend, "soft_threshold_")))
     shape = data.draw(st.sampled_from(((), (1,), (30,), (3, 10))))
     scale = Values(data.draw(seeds), backend).normal(*shape, dtype=dtype, layout=layout)
@@ -135,7 +142,8 @@ def test_soft_thresholds_are_those_of_the_formula(backend, layout, data, kappa):
     assert_within(scale, exact, bound, "scale")
 
 
-def test_soft_thresholding_zeroes_small_values_and_keeps_signs(backend):
+def test_soft_threshold_signs(backend):
+    """Soft thresholding zeroes small values and keeps signs."""
     values = [-2.0, -0.5, -0.25, 0.0, 0.25, 0.5, 2.0, math.nan]
     scale = torch.tensor(values, device=device_of(backend))
     FE.soft_threshold_(scale, 0.5, backend=backend)

@@ -53,11 +53,13 @@ def no_direct_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schemas, "_observed", strict)
 
 
-def test_plain_calls_go_past_the_dispatcher():
+def test_plain_calls_direct():
+    """Plain calls go past the dispatcher."""
     assert not schemas._observed([*inputs(), None, torch.nn.Parameter(torch.ones(1))])
 
 
-def test_dispatch_modes_see_them_in_order():
+def test_dispatch_modes():
+    """Dispatch modes see the ops in order."""
     with Seen() as seen:
         step(*inputs())
     assert sorted(seen.names) == sorted(OPS) and seen.names[0] == OPS[0]
@@ -71,7 +73,8 @@ def test_profilers_see_them():
 
 
 @pytest.mark.usefixtures("no_direct_calls")
-def test_meta_tensors_have_shapes_alone():
+def test_meta_tensors():
+    """Meta tensors have shapes alone."""
     tensors = inputs(device="meta")
     found = step(*tensors)
     assert [t.shape for t in found] == [(3, 6), (), (3, 8), (2, 8), (6, 2)]
@@ -79,7 +82,8 @@ def test_meta_tensors_have_shapes_alone():
 
 
 @pytest.mark.usefixtures("no_direct_calls")
-def test_fake_tensors_have_shapes_alone():
+def test_fake_tensors():
+    """Fake tensors have shapes alone."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     mode = FakeTensorMode()
@@ -89,7 +93,8 @@ def test_fake_tensors_have_shapes_alone():
 
 
 @pytest.mark.usefixtures("no_direct_calls")
-def test_subclasses_of_tensors_see_them():
+def test_tensor_subclasses():
+    """Subclasses of tensors see the ops."""
     names: list[str] = []
 
     class Noted(Tensor):
@@ -114,7 +119,8 @@ def test_subclasses_of_tensors_see_them():
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8)])
-def test_both_ways_give_the_same_bits(shape, monkeypatch):
+def test_same_bits(shape, monkeypatch):
+    """Direct and dispatched calls give the same bits."""
     _, w, a, b = inputs()
     x = torch.randn(shape, requires_grad=True)
     direct = step(x, w, a, b)
@@ -123,7 +129,8 @@ def test_both_ways_give_the_same_bits(shape, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_tuples_are_taken_where_the_schema_has_lists(backend):
+def test_tuples_as_lists(backend):
+    """Tuples are taken where the schema has lists."""
     _, w, a, b = inputs()
     fisher = w.detach().square()
     arguments = ((fisher,), (a,), (b,), (None,), (1.0,), 2.0, (True, True, False), backend)

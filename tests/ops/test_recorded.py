@@ -94,7 +94,8 @@ def is_in_python(y: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("make", CASES)
-def test_eager_calls_are_recorded_in_cpp_and_observed_ones_in_python(make):
+def test_who_records(make):
+    """Eager calls are recorded in C++ and observed ones in Python."""
     case = make()
     assert case.run().requires_grad and not is_in_python(case.run())
     with in_python():
@@ -115,7 +116,8 @@ def test_eager_calls_are_recorded_in_cpp_and_observed_ones_in_python(make):
     bias=st.booleans(),
     wanted=st.lists(st.booleans(), min_size=8, max_size=8),
 )
-def test_any_choice_of_gradients_of_a_linear_is_that_of_python(backend, dtype, dropout_p, bias, wanted):
+def test_linear_gradients(backend, dtype, dropout_p, bias, wanted):
+    """Any selection of gradients of a linear equals that of Python."""
     case = Linear(backend, dtype, dropout_p, bias)
     wanted = wanted[: len(case.leaves)]
     assume(any(wanted))
@@ -123,7 +125,8 @@ def test_any_choice_of_gradients_of_a_linear_is_that_of_python(backend, dtype, d
 
 
 @given(wanted=st.lists(st.booleans(), min_size=8, max_size=8).filter(any))
-def test_any_choice_of_gradients_of_a_penalty_is_that_of_python(wanted):
+def test_penalty_gradients(wanted):
+    """Any selection of gradients of a penalty equals that of Python."""
     same_gradients(Penalty(), wanted)
 
 
@@ -161,7 +164,7 @@ def saved_sizes(run: Callable[[], Tensor]) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("frozen", [(), ("adapters",), ("adapters", "weight"), ("weight", "bias")])
-def test_no_more_is_kept_for_backward_than_in_python(frozen):
+def test_saved_tensors(frozen):
     """Hooks on saved tensors (activation offloading) see all of it."""
     case = Linear()
     groups = {"adapters": [*case.factors, case.scale], "weight": [case.weight], "bias": [case.bias]}
@@ -177,7 +180,8 @@ def test_no_more_is_kept_for_backward_than_in_python(frozen):
 
 
 @pytest.mark.parametrize("make", CASES)
-def test_a_graph_is_used_once_unless_it_is_kept(make):
+def test_graph_used_once(make):
+    """A graph is used once unless it is kept."""
     case = make()
     y = case.run().sum()
     first = torch.autograd.grad(y, case.leaves, retain_graph=True)
@@ -187,7 +191,8 @@ def test_a_graph_is_used_once_unless_it_is_kept(make):
         torch.autograd.grad(y, case.leaves)
 
 
-def test_an_operand_that_changed_in_place_is_an_error():
+def test_changed_operand():
+    """An operand that changed in place is an error."""
     case = Linear()
     y = case.run().sum()
     with torch.no_grad():
@@ -196,7 +201,7 @@ def test_an_operand_that_changed_in_place_is_an_error():
         y.backward()
 
 
-def test_results_may_be_changed_in_place():
+def test_result_in_place():
     """`loss += ...` and activations in place."""
     linear, penalty = Linear(), Penalty()
     with in_python():
@@ -217,7 +222,8 @@ def test_results_may_be_changed_in_place():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_calls_give_the_same_gradients(reentrant):
+def test_checkpointed_calls(reentrant):
+    """Checkpointed calls give the same gradients."""
     case = Linear(dropout_p=0.3)
     expected = torch.autograd.grad(case.run().sum(), case.leaves)
     hidden = case.x.clone()  # reentrant checkpoints want their input on the tape
@@ -233,7 +239,8 @@ def test_checkpointed_calls_give_the_same_gradients(reentrant):
         assert found.grad is not None and torch.equal(found.grad, other)
 
 
-def test_autocast_does_not_reach_the_products_inside():
+def test_autocast_outside():
+    """Autocast does not reach the products inside."""
     case, losses = Linear(), []
     for how in (in_python, nullcontext):
         with how(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -252,7 +259,7 @@ def test_autocast_does_not_reach_the_products_inside():
         loss.backward()
 
 
-def test_without_gradients_none_are_computed_with_the_penalty():
+def test_penalty_no_gradients():
     """An evaluation that logs the penalty does not pay for its gradients."""
     case, seen = Penalty(), []
 
@@ -274,7 +281,8 @@ def test_without_gradients_none_are_computed_with_the_penalty():
 
 
 @pytest.mark.parametrize("make", CASES)
-def test_compiled_autograd_runs_them_as_they_are(make):
+def test_compiled_autograd(make):
+    """Compiled autograd runs recorded calls unchanged."""
     case = make()
     expected = torch.autograd.grad(case.run().sum(), case.leaves)
     loss = case.run().sum()

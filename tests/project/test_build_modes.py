@@ -67,7 +67,8 @@ def modules(result: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("mode", ["auto", "cuda"])
-def test_with_a_toolkit_and_a_cuda_build_of_pytorch_both_extensions_are_built(mode: str, pytorch, tmp_path):
+def test_both_built(mode: str, pytorch, tmp_path):
+    """With a toolkit and a CUDA build of PyTorch both extensions are built."""
     home = toolkit(tmp_path)
     result = shown(mode, pytorch, CUDA_HOME=str(home))
     assert modules(result) == ["fused_ewclora._C", "fused_ewclora._C_cuda"]
@@ -78,19 +79,22 @@ def test_with_a_toolkit_and_a_cuda_build_of_pytorch_both_extensions_are_built(mo
     assert "'-O3', '-lineinfo'" in result.stdout
 
 
-def test_an_architecture_that_nvcc_does_not_know_is_left_out(pytorch, tmp_path):
+def test_unknown_architecture(pytorch, tmp_path):
+    """An architecture that `nvcc` does not know is left out."""
     result = shown("cuda", pytorch, CUDA_HOME=str(toolkit(tmp_path, more="")))
     assert "architectures 8.0;8.6;8.9;9.0+PTX" in result.stdout
 
 
-def test_architectures_and_jobs_of_the_environment_are_respected(pytorch, tmp_path):
+def test_environment(pytorch, tmp_path):
+    """Architectures and jobs of the environment are respected."""
     home = str(toolkit(tmp_path))
     result = shown("cuda", pytorch, CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="9.0", MAX_JOBS="1")
     assert "architectures 9.0\n" in result.stdout and "--threads=1" in result.stdout
     assert "--threads=5" in shown("cuda", pytorch, CUDA_HOME=home, MAX_JOBS="99").stdout
 
 
-def test_a_script_called_nvcc_leads_to_the_toolkit_that_it_calls(pytorch, tmp_path):
+def test_nvcc_script(pytorch, tmp_path):
+    """A script called `nvcc` leads to the toolkit that it calls."""
     home = toolkit(tmp_path)
     scripts = tmp_path / "scripts"
     scripts.mkdir()
@@ -109,7 +113,8 @@ def test_a_script_called_nvcc_leads_to_the_toolkit_that_it_calls(pytorch, tmp_pa
         ({"release": "12.4"}, "cuda-12.4 is of CUDA 12, PyTorch 2.11.0 of CUDA 13.0"),
     ],
 )
-def test_what_is_missing_for_cuda_is_named(change: dict[str, str | None], message: str, pytorch, tmp_path):
+def test_missing_named(change: dict[str, str | None], message: str, pytorch, tmp_path):
+    """What is missing for CUDA is named."""
     if "cuda" in change:
         init = pytorch / "torch" / "__init__.py"
         init.write_text(init.read_text().replace("'13.0'", "None"))

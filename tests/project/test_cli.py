@@ -32,7 +32,8 @@ def run(*arguments: str, code: str | None = None, **environment: str) -> subproc
     )
 
 
-def test_info_json_is_one_object_that_covers_every_op_and_backend():
+def test_info_json():
+    """The JSON of `info` is one object that covers every op and backend."""
     result = run("info", "--json")
     assert result.returncode == 0, result.stderr
     data = json.loads(result.stdout)
@@ -42,7 +43,8 @@ def test_info_json_is_one_object_that_covers_every_op_and_backend():
         assert row["reference"] is None
 
 
-def test_info_gives_a_reason_wherever_a_backend_is_missing(capsys: pytest.CaptureFixture[str]):
+def test_info_reasons(capsys: pytest.CaptureFixture[str]):
+    """`info` gives a reason wherever a backend is missing."""
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
     for name, reason in available_backends().items():
@@ -50,7 +52,8 @@ def test_info_gives_a_reason_wherever_a_backend_is_missing(capsys: pytest.Captur
         assert reason is None or reason in text
 
 
-def test_info_reports_the_environment_and_an_unusable_default_backend():
+def test_info_environment():
+    """`info` reports the environment and an unusable default backend."""
     result = run("info", "--json", FUSED_EWCLORA_BACKEND="abacus")
     assert result.returncode == 0, result.stderr
     data = json.loads(result.stdout)
@@ -59,7 +62,8 @@ def test_info_reports_the_environment_and_an_unusable_default_backend():
 
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["info", "--nonsense"]])
-def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    """Wrong usage exits with status 2."""
     with pytest.raises(SystemExit) as exit_:
         cli.main(arguments)
     assert exit_.value.code == 2
@@ -67,7 +71,8 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("extra", cli.DEMO_EXTRAS)
-def test_demo_without_its_extras_says_what_to_install(extra: str, tmp_path: Path):
+def test_demo_missing_extras(extra: str, tmp_path: Path):
+    """Demo without its extras says what to install."""
     blocked = f"import sys; sys.modules[{extra!r}] = None; "
     code = blocked + "from fused_ewclora.__main__ import main; sys.exit(main(sys.argv[1:]))"
     result = run("demo", code=code)
@@ -76,16 +81,16 @@ def test_demo_without_its_extras_says_what_to_install(extra: str, tmp_path: Path
     assert "Traceback" not in result.stderr
 
 
-def test_info_works_without_the_demo_extras():
+def test_info_without_extras():
+    """`info` works without the extras of the demo."""
     code = "import sys; sys.modules.update(sklearn=None, matplotlib=None); "
     code += "from fused_ewclora.__main__ import main; sys.exit(main(sys.argv[1:]))"
     result = run("info", code=code)
     assert result.returncode == 0, result.stderr
 
 
-def test_errors_of_the_library_end_a_command_with_1_and_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_library_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Errors of the library end a command with status 1 and one line."""
     from fused_ewclora import errors
     from fused_ewclora.diagnostics import info
 
@@ -98,7 +103,8 @@ def test_errors_of_the_library_end_a_command_with_1_and_one_line(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="imitates a GPU")
-def test_info_tells_what_serves_the_ops_of_each_gpu(monkeypatch: pytest.MonkeyPatch):
+def test_info_gpus(monkeypatch: pytest.MonkeyPatch):
+    """`info` says what serves the ops on each GPU."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Imitation 7")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
@@ -114,7 +120,8 @@ def test_info_tells_what_serves_the_ops_of_each_gpu(monkeypatch: pytest.MonkeyPa
     assert "Ops, bf16 on Imitation 7 (sm_75)" in info.render(data)
 
 
-def test_bench_and_plot_are_the_commands_of_the_benchmarks(tmp_path: Path):
+def test_bench_and_plot(tmp_path: Path):
+    """`bench` and `plot` are the commands of the benchmarks."""
     records = str(ROOT / "benchmarks" / "results" / "cpu")
     same = run("bench", "compare", records, records)
     assert same.returncode == 0 and "regressions (B / A normalised by the controls): 0" in same.stdout

@@ -81,13 +81,15 @@ def is_summary(text: str | None) -> bool:
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
-def test_everything_public_begins_with_a_sentence(module):
+def test_public_sentences(module):
+    """Everything public begins with a sentence."""
     texts = {module.__name__: module.__doc__} | {name: value.__doc__ for name, value in members(module)}
     assert len(texts) > 1
     assert [name for name, text in texts.items() if not is_summary(text)] == []
 
 
-def test_integrations_begin_with_a_sentence():
+def test_integration_sentences():
+    """Integrations begin with a sentence."""
     assert len(STATIC) > 2 * len(INTEGRATIONS)
     assert [name for name, text in STATIC.items() if not is_summary(text)] == []
 
@@ -148,7 +150,8 @@ WITH_EXAMPLES = [name for name, value in MEMBERS.items() if examples(value.__doc
 
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
-def test_examples_parse_and_name_what_exists(name):
+def test_examples_parse(name):
+    """Examples parse and name what exists."""
     value = MEMBERS[name]
     home = importlib.import_module(
         value.__module__ if not isinstance(value, property) else "fused_ewclora.ewc.controller"
@@ -166,7 +169,8 @@ def test_examples_of_integrations_parse():
 @pytest.mark.parametrize(
     "source", ["fe.injekt(model)", "fe.inject(model, rank=3)", "ewc.penalties()", "injekt(model)"]
 )
-def test_a_wrong_example_is_noticed(source):
+def test_wrong_example_noticed(source):
+    """A wrong example is noticed."""
     with pytest.raises((AssertionError, AttributeError)):
         check_example(source, fe, set())
 
@@ -176,13 +180,15 @@ MENTION = re.compile(r"\bdocs/[\w/-]+\.md\b")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_of_pages_lead_to_files(page):
+def test_links(page):
+    """Links of pages lead to files."""
     text = page.read_text()
     assert [link for link in LINK.findall(text) if not (page.parent / link).exists()] == []
     assert [name for name in MENTION.findall(text) if not (ROOT / name).exists()] == []
 
 
-def test_pages_that_sources_mention_exist():
+def test_pages_mentioned():
+    """Pages that sources mention exist."""
     texts = {path: path.read_text() for path in PACKAGE.rglob("*.py")}
     missing = {
         (path.name, name) for path, text in texts.items() for name in MENTION.findall(text)
@@ -191,7 +197,8 @@ def test_pages_that_sources_mention_exist():
     assert missing == set()
 
 
-def test_pages_of_integrations_are_listed_in_the_readme():
+def test_readme_lists_integrations():
+    """Pages of integrations are listed in the README."""
     readme = (ROOT / "README.md").read_text()
     pages = [str(page.relative_to(ROOT)) for page in PAGES if page.parent.name == "integrations"]
     assert pages and [page for page in pages if page not in readme] == []
@@ -202,7 +209,8 @@ def test_pages_of_integrations_are_listed_in_the_readme():
     [(functional, FUNCTIONAL), (fe, PACKAGE_NAMES), (fe.EWC, OF_EWC)],
     ids=["FE", "fe", "EWC"],
 )
-def test_names_that_programs_rely_on_exist_and_are_on_a_page(where, names):
+def test_promised_names(where, names):
+    """Names that programs rely on exist and are on a page."""
     pages = "\n".join(page.read_text() for page in PAGES)
     assert [name for name in names if not hasattr(where, name)] == []
     assert [name for name in names if not re.search(rf"\b{name}\b", pages)] == []

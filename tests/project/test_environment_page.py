@@ -71,11 +71,13 @@ def named(page: str) -> set[str]:
     return {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
 
 
-def test_the_page_names_what_is_read_and_nothing_else():
+def test_page_complete():
+    """The page names what is read and nothing else."""
     assert named(PAGE) == variables()
 
 
-def test_the_page_names_what_info_prints():
+def test_page_names_info():
+    """The page names what `info` prints."""
     assert set(ENVIRONMENT) <= named(PAGE)
 
 
@@ -87,11 +89,13 @@ def test_the_page_names_what_info_prints():
         "NAME = 'FUSED_X'\nos.environ.get(NAME)",
     ],
 )  # fmt: skip
-def test_every_way_of_reading_is_noticed(line):
+def test_reading_noticed(line):
+    """Every way of reading is noticed."""
     assert read_by(line) == {"FUSED_X"}
 
 
-def test_reading_from_cpp_is_noticed():
+def test_reading_noticed_cpp():
+    """Reading from C++ is noticed."""
     assert read_by_cpp('constexpr const char* V = "FUSED_X"; std::getenv(V); getenv("FUSED_Y");') == {
         "FUSED_X",
         "FUSED_Y",

@@ -142,12 +142,14 @@ def test_imports_follow_the_arrows():
     assert not violations, "\n".join(violations)
 
 
-def test_every_room_has_a_level():
+def test_rooms_have_levels():
+    """Every folder and every file at the root has a level."""
     rooms = {room(module) for module in SOURCES}
     assert rooms <= set(LEVELS), rooms - set(LEVELS)
 
 
-def test_run_time_imports_are_listed():
+def test_run_time_imports():
+    """Run time imports are listed."""
     asked = {module for module, target in edges() if target == "?" or target == module}
     assert asked <= set(RUN_TIME) and set(RUN_TIME) <= set(SOURCES)
 
@@ -182,5 +184,6 @@ def test_imports_make_no_circle():
         ("fused_ewclora.ewc.controller", "import fused_ewclora.benchmarks.run"),
     ],
 )
-def test_a_wrong_import_is_noticed(module: str, source: str):
+def test_wrong_import_noticed(module: str, source: str):
+    """A wrong import is noticed."""
     assert any(violation(module, target) for target in imported(module, source))

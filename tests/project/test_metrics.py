@@ -31,7 +31,8 @@ def matrices(draw: st.DrawFn) -> Case:
     return rows, draw(st.lists(st.integers(1, 5000), min_size=tasks, max_size=tasks))
 
 
-def test_named_metrics_match_hand_computation(metrics: ContinualMetrics) -> None:
+def test_hand_computed(metrics: ContinualMetrics) -> None:
+    """Named metrics match hand computation."""
     assert metrics.curve("task_mean") == pytest.approx([90.0, 70.0, 160.0 / 3])
     assert metrics.curve("sample_weighted") == pytest.approx(
         [90.0, (6000 + 24000) / 400, (7000 + 12000 + 30000) / 1000]
@@ -47,25 +48,29 @@ def test_named_metrics_match_hand_computation(metrics: ContinualMetrics) -> None
     assert metrics.bwt("task_aware") == pytest.approx(((85 - 90) + (88 - 90)) / 2)
 
 
-def test_forgetting_max_uses_the_best_row_before_the_last_not_the_diagonal() -> None:
+def test_forgetting_best_row() -> None:
+    """`forgetting_max` uses the best row before the last one, not the diagonal."""
     m = ContinualMetrics.from_matrix([[0.5], [0.9, 0.7], [0.6, 0.7, 0.1]], [1, 1, 1])
     assert m.forgetting_max() == pytest.approx(0.15)
     assert m.bwt() == pytest.approx(0.05)
 
 
-def test_forgetting_max_is_negative_when_the_last_row_is_the_best() -> None:
+def test_forgetting_negative() -> None:
+    """`forgetting_max` is negative when the last row is the best."""
     assert ContinualMetrics.from_matrix([[0.5], [0.8, 0.1]], [1, 1]).forgetting_max() == pytest.approx(-0.3)
 
 
 @given(matrices())
-def test_equal_sizes_make_both_averages_agree(case: Case) -> None:
+def test_averages_agree(case: Case) -> None:
+    """Equal sizes make both averages agree."""
     rows, _ = case
     m = ContinualMetrics.from_matrix(rows, [7] * len(rows))
     assert m.curve("sample_weighted") == pytest.approx(m.curve("task_mean"))
 
 
 @given(matrices())
-def test_forgetting_is_at_least_minus_bwt_and_values_are_bounded(case: Case) -> None:
+def test_bounds(case: Case) -> None:
+    """Forgetting is at least minus BWT, and values are bounded."""
     rows, sizes = case
     m = ContinualMetrics.from_matrix(rows, sizes)
     assert m.forgetting_max() >= -m.bwt() - 1e-12
@@ -76,7 +81,8 @@ def test_forgetting_is_at_least_minus_bwt_and_values_are_bounded(case: Case) -> 
 
 
 @given(matrices(), st.floats(1.0, 100.0))
-def test_metrics_scale_with_the_unit_of_accuracy(case: Case, unit: float) -> None:
+def test_unit_of_accuracy(case: Case, unit: float) -> None:
+    """Metrics scale with the unit of accuracy."""
     rows, sizes = case
     small = ContinualMetrics.from_matrix(rows, sizes).summary()["class_incremental"]
     large = ContinualMetrics.from_matrix(
@@ -91,7 +97,8 @@ def test_metrics_scale_with_the_unit_of_accuracy(case: Case, unit: float) -> Non
 
 
 @given(matrices())
-def test_entries_above_the_diagonal_are_ignored(case: Case) -> None:
+def test_above_diagonal(case: Case) -> None:
+    """Entries above the diagonal are ignored."""
     rows, sizes = case
     square = np.full((len(rows), len(rows)), np.nan)
     for t, row in enumerate(rows):
@@ -102,7 +109,8 @@ def test_entries_above_the_diagonal_are_ignored(case: Case) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -0.1, 1.5, None])
-def test_impossible_accuracies_are_refused_and_nothing_is_added(bad: float | None) -> None:
+def test_impossible_refused(bad: float | None) -> None:
+    """Impossible accuracies are refused and nothing is added."""
     m = ContinualMetrics([10, 10])
     m.add([0.5], [0.5])
     with pytest.raises(ArgumentError, match=r"task_aware: accuracy on task 1 after task 1.*\[0, 1\]"):
@@ -111,7 +119,8 @@ def test_impossible_accuracies_are_refused_and_nothing_is_added(bad: float | Non
     assert m.matrix("task_aware").shape == (1, 1)
 
 
-def test_rows_of_the_wrong_length_are_refused() -> None:
+def test_row_length() -> None:
+    """Rows of the wrong length are refused."""
     m = ContinualMetrics([10, 10])
     m.add([0.5])
     with pytest.raises(ArgumentError, match=r"expected 2 accuracies \(tasks 0\.\.1\), got 1"):
@@ -154,7 +163,8 @@ def test_bad_arguments_are_named(metrics: ContinualMetrics) -> None:
             ContinualMetrics([1], scale=scale)
 
 
-def test_summary_of_one_task_has_no_backward_transfer() -> None:
+def test_one_task() -> None:
+    """Summary of one task has no backward transfer."""
     summary = ContinualMetrics.from_matrix([[0.5]], [5]).summary()
     assert list(summary) == ["class_incremental"]
     assert summary["class_incremental"]["bwt"] is None

@@ -37,21 +37,24 @@ def install(folder: Path, name: str, version: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXTRAS)
-def test_a_missing_library_names_the_extra_that_brings_it(name, alone):
+def test_missing_names_extra(name, alone):
+    """The error of a missing library names the extra that installs it."""
     with pytest.raises(
         fe.IntegrationError, match=rf"is not installed; pip install 'fused-ewclora\[{EXTRAS[name]}\]'"
     ):
         require(name)
 
 
-def test_every_extra_that_is_named_exists():
+def test_extras_exist():
+    """Every extra that is named exists."""
     text = (ROOT / "pyproject.toml").read_text()
     extras = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     for extra in EXTRAS.values():
         assert f"\n{extra} = [" in extras
 
 
-def test_errors_are_import_errors_and_errors_of_this_library():
+def test_error_classes():
+    """Errors are import errors and errors of this library."""
     assert issubclass(fe.IntegrationError, ImportError) and issubclass(fe.IntegrationError, fe.EWCLoRAError)
 
 
@@ -60,7 +63,8 @@ def text_of(version: tuple[int, ...]) -> str:
 
 
 @pytest.mark.parametrize("name", EXTRAS)
-def test_code_requirements_and_documentation_name_the_same_versions(name):
+def test_same_versions(name):
+    """Code, requirements and documentation name the same versions."""
     distribution, extra, first, beyond = _SUPPORTED[name]
     requirements = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
     (own,) = re.findall(rf"^{extra} = \[(.*)\]$", requirements, re.MULTILINE)
@@ -77,13 +81,15 @@ def test_code_requirements_and_documentation_name_the_same_versions(name):
 
 
 @pytest.mark.parametrize("version", ["4.57.6", "5.0.0", "5.24.0.dev0", "5.0.0rc1", "5.1+local.build"])
-def test_versions_in_the_range_are_taken(version, alone):
+def test_versions_in_range(version, alone):
+    """Versions in the range are taken."""
     install(alone, "transformers", version)
     assert require("transformers").present
 
 
 @pytest.mark.parametrize("version", ["4.56.2", "6.0.0", "4.56.0.dev0", "6.0.0rc1"])
-def test_versions_outside_of_it_are_refused_with_the_range(version, alone):
+def test_versions_outside_range(version, alone):
+    """Versions outside the range are refused, and the error names the range."""
     install(alone, "transformers", version)
     with pytest.raises(
         fe.IntegrationError, match=rf"transformers: expected a version >= 4\.57, < 6, got {version}$"
@@ -92,7 +98,8 @@ def test_versions_outside_of_it_are_refused_with_the_range(version, alone):
     assert "transformers" not in sys.modules, "it is not imported to find that out"
 
 
-def test_a_folder_of_the_same_name_is_not_the_library(alone):
+def test_folder_is_no_library(alone):
+    """A folder of the same name is not the library."""
     (alone / "timm").mkdir()
     with pytest.raises(fe.IntegrationError, match="timm is not installed"):
         require("timm")
@@ -101,14 +108,16 @@ def test_a_folder_of_the_same_name_is_not_the_library(alone):
         require("peft")
 
 
-def test_a_library_that_cannot_be_imported_says_why(alone):
+def test_import_fails(alone):
+    """A library that cannot be imported says why."""
     install(alone, "timm", "1.0.31")
     (alone / "timm" / "__init__.py").write_text("raise RuntimeError('made for another torch')\n")
     with pytest.raises(fe.IntegrationError, match=r"timm 1\.0\.31 cannot be imported: made for another"):
         require("timm")
 
 
-def test_an_unknown_integration_is_no_attribute():
+def test_unknown_integration():
+    """An unknown integration is no attribute."""
     with pytest.raises(AttributeError, match="has no attribute 'tensorflow'"):
         fe.integrations.tensorflow  # noqa: B018
     assert {"avalanche", "peft", "timm", "transformers"} <= set(dir(fe.integrations))

@@ -98,7 +98,8 @@ def installed(pure_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return target
 
 
-def test_pure_wheel_holds_the_package_the_kernels_and_nothing_else(pure_wheel: Path):
+def test_pure_wheel(pure_wheel: Path):
+    """A pure wheel holds the package, the kernels and nothing else."""
     files = names(pure_wheel)
     assert pure_wheel.name.endswith("-py3-none-any.whl")
     assert {"fused_ewclora/py.typed", "fused_ewclora/kernels/py.typed"} <= set(files)
@@ -149,7 +150,8 @@ def test_sdist_runs(source_distribution: Path, tmp_path: Path):
     assert python_with(site, WHERE).split() == kernels_of(site)
 
 
-def test_installed_without_extension_it_computes_on_the_reference(installed: Path):
+def test_installed_pure(installed: Path):
+    """Installed without an extension, the package computes on the reference."""
     code = """
 import torch, fused_ewclora, fused_ewclora.kernels
 from fused_ewclora import functional as FE
@@ -178,7 +180,8 @@ def test_kernels_in_editable_install(tmp_path: Path):
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler and Python's headers")
-def test_compiled_wheel_holds_the_extension_beside_the_package(tmp_path: Path):
+def test_compiled_wheel(tmp_path: Path):
+    """Compiled wheel holds the extension beside the package."""
     source = copy_of_sources(tmp_path)
     for path in (source / "csrc" / "cpu").iterdir():
         path.unlink()
@@ -189,7 +192,8 @@ def test_compiled_wheel_holds_the_extension_beside_the_package(tmp_path: Path):
     assert f"fused_ewclora/_C{sysconfig.get_config_var('EXT_SUFFIX')}" in names(built)
 
 
-def test_auto_without_a_compiler_says_so_and_builds_pure_python(tmp_path: Path):
+def test_auto_without_compiler(tmp_path: Path):
+    """Mode "auto" without a compiler says so and builds pure Python."""
     source = copy_of_sources(tmp_path)
     result = wheel(source, CC="/nonexistent", CXX="/nonexistent")
     assert "no C++ compiler: '/nonexistent' was not found" in result.stdout
@@ -204,7 +208,8 @@ def test_auto_without_a_compiler_says_so_and_builds_pure_python(tmp_path: Path):
         ("abacus", ": expected one of auto, none, cpu, cuda, got 'abacus'"),
     ],
 )
-def test_a_mode_that_cannot_be_built_stops_with_the_reason(mode: str, message: str):
+def test_mode_cannot_build(mode: str, message: str):
+    """A mode that cannot be built stops with the reason."""
     environment = {"CXX": "/nonexistent", "FUSED_EWCLORA_BUILD": mode}
     result = python("setup.py", "--version", cwd=ROOT, check=False, **environment)
     assert result.returncode == 1
@@ -212,7 +217,8 @@ def test_a_mode_that_cannot_be_built_stops_with_the_reason(mode: str, message: s
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler and Python's headers")
-def test_setuptools_that_cannot_read_the_metadata_is_named(tmp_path: Path):
+def test_old_setuptools(tmp_path: Path):
+    """Setuptools that cannot read the metadata is named."""
     (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'\nfind_packages = setup = None\n")
     result = python(ROOT / "setup.py", "--version", cwd=ROOT, check=False, PYTHONPATH=str(tmp_path))
     assert result.returncode and "expected version 77 or newer, got 65.5.0" in result.stderr
@@ -220,12 +226,14 @@ def test_setuptools_that_cannot_read_the_metadata_is_named(tmp_path: Path):
 
 
 @pytest.mark.skipif(os.environ.get("FUSED_EWCLORA_BUILD") == "none", reason="built without it on purpose")
-def test_the_extension_loads_where_it_could_be_built():
+def test_extension_loads():
+    """The extension loads where it could be built."""
     code = "import fused_ewclora; print(fused_ewclora.available_backends()['cpu'])"
     assert python("-c", code, cwd=ROOT).stdout.strip() == "None"
 
 
-def test_import_adds_little_to_that_of_torch():
+def test_import_time():
+    """Importing the package adds little to importing torch."""
     # Time of this process on a processor: that on the clock measures what else the machine does.
     code = """
 import time, torch
@@ -237,7 +245,8 @@ print(time.process_time() - start)
     assert statistics.median(seconds) <= IMPORT_LIMIT_SECONDS, seconds
 
 
-def test_import_loads_neither_extras_nor_compilers():
+def test_import_is_light():
+    """Importing the package loads neither extras nor compilers."""
     heavy = ("sklearn", "matplotlib", "scipy", "triton", "timm", "transformers", "peft", "fused_ewclora.demo")
     code = f"import torch, sys; before = set(sys.modules); import fused_ewclora; print([m for m in {heavy} "
     code += "if m in set(sys.modules) - before])"

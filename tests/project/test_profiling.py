@@ -37,7 +37,8 @@ def every_op(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b in ("cpu", "reference")])
-def test_ranges_name_op_shapes_backend_and_algorithm(backend):
+def test_range_names(backend):
+    """Ranges name op shapes backend and algorithm."""
     with fe.profiling.enable():
         ranges = names(lambda: every_op(backend))
     starts = [name.partition(")")[0] + ")" for name in ranges]
@@ -55,7 +56,8 @@ def test_ranges_name_op_shapes_backend_and_algorithm(backend):
         assert name.endswith(f" {backend}: {chosen.algorithm}")
 
 
-def test_without_ranges_the_functions_of_the_backends_run_themselves():
+def test_off_is_direct():
+    """Without ranges the functions of the backends run themselves."""
     call = dispatch.Call("cpu", torch.float32)
 
     def is_plain() -> bool:
@@ -79,7 +81,8 @@ def test_blocks_nest():
         assert len(names(lambda: every_op("reference"))) == 6
 
 
-def test_results_are_the_same_and_errors_pass():
+def test_results_unchanged():
+    """Results are the same, and errors pass through."""
     x, w, a, b = torch.randn(3, 8), torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
     expected = FE.lora_linear(x, w, None, a, b)
     with fe.profiling.enable():
@@ -93,7 +96,8 @@ def other() -> str:
     return next((b for b in BACKENDS if b != "reference"), None) or pytest.skip("the reference alone")
 
 
-def test_compiled_models_have_ranges_too():
+def test_compiled_models():
+    """Compiled models have ranges too."""
     w, a, b = torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
     run = torch.compile(lambda x: FE.lora_linear(x, w, None, a, b) * 2, backend="aot_eager", fullgraph=True)
     run(torch.randn(3, 8))
@@ -102,7 +106,9 @@ def test_compiled_models_have_ranges_too():
     assert len(ranges) == 1 and ranges[0].startswith("fused_ewclora.lora_linear(x [3, 8]")
 
 
-def test_nvtx_is_refused_where_there_is_none(monkeypatch):
+def test_nvtx_missing(monkeypatch):
+    """NVTX is refused where there is none."""
+
     def missing(_: str) -> None:
         raise RuntimeError("NVTX functions not installed")
 
@@ -112,7 +118,8 @@ def test_nvtx_is_refused_where_there_is_none(monkeypatch):
     assert not names(lambda: every_op("reference"))
 
 
-def test_nvtx_ranges_open_and_close_in_order(monkeypatch):
+def test_nvtx_order(monkeypatch):
+    """NVTX ranges open and close in order."""
     pushed: list[str] = []
     monkeypatch.setattr(torch.cuda.nvtx, "mark", lambda name: None)
     monkeypatch.setattr(torch.cuda.nvtx, "range_push", pushed.append)

@@ -71,14 +71,16 @@ def counts() -> list[dict[str, list]]:
     return json.loads(ran.stdout)
 
 
-def test_calls_and_instructions_are_those_without_profiling(counts: list[dict[str, list]]):
+def test_off_costs_nothing(counts: list[dict[str, list]]):
+    """Calls and instructions are those without profiling."""
     never, imported, _, after, off = counts
     for op, (functions, instructions) in never.items():
         assert len(functions) > 5 and instructions > 50, op
         assert imported[op] == after[op] == off[op] == [functions, instructions], op
 
 
-def test_what_is_on_is_counted(counts: list[dict[str, list]]):
+def test_on_is_counted(counts: list[dict[str, list]]):
+    """The count sees profiling while it is on."""
     never, _, on, *_ = counts
     for op, (functions, instructions) in on.items():
         assert len(functions) > len(never[op][0]) and instructions > never[op][1], op

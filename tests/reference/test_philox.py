@@ -32,16 +32,19 @@ def kept_of(backend: str, seed: int, rows: int, columns: int, p: float) -> torch
 
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS)
-def test_the_oracle_gives_the_published_answers(counter, key, words):
+def test_oracle_published(counter, key, words):
+    """The oracle gives the published answers."""
     assert oracles.philox4x32(counter, key) == words
 
 
-def test_the_reference_gives_the_published_answer_for_counter_and_key_zero():
+def test_reference_published():
+    """The reference gives the published answer for counter and key zero."""
     assert tuple(philox.philox_words(torch.tensor(0), 1, 1)[0].tolist()) == KNOWN_ANSWERS[0][2]
 
 
 @given(seed=st.integers(-(2**63), 2**63 - 1), rows=st.integers(1, 5), blocks=st.integers(1, 5))
-def test_words_equal_integer_arithmetic_for_every_seed(seed, rows, blocks):
+def test_words(seed, rows, blocks):
+    """Words equal integer arithmetic for every seed."""
     words = philox.philox_words(torch.tensor(seed), rows, blocks).tolist()
     key = (seed % 2**32, (seed >> 32) % 2**32)
     expected = [
@@ -52,13 +55,14 @@ def test_words_equal_integer_arithmetic_for_every_seed(seed, rows, blocks):
 
 @pytest.mark.parametrize("backend", DROPOUT_BACKENDS)
 @property_test(seed=st.integers(-(2**63), 2**63 - 1), shape=st.tuples(st.integers(1, 9), st.integers(1, 70)))
-def test_masks_of_every_backend_equal_integer_arithmetic(backend, seed, shape):
+def test_masks(backend, seed, shape):
+    """Masks of every backend equal integer arithmetic."""
     expected = oracles.dropout_mask(seed, *shape, 0.4)
     assert_same_factors(kept_of(backend, seed, *shape, 0.4), expected.float(), backend)
 
 
 @pytest.mark.parametrize("backend", DROPOUT_BACKENDS)
-def test_the_threshold_is_that_of_p_in_double_precision(backend):
+def test_threshold_of_p(backend):
     """A word between p rounded to fp32 and p tells the two thresholds apart; this one was found by search."""
     seed, row, column, p = 123, 39, 2717, 0.7
     word = oracles.dropout_word(seed, row, column)
@@ -75,12 +79,13 @@ def test_the_threshold_is_that_of_p_in_double_precision(backend):
     assert y[row, 0] == 0, f"word {word} < threshold {round(p * 2**32)}"
 
 
-def test_rows_beyond_32_bits_use_the_next_counter_word():
+def test_rows_beyond_32_bits():
     """The counter holds the row's low and high half: 2^32 rows later the words differ."""
     assert oracles.dropout_word(5, 2**32 + 1, 0) == oracles.philox4x32((0, 1, 1, 0), (5, 0))[0]
     assert oracles.dropout_word(5, 2**32 + 1, 0) != oracles.dropout_word(5, 1, 0)
 
 
-def test_the_threshold_never_exceeds_a_word():
+def test_threshold_in_word():
+    """The threshold never exceeds a word."""
     assert philox.drop_threshold(1.0) == ONES and philox.inverse_keep(1.0) == 0.0
     assert philox.drop_threshold(0.0) == 0

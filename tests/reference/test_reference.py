@@ -23,7 +23,7 @@ def leaves() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "training": True}])
-def test_the_linear_under_autograd_equals_the_formulas_of_the_op(options):
+def test_linear(options):
     """Two derivations of one gradient: autograd of the forward, and the backward written by hand."""
     inputs = leaves()
     seed = torch.tensor(5) if options else None
@@ -38,7 +38,8 @@ def test_the_linear_under_autograd_equals_the_formulas_of_the_op(options):
         assert_within(mine, truth, 1e3 * EPS[torch.float64] * float(truth.abs().max()), "gradient")
 
 
-def test_slices_of_the_reference_equal_the_oracle_and_the_op():
+def test_slices():
+    """Slices of the reference equal the oracle and the op."""
     x, w, bias, a, b, s = leaves()
     slices = [(*ROWS[0], a, b[:9], s), (*ROWS[1], a, b[9:14], 0.5)]
     y = linear.lora_linear_slices(x, w, bias, slices)
@@ -49,7 +50,8 @@ def test_slices_of_the_reference_equal_the_oracle_and_the_op():
 
 
 @pytest.mark.parametrize("scales", [None, "tensors"])
-def test_the_penalty_under_autograd_equals_the_oracle(scales):
+def test_penalty(scales):
+    """The penalty under autograd equals the oracle."""
     _, w, _, a, b, s = leaves()
     fishers, kept = [w.detach().square(), w.detach().exp()], None if scales is None else [s, 0.5]
     value = penalty.ewc_penalty(fishers, [a, a], [b, b], kept, 3.0)
@@ -62,5 +64,6 @@ def test_the_penalty_under_autograd_equals_the_oracle(scales):
         assert_within(grad, truth, 1e3 * EPS[torch.float64] * float(truth.abs().max()), "gradient")
 
 
-def test_the_penalty_of_nothing_is_zero():
+def test_penalty_of_nothing():
+    """The penalty of nothing is zero."""
     assert penalty.ewc_penalty([], [], []).item() == 0.0
