@@ -146,7 +146,8 @@ def test_backend_follows_table(tmp_path: Path, gpu: FakeGPU):
     assert gpu.choice(16, "sm_80") == "triton"
 
 
-def test_a_backend_that_cannot_serve_a_call_is_not_preferred(tmp_path: Path, gpu: FakeGPU):
+def test_incapable_not_preferred(tmp_path: Path, gpu: FakeGPU):
+    """A backend that cannot serve a call is not preferred."""
     derived(write(tmp_path / "x", *pair(15, *FASTER)), tmp_path / "table.json")
     gpu.cuda_reason = "not built"
     gpu.use_table(tmp_path / "table.json")
@@ -170,7 +171,8 @@ def calls_into(file: str, run: Callable[[], object]) -> int:
     return calls
 
 
-def test_choices_consult_the_table_only_while_it_has_entries(tmp_path: Path, gpu: FakeGPU):
+def test_empty_table_unread(tmp_path: Path, gpu: FakeGPU):
+    """Choices consult the table only while it has entries."""
     empty, filled = tmp_path / "empty.json", tmp_path / "filled.json"
     empty.write_text('{"entries": []}')
     derived(write(tmp_path / "x", *pair(15, *FASTER)), filled)

@@ -239,9 +239,10 @@ def test_right_arguments_are_served(case: str, backend: str) -> None:
     WRONG,
     ids=[f"{case}-{backend}-{i}-{argument}" for i, (case, backend, argument, *_) in enumerate(WRONG)],
 )
-def test_a_wrong_argument_raises_one_kind_of_error(
+def test_error_class(
     case: str, backend: str, argument: str, value: Any, error: type[Exception], words: list[str]
 ) -> None:
+    """A wrong argument raises one kind of error."""
     for run in implementations(case, backend):
         arguments = spoiled(case, argument, value, device_of(backend))
         before = [t.clone() for t in tensors(arguments)]

@@ -14,7 +14,8 @@ import fused_ewclora as fe
 from fused_ewclora.ops import dispatch
 
 
-def test_a_bypassed_layer_is_named_with_the_remedy():
+def test_bypass_remedy():
+    """A bypassed layer is named with the remedy."""
     model = injected(attention=BypassAttention)
     assert torch.equal(model(X), model(X))
     with pytest.raises(

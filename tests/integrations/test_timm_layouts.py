@@ -198,7 +198,8 @@ def test_packed_classes_known():
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if key_of(case) in known._BYPASSING])
-def test_a_fixed_attention_computes_the_same_and_calls_its_projection(case: str):
+def test_bypass_fixed(case: str):
+    """A fixed attention computes the same and calls its projection."""
     attention, inputs = make(case)
     with torch.no_grad():
         attention.q_bias.normal_()
@@ -220,7 +221,8 @@ def test_a_fixed_attention_computes_the_same_and_calls_its_projection(case: str)
     assert known.bypass_settings(attention, "qkv") is None, "the attribute is set already"
 
 
-def test_an_attention_without_biases_needs_no_fix():
+def test_no_biases():
+    """An attention without biases needs no fix."""
     attention = importlib.import_module("timm.models.beit").Attention(D, HEADS, qkv_bias=False)
     assert known.bypass_settings(attention, "qkv") is None
 

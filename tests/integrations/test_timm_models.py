@@ -119,7 +119,8 @@ def test_fisher_single_images(tiny: Tiny):
 
 
 @BYPASSED
-def test_a_bypass_is_fixed_reported_and_restored(tiny: Tiny):
+def test_bypass_reported(tiny: Tiny):
+    """A bypass is fixed reported and restored."""
     model, x = tiny.make(), tiny.images()
     report = fe.inject(model, tiny.config())
     parents = {name.rpartition(".")[0] for name in fe.adapters(model)}
@@ -144,7 +145,8 @@ def test_separate_biases_kept():
     assert all(block.attn.qkv_bias_separate for block in model.blocks)
 
 
-def test_only_parents_of_adapted_layers_are_changed():
+def test_other_parents_unchanged():
+    """Only parents of adapted layers are changed."""
     model = MODELS["beit"].make()
     fe.inject(model, fe.LoRAConfig(r=2, target_modules=["blocks.1.attn.qkv", "fc1"]))
     assert [block.attn.qkv_bias_separate for block in model.blocks] == [False, True]
@@ -152,7 +154,8 @@ def test_only_parents_of_adapted_layers_are_changed():
     assert [block.attn.qkv_bias_separate for block in model.blocks] == [False, False]
 
 
-def test_a_bypass_without_the_attribute_is_refused_before_anything_changes():
+def test_bypass_refused():
+    """A bypass without the attribute is refused before anything changes."""
     model = MODELS["beit"].make()
     del model.blocks[1].attn.qkv_bias_separate
     with pytest.raises(fe.TargetError, match=r"blocks\.1\.attn\.qkv: .*exclude_modules") as error:

@@ -66,7 +66,8 @@ def then(loader: list[Any], action: Callable[[], None]) -> Iterator[Any]:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize(("kind", "options", "error", "reads"), FOLDING, ids=NAMES)
-def test_a_sum_that_is_not_finite_is_refused_and_nothing_changes(kind, options, error, reads, bad):
+def test_nan_refused(kind, options, error, reads, bad):
+    """A sum that is not finite is refused and nothing changes."""
     method = in_second_task(kind, options)
     loader, lora_b = batches(*data(6, seed=1), 3), method.model.fc.lora_B
     good = lora_b.detach().clone()
@@ -93,7 +94,8 @@ def test_a_sum_that_is_not_finite_is_refused_and_nothing_changes(kind, options, 
 @pytest.mark.parametrize(
     ("kind", "options"), [case[:2] for case in FOLDING if case[3] and "ewc_lambda" in case[1]]
 )
-def test_a_fisher_of_a_failed_attempt_does_not_count(kind, options):
+def test_failed_fisher_discarded(kind, options):
+    """A fisher of a failed attempt does not count."""
     method, twin = (in_second_task(kind, options) for _ in range(2))
     loader, lora_b = batches(*data(6, seed=1), 3), method.model.fc.lora_B
     good = lora_b.detach().clone()
@@ -110,7 +112,8 @@ def test_a_fisher_of_a_failed_attempt_does_not_count(kind, options):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize(("kind", "options"), [(LoRA, {}), (SDLoRA, {}), (SDLoRA, EWC)])
-def test_an_export_that_is_not_finite_is_refused_and_nothing_changes(kind, options, bad):
+def test_nan_export_refused(kind, options, bad):
+    """An export that is not finite is refused and nothing changes."""
     method = in_second_task(kind, options)
     method.end_task(batches(*data(6, seed=1), 3), F.cross_entropy)
     model = method.model
@@ -129,7 +132,8 @@ def test_an_export_that_is_not_finite_is_refused_and_nothing_changes(kind, optio
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_direction_that_is_not_finite_is_refused_and_nothing_changes(bad):
+def test_nan_direction_refused(bad):
+    """A direction that is not finite is refused and nothing changes."""
     method = in_second_task(SDLoRA, {})
     with torch.no_grad():
         method.model.fc.lora_B[0, 0] = bad

@@ -38,7 +38,8 @@ def mentions(source: str) -> Iterator[int]:
             yield node.lineno
 
 
-def test_benchmarks_are_imported_at_one_place_of_the_package():
+def test_imported_once():
+    """Benchmarks are imported at one place of the package."""
     places = [(path.name, line) for path in SOURCES for line in mentions(path.read_text())]
     assert [name for name, _ in places] == ["__main__.py"], places
 
@@ -56,12 +57,14 @@ def test_benchmarks_are_imported_at_one_place_of_the_package():
         "runpy.run_module('benchmarks')",
     ],
 )
-def test_every_way_to_import_them_is_noticed(source: str):
+def test_imports_noticed(source: str):
+    """Every way to import them is noticed."""
     assert list(mentions(source))
 
 
 @pytest.mark.parametrize("module", cli.BENCHMARK_COMMANDS.values())
-def test_every_registered_command_has_a_main(module: str):
+def test_commands_have_main(module: str):
+    """Every registered command has a main."""
     spec = importlib.util.find_spec(f"fused_ewclora.benchmarks.{module}")
     assert spec is not None and spec.origin is not None
     tree = ast.parse(Path(spec.origin).read_text())

@@ -181,12 +181,14 @@ def test_names_are_importable(path: str):
     assert not missing
 
 
-def test_the_public_names_of_the_package_are_in_all():
+def test_names_in_all():
+    """The public names of the package are in all."""
     assert set(NAMES["fused_ewclora"].split()) <= set(fe.__all__)
 
 
 @pytest.mark.parametrize("old", sorted(_moved.MOVED))
-def test_an_old_path_is_the_module_of_the_new_path(old: str):
+def test_old_paths_same_module(old: str):
+    """An old path is the module of the new path."""
     if "triton" in _moved.MOVED[old]:
         pytest.importorskip("triton")
     module = importlib.import_module(f"fused_ewclora.{old}")
@@ -213,11 +215,13 @@ FUNCTIONS = "assert type(fe.inject) is type(fe.explain) is type(lambda: 0)"
     ],
     ids=lambda lines: lines[0],
 )
-def test_inject_and_explain_are_functions_whatever_is_imported(lines: tuple[str, ...]):
+def test_functions_not_hidden(lines: tuple[str, ...]):
+    """Inject and explain are functions whatever is imported."""
     fresh("\n".join((*lines, "import fused_ewclora as fe", FUNCTIONS)))
 
 
-def test_modules_named_like_functions_are_found_by_their_paths():
+def test_modules_named_like_functions():
+    """Modules named like functions are found by their paths."""
     fresh(
         "import sys, fused_ewclora.inject, fused_ewclora.explain\n"
         "from fused_ewclora.layers import inject\n"
@@ -227,14 +231,15 @@ def test_modules_named_like_functions_are_found_by_their_paths():
     )
 
 
-def test_old_paths_of_a_fresh_program_warn_about_nothing():
+def test_old_paths_silent():
+    """Old paths of a fresh program warn about nothing."""
     moved = [old for old in _moved.MOVED if not old.startswith("backends")]
     fresh(
         "\n".join(f"import fused_ewclora.{old}" for old in sorted(moved) if "tools" not in _moved.MOVED[old])
     )
 
 
-def test_pickles_of_old_class_paths_load(monkeypatch: pytest.MonkeyPatch):
+def test_old_pickles(monkeypatch: pytest.MonkeyPatch):
     """Pickles name classes by module, and those of earlier versions name the old modules."""
     model = adapted()
     ewc = EWC(model, merge_mode="factors", fisher_dtype=torch.float64)

@@ -105,7 +105,8 @@ def noted(name: str = "lora_linear_kernel", aligned: bool = True, **config: int)
     return compile_report.Noted(specialisation, "bfloat16", config, {}, {10}, [aligned], ["a call"])
 
 
-def test_few_are_an_aligned_and_an_unaligned_call_of_each_kernel_and_configuration():
+def test_few_calls():
+    """Few are an aligned and an unaligned call of each kernel and configuration."""
     launches = [noted(), noted("lowrank_rows_kernel"), noted(num_warps=4), noted(aligned=False)]
     assert compile_report._last_of_each_configuration([*launches, *launches]) == launches
 
