@@ -34,7 +34,7 @@ def work(call: Call) -> int | None:
 
 
 def outperformed(op: str, candidate: Candidate, call: Call, others: Iterable[Candidate]) -> str | None:
-    """Why one of `others` was measured to serve `call` sooner than `candidate`, or None."""
+    """Why one of `others` was measured to be faster than `candidate` for `call`, or None."""
     if candidate.backend != SLOWER:
         return None
     entry = entries().get((call.arch or "", op))

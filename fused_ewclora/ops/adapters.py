@@ -42,7 +42,7 @@ class Adapters(NamedTuple):
 
     @classmethod
     def of(cls, lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], scales: Sequence[Scale]) -> Adapters:
-        """Of scales that are tensors or numbers."""
+        """The adapters of a call from scales that are tensors or numbers."""
         tensors = [scale if isinstance(scale, Tensor) else None for scale in scales]
         numbers = [1.0 if isinstance(scale, Tensor) else float(scale) for scale in scales]
         return cls(list(lora_as), list(lora_bs), tensors, numbers)

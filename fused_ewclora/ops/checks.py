@@ -41,7 +41,7 @@ def finite(tensor: Tensor, name: str) -> None:
 
 def number(value: float, name: str) -> None:
     """A finite number: NaN or Inf would silently spread to every result."""
-    # A comparison, which the compiler understands of a number that has changed; math.isfinite it does not.
+    # A comparison: torch.compile traces it for a number that varies between calls, unlike math.isfinite.
     if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ArgumentError(f"{name}: expected a finite number, got {value}")
 

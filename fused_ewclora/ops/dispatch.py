@@ -120,7 +120,7 @@ def current_backend() -> str:
     """The backend that `backend=None` means now."""
     if _chosen is not None:
         return _chosen
-    # Tracing changes no state, which guards its graph: each first graph would be compiled a second time.
+    # Tracing must not change state that its graph guards on, or each first graph would be compiled twice.
     return _named_in_environment() if torch.compiler.is_compiling() else _of_environment()
 
 

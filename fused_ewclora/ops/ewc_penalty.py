@@ -15,8 +15,8 @@ from .adapters import Adapters, by_kind
 
 
 class Layout(NamedTuple):
-    """Of the gradients in the flat result of the op: which of the tensors of `Adapters` they belong to, and
-    how those look. Lists side by side: hundreds of gradients are dealt out in every step."""
+    """Which tensors of `Adapters` the gradients in the flat result of the op belong to, with their shapes and
+    dtypes. Parallel lists, because every step hands out hundreds of gradients."""
 
     inputs: list[int]
     shapes: list[torch.Size]
@@ -24,7 +24,7 @@ class Layout(NamedTuple):
 
 
 def layout(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> Layout:
-    """Of the gradients of the kinds that `needs` asks for."""
+    """The layout of the gradients of the kinds that `needs` asks for."""
     adapters = len(tensors) // 3
     wanted = [(i, t) for i, t in enumerate(tensors) if t is not None and needs[i // adapters]]
     return Layout([i for i, _ in wanted], [t.shape for _, t in wanted], [t.dtype for _, t in wanted])

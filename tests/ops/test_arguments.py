@@ -213,7 +213,7 @@ def test_targets_unchanged(operation, target):
 
 
 def test_grads_unchanged():
-    """Grads are unchanged by calls that raise."""
+    """Gradients are unchanged by calls that raise."""
     a, b = T(2, 5, requires_grad=True), T(7, 2, requires_grad=True)
     a.grad = torch.ones(2, 5)
     with pytest.raises(ArgumentError):

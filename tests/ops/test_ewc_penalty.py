@@ -116,7 +116,7 @@ def test_long_sums(backend):
 
 
 def test_zero_fisher(backend):
-    """A zero fisher gives exact zeros."""
+    """A zero Fisher gives exact zeros."""
     case = make(Values(2, backend), BIG[:3], backend, ewc_lambda=1e7)
     case.fishers = [torch.zeros_like(f) for f in case.fishers]
     value, grads = case.gradients()

@@ -161,7 +161,7 @@ def test_rows_outside_slices(backend, dtype):
 
 
 def test_requires_grad_subsets(backend):
-    """Every subset of requires grad gives exactly the gradients asked for."""
+    """Every subset of `requires_grad` gives exactly the gradients asked for."""
     full = simple(backend)
     leaves = list(full.leaves().items())
     _, expected = full.gradients()

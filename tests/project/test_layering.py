@@ -149,7 +149,7 @@ def test_rooms_have_levels():
 
 
 def test_run_time_imports():
-    """Run time imports are listed."""
+    """Run-time imports are listed."""
     asked = {module for module, target in edges() if target == "?" or target == module}
     assert asked <= set(RUN_TIME) and set(RUN_TIME) <= set(SOURCES)
 

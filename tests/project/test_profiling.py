@@ -38,7 +38,7 @@ def every_op(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b in ("cpu", "reference")])
 def test_range_names(backend):
-    """Ranges name op shapes backend and algorithm."""
+    """Ranges name the op, the shapes, the backend and the algorithm."""
     with fe.profiling.enable():
         ranges = names(lambda: every_op(backend))
     starts = [name.partition(")")[0] + ")" for name in ranges]

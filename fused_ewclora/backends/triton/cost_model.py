@@ -75,7 +75,7 @@ def _rate(call: Call, rates: Rates) -> tuple[float, float]:
     if call.dtype != torch.float32:
         return rates.half, rates.half * rates.efficiency
     if call.precision == "highest":
-        # Triton's fp32 products on the matrix units are not fp32 products: BLAS has them, at any price.
+        # Triton's fp32 products on the matrix units are not true fp32; only BLAS provides those, at any cost.
         return rates.single, rates.single * 1e-3
     return rates.tf32, rates.tf32 * rates.efficiency
 

@@ -169,8 +169,8 @@ def _group(members: Sequence[Member]) -> Group:
     need_s = any(member.places[2] >= 0 for member in members)
     rp = max(16, 1 << (max(member.a.shape[0] for member in members) - 1).bit_length())
     # The gradient of the scale takes registers of its own.
-    facet = precision() + ("+ds" if need_s else "")
-    config = tables.lookup(f"ewc_penalty_kernel:{facet}", arch(like), types[0], rp)
+    variant = precision() + ("+ds" if need_s else "")
+    config = tables.lookup(f"ewc_penalty_kernel:{variant}", arch(like), types[0], rp)
     table, items, floats, counters = _layout(members, config["BLOCK_M"], config["BLOCK_N"], rp)
     names = ("FISHER_TYPE", "A_TYPE", "B_TYPE", "SCALE_TYPE")
     options = {**config, **dict(zip(names, (_TYPES[t] for t in types), strict=True)), "RP": rp}

@@ -42,7 +42,7 @@ def fisher_accumulate_(
 def _samples(fisher: Tensor, x: Tensor, dy: Tensor, weight: float, cu_seqlens: Tensor | None) -> None:
     precision = _precision() if x.dtype == torch.float32 else "ieee"  # 16-bit products are exact
     arch = launch.arch(x)
-    config = dict(tables.lookup(_facet("fisher_sample_kernel", precision), arch, x.dtype))
+    config = dict(tables.lookup(_variant("fisher_sample_kernel", precision), arch, x.dtype))
     shapes = [(1, config["BLOCK_T"], config[name]) for name in ("BLOCK_N", "BLOCK_M")]
     tma = config["TMA"] and cu_seqlens is None
     tma = tma and all(launch.tileable(t, shape) for t, shape in zip((x, dy), shapes, strict=True))
@@ -69,7 +69,7 @@ def _single_tokens(fisher: Tensor, x: Tensor, dy: Tensor, weight: float) -> None
         precision = "tf32x3"  # squares of 16-bit numbers have up to 22 bits
     kernel = "fisher_token_kernel"
     wide = 1 in fisher.stride() and launch.wide(x, dy)
-    name = _facet(kernel, precision) if wide else f"{kernel}:odd"
+    name = _variant(kernel, precision) if wide else f"{kernel}:odd"
     config = tables.lookup(name, launch.arch(x), x.dtype)
     tiles, splits, locks = _grid(fisher, config, x.shape[0], 1)
     launch.launch(
@@ -107,7 +107,7 @@ def _addressable(tensor: Tensor) -> Tensor:
     return tensor if max(tensor.stride()[-2:]) < MAX_STRIDE else tensor.contiguous()
 
 
-def _facet(kernel: str, precision: str) -> str:
+def _variant(kernel: str, precision: str) -> str:
     """Three tf32 products for one need more registers: they have entries of their own."""
     return f"{kernel}:tf32x3" if precision == "tf32x3" else kernel
 

@@ -1,4 +1,4 @@
-"""One door for every Triton launch: it runs the kernel or, while a report is made, notes what would run."""
+"""Every Triton launch goes through `launch`: it runs the kernel or, for a report, records what would run."""
 
 from __future__ import annotations
 

@@ -140,9 +140,9 @@ def _matrix(tensor: Tensor, block: tuple[int, int], config: dict[str, Any]) -> t
     return tensor, False
 
 
-def _config(kernel: str, x: Tensor, rp: int, facet: str = "") -> dict[str, Any]:
+def _config(kernel: str, x: Tensor, rp: int, variant: str = "") -> dict[str, Any]:
     """The configuration for x; ":odd" strides, whose addresses take registers, have smaller blocks."""
-    return {**tables.lookup(kernel + facet, arch(x), x.dtype, rp), "RP": rp, "BLOCK_R": min(rp, 64)}
+    return {**tables.lookup(kernel + variant, arch(x), x.dtype, rp), "RP": rp, "BLOCK_R": min(rp, 64)}
 
 
 def product(
@@ -165,8 +165,8 @@ def product(
     """
     a, b = factors
     rows, columns, inner = y.shape[0], y.shape[1], x.shape[1]
-    facet = ":no_base" if not base else "" if wide(x, weight, y) else ":odd"
-    config = _config("lora_linear_kernel", x, b.shape[1], facet)
+    variant = ":no_base" if not base else "" if wide(x, weight, y) else ":odd"
+    config = _config("lora_linear_kernel", x, b.shape[1], variant)
     m, n, k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     x_tiles, tma_x = _matrix(x, (m, k), config) if base else (x, False)
     w_tiles, tma_w = _matrix(weight, (k, n) if transposed else (n, k), config) if base else (weight, False)

@@ -2,8 +2,8 @@
 
 A table is JSON, `configs/<family>.json`: a list of entries {kernel, dtypes, rank, config, source}. The first
 entry fits whose kernel and dtype match and whose `rank` (the largest it is made for; absent: any) is not
-exceeded. A kernel that needs other sizes for some calls has entries "<kernel>:<facet>" for those. Numbers of
-rows, tokens or samples never choose a configuration.
+exceeded. A kernel that needs other sizes for some calls has entries "<kernel>:<variant>" for those. The
+numbers of rows, tokens or samples never choose a configuration.
 
 With FUSED_EWCLORA_AUTOTUNE=1 a GPU prefers what was measured on it (`measured`), and measures what was not
 (`autotune`), at the first lookup of a configuration.
@@ -63,7 +63,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def named(entry: str) -> str:
-    """The function that an entry configures: "<kernel>:<facet>" is for calls of that kernel alone."""
+    """The function that an entry configures: "<kernel>:<variant>" is for calls of that kernel alone."""
     return entry.partition(":")[0]
 
 

@@ -71,8 +71,8 @@ def _measured(key: tables.Key) -> dict[str, Any]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    told = row["error"] or f"{row['config']} {row['source']}"
-    return f"{row['kernel']}, {row['dtype']}, rank {row['rank']}: {told}"
+    result = row["error"] or f"{row['config']} {row['source']}"
+    return f"{row['kernel']}, {row['dtype']}, rank {row['rank']}: {result}"
 
 
 def render(data: dict[str, Any]) -> str:
