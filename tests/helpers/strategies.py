@@ -176,10 +176,14 @@ def gap(dtype: torch.dtype) -> float:
     PyTorch's own 16-bit product reads past the ends of rows on processors with AMX and multiplies what is
     there by zero. Its gaps hold a large finite number, which shows where it counts, not where it is read.
     """
-    if not torch.cuda.is_available() and dtype in LOW_PRECISION:
-        rows = torch.full((64, 64), math.nan, dtype=dtype)
-        rows[:, :33] = 1.0
-        if bool((rows[:, :33] @ torch.ones(33, 32, dtype=dtype)).isnan().any()):
+    if torch.cuda.is_available() or dtype not in LOW_PRECISION:
+        return math.nan
+    # Which of these products does so depends on the number of threads.
+    for rows, columns, inner in itertools.product((6, 24, 64), (16, 32, 61), (5, 29, 33)):
+        buffer = torch.full((rows, inner + 13), math.nan, dtype=dtype)
+        buffer[:, 3 : 3 + inner] = 1.0
+        product = buffer[:, 3 : 3 + inner] @ torch.ones(inner, columns, dtype=dtype)
+        if bool(product.isnan().any()):
             return 2.0**14
     return math.nan
 

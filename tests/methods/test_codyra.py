@@ -83,14 +83,14 @@ def dense_fisher(dense: Dense, parts: list[tuple[Tensor, Tensor]]) -> dict[str, 
 
 
 CASES = {
-    "paper": (8, SGD, {"kappa_max": 0.44}),
+    "paper": (8, SGD, {"kappa_max": 0.4}),
     "paper, Adam": (6, ADAM, {"kappa_max": 0.2, "dense_fraction": 0.3, "gate_init": "normal"}),
     "official": (
         60, (torch.optim.SGD, {"lr": 0.02}),
         {"kappa_max": 0.04, "dense_fraction": 0.1, "gate_init": "normal", "threshold": "dead_zone",
          "schedule": "staircase"},
     ),
-    "with EWC": (8, SGD, {"kappa_max": 0.44, "ewc_lambda": LAMBDA}),
+    "with EWC": (8, SGD, {"kappa_max": 0.4, "ewc_lambda": LAMBDA}),
     "with EWC, Adam": (
         6, ADAM,
         {"kappa_max": 0.2, "gate_init": "normal", "ewc_lambda": LAMBDA, "gamma": 0.5, "fisher_mode": "batch"},
