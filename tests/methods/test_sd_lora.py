@@ -33,7 +33,7 @@ def dense(adapter: FE.Adapter) -> Tensor:
     [
         {},
         {"ranks": (2, 3, 1)},
-        {"ranks": lambda task: 4 - task, "kd_threshold": 0.9},
+        {"ranks": lambda task: 4 - task, "kd_threshold": 0.97},
         {"normalization": "factors", "alpha_init": 0.8, "reset_alphas": True},
         {"normalization": "factors", "ranks": 3, "kd_threshold": 0.95, "alpha_init": 1.5},
         {"ewc_lambda": 40.0, "gamma": 0.7, "kd_threshold": 0.95, "fisher_dtype": torch.float64},
