@@ -33,7 +33,8 @@ def second_task():
 
 
 def state_of(model, ewc):
-    return snapshot(model, ewc.state_dict()["tensors"]), copy.deepcopy(ewc.state_dict()["config"])
+    counts = [layer.consolidated_tasks for layer in layers(model)]
+    return snapshot(model, ewc.state_dict()["tensors"]), (copy.deepcopy(ewc.state_dict()["config"]), counts)
 
 
 def assert_unchanged(before, model, ewc):
@@ -111,6 +112,19 @@ def test_nan_stops_consolidation(second_task, bad, where):
         target.view(-1)[3] = bad
     before = state_of(model, ewc)
     with pytest.raises(FisherError, match=r"consolidate: .*(qkv|fc).*finite.*nothing was changed"):
+        ewc.consolidate()
+    assert_unchanged(before, model, ewc)
+
+
+def test_tied_weights():
+    """A weight that another module shares is never consolidated."""
+    model = adapted()
+    ewc = EWC(model)
+    ewc.estimate_fisher([data(4)], F.cross_entropy)
+    model.other = nn.Linear(6, 6)
+    model.other.weight = model.fc.weight
+    before = state_of(model, ewc)
+    with pytest.raises(TargetError, match=r"'fc' is also other\.weight"):
         ewc.consolidate()
     assert_unchanged(before, model, ewc)
 

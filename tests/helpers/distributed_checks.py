@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from processes import run_checks
-from tiny_models import KEYS, adapted, batches, data
+from tiny_models import KEYS, Tiny, adapted, batches, data, layers, randomise
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -309,6 +309,44 @@ def new_factors_do_not_depend_on_the_processes() -> None:
         assert not b.any()
 
 
+def with_scales_and_ranges() -> Tiny:
+    """Adapters on k and v, each on the row ranges of two heads, and on `fc`; all have alpha / r != 1 and a
+    learned scale per rank."""
+    torch.manual_seed(0)
+    model = Tiny().double()
+    layout = fe.QKVLayout(("q", "k", "v"), None, 2)
+    packed = {"target_modules": ["qkv"], "slices": ("k", "v"), "layout": layout}
+    for options in (packed, {"target_modules": ["fc"]}):
+        fe.inject(model, fe.LoRAConfig(r=2, lora_alpha=5.0, **options))
+    randomise(model)
+    for layer in layers(model):
+        for piece in layer.adapter_slices:
+            scale = torch.rand(piece.r, dtype=torch.float64) + 0.5
+            layer.register_parameter(piece.scale_name, nn.Parameter(scale))
+    return model
+
+
+def scales_and_ranges_reach_the_shards() -> None:
+    alone, model = with_scales_and_ranges(), shard(with_scales_and_ranges())
+    whole_ewc, ewc = EWC(alone, **OPTIONS), EWC(model, **OPTIONS)
+    ewc.shard_()
+    x, y = data(SAMPLES)
+    whole_ewc.end_task(batches(x, y, 1), F.cross_entropy)
+    ewc.end_task(batches(*mine(x, y), 1), F.cross_entropy)
+    for name in ("qkv", "fc"):
+        close(model.get_submodule(name).weight.detach(), alone.get_submodule(name).weight.detach())
+    # The penalty of adapters that are not zero.
+    whole_again, again = (
+        EWC(with_scales_and_ranges(), **OPTIONS),
+        EWC(shard(with_scales_and_ranges()), **OPTIONS),
+    )
+    for other in (whole_again, again):
+        other.load_state_dict(whole_ewc.state_dict())
+    again.shard_()
+    assert whole_again.penalty() > 0
+    close(again.penalty().detach(), whole_again.penalty().detach(), rtol=1e-6)
+
+
 def groups_do_not_mix() -> None:
     """Each half of the processes trains a model of its own: sums and draws are those of the half."""
     half, rank = dist.get_world_size() // 2, dist.get_rank()
@@ -351,6 +389,7 @@ CHECKS: dict[str, tuple[tuple[int, ...], Callable[[Path, Path], None]]] = {
         (2, 4),
         lambda _, __: new_factors_do_not_depend_on_the_processes(),
     ),
+    "scales_and_ranges_reach_the_shards": ((2, 4), lambda _, __: scales_and_ranges_reach_the_shards()),
     "groups_do_not_mix": ((2, 4), lambda _, __: groups_do_not_mix()),
     "fisher_memory_is_divided": ((2, 4), lambda _, __: fisher_memory_is_divided()),
     "a_state_made_before_sharding_is_dealt_out": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -141,6 +142,19 @@ def test_wrong_gradient(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.setattr(check, "_measure", wrong)
     data = checked(capsys, MODELS["vit"].name, "--target", "qkv", "--rank", "2")
     assert backends[1] == "reference" != backends[0]
+    assert [problem.partition(":")[0] for problem in data["problems"]] == ["blocks.1.attn.qkv"]
+
+
+@pytest.mark.usefixtures("tiny_timm")
+def test_nan_gradient(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """A gradient that is NaN is reported as a problem."""
+    compared = check._compared
+
+    def with_nan(*arguments: Any) -> dict[str, float]:
+        return compared(*arguments) | {"blocks.1.attn.qkv": math.nan}
+
+    monkeypatch.setattr(check, "_compared", with_nan)
+    data = checked(capsys, MODELS["vit"].name, "--target", "qkv", "--rank", "2")
     assert [problem.partition(":")[0] for problem in data["problems"]] == ["blocks.1.attn.qkv"]
 
 
