@@ -75,7 +75,10 @@ def assert_equal_runs(plain: nn.Module, fused: nn.Module, x: Tensor, **kwargs: A
         assert ours[name].dtype == own[name].dtype, name
         # Sums in three layers and back, and one rounding to the dtype of the tensor.
         sums = 6 * (2 * TERMS**0.5 + 4) * EPS[accumulation(x.dtype)] * value.abs().max()
-        bound = sums + rounding_bound(value, own[name].dtype)
+        # Between the layers activations and gradients are rounded to the dtype of x, twice each; by how much
+        # that moves a sum is luck, for PEFT as for us.
+        between = 4 * EPS[x.dtype] / 2 * value.abs().max()
+        bound = sums + between + rounding_bound(value, own[name].dtype)
         assert_as_good(ours[name], own[name], value, bound, name)
 
 
