@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -15,24 +15,56 @@ def take_sample(value: Any, index: int, samples: int) -> Any:
     unless they hold parts of the batch themselves, as (x, y) of two samples does. Everything else stays.
     The outermost tuple or list holds parts of the batch.
     """
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(_take(part, index, samples) for part in value)
-    return _take(value, index, samples)
+    return _taken(value, slice(index, index + 1), samples)
 
 
-def _take(value: Any, index: int, samples: int) -> Any:
+def take_ends(value: Any, samples: int) -> Any:
+    """The same cut down to the first and the last of at least 2 samples."""
+    return _taken(value, slice(0, samples, samples - 1), samples)
+
+
+def tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """(keys and indices that lead to it, tensor) of every tensor in nested sequences and mappings."""
     if isinstance(value, Tensor):
-        return value[index : index + 1] if _per_sample(value, samples) else value
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from tensors(part, (*path, key))
+    elif isinstance(value, (tuple, list)):
+        for place, part in enumerate(value):
+            yield from tensors(part, (*path, place))
+
+
+def described(value: Any) -> Any:
+    """The shapes and lengths in nested tensors, sequences and mappings."""
+    if isinstance(value, Tensor):
+        return value.shape
     if isinstance(value, Mapping):
-        parts = {key: _take(part, index, samples) for key, part in value.items()}
+        return [described(part) for part in value.values()]
+    if isinstance(value, (tuple, list)):
+        return [described(part) for part in value]
+    return None
+
+
+def _taken(value: Any, which: slice, samples: int) -> Any:
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return type(value)(_take(part, which, samples) for part in value)
+    return _take(value, which, samples)
+
+
+def _take(value: Any, which: slice, samples: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[which] if _per_sample(value, samples) else value
+    if isinstance(value, Mapping):
+        parts = {key: _take(part, which, samples) for key, part in value.items()}
         # Outputs of transformers are mappings with attributes; their class takes the entries by name.
         return type(value)(**parts) if hasattr(value, "to_tuple") else parts
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_take(part, index, samples) for part in value))
+        return type(value)(*(_take(part, which, samples) for part in value))
     if isinstance(value, (tuple, list)):
         if len(value) == samples and not all(_per_sample(part, samples) for part in value):
-            return value[index : index + 1]
-        return type(value)(_take(part, index, samples) for part in value)
+            return value[which]
+        return type(value)(_take(part, which, samples) for part in value)
     return value
 
 

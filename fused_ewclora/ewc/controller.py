@@ -18,6 +18,7 @@ from ..errors import ArgumentError, FisherError, TargetError
 from ..layers.adapted import AdaptedLinear
 from ..layers.index import checked_fisher_dtype, devices
 from ..layers.inject import adapters
+from ..ops.capture import RowsToSamples
 from . import estimation as passes
 from .consolidate import consolidate
 from .fisher_pass import FisherPass
@@ -151,22 +152,33 @@ class EWC:
         batch_size: int | None = None,
         loss_scale: float = 1.0,
         labels: str = "empirical",
+        *,
+        check_samples: bool = True,
+        rows_to_samples: Mapping[str, RowsToSamples] | None = None,
     ) -> Iterator[FisherPass]:
         """Backward passes inside the block add to the Fisher of the current task; several blocks before
         `consolidate` add up.
 
         reduction is that of the loss over samples; batch_size the samples per batch where it is not the
-        leading dimension of every layer's input (set `.batch_size` on the block's value when it varies);
-        loss_scale the factor on the loss; labels is only recorded. Train or eval mode is the caller's choice.
+        leading dimension of the model's first argument, or with fisher_mode "batch" of every layer's input
+        (set `.batch_size` on the block's value when it varies); loss_scale the factor on the loss; labels is
+        only recorded; check_samples and rows_to_samples as in `estimate_fisher`, for every call of the model
+        itself. Train or eval mode is the caller's choice.
         Compiled models run eagerly inside. At the end every adapted layer must have been reached, else
         `TargetError` or `FisherError`; an exception or non-finite values discard what the block gathered.
 
         >>> with ewc.accumulate_fisher():
         ...     for x, y in loader: criterion(model(x), y).backward()
         """
+        options = (reduction, batch_size, loss_scale, check_samples, rows_to_samples)
+        with self._pass(labels, *options) as running, running.watched():
+            yield running
+
+    @contextmanager
+    def _pass(self, labels: str, *options: Any, **more: Any) -> Iterator[FisherPass]:
+        """A pass whose Fisher is added to the task's; options as in `FisherPass`."""
         self._check()
-        running = FisherPass(self._placement, self.fisher_mode, reduction, batch_size, loss_scale)
-        with running:
+        with FisherPass(self._placement, self.fisher_mode, *options, **more) as running:
             yield running
         self._add(running.result(labels, self.check_finite))
 
@@ -187,6 +199,8 @@ class EWC:
         logits_fn: Callable[[Any], Tensor] = passes.default_logits,
         batch_size_fn: Callable[[Any], int] = passes.batch_size_of,
         generator: torch.Generator | None = None,
+        check_samples: bool = True,
+        rows_to_samples: Mapping[str, RowsToSamples] | None = None,
     ) -> None:
         """Adds the Fisher of the data in `loader` to the current task's, in eval mode; modes and gradients
         are restored.
@@ -195,8 +209,16 @@ class EWC:
         -> (output, targets) adapts others. loss_fn(output, y) is a mean over samples (reduction "mean"; or
         "sum"); None takes output.loss if there is one, else -log p(y). labels: "empirical"; "sampled", y ~
         softmax(logits_fn(output)) with `generator`; "exact", the expectation over classes of -log p, one
-        backward per class, without loss_fn. Raises `FisherError` for an empty loader or non-finite values and
-        `TargetError` for layers that never ran; what this call gathered is then discarded.
+        backward per class, without loss_fn.
+
+        With fisher_mode "sample" the pass runs the first and the last sample of the first batch alone, to
+        find which rows of each layer's input belong to which sample. False for check_samples skips that and
+        vouches that every input has the samples first, in order. rows_to_samples, by layer: function(x
+        `[rows, d]`) -> the sample of each row, for rows in no fixed order (routed experts).
+
+        Raises `FisherError` for an empty loader, non-finite values, samples that act on each other or rows
+        whose sample is unknown, and `TargetError` for layers that never ran; what this call gathered is then
+        discarded.
 
         >>> ewc.estimate_fisher(loader, torch.nn.functional.cross_entropy, labels="sampled")
         """
@@ -209,15 +231,20 @@ class EWC:
             torch.enable_grad(),
             passes.evaluation_mode(model),
             passes.gradients_untouched(model) as clear_gradients,
-            self.accumulate_fisher(policy.backward_reduction, labels=labels) as passing,
+            self._pass(
+                labels,
+                policy.backward_reduction,
+                check_samples=check_samples,
+                rows_to_samples=rows_to_samples,
+            ) as passing,
         ):
             passing.samples = 0
             for batch in passes.limited(loader, max_batches, progress):
                 samples = batch_size_fn(batch)
                 if samples == 0:
                     continue
-                passing.batch_size = samples
-                output, targets = forward(model, passes.to_device(batch, device))
+                batch = passes.to_device(batch, device)
+                output, targets = passing.forward(lambda part: forward(model, part), batch, samples)
                 for loss, keep_graph in policy.passes(output, targets):
                     passes.check_loss(loss)
                     loss.backward(retain_graph=keep_graph)

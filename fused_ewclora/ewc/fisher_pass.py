@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from ..errors import ArgumentError, FisherError, TargetError
 from ..layers.finite import nonfinite
-from ..ops.capture import FisherCapture
+from ..ops.capture import FisherCapture, RowsToSamples
 from .placement import Placement
+from .sample_check import SampleCheck
 from .state import TaskFisher
 
 
@@ -30,7 +32,7 @@ class FisherPass:
     """Inside the block every backward pass through the adapted layers adds to fresh buffers.
 
     `batch_size` may be set before a batch: the number of samples in it. None takes the leading dimension of
-    each layer's input.
+    the model's first argument, or without a check of the samples of each layer's input.
     """
 
     def __init__(
@@ -40,6 +42,8 @@ class FisherPass:
         reduction: str = "mean",
         batch_size: int | None = None,
         loss_scale: float = 1.0,
+        check_samples: bool = True,
+        rows_to_samples: Mapping[str, RowsToSamples] | None = None,
     ) -> None:
         if not (isinstance(loss_scale, (int, float)) and math.isfinite(loss_scale) and loss_scale > 0):
             raise ArgumentError(f"loss_scale: expected a finite number > 0, got {loss_scale!r}")
@@ -47,6 +51,10 @@ class FisherPass:
         self._mode, self._reduction, self._loss_scale = mode, reduction, float(loss_scale)
         self._batch_size: int | None = None
         self._largest = 0
+        self._rows_to_samples = checked_functions(rows_to_samples, self._layers)
+        if not isinstance(check_samples, bool):
+            raise ArgumentError(f"check_samples: expected True or False, got {check_samples!r}")
+        self._check_samples = check_samples and mode == "sample"  # a sum over a batch needs no order
         self._captures: dict[str, FisherCapture] = {}
         self._stance: AbstractContextManager[Any] = nullcontext()
         self._calls: dict[str, int] = {}
@@ -80,7 +88,8 @@ class FisherPass:
                 raise FisherError(f"{name}: its adapter is disabled; leave the `disabled` block first")
         options = (self._mode, self._reduction, self._loss_scale, self._batch_size)
         self._captures = {
-            name: self._placement.capture(layer, *options) for name, layer in self._layers.items()
+            name: self._placement.capture(layer, *options, name, self._rows_to_samples.get(name))
+            for name, layer in self._layers.items()
         }
         self._stance = eager()
         self._stance.__enter__()
@@ -88,6 +97,22 @@ class FisherPass:
         for name, layer in self._layers.items():
             layer.fisher_capture = self._captures[name]
         return self
+
+    def watched(self) -> AbstractContextManager[None]:
+        """Inside, every forward of the model itself is checked as `forward` checks a batch."""
+        if not self._check_samples:
+            return nullcontext()
+        return SampleCheck(self._placement, self._captures).by_hand(lambda: self._batch_size)
+
+    def forward(self, run: Callable[[Any], tuple[Any, Any]], batch: Any, samples: int) -> tuple[Any, Any]:
+        """run(batch), (output, targets) of a batch of `samples` samples, after which it is known which rows
+        of each layer's input belong to which of them; raises `FisherError` where it cannot be known."""
+        self.batch_size = samples
+        if not self._check_samples:
+            return run(batch)
+        checked = SampleCheck(self._placement, self._captures)
+        result: tuple[Any, Any] = checked.run(run, batch, samples, lambda result: result[0])
+        return result
 
     def finish_batch(self) -> None:
         """To be called after all backward passes of a batch: accumulates what layers hold back while they
@@ -165,6 +190,28 @@ class FisherPass:
                 "block's value before each batch"
             )
         return counts[high]
+
+
+def checked_functions(
+    functions: Mapping[str, RowsToSamples] | None, layers: Mapping[str, Any]
+) -> Mapping[str, RowsToSamples]:
+    """The functions by the names of layers; raises `ArgumentError` for anything else."""
+    if functions is None:
+        return {}
+    if not isinstance(functions, Mapping):
+        raise ArgumentError(
+            f"rows_to_samples: expected a mapping of layer names to functions, got {type(functions).__name__}"
+        )
+    for name, function in functions.items():
+        if name not in layers:
+            raise ArgumentError(
+                f"rows_to_samples: no adapted layer is called {name!r}; there are {_some(list(layers))}"
+            )
+        if not callable(function):
+            raise ArgumentError(
+                f"rows_to_samples[{name!r}]: expected a function, got {type(function).__name__}"
+            )
+    return dict(functions)
 
 
 def _some(names: list[str]) -> str:

@@ -47,6 +47,9 @@ class Placement(Protocol):
         """The result of `work`, which makes no collective calls; its error in one process is raised in every
         process."""
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process that holds a part of the model."""
+
     def wrapped(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Fishers as users see them, whole or as DTensors."""
 
@@ -103,6 +106,9 @@ class LocalPlacement:
 
     def agree(self, work: Callable[[], Result]) -> Result:
         return work()
+
+    def any(self, flag: bool) -> bool:
+        return flag
 
     def wrapped(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(tensors)

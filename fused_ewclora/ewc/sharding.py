@@ -83,6 +83,9 @@ class ShardedPlacement:
     def agree(self, work: Callable[[], Result]) -> Result:
         return together(work)
 
+    def any(self, flag: bool) -> bool:
+        return bool(self._reduced(int(flag), dist.ReduceOp.MAX))
+
     def _check_sharded(self, key: str, name: str, matrix: DTensor) -> None:
         if matrix.device_mesh != self.mesh:
             raise TargetError(f"mesh: {name} of {key} is sharded over {matrix.device_mesh}, not {self.mesh}")
@@ -284,11 +287,11 @@ class ShardedCapture(FisherCapture):
     group: dist.ProcessGroup
     others: list[dist.ProcessGroup]
 
-    def _add(self, index: int, x: Tensor, dy: Tensor, weight: float) -> None:
+    def _add(self, index: int, x: Tensor, dy: Tensor, weight: float, offsets: Tensor | None) -> None:
         fisher, share = self.fishers[index], self.shares[index]
         columns = fisher.shape[1]
         everything = fisher.new_zeros(share.chunk * self.group.size(), columns)
-        self._accumulate_into(everything[: share.rows], x, dy, weight)
+        self._accumulate_into(everything[: share.rows], x, dy, weight, offsets)
         mine = everything.new_empty(share.chunk, columns)
         dist.reduce_scatter_tensor(mine, everything, group=self.group)
         for group in self.others:

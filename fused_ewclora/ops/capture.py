@@ -8,20 +8,36 @@ squared.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, FisherError
 from . import schemas
 from .dispatch import current_backend
+from .sample_order import Ends, Order, Watch
 
 Rows = tuple[tuple[int, int], ...]
+RowsToSamples = Callable[[Tensor], Tensor]
 MODES = ("sample", "batch")
 REDUCTIONS = ("mean", "sum")
 
 
 def _inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+@dataclass(frozen=True)
+class _Call:
+    """x and dy of one call: `[N, T, d]`, or `[rows, d]` where `index` `[rows]` holds the sample of each row,
+    or with mode "batch" `[1, rows, d]`."""
+
+    x: Tensor
+    dy: Tensor
+    samples: int
+    index: Tensor | None = None
 
 
 class FisherCapture:
@@ -37,6 +53,11 @@ class FisherCapture:
         loss_scale: factor on the loss (gradient scaling); squares are divided by its square, in fp32.
         batch_size: samples per batch; None takes the leading dimension of the layer's input. May be set
             before each batch.
+        name: of the layer, for messages.
+        rows_to_samples: of x flattened to `[rows, d_in]` the sample of each row, for mode "sample".
+
+    Without `rows_to_samples`, mode "sample" takes the rows of x in one of the orders that `add_order` has
+    named, and as long as there is none samples first.
     """
 
     def __init__(
@@ -47,6 +68,8 @@ class FisherCapture:
         reduction: str = "mean",
         loss_scale: float = 1.0,
         batch_size: int | None = None,
+        name: str = "",
+        rows_to_samples: RowsToSamples | None = None,
     ) -> None:
         if mode not in MODES:
             raise ArgumentError(f"mode: expected one of {MODES}, got {mode!r}")
@@ -54,28 +77,62 @@ class FisherCapture:
             raise ArgumentError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
         if len(fishers) != len(rows):
             raise ArgumentError(f"rows: expected {len(fishers)} entries, one per Fisher, got {len(rows)}")
-        self.fishers, self.rows = fishers, rows
+        self.fishers, self.rows, self.name = fishers, rows, name or "a layer"
         self.mode, self.reduction, self.loss_scale, self.batch_size = mode, reduction, loss_scale, batch_size
+        self.rows_to_samples = rows_to_samples
         self.samples = 0
         self.batches = 0
+        # During a forward that is watched, or that only looks.
+        self.watch: Watch | None = None
+        self.probed: list[Tensor] | None = None
+        # Whether its orders were looked for; then no other is taken for granted.
+        self.checked = False
+        # The samples of the latest forward that was watched, where batch_size does not tell.
+        self._watched_samples: int | None = None
+        self._orders: dict[int, list[Order]] = {}  # by number of dimensions
         self._calls = 0  # calls of the layer in the latest forward pass
         # That forward pass had a backward; a retained graph may have more, each with as many calls.
         self._closed = False
-        self._held: list[tuple[Tensor, Tensor]] = []
+        self._held: list[_Call] = []
 
-    def note_forward(self) -> None:
-        """Count a call of the layer, but not its recomputation under checkpointing, inside a backward."""
+    def add_order(self, dims: int, order: Order) -> None:
+        """From now on inputs of `dims` dimensions may have this order."""
+        known = self._orders.setdefault(dims, [])
+        if order not in known:
+            known.append(order)
+
+    def note_forward(self, x: Tensor) -> None:
+        """Count a call of the layer, but not its recomputation under checkpointing, inside a backward, nor
+        one of a forward that only looks."""
         if _inside_backward():
             return
+        if self.probed is not None:
+            self.probed.append(x.detach())
+            return
+        self._watched_samples = None
+        if self.watch is not None:
+            self._watched_samples = self.watch.samples
+            self.watch.calls.append(self._unknown(x, self.watch.samples))
         if self._held:
             self.finish()
         if self._closed:
             self._calls, self._closed = 0, False
         self._calls += 1
 
+    def _unknown(self, x: Tensor, samples: int) -> Ends | None:
+        """What is needed to find the order of x; None when it is known, or nothing depends on it."""
+        if samples == 1 or x.numel() == 0 or self.rows_to_samples is not None or self.mode == "batch":
+            return None
+        return None if self._order(x, samples) else Ends.of(x, samples)
+
+    def _order(self, x: Tensor, samples: int) -> Order | None:
+        """The one known order that fits the shape of x."""
+        fitting = [order for order in self._orders.get(x.dim(), ()) if order.fits(x, samples)]
+        return fitting[0] if len(fitting) == 1 else None
+
     def record(self, x: Tensor, dy: Tensor) -> None:
         """Take x `[..., d_in]` and dy `[..., d_out]` of one call; called from the op's backward."""
-        self._held.append((self._by_sample(x), self._by_sample(dy)))
+        self._held.append(self._call(x, dy))
         if len(self._held) >= self._calls:
             self.finish()
 
@@ -85,29 +142,84 @@ class FisherCapture:
         held, self._held, self._closed = self._held, [], True
         if not held:
             return
-        sizes = sorted({x.shape[0] for x, _ in held})
+        sizes = sorted({call.samples for call in held})
         if len(sizes) > 1:
             raise FisherError(
-                f"batch_size: a layer was called with {sizes} samples in one forward pass; give their number"
+                f"batch_size: {self.name} was called with {sizes} samples in one forward pass; give their "
+                "number"
             )
-        x = held[0][0] if len(held) == 1 else torch.cat([x for x, _ in held], dim=1)
-        dy = held[0][1] if len(held) == 1 else torch.cat([dy for _, dy in held], dim=1)
-        self._accumulate(x, dy)
+        dim = 0 if held[0].index is not None else 1
+        x = held[0].x if len(held) == 1 else torch.cat([call.x for call in held], dim)
+        dy = held[0].dy if len(held) == 1 else torch.cat([call.dy for call in held], dim)
+        index = [call.index for call in held if call.index is not None]
+        if index:
+            self._accumulate(*_sorted_by_sample(x, dy, torch.cat(index), sizes[0]))
+        else:
+            self._accumulate(x, dy, sizes[0])
 
-    def _by_sample(self, tensor: Tensor) -> Tensor:
-        """`[N, T, d]`; extra dimensions are tokens, and samples spread over several leading rows (windows)
-        are rejoined."""
+    def _call(self, x: Tensor, dy: Tensor) -> _Call:
+        samples = self.batch_size or self._watched_samples
+        if self.mode == "sample" and self.rows_to_samples is not None:
+            index, samples = self._index(self.rows_to_samples, _rows(x), samples)
+            return _Call(_rows(x), _rows(dy), samples, index)
+        samples = samples or self._samples_of(x)
+        if self.mode == "batch":
+            return _Call(_rows(x)[None], _rows(dy)[None], samples)
+        return _Call(self._by_sample(x, samples), self._by_sample(dy, samples), samples)
+
+    def _samples_of(self, x: Tensor) -> int:
+        """The samples in x by its order, or its leading dimension."""
+        known = self._orders.get(x.dim(), ())
+        for order in known:
+            if x.shape[order.dim] % order.rows == 0:
+                return x.shape[order.dim] // order.rows
+        return x.shape[0] if x.dim() > 1 else 1
+
+    def _by_sample(self, tensor: Tensor, samples: int) -> Tensor:
+        """`[N, T, d]`, a view where that is possible; other dimensions are tokens."""
+        features = tensor.shape[-1]
+        if samples == 0 or tensor.numel() == 0:  # adds nothing
+            return tensor.new_empty(samples, 0, features)
+        if samples == 1:
+            return tensor.reshape(1, -1, features)
+        order = self._order(tensor, samples)
+        if order is None:
+            order = self._leading(tensor, samples)
+        rows = order.samples_first(tensor, samples)
+        return rows.reshape(samples, rows.shape[1:-1].numel(), features)
+
+    def _leading(self, tensor: Tensor, samples: int) -> Order:
+        """Samples first, which is the rule as long as nothing else is known."""
         leading = tensor.shape[0] if tensor.dim() > 1 else 1
-        if leading == 0:  # an empty batch adds nothing
-            return tensor.reshape(0, 1, tensor.shape[-1])
-        samples = self.batch_size or leading
-        count = tensor.numel() // tensor.shape[-1]
+        if self.checked:
+            raise FisherError(
+                f"{self.name}: {samples} samples have no single order, of those that the check of the "
+                f"samples found, in its input {list(tensor.shape)}. {ways_out(self.name)}"
+            )
         if leading % samples:
             raise FisherError(
-                f"batch_size: {samples} samples do not divide the {leading} leading rows of a layer's input; "
-                "the tokens of one sample must arrive in one batch, samples first"
+                f"batch_size: {samples} samples do not divide the {leading} leading rows of the input "
+                f"{list(tensor.shape)} of {self.name}. {ways_out(self.name)}"
             )
-        return tensor.reshape(samples, count // samples, tensor.shape[-1])
+        return Order(0, leading // samples)
+
+    def _index(self, function: RowsToSamples, rows: Tensor, samples: int | None) -> tuple[Tensor, int]:
+        """(the sample of each row, checked; the number of samples)."""
+        if samples is None:
+            raise FisherError(f"batch_size: rows_to_samples of {self.name} needs the number of samples")
+        index, where = function(rows), f"rows_to_samples[{self.name!r}]"
+        if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+            got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+            raise FisherError(f"{where}: expected an int64 tensor, got {got}")
+        if index.shape != rows.shape[:1]:
+            raise FisherError(
+                f"{where}: expected the sample of each of the {rows.shape[0]} rows of x, got shape "
+                f"{list(index.shape)}"
+            )
+        index = index.to(device=rows.device, dtype=torch.int64)
+        if index.numel() and not 0 <= (low := int(index.min())) <= (high := int(index.max())) < samples:
+            raise FisherError(f"{where}: expected samples from 0 to {samples - 1}, got {low} to {high}")
+        return index, samples
 
     def _factor(self, samples: int) -> float:
         if self.mode == "sample":
@@ -116,19 +228,42 @@ class FisherCapture:
             factor = float(samples) if self.reduction == "mean" else 1.0 / samples
         return factor / self.loss_scale**2
 
-    def _accumulate(self, x: Tensor, dy: Tensor) -> None:
-        samples = x.shape[0]
+    def _accumulate(self, x: Tensor, dy: Tensor, samples: int, offsets: Tensor | None = None) -> None:
         if samples == 0:
             return
         for index, ranges in enumerate(self.rows):
             parts = [dy[..., start:stop] for start, stop in ranges]
             dy_rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-            self._add(index, x, dy_rows, self._factor(samples))
+            self._add(index, x, dy_rows, self._factor(samples), offsets)
         self.samples += samples
         self.batches += 1
 
-    def _add(self, index: int, x: Tensor, dy: Tensor, weight: float) -> None:
-        self._accumulate_into(self.fishers[index], x, dy, weight)
+    def _add(self, index: int, x: Tensor, dy: Tensor, weight: float, offsets: Tensor | None) -> None:
+        self._accumulate_into(self.fishers[index], x, dy, weight, offsets)
 
-    def _accumulate_into(self, fisher: Tensor, x: Tensor, dy: Tensor, weight: float) -> None:
-        schemas.fisher_accumulate_(fisher, x, dy, self.mode, weight, None, current_backend())
+    def _accumulate_into(
+        self, fisher: Tensor, x: Tensor, dy: Tensor, weight: float, offsets: Tensor | None
+    ) -> None:
+        if x.shape[:-1].numel():
+            schemas.fisher_accumulate_(fisher, x, dy, self.mode, weight, offsets, current_backend())
+
+
+def ways_out(name: str) -> str:
+    """What helps where the rows of a sample cannot be told, in words."""
+    return (
+        f"Leave the layer out (exclude_modules), say which rows belong to which sample "
+        f'(rows_to_samples={{"{name}": function}}), or use fisher_mode="batch", which needs no order'
+    )
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _sorted_by_sample(
+    x: Tensor, dy: Tensor, index: Tensor, samples: int
+) -> tuple[Tensor, Tensor, int, Tensor]:
+    """(x, dy, samples, offsets): rows in the order of their samples, and where each sample begins."""
+    index, order = index.sort(stable=True)
+    counts = torch.bincount(index, minlength=samples)
+    return x[order], dy[order], samples, torch.cat([counts.new_zeros(1), counts.cumsum(0)])

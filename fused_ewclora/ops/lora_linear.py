@@ -56,7 +56,7 @@ class LoRALinearFunction(torch.autograd.Function):
         ctx.save_for_backward(*kept, *tensors_and_seed)
         ctx.meta, ctx.scale_factors, ctx.capture = meta, scale_factors, capture
         if capture is not None:
-            capture.note_forward()
+            capture.note_forward(x)
         return y
 
     @staticmethod

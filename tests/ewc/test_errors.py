@@ -319,13 +319,18 @@ def test_bad_pass_arguments(batch_size):
             raise AssertionError("the block must not run")
 
 
-def test_indivisible_samples():
-    """Sample counts that do not divide the rows are refused."""
+@pytest.mark.parametrize("check", [True, False])
+def test_indivisible_samples(check):
+    """Sample counts that do not divide the rows are refused, and the layer is named."""
     model = adapted()
     ewc = EWC(model)
     before = state_of(model, ewc)
     x, y = data(5)
-    with pytest.raises(FisherError, match="batch_size: 4 samples"), ewc.accumulate_fisher(batch_size=4):
+    words = r"batch_size: .* 4 samples .*\[5, 3, 6\]" if check else "batch_size: 4 samples .* 5 .* of fc"
+    with (
+        pytest.raises(FisherError, match=words),
+        ewc.accumulate_fisher(batch_size=4, check_samples=check),
+    ):
         F.cross_entropy(model(x), y).backward()
     assert_unchanged(before, model, ewc)
 
