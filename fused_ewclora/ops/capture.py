@@ -101,14 +101,20 @@ class FisherCapture:
         if order not in known:
             known.append(order)
 
-    def note_forward(self, x: Tensor) -> None:
+    def note_forward(self, x: Tensor) -> Tensor | None:
         """Count a call of the layer, but not its recomputation under checkpointing, inside a backward, nor
-        one of a forward that only looks."""
-        if _inside_backward():
-            return
+        one of a forward that only looks; returns what `record` takes as `index`."""
         if self.probed is not None:
             self.probed.append(x.detach())
-            return
+            return None
+        if not _inside_backward():
+            self._count(x)
+        if self.rows_to_samples is None or self.mode == "batch":
+            return None
+        # Now, because the function may read what the same forward pass wrote.
+        return self._index(self.rows_to_samples, _rows(x.detach()))
+
+    def _count(self, x: Tensor) -> None:
         self._watched_samples = None
         if self.watch is not None:
             self._watched_samples = self.watch.samples
@@ -130,9 +136,12 @@ class FisherCapture:
         fitting = [order for order in self._orders.get(x.dim(), ()) if order.fits(x, samples)]
         return fitting[0] if len(fitting) == 1 else None
 
-    def record(self, x: Tensor, dy: Tensor) -> None:
-        """Take x `[..., d_in]` and dy `[..., d_out]` of one call; called from the op's backward."""
-        self._held.append(self._call(x, dy))
+    def record(self, x: Tensor, dy: Tensor, index: Tensor | None = None) -> None:
+        """Take x `[..., d_in]` and dy `[..., d_out]` of one call, and what `note_forward` gave for it; called
+        from the op's backward."""
+        if self.probed is not None:  # a model that differentiates inside its forward
+            return
+        self._held.append(self._call(x, dy, index))
         if len(self._held) >= self._calls:
             self.finish()
 
@@ -157,12 +166,10 @@ class FisherCapture:
         else:
             self._accumulate(x, dy, sizes[0])
 
-    def _call(self, x: Tensor, dy: Tensor) -> _Call:
-        samples = self.batch_size or self._watched_samples
-        if self.mode == "sample" and self.rows_to_samples is not None:
-            index, samples = self._index(self.rows_to_samples, _rows(x), samples)
+    def _call(self, x: Tensor, dy: Tensor, index: Tensor | None) -> _Call:
+        samples = self.batch_size or self._watched_samples or self._samples_of(x)
+        if index is not None:
             return _Call(_rows(x), _rows(dy), samples, index)
-        samples = samples or self._samples_of(x)
         if self.mode == "batch":
             return _Call(_rows(x)[None], _rows(dy)[None], samples)
         return _Call(self._by_sample(x, samples), self._by_sample(dy, samples), samples)
@@ -203,8 +210,9 @@ class FisherCapture:
             )
         return Order(0, leading // samples)
 
-    def _index(self, function: RowsToSamples, rows: Tensor, samples: int | None) -> tuple[Tensor, int]:
-        """(the sample of each row, checked; the number of samples)."""
+    def _index(self, function: RowsToSamples, rows: Tensor) -> Tensor:
+        """The sample of each row, checked."""
+        samples = self.batch_size or self._watched_samples
         if samples is None:
             raise FisherError(f"batch_size: rows_to_samples of {self.name} needs the number of samples")
         index, where = function(rows), f"rows_to_samples[{self.name!r}]"
@@ -219,7 +227,7 @@ class FisherCapture:
         index = index.to(device=rows.device, dtype=torch.int64)
         if index.numel() and not 0 <= (low := int(index.min())) <= (high := int(index.max())) < samples:
             raise FisherError(f"{where}: expected samples from 0 to {samples - 1}, got {low} to {high}")
-        return index, samples
+        return index
 
     def _factor(self, samples: int) -> float:
         if self.mode == "sample":

@@ -56,7 +56,7 @@ class LoRALinearFunction(torch.autograd.Function):
         ctx.save_for_backward(*kept, *tensors_and_seed)
         ctx.meta, ctx.scale_factors, ctx.capture = meta, scale_factors, capture
         if capture is not None:
-            capture.note_forward(x)
+            ctx.rows_to_samples = capture.note_forward(x)
         return y
 
     @staticmethod
@@ -65,7 +65,7 @@ class LoRALinearFunction(torch.autograd.Function):
         x, weight, bias, z, *tensors, seed = ctx.saved_tensors
         meta, needs = ctx.meta, list(ctx.needs_input_grad[4:-1])
         if ctx.capture is not None:
-            ctx.capture.record(x, dy)
+            ctx.capture.record(x, dy, ctx.rows_to_samples)
         grads = iter(
             schemas.lora_linear_backward(
                 dy, x, weight, bias, z, *by_kind(tensors), ctx.scale_factors, meta.rows, meta.dropout_p, seed,
