@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -15,12 +15,17 @@ def take_sample(value: Any, index: int, samples: int) -> Any:
     unless they hold parts of the batch themselves, as (x, y) of two samples does. Everything else stays.
     The outermost tuple or list holds parts of the batch.
     """
-    return _taken(value, slice(index, index + 1), samples)
+    return _taken(value, lambda part: part[index : index + 1], samples)
 
 
 def take_ends(value: Any, samples: int) -> Any:
     """The same cut down to the first and the last of at least 2 samples."""
-    return _taken(value, slice(0, samples, samples - 1), samples)
+    return _taken(value, lambda part: part[0 : samples : samples - 1], samples)
+
+
+def reverse_samples(value: Any, samples: int) -> Any:
+    """The same with all samples in reverse."""
+    return _taken(value, lambda part: part.flip(0) if isinstance(part, Tensor) else part[::-1], samples)
 
 
 def tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
@@ -46,15 +51,15 @@ def described(value: Any) -> Any:
     return None
 
 
-def _taken(value: Any, which: slice, samples: int) -> Any:
+def _taken(value: Any, which: Callable[[Any], Any], samples: int) -> Any:
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
         return type(value)(_take(part, which, samples) for part in value)
     return _take(value, which, samples)
 
 
-def _take(value: Any, which: slice, samples: int) -> Any:
+def _take(value: Any, which: Callable[[Any], Any], samples: int) -> Any:
     if isinstance(value, Tensor):
-        return value[which] if _per_sample(value, samples) else value
+        return which(value) if _per_sample(value, samples) else value
     if isinstance(value, Mapping):
         parts = {key: _take(part, which, samples) for key, part in value.items()}
         # Outputs of transformers are mappings with attributes; their class takes the entries by name.
@@ -63,7 +68,7 @@ def _take(value: Any, which: slice, samples: int) -> Any:
         return type(value)(*(_take(part, which, samples) for part in value))
     if isinstance(value, (tuple, list)):
         if len(value) == samples and not all(_per_sample(part, samples) for part in value):
-            return value[which]
+            return which(value)
         return type(value)(_take(part, which, samples) for part in value)
     return value
 

@@ -56,6 +56,7 @@ class FisherPass:
             raise ArgumentError(f"check_samples: expected True or False, got {check_samples!r}")
         self._check_samples = check_samples and mode == "sample"  # a sum over a batch needs no order
         self._captures: dict[str, FisherCapture] = {}
+        self._check: SampleCheck | None = None
         self._stance: AbstractContextManager[Any] = nullcontext()
         self._calls: dict[str, int] = {}
         # Set by estimate_fisher, whose "exact" policy passes each sample several times.
@@ -91,6 +92,8 @@ class FisherPass:
             name: self._placement.capture(layer, *options, name, self._rows_to_samples.get(name))
             for name, layer in self._layers.items()
         }
+        if self._check_samples:
+            self._check = SampleCheck(self._placement, self._captures)
         self._stance = eager()
         self._stance.__enter__()
         self._calls = {name: layer.forward_calls for name, layer in self._layers.items()}
@@ -100,19 +103,13 @@ class FisherPass:
 
     def watched(self) -> AbstractContextManager[None]:
         """Inside, every forward of the model itself is checked as `forward` checks a batch."""
-        if not self._check_samples:
-            return nullcontext()
-        return SampleCheck(self._placement, self._captures).by_hand(lambda: self._batch_size)
+        return nullcontext() if self._check is None else self._check.by_hand(lambda: self._batch_size)
 
     def forward(self, run: Callable[[Any], tuple[Any, Any]], batch: Any, samples: int) -> tuple[Any, Any]:
         """run(batch), (output, targets) of a batch of `samples` samples, after which it is known which rows
         of each layer's input belong to which of them; raises `FisherError` where it cannot be known."""
         self.batch_size = samples
-        if not self._check_samples:
-            return run(batch)
-        checked = SampleCheck(self._placement, self._captures)
-        result: tuple[Any, Any] = checked.run(run, batch, samples, lambda result: result[0])
-        return result
+        return run(batch) if self._check is None else self._check.run(run, batch, samples)
 
     def finish_batch(self) -> None:
         """To be called after all backward passes of a batch: accumulates what layers hold back while they

@@ -8,7 +8,7 @@ squared.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +56,7 @@ class FisherCapture:
         name: of the layer, for messages.
         rows_to_samples: of x flattened to `[rows, d_in]` the sample of each row, for mode "sample".
 
-    Without `rows_to_samples`, mode "sample" takes the rows of x in one of the orders that `add_order` has
+    Without `rows_to_samples`, mode "sample" takes the rows of x in one of the orders that `add_orders` has
     named, and as long as there is none samples first.
     """
 
@@ -84,9 +84,8 @@ class FisherCapture:
         self.batches = 0
         # During a forward that is watched, or that only looks.
         self.watch: Watch | None = None
-        self.probed: list[Tensor] | None = None
-        # Whether its orders were looked for; then no other is taken for granted.
-        self.checked = False
+        self.look: Callable[[Tensor], None] | None = None
+        self._checked = False
         # The samples of the latest forward that was watched, where batch_size does not tell.
         self._watched_samples: int | None = None
         self._orders: dict[int, list[Order]] = {}  # by number of dimensions
@@ -95,17 +94,18 @@ class FisherCapture:
         self._closed = False
         self._held: list[_Call] = []
 
-    def add_order(self, dims: int, order: Order) -> None:
-        """From now on inputs of `dims` dimensions may have this order."""
-        known = self._orders.setdefault(dims, [])
-        if order not in known:
-            known.append(order)
+    def add_orders(self, orders: Mapping[int, Sequence[Order]]) -> None:
+        """From now on inputs may have these orders, by their number of dimensions, and no others."""
+        self._checked = True
+        for dims, found in orders.items():
+            known = self._orders.setdefault(dims, [])
+            known += [order for order in dict.fromkeys(found) if order not in known]
 
     def note_forward(self, x: Tensor) -> Tensor | None:
         """Count a call of the layer, but not its recomputation under checkpointing, inside a backward, nor
         one of a forward that only looks; returns what `record` takes as `index`."""
-        if self.probed is not None:
-            self.probed.append(x.detach())
+        if self.look is not None:
+            self.look(x.detach())
             return None
         if not _inside_backward():
             self._count(x)
@@ -139,7 +139,7 @@ class FisherCapture:
     def record(self, x: Tensor, dy: Tensor, index: Tensor | None = None) -> None:
         """Take x `[..., d_in]` and dy `[..., d_out]` of one call, and what `note_forward` gave for it; called
         from the op's backward."""
-        if self.probed is not None:  # a model that differentiates inside its forward
+        if self.look is not None:  # a model that differentiates inside its forward
             return
         self._held.append(self._call(x, dy, index))
         if len(self._held) >= self._calls:
@@ -198,7 +198,7 @@ class FisherCapture:
     def _leading(self, tensor: Tensor, samples: int) -> Order:
         """Samples first, which is the rule as long as nothing else is known."""
         leading = tensor.shape[0] if tensor.dim() > 1 else 1
-        if self.checked:
+        if self._checked:
             raise FisherError(
                 f"{self.name}: {samples} samples have no single order, of those that the check of the "
                 f"samples found, in its input {list(tensor.shape)}. {ways_out(self.name)}"
@@ -225,7 +225,8 @@ class FisherCapture:
                 f"{list(index.shape)}"
             )
         index = index.to(device=rows.device, dtype=torch.int64)
-        if index.numel() and not 0 <= (low := int(index.min())) <= (high := int(index.max())) < samples:
+        low, high = (int(index.min()), int(index.max())) if index.numel() else (0, 0)
+        if low < 0 or high >= samples:
             raise FisherError(f"{where}: expected samples from 0 to {samples - 1}, got {low} to {high}")
         return index
 

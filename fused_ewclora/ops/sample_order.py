@@ -84,6 +84,24 @@ class Ends:
         return (torch.linalg.vector_norm(a - b, dim=-1) / scale).clamp(max=1.0).mean()
 
 
+@torch.no_grad()
+def marks(tensor: Tensor) -> Tensor:
+    """One number per row of `[rows, d]`, which tells different rows apart, in units of the norm of the median
+    row."""
+    rows = _finite_rows(tensor)
+    drawn = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0))
+    typical = torch.linalg.vector_norm(rows, dim=-1).median().clamp(min=torch.finfo(rows.dtype).tiny)
+    return rows @ drawn.to(rows) / typical
+
+
+def reversal(here: Tensor, there: Tensor, order: Order, samples: int) -> Tensor:
+    """How much the marks of a batch differ, in the sample where they differ most, from those of the batch
+    with its samples reversed, 0-d."""
+    there = order.samples_first(there[:, None], samples).flip(0)
+    difference = (order.samples_first(here[:, None], samples) - there).abs().clamp(max=1.0)
+    return difference.flatten(1).mean(1).amax()
+
+
 def _finite_rows(tensor: Tensor) -> Tensor:
     acc = torch.promote_types(tensor.dtype, torch.float32)
     return tensor.reshape(-1, tensor.shape[-1]).to(acc).nan_to_num(0.0, 0.0, 0.0)

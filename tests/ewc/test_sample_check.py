@@ -230,7 +230,10 @@ def test_calls_with_indices():
     [
         (lambda x: None, "expected an int64 tensor, got NoneType"),
         (lambda x: torch.zeros(len(x)), "expected an int64 tensor, got torch.float32"),
-        (lambda x: torch.zeros(3, dtype=torch.int64), r"each of the 12 rows of x, got shape \[3\]"),
+        (
+            lambda x: torch.zeros(3, dtype=torch.int64),
+            r"expected the sample of each of the 12 rows of x, got shape \[3\]",
+        ),
         (lambda x: torch.arange(len(x)), "expected samples from 0 to 2, got 0 to 11"),
         (lambda x: torch.arange(len(x)) - 1, "expected samples from 0 to 2, got -1 to 10"),
     ],
@@ -336,7 +339,7 @@ def test_alike_rows():
     """Rows that are all alike fit two orders; one order that the shape decides needs no contents."""
     zeros = [(torch.zeros(4, 4, WIDTH, dtype=torch.float64), torch.zeros(4, dtype=torch.int64))]
     _, ewc = adapted(Net(*ORDERS["rows"]))
-    with pytest.raises(FisherError, match="fc: .* alike"):
+    with pytest.raises(FisherError, match=r"fc: .* alike"):
         ewc.estimate_fisher(zeros, F.cross_entropy)
     _, ewc = adapted(Net(*ORDERS["sequence first"]))
     ewc.estimate_fisher(zeros, F.cross_entropy)
@@ -352,7 +355,7 @@ def test_sequence_first_loader():
     for tokens in (4, 6, 8):
         _, ewc = adapted(First())
         x, y = data(4, tokens)
-        with pytest.raises(FisherError, match="fc: |output: has 4 leading rows"):
+        with pytest.raises(FisherError, match=r"fc: |output: has 4 leading rows"):
             ewc.estimate_fisher([(x.transpose(0, 1), y)], F.cross_entropy)
 
 
@@ -394,7 +397,7 @@ def test_not_alone():
             return super().forward(x)
 
     _, ewc = adapted(Pairs())
-    refused(_, ewc, "cannot run on one sample .*expected pairs.*check_samples=False")
+    refused(_, ewc, r"cannot run on one sample .*expected pairs.*check_samples=False")
     ewc.estimate_fisher([data(4)], F.cross_entropy, check_samples=False)
 
 
@@ -420,7 +423,7 @@ def test_random_forward():
 
 
 def test_train_mode():
-    """By hand in train mode dropout gives no false alarm, and the orders are right; buffers and modes stay."""
+    """By hand in train mode dropout gives no false alarm, the orders are right, buffers and modes stay."""
 
     class Dropping(Net):
         def __init__(self, *functions) -> None:
@@ -435,7 +438,7 @@ def test_train_mode():
     model.train()
     with pytest.raises(FisherError, match="norm: batch normalisation in train mode"), ewc.accumulate_fisher():
         model(x)
-    model.train().norm.eval()
+    model.norm.eval().reset_running_stats()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with ewc.accumulate_fisher():
         F.cross_entropy(model(x), y).backward()
