@@ -21,7 +21,9 @@ from ..layers.inject import adapters
 from . import estimation as passes
 from .consolidate import consolidate
 from .fisher_pass import FisherPass
+from .pass_checks import ModelCheck, PassChecks
 from .placement import LocalPlacement, Placement
+from .restoring import Undo, enable_gradients, enter_evaluation, set_gradients_aside
 from .settings import FISHER_MODES, MERGE_MODES, UPDATES, number, one_of
 from .state import EWCState, Expected, TaskFisher, TaskRecord, dump
 
@@ -57,6 +59,8 @@ class EWC:
         >>> ewc = EWC(model); loss = criterion(model(x), y) + ewc.penalty()
         >>> ewc.end_task(loader, criterion)
     """
+
+    _running = Undo()  # of the pass that was begun last
 
     def __init__(
         self,
@@ -166,9 +170,30 @@ class EWC:
         """
         self._check()
         running = FisherPass(self._placement, self.fisher_mode, reduction, batch_size, loss_scale)
-        with running:
+        undo = Undo()
+        with undo, undo:
+            self._begin(running, undo)
             yield running
         self._add(running.result(labels, self.check_finite))
+
+    def _begin(self, running: FisherPass, undo: Undo) -> None:
+        running.start(undo)
+        self._running = undo
+
+    def abort_fisher(self) -> None:
+        """Ends a pass whose block was left without ending it, as by an interrupt between the lines of a
+        program or a generator that nobody resumes.
+
+        The captures are removed from the layers, modes and gradients that `estimate_fisher` had set aside
+        are restored, and what the pass gathered is discarded: a block that goes on all the same raises
+        `FisherError` at its end. Fishers of passes that had ended before stay. Without a pass nothing
+        happens.
+
+        >>> ewc.abort_fisher()
+        """
+        self._running.abort()
+        for layer in self.layers.values():
+            layer.fisher_capture = None
 
     def _add(self, fisher: TaskFisher) -> None:
         old = self._state
@@ -182,48 +207,75 @@ class EWC:
         max_batches: int | None = None,
         progress: bool | None = None,
         *,
-        reduction: str = "mean",
+        reduction: str | None = None,
         forward: passes.Forward = passes.default_forward,
         logits_fn: Callable[[Any], Tensor] = passes.default_logits,
         batch_size_fn: Callable[[Any], int] = passes.batch_size_of,
         generator: torch.Generator | None = None,
+        check_samples: bool = True,
+        allow_empty: bool = False,
     ) -> None:
         """Adds the Fisher of the data in `loader` to the current task's, in eval mode; modes and gradients
         are restored.
 
         Batches are (x, y), x, or mappings for model(**batch) with targets "labels"; `forward(model, batch)`
-        -> (output, targets) adapts others. loss_fn(output, y) is a mean over samples (reduction "mean"; or
-        "sum"); None takes output.loss if there is one, else -log p(y). labels: "empirical"; "sampled", y ~
-        softmax(logits_fn(output)) with `generator`; "exact", the expectation over classes of -log p, one
-        backward per class, without loss_fn. Raises `FisherError` for an empty loader or non-finite values and
-        `TargetError` for layers that never ran; what this call gathered is then discarded.
+        -> (output, targets) adapts others; `batch_size_fn(batch)` counts samples. loss_fn(output, y) is a
+        mean or a sum over samples, as its own attribute or argument `reduction` says, else `reduction` (None:
+        "mean"); None takes -log p(y), summed over the targets of a sample, unless the model has a loss that
+        is something else. labels: "empirical"; "sampled", y ~ softmax(logits_fn(output)) with `generator`;
+        "exact", the expectation over classes of -log p, one backward per class, without loss_fn.
+        check_samples: compare losses that are not known with those of samples alone (docs/conventions.md).
+        allow_empty: a loader without samples adds zero, for one process of several. Raises `FisherError` for
+        an empty loader, non-finite values or a loss that is no mean over samples, `ArgumentError` for batches
+        whose parts disagree and `TargetError` for layers that never ran; what this call gathered is then
+        discarded, also after an interrupt.
 
         >>> ewc.estimate_fisher(loader, torch.nn.functional.cross_entropy, labels="sampled")
         """
         passes.check_labels(labels, self.fisher_mode)
-        policy = passes.LabelPolicy(labels, loss_fn, reduction, logits_fn, generator)
+        policy = passes.LabelPolicy(labels, loss_fn, reduction, logits_fn, generator, check_samples)
         passes.check_max_batches(max_batches)
+        self._check()
         device, model = self._device, passes.unwrapped(self.model)
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            passes.evaluation_mode(model),
-            passes.gradients_untouched(model) as clear_gradients,
-            self.accumulate_fisher(policy.backward_reduction, labels=labels) as passing,
-        ):
-            passing.samples = 0
+        running = FisherPass(self._placement, self.fisher_mode, policy.backward_reduction)
+        running.samples, running.allow_empty = 0, allow_empty
+        undo = Undo()
+        with torch.inference_mode(False), undo, undo:
+            enable_gradients(undo)
+            enter_evaluation(model, undo)
+            clear_gradients = set_gradients_aside(model, undo)
+            self._begin(running, undo)
+            compare = ModelCheck(
+                model,
+                self.layers,
+                forward,
+                policy.alone,
+                policy.loss_reduction,
+                clear_gradients,
+                batch_size_fn,
+            )
+            in_order = self.fisher_mode == "batch" and labels == "empirical"
+            checks = PassChecks(policy, self._placement, compare, in_order)
+            running.checks.append(checks.at_end)
             for batch in passes.limited(loader, max_batches, progress):
-                samples = batch_size_fn(batch)
+                samples = passes.check_samples_of(batch_size_fn(batch))
                 if samples == 0:
                     continue
-                passing.batch_size = samples
-                output, targets = forward(model, passes.to_device(batch, device))
-                for loss, keep_graph in policy.passes(output, targets):
+                running.batch_size = samples
+                batch = passes.to_device(batch, device)
+                output, targets = forward(model, batch)
+                for loss, keep_graph in policy.passes(output, targets, samples):
                     passes.check_loss(loss)
+                    if self.check_finite:
+                        policy.findings.loss(loss)
                     loss.backward(retain_graph=keep_graph)
-                    passing.finish_batch()
+                    running.finish_batch()
                     clear_gradients()
-                passing.samples += samples
+                running.samples += samples
+                checks.after(batch, targets, samples)
+            fisher = running.result(labels, self.check_finite)
+            checks.warn()
+        self._add(fisher)
 
     def reduce_fisher_(self, group: ProcessGroup | None = None) -> None:
         """Sums the Fisher of the current task, and its number of samples, over the processes of `group`.
