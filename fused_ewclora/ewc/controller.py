@@ -162,10 +162,11 @@ class EWC:
 
         reduction is that of the loss over samples; batch_size the samples per batch where it is not the
         leading dimension of every layer's input (set `.batch_size` on the block's value when it varies);
-        loss_scale the factor on the loss; labels is only recorded; allow_empty: a block without a forward pass
-        adds zero, for one process of several. Train or eval mode is the caller's choice, and the loss is not
-        checked. Compiled models run eagerly inside. At the end every adapted layer must have been reached, else
-        `TargetError` or `FisherError`; an exception or non-finite values discard what the block gathered.
+        loss_scale the factor on the loss; labels is only recorded; allow_empty: a block without a forward
+        pass adds zero, for one process of several. Train or eval mode is the caller's choice, and the loss is
+        not checked. Compiled models run eagerly inside. At the end every adapted layer must have been
+        reached, else `TargetError` or `FisherError`; an exception or non-finite values discard what the block
+        gathered.
 
         >>> with ewc.accumulate_fisher():
         ...     for x, y in loader: criterion(model(x), y).backward()
@@ -285,9 +286,10 @@ class EWC:
 
         Call it once on every process between estimate_fisher and consolidate, each having passed over its own
         share of the data; one whose share is empty calls estimate_fisher with allow_empty=True. It also makes
-        `consolidate` draw the same new A everywhere. Nothing is left to do after `shard_`, with which a Fisher
-        pass itself sums over processes. Raises `FisherError` before any estimate, without a process group or
-        when no process has samples, `TargetError` when adapters or settings differ between processes.
+        `consolidate` draw the same new A everywhere. Nothing is left to do after `shard_`, with which a
+        Fisher pass itself sums over processes. Raises `FisherError` before any estimate, without a process
+        group or when no process has samples, `TargetError` when adapters or settings differ between
+        processes.
 
             >>> ewc.estimate_fisher(loader, criterion); ewc.reduce_fisher_(); ewc.consolidate()
         """
@@ -295,7 +297,9 @@ class EWC:
             raise FisherError("reduce_fisher_: this task has no Fisher yet; call estimate_fisher first")
         task = self._placement.reduced(self._state.task, self._described(), group)
         if task.samples == 0:
-            raise FisherError("reduce_fisher_: the loaders of all processes were empty; no process has samples")
+            raise FisherError(
+                "reduce_fisher_: the loaders of all processes were empty; no process has samples"
+            )
         self._common_generator = self._placement.common_generator(self.generator, group)
         self._state = replace(self._state, task=task)
 

@@ -159,6 +159,7 @@ class LabelPolicy:
         self._reduction = reduction_of(None if self.labels == "exact" else self.loss_fn, self.reduction)
         self._known = known(self.loss_fn, "sum" if self.labels == "exact" else self._reduction)
         self._model_loss = ModelLoss()
+        self._turn = -1  # of the samples that are compared
 
     @property
     def loss_reduction(self) -> str:
@@ -202,7 +203,8 @@ class LabelPolicy:
         if not self.check_samples or samples < 2:
             yield loss_fn(output, targets), False
             return
-        watch = Watch(output, samples)
+        self._turn += 1
+        watch = Watch(output, samples, self._turn)
         yield loss_fn(output, targets), False
         reason = watch.compare(loss_fn, targets, self._reduction)
         self.unproven, self.reason = reason is not None, reason or ""
