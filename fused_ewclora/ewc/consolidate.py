@@ -78,6 +78,11 @@ def consolidate(
         raise FisherError(
             "consolidate: this task has no Fisher yet; call estimate_fisher(loader, loss_fn) first"
         )
+    if task.samples == 0:
+        raise FisherError(
+            "consolidate: the Fisher of this task has no samples; call reduce_fisher_ where other processes "
+            "have some, or estimate_fisher with a loader that is not empty"
+        )
     refs = placement.refs
     fishers = {
         ref.key: new_fisher(state.fishers.get(ref.key), task, ref.key, gamma, update, fisher_dtype)

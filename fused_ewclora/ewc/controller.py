@@ -22,7 +22,9 @@ from ..ops.capture import RowsToSamples
 from . import estimation as passes
 from .consolidate import consolidate
 from .fisher_pass import FisherPass
+from .pass_checks import ModelCheck, PassChecks
 from .placement import LocalPlacement, Placement
+from .restoring import Undo, enable_gradients, enter_evaluation, set_gradients_aside
 from .settings import FISHER_MODES, MERGE_MODES, UPDATES, number, one_of
 from .state import EWCState, Expected, TaskFisher, TaskRecord, dump
 
@@ -58,6 +60,8 @@ class EWC:
         >>> ewc = EWC(model); loss = criterion(model(x), y) + ewc.penalty()
         >>> ewc.end_task(loader, criterion)
     """
+
+    _running = Undo()  # of the pass that was begun last
 
     def __init__(
         self,
@@ -155,6 +159,7 @@ class EWC:
         *,
         check_samples: bool = True,
         rows_to_samples: Mapping[str, RowsToSamples] | None = None,
+        allow_empty: bool = False,
     ) -> Iterator[FisherPass]:
         """Backward passes inside the block add to the Fisher of the current task; several blocks before
         `consolidate` add up.
@@ -163,24 +168,43 @@ class EWC:
         leading dimension of the model's first argument, or with fisher_mode "batch" of every layer's input
         (set `.batch_size` on the block's value when it varies); loss_scale the factor on the loss; labels is
         only recorded; check_samples and rows_to_samples as in `estimate_fisher`, for every call of the model
-        itself. Train or eval mode is the caller's choice.
-        Compiled models run eagerly inside. At the end every adapted layer must have been reached, else
-        `TargetError` or `FisherError`; an exception or non-finite values discard what the block gathered.
+        itself (the loss is not checked); allow_empty: a block without a forward pass adds zero, for one
+        process of several. Train or eval mode is the caller's choice. Compiled models run eagerly inside. At
+        the end every adapted layer must have been reached, else `TargetError` or `FisherError`; an exception
+        or non-finite values discard what the block gathered.
 
         >>> with ewc.accumulate_fisher():
         ...     for x, y in loader: criterion(model(x), y).backward()
         """
-        options = (reduction, batch_size, loss_scale, check_samples, rows_to_samples)
-        with self._pass(labels, *options) as running, running.watched():
-            yield running
-
-    @contextmanager
-    def _pass(self, labels: str, *options: Any, **more: Any) -> Iterator[FisherPass]:
-        """A pass whose Fisher is added to the task's; options as in `FisherPass`."""
         self._check()
-        with FisherPass(self._placement, self.fisher_mode, *options, **more) as running:
-            yield running
+        options = (reduction, batch_size, loss_scale, check_samples, rows_to_samples)
+        running = FisherPass(self._placement, self.fisher_mode, *options)
+        running.allow_empty = allow_empty
+        undo = Undo()
+        with undo, undo:
+            self._begin(running, undo)
+            with running.watched():
+                yield running
         self._add(running.result(labels, self.check_finite))
+
+    def _begin(self, running: FisherPass, undo: Undo) -> None:
+        running.start(undo)
+        self._running = undo
+
+    def abort_fisher(self) -> None:
+        """Ends a pass whose block was left without ending it, as by an interrupt between the lines of a
+        program or a generator that nobody resumes.
+
+        The captures are removed from the layers, modes and gradients that `estimate_fisher` had set aside
+        are restored, and what the pass gathered is discarded: a block that goes on all the same raises
+        `FisherError` at its end. Fishers of passes that had ended before stay. Without a pass nothing
+        happens.
+
+        >>> ewc.abort_fisher()
+        """
+        self._running.abort()
+        for layer in self.layers.values():
+            layer.fisher_capture = None
 
     def _add(self, fisher: TaskFisher) -> None:
         old = self._state
@@ -194,77 +218,109 @@ class EWC:
         max_batches: int | None = None,
         progress: bool | None = None,
         *,
-        reduction: str = "mean",
+        reduction: str | None = None,
         forward: passes.Forward = passes.default_forward,
         logits_fn: Callable[[Any], Tensor] = passes.default_logits,
         batch_size_fn: Callable[[Any], int] = passes.batch_size_of,
         generator: torch.Generator | None = None,
         check_samples: bool = True,
         rows_to_samples: Mapping[str, RowsToSamples] | None = None,
+        allow_empty: bool = False,
     ) -> None:
         """Adds the Fisher of the data in `loader` to the current task's, in eval mode; modes and gradients
         are restored.
 
         Batches are (x, y), x, or mappings for model(**batch) with targets "labels"; `forward(model, batch)`
-        -> (output, targets) adapts others. loss_fn(output, y) is a mean over samples (reduction "mean"; or
-        "sum"); None takes output.loss if there is one, else -log p(y). labels: "empirical"; "sampled", y ~
-        softmax(logits_fn(output)) with `generator`; "exact", the expectation over classes of -log p, one
-        backward per class, without loss_fn.
+        -> (output, targets) adapts others; `batch_size_fn(batch)` counts samples. loss_fn(output, y) is a
+        mean or a sum over samples, as its own attribute or argument `reduction` says, else `reduction` (None:
+        "mean"); None takes -log p(y), summed over the targets of a sample, unless the model has a loss that
+        is something else. labels: "empirical"; "sampled", y ~ softmax(logits_fn(output)) with `generator`;
+        "exact", the expectation over classes of -log p, one backward per class, without loss_fn.
+        allow_empty: a loader without samples adds zero, for one process of several.
 
         With fisher_mode "sample" the pass runs the first and the last sample of the first batch alone, to
-        find which rows of each layer's input belong to which sample. False for check_samples skips that and
-        vouches that every input has the samples first, in order. rows_to_samples, by layer: function(x
-        `[rows, d]`) -> the sample of each row, for rows in no fixed order (routed experts).
+        find which rows of each layer's input belong to which sample; with both modes it compares losses that
+        are not known with those of samples alone (docs/conventions.md). False for check_samples skips both,
+        and vouches that every input has the samples first, in order, and that the loss is what `reduction`
+        says. rows_to_samples, by layer: function(x `[rows, d]`) -> the sample of each row, for rows in no
+        fixed order (routed experts).
 
-        Raises `FisherError` for an empty loader, non-finite values, samples that act on each other or rows
-        whose sample is unknown, and `TargetError` for layers that never ran; what this call gathered is then
-        discarded.
+        Raises `FisherError` for an empty loader, non-finite values, a loss that is no mean over samples,
+        samples that act on each other or rows whose sample is unknown, `ArgumentError` for batches whose
+        parts disagree and `TargetError` for layers that never ran; what this call gathered is then discarded,
+        also after an interrupt.
 
         >>> ewc.estimate_fisher(loader, torch.nn.functional.cross_entropy, labels="sampled")
         """
         passes.check_labels(labels, self.fisher_mode)
-        policy = passes.LabelPolicy(labels, loss_fn, reduction, logits_fn, generator)
+        policy = passes.LabelPolicy(labels, loss_fn, reduction, logits_fn, generator, check_samples)
         passes.check_max_batches(max_batches)
+        self._check()
         device, model = self._device, passes.unwrapped(self.model)
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            passes.evaluation_mode(model),
-            passes.gradients_untouched(model) as clear_gradients,
-            self._pass(
-                labels,
-                policy.backward_reduction,
-                check_samples=check_samples,
-                rows_to_samples=rows_to_samples,
-            ) as passing,
-        ):
-            passing.samples = 0
+        running = FisherPass(
+            self._placement,
+            self.fisher_mode,
+            policy.backward_reduction,
+            check_samples=check_samples,
+            rows_to_samples=rows_to_samples,
+        )
+        running.samples, running.allow_empty = 0, allow_empty
+        undo = Undo()
+        with torch.inference_mode(False), undo, undo:
+            enable_gradients(undo)
+            enter_evaluation(model, undo)
+            clear_gradients = set_gradients_aside(model, undo)
+            self._begin(running, undo)
+            compare = ModelCheck(
+                model,
+                self.layers,
+                forward,
+                policy.alone,
+                policy.loss_reduction,
+                clear_gradients,
+                batch_size_fn,
+            )
+            in_order = self.fisher_mode == "batch" and labels == "empirical"
+            checks = PassChecks(policy, self._placement, compare, in_order)
+            running.checks.append(checks.at_end)
             for batch in passes.limited(loader, max_batches, progress):
-                samples = batch_size_fn(batch)
+                samples = passes.check_samples_of(batch_size_fn(batch))
                 if samples == 0:
                     continue
                 batch = passes.to_device(batch, device)
-                output, targets = passing.forward(lambda part: forward(model, part), batch, samples)
-                for loss, keep_graph in policy.passes(output, targets):
+                output, targets = running.forward(lambda part: forward(model, part), batch, samples)
+                for loss, keep_graph in policy.passes(output, targets, samples):
                     passes.check_loss(loss)
+                    if self.check_finite:
+                        policy.findings.loss(loss)
                     loss.backward(retain_graph=keep_graph)
-                    passing.finish_batch()
+                    running.finish_batch()
                     clear_gradients()
-                passing.samples += samples
+                running.samples += samples
+                checks.after(batch, targets, samples)
+            fisher = running.result(labels, self.check_finite)
+            checks.warn()
+        self._add(fisher)
 
     def reduce_fisher_(self, group: ProcessGroup | None = None) -> None:
         """Sums the Fisher of the current task, and its number of samples, over the processes of `group`.
 
         Call it once on every process between estimate_fisher and consolidate, each having passed over its own
-        share of the data. It also makes `consolidate` draw the same new A everywhere. Nothing is left to do
-        after `shard_`, with which a Fisher pass itself sums over processes. Raises `FisherError` before any
-        estimate or without a process group, `TargetError` when adapters or settings differ between processes.
+        share of the data; one whose share is empty calls estimate_fisher with allow_empty=True. It also makes
+        `consolidate` draw the same new A everywhere. Nothing is left to do after `shard_`, with which a
+        Fisher pass itself sums over processes. Raises `FisherError` before any estimate, without a process
+        group or when no process has samples, `TargetError` when adapters or settings differ between
+        processes.
 
             >>> ewc.estimate_fisher(loader, criterion); ewc.reduce_fisher_(); ewc.consolidate()
         """
         if self._state.task is None:
             raise FisherError("reduce_fisher_: this task has no Fisher yet; call estimate_fisher first")
         task = self._placement.reduced(self._state.task, self._described(), group)
+        if task.samples == 0:
+            raise FisherError(
+                "reduce_fisher_: the loaders of all processes were empty; no process has samples"
+            )
         self._common_generator = self._placement.common_generator(self.generator, group)
         self._state = replace(self._state, task=task)
 

@@ -7,7 +7,6 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from ..errors import ArgumentError, FisherError, TargetError
 from ..layers.finite import nonfinite
 from ..ops.capture import FisherCapture, RowsToSamples
 from .placement import Placement
+from .restoring import Undo
 from .sample_check import SampleCheck
 from .state import TaskFisher
 
@@ -29,7 +29,8 @@ def eager() -> AbstractContextManager[Any]:
 
 
 class FisherPass:
-    """Inside the block every backward pass through the adapted layers adds to fresh buffers.
+    """Between `start` and the end of its `Undo` every backward pass through the adapted layers adds to fresh
+    buffers.
 
     `batch_size` may be set before a batch: the number of samples in it. None takes the leading dimension of
     the model's first argument, or without a check of the samples of each layer's input.
@@ -57,10 +58,13 @@ class FisherPass:
         self._check_samples = check_samples and mode == "sample"  # a sum over a batch needs no order
         self._captures: dict[str, FisherCapture] = {}
         self._check: SampleCheck | None = None
-        self._stance: AbstractContextManager[Any] = nullcontext()
+        self._stances: list[AbstractContextManager[Any]] = []
         self._calls: dict[str, int] = {}
         # Set by estimate_fisher, whose "exact" policy passes each sample several times.
         self.samples: int | None = None
+        self.allow_empty = False
+        self.checks: list[Callable[[], None]] = []
+        self._undo = Undo()
         self.batch_size = batch_size
 
     @property
@@ -77,10 +81,14 @@ class FisherPass:
         for capture in self._captures.values():
             capture.batch_size = value
 
-    def __enter__(self) -> FisherPass:
+    def start(self, undo: Undo) -> None:
+        """Puts a capture on every layer, until `undo` runs."""
         for name, layer in self._layers.items():
             if layer.fisher_capture is not None:
-                raise FisherError(f"{name}: another Fisher pass is active on this layer; end it first")
+                raise FisherError(
+                    f"{name}: another Fisher pass is active on this layer; end it first, or call "
+                    "ewc.abort_fisher() if its block is gone"
+                )
             if layer.merged:
                 raise FisherError(
                     f"{name}: its adapter is merged into the base weight; call unmerge(model) first"
@@ -94,12 +102,18 @@ class FisherPass:
         }
         if self._check_samples:
             self._check = SampleCheck(self._placement, self._captures)
-        self._stance = eager()
-        self._stance.__enter__()
         self._calls = {name: layer.forward_calls for name, layer in self._layers.items()}
+        self._undo = undo
+        undo.add(self._stop)
+        self._stances.append(eager())  # set when it is made
         for name, layer in self._layers.items():
             layer.fisher_capture = self._captures[name]
-        return self
+
+    def _stop(self) -> None:
+        for stance in self._stances:
+            stance.__exit__(None, None, None)
+        for layer in self._layers.values():
+            layer.fisher_capture = None
 
     def watched(self) -> AbstractContextManager[None]:
         """Inside, every forward of the model itself is checked as `forward` checks a batch."""
@@ -117,13 +131,6 @@ class FisherPass:
         for capture in self._captures.values():
             capture.finish()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for layer in self._layers.values():
-            layer.fisher_capture = None
-        self._stance.__exit__(kind, error, trace)
-
     def result(self, labels: str, check_finite: bool) -> TaskFisher:
         """The Fisher of the pass, after the block, of the data of all processes where they share the model;
         raises when a layer was missed, counts disagree or a value is not finite."""
@@ -133,6 +140,12 @@ class FisherPass:
         return TaskFisher(task.buffers, samples, batch_size, task.labels)
 
     def _result(self, labels: str, check_finite: bool) -> TaskFisher:
+        if self._undo.aborted:
+            raise FisherError("this Fisher pass was ended by abort_fisher; what it gathered was discarded")
+        for check in self.checks:
+            check()
+        if self.allow_empty and not self._ran_forward():
+            return TaskFisher(self._buffers(), 0, 0, (labels,))
         self._check_reached()
         samples = self._counted_samples() if self.samples is None else self.samples
         buffers = self._buffers()

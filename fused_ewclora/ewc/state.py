@@ -229,7 +229,8 @@ def _task(config: Any, buffers: dict[str, Tensor], expected: Expected) -> TaskFi
     labels = _list(config, "labels")
     if wrong := [label for label in labels if not isinstance(label, str)]:
         raise FisherError(f"state: expected labels to be strings, got {shown(wrong[0])}")
-    return TaskFisher(buffers, _count(config, "samples"), _count(config, "batch_size"), tuple(labels))
+    # A process whose loader was empty has no samples of its own.
+    return TaskFisher(buffers, _count(config, "samples", 0), _count(config, "batch_size", 0), tuple(labels))
 
 
 def _record(entry: Any) -> TaskRecord:
@@ -241,10 +242,10 @@ def _record(entry: Any) -> TaskRecord:
     return TaskRecord(entry["labels"], _count(entry, "samples"), _count(entry, "batch_size"), float(gamma))
 
 
-def _count(entry: Any, name: str) -> int:
+def _count(entry: Any, name: str, least: int = 1) -> int:
     value = entry.get(name) if isinstance(entry, Mapping) else None
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**63:
-        raise FisherError(f"state: expected an integer >= 1 of 64 bits for {name}, got {shown(value)}")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
+        raise FisherError(f"state: expected an integer >= {least} of 64 bits for {name}, got {shown(value)}")
     return value
 
 

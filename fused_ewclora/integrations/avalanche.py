@@ -130,7 +130,6 @@ class EWCLoRAPlugin(SupervisedPlugin):  # type: ignore[misc, unused-ignore]
             labels=self.labels,
             max_batches=self.max_batches,
             progress=False,
-            reduction=getattr(strategy._criterion, "reduction", "mean"),
             forward=forward,
             batch_size_fn=lambda batch: len(batch[1]),
         )

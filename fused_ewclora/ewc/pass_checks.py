@@ -1,0 +1,150 @@
+"""What is checked of a Fisher pass beside its values: the loss, its targets, and the order of the data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FisherError
+from ..layers.adapted import AdaptedLinear
+from ..ops.capture import FisherCapture
+from .batches import Batch, Forward, take_sample, take_samples
+from .findings import ClassOrder
+from .losses import LabelPolicy
+from .placement import LocalPlacement, Placement
+from .sample_checks import flat, judge
+
+_PAIRS = 3  # of samples that are tried until both have a loss
+# Forward passes of one and of two samples differ by the rounding of all layers, with TF32 about 1e-3 of it.
+_MODEL_TOLERANCE = 1e-2
+
+
+class Projection(FisherCapture):
+    """In place of squares sums dy^T (x r), r random: linear in the gradient of the layer, whatever the order
+    of its rows."""
+
+    def __init__(self) -> None:
+        super().__init__([], [])
+        self.total: Tensor | None = None
+        self.eps = 0.0
+
+    def note_forward(self) -> None:
+        """Nothing is held back."""
+
+    def record(self, x: Tensor, dy: Tensor) -> None:
+        """Take x `[..., d_in]` and dy `[..., d_out]` of one call."""
+        self.eps = max(self.eps, torch.finfo(dy.dtype).eps)
+        generator = torch.Generator().manual_seed(0)
+        direction = torch.randn(x.shape[-1], generator=generator, dtype=torch.float64).to(x.device)
+        rows, grads = x.detach().flatten(0, -2).double(), dy.detach().flatten(0, -2).double()
+        product = grads.T @ (rows @ direction)
+        self.total = product if self.total is None else self.total + product
+
+
+class ModelCheck:
+    """Compares the loss of two samples of a batch with the losses of each, where the output of the model does
+    not tell: by the gradients that arrive at the adapted layers in forward and backward passes of their own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, AdaptedLinear],
+        forward: Forward,
+        loss: Callable[[Any, Any], Tensor],
+        reduction: str,
+        clear_gradients: Callable[[], None],
+        size_of: Callable[[Any], int],
+    ) -> None:
+        self._model, self._layers, self._forward, self._loss = model, layers, forward, loss
+        self._reduction, self._clear, self._size_of = reduction, clear_gradients, size_of
+        self._tolerance = _MODEL_TOLERANCE
+
+    def fault(self, batch: Batch, samples: int) -> str | None:
+        """Raises `FisherError` when the loss is no mean (sum) over samples; the reason why it cannot be told,
+        or None."""
+        for first in range(0, min(samples - 1, 2 * _PAIRS), 2):
+            pair = take_samples(batch, slice(first, first + 2), samples)
+            if (size := self._size_of(pair)) != 2:
+                return f"two samples cut from a batch count as {size}"
+            singles = [take_sample(batch, first + i, samples) for i in range(2)]
+            try:
+                together, one, two = (self._gradient(part) for part in (pair, *singles))
+            except Exception as error:
+                return f"the loss of one or two samples raises {type(error).__name__}: {error}"
+            if bool(torch.isfinite(one).all() & torch.isfinite(two).all()):
+                judge(together, one + two, 2, self._reduction, self._tolerance)
+                return None
+        return "no two samples of the first batch have finite losses"
+
+    def _gradient(self, batch: Batch) -> Tensor:
+        """The projected gradients of all layers."""
+        before = {layer: layer.fisher_capture for layer in self._layers.values()}
+        probes = {layer: Projection() for layer in before}
+        try:
+            for layer, probe in probes.items():
+                layer.fisher_capture = probe
+            output, targets = self._forward(self._model, batch)
+            self._loss(output, targets).backward()
+        finally:
+            for layer, capture in before.items():
+                layer.fisher_capture = capture
+            self._clear()
+        self._tolerance = max([_MODEL_TOLERANCE, *(16 * probe.eps for probe in probes.values())])
+        totals = [probe.total for probe in probes.values() if probe.total is not None]
+        if not totals:
+            raise FisherError("no gradient reached an adapted layer")
+        return flat(totals)
+
+
+class PassChecks:
+    """The checks of `EWC.estimate_fisher`, batch by batch.
+
+    Flags on the device are read after batches 1, 2, 4, 8, ... and at the end of the pass.
+    """
+
+    def __init__(
+        self, policy: LabelPolicy, placement: Placement, compare: ModelCheck, in_order: bool
+    ) -> None:
+        self._policy, self._findings, self._placement = policy, policy.findings, placement
+        self._compare, self._compared = compare, not policy.check_samples
+        self._order = ClassOrder() if in_order else None
+
+    def at_end(self) -> None:
+        """Raises `FisherError` for what the flags of all batches say."""
+        self._findings.check()
+        self._findings.check_counted()
+
+    def after(self, batch: Batch, targets: Any, samples: int) -> None:
+        """To be called after the backward passes of a batch."""
+        number = self._findings.end_batch()
+        if number & (number - 1) == 0:
+            self._placement.agree(self._findings.check)
+        if self._order is not None:
+            self._order.note(targets)
+        if self._policy.unproven and not self._compared and samples > 1:
+            self._compared = True
+            reason = "parameters are sharded"
+            if isinstance(self._placement, LocalPlacement):
+                reason = self._compare.fault(batch, samples) or ""
+            if reason:
+                _warn(
+                    f"loss_fn: it was not checked that the loss is a mean (or sum) over samples: {reason}. "
+                    "If it is not, F is wrong. check_samples=False silences this"
+                )
+
+    def warn(self) -> None:
+        """Warns when mode "batch" has seen the classes one after the other."""
+        if self._order is not None and self._order.sorted():
+            _warn(
+                "loader: every batch holds samples of a single class, another one than other batches. With "
+                "fisher_mode='batch' F is then too large, up to several times; shuffle the loader"
+            )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=4)  # at the caller of estimate_fisher
