@@ -207,8 +207,7 @@ def _implementation(op: str) -> Callable[..., Any]:
         run(*_chosen(op, args), args)
         written = [args[0]] if isinstance(args[0], Tensor) else args[0]
         # Kernels write memory that autograd does not see: what it saved of these tensors is no longer there.
-        # Tensors of the inference mode are never saved and have no version.
-        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+        torch.autograd.graph.increment_version(written)
 
     return write if op.endswith("_") else call
 
