@@ -22,8 +22,8 @@ def check_written(targets: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> 
     for name, target in targets.items():
         if target.is_inference() and not torch.is_inference_mode_enabled():
             raise ArgumentError(
-                f"{name}: expected a tensor that was made outside of torch.inference_mode(), got one that may "
-                "be changed only inside of it"
+                f"{name}: expected a tensor that was made outside of torch.inference_mode(), got one that "
+                "may be changed only inside of it"
             )
         if _overlaps_itself(target):
             raise ArgumentError(

@@ -1,4 +1,4 @@
-"""Sizes of zero: results have their shapes, sums over nothing are zero, and nothing is as memory was before."""
+"""Sizes of zero: results have their shapes, sums over nothing are zero, and everything is written."""
 
 from __future__ import annotations
 
