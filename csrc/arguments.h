@@ -152,8 +152,8 @@ inline void layer(const at::Tensor& like, const Name& like_name, const at::Tenso
     const int64_t index = rows[q], start = rows[q + 1], stop = rows[q + 2];
     TORCH_CHECK_VALUE(0 <= index && index < int64_t(owned.size()), "rows: expected an adapter below ", owned.size(), ", got ", index);
     const bool some = start < stop || d_out == 0;  // a weight without rows has one range, without rows
-    TORCH_CHECK_VALUE(0 <= start && some && stop <= d_out, "rows: expected 0 <= start < stop <= ", d_out,
-                      " (rows of weight), got (", start, ", ", stop, ")");
+    TORCH_CHECK_VALUE(0 <= start && some && stop <= d_out, "rows: expected 0 <= start < stop <= ", d_out, " (rows of weight), got (", start,
+                      ", ", stop, ")");
     owned[index] += stop - start;
   }
   for (size_t i = 0; i < owned.size(); ++i)

@@ -2,9 +2,9 @@
 
     python tests/helpers/sanitize.py [address] [thread]
 
-"address": AddressSanitizer and UndefinedBehaviorSanitizer, over the CPU extension and the emulator of the CUDA
-kernels. "thread": ThreadSanitizer, over the CPU extension. Python and PyTorch are as they always are: what
-happens inside of them is not watched.
+"address": AddressSanitizer and UndefinedBehaviorSanitizer, over the CPU extension and the emulator of the
+CUDA kernels. "thread": ThreadSanitizer, over the CPU extension. Python and PyTorch are as they always are:
+what happens inside of them is not watched.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = [
     *(f"tests/ops/test_{name}.py" for name in (
-        "lora_linear", "ewc_penalty", "ewc_penalty_grad", "fisher_accumulate", "merge_weights", "merge_grouped",
-        "dropout", "recorded", "versions", "arguments",
+        "lora_linear", "ewc_penalty", "ewc_penalty_grad", "fisher_accumulate", "merge_weights",
+        "merge_grouped", "dropout", "recorded", "versions", "arguments",
     )),
     *(f"tests/backends/test_{name}.py" for name in ("zero_sizes", "wrong_shapes")),
 ]  # fmt: skip
@@ -83,11 +83,10 @@ def tests(sanitizer: str, package: Path, instructions: str) -> int:
     if not emulated:
         environment["FUSED_EWCLORA_BUILD"] = "none"  # no emulator
     selected = "not reference and not compile" if emulated else "cpu and not compile"
-    # -P: the package is the copy, not the folder that this runs in. -p no:...: nothing is left in the checkout.
+    # -P: the package is the copy, not the one in the folder that this runs in.
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selected]
-    return subprocess.run(
-        [*command, *COMMON, *(EMULATOR if emulated else ())], cwd=ROOT, env=environment
-    ).returncode
+    command += [*COMMON, *(EMULATOR if emulated else ())]
+    return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 
 def main(sanitizers: list[str]) -> int:

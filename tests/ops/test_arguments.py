@@ -224,7 +224,8 @@ SHARED = torch.zeros(200)
 @pytest.mark.parametrize(
     ("operation", "wrong", "words"),
     [
-        (merge, {"weight": SHARED[:35].view(7, 5), "lora_b": SHARED[30:44].view(7, 2)}, ["weight:", "lora_b"]),
+        (merge, {"weight": SHARED[:35].view(7, 5), "lora_b": SHARED[30:44].view(7, 2)},
+         ["weight:", "lora_b"]),
         (merge, {"weight": SHARED[:35].view(7, 5), "scale": SHARED[4]}, ["weight:", "scale"]),
         (merge, {"weight": [T(7, 5), SHARED[:35].view(7, 5)], "lora_a": [SHARED[:10].view(2, 5), A],
                  "lora_b": [B, B]}, ["weight[1]:", "lora_a[0]"]),
