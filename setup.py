@@ -6,6 +6,8 @@ FUSED_EWCLORA_BUILD chooses what is compiled:
     none   a pure-Python install that runs on the reference backend
     cpu    the CPU extension, or an error that names what is missing
     cuda   both extensions, or an error that names what is missing
+FUSED_EWCLORA_SANITIZE, "address" (with undefined behaviour) or "thread", compiles the CPU extension for
+sanitizers, as `make sanitize` does.
 MAX_JOBS limits the number of parallel compiler processes, TORCH_CUDA_ARCH_LIST names other GPU architectures,
 CUDA_HOME the folder of the CUDA toolkit.
 """
@@ -25,6 +27,10 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 LEAST_SETUPTOOLS = 77  # as in pyproject.toml, which older ones refuse for reasons that do not name their age
 MODES = ("auto", "none", "cpu", "cuda")
+SANITIZERS = {  # vptr: PyTorch hides the types that it would look for
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"],
+    "thread": ["-fsanitize=thread"],
+}
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0")  # later GPUs compile the PTX of the last one
 
 
@@ -97,19 +103,35 @@ def architectures(home):
     return ";".join(found) + "+PTX"
 
 
+def sanitizer():
+    """The name of the sanitizer to compile for, or None."""
+    name = os.environ.get("FUSED_EWCLORA_SANITIZE") or None
+    if name is not None and name not in SANITIZERS:
+        sys.exit(f"FUSED_EWCLORA_SANITIZE: expected one of {', '.join(SANITIZERS)}, got '{name}'")
+    return name
+
+
 def cpu_extension():
     from torch.utils.cpp_extension import CppExtension
 
     # at::parallel_for is header code: it runs in parallel only in sources compiled with OpenMP.
-    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    linked = ["-fopenmp"] if sys.platform == "linux" else []
+    sanitized, files = SANITIZERS.get(sanitizer(), []), sources("cpu/*.cpp")
+    compiled = [
+        *linked,
+        *(["-O1", "-g", "-fno-omit-frame-pointer", *sanitized] if sanitized else ["-O3", "-g0"]),
+    ]
+    if sanitizer() == "thread":
+        files += sources("cpu/sanitizer/*.cpp")
+        linked.append("-Wl,--wrap=GOMP_parallel")
     return CppExtension(
         "fused_ewclora._C",
-        sources("cpu/*.cpp"),
+        files,
         include_dirs=[str(ROOT / "csrc")],
         depends=[*sources("cpu/*.h"), *sources("cpu/*.inl"), *sources("autograd/*.h"), *sources("*.h")],
         # No -march: files choose instruction sets by pragmas. No -std: PyTorch adds the one it needs.
-        extra_compile_args=["-O3", "-g0", "-Wall", "-fvisibility=hidden", *openmp],
-        extra_link_args=openmp,
+        extra_compile_args=["-Wall", "-fvisibility=hidden", *compiled],
+        extra_link_args=[*linked, *sanitized],
     )
 
 

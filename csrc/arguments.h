@@ -151,8 +151,9 @@ inline void layer(const at::Tensor& like, const Name& like_name, const at::Tenso
   for (size_t q = 0; q < rows.size(); q += 3) {
     const int64_t index = rows[q], start = rows[q + 1], stop = rows[q + 2];
     TORCH_CHECK_VALUE(0 <= index && index < int64_t(owned.size()), "rows: expected an adapter below ", owned.size(), ", got ", index);
-    TORCH_CHECK_VALUE(0 <= start && start < stop && stop <= d_out, "rows: expected 0 <= start < stop <= ", d_out,
-                      " (rows of weight), got (", start, ", ", stop, ")");
+    const bool some = start < stop || d_out == 0;  // a weight without rows has one range, without rows
+    TORCH_CHECK_VALUE(0 <= start && some && stop <= d_out, "rows: expected 0 <= start < stop <= ", d_out, " (rows of weight), got (", start,
+                      ", ", stop, ")");
     owned[index] += stop - start;
   }
   for (size_t i = 0; i < owned.size(); ++i)

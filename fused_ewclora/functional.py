@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .errors import ArgumentError
 from .ops import checks as check
-from .ops import dispatch, schemas
+from .ops import dispatch, memory, schemas
 from .ops import ewc_penalty as _penalty
 from .ops import lora_linear as _linear
 from .ops.adapters import Adapter, Adapters, Scale
@@ -130,9 +130,11 @@ def _penalty_adapters(
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scales: Sequence[Scale] | None,
+    ewc_lambda: float,
 ) -> Adapters:
     scales = [1.0] * len(fishers) if scales is None else scales
     check.penalty(fishers, lora_as, lora_bs, scales)
+    check.number(ewc_lambda, "ewc_lambda", lora_as[0].dtype if lora_as else torch.float32)
     return Adapters.of(lora_as, lora_bs, scales)
 
 
@@ -155,8 +157,7 @@ def ewc_penalty(
 
         >>> loss = criterion(model(x), y) + ewc_penalty(fishers, lora_as, lora_bs, ewc_lambda=1e7)
     """
-    check.number(ewc_lambda, "ewc_lambda")
-    adapters = _penalty_adapters(fishers, lora_as, lora_bs, scales)
+    adapters = _penalty_adapters(fishers, lora_as, lora_bs, scales, ewc_lambda)
     if not fishers:
         return torch.zeros(())
     return _penalty.ewc_penalty(list(fishers), adapters, float(ewc_lambda), dispatch.resolve(backend))
@@ -181,10 +182,11 @@ def ewc_penalty_grad_(
 
         >>> loss.backward(); ewc_penalty_grad_(fishers, lora_as, lora_bs, ewc_lambda=1e7)
     """
-    check.number(ewc_lambda, "ewc_lambda")
-    adapters = _penalty_adapters(fishers, lora_as, lora_bs, scales)
+    adapters = _penalty_adapters(fishers, lora_as, lora_bs, scales, ewc_lambda)
     if not fishers:
         return torch.zeros(())
+    if not isinstance(grad_scale, Tensor):
+        check.number(grad_scale, "grad_scale", lora_as[0].dtype)
     tensors = adapters.tensors()
     wanted = [t is not None and t.requires_grad for t in tensors]
     needs = _penalty.kinds(wanted)
@@ -192,20 +194,38 @@ def ewc_penalty_grad_(
     value, flat = schemas.ewc_penalty(list(fishers), *adapters, float(ewc_lambda), needs, name)
     if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
         flat *= grad_scale
-    held, added = [], []
     order = _penalty.layout(tensors, needs)
+    gradients = []
     for index, new in zip(order.inputs, _penalty.unflatten(flat, order), strict=True):
         parameter = tensors[index]
-        if parameter is None or not wanted[index]:
-            continue
+        if parameter is not None and wanted[index]:
+            gradients.append((parameter, new))
+    _add_to_grads(gradients)
+    return value
+
+
+def _add_to_grads(gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Adds to `.grad` of every (parameter, its gradient), all of them or none."""
+    fresh, held, added = [], [], []
+    for parameter, new in gradients:
         if (old := parameter.grad) is None:
-            parameter.grad = new
+            fresh.append((parameter, new))
         else:
             held.append(old)
             added.append(new)
-    if held:
-        torch._foreach_add_(held, added)
-    return value
+    if not all(old.is_contiguous() for old in held):
+        memory.check_written({f"grad of a parameter of shape {list(old.shape)}": old for old in held}, {})
+    if torch.compiler.is_compiling() or len(set(map(id, held))) == len(held):
+        if held:
+            torch._foreach_add_(held, added)
+    else:  # one parameter in several adapters: a joint addition could lose all of them but one
+        for old, new in zip(held, added, strict=True):
+            old.add_(new)
+    for parameter, new in fresh:
+        if parameter.grad is None:
+            parameter.grad = new
+        else:
+            parameter.grad.add_(new)
 
 
 @torch.no_grad()
@@ -233,7 +253,8 @@ def fisher_accumulate_(
         >>> fisher_accumulate_(fisher, x, dy, weight=len(x) ** 2 / total)  # dy of a mean loss
     """
     check.fisher(fisher, x, dy, mode, cu_seqlens)
-    check.number(weight, "weight")
+    check.number(weight, "weight", x.dtype)
+    memory.check_written({"fisher": fisher}, {"x": x, "dy": dy})
     if cu_seqlens is not None:
         check.offsets(sample_bounds(x, cu_seqlens), x.shape[0])
     if check_finite:
@@ -242,6 +263,11 @@ def fisher_accumulate_(
     name = dispatch.resolve(backend)
     schemas.fisher_accumulate_(fisher, x, dy, mode, float(weight), cu_seqlens, name)
     return fisher
+
+
+def _named(name: str, values: Sequence[Any], alone: bool) -> dict[str, Tensor]:
+    """The tensors among the values of an argument, as messages name them."""
+    return {name if alone else f"{name}[{i}]": t for i, t in enumerate(values) if isinstance(t, Tensor)}
 
 
 @overload
@@ -265,13 +291,17 @@ def merge_(weight: Any, lora_a: Any, lora_b: Any, scale: Any = 1.0, *, backend: 
     weight `[d_out, d_in]`, which may be a slice of rows; lora_a `[r, d_in]` and lora_b `[d_out, r]` in its
     dtype or fp32. Sequences of them, and of scales unless one is meant for all, are merged entry after entry
     in one call, all checked before the first is changed; shapes, ranks and dtypes may differ, devices not.
-    Values are not checked for NaN. Raises `ArgumentError` or `DtypeError` naming the argument.
+    Values are not checked for NaN. Like an optimizer's step, the change is not recorded by autograd, also
+    where weight requires gradients; a backward that needs the weight as it was raises. Raises `ArgumentError`
+    or `DtypeError` naming the argument, also for a weight whose elements share memory with each other (an
+    expanded tensor) or with what is merged.
 
         >>> qkv, lora_a, lora_b = torch.randn(24, 8), torch.randn(2, 8), torch.randn(8, 2)
         >>> k = merge_(qkv[8:16], lora_a, lora_b)  # in place, only the rows of k
         >>> k, v = merge_([qkv[8:16], qkv[16:]], [lora_a, lora_a], [lora_b, lora_b], 0.5)
     """
-    if isinstance(weight, Tensor) or not isinstance(weight, Sequence):
+    alone = isinstance(weight, Tensor) or not isinstance(weight, Sequence)
+    if alone:
         check.merge(weight, lora_a, lora_b, scale)
         weights, lora_as, lora_bs, scale = [weight], [lora_a], [lora_b], [scale]
     else:
@@ -282,6 +312,8 @@ def merge_(weight: Any, lora_a: Any, lora_b: Any, scale: Any = 1.0, *, backend: 
         for i, entry in enumerate(zip(weights, lora_as, lora_bs, scale, strict=True)):
             check.merge(*entry, where=f"[{i}]")
         check.one_device(weights, "weight")
+    read = {**_named("lora_a", lora_as, alone), **_named("lora_b", lora_bs, alone)}
+    memory.check_written(_named("weight", weights, alone), {**read, **_named("scale", scale, alone)})
     if weights:
         schemas.merge_(weights, *Adapters.of(lora_as, lora_bs, scale), dispatch.resolve(backend))
     return weight
@@ -305,7 +337,8 @@ def soft_threshold_(scale: Any, kappa: float, *, backend: str | None = None) -> 
         >>> soft_threshold_(torch.tensor([0.5, -0.25, 0.0625]), 0.125)
         tensor([ 0.3750, -0.1250,  0.0000])
     """
-    if isinstance(scale, Tensor) or not isinstance(scale, Sequence):
+    alone = isinstance(scale, Tensor) or not isinstance(scale, Sequence)
+    if alone:
         check.floating(scale, "scale")
         scales = [scale]
     else:
@@ -313,6 +346,7 @@ def soft_threshold_(scale: Any, kappa: float, *, backend: str | None = None) -> 
         for i, entry in enumerate(scales):
             check.floating(entry, f"scale[{i}]")
         check.one_device(scales, "scale")
+    memory.check_written(_named("scale", scales, alone), {})
     if not kappa >= 0.0:
         raise ArgumentError(f"kappa: expected a number >= 0, got {kappa}")
     if scales:

@@ -24,7 +24,8 @@ struct Cut {
   int64_t row;
 };
 
-// Where the share of `part` begins when all rows are split into `parts` of about equal cost, at a boundary between strips of rows.
+// Where the share of `part` begins when all rows are split into `parts` of about equal cost, at a boundary between strips of rows. `total` is
+// not 0, so the last adapter that begins at or before the target has a cost.
 Cut cut_at(const std::vector<Adapter>& adapters, double total, int64_t part, int64_t parts) {
   if (part == parts) return {adapters.size(), 0};
   const double target = total * double(part) / double(parts);
@@ -45,6 +46,7 @@ std::tuple<at::Tensor, at::Tensor> ewc_penalty(const Tensors& fishers, const Ten
   std::vector<Adapter> adapters(fishers.size());
   int64_t ranks = 0, scratch = 0, widest = 0, length = 0;
   double total = 0.0;
+  bool holes = false;  // an F without elements: no part computes its gradients
   for (size_t i = 0; i < adapters.size(); ++i) {
     Adapter& a = adapters[i];
     a.a = as_float(lora_as[i]);
@@ -61,6 +63,7 @@ std::tuple<at::Tensor, at::Tensor> ewc_penalty(const Tensors& fishers, const Ten
     k.need_a = needs[0], k.need_b = needs[1], k.need_s = needs[2] && scales[i];
     a.first_rank = ranks, ranks += k.rank;
     a.cost = total, total += row_cost(k) * k.rows;
+    holes = holes || fishers[i].numel() == 0;
     scratch = std::max(scratch, kernels().penalty_scratch(k.rank, k.d_in));
     widest = std::max(widest, k.rank * k.d_in);
   }
@@ -68,7 +71,8 @@ std::tuple<at::Tensor, at::Tensor> ewc_penalty(const Tensors& fishers, const Ten
   for (Adapter& a : adapters) a.place_a = length, length += a.kernel.need_a ? a.kernel.rank * a.kernel.d_in : 0;
   for (Adapter& a : adapters) a.place_b = length, length += a.kernel.need_b ? a.kernel.rows * a.kernel.rank : 0;
   for (size_t i = 0; i < adapters.size(); ++i) adapters[i].place_s = length, length += adapters[i].kernel.need_s ? scales[i]->numel() : 0;
-  at::Tensor grads = floats(length);
+  at::Tensor grads = holes ? at::zeros({length}, at::kFloat) : floats(length);
+  if (total == 0.0) return {at::zeros({}, at::kFloat), grads};
   for (Adapter& a : adapters) {
     a.grad_a = grads.data_ptr<float>() + a.place_a;
     if (a.kernel.need_b) a.kernel.grad_b = grads.data_ptr<float>() + a.place_b;
@@ -85,7 +89,7 @@ std::tuple<at::Tensor, at::Tensor> ewc_penalty(const Tensors& fishers, const Ten
     for (size_t i = first.adapter; i < adapters.size() && i <= last.adapter; ++i) {
       Adapter& a = adapters[i];
       const int64_t begin = i == first.adapter ? first.row : 0, end = i == last.adapter ? last.row : a.kernel.rows;
-      if (begin >= end) continue;
+      if (begin >= end || a.kernel.d_in == 0) continue;
       float* grad_a = !needs[0] ? nullptr : begin == 0 ? a.grad_a : spill.data_ptr<float>() + part * widest;
       if (begin > 0) spilled[part] = int64_t(i);
       loss[part] += kernels().penalty(a.kernel, begin, end, grad_a, grad_s.data_ptr<float>() + part * ranks + a.first_rank,
@@ -115,7 +119,7 @@ std::tuple<at::Tensor, at::Tensor> ewc_penalty(const Tensors& fishers, const Ten
         to[k] = ds[k] * float(factors[i]);
     }
   }
-  return {at::scalar_tensor(value, at::kFloat), grads};
+  return {at::scalar_tensor(float(value), at::kFloat), grads};  // Inf beyond fp32, which a conversion by PyTorch would refuse
 }
 
 }  // namespace fe

@@ -49,9 +49,9 @@ std::vector<int64_t> sample_bounds(const at::Tensor& x, const std::string& squar
 void fisher_accumulate(at::Tensor fisher, const at::Tensor& x, const at::Tensor& dy, const std::string& squares, double weight,
                        const std::optional<at::Tensor>& cu_seqlens) {
   arguments::fisher_accumulate(DEVICE, fisher, x, dy, squares, cu_seqlens);
+  if (x.numel() == 0 || dy.numel() == 0 || (cu_seqlens && cu_seqlens->numel() < 2)) return;
   const at::Tensor x2 = as_rows(x), dy2 = as_rows(dy);
   const int64_t rows = x2.size(0), d_out = fisher.size(0), d_in = fisher.size(1);
-  if (rows == 0) return;
   at::Tensor target = fisher.stride(1) == 1 || d_in == 1 ? fisher : fisher.contiguous();
   const bool one_token = squares == "sample" && !cu_seqlens && rows == x.size(0);
   const std::vector<int64_t> bounds = sample_bounds(x, squares, cu_seqlens, rows, one_token);

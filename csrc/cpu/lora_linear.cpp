@@ -69,6 +69,12 @@ std::vector<int64_t> with_last(const at::Tensor& like, int64_t last) {
   return sizes;
 }
 
+// A 16-bit factor of a BLAS product without gaps between its rows. On processors with AMX, PyTorch's product reads on past the ends of rows
+// and multiplies what it finds by zero: NaN where that is NaN or Inf, whoever it belongs to.
+at::Tensor for_blas(const at::Tensor& t) {
+  return t.scalar_type() == at::kFloat || t.is_non_overlapping_and_dense() ? t : t.contiguous();
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> lora_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
@@ -76,12 +82,12 @@ std::tuple<at::Tensor, at::Tensor> lora_linear(const at::Tensor& x, const at::Te
                                                const std::vector<double>& factors, const std::vector<int64_t>& rows, double dropout_p,
                                                const std::optional<at::Tensor>& seed) {
   arguments::lora_linear(DEVICE, x, weight, bias, lora_as, lora_bs, scales, factors, rows, dropout_p, seed);
+  if (empty::linear(x, weight)) return empty::lora_linear(x, weight, bias, lora_as);
   const Packed packed(weight, lora_as, lora_bs, scales, factors, rows, dropout_p, seed);
   const at::Tensor x2 = as_rows(x);
   const int64_t m = x2.size(0);
   at::Tensor y = at::empty(with_last(x, weight.size(0)), x.options());
   at::Tensor z = at::empty({m, packed.shape.total_rank}, at::kFloat);
-  if (m == 0) return {y, z};
   at::Tensor y2 = y.view({m, weight.size(0)});
   LoraForward p;
   p.shape = packed.shape;
@@ -95,7 +101,7 @@ std::tuple<at::Tensor, at::Tensor> lora_linear(const at::Tensor& x, const at::Te
   over_parts(parts, m, [&](int64_t part, int64_t begin, int64_t end) {
     kernels().lora_forward(p, begin, end, memory.data_ptr<float>() + part * scratch);
   });
-  y2.addmm_(x2, weight.t());
+  y2.addmm_(for_blas(x2), for_blas(weight).t());
   return {y, z};
 }
 
@@ -105,6 +111,7 @@ Tensors lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tenso
                              const std::vector<int64_t>& rows, double dropout_p, const std::optional<at::Tensor>& seed,
                              const std::vector<bool>& needs) {
   arguments::lora_linear_backward(DEVICE, dy, x, weight, bias, z, lora_as, lora_bs, scales, factors, rows, dropout_p, seed, needs);
+  if (empty::linear(dy, weight)) return empty::lora_linear_backward(dy, weight, bias, lora_as, lora_bs, scales, needs);
   const Packed packed(weight, lora_as, lora_bs, scales, factors, rows, dropout_p, seed);
   const LoraShape& s = packed.shape;
   const at::Tensor dy2 = as_rows(dy);
@@ -129,7 +136,7 @@ Tensors lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tenso
   }
 
   // One buffer of gradients per part: A, B, s, bias; parts are summed in order, so the bits do not depend on scheduling.
-  const int64_t parts = m ? parts_for(m, LEAST_ROWS) : 1, scratch = kernels().lora_scratch(s);
+  const int64_t parts = parts_for(m, LEAST_ROWS), scratch = kernels().lora_scratch(s);
   const int64_t grads = (p.need_a ? packed.a_floats : 0) + (p.need_b ? packed.b_floats : 0) + s.total_rank + (p.need_bias ? s.d_out : 0);
   at::Tensor partial = at::zeros({parts * grads}, at::kFloat), memory = floats(parts * scratch);
   auto bind = [&](LoraBackward& q, float* at) {
@@ -148,10 +155,10 @@ Tensors lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tenso
 
   Tensors out;
   if (needs[0]) {
-    if (m) dx.view({m, s.d_in}).addmm_(dy2, weight);
+    dx.view({m, s.d_in}).addmm_(for_blas(dy2), for_blas(weight));
     out.push_back(dx);
   }
-  if (needs[1]) out.push_back(dy2.t().mm(x2));
+  if (needs[1]) out.push_back(for_blas(dy2).t().mm(for_blas(x2)));
   if (needs[2]) out.push_back(at::from_blob(p.grad_bias, {s.d_out}, at::kFloat).to(bias->scalar_type(), false, true));
   for (size_t i = 0; i < adapters; ++i) {
     if (!need_as[i]) continue;

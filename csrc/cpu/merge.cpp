@@ -5,6 +5,7 @@ namespace fe {
 
 static void merge_one(const at::Tensor& weight, const at::Tensor& lora_a, const at::Tensor& lora_b, const std::optional<at::Tensor>& scale,
                       double factor) {
+  if (weight.numel() == 0) return;
   const int64_t rows = weight.size(0), d_in = weight.size(1), rank = lora_a.size(0), lanes = kernels().lanes;
   const std::vector<float> s = scale_of(scale, factor, rank);
   const at::Tensor a = as_float(lora_a);
@@ -25,6 +26,7 @@ void merge(const Tensors& weights, const Tensors& lora_as, const Tensors& lora_b
 }
 
 static void soft_threshold_one(const at::Tensor& scale, double kappa) {
+  if (scale.numel() == 0) return;
   at::Tensor values = as_float(scale);
   if (values.is_same(scale)) values = values.clone();
   float* s = values.data_ptr<float>();

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../arguments.h"
+#include "../empty.h"
 #include "kernels.h"
 
 namespace fe {
@@ -35,7 +36,7 @@ inline Matrix matrix(const at::Tensor& t) {
 
 // [..., d] as [rows, d] with contiguous rows; a view wherever the strides allow one.
 inline at::Tensor as_rows(const at::Tensor& t) {
-  at::Tensor rows = t.dim() == 2 ? t : t.reshape({t.size(-1) ? t.numel() / t.size(-1) : 0, t.size(-1)});
+  at::Tensor rows = t.dim() == 2 ? t : t.reshape({empty::rows_of(t), t.size(-1)});
   return rows.size(1) == 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
 }
 

@@ -16,6 +16,7 @@ from .adapters import Adapter, Scale, row_ranges
 from .capture import MODES
 
 _SHORT = (torch.float16, torch.bfloat16)
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def _shape(tensor: Tensor) -> str:
@@ -39,11 +40,13 @@ def finite(tensor: Tensor, name: str) -> None:
         )
 
 
-def number(value: float, name: str) -> None:
-    """A finite number: NaN or Inf would silently spread to every result."""
+def number(value: float, name: str, dtype: torch.dtype = torch.float32) -> None:
+    """A number that is finite where it is used, in fp64 beside `dtype` fp64, else in fp32: NaN or Inf would
+    silently spread to every result."""
+    largest = sys.float_info.max if dtype == torch.float64 else _LARGEST
     # A comparison: torch.compile traces it for a number that varies between calls, unlike math.isfinite.
-    if not -sys.float_info.max <= value <= sys.float_info.max:
-        raise ArgumentError(f"{name}: expected a finite number, got {value}")
+    if not -largest <= value <= largest:
+        raise ArgumentError(f"{name}: expected a finite number of at most {largest:.4g} in size, got {value}")
 
 
 def matrix(tensor: Tensor, name: str) -> None:
@@ -80,7 +83,7 @@ def _factors(lora_a: Tensor, lora_b: Tensor, scale: Scale, where: str, like: Ten
     elif not isinstance(scale, (int, float)):
         raise DtypeError(f"scale{where}: expected a number or a tensor, got {type(scale).__name__}")
     else:
-        number(scale, f"scale{where}")
+        number(scale, f"scale{where}", like.dtype)
     allowed = (like.dtype,) if like.dtype == torch.float64 else (like.dtype, torch.float32)
     for name, tensor in tensors:
         if tensor.device != like.device:
@@ -218,7 +221,8 @@ def _all_plain(
         [t.shape for t in fishers], [t.shape for t in lora_as], [t.shape for t in lora_bs], strict=True
     )
     fits = all(len(a) == 2 == len(b) and a[0] == b[1] >= 1 and f == (b[0], a[1]) for f, a, b in shapes)
-    return fits and all(map(math.isfinite, scales))
+    sizes = [abs(float(s)) for s in scales]  # type: ignore[arg-type]
+    return fits and all(map(math.isfinite, sizes)) and max(sizes) <= _LARGEST
 
 
 def _accumulator(fisher_: Tensor, name: str, like: Tensor, like_name: str) -> None:

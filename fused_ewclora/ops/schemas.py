@@ -200,13 +200,16 @@ def _chosen(op: str, args: Sequence[Any]) -> tuple[Candidate, str]:
 
 
 def _implementation(op: str) -> Callable[..., Any]:
-    writes = op.endswith("_")
-
     def call(*args: Any) -> Any:
-        result = run(*_chosen(op, args), args)
-        return None if writes else result
+        return run(*_chosen(op, args), args)
 
-    return call
+    def write(*args: Any) -> None:
+        run(*_chosen(op, args), args)
+        written = [args[0]] if isinstance(args[0], Tensor) else args[0]
+        # Kernels write memory that autograd does not see: what it saved of these tensors is no longer there.
+        torch.autograd.graph.increment_version(written)
+
+    return write if op.endswith("_") else call
 
 
 for _op, _schema in SCHEMAS.items():

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+from torch import Tensor
+
 _Value = TypeVar("_Value")
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """`[..., d]` as `[rows, d]`; d may be 0, where -1 would not tell the number of rows."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def row_ranges(rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:

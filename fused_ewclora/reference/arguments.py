@@ -134,7 +134,8 @@ def _layer(
     for index, start, stop in row_ranges(rows):
         if not 0 <= index < len(owned):
             raise _wrong("rows", f"an adapter below {len(owned)}", index)
-        if not 0 <= start < stop <= d_out:
+        some = start < stop or d_out == 0  # a weight without rows has one range, without rows
+        if not (0 <= start <= stop <= d_out and some):
             raise _wrong("rows", f"0 <= start < stop <= {d_out} (rows of weight)", (start, stop))
         owned[index] += stop - start
     for i, (lora_b, count) in enumerate(zip(lora_bs, owned, strict=True)):

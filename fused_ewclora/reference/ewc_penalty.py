@@ -59,8 +59,9 @@ def penalty_and_grads(
         s = factor if scale is None else scale.to(acc) * factor
         a, b = lora_a.to(acc), lora_b.to(acc)
         delta = (b * s) @ a
-        h = (ewc_lambda * fisher.to(acc)) * delta
-        total += 0.5 * (h * delta).sum(dtype=torch.float64)
+        h = fisher.to(acc) * delta
+        total += 0.5 * ewc_lambda * (h * delta).sum(dtype=torch.float64)
+        h *= ewc_lambda  # not to F before: Inf times a delta of zero would be NaN
         h_a = h @ a.T  # [d_out, r]
         if needs[0]:
             das.append((b * s).T @ h)

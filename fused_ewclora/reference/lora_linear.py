@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import arguments
-from .adapters import by_kind, row_ranges
+from .adapters import as_rows, by_kind, row_ranges
 from .philox import dropout
 
 Scale = float | Tensor
@@ -54,7 +54,7 @@ def lora_linear_slices(
 ) -> Tensor:
     """The differentiable truth of `functional.lora_linear_slices`."""
     acc = accumulate_dtype(x.dtype)
-    x2 = x.reshape(-1, x.shape[-1]).to(acc)
+    x2 = as_rows(x).to(acc)
     branch = dropout(x2, dropout_p if training else 0.0, seed)
     y = x2 @ weight.to(acc).T
     if bias is not None:
@@ -91,7 +91,7 @@ def forward(
     """Returns y `[..., d_out]` and z `[M, sum of ranks]` in the accumulation dtype."""
     arguments.lora_linear(x, weight, bias, lora_as, lora_bs, scales, scale_factors, rows, dropout_p, seed)
     acc = accumulate_dtype(x.dtype)
-    x2 = x.reshape(-1, x.shape[-1]).to(acc)
+    x2 = as_rows(x).to(acc)
     z = dropout(x2, dropout_p, seed) @ torch.cat([a.to(acc) for a in lora_as]).T
     # Not a view of what is computed: autograd lets no view that a Function returns be changed in place.
     output = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=acc)
@@ -132,8 +132,8 @@ def backward(
         dy, x, weight, bias, z, lora_as, lora_bs, scales, scale_factors, rows, dropout_p, seed, needs
     )
     acc = accumulate_dtype(dy.dtype)
-    g = dy.reshape(-1, dy.shape[-1]).to(acc)
-    x2 = None if x is None else x.reshape(-1, x.shape[-1]).to(acc)
+    g = as_rows(dy).to(acc)
+    x2 = None if x is None else as_rows(x).to(acc)
     branch = None if x2 is None else dropout(x2, dropout_p, seed)
     dx_branch = g.new_zeros(g.shape[0], weight.shape[1]) if needs[0] else None
     need_as, need_bs, need_scales = by_kind(needs[3:])

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 with gloo on the CPU: every check of distributed_checks.py, by two and by four processes."""
+"""DDP and FSDP2 with gloo on the CPU: every check of distributed_checks.py, by two to four processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import fused_ewclora as fe
 from fused_ewclora.errors import FisherError
 from fused_ewclora.ewc.controller import EWC
 
-WORLDS = (2, 4)
+WORLDS = (2, 3, 4)
 CASES = [(world, name) for world in WORLDS for name in distributed_checks.names(world)]
 
 

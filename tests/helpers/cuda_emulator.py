@@ -27,11 +27,23 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc" / "cuda"
 AUTOGRAD = ROOT / "csrc" / "autograd"
 NAME = "emulated_C_cuda"
+# Of `make sanitize`; where threads are watched there is nothing to see, one thread runs all fibers.
+SANITIZE = os.environ.get("FUSED_EWCLORA_SANITIZE") == "address"
+SANITIZER = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined", "-g"]
 FOLDER = ROOT / "build" / "emulator" / f"{sysconfig.get_config_var('SOABI')}-torch{torch.__version__}"
+FOLDER = FOLDER.with_name(f"{FOLDER.name}-address") if SANITIZE else FOLDER
 LIBRARY, FAILURE = FOLDER / f"{NAME}.so", FOLDER / "failure.txt"
 FLAGS = ["-std=c++20", "-DFE_EMULATED", f"-DTORCH_EXTENSION_NAME={NAME}", "-DTORCH_API_INCLUDE_EXTENSION_H"]
-FLAGS += ["-O1", "-g0", "-fPIC", "-Wall", "-fvisibility=hidden", f"-I{CSRC}"]
-LIBRARIES = ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
+FLAGS += [
+    "-O1",
+    "-g0",
+    "-fPIC",
+    "-Wall",
+    "-fvisibility=hidden",
+    f"-I{CSRC}",
+    *(SANITIZER if SANITIZE else ()),
+]
+LIBRARIES = [*(SANITIZER if SANITIZE else ()), "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
 
 
 def sources() -> list[Path]:

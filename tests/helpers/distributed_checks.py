@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from tiny_models import KEYS, Tiny, adapted, batches, data, layers, randomise
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import fused_ewclora as fe
 from fused_ewclora.distributed.processes import reshard, whole
@@ -186,6 +187,52 @@ def an_error_in_one_process_is_one_in_all() -> None:
     for name, p in model.named_parameters():
         if name != "fc.lora_B":
             assert torch.equal(whole(p.detach()), before[name]), name
+
+
+def fewer_rows_than_processes() -> None:
+    """Fisher, penalty and gradients of matrices of which some processes hold no row; by the kernels."""
+    with torch_fills_memory_with_nan():
+        for rows in (4, 2):
+            found, alone = (few_rows(rows, sharded) for sharded in (True, False))
+            assert found.keys() == alone.keys() and len(alone) == 2 + 1 + 4
+            for name, value in alone.items():
+                torch.testing.assert_close(
+                    found[name], value, rtol=1e-5, atol=1e-7, msg=f"{name}, {rows} rows"
+                )
+
+
+@contextlib.contextmanager
+def torch_fills_memory_with_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def few_rows(rows: int, sharded: bool) -> dict[str, Tensor]:
+    """The Fishers, the penalty and its gradients, whole, of two layers with outputs `rows` and 5."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, rows), nn.Linear(rows, 5))
+    fe.inject(model, fe.LoRAConfig(r=4, target_modules=["0", "1"]))
+    adapters = {name: p for name, p in model.named_parameters() if "lora" in name}
+    drawn = {name: torch.randn(p.shape) for name, p in adapters.items()}
+    if sharded:
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        adapters = {name: p for name, p in model.named_parameters() if "lora" in name}
+    ewc = EWC(model, ewc_lambda=3.0, fisher_mode="sample")
+    x, y = torch.randn(SAMPLES, 6), torch.arange(SAMPLES) % 5
+    if sharded:
+        ewc.shard_()
+    ewc.end_task([mine(x, y) if sharded else (x, y)], F.cross_entropy)
+    with torch.no_grad():
+        for name, p in adapters.items():
+            value = distribute_tensor(drawn[name], p.device_mesh, p.placements) if sharded else drawn[name]
+            p.copy_(value)
+    penalty = ewc.penalty()
+    penalty.backward()
+    results = {"penalty": penalty.detach(), **{key: whole(value) for key, value in ewc.fishers.items()}}
+    return results | {name: whole(p.grad) for name, p in adapters.items()}
 
 
 def what_is_not_sharded_is_said() -> None:
@@ -391,6 +438,7 @@ CHECKS: dict[str, tuple[tuple[int, ...], Callable[[Path, Path], None]]] = {
     ),
     "scales_and_ranges_reach_the_shards": ((2, 4), lambda _, __: scales_and_ranges_reach_the_shards()),
     "groups_do_not_mix": ((2, 4), lambda _, __: groups_do_not_mix()),
+    "fewer_rows_than_processes": ((3,), lambda _, __: fewer_rows_than_processes()),
     "fisher_memory_is_divided": ((2, 4), lambda _, __: fisher_memory_is_divided()),
     "a_state_made_before_sharding_is_dealt_out": (
         (2, 4),

@@ -64,6 +64,13 @@ TABLE: list[Row] = [
     (penalty, {"scales": [float("inf")]}, ArgumentError, ["scale[0]:", "finite", "inf"]),
     (penalty, {"ewc_lambda": float("nan")}, ArgumentError, ["ewc_lambda:", "finite", "nan"]),
     (penalty_grad, {"ewc_lambda": float("inf")}, ArgumentError, ["ewc_lambda:", "finite", "inf"]),
+    (penalty, {"ewc_lambda": 1e39}, ArgumentError, ["ewc_lambda:", "finite", "3.403e+38", "1e+39"]),
+    (penalty_grad, {"ewc_lambda": -1e39}, ArgumentError, ["ewc_lambda:", "finite", "-1e+39"]),
+    (penalty_grad, {"grad_scale": math.nan}, ArgumentError, ["grad_scale:", "finite", "nan"]),
+    (penalty, {"scales": [1e39]}, ArgumentError, ["scale[0]:", "finite", "1e+39"]),
+    (lora_linear, {"scale": 1e39}, ArgumentError, ["scale:", "finite", "1e+39"]),
+    (merge, {"scale": 1e39}, ArgumentError, ["scale:", "finite", "1e+39"]),
+    (fisher, {"weight": 1e39}, ArgumentError, ["weight:", "finite", "1e+39"]),
     (fisher, {"weight": float("nan")}, ArgumentError, ["weight:", "finite", "nan"]),
     (lora_linear, {"x": [1.0]}, DtypeError, ["x:", "tensor", "list"]),
     (lora_linear, {"x": T(3, 5, dtype=INT)}, DtypeError, ["x:", "floating-point", "int64"]),
@@ -173,6 +180,11 @@ TABLE: list[Row] = [
     (soft_threshold, {"kappa": -1.0}, ArgumentError, ["kappa:", ">= 0", "-1.0"]),
     (soft_threshold, {"kappa": math.nan}, ArgumentError, ["kappa:", ">= 0", "nan"]),
     (soft_threshold, {"backend": "rocm"}, ArgumentError, ["backend:", "reference", "'rocm'"]),
+    (merge, {"weight": T(1, 5).expand(7, 5)}, ArgumentError, ["weight:", "memory of their own", "(0, 1)"]),
+    (merge, {"weight": T(20).as_strided((7, 5), (2, 1))}, ArgumentError, ["weight:", "(2, 1)"]),
+    (fisher, {"fisher": T(7, 1).expand(7, 5)}, ArgumentError, ["fisher:", "memory of their own", "(1, 0)"]),
+    (soft_threshold, {"scale": T(1).expand(3)}, ArgumentError, ["scale:", "memory of their own", "(0,)"]),
+    (soft_threshold, {"scale": [T(3), T(1).expand(3)]}, ArgumentError, ["scale[1]:", "(0,)"]),
 ]  # fmt: skip
 
 
@@ -198,6 +210,58 @@ def test_wrong_named(operation, wrong, error, words):
     missing = [word for word in words if word not in message]
     assert not missing and message.startswith(words[0]), f"{missing} not in: {message}"
     assert all(map(torch.equal, given, before))
+
+
+def test_interlocked_strides():
+    """Strides that no operation makes are looked at: elements that do not meet are written as any others."""
+    apart = torch.zeros(20).as_strided((3, 2), (2, 3))
+    assert torch.equal(FE.merge_(apart, torch.ones(1, 2), torch.ones(3, 1)), torch.ones(3, 2))
+
+
+SHARED = torch.zeros(200)
+
+
+@pytest.mark.parametrize(
+    ("operation", "wrong", "words"),
+    [
+        (merge, {"weight": SHARED[:35].view(7, 5), "lora_b": SHARED[30:44].view(7, 2)},
+         ["weight:", "lora_b"]),
+        (merge, {"weight": SHARED[:35].view(7, 5), "scale": SHARED[4]}, ["weight:", "scale"]),
+        (merge, {"weight": [T(7, 5), SHARED[:35].view(7, 5)], "lora_a": [SHARED[:10].view(2, 5), A],
+                 "lora_b": [B, B]}, ["weight[1]:", "lora_a[0]"]),
+        (fisher, {"fisher": SHARED[:35].view(7, 5), "x": SHARED[20:80].view(3, 4, 5)}, ["fisher:", "x"]),
+        (fisher, {"fisher": SHARED[:35].view(7, 5), "dy": SHARED[:84].view(3, 4, 7)}, ["fisher:", "dy"]),
+    ],
+)  # fmt: skip
+def test_read_while_written(operation, wrong, words):
+    """A target that shares elements with what is read is refused, by name."""
+    with pytest.raises(ArgumentError) as caught:
+        operation(**wrong)
+    message = str(caught.value)
+    assert message.startswith(words[0]) and f"of {words[1]}," in message and "share" in message
+
+
+def test_neighbours_in_memory():
+    """Tensors may lie side by side, or interleaved, in one storage."""
+    memory = torch.zeros(7, 12)
+    weight, b = memory[:, :5], memory[:, 6:8].fill_(1.0)
+    assert torch.equal(FE.merge_(weight, torch.ones(2, 5), b), torch.full((7, 5), 2.0))
+    assert memory[:, 5].eq(0).all() and memory[:, 8:].eq(0).all() and b.eq(1).all()
+
+
+def test_expanded_grad():
+    """A gradient whose elements share memory is refused before any gradient changes."""
+    a, b = T(2, 5).add(1).requires_grad_(), T(7, 2).add(1).requires_grad_()
+    b.grad = T(1).expand(7, 2)
+    with pytest.raises(ArgumentError, match=r"grad .*\[7, 2\].*memory of their own"):
+        FE.ewc_penalty_grad_([T(7, 5).add(1)], [a], [b])
+    assert a.grad is None and b.grad.eq(0).all()
+
+
+def test_fp64_numbers():
+    """Numbers beyond fp32 serve fp64."""
+    wide = [torch.ones(shape, dtype=DOUBLE) for shape in ((7, 5), (2, 5), (7, 2))]
+    assert FE.ewc_penalty(*([t] for t in wide), ewc_lambda=1e39).item() == pytest.approx(0.5e39 * 35 * 4)
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,18 @@ def test_long_sums(backend):
     assert_within(value, torch.tensor(exact, dtype=torch.float64), bound, "penalty")
 
 
+def test_beyond_fp32(backend):
+    """A penalty that fp32 does not hold is Inf, with gradients that are finite where they fit."""
+    values = Values(0, backend)
+    fisher, a, b = values.full((3, 5), 1e30), values.full((2, 5), 1.0), values.full((3, 2), 1.0)
+    a.requires_grad_()
+    value = FE.ewc_penalty([fisher], [a], [b], ewc_lambda=1e8, backend=backend)
+    assert value.item() == float("inf")
+    value = FE.ewc_penalty([fisher], [a], [0 * b], ewc_lambda=1e10, backend=backend)
+    (da,) = torch.autograd.grad(value, a)
+    assert value.item() == 0.0 and bool((da == 0).all())
+
+
 def test_zero_fisher(backend):
     """A zero Fisher gives exact zeros."""
     case = make(Values(2, backend), BIG[:3], backend, ewc_lambda=1e7)

@@ -215,6 +215,7 @@ HOT = [
 # (file, function): what it is for.
 EXCEPTIONS = {
     ("ops/checks.py", "finite"): "NaN and Inf in a Fisher's inputs, unless check_finite=False",
+    ("ops/memory.py", "_share_elements"): "places of elements, on the CPU whatever the device",
     ("reference/fisher_accumulate.py", "sample_bounds"): "offsets of packed samples are validated",
     ("layers/slices.py", "fingerprint"): "of the base weight, at injection",
     ("backends/triton/launch.py", "interpreted"): "a setting of Triton, not a tensor",

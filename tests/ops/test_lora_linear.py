@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import oracles
 import pytest
@@ -13,6 +14,7 @@ from linear_cases import Case, assert_gradients, assert_output, cases, parameter
 from strategies import (
     LAYOUTS,
     LINEAR_BACKENDS,
+    LOW_PRECISION,
     Values,
     dtypes_of,
     interpreted,
@@ -320,3 +322,20 @@ def test_output_in_place(backend, shape):
         y = FE.lora_linear(x, weight, None, lora_a, lora_b, backend=backend)
         gradients.append(torch.autograd.grad(relu(y).square().sum(), [x, lora_a, lora_b]))
     assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_gaps_not_read(backend, dtype):
+    """What lies between rows takes no part, whatever it is: PyTorch's 16-bit products read it on processors
+    with AMX."""
+    if interpreted(backend):
+        pytest.skip("the base product of GPU kernels on the CPU is PyTorch's own")
+    values = Values(3, backend)
+    leaves = []
+    for rows, columns in ((24, 29), (33, 29), (24, 33)):
+        buffer = values.full((rows, columns + 13), math.nan, dtype)
+        leaves.append(buffer[:, 3 : 3 + columns].copy_(values.normal(rows, columns)))
+    x, weight, dy = leaves
+    x.requires_grad_(), weight.requires_grad_()
+    y = FE.lora_linear(x, weight, None, values.normal(2, 29), values.normal(33, 2), backend=backend)
+    assert y.isfinite().all() and all(g.isfinite().all() for g in torch.autograd.grad(y, [x, weight], dy))

@@ -225,12 +225,12 @@ std::tuple<at::Tensor, at::Tensor> lora_linear(const at::Tensor& x, const at::Te
                                                const std::optional<at::Tensor>& seed) {
   arguments::lora_linear(DEVICE, x, weight, bias, lora_as, lora_bs, scales, factors, rows, dropout_p, seed);
   const c10::DeviceGuard guard(x.device());
+  if (empty::linear(x, weight)) return empty::lora_linear(x, weight, bias, lora_as);
   const Adapters adapters(weight, lora_as, lora_bs, scales, factors, rows);
   const at::Tensor x2 = as_rows(x);
   const int64_t d_out = weight.size(0), d_in = weight.size(1), m = x2.size(0);
   at::Tensor y = at::empty(with_last(x, d_out), x.options());
   at::Tensor z = at::empty({m, adapters.rank}, x.options().dtype(at::kFloat));
-  if (m == 0) return {y, z};
   const Setting s(x2, adapters.ranks, dropout_p, seed);
   const Plan plan(s, x2, WAVES_OF_U);
 
@@ -352,6 +352,7 @@ Tensors lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tenso
                              const std::vector<bool>& needed) {
   arguments::lora_linear_backward(DEVICE, dy, x, weight, bias, z, lora_as, lora_bs, scales, factors, rows, dropout_p, seed, needed);
   const c10::DeviceGuard guard(dy.device());
+  if (empty::linear(dy, weight)) return empty::lora_linear_backward(dy, weight, bias, lora_as, lora_bs, scales, needed);
   const Needs needs(needed);
   Adapters adapters(weight, lora_as, lora_bs, scales, factors, rows);
   const at::Tensor dy2 = as_rows(dy);
@@ -368,7 +369,7 @@ Tensors lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tenso
   if (!needs.u() && !needs.g()) return out;
   const Setting s(dy2, adapters.ranks, dropout_p, seed);
   low_rank_backward(dy2, x, z, d_in, adapters, needs, s, to);
-  if (needs.x && m) to.x.view({m, d_in}).addmm_(dy2, weight);
+  if (needs.x) to.x.view({m, d_in}).addmm_(dy2, weight);
   adapters.collect();
   return out;
 }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../../arguments.h"
+#include "../../empty.h"
 #include "../numbers.h"
 #include "../runtime.h"
 
@@ -55,7 +56,7 @@ inline Matrix matrix(const at::Tensor& t) {
 
 // [..., d] as [rows, d], a view wherever the strides allow one.
 inline at::Tensor as_rows(const at::Tensor& t) {
-  return t.dim() == 2 ? t : t.reshape({t.size(-1) ? t.numel() / t.size(-1) : 0, t.size(-1)});
+  return t.dim() == 2 ? t : t.reshape({empty::rows_of(t), t.size(-1)});
 }
 
 // Whether 16-byte accesses that begin at multiples of 16 bytes of a row stay inside rows of a 2-d tensor and are aligned.

@@ -13,13 +13,37 @@
 #include <string>
 #include <vector>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "emulator.h"
 
 namespace fe::cuda {
 namespace emulator {
 namespace {
 
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t STACK = 1 << 20;  // variables have margins there
+
+// AddressSanitizer has to know on which stack a thread runs: announced before a switch, confirmed after it.
+void leaving(void** kept, const void* stack, size_t size) {
+  __sanitizer_start_switch_fiber(kept, stack, size);
+}
+void arrived(void* kept, const void** from, size_t* size) {
+  __sanitizer_finish_switch_fiber(kept, from, size);
+}
+// Frames that were left for good have margins that a later function would run into.
+void forget_frames(const void* stack) {
+  __asan_unpoison_memory_region(stack, STACK);
+}
+#else
 constexpr size_t STACK = 128 << 10;
+
+void leaving(void**, const void*, size_t) {}
+void arrived(void*, const void**, size_t*) {}
+void forget_frames(const void*) {}
+#endif
 constexpr char CANARY = 0x5a;
 constexpr size_t MARGIN = 256;  // bytes behind shared memory that no one may write
 constexpr size_t MOST_SHARED = 99 << 10;
@@ -35,7 +59,9 @@ struct Copy {
 struct Fiber {
   ucontext_t start;
   void* jump[5];
-  bool started;
+  void* kept = nullptr;  // of AddressSanitizer
+  char* stack;
+  bool started = false;
   State state;
   Place place;
   Together together;
@@ -67,6 +93,9 @@ struct Machine {
   Fiber* running = nullptr;
   ucontext_t scheduler_context;
   void* scheduler[5];
+  void* kept = nullptr;  // of AddressSanitizer, with the stack of the scheduler
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_size = 0;
   std::vector<char> shared_storage;
   char* shared = nullptr;
   size_t shared_size = 0;
@@ -83,10 +112,13 @@ struct Failed {};
 // Leaves the running fiber for the scheduler; comes back when it is resumed.
 __attribute__((noinline)) void leave() {
   Fiber* fiber = machine.running;
+  leaving(fiber->state == State::done ? nullptr : &fiber->kept, machine.scheduler_stack, machine.scheduler_size);
   if (__builtin_setjmp(fiber->jump) == 0) __builtin_longjmp(machine.scheduler, 1);
+  arrived(machine.running->kept, nullptr, nullptr);
 }
 
 void body() {
+  arrived(nullptr, &machine.scheduler_stack, &machine.scheduler_size);
   try {
     (*machine.kernel)();
     finish_copies(0);  // they land even when no one waits
@@ -98,20 +130,24 @@ void body() {
 
 __attribute__((noinline)) void resume(Fiber* fiber) {
   machine.running = fiber;
+  leaving(&machine.kept, fiber->stack, STACK);
   if (__builtin_setjmp(machine.scheduler) == 0) {
     if (fiber->started) __builtin_longjmp(fiber->jump, 1);
     fiber->started = true;
     swapcontext(&machine.scheduler_context, &fiber->start);
   }
+  arrived(machine.kept, nullptr, nullptr);
 }
 
 void prepare(Fiber& fiber, size_t index, const Place& place) {
+  fiber.stack = machine.stacks.of(index);
+  if (fiber.started && fiber.state != State::done) forget_frames(fiber.stack);
   fiber.started = false;
   fiber.state = State::ready;
   fiber.place = place;
   fiber.groups.clear(), fiber.open.clear();
   getcontext(&fiber.start);
-  fiber.start.uc_stack.ss_sp = machine.stacks.of(index);
+  fiber.start.uc_stack.ss_sp = fiber.stack;
   fiber.start.uc_stack.ss_size = STACK;
   fiber.start.uc_link = nullptr;
   makecontext(&fiber.start, body, 0);

@@ -100,7 +100,7 @@ def _forward(
     m, k, n, r = shape.rows, shape.d_in, shape.d_out, padded(shape.rank)
     base, low_rank, read_x = 2.0 * m * k * n, 2.0 * m * n * r, m * k / elements
     return {
-        "full": (base * (1 + r / min(columns, n)) + low_rank) / triton,
+        "full": (base * (1 + r / max(min(columns, n), 1)) + low_rank) / triton,
         "prologue": LAUNCH + read_x + (base + low_rank) / triton,
         "addmm": 2 * LAUNCH + read_x + 2 * m * n / elements + base / blas,
         "concat": 3 * LAUNCH + 2 * read_x + 2 * k * n / elements + (base + low_rank) / blas,

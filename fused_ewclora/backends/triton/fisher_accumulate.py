@@ -28,7 +28,7 @@ def fisher_accumulate_(
     """F += weight * sum_n (dy_n^T x_n)^2 or, for `squares` "batch", weight * (sum_n dy_n^T x_n)^2, in place;
     no temporaries but the G of "batch"."""
     arguments.fisher_accumulate(fisher, x, dy, squares, cu_seqlens)
-    if x.shape[:-1].numel() == 0 or (cu_seqlens is not None and cu_seqlens.numel() < 2):
+    if 0 in (x.numel(), dy.numel()) or (cu_seqlens is not None and cu_seqlens.numel() < 2):
         return
     if squares == "batch":
         _batch(fisher, x, dy, weight)

@@ -5,13 +5,15 @@ Sums are fp32; z, u and the factors are rounded to the dtype of x where they ent
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...reference.adapters import by_kind
+from ...reference import lora_linear as reference
+from ...reference.adapters import as_rows, by_kind
 from .cost_model import MAX_FULL_RANK, padded
 from .launch import addressable, arch, cdiv
 from .lowrank import Dropout, Packed, add_up, columns_pass, pack, product, rows_pass
@@ -20,7 +22,7 @@ from .tables import lookup
 
 def _matrix(tensor: Tensor) -> Tensor:
     """`[M, d]`, in place where offsets inside a tile fit in 32 bits."""
-    return addressable(tensor.reshape(-1, tensor.shape[-1]))
+    return addressable(as_rows(tensor))
 
 
 class _Forward:
@@ -57,40 +59,49 @@ class _Forward:
         factors, bounds = (packed.a, packed.b), (packed.lo, packed.hi)
         product(self.x, self.weight, factors, self.z, self.bias, self.y, bounds, full=full, base=base)
 
-    def result(self) -> tuple[Tensor, Tensor]:
-        return self.output, self.z
+
+def _forward(algorithm: Callable[[_Forward], None]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The host of the op by an algorithm that fills in y and z."""
+
+    @functools.wraps(algorithm)
+    def run(*arguments: Any) -> tuple[Tensor, Tensor]:
+        x, weight = arguments[:2]
+        if x.numel() == 0 or weight.numel() == 0:
+            return reference.forward(*arguments)  # no rows, features or outputs: at most a bias, no launch
+        call = _Forward(*arguments)
+        algorithm(call)
+        return call.output, call.z
+
+    return run
 
 
-def lora_linear_full(*arguments: Any) -> tuple[Tensor, Tensor]:
+@_forward
+def lora_linear_full(call: _Forward) -> None:
     """One launch besides packing: z is computed in the loop of the base product."""
-    call = _Forward(*arguments)
     assert call.dropout.seed is None and call.rank <= MAX_FULL_RANK
     call.product(call.pack(), full=True)
-    return call.result()
 
 
-def lora_linear_prologue(*arguments: Any) -> tuple[Tensor, Tensor]:
+@_forward
+def lora_linear_prologue(call: _Forward) -> None:
     """z first, then the base product on top of the low-rank term."""
-    call = _Forward(*arguments)
     packed = call.pack()
     rows_pass(call.x, packed.a.T, packed.rp, u=call.z, dropout=call.dropout)
     call.product(packed)
-    return call.result()
 
 
-def lora_linear_addmm(*arguments: Any) -> tuple[Tensor, Tensor]:
+@_forward
+def lora_linear_addmm(call: _Forward) -> None:
     """z, then the low-rank term and bias as y, then BLAS adds the base product to it."""
-    call = _Forward(*arguments)
     packed = call.pack()
     rows_pass(call.x, packed.a.T, packed.rp, u=call.z, dropout=call.dropout)
     call.product(packed, base=False)
     call.y.addmm_(call.x, call.weight.T)
-    return call.result()
 
 
-def lora_linear_concat(*arguments: Any) -> tuple[Tensor, Tensor]:
+@_forward
+def lora_linear_concat(call: _Forward) -> None:
     """One BLAS product of [x, z] and [W, sB]; both are written once."""
-    call = _Forward(*arguments)
     width = call.d_in + padded(call.rank)
     right = call.weight.new_empty(call.d_out, width)
     right[:, : call.d_in].copy_(call.weight)
@@ -109,7 +120,6 @@ def lora_linear_concat(*arguments: Any) -> tuple[Tensor, Tensor]:
         torch.mm(left, right.T, out=call.y)
     else:
         torch.addmm(call.bias, left, right.T, out=call.y)
-    return call.result()
 
 
 def lora_linear_backward_prologue(*arguments: Any) -> list[Tensor]:
@@ -143,6 +153,10 @@ def _backward(
     seed: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
+    if dy.numel() == 0 or weight.numel() == 0:
+        return reference.backward(
+            dy, x, weight, bias, z, lora_as, lora_bs, scales, scale_factors, rows, dropout_p, seed, needs
+        )
     grad, dropout = _matrix(dy), Dropout.of(dropout_p, seed)
     x2 = None if x is None else _matrix(x)
     (d_out, d_in), count = weight.shape, grad.shape[0]
