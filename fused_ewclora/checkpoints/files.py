@@ -1,5 +1,5 @@
-"""A set of files that is replaced as a whole: whenever a writer dies, and whoever else reads or writes, either
-the old set or the new one can be read.
+"""A set of files that is replaced as a whole: whenever a writer dies, and whoever else reads or writes,
+either the old set or the new one can be read.
 
 The manifest lists every other file with its hash. New contents are written beside the old files, as
 `<name>.<first digits of the hash>.new`; then one rename replaces the manifest; then the new contents are
