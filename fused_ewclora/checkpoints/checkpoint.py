@@ -101,8 +101,8 @@ def load_pretrained(
     process must call this. All files are read, hashed and checked before the model is changed: base weights
     and all tensors that are not in the checkpoint must have the bits that they had when it was saved, which
     `strict=False` turns into a warning. NaN and Inf are refused unless the EWC has `check_finite=False`.
-    Raises `CheckpointError`, which names the file or the tensor and says what to do; the model and the EWC are
-    unchanged then.
+    Raises `CheckpointError`, which names the file or the tensor and says what to do; the model and the EWC
+    are unchanged then.
 
         >>> inject(model, config); ewc = EWC(model); load_pretrained("run/task3", model, ewc)
     """

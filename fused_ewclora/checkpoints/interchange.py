@@ -95,7 +95,8 @@ def import_peft(path: str | os.PathLike[str], model: nn.Module) -> None:
     computes.
 
     Raises `CheckpointError` for files that are missing or malformed, or hold NaN or Inf (in the dtype of the
-    model), and `NotExactlyRepresentable` for methods and settings that adapted layers do not support, such as DoRA; the model is unchanged then.
+    model), and `NotExactlyRepresentable` for methods and settings that adapted layers do not support, such as
+    DoRA; the model is unchanged then.
 
         >>> import_peft("adapter", model)
     """
@@ -226,9 +227,10 @@ def _check_finite(values: Mapping[str, Tensor]) -> None:
     """A buffer may hold Inf on purpose, as a mask does."""
     floating = {name: value for name, value in values.items() if value.is_floating_point()}
     bad = nonfinite({name: value for name, value in floating.items() if isinstance(value, nn.Parameter)})
-    bad += [name for name, value in floating.items() if name not in bad and bool(value.isnan().any())]
+    # NaN is what is not equal to itself.
+    bad += [name for name, value in floating.items() if name not in bad and not torch.equal(value, value)]
     if bad:
         raise CheckpointError(
-            f"{ADAPTER}: {bad[0]}: expected finite values, got NaN or Inf in the model's {values[bad[0]].dtype} "
-            f"({len(bad)} of {len(values)} tensors); nothing was loaded"
+            f"{ADAPTER}: {bad[0]}: expected finite values, got NaN or Inf in the model's "
+            f"{values[bad[0]].dtype} ({len(bad)} of {len(values)} tensors); nothing was loaded"
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 BLOCK = 8192  # words of 8 bytes that share one pair of sums
-# Blocks at a time. On a CPU they stay in its cache, and PyTorch does not start threads, which would cost more.
+# Blocks at a time. On a CPU they stay in its cache, and are few enough that PyTorch starts no threads.
 CPU_STEP, DEVICE_STEP = 2, 512
 
 
@@ -19,13 +19,13 @@ CPU_STEP, DEVICE_STEP = 2, 512
 def digest(tensor: Tensor) -> str:
     """The dtype, a colon and a hash of shape and bits; `""` on the meta device.
 
-    A block of words x_i of 64 bits becomes two sums modulo 2^64, sum_i a_i x_i and sum_i b_i (x_i >> 32), with
-    fixed random odd a_i and b_i; the sums of all blocks are hashed by SHA-256. Any change within one word is
-    found, because an odd factor is invertible. Any other change of given tensors goes unnoticed with a
-    probability of at most 2^-32 over the factors: either upper halves change, by less than 2^32, or only lower
-    halves do, and a sum of random multiples of such numbers is zero that rarely. Integer sums do not depend on
-    their order, so that the digest is the same on all devices and for any number of threads; of a tensor on
-    a GPU only the sums are copied to the host. It is no protection against an adversary.
+    A block of words x_i of 64 bits becomes two sums modulo 2^64, sum_i a_i x_i and sum_i b_i (x_i >> 32),
+    with fixed random odd a_i and b_i; the sums of all blocks are hashed by SHA-256. Any change within one
+    word is found, because an odd factor is invertible. Any other change of given tensors goes unnoticed with
+    a probability of at most 2^-32 over the factors: either upper halves change, by less than 2^32, or only
+    lower halves do, and a sum of random multiples of such numbers is zero that rarely. Integer sums do not
+    depend on their order, so that the digest is the same on all devices and for any number of threads; of a
+    tensor on a GPU only the sums are copied to the host. It is no protection against an adversary.
     """
     if tensor.is_meta:
         return ""
@@ -65,14 +65,14 @@ def _sums(content: Tensor) -> bytes:
         last[: content.numel() - end] = content[end:]
         parts.append(last)
     weights = _weights(content.device)
-    sums = [_block_sums(part.view(torch.int64).view(-1, BLOCK), *weights) for part in parts]
+    on_cpu = content.device.type == "cpu"
+    sums = [_block_sums(part.view(torch.int64).view(-1, BLOCK), *weights, on_cpu) for part in parts]
     return torch.cat(sums, 1).cpu().numpy().tobytes() if sums else b""
 
 
-def _block_sums(words: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _block_sums(words: Tensor, low: Tensor, high: Tensor, on_cpu: bool) -> Tensor:
     """Both sums of each block, `[2, blocks]`."""
     sums = words.new_empty(2, words.shape[0])
-    on_cpu = words.device.type == "cpu"
     step = CPU_STEP if on_cpu else DEVICE_STEP
     for start in range(0, words.shape[0], step):
         piece, (first, second) = words[start : start + step], sums[:, start : start + step]

@@ -73,8 +73,8 @@ def plan_slices(
 
 
 def fingerprint(weight: Tensor) -> str:
-    """A hash of the shape and of up to 64 evenly spaced rows in bf16, a colon, and the exact `digest`; `""` on
-    the meta device. `same_weights` compares two of them."""
+    """A hash of the shape and of up to 64 evenly spaced rows in bf16, a colon, and the exact `digest`; `""`
+    on the meta device. `same_weights` compares two of them."""
     if weight.is_meta:
         return ""
     rows = torch.linspace(0, weight.shape[0] - 1, min(FINGERPRINT_ROWS, weight.shape[0])).long()
