@@ -101,9 +101,8 @@ def report(others: Others, strict: bool) -> None:
         return
     others = list(dict.fromkeys(others))
     names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-    problem = (
-        f"{names}: the checkpoint belongs to other base weights or frozen tensors ({len(others)} differ)"
-    )
+    count = f"{len(others)} differ" if len(others) > 1 else "it differs"
+    problem = f"{names}: the checkpoint belongs to other base weights or frozen tensors ({count})"
     if strict:
         raise CheckpointError(
             f"{problem}; load the pretrained weights that it was trained from before inject. What was frozen "

@@ -49,9 +49,8 @@ def test_signs_and_swaps(size, places):
 def test_shapes_and_dtypes():
     """Shape and dtype are part of it."""
     zeros = [torch.zeros(shape) for shape in ((), (1,), (0,), (2, 3), (3, 2), (6,), (0, 2))]
-    zeros += [
-        torch.zeros(6, dtype=dtype) for dtype in (torch.float64, torch.int32, torch.bool, torch.complex64)
-    ]
+    dtypes = (torch.float64, torch.int32, torch.bool, torch.complex64)
+    zeros += [torch.zeros(6, dtype=dtype) for dtype in dtypes]
     assert len({digest(tensor) for tensor in zeros}) == len(zeros)
     assert digest(torch.zeros(2, device="meta")) == ""
     assert digest(torch.zeros(2)) != digest(-torch.zeros(2))
@@ -76,10 +75,10 @@ def test_oracle(blocks, seed):
     """Both ways to add are sums of integers modulo 2^64."""
     words = drawn(blocks * BLOCK, torch.int64, seed).view(blocks, BLOCK)
     weights = module._weights(torch.device("cpu"))
-    expected = [
-        [sum(a * (x >> shift) for a, x in zip(table.tolist(), row.tolist(), strict=True)) % 2**64 for row in words]
-        for table, shift in zip(weights, (0, 32), strict=True)
-    ]  # fmt: skip
+    expected = []
+    for table, shift in zip(weights.tolist(), (0, 32), strict=True):
+        products = [[a * (x >> shift) for a, x in zip(table, row, strict=True)] for row in words.tolist()]
+        expected.append([sum(row) % 2**64 for row in products])
     for on_cpu in (True, False):
         found = module._block_sums(words, *weights, on_cpu)
         assert [[x % 2**64 for x in row] for row in found.tolist()] == expected
