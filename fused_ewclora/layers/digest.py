@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 BLOCK = 8192  # words of 8 bytes that share one pair of sums
 # Blocks at a time. On a CPU they stay in its cache, and are few enough that PyTorch starts no threads.
-CPU_STEP, DEVICE_STEP = 2, 512
+CPU_STEP, DEVICE_STEP = 3, 512
 
 
 @torch.no_grad()
@@ -74,14 +74,16 @@ def _block_sums(words: Tensor, low: Tensor, high: Tensor, on_cpu: bool) -> Tenso
     """Both sums of each block, `[2, blocks]`."""
     sums = words.new_empty(2, words.shape[0])
     step = CPU_STEP if on_cpu else DEVICE_STEP
+    scratch = torch.empty_like(words[:step])
     for start in range(0, words.shape[0], step):
         piece, (first, second) = words[start : start + step], sums[:, start : start + step]
+        work = scratch[: piece.shape[0]]
         if on_cpu:
             torch.mv(piece, low, out=first)
-            torch.mv(piece >> 32, high, out=second)
+            torch.mv(torch.bitwise_right_shift(piece, 32, out=work), high, out=second)
         else:  # which have no product of an integer matrix and a vector
-            torch.sum(piece * low, 1, out=first)
-            torch.sum((piece >> 32) * high, 1, out=second)
+            torch.sum(torch.mul(piece, low, out=work), 1, out=first)
+            torch.sum(torch.bitwise_right_shift(piece, 32, out=work).mul_(high), 1, out=second)
     return sums
 
 
