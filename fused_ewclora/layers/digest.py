@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 BLOCK = 8192  # words of 8 bytes that share one pair of sums
 # Blocks at a time. On a CPU they stay in its cache, and are few enough that PyTorch starts no threads.
 CPU_STEP, DEVICE_STEP = 3, 512
+THREADS_FROM = 1 << 22  # bytes; below, starting threads of our own takes longer than what they save
 
 
 @torch.no_grad()
@@ -64,9 +66,21 @@ def _sums(content: Tensor) -> bytes:
         last = content.new_zeros(size)
         last[: content.numel() - end] = content[end:]
         parts.append(last)
-    weights = _weights(content.device)
+    low, high = _weights(content.device)
     on_cpu = content.device.type == "cpu"
-    sums = [_block_sums(part.view(torch.int64).view(-1, BLOCK), *weights, on_cpu) for part in parts]
+    threads = torch.get_num_threads() if on_cpu and end >= THREADS_FROM else 1
+
+    def work(words: Tensor) -> Tensor:
+        with torch.no_grad():  # a setting of each thread
+            return _block_sums(words, low, high, on_cpu)
+
+    blocks = [part.view(torch.int64).view(-1, BLOCK) for part in parts]
+    shares = [share for part in blocks for share in part.chunk(threads)]
+    if threads == 1:
+        sums = [work(share) for share in shares]
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            sums = list(pool.map(work, shares))
     return torch.cat(sums, 1).cpu().numpy().tobytes() if sums else b""
 
 

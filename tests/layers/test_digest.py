@@ -87,7 +87,7 @@ def test_oracle(blocks, seed):
 
 def test_threads():
     """The number of threads does not matter."""
-    tensor, threads, found = drawn(50 * BLOCK), torch.get_num_threads(), set()
+    tensor, threads, found = drawn(200 * BLOCK + 3), torch.get_num_threads(), set()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
