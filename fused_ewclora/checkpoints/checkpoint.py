@@ -23,14 +23,17 @@ from ..errors import ArgumentError, CheckpointError, FisherError, NotExactlyRepr
 from ..ewc.controller import EWC
 from ..ewc.state import EWCState
 from ..layers.adapted import AdaptedLinear
+from ..layers.finite import nonfinite
 from ..layers.index import put_rows, take_rows
 from ..layers.inject import adapters
-from ..layers.slices import AdapterSlice, fingerprint, fisher_key
+from ..layers.slices import AdapterSlice, exact_part, fingerprint, fisher_key, same_weights
+from . import frozen
 from .files import ADAPTER, ADAPTER_CONFIG, MANIFEST, STATE, read_files, write_files
 from .peft_format import disk_key, model_key, own_config, peft_config, stock_shapes
 
 FORMAT = 1
 ROWS = "merged_rows."  # prefix of the keys of base weight rows that consolidation has changed
+BUFFERS = "buffer."  # prefix of the keys of small buffers
 Updates = list[tuple[Tensor, Tensor]]
 
 
@@ -40,11 +43,13 @@ def save_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
 
     adapter_model.safetensors and adapter_config.json hold the adapters, all other trained parameters and the
     running statistics. They have PEFT's own layout if PEFT would compute exactly the same, else one that PEFT
-    refuses to load. ewc_state.safetensors holds the Fishers and the base weight rows that consolidation has
-    changed; ewc_config.json says how the Fishers were estimated and holds the hashes of all files. States of
-    optimizers and of random generators are not saved. If the process dies while it writes, the old checkpoint
-    remains readable. When the model is sharded every process must call this; the first process writes whole
-    tensors, which any number of processes can load. Raises `CheckpointError` while adapters are merged,
+    refuses to load. ewc_state.safetensors holds the Fishers, the base weight rows that consolidation has
+    changed, and small buffers; ewc_config.json says how the Fishers were estimated and holds the hashes of
+    all files, and digests of all base weights and of all other frozen tensors. States of optimizers and of
+    random generators are not saved. If the process dies while it writes, the old checkpoint remains readable.
+    Processes that save into one folder wait for each other. When the model is sharded every process must call
+    this; the first process writes whole tensors, which any number of processes can load. Raises
+    `CheckpointError` while adapters are merged, and when another process holds the folder for minutes,
     `ArgumentError` for an EWC of another model, `OSError` when the files cannot be written.
 
         >>> save_pretrained("run/task3", model, ewc)
@@ -58,10 +63,12 @@ def save_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
     spread = bool(sharded(layers))
     keep = not spread or dist.get_rank() == 0
     trained = trained_tensors(model, layers)
-    changed = [name for name, layer in layers.items() if is_changed(layer)]
+    now = {name: fingerprint(whole(layer.base_weight)) for name, layer in layers.items()}
+    changed = [name for name, layer in layers.items() if _differs(layer, now[name])]
+    buffers, digests = frozen.split(frozen.outside_tensors(model, layers), trained.values())
     tensors, adapter_config = _adapter_file(model, layers, trained, changed)
     files = {ADAPTER: pack(tensors, keep), ADAPTER_CONFIG: json.dumps(adapter_config, indent=1).encode()}
-    state = changed_rows(layers, changed)
+    state = changed_rows(layers, changed) | {BUFFERS + name: tensor for name, tensor in buffers.items()}
     saved = None if ewc is None else ewc.state_dict()
     if saved is not None:
         state |= saved["tensors"]
@@ -69,7 +76,10 @@ def save_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
         files[STATE] = pack(state, keep)
     config = {
         "format": FORMAT,
-        "layers": {name: describe(layer) for name, layer in layers.items()},
+        "layers": {
+            name: {**describe(layer), "weight": exact_part(now[name])} for name, layer in layers.items()
+        },
+        "frozen": digests,
         "ewc": None if saved is None or ewc is None else saved["config"],
         "ewc_lambda": None if ewc is None else ewc.ewc_lambda,
         "gamma": None if ewc is None else ewc.gamma,
@@ -80,15 +90,19 @@ def save_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
         write_files(Path(path), files, config)
 
 
-def load_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | None = None) -> None:
+def load_pretrained(
+    path: str | os.PathLike[str], model: nn.Module, ewc: EWC | None = None, strict: bool = True
+) -> None:
     """Load a checkpoint into a freshly injected model and its EWC; training then continues bit for bit as if
     it had not been interrupted.
 
     The model must have been built from the same pretrained weights and injected with the same configuration.
     Prefixes of DDP, torch.compile, FSDP and PEFT in names are ignored. When the model is sharded every
-    process must call this. All files are read, hashed and checked before the model is changed. Raises
-    `CheckpointError`, which names the file or the layer and says what to do; the model and the EWC are
-    unchanged then.
+    process must call this. All files are read, hashed and checked before the model is changed: base weights
+    and all tensors that are not in the checkpoint must have the bits that they had when it was saved, which
+    `strict=False` turns into a warning. NaN and Inf are refused unless the EWC has `check_finite=False`.
+    Raises `CheckpointError`, which names the file or the tensor and says what to do; the model and the EWC
+    are unchanged then.
 
         >>> inject(model, config); ewc = EWC(model); load_pretrained("run/task3", model, ewc)
     """
@@ -104,10 +118,23 @@ def load_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
         raise CheckpointError(
             f"{MANIFEST}: expected format {FORMAT}, got {shown(config.get('format'))}; nothing was loaded"
         )
-    tasks = check_layers(layers, config.get("layers"))
-    updates = _tensor_updates(model, layers, unpack(files, ADAPTER))
+    others: frozen.Others = []
+    tasks = check_layers(layers, config.get("layers"), others)
+    values = _values(model, layers, unpack(files, ADAPTER))
     state = unpack(files, STATE) if STATE in files else {}
-    updates += row_updates(layers, {key: state.pop(key) for key in list(state) if key.startswith(ROWS)})
+    rows = _taken(state, ROWS)
+    weights = _merged_weights(layers, rows)
+    others += _other_weights(layers, weights, config["layers"])
+    outside = frozen.outside_tensors(model, layers)
+    buffers, unfit = _buffer_updates(outside, _taken(state, BUFFERS))
+    held = [target for target, _ in (*values.values(), *buffers)]
+    others += unfit + frozen.compare(outside, config.get("frozen"), held)
+    frozen.report(others, strict)
+    if ewc is None or ewc.check_finite:
+        _check_finite({name: value for name, (_, value) in values.items()}, ADAPTER)
+        _check_finite(rows, STATE)
+    updates = [*values.values(), *((layers[name].base_weight, weight) for name, weight in weights.items())]
+    updates += buffers
     parsed = None if ewc is None else parsed_ewc(ewc, state, config)
     with Transaction() as change:
         for target, value in updates:
@@ -142,7 +169,12 @@ def _origin(layer: AdaptedLinear) -> str:
 
 def is_changed(layer: AdaptedLinear) -> bool:
     """Whether the base weight is no longer the pretrained one."""
-    return layer.consolidated_tasks > 0 or fingerprint(whole(layer.base_weight)) != _origin(layer)
+    return layer.consolidated_tasks > 0 or _differs(layer, fingerprint(whole(layer.base_weight)))
+
+
+def _differs(layer: AdaptedLinear, now: str) -> bool:
+    """`is_changed` for a layer whose present weight has the fingerprint `now`."""
+    return layer.consolidated_tasks > 0 or not same_weights(now, layer.origin_fingerprint or now)
 
 
 def changed_rows(layers: Mapping[str, AdaptedLinear], changed: list[str]) -> dict[str, Tensor]:
@@ -234,9 +266,11 @@ def unpack(files: Mapping[str, bytes], name: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{name}: expected safetensors: {error}. Nothing was loaded") from error
 
 
-def check_layers(layers: Mapping[str, AdaptedLinear], saved: Any) -> dict[str, int]:
+def check_layers(
+    layers: Mapping[str, AdaptedLinear], saved: Any, others: frozen.Others | None = None
+) -> dict[str, int]:
     """Check that layers, adapters and pretrained weights are the saved ones; returns the number of
-    consolidated tasks of each layer."""
+    consolidated tasks of each layer. Other pretrained weights are added to `others` if that is given."""
     if not isinstance(saved, dict) or not all(isinstance(entry, dict) for entry in saved.values()):
         raise CheckpointError(f"{MANIFEST}: expected a table of layers; nothing was loaded")
     saved = {canonical_name(name): entry for name, entry in saved.items()}
@@ -254,12 +288,12 @@ def check_layers(layers: Mapping[str, AdaptedLinear], saved: Any) -> dict[str, i
                     f"{name}: {field}: the checkpoint has {shown(saved[name].get(field))}, the model "
                     f"{ours[field]}; inject with the same configuration. Nothing was loaded"
                 )
-        if saved[name].get("fingerprint") != ours["fingerprint"]:
-            raise CheckpointError(
-                f"{name}: the checkpoint belongs to other base weights (fingerprint "
-                f"{shown(saved[name].get('fingerprint'))}, the model has {ours['fingerprint']}); load the "
-                "pretrained weights that it was trained from before inject. Nothing was loaded"
-            )
+        if not same_weights(saved[name].get("fingerprint"), ours["fingerprint"]):
+            found = [f"{name}.weight"]
+            if others is None:
+                frozen.report(found, strict=True)
+            else:
+                others += found
         tasks = saved[name].get("consolidated_tasks")
         if isinstance(tasks, bool) or not isinstance(tasks, int) or not 0 <= tasks < 2**63:
             raise CheckpointError(
@@ -268,9 +302,10 @@ def check_layers(layers: Mapping[str, AdaptedLinear], saved: Any) -> dict[str, i
     return {name: saved[name]["consolidated_tasks"] for name in layers}
 
 
-def _tensor_updates(
+def _values(
     model: nn.Module, layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Tensor]
-) -> Updates:
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(tensor of the model, value) for each one in the adapter file, by canonical name."""
     required = _adapters_of(layers)
     # PEFT keeps a copy of a head for each adapter, all under one name; the trainable one takes precedence.
     by_use = sorted(model.named_parameters(remove_duplicate=False), key=lambda item: item[1].requires_grad)
@@ -290,23 +325,76 @@ def _tensor_updates(
         )
     for name, value in values.items():
         _same_kind(name, available[name], value, ADAPTER)
-    return [(available[name], value) for name, value in values.items()]
+    return {name: (available[name], value) for name, value in values.items()}
+
+
+def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries whose keys begin with the prefix, which are removed."""
+    return {key: tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+
+
+def _buffer_updates(
+    outside: Mapping[str, Tensor], saved: Mapping[str, Tensor]
+) -> tuple[Updates, frozen.Others]:
+    """The buffers that the model has, and the names of the others."""
+    updates: Updates = []
+    others: frozen.Others = []
+    for key, value in saved.items():
+        name = canonical_name(key.removeprefix(BUFFERS))
+        target = outside.get(name)
+        if target is not None and (target.shape, target.dtype) == (value.shape, value.dtype):
+            updates.append((target, value))
+        else:
+            others.append(f"{name} (not in the model)" if target is None else f"{name} (of another shape)")
+    return updates, others
+
+
+def _check_finite(values: Mapping[str, Tensor], file: str) -> None:
+    if bad := nonfinite({name: value for name, value in values.items() if value.is_floating_point()}):
+        raise CheckpointError(
+            f"{file}: {bad[0]}: expected finite values, got NaN or Inf ({len(bad)} of {len(values)} "
+            "tensors); an EWC with check_finite=False loads them. Nothing was loaded"
+        )
+
+
+def _other_weights(
+    layers: Mapping[str, AdaptedLinear], new: Mapping[str, Tensor], saved: Mapping[str, Any]
+) -> frozen.Others:
+    """The adapted weights that would not be those of the saved model, with the new ones in place."""
+    entries = {canonical_name(name): entry for name, entry in saved.items()}
+    others: frozen.Others = []
+    for name, layer in layers.items():
+        now = fingerprint(whole(new.get(name, layer.base_weight)))
+        if name not in new and _differs(layer, now):
+            raise _unconsolidated(name)
+        others += frozen.other_weight(name, entries[name].get("weight"), exact_part(now))
+    return others
+
+
+def _unconsolidated(name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name}: the checkpoint was saved before any consolidation, but the base weight of the model has "
+        "been consolidated; load it into a freshly built and injected model. Nothing was loaded"
+    )
 
 
 def row_updates(layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Tensor]) -> Updates:
     """New base weights from the saved rows; a layer without saved rows must still have its pretrained
     weight."""
+    new = _merged_weights(layers, saved)
+    for name, layer in layers.items():
+        if name not in new and is_changed(layer):
+            raise _unconsolidated(name)
+    return [(layers[name].base_weight, weight) for name, weight in new.items()]
+
+
+def _merged_weights(layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole new weights of the layers that have saved rows."""
     left = {canonical_name(key.removeprefix(ROWS)): value for key, value in saved.items()}
-    updates: Updates = []
+    new: dict[str, Tensor] = {}
     for name, layer in layers.items():
         keys = [fisher_key(name, piece) for piece in layer.adapter_slices]
         if not any(key in left for key in keys):
-            if is_changed(layer):
-                raise CheckpointError(
-                    f"{name}: the checkpoint was saved before any consolidation, but the base weight of the "
-                    "model has been consolidated; load it into a freshly built and injected model. Nothing "
-                    "was loaded"
-                )
             continue
         weight = whole(layer.base_weight.detach()).clone()
         for key, piece in zip(keys, layer.adapter_slices, strict=True):
@@ -315,10 +403,10 @@ def row_updates(layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Tensor]
             rows = left.pop(key)
             _same_kind(f"rows of {key}", weight[: piece.row_count], rows, STATE)
             put_rows(weight, piece.rows, rows.to(weight.device))
-        updates.append((layer.base_weight, weight))
+        new[name] = weight
     if left:
         raise CheckpointError(f"{STATE}: the model has no adapter {min(left)}; nothing was loaded")
-    return updates
+    return new
 
 
 def _same_kind(name: str, target: Tensor, value: Tensor, file: str) -> None:

@@ -1,9 +1,12 @@
-"""A set of files that is replaced as a whole: whenever the writer dies, either the old set or the new one can
-be read.
+"""A set of files that is replaced as a whole: whenever a writer dies, and whoever else reads or writes,
+either the old set or the new one can be read.
 
 The manifest lists every other file with its hash. New contents are written beside the old files, as
-`<name>.new`; then one rename replaces the manifest; then the new contents are renamed to their final names. A
-reader takes whichever of `<name>.new` and `<name>` has the hash in the manifest.
+`<name>.<first digits of the hash>.new`; then one rename replaces the manifest; then the new contents are
+renamed to their final names. A reader takes whichever of these has the hash in the manifest, and starts again
+if the manifest was replaced meanwhile. Writers wait for each other (`lock`). Every file is written under a
+random name, which must not exist, and then renamed, so that links which somebody has put there are replaced
+and not followed.
 """
 
 from __future__ import annotations
@@ -12,10 +15,13 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import secrets
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .lock import locked
 
 MANIFEST = "ewc_config.json"
 ADAPTER = "adapter_model.safetensors"
@@ -23,29 +29,46 @@ ADAPTER_CONFIG = "adapter_config.json"
 STATE = "ewc_state.safetensors"
 NAMES = (ADAPTER, ADAPTER_CONFIG, STATE)
 PENDING = ".new"
+_TEMPORARY = re.compile(
+    rf"({'|'.join(map(re.escape, (*NAMES, MANIFEST)))})"
+    r"(\.new|\.[0-9a-f]{16}\.new|(\.[0-9a-f]{16}\.new)?\.[0-9a-f]{16}\.tmp)"  # \.new: of earlier versions
+)
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
 def write_files(folder: Path, files: dict[str, bytes], config: dict[str, Any]) -> None:
     """Replace the checkpoint in `folder` by `files` (names among NAMES) and `config`; other files in the
-    folder are not touched."""
+    folder are not touched. Raises `CheckpointError` when another writer holds the folder for too long."""
+    _make_folder(folder)
+    config = _listing(files, config)
+    manifest = json.dumps({**config, "checksum": _checksum(config)}, indent=1, sort_keys=True).encode()
+    with locked(folder):
+        _settle(folder)
+        pending = [folder / _pending(name, config["files"][name]) for name in files]
+        try:
+            for path, content in zip(pending, files.values(), strict=True):
+                _replace(path, content)
+            written = _beside(folder / MANIFEST)
+            pending.append(written)
+            _write(written, manifest)
+            _sync_folder(folder)
+        except BaseException:
+            for path in pending:
+                path.unlink(missing_ok=True)
+            raise
+        os.replace(written, folder / MANIFEST)  # from here on the new set is the checkpoint
+        _sync_folder(folder)
+        _settle(folder)
+
+
+def _make_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a folder or a new path, got a file")
     folder.mkdir(parents=True, exist_ok=True)
-    _settle(folder)
-    config = _listing(files, config)
-    manifest = json.dumps({**config, "checksum": _checksum(config)}, indent=1, sort_keys=True).encode()
-    try:
-        for name, content in files.items():
-            _write(folder / (name + PENDING), content)
-        _write(folder / (MANIFEST + PENDING), manifest)
-        _sync_folder(folder)
-    except BaseException:
-        for name in (*files, MANIFEST):
-            (folder / (name + PENDING)).unlink(missing_ok=True)
-        raise
-    os.replace(folder / (MANIFEST + PENDING), folder / MANIFEST)  # from here on the new set is the checkpoint
-    _sync_folder(folder)
-    _settle(folder)
+
+
+def _pending(name: str, digest: str) -> str:
+    return f"{name}.{digest[:16]}{PENDING}"
 
 
 def identity(files: dict[str, bytes], config: dict[str, Any]) -> str:
@@ -63,36 +86,85 @@ def _listing(files: dict[str, bytes], config: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_plain(folder: Path, files: dict[str, bytes]) -> None:
-    """Write files without a manifest, each replaced by one rename."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        _write(folder / (name + PENDING), content)
-    for name in files:
-        os.replace(folder / (name + PENDING), folder / name)
-    _sync_folder(folder)
+    """Write files without a manifest, each replaced by one rename; a reader may find some of them new and
+    others old. Raises `CheckpointError` where they would replace files of a checkpoint."""
+    _make_folder(folder)
+    with locked(folder):
+        if (folder / MANIFEST).exists() and not set(files).isdisjoint(NAMES):
+            raise CheckpointError(
+                f"{folder}: expected a folder without a checkpoint of save_pretrained, which would no longer "
+                f"load; write to another folder, or remove {MANIFEST}. Nothing was written"
+            )
+        for name, content in files.items():
+            _replace(folder / name, content)
+        _sync_folder(folder)
 
 
 def read_files(folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     """The contents of every file that the manifest lists, and the manifest; raises `CheckpointError` unless
     all hashes match."""
-    config = _read_manifest(folder)
-    return {name: _read_verified(folder, name, digest) for name, digest in config["files"].items()}, config
+    while True:
+        before = _version(folder)
+        try:
+            config = _read_manifest(folder)
+            listed = config["files"].items()
+            return {name: _read_verified(folder, name, digest) for name, digest in listed}, config
+        except CheckpointError:
+            if before is None or _version(folder) == before:
+                raise
+            # A writer has replaced the checkpoint meanwhile.
+
+
+def _version(folder: Path) -> tuple[int, int] | None:
+    """What distinguishes the present manifest file from those that replace it; None without one."""
+    try:
+        found = os.stat(folder / MANIFEST)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _settle(folder: Path) -> None:
-    """Complete the renames of a writer that died: pending contents of the present checkpoint get their final
-    names."""
+    """Complete the renames of a writer that died, and remove its other files: pending contents of the present
+    checkpoint get their final names."""
     try:
         digests = _read_manifest(folder)["files"]
     except CheckpointError:
         return  # there is no checkpoint to preserve
     for name in NAMES:
-        final, pending = folder / name, folder / (name + PENDING)
         if name not in digests:
-            final.unlink(missing_ok=True)
-        elif pending.exists() and _digest(pending.read_bytes()) == digests[name]:
-            os.replace(pending, final)
+            (folder / name).unlink(missing_ok=True)
+            continue
+        for pending in _pending_paths(folder, name, digests[name]):
+            content = _read_regular(pending)
+            if content is not None and _digest(content) == digests[name]:
+                os.replace(pending, folder / name)
+                break
+    for path in _leftovers(folder):
+        path.unlink(missing_ok=True)
     _sync_folder(folder)
+
+
+def _pending_paths(folder: Path, name: str, digest: str) -> list[Path]:
+    return [folder / _pending(name, digest), folder / (name + PENDING)]  # the latter of earlier versions
+
+
+def _read_regular(path: Path) -> bytes | None:
+    """The contents of a file that is no link, or None."""
+    try:
+        with open(os.open(path, os.O_RDONLY | _NO_FOLLOW), "rb") as file:
+            return file.read()
+    except OSError:
+        return None
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    """Temporary files, which no writer but the holder of the lock has any use for."""
+    return [
+        path
+        for path in folder.iterdir()
+        if _TEMPORARY.fullmatch(path.name) and (path.is_symlink() or not path.is_dir())
+    ]
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -130,16 +202,20 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _read_verified(folder: Path, name: str, digest: str) -> bytes:
     exists = False
-    for path in (folder / (name + PENDING), folder / name):
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}. Nothing was loaded") from error
-        if _digest(content) == digest:
+    for pending in _pending_paths(folder, name, digest):
+        content = _read_regular(pending)
+        if content is not None and _digest(content) == digest:
             return content
-        exists = True
+        exists = exists or content is not None
+    try:
+        content = (folder / name).read_bytes()
+    except FileNotFoundError:
+        content = None
+    except OSError as error:
+        raise CheckpointError(f"{folder / name}: cannot be read: {error}. Nothing was loaded") from error
+    if content is not None and _digest(content) == digest:
+        return content
+    exists = exists or content is not None
     problem = (
         "its hash is not the one in ewc_config.json: it is truncated, corrupted or from another checkpoint"
         if exists
@@ -159,8 +235,25 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def _replace(path: Path, content: bytes) -> None:
+    """Replace one file, or a link in its place, by a new file."""
+    temporary = _beside(path)
+    try:
+        _write(temporary, content)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+
+
 def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
+    """Write a file that must not exist yet."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o666)
+    with open(descriptor, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

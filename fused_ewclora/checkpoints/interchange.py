@@ -19,6 +19,7 @@ from ..config import LoRAConfig
 from ..distributed.transaction import Transaction, canonical_name
 from ..errors import CheckpointError, EWCLoRAError, NotExactlyRepresentable, TargetError
 from ..layers.adapted import AdaptedLinear
+from ..layers.finite import nonfinite
 from ..layers.index import put_rows
 from ..layers.inject import adapters, eject, inject
 from ..layers.matching import plan
@@ -93,8 +94,9 @@ def import_peft(path: str | os.PathLike[str], model: nn.Module) -> None:
     """Inject the adapters of a PEFT folder into a model without adapters, which then computes what PEFT
     computes.
 
-    Raises `CheckpointError` for files that are missing or malformed and `NotExactlyRepresentable` for
-    methods and settings that adapted layers do not support, such as DoRA; the model is unchanged then.
+    Raises `CheckpointError` for files that are missing or malformed, or hold NaN or Inf (in the dtype of the
+    model), and `NotExactlyRepresentable` for methods and settings that adapted layers do not support, such as
+    DoRA; the model is unchanged then.
 
         >>> import_peft("adapter", model)
     """
@@ -205,14 +207,30 @@ def _install(
                 (piece,) = layer.adapter_slices
                 layer.adapter_slices = (replace(piece, scaling=plans[canonical_name(name)][1]),)
             parameters = _tensors(model)
-            for name, pair in pairs.items():
-                change.copy_(parameters[f"{name}.lora_A"], pair["A"])
-                change.copy_(parameters[f"{name}.lora_B"], pair["B"])
-            for name, tensor in others.items():
+            values = {
+                f"{name}.lora_{letter}": pair[letter] for name, pair in pairs.items() for letter in "AB"
+            }
+            values |= others
+            for name, tensor in values.items():
                 change.copy_(parameters[name], tensor)
+            _check_finite({name: parameters[name] for name in values})
+            for name in others:
                 if isinstance(parameters[name], nn.Parameter):
                     parameters[name].requires_grad_(True)
     except BaseException:
         if adapters(model):
             eject(model, merge=False)
         raise
+
+
+def _check_finite(values: Mapping[str, Tensor]) -> None:
+    """A buffer may hold Inf on purpose, as a mask does."""
+    floating = {name: value for name, value in values.items() if value.is_floating_point()}
+    bad = nonfinite({name: value for name, value in floating.items() if isinstance(value, nn.Parameter)})
+    # NaN is what is not equal to itself.
+    bad += [name for name, value in floating.items() if name not in bad and not torch.equal(value, value)]
+    if bad:
+        raise CheckpointError(
+            f"{ADAPTER}: {bad[0]}: expected finite values, got NaN or Inf in the model's "
+            f"{values[bad[0]].dtype} ({len(bad)} of {len(values)} tensors); nothing was loaded"
+        )

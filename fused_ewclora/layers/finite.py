@@ -15,8 +15,13 @@ def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
     if not tensors:
         return []
     device = next(iter(tensors.values())).device
-    flags = torch.stack([torch.isfinite(tensor).all().to(device) for tensor in tensors.values()])
+    flags = torch.stack([torch.isfinite(_wide(tensor)).all().to(device) for tensor in tensors.values()])
     return [name for name, finite in zip(tensors, flags.tolist(), strict=True) if not finite]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """`isfinite` is not defined for floats of one byte."""
+    return tensor.float() if tensor.element_size() == 1 else tensor
 
 
 def check_finite(new: Mapping[str, Tensor], action: str, error: type[EWCLoRAError]) -> None:

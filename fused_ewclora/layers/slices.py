@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..config import QKVLayout, Rows, finite, positive, segment_names
 from ..errors import LayoutError
+from .digest import digest
 
-FINGERPRINT_ROWS = 64  # enough to tell checkpoints apart, small enough to read back from a GPU
+FINGERPRINT_ROWS = 64  # of the part that does not depend on the dtype
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,27 @@ def plan_slices(
 
 
 def fingerprint(weight: Tensor) -> str:
-    """A hash of the shape and of up to 64 evenly spaced rows in bf16, equal for an fp32 weight and its bf16
-    copy; `""` on the meta device."""
+    """A hash of the shape and of up to 64 evenly spaced rows in bf16, a colon, and the exact `digest`; `""`
+    on the meta device. `same_weights` compares two of them."""
     if weight.is_meta:
         return ""
     rows = torch.linspace(0, weight.shape[0] - 1, min(FINGERPRINT_ROWS, weight.shape[0])).long()
     sample = weight.detach()[rows.to(weight.device)].to(torch.bfloat16).cpu().contiguous()
-    digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
-    digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    hashed = hashlib.sha256(repr(tuple(weight.shape)).encode())
+    hashed.update(sample.view(torch.int16).numpy().tobytes())
+    return f"{hashed.hexdigest()[:16]}:{digest(weight)}"
+
+
+def exact_part(fingerprint: str) -> str:
+    """The digest in a fingerprint, `""` if it is of an earlier version, which hashed only the rows."""
+    return fingerprint.partition(":")[2]
+
+
+def same_weights(first: object, second: object) -> bool:
+    """Whether two fingerprints are of the same weight: of the same bits if both have a digest of one dtype,
+    else of the same rows in bf16. A weight keeps its fingerprint in this sense when it is rounded to bf16."""
+    if not isinstance(first, str) or not isinstance(second, str):
+        return False
+    digests = [exact_part(fingerprint) for fingerprint in (first, second)]
+    comparable = all(digests) and len({part.partition(":")[0] for part in digests}) == 1
+    return first == second if comparable else first.partition(":")[0] == second.partition(":")[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..layers.adapted import AdaptedLinear
-from ..layers.slices import AdapterSlice
+from ..layers.slices import AdapterSlice, same_weights
 from ._directions import Directions, suffix_of
 
 FORMAT = 1
@@ -74,7 +74,7 @@ def parse(saved: Any, adapters: Adapters, normalization: str) -> Parsed:
     directions, outcomes = [], {}
     for key, layer, piece in adapters:
         entry = described[key] if isinstance(described[key], Mapping) else {}
-        if entry.get("fingerprint") != layer.origin_fingerprint:
+        if not same_weights(entry.get("fingerprint"), layer.origin_fingerprint):
             raise _error(f"{key}: the state belongs to other base weights")
         directions.append(_directions(tensors, key, layer, piece))
         outcomes[key] = _outcomes(entry.get("outcomes"), key)

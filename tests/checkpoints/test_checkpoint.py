@@ -299,7 +299,7 @@ FOREIGN = [
     (files.MANIFEST, lambda c: c["layers"].pop("fc"), "fc: adapted in the model only"),
     (files.MANIFEST, lambda c: c["layers"].update(other={}), "other: adapted in the checkpoint only"),
     (files.MANIFEST, lambda c: c["layers"]["fc"]["adapters"][0].update(r=5), "fc: adapters"),
-    (files.MANIFEST, lambda c: c["layers"]["fc"].update(fingerprint="0" * 16), "fc: .*other base weights"),
+    (files.MANIFEST, lambda c: c["layers"]["fc"].update(fingerprint="0" * 16), "fc.weight.*other base"),
     (files.MANIFEST, lambda c: c["layers"]["fc"].pop("consolidated_tasks"), "consolidated tasks"),
     (files.MANIFEST, lambda c: c["ewc"].update(fisher_mode="batch"), "fisher_mode"),
     (files.MANIFEST, lambda c: c.update(ewc=[1]), "state"),
