@@ -15,12 +15,12 @@ def take_sample(value: Any, index: int, samples: int) -> Any:
     unless they hold parts of the batch themselves, as (x, y) of two samples does. Everything else stays.
     The outermost tuple or list holds parts of the batch.
     """
-    return _taken(value, lambda part: part[index : index + 1], samples)
+    return _taken(value, lambda part: _copy(part[index : index + 1]), samples)
 
 
 def take_ends(value: Any, samples: int) -> Any:
     """The same cut down to the first and the last of at least 2 samples."""
-    return _taken(value, lambda part: part[0 : samples : samples - 1], samples)
+    return _taken(value, lambda part: _copy(part[0 : samples : samples - 1]), samples)
 
 
 def reverse_samples(value: Any, samples: int) -> Any:
@@ -71,6 +71,11 @@ def _take(value: Any, which: Callable[[Any], Any], samples: int) -> Any:
             return which(value)
         return type(value)(_take(part, which, samples) for part in value)
     return value
+
+
+def _copy(part: Any) -> Any:
+    """A tensor of its own, which a model may write to or take views of."""
+    return part.clone() if isinstance(part, Tensor) else part
 
 
 def _per_sample(value: Any, samples: int) -> bool:
