@@ -58,7 +58,7 @@ def take_sample(value: Any, index: int, samples: int) -> Any:
 
 def take_samples(value: Any, rows: slice, samples: int) -> Any:
     """As `take_sample`, cut down to several samples."""
-    return _taken(value, lambda part: part[rows], samples)
+    return _taken(value, lambda part: _copy(part[rows]), samples)
 
 
 def take_ends(value: Any, samples: int) -> Any:
@@ -117,6 +117,11 @@ def _take(value: Any, which: Callable[[Any], Any], samples: int) -> Any:
 def _like(value: Mapping[Any, Any], parts: dict[Any, Any]) -> Any:
     """Outputs of transformers are mappings with attributes; their class takes the entries by name."""
     return type(value)(**parts) if hasattr(value, "to_tuple") else parts
+
+
+def _copy(part: Any) -> Any:
+    """A tensor of its own, which a model may write to or take views of."""
+    return part.clone() if isinstance(part, Tensor) else part
 
 
 def _per_sample(value: Any, samples: int) -> bool:

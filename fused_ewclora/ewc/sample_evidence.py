@@ -136,8 +136,8 @@ class _Question:
             _refuse(
                 self.name,
                 f"{here} the rows that the first and the last sample have alone are in no known order "
-                f"(relative difference {best:.2g}, of which rounding explains {tolerance(eps):.2g}); they are "
-                "arranged in another way, or samples act on each other before this layer",
+                f"(relative difference {best:.2g}, of which rounding explains {tolerance(eps):.2g}); they "
+                "are arranged in another way, or samples act on each other before this layer",
             )
         elif len(ranked) > 1 and ranked[1][0] <= CLEARLY * max(best, eps):
             _refuse(self.name, f"{here} the rows of a sample are alike, and so fit two orders")

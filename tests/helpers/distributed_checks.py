@@ -235,6 +235,50 @@ def few_rows(rows: int, sharded: bool) -> dict[str, Tensor]:
     return results | {name: whole(p.grad) for name, p in adapters.items()}
 
 
+class Turned(Tiny):
+    """`fc` sees the tokens first, as rows."""
+
+    def block(self, x: Tensor) -> Tensor:
+        rows = self.fc(x.transpose(0, 1).flatten(0, 1))
+        return x + torch.tanh(rows.unflatten(0, (-1, len(x))).transpose(0, 1))
+
+
+def samples_are_found_by_all(by_hand: bool) -> None:
+    """Batches of one sample in one process, and of several in others; then an error in one of them."""
+
+    def made(wrap: Callable[[nn.Module], nn.Module]) -> EWC:
+        model = adapted()
+        fe.eject(model)
+        model.__class__ = Turned
+        fe.inject(model, fe.LoRAConfig(r=2, target_modules=["fc"]))
+        return EWC(wrap(model), **OPTIONS)
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    every = [batches(*data(2 * (1 + 4 * r), seed=r), 1 + 4 * r) for r in range(world)]
+    alone, ewc = made(lambda model: model.eval()), made(shard)
+    ewc.shard_()
+    with torch.no_grad():
+        for (_, p), (_, q) in zip(alone.model.named_parameters(), ewc.model.named_parameters(), strict=True):
+            p.copy_(whole(q.detach()))
+    alone.estimate_fisher([batch for part in every for batch in part], F.cross_entropy)
+    if by_hand:
+        with ewc.accumulate_fisher():
+            for x, y in every[rank]:
+                F.cross_entropy(ewc.model(x), y).backward()
+    else:
+        ewc.estimate_fisher(every[rank], F.cross_entropy)
+    alone.consolidate()
+    ewc.consolidate()
+    close(ewc.fishers["fc"], alone.fishers["fc"])
+    x, y = data(4)
+    try:
+        ewc.estimate_fisher([(x, y)], F.cross_entropy, batch_size_fn=lambda _: 4 - (rank == 1))
+    except fe.FisherError as error:
+        assert "one of 3 samples alone" in str(error)
+    else:
+        raise AssertionError("batches of no known size were accepted")
+
+
 def what_is_not_sharded_is_said() -> None:
     def message(call: Callable[[], object]) -> str:
         try:
@@ -445,6 +489,8 @@ CHECKS: dict[str, tuple[tuple[int, ...], Callable[[Path, Path], None]]] = {
         lambda _, __: a_state_made_before_sharding_is_dealt_out(),
     ),
     "an_error_in_one_process_is_one_in_all": ((2,), lambda _, __: an_error_in_one_process_is_one_in_all()),
+    "samples_are_found_by_all": ((2, 4), lambda _, __: samples_are_found_by_all(False)),
+    "samples_are_found_by_hand": ((2,), lambda _, __: samples_are_found_by_all(True)),
     "what_is_not_sharded_is_said": ((2,), lambda _, __: what_is_not_sharded_is_said()),
     "what_differs_between_processes_is_said": ((2,), lambda _, __: what_differs_between_processes_is_said()),
     "mixed_precision": ((2,), lambda _, __: mixed_precision()),
