@@ -78,7 +78,7 @@ class ModelCheck:
             if compared:
                 judge(compared, self._reduction, self._tolerance)
                 return None
-        return "the losses of the first samples are not finite"
+        return "the losses of the first samples are not finite, or have no gradient"
 
     def _compared(self, batch: Batch, rows: slice, samples: int) -> list[Comparison]:
         """The first two, three, ... of some samples together, and each alone; of those with a finite loss.
@@ -90,8 +90,9 @@ class ModelCheck:
         compared = []
         for count in range(2, len(singles) + 1):
             together = self._gradient(take_samples(batch, slice(rows.start, rows.start + count), samples))
-            if bool(torch.isfinite(together).all()):
-                compared.append(Comparison(together, torch.stack(singles[:count]).sum(0), count))
+            alone = torch.stack(singles[:count]).sum(0)
+            if bool(torch.isfinite(together).all()) and bool(together.any() | alone.any()):
+                compared.append(Comparison(together, alone, count))
         return compared
 
     def _gradient(self, batch: Batch) -> Tensor:
