@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FisherError
-from .batches import mapped, take_sample, tensors_of
+from .batches import mapped, rebuilt, take_sample, tensors_of
 
 # A factor on the loss that is closer to 1 than this changes F by less than its own rounding in fp32 models.
 _OUTPUT_TOLERANCE = 1e-4
@@ -78,23 +78,32 @@ class Watch:
     """Notes the gradient that a loss has at the output of the model, at two samples: where it is largest, and
     at the sample `turn`, which varies from batch to batch.
 
-    The loss function is called again with a copy of each of them alone, and never twice on the graph of the
-    batch.
+    The loss function takes `output` in place of that of the model. It is called again with a copy of each of
+    the two samples alone, and never twice on the graph of the batch.
     """
 
     def __init__(self, output: Any, samples: int, turn: int) -> None:
         self._output, self._samples, self._turn = output, samples, turn % samples
         self._chosen: Tensor | None = None
         self._rows: dict[int, Tensor] = {}
-        tensors = list(tensors_of(output))
-        self._watched = [
-            i for i, tensor in enumerate(tensors)
-            if tensor.requires_grad and tensor.dim() > 0 and tensor.shape[0] == samples
-        ]  # fmt: skip
-        self._handles = [tensors[i].register_hook(self._keeping(i)) for i in self._watched]
-        self._tolerance = max(
-            [_OUTPUT_TOLERANCE, *(4 * torch.finfo(tensors[i].dtype).eps for i in self._watched)]
+        self._tolerance = _OUTPUT_TOLERANCE
+        self._watched: set[int] = set()
+        positions = itertools.count()
+        # The loss gets aliases, at which only its own gradient arrives: hidden states of an output have
+        # another one, by way of the logits.
+        self.output = (
+            mapped(output, lambda t: self._watching(t, next(positions))) if rebuilt(output) else output
         )
+
+    def _watching(self, tensor: Tensor, position: int) -> Tensor:
+        """An alias whose gradient is noted, of a tensor that has one and is per sample."""
+        if not tensor.requires_grad or tensor.dim() == 0 or tensor.shape[0] != self._samples:
+            return tensor
+        alias = tensor.view_as(tensor)
+        alias.register_hook(self._keeping(position))
+        self._watched.add(position)
+        self._tolerance = max(self._tolerance, 4 * torch.finfo(tensor.dtype).eps)
+        return alias
 
     def _keeping(self, position: int) -> Callable[[Tensor], None]:
         def keep(grad: Tensor) -> None:
@@ -110,8 +119,6 @@ class Watch:
     def compare(self, loss_fn: Callable[[Any, Any], Tensor], targets: Any, reduction: str) -> str | None:
         """Raises `FisherError` when the loss is no mean (sum) over samples; the reason why it cannot be told,
         or None. To be called after backward."""
-        for handle in self._handles:
-            handle.remove()
         if self._chosen is None:
             return (
                 "the loss does not depend on a tensor of the output whose leading size is that of the batch"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 
 import pytest
 import torch
@@ -288,6 +289,32 @@ def test_means_over_samples(name, dtype):
         ewc.estimate_fisher(
             batches(x, y, 3), lambda output, target: len(target) * COMMON[name](output, target)
         )
+
+
+class Record(dict):
+    """An output with attributes, which a copy of its entries lacks."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+
+@pytest.mark.parametrize("kind", [dict, Record])
+def test_upstream_outputs(kind):
+    """Hidden states in the output, from which the logits are computed, do not confuse the check."""
+    x, y = data(6)
+    loss = lambda o, t: F.cross_entropy(o["logits"], t) + getattr(o, "hidden", o["hidden"]).square().mean()  # noqa: E731
+
+    def forward(model, batch):
+        hidden = model.block(batch[0])
+        return kind(logits=model.head(hidden.mean(1)), hidden=hidden), batch[1]
+
+    losses = [
+        lambda m, n=n: loss(dict(forward(m, (x[n : n + 1], y))[0]), y[n : n + 1]) for n in range(len(x))
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ewc = fisher(adapted(), batches(x, y, 3), loss, forward=forward)
+    assert_close(ewc, squares(adapted(), losses, [1 / 6] * 6))
 
 
 def test_loss_with_state():
