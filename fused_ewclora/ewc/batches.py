@@ -36,6 +36,17 @@ def mapped(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def rebuilt(value: Any) -> bool:
+    """Whether `mapped` gives objects of the same classes: a dictionary of a class of its own may have
+    attributes that a copy of its entries lacks."""
+    if isinstance(value, Mapping):
+        return (type(value) is dict or hasattr(type(value), "to_tuple")) and all(map(rebuilt, value.values()))
+    if isinstance(value, (tuple, list)):
+        plain = type(value) in (tuple, list) or hasattr(value, "_fields")
+        return plain and all(map(rebuilt, value))
+    return True
+
+
 def tensors_of(value: Any) -> Iterator[Tensor]:
     """The tensors of nested tuples, lists and mappings, in the order of `mapped`."""
     return (tensor for _, tensor in tensors(value))
@@ -116,7 +127,7 @@ def _take(value: Any, which: Callable[[Any], Any], samples: int) -> Any:
 
 def _like(value: Mapping[Any, Any], parts: dict[Any, Any]) -> Any:
     """Outputs of transformers are mappings with attributes; their class takes the entries by name."""
-    return type(value)(**parts) if hasattr(value, "to_tuple") else parts
+    return type(value)(**parts) if hasattr(type(value), "to_tuple") else parts
 
 
 def _copy(part: Any) -> Any:

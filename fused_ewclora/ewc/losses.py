@@ -205,7 +205,7 @@ class LabelPolicy:
             return
         self._turn += 1
         watch = Watch(output, samples, self._turn)
-        yield loss_fn(output, targets), False
+        yield loss_fn(watch.output, targets), False
         reason = watch.compare(loss_fn, targets, self._reduction)
         self.unproven, self.reason = reason is not None, reason or ""
 

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import FisherError
 from ..layers.adapted import AdaptedLinear
 from ..ops.capture import FisherCapture
 from .batches import Batch, Forward, take_sample, take_samples
 from .findings import ClassOrder
 from .losses import LabelPolicy
 from .placement import LocalPlacement, Placement
-from .sample_checks import flat, judge
+from .sample_checks import Comparison, flat, judge
 
-_PAIRS = 3  # of samples that are tried until both have a loss
+_COMPARED = 3  # samples; two alone may look like a sum by accident
+_TRIED = 9  # samples, until a few together have a finite loss
 # Forward passes of one and of two samples differ by the rounding of all layers, with TF32 about 1e-3 of it.
 _MODEL_TOLERANCE = 1e-2
 
@@ -46,8 +46,9 @@ class Projection(FisherCapture):
 
 
 class ModelCheck:
-    """Compares the loss of two samples of a batch with the losses of each, where the output of the model does
-    not tell: by the gradients that arrive at the adapted layers in forward and backward passes of their own.
+    """Compares the loss of a few samples of a batch with the losses of each, where the output of the model
+    does not tell: by the gradients that arrive at the adapted layers, in forward and backward passes of their
+    own.
     """
 
     def __init__(
@@ -67,38 +68,55 @@ class ModelCheck:
     def fault(self, batch: Batch, samples: int) -> str | None:
         """Raises `FisherError` when the loss is no mean (sum) over samples; the reason why it cannot be told,
         or None."""
-        for first in range(0, min(samples - 1, 2 * _PAIRS), 2):
-            pair = take_samples(batch, slice(first, first + 2), samples)
-            if (size := self._size_of(pair)) != 2:
-                return f"two samples cut from a batch count as {size}"
-            singles = [take_sample(batch, first + i, samples) for i in range(2)]
+        if (size := self._size_of(take_samples(batch, slice(0, 2), samples))) != 2:
+            return f"two samples cut from a batch count as {size}"
+        for start in range(0, min(samples - 1, _TRIED), _COMPARED):
             try:
-                together, one, two = (self._gradient(part) for part in (pair, *singles))
+                compared = self._compared(batch, slice(start, min(start + _COMPARED, samples)), samples)
             except Exception as error:
-                return f"the loss of one or two samples raises {type(error).__name__}: {error}"
-            if bool(torch.isfinite(one).all() & torch.isfinite(two).all()):
-                judge(together, one + two, 2, self._reduction, self._tolerance)
+                return f"the loss of a few samples raises {type(error).__name__}: {error}"
+            if compared:
+                judge(compared, self._reduction, self._tolerance)
                 return None
-        return "no two samples of the first batch have finite losses"
+        return "the losses of the first samples are not finite, or have no gradient"
+
+    def _compared(self, batch: Batch, rows: slice, samples: int) -> list[Comparison]:
+        """The first two, three, ... of some samples together, and each alone; of those with a finite loss.
+
+        A sample alone without a finite loss, as of ignored targets, in a batch that has one shows that the
+        loss is no mean over samples.
+        """
+        singles = [self._gradient(take_sample(batch, i, samples)) for i in range(rows.start, rows.stop)]
+        compared = []
+        for count in range(2, len(singles) + 1):
+            together = self._gradient(take_samples(batch, slice(rows.start, rows.start + count), samples))
+            alone = torch.stack(singles[:count]).sum(0)
+            if bool(torch.isfinite(together).all()) and bool(together.any() | alone.any()):
+                compared.append(Comparison(together, alone, count))
+        return compared
 
     def _gradient(self, batch: Batch) -> Tensor:
-        """The projected gradients of all layers."""
+        """The projected gradients of all layers; NaN for a loss that is not finite."""
         before = {layer: layer.fisher_capture for layer in self._layers.values()}
         probes = {layer: Projection() for layer in before}
         try:
             for layer, probe in probes.items():
                 layer.fisher_capture = probe
             output, targets = self._forward(self._model, batch)
-            self._loss(output, targets).backward()
+            loss = self._loss(output, targets)
+            loss.backward()
         finally:
             for layer, capture in before.items():
                 layer.fisher_capture = capture
             self._clear()
         self._tolerance = max([_MODEL_TOLERANCE, *(16 * probe.eps for probe in probes.values())])
-        totals = [probe.total for probe in probes.values() if probe.total is not None]
-        if not totals:
-            raise FisherError("no gradient reached an adapted layer")
-        return flat(totals)
+        gradient = flat(
+            [
+                torch.zeros(layer.out_features) if probe.total is None else probe.total
+                for layer, probe in probes.items()
+            ]
+        )
+        return gradient if bool(torch.isfinite(loss)) else torch.full_like(gradient, torch.nan)
 
 
 class PassChecks:

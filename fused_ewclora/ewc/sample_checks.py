@@ -3,43 +3,64 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import FisherError
-from .batches import mapped, take_sample, tensors_of
+from .batches import mapped, rebuilt, take_sample, tensors_of
 
 # A factor on the loss that is closer to 1 than this changes F by less than its own rounding in fp32 models.
 _OUTPUT_TOLERANCE = 1e-4
 _SMALL = 1e-3  # of the largest gradient of a batch
 
 
-def judge(batch: Tensor, alone: Tensor, samples: int, reduction: str, tolerance: float) -> None:
-    """Raises `FisherError` unless the gradient of a sample within a batch of `samples` is that of the sample
-    alone, divided by `samples` for "mean"."""
-    factors = {"mean": float(samples), "sum": 1.0}
-    ratio = _ratio(batch * factors[reduction], alone, tolerance)
-    if ratio is not None and abs(ratio - 1) <= tolerance:
+class Comparison(NamedTuple):
+    """The gradient of one or more samples in a batch of `samples`, and the sum of those of each alone."""
+
+    batch: Tensor
+    alone: Tensor
+    samples: int
+
+    def factor(self, reduction: str) -> float:
+        """alone / batch of a loss that reduces in this way."""
+        return float(self.samples) if reduction == "mean" else 1.0
+
+
+def judge(compared: Sequence[Comparison], reduction: str, tolerance: float) -> None:
+    """Raises `FisherError` unless all gradients are those of a mean, or a sum, over samples."""
+    ratios = [_ratio(one.batch * one.factor(reduction), one.alone, tolerance) for one in compared]
+    other = "sum" if reduction == "mean" else "mean"
+    swapped = [one.factor(reduction) / one.factor(other) for one in compared]
+    if _all_near(ratios, [1.0] * len(ratios), tolerance):
         return
-    if ratio is not None:
-        for other, factor in factors.items():
-            if abs(ratio * factor / factors[reduction] - 1) <= tolerance:
-                raise FisherError(
-                    f"reduction: the loss looks like a {other} over samples, expected a {reduction}; give "
-                    f"reduction={other!r}"
-                )
-    told = "depends on the other samples" if ratio is None else f"is {ratio:.4g} times that of its own loss"
-    raise FisherError(
-        f"loss_fn: expected a {reduction} of the losses of the samples, but in a batch of {samples} the "
-        f"gradient of a sample {told}. Likely causes are ignored targets, class weights, a mean over "
-        "tokens, boxes or pixels, a normalisation over the batch, or a term that compares samples. Give a "
-        "loss_fn that averages the losses of the samples, leave loss_fn out for -log p of the targets, or "
-        "use batches of one sample; check_samples=False accepts the loss as it is"
+    if _all_near(ratios, swapped, tolerance):
+        raise FisherError(
+            f"reduction: the loss looks like a {other} over samples, expected a {reduction}; give "
+            f"reduction={other!r}"
+        )
+    wrong = next(i for i, ratio in enumerate(ratios) if not _all_near([ratio], [1.0], tolerance))
+    told = (
+        "depends on the other samples"
+        if ratios[wrong] is None
+        else f"is {ratios[wrong]:.4g} times that of its own loss"
     )
+    raise FisherError(
+        f"loss_fn: expected a {reduction} of the losses of the samples, but in a batch of "
+        f"{compared[wrong].samples} the gradient of a sample {told}. Likely causes are ignored targets, "
+        "class weights, a mean over tokens, boxes or pixels, a normalisation over the batch, or a term "
+        "that compares samples. Give a loss_fn that averages the losses of the samples, leave loss_fn out "
+        "for -log p of the targets, or use batches of one sample; check_samples=False accepts the loss as "
+        "it is"
+    )
+
+
+def _all_near(ratios: Sequence[float | None], expected: Sequence[float], tolerance: float) -> bool:
+    pairs = zip(ratios, expected, strict=True)
+    return all(ratio is not None and abs(ratio / value - 1) <= tolerance for ratio, value in pairs)
 
 
 def _ratio(batch: Tensor, alone: Tensor, tolerance: float) -> float | None:
@@ -57,23 +78,32 @@ class Watch:
     """Notes the gradient that a loss has at the output of the model, at two samples: where it is largest, and
     at the sample `turn`, which varies from batch to batch.
 
-    The loss function is called again with a copy of each of them alone, and never twice on the graph of the
-    batch.
+    The loss function takes `output` in place of that of the model. It is called again with a copy of each of
+    the two samples alone, and never twice on the graph of the batch.
     """
 
     def __init__(self, output: Any, samples: int, turn: int) -> None:
         self._output, self._samples, self._turn = output, samples, turn % samples
         self._chosen: Tensor | None = None
         self._rows: dict[int, Tensor] = {}
-        tensors = list(tensors_of(output))
-        self._watched = [
-            i for i, tensor in enumerate(tensors)
-            if tensor.requires_grad and tensor.dim() > 0 and tensor.shape[0] == samples
-        ]  # fmt: skip
-        self._handles = [tensors[i].register_hook(self._keeping(i)) for i in self._watched]
-        self._tolerance = max(
-            [_OUTPUT_TOLERANCE, *(4 * torch.finfo(tensors[i].dtype).eps for i in self._watched)]
+        self._tolerance = _OUTPUT_TOLERANCE
+        self._watched: set[int] = set()
+        positions = itertools.count()
+        # The loss gets aliases, at which only its own gradient arrives: hidden states of an output have
+        # another one, by way of the logits.
+        self.output = (
+            mapped(output, lambda t: self._watching(t, next(positions))) if rebuilt(output) else output
         )
+
+    def _watching(self, tensor: Tensor, position: int) -> Tensor:
+        """An alias whose gradient is noted, of a tensor that has one and is per sample."""
+        if not tensor.requires_grad or tensor.dim() == 0 or tensor.shape[0] != self._samples:
+            return tensor
+        alias = tensor.view_as(tensor)
+        alias.register_hook(self._keeping(position))
+        self._watched.add(position)
+        self._tolerance = max(self._tolerance, 4 * torch.finfo(tensor.dtype).eps)
+        return alias
 
     def _keeping(self, position: int) -> Callable[[Tensor], None]:
         def keep(grad: Tensor) -> None:
@@ -89,12 +119,11 @@ class Watch:
     def compare(self, loss_fn: Callable[[Any, Any], Tensor], targets: Any, reduction: str) -> str | None:
         """Raises `FisherError` when the loss is no mean (sum) over samples; the reason why it cannot be told,
         or None. To be called after backward."""
-        for handle in self._handles:
-            handle.remove()
         if self._chosen is None:
             return (
                 "the loss does not depend on a tensor of the output whose leading size is that of the batch"
             )
+        compared: list[Comparison] = []
         largest = None
         for place, sample in enumerate(self._chosen.tolist()):
             batch = flat([rows[place] for rows in self._rows.values()])
@@ -105,13 +134,12 @@ class Watch:
             if isinstance(alone, str):
                 return alone
             # Small gradients are mostly rounding; those of ignored targets, 0 here, may be 0 / 0 alone.
+            comparison = Comparison(batch, alone, self._samples)
             small = _SMALL * largest
-            if batch.norm() > small or alone.norm() * self._scale(reduction) > small:
-                judge(batch, alone, self._samples, reduction, self._tolerance)
+            if batch.norm() > small or alone.norm() > small * comparison.factor(reduction):
+                compared.append(comparison)
+        judge(compared, reduction, self._tolerance)
         return None
-
-    def _scale(self, reduction: str) -> float:
-        return 1.0 / self._samples if reduction == "mean" else 1.0
 
     def _alone(self, loss_fn: Callable[[Any, Any], Tensor], targets: Any, sample: int) -> Tensor | str:
         """The gradient of the loss of one sample at the tensors of the output that the loss depends on."""

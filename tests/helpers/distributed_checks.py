@@ -459,6 +459,32 @@ def groups_do_not_mix() -> None:
         assert torch.equal(factor, drawn[rank]) == (other // half == rank // half), other
 
 
+def an_empty_share_adds_zero() -> None:
+    """All data are in the last process; nothing anywhere is an error in all."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    x, y = data(SAMPLES)
+    ewc, alone = EWC(adapted(), **OPTIONS), EWC(adapted(), **OPTIONS)
+    ewc.estimate_fisher(batches(x, y, 5) if last else [], F.cross_entropy, allow_empty=True)
+    ewc.reduce_fisher_()
+    ewc.consolidate()
+    alone.end_task(batches(x, y, 5), F.cross_entropy)
+    assert ewc.history == alone.history
+    for key in KEYS:
+        close(ewc.fishers[key], alone.fishers[key])
+    ewc.estimate_fisher([], F.cross_entropy, allow_empty=True)
+    for call in (ewc.reduce_fisher_, ewc.consolidate):
+        try:
+            call()
+        except fe.FisherError as error:
+            assert "samples" in str(error)
+        else:
+            raise AssertionError("a Fisher of nothing was accepted")
+    method = fe.methods.EWCLoRA(Tiny().double(), fe.LoRAConfig(r=2, target_modules=["fc"]), **OPTIONS)
+    method.begin_task(0)
+    method.end_task(batches(x, y, 5) if last else [], F.cross_entropy)
+    assert method.ewc.history[0].samples == SAMPLES
+
+
 def replicated_shards() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     two_tasks(True, "sample", lambda model: shard(model, mesh), True)
@@ -481,6 +507,7 @@ CHECKS: dict[str, tuple[tuple[int, ...], Callable[[Path, Path], None]]] = {
         lambda _, __: new_factors_do_not_depend_on_the_processes(),
     ),
     "scales_and_ranges_reach_the_shards": ((2, 4), lambda _, __: scales_and_ranges_reach_the_shards()),
+    "an_empty_share_adds_zero": ((2,), lambda _, __: an_empty_share_adds_zero()),
     "groups_do_not_mix": ((2, 4), lambda _, __: groups_do_not_mix()),
     "fewer_rows_than_processes": ((3,), lambda _, __: fewer_rows_than_processes()),
     "fisher_memory_is_divided": ((2, 4), lambda _, __: fisher_memory_is_divided()),

@@ -35,7 +35,7 @@ PACKAGE_NAMES = (
 )  # fmt: skip
 OF_EWC = (
     "penalty", "add_penalty_grad_", "estimate_fisher", "accumulate_fisher", "consolidate", "end_task",
-    "reduce_fisher_", "shard_", "fishers", "state_dict", "load_state_dict",
+    "abort_fisher", "reduce_fisher_", "shard_", "fishers", "state_dict", "load_state_dict",
 )  # fmt: skip
 OF_TORCH = ("extra_repr",)  # what they do is said by torch.nn.Module
 
