@@ -119,7 +119,7 @@ def cpu_extension():
     sanitized, files = SANITIZERS.get(sanitizer(), []), sources("cpu/*.cpp")
     compiled = [
         *linked,
-        *(["-O1", "-g", "-fno-omit-frame-pointer", *sanitized] if sanitized else ["-O3", "-g0"]),
+        *(["-O1", "-g1", "-fno-omit-frame-pointer", *sanitized] if sanitized else ["-O3", "-g0"]),
     ]
     if sanitizer() == "thread":
         files += sources("cpu/sanitizer/*.cpp")

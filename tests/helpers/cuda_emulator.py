@@ -29,7 +29,7 @@ AUTOGRAD = ROOT / "csrc" / "autograd"
 NAME = "emulated_C_cuda"
 # Of `make sanitize`; where threads are watched there is nothing to see, one thread runs all fibers.
 SANITIZE = os.environ.get("FUSED_EWCLORA_SANITIZE") == "address"
-SANITIZER = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined", "-g"]
+SANITIZER = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined", "-g1"]
 FOLDER = ROOT / "build" / "emulator" / f"{sysconfig.get_config_var('SOABI')}-torch{torch.__version__}"
 FOLDER = FOLDER.with_name(f"{FOLDER.name}-address") if SANITIZE else FOLDER
 LIBRARY, FAILURE = FOLDER / f"{NAME}.so", FOLDER / "failure.txt"
