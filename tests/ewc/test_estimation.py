@@ -313,8 +313,9 @@ def test_windowed_samples():
     assert_close(ewc.fishers, {"fc": total.detach() / 5})
 
 
-def test_sample_count_mismatch():
-    """Layers that disagree about the number of samples are refused."""
+@pytest.mark.parametrize("mode", ["sample", "batch"])
+def test_sample_count_mismatch(mode):
+    """Layers that disagree about the number of samples are refused where nothing else tells it."""
 
     class Folded(nn.Module):
         def __init__(self):
@@ -326,9 +327,12 @@ def test_sample_count_mismatch():
 
     model = Folded()
     inject(model, LoRAConfig(r=2, target_modules=["fc", "out"]))
-    ewc = EWC(model)
+    ewc = EWC(model, fisher_mode=mode)
     x, y = torch.randn(5, 3, 4), torch.randint(0, 2, (5,))
-    with pytest.raises(FisherError, match=r"batch_size.*fc: 15|batch_size.*out: 5"), ewc.accumulate_fisher():
+    with (
+        pytest.raises(FisherError, match=r"batch_size.*fc: 15|batch_size.*out: 5"),
+        ewc.accumulate_fisher(check_samples=False),
+    ):
         F.cross_entropy(model(x), y).backward()
     with ewc.accumulate_fisher(batch_size=5):
         F.cross_entropy(model(x), y).backward()
