@@ -181,6 +181,7 @@ def ewc_penalty_grad_(
 
         >>> loss.backward(); ewc_penalty_grad_(fishers, lora_as, lora_bs, ewc_lambda=1e7)
     """
+    check.writes("ewc_penalty_grad_")
     check.number(ewc_lambda, "ewc_lambda")
     adapters = _penalty_adapters(fishers, lora_as, lora_bs, scales)
     if not fishers:
@@ -232,6 +233,7 @@ def fisher_accumulate_(
 
         >>> fisher_accumulate_(fisher, x, dy, weight=len(x) ** 2 / total)  # dy of a mean loss
     """
+    check.writes("fisher_accumulate_")
     check.fisher(fisher, x, dy, mode, cu_seqlens)
     check.number(weight, "weight")
     if cu_seqlens is not None:
@@ -271,6 +273,7 @@ def merge_(weight: Any, lora_a: Any, lora_b: Any, scale: Any = 1.0, *, backend: 
         >>> k = merge_(qkv[8:16], lora_a, lora_b)  # in place, only the rows of k
         >>> k, v = merge_([qkv[8:16], qkv[16:]], [lora_a, lora_a], [lora_b, lora_b], 0.5)
     """
+    check.writes("merge_")
     if isinstance(weight, Tensor) or not isinstance(weight, Sequence):
         check.merge(weight, lora_a, lora_b, scale)
         weights, lora_as, lora_bs, scale = [weight], [lora_a], [lora_b], [scale]
@@ -305,6 +308,7 @@ def soft_threshold_(scale: Any, kappa: float, *, backend: str | None = None) -> 
         >>> soft_threshold_(torch.tensor([0.5, -0.25, 0.0625]), 0.125)
         tensor([ 0.3750, -0.1250,  0.0000])
     """
+    check.writes("soft_threshold_")
     if isinstance(scale, Tensor) or not isinstance(scale, Sequence):
         check.floating(scale, "scale")
         scales = [scale]

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ..backends.candidate import Call, LinearShape, arch_of, bucket
@@ -226,9 +227,22 @@ def _observed(tensors: Sequence[Tensor | None]) -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or torch._C._autograd._profiler_enabled()
         or not {type(t) for t in tensors} <= _PLAIN
         or any(t is not None and t.is_meta for t in tensors[:1])
+    )
+
+
+def is_transformed(gradient: Tensor | None = None) -> bool:
+    """Whether calls become differentiable PyTorch, which is followed where the ops cannot be: by the
+    transforms of `torch.func`, by forward-mode differentiation, and into a module of `torch.jit.trace`.
+    gradient: of a backward, which `is_grads_batched=True` puts inside a transform of its own."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or (gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient))
     )
 
 
