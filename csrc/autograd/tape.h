@@ -60,7 +60,7 @@ inline std::vector<bool> wanted(const AutogradContext* ctx, const std::vector<in
 // wrapped in another way.
 inline bool is_followed(const variable_list& outputs) {
   const auto wrapped = [](const at::Tensor& gradient) {
-    return gradient.defined() && (gradient.key_set().has_any(at::kTensorSubclassLike) || gradient._fw_grad(/*level=*/0).defined());
+    return gradient.defined() && (!(gradient.key_set() & at::kTensorSubclassLike).empty() || gradient._fw_grad(/*level=*/0).defined());
   };
   return at::GradMode::is_enabled() || std::any_of(outputs.begin(), outputs.end(), wrapped);
 }

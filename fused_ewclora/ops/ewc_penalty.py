@@ -78,8 +78,8 @@ class EWCPenaltyFunction(torch.autograd.Function):
         (flat,) = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * ctx.inputs
         wanted = ctx.needs_input_grad[4:]  # builds a tuple whenever it is read
-        followed = torch.is_grad_enabled() or schemas.is_transformed(grad_penalty)
-        if followed and not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (torch.is_grad_enabled() or schemas.is_transformed(grad_penalty)):
             found = _differentiable_gradients(ctx, grad_penalty)
         else:
             found = unflatten(flat * grad_penalty, ctx.layout)
