@@ -3,7 +3,9 @@
 Shapes: x `[..., d_in]`, weight `[d_out, d_in]`, lora_a `[r, d_in]`, lora_b `[d_out, r]`, scale a float, 0-d
 or `[r]`. dtypes: x and weight share one floating dtype; adapters have that dtype or fp32. Products accumulate
 in fp32 (fp64 for fp64) and every gradient has the dtype of its parameter. `backend=None` is the current
-choice; a backend that is named serves the call or raises `BackendError`.
+choice; a backend that is named serves the call or raises `BackendError`. Second derivatives, and calls inside
+`torch.func` transforms, forward-mode differentiation or `torch.jit.trace`, are computed by the formulas in
+PyTorch on every backend (docs/mathematics.md, section 9.1).
 """
 
 from __future__ import annotations

@@ -62,8 +62,7 @@ struct LoRALinear : torch::autograd::Function<LoRALinear<Forward, Backward>> {
     const std::vector<double> scale_factors = ctx->saved_data["scale_factors"].toDoubleVector();
     const Adapters adapters(inputs, scale_factors.size());
     const bool has_dz = outputs.size() > 1 && outputs[1].defined();
-    const at::Tensor dy =
-        outputs[0].defined() ? outputs[0] : at::zeros(ctx->saved_data["shape"].toIntVector(), inputs[WEIGHT].options());
+    const at::Tensor dy = outputs[0].defined() ? outputs[0] : at::zeros(ctx->saved_data["shape"].toIntVector(), inputs[WEIGHT].options());
     const auto call = [&](const auto& function) {
       return function(given(inputs[X]), inputs[WEIGHT], given(inputs[BIAS]), given(z), adapters.lora_as, adapters.lora_bs, adapters.scales,
                       scale_factors, ctx->saved_data["rows"].toIntVector(), ctx->saved_data["dropout_p"].toDouble(), given(inputs.back()),

@@ -64,9 +64,7 @@ class ScatterRows(torch.autograd.Function):
     which is its own backward: derivatives of any order are such sums and gathers."""
 
     @staticmethod
-    def forward(
-        ctx: Any, shards: RowShards, rows: tuple[int, ...], *whole: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, shards: RowShards, rows: tuple[int, ...], *whole: Tensor) -> tuple[Tensor, ...]:
         ctx.shards = shards
         world = shards.group.size()
         blocks = []

@@ -1,5 +1,5 @@
-"""Autograd of the EWC penalty: gradients are computed with the loss, backward only scales them, unless a graph
-of it is made."""
+"""Autograd of the EWC penalty: gradients are computed with the loss, backward only scales them, unless a
+graph of it is made."""
 
 from __future__ import annotations
 
@@ -66,20 +66,23 @@ class EWCPenaltyFunction(torch.autograd.Function):
         penalty, flat = schemas.ewc_penalty(
             fishers, lora_as, lora_bs, scales, scale_factors, ewc_lambda, needs, backend
         )
-        ctx.save_for_backward(flat)
         ctx.layout, ctx.inputs = layout(tensors, needs), len(tensors)
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(flat, *tensors)
+        else:
+            ctx.save_for_backward(flat)
             operands = (fishers, lora_as, lora_bs, scales, scale_factors, ewc_lambda, needs)
             ctx.operands, ctx.versions = operands, _versions([*fishers, *tensors])
         return penalty
 
     @staticmethod
     def backward(ctx: Any, grad_penalty: Tensor) -> tuple[Tensor | None, ...]:
-        (flat,) = ctx.saved_tensors
+        flat, *operands = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * ctx.inputs
         wanted = ctx.needs_input_grad[4:]  # builds a tuple whenever it is read
-        compiling = torch.compiler.is_compiling()
-        if not compiling and (torch.is_grad_enabled() or schemas.is_transformed(grad_penalty)):
+        if torch.compiler.is_compiling():
+            found = unflatten(schemas.scaled_gradients(flat, grad_penalty, operands), ctx.layout)
+        elif torch.is_grad_enabled() or schemas.is_transformed(grad_penalty):
             found = _differentiable_gradients(ctx, grad_penalty)
         else:
             found = unflatten(flat * grad_penalty, ctx.layout)

@@ -215,6 +215,21 @@ for _op, _schema in SCHEMAS.items():
     _library.impl(_op, _implementation(_op), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_ewclora::{_op}", _FAKES.get(_op, _writes_its_argument), lib=_library)
 
+# flat * factor in compiled graphs: with the operands of the penalty as inputs, the compiler sees that second
+# derivatives of the penalty, which it does not compute, depend on them, and raises.
+_library.define(
+    "scaled_gradients(Tensor flat, Tensor factor, Tensor?[] operands) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _scaled_gradients(flat: Tensor, factor: Tensor, operands: Sequence[Tensor | None]) -> Tensor:
+    return flat * factor
+
+
+_library.impl("scaled_gradients", _scaled_gradients, "CompositeExplicitAutograd")
+torch.library.register_fake("fused_ewclora::scaled_gradients", _scaled_gradients, lib=_library)
+
 _PLAIN = {Tensor, Parameter, NoneType}
 
 
@@ -276,6 +291,7 @@ def _direct(op: str) -> Callable[..., Any]:
 lora_linear = _direct("lora_linear")
 lora_linear_backward = _direct("lora_linear_backward")
 ewc_penalty = _direct("ewc_penalty")
+scaled_gradients = torch.ops.fused_ewclora.scaled_gradients.default
 fisher_accumulate_ = torch.ops.fused_ewclora.fisher_accumulate_.default
 merge_ = torch.ops.fused_ewclora.merge_.default
 soft_threshold_ = torch.ops.fused_ewclora.soft_threshold_.default

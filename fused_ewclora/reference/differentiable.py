@@ -134,8 +134,6 @@ def ewc_penalty_backward(
     wanted = [t for of_kind, need in of_kinds if need for t in of_kind if t is not None]
     if not wanted:
         return []
-    _, flat = _penalty.penalty_and_grads(
-        fishers, lora_as, lora_bs, scales, scale_factors, ewc_lambda, needs
-    )
+    _, flat = _penalty.penalty_and_grads(fishers, lora_as, lora_bs, scales, scale_factors, ewc_lambda, needs)
     parts = (flat * grad).split([t.numel() for t in wanted])
     return [part.reshape(t.shape).to(t.dtype) for part, t in zip(parts, wanted, strict=True)]
