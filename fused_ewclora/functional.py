@@ -3,7 +3,9 @@
 Shapes: x `[..., d_in]`, weight `[d_out, d_in]`, lora_a `[r, d_in]`, lora_b `[d_out, r]`, scale a float, 0-d
 or `[r]`. dtypes: x and weight share one floating dtype; adapters have that dtype or fp32. Products accumulate
 in fp32 (fp64 for fp64) and every gradient has the dtype of its parameter. `backend=None` is the current
-choice; a backend that is named serves the call or raises `BackendError`.
+choice; a backend that is named serves the call or raises `BackendError`. Second derivatives, and calls inside
+`torch.func` transforms, forward-mode differentiation or `torch.jit.trace`, are computed by the formulas in
+PyTorch on every backend (docs/mathematics.md, section 9.1).
 """
 
 from __future__ import annotations
@@ -182,6 +184,7 @@ def ewc_penalty_grad_(
 
         >>> loss.backward(); ewc_penalty_grad_(fishers, lora_as, lora_bs, ewc_lambda=1e7)
     """
+    check.writes("ewc_penalty_grad_")
     adapters = _penalty_adapters(fishers, lora_as, lora_bs, scales, ewc_lambda)
     if not fishers:
         return torch.zeros(())
@@ -252,6 +255,7 @@ def fisher_accumulate_(
 
         >>> fisher_accumulate_(fisher, x, dy, weight=len(x) ** 2 / total)  # dy of a mean loss
     """
+    check.writes("fisher_accumulate_")
     check.fisher(fisher, x, dy, mode, cu_seqlens)
     check.number(weight, "weight", x.dtype)
     memory.check_written({"fisher": fisher}, {"x": x, "dy": dy})
@@ -300,6 +304,7 @@ def merge_(weight: Any, lora_a: Any, lora_b: Any, scale: Any = 1.0, *, backend: 
         >>> k = merge_(qkv[8:16], lora_a, lora_b)  # in place, only the rows of k
         >>> k, v = merge_([qkv[8:16], qkv[16:]], [lora_a, lora_a], [lora_b, lora_b], 0.5)
     """
+    check.writes("merge_")
     alone = isinstance(weight, Tensor) or not isinstance(weight, Sequence)
     if alone:
         check.merge(weight, lora_a, lora_b, scale)
@@ -337,6 +342,7 @@ def soft_threshold_(scale: Any, kappa: float, *, backend: str | None = None) -> 
         >>> soft_threshold_(torch.tensor([0.5, -0.25, 0.0625]), 0.125)
         tensor([ 0.3750, -0.1250,  0.0000])
     """
+    check.writes("soft_threshold_")
     alone = isinstance(scale, Tensor) or not isinstance(scale, Sequence)
     if alone:
         check.floating(scale, "scale")

@@ -1,11 +1,13 @@
-// What every recorded operation shares: inputs of which some are missing, gradients that are not differentiable themselves, and sums that
-// autocast leaves alone.
+// What every recorded operation shares: inputs of which some are missing, backwards that are differentiated again, and sums that autocast
+// leaves alone.
 #pragma once
 #include <ATen/ATen.h>
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <optional>
-#include <string>
 #include <vector>
 
 namespace fe::recorded {
@@ -54,31 +56,20 @@ inline std::vector<bool> wanted(const AutogradContext* ctx, const std::vector<in
   return needs;
 }
 
-// Stands between a gradient and whoever would differentiate it: second derivatives would silently lack the part that runs through here.
-struct Once : torch::autograd::Function<Once> {
-  static variable_list forward(AutogradContext* ctx, at::TensorList gradients, const std::string& operation) {
-    ctx->saved_data["operation"] = operation;
-    variable_list same;
-    for (const at::Tensor& gradient : gradients) same.push_back(gradient.variable_data());  // no view: those refuse changes in place
-    return same;
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list&) {
-    TORCH_CHECK(false, ctx->saved_data["operation"].toStringRef(), ": its gradients cannot be differentiated again");
-  }
-};
+// Whether a kernel would lose something of a backward: a graph of it is made (create_graph=True), or its gradients are batched, dual or
+// wrapped in another way.
+inline bool is_followed(const variable_list& outputs) {
+  const auto wrapped = [](const at::Tensor& gradient) {
+    return gradient.defined() && (!(gradient.key_set() & at::kTensorSubclassLike).empty() || gradient._fw_grad(/*level=*/0).defined());
+  };
+  return at::GradMode::is_enabled() || std::any_of(outputs.begin(), outputs.end(), wrapped);
+}
 
-// The gradients as a backward returns them: where a graph of them is made (create_graph=True), one that raises when it is used.
-inline variable_list once(variable_list gradients, const std::string& operation, bool graph_is_made) {
-  if (!graph_is_made) return gradients;
-  const at::AutoGradMode on(true);
-  variable_list given;
-  for (at::Tensor& gradient : gradients)
-    if (gradient.defined()) given.push_back(gradient.detach().requires_grad_());
-  const variable_list refused = Once::apply(at::TensorList(given), operation);
-  size_t next = 0;
-  for (at::Tensor& gradient : gradients)
-    if (gradient.defined()) gradient = refused[next++];
-  return gradients;
+// The gradients by a function of reference/differentiable.py, which can be differentiated again.
+template <class... Arguments>
+variable_list differentiable(const char* function, const Arguments&... arguments) {
+  const pybind11::gil_scoped_acquire locked;
+  return pybind11::module_::import("fused_ewclora.reference.differentiable").attr(function)(arguments...).template cast<variable_list>();
 }
 
 // Autocast has chosen the dtypes of the inputs; products inside keep theirs.

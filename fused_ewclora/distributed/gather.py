@@ -55,23 +55,35 @@ class GatherRows(torch.autograd.Function):
         )
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        shards: RowShards = ctx.shards
+        return None, *ScatterRows.apply(ctx.shards, tuple(ctx.rows), *grads)
+
+
+class ScatterRows(torch.autograd.Function):
+    """Sums over processes of whole tensors, each process receives its rows. The transpose of `GatherRows`,
+    which is its own backward: derivatives of any order are such sums and gathers."""
+
+    @staticmethod
+    def forward(ctx: Any, shards: RowShards, rows: tuple[int, ...], *whole: Tensor) -> tuple[Tensor, ...]:
+        ctx.shards = shards
         world = shards.group.size()
         blocks = []
-        for index, grad in enumerate(grads):
-            missing = world * shards.chunk(index) - grad.shape[0]
-            padded = torch.cat([grad, grad.new_zeros(missing, *grad.shape[1:])]) if missing else grad
+        for index, tensor in enumerate(whole):
+            missing = world * shards.chunk(index) - tensor.shape[0]
+            padded = torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
             blocks.append(padded.reshape(world, -1))
         packed = torch.cat(blocks, dim=1)
         mine = packed.new_empty(packed.shape[1])
         dist.reduce_scatter_tensor(mine, packed.reshape(-1), group=shards.group)
         pieces = mine.split([block.shape[1] for block in blocks])
-        return None, *(
-            piece.reshape(-1, *grad.shape[1:])[:rows]
-            for piece, grad, rows in zip(pieces, grads, ctx.rows, strict=True)
+        return tuple(
+            piece.reshape(-1, *tensor.shape[1:])[:count].clone()
+            for piece, tensor, count in zip(pieces, whole, rows, strict=True)
         )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *GatherRows.apply(ctx.shards, *grads)
 
 
 class SumOverProcesses(torch.autograd.Function):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..errors import ArgumentError, DtypeError
+from . import schemas
 from .adapters import Adapter, Scale, row_ranges
 from .capture import MODES
 
@@ -21,6 +22,15 @@ _LARGEST = torch.finfo(torch.float32).max
 
 def _shape(tensor: Tensor) -> str:
     return str(list(tensor.shape))
+
+
+def writes(op: str) -> None:
+    """Outside of transforms, which cannot follow what is written in place."""
+    if schemas.is_transformed():
+        raise ArgumentError(
+            f"{op}: expected a call outside of torch.func transforms, forward-mode differentiation and "
+            "torch.jit.trace, which cannot follow what it writes in place, got one inside"
+        )
 
 
 def floating(tensor: Tensor, name: str) -> None:

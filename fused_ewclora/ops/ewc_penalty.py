@@ -1,4 +1,5 @@
-"""Autograd of the EWC penalty: gradients are computed with the loss, backward only scales them."""
+"""Autograd of the EWC penalty: gradients are computed with the loss, backward only scales them, unless a
+graph of it is made."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..reference import differentiable
 from . import dispatch, schemas
 from ._distinct import distinct
-from ._once import once
 from .adapters import Adapters, by_kind
 
 
@@ -65,20 +66,48 @@ class EWCPenaltyFunction(torch.autograd.Function):
         penalty, flat = schemas.ewc_penalty(
             fishers, lora_as, lora_bs, scales, scale_factors, ewc_lambda, needs, backend
         )
-        ctx.save_for_backward(flat)
         ctx.layout, ctx.inputs = layout(tensors, needs), len(tensors)
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(flat, *tensors)
+        else:
+            ctx.save_for_backward(flat)
+            operands = (fishers, lora_as, lora_bs, scales, scale_factors, ewc_lambda, needs)
+            ctx.operands, ctx.versions = operands, _versions([*fishers, *tensors])
         return penalty
 
     @staticmethod
-    @once("ewc_penalty")
     def backward(ctx: Any, grad_penalty: Tensor) -> tuple[Tensor | None, ...]:
-        (flat,) = ctx.saved_tensors
+        flat, *operands = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * ctx.inputs
         wanted = ctx.needs_input_grad[4:]  # builds a tuple whenever it is read
-        for index, grad in zip(ctx.layout.inputs, unflatten(flat * grad_penalty, ctx.layout), strict=True):
+        if torch.compiler.is_compiling():
+            found = unflatten(schemas.scaled_gradients(flat, grad_penalty, operands), ctx.layout)
+        elif torch.is_grad_enabled() or schemas.is_transformed(grad_penalty):
+            found = _differentiable_gradients(ctx, grad_penalty)
+        else:
+            found = unflatten(flat * grad_penalty, ctx.layout)
+        for index, grad in zip(ctx.layout.inputs, found, strict=True):
             if wanted[index]:
                 grads[index] = grad
         return (None, None, None, None, *grads)
+
+
+def _versions(tensors: Sequence[Tensor | None]) -> int:
+    """Versions only grow, so that their sum tells whether one of the tensors has been written."""
+    return sum(t._version for t in tensors if t is not None and not t.is_inference())
+
+
+def _differentiable_gradients(ctx: Any, grad_penalty: Tensor) -> list[Tensor]:
+    """The gradients with a graph, from what the penalty was computed from. That is no output and outlives the
+    step anyway; saving hundreds of tensors would cost more than the rest of the forward."""
+    fishers, lora_as, lora_bs, scales, *_ = ctx.operands
+    if ctx.versions != _versions([*fishers, *lora_as, *lora_bs, *scales]):
+        raise RuntimeError(
+            "ewc_penalty: a Fisher, adapter or scale has been modified by an inplace operation since the "
+            "penalty was computed, so that its second derivatives cannot be; compute the penalty again"
+        )
+    with torch.autocast(grad_penalty.device.type, enabled=False):
+        return differentiable.ewc_penalty_backward(grad_penalty, *ctx.operands)
 
 
 def ewc_penalty(
@@ -92,6 +121,9 @@ def ewc_penalty(
     needs = kinds([graph and t is not None and t.requires_grad for t in tensors])
     args = (fishers, *adapters, ewc_lambda, needs, backend)
     candidate = schemas.unobserved("ewc_penalty", [*fishers, *tensors], args)
+    if candidate is None and schemas.is_transformed():
+        with torch.autocast(fishers[0].device.type, enabled=False):
+            return differentiable.ewc_penalty(fishers, *adapters, ewc_lambda)
     recorded = dispatch.recorded_penalty() if candidate is not None else None
     if candidate is None or (recorded is None and any(needs)):
         constants = (adapters.scale_factors, ewc_lambda, backend)
@@ -100,4 +132,4 @@ def ewc_penalty(
         penalty, flat = schemas.run(candidate, fishers[0].device.type, args)
     if recorded is None or not any(needs):
         return penalty
-    return recorded(adapters.lora_as, adapters.lora_bs, adapters.scales, penalty, flat, needs)
+    return recorded(fishers, *adapters, ewc_lambda, needs, penalty, flat)

@@ -1,4 +1,8 @@
-"""Autograd of the LoRA linear: save x and z, call the op, return what was asked for."""
+"""Autograd of the LoRA linear: save x and z, call the op, return what was asked for.
+
+Where the op could not be followed (second derivatives, `torch.func`, forward-mode differentiation,
+`torch.jit.trace`) `reference.differentiable` takes its place.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import FisherError
+from ..reference import differentiable
 from . import schemas
 from ._distinct import distinct
-from ._once import once
 from .adapters import Adapters, by_kind
 from .capture import FisherCapture
 from .dispatch import Candidate
@@ -39,7 +44,9 @@ class LoRALinearFunction(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         *tensors_and_seed: Tensor | None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Returns y and, where x has a graph and is not kept, z: the graph of z is then the only way to x for
+        derivatives of dB and ds."""
         *tensors, seed = tensors_and_seed
         args = (
             x, weight, bias, *by_kind(tensors), scale_factors, meta.rows, meta.dropout_p, seed, meta.backend,
@@ -47,7 +54,7 @@ class LoRALinearFunction(torch.autograd.Function):
         y, z = (
             schemas.lora_linear(*args) if candidate is None else schemas.run(candidate, x.device.type, args)
         )
-        _, need_weight, _, *needs = ctx.needs_input_grad[4:-1]
+        need_x, need_weight, _, *needs = ctx.needs_input_grad[4:-1]
         need_as, need_bs, need_scales = by_kind(needs)
         # A layer that needs only dx (everything of its own frozen) keeps neither x nor z.
         keep_x = need_weight or any(need_as) or capture is not None
@@ -56,23 +63,54 @@ class LoRALinearFunction(torch.autograd.Function):
         ctx.save_for_backward(*kept, *tensors_and_seed)
         ctx.meta, ctx.scale_factors, ctx.capture = meta, scale_factors, capture
         if capture is not None:
+            ctx.is_followed = False
             ctx.rows_to_samples = capture.note_forward(x)
-        return y
+        if keep_x or not (keep_z and need_x) or torch.compiler.is_compiling():
+            return y
+        ctx.set_materialize_grads(False)
+        ctx.shape = y.shape
+        return y, z
 
     @staticmethod
-    @once("lora_linear")
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None = None) -> tuple[Tensor | None, ...]:
         x, weight, bias, z, *tensors, seed = ctx.saved_tensors
         meta, needs = ctx.meta, list(ctx.needs_input_grad[4:-1])
-        if ctx.capture is not None:
-            ctx.capture.record(x, dy, ctx.rows_to_samples)
-        grads = iter(
-            schemas.lora_linear_backward(
-                dy, x, weight, bias, z, *by_kind(tensors), ctx.scale_factors, meta.rows, meta.dropout_p, seed,
-                needs, meta.backend,
-            )
+        if dy is None:  # not materialised, as z is an output as well
+            dy = weight.new_zeros(ctx.shape)
+        rest = (
+            x, weight, bias, z, *by_kind(tensors), ctx.scale_factors, meta.rows, meta.dropout_p, seed, needs,
         )  # fmt: skip
+        followed = not torch.compiler.is_compiling() and (
+            torch.is_grad_enabled() or dz is not None or schemas.is_transformed(dy)
+        )
+        if ctx.capture is not None:
+            _record(ctx, x, dy, followed)
+        if followed:
+            with torch.autocast(dy.device.type, enabled=False):
+                found = differentiable.lora_linear_backward(dy, dz, *rest)
+        else:
+            found = schemas.lora_linear_backward(dy, *rest, meta.backend)
+        grads = iter(found)
         return (None, None, None, None, *[next(grads) if need else None for need in needs], None)
+
+
+def _record(ctx: Any, x: Tensor, dy: Tensor, followed: bool) -> None:
+    """Hands x and dy to the capture; of a backward of which a graph is made without that graph."""
+    if not followed and not ctx.is_followed:
+        return ctx.capture.record(x, dy, ctx.rows_to_samples)
+    if ctx.is_followed:
+        raise FisherError(
+            "a Fisher pass: a loss that contains gradients of the model (create_graph=True) was "
+            "backpropagated, and a layer records no second derivatives; use a loss without them in the pass"
+        )
+    if schemas.is_transformed(dy):
+        raise FisherError(f"a Fisher pass: expected one backward of plain tensors, got {_TRANSFORMS}")
+    ctx.is_followed = True
+    with torch.no_grad():
+        return ctx.capture.record(x, dy, ctx.rows_to_samples)
+
+
+_TRANSFORMS = "a transform of torch.func, batched gradients, forward-mode differentiation or torch.jit.trace"
 
 
 def lora_linear(
@@ -86,12 +124,24 @@ def lora_linear(
 ) -> Tensor:
     """y of arguments that have been checked."""
     args = (x, weight, bias, *adapters, meta.rows, meta.dropout_p, seed, meta.backend)
+    inputs = [x, weight, bias, *adapters.tensors(), seed]
+    candidate = schemas.unobserved("lora_linear", inputs, args)
+    if candidate is None and schemas.is_transformed():
+        return _transformed(args, capture)
     # Inference has nothing to save, and entering a Function costs more than the dispatch of the op. A capture
     # counts calls without gradients too: reentrant checkpointing makes them before its backward.
     if capture is None and not torch.is_grad_enabled():
-        return schemas.lora_linear(*args)[0]
-    inputs = [x, weight, bias, *adapters.tensors(), seed]
-    candidate = schemas.unobserved("lora_linear", inputs, args)
+        if candidate is None:
+            return schemas.lora_linear(*args)[0]
+        return schemas.run(candidate, x.device.type, args)[0]
     if candidate is not None and candidate.recorded is not None and capture is None:
         return candidate.recorded(*args[:-1])
-    return LoRALinearFunction.apply(meta, adapters.scale_factors, capture, candidate, *distinct(inputs))
+    found = LoRALinearFunction.apply(meta, adapters.scale_factors, capture, candidate, *distinct(inputs))
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _transformed(args: tuple[Any, ...], capture: FisherCapture | None) -> Tensor:
+    if capture is not None:
+        raise FisherError(f"a Fisher pass: expected plain calls of its layers, got one inside {_TRANSFORMS}")
+    with torch.autocast(args[0].device.type, enabled=False):
+        return differentiable.lora_linear(*args[:-1])

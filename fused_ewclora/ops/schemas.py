@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ..backends.candidate import Call, LinearShape, arch_of, bucket
@@ -217,6 +218,21 @@ for _op, _schema in SCHEMAS.items():
     _library.impl(_op, _implementation(_op), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_ewclora::{_op}", _FAKES.get(_op, _writes_its_argument), lib=_library)
 
+# flat * factor in compiled graphs: with the operands of the penalty as inputs, the compiler sees that second
+# derivatives of the penalty, which it does not compute, depend on them, and raises.
+_library.define(
+    "scaled_gradients(Tensor flat, Tensor factor, Tensor?[] operands) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _scaled_gradients(flat: Tensor, factor: Tensor, operands: Sequence[Tensor | None]) -> Tensor:
+    return flat * factor
+
+
+_library.impl("scaled_gradients", _scaled_gradients, "CompositeExplicitAutograd")
+torch.library.register_fake("fused_ewclora::scaled_gradients", _scaled_gradients, lib=_library)
+
 _PLAIN = {Tensor, Parameter, NoneType}
 
 
@@ -229,9 +245,22 @@ def _observed(tensors: Sequence[Tensor | None]) -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or torch._C._autograd._profiler_enabled()
         or not {type(t) for t in tensors} <= _PLAIN
         or any(t is not None and t.is_meta for t in tensors[:1])
+    )
+
+
+def is_transformed(gradient: Tensor | None = None) -> bool:
+    """Whether calls become differentiable PyTorch, which is followed where the ops cannot be: by the
+    transforms of `torch.func`, by forward-mode differentiation, and into a module of `torch.jit.trace`.
+    gradient: of a backward, which `is_grads_batched=True` puts inside a transform of its own."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or (gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient))
     )
 
 
@@ -265,6 +294,7 @@ def _direct(op: str) -> Callable[..., Any]:
 lora_linear = _direct("lora_linear")
 lora_linear_backward = _direct("lora_linear_backward")
 ewc_penalty = _direct("ewc_penalty")
+scaled_gradients = torch.ops.fused_ewclora.scaled_gradients.default
 fisher_accumulate_ = torch.ops.fused_ewclora.fisher_accumulate_.default
 merge_ = torch.ops.fused_ewclora.merge_.default
 soft_threshold_ = torch.ops.fused_ewclora.soft_threshold_.default

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import fused_ewclora as fe
+from fused_ewclora.distributed.gather import gathered
 from fused_ewclora.distributed.processes import reshard, whole
 from fused_ewclora.ewc.controller import EWC
 from fused_ewclora.layers.index import adapter_refs
@@ -438,6 +439,31 @@ def scales_and_ranges_reach_the_shards() -> None:
     close(again.penalty().detach(), whole_again.penalty().detach(), rtol=1e-6)
 
 
+def gathers_have_second_derivatives() -> None:
+    """Each process has a part of a loss of the whole tensors; rows that do not divide evenly."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    common = torch.Generator().manual_seed(5)
+    tensors = [torch.randn(size, generator=common, dtype=torch.float64) for size in ((5, 3), (2,))]
+
+    def mine_of(tensor: Tensor) -> Tensor:
+        chunk = -(-tensor.shape[0] // world)
+        return tensor[rank * chunk : (rank + 1) * chunk]
+
+    def part(a: Tensor, b: Tensor, of: int) -> Tensor:
+        return ((a * (of + 1)).sin().sum(1) ** 2).sum() * (b**3).sum()
+
+    def second(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+        grads = torch.autograd.grad(loss, leaves, create_graph=True)
+        return torch.autograd.grad(torch.stack([g.square().sum() for g in grads]).sum(), leaves)
+
+    leaves = [mine_of(tensor).clone().requires_grad_() for tensor in tensors]
+    found = second(part(*gathered(leaves, [5, 2], dist.group.WORLD), rank), leaves)
+    wholes = [tensor.clone().requires_grad_() for tensor in tensors]
+    expected = second(torch.stack([part(*wholes, of) for of in range(world)]).sum(), wholes)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, mine_of(other))
+
+
 def groups_do_not_mix() -> None:
     """Each half of the processes trains a model of its own: sums and draws are those of the half."""
     half, rank = dist.get_world_size() // 2, dist.get_rank()
@@ -508,6 +534,7 @@ CHECKS: dict[str, tuple[tuple[int, ...], Callable[[Path, Path], None]]] = {
     ),
     "scales_and_ranges_reach_the_shards": ((2, 4), lambda _, __: scales_and_ranges_reach_the_shards()),
     "an_empty_share_adds_zero": ((2,), lambda _, __: an_empty_share_adds_zero()),
+    "gathers_have_second_derivatives": ((2, 4), lambda _, __: gathers_have_second_derivatives()),
     "groups_do_not_mix": ((2, 4), lambda _, __: groups_do_not_mix()),
     "fewer_rows_than_processes": ((3,), lambda _, __: fewer_rows_than_processes()),
     "fisher_memory_is_divided": ((2, 4), lambda _, __: fisher_memory_is_divided()),

@@ -362,6 +362,34 @@ def test_dropout_mask_gradients():
     assert torch.autograd.gradcheck(loss, (scale,))
 
 
+def test_gradient_penalty():
+    """A loss with gradients in it has PEFT's own gradients."""
+    found = []
+    for model in pair():
+        x = inputs().requires_grad_()
+        loss = model(x).square().sum()
+        (g,) = torch.autograd.grad(loss, x, create_graph=True)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        found.append(torch.autograd.grad(loss + g.square().sum(), parameters))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_sample_gradients():
+    """Per-sample gradients by `torch.func` are PEFT's own."""
+    found = []
+    for model in pair():
+        values = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+        def loss(values, x, model=model):
+            return torch.func.functional_call(model, values, (x[None],)).square().sum()
+
+        found.append(torch.func.vmap(torch.func.grad(loss), (None, 0))(values, inputs()))
+    assert found[0].keys() == found[1].keys()
+    for name, one in found[0].items():
+        torch.testing.assert_close(one, found[1][name])
+
+
 def test_copies_stay_fused():
     """Copies and pickles stay fused."""
     _, fused = pair()

@@ -260,16 +260,6 @@ def test_no_graph(backend):
     assert not case.run().requires_grad
 
 
-def test_second_derivative(backend):
-    """A second derivative raises and says why."""
-    case = make(Values(9, backend), [(5, 7, 2)], backend)
-    for loss in (case.run().square(), case.run()):  # of the latter the incoming gradient is a constant
-        grads = torch.autograd.grad(loss, case.leaves(), create_graph=True)
-        grads[0].mul_(2.0)  # accumulated in place
-        with pytest.raises(RuntimeError, match="ewc_penalty: its gradients cannot be differentiated again"):
-            grads[0].sum().backward()
-
-
 def test_gradcheck(backend):
     """Gradients in fp64 agree with finite differences."""
     if torch.float64 not in dtypes_of(backend, "ewc_penalty"):

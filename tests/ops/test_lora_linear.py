@@ -299,17 +299,6 @@ def test_kept_graph(backend):
         assert torch.equal(2 * one, two)
 
 
-def test_second_derivative(backend):
-    """A second derivative raises and says why."""
-    case = simple(backend)
-    y, leaves = case.run(), list(case.leaves().values())
-    for loss in (y.square().sum(), y.sum()):  # of the latter the incoming gradient is a constant
-        grads = torch.autograd.grad(loss, leaves, create_graph=True, retain_graph=True)
-        grads[0].mul_(2.0)  # accumulated in place
-        with pytest.raises(RuntimeError, match="lora_linear: its gradients cannot be differentiated again"):
-            grads[0].sum().backward()
-
-
 @pytest.mark.parametrize("shape", [(5, 12), (2, 3, 12)])
 def test_output_in_place(backend, shape):
     """As that of nn.Linear: biases added by `y += b` (timm's BEiT), nn.ReLU(inplace=True)."""
