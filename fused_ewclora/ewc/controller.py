@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,7 @@ from .fisher_pass import FisherPass
 from .placement import LocalPlacement, Placement
 from .settings import FISHER_MODES, MERGE_MODES, UPDATES, number, one_of
 from .state import EWCState, Expected, TaskFisher, TaskRecord, dump
+from .untrained import untrained_message
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -219,6 +221,8 @@ class EWC:
                 passing.batch_size = samples
                 output, targets = forward(model, passes.to_device(batch, device))
                 for loss, keep_graph in policy.passes(output, targets):
+                    if not getattr(loss, "requires_grad", True):
+                        passing.check_ran()
                     passes.check_loss(loss)
                     loss.backward(retain_graph=keep_graph)
                     passing.finish_batch()
@@ -299,11 +303,14 @@ class EWC:
         """`estimate_fisher(loader, loss_fn, **kwargs)`, then `consolidate(gamma)`, with the errors of both.
 
         A Fisher that was estimated stays when `consolidate` raises: remove the cause and call `consolidate`.
+        Warns, before anything else, of adapters that the first task did not train although it trained others.
 
             >>> ewc.end_task(loader, criterion, max_batches=100)
         """
         if gamma is not None:
             number("gamma", gamma, 0.0, 1.0)
+        if message := untrained_message(self._placement.layers):
+            warnings.warn(f"end_task: {message}", stacklevel=2)
         self.estimate_fisher(loader, loss_fn, **kwargs)
         self.consolidate(gamma)
 
