@@ -20,8 +20,8 @@ from ..layers.adapted import AdaptedLinear
 Run = Callable[[], list[Tensor]]  # one forward pass, the same every time: what tensors it returns
 NOISE = 16  # times the difference of two equal runs, where these differ
 
-# By dtype: integers of its size, and the sign bit together with the lowest bit of the exponent. Flipping these
-# bits multiplies a number by -2 or -1/2; flipping them again restores it, whatever it was.
+# By dtype: integers of its size, and the sign bit together with the lowest bit of the exponent. Flipping
+# these bits multiplies a number by -2 or -1/2; flipping them again restores it, whatever it was.
 _BITS = {
     torch.float64: (torch.int64, -(2**63) + 2**52),
     torch.float32: (torch.int32, -(2**31) + 2**23),
@@ -30,7 +30,9 @@ _BITS = {
 }
 
 
-def second_reads(model: nn.Module, layers: Mapping[str, AdaptedLinear], run: Run, first: list[Tensor]) -> list[str]:
+def second_reads(
+    model: nn.Module, layers: Mapping[str, AdaptedLinear], run: Run, first: list[Tensor]
+) -> list[str]:
     """The names of the layers whose weight `run` reads outside of their calls, so that its tensors depend on
     it. `first` is what `run` returned. Weights that are known to be tied, or sharded, are left out.
 

@@ -135,8 +135,8 @@ class FisherPass:
             if self.samples:
                 self.check_ran()
             raise FisherError(
-                "no forward and backward pass ran through an adapted layer: the loader is empty, the block ran "
-                f"no loss.backward(), or the model never calls {_some(missed)}, which fe.verify_forward tells"
+                "no forward and backward pass ran through an adapted layer: the loader is empty, the block "
+                f"ran no loss.backward(), or the model never calls {_some(missed)} (fe.verify_forward tells)"
             )
         bypassed = [name for name in missed if self._layers[name].forward_calls == self._calls[name]]
         if bypassed:

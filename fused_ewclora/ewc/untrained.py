@@ -30,7 +30,7 @@ def untrained_message(layers: Mapping[str, AdaptedLinear]) -> str | None:
     if not never:
         return f"{text}; is the adapter in the optimizer, and does the training loss depend on the layer?"
     return (
-        f"{text}, and {shorten(never)} never ran (compiled calls are not counted). A model that reads the weight "
-        "of a layer without calling it passes its adapter by: fe.verify_forward(model, sample) tells, "
+        f"{text}, and {shorten(never)} never ran (compiled calls are not counted). A model that reads the "
+        "weight of a layer without calling it passes its adapter by: fe.verify_forward(model, sample) tells, "
         "fe.register_call mends it; otherwise leave the layer out with exclude_modules"
     )

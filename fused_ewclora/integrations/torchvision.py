@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,8 +74,7 @@ class CallingWindowAttention3d(ShiftedWindowAttention3d):  # type: ignore[misc]
         sizes = x.shape[1:-1]
         window = [min(w, size) for w, size in zip(self.window_size, sizes, strict=True)]
         shift = [
-            0 if size <= w else s
-            for s, w, size in zip(self.shift_size, self.window_size, sizes, strict=True)
+            0 if size <= w else s for s, w, size in zip(self.shift_size, self.window_size, sizes, strict=True)
         ]
         return _in_windows(self, x, window, shift, self.get_relative_position_bias(window))
 
@@ -153,11 +152,9 @@ def _joined(tokens: Tensor, window: Sequence[int], sizes: Sequence[int]) -> Tens
 def _apart(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
     """`[windows, tokens, tokens]`: `APART` between tokens of different regions of the image, else 0."""
     regions = x.new_zeros((1, *x.shape[1:-1], 1))
-    pieces = [
-        (slice(0, -w), slice(-w, -s), slice(-s, None)) for w, s in zip(window, shift, strict=True)
-    ]
+    pieces = [(slice(0, -w), slice(-w, -s), slice(-s, None)) for w, s in zip(window, shift, strict=True)]
     for number, region in enumerate(itertools.product(*pieces)):
-        regions[(0, *region)] = number
+        regions[0][region] = number
     inside = _partition(regions, window).squeeze(-1).squeeze(0)
     different = inside.unsqueeze(1) != inside.unsqueeze(2)
     return torch.zeros_like(different, dtype=x.dtype).masked_fill(different, APART)
@@ -189,8 +186,10 @@ def layout_of(parent: nn.Module, child: str) -> QKVLayout | None:
     else."""
     if _PACKED.get(_defined_in(parent) or nn.Module) != child:
         return None
-    rows = parent.get_submodule(child).out_features
-    return QKVLayout(("q", "k", "v"), (rows // 3,) * 3)  # type: ignore[operator]
+    projection = parent.get_submodule(child)
+    if not isinstance(projection, nn.Linear):
+        return None
+    return QKVLayout(("q", "k", "v"), (projection.out_features // 3,) * 3)
 
 
 @register_call

@@ -83,6 +83,7 @@ class CallingMultiheadAttention(nn.MultiheadAttention):
         few as the inputs allow."""
         weight, bias = self.in_proj_weight, self.in_proj_bias
         biases = (None, None, None) if bias is None else bias.chunk(3)
+        weights: tuple[Tensor, ...]
         if not self._qkv_same_embed_dim:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         elif query is key and key is value:
@@ -94,9 +95,7 @@ class CallingMultiheadAttention(nn.MultiheadAttention):
             return F.linear(query, weight[:d], biases[0]), k, v
         else:
             weights = weight.chunk(3)
-        q, k, v = (
-            F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)
-        )
+        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
         return q, k, v
 
     def _check(
@@ -113,7 +112,16 @@ class CallingMultiheadAttention(nn.MultiheadAttention):
                 "query, key, value: expected padded tensors, got a nested one, which an attention with an "
                 "adapted out_proj cannot take; use key_padding_mask"
             )
-        F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        dims = query.dim()
+        if dims not in (2, 3) or key.dim() != dims or value.dim() != dims:
+            shapes = ", ".join(str(list(x.shape)) for x in (query, key, value))
+            raise ArgumentError(f"query, key, value: expected three batches or three sequences, got {shapes}")
+        if key_padding_mask is not None and key_padding_mask.dim() != dims - 1:
+            raise ArgumentError(
+                f"key_padding_mask: expected {dims - 1} dimensions, got {key_padding_mask.dim()}"
+            )
+        if attn_mask is not None and attn_mask.dim() not in (2, 3):
+            raise ArgumentError(f"attn_mask: expected 2 or 3 dimensions, got {attn_mask.dim()}")
         if key.shape[:-1] != value.shape[:-1]:
             raise ArgumentError(
                 f"value: expected the length and batch of key, {list(key.shape[:-1])}, got "

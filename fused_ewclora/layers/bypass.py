@@ -130,6 +130,12 @@ def undo_(model: nn.Module) -> None:
             setattr(module, attribute, value)
 
 
+def replaced_parent(parents: Iterable[tuple[nn.Module, str]]) -> str | None:
+    """The class of a parent of a layer that `apply_` has replaced, because it would not call the layer."""
+    replaced = (vars(parent).get(OLD_VALUES, {}).get(CLASS) for parent, _ in parents)
+    return next((kind.__name__ for kind in replaced if kind is not None), None)
+
+
 def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings as data: a class by its name."""
     return {

@@ -18,7 +18,7 @@ from .bypass import register_outer_call
 @register_outer_call
 def without_fast_path(outer: nn.Module, path: str) -> Mapping[str, Any] | None:
     """The attribute that keeps an encoder, or a layer of it, off the fast path; None if it is off it."""
-    if isinstance(outer, nn.TransformerEncoderLayer) and getattr(outer, "activation_relu_or_gelu", 0):
+    if isinstance(outer, nn.TransformerEncoderLayer) and getattr(outer, "activation_relu_or_gelu", False):
         return {"activation_relu_or_gelu": 0}  # the forward applies `activation` itself
     inside = isinstance(outer, nn.TransformerEncoder) and path.startswith("layers.")
     if inside and getattr(outer, "use_nested_tensor", False):

@@ -51,13 +51,18 @@ def snapshot(model: nn.Module) -> list[object]:
     """Every bit, version and attribute that a test of the model could change."""
     values = [(k, v.clone(), v.data_ptr(), v._version) for k, v in model.state_dict().items()]
     layers = [(dict(vars(layer)), layer.training) for layer in model.modules()]
-    return [[(k, v.view(torch.uint8).tolist(), p, n) for k, v, p, n in values], torch.get_rng_state().tolist(), layers]
+    return [
+        [(k, v.view(torch.uint8).tolist(), p, n) for k, v, p, n in values],
+        torch.get_rng_state().tolist(),
+        layers,
+    ]
 
 
 def same(model: nn.Module, before: list[object]) -> bool:
     values, state, attributes = snapshot(model)
     kept = all(
-        now.keys() == then.keys() and (now["forward_calls"] if "forward_calls" in now else 0) >= then.get("forward_calls", 0)
+        now.keys() == then.keys()
+        and now.get("forward_calls", 0) >= then.get("forward_calls", 0)
         and training == trained
         for (now, training), (then, trained) in zip(attributes, before[2], strict=True)
     )

@@ -68,7 +68,7 @@ def backward(attention: nn.Module, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("case", WINDOWS)
 def test_same_function(case: str, bias: bool, training: bool):
-    """An attention that calls its layers computes what torchvision's does, gradients and dropout included."""
+    """An attention that calls its layers computes what torchvision's does, with gradients and dropout."""
     options = {"qkv_bias": bias, "proj_bias": bias, "attention_dropout": 0.3, "dropout": 0.2}
     attention, x = attention_of(case, **options)
     attention.train(training)
@@ -120,7 +120,9 @@ def test_adapters_apply(plain: tuple[nn.Module, Tensor]):
     torch.testing.assert_close(model(x), before, rtol=1e-12, atol=1e-12)
     randomize_adapters_(model)
     model(x).sum().backward()
-    assert all(p.grad is not None for layer in fe.adapters(model).values() for _, p in layer.named_lora_parameters())
+    assert all(
+        p.grad is not None for layer in fe.adapters(model).values() for _, p in layer.named_lora_parameters()
+    )
     applied = model(x).detach()
     assert not torch.allclose(applied, before)
     fe.verify_forward(model, x)
@@ -189,7 +191,9 @@ def test_subclass_refused():
         pass
 
     model = nn.ModuleDict({"attn": Mine(D, [4, 4], [0, 0], HEADS), "fc": nn.Linear(D, D)})
-    with pytest.raises(fe.TargetError, match=r"attn\.qkv: Mine inherits the forward of ShiftedWindowAttention"):
+    with pytest.raises(
+        fe.TargetError, match=r"attn\.qkv: Mine inherits the forward of ShiftedWindowAttention"
+    ):
         fe.inject(model, BOTH)
     report = fe.inject(model, fe.LoRAConfig(r=2, target_modules="all-linear"))
     assert [row["name"] for row in report.rows] == ["fc"] and "attn.qkv" in report.summary["skipped"]
@@ -230,7 +234,17 @@ def packed() -> dict[str, tuple[nn.Module, tuple[Any, ...], Callable[..., Any]]]
     windows = RelativePositionalMultiHeadAttention(D, D // HEADS, 16).double()
     cases["maxvit"] = (windows, (torch.randn(2, 3, 16, D).double(),), type(windows).forward)
     scales = MultiscaleAttention(
-        [2, 4, 4], D, D, HEADS, [], [], [], [], residual_pool=False, residual_with_cls_embed=False, rel_pos_embed=False
+        [2, 4, 4],
+        D,
+        D,
+        HEADS,
+        [],
+        [],
+        [],
+        [],
+        residual_pool=False,
+        residual_with_cls_embed=False,
+        rel_pos_embed=False,
     ).double()
     cases["mvit"] = (scales, (torch.randn(2, 33, D).double(), (2, 4, 4)), MultiscaleAttention.forward)
     return cases
@@ -255,7 +269,9 @@ def test_rows_per_segment(case: str):
         assert [name for name in before if not torch.equal(after[name], before[name])] == [segment]
 
 
-def observed(attention: nn.Module, inputs: tuple[Any, ...], function: Callable[..., Any]) -> dict[str, Tensor]:
+def observed(
+    attention: nn.Module, inputs: tuple[Any, ...], function: Callable[..., Any]
+) -> dict[str, Tensor]:
     """What the variables q, k and v hold when the function returns."""
     found: dict[str, Tensor] = {}
 

@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,10 +36,7 @@ def attention(**options: object) -> nn.MultiheadAttention:
 def inputs(draw: st.DrawFn, module: nn.MultiheadAttention) -> tuple[list[Tensor], int]:
     """query, key, value, which may be the same tensor, and the number of keys."""
     batched = draw(st.booleans())
-    if module._qkv_same_embed_dim:
-        sharing = draw(st.sampled_from(["self", "memory", "none"]))
-    else:
-        sharing = "none"
+    sharing = draw(st.sampled_from(["self", "memory", "none"] if module._qkv_same_embed_dim else ["none"]))
     keys = LENGTH if sharing == "self" else KEYS
 
     def tensor(length: int, width: int) -> Tensor:
@@ -94,7 +92,11 @@ def test_same_function(data: st.DataObject):
             output, weights = module(*tensors, **arguments)
         assert output.is_contiguous() or module.batch_first
         wanted = [*dict.fromkeys(tensors), *module.parameters()]
-        return [output, *([] if weights is None else [weights]), *torch.autograd.grad(output.square().sum(), wanted)]
+        return [
+            output,
+            *([] if weights is None else [weights]),
+            *torch.autograd.grad(output.square().sum(), wanted),
+        ]
 
     expected = run()
     module.__class__ = CallingMultiheadAttention
@@ -182,7 +184,10 @@ def replaced(module: nn.MultiheadAttention) -> None:
 @pytest.mark.parametrize(
     ("prepare", "word"),
     [
-        (lambda module: setattr(module, "__class__", Subclass), "Subclass is a subclass of nn.MultiheadAttention"),
+        (
+            lambda module: setattr(module, "__class__", Subclass),
+            "Subclass is a subclass of nn.MultiheadAttention",
+        ),
         (replaced, "forward of its nn.MultiheadAttention has been replaced"),
     ],
 )
@@ -195,7 +200,9 @@ def test_refused(prepare: Callable[[nn.MultiheadAttention], None], word: str):
         fe.inject(model, OUT)
     assert type(model["attn"]) is kind and not fe.adapters(model)
     report = fe.inject(model, fe.LoRAConfig(r=2, target_modules="all-linear"))
-    assert [row["name"] for row in report.rows] == ["fc"] and word in report.summary["skipped"]["attn.out_proj"]
+    assert [row["name"] for row in report.rows] == ["fc"] and word in report.summary["skipped"][
+        "attn.out_proj"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -204,6 +211,9 @@ def test_refused(prepare: Callable[[nn.MultiheadAttention], None], word: str):
         ({"is_causal": True}, "attn_mask: expected the mask"),
         ({"attn_mask": torch.zeros(LENGTH, KEYS)}, r"attn_mask: expected shape \[5, 5\], got \[5, 4\]"),
         ({"key_padding_mask": torch.zeros(N, KEYS)}, r"key_padding_mask: expected shape \[3, 5\]"),
+        ({"key_padding_mask": torch.zeros(KEYS)}, "key_padding_mask: expected 2 dimensions, got 1"),
+        ({"attn_mask": torch.zeros(LENGTH)}, "attn_mask: expected 2 or 3 dimensions, got 1"),
+        ({"attn_mask": torch.zeros(2, LENGTH, LENGTH)}, r"attn_mask: expected shape \[6, 5, 5\]"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, object], word: str):
@@ -222,6 +232,8 @@ def test_wrong_tensors():
     x = torch.randn(N, LENGTH, D, dtype=torch.float64)
     with pytest.raises(fe.ArgumentError, match="value: expected the length and batch of key"):
         module(x, x, x[:, :2])
+    with pytest.raises(fe.ArgumentError, match="expected three batches or three sequences"):
+        module(x, x[0], x[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         nested = torch.nested.nested_tensor([x[0], x[1, :2]])
@@ -251,3 +263,19 @@ def test_compiled_whole():
     for options in ({}, {"need_weights": False, "key_padding_mask": padding}):
         compiled = torch.compile(model["attn"], fullgraph=True, backend="eager")
         assert torch.equal(compiled(x, x, x, **options)[0], model["attn"](x, x, x, **options)[0])
+
+
+def test_files(tmp_path: Path):
+    """Checkpoints hold the adapter; PEFT, which would never run it, gets no file."""
+    models = [nn.ModuleDict({"attn": attention()}) for _ in range(2)]
+    for model in models:
+        fe.inject(model, OUT)
+    randomize_adapters_(models[0])
+    with pytest.raises(
+        fe.NotExactlyRepresentable, match=r"attn\.out_proj: MultiheadAttention uses its weight"
+    ):
+        fe.export_peft(models[0], tmp_path / "peft")
+    fe.save_pretrained(tmp_path / "own", models[0])
+    fe.load_pretrained(tmp_path / "own", models[1])
+    x = torch.randn(LENGTH, N, D, dtype=torch.float64)
+    assert torch.equal(models[0]["attn"](x, x, x)[0], models[1]["attn"](x, x, x)[0])

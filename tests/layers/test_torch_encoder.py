@@ -44,7 +44,9 @@ def in_training(model: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("targets", [[t] for t in TARGETS] + [TARGETS])
-@pytest.mark.parametrize("options", [{}, {"norm_first": True}, {"activation": "relu"}, {"activation": nn.GELU()}])
+@pytest.mark.parametrize(
+    "options", [{}, {"norm_first": True}, {"activation": "relu"}, {"activation": nn.GELU()}]
+)
 @pytest.mark.parametrize("gradients", [True, False])
 def test_eval_as_training(targets: list[str], options: dict[str, object], gradients: bool):
     """The adapters apply in eval mode, with and without gradients."""
