@@ -43,7 +43,7 @@ APART = -100.0  # torchvision's score between tokens that only the cyclic shift 
 LARGEST_SCALE = math.log(100.0)  # of the cosine attention (Swin V2, arXiv 2111.09883)
 
 
-class CallingWindowAttention(ShiftedWindowAttention):  # type: ignore[misc]
+class CallingWindowAttention(ShiftedWindowAttention):
     """torchvision's `ShiftedWindowAttention` that calls `qkv` and `proj`, with samples first.
 
     x `[N, height, width, channels]`, as the result. `fused_ewclora.inject` gives this class to attentions.
@@ -54,7 +54,7 @@ class CallingWindowAttention(ShiftedWindowAttention):  # type: ignore[misc]
         return _in_windows(self, x, self.window_size, _shifts(self, x), self.get_relative_position_bias())
 
 
-class CallingWindowAttentionV2(ShiftedWindowAttentionV2):  # type: ignore[misc]
+class CallingWindowAttentionV2(ShiftedWindowAttentionV2):
     """torchvision's `ShiftedWindowAttentionV2` (cosine attention) that calls `qkv` and `proj`."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class CallingWindowAttentionV2(ShiftedWindowAttentionV2):  # type: ignore[misc]
         return _in_windows(self, x, self.window_size, _shifts(self, x), bias, self.logit_scale)
 
 
-class CallingWindowAttention3d(ShiftedWindowAttention3d):  # type: ignore[misc]
+class CallingWindowAttention3d(ShiftedWindowAttention3d):
     """torchvision's `ShiftedWindowAttention3d` (Video Swin) that calls `qkv` and `proj`.
 
     x `[N, frames, height, width, channels]`, as the result.
