@@ -37,7 +37,7 @@ def check_bypass(model: nn.Module) -> None:
 
 
 def bypassed(model: nn.Module) -> list[str]:
-    """The names of the adapted layers that have not run since injection, or since `verify_forward` began."""
+    """The names of the adapted layers that have not run since injection."""
     return [name for name, layer in adapters(model).items() if layer.forward_calls == 0]
 
 
@@ -52,13 +52,11 @@ def verify_forward(model: nn.Module, sample: Any) -> dict[str, int]:
 
         >>> verify_forward(model, torch.zeros(1, 3, 224, 224))
     """
-    with _counted(model) as counted:
-        first = _run(model, sample)
-        calls = counted()
-        if names := [name for name, count in calls.items() if count == 0]:
-            raise TargetError(_bypass_message(model, names))
-    layers = adapters(model)
-    counts = {name: layer.forward_calls for name, layer in layers.items()}
+    layers, before = adapters(model), _counts(model)
+    first = _run(model, sample)
+    calls, counts = _calls_since(model, before), _counts(model)
+    if names := [name for name, count in calls.items() if count == 0]:
+        raise TargetError(_bypass_message(model, names))
     try:
         names = second_reads(model, layers, functools.partial(_run, model, sample), first)
     finally:
@@ -88,9 +86,10 @@ def explain(model: nn.Module, sample: Any = None) -> Report:
     calls: dict[str, int] | None = None
     sizes: dict[str, int] = {}
     if sample is not None:
-        with _counted(model) as counted, _measured(model) as sizes:
+        before = _counts(model)
+        with _measured(model) as sizes:
             _run(model, sample)
-            calls = counted()
+        calls = _calls_since(model, before)
     rows = []
     for name, layer in adapters(model).items():
         ranks = _ranks(layer)
@@ -158,19 +157,14 @@ def _call(layer: AdaptedLinear, dtype: torch.dtype, rank: int, rows: int | None)
     return dispatch.Call(device.type, dtype, dispatch.arch_of(device), shape, precision=precision)
 
 
-@contextmanager
-def _counted(model: nn.Module) -> Iterator[Callable[[], dict[str, int]]]:
-    """Yields a function that returns the number of calls of each adapted layer since the start of the block.
-    The layers count by themselves: hooks would switch off a path of PyTorch that never calls them."""
-    layers = adapters(model)
-    before = {name: layer.forward_calls for name, layer in layers.items()}
-    try:
-        for layer in layers.values():
-            layer.forward_calls = 0
-        yield lambda: {name: layer.forward_calls for name, layer in layers.items()}
-    finally:
-        for name, layer in layers.items():
-            layer.forward_calls += before[name]
+def _counts(model: nn.Module) -> dict[str, int]:
+    """The number of calls of each adapted layer until now. The layers count by themselves: hooks would switch
+    off a path of PyTorch that never calls them."""
+    return {name: layer.forward_calls for name, layer in adapters(model).items()}
+
+
+def _calls_since(model: nn.Module, before: Mapping[str, int]) -> dict[str, int]:
+    return {name: count - before[name] for name, count in _counts(model).items()}
 
 
 @contextmanager
