@@ -19,7 +19,10 @@ ROOT = DOCS.parent
 MODULES = (
     "fused_ewclora",
     *(f"fused_ewclora.{name}" for name in ("functional", "methods", "metrics", "profiling")),
-    *(f"fused_ewclora.integrations.{name}" for name in ("avalanche", "peft", "timm", "transformers")),
+    *(
+        f"fused_ewclora.integrations.{name}"
+        for name in ("avalanche", "peft", "timm", "torchvision", "transformers")
+    ),
 )
 STYLE = (
     "body{font:16px/1.5 system-ui;max-width:60em;margin:2em auto;padding:0 1em}"

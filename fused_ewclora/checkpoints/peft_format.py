@@ -13,6 +13,7 @@ from torch import nn
 from ..distributed.transaction import canonical_name
 from ..errors import CheckpointError, NotExactlyRepresentable
 from ..layers.adapted import AdaptedLinear
+from ..layers.bypass import parents_of, replaced_parent
 
 OWN_TYPE = "FUSED_EWCLORA"  # unknown to PEFT, which therefore raises
 PREFIX = "base_model.model."
@@ -95,6 +96,12 @@ def peft_config(
 ) -> dict[str, Any]:
     """The adapter_config.json of PEFT for adapters with these (r, scaling) and for the other trained tensors;
     raises `NotExactlyRepresentable` with the reason when PEFT would compute something else."""
+    parents = parents_of(model)
+    for name, layer in layers.items():
+        if kind := replaced_parent(parents.get(layer, ())):
+            raise NotExactlyRepresentable(
+                f"{name}: {kind} uses its weight without calling it, and PEFT's adapter would have no effect"
+            )
     first = next(iter(layers.values()))
     if any(layer.dropout_p != first.dropout_p for layer in layers.values()):
         raise NotExactlyRepresentable("the layers have different dropout probabilities")

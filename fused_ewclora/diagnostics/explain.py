@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import TargetError
 from ..layers.adapted import AdaptedLinear
 from ..layers.inject import adapters
-from ..layers.matching import shorten
+from ..layers.matching import MAX_NAMES, shorten
 from ..ops import dispatch
 from ..report import Report
+from .second_reads import second_reads, tensors_in
 
 
 def check_bypass(model: nn.Module) -> None:
@@ -36,22 +37,38 @@ def check_bypass(model: nn.Module) -> None:
 
 
 def bypassed(model: nn.Module) -> list[str]:
-    """The names of the adapted layers that have not run since injection, or since `verify_forward` began."""
+    """The names of the adapted layers that have not run since injection."""
     return [name for name, layer in adapters(model).items() if layer.forward_calls == 0]
 
 
 def verify_forward(model: nn.Module, sample: Any) -> dict[str, int]:
-    """Run the model once in eval mode, without gradients and uncompiled, and raise `TargetError` for adapted
-    layers that did not run.
+    """Run the model in eval mode, without gradients and uncompiled, and raise `TargetError` for adapted
+    layers that did not run, and for layers whose weight the model reads a second time, beside their calls
+    (a tied decoder): merging and consolidation would change what it computes.
 
     sample: a tensor, a tuple of arguments or a mapping of keyword arguments. Returns the number of calls of
-    each adapted layer.
+    each adapted layer in one run. The second run finds second reads: each weight is changed but for the calls
+    of its layer, and restored bit for bit. Random numbers of the caller are not used.
 
         >>> verify_forward(model, torch.zeros(1, 3, 224, 224))
     """
-    calls, _ = _observed(model, sample)
+    layers, before = adapters(model), _counts(model)
+    first = _run(model, sample)
+    calls, counts = _calls_since(model, before), _counts(model)
     if names := [name for name, count in calls.items() if count == 0]:
         raise TargetError(_bypass_message(model, names))
+    try:
+        names = second_reads(model, layers, functools.partial(_run, model, sample), first)
+    finally:
+        for name, layer in layers.items():
+            layer.forward_calls = counts[name]
+    if names:
+        raise TargetError(
+            f"the model reads the weight of {shorten(names)} a second time, beside the calls of the layer: "
+            "the adapter does not act there, and merging or consolidating it would change the outputs. Leave "
+            f"it out with exclude_modules={names[:MAX_NAMES]!r}, or give the other use a weight of its own. "
+            "Nothing was changed"
+        )
     return calls
 
 
@@ -66,7 +83,13 @@ def explain(model: nn.Module, sample: Any = None) -> Report:
 
         >>> print(explain(model, torch.zeros(1, 3, 224, 224)))
     """
-    calls, sizes = (None, {}) if sample is None else _observed(model, sample)
+    calls: dict[str, int] | None = None
+    sizes: dict[str, int] = {}
+    if sample is not None:
+        before = _counts(model)
+        with _measured(model) as sizes:
+            _run(model, sample)
+        calls = _calls_since(model, before)
     rows = []
     for name, layer in adapters(model).items():
         ranks = _ranks(layer)
@@ -134,44 +157,59 @@ def _call(layer: AdaptedLinear, dtype: torch.dtype, rank: int, rows: int | None)
     return dispatch.Call(device.type, dtype, dispatch.arch_of(device), shape, precision=precision)
 
 
-def _observed(model: nn.Module, sample: Any) -> tuple[dict[str, int], dict[str, int]]:
-    """The number of calls of each adapted layer in one run, and the most input rows of a call."""
-    layers = adapters(model)
-    before = {name: layer.forward_calls for name, layer in layers.items()}
+def _counts(model: nn.Module) -> dict[str, int]:
+    """The number of calls of each adapted layer until now. The layers count by themselves: hooks would switch
+    off a path of PyTorch that never calls them."""
+    return {name: layer.forward_calls for name, layer in adapters(model).items()}
+
+
+def _calls_since(model: nn.Module, before: Mapping[str, int]) -> dict[str, int]:
+    return {name: count - before[name] for name, count in _counts(model).items()}
+
+
+@contextmanager
+def _measured(model: nn.Module) -> Iterator[dict[str, int]]:
+    """Yields the most input rows of a call of each adapted layer in the block, without hooks either."""
     sizes: dict[str, int] = {}
-    hooks = []
-    for name, layer in layers.items():
-        layer.forward_calls = 0
-        note = functools.partial(_note_rows, sizes, name)
-        hooks.append(layer.register_forward_pre_hook(note, with_kwargs=True))
+    layers = adapters(model)
+    own = {name: vars(layer).get("forward") for name, layer in layers.items()}
     try:
-        _run(model, sample)
-        return {name: layer.forward_calls for name, layer in layers.items()}, sizes
-    finally:
-        for hook in hooks:
-            hook.remove()
         for name, layer in layers.items():
-            layer.forward_calls += before[name]
+            vars(layer)["forward"] = functools.partial(_note_rows, sizes, name, layer.forward)
+        yield sizes
+    finally:
+        for name, layer in layers.items():
+            if (forward := own[name]) is None:
+                vars(layer).pop("forward", None)
+            else:
+                vars(layer)["forward"] = forward
 
 
 def _note_rows(
-    sizes: dict[str, int], name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+    sizes: dict[str, int], name: str, forward: Callable[..., Tensor], *args: Any, **kwargs: Any
+) -> Tensor:
     x = args[0] if args else kwargs["x"]
     sizes[name] = max(sizes.get(name, 0), x.numel() // max(x.shape[-1], 1))
+    return forward(*args, **kwargs)
 
 
-def _run(model: nn.Module, sample: Any) -> None:
+def _run(model: nn.Module, sample: Any) -> list[Tensor]:
+    """The tensors of one run in eval mode; random numbers are the same every time, and not taken from those
+    of the caller."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    gpus = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.no_grad(), _eager():
+        model.eval()
+        with torch.no_grad(), _eager(), torch.random.fork_rng(gpus):
+            for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in gpus)):
+                generator.manual_seed(0)
             if isinstance(sample, Mapping):
-                model(**sample)
+                output = model(**sample)
             elif isinstance(sample, (tuple, list)):
-                model(*sample)
+                output = model(*sample)
             else:
-                model(sample)
+                output = model(sample)
+            return [tensor.detach().clone() for tensor in tensors_in(output)]
     finally:
         for module, training in modes:
             module.training = training

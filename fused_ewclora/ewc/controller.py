@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +28,7 @@ from .placement import LocalPlacement, Placement
 from .restoring import Undo, enable_gradients, enter_evaluation, set_gradients_aside
 from .settings import FISHER_MODES, MERGE_MODES, UPDATES, number, one_of
 from .state import EWCState, Expected, TaskFisher, TaskRecord, dump
+from .untrained import untrained_message
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -290,6 +292,8 @@ class EWC:
                 batch = passes.to_device(batch, device)
                 output, targets = running.forward(lambda part: forward(model, part), batch, samples)
                 for loss, keep_graph in policy.passes(output, targets, samples):
+                    if not getattr(loss, "requires_grad", True):
+                        running.check_ran()
                     passes.check_loss(loss)
                     if self.check_finite:
                         policy.findings.loss(loss)
@@ -382,11 +386,14 @@ class EWC:
         """`estimate_fisher(loader, loss_fn, **kwargs)`, then `consolidate(gamma)`, with the errors of both.
 
         A Fisher that was estimated stays when `consolidate` raises: remove the cause and call `consolidate`.
+        Warns, before anything else, of adapters that the first task did not train although it trained others.
 
             >>> ewc.end_task(loader, criterion, max_batches=100)
         """
         if gamma is not None:
             number("gamma", gamma, 0.0, 1.0)
+        if message := untrained_message(self._placement.layers):
+            warnings.warn(f"end_task: {message}", stacklevel=2)
         self.estimate_fisher(loader, loss_fn, **kwargs)
         self.consolidate(gamma)
 

@@ -167,8 +167,11 @@ class FisherPass:
     def _check_reached(self) -> None:
         missed = [name for name, capture in self._captures.items() if capture.batches == 0]
         if len(missed) == len(self._captures) and not self._ran_forward():
+            if self.samples:
+                self.check_ran()
             raise FisherError(
-                "no forward and backward pass ran: the loader is empty, or the block ran no loss.backward()"
+                "no forward and backward pass ran through an adapted layer: the loader is empty, the block "
+                f"ran no loss.backward(), or the model never calls {_some(missed)} (fe.verify_forward tells)"
             )
         bypassed = [name for name in missed if self._layers[name].forward_calls == self._calls[name]]
         if bypassed:
@@ -184,6 +187,16 @@ class FisherPass:
                 f"{_some(missed)}: the layer ran but no gradient reached it; its output takes no part in "
                 "the loss, or the pass ran under "
                 "torch.no_grad. Leave it out with exclude_modules, or use a loss that depends on it"
+            )
+
+    def check_ran(self) -> None:
+        """To be called when there were batches: raises `TargetError` unless an adapted layer ran."""
+        if not self._ran_forward():
+            raise TargetError(
+                f"{_some(list(self._layers))}: the model ran on the batches of the loader, but none of its "
+                "adapted layers did, so the adapters have no effect and no Fisher. The model reads their "
+                "weights without calling them, or skips them: fe.register_call can make it call them; "
+                "otherwise leave them out with exclude_modules"
             )
 
     def _ran_forward(self) -> bool:

@@ -8,9 +8,9 @@ from typing import Any
 
 from ..layers.matching import register_library
 
-_MODULES = ("avalanche", "peft", "timm", "transformers")
+_MODULES = ("avalanche", "peft", "timm", "torchvision", "transformers")
 # The modules that register packed projections or layer classes, loaded for models of their library.
-_MODELS = ("timm", "transformers")
+_MODELS = ("timm", "torchvision", "transformers")
 
 
 def _load(name: str) -> Any:

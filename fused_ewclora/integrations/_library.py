@@ -14,6 +14,7 @@ from ..errors import IntegrationError
 _SUPPORTED = {
     "timm": ("timm", "timm", (1, 0, 20), (2,)),
     "transformers": ("transformers", "transformers", (4, 57), (6,)),
+    "torchvision": ("torchvision", "torchvision", (0, 24), (1,)),
     "accelerate": ("accelerate", "transformers", (1, 4), (2,)),
     "peft": ("peft", "peft", (0, 16), (1,)),
     "avalanche": ("avalanche-lib", "avalanche", (0, 6), (1,)),

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers.bypass import CallRule
+from ..layers.bypass import CallRule, settings_text
 from ..layers.matching import LayoutRule, ancestors, is_linear, shorten
 from ..report import Report
 
@@ -49,5 +49,4 @@ def packed_projections(
 def _note(child: str, settings: Mapping[str, Any]) -> str | None:
     if not settings:
         return None
-    text = ", ".join(f"{attribute} = {value}" for attribute, value in settings.items())
-    return f"uses {child}.weight, calls {child} with {text}"
+    return f"uses {child}.weight, calls {child} with {settings_text(settings)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +11,21 @@ from torch import nn
 from ..errors import TargetError
 
 CallRule = Callable[[nn.Module, str], Mapping[str, Any] | None]
+Refusal = Callable[[nn.Module, str], str | None]
+CLASS = "__class__"  # the setting that gives a parent another class
 # Attribute of a changed parent that holds the old values, as plain data, so that copies of the model have it.
 # Models that were pickled by earlier versions have it under this name.
 OLD_VALUES = "_fused_ewclora_mended"
 
 _call_rules: list[CallRule] = []
+_outer_rules: list[CallRule] = []
+_refusals: list[Refusal] = []
 
 
 @dataclass(frozen=True)
 class BypassFix:
-    """Attributes to set on `parent`, the module called `name`, so that it calls its `child`."""
+    """Attributes to set on `parent`, the module called `name`, so that it calls its `child`; for a module
+    further up `child` is the path of the layer in it."""
 
     name: str
     parent: nn.Module
@@ -31,6 +36,7 @@ class BypassFix:
 def register_call(rule: CallRule) -> CallRule:
     """Add a rule for parents that bypass a layer, which means that they use its weight without calling it:
     rule(parent module, child name) -> attributes to set on the parent so that it calls the layer, or None.
+    The attribute `__class__` gives the parent another class, which must store what the old one does.
 
     Can be used as a decorator. `inject` sets the attributes, which must not change the outputs of the parent,
     and `eject` restores the old values.
@@ -42,19 +48,45 @@ def register_call(rule: CallRule) -> CallRule:
     return rule
 
 
+def register_outer_call(rule: CallRule) -> CallRule:
+    """Add a rule as in `register_call` that is asked about every module above a layer, with the path of the
+    layer in it, such as "layers.0.linear1"."""
+    _outer_rules.append(rule)
+    return rule
+
+
+def register_refusal(rule: Refusal) -> Refusal:
+    """Add a rule for parents that bypass a layer and cannot be made to call it: rule(parent module, child
+    name) -> the reason, or None."""
+    _refusals.append(rule)
+    return rule
+
+
+def refusal(parents: Iterable[tuple[nn.Module, str]]) -> str | None:
+    """The reason why one of the parents of a layer would bypass it after all, or None."""
+    reasons = (rule(parent, child) for parent, child in parents for rule in _refusals)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def parents_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """(parent, name of the child in it) for every place of every module below `model`."""
+    parents: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for child, module in parent._modules.items():
+            if module is not None:
+                parents.setdefault(module, []).append((parent, child))
+    return parents
+
+
 def find_fixes(model: nn.Module, layers: Iterable[nn.Module]) -> tuple[BypassFix, ...]:
     """The fixes after which all parents of `layers` call them; raises `TargetError` when a parent lacks an
     attribute that a rule would set."""
     wanted = set(layers)
     fixes = []
-    for name, parent in model.named_modules():
-        for child, module in parent._modules.items():
-            if module not in wanted:
-                continue
-            for rule in _call_rules:
-                if settings := rule(parent, child):
-                    fixes.append(BypassFix(name, parent, child, settings))
-                    break
+    for name, parent, path in _places(model, wanted):
+        rules = _outer_rules if "." in path else (*_call_rules, *_outer_rules)
+        if settings := next(filter(None, (rule(parent, path) for rule in rules)), None):
+            fixes.append(BypassFix(name, parent, path, settings))
     for fix in fixes:
         for attribute in fix.settings:
             if not hasattr(fix.parent, attribute):
@@ -65,6 +97,21 @@ def find_fixes(model: nn.Module, layers: Iterable[nn.Module]) -> tuple[BypassFix
                     f"exclude_modules=[{layer!r}]. Nothing was changed"
                 )
     return tuple(fixes)
+
+
+def _places(model: nn.Module, wanted: set[nn.Module]) -> Iterator[tuple[str, nn.Module, str]]:
+    """(name of a module, the module, path of a wanted layer in it) for all modules above the layers."""
+    above = dict(model.named_modules(remove_duplicate=False))
+    seen: set[tuple[nn.Module, str]] = set()
+    for name, module in above.items():
+        if module not in wanted:
+            continue
+        parts = name.split(".") if name else []
+        for depth in reversed(range(len(parts))):
+            outer, path = ".".join(parts[:depth]), ".".join(parts[depth:])
+            if (above[outer], path) not in seen:  # a shared module is above a layer under several names
+                seen.add((above[outer], path))
+                yield outer, above[outer], path
 
 
 def apply_(fixes: Iterable[BypassFix]) -> None:
@@ -81,3 +128,21 @@ def undo_(model: nn.Module) -> None:
     for module in model.modules():
         for attribute, value in vars(module).pop(OLD_VALUES, {}).items():
             setattr(module, attribute, value)
+
+
+def replaced_parent(parents: Iterable[tuple[nn.Module, str]]) -> str | None:
+    """The class of a parent of a layer that `apply_` has replaced, because it would not call the layer."""
+    replaced = (vars(parent).get(OLD_VALUES, {}).get(CLASS) for parent, _ in parents)
+    return next((kind.__name__ for kind in replaced if kind is not None), None)
+
+
+def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as data: a class by its name."""
+    return {
+        attribute: value.__name__ if attribute == CLASS else value for attribute, value in settings.items()
+    }
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """`attribute = value, ...`."""
+    return ", ".join(f"{attribute} = {value}" for attribute, value in plain_settings(settings).items())

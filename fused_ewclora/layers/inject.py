@@ -237,8 +237,9 @@ def _report(model: nn.Module, planned: Plan) -> Report:
     ]
     notes += [f"skipped: {shorten(names)} ({reason})" for reason, names in planned.skipped.items()]
     notes += [
-        f"set on {shorten(names)}: {setting}, or {child} would never be called; eject restores the old value"
-        for (setting, child), names in _changed_parents(planned).items()
+        f"set on {shorten(names)}: {setting}, or {shorten(children)} would never be called; eject restores "
+        "the old value"
+        for setting, (names, children) in _changed_parents(planned).items()
     ]
     if planned.unmatched:
         notes.append(f"target_modules that match nothing: {shorten(planned.unmatched)}")
@@ -249,7 +250,9 @@ def _report(model: nn.Module, planned: Plan) -> Report:
         "trainable_share": share,
     }
     skipped = {name: reason for reason, names in planned.skipped.items() for name in names}
-    fixes = {fix.name: dict(fix.settings) for fix in planned.bypass_fixes}
+    fixes: dict[str, dict[str, Any]] = {}
+    for fix in planned.bypass_fixes:
+        fixes.setdefault(fix.name, {}).update(bypass.plain_settings(fix.settings))
     lists = {
         "skipped": skipped,
         "bypass_fixes": fixes,
@@ -259,12 +262,14 @@ def _report(model: nn.Module, planned: Plan) -> Report:
     return Report("LoRA adapters", rows, notes, {**summary, **lists})
 
 
-def _changed_parents(planned: Plan) -> dict[tuple[str, str], list[str]]:
-    """(setting, child) -> names of the parents that it is set on."""
-    parents: dict[tuple[str, str], list[str]] = {}
+def _changed_parents(planned: Plan) -> dict[str, tuple[dict[str, None], dict[str, None]]]:
+    """Setting -> the names of the parents that it is set on, and those of the layers in them."""
+    parents: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
     for fix in planned.bypass_fixes:
         for attribute, value in fix.settings.items():
-            parents.setdefault((f"{attribute} = {value}", fix.child), []).append(fix.name)
+            text = bypass.settings_text({attribute: value})
+            names, children = parents.setdefault(text, ({}, {}))
+            names[fix.name] = children[fix.child] = None
     return parents
 
 

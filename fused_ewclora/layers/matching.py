@@ -102,8 +102,11 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
     heads = set(_output_heads(model)) if everything else set()
     matched: list[tuple[str, nn.Module]] = []
     skipped: dict[str, list[str]] = {}
+    parents = bypass.parents_of(model)
     for name, module in _wanted(model, config):
         reason = "output head" if module in heads else _unfit(module)
+        if reason is None:
+            reason = bypass.refusal(parents.get(module, ()))
         if reason is None:
             matched.append((name, module))
         elif isinstance(module, AdaptedLinear):
@@ -164,8 +167,7 @@ def _unfit(module: nn.Module) -> str | None:
         return f"{kind} is not nn.Linear"
     if type(module) not in _adapted_classes:
         base = next(plain.__name__ for plain in _adapted_classes if isinstance(module, plain))
-        hint = " (nn.MultiheadAttention uses its weight without calling it)" if "Dynamically" in kind else ""
-        return f"{kind} is a subclass of {base} whose behaviour would be lost{hint}"
+        return f"{kind} is a subclass of {base} whose behaviour would be lost"
     if "forward" in vars(module):
         return "its forward has been replaced on the instance, so an adapter would never run"
     weight = module._parameters.get("weight")

@@ -138,6 +138,8 @@ def lora_linear(
     matrix(weight, "weight")
     _same(weight, "weight", x, "x")
     d_out, d_in = weight.shape
+    if x.is_nested:
+        raise ArgumentError("x: expected a padded tensor, got a nested one")
     if x.dim() < 1 or x.shape[-1] != d_in:
         raise ArgumentError(f"x: expected {d_in} features (columns of weight), got shape {_shape(x)}")
     if bias is not None:

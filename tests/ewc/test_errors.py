@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -228,6 +229,52 @@ def test_bypassed_layer():
     with pytest.raises(TargetError, match=r"qkv: .*never ran.*qkv_bias_separate=True"):
         ewc.estimate_fisher([(x, y)], F.cross_entropy)
     assert_unchanged(before, model, ewc)
+
+
+@pytest.mark.parametrize("head_trains", [True, False])
+def test_all_bypassed(head_trains):
+    """Where no adapted layer runs, the layers are named and the loader is not blamed."""
+    model = Bypassing(calls=0)
+    inject(model, LoRAConfig(r=2, target_modules=["qkv"]))
+    model.head.requires_grad_(head_trains)
+    ewc = EWC(model)
+    x, y = data(4, dtype=torch.float32)
+    before = state_of(model, ewc)
+    with pytest.raises(TargetError, match=r"^qkv: the model ran on the batches.*register_call"):
+        ewc.end_task([(x, y)], F.cross_entropy)
+    assert_unchanged(before, model, ewc)
+    with pytest.raises(FisherError, match="no forward and backward pass ran through an adapted layer"):
+        ewc.end_task([], F.cross_entropy)
+
+
+class BypassedInTraining(Bypassing):
+    """Calls its layer in eval mode alone, where the Fisher is estimated."""
+
+    def block(self, x):
+        self.calls = 0 if self.training else 1
+        return super().block(x)
+
+
+def test_untrained_reported():
+    """A layer that training passed by is named at the end of the first task, and only then."""
+    model = BypassedInTraining(calls=1).train()
+    inject(model, LoRAConfig(r=2, target_modules=["qkv", "fc"]))
+    ewc = EWC(model)
+    x, y = data(4, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ewc.end_task([(x, y)], F.cross_entropy)  # nothing was trained
+    model = BypassedInTraining(calls=1).train()
+    inject(model, LoRAConfig(r=2, target_modules=["qkv", "fc"]))
+    ewc = EWC(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match=r"^end_task: qkv: lora_B is still zero.*qkv never ran"):
+        ewc.end_task([(x, y)], F.cross_entropy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ewc.end_task([(x, y)], F.cross_entropy)
 
 
 def test_unused_output():

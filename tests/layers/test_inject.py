@@ -186,8 +186,12 @@ def with_weight_norm(model: nn.Module) -> None:
     torch.nn.utils.parametrizations.weight_norm(model.fc1)  # type: ignore[arg-type]
 
 
+class OwnLinear(nn.Linear):
+    """A subclass, whose forward may do something else."""
+
+
 def with_subclass(model: nn.Module) -> None:
-    model.fc1 = nn.modules.linear.NonDynamicallyQuantizableLinear(6, 10)
+    model.fc1 = OwnLinear(6, 10)
 
 
 def with_adapter(model: nn.Module) -> None:
@@ -220,7 +224,7 @@ def with_adapter(model: nn.Module) -> None:
             "fc1: has adapters already",
         ),
         (with_adapter, ALL, fe.TargetError, "fc1: has adapters already"),
-        (with_subclass, fe.LoRAConfig(target_modules=["fc2", "fc1"]), fe.TargetError, "fc1: NonDynamically"),
+        (with_subclass, fe.LoRAConfig(target_modules=["fc2", "fc1"]), fe.TargetError, "fc1: OwnLinear"),
         (with_weight_norm, fe.LoRAConfig(target_modules=["fc2", "fc1"]), fe.TargetError, "fc1: "),
         (
             with_replaced_forward,

@@ -13,7 +13,7 @@ from fused_ewclora.integrations._library import _SUPPORTED, require
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = {"timm": "timm", "transformers": "transformers", "accelerate": "transformers", "peft": "peft",
-          "avalanche": "avalanche"}  # fmt: skip
+          "avalanche": "avalanche", "torchvision": "torchvision"}  # fmt: skip
 
 
 @pytest.fixture
@@ -120,4 +120,4 @@ def test_unknown_integration():
     """An unknown integration is no attribute."""
     with pytest.raises(AttributeError, match="has no attribute 'tensorflow'"):
         fe.integrations.tensorflow  # noqa: B018
-    assert {"avalanche", "peft", "timm", "transformers"} <= set(dir(fe.integrations))
+    assert {"avalanche", "peft", "timm", "torchvision", "transformers"} <= set(dir(fe.integrations))

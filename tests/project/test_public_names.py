@@ -98,6 +98,7 @@ NAMES = {
     "fused_ewclora.integrations.avalanche": "EWCLoRAPlugin TRANSFORMS",
     "fused_ewclora.integrations.peft": "accelerate_ attach_ewc restore_",
     "fused_ewclora.integrations.timm": "Unpack layout_of targets",
+    "fused_ewclora.integrations.torchvision": "layout_of targets",
     "fused_ewclora.integrations.transformers": "EWCCallback LoRAConv1D LoRAFalconLinear next_tokens targets",
     "fused_ewclora.interchange": "Planned export_peft import_peft",
     "fused_ewclora.layers": "AdapterSlice LoRALinear fingerprint fisher_key",
@@ -141,6 +142,7 @@ PICKLED = {
 OPTIONAL = {
     "fused_ewclora.integrations.avalanche",
     "fused_ewclora.integrations.peft",
+    "fused_ewclora.integrations.torchvision",
     "fused_ewclora.integrations.transformers",
 }
 

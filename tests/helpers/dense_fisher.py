@@ -1,0 +1,27 @@
+"""The Fisher of a plain model by autograd, one sample at a time, in fp64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def dense_fisher(
+    plain: nn.Module, names: Sequence[str], samples: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]
+) -> dict[str, Tensor]:
+    """The mean over samples of (dL_n / dW)^2 for the weights of the layers called `names`; `loss(model,
+    sample)` is L_n. A weight that takes no part in the loss has the Fisher 0."""
+    model = copy.deepcopy(plain).double().eval().requires_grad_(False)
+    weights = [model.get_submodule(name).weight.requires_grad_(True) for name in names]
+    totals = [torch.zeros_like(weight) for weight in weights]
+    count = 0
+    for sample in samples:
+        grads = torch.autograd.grad(loss(model, sample), weights, allow_unused=True)
+        for total, grad in zip(totals, grads, strict=True):
+            total += 0.0 if grad is None else grad**2
+        count += 1
+    return {name: total / count for name, total in zip(names, totals, strict=True)}
