@@ -24,7 +24,7 @@ from ..ewc.controller import EWC
 from ..ewc.state import EWCState
 from ..layers.adapted import AdaptedLinear
 from ..layers.index import put_rows, take_rows
-from ..layers.inject import adapters
+from ..layers.inject import adapters, check_plain
 from ..layers.slices import AdapterSlice, fingerprint, fisher_key
 from .files import ADAPTER, ADAPTER_CONFIG, MANIFEST, STATE, read_files, write_files
 from .peft_format import disk_key, model_key, own_config, peft_config, stock_shapes
@@ -124,6 +124,7 @@ def _layers(model: nn.Module, ewc: EWC | None) -> dict[str, AdaptedLinear]:
         raise CheckpointError(
             "model: expected adapters, found none; call fused_ewclora.inject(model, config) first"
         )
+    check_plain(layers, "checkpoint", CheckpointError)
     for name, layer in layers.items():
         if saved_by := getattr(layer.composer, "saved_by", None):
             raise CheckpointError(

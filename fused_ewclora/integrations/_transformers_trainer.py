@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..errors import ArgumentError, IntegrationError, TargetError
 from ..ewc.controller import EWC
 from ..layers.adapted import AdaptedLinear
+from ..layers.inject import check_plain
 from ..layers.matching import shorten
 from ._transformers_checkpoint import Source, begin, save
 
@@ -127,6 +128,7 @@ def _check_model(ewc: EWC, model: nn.Module) -> None:
         raise TargetError(
             f"EWCCallback: expected the model that the EWC was made for, Trainer's lacks {shorten(missing)}"
         )
+    check_plain(ewc.layers, "EWCCallback")
 
 
 def _unsupported(args: TrainingArguments) -> str | None:

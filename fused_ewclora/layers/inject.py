@@ -16,6 +16,8 @@ from ..report import Report
 from . import bypass
 from .adapted import AdaptedLinear
 from .matching import Plan, plan, shorten
+from .memory import check_loaded, shared_weights
+from .plain import without_numbers
 
 FROZEN = "_fused_ewclora_frozen"  # attribute of a model: the parameters that injection froze
 
@@ -41,10 +43,10 @@ def inject(model: nn.Module, config: LoRAConfig) -> Report:
         >>> print(inject(model, LoRAConfig(r=10, target_modules=["attn.qkv", "fc1"])))
     """
     planned = plan(model, config)
-    if tied := _tied_weights(model, {match.name: match.module for match in planned.matches}):
-        warnings.warn(
-            f"{_tied_message(tied)}; training works, but merging and consolidation will raise", stacklevel=2
-        )
+    check_loaded(model, ((match.name, match.module) for match in planned.matches))
+    if shared := shared_weights(model, {match.name: match.module for match in planned.matches}):
+        text = next(iter(shared.values()))
+        warnings.warn(f"{text}; training works, but merging and consolidation will raise", stacklevel=2)
     adopted: list[AdaptedLinear] = []
     try:
         for match in planned.matches:
@@ -79,9 +81,10 @@ def eject(model: nn.Module, merge: bool = True) -> None:
         >>> eject(model)
     """
     layers = _adapted(model)
+    check_plain(layers, "eject")
     _check_whole(layers)
     if merge:
-        _merge(model, layers)
+        _merge(model, layers, "eject")
     else:
         for layer in layers.values():
             if layer.merged:
@@ -105,7 +108,10 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
         >>> with disabled(model): base = model(x)
     """
-    layers = list(adapters(model).values())
+    named = adapters(model)
+    layers = list(named.values())
+    if any(layer.merged for layer in layers):
+        check_plain(named, "disabled")
     before = [(layer, layer.adapters_enabled, layer.merged) for layer in layers]
     try:
         for layer in layers:
@@ -134,7 +140,7 @@ def merge(model: nn.Module) -> None:
     if all(layer.merged for layer in layers.values()):
         warnings.warn("merge: the adapters are merged already; nothing was done", stacklevel=2)
         return
-    _merge(model, layers)
+    _merge(model, layers, "merge")
 
 
 def unmerge(model: nn.Module) -> None:
@@ -148,13 +154,14 @@ def unmerge(model: nn.Module) -> None:
     layers = _adapted(model)
     if not any(layer.merged for layer in layers.values()):
         warnings.warn("unmerge: the adapters are not merged; nothing was done", stacklevel=2)
+    check_plain(layers, "unmerge")
     for layer in layers.values():
         if layer.merged:
             layer.unmerge()
 
 
-def _merge(model: nn.Module, layers: dict[str, AdaptedLinear]) -> None:
-    check_mergeable(model)
+def _merge(model: nn.Module, layers: dict[str, AdaptedLinear], action: str) -> None:
+    check_mergeable(model, action)
     _check_whole(layers)
     done: list[AdaptedLinear] = []
     for name, layer in layers.items():
@@ -186,32 +193,30 @@ def _adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
     return layers
 
 
-def _tied_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """The layers whose weight is also a parameter of other modules: name -> the other names of the weight."""
-    users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for leaf, parameter in module._parameters.items():
-            users.setdefault(id(parameter), []).append(f"{name}.{leaf}".lstrip("."))
-    tied = {}
+def check_plain(
+    layers: Mapping[str, AdaptedLinear], action: str, error: type[EWCLoRAError] = TargetError
+) -> None:
+    """Raises `error` naming the first layer whose weight, bias or adapters are no longer the plain parameters
+    that it was given; `action` cannot work on others."""
     for name, layer in layers.items():
-        path = layer.weight_path if isinstance(layer, AdaptedLinear) else "weight"
-        own = f"{name}.{path}".lstrip(".")
-        others = [user for user in users[id(layer.weight)] if user != own]
-        if others:
-            tied[name] = others
-    return tied
+        if why := layer.not_plain():
+            raise error(
+                f"{action}: {name or 'model'}: {why}, or leave it to the plain layers after fe.eject(model). "
+                "Nothing was changed"
+            )
 
 
-def check_mergeable(model: nn.Module) -> None:
-    """Raises `TargetError` when the weight of an adapted layer is tied to another module, because merging
-    would change that module too."""
-    if tied := _tied_weights(model, adapters(model)):
-        raise TargetError(f"merge: {_tied_message(tied)}, and would change with it. Nothing was changed")
-
-
-def _tied_message(tied: dict[str, list[str]]) -> str:
-    name, others = next(iter(tied.items()))
-    return f"the weight of {name!r} is also {shorten(others)}"
+def check_mergeable(model: nn.Module, action: str = "merge") -> None:
+    """Raises `TargetError` when the weight of an adapted layer cannot be rewritten: it is not a plain
+    parameter, holds no numbers, or shares its memory with another tensor, which would change too."""
+    layers = adapters(model)
+    check_plain(layers, action)
+    for name, layer in layers.items():
+        if why := without_numbers(layer.weight):
+            raise TargetError(f"{action}: {name or 'model'}: {why}. Nothing was changed")
+    if shared := shared_weights(model, layers):
+        text = next(iter(shared.values()))
+        raise TargetError(f"{action}: {text}, which would change with it. Nothing was changed")
 
 
 def _report(model: nn.Module, planned: Plan) -> Report:
