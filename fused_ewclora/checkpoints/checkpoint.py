@@ -23,6 +23,7 @@ from ..errors import ArgumentError, CheckpointError, FisherError, NotExactlyRepr
 from ..ewc.controller import EWC
 from ..ewc.state import EWCState
 from ..layers.adapted import AdaptedLinear
+from ..layers.from_peft import no_adapters
 from ..layers.index import put_rows, take_rows
 from ..layers.inject import adapters, check_plain
 from ..layers.slices import AdapterSlice, fingerprint, fisher_key
@@ -121,9 +122,7 @@ def load_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
 def _layers(model: nn.Module, ewc: EWC | None) -> dict[str, AdaptedLinear]:
     layers = by_canonical_name(adapters(model).items())
     if not layers:
-        raise CheckpointError(
-            "model: expected adapters, found none; call fused_ewclora.inject(model, config) first"
-        )
+        raise CheckpointError(no_adapters(model))
     check_plain(layers, "checkpoint", CheckpointError)
     for name, layer in layers.items():
         if saved_by := getattr(layer.composer, "saved_by", None):

@@ -13,13 +13,12 @@ from ..config import LoRAConfig
 from ..distributed.processes import sharded
 from ..errors import EWCLoRAError, TargetError
 from ..report import Report
-from . import bypass
+from . import bypass, freezing
 from .adapted import AdaptedLinear
+from .from_peft import check_no_peft, checked_config, no_adapters
 from .matching import Plan, plan, shorten
 from .memory import check_loaded, shared_weights
 from .plain import without_numbers
-
-FROZEN = "_fused_ewclora_frozen"  # attribute of a model: the parameters that injection froze
 
 
 def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -30,18 +29,23 @@ def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
-def inject(model: nn.Module, config: LoRAConfig) -> Report:
+def inject(model: nn.Module, config: LoRAConfig | Any) -> Report:
     """Adapt matching `nn.Linear`s of `model` in place and freeze all but adapters; returns a printable table.
+
+    The first injection freezes; further ones, into the same model or a part of it, adapt other layers and
+    change `requires_grad` of these alone, so a head that was thawed stays so. The table lists output heads
+    that are frozen, with the line that lets them train; `modules_to_save` of the configuration are trainable.
 
     Names are matched as in PEFT. `"all-linear"` leaves out the head that `get_output_embeddings()` or
     `get_classifier()` returns and, in transformers models, every layer outside of the base model; in a model
-    without any of these it selects every layer. The keys of the base state_dict do not change. A second call
-    can adapt further layers. Parents that are known to bypass a layer are set to call it, and the table says
-    so. Raises `TargetError` (nothing matches, already adapted, not adaptable) or `LayoutError` (slices
+    without any of these it selects every layer. The keys of the base state_dict do not change. Parents that are known to bypass a layer are set to call it, and the table says
+    so. A `peft.LoraConfig` is taken as well where it means the same. Raises `TargetError` (nothing matches, already adapted, not adaptable) or `LayoutError` (slices
     without a layout that fits); nothing is changed then.
 
         >>> print(inject(model, LoRAConfig(r=10, target_modules=["attn.qkv", "fc1"])))
     """
+    check_no_peft(model)
+    config = checked_config(config, model)
     planned = plan(model, config)
     check_loaded(model, ((match.name, match.module) for match in planned.matches))
     if shared := shared_weights(model, {match.name: match.module for match in planned.matches}):
@@ -58,17 +62,9 @@ def inject(model: nn.Module, config: LoRAConfig) -> Report:
             layer.release_()
         raise
     bypass.apply_(planned.bypass_fixes)
-    _freeze(model)
+    freezing.freeze_(model, adopted)
+    freezing.thaw_(planned.saved.values())
     return _report(model, planned)
-
-
-def _freeze(model: nn.Module) -> None:
-    keep = {id(p) for layer in adapters(model).values() for _, p in layer.named_lora_parameters()}
-    frozen = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in keep]
-    for _, parameter in frozen:
-        parameter.requires_grad_(False)
-    before = vars(model).get(FROZEN, ())
-    vars(model)[FROZEN] = tuple(dict.fromkeys((*before, *(name for name, _ in frozen))))
 
 
 def eject(model: nn.Module, merge: bool = True) -> None:
@@ -92,11 +88,7 @@ def eject(model: nn.Module, merge: bool = True) -> None:
     for layer in layers.values():
         layer.release_()
     bypass.undo_(model)
-    for module in model.modules():
-        present = dict(module.named_parameters(remove_duplicate=False))
-        for name in vars(module).pop(FROZEN, ()):
-            if name in present:  # heads may have been replaced since
-                present[name].requires_grad_(True)
+    freezing.undo_(model)
 
 
 @contextmanager
@@ -189,7 +181,7 @@ def _check_whole(layers: Mapping[str, AdaptedLinear]) -> None:
 def _adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
     layers = adapters(model)
     if not layers:
-        raise TargetError("model: expected adapted layers, got none; call fe.inject(model, config) first")
+        raise TargetError(no_adapters(model))
     return layers
 
 
@@ -245,8 +237,14 @@ def _report(model: nn.Module, planned: Plan) -> Report:
         f"set on {shorten(names)}: {setting}, or {child} would never be called; eject restores the old value"
         for (setting, child), names in _changed_parents(planned).items()
     ]
-    if planned.unmatched:
-        notes.append(f"target_modules that match nothing: {shorten(planned.unmatched)}")
+    heads = freezing.frozen_heads(model)
+    if heads:
+        notes.append(f"frozen heads: {shorten(heads)}; to train them: {freezing.thawing_line(heads)}")
+    if planned.saved:
+        notes.append(f"trainable, modules_to_save: {shorten(planned.saved)}")
+    for argument, names in (("target_modules", planned.unmatched), ("modules_to_save", planned.unsaved)):
+        if names:
+            notes.append(f"{argument} that match nothing: {shorten(names)}")
     summary = {
         "layers": len(planned.matches),
         "trainable": trainable,
@@ -260,6 +258,8 @@ def _report(model: nn.Module, planned: Plan) -> Report:
         "bypass_fixes": fixes,
         "mended": fixes,  # what earlier versions call it
         "unmatched": list(planned.unmatched),
+        "frozen_heads": heads,
+        "modules_to_save": list(planned.saved),
     }
     return Report("LoRA adapters", rows, notes, {**summary, **lists})
 

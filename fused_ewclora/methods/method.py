@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..config import LoRAConfig
 from ..errors import ArgumentError
 from ..layers.adapted import AdaptedLinear
+from ..layers.from_peft import no_adapters
 from ..layers.inject import adapters, eject, inject
 from ._shares import drawing
 
@@ -55,7 +56,7 @@ class Method:
         if config is not None:
             inject(model, config)
         elif not adapters(model):
-            raise ArgumentError("config: expected a LoRAConfig for a model without adapters, got None")
+            raise ArgumentError(f"config: expected a LoRAConfig, got None; {no_adapters(model)}")
         self.model, self.group = model, group
         self.layers: dict[str, AdaptedLinear] = adapters(model)
         self.tasks = 0  # that have ended
