@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import warnings
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import ArgumentError, IntegrationError, TargetError
+from ..errors import ArgumentError, EWCLoRAWarning, IntegrationError, TargetError
 from ..ewc.controller import EWC
 from ..layers.adapted import AdaptedLinear
 from ..layers.inject import check_plain
 from ..layers.matching import shorten
 from ._transformers_checkpoint import Source, begin, save
+
+# The tasks that had ended when Trainer.train last returned; scripts may make a callback for every task.
+_trained: weakref.WeakKeyDictionary[EWC, int] = weakref.WeakKeyDictionary()
 
 
 class EWCCallback(TrainerCallback):
@@ -72,7 +77,22 @@ class EWCCallback(TrainerCallback):
                 f"EWCCallback: {reason}; add ewc.penalty() to the loss in Trainer.compute_loss instead"
             )
         begin(self.ewc, args, state, self.resume_from_checkpoint)
+        if kwargs.get("optimizer") is not None:
+            self.ewc.watch.check_holds(kwargs["optimizer"])
+        if state.global_step == 0 and _trained.get(self.ewc) == self.ewc.tasks:
+            warnings.warn(
+                "EWCCallback: training begins again, but ewc.end_task(dataloader) was not called since the last "
+                "Trainer.train; if this is a new task, the last one has no Fisher and is not protected",
+                EWCLoRAWarning,
+                stacklevel=2,
+            )
         self._added, self._sum, self._steps = False, 0.0, 0
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember that this task has been trained."""
+        _trained[self.ewc] = self.ewc.tasks
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
