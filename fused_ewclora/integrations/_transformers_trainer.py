@@ -79,7 +79,9 @@ class EWCCallback(TrainerCallback):
         begin(self.ewc, args, state, self.resume_from_checkpoint)
         if kwargs.get("optimizer") is not None:
             self.ewc.watch.check_holds(kwargs["optimizer"])
-        if state.global_step == 0 and _trained.get(self.ewc) == self.ewc.tasks:
+        if state.global_step > 0:  # the optimizer's state is that of the checkpoint, of the same task
+            self.ewc.watch.dismiss()
+        elif _trained.get(self.ewc) == self.ewc.tasks:
             warnings.warn(
                 "EWCCallback: training begins again, but ewc.end_task(dataloader) was not called since the last "
                 "Trainer.train; if this is a new task, the last one has no Fisher and is not protected",

@@ -193,8 +193,7 @@ def check_plain(
     for name, layer in layers.items():
         if why := layer.not_plain():
             raise error(
-                f"{action}: {name or 'model'}: {why}, or leave it to the plain layers after fe.eject(model). "
-                "Nothing was changed"
+                f"{action}: {name or 'model'}: {why}, or apply it after fe.eject(model). Nothing was changed"
             )
 
 

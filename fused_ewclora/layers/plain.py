@@ -39,4 +39,8 @@ def _replaced_by(module: nn.Module, name: str) -> str:
     ):
         if parameter in module._parameters or parameter in module._buffers:
             return f"is computed by {kind}; undo it with {undo}"
-    return "is no parameter of it any more"
+    if name in module._buffers or isinstance(vars(module).get(name), Tensor):
+        # As removing a parametrization with several parameters leaves it.
+        value = f"torch.nn.Parameter(layer.{name}, requires_grad=False)"
+        return f"is a plain tensor instead of a parameter; undo it with layer.{name} = {value}"
+    return "is no longer a parameter of it"

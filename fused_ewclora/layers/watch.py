@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from ..distributed.processes import is_dtensor
-from ..errors import EWCLoRAWarning
+from ..errors import EWCLoRAError, EWCLoRAWarning
 from .adapted import AdaptedLinear
 
 MAX_LOOKS = 100  # steps of optimizers that decide nothing, after which it is no use to look at more
@@ -53,6 +53,7 @@ class TrainingWatch:
                 "Was the optimizer made before inject (or before begin_task, or before .to() or load_state_dict("
                 "assign=True) replaced the parameters), or is its learning rate 0? Make it after inject, from the "
                 "parameters that require gradients",
+                depth=2,
             )
 
     def expect_fresh_optimizer(self) -> None:
@@ -77,6 +78,7 @@ class TrainingWatch:
                     "the optimizer still has the moments of the adapters of the task that has ended, which push the "
                     "new ones in its directions; call fused_ewclora.reset_optimizer_state_(optimizer, model) after "
                     "each task, or make a new optimizer",
+                    depth=3,
                 )
             return True
         return self._looks >= MAX_LOOKS
@@ -94,13 +96,15 @@ class TrainingWatch:
                 "the optimizer holds the frozen weights of adapted layers and none of their adapters, so it trains "
                 "none; it was made before inject, or the parameters have been replaced since. Make it after inject, "
                 "from the parameters that require gradients",
+                depth=4,
             )
         return adapters
 
-    def _tell(self, what: str, message: str) -> None:
+    def _tell(self, what: str, message: str, depth: int) -> None:
+        """`depth`: the number of calls between the user's line and this one."""
         if what not in self._told:
             self._told.add(what)
-            warnings.warn(message, EWCLoRAWarning, stacklevel=4)
+            warnings.warn(message, EWCLoRAWarning, stacklevel=depth + 2)
 
     def _lora_bs(self) -> list[nn.Parameter]:
         return [b for layer in self._layers.values() for _, _, b in layer.adapter_parameters()]
@@ -144,7 +148,11 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     ):
         return  # reading the state would break the graph
     for watch in list(_waiting):
-        if watch.look(optimizer):
+        try:
+            done = watch.look(optimizer)
+        except EWCLoRAError:  # adapters were replaced, which the next call of the EWC tells
+            done = True
+        if done:
             _waiting.discard(watch)
     if not _waiting:
         _remove_hook()
