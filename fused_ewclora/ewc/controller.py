@@ -212,13 +212,17 @@ class EWC:
         ...     for x, y in loader: criterion(model(x), y).backward()
         """
         self._check()
-        if self._state.task is None:  # an earlier pass of the task has left gradients of its own
-            self.watch.note_gradients()
+        self._note_gradients()
         running = FisherPass(self._placement, self.fisher_mode, reduction, batch_size, loss_scale)
         with self._naming_lambda():
             with running:
                 yield running
             self._add(running.result(labels, self.check_finite))
+
+    def _note_gradients(self) -> None:
+        """Notes whether the training of this task has left gradients, before a Fisher pass leaves its own."""
+        if self._state.task is None:
+            self.watch.note_gradients()
 
     @contextmanager
     def _naming_lambda(self) -> Iterator[None]:
@@ -296,6 +300,7 @@ class EWC:
         passes.check_labels(labels, self.fisher_mode)
         policy = passes.LabelPolicy(labels, loss_fn, reduction, logits_fn, generator)
         passes.check_max_batches(max_batches)
+        self._note_gradients()
         device, model = self._device, passes.unwrapped(self.model)
         with (
             torch.inference_mode(False),
