@@ -145,8 +145,8 @@ class LoRAConfig:
     names or dotted suffixes; `"all-linear"` selects every `nn.Linear` except the output head. slices: the
     segments of a packed projection that get one adapter each. layout: the `QKVLayout` of that projection.
     rank_pattern, alpha_pattern: {regular expression for the end of the dotted name: value}. modules_to_save:
-    ends of the names of modules that are trained whole beside the adapters, such as a new head, and saved with
-    them. Raises `ArgumentError` or `DtypeError` naming the field.
+    ends of the names of modules that are trained whole beside the adapters, such as a new head, and saved
+    with them. Raises `ArgumentError` or `DtypeError` naming the field.
 
         >>> LoRAConfig(r=10, target_modules=["qkv"], slices=("k", "v"), layout=QKVLayout(("q", "k", "v")))
     """

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _CHOOSE = (
-    "Set it with ewc.ewc_lambda = ..., or EWC(model, ewc_lambda=...). Its size depends on fisher_mode and the data: "
-    "1e7 is published for fisher_mode='batch' at batch size 128, which is convert_lambda(1e7, 'batch', 'sample', "
-    "batch_size=128) = 78125 for 'sample'; small models need far less"
+    "Set it with ewc.ewc_lambda = ..., or EWC(model, ewc_lambda=...). Its size depends on fisher_mode and the "
+    "data: 1e7 is published for fisher_mode='batch' at batch size 128, which is convert_lambda(1e7, 'batch', "
+    "'sample', batch_size=128) = 78125 for 'sample'; small models need far less"
 )
 
 
@@ -64,9 +64,11 @@ class EWC:
     Consolidation resets lora_A and lora_B in place; an optimizer must forget their moments, which
     `reset_optimizer_state_` does. The state follows the model to other devices; a copy or pickle of an EWC
     holds a model of its own. `watch` tells of an optimizer that does not train the adapters, or that keeps
-    their old moments, with an `EWCLoRAWarning`. Raises `ArgumentError`, `DtypeError`, and `TargetError` without adapters.
+    their old moments, with an `EWCLoRAWarning`. Raises `ArgumentError`, `DtypeError`, and `TargetError`
+    without adapters or where something else computes a weight (a parametrization, pruning).
 
-        >>> ewc = EWC(model); loss = criterion(model(x), y) + ewc.penalty()
+        >>> ewc = EWC(model, ewc_lambda=1e7, fisher_mode="batch")
+        >>> loss = criterion(model(x), y) + ewc.penalty()
         >>> ewc.end_task(loader, criterion)
     """
 
@@ -253,8 +255,8 @@ class EWC:
         place = f"{bad[0]} holds NaN or Inf: the training has diverged. " if bad else ""
         return (
             f"{place}The penalty is {size:g} with ewc_lambda={self.ewc_lambda:g} and fisher_mode="
-            f"{self.fisher_mode!r}, ewc_lambda * max F = {self.ewc_lambda * largest:.3g}; an ewc_lambda that is too "
-            f"large, or a learning rate that is too large for it, is a likely cause. {_CHOOSE}"
+            f"{self.fisher_mode!r}, ewc_lambda * max F = {self.ewc_lambda * largest:.3g}; an ewc_lambda that "
+            f"is too large, or a learning rate that is too large for it, is a likely cause. {_CHOOSE}"
         )
 
     @torch.no_grad()

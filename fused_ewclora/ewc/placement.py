@@ -167,8 +167,7 @@ def check_inside(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
     if gone := [name for name, layer in layers.items() if layer not in inside]:
         raise TargetError(
             f"{gone[0]}: the adapted layer is no longer part of the model ({len(gone)} such layers); another "
-            "module has replaced it, as quantisation does. Make a new EWC(model) after the last change of the "
-            "model"
+            "module has replaced it, as quantisation does. Make a new EWC after the last change of the model"
         )
     check_plain(layers, "EWC")
 

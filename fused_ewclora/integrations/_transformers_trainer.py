@@ -92,8 +92,8 @@ class EWCCallback(TrainerCallback):
         elif _trained.get(self.ewc) == self.ewc.tasks and self.ewc not in _told:
             _told.add(self.ewc)
             warnings.warn(
-                "EWCCallback: training begins again, but ewc.end_task(dataloader) was not called since the last "
-                "Trainer.train; if this is a new task, the last one has no Fisher and is not protected",
+                "EWCCallback: training begins again, but ewc.end_task(dataloader) was not called since the "
+                "last Trainer.train; if this is a new task, the last one has no Fisher and is not protected",
                 EWCLoRAWarning,
                 stacklevel=3,
             )
@@ -143,9 +143,9 @@ class EWCCallback(TrainerCallback):
         if not math.isfinite(logs["ewc_penalty"]) and not self._told:
             self._told = True
             warnings.warn(
-                f"EWCCallback: the penalty is {logs['ewc_penalty']} with ewc_lambda={self.ewc.ewc_lambda:g} and "
-                f"fisher_mode={self.ewc.fisher_mode!r}: training has diverged, most likely because ewc_lambda, or "
-                "the learning rate beside it, is too large",
+                f"EWCCallback: the penalty is {logs['ewc_penalty']} with ewc_lambda={self.ewc.ewc_lambda:g} "
+                f"and fisher_mode={self.ewc.fisher_mode!r}: training has diverged, most likely because "
+                "ewc_lambda, or the learning rate beside it, is too large",
                 EWCLoRAWarning,
                 stacklevel=2,
             )

@@ -15,13 +15,13 @@ FROZEN = "_fused_ewclora_frozen"
 
 
 def is_frozen(model: nn.Module) -> bool:
-    """Whether an earlier injection has frozen the model, after which what requires gradients is the user's."""
+    """Whether an earlier injection has frozen the model, after which requires_grad is the user's."""
     return any(FROZEN in vars(module) for module in model.modules())
 
 
 def freeze_(model: nn.Module, layers: Iterable[AdaptedLinear]) -> None:
-    """Freeze everything but the adapters of `layers`, which injection has just adapted, and record it; only
-    record these layers when the model has been frozen before."""
+    """Freeze everything but adapters and record it, after injection has adapted `layers`; when the model has
+    been frozen before, only record these layers."""
     layers = list(layers)
     if not is_frozen(model):
         keep = {

@@ -45,24 +45,24 @@ def check_no_peft(model: nn.Module) -> None:
     """Raises `TargetError` for a model that has adapters of PEFT."""
     if has_peft_layers(model):
         raise TargetError(
-            f"model: expected a plain model, got one with adapters of PEFT; {ACCELERATE} runs these on the fused "
-            f"op, {ATTACH} makes an EWC over them, and peft_model.unload() gives the plain model. Nothing was "
-            "changed"
+            f"model: expected a plain model, got one with adapters of PEFT; {ACCELERATE} runs these on the "
+            f"fused op, {ATTACH} makes an EWC over them, and peft_model.unload() gives the plain model. "
+            "Nothing was changed"
         )
 
 
 def no_adapters(model: nn.Module) -> str:
     """What to say of a model without adapters of ours."""
     if has_peft_layers(model):
-        return f"model: its adapters are those of PEFT; call {ATTACH}, or {ACCELERATE} for layers without an EWC"
+        return f"model: its adapters are those of PEFT; call {ATTACH}, or {ACCELERATE} without an EWC"
     return "model: expected adapters, found none; call fused_ewclora.inject(model, config) first"
 
 
 def checked_config(config: object, model: nn.Module) -> LoRAConfig:
     """`config` itself, or the same as a LoRAConfig if it is a `peft.LoraConfig`.
 
-    Raises `DtypeError` for anything else and `NotExactlyRepresentable` for settings of PEFT that `inject` does
-    not have.
+    Raises `DtypeError` for anything else and `NotExactlyRepresentable` for settings of PEFT that `inject`
+    does not have.
     """
     if isinstance(config, LoRAConfig):
         return config
@@ -74,8 +74,8 @@ def checked_config(config: object, model: nn.Module) -> LoRAConfig:
 def _converted(config: Any, model: nn.Module) -> LoRAConfig:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        made = field.default_factory is not dataclasses.MISSING
-        default = field.default_factory() if made else field.default  # type: ignore[misc]
+        make = field.default_factory
+        default = field.default if make is dataclasses.MISSING else make()
         if field.name not in _MAPPED | _HARMLESS and value != default and (value or default):
             raise NotExactlyRepresentable(
                 f"config: {field.name}={value!r} of peft.LoraConfig is not what inject makes; call "

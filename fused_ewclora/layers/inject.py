@@ -32,15 +32,17 @@ def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
 def inject(model: nn.Module, config: LoRAConfig | Any) -> Report:
     """Adapt matching `nn.Linear`s of `model` in place and freeze all but adapters; returns a printable table.
 
-    The first injection freezes; further ones, into the same model or a part of it, adapt other layers and
-    change `requires_grad` of these alone, so a head that was thawed stays so. The table lists output heads
-    that are frozen, with the line that lets them train; `modules_to_save` of the configuration are trainable.
+    Only the first injection freezes. Further ones, into the same model or a part of it, adapt other layers
+    and change `requires_grad` of these alone. `modules_to_save` of the configuration are trainable
+    afterwards; the table lists output heads that are frozen, with the line that lets them train.
 
     Names are matched as in PEFT. `"all-linear"` leaves out the head that `get_output_embeddings()` or
     `get_classifier()` returns and, in transformers models, every layer outside of the base model; in a model
-    without any of these it selects every layer. The keys of the base state_dict do not change. Parents that are known to bypass a layer are set to call it, and the table says
-    so. A `peft.LoraConfig` is taken as well where it means the same. Raises `TargetError` (nothing matches, already adapted, not adaptable) or `LayoutError` (slices
-    without a layout that fits); nothing is changed then.
+    without any of these it selects every layer. A `peft.LoraConfig` is taken where it means the same. The
+    keys of the base state_dict do not change. Parents that are known to bypass a layer are set to call it,
+    and the table says so. Raises `TargetError` (nothing matches, already adapted, not adaptable),
+    `LayoutError` (slices without a layout that fits), `DtypeError` or `NotExactlyRepresentable` for another
+    configuration; nothing is changed then.
 
         >>> print(inject(model, LoRAConfig(r=10, target_modules=["attn.qkv", "fc1"])))
     """

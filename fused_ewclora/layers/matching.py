@@ -77,8 +77,8 @@ class Match:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that an injection will do; `skipped` maps a reason to the names that it applies to, `saved` the
-    names of `modules_to_save` to the modules."""
+    """Everything that an injection will do; `skipped` maps a reason to the names that it applies to, `saved`
+    the names of `modules_to_save` to the modules."""
 
     matches: tuple[Match, ...]
     skipped: dict[str, list[str]] = field(default_factory=dict)
@@ -146,15 +146,15 @@ def _saved(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
             continue
         if any(isinstance(part, AdaptedLinear) for part in module.modules()):
             raise TargetError(
-                f"modules_to_save: {name}: expected modules without adapters, got one that has them. Nothing was "
-                "changed"
+                f"modules_to_save: {name}: expected modules without adapters, got one that has them. Nothing "
+                "was changed"
             )
         saved[name] = module
     if not saved:
         names = [name for name, _ in model.named_children()]
         raise TargetError(
-            f"modules_to_save: no module's name ends with one of {list(wanted)}; the model has {shorten(names)}. "
-            "Nothing was changed"
+            f"modules_to_save: no module's name ends with one of {list(wanted)}; the model has "
+            f"{shorten(names)}. Nothing was changed"
         )
     return saved
 
@@ -204,8 +204,9 @@ def _unfit(module: nn.Module) -> str | None:
         return f"{kind} is a subclass of {base} whose behaviour would be lost{hint}"
     if hasattr(module, "_hf_hook"):
         return (
-            "accelerate has replaced its forward to place or offload it, so an adapter would never run (load the "
-            "model without device_map, or call accelerate.hooks.remove_hook_from_module(model, recurse=True))"
+            "accelerate has replaced its forward to place or offload it, so an adapter would never run (load "
+            "the model without device_map, or call remove_hook_from_module(model, recurse=True) of "
+            "accelerate.hooks)"
         )
     if "forward" in vars(module):
         return "its forward has been replaced on the instance, so an adapter would never run"

@@ -45,7 +45,7 @@ def _place(tensor: Tensor) -> _Place:
         pointer = 0
     if not pointer:
         return _Place(-id(tensor), 0, 1)
-    size, first = tensor.element_size(), tensor.storage_offset()
+    size, first = tensor.element_size(), int(tensor.storage_offset())
     sides = list(zip(tensor.shape, tensor.stride(), strict=True))
     start, stop = first * size, (first + 1 + sum((n - 1) * stride for n, stride in sides)) * size
     if len(sides) == 2:
@@ -102,16 +102,17 @@ def _elsewhere(model: nn.Module, storages: Iterable[int]) -> list[tuple[Tensor, 
 
 
 def check_loaded(model: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -> None:
-    """Raises `TargetError` for a layer whose weight is on the meta device although the model runs: its numbers
-    are elsewhere, and come only for the time of a call. A model that is on meta as a whole is not loaded yet,
-    and may get adapters before."""
+    """Raises `TargetError` for a layer whose weight is on the meta device although the model runs: its
+    numbers are elsewhere, and come only for the time of a call. A model that is on meta as a whole is not
+    loaded yet, and may get adapters before."""
     on_meta = [name for name, module in layers if module._parameters["weight"].is_meta]  # type: ignore[union-attr]
     if not on_meta:
         return
     hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
     if hooked or not all(parameter.is_meta for parameter in model.parameters()):
         raise TargetError(
-            f"{on_meta[0]}: its weight is on the meta device while the rest of the model is not: it is offloaded "
-            f"(accelerate, device_map), or was not loaded ({len(on_meta)} such layers); load the whole model "
-            "onto devices before inject, or leave the layer out with exclude_modules. Nothing was changed"
+            f"{on_meta[0]}: its weight is on the meta device while the rest of the model is not: it is "
+            f"offloaded (accelerate, device_map), or was not loaded ({len(on_meta)} such layers); load the "
+            "whole model onto devices before inject, or leave the layer out with exclude_modules. Nothing was "
+            "changed"
         )

@@ -29,7 +29,7 @@ def without_numbers(tensor: Tensor) -> str | None:
 def _replaced_by(module: nn.Module, name: str) -> str:
     parametrized = module._modules.get("parametrizations")
     if isinstance(parametrized, nn.ModuleDict) and name in parametrized:
-        kinds = ", ".join(type(step).__name__ for step in parametrized[name])  # type: ignore[arg-type]
+        kinds = ", ".join(type(step).__name__ for step in parametrized[name].children())
         undo = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})"
         return f"is parametrized by {kinds}; undo it with {undo}"
     for parameter, kind, undo in (

@@ -49,10 +49,10 @@ class TrainingWatch:
         if seen and not _any_nonzero(self._lora_bs()):
             self._tell(
                 "unchanged",
-                f"{call}: no adapter changed during this task, although they had gradients: lora_B is 0 everywhere. "
-                "Was the optimizer made before inject (or before begin_task, or before .to() or load_state_dict("
-                "assign=True) replaced the parameters), or is its learning rate 0? Make it after inject, from the "
-                "parameters that require gradients",
+                f"{call}: no adapter changed during this task, although they had gradients: lora_B is 0 "
+                "everywhere. Was the optimizer made before inject (or before begin_task, or before .to() or "
+                "load_state_dict(assign=True) replaced the parameters), or is its learning rate 0? Make it "
+                "after inject, from the parameters that require gradients",
                 depth=2,
             )
 
@@ -75,9 +75,9 @@ class TrainingWatch:
             if any(_has_moments(optimizer, parameter) for parameter in adapters):
                 self._tell(
                     "moments",
-                    "the optimizer still has the moments of the adapters of the task that has ended, which push the "
-                    "new ones in its directions; call fused_ewclora.reset_optimizer_state_(optimizer, model) after "
-                    "each task, or make a new optimizer",
+                    "the optimizer still has the moments of the adapters of the task that has ended, which "
+                    "push the new ones in its directions; after each task make a new optimizer, or call "
+                    "fused_ewclora.reset_optimizer_state_(optimizer, model)",
                     depth=3,
                 )
             return True
@@ -93,9 +93,9 @@ class TrainingWatch:
         if not adapters and any(id(layer.weight) in held for layer in layers):
             self._tell(
                 "foreign",
-                "the optimizer holds the frozen weights of adapted layers and none of their adapters, so it trains "
-                "none; it was made before inject, or the parameters have been replaced since. Make it after inject, "
-                "from the parameters that require gradients",
+                "the optimizer holds the frozen weights of adapted layers and none of their adapters, so it "
+                "trains none; it was made before inject, or the parameters have been replaced since. Make it "
+                "after inject, from the parameters that require gradients",
                 depth=4,
             )
         return adapters
@@ -113,7 +113,7 @@ class TrainingWatch:
 def local(tensor: Tensor) -> Tensor:
     """The numbers that this process holds."""
     tensor = tensor.detach()
-    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _any_nonzero(tensors: Iterable[Tensor]) -> bool:

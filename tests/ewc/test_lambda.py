@@ -55,7 +55,7 @@ def test_later_task_without_lambda(call: Any):
 
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, 1e39, 10**400, True, "1", None.__class__])
 def test_lambda_refused(value: Any):
-    """Numbers that are negative, not finite in fp32, or none at all are refused, at once and on assignment."""
+    """Numbers that are negative, not finite in fp32, or none at all are refused, also on assignment."""
     for call in (
         lambda: fe.EWC(adapted(), ewc_lambda=value),
         lambda: setattr(fe.EWC(adapted()), "ewc_lambda", value),
@@ -89,7 +89,9 @@ def test_divergence_names_lambda(call: str):
         "end_task": lambda each: each.end_task(BATCHES, F.cross_entropy),
         "consolidate": lambda each: each.consolidate(),
     }[call]
-    with pytest.raises(fe.FisherError, match=r"lora_B of fc holds NaN.*penalty is nan with ewc_lambda=1e\+07.*max F"):
+    with pytest.raises(
+        fe.FisherError, match=r"lora_B of fc holds NaN.*penalty is nan with ewc_lambda=1e\+07.*max F"
+    ):
         run(ewc)
     with pytest.raises(fe.FisherError) as error:
         run(first)

@@ -58,7 +58,9 @@ def test_task_heads():
 def test_config_refused(options: dict[str, Any]):
     """Settings that would give something else are refused by name, and the way out is named."""
     model = MLP()
-    with pytest.raises(fe.NotExactlyRepresentable, match=rf"{next(iter(options))}=.*accelerate_\(peft_model\)"):
+    with pytest.raises(
+        fe.NotExactlyRepresentable, match=rf"{next(iter(options))}=.*accelerate_\(peft_model\)"
+    ):
         fe.inject(model, peft.LoraConfig(target_modules=["fc1"], **options))
     assert not fe.adapters(model) and all(p.requires_grad for p in model.parameters())
 

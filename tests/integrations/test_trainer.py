@@ -226,7 +226,9 @@ def test_task_not_ended(tmp_path):
     is not, nor are moments that were reset or belong to a new optimizer."""
 
     def train() -> list[str]:
-        trainer = Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=sentences(), callbacks=[EWCCallback(ewc)])
+        trainer = Trainer(
+            model, arguments(tmp_path, max_steps=1), train_dataset=sentences(), callbacks=[EWCCallback(ewc)]
+        )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer.train()
@@ -248,7 +250,9 @@ def test_diverged_penalty(tmp_path):
     ewc = second_task(model)
     with torch.no_grad():
         adapter_tensors(model)[0][1].fill_(float("nan"))
-    trainer = Trainer(model, arguments(tmp_path, max_steps=2), train_dataset=sentences(), callbacks=[EWCCallback(ewc)])
+    trainer = Trainer(
+        model, arguments(tmp_path, max_steps=2), train_dataset=sentences(), callbacks=[EWCCallback(ewc)]
+    )
     with pytest.warns(fe.EWCLoRAWarning, match=r"the penalty is nan with ewc_lambda=10000") as caught:
         trainer.train()
     assert len([entry for entry in caught if entry.category is fe.EWCLoRAWarning]) == 1

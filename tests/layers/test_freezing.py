@@ -92,16 +92,21 @@ def test_modules_to_save():
     """modules_to_save are trainable, match ends of names as in PEFT, and are not adapted."""
     model = TinyViT()
     model.head.requires_grad_(False)
-    config = fe.LoRAConfig(r=2, target_modules="all-linear", modules_to_save=["head", "1.norm2", "classifier"])
+    config = fe.LoRAConfig(
+        r=2, target_modules="all-linear", modules_to_save=["head", "1.norm2", "classifier"]
+    )
     report = fe.inject(model, config)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
     assert trainable == {"head.weight", "head.bias", "blocks.1.norm2.weight", "blocks.1.norm2.bias"}
     assert report.summary["modules_to_save"] == ["blocks.1.norm2", "head"]
     assert report.summary["skipped"]["head"] == "in modules_to_save" and not report.summary["frozen_heads"]
     assert "modules_to_save that match nothing: classifier" in str(report)
-    assert fe.inject(MLP(), fe.LoRAConfig(target_modules=["fc1", "head"], modules_to_save=["head"])).summary[
-        "layers"
-    ] == 1
+    assert (
+        fe.inject(MLP(), fe.LoRAConfig(target_modules=["fc1", "head"], modules_to_save=["head"])).summary[
+            "layers"
+        ]
+        == 1
+    )
 
 
 def test_modules_to_save_refused():

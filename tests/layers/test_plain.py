@@ -82,7 +82,9 @@ def test_wrapped_parameters_refused(kind: str, tmp_path: Path):
         model.fc1.merge,
     ]
     for call in calls:
-        with pytest.raises(fe.EWCLoRAError, match=r"its (weight|bias|lora_B) is .*undo it with torch\.nn\.utils"):
+        with pytest.raises(
+            fe.EWCLoRAError, match=r"its (weight|bias|lora_B) is .*undo it with torch\.nn\.utils"
+        ):
             call()
     for call in calls[:-1]:
         with pytest.raises(fe.EWCLoRAError, match="fc1"):
@@ -91,7 +93,9 @@ def test_wrapped_parameters_refused(kind: str, tmp_path: Path):
     assert not list(tmp_path.iterdir())
     undo(model.fc1)
     if kind == "weight_norm":  # PyTorch leaves a tensor that is no parameter
-        with pytest.raises(fe.TargetError, match=r"fc1: its weight is a plain tensor.*undo it with layer\.weight"):
+        with pytest.raises(
+            fe.TargetError, match=r"fc1: its weight is a plain tensor.*undo it with layer\.weight"
+        ):
             fe.merge(model)
         model.fc1.weight = nn.Parameter(model.fc1.weight, requires_grad=False)
     y = model(X)
