@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _CHOOSE = (
-    "Set it with ewc.ewc_lambda = ..., or EWC(model, ewc_lambda=...). Its size depends on fisher_mode and the "
-    "data: 1e7 is published for fisher_mode='batch' at batch size 128, which is convert_lambda(1e7, 'batch', "
-    "'sample', batch_size=128) = 78125 for 'sample'; small models need far less"
+    "Set it with ewc.ewc_lambda = ..., or EWC(model, ewc_lambda=...). Its size depends on fisher_mode and "
+    "the data: 1e7 is published for fisher_mode='batch' at batch size 128, which is convert_lambda(1e7, "
+    "'batch', 'sample', batch_size=128) = 78125 for 'sample'; small models need far less"
 )
 
 

@@ -113,6 +113,6 @@ def check_loaded(model: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -> N
         raise TargetError(
             f"{on_meta[0]}: its weight is on the meta device while the rest of the model is not: it is "
             f"offloaded (accelerate, device_map), or was not loaded ({len(on_meta)} such layers); load the "
-            "whole model onto devices before inject, or leave the layer out with exclude_modules. Nothing was "
-            "changed"
+            "whole model onto devices before inject, or leave the layer out with exclude_modules. Nothing "
+            "was changed"
         )
