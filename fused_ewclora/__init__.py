@@ -3,7 +3,7 @@ learning.
 
 import fused_ewclora as fe
 fe.inject(model, fe.LoRAConfig(r=10, target_modules=["qkv"]))
-ewc = fe.EWC(model)
+ewc = fe.EWC(model, ewc_lambda=1e7, fisher_mode="batch")
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .errors import (
     CheckpointError,
     DtypeError,
     EWCLoRAError,
+    EWCLoRAWarning,
     FisherError,
     IntegrationError,
     LayoutError,
@@ -56,6 +57,7 @@ __all__ = [
     "CheckpointError",
     "DtypeError",
     "EWCLoRAError",
+    "EWCLoRAWarning",
     "FisherError",
     "IntegrationError",
     "LayoutError",

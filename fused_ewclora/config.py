@@ -144,8 +144,9 @@ class LoRAConfig:
     exclude_modules: a string is a regular expression that must match the whole dotted name; a list holds
     names or dotted suffixes; `"all-linear"` selects every `nn.Linear` except the output head. slices: the
     segments of a packed projection that get one adapter each. layout: the `QKVLayout` of that projection.
-    rank_pattern, alpha_pattern: {regular expression for the end of the dotted name: value}. Raises
-    `ArgumentError` or `DtypeError` naming the field.
+    rank_pattern, alpha_pattern: {regular expression for the end of the dotted name: value}. modules_to_save:
+    ends of the names of modules that are trained whole beside the adapters, such as a new head, and saved
+    with them. Raises `ArgumentError` or `DtypeError` naming the field.
 
         >>> LoRAConfig(r=10, target_modules=["qkv"], slices=("k", "v"), layout=QKVLayout(("q", "k", "v")))
     """
@@ -159,6 +160,7 @@ class LoRAConfig:
     layout: QKVLayout | None = None
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
+    modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         positive(self.r, "r")
@@ -167,6 +169,8 @@ class LoRAConfig:
         probability(self.lora_dropout, "lora_dropout")
         for field in ("target_modules", "exclude_modules"):
             object.__setattr__(self, field, _targets(getattr(self, field), field))
+        if self.modules_to_save is not None:
+            object.__setattr__(self, "modules_to_save", _names(self.modules_to_save, "modules_to_save"))
         if self.slices is not None:
             object.__setattr__(self, "slices", segment_names(self.slices, "slices"))
         if self.layout is not None:

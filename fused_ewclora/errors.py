@@ -1,4 +1,5 @@
-"""The errors of this library. All of them are `ValueError`s, so that existing handlers catch them."""
+"""The errors of this library, all of them `ValueError`s, so that existing handlers catch them, and its
+warning."""
 
 from __future__ import annotations
 
@@ -41,3 +42,7 @@ class NotExactlyRepresentable(EWCLoRAError):
 
 class IntegrationError(EWCLoRAError, ImportError):
     """An optional library is not installed, or its version is not supported."""
+
+
+class EWCLoRAWarning(UserWarning):
+    """A likely mistake in training that no error would show; told once, with its remedy."""

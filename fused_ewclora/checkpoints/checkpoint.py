@@ -24,8 +24,9 @@ from ..ewc.controller import EWC
 from ..ewc.state import EWCState
 from ..layers.adapted import AdaptedLinear
 from ..layers.finite import nonfinite
+from ..layers.from_peft import no_adapters
 from ..layers.index import put_rows, take_rows
-from ..layers.inject import adapters
+from ..layers.inject import adapters, check_plain
 from ..layers.slices import AdapterSlice, exact_part, fingerprint, fisher_key, same_weights
 from . import frozen
 from .files import ADAPTER, ADAPTER_CONFIG, MANIFEST, STATE, read_files, write_files
@@ -148,9 +149,8 @@ def load_pretrained(
 def _layers(model: nn.Module, ewc: EWC | None) -> dict[str, AdaptedLinear]:
     layers = by_canonical_name(adapters(model).items())
     if not layers:
-        raise CheckpointError(
-            "model: expected adapters, found none; call fused_ewclora.inject(model, config) first"
-        )
+        raise CheckpointError(no_adapters(model))
+    check_plain(layers, "checkpoint", CheckpointError)
     for name, layer in layers.items():
         if saved_by := getattr(layer.composer, "saved_by", None):
             raise CheckpointError(

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, EWCLoRAError, NotExactlyRepresentable, Tar
 from ..layers.adapted import AdaptedLinear
 from ..layers.finite import nonfinite
 from ..layers.index import put_rows
-from ..layers.inject import adapters, eject, inject
+from ..layers.inject import adapters, check_plain, eject, inject
 from ..layers.matching import plan
 from .checkpoint import is_changed, trained_tensors
 from .files import ADAPTER, ADAPTER_CONFIG, write_plain
@@ -48,6 +48,7 @@ def export_peft(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise NotExactlyRepresentable(
             "the model has no adapters; call fused_ewclora.inject(model, config) first"
         )
+    check_plain(layers, "export_peft", NotExactlyRepresentable)
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, float]] = {}
     for name, layer in layers.items():

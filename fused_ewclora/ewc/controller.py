@@ -15,10 +15,13 @@ from torch.distributed import ProcessGroup
 
 from ..distributed.processes import check_same
 from ..distributed.transaction import Transaction, by_canonical_name
-from ..errors import ArgumentError, FisherError, TargetError
+from ..errors import ArgumentError, EWCLoRAError, EWCLoRAWarning, FisherError, TargetError
 from ..layers.adapted import AdaptedLinear
+from ..layers.finite import nonfinite
+from ..layers.from_peft import no_adapters
 from ..layers.index import checked_fisher_dtype, devices
-from ..layers.inject import adapters
+from ..layers.inject import adapters, check_plain
+from ..layers.watch import TrainingWatch, local
 from ..ops.capture import RowsToSamples
 from . import estimation as passes
 from .consolidate import consolidate
@@ -26,12 +29,18 @@ from .fisher_pass import FisherPass
 from .pass_checks import ModelCheck, PassChecks
 from .placement import LocalPlacement, Placement
 from .restoring import Undo, enable_gradients, enter_evaluation, set_gradients_aside
-from .settings import FISHER_MODES, MERGE_MODES, UPDATES, number, one_of
+from .settings import FISHER_MODES, MERGE_MODES, UPDATES, checked_lambda, number, one_of
 from .state import EWCState, Expected, TaskFisher, TaskRecord, dump
 from .untrained import untrained_message
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+_CHOOSE = (
+    "Set it with ewc.ewc_lambda = ..., or EWC(model, ewc_lambda=...). Its size depends on fisher_mode and "
+    "the data: 1e7 is published for fisher_mode='batch' at batch size 128, which is convert_lambda(1e7, "
+    "'batch', 'sample', batch_size=128) = 78125 for 'sample'; small models need far less"
+)
 
 
 class EWC:
@@ -39,9 +48,10 @@ class EWC:
 
     Args:
         model: a model with injected adapters, also wrapped by DDP or torch.compile.
-        ewc_lambda: strength of the penalty. It means nothing without fisher_mode and, for "batch", the batch
-            size: the published 1e7 belongs to "batch" at batch size 128, and to "sample" belongs what
-            `convert_lambda` makes of it, 78125.
+        ewc_lambda: strength of the penalty. It has no default, because it means nothing without fisher_mode,
+            the data and, for "batch", the batch size: the published 1e7 belongs to "batch" at batch size 128,
+            and to "sample" belongs what `convert_lambda` makes of it, 78125. Fishers and consolidation do not
+            need it; `ewc.ewc_lambda = ...` sets it later, and `penalty` after the first task raises without.
         gamma: decay of the Fishers of earlier tasks, in [0, 1]; 1 is the published value, 0 forgets them.
         fisher_mode: "sample", the mean of squared per-sample gradients, or "batch", n times the squared mean
             gradient of a batch of n, averaged over samples (the official code).
@@ -57,18 +67,22 @@ class EWC:
 
     Consolidation resets lora_A and lora_B in place; an optimizer must forget their moments, which
     `reset_optimizer_state_` does. The state follows the model to other devices; a copy or pickle of an EWC
-    holds a model of its own. Raises `ArgumentError`, `DtypeError`, and `TargetError` without adapters.
+    holds a model of its own. `watch` tells of an optimizer that does not train the adapters, or that keeps
+    their old moments, with an `EWCLoRAWarning`. Raises `ArgumentError`, `DtypeError`, and `TargetError`
+    without adapters or where something else computes a weight (a parametrization, pruning).
 
-        >>> ewc = EWC(model); loss = criterion(model(x), y) + ewc.penalty()
+        >>> ewc = EWC(model, ewc_lambda=1e7, fisher_mode="batch")
+        >>> loss = criterion(model(x), y) + ewc.penalty()
         >>> ewc.end_task(loader, criterion)
     """
 
     _running = Undo()  # of the pass that was begun last
+    _told_lambda = False  # whether the missing lambda has been told
 
     def __init__(
         self,
         model: nn.Module,
-        ewc_lambda: float = 1e7,
+        ewc_lambda: float | None = None,
         gamma: float = 1.0,
         fisher_mode: str = "sample",
         fisher_dtype: torch.dtype = torch.float32,
@@ -78,7 +92,7 @@ class EWC:
         generator: torch.Generator | None = None,
     ) -> None:
         self.model = model
-        self.ewc_lambda = number("ewc_lambda", ewc_lambda, 0.0, math.inf)
+        self.ewc_lambda = ewc_lambda
         self.gamma = number("gamma", gamma, 0.0, 1.0)
         self.fisher_mode = one_of("fisher_mode", fisher_mode, FISHER_MODES)
         self.merge_mode = one_of("merge_mode", merge_mode, MERGE_MODES)
@@ -86,13 +100,28 @@ class EWC:
         self.check_finite, self.generator = bool(check_finite), generator
         self.layers: dict[str, AdaptedLinear] = by_canonical_name(adapters(model).items())
         if not self.layers:
-            raise TargetError(
-                "model: expected adapters, found none; call fused_ewclora.inject(model, config) first"
-            )
+            raise TargetError(no_adapters(model))
+        check_plain(self.layers, "EWC")
+        self.watch = TrainingWatch(self.layers)
         self._placement: Placement = LocalPlacement(model, self.layers)
         self._state = EWCState()
         self._common_generator: torch.Generator | None = None  # of the next A, after reduce_fisher_
         self.fisher_dtype = checked_fisher_dtype(self._placement.refs, fisher_dtype)
+
+    @property
+    def ewc_lambda(self) -> float | None:
+        """The strength of the penalty; None until it is given."""
+        return self._lambda
+
+    @ewc_lambda.setter
+    def ewc_lambda(self, value: float | None) -> None:
+        self._lambda = None if value is None else checked_lambda(value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if "ewc_lambda" in state:  # of an earlier version
+            self._lambda = vars(self).pop("ewc_lambda")
+            self.watch = TrainingWatch(self.layers)
 
     @property
     def fishers(self) -> dict[str, Tensor]:
@@ -129,17 +158,35 @@ class EWC:
             self._follow()
         return self._state.fishers
 
+    def _given_lambda(self) -> float:
+        """The strength of the penalty; raises `ArgumentError` when there is none."""
+        if self._lambda is None:
+            raise ArgumentError(f"ewc_lambda: expected a number for the penalty, got none. {_CHOOSE}")
+        return self._lambda
+
+    def _no_penalty(self) -> Tensor:
+        """The penalty before the first consolidation: exactly 0."""
+        if self.ewc_lambda is None and not self._told_lambda and not torch.compiler.is_compiling():
+            self._told_lambda = True
+            warnings.warn(
+                "ewc_lambda: none was given; the penalty is 0 during the first task, and raises after it. "
+                f"{_CHOOSE}",
+                EWCLoRAWarning,
+                stacklevel=3,
+            )
+        # A leaf, so that .backward() works on it alone; torch.compile has no leaves inside its graphs.
+        leaf = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return torch.zeros((), device=self._device, requires_grad=leaf)
+
     def penalty(self) -> Tensor:
         """P = (lambda/2) sum F (B diag(s) A)^2 over all adapters, 0-d fp32, differentiable; exactly 0 before
-        the first consolidation.
+        the first consolidation. Raises `ArgumentError` after it without an ewc_lambda.
 
         >>> loss = criterion(model(x), y) + ewc.penalty()
         """
         if not self._state.fishers:
-            # A leaf, so that .backward() works on it alone; torch.compile has no leaves inside its graphs.
-            leaf = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            return torch.zeros((), device=self._device, requires_grad=leaf)
-        return self._placement.penalty(self._fishers_in_place(), self.ewc_lambda)
+            return self._no_penalty()
+        return self._placement.penalty(self._fishers_in_place(), self._given_lambda())
 
     def add_penalty_grad_(self, grad_scale: float | Tensor = 1.0) -> Tensor:
         """Adds grad_scale * dP to `.grad` of the adapters, without a graph; returns the unscaled P, 0-d.
@@ -148,8 +195,8 @@ class EWC:
         >>> scaler.scale(loss).backward(); ewc.add_penalty_grad_(scaler.get_scale())
         """
         if not self._state.fishers:
-            return self.penalty().detach()
-        return self._placement.add_penalty_grad_(self._fishers_in_place(), self.ewc_lambda, grad_scale)
+            return self._no_penalty().detach()
+        return self._placement.add_penalty_grad_(self._fishers_in_place(), self._given_lambda(), grad_scale)
 
     @contextmanager
     def accumulate_fisher(
@@ -179,15 +226,65 @@ class EWC:
         ...     for x, y in loader: criterion(model(x), y).backward()
         """
         self._check()
+        self._note_gradients()
         options = (reduction, batch_size, loss_scale, check_samples, rows_to_samples)
         running = FisherPass(self._placement, self.fisher_mode, *options)
         running.allow_empty = allow_empty
         undo = Undo()
-        with undo, undo:
-            self._begin(running, undo)
-            with running.watched():
-                yield running
-        self._add(running.result(labels, self.check_finite))
+        with self._naming_lambda():
+            with undo, undo:
+                self._begin(running, undo)
+                with running.watched():
+                    yield running
+            self._add(running.result(labels, self.check_finite))
+
+    def _note_gradients(self) -> None:
+        """Notes whether the training of this task has left gradients, before a Fisher pass leaves its own."""
+        if self._state.task is None:
+            self.watch.note_gradients()
+
+    @contextmanager
+    def _naming_lambda(self) -> Iterator[None]:
+        """An error of the block says how large the penalty is when that has made the training diverge."""
+        try:
+            yield
+        except FisherError as error:
+            if text := self._diverged():
+                raise FisherError(f"{error}. {text}") from error
+            raise
+
+    def _diverged(self) -> str | None:
+        """A sentence about lambda when adapters hold NaN or Inf and a penalty has acted on them, else None.
+
+        It makes no collective calls: an error can be that of one process.
+        """
+        if not self._state.fishers or not self.ewc_lambda:
+            return None
+        adapters = {
+            f"{name} of {ref.key}": local(matrix)
+            for ref in self._placement.refs
+            for name, matrix in zip((ref.piece.a_name, ref.piece.b_name), ref.matrices(), strict=True)
+        }
+        bad, size = nonfinite(adapters), self._size_of_penalty(self.ewc_lambda)
+        if not bad and math.isfinite(size):
+            return None
+        largest = max((float(f.max()) for f in self._state.fishers.values() if f.numel()), default=0.0)
+        place = f"{bad[0]} holds NaN or Inf: the training has diverged. " if bad else ""
+        return (
+            f"{place}The penalty is {size:g} with ewc_lambda={self.ewc_lambda:g} and fisher_mode="
+            f"{self.fisher_mode!r}, ewc_lambda * max F = {self.ewc_lambda * largest:.3g}; an ewc_lambda that "
+            f"is too large, or a learning rate that is too large for it, is a likely cause. {_CHOOSE}"
+        )
+
+    @torch.no_grad()
+    def _size_of_penalty(self, ewc_lambda: float) -> float:
+        """The penalty of this process, NaN where it cannot be computed."""
+        if not isinstance(self._placement, LocalPlacement):
+            return math.nan
+        try:
+            return float(self._placement.penalty(self._fishers_in_place(), ewc_lambda))
+        except (EWCLoRAError, RuntimeError):
+            return math.nan
 
     def _begin(self, running: FisherPass, undo: Undo) -> None:
         running.start(undo)
@@ -258,6 +355,7 @@ class EWC:
         policy = passes.LabelPolicy(labels, loss_fn, reduction, logits_fn, generator, check_samples)
         passes.check_max_batches(max_batches)
         self._check()
+        self._note_gradients()
         device, model = self._device, passes.unwrapped(self.model)
         running = FisherPass(
             self._placement,
@@ -268,7 +366,7 @@ class EWC:
         )
         running.samples, running.allow_empty = 0, allow_empty
         undo = Undo()
-        with torch.inference_mode(False), undo, undo:
+        with self._naming_lambda(), torch.inference_mode(False), undo, undo:
             enable_gradients(undo)
             enter_evaluation(model, undo)
             clear_gradients = set_gradients_aside(model, undo)
@@ -363,17 +461,20 @@ class EWC:
         self._check()
         gamma = self.gamma if gamma is None else number("gamma", gamma, 0.0, 1.0)
         self._placement.check_foldable("consolidate")
-        self._state = consolidate(
-            self._state,
-            self._placement,
-            gamma=gamma,
-            update=self.update,
-            merge_mode=self.merge_mode,
-            fisher_dtype=self.fisher_dtype,
-            check_finite=self.check_finite,
-            generator=self._common_generator or self.generator,
-        )
+        self.watch.check_changed("consolidate")
+        with self._naming_lambda():
+            self._state = consolidate(
+                self._state,
+                self._placement,
+                gamma=gamma,
+                update=self.update,
+                merge_mode=self.merge_mode,
+                fisher_dtype=self.fisher_dtype,
+                check_finite=self.check_finite,
+                generator=self._common_generator or self.generator,
+            )
         self._common_generator = None
+        self.watch.expect_fresh_optimizer()
 
     def end_task(
         self,
@@ -453,6 +554,7 @@ class EWC:
     def take_over(self, parsed: EWCState, change: Transaction) -> None:
         """Loads a parsed state, on the devices of the layers; Fishers that exist already are updated in place
         through `change`."""
+        self.watch.dismiss()  # the optimizer's state may be loaded too, and is then the right one
         new = parsed.copied(devices(self._placement.refs), self.fisher_dtype)
         if self._state.fishers and new.fishers:
             for key, tensor in self._state.fishers.items():

@@ -18,7 +18,7 @@ from ..distributed.transaction import Transaction
 from ..errors import FisherError, TargetError
 from ..layers.adapted import AdaptedLinear
 from ..layers.index import AdapterRef, Operands, adapter_refs, check_present, operands
-from ..layers.inject import check_mergeable
+from ..layers.inject import check_mergeable, check_plain
 from ..ops.capture import FisherCapture
 from .state import EWCState, Expected, TaskFisher, parse
 
@@ -97,12 +97,13 @@ class LocalPlacement:
 
     def check(self) -> None:
         check_present(self.refs)
+        check_inside(self.model, self.layers)
         if names := sharded(self.layers):
             raise TargetError(f"{names[0]}: its parameters are sharded; call ewc.shard_() after fully_shard")
 
     def check_foldable(self, action: str) -> None:
         check_ready(self.layers, action)
-        check_mergeable(self.model)
+        check_mergeable(self.model, action)
 
     def agree(self, work: Callable[[], Result]) -> Result:
         return work()
@@ -165,9 +166,22 @@ class LocalPlacement:
             layer.reset_adapters(generator)
 
 
+def check_inside(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
+    """Raises `TargetError` when the model no longer runs one of the layers, or runs it with other parameters
+    than those that it was given."""
+    inside = set(model.modules())
+    if gone := [name for name, layer in layers.items() if layer not in inside]:
+        raise TargetError(
+            f"{gone[0]}: the adapted layer is no longer part of the model ({len(gone)} such layers); another "
+            "module has replaced it, as quantisation does. Make a new EWC after the last change of the model"
+        )
+    check_plain(layers, "EWC")
+
+
 def check_ready(layers: Mapping[str, AdaptedLinear], action: str) -> None:
-    """Raises `TargetError` for a merged layer and `FisherError` for one with an active Fisher pass, neither
-    of which `action` can work on."""
+    """Raises `TargetError` for a merged layer or one without plain parameters, and `FisherError` for one with
+    an active Fisher pass; `action` can work on none of them."""
+    check_plain(layers, action)
     for name, layer in layers.items():
         if layer.merged:
             raise TargetError(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from ..errors import ArgumentError
 
 FISHER_MODES = ("sample", "batch")
 MERGE_MODES = ("delta", "factors")
 UPDATES = ("sum", "convex")
+LARGEST = torch.finfo(torch.float32).max  # the penalty is computed in fp32
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
@@ -28,6 +31,11 @@ def number(name: str, value: float, low: float, high: float) -> float:
     return float(value)
 
 
+def checked_lambda(value: float) -> float:
+    """Check a strength of the penalty: a number >= 0 that is finite in fp32; returns it."""
+    return number("ewc_lambda", value, 0.0, LARGEST)
+
+
 def convert_lambda(ewc_lambda: float, from_mode: str, to_mode: str, batch_size: int) -> float:
     """The lambda that gives the same penalty with a Fisher of the other mode: lambda_sample = lambda_batch /
     batch_size.
@@ -40,7 +48,7 @@ def convert_lambda(ewc_lambda: float, from_mode: str, to_mode: str, batch_size: 
         >>> convert_lambda(1e7, "batch", "sample", batch_size=128)
         78125.0
     """
-    number("ewc_lambda", ewc_lambda, 0.0, math.inf)
+    checked_lambda(ewc_lambda)
     one_of("from_mode", from_mode, FISHER_MODES)
     one_of("to_mode", to_mode, FISHER_MODES)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:

@@ -25,7 +25,7 @@ from ..layers.adapted import AdaptedLinear
 from ..layers.index import check_present
 from ..layers.inject import check_mergeable
 from ..ops.capture import FisherCapture
-from .placement import Placement, check_ready, fisher_buffer
+from .placement import Placement, check_inside, check_ready, fisher_buffer
 from .state import EWCState, Expected, TaskFisher, parse
 
 Result = TypeVar("Result")
@@ -75,10 +75,11 @@ class ShardedPlacement:
 
     def check(self) -> None:
         check_present(self.refs)
+        check_inside(self.model, self.layers)
 
     def check_foldable(self, action: str) -> None:
         check_ready(self.layers, action)
-        check_mergeable(self.model)
+        check_mergeable(self.model, action)
 
     def agree(self, work: Callable[[], Result]) -> Result:
         return together(work)

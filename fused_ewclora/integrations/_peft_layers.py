@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .. import functional as FE
 from ..errors import TargetError
-from ..layers.adapted import AdaptedLinear, Location
+from ..layers.adapted import LIVING, AdaptedLinear, Location
+from ..layers.plain import not_plain
 from ..layers.slices import AdapterSlice, fingerprint
 from ._library import require
 
@@ -53,6 +54,7 @@ class FusedPeftLinear(AdaptedLinear, PeftLinear):
         """Turn a layer whose class is exactly `plain` into this class, in place."""
         module.__class__ = cls
         layer = cast(FusedPeftLinear, module)
+        LIVING.add(layer)
         layer.fisher_capture, layer.bound, layer.gaussian = None, None, False
         layer.forward_calls = layer.consolidated_tasks = 0
         # A merged weight is not the pretrained one.
@@ -70,6 +72,14 @@ class FusedPeftLinear(AdaptedLinear, PeftLinear):
     def transposed(self) -> bool:  # type: ignore[override]
         """Whether the base layer is a Conv1D, whose weight is `[in_features, out_features]`."""
         return type(self.base_layer) is Conv1D
+
+    def not_plain(self) -> str | None:
+        """As in `AdaptedLinear`, of the base layer and of the active adapters."""
+        parts = [self.base_layer, self.base_layer]
+        parts += [matrices[name] for name in self.active_names() for matrices in (self.lora_A, self.lora_B)]
+        names = ["weight", "bias"] + ["weight"] * (len(parts) - 2)
+        reasons = (not_plain(part, name) for part, name in zip(parts, names, strict=True))
+        return next((reason for reason in reasons if reason is not None), None)
 
     def active_names(self) -> list[str]:
         """The names of the active adapters that this layer has."""
@@ -237,7 +247,9 @@ def base_unfit(base: nn.Module) -> str | None:
     """The reason why the fused op cannot compute a base layer, or None."""
     if type(base) not in (nn.Linear, Conv1D):
         return f"its base layer is {type(base).__name__}, not nn.Linear"
-    weight: Any = base.weight
+    weight: Any = base._parameters.get("weight")
+    if weight is None:
+        return not_plain(base, "weight")
     if type(weight) not in (nn.Parameter, Tensor):
         return f"its base weight is {type(weight).__name__}, not a plain parameter"
     return None if weight.is_floating_point() else f"its base weight is {weight.dtype}, not floating point"

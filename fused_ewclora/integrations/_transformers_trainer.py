@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import ArgumentError, IntegrationError, TargetError
+from ..errors import ArgumentError, EWCLoRAWarning, IntegrationError, TargetError
 from ..ewc.controller import EWC
 from ..layers.adapted import AdaptedLinear
+from ..layers.inject import check_plain
 from ..layers.matching import shorten
 from ._transformers_checkpoint import Source, begin, save
+
+# The tasks that had ended when Trainer.train last returned; scripts may make a callback for every task.
+_trained: weakref.WeakKeyDictionary[EWC, int] = weakref.WeakKeyDictionary()
+_told: weakref.WeakSet[EWC] = weakref.WeakSet()  # what was told of them
 
 
 class EWCCallback(TrainerCallback):
@@ -59,6 +67,7 @@ class EWCCallback(TrainerCallback):
         self._added = False  # whether the current step has the gradient already
         self._sum: Tensor | float = 0.0
         self._steps = 0
+        self._told = False  # that the penalty is not finite
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -71,7 +80,29 @@ class EWCCallback(TrainerCallback):
                 f"EWCCallback: {reason}; add ewc.penalty() to the loss in Trainer.compute_loss instead"
             )
         begin(self.ewc, args, state, self.resume_from_checkpoint)
+        self._check_training(state, kwargs.get("optimizer"))
         self._added, self._sum, self._steps = False, 0.0, 0
+
+    def _check_training(self, state: TrainerState, optimizer: Any) -> None:
+        """Warn of an optimizer without the adapters, and of a task that has not been ended."""
+        if optimizer is not None:
+            self.ewc.watch.check_holds(optimizer)
+        if state.global_step > 0:  # the optimizer's state is that of the checkpoint, of the same task
+            self.ewc.watch.dismiss()
+        elif _trained.get(self.ewc) == self.ewc.tasks and self.ewc not in _told:
+            _told.add(self.ewc)
+            warnings.warn(
+                "EWCCallback: training begins again, but ewc.end_task(dataloader) was not called since the "
+                "last Trainer.train; if this is a new task, the last one has no Fisher and is not protected",
+                EWCLoRAWarning,
+                stacklevel=3,
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember that this task has been trained."""
+        _trained[self.ewc] = self.ewc.tasks
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -109,6 +140,15 @@ class EWCCallback(TrainerCallback):
         if logs is None or "loss" not in logs or not self._steps:
             return
         logs["ewc_penalty"] = float(self._sum) / self._steps
+        if not math.isfinite(logs["ewc_penalty"]) and not self._told:
+            self._told = True
+            warnings.warn(
+                f"EWCCallback: the penalty is {logs['ewc_penalty']} with ewc_lambda={self.ewc.ewc_lambda:g} "
+                f"and fisher_mode={self.ewc.fisher_mode!r}: training has diverged, most likely because "
+                "ewc_lambda, or the learning rate beside it, is too large",
+                EWCLoRAWarning,
+                stacklevel=2,
+            )
         if state.log_history:
             state.log_history[-1]["ewc_penalty"] = logs["ewc_penalty"]
         self._sum, self._steps = 0.0, 0
@@ -127,6 +167,7 @@ def _check_model(ewc: EWC, model: nn.Module) -> None:
         raise TargetError(
             f"EWCCallback: expected the model that the EWC was made for, Trainer's lacks {shorten(missing)}"
         )
+    check_plain(ewc.layers, "EWCCallback")
 
 
 def _unsupported(args: TrainingArguments) -> str | None:

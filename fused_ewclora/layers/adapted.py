@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
@@ -13,10 +14,13 @@ from .. import functional as FE
 from ..errors import ArgumentError, TargetError
 from ..ops.capture import FisherCapture
 from .finite import check_finite
+from .plain import not_plain
 from .slices import AdapterSlice, fingerprint
 
 # Where a parameter is stored: the `_parameters` dictionary of its module, and its key there.
 Location = tuple[dict[str, nn.Parameter | None], str]
+# Every adapted layer that is alive: models that share a weight are found here.
+LIVING: weakref.WeakSet[AdaptedLinear] = weakref.WeakSet()
 
 
 class Composer(Protocol):
@@ -79,6 +83,13 @@ class AdaptedLinear(nn.Module):
         """The reason why calls of this layer do not run on the fused op, or None."""
         return None
 
+    def not_plain(self) -> str | None:
+        """The reason why weight, bias or adapters are not the plain parameters that the layer was given (a
+        parametrization, pruning, quantisation), or None."""
+        adapters = [name for piece in self.adapter_slices for name in (piece.a_name, piece.b_name)]
+        reasons = (not_plain(self, name) for name in ("weight", "bias", *adapters))
+        return next((reason for reason in reasons if reason is not None), None)
+
     def base_forward(self, x: Tensor) -> Tensor:
         """The output of the class `plain`, without adapters."""
         return F.linear(x, self.weight, self.bias)
@@ -117,6 +128,7 @@ class AdaptedLinear(nn.Module):
     def _add_adapters(
         self, adapters: tuple[AdapterSlice, ...], lora_alpha: float | None, lora_dropout: float
     ) -> None:
+        LIVING.add(self)
         self.adapter_slices = adapters
         self.r, self.lora_alpha, self.lora_dropout = adapters[0].r, lora_alpha, lora_dropout
         self.adapters_enabled, self.merged = True, False
@@ -173,7 +185,10 @@ class AdaptedLinear(nn.Module):
         adapters = []
         for piece in self.adapter_slices:
             (a_table, a_name), (b_table, b_name) = self.parameter_locations(piece)
-            adapters.append((piece, cast(nn.Parameter, a_table[a_name]), cast(nn.Parameter, b_table[b_name])))
+            lora_a, lora_b = a_table.get(a_name), b_table.get(b_name)
+            if lora_a is None or lora_b is None:
+                raise TargetError(f"adapters: expected plain parameters, but {self.not_plain()}")
+            adapters.append((piece, lora_a, lora_b))
         return adapters
 
     def parameter_locations(self, piece: AdapterSlice) -> tuple[Location, Location]:
@@ -249,6 +264,7 @@ class AdaptedLinear(nn.Module):
         """
         if self.merged:
             return
+        self._check_plain("merge")
         weight = self.consolidated_weight()
         check_finite({"W + B diag(s) A": weight}, "merge", ArgumentError)
         before = torch.cat([self.base_weight[start:stop] for start, stop in self._owned_rows()])
@@ -261,12 +277,17 @@ class AdaptedLinear(nn.Module):
         """Restore the rows that `merge` kept, bit for bit; a no-op when not merged."""
         if not self.merged:
             return
+        self._check_plain("unmerge")
         first = 0
         for start, stop in self._owned_rows():
             self.base_weight[start:stop].copy_(self.rows_before_merge[first : first + stop - start])
             first += stop - start
         del self.rows_before_merge
         self.merged = False
+
+    def _check_plain(self, action: str) -> None:
+        if why := self.not_plain():
+            raise TargetError(f"{action}: {why}. Nothing was changed")
 
     def _owned_rows(self) -> list[tuple[int, int]]:
         return [rows for adapter in self.adapter_slices for rows in adapter.rows]
@@ -285,6 +306,10 @@ class AdaptedLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # The buffers belong to the running Fisher pass, not to copies of the layer.
         return {**self.__dict__, "fisher_capture": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        LIVING.add(self)
 
     def extra_repr(self) -> str:
         adapters = ", ".join(

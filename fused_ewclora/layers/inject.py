@@ -13,11 +13,12 @@ from ..config import LoRAConfig
 from ..distributed.processes import sharded
 from ..errors import EWCLoRAError, TargetError
 from ..report import Report
-from . import bypass
+from . import bypass, freezing
 from .adapted import AdaptedLinear
+from .from_peft import check_no_peft, checked_config, no_adapters
 from .matching import Plan, plan, shorten
-
-FROZEN = "_fused_ewclora_frozen"  # attribute of a model: the parameters that injection froze
+from .memory import check_loaded, shared_weights
+from .plain import without_numbers
 
 
 def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -28,23 +29,30 @@ def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
-def inject(model: nn.Module, config: LoRAConfig) -> Report:
+def inject(model: nn.Module, config: LoRAConfig | Any) -> Report:
     """Adapt matching `nn.Linear`s of `model` in place and freeze all but adapters; returns a printable table.
+
+    Only the first injection freezes. Further ones, into the same model or a part of it, adapt other layers
+    and change `requires_grad` of these alone. `modules_to_save` of the configuration are trainable
+    afterwards; the table lists output heads that are frozen, with the line that lets them train.
 
     Names are matched as in PEFT. `"all-linear"` leaves out the head that `get_output_embeddings()` or
     `get_classifier()` returns and, in transformers models, every layer outside of the base model; in a model
-    without any of these it selects every layer. The keys of the base state_dict do not change. A second call
-    can adapt further layers. Parents that are known to bypass a layer are set to call it, and the table says
-    so. Raises `TargetError` (nothing matches, already adapted, not adaptable) or `LayoutError` (slices
-    without a layout that fits); nothing is changed then.
+    without any of these it selects every layer. A `peft.LoraConfig` is taken where it means the same. The
+    keys of the base state_dict do not change. Parents that are known to bypass a layer are set to call it,
+    and the table says so. Raises `TargetError` (nothing matches, already adapted, not adaptable),
+    `LayoutError` (slices without a layout that fits), `DtypeError` or `NotExactlyRepresentable` for another
+    configuration; nothing is changed then.
 
         >>> print(inject(model, LoRAConfig(r=10, target_modules=["attn.qkv", "fc1"])))
     """
+    check_no_peft(model)
+    config = checked_config(config, model)
     planned = plan(model, config)
-    if tied := _tied_weights(model, {match.name: match.module for match in planned.matches}):
-        warnings.warn(
-            f"{_tied_message(tied)}; training works, but merging and consolidation will raise", stacklevel=2
-        )
+    check_loaded(model, ((match.name, match.module) for match in planned.matches))
+    if shared := shared_weights(model, {match.name: match.module for match in planned.matches}):
+        text = next(iter(shared.values()))
+        warnings.warn(f"{text}; training works, but merging and consolidation will raise", stacklevel=2)
     adopted: list[AdaptedLinear] = []
     try:
         for match in planned.matches:
@@ -56,17 +64,9 @@ def inject(model: nn.Module, config: LoRAConfig) -> Report:
             layer.release_()
         raise
     bypass.apply_(planned.bypass_fixes)
-    _freeze(model)
+    freezing.freeze_(model, adopted)
+    freezing.thaw_(planned.saved.values())
     return _report(model, planned)
-
-
-def _freeze(model: nn.Module) -> None:
-    keep = {id(p) for layer in adapters(model).values() for _, p in layer.named_lora_parameters()}
-    frozen = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in keep]
-    for _, parameter in frozen:
-        parameter.requires_grad_(False)
-    before = vars(model).get(FROZEN, ())
-    vars(model)[FROZEN] = tuple(dict.fromkeys((*before, *(name for name, _ in frozen))))
 
 
 def eject(model: nn.Module, merge: bool = True) -> None:
@@ -79,9 +79,10 @@ def eject(model: nn.Module, merge: bool = True) -> None:
         >>> eject(model)
     """
     layers = _adapted(model)
+    check_plain(layers, "eject")
     _check_whole(layers)
     if merge:
-        _merge(model, layers)
+        _merge(model, layers, "eject")
     else:
         for layer in layers.values():
             if layer.merged:
@@ -89,11 +90,7 @@ def eject(model: nn.Module, merge: bool = True) -> None:
     for layer in layers.values():
         layer.release_()
     bypass.undo_(model)
-    for module in model.modules():
-        present = dict(module.named_parameters(remove_duplicate=False))
-        for name in vars(module).pop(FROZEN, ()):
-            if name in present:  # heads may have been replaced since
-                present[name].requires_grad_(True)
+    freezing.undo_(model)
 
 
 @contextmanager
@@ -105,7 +102,10 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
         >>> with disabled(model): base = model(x)
     """
-    layers = list(adapters(model).values())
+    named = adapters(model)
+    layers = list(named.values())
+    if any(layer.merged for layer in layers):
+        check_plain(named, "disabled")
     before = [(layer, layer.adapters_enabled, layer.merged) for layer in layers]
     try:
         for layer in layers:
@@ -134,7 +134,7 @@ def merge(model: nn.Module) -> None:
     if all(layer.merged for layer in layers.values()):
         warnings.warn("merge: the adapters are merged already; nothing was done", stacklevel=2)
         return
-    _merge(model, layers)
+    _merge(model, layers, "merge")
 
 
 def unmerge(model: nn.Module) -> None:
@@ -148,13 +148,14 @@ def unmerge(model: nn.Module) -> None:
     layers = _adapted(model)
     if not any(layer.merged for layer in layers.values()):
         warnings.warn("unmerge: the adapters are not merged; nothing was done", stacklevel=2)
+    check_plain(layers, "unmerge")
     for layer in layers.values():
         if layer.merged:
             layer.unmerge()
 
 
-def _merge(model: nn.Module, layers: dict[str, AdaptedLinear]) -> None:
-    check_mergeable(model)
+def _merge(model: nn.Module, layers: dict[str, AdaptedLinear], action: str) -> None:
+    check_mergeable(model, action)
     _check_whole(layers)
     done: list[AdaptedLinear] = []
     for name, layer in layers.items():
@@ -182,36 +183,33 @@ def _check_whole(layers: Mapping[str, AdaptedLinear]) -> None:
 def _adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
     layers = adapters(model)
     if not layers:
-        raise TargetError("model: expected adapted layers, got none; call fe.inject(model, config) first")
+        raise TargetError(no_adapters(model))
     return layers
 
 
-def _tied_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """The layers whose weight is also a parameter of other modules: name -> the other names of the weight."""
-    users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for leaf, parameter in module._parameters.items():
-            users.setdefault(id(parameter), []).append(f"{name}.{leaf}".lstrip("."))
-    tied = {}
+def check_plain(
+    layers: Mapping[str, AdaptedLinear], action: str, error: type[EWCLoRAError] = TargetError
+) -> None:
+    """Raises `error` naming the first layer whose weight, bias or adapters are no longer the plain parameters
+    that it was given; `action` cannot work on others."""
     for name, layer in layers.items():
-        path = layer.weight_path if isinstance(layer, AdaptedLinear) else "weight"
-        own = f"{name}.{path}".lstrip(".")
-        others = [user for user in users[id(layer.weight)] if user != own]
-        if others:
-            tied[name] = others
-    return tied
+        if why := layer.not_plain():
+            raise error(
+                f"{action}: {name or 'model'}: {why}, or apply it after fe.eject(model). Nothing was changed"
+            )
 
 
-def check_mergeable(model: nn.Module) -> None:
-    """Raises `TargetError` when the weight of an adapted layer is tied to another module, because merging
-    would change that module too."""
-    if tied := _tied_weights(model, adapters(model)):
-        raise TargetError(f"merge: {_tied_message(tied)}, and would change with it. Nothing was changed")
-
-
-def _tied_message(tied: dict[str, list[str]]) -> str:
-    name, others = next(iter(tied.items()))
-    return f"the weight of {name!r} is also {shorten(others)}"
+def check_mergeable(model: nn.Module, action: str = "merge") -> None:
+    """Raises `TargetError` when the weight of an adapted layer cannot be rewritten: it is not a plain
+    parameter, holds no numbers, or shares its memory with another tensor, which would change too."""
+    layers = adapters(model)
+    check_plain(layers, action)
+    for name, layer in layers.items():
+        if why := without_numbers(layer.weight):
+            raise TargetError(f"{action}: {name or 'model'}: {why}. Nothing was changed")
+    if shared := shared_weights(model, layers):
+        text = next(iter(shared.values()))
+        raise TargetError(f"{action}: {text}, which would change with it. Nothing was changed")
 
 
 def _report(model: nn.Module, planned: Plan) -> Report:
@@ -241,8 +239,14 @@ def _report(model: nn.Module, planned: Plan) -> Report:
         "the old value"
         for setting, (names, children) in _changed_parents(planned).items()
     ]
-    if planned.unmatched:
-        notes.append(f"target_modules that match nothing: {shorten(planned.unmatched)}")
+    heads = freezing.frozen_heads(model)
+    if heads:
+        notes.append(f"frozen heads: {shorten(heads)}; to train them: {freezing.thawing_line(heads)}")
+    if planned.saved:
+        notes.append(f"trainable, modules_to_save: {shorten(planned.saved)}")
+    for argument, names in (("target_modules", planned.unmatched), ("modules_to_save", planned.unsaved)):
+        if names:
+            notes.append(f"{argument} that match nothing: {shorten(names)}")
     summary = {
         "layers": len(planned.matches),
         "trainable": trainable,
@@ -258,6 +262,8 @@ def _report(model: nn.Module, planned: Plan) -> Report:
         "bypass_fixes": fixes,
         "mended": fixes,  # what earlier versions call it
         "unmatched": list(planned.unmatched),
+        "frozen_heads": heads,
+        "modules_to_save": list(planned.saved),
     }
     return Report("LoRA adapters", rows, notes, {**summary, **lists})
 

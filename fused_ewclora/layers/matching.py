@@ -77,12 +77,15 @@ class Match:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that an injection will do; `skipped` maps a reason to the names that it applies to."""
+    """Everything that an injection will do; `skipped` maps a reason to the names that it applies to, `saved`
+    the names of `modules_to_save` to the modules."""
 
     matches: tuple[Match, ...]
     skipped: dict[str, list[str]] = field(default_factory=dict)
     unmatched: tuple[str, ...] = ()
     bypass_fixes: tuple[bypass.BypassFix, ...] = ()
+    saved: dict[str, nn.Module] = field(default_factory=dict)  # modules_to_save by name
+    unsaved: tuple[str, ...] = ()  # modules_to_save that match nothing
 
 
 def plan(model: nn.Module, config: LoRAConfig) -> Plan:
@@ -99,11 +102,16 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
         )
     everything = config.target_modules == ALL_LINEAR
     load_libraries(model)
-    heads = set(_output_heads(model)) if everything else set()
+    heads = set(output_heads(model)) if everything else set()
+    saved = _saved(model, config)
+    trained = {part for module in saved.values() for part in module.modules()}
     matched: list[tuple[str, nn.Module]] = []
     skipped: dict[str, list[str]] = {}
     parents = bypass.parents_of(model)
     for name, module in _wanted(model, config):
+        if module in trained:  # PEFT leaves such targets out as well
+            skipped.setdefault("in modules_to_save", []).append(name)
+            continue
         reason = "output head" if module in heads else _unfit(module)
         if reason is None:
             reason = bypass.refusal(parents.get(module, ()))
@@ -124,7 +132,34 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
     planned = tuple(_match(model, name, module, config) for name, module in matched)
     unmatched = _unmatched(config, [name for name, _ in _wanted(model, config)])
     fixes = bypass.find_fixes(model, [module for _, module in matched])
-    return Plan(planned, skipped, unmatched, fixes)
+    names = [name for name, module in model.named_modules() if module in trained]
+    unsaved = tuple(n for n in config.modules_to_save or () if not any(name.endswith(n) for name in names))
+    return Plan(planned, skipped, unmatched, fixes, saved, unsaved)
+
+
+def _saved(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    """The outermost modules whose names end with one of `modules_to_save`, as PEFT matches them."""
+    wanted = config.modules_to_save
+    if wanted is None:
+        return {}
+    saved: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{parent}.") for parent in saved)
+        if inside or not any(name.endswith(ending) for ending in wanted):
+            continue
+        if any(isinstance(part, AdaptedLinear) for part in module.modules()):
+            raise TargetError(
+                f"modules_to_save: {name}: expected modules without adapters, got one that has them. Nothing "
+                "was changed"
+            )
+        saved[name] = module
+    if not saved:
+        names = [name for name, _ in model.named_children()]
+        raise TargetError(
+            f"modules_to_save: no module's name ends with one of {list(wanted)}; the model has "
+            f"{shorten(names)}. Nothing was changed"
+        )
+    return saved
 
 
 def _wanted(model: nn.Module, config: LoRAConfig) -> Iterator[tuple[str, nn.Module]]:
@@ -143,7 +178,8 @@ def _wanted(model: nn.Module, config: LoRAConfig) -> Iterator[tuple[str, nn.Modu
             yield names[0], module
 
 
-def _output_heads(model: nn.Module) -> Iterator[nn.Module]:
+def output_heads(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of the heads that the model or a rule of `register_heads` names."""
     for getter in ("get_output_embeddings", "get_classifier"):
         method = getattr(model, getter, None)
         head = method() if callable(method) else None
@@ -168,6 +204,12 @@ def _unfit(module: nn.Module) -> str | None:
     if type(module) not in _adapted_classes:
         base = next(plain.__name__ for plain in _adapted_classes if isinstance(module, plain))
         return f"{kind} is a subclass of {base} whose behaviour would be lost"
+    if hasattr(module, "_hf_hook"):
+        return (
+            "accelerate has replaced its forward to place or offload it, so an adapter would never run (load "
+            "the model without device_map, or call remove_hook_from_module(model, recurse=True) of "
+            "accelerate.hooks)"
+        )
     if "forward" in vars(module):
         return "its forward has been replaced on the instance, so an adapter would never run"
     weight = module._parameters.get("weight")

@@ -6,6 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import ArgumentError, TargetError
+from .from_peft import no_adapters
 from .inject import adapters
 
 
@@ -25,9 +26,7 @@ def reset_optimizer_state_(optimizer: Optimizer, model: nn.Module) -> int:
     """
     layers = adapters(model).values()
     if not layers:
-        raise TargetError(
-            "model: expected adapters, found none; call fused_ewclora.inject(model, config) first"
-        )
+        raise TargetError(no_adapters(model))
     owned = {id(p) for layer in layers for _, p in layer.named_lora_parameters()}
     held = [(group, p) for group in optimizer.param_groups for p in group["params"] if id(p) in owned]
     if not held:

@@ -18,7 +18,7 @@ from ..errors import ArgumentError, CheckpointError, EWCLoRAError, TargetError
 from ..ewc.controller import EWC
 from ..ewc.estimation import check_labels
 from ..ewc.placement import LocalPlacement
-from ..ewc.settings import FISHER_MODES, number, one_of
+from ..ewc.settings import FISHER_MODES, checked_lambda, number, one_of
 from ..ewc.state import EWCState
 from ..layers.inject import adapters, eject
 from ..report import Report
@@ -89,7 +89,7 @@ class CoDyRA(Method):
         check_labels(labels, one_of("fisher_mode", fisher_mode, FISHER_MODES))
         number("gamma", gamma, 0.0, 1.0)
         if ewc_lambda is not None:
-            number("ewc_lambda", ewc_lambda, 0.0, math.inf)
+            checked_lambda(ewc_lambda)
         before = adapters(model)
         check_ungated(before)
         super().__init__(model, config, group=group)

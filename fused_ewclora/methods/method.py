@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from ..config import LoRAConfig
 from ..errors import ArgumentError
 from ..layers.adapted import AdaptedLinear
+from ..layers.from_peft import no_adapters
 from ..layers.inject import adapters, eject, inject
+from ..layers.watch import TrainingWatch
 from ._shares import drawing
 
 if TYPE_CHECKING:
@@ -55,9 +57,10 @@ class Method:
         if config is not None:
             inject(model, config)
         elif not adapters(model):
-            raise ArgumentError("config: expected a LoRAConfig for a model without adapters, got None")
+            raise ArgumentError(f"config: expected a LoRAConfig, got None; {no_adapters(model)}")
         self.model, self.group = model, group
         self.layers: dict[str, AdaptedLinear] = adapters(model)
+        self.watch = TrainingWatch(self.layers)
         self.tasks = 0  # that have ended
         self._running = False
 
@@ -93,7 +96,13 @@ class Method:
         """
         if not self._running:
             raise ArgumentError("end_task: no task is running; call begin_task first")
+        watch = self.watch if getattr(self, "ewc", None) is None else None  # an EWC has a watch of its own
+        if watch is not None:
+            watch.note_gradients()
+            watch.check_changed("end_task")
         self._end(loader, loss_fn)
+        if watch is not None:
+            watch.expect_fresh_optimizer()
         self.tasks += 1
         self._running = False
 

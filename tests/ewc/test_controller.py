@@ -44,7 +44,7 @@ def after_one_task(**options) -> tuple:
     model = adapted(dtype=options.pop("dtype", torch.float64), lora_alpha=options.pop("lora_alpha", None))
     dtype = model.head.weight.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    ewc = EWC(model, **{"fisher_dtype": wide, **options})
+    ewc = EWC(model, **{"ewc_lambda": 20.0, "fisher_dtype": wide, **options})
     x, y = data(8, dtype=dtype)
     ewc.end_task(batches(x, y, 4), F.cross_entropy)
     randomise(model)
@@ -54,7 +54,7 @@ def after_one_task(**options) -> tuple:
 def test_zero_first_task():
     """The penalty is exactly zero in the first task and can be backpropagated."""
     model = adapted()
-    ewc = EWC(model)
+    ewc = EWC(model, ewc_lambda=20.0)
     penalty = ewc.penalty()
     assert penalty.dtype == torch.float32 and penalty.shape == () and penalty.item() == 0.0
     penalty.backward()
@@ -363,7 +363,7 @@ def test_keys_ignore_wrappers(wrap):
     else:
         wrapped = torch.nn.Sequential()
         wrapped.add_module("module", model)  # the names of DistributedDataParallel
-    other = EWC(wrapped, fisher_dtype=torch.float64)
+    other = EWC(wrapped, ewc_lambda=20.0, fisher_dtype=torch.float64)
     assert list(other.layers) == ["qkv", "fc"]
     other.load_state_dict(ewc.state_dict())
     assert torch.equal(other.penalty(), ewc.penalty())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -218,6 +219,57 @@ def test_first_task_plain(tmp_path):
     for (name, mine), (_, expected) in zip(adapter_tensors(model), adapter_tensors(other), strict=True):
         assert torch.equal(mine, expected) and not torch.equal(mine, start[name]), name
     assert {entry["ewc_penalty"] for entry in trainer.state.log_history if "loss" in entry} == {0.0}
+
+
+def test_task_not_ended(tmp_path):
+    """A second training without end_task in between is told once, also with a new callback; after end_task it
+    is not, nor are moments that were reset or belong to a new optimizer."""
+
+    def train() -> list[str]:
+        trainer = Trainer(
+            model, arguments(tmp_path, max_steps=1), train_dataset=sentences(), callbacks=[EWCCallback(ewc)]
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        return [str(entry.message) for entry in caught if issubclass(entry.category, fe.EWCLoRAWarning)]
+
+    model = gpt2()
+    ewc = fe.EWC(model, 1.0, fisher_dtype=torch.float64)
+    assert train() == []
+    ewc.end_task(batches(sentences()))
+    assert train() == []
+    (message,) = train()
+    assert "ewc.end_task(dataloader) was not called" in message
+    assert train() == []
+
+
+def test_diverged_penalty(tmp_path):
+    """A penalty that is not finite is told once, with lambda."""
+    model = gpt2()
+    ewc = second_task(model)
+    with torch.no_grad():
+        adapter_tensors(model)[0][1].fill_(float("nan"))
+    trainer = Trainer(
+        model, arguments(tmp_path, max_steps=2), train_dataset=sentences(), callbacks=[EWCCallback(ewc)]
+    )
+    with pytest.warns(fe.EWCLoRAWarning, match=r"the penalty is nan with ewc_lambda=10000") as caught:
+        trainer.train()
+    assert len([entry for entry in caught if entry.category is fe.EWCLoRAWarning]) == 1
+
+
+def test_optimizer_without_adapters(tmp_path):
+    """An optimizer of the base weights that Trainer was given is told when training begins."""
+    model = gpt2()
+    base = [p for name, p in model.named_parameters() if "lora_" not in name]
+    given = (torch.optim.SGD(base, lr=0.1), None)
+    ewc = fe.EWC(model, 1.0, fisher_dtype=torch.float64)
+    trainer = Trainer(
+        model, arguments(tmp_path, max_steps=1), train_dataset=sentences(), callbacks=[EWCCallback(ewc)],
+        optimizers=given,
+    )  # fmt: skip
+    with pytest.warns(fe.EWCLoRAWarning, match="made before inject"):
+        trainer.train()
 
 
 def bert() -> nn.Module:

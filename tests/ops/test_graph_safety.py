@@ -276,7 +276,7 @@ def places(model: nn.Module, ewc: fe.EWC) -> dict[str, int]:
 @pytest.fixture
 def in_second_task() -> tuple[nn.Module, fe.EWC]:
     model = tiny_models.adapted(dtype=torch.float32)
-    ewc = fe.EWC(model)
+    ewc = fe.EWC(model, ewc_lambda=20.0)
     ewc.end_task([tiny_models.data(4, dtype=torch.float32)], F.cross_entropy)
     tiny_models.randomise(model)
     return model, ewc

@@ -24,11 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 # Every module path, and the names that users of the module import from it.
 NAMES = {
     "fused_ewclora": """
-        AdaptedLinear ArgumentError BackendError CheckpointError DtypeError EWC EWCLoRAError FisherError
-        IntegrationError LayoutError LoRAConfig LoRALinear NotExactlyRepresentable QKVLayout Report
-        TargetError adapters available_backends check_bypass convert_lambda disabled eject explain
-        export_peft import_peft inject integrations load_pretrained merge register_call register_layout
-        reset_optimizer_state_ save_pretrained unmerge use_backend verify_forward
+        AdaptedLinear ArgumentError BackendError CheckpointError DtypeError EWC EWCLoRAError
+        EWCLoRAWarning FisherError IntegrationError LayoutError LoRAConfig LoRALinear
+        NotExactlyRepresentable QKVLayout Report TargetError adapters available_backends check_bypass
+        convert_lambda disabled eject explain export_peft import_peft inject integrations
+        load_pretrained merge register_call register_layout reset_optimizer_state_ save_pretrained
+        unmerge use_backend verify_forward
     """,
     "fused_ewclora.adapted": "AdaptedLinear Composer Location",
     "fused_ewclora.backends": "",
