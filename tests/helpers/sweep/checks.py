@@ -94,17 +94,21 @@ def compared(found: dict[str, Tensor | None], wanted: dict[str, Tensor]) -> Outc
 class Subject:
     """An adapted model with its dense twin, the data, and the gradients of every sample."""
 
-    def __init__(self, architecture: Architecture, plain: nn.Module, record: Record) -> None:
+    def __init__(
+        self, architecture: Architecture, plain: nn.Module, record: Record, targets: str = "all-linear"
+    ) -> None:
         self.architecture, self.plain, self.record = architecture, plain, record
         torch.manual_seed(1)
         self.inputs, self.targets = architecture.inputs(SAMPLES), architecture.targets(SAMPLES)
         one = rows(self.inputs, 0, 2), self.targets[:2]
-        unused = oracle.unused_layers(architecture, plain, *one)
+        unused = oracle.unused_layers(architecture, plain, *one) if targets == "all-linear" else []
         if unused:
             record.left_out["no part in the loss"] = unused
         excluded = "|".join(map(re.escape, unused)) if unused else None
         self.adapted = copy.deepcopy(plain)
-        report = fe.inject(self.adapted, fe.LoRAConfig(r=2, target_modules="all-linear", exclude_modules=excluded))
+        report = fe.inject(
+            self.adapted, fe.LoRAConfig(r=2, target_modules=targets, exclude_modules=excluded)
+        )
         self.skipped: dict[str, str] = report.summary["skipped"]
         self.names = list(fe.adapters(self.adapted))
         record.layers = len(self.names)
@@ -226,6 +230,22 @@ def check_merge(subject: Subject) -> Outcome:
         return compared(subject.outputs(model), subject.outputs(subject.dense))
 
 
+def alone(subject: Subject) -> Outcome:
+    """Every layer as the only adapted one: where one refuses, the Fisher of others could still be wrong."""
+    outcomes = {}
+    for name in subject.names:
+        record = Record(subject.architecture.library, name, "")
+        one = Subject(subject.architecture, subject.plain, record, re.escape(name))
+        outcomes[name] = check_fisher(one, "sample")[0]
+    counts = [
+        (status, [name for name, one in outcomes.items() if one.status == status])
+        for status in (RIGHT, REFUSED, WRONG)
+    ]
+    parts = [f"{status}: {len(names)} ({names[0]})" for status, names in counts if names]
+    subject.record.notes.append("Fisher per sample of single layers: " + ", ".join(parts))
+    return worst(outcomes.values())
+
+
 def unnamed(outcome: Outcome, names: list[str]) -> Outcome:
     """A refusal has to name a layer."""
     if outcome.status != REFUSED or any(name in outcome.text for name in names):
@@ -240,8 +260,8 @@ def note_left_out(subject: Subject) -> None:
         left_out.setdefault(reason, []).append(name)
     known = {*subject.names, *(name for names in left_out.values() for name in names)}
     used = oracle.matrices(subject.architecture, subject.plain, subject.first(1)[0])
-    for path in sorted(used):
-        parents = {path.rsplit(".", depth)[0] for depth in range(1, path.count(".") + 1)}
+    for path, aliases in sorted(used.items()):
+        parents = {a.rsplit(".", depth)[0] for a in aliases for depth in range(1, a.count(".") + 1)}
         if not parents & known:
             left_out.setdefault("not reported", []).append(path)
 
@@ -264,6 +284,8 @@ def run(architecture: Architecture) -> Record:
         }
         sample, merged = check_fisher(subject, "sample")
         outcomes["fisher_sample"] = unnamed(sample, subject.names)
+        if sample.status == REFUSED and (single := alone(subject)).status == WRONG:
+            outcomes["fisher_sample"] = single
         own = Outcome(NOTHING)
         if architecture.task.own is not None:
             own, _ = check_fisher(subject, "sample", own=True)

@@ -79,13 +79,15 @@ def fisher(batches: list[list[Gradients]], mode: str) -> Gradients:
 
 
 def unused_layers(architecture: Architecture, plain: nn.Module, inputs: Inputs, targets: Tensor) -> list[str]:
-    """Linear layers on which the loss does not depend, such as a pooler beside another head."""
+    """Linear layers on which the loss does not depend but for rounding, such as a pooler beside another head, or
+    queries that see a single key."""
     model = copy.deepcopy(plain)
     names = [name for name, module in model.named_modules() if is_linear(module)]
     if not names:
         return []
     found = gradients(model, names, lambda: architecture.loss(model, inputs, targets))
-    return [name for name, gradient in found.items() if gradient is None or not gradient.any()]
+    sizes = {name: 0.0 if gradient is None else gradient.norm().item() for name, gradient in found.items()}
+    return [name for name, size in sizes.items() if size <= 1e-9 * max(sizes.values())]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -99,24 +101,23 @@ class _Products(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._names = {
-            parameter.untyped_storage().data_ptr(): name
-            for name, parameter in model.named_parameters()
-            if parameter.dim() >= 2
-        }
-        self.found: set[str] = set()
+        self._names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter.dim() >= 2:
+                self._names.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
+        self.found: dict[str, list[str]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket.__name__ in self.OPERATIONS:
             operands = [a for a in args if isinstance(a, Tensor)][-2:]
             names = [self._names.get(operand.untyped_storage().data_ptr()) for operand in operands]
             if sum(name is not None for name in names) == 1:
-                self.found.update(name for name in names if name is not None)
+                self.found.update((found[0], found) for found in names if found is not None)
         return func(*args, **(kwargs or {}))
 
 
-def matrices(architecture: Architecture, plain: nn.Module, inputs: Inputs) -> set[str]:
-    """The parameters that the model uses as matrices, whichever module holds them."""
+def matrices(architecture: Architecture, plain: nn.Module, inputs: Inputs) -> dict[str, list[str]]:
+    """The parameters that the model uses as matrices, whichever module holds them: name -> all of its names."""
     with torch.enable_grad(), _Products(plain) as products:
         architecture.call(plain, inputs)
     return products.found
