@@ -53,7 +53,7 @@ _DIMS = {"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1)}
 _STAGES = {"embed_dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1)}
 _HEADS = {**_STAGES, "num_heads": (1, 1, 2, 2)}
 _MIXER = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "num_blocks": 2}
-_COAT = {"size": 64, "img_size": 64, "embed_dims": (16, 16, 16, 16), "serial_depths": (1, 1, 1, 1), "num_heads": 2, "patch_size": 4}
+_COAT = {"size": 64, "img_size": 64, "embed_dims": (16, 16, 16, 16), "serial_depths": (1, 1, 1, 1), "num_heads": 8, "patch_size": 4}
 
 ARCHITECTURES = [
     _sized("vit_base_patch16_224", **_VIT),
@@ -112,7 +112,7 @@ ARCHITECTURES = [
         },
     ),
     _sized("hiera_tiny_224", size=64, embed_dim=8, stages=(1, 1, 1, 1), num_heads=1),
-    _class("hieradet_sam2.HieraDet", size=64, embed_dim=8, stages=(1, 1, 1, 1), window_spec=(4, 2, 2, 2), global_att_blocks=(2,), global_pos_size=(2, 2)),
+    _class("hieradet_sam2.HieraDet", size=64, embed_dim=8, stages=(1, 1, 1, 1), window_spec=(8, 4, 2, 2), global_att_blocks=(2,), global_pos_size=(2, 2)),
     _class("nest.Nest", img_size=32, patch_size=2, embed_dims=(8, 8, 16), num_heads=(1, 1, 2), depths=(1, 1, 1)),
     _made("davit_tiny", **_HEADS),
     _class("gcvit.GlobalContextVit", size=64, img_size=64, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2)),
@@ -135,7 +135,7 @@ ARCHITECTURES = [
     _class("coat.CoaT", **_COAT),
     _class("coat.CoaT", title="CoaT, parallel", parallel_depth=1, **_COAT),
     _made("edgenext_xx_small", dims=(8, 8, 16, 16), depths=(1, 1, 2, 2), heads=(2, 2, 2, 2)),
-    _class("efficientformer.EfficientFormer", size=64, img_size=64, num_vit=1, **_STAGES),
+    _class("efficientformer.EfficientFormer", size=224, img_size=224, num_vit=1, **_STAGES),
     _made("fastvit_sa12", size=64, embed_dims=(8, 8, 16, 32), layers=(1, 1, 1, 1)),
     _class("metaformer.MetaFormer", title="PoolFormer", **_DIMS),
     _class(
@@ -164,7 +164,6 @@ ARCHITECTURES = [
     _made("mambaout_femto", **_DIMS),
     _made("swiftformer_xs", embed_dims=(8, 8, 16, 16), layers=(1, 1, 1, 1)),
     _class("csatv2.CSATv2", size=64, **_DIMS, transformer_depths=(0, 0, 1, 1)),
-    _class("nextvit.NextViT", in_chans=3, stem_chs=(8, 8, 8), depths=(1, 1, 1, 1), head_dim=8),
     _made("test_resnet"),
     _made("test_efficientnet"),
     _made("test_nfnet"),
