@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -45,18 +44,8 @@ class Record:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def outcome(self) -> str:
-        return outcome_of(self.checks)
-
-
-CHECKS = ("forward", "gradients", "fisher_sample", "fisher_own_loss", "fisher_batch", "merge")
-
-
-def outcome_of(checks: dict[str, dict[str, Any]]) -> str:
-    """Of a whole row."""
-    statuses = {check["status"] for check in checks.values()}
-    return next((status for status in (WRONG, REFUSED, RIGHT) if status in statuses), "left out")
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def worst(outcomes: Iterable[Outcome]) -> Outcome:
@@ -250,7 +239,7 @@ def unnamed(outcome: Outcome, names: list[str]) -> Outcome:
     """A refusal has to name a layer."""
     if outcome.status != REFUSED or any(name in outcome.text for name in names):
         return outcome
-    return Outcome(WRONG, None, f"names no layer: {outcome.text}")
+    return Outcome(WRONG, None, f"the error names no layer: {outcome.text}")
 
 
 def note_left_out(subject: Subject) -> None:
@@ -308,9 +297,3 @@ def _batch_gradient(subject: Subject) -> dict[str, Tensor | None]:
     return oracle.gradients(
         subject.dense, subject.names, lambda: subject.architecture.loss(subject.dense, inputs, targets) / 4
     )
-
-
-def timed(architecture: Architecture) -> tuple[Record, float]:
-    start = time.perf_counter()
-    record = run(architecture)
-    return record, time.perf_counter() - start

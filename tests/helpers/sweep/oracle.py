@@ -29,7 +29,11 @@ def dense_twin(plain: nn.Module, adapted: nn.Module) -> nn.Module:
 
 
 def gradients(model: nn.Module, names: Iterable[str], loss: Callable[[], Tensor]) -> dict[str, Tensor | None]:
-    """d loss / d weight `[d_out, d_in]` of the named layers; None where the loss does not depend on it."""
+    """d loss / d weight `[d_out, d_in]` of the named layers; None where the loss does not depend on it.
+
+    Nothing else requires gradients: in eval mode some models (LeViT) keep tensors that they computed from
+    parameters, with their graph.
+    """
     modules = {name: model.get_submodule(name) for name in names}
     for parameter in model.parameters():
         parameter.requires_grad_(False)

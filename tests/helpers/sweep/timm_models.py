@@ -112,7 +112,7 @@ ARCHITECTURES = [
         },
     ),
     _sized("hiera_tiny_224", size=64, embed_dim=8, stages=(1, 1, 1, 1), num_heads=1),
-    _class("hieradet_sam2.HieraDet", size=64, embed_dim=8, stages=(1, 1, 1, 1), window_spec=(8, 4, 2, 2), global_att_blocks=(2,), global_pos_size=(2, 2)),
+    _class("hieradet_sam2.HieraDet", size=64, embed_dim=8, stages=(1, 1, 1, 1), window_spec=(8, 4, 2, 2), global_att_blocks=(), global_pos_size=(2, 2)),
     _class("nest.Nest", img_size=32, patch_size=2, embed_dims=(8, 8, 16), num_heads=(1, 1, 2), depths=(1, 1, 1)),
     _made("davit_tiny", **_HEADS),
     _class("gcvit.GlobalContextVit", size=64, img_size=64, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2)),

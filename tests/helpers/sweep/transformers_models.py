@@ -21,6 +21,7 @@ from .architecture import (
     TOKENS,
     Architecture,
     Task,
+    class_loss,
     classes,
     images,
     labelled_tokens,
@@ -85,6 +86,16 @@ def mel(frames: int, name: str = "input_features") -> Callable[[int], dict[str, 
     return lambda n: {name: torch.randn(n, 8, frames, dtype=torch.float64)}
 
 
+def picture_and_words(n: int) -> dict[str, Tensor]:
+    """16 tokens that stand for the patches of a picture, then words."""
+    tokens = torch.cat([torch.full((n, 16), 3), torch.randint(4, WORDS, (n, TOKENS))], dim=1)
+    return {"input_ids": tokens, **images(32, name="pixel_values")(n)}
+
+
+def picture_and_answer(n: int) -> dict[str, Tensor]:
+    return {**images(32, name="pixel_values")(n), "decoder_input_ids": torch.randint(3, WORDS, (n, TOKENS))}
+
+
 def spans(n: int) -> Tensor:
     return torch.randint(0, TOKENS, (n, 2))
 
@@ -95,14 +106,17 @@ def pixels(size: int) -> Callable[[int], Tensor]:
 
 def _made(
     kind: str, head: str, inputs: Callable[[int], dict[str, Tensor]], targets: Callable[[int], Tensor], task: Task,
-    sizes: dict[str, Any], title: str = "", shared: dict[str, Any] | None = None, **options: Any,
+    sizes: dict[str, Any], title: str = "", shared: dict[str, Any] | None = None, without: tuple[str, ...] = (),
+    **options: Any,
 ) -> Architecture:  # fmt: skip
-    """kind: a model type, or a configuration class; head: what follows AutoModel, or a class."""
+    """kind: a model type, or a configuration class; head: what follows AutoModel, or a class. without: sizes that the
+    configuration does not take."""
 
     def make() -> nn.Module:
         import transformers
 
-        config = transformers.AutoConfig.for_model(kind, **{**sizes, **options})
+        arguments = {name: value for name, value in {**sizes, **options}.items() if name not in without}
+        config = transformers.AutoConfig.for_model(kind, **arguments)
         config._experts_implementation = "eager"  # the others have no fp64
         made = getattr(transformers, f"AutoModel{head}", None) or getattr(transformers, head)
         build = getattr(made, "from_config", None) or made._from_config
@@ -141,8 +155,9 @@ def _segmented(kind: str, head: str, sizes: dict[str, Any], size: int, of_logits
     return _made(kind, head, images(size, name="pixel_values"), pixels(of_logits), PIXELS, sizes, **options)
 
 
-def _detector(kind: str, queries: int, sizes: dict[str, Any], size: int = 32, **options: Any) -> Architecture:
-    targets = labelled_tokens(CLASSES + 1, queries)
+def _detector(kind: str, sizes: dict[str, Any], size: int = 32, none: int = 1, **options: Any) -> Architecture:
+    """none: whether the last class means that there is no object."""
+    targets = labelled_tokens(CLASSES + none, 6)
     return _made(kind, "ForObjectDetection", images(size, name="pixel_values"), targets, QUERIES, sizes, **options)
 
 
@@ -150,6 +165,7 @@ def _heard(kind: str, inputs: Any = speech, **options: Any) -> Architecture:
     return _made(kind, "ForAudioClassification", inputs, classes(), CLASS, _SPEECH, **options)
 
 
+ANSWERS = Task("class", class_loss, own=None)  # its own loss takes a score for every answer
 PROMPTS = torch.randint(3, WORDS, (CLASSES, TOKENS), generator=torch.Generator().manual_seed(5))
 PROMPTS[:, -1] = END
 _TWO_TOWERS = {"text_config": _TEXT, "vision_config": _VISION, "projection_dim": 8}
@@ -176,27 +192,25 @@ ARCHITECTURES = [
     _classifier("deberta", relative_attention=True, pos_att_type=["c2p", "p2c"]),
     _classifier("deberta-v2", relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=4),
     _classifier("deberta-v2", relative_attention=True, pos_att_type=["c2p", "p2c"], share_att_key=True, title="deberta-v2, shared keys"),
-    _classifier("xlnet", d_model=16, n_layer=2, n_head=2, d_inner=32),
+    _classifier("xlnet", without=("max_position_embeddings",), d_model=16, n_layer=2, n_head=2, d_inner=32),
     _classifier("mpnet"),
     _classifier("convbert", embedding_size=16, head_ratio=1),
-    _classifier("funnel", block_sizes=[1, 1], d_model=16, n_head=2, d_head=8, d_inner=32, num_decoder_layers=1),
+    _classifier("funnel", without=("num_hidden_layers",), block_sizes=[1, 1], d_model=16, n_head=2, d_head=8, d_inner=32, num_decoder_layers=1),
     _classifier("longformer", attention_window=8),
     _classifier("big_bird", attention_type="original_full"),
     _classifier("fnet", inputs=unpadded),
-    _classifier("squeezebert"),
+    _classifier("squeezebert", embedding_size=16),
     _classifier("mobilebert", embedding_size=16, true_hidden_size=8, intra_bottleneck_size=8),
     _classifier("roformer", embedding_size=16),
-    _classifier("nystromformer", num_landmarks=2, segment_means_seq_len=8),
+    _classifier("nystromformer", num_landmarks=8, segment_means_seq_len=8),
     _classifier("rembert", input_embedding_size=8, output_embedding_size=8),
     _classifier("ibert"),
     _classifier("modernbert", num_hidden_layers=3),
     _classifier("xlm", emb_dim=16, n_layers=2, n_heads=2),
-    _classifier("canine", inputs=words, num_hash_buckets=16, downsampling_rate=2, local_transformer_stride=4),
     _classifier("luke", entity_vocab_size=10, entity_emb_size=8),
     _classifier("esm", position_embedding_type="rotary", mask_token_id=3),
     _classifier("llama"),
     _classifier("gpt2", n_embd=16, n_layer=2, n_head=2),
-    _classifier("reformer", inputs=unpadded, attn_layers=["local", "lsh"], axial_pos_embds=False, attention_head_size=8, feed_forward_size=32, num_buckets=2, local_attn_chunk_length=4, lsh_attn_chunk_length=4, is_decoder=False, hash_seed=0),
     _classifier("perceiver", d_model=16, d_latents=16, num_latents=4, num_blocks=1, num_self_attends_per_block=1, num_self_attention_heads=2, num_cross_attention_heads=2),
     _tagger("bert"),
     _tagger("deberta-v2"),
@@ -205,13 +219,13 @@ ARCHITECTURES = [
     _masked("roberta"),
     _masked("albert", embedding_size=8),
     _masked("modernbert"),
-    _made("bert", "ForQuestionAnswering", words, spans, SPAN, _SIZES),
+    _made("bert", "ForQuestionAnswering", words, spans, SPAN, _SIZES, num_labels=2),
     _made("bert", "ForMultipleChoice", lambda n: {k: v.view(n, 2, TOKENS) for k, v in words(2 * n).items()}, classes(2), CLASS, _SIZES),
     _causal("gpt2", n_embd=16, n_layer=2, n_head=2),
     _causal("gpt_neo", num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]),
     _causal("gpt_neox"),
     _causal("gptj", n_embd=16, n_layer=2, n_head=2, rotary_dim=4),
-    _causal("codegen", n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
+    _causal("codegen", hidden_size=32, num_attention_heads=4, n_inner=32, rotary_dim=4),
     _causal("opt", ffn_dim=32, word_embed_proj_dim=8),
     _causal("bloom", n_layer=2, n_head=2),
     _causal("mpt", d_model=16, n_heads=2, n_layers=2, max_seq_len=32),
@@ -239,7 +253,6 @@ ARCHITECTURES = [
     _causal("granitemoe", **_MOE),
     _causal("gpt_oss", **_MOE, head_dim=8),
     _causal("deepseek_v3", **_MOE, n_routed_experts=4, n_group=2, topk_group=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, first_k_dense_replace=1, n_shared_experts=1),
-    _causal("dbrx", inputs=words, d_model=16, n_heads=2, n_layers=2, max_seq_len=32, ffn_config={"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2}, attn_config={"kv_n_heads": 2, "clip_qkv": 8}),
     _causal("jamba", **_MOE, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
     _causal("mamba", inputs=unpadded, state_size=4, time_step_rank=4),
     _causal("mamba2", inputs=unpadded, state_size=4, num_heads=4, head_dim=8, n_groups=1, chunk_size=4),
@@ -249,22 +262,19 @@ ARCHITECTURES = [
     _seq2seq("t5", _T5),
     _seq2seq("t5", _T5, feed_forward_proj="gated-gelu", title="t5 v1.1"),
     _seq2seq("longt5", _T5, local_radius=2, encoder_attention_type="transient-global", global_block_size=2),
-    _seq2seq("switch_transformers", _T5, num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, expert_capacity=64, num_decoder_layers=2),
     _seq2seq("bart"),
     _seq2seq("mbart"),
     _seq2seq("marian", decoder_vocab_size=WORDS),
     _seq2seq("pegasus"),
     _seq2seq("blenderbot"),
     _seq2seq("m2m_100"),
-    _seq2seq("led", attention_window=[8], max_encoder_position_embeddings=32, max_decoder_position_embeddings=32),
-    _seq2seq("fsmt", langs=["a", "b"], src_vocab_size=WORDS, tgt_vocab_size=WORDS),
-    _seq2seq("prophetnet", num_encoder_layers=1, num_decoder_layers=1, num_encoder_attention_heads=2, num_decoder_attention_heads=2),
+    _seq2seq("led", attention_window=[8, 8], max_encoder_position_embeddings=32, max_decoder_position_embeddings=32),
     _images("vit"),
-    _images("deit"),
+    _made("deit", "DeiTForImageClassification", images(32, name="pixel_values"), classes(), CLASS, _VIT, title="deit ImageClassification"),
     _images("beit"),
     _images("data2vec-vision"),
     _images("dinov2", mlp_ratio=2),
-    _images("dinov3_vit"),
+    _made("dinov3_vit", "", images(32, name="pixel_values"), classes(), FEATURES, _VISION),
     _images("vit_msn"),
     _images("swin", _SWIN),
     _images("swinv2", _SWIN),
@@ -273,8 +283,7 @@ ARCHITECTURES = [
     _images("pvt", {**_STAGES, "num_encoder_blocks": 4, "num_attention_heads": [1, 1, 2, 2]}),
     _images("pvt_v2", {**_STAGES, "num_attention_heads": [1, 1, 2, 2]}, sr_ratios=[8, 4, 2, 1]),
     _images("segformer", {**_STAGES, "decoder_hidden_size": 8}),
-    _images("cvt", {"num_labels": CLASSES, "embed_dim": [8, 8, 16], "depth": [1, 1, 1], "num_heads": [1, 1, 2]}, size=64),
-    _images("levit", {"num_labels": CLASSES, "image_size": 64, "hidden_sizes": [8, 16, 16], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1], "key_dim": [4, 4, 4], "drop_path_rate": 0}, size=64),
+    _made("levit", "LevitForImageClassification", images(64, name="pixel_values"), classes(), CLASS, {"num_labels": CLASSES, "image_size": 64, "hidden_sizes": [8, 16, 16], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1], "key_dim": [4, 4, 4], "drop_path_rate": 0}, title="levit ImageClassification"),
     _images("hiera", {"num_labels": CLASSES, "image_size": [64, 64], "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]}, size=64),
     _images("mobilevit", {**_STAGES, "image_size": 64, "hidden_sizes": [8, 8, 16], "neck_hidden_sizes": [4, 8, 8, 8, 8, 8, 16], "num_attention_heads": 2}, size=64),
     _images("focalnet", {"num_labels": CLASSES, "image_size": 32, "embed_dim": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}),
@@ -282,13 +291,13 @@ ARCHITECTURES = [
     _images("clip", {**_TWO_TOWERS, "num_labels": CLASSES}),
     _images("siglip", {"vision_config": _VISION, "text_config": _TEXT, "num_labels": CLASSES}),
     _segmented("segformer", "ForSemanticSegmentation", {**_STAGES, "decoder_hidden_size": 8}, 32, 8),
-    _segmented("beit", "ForSemanticSegmentation", {**_VIT, "out_indices": [1, 1, 2, 2], "use_auxiliary_head": False, "pool_scales": [1, 2]}, 32, 16),
-    _segmented("dpt", "ForSemanticSegmentation", {**_VIT, "backbone_out_indices": [0, 1, 0, 1], "neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "use_auxiliary_head": False}, 32, 16),
-    _detector("detr", 6, {**_D_MODEL, **_BACKBONE, "num_queries": 6}),
-    _detector("conditional_detr", 6, {**_D_MODEL, **_BACKBONE, "num_queries": 6}),
-    _detector("table-transformer", 6, {**_D_MODEL, **_BACKBONE, "num_queries": 6}),
-    _detector("deformable_detr", 6, {**_D_MODEL, **_BACKBONE, "num_queries": 6, "num_feature_levels": 1, "disable_custom_kernels": True}),
-    _detector("yolos", 6, {**_VIT, "image_size": [32, 32], "num_detection_tokens": 6}),
+    _segmented("beit", "ForSemanticSegmentation", {**_VIT, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "use_auxiliary_head": False, "pool_scales": [1, 2]}, 32, 16),
+    _segmented("dpt", "ForSemanticSegmentation", {**_VIT, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "use_auxiliary_head": False}, 32, 64),
+    _detector("detr", {**_D_MODEL, **_BACKBONE, "num_queries": 6}),
+    _detector("conditional_detr", none=0, sizes={**_D_MODEL, **_BACKBONE, "num_queries": 6}),
+    _detector("table-transformer", {**_D_MODEL, **_BACKBONE, "num_queries": 6}),
+    _detector("deformable_detr", none=0, sizes={**_D_MODEL, **_BACKBONE, "hidden_size": 32, "d_model": 32, "num_queries": 6, "num_feature_levels": 1, "disable_custom_kernels": True}),
+    _detector("yolos", {**_VIT, "image_size": [32, 32], "num_detection_tokens": 6}),
     _heard("wav2vec2"),
     _heard("hubert"),
     _heard("wavlm"),
@@ -296,7 +305,7 @@ ARCHITECTURES = [
     _heard("sew", squeeze_factor=2),
     _heard("wav2vec2-conformer"),
     _heard("data2vec-audio", conv_pos_kernel_size=3),
-    _made("wav2vec2", "ForCTC", speech, labelled_tokens(WORDS), TOKEN, _SPEECH, title="wav2vec2 CTC frames"),
+    _made("wav2vec2", "ForCTC", speech, labelled_tokens(WORDS, 9), QUERIES, _SPEECH, title="wav2vec2 CTC frames"),
     _heard("whisper", inputs=mel(32), **{**_D_MODEL, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16}),
     _made("whisper", "ForSpeechSeq2Seq", lambda n: {**mel(32)(n), "decoder_input_ids": torch.randint(3, WORDS, (n, TOKENS))}, labelled_tokens(WORDS), TOKEN, {**_D_MODEL, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16, "suppress_tokens": None, "begin_suppress_tokens": None}),
     _heard("audio-spectrogram-transformer", inputs=lambda n: {"input_values": torch.randn(n, 24, 16, dtype=torch.float64)}, patch_size=8, max_length=24, num_mel_bins=16, frequency_stride=8, time_stride=8),
@@ -304,6 +313,8 @@ ARCHITECTURES = [
     _prompted("siglip", text_config={**_TEXT, "max_position_embeddings": TOKENS}),
     _prompted("altclip"),
     _prompted("clipseg"),
-    _made("vilt", "ViltForQuestionAnswering", lambda n: {**words(n), **images(32, name="pixel_values")(n)}, classes(), CLASS, {**_SIZES, **_VIT}),
+    _made("vilt", "ViltForQuestionAnswering", lambda n: {**words(n), **images(32, name="pixel_values")(n)}, classes(), ANSWERS, {**_SIZES, **_VIT}),
+    _made("llava", "LlavaForConditionalGeneration", picture_and_words, labelled_tokens(WORDS, 16 + TOKENS), CAUSAL, {"vision_config": {**_VISION, "model_type": "clip_vision_model"}, "text_config": {**_TEXT, "model_type": "llama"}, "image_token_index": 3, "vision_feature_layer": -1}, title="llava"),
+    _made("vision-encoder-decoder", "VisionEncoderDecoderModel", picture_and_answer, labelled_tokens(WORDS), TOKEN, {"encoder": {**_VISION, "model_type": "vit"}, "decoder": {**_TEXT, "model_type": "gpt2", "add_cross_attention": True, "is_decoder": True}}, title="vision-encoder-decoder"),
     _made("clip_vision_model", "", images(32, name="pixel_values"), classes(), FEATURES, _VISION),
 ]

@@ -1,0 +1,72 @@
+"""python -m sweep [--jobs N] [NAME ...]: all architectures, or those whose names contain one of these.
+
+All of them together write benchmarks/results/architectures.jsonl and docs/architectures.md. Exit status: 1 when an
+architecture is WRONG, or when timm or transformers have fewer than 40 rows with adapted layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from . import checks, listed, processes, table
+
+LEAST = {"timm": 40, "transformers": 40}
+
+
+def show(record: dict[str, Any], seconds: float) -> None:
+    name, outcome = f"{record['library']} {record['architecture']}", table.outcome(record)
+    print(f"{name:60s} {outcome:9s} {record['layers']:3d} layers {seconds:6.1f} s", flush=True)
+    for check, result in record["checks"].items():
+        if result["status"] == checks.WRONG:
+            print(f"    {check}: {result['text']}", flush=True)
+    if record.get("failed"):
+        print(f"    {record['failed']}", flush=True)
+
+
+def too_few(records: list[dict[str, Any]]) -> list[str]:
+    """Libraries with too few architectures that have adapted layers."""
+    covered = Counter(record["library"] for record in records if record["layers"])
+    return [f"{library}: {covered[library]} of {least}" for library, least in LEAST.items() if covered[library] < least]
+
+
+def about() -> dict[str, Any]:
+    versions = {name: importlib.metadata.version(name) for name in ("timm", "transformers", "torchvision", "torch")}
+    return {"versions": versions, "tolerance": checks.TOLERANCE}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m sweep", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each (%(default)s)")
+    arguments = parser.parse_args()
+    keys = [
+        (one.library, one.name)
+        for one in listed.ARCHITECTURES
+        if not arguments.names or any(part in one.name for part in arguments.names)
+    ]
+    records, start = [], time.perf_counter()
+    for record, seconds in processes.measured(keys, arguments.jobs):
+        show(record, seconds)
+        records.append(record)
+    counts = Counter(map(table.outcome, records))
+    print(", ".join(f"{counts[name]} {name}" for name in table.OUTCOMES), f"in {time.perf_counter() - start:.0f} s")
+    missing = []
+    if not arguments.names:
+        table.save(about(), records)
+        table.PAGE.write_text(table.page(*table.load()))
+        missing = too_few(records)
+        print(*(f"too few architectures of {text}" for text in missing), sep="\n", end="")
+    return 1 if counts["WRONG"] or missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
