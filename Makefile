@@ -5,10 +5,11 @@
 #   make test-integrations INSTEAD=dir   with other versions of these, installed by pip install --no-deps --target dir
 #   make demo    the continual learning demo    make bench   benchmarks against installed peers
 #   make suite   continual learning with every method on language and vision
+#   make sweep    small models of many architectures against plain autograd; writes docs/architectures.md
 #   make docs    the API reference and the pages of docs/, in build/docs
 #   make format  rewrite sources in style       make clean   remove build outputs (make distclean: .venv as well)
 #   make gpu-check OUT=dir   tests and benchmarks on a CUDA machine, with the PyTorch, Triton and pytest of PYTHON; no .venv
-# Variables: PYTHON, MAX_JOBS, FUSED_EWCLORA_BUILD, TEST_ARGS, INSTEAD, DEMO_ARGS, SUITE_ARGS, BENCH_ARGS, OUT, CHECK_ARGS
+# Variables: PYTHON, MAX_JOBS, FUSED_EWCLORA_BUILD, TEST_ARGS, INSTEAD, DEMO_ARGS, SUITE_ARGS, SWEEP_ARGS, BENCH_ARGS, OUT, CHECK_ARGS
 
 PYTHON ?= python3
 TEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
@@ -21,7 +22,7 @@ INSTALL := .venv/.install
 EXTENSION := build/.extension
 EXTRAS := .venv/extras
 
-.PHONY: test test-long test-library test-integrations demo suite docs lint format bench gpu-check setup clean distclean
+.PHONY: test test-long test-library test-integrations demo suite sweep docs lint format bench gpu-check setup clean distclean
 .DELETE_ON_ERROR:
 
 test: test-library test-integrations
@@ -42,6 +43,10 @@ demo: setup
 # The language problem needs transformers and tokenizers.
 suite: setup $(EXTRAS)
 	PYTHONPATH=$(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH)) python -m fused_ewclora demo --suite $(SUITE_ARGS)
+
+# Minutes on two cores; SWEEP_ARGS="bert swin" runs the architectures with these in their names and writes nothing.
+sweep: setup $(EXTRAS)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/helpers:$(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH)) python -m sweep $(SWEEP_ARGS)
 
 bench: setup $(EXTRAS)
 	PYTHONPATH=$(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH)) python -m benchmarks $(BENCH_ARGS)

@@ -1,4 +1,4 @@
-"""The sweep over architectures (`make sweep`): a few of its rows, and that it finds errors that are planted."""
+"""The sweep over architectures (`make sweep`): a few of its rows, and errors that are planted are found."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def one_thread() -> None:
 
 
 def statuses(key: tuple[str, str]) -> dict[str, str]:
-    return {name: check["status"] for name, check in checks.run(listed.find(*key)).to_dict()["checks"].items()}
+    return {
+        name: check["status"] for name, check in checks.run(listed.find(*key)).to_dict()["checks"].items()
+    }
 
 
 @pytest.mark.parametrize("key", QUICK, ids=lambda key: key[1].split()[0])
@@ -58,7 +60,9 @@ def test_missing_adapters_found(monkeypatch):
 
 def test_lost_merge_found(monkeypatch):
     """A merge that leaves the weight as it is shows in the output after the task."""
-    monkeypatch.setattr(fe.LoRALinear, "consolidated_weight", lambda layer: layer.base_weight.detach().clone())
+    monkeypatch.setattr(
+        fe.LoRALinear, "consolidated_weight", lambda layer: layer.base_weight.detach().clone()
+    )
     ended = fe.EWC.consolidate
 
     def consolidate(ewc, gamma=None):
@@ -75,5 +79,7 @@ def test_lost_merge_found(monkeypatch):
 def test_mixed_samples_found(monkeypatch):
     """A model whose samples see each other is never right per sample."""
     forward = nn.LayerNorm.forward
-    monkeypatch.setattr(nn.LayerNorm, "forward", lambda norm, x: forward(norm, x + 0.5 * x.mean(0, keepdim=True)))
+    monkeypatch.setattr(
+        nn.LayerNorm, "forward", lambda norm, x: forward(norm, x + 0.5 * x.mean(0, keepdim=True))
+    )
     assert statuses(("transformers", "bert SequenceClassification"))["fisher_sample"] != "right"

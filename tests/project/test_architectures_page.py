@@ -23,6 +23,7 @@ def test_rows_complete():
 
 def test_outcomes():
     """WRONG outweighs a refusal, and a refusal what is right; without checks a row is left out."""
+
     def of(*statuses: str) -> str:
         return table.outcome({"checks": {str(i): {"status": status} for i, status in enumerate(statuses)}})
 

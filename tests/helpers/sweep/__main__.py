@@ -1,7 +1,7 @@
-"""python -m sweep [--jobs N] [NAME ...]: all architectures, or those whose names contain one of these.
+"""python -m sweep [--jobs N] [--update] [NAME ...]: all architectures, or those with one of these in the name.
 
-All of them together write benchmarks/results/architectures.jsonl and docs/architectures.md. Exit status: 1 when an
-architecture is WRONG, or when timm or transformers have fewer than 40 rows with adapted layers.
+All of them together write benchmarks/results/architectures.jsonl and docs/architectures.md. Exit status: 1
+when an architecture is WRONG, or when timm or transformers have fewer than 40 rows with adapted layers.
 """
 
 from __future__ import annotations
@@ -35,11 +35,24 @@ def show(record: dict[str, Any], seconds: float) -> None:
 def too_few(records: list[dict[str, Any]]) -> list[str]:
     """Libraries with too few architectures that have adapted layers."""
     covered = Counter(record["library"] for record in records if record["layers"])
-    return [f"{library}: {covered[library]} of {least}" for library, least in LEAST.items() if covered[library] < least]
+    return [
+        f"{library}: {covered[library]} of {least}"
+        for library, least in LEAST.items()
+        if covered[library] < least
+    ]
+
+
+def ordered(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record per architecture that is listed, in the order of the list; later ones replace earlier ones."""
+    latest = {(record["library"], record["architecture"]): record for record in records}
+    keys = [(one.library, one.name) for one in listed.ARCHITECTURES]
+    return [latest[key] for key in keys if key in latest]
 
 
 def about() -> dict[str, Any]:
-    versions = {name: importlib.metadata.version(name) for name in ("timm", "transformers", "torchvision", "torch")}
+    versions = {
+        name: importlib.metadata.version(name) for name in ("timm", "transformers", "torchvision", "torch")
+    }
     return {"versions": versions, "tolerance": checks.TOLERANCE}
 
 
@@ -47,6 +60,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m sweep", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each (%(default)s)")
+    parser.add_argument("--update", action="store_true", help="replace the rows of these names in the page")
     arguments = parser.parse_args()
     keys = [
         (one.library, one.name)
@@ -58,13 +72,18 @@ def main() -> int:
         show(record, seconds)
         records.append(record)
     counts = Counter(map(table.outcome, records))
-    print(", ".join(f"{counts[name]} {name}" for name in table.OUTCOMES), f"in {time.perf_counter() - start:.0f} s")
-    missing = []
-    if not arguments.names:
-        table.save(about(), records)
-        table.PAGE.write_text(table.page(*table.load()))
-        missing = too_few(records)
-        print(*(f"too few architectures of {text}" for text in missing), sep="\n", end="")
+    print(
+        ", ".join(f"{counts[name]} {name}" for name in table.OUTCOMES),
+        f"in {time.perf_counter() - start:.0f} s",
+    )
+    if arguments.names and not arguments.update:
+        return 1 if counts["WRONG"] else 0
+    written = ordered([*(table.load()[1] if arguments.update else []), *records])
+    table.save(about(), written)
+    table.PAGE.write_text(table.page(*table.load()))
+    missing = too_few(written)
+    for text in missing:
+        print(f"too few architectures of {text}")
     return 1 if counts["WRONG"] or missing else 0
 
 

@@ -20,9 +20,9 @@ Inputs = Mapping[str, Tensor]
 class Task:
     """A loss, and how the library is told to find it by itself.
 
-    loss: (output, targets) -> the losses of all samples, added. own: what the library makes of a batch without a
-    loss function is `loss` ("log p"), the loss that the model returns for a single sample ("model"), or nothing
-    that is defined (None).
+    loss: (output, targets) -> the losses of all samples, added. own: what the library makes of a batch
+    without a loss function is `loss` ("log p"), the loss that the model returns for a single sample
+    ("model"), or nothing that is defined (None).
     """
 
     name: str
@@ -34,8 +34,10 @@ class Task:
 class Architecture:
     """One row of the table.
 
-    make: the model. inputs, targets: n samples, drawn from the default generator. shared: arguments that are no
-    samples, such as the class prompts of CLIP. positional: whether the model takes its only input by position.
+    make: the model. inputs, targets: n samples, drawn from the default generator. shared: arguments that are
+    no samples, such as the class prompts of CLIP. positional: whether the model takes its only input by
+    position. mixes: how the model makes samples of a batch depend on each other, so that none has a gradient
+    of its own.
     """
 
     library: str
@@ -46,6 +48,7 @@ class Architecture:
     task: Task
     shared: Mapping[str, Any] = field(default_factory=dict)
     positional: bool = False
+    mixes: str = ""
 
     def build(self, seed: int = 0) -> nn.Module:
         """In fp64 and eval mode, with parameters that all show in the output."""
@@ -166,6 +169,8 @@ def labelled_tokens(count: int = CLASSES, length: int = TOKENS) -> Callable[[int
     return make
 
 
-def images(size: int | tuple[int, int], channels: int = 3, name: str = "x") -> Callable[[int], dict[str, Tensor]]:
+def images(
+    size: int | tuple[int, int], channels: int = 3, name: str = "x"
+) -> Callable[[int], dict[str, Tensor]]:
     sides = (size, size) if isinstance(size, int) else size
     return lambda n: {name: torch.randn(n, channels, *sides, dtype=torch.float64)}

@@ -17,7 +17,7 @@ import fused_ewclora as fe
 from . import oracle
 from .architecture import Architecture, floats, rows
 
-# Everything is fp64, but many models compute norms, rotary embeddings or softmax in fp32 whatever their dtype.
+# Everything is fp64, but many models compute norms, rotary embeddings or softmax in fp32 all the same.
 TOLERANCE = 1e-5
 SAMPLES = 9  # the largest batch
 RIGHT, REFUSED, WRONG, NOTHING = "right", "refused", "WRONG", "-"
@@ -50,7 +50,9 @@ class Record:
 
 def worst(outcomes: Iterable[Outcome]) -> Outcome:
     order = (NOTHING, RIGHT, REFUSED, WRONG)
-    return max(outcomes, key=lambda one: (order.index(one.status), one.error or 0.0), default=Outcome(NOTHING))
+    return max(
+        outcomes, key=lambda one: (order.index(one.status), one.error or 0.0), default=Outcome(NOTHING)
+    )
 
 
 def guarded(check: Callable[[], Outcome]) -> Outcome:
@@ -95,9 +97,7 @@ class Subject:
             record.left_out["no part in the loss"] = unused
         excluded = "|".join(map(re.escape, unused)) if unused else None
         self.adapted = copy.deepcopy(plain)
-        report = fe.inject(
-            self.adapted, fe.LoRAConfig(r=2, target_modules=targets, exclude_modules=excluded)
-        )
+        report = fe.inject(self.adapted, fe.LoRAConfig(r=2, target_modules=targets, exclude_modules=excluded))
         self.skipped: dict[str, str] = report.summary["skipped"]
         self.names = list(fe.adapters(self.adapted))
         record.layers = len(self.names)
@@ -114,7 +114,9 @@ class Subject:
         return rows(self.inputs, 0, count), self.targets[:count]
 
     def outputs(self, model: nn.Module) -> dict[str, Tensor]:
-        return {str(i): t.detach() for i, t in enumerate(floats(self.architecture.call(model, self.first(4)[0])))}
+        return {
+            str(i): t.detach() for i, t in enumerate(floats(self.architecture.call(model, self.first(4)[0])))
+        }
 
     def batches(self) -> list[list[int]]:
         """Sizes of batches: two of 2, one of 4, and one that divides the tokens of a sample."""
@@ -179,15 +181,21 @@ class FisherRun:
             loader.append(architecture.own_batch(*batch) if self.own else batch)
             of_batches.append(samples[start:stop])
             start = stop
-        fisher = guarded(lambda: self._fisher(ewc, architecture, loader, oracle.fisher(of_batches, self.mode)))
+        fisher = guarded(
+            lambda: self._fisher(ewc, architecture, loader, oracle.fisher(of_batches, self.mode))
+        )
         if fisher.text:
             fisher = Outcome(fisher.status, fisher.error, f"batches {self.sizes}: {fisher.text}")
         if fisher.status == REFUSED or not ewc.fishers:
             return fisher, Outcome(NOTHING)
         with torch.no_grad():
-            return fisher, guarded(lambda: compared(subject.outputs(ewc.model), subject.outputs(subject.dense)))
+            return fisher, guarded(
+                lambda: compared(subject.outputs(ewc.model), subject.outputs(subject.dense))
+            )
 
-    def _fisher(self, ewc: fe.EWC, architecture: Architecture, loader: list[Any], wanted: oracle.Gradients) -> Outcome:
+    def _fisher(
+        self, ewc: fe.EWC, architecture: Architecture, loader: list[Any], wanted: oracle.Gradients
+    ) -> Outcome:
         if self.own:
             ewc.end_task(loader)
         else:
@@ -271,29 +279,30 @@ def run(architecture: Architecture) -> Record:
             "forward": guarded(lambda: check_forward(subject)),
             "gradients": guarded(lambda: check_gradients(subject)),
         }
-        sample, merged = check_fisher(subject, "sample")
-        outcomes["fisher_sample"] = unnamed(sample, subject.names)
-        if sample.status == REFUSED and (single := alone(subject)).status == WRONG:
-            outcomes["fisher_sample"] = single
-        own = Outcome(NOTHING)
-        if architecture.task.own is not None:
-            own, _ = check_fisher(subject, "sample", own=True)
-        outcomes["fisher_own_loss"] = own
-        batch, merged_too = check_fisher(subject, "batch")
+        merges = []
+        if architecture.mixes:
+            record.notes.append(f"no gradients of single samples: {architecture.mixes}")
+            outcomes["fisher_sample"] = outcomes["fisher_own_loss"] = Outcome(NOTHING)
+        else:
+            outcomes["fisher_sample"], outcomes["fisher_own_loss"], merged = _per_sample(subject)
+            merges.append(merged)
+        batch, merged = check_fisher(subject, "batch")
         outcomes["fisher_batch"] = unnamed(batch, subject.names)
-        merges = [merged, merged_too]
+        merges.append(merged)
         if all(one.status == NOTHING for one in merges):
             merges.append(guarded(lambda: check_merge(subject)))
         outcomes["merge"] = worst(merges)
         record.checks = {name: asdict(outcome) for name, outcome in outcomes.items()}
-        mixed = compared(_batch_gradient(subject), oracle.mean(subject.samples[:4]))
-        if mixed.status == WRONG:
-            record.notes.append("the loss of a sample depends on the other samples of its batch")
     return record
 
 
-def _batch_gradient(subject: Subject) -> dict[str, Tensor | None]:
-    inputs, targets = subject.first(4)
-    return oracle.gradients(
-        subject.dense, subject.names, lambda: subject.architecture.loss(subject.dense, inputs, targets) / 4
-    )
+def _per_sample(subject: Subject) -> tuple[Outcome, Outcome, Outcome]:
+    """(Fisher with an explicit loss, Fisher without loss_fn, merge)."""
+    sample, merged = check_fisher(subject, "sample")
+    explicit = unnamed(sample, subject.names)
+    if sample.status == REFUSED and (single := alone(subject)).status == WRONG:
+        explicit = single
+    own = Outcome(NOTHING)
+    if subject.architecture.task.own is not None:
+        own, _ = check_fisher(subject, "sample", own=True)
+    return explicit, own, merged

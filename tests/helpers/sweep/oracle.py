@@ -57,7 +57,9 @@ def sample_gradients(
         of_one = gradients(model, names, lambda one=one, target=target: loss(model, one, target))
         found.append(
             {
-                name: torch.zeros(_shape(model.get_submodule(name)), dtype=torch.float64) if g is None else g.double()
+                name: torch.zeros(_shape(model.get_submodule(name)), dtype=torch.float64)
+                if g is None
+                else g.double()
                 for name, g in of_one.items()
             }
         )
@@ -74,7 +76,8 @@ def mean(samples: list[Gradients]) -> Gradients:
 
 
 def fisher(batches: list[list[Gradients]], mode: str) -> Gradients:
-    """"sample": the mean of squared gradients; "batch": n_b (mean gradient)^2 of each batch, over all samples."""
+    """Mode "sample": the mean of squared gradients; "batch": n_b (mean gradient)^2 of each batch, added and
+    divided by the number of samples."""
     total = sum(map(len, batches))
     if mode == "sample":
         return mean([{name: g.square() for name, g in one.items()} for batch in batches for one in batch])
@@ -83,8 +86,8 @@ def fisher(batches: list[list[Gradients]], mode: str) -> Gradients:
 
 
 def unused_layers(architecture: Architecture, plain: nn.Module, inputs: Inputs, targets: Tensor) -> list[str]:
-    """Linear layers on which the loss does not depend but for rounding, such as a pooler beside another head, or
-    queries that see a single key."""
+    """Linear layers on which the loss does not depend but for rounding, such as a pooler beside another head,
+    or queries that see a single key."""
     model = copy.deepcopy(plain)
     names = [name for name, module in model.named_modules() if is_linear(module)]
     if not names:
@@ -121,7 +124,7 @@ class _Products(TorchDispatchMode):
 
 
 def matrices(architecture: Architecture, plain: nn.Module, inputs: Inputs) -> dict[str, list[str]]:
-    """The parameters that the model uses as matrices, whichever module holds them: name -> all of its names."""
+    """The parameters that the model uses as matrices, whichever module holds them: name -> all names."""
     with torch.enable_grad(), _Products(plain) as products:
         architecture.call(plain, inputs)
     return products.found

@@ -33,10 +33,11 @@ def _class(
     size: int = 32,
     title: str = "",
     parts: Callable[[Any], dict[str, Any]] = lambda module: {},
+    mixes: str = "",
     **options: Any,
 ) -> Architecture:
-    """Of a class, where the functions of its models fix what has to be small. parts: options that are classes of
-    its module."""
+    """Of a class, where the functions of its models fix what has to be small. parts: options that are classes
+    of its module."""
     place, _, name = path.partition(".")
 
     def make() -> nn.Module:
@@ -44,7 +45,9 @@ def _class(
         model: nn.Module = getattr(module, name)(num_classes=CLASSES, **options, **parts(module))
         return model
 
-    return Architecture("timm", title or name, make, images(size), classes(), CLASS, positional=True)
+    return Architecture(
+        "timm", title or name, make, images(size), classes(), CLASS, positional=True, mixes=mixes
+    )
 
 
 _VIT = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -53,7 +56,14 @@ _DIMS = {"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1)}
 _STAGES = {"embed_dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1)}
 _HEADS = {**_STAGES, "num_heads": (1, 1, 2, 2)}
 _MIXER = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "num_blocks": 2}
-_COAT = {"size": 64, "img_size": 64, "embed_dims": (16, 16, 16, 16), "serial_depths": (1, 1, 1, 1), "num_heads": 8, "patch_size": 4}
+_COAT = {
+    "size": 64,
+    "img_size": 64,
+    "embed_dims": (16, 16, 16, 16),
+    "serial_depths": (1, 1, 1, 1),
+    "num_heads": 8,
+    "patch_size": 4,
+}
 
 ARCHITECTURES = [
     _sized("vit_base_patch16_224", **_VIT),
@@ -84,9 +94,28 @@ ARCHITECTURES = [
     _sized("xcit_nano_12_p8_224", **_VIT),
     _sized("convit_tiny", **_VIT, local_up_to_layer=1),
     _sized("crossvit_tiny_240", size=240, embed_dim=(8, 16), depth=((1, 1, 0),), num_heads=(2, 2)),
-    _class("pit.PoolingVisionTransformer", title="PiT", img_size=32, base_dims=(8, 8, 8), depth=(1, 1, 1), heads=(1, 2, 2), patch_size=8, stride=4),
+    _class(
+        "pit.PoolingVisionTransformer",
+        title="PiT",
+        img_size=32,
+        base_dims=(8, 8, 8),
+        depth=(1, 1, 1),
+        heads=(1, 2, 2),
+        patch_size=8,
+        stride=4,
+    ),
     _class("tnt.TNT", img_size=32, inner_dim=8, embed_dim=16, depth=2, num_heads_inner=2, num_heads_outer=2),
-    _class("volo.VOLO", img_size=32, layers=[1, 1], embed_dims=[16, 16], num_heads=[2, 2], downsamples=(True, False), outlook_attention=(True, False), stem_hidden_dim=8, use_aux_head=False),
+    _class(
+        "volo.VOLO",
+        img_size=32,
+        layers=[1, 1],
+        embed_dims=[16, 16],
+        num_heads=[2, 2],
+        downsamples=(True, False),
+        outlook_attention=(True, False),
+        stem_hidden_dim=8,
+        use_aux_head=False,
+    ),
     _sized("swin_tiny_patch4_window7_224", **_SWIN),
     _sized("swin_s3_tiny_224", **{**_SWIN, "window_size": (4, 4)}),
     _sized("swinv2_tiny_window8_256", **_SWIN),
@@ -112,19 +141,47 @@ ARCHITECTURES = [
         },
     ),
     _sized("hiera_tiny_224", size=64, embed_dim=8, stages=(1, 1, 1, 1), num_heads=1),
-    _class("hieradet_sam2.HieraDet", size=64, embed_dim=8, stages=(1, 1, 1, 1), window_spec=(8, 4, 2, 2), global_att_blocks=(), global_pos_size=(2, 2)),
-    _class("nest.Nest", img_size=32, patch_size=2, embed_dims=(8, 8, 16), num_heads=(1, 1, 2), depths=(1, 1, 1)),
+    _class(
+        "hieradet_sam2.HieraDet",
+        size=64,
+        embed_dim=8,
+        stages=(1, 1, 1, 1),
+        window_spec=(8, 4, 2, 2),
+        global_att_blocks=(),
+        global_pos_size=(2, 2),
+    ),
+    _class(
+        "nest.Nest", img_size=32, patch_size=2, embed_dims=(8, 8, 16), num_heads=(1, 1, 2), depths=(1, 1, 1)
+    ),
     _made("davit_tiny", **_HEADS),
-    _class("gcvit.GlobalContextVit", size=64, img_size=64, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2)),
+    _class(
+        "gcvit.GlobalContextVit",
+        size=64,
+        img_size=64,
+        embed_dim=8,
+        depths=(1, 1, 1, 1),
+        num_heads=(1, 1, 2, 2),
+    ),
     _class("focalnet.FocalNet", embed_dim=8, depths=(1, 1, 1, 1)),
-    _class("levit.Levit", size=64, img_size=64, embed_dim=(8, 16, 16), key_dim=4, num_heads=(2, 2, 2), depth=(1, 1, 1)),
+    _class(
+        "levit.Levit",
+        size=64,
+        img_size=64,
+        embed_dim=(8, 16, 16),
+        key_dim=4,
+        num_heads=(2, 2, 2),
+        depth=(1, 1, 1),
+    ),
     _class(
         "maxxvit.MaxxVit",
         title="MaxViT",
         img_size=32,
         parts=lambda m: {
             "cfg": m.MaxxVitCfg(
-                (8, 8), (1, 1), ("M", "M"), 8,
+                (8, 8),
+                (1, 1),
+                ("M", "M"),
+                8,
                 transformer_cfg=m.MaxxVitTransformerCfg(dim_head=4, window_size=(4, 4), grid_size=(4, 4)),
             )
         },
@@ -148,22 +205,71 @@ ARCHITECTURES = [
         },
     ),
     _class("efficientvim.EfficientViM", size=64, embed_dim=(8, 8, 8), depths=(1, 1, 1), state_dim=(4, 4, 4)),
-    _class("gemma4_vit.Gemma4VitClassifier", size=64, img_size=64, patch_size=8, embed_dim=16, depth=2, num_heads=2, head_dim=8, intermediate_size=32),
+    _class(
+        "gemma4_vit.Gemma4VitClassifier",
+        size=64,
+        img_size=64,
+        patch_size=8,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        head_dim=8,
+        intermediate_size=32,
+    ),
     _class("qwen3_vit.Qwen3VitClassifier", img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2),
-    _class("deepseek_vit.DeepseekVitClassifier", size=48, img_size=48, patch_size=8, embed_dim=16, depth=2, num_heads=2),
+    _class(
+        "deepseek_vit.DeepseekVitClassifier",
+        size=48,
+        img_size=48,
+        patch_size=8,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+    ),
     _made("mobilevit_xxs", size=64),
     _made("sequencer2d_s", embed_dims=(8, 16, 16, 16), layers=(1, 1, 1, 1), hidden_sizes=(4, 4, 4, 4)),
     _class("mlp_mixer.MlpMixer", **_MIXER),
-    _class("mlp_mixer.MlpMixer", title="GMixer", **_MIXER, mlp_ratio=(1.0, 4.0), parts=lambda m: {"mlp_layer": m.GluMlp}),
-    _class("mlp_mixer.MlpMixer", title="ResMLP", **_MIXER, mlp_ratio=4, parts=lambda m: {"block_layer": m.ResBlock}),
-    _class("mlp_mixer.MlpMixer", title="gMLP", **_MIXER, mlp_ratio=4, parts=lambda m: {"block_layer": m.SpatialGatingBlock, "mlp_layer": m.GatedMlp}),
+    _class(
+        "mlp_mixer.MlpMixer",
+        title="GMixer",
+        **_MIXER,
+        mlp_ratio=(1.0, 4.0),
+        parts=lambda m: {"mlp_layer": m.GluMlp},
+    ),
+    _class(
+        "mlp_mixer.MlpMixer",
+        title="ResMLP",
+        **_MIXER,
+        mlp_ratio=4,
+        parts=lambda m: {"block_layer": m.ResBlock},
+    ),
+    _class(
+        "mlp_mixer.MlpMixer",
+        title="gMLP",
+        **_MIXER,
+        mlp_ratio=4,
+        parts=lambda m: {"block_layer": m.SpatialGatingBlock, "mlp_layer": m.GatedMlp},
+    ),
     _made("convnext_tiny", **_DIMS),
     _class("convnext.ConvNeXt", title="ConvNeXt V2", use_grn=True, head_hidden_size=16, **_DIMS),
-    _class("rdnet.RDNet", growth_rates=(8, 8), num_blocks_list=(2, 2), block_type=("Block", "BlockESE"), is_downsample_block=(None, True), num_init_features=8),
+    _class(
+        "rdnet.RDNet",
+        growth_rates=(8, 8),
+        num_blocks_list=(2, 2),
+        block_type=("Block", "BlockESE"),
+        is_downsample_block=(None, True),
+        num_init_features=8,
+    ),
     _made("inception_next_tiny", dims=(16, 16, 16, 16), depths=(1, 1, 1, 1)),
     _made("mambaout_femto", **_DIMS),
     _made("swiftformer_xs", embed_dims=(8, 8, 16, 16), layers=(1, 1, 1, 1)),
-    _class("csatv2.CSATv2", size=64, **_DIMS, transformer_depths=(0, 0, 1, 1)),
+    _class(
+        "csatv2.CSATv2",
+        size=64,
+        mixes="its spatial attention multiplies q `[N, T]` with k.T, so that samples attend to each other",
+        **_DIMS,
+        transformer_depths=(0, 0, 1, 1),
+    ),
     _made("test_resnet"),
     _made("test_efficientnet"),
     _made("test_nfnet"),

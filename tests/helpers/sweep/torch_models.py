@@ -44,7 +44,11 @@ class Sequences(nn.Module):
         self.order = order
 
     def run(self, x: Tensor) -> Tensor:
-        y = self.layer(x, x.flip(-1)) if isinstance(self.layer, (nn.Transformer, nn.TransformerDecoderLayer)) else self.layer(x)
+        y = (
+            self.layer(x, x.flip(-1))
+            if isinstance(self.layer, (nn.Transformer, nn.TransformerDecoderLayer))
+            else self.layer(x)
+        )
         return y[0] if isinstance(y, tuple) else y
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,11 +73,20 @@ def _encoder_layer(batch_first: bool, **options: Any) -> nn.TransformerEncoderLa
 
 _ORDERS = ("batch first", "sequence first")
 ARCHITECTURES = [
-    _torchvision("VisionTransformer", lambda m: m.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=CLASSES)),
+    _torchvision(
+        "VisionTransformer", lambda m: m.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=CLASSES)
+    ),
     _torchvision("SwinTransformer", lambda m: _swin(m, "v1")),
     _torchvision("SwinTransformer V2", lambda m: _swin(m, "v2")),
-    _torchvision("MaxVit", lambda m: m.MaxVit((64, 64), 8, 2, [8, 8], [1, 1], 4, 0.0, num_classes=CLASSES), size=64),
-    _torchvision("ConvNeXt", lambda m: m.ConvNeXt([m.convnext.CNBlockConfig(8, 16, 1), m.convnext.CNBlockConfig(16, None, 1)], num_classes=CLASSES)),
+    _torchvision(
+        "MaxVit", lambda m: m.MaxVit((64, 64), 8, 2, [8, 8], [1, 1], 4, 0.0, num_classes=CLASSES), size=64
+    ),
+    _torchvision(
+        "ConvNeXt",
+        lambda m: m.ConvNeXt(
+            [m.convnext.CNBlockConfig(8, 16, 1), m.convnext.CNBlockConfig(16, None, 1)], num_classes=CLASSES
+        ),
+    ),
     _torchvision("ResNet", lambda m: m.ResNet(m.resnet.BasicBlock, [1, 1, 1, 1], num_classes=CLASSES)),
     _torchvision("mobilenet_v3_small", lambda m: m.mobilenet_v3_small(num_classes=CLASSES, width_mult=0.25)),
     *(

@@ -36,9 +36,18 @@ _SIZES = {
 }  # fmt: skip
 _D_MODEL = {
     **_SIZES, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "decoder_start_token_id": START,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
+    "decoder_start_token_id": START,
 }  # fmt: skip
-_T5 = {**_SIZES, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": START}
+_T5 = {
+    **_SIZES,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "decoder_start_token_id": START,
+}
 _VIT = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
     "image_size": 32, "patch_size": 8, "num_labels": CLASSES,
@@ -47,7 +56,15 @@ _STAGES = {
     "num_labels": CLASSES, "image_size": 32, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1],
     "num_attention_heads": [1, 1, 2, 2],
 }  # fmt: skip
-_SWIN = {"num_labels": CLASSES, "image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 1], "num_heads": [2, 2], "window_size": 4}
+_SWIN = {
+    "num_labels": CLASSES,
+    "image_size": 32,
+    "patch_size": 4,
+    "embed_dim": 8,
+    "depths": [2, 1],
+    "num_heads": [2, 2],
+    "window_size": 4,
+}
 _SPEECH = {
     **_SIZES, "conv_dim": (8, 8), "conv_kernel": (10, 4), "conv_stride": (8, 4), "num_feat_extract_layers": 2,
     "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "num_codevectors_per_group": 4,
@@ -58,7 +75,13 @@ _TEXT = {k: _SIZES[k] for k in (
     "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id",
 )}  # fmt: skip
 _VISION = {k: v for k, v in _VIT.items() if k != "num_labels"}
-_MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_key_value_heads": 2}
+_MOE = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "num_key_value_heads": 2,
+}
 
 
 def words(n: int) -> dict[str, Tensor]:
@@ -105,12 +128,19 @@ def pixels(size: int) -> Callable[[int], Tensor]:
 
 
 def _made(
-    kind: str, head: str, inputs: Callable[[int], dict[str, Tensor]], targets: Callable[[int], Tensor], task: Task,
-    sizes: dict[str, Any], title: str = "", shared: dict[str, Any] | None = None, without: tuple[str, ...] = (),
+    kind: str,
+    head: str,
+    inputs: Callable[[int], dict[str, Tensor]],
+    targets: Callable[[int], Tensor],
+    task: Task,
+    sizes: dict[str, Any],
+    title: str = "",
+    shared: dict[str, Any] | None = None,
+    without: tuple[str, ...] = (),
     **options: Any,
-) -> Architecture:  # fmt: skip
-    """kind: a model type, or a configuration class; head: what follows AutoModel, or a class. without: sizes that the
-    configuration does not take."""
+) -> Architecture:
+    """kind: a model type; head: what follows AutoModel, or a class; sizes, options: of the configuration;
+    without: sizes that it does not take."""
 
     def make() -> nn.Module:
         import transformers
@@ -148,17 +178,25 @@ def _seq2seq(kind: str, sizes: dict[str, Any] = _D_MODEL, **options: Any) -> Arc
 
 
 def _images(kind: str, sizes: dict[str, Any] = _VIT, size: int = 32, **options: Any) -> Architecture:
-    return _made(kind, "ForImageClassification", images(size, name="pixel_values"), classes(), CLASS, sizes, **options)
+    return _made(
+        kind, "ForImageClassification", images(size, name="pixel_values"), classes(), CLASS, sizes, **options
+    )
 
 
-def _segmented(kind: str, head: str, sizes: dict[str, Any], size: int, of_logits: int, **options: Any) -> Architecture:
+def _segmented(
+    kind: str, head: str, sizes: dict[str, Any], size: int, of_logits: int, **options: Any
+) -> Architecture:
     return _made(kind, head, images(size, name="pixel_values"), pixels(of_logits), PIXELS, sizes, **options)
 
 
-def _detector(kind: str, sizes: dict[str, Any], size: int = 32, none: int = 1, **options: Any) -> Architecture:
+def _detector(
+    kind: str, sizes: dict[str, Any], size: int = 32, none: int = 1, **options: Any
+) -> Architecture:
     """none: whether the last class means that there is no object."""
     targets = labelled_tokens(CLASSES + none, 6)
-    return _made(kind, "ForObjectDetection", images(size, name="pixel_values"), targets, QUERIES, sizes, **options)
+    return _made(
+        kind, "ForObjectDetection", images(size, name="pixel_values"), targets, QUERIES, sizes, **options
+    )
 
 
 def _heard(kind: str, inputs: Any = speech, **options: Any) -> Architecture:
@@ -170,7 +208,8 @@ PROMPTS = torch.randint(3, WORDS, (CLASSES, TOKENS), generator=torch.Generator()
 PROMPTS[:, -1] = END
 _TWO_TOWERS = {"text_config": _TEXT, "vision_config": _VISION, "projection_dim": 8}
 _BACKBONE = {
-    "backbone_config": {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1], "out_features": ["stage4"]},
+    "backbone_config": {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 8, 16],
+                        "depths": [1, 1, 1, 1], "out_features": ["stage4"]},
     "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "backbone_kwargs": None,
 }  # fmt: skip
 
@@ -191,11 +230,26 @@ ARCHITECTURES = [
     _classifier("electra", embedding_size=8),
     _classifier("deberta", relative_attention=True, pos_att_type=["c2p", "p2c"]),
     _classifier("deberta-v2", relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=4),
-    _classifier("deberta-v2", relative_attention=True, pos_att_type=["c2p", "p2c"], share_att_key=True, title="deberta-v2, shared keys"),
+    _classifier(
+        "deberta-v2",
+        relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
+        share_att_key=True,
+        title="deberta-v2, shared keys",
+    ),
     _classifier("xlnet", without=("max_position_embeddings",), d_model=16, n_layer=2, n_head=2, d_inner=32),
     _classifier("mpnet"),
     _classifier("convbert", embedding_size=16, head_ratio=1),
-    _classifier("funnel", without=("num_hidden_layers",), block_sizes=[1, 1], d_model=16, n_head=2, d_head=8, d_inner=32, num_decoder_layers=1),
+    _classifier(
+        "funnel",
+        without=("num_hidden_layers",),
+        block_sizes=[1, 1],
+        d_model=16,
+        n_head=2,
+        d_head=8,
+        d_inner=32,
+        num_decoder_layers=1,
+    ),
     _classifier("longformer", attention_window=8),
     _classifier("big_bird", attention_type="original_full"),
     _classifier("fnet", inputs=unpadded),
@@ -211,7 +265,16 @@ ARCHITECTURES = [
     _classifier("esm", position_embedding_type="rotary", mask_token_id=3),
     _classifier("llama"),
     _classifier("gpt2", n_embd=16, n_layer=2, n_head=2),
-    _classifier("perceiver", d_model=16, d_latents=16, num_latents=4, num_blocks=1, num_self_attends_per_block=1, num_self_attention_heads=2, num_cross_attention_heads=2),
+    _classifier(
+        "perceiver",
+        d_model=16,
+        d_latents=16,
+        num_latents=4,
+        num_blocks=1,
+        num_self_attends_per_block=1,
+        num_self_attention_heads=2,
+        num_cross_attention_heads=2,
+    ),
     _tagger("bert"),
     _tagger("deberta-v2"),
     _tagger("distilbert", dim=16, n_layers=2, n_heads=2, hidden_dim=32),
@@ -220,7 +283,14 @@ ARCHITECTURES = [
     _masked("albert", embedding_size=8),
     _masked("modernbert"),
     _made("bert", "ForQuestionAnswering", words, spans, SPAN, _SIZES, num_labels=2),
-    _made("bert", "ForMultipleChoice", lambda n: {k: v.view(n, 2, TOKENS) for k, v in words(2 * n).items()}, classes(2), CLASS, _SIZES),
+    _made(
+        "bert",
+        "ForMultipleChoice",
+        lambda n: {k: v.view(n, 2, TOKENS) for k, v in words(2 * n).items()},
+        classes(2),
+        CLASS,
+        _SIZES,
+    ),
     _causal("gpt2", n_embd=16, n_layer=2, n_head=2),
     _causal("gpt_neo", num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]),
     _causal("gpt_neox"),
@@ -252,8 +322,31 @@ ARCHITECTURES = [
     _causal("olmoe", **_MOE),
     _causal("granitemoe", **_MOE),
     _causal("gpt_oss", **_MOE, head_dim=8),
-    _causal("deepseek_v3", **_MOE, n_routed_experts=4, n_group=2, topk_group=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, first_k_dense_replace=1, n_shared_experts=1),
-    _causal("jamba", **_MOE, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
+    _causal(
+        "deepseek_v3",
+        **_MOE,
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+        first_k_dense_replace=1,
+        n_shared_experts=1,
+    ),
+    _causal(
+        "jamba",
+        **_MOE,
+        mamba_d_state=4,
+        mamba_dt_rank=4,
+        use_mamba_kernels=False,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+    ),
     _causal("mamba", inputs=unpadded, state_size=4, time_step_rank=4),
     _causal("mamba2", inputs=unpadded, state_size=4, num_heads=4, head_dim=8, n_groups=1, chunk_size=4),
     _causal("falcon_mamba", inputs=unpadded, state_size=4, time_step_rank=4),
@@ -268,9 +361,19 @@ ARCHITECTURES = [
     _seq2seq("pegasus"),
     _seq2seq("blenderbot"),
     _seq2seq("m2m_100"),
-    _seq2seq("led", attention_window=[8, 8], max_encoder_position_embeddings=32, max_decoder_position_embeddings=32),
+    _seq2seq(
+        "led", attention_window=[8, 8], max_encoder_position_embeddings=32, max_decoder_position_embeddings=32
+    ),
     _images("vit"),
-    _made("deit", "DeiTForImageClassification", images(32, name="pixel_values"), classes(), CLASS, _VIT, title="deit ImageClassification"),
+    _made(
+        "deit",
+        "DeiTForImageClassification",
+        images(32, name="pixel_values"),
+        classes(),
+        CLASS,
+        _VIT,
+        title="deit ImageClassification",
+    ),
     _images("beit"),
     _images("data2vec-vision"),
     _images("dinov2", mlp_ratio=2),
@@ -283,20 +386,105 @@ ARCHITECTURES = [
     _images("pvt", {**_STAGES, "num_encoder_blocks": 4, "num_attention_heads": [1, 1, 2, 2]}),
     _images("pvt_v2", {**_STAGES, "num_attention_heads": [1, 1, 2, 2]}, sr_ratios=[8, 4, 2, 1]),
     _images("segformer", {**_STAGES, "decoder_hidden_size": 8}),
-    _made("levit", "LevitForImageClassification", images(64, name="pixel_values"), classes(), CLASS, {"num_labels": CLASSES, "image_size": 64, "hidden_sizes": [8, 16, 16], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1], "key_dim": [4, 4, 4], "drop_path_rate": 0}, title="levit ImageClassification"),
-    _images("hiera", {"num_labels": CLASSES, "image_size": [64, 64], "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]}, size=64),
-    _images("mobilevit", {**_STAGES, "image_size": 64, "hidden_sizes": [8, 8, 16], "neck_hidden_sizes": [4, 8, 8, 8, 8, 8, 16], "num_attention_heads": 2}, size=64),
-    _images("focalnet", {"num_labels": CLASSES, "image_size": 32, "embed_dim": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}),
-    _images("resnet", {"num_labels": CLASSES, "embedding_size": 8, "hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1]}),
+    _made(
+        "levit",
+        "LevitForImageClassification",
+        images(64, name="pixel_values"),
+        classes(),
+        CLASS,
+        {
+            "num_labels": CLASSES,
+            "image_size": 64,
+            "hidden_sizes": [8, 16, 16],
+            "num_attention_heads": [2, 2, 2],
+            "depths": [1, 1, 1],
+            "key_dim": [4, 4, 4],
+            "drop_path_rate": 0,
+        },
+        title="levit ImageClassification",
+    ),
+    _images(
+        "hiera",
+        {
+            "num_labels": CLASSES,
+            "image_size": [64, 64],
+            "embed_dim": 8,
+            "depths": [1, 1, 1, 1],
+            "num_heads": [1, 1, 2, 2],
+        },
+        size=64,
+    ),
+    _images(
+        "mobilevit",
+        {
+            **_STAGES,
+            "image_size": 64,
+            "hidden_sizes": [8, 8, 16],
+            "neck_hidden_sizes": [4, 8, 8, 8, 8, 8, 16],
+            "num_attention_heads": 2,
+        },
+        size=64,
+    ),
+    _images(
+        "focalnet",
+        {
+            "num_labels": CLASSES,
+            "image_size": 32,
+            "embed_dim": 8,
+            "hidden_sizes": [8, 8, 16, 16],
+            "depths": [1, 1, 1, 1],
+        },
+    ),
+    _images(
+        "resnet",
+        {"num_labels": CLASSES, "embedding_size": 8, "hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1]},
+    ),
     _images("clip", {**_TWO_TOWERS, "num_labels": CLASSES}),
     _images("siglip", {"vision_config": _VISION, "text_config": _TEXT, "num_labels": CLASSES}),
     _segmented("segformer", "ForSemanticSegmentation", {**_STAGES, "decoder_hidden_size": 8}, 32, 8),
-    _segmented("beit", "ForSemanticSegmentation", {**_VIT, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "use_auxiliary_head": False, "pool_scales": [1, 2]}, 32, 16),
-    _segmented("dpt", "ForSemanticSegmentation", {**_VIT, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "use_auxiliary_head": False}, 32, 64),
+    _segmented(
+        "beit",
+        "ForSemanticSegmentation",
+        {
+            **_VIT,
+            "num_hidden_layers": 4,
+            "out_indices": [1, 2, 3, 4],
+            "use_auxiliary_head": False,
+            "pool_scales": [1, 2],
+        },
+        32,
+        16,
+    ),
+    _segmented(
+        "dpt",
+        "ForSemanticSegmentation",
+        {
+            **_VIT,
+            "num_hidden_layers": 4,
+            "backbone_out_indices": [0, 1, 2, 3],
+            "neck_hidden_sizes": [8, 8, 8, 8],
+            "fusion_hidden_size": 8,
+            "use_auxiliary_head": False,
+        },
+        32,
+        64,
+    ),
     _detector("detr", {**_D_MODEL, **_BACKBONE, "num_queries": 6}),
     _detector("conditional_detr", none=0, sizes={**_D_MODEL, **_BACKBONE, "num_queries": 6}),
     _detector("table-transformer", {**_D_MODEL, **_BACKBONE, "num_queries": 6}),
-    _detector("deformable_detr", none=0, sizes={**_D_MODEL, **_BACKBONE, "hidden_size": 32, "d_model": 32, "num_queries": 6, "num_feature_levels": 1, "disable_custom_kernels": True}),
+    _detector(
+        "deformable_detr",
+        none=0,
+        sizes={
+            **_D_MODEL,
+            **_BACKBONE,
+            "hidden_size": 32,
+            "d_model": 32,
+            "num_queries": 6,
+            "num_feature_levels": 1,
+            "disable_custom_kernels": True,
+        },
+    ),
     _detector("yolos", {**_VIT, "image_size": [32, 32], "num_detection_tokens": 6}),
     _heard("wav2vec2"),
     _heard("hubert"),
@@ -305,16 +493,75 @@ ARCHITECTURES = [
     _heard("sew", squeeze_factor=2),
     _heard("wav2vec2-conformer"),
     _heard("data2vec-audio", conv_pos_kernel_size=3),
-    _made("wav2vec2", "ForCTC", speech, labelled_tokens(WORDS, 9), QUERIES, _SPEECH, title="wav2vec2 CTC frames"),
-    _heard("whisper", inputs=mel(32), **{**_D_MODEL, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16}),
-    _made("whisper", "ForSpeechSeq2Seq", lambda n: {**mel(32)(n), "decoder_input_ids": torch.randint(3, WORDS, (n, TOKENS))}, labelled_tokens(WORDS), TOKEN, {**_D_MODEL, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16, "suppress_tokens": None, "begin_suppress_tokens": None}),
-    _heard("audio-spectrogram-transformer", inputs=lambda n: {"input_values": torch.randn(n, 24, 16, dtype=torch.float64)}, patch_size=8, max_length=24, num_mel_bins=16, frequency_stride=8, time_stride=8),
+    _made(
+        "wav2vec2", "ForCTC", speech, labelled_tokens(WORDS, 9), QUERIES, _SPEECH, title="wav2vec2 CTC frames"
+    ),
+    _heard(
+        "whisper",
+        inputs=mel(32),
+        **{**_D_MODEL, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16},
+    ),
+    _made(
+        "whisper",
+        "ForSpeechSeq2Seq",
+        lambda n: {**mel(32)(n), "decoder_input_ids": torch.randint(3, WORDS, (n, TOKENS))},
+        labelled_tokens(WORDS),
+        TOKEN,
+        {
+            **_D_MODEL,
+            "num_mel_bins": 8,
+            "max_source_positions": 16,
+            "max_target_positions": 16,
+            "suppress_tokens": None,
+            "begin_suppress_tokens": None,
+        },
+    ),
+    _heard(
+        "audio-spectrogram-transformer",
+        inputs=lambda n: {"input_values": torch.randn(n, 24, 16, dtype=torch.float64)},
+        patch_size=8,
+        max_length=24,
+        num_mel_bins=16,
+        frequency_stride=8,
+        time_stride=8,
+    ),
     _prompted("clip"),
     _prompted("siglip", text_config={**_TEXT, "max_position_embeddings": TOKENS}),
     _prompted("altclip"),
     _prompted("clipseg"),
-    _made("vilt", "ViltForQuestionAnswering", lambda n: {**words(n), **images(32, name="pixel_values")(n)}, classes(), ANSWERS, {**_SIZES, **_VIT}),
-    _made("llava", "LlavaForConditionalGeneration", picture_and_words, labelled_tokens(WORDS, 16 + TOKENS), CAUSAL, {"vision_config": {**_VISION, "model_type": "clip_vision_model"}, "text_config": {**_TEXT, "model_type": "llama"}, "image_token_index": 3, "vision_feature_layer": -1}, title="llava"),
-    _made("vision-encoder-decoder", "VisionEncoderDecoderModel", picture_and_answer, labelled_tokens(WORDS), TOKEN, {"encoder": {**_VISION, "model_type": "vit"}, "decoder": {**_TEXT, "model_type": "gpt2", "add_cross_attention": True, "is_decoder": True}}, title="vision-encoder-decoder"),
+    _made(
+        "vilt",
+        "ViltForQuestionAnswering",
+        lambda n: {**words(n), **images(32, name="pixel_values")(n)},
+        classes(),
+        ANSWERS,
+        {**_SIZES, **_VIT},
+    ),
+    _made(
+        "llava",
+        "LlavaForConditionalGeneration",
+        picture_and_words,
+        labelled_tokens(WORDS, 16 + TOKENS),
+        CAUSAL,
+        {
+            "vision_config": {**_VISION, "model_type": "clip_vision_model"},
+            "text_config": {**_TEXT, "model_type": "llama"},
+            "image_token_index": 3,
+            "vision_feature_layer": -1,
+        },
+        title="llava",
+    ),
+    _made(
+        "vision-encoder-decoder",
+        "VisionEncoderDecoderModel",
+        picture_and_answer,
+        labelled_tokens(WORDS),
+        TOKEN,
+        {
+            "encoder": {**_VISION, "model_type": "vit"},
+            "decoder": {**_TEXT, "model_type": "gpt2", "add_cross_attention": True, "is_decoder": True},
+        },
+        title="vision-encoder-decoder",
+    ),
     _made("clip_vision_model", "", images(32, name="pixel_values"), classes(), FEATURES, _VISION),
 ]
