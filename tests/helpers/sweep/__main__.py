@@ -1,4 +1,4 @@
-"""python -m sweep [--jobs N] [--update] [NAME ...]: all architectures, or those with one of these in the name.
+"""python -m sweep [--update] [NAME ...]: all architectures, or those whose names hold one of these.
 
 All of them together write benchmarks/results/architectures.jsonl and docs/architectures.md. Exit status: 1
 when an architecture is WRONG, or when timm or transformers have fewer than 40 rows with adapted layers.
@@ -43,7 +43,7 @@ def too_few(records: list[dict[str, Any]]) -> list[str]:
 
 
 def ordered(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One record per architecture that is listed, in the order of the list; later ones replace earlier ones."""
+    """One record per architecture that is listed, in the order of the list; the last one counts."""
     latest = {(record["library"], record["architecture"]): record for record in records}
     keys = [(one.library, one.name) for one in listed.ARCHITECTURES]
     return [latest[key] for key in keys if key in latest]
