@@ -1,7 +1,8 @@
 """python -m sweep [--update] [NAME ...]: all architectures, or those whose names hold one of these.
 
 All of them together write benchmarks/results/architectures.jsonl and docs/architectures.md. Exit status: 1
-when an architecture is WRONG, or when timm or transformers have fewer than 40 rows with adapted layers.
+when an architecture is WRONG or cannot be built, or when timm or transformers have fewer than 40 rows with
+adapted layers.
 """
 
 from __future__ import annotations
@@ -76,15 +77,16 @@ def main() -> int:
         ", ".join(f"{counts[name]} {name}" for name in table.OUTCOMES),
         f"in {time.perf_counter() - start:.0f} s",
     )
+    failed = counts["WRONG"] + counts["not run"]
     if arguments.names and not arguments.update:
-        return 1 if counts["WRONG"] else 0
+        return 1 if failed else 0
     written = ordered([*(table.load()[1] if arguments.update else []), *records])
     table.save(about(), written)
     table.PAGE.write_text(table.page(*table.load()))
     missing = too_few(written)
     for text in missing:
         print(f"too few architectures of {text}")
-    return 1 if counts["WRONG"] or missing else 0
+    return 1 if failed or missing else 0
 
 
 if __name__ == "__main__":
