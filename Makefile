@@ -6,10 +6,11 @@
 #   make demo    the continual learning demo    make bench   benchmarks against installed peers
 #   make suite   continual learning with every method on language and vision
 #   make sanitize    tests of the compiled kernels under the address, undefined behaviour and thread sanitizers of GCC
+#   make sweep    small models of many architectures against plain autograd; writes docs/architectures.md
 #   make docs    the API reference and the pages of docs/, in build/docs
 #   make format  rewrite sources in style       make clean   remove build outputs (make distclean: .venv as well)
 #   make gpu-check OUT=dir   tests and benchmarks on a CUDA machine, with the PyTorch, Triton and pytest of PYTHON; no .venv
-# Variables: PYTHON, MAX_JOBS, FUSED_EWCLORA_BUILD, TEST_ARGS, SANITIZERS, INSTEAD, DEMO_ARGS, SUITE_ARGS, BENCH_ARGS, OUT, CHECK_ARGS
+# Variables: PYTHON, MAX_JOBS, FUSED_EWCLORA_BUILD, TEST_ARGS, SANITIZERS, INSTEAD, DEMO_ARGS, SUITE_ARGS, SWEEP_ARGS, BENCH_ARGS, OUT, CHECK_ARGS
 
 PYTHON ?= python3
 TEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
@@ -22,7 +23,7 @@ INSTALL := .venv/.install
 EXTENSION := build/.extension
 EXTRAS := .venv/extras
 
-.PHONY: test test-long test-library test-integrations sanitize demo suite docs lint format bench gpu-check setup clean distclean
+.PHONY: test test-long test-library test-integrations sanitize demo suite sweep docs lint format bench gpu-check setup clean distclean
 .DELETE_ON_ERROR:
 
 test: test-library test-integrations
@@ -46,6 +47,10 @@ demo: setup
 # The language problem needs transformers and tokenizers.
 suite: setup $(EXTRAS)
 	PYTHONPATH=$(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH)) python -m fused_ewclora demo --suite $(SUITE_ARGS)
+
+# Minutes on two cores; SWEEP_ARGS="bert swin" runs the architectures with these in their names and writes nothing.
+sweep: setup $(EXTRAS)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/helpers:$(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH)) python -m sweep $(SWEEP_ARGS)
 
 bench: setup $(EXTRAS)
 	PYTHONPATH=$(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH)) python -m benchmarks $(BENCH_ARGS)
