@@ -32,10 +32,10 @@ class Projection(FisherCapture):
         self.total: Tensor | None = None
         self.eps = 0.0
 
-    def note_forward(self) -> None:
+    def note_forward(self, x: Tensor) -> None:
         """Nothing is held back."""
 
-    def record(self, x: Tensor, dy: Tensor) -> None:
+    def record(self, x: Tensor, dy: Tensor, index: Tensor | None = None) -> None:
         """Take x `[..., d_in]` and dy `[..., d_out]` of one call."""
         self.eps = max(self.eps, torch.finfo(dy.dtype).eps)
         generator = torch.Generator().manual_seed(0)
