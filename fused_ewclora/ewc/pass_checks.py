@@ -32,11 +32,11 @@ class Projection(FisherCapture):
         self.total: Tensor | None = None
         self.eps = 0.0
 
-    def note_forward(self) -> None:
+    def note_forward(self, *_: Any, **__: Any) -> None:
         """Nothing is held back."""
 
-    def record(self, x: Tensor, dy: Tensor) -> None:
-        """Take x `[..., d_in]` and dy `[..., d_out]` of one call."""
+    def record(self, x: Tensor, dy: Tensor, *_: Any, **__: Any) -> None:
+        """Take x `[..., d_in]` and dy `[..., d_out]` of one call, whichever samples its rows belong to."""
         self.eps = max(self.eps, torch.finfo(dy.dtype).eps)
         generator = torch.Generator().manual_seed(0)
         direction = torch.randn(x.shape[-1], generator=generator, dtype=torch.float64).to(x.device)
