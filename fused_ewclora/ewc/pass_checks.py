@@ -36,12 +36,12 @@ class Projection(FisherCapture):
         """Nothing is held back."""
 
     def record(self, x: Tensor, dy: Tensor, index: Tensor | None = None) -> None:
-        """Take x `[..., d_in]` and dy `[..., d_out]` of one call."""
+        """Take x `[..., d_in]` and dy `[..., d_out]` of one call, whichever samples its rows belong to."""
         self.eps = max(self.eps, torch.finfo(dy.dtype).eps)
         generator = torch.Generator().manual_seed(0)
         direction = torch.randn(x.shape[-1], generator=generator, dtype=torch.float64).to(x.device)
-        rows, grads = x.detach().flatten(0, -2).double(), dy.detach().flatten(0, -2).double()
-        product = grads.T @ (rows @ direction)
+        rows, grads = x.detach().reshape(-1, x.shape[-1]), dy.detach().reshape(-1, dy.shape[-1])
+        product = grads.double().T @ (rows.double() @ direction)
         self.total = product if self.total is None else self.total + product
 
 
@@ -68,7 +68,11 @@ class ModelCheck:
     def fault(self, batch: Batch, samples: int) -> str | None:
         """Raises `FisherError` when the loss is no mean (sum) over samples; the reason why it cannot be told,
         or None."""
-        if (size := self._size_of(take_samples(batch, slice(0, 2), samples))) != 2:
+        try:
+            size = self._size_of(take_samples(batch, slice(0, 2), samples))
+        except Exception as error:
+            return f"two samples cut from a batch cannot be counted: {error}"
+        if size != 2:
             return f"two samples cut from a batch count as {size}"
         for start in range(0, min(samples - 1, _TRIED), _COMPARED):
             try:

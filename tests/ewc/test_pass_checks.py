@@ -155,11 +155,7 @@ def test_sequence_first_output():
 def test_unchecked_loss_is_told():
     """A loss that cannot be checked is told once; the argument silences it."""
     x, y = data(6)
-    loader = [SimpleNamespace(x=a, y=b) for a, b in batches(x, y, 3)]
-    options = {
-        "forward": lambda m, batch: (m(batch.x), batch.y),
-        "batch_size_fn": lambda batch: len(batch.y),
-    }
+    loader, options = batches(x, y, 3), {"batch_size_fn": lambda batch: 3}
     with pytest.warns(UserWarning, match=r"not checked.*two samples cut from a batch count as 3") as told:
         EWC(Objects()).estimate_fisher(loader, scores, **options)
     assert len(told) == 1 and told[0].filename == __file__
