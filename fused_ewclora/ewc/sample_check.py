@@ -153,9 +153,10 @@ class SampleCheck:
         where samples have different numbers of rows (routed experts), those at both ends may agree. A batch
         in reverse must have these rows in reverse."""
         doubtful = {
-            name: orders[2][0]
+            name: orders[2]
             for name, orders in found.items()
-            if asked.samples > 3 and name not in self._checked_all and 2 in orders and orders[2][0].rows > 1
+            if asked.samples > 3 and name not in self._checked_all
+            if any(order.rows > 1 for order in orders.get(2, ()))
         }
         if not self._placement.any(bool(doubtful)):
             return

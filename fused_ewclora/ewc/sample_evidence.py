@@ -77,21 +77,36 @@ def found_orders(
 
 
 def check_reversed(
-    orders: Mapping[str, Order], here: Seen[Tensor], there: Seen[Tensor], samples: int
+    orders: Mapping[str, list[Order]], here: Seen[Tensor], there: Seen[Tensor], samples: int
 ) -> None:
     """Raises `FisherError` for a layer whose rows in a batch with its samples in reverse, told by their
     marks, are not those of the batch in reverse."""
-    for name, order in orders.items():
+    for name, known in orders.items():
         a, b = here.calls[name], there.calls[name]
-        same = len(a) == len(b) and all(order.fits(mark, samples) for mark in (*a, *b))
-        differences = [reversal(*pair, order, samples) for pair in zip(a, b, strict=False)] if same else []
         eps = _unit_of([t for _, t in tensors(here.output)] + a)
-        if not same or max(_values([differences])[0], default=0.0) > tolerance(eps):
+        differences = _reversals(known, a, b, samples)
+        if differences is None or max(_values([differences])[0], default=0.0) > tolerance(eps):
             _refuse(
                 name,
                 f"a batch of {samples} samples in reverse does not have the rows of its input in reverse, as "
                 "when samples have different numbers of rows",
             )
+
+
+def _reversals(
+    known: list[Order], here: list[Tensor], there: list[Tensor], samples: int
+) -> list[Tensor] | None:
+    """The difference of each call with rows, or None where the calls have different numbers of rows or fit
+    no order."""
+    if [len(marks) for marks in here] != [len(marks) for marks in there]:
+        return None
+    differences = []
+    for pair in zip(here, there, strict=True):
+        fitting = [order for order in dict.fromkeys(known) if order.fits(pair[0], samples)]
+        if len(pair[0]) and len(fitting) != 1:
+            return None
+        differences += [reversal(*pair, order, samples) for order in fitting if len(pair[0])]
+    return differences
 
 
 def _unit_of(values: list[Tensor]) -> float:

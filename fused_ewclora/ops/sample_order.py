@@ -87,7 +87,9 @@ class Ends:
 @torch.no_grad()
 def marks(tensor: Tensor) -> Tensor:
     """One number per row of `[rows, d]`, which tells different rows apart, in units of the norm of the median
-    row."""
+    row; nothing of tensors of other dimensions."""
+    if tensor.dim() != 2:
+        return tensor.new_empty(0)
     rows = _finite_rows(tensor)
     drawn = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0))
     typical = torch.linalg.vector_norm(rows, dim=-1).median().clamp(min=torch.finfo(rows.dtype).tiny)

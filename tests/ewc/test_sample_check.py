@@ -149,6 +149,26 @@ def test_two_orders():
         ewc.estimate_fisher([data(3, 3)], F.cross_entropy)
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_rows_and_pooled(by_hand):
+    """A layer may be called on flattened tokens, on their mean and in other dimensions."""
+
+    class Pooled(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            rows, pooled = self.fc(x.flatten(0, 1)).view_as(x), self.fc(x.mean(1))
+            turned = self.fc(x.cos().transpose(0, 1)).transpose(0, 1)
+            return self.head((x * torch.tanh(rows + turned)).sum(1) * torch.tanh(pooled))
+
+    plain, (x, y) = Pooled(), data(5, 3)
+    model, ewc = adapted(plain)
+    if by_hand:
+        with ewc.accumulate_fisher():
+            F.cross_entropy(model(x), y).backward()
+    else:
+        ewc.estimate_fisher([(x, y)], F.cross_entropy)
+    assert_right(ewc, plain, [(x, y)])
+
+
 def test_later_layers():
     """Layers that run first in a later batch, and rows per sample that change, are found then."""
 
