@@ -233,7 +233,7 @@ def _all_plain(
         [t.shape for t in fishers], [t.shape for t in lora_as], [t.shape for t in lora_bs], strict=True
     )
     fits = all(len(a) == 2 == len(b) and a[0] == b[1] >= 1 and f == (b[0], a[1]) for f, a, b in shapes)
-    sizes = [abs(float(s)) for s in scales]  # type: ignore[arg-type]
+    sizes = [abs(float(s)) for s in scales]
     return fits and all(map(math.isfinite, sizes)) and max(sizes) <= _LARGEST
 
 

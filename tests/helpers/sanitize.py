@@ -85,6 +85,7 @@ def tests(sanitizer: str, package: Path, instructions: str) -> int:
     selected = "not reference and not compile" if emulated else "cpu and not compile"
     # -P: the package is the copy, not the one in the folder that this runs in.
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selected]
+    command.append("--capture=sys")  # a report goes to the file of standard error, and ends the process
     command += [*COMMON, *(EMULATOR if emulated else ())]
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
