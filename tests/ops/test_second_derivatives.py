@@ -376,7 +376,7 @@ def test_compiled(make):
     agree(compiled(*leaves), expected)
     compiled = torch.compile(lambda *given: case.loss(case.run(*given)), backend="aot_eager", fullgraph=True)
     value = compiled(*case.leaves)
-    with pytest.raises(RuntimeError, match="double backward|create_graph=False"):
+    with pytest.raises(RuntimeError, match=r"double backward|create_graph=False"):
         grads = torch.autograd.grad(value, case.leaves, create_graph=True)
         torch.autograd.grad(grads[1].square().sum(), case.leaves, allow_unused=True)
 
