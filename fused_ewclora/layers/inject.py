@@ -209,7 +209,7 @@ def check_mergeable(model: nn.Module, action: str = "merge") -> None:
             raise TargetError(f"{action}: {name or 'model'}: {why}. Nothing was changed")
     if shared := shared_weights(model, layers):
         text = next(iter(shared.values()))
-        raise TargetError(f"{action}: {text}, which would change with it. Nothing was changed")
+        raise TargetError(f"{action}: {text}, and would change with it. Nothing was changed")
 
 
 def _report(model: nn.Module, planned: Plan) -> Report:
