@@ -3,6 +3,10 @@ warning."""
 
 from __future__ import annotations
 
+import sys
+import warnings
+from types import FrameType
+
 
 class EWCLoRAError(ValueError):
     """Base class of every error that this library raises on purpose."""
@@ -46,3 +50,20 @@ class IntegrationError(EWCLoRAError, ImportError):
 
 class EWCLoRAWarning(UserWarning):
     """A likely mistake in training that no error would show; told once, with its remedy."""
+
+
+# Frames of these packages stand between the user's line and a warning.
+_INNER = ("fused_ewclora", "torch", "contextlib", "transformers", "accelerate")
+
+
+def warn(message: str) -> None:
+    """Shows an `EWCLoRAWarning` at the line, outside of this library and of training loops, that led to
+    it."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _is_inner(frame):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, EWCLoRAWarning, stacklevel=level)
+
+
+def _is_inner(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").partition(".")[0] in _INNER

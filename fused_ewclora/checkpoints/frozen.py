@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from reprlib import repr as shown  # of values from files, which may be long or deep
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ..distributed.processes import whole
 from ..distributed.transaction import canonical_name
-from ..errors import CheckpointError
+from ..errors import CheckpointError, warn
 from ..layers.adapted import AdaptedLinear
 from ..layers.digest import digest
 from .files import MANIFEST
@@ -108,4 +107,4 @@ def report(others: Others, strict: bool) -> None:
             f"{problem}; load the pretrained weights that it was trained from before inject. What was frozen "
             "when it was saved is not in it. strict=False warns instead. Nothing was loaded"
         )
-    warnings.warn(f"{problem}; the model will not compute what was saved", UserWarning, stacklevel=3)
+    warn(f"{problem}; the model will not compute what was saved")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,32 +13,25 @@ from torch.distributed import ProcessGroup
 
 from ..distributed.processes import check_same
 from ..distributed.transaction import Transaction, by_canonical_name
-from ..errors import ArgumentError, EWCLoRAError, EWCLoRAWarning, FisherError, TargetError
+from ..errors import ArgumentError, FisherError, TargetError, warn
 from ..layers.adapted import AdaptedLinear
-from ..layers.finite import nonfinite
 from ..layers.from_peft import no_adapters
 from ..layers.index import checked_fisher_dtype, devices
 from ..layers.inject import adapters, check_plain
-from ..layers.watch import TrainingWatch, local
+from ..layers.watch import TrainingWatch
 from ..ops.capture import RowsToSamples
 from . import estimation as passes
 from .consolidate import consolidate
+from .divergence import CHOOSE_LAMBDA, divergence
 from .fisher_pass import FisherPass
-from .pass_checks import ModelCheck, PassChecks
 from .placement import LocalPlacement, Placement
-from .restoring import Undo, enable_gradients, enter_evaluation, set_gradients_aside
+from .restoring import Undo
 from .settings import FISHER_MODES, MERGE_MODES, UPDATES, checked_lambda, number, one_of
 from .state import EWCState, Expected, TaskFisher, TaskRecord, dump
 from .untrained import untrained_message
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-_CHOOSE = (
-    "Set it with ewc.ewc_lambda = ..., or EWC(model, ewc_lambda=...). Its size depends on fisher_mode and "
-    "the data: 1e7 is published for fisher_mode='batch' at batch size 128, which is convert_lambda(1e7, "
-    "'batch', 'sample', batch_size=128) = 78125 for 'sample'; small models need far less"
-)
 
 
 class EWC:
@@ -161,18 +152,16 @@ class EWC:
     def _given_lambda(self) -> float:
         """The strength of the penalty; raises `ArgumentError` when there is none."""
         if self._lambda is None:
-            raise ArgumentError(f"ewc_lambda: expected a number for the penalty, got none. {_CHOOSE}")
+            raise ArgumentError(f"ewc_lambda: expected a number for the penalty, got none. {CHOOSE_LAMBDA}")
         return self._lambda
 
     def _no_penalty(self) -> Tensor:
         """The penalty before the first consolidation: exactly 0."""
         if self.ewc_lambda is None and not self._told_lambda and not torch.compiler.is_compiling():
             self._told_lambda = True
-            warnings.warn(
+            warn(
                 "ewc_lambda: none was given; the penalty is 0 during the first task, and raises after it. "
-                f"{_CHOOSE}",
-                EWCLoRAWarning,
-                stacklevel=3,
+                f"{CHOOSE_LAMBDA}"
             )
         # A leaf, so that .backward() works on it alone; torch.compile has no leaves inside its graphs.
         leaf = torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -236,7 +225,8 @@ class EWC:
                 self._begin(running, undo)
                 with running.watched():
                     yield running
-            self._add(running.result(labels, self.check_finite))
+            fisher = running.result(labels, self.check_finite)
+        self._add(fisher)
 
     def _note_gradients(self) -> None:
         """Notes whether the training of this task has left gradients, before a Fisher pass leaves its own."""
@@ -254,37 +244,9 @@ class EWC:
             raise
 
     def _diverged(self) -> str | None:
-        """A sentence about lambda when adapters hold NaN or Inf and a penalty has acted on them, else None.
-
-        It makes no collective calls: an error can be that of one process.
-        """
         if not self._state.fishers or not self.ewc_lambda:
             return None
-        adapters = {
-            f"{name} of {ref.key}": local(matrix)
-            for ref in self._placement.refs
-            for name, matrix in zip((ref.piece.a_name, ref.piece.b_name), ref.matrices(), strict=True)
-        }
-        bad, size = nonfinite(adapters), self._size_of_penalty(self.ewc_lambda)
-        if not bad and math.isfinite(size):
-            return None
-        largest = max((float(f.max()) for f in self._state.fishers.values() if f.numel()), default=0.0)
-        place = f"{bad[0]} holds NaN or Inf: the training has diverged. " if bad else ""
-        return (
-            f"{place}The penalty is {size:g} with ewc_lambda={self.ewc_lambda:g} and fisher_mode="
-            f"{self.fisher_mode!r}, ewc_lambda * max F = {self.ewc_lambda * largest:.3g}; an ewc_lambda that "
-            f"is too large, or a learning rate that is too large for it, is a likely cause. {_CHOOSE}"
-        )
-
-    @torch.no_grad()
-    def _size_of_penalty(self, ewc_lambda: float) -> float:
-        """The penalty of this process, NaN where it cannot be computed."""
-        if not isinstance(self._placement, LocalPlacement):
-            return math.nan
-        try:
-            return float(self._placement.penalty(self._fishers_in_place(), ewc_lambda))
-        except (EWCLoRAError, RuntimeError):
-            return math.nan
+        return divergence(self._placement, self._fishers_in_place(), self.ewc_lambda, self.fisher_mode)
 
     def _begin(self, running: FisherPass, undo: Undo) -> None:
         running.start(undo)
@@ -353,10 +315,9 @@ class EWC:
         """
         passes.check_labels(labels, self.fisher_mode)
         policy = passes.LabelPolicy(labels, loss_fn, reduction, logits_fn, generator, check_samples)
-        passes.check_max_batches(max_batches)
+        data = passes.Data(loader, self._device, forward, batch_size_fn, max_batches, progress)
         self._check()
         self._note_gradients()
-        device, model = self._device, passes.unwrapped(self.model)
         running = FisherPass(
             self._placement,
             self.fisher_mode,
@@ -367,39 +328,7 @@ class EWC:
         running.samples, running.allow_empty = 0, allow_empty
         undo = Undo()
         with self._naming_lambda(), torch.inference_mode(False), undo, undo:
-            enable_gradients(undo)
-            enter_evaluation(model, undo)
-            clear_gradients = set_gradients_aside(model, undo)
-            self._begin(running, undo)
-            compare = ModelCheck(
-                model,
-                self.layers,
-                forward,
-                policy.alone,
-                policy.loss_reduction,
-                clear_gradients,
-                batch_size_fn,
-            )
-            in_order = self.fisher_mode == "batch" and labels == "empirical"
-            checks = PassChecks(policy, self._placement, compare, in_order)
-            running.checks.append(checks.at_end)
-            for batch in passes.limited(loader, max_batches, progress):
-                samples = passes.check_samples_of(batch_size_fn(batch))
-                if samples == 0:
-                    continue
-                batch = passes.to_device(batch, device)
-                output, targets = running.forward(lambda part: forward(model, part), batch, samples)
-                for loss, keep_graph in policy.passes(output, targets, samples):
-                    if not getattr(loss, "requires_grad", True):
-                        running.check_ran()
-                    passes.check_loss(loss)
-                    if self.check_finite:
-                        policy.findings.loss(loss)
-                    loss.backward(retain_graph=keep_graph)
-                    running.finish_batch()
-                    clear_gradients()
-                running.samples += samples
-                checks.after(batch, targets, samples)
+            checks = passes.run(self.model, data, policy, running, undo, self.check_finite, self._begin)
             fisher = running.result(labels, self.check_finite)
             checks.warn()
         self._add(fisher)
@@ -494,7 +423,7 @@ class EWC:
         if gamma is not None:
             number("gamma", gamma, 0.0, 1.0)
         if message := untrained_message(self._placement.layers):
-            warnings.warn(f"end_task: {message}", stacklevel=2)
+            warn(f"end_task: {message}")
         self.estimate_fisher(loader, loss_fn, **kwargs)
         self.consolidate(gamma)
 

@@ -17,7 +17,7 @@ from ..layers.finite import nonfinite
 from ..ops.capture import FisherCapture, RowsToSamples
 from .placement import Placement
 from .restoring import Undo
-from .sample_check import SampleCheck
+from .row_orders import SampleCheck
 from .state import TaskFisher
 
 
@@ -48,8 +48,8 @@ class FisherPass:
     ) -> None:
         if not (isinstance(loss_scale, (int, float)) and math.isfinite(loss_scale) and loss_scale > 0):
             raise ArgumentError(f"loss_scale: expected a finite number > 0, got {loss_scale!r}")
-        self._placement, self._layers = placement, placement.layers
-        self._mode, self._reduction, self._loss_scale = mode, reduction, float(loss_scale)
+        self.placement, self._layers = placement, placement.layers
+        self.mode, self._reduction, self._loss_scale = mode, reduction, float(loss_scale)
         self._batch_size: int | None = None
         self._largest = 0
         self._rows_to_samples = checked_functions(rows_to_samples, self._layers)
@@ -95,13 +95,13 @@ class FisherPass:
                 )
             if not layer.adapters_enabled:
                 raise FisherError(f"{name}: its adapter is disabled; leave the `disabled` block first")
-        options = (self._mode, self._reduction, self._loss_scale, self._batch_size)
+        options = (self.mode, self._reduction, self._loss_scale, self._batch_size)
         self._captures = {
-            name: self._placement.capture(layer, *options, name, self._rows_to_samples.get(name))
+            name: self.placement.capture(layer, *options, name, self._rows_to_samples.get(name))
             for name, layer in self._layers.items()
         }
         if self._check_samples:
-            self._check = SampleCheck(self._placement, self._captures)
+            self._check = SampleCheck(self.placement, self._captures)
         self._calls = {name: layer.forward_calls for name, layer in self._layers.items()}
         self._undo = undo
         undo.add(self._stop)
@@ -135,8 +135,8 @@ class FisherPass:
         """The Fisher of the pass, after the block, of the data of all processes where they share the model;
         raises when a layer was missed, counts disagree or a value is not finite."""
         self.finish_batch()
-        task = self._placement.agree(lambda: self._result(labels, check_finite))
-        samples, batch_size = self._placement.totals(task.samples, task.batch_size)
+        task = self.placement.agree(lambda: self._result(labels, check_finite))
+        samples, batch_size = self.placement.totals(task.samples, task.batch_size)
         return TaskFisher(task.buffers, samples, batch_size, task.labels)
 
     def _result(self, labels: str, check_finite: bool) -> TaskFisher:
@@ -162,7 +162,7 @@ class FisherPass:
     def _buffers(self) -> dict[str, Tensor]:
         """By Fisher key."""
         captures = {self._layers[name]: capture for name, capture in self._captures.items()}
-        return {ref.key: captures[ref.layer].fishers[ref.index] for ref in self._placement.refs}
+        return {ref.key: captures[ref.layer].fishers[ref.index] for ref in self.placement.refs}
 
     def _check_reached(self) -> None:
         missed = [name for name, capture in self._captures.items() if capture.batches == 0]

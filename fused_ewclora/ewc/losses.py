@@ -12,8 +12,8 @@ from torch import Tensor
 from ..errors import ArgumentError, FisherError
 from .findings import Findings
 from .known_losses import CrossEntropy, known, reduction_of, summed
+from .loss_check import Watch
 from .model_loss import IGNORED, ModelLoss, loss_of, paired, summed_losses
-from .sample_checks import Watch
 
 LABELS = ("empirical", "sampled", "exact")
 LossFunction = Callable[[Any, Any], Tensor]

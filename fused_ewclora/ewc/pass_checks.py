@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import warn
 from ..layers.adapted import AdaptedLinear
 from ..ops.capture import FisherCapture
 from .batches import Batch, Forward, take_sample, take_samples
 from .findings import ClassOrder
+from .loss_check import Comparison, flat, judge
 from .losses import LabelPolicy
 from .placement import LocalPlacement, Placement
-from .sample_checks import Comparison, flat, judge
 
 _COMPARED = 3  # samples; two alone may look like a sum by accident
 _TRIED = 9  # samples, until a few together have a finite loss
@@ -154,7 +154,7 @@ class PassChecks:
             if isinstance(self._placement, LocalPlacement):
                 reason = self._compare.fault(batch, samples) or ""
             if reason:
-                _warn(
+                warn(
                     f"loss_fn: it was not checked that the loss is a mean (or sum) over samples: {reason}. "
                     "If it is not, F is wrong. check_samples=False silences this"
                 )
@@ -162,11 +162,7 @@ class PassChecks:
     def warn(self) -> None:
         """Warns when mode "batch" has seen the classes one after the other."""
         if self._order is not None and self._order.sorted():
-            _warn(
+            warn(
                 "loader: every batch holds samples of a single class, another one than other batches. With "
                 "fisher_mode='batch' F is then too large, up to several times; shuffle the loader"
             )
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=4)  # at the caller of estimate_fisher

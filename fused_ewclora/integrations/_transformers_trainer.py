@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 import weakref
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import ArgumentError, EWCLoRAWarning, IntegrationError, TargetError
+from ..errors import ArgumentError, IntegrationError, TargetError, warn
 from ..ewc.controller import EWC
 from ..layers.adapted import AdaptedLinear
 from ..layers.inject import check_plain
@@ -91,11 +90,9 @@ class EWCCallback(TrainerCallback):
             self.ewc.watch.dismiss()
         elif _trained.get(self.ewc) == self.ewc.tasks and self.ewc not in _told:
             _told.add(self.ewc)
-            warnings.warn(
+            warn(
                 "EWCCallback: training begins again, but ewc.end_task(dataloader) was not called since the "
-                "last Trainer.train; if this is a new task, the last one has no Fisher and is not protected",
-                EWCLoRAWarning,
-                stacklevel=3,
+                "last Trainer.train; if this is a new task, the last one has no Fisher and is not protected"
             )
 
     def on_train_end(
@@ -142,12 +139,10 @@ class EWCCallback(TrainerCallback):
         logs["ewc_penalty"] = float(self._sum) / self._steps
         if not math.isfinite(logs["ewc_penalty"]) and not self._told:
             self._told = True
-            warnings.warn(
+            warn(
                 f"EWCCallback: the penalty is {logs['ewc_penalty']} with ewc_lambda={self.ewc.ewc_lambda:g} "
                 f"and fisher_mode={self.ewc.fisher_mode!r}: training has diverged, most likely because "
-                "ewc_lambda, or the learning rate beside it, is too large",
-                EWCLoRAWarning,
-                stacklevel=2,
+                "ewc_lambda, or the learning rate beside it, is too large"
             )
         if state.log_history:
             state.log_history[-1]["ewc_penalty"] = logs["ewc_penalty"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import LoRAConfig
 from ..distributed.processes import sharded
-from ..errors import EWCLoRAError, TargetError
+from ..errors import EWCLoRAError, TargetError, warn
 from ..report import Report
 from . import bypass, freezing
 from .adapted import AdaptedLinear
@@ -52,7 +51,7 @@ def inject(model: nn.Module, config: LoRAConfig | Any) -> Report:
     check_loaded(model, ((match.name, match.module) for match in planned.matches))
     if shared := shared_weights(model, {match.name: match.module for match in planned.matches}):
         text = next(iter(shared.values()))
-        warnings.warn(f"{text}; training works, but merging and consolidation will raise", stacklevel=2)
+        warn(f"{text}; training works, but merging and consolidation will raise")
     adopted: list[AdaptedLinear] = []
     try:
         for match in planned.matches:
@@ -132,7 +131,7 @@ def merge(model: nn.Module) -> None:
     """
     layers = _adapted(model)
     if all(layer.merged for layer in layers.values()):
-        warnings.warn("merge: the adapters are merged already; nothing was done", stacklevel=2)
+        warn("merge: the adapters are merged already; nothing was done")
         return
     _merge(model, layers, "merge")
 
@@ -147,7 +146,7 @@ def unmerge(model: nn.Module) -> None:
     """
     layers = _adapted(model)
     if not any(layer.merged for layer in layers.values()):
-        warnings.warn("unmerge: the adapters are not merged; nothing was done", stacklevel=2)
+        warn("unmerge: the adapters are not merged; nothing was done")
     check_plain(layers, "unmerge")
     for layer in layers.values():
         if layer.merged:

@@ -3,7 +3,6 @@ hold the adapters, and one that still has the moments of a task that has ended."
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from ..distributed.processes import is_dtensor
-from ..errors import EWCLoRAError, EWCLoRAWarning
+from ..errors import EWCLoRAError, warn
 from .adapted import AdaptedLinear
 
 MAX_LOOKS = 100  # steps of optimizers that decide nothing, after which it is no use to look at more
@@ -53,7 +52,6 @@ class TrainingWatch:
                 "everywhere. Was the optimizer made before inject (or before begin_task, or before .to() or "
                 "load_state_dict(assign=True) replaced the parameters), or is its learning rate 0? Make it "
                 "after inject, from the parameters that require gradients",
-                depth=2,
             )
 
     def expect_fresh_optimizer(self) -> None:
@@ -78,7 +76,6 @@ class TrainingWatch:
                     "the optimizer still has the moments of the adapters of the task that has ended, which "
                     "push the new ones in its directions; after each task make a new optimizer, or call "
                     "fused_ewclora.reset_optimizer_state_(optimizer, model)",
-                    depth=3,
                 )
             return True
         return self._looks >= MAX_LOOKS
@@ -96,15 +93,13 @@ class TrainingWatch:
                 "the optimizer holds the frozen weights of adapted layers and none of their adapters, so it "
                 "trains none; it was made before inject, or the parameters have been replaced since. Make it "
                 "after inject, from the parameters that require gradients",
-                depth=4,
             )
         return adapters
 
-    def _tell(self, what: str, message: str, depth: int) -> None:
-        """`depth`: the number of calls between the user's line and this one."""
+    def _tell(self, what: str, message: str) -> None:
         if what not in self._told:
             self._told.add(what)
-            warnings.warn(message, EWCLoRAWarning, stacklevel=depth + 2)
+            warn(message)
 
     def _lora_bs(self) -> list[nn.Parameter]:
         return [b for layer in self._layers.values() for _, _, b in layer.adapter_parameters()]

@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import FisherError
 from ..ops.capture import FisherCapture
 from ..ops.sample_order import Ends, Order, Watch, marks
 from .batches import described, reverse_samples, take_ends, take_sample, tensors
-from .estimation import evaluation_mode
 from .placement import Placement
-from .sample_evidence import OFF, Seen, check_reversed, found_orders
+from .restoring import Undo, evaluation_mode
+from .row_evidence import OFF, Seen, check_reversed, found_orders
 
 Cut = Callable[[Any], Any]
 Look = Callable[[Tensor], Tensor]
@@ -35,6 +36,23 @@ class _Asked:
     forward: Callable[[Any], Any]
     part: Callable[[Cut], Any]
     samples: int
+
+
+class _Hook:
+    """A hook of this pass, which copies of the model do not have."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> None:
+        self._call(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (_nothing,)
+
+
+def _nothing(*_: Any) -> None:
+    """What the hook of a copy does."""
 
 
 class SampleCheck:
@@ -68,8 +86,8 @@ class SampleCheck:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             if self._looking or not torch.is_grad_enabled():
                 return
-            leading = (tensor.shape[0] for _, tensor in tensors((args, kwargs)) if tensor.dim())
-            if samples := batch_size() or next(leading, 0):
+            leading = [tensor.shape[0] for _, tensor in tensors((args, kwargs)) if tensor.dim()]
+            if samples := batch_size() or (leading[0] if leading else 0):
                 self._begin(samples)
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -81,15 +99,17 @@ class SampleCheck:
                 part = lambda cut: (cut(args), cut(kwargs))  # noqa: E731
                 self._find(watches, _Asked(lambda p: module(*p[0], **p[1]), part, samples), output)
 
-        handles = (
-            self._model.register_forward_pre_hook(before, with_kwargs=True),
-            self._model.register_forward_hook(after, with_kwargs=True),
-        )
-        try:
-            yield
-        finally:
+        undo, handles = Undo(), list[RemovableHandle]()
+
+        def remove() -> None:
             for handle in handles:
                 handle.remove()
+
+        with undo, undo:
+            undo.add(remove)
+            handles.append(self._model.register_forward_pre_hook(_Hook(before), with_kwargs=True))
+            handles.append(self._model.register_forward_hook(_Hook(after), with_kwargs=True))
+            yield
 
     def _begin(self, samples: int) -> None:
         for capture in self._captures.values():

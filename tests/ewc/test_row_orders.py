@@ -400,8 +400,12 @@ def test_sequence_first_loader():
     for tokens in (4, 6, 8):
         _, ewc = adapted(First())
         x, y = data(4, tokens)
+        loader = [(x.transpose(0, 1), y)]
         with pytest.raises(FisherError, match=r"fc: |output: has 4 leading rows"):
-            ewc.estimate_fisher([(x.transpose(0, 1), y)], F.cross_entropy)
+            ewc.estimate_fisher(loader, F.cross_entropy, batch_size_fn=lambda _: 4)
+        if tokens != 4:
+            with pytest.raises(ArgumentError, match=f"x has {tokens}, targets has 4"):
+                ewc.estimate_fisher(loader, F.cross_entropy)
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
