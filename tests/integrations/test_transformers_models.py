@@ -404,3 +404,35 @@ def test_copies_independent():
     with torch.no_grad():
         other.transformer.h[0].attn.c_attn.lora_B_q.mul_(2)
     assert not torch.equal(other(**batch).logits, model(**batch).logits)
+
+
+WAVLM = {
+    "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
+    "conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_feat_extract_layers": 1,
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "num_labels": 2,
+}  # fmt: skip
+BLOOM = {
+    "vocab_size": 19, "hidden_size": 8, "n_layer": 1, "n_head": 2, "pretraining_tp": 2,
+    "slow_but_exact": True,
+}  # fmt: skip
+MAMBA = {"vocab_size": 19, "hidden_size": 8, "num_hidden_layers": 1, "state_size": 4, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("make", "refused"),
+    [
+        (lambda: hf.MambaForCausalLM(hf.MambaConfig(**MAMBA)), "dt_proj"),
+        (lambda: hf.WavLMForSequenceClassification(hf.WavLMConfig(**WAVLM)), "out_proj"),
+        (lambda: hf.BloomForCausalLM(hf.BloomConfig(**BLOOM)), "dense"),
+    ],
+    ids=["mamba", "wavlm", "bloom"],
+)
+def test_bypassed_refused(make, refused):
+    """Layers whose weights a model uses without calling them are left out by "all-linear", and refused when
+    they are named."""
+    model = make()
+    report = fe.inject(model, fe.LoRAConfig(r=2, target_modules="all-linear"))
+    assert "without calling it" in str(report)
+    assert not any(name.endswith(refused) for name in fe.adapters(model))
+    with pytest.raises(fe.TargetError, match=rf"{refused}: .*uses .* without calling it"):
+        fe.inject(make(), fe.LoRAConfig(r=2, target_modules=[refused]))
