@@ -422,6 +422,7 @@ class EWC:
         """
         if gamma is not None:
             number("gamma", gamma, 0.0, 1.0)
+        self._check()
         if message := untrained_message(self._placement.layers):
             warn(f"end_task: {message}")
         self.estimate_fisher(loader, loss_fn, **kwargs)

@@ -34,17 +34,30 @@ class TrainingWatch:
     def __init__(self, layers: Mapping[str, AdaptedLinear]) -> None:
         self._layers = layers
         self._gradients = False  # whether adapters had gradients when the Fisher pass began
+        # Gradients that were there when the last task ended, and their versions: of no step since.
+        self._left: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._told: set[str] = set()
         self._looks = 0
 
     def note_gradients(self) -> None:
         """To be called before a Fisher pass, whose own backward passes leave gradients too."""
-        self._gradients = self._gradients or any(b.grad is not None for b in self._lora_bs())
+        self._gradients = self._gradients or any(self._is_new(b.grad) for b in self._lora_bs())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_left": {}}  # weak references cannot be copied
+
+    def _is_new(self, grad: Tensor | None) -> bool:
+        if grad is None:
+            return False
+        left, version = self._left.get(id(grad), (None, -1))
+        return left is None or left() is not grad or grad._version != version
 
     def check_changed(self, call: str) -> None:
         """To be called when a task ends, before its adapters are folded in: warns when they had gradients,
         but every lora_B is still 0, which it is at the start of a task."""
         seen, self._gradients = self._gradients, False
+        grads = [b.grad for b in self._lora_bs() if b.grad is not None]
+        self._left = {id(grad): (weakref.ref(grad), grad._version) for grad in grads}
         if seen and not _any_nonzero(self._lora_bs()):
             self._tell(
                 "unchanged",

@@ -183,8 +183,8 @@ def test_kernels_in_editable_install(tmp_path: Path):
 def test_compiled_wheel(tmp_path: Path):
     """Compiled wheel holds the extension beside the package."""
     source = copy_of_sources(tmp_path)
-    for path in (source / "csrc" / "cpu").iterdir():
-        path.unlink()
+    shutil.rmtree(source / "csrc" / "cpu")
+    (source / "csrc" / "cpu").mkdir()
     (source / "csrc" / "cpu" / "tiny.cpp").write_text(TINY_EXTENSION)
     wheel(source, FUSED_EWCLORA_BUILD="cpu")
     built = only(list((source / "dist").glob("*.whl")))

@@ -1,6 +1,6 @@
 """python -m sweep [--update] [NAME ...]: all architectures, or those whose names hold one of these.
 
-All of them together write benchmarks/results/architectures.jsonl and docs/architectures.md. Exit status: 1
+All of them together write docs/architectures.jsonl and docs/architectures.md. Exit status: 1
 when an architecture is WRONG or cannot be built, or when timm or transformers have fewer than 40 rows with
 adapted layers.
 """
