@@ -91,12 +91,12 @@ class TrainingWatch:
                     "fused_ewclora.reset_optimizer_state_(optimizer, model)",
                 )
             return True
-        return self._looks >= MAX_LOOKS
+        return self._looks >= MAX_LOOKS or not self._adapted()
 
     def check_holds(self, optimizer: Optimizer) -> list[Tensor]:
         """The adapters that an optimizer holds; warns when it holds base weights instead."""
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        layers = list(self._layers.values())
+        layers = self._adapted()
         adapters: list[Tensor] = [
             p for layer in layers for _, p in layer.named_lora_parameters() if id(p) in held
         ]
@@ -115,7 +115,11 @@ class TrainingWatch:
             warn(message)
 
     def _lora_bs(self) -> list[nn.Parameter]:
-        return [b for layer in self._layers.values() for _, _, b in layer.adapter_parameters()]
+        return [b for layer in self._adapted() for _, _, b in layer.adapter_parameters()]
+
+    def _adapted(self) -> list[AdaptedLinear]:
+        """The layers that have not been ejected since."""
+        return [layer for layer in self._layers.values() if isinstance(layer, AdaptedLinear)]
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -202,3 +202,29 @@ def test_methods(method: type[fe.methods.LoRA]):
     step(running.model, frozen)
     with pytest.warns(fe.EWCLoRAWarning, match="no adapter changed"):
         running.end_task([BATCH], F.cross_entropy)
+
+
+def test_ejected_meanwhile():
+    """A model that is ejected after its last task trains on as a plain model."""
+    model = fresh()
+    ewc = fe.EWC(model, ewc_lambda=1.0)
+    ewc.end_task([BATCH], F.cross_entropy)
+    fe.eject(model)
+    model.requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(model, torch.optim.SGD(model.parameters(), 0.1))
+
+
+def test_gradients_of_last_task():
+    """Gradients that were left over when the last task ended are none of the next task."""
+    model = fresh()
+    ewc = fe.EWC(model, ewc_lambda=1.0)
+    learned(model)
+    ewc.end_task([BATCH], F.cross_entropy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ewc.end_task([BATCH], F.cross_entropy)
+    model(BATCH[0]).sum().backward()
+    with pytest.warns(fe.EWCLoRAWarning, match="no adapter changed"):
+        ewc.end_task([BATCH], F.cross_entropy)
