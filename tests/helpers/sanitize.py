@@ -24,7 +24,10 @@ COMMON = [
     )),
     *(f"tests/backends/test_{name}.py" for name in ("zero_sizes", "wrong_shapes")),
 ]  # fmt: skip
-EMULATOR = [f"tests/backends/cuda/test_{name}.py" for name in ("fisher", "linear", "merge", "penalty")]
+EMULATOR = [
+    "tests/backends/test_zero_sizes.py",
+    *(f"tests/backends/cuda/test_{name}.py" for name in ("fisher", "linear", "merge", "penalty")),
+]
 LIBRARIES = {"address": "libasan.so", "thread": "libtsan.so"}
 # Leaks: Python's own objects at exit. Modules that are not instrumented: PyTorch and NumPy, whose threads and
 # memory functions are not followed.
@@ -33,11 +36,7 @@ OPTIONS = {
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1:second_deadlock_stack=1",
 }
-SETS = (
-    "",
-    "avx2",
-    "baseline",
-)  # instruction sets of the CPU kernels: the widest of the processor, and others
+SETS = ("", "avx2", "baseline")  # instruction sets of the CPU kernels: the widest of the processor, others
 
 
 def build(sanitizer: str) -> Path:
@@ -65,8 +64,9 @@ def preloaded(sanitizer: str) -> str:
     return ":".join(path.strip() for path in found)
 
 
-def tests(sanitizer: str, package: Path, instructions: str) -> int:
-    """Runs the tests of the kernels; the exit status of pytest, or of the sanitizer that ended it."""
+def tests(sanitizer: str, package: Path, instructions: str | None) -> int:
+    """Runs the tests of the CPU kernels with an instruction set, or with None those of the CUDA kernels in
+    the emulator; the exit status of pytest, or of the sanitizer that ended it."""
     others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     environment = {
         **os.environ,
@@ -74,27 +74,27 @@ def tests(sanitizer: str, package: Path, instructions: str) -> int:
         "LD_PRELOAD": preloaded(sanitizer),
         "PYTHONPATH": os.pathsep.join([str(package), *(path for path in others if Path(path) != ROOT)]),
         "FUSED_EWCLORA_SANITIZE": sanitizer,
-        "FUSED_EWCLORA_CPU_ISA": instructions,
         "FUSED_EWCLORA_TEST_THREADS": "3",
         "TRITON_INTERPRET": "0",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    emulated = sanitizer == "address" and not instructions and not torch.cuda.is_available()
-    if not emulated:
-        environment["FUSED_EWCLORA_BUILD"] = "none"  # no emulator
-    selected = "not reference and not compile" if emulated else "cpu and not compile"
+    if instructions is not None:
+        environment |= {"FUSED_EWCLORA_CPU_ISA": instructions, "FUSED_EWCLORA_BUILD": "none"}  # no emulator
+    selected = f"{'cuda' if instructions is None else 'cpu'} and not compile"
     # -P: the package is the copy, not the one in the folder that this runs in.
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selected]
     command.append("--capture=sys")  # a report goes to the file of standard error, and ends the process
-    command += [*COMMON, *(EMULATOR if emulated else ())]
+    command += EMULATOR if instructions is None else COMMON
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 
 def main(sanitizers: list[str]) -> int:
     for sanitizer in sanitizers:
         package = build(sanitizer)
-        for instructions in SETS:
-            print(f"--- {sanitizer}, {instructions or 'widest'} instruction set", flush=True)
+        emulated = sanitizer == "address" and not torch.cuda.is_available()
+        for instructions in (*SETS, *((None,) if emulated else ())):
+            what = "CUDA kernels" if instructions is None else f"{instructions or 'widest'} instruction set"
+            print(f"--- {sanitizer}, {what}", flush=True)
             if (status := tests(sanitizer, package, instructions)) != 0:
                 return status
     return 0
