@@ -78,8 +78,11 @@ class ShardedPlacement:
         check_inside(self.model, self.layers)
 
     def check_foldable(self, action: str) -> None:
-        check_ready(self.layers, action)
-        check_mergeable(self.model, action)
+        def check() -> None:
+            check_ready(self.layers, action)
+            check_mergeable(self.model, action)
+
+        self.agree(check)  # the others would wait for a process that raises
 
     def agree(self, work: Callable[[], Result]) -> Result:
         return together(work)

@@ -38,13 +38,14 @@ class _Place:
 
 def _place(tensor: Tensor) -> _Place:
     """Where a tensor is; the place of one without memory (on meta, sharded elsewhere) is its own."""
+    own = _Place(-id(tensor), 0, 1)  # not of the local part, which lives no longer than this call
     tensor = tensor.detach().to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
     try:
         pointer = tensor.untyped_storage().data_ptr() if tensor.numel() else 0
     except (RuntimeError, NotImplementedError):  # subclasses without a storage of their own
         pointer = 0
     if not pointer:
-        return _Place(-id(tensor), 0, 1)
+        return own
     size, first = tensor.element_size(), int(tensor.storage_offset())
     sides = list(zip(tensor.shape, tensor.stride(), strict=True))
     start, stop = first * size, (first + 1 + sum((n - 1) * stride for n, stride in sides)) * size

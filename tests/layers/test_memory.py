@@ -16,6 +16,7 @@ from models import randomize_adapters_
 from torch import Tensor, nn
 
 import fused_ewclora as fe
+from fused_ewclora.layers import memory
 from fused_ewclora.layers.memory import _place
 
 CONFIG = fe.LoRAConfig(r=2, target_modules=["enc"])
@@ -152,3 +153,12 @@ def test_two_models(quick_collections: None):
     del second, model
     fe.merge(first)
     assert first.enc.merged
+
+
+def test_empty_shards(monkeypatch):
+    """Shards without rows have no memory to share, although each is gone when the next is looked at."""
+    monkeypatch.setattr(memory, "is_dtensor", lambda tensor: True)
+    monkeypatch.setattr(torch.Tensor, "to_local", lambda tensor: torch.empty(0, 4), raising=False)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    fe.inject(model, fe.LoRAConfig(r=2, target_modules=["0", "1"]))
+    assert memory.shared_weights(model, fe.adapters(model)) == {}
