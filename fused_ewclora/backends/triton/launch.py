@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +31,9 @@ class Launch:
 
 
 class _Noting(threading.local):
-    """What this thread notes, and for which architecture; other threads launch meanwhile."""
+    """Who takes this thread's launches, and for which architecture; other threads launch meanwhile."""
 
-    launches: list[Launch] | None = None
+    take: Callable[[Launch], None] | None = None
     arch: str | None = None
 
 
@@ -43,21 +43,28 @@ _noting = _Noting()
 @contextlib.contextmanager
 def noting(arch: str) -> Iterator[list[Launch]]:
     """Note launches as made for `arch`, and run none; tensors may be on the meta device."""
-    before, before_arch = _noting.launches, _noting.arch
     launches: list[Launch] = []
-    _noting.launches, _noting.arch = launches, arch
-    try:
+    with handing(arch, launches.append):
         yield launches
+
+
+@contextlib.contextmanager
+def handing(arch: str, take: Callable[[Launch], None]) -> Iterator[None]:
+    """Hand launches, made for `arch`, to `take` instead of to Triton."""
+    before, before_arch = _noting.take, _noting.arch
+    _noting.take, _noting.arch = take, arch
+    try:
+        yield
     finally:
-        _noting.launches, _noting.arch = before, before_arch
+        _noting.take, _noting.arch = before, before_arch
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """`kernel[grid](*arguments, **options)`; an empty grid launches nothing."""
     if 0 in grid:
         return
-    if _noting.launches is not None:
-        _noting.launches.append(Launch(kernel, grid, arguments, options))
+    if _noting.take is not None:
+        _noting.take(Launch(kernel, grid, arguments, options))
         return
     kernel[grid](*arguments, **options)
 

@@ -1,0 +1,416 @@
+// Memory: bounds, alignment, what was never written, and the order of accesses.
+#include <cstdio>
+#include <sstream>
+
+#include "machine.h"
+#include "numbers.h"
+
+namespace ptx {
+
+void Machine::add(uint64_t address, uint64_t size, const std::string& name, bool initialised) {
+  auto region = std::make_unique<Region>();
+  region->name = name;
+  region->base = address;
+  region->size = size;
+  region->data = reinterpret_cast<uint8_t*>(address);
+  region->cells.resize((size + 1) / 2 + 1);
+  region->touched.resize(size / kSector + 2);
+  if (initialised)
+    for (auto& cell : region->cells) cell.initialised = true;
+  regions_[address + size] = std::move(region);
+  last_ = nullptr;
+}
+
+Region* Machine::find(uint64_t address, uint64_t bytes) {
+  if (last_ && last_->contains(address, bytes)) return last_;
+  auto found = regions_.lower_bound(address + bytes);  // the first that ends there or later
+  if (found == regions_.end() || !found->second->contains(address, bytes)) return nullptr;
+  return last_ = found->second.get();
+}
+
+uint64_t Machine::address(Warp& w, const Operand& o, int lane) {
+  if (o.reg < 0) return o.value;
+  const bool before = undefined_;
+  undefined_ = false;
+  uint64_t base = operand(w, Operand{Kind::reg, false, o.reg, 0, {}}, lane, program_->widths[o.reg]);
+  must_be_defined(w, lane, "address");
+  undefined_ = before;
+  return base + o.value;
+}
+
+// Finds the region of an access, reports and returns false if there is none or it is misaligned.
+bool Machine::resolve(Warp& w, Space& space, uint64_t& address, uint64_t bytes, int lane, Region*& region, const char* what) {
+  if (space == Space::generic) {
+    space = address >= kParamWindow ? Space::param : address >= kSharedWindow ? Space::shared : Space::global;
+    if (space == Space::shared) address -= kSharedWindow;
+    if (space == Space::param) address -= kParamWindow;
+  }
+  char text[160];
+  if (address % bytes) {
+    std::snprintf(text, sizeof text, "%s of %d bytes at %#llx", what, int(bytes), static_cast<unsigned long long>(address));
+    note("misaligned", where(w, lane) + text);
+    return false;
+  }
+  if (space == Space::shared) {
+    region = &w.block->shared;
+    address &= 0xffffffff;
+    if (address + bytes <= region->size) return true;
+    std::snprintf(text, sizeof text, "%s of shared memory at %llu, of %llu bytes", what, static_cast<unsigned long long>(address),
+                  static_cast<unsigned long long>(region->size));
+  } else {
+    region = find(address, bytes);
+    if (region) return true;
+    auto next = regions_.lower_bound(address);
+    std::snprintf(text, sizeof text, "%s of %d bytes at %#llx, outside every tensor (next: %s)", what, int(bytes),
+                  static_cast<unsigned long long>(address), next == regions_.end() ? "none" : next->second->name.c_str());
+  }
+  note("out of bounds", where(w, lane) + text);
+  return false;
+}
+
+// ---- order
+
+// Whether `before` is visible to `now`, an access of warp `w` or of what it started. `data`: `before` was a write.
+bool Machine::ordered(const Access& before, const Access& now, const Warp& w, bool data) const {
+  if (before.agent == kNobody || (before.strong && now.strong)) return true;
+  if (before.clock == kPending) return false;
+  bool through_proxy = data && now.async && !before.async;
+  if (before.agent == w.agent && !through_proxy) return before.clock < w.synced || (before.lane == now.lane && now.lane != kManyLanes);
+  const auto covers = [&](const View& view) {
+    return (through_proxy ? view.proxied : view.seen).covers(before.agent, before.clock, before.lane);
+  };
+  if (covers(w.view)) return true;
+  for (const auto& [lanes, view] : w.acquired)
+    if ((now.lane == kManyLanes ? lanes == w.live : (lanes >> now.lane & 1)) && covers(view)) return true;
+  return false;
+}
+
+void Machine::conflict(const char* what, const Access& before, const Access& now, const Region& r, uint64_t address) {
+  std::ostringstream text;
+  const auto who = [&](const Access& access) {
+    std::ostringstream name;
+    if (access.agent >= n_blocks_ * warps_per_block_)
+      name << "copy engine of block " << access.agent - n_blocks_ * warps_per_block_;
+    else
+      name << "block " << access.agent / warps_per_block_ << " warp " << access.agent % warps_per_block_;
+    if (access.lane != kManyLanes) name << " lane " << int(access.lane);
+    return name.str();
+  };
+  text << what << " by " << who(now) << " of " << r.name << " byte " << address - r.base << ", after " << who(before)
+       << (before.clock == kPending ? " whose access is not over" : "");
+  note(before.clock == kPending ? "too early" : "race", text.str());
+}
+
+// Returns whether all of it was written.
+bool Machine::check_read(Warp& w, Region& r, uint64_t address, uint64_t bytes, const Access& now) {
+  bool initialised = true;
+  uint64_t first = (address - r.base) / 2, last = (address - r.base + bytes - 1) / 2;
+  for (uint64_t c = first; c <= last; ++c) {
+    Cell& cell = r.cells[c];
+    initialised = initialised && cell.initialised;
+    if (!ordered(cell.writer, now, w, true)) {
+      conflict("read", cell.writer, now, r, address);
+      break;
+    }
+    if (cell.reader.agent == now.agent) {
+      if (cell.reader.clock == now.clock && cell.reader.lane != now.lane)
+        cell.reader.lane = kManyLanes;
+      else
+        cell.reader = now;
+    } else if (cell.reader.agent == kNobody || (cell.more < 0 && ordered(cell.reader, now, w, false))) {
+      cell.reader = now;
+    } else {
+      if (cell.more < 0) {
+        if (r.spare.empty()) {
+          r.spare.push_back(static_cast<int32_t>(r.pool.size()));
+          r.pool.emplace_back();
+        }
+        cell.more = r.spare.back();
+        r.spare.pop_back();
+        r.pool[cell.more].clear();
+      }
+      auto& others = r.pool[cell.more];
+      auto same = std::find_if(others.begin(), others.end(), [&](const Access& a) { return a.agent == now.agent; });
+      if (same == others.end())
+        others.push_back(now);
+      else if (same->clock == now.clock && same->lane != now.lane)
+        same->lane = kManyLanes;
+      else
+        *same = now;
+    }
+  }
+  return initialised;
+}
+
+// `value` is what will be written, null if that is not known yet. Writing what is there already hurts nobody.
+void Machine::check_write(Warp& w, Region& r, uint64_t address, uint64_t bytes, const Access& now, const uint8_t* value, bool idempotent,
+                          bool defined) {
+  bool same = idempotent && value && std::memcmp(r.data + (address - r.base), value, bytes) == 0;
+  uint64_t first = (address - r.base) / 2, last = (address - r.base + bytes - 1) / 2;
+  for (uint64_t c = first; c <= last; ++c) {
+    Cell& cell = r.cells[c];
+    const Access* bad = nullptr;
+    if (!ordered(cell.writer, now, w, true)) bad = &cell.writer;
+    if (!bad && !ordered(cell.reader, now, w, false)) bad = &cell.reader;
+    if (!bad && cell.more >= 0)
+      for (const auto& other : r.pool[cell.more])
+        if (!ordered(other, now, w, false)) bad = &other;
+    if (bad && !(same && cell.initialised && bad->clock != kPending)) {
+      conflict(bad == &cell.writer ? "write" : "write after a read", *bad, now, r, address);
+      break;
+    }
+    if (cell.more >= 0) r.spare.push_back(cell.more);
+    cell.more = -1;
+    cell.reader = Access{};
+    cell.writer = now;
+    cell.initialised = defined;
+  }
+}
+
+// What others may see of a warp through a release of `lane` (kManyLanes: of all its lanes together).
+View Machine::published(const Warp& w, int lane, uint32_t lanes) const {
+  View view = w.view;
+  for (const auto& [of, more] : w.acquired)
+    if (lane == kManyLanes || (of >> lane & 1)) view.join(more);
+  view.seen.ticks[w.agent].join(Tick{w.synced, w.clock, lanes});
+  return view;
+}
+
+void Machine::acquire(Warp& w, uint32_t lanes, const View& view) {
+  if (view.empty()) return;
+  if (lanes == w.live)
+    w.view.join(view);
+  else
+    w.acquired.emplace_back(lanes, view);
+}
+
+// All lanes of a warp see what each of them did and saw.
+void Machine::synchronise(Warp& w) {
+  for (const auto& [lanes, view] : w.acquired) w.view.join(view);
+  w.acquired.clear();
+  w.synced = ++w.clock;
+  w.view.seen.ticks[w.agent].join(Tick{w.synced, 0, 0});
+}
+
+// A strong access of `address`: takes over what was released there and publishes what this lane saw.
+void Machine::pass_on(Warp& w, uint64_t address, Order order, Scope scope, int lane, bool writes, bool reads, bool replaces) {
+  auto& place = synchronised_[address];
+  const uint32_t me = w.block->index;
+  if (reads) {
+    View got = place.everywhere;
+    if (auto found = place.in_block.find(me); found != place.in_block.end()) got.join(found->second);
+    bool takes = order == Order::acquire || order == Order::acq_rel;
+    if (takes && scope == Scope::cta && place.in_block.find(me) == place.in_block.end()) takes = false;
+    if (takes)
+      acquire(w, 1u << lane, got);
+    else
+      w.before_fence[lane].join(got);
+  }
+  if (writes) {
+    if (replaces) place = Synchronised{};
+    View given;
+    if (order == Order::release || order == Order::acq_rel)
+      given = published(w, lane, 1u << lane);
+    else if (!w.fenced_view[lane].empty())
+      given = w.fenced_view[lane];
+    if (!given.empty()) {
+      place.in_block[me].join(given);
+      if (scope == Scope::gpu) place.everywhere.join(given);
+      ++w.clock;  // later writes of this lane are not part of it
+    }
+  }
+}
+
+void Machine::fence(Warp& w, const Instruction& i, uint32_t mask) {
+  for_lanes(mask, [&](int lane) {
+    if (!w.before_fence[lane].empty()) {
+      acquire(w, 1u << lane, w.before_fence[lane]);
+      w.before_fence[lane] = View{};
+    }
+    if (i.scope == Scope::gpu) w.fenced_view[lane] = published(w, lane, 1u << lane);
+  });
+  ++w.clock;
+}
+
+void Machine::proxy_fence(Warp& w, uint32_t mask) {
+  View view = published(w, mask == w.live ? kManyLanes : __builtin_ctz(mask), mask);
+  w.view.proxied.join(view.seen);
+  ++w.clock;
+}
+
+// ---- costs
+
+void Machine::count_shared(const std::array<uint64_t, kLanes>& at, uint32_t mask, int bytes) {
+  // Wide accesses go in passes of 128 bytes: half the lanes of 8 bytes, a quarter of 16.
+  int passes = std::max(1, bytes / 4), lanes = kLanes / passes, words = std::max(1, bytes / 4);
+  for (int p = 0; p < passes; ++p) {
+    std::array<std::array<uint64_t, kLanes>, kBanks> seen;
+    std::array<int, kBanks> count{};
+    bool any = false;
+    for (int l = p * lanes; l < (p + 1) * lanes; ++l) {
+      if (!(mask >> l & 1)) continue;
+      any = true;
+      for (int k = 0; k < words; ++k) {
+        uint64_t word = at[l] / 4 + k;
+        auto& bank = seen[word % kBanks];
+        int& n = count[word % kBanks];
+        if (std::find(bank.begin(), bank.begin() + n, word) == bank.begin() + n) bank[n++] = word;
+      }
+    }
+    if (!any) continue;
+    costs_[pc_].wavefronts += *std::max_element(count.begin(), count.end());
+    costs_[pc_].ideal_wavefronts += 1;
+  }
+}
+
+void Machine::count_global(const std::array<uint64_t, kLanes>& at, uint32_t mask, int bytes) {
+  std::array<uint64_t, 2 * kLanes> sectors;
+  int n = 0;
+  for_lanes(mask, [&](int lane) {
+    for (uint64_t s = at[lane] / kSector; s <= (at[lane] + bytes - 1) / kSector; ++s)
+      if (std::find(sectors.begin(), sectors.begin() + n, s) == sectors.begin() + n) {
+        sectors[n++] = s;
+        Region* region = find(std::max(s * kSector, at[lane]), 1);
+        if (!region) continue;
+        uint64_t local = s - region->base / kSector;
+        if (!region->touched[local]) {
+          region->touched[local] = true;
+          ++costs_[pc_].fresh_sectors;
+        }
+      }
+  });
+  costs_[pc_].sectors += n;
+}
+
+// ---- loads and stores
+
+void Machine::load(Warp& w, const Instruction& i, uint32_t mask) {
+  const int size = bits_of(i.type) / 8, total = size * i.vector;
+  std::array<uint64_t, kLanes> shared_at{}, global_at{};
+  uint32_t in_shared = 0, in_global = 0;
+  const Operand& to = i.operands.at(0);
+  each(mask, [&](int lane) {
+    Space space = i.space;
+    uint64_t at = address(w, i.operands.at(1), lane);
+    const uint8_t* data = nullptr;
+    std::array<uint8_t, 32> nothing;
+    nothing.fill(0xff);
+    Region* region = nullptr;
+    if (space == Space::generic && at >= kParamWindow) space = Space::param, at -= kParamWindow;
+    if (space == Space::param) {
+      if (at + total > launch_->parameters.size() || at % size) {
+        note("out of bounds", where(w, lane) + "parameter byte " + std::to_string(at));
+        throw Stop{};
+      }
+      data = launch_->parameters.data() + at;
+    } else if (resolve(w, space, at, total, lane, region, "load")) {
+      Access now{w.agent, w.clock, static_cast<uint8_t>(lane), i.order != Order::weak, false};
+      if (!check_read(w, *region, at, total, now)) undefined_ = true;
+      data = region->data + (at - region->base);
+      if (space == Space::shared)
+        shared_at[lane] = at, in_shared |= 1u << lane;
+      else
+        global_at[lane] = at, in_global |= 1u << lane;
+      if (i.order != Order::weak)
+        pass_on(w, at + (space == Space::shared ? kSharedWindow * (w.block->index + 4) : 0), i.order, i.scope, lane, false, true, false);
+    } else {
+      data = nothing.data();
+    }
+    for (int v = 0; v < i.vector; ++v) {
+      uint64_t bits = 0;
+      std::memcpy(&bits, data + v * size, size);
+      if (is_signed(i.type)) bits = sign_extended(bits, 8 * size);
+      set(w, to.kind == Kind::vector ? to.parts.at(v) : to, lane, bits);
+    }
+  });
+  if (in_shared) count_shared(shared_at, in_shared, total);
+  if (in_global) count_global(global_at, in_global, total);
+}
+
+void Machine::store(Warp& w, const Instruction& i, uint32_t mask) {
+  const int size = bits_of(i.type) / 8, total = size * i.vector;
+  std::array<uint64_t, kLanes> shared_at{}, global_at{};
+  uint32_t in_shared = 0, in_global = 0;
+  const Operand& from = i.operands.at(1);
+  each(mask, [&](int lane) {
+    Space space = i.space;
+    uint64_t at = address(w, i.operands.at(0), lane);
+    Region* region = nullptr;
+    if (!resolve(w, space, at, total, lane, region, "store")) return;
+    std::array<uint8_t, 32> data;
+    for (int v = 0; v < i.vector; ++v) {
+      uint64_t bits = operand(w, from.kind == Kind::vector ? from.parts.at(v) : from, lane, 8 * size);
+      std::memcpy(data.data() + v * size, &bits, size);
+    }
+    Access now{w.agent, w.clock, static_cast<uint8_t>(lane), i.order != Order::weak, false};
+    const bool undefined = undefined_;
+    if (space != Space::shared || i.order != Order::weak) must_be_defined(w, lane, "value that is stored");
+    check_write(w, *region, at, total, now, data.data(), true, !undefined);
+    std::memcpy(region->data + (at - region->base), data.data(), total);
+    uint64_t key = at + (space == Space::shared ? kSharedWindow * (w.block->index + 4) : 0);
+    if (i.order != Order::weak) pass_on(w, key, i.order, i.scope, lane, true, false, true);
+    if (space == Space::shared)
+      shared_at[lane] = at, in_shared |= 1u << lane;
+    else
+      global_at[lane] = at, in_global |= 1u << lane;
+  });
+  if (in_shared) count_shared(shared_at, in_shared, total);
+  if (in_global) count_global(global_at, in_global, total);
+}
+
+void Machine::atomic(Warp& w, const Instruction& i, uint32_t mask) {
+  const int bits = bits_of(i.type), size = bits / 8;
+  const bool result = i.text.find("red") != 0 && i.operands.size() > 2;  // red has no destination
+  const size_t first = result ? 1 : 0;
+  std::array<uint64_t, kLanes> at_lane{};
+  uint32_t in_global = 0;
+  each(mask, [&](int lane) {
+    Space space = i.space;
+    uint64_t at = address(w, i.operands.at(first), lane);
+    Region* region = nullptr;
+    if (!resolve(w, space, at, size, lane, region, "atomic")) return;
+    Access now{w.agent, w.clock, static_cast<uint8_t>(lane), true, false};
+    uint64_t old = 0;
+    std::memcpy(&old, region->data + (at - region->base), size);
+    uint64_t b = operand(w, i.operands.at(first + 1), lane, bits), next = 0;
+    if (i.modifier == "add" && i.type == Type::f32)
+      next = bits_of(as_float(old) + as_float(b));
+    else if (i.modifier == "add")
+      next = low_bits(old + b, bits);
+    else if (i.modifier == "exch")
+      next = b;
+    else if (i.modifier == "cas")
+      next = old == b ? operand(w, i.operands.at(first + 2), lane, bits) : old;
+    else if (i.modifier == "or")
+      next = old | b;
+    else if (i.modifier == "and")
+      next = old & b;
+    else if (i.modifier == "inc")
+      next = old >= b ? 0 : old + 1;
+    else if (i.modifier == "max" || i.modifier == "min") {
+      bool less = is_signed(i.type) ? sign_extended(old, bits) < sign_extended(b, bits) : old < b;
+      next = (i.modifier == "max") == less ? b : old;
+    } else {
+      throw Unsupported(i.text);
+    }
+    if (!check_read(w, *region, at, size, now)) undefined_ = true;
+    must_be_defined(w, lane, "atomic");
+    if (next != old) check_write(w, *region, at, size, now, reinterpret_cast<uint8_t*>(&next), false);
+    std::memcpy(region->data + (at - region->base), &next, size);
+    uint64_t key = at + (space == Space::shared ? kSharedWindow * (w.block->index + 4) : 0);
+    pass_on(w, key, i.order, i.scope, lane, true, true, false);
+    if (result) set(w, i.operands[0], lane, old);
+    if (space != Space::shared) at_lane[lane] = at, in_global |= 1u << lane;
+  });
+  if (in_global) count_global(at_lane, in_global, size);
+}
+
+// Shared memory of a matrix instruction, for one lane; null if it is out of bounds or misaligned.
+uint8_t* Machine::shared_bytes(Warp& w, uint64_t at, int bytes, int lane, const char* what) {
+  Space space = Space::shared;
+  Region* region = nullptr;
+  if (!resolve(w, space, at, bytes, lane, region, what)) return nullptr;
+  return region->data + at;
+}
+
+}  // namespace ptx
