@@ -7,10 +7,11 @@
 #   make suite   continual learning with every method on language and vision
 #   make sanitize    tests of the compiled kernels under the address, undefined behaviour and thread sanitizers of GCC
 #   make sweep    small models of many architectures against plain autograd; writes docs/architectures.md
+#   make ptx-check    what Triton and nvcc make of the kernels, executed on the CPU and checked; PTX_ARGS="--arch sm_90"
 #   make docs    the API reference and the pages of docs/, in build/docs
 #   make format  rewrite sources in style       make clean   remove build outputs (make distclean: .venv as well)
 #   make gpu-check OUT=dir   tests and benchmarks on a CUDA machine, with the PyTorch, Triton and pytest of PYTHON; no .venv
-# Variables: PYTHON, MAX_JOBS, FUSED_EWCLORA_BUILD, TEST_ARGS, SANITIZERS, INSTEAD, DEMO_ARGS, SUITE_ARGS, SWEEP_ARGS, BENCH_ARGS, OUT, CHECK_ARGS
+# Variables: PYTHON, MAX_JOBS, FUSED_EWCLORA_BUILD, TEST_ARGS, SANITIZERS, INSTEAD, DEMO_ARGS, SUITE_ARGS, SWEEP_ARGS, PTX_ARGS, BENCH_ARGS, OUT, CHECK_ARGS
 
 PYTHON ?= python3
 TEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
@@ -23,7 +24,7 @@ INSTALL := .venv/.install
 EXTENSION := build/.extension
 EXTRAS := .venv/extras
 
-.PHONY: test test-long test-library test-integrations sanitize demo suite sweep docs lint format bench gpu-check setup clean distclean
+.PHONY: test test-long test-library test-integrations sanitize demo suite sweep ptx-check docs lint format bench gpu-check setup clean distclean
 .DELETE_ON_ERROR:
 
 test: test-library test-integrations
@@ -51,6 +52,9 @@ suite: setup $(EXTRAS)
 # Minutes on two cores; SWEEP_ARGS="bert swin" runs the architectures with these in their names and writes nothing.
 sweep: setup $(EXTRAS)
 	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/helpers:$(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH)) python -m sweep $(SWEEP_ARGS)
+
+ptx-check: setup
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/helpers$(if $(PYTHONPATH),:$(PYTHONPATH)) python -m ptx.check $(PTX_ARGS)
 
 bench: setup $(EXTRAS)
 	PYTHONPATH=$(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH)) python -m benchmarks $(BENCH_ARGS)

@@ -1,11 +1,11 @@
-"""Runs what Triton compiles: launches of the hosts, compiled ahead of time for an architecture, executed by the machine."""
+"""Runs what Triton compiles: launches of hosts, compiled ahead of time, executed by the machine."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ class Compiled:
 _compiled: dict[str, Compiled] = {}
 
 
-def compile_launch(noted: launch.Launch, arch: str, change: Callable[[str], str] | None = None) -> Compiled:
-    """Compiled as Triton's JIT would compile it; `change` edits the PTX."""
+def compile_launch(noted: launch.Launch, arch: str) -> Compiled:
+    """Compiled as Triton's JIT would compile it."""
     import triton
     from triton.compiler import ASTSource
 
@@ -49,12 +49,7 @@ def compile_launch(noted: launch.Launch, arch: str, change: Callable[[str], str]
         maps = list(getattr(metadata, "tensordesc_meta", None) or [])
         found = Compiled(ptx, text.kernel(ptx), 32 * metadata.num_warps, metadata.shared, maps)
         _compiled[specialisation.key] = found
-    if change is None:
-        return found
-    changed = change(found.ptx)
-    if changed == found.ptx:
-        raise ValueError(f"the change leaves the code of {specialisation.name} as it is")
-    return Compiled(changed, text.kernel(changed), found.threads, found.shared, found.maps)
+    return found
 
 
 def arguments(noted: launch.Launch, arch: str, compiled: Compiled) -> list[Any]:
@@ -98,6 +93,9 @@ def tensors(value: Any) -> Iterator[Tensor]:
         yield value.base
 
 
+_EMPTY = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+
+
 class _Fresh(TorchDispatchMode):
     """Notes tensors that are made inside: those of `empty` hold NaN and count as never written."""
 
@@ -108,13 +106,14 @@ class _Fresh(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if isinstance(out, Tensor) and (
-            "empty" in name or name in ("zeros", "new_zeros", "zeros_like", "tensor")
-        ):
-            empty = "empty" in name
-            if empty and out.numel():
-                out.untyped_storage().copy_(torch.UntypedStorage(out.untyped_storage().nbytes()).fill_(0xFF))
-            self.machine.add(out, "", initialised=not empty)
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
+                self.machine.written(value)
+        if isinstance(given := (kwargs or {}).get("out"), Tensor):
+            self.machine.written(given)
+        if isinstance(out, Tensor) and name in _EMPTY and out.device.type == "cpu" and out.numel():
+            out.untyped_storage().fill_(0xFF)
+            self.machine.add(out, initialised=False)
         return out
 
 
@@ -129,17 +128,16 @@ class Session:
     change: Callable[[str, str], str] | None = None  # of (kernel's name, PTX)
     machine: Machine = field(default_factory=Machine)
     reports: list[Report] = field(default_factory=list)
+    changed: int = 0  # launches whose code `change` edited
 
     def run(self, noted: launch.Launch) -> None:
-        name = noted.kernel.fn.__name__
-        change = self.change
-        edited = None
-        if change is not None:
-            edited = lambda ptx: change(name, ptx)  # noqa: E731
-        try:
-            compiled = compile_launch(noted, self.arch, edited)
-        except ValueError:
-            compiled = compile_launch(noted, self.arch)
+        compiled = compile_launch(noted, self.arch)
+        if (
+            self.change is not None
+            and (ptx := self.change(noted.kernel.fn.__name__, compiled.ptx)) != compiled.ptx
+        ):
+            compiled = replace(compiled, ptx=ptx, kernel=text.kernel(ptx))
+            self.changed += 1
         for tensor in tensors([*noted.arguments]):
             self.machine.add(tensor)
         self.reports.append(

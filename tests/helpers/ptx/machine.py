@@ -1,4 +1,4 @@
-"""Executes kernels on the CPU as PTX: memory that they may touch, launches, and a report of what was wrong and what it cost.
+"""Executes kernels on the CPU as PTX: memory that they may touch, launches, and what was wrong and what it cost.
 
 The machine itself is C++ (machine/), compiled once per state of its sources into build/ptx.
 """
@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import text
@@ -185,7 +184,7 @@ class Machine:
     def __init__(self) -> None:
         self._machine = module().Machine()
         self._kept: list[Any] = []
-        self._known: set[tuple[int, int]] = set()
+        self._known: list[tuple[int, int]] = []
 
     def add(self, tensor: Tensor, name: str = "", initialised: bool = True) -> Tensor:
         """Let launches touch `tensor`, all bytes from its first element to its last."""
@@ -194,13 +193,20 @@ class Machine:
         last = sum(
             (extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)
         )
-        place = (tensor.data_ptr(), (last + 1) * tensor.element_size())
-        if place not in self._known:
-            self._known.add(place)
+        start, size = tensor.data_ptr(), (last + 1) * tensor.element_size()
+        if not any(at <= start and start + size <= at + known for at, known in self._known):
+            self._known.append((start, size))
             self._kept.append(tensor)
             shape = "x".join(map(str, tensor.shape))
-            self._machine.add(*place, name or f"tensor [{shape}]", initialised)
+            self._machine.add(start, size, name or f"tensor [{shape}]", initialised)
         return tensor
+
+    def written(self, tensor: Tensor) -> None:
+        """`tensor` was written between launches."""
+        if tensor.numel() and tensor.device.type == "cpu":
+            extents = zip(tensor.shape, tensor.stride(), strict=True)
+            last = sum((extent - 1) * stride for extent, stride in extents)
+            self._machine.initialise(tensor.data_ptr(), (last + 1) * tensor.element_size())
 
     def run(
         self,

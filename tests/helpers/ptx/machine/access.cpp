@@ -21,6 +21,11 @@ void Machine::add(uint64_t address, uint64_t size, const std::string& name, bool
   last_ = nullptr;
 }
 
+void Machine::initialise(uint64_t address, uint64_t size) {
+  if (Region* region = find(address, size))
+    for (uint64_t c = (address - region->base) / 2; c <= (address - region->base + size - 1) / 2; ++c) region->cells[c].initialised = true;
+}
+
 Region* Machine::find(uint64_t address, uint64_t bytes) {
   if (last_ && last_->contains(address, bytes)) return last_;
   auto found = regions_.lower_bound(address + bytes);  // the first that ends there or later

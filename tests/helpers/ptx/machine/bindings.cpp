@@ -48,7 +48,7 @@ PYBIND11_MODULE(ptx_machine, m) {
   py::class_<Machine>(m, "Machine")
       .def(py::init<>())
       .def("add", &Machine::add)
-      .def("forget", &Machine::forget)
+      .def("initialise", &Machine::initialise)
       .def("run", [](Machine& machine, const Program& program, std::array<uint32_t, 3> grid, int threads, int shared,
                      const py::bytes& parameters, std::vector<TensorMap> maps, uint64_t seed, int resident, bool shuffled, uint64_t limit) {
         Launch launch;

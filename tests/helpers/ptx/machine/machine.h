@@ -146,7 +146,7 @@ struct Result {
 class Machine {
  public:
   void add(uint64_t address, uint64_t size, const std::string& name, bool initialised);
-  void forget() { regions_.clear(); }
+  void initialise(uint64_t address, uint64_t size);
   Result run(const Program& program, const Launch& launch);
 
  private:

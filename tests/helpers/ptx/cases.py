@@ -1,0 +1,116 @@
+"""Calls that the machine executes: every op by every algorithm, at small ragged shapes, against fp64.
+
+The kinds are those of the compile report's workloads, so that every configuration in use is compiled as a user's
+call would compile it; only sizes are smaller.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_ewclora.backends import reference
+from fused_ewclora.backends.candidate import Candidate
+from fused_ewclora.backends.triton import has_penalty
+from fused_ewclora.backends.triton.tools.workloads import Make, Sizes, Workload, workloads
+
+from .launches import Session, executing, tensors
+
+# Rows, tokens and widths that no block size divides; widths that vector loads and tensor maps can address.
+SMALL = Sizes(samples=3, tokens=53, width=176, hidden=208, layers=3)
+IN_PLACE = {"fisher_accumulate_": (0,), "merge_": (0,), "soft_threshold_": (0,)}
+# Relative error in norm: products of rounded operands, results rounded once.
+TOLERANCES = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
+PRECISIONS = {"highest": 2e-6, "high": 1e-3, "medium": 8e-3}
+
+
+@dataclass
+class Outcome:
+    """One case on one architecture."""
+
+    arch: str
+    case: str
+    session: Session
+    error: float
+    allowed: float
+    bits: str  # a digest of the results
+    findings: list[str] = field(default_factory=list)
+
+    @property
+    def right(self) -> bool:
+        return self.error <= self.allowed and not self.findings
+
+
+@dataclass(frozen=True)
+class Case:
+    workload: Workload
+    candidate: Candidate
+
+    @property
+    def name(self) -> str:
+        key = f" by {self.candidate.keys[0]}" if self.candidate.keys else ""
+        return self.workload.name + key
+
+    def allowed(self) -> float:
+        dtype = self.workload.dtype
+        fine = PRECISIONS[self.workload.precision] if dtype == torch.float32 else TOLERANCES[dtype]
+        if self.workload.op == "ewc_penalty":  # fp32 inside, by the matmul precision
+            fine = PRECISIONS[self.workload.precision]
+        return fine
+
+    def execute(self, session: Session) -> Outcome:
+        arguments = self.workload.make(Make("cpu"))
+        exact = _results(
+            self.workload.op, reference.candidates(self.workload.op)[0], _double(list(arguments))
+        )
+        with self.workload.precision_set(), executing(session, *arguments):
+            got = _results(self.workload.op, self.candidate, list(arguments))
+        errors = [_error(a, b) for a, b in zip(got, exact, strict=True)]
+        digest = hashlib.sha256()
+        for tensor in got:
+            digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return Outcome(
+            session.arch, self.name, session, max(errors), self.allowed(), digest.hexdigest()[:16],
+            session.findings(),
+        )  # fmt: skip
+
+
+def cases(
+    arch: str,
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
+    ranks: Sequence[int] = (10,),
+    sizes: Sizes = SMALL,
+) -> Iterator[Case]:
+    """Every kind of workload by every algorithm that can compute it."""
+    for workload in workloads(dtypes, ranks, sizes):
+        with workload.precision_set():
+            if workload.op == "ewc_penalty" and not has_penalty(workload.rank, arch):
+                continue
+        for candidate in workload.candidates():
+            yield Case(workload, candidate)
+
+
+def _results(op: str, candidate: Candidate, arguments: list[Any]) -> list[Tensor]:
+    returned = candidate.run(*arguments)
+    if op in IN_PLACE:
+        return list(tensors([arguments[i] for i in IN_PLACE[op]]))
+    return list(tensors(list(returned) if isinstance(returned, (tuple, list)) else [returned]))
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value.clone()
+    if isinstance(value, (list, tuple)):
+        return [_double(one) for one in value]
+    return value
+
+
+def _error(got: Tensor, exact: Tensor) -> float:
+    difference = (got.double() - exact).norm()
+    size = exact.norm()
+    return float(difference / size) if size else float(difference)
