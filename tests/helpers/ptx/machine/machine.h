@@ -82,8 +82,9 @@ struct BulkCopy {
   std::vector<uint8_t> bytes;  // of the tile, row after row
 };
 
-struct Product {  // a warp-group product in flight, as one warp sees it
-  std::vector<int> registers;
+struct Product {               // a warp-group product in flight, as one warp sees it
+  std::vector<int> registers;  // the accumulators, then those of A
+  size_t accumulators = 0;
   std::vector<std::pair<uint64_t, uint64_t>> ranges;  // of shared memory that it reads
   uint32_t group = 0;
   int n = 0;

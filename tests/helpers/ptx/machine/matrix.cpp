@@ -180,11 +180,16 @@ struct Descriptor {
 
 }  // namespace
 
+// Products in flight may share accumulators of one shape, and operands that none of them writes.
 void Machine::wgmma_register(Warp& w, int reg, bool accumulates, const Instruction& i) {
   if (w.in_flight[reg]) {
-    for (const auto& before : w.products)
-      if (std::find(before.registers.begin(), before.registers.end(), reg) != before.registers.end() && !(accumulates && before.n == i.n))
-        note("wgmma", where(w, 0) + "register " + std::to_string(reg) + " belongs to another product in flight");
+    for (const auto& before : w.products) {
+      const auto place = std::find(before.registers.begin(), before.registers.end(), reg);
+      if (place == before.registers.end()) continue;
+      const bool accumulated = static_cast<size_t>(place - before.registers.begin()) < before.accumulators;
+      if (accumulated == accumulates && (!accumulated || before.n == i.n)) continue;
+      note("wgmma", where(w, 0) + "register " + std::to_string(reg) + " belongs to another product in flight");
+    }
   } else if (w.generic_at[reg] > w.fenced) {
     note("wgmma", where(w, 0) + "register " + std::to_string(reg) + " was written after the last wgmma.fence");
   }
@@ -262,6 +267,7 @@ void Machine::wgmma(Block& b, int group, const Instruction& i) {
       w.written[reg] = ~0u;
       mine.registers.push_back(reg);
     }
+    mine.accumulators = mine.registers.size();
     for (const auto& part : a.parts) mine.registers.push_back(part.reg);
     for (int reg : mine.registers) ++w.in_flight[reg];
     w.products.push_back(std::move(mine));
