@@ -236,6 +236,7 @@ Result Machine::run(const Program& program, const Launch& launch) {
   if (launch.shuffled) std::shuffle(order.begin(), order.end(), random_);
   size_t next = 0;
   uint64_t steps = 0;
+  const uint64_t rarity = uint64_t{2} << 4 * (launch.seed % 3);  // tiles arrive soon, later, or when everybody waits
   try {
     while (next < order.size() || !blocks_.empty()) {
       while (next < order.size() && static_cast<int>(blocks_.size()) < launch.resident) start(order[next++]);
@@ -244,7 +245,7 @@ Result Machine::run(const Program& program, const Launch& launch) {
       size_t offset = random_() % blocks_.size();
       for (size_t n = 0; n < blocks_.size() && !moved; ++n) {
         Block& b = *blocks_[(offset + n) % blocks_.size()];
-        if (!b.bulk.empty() && random_() % 4 == 0) moved = land(b);
+        if (!b.bulk.empty() && random_() % rarity == 0) moved = land(b);
         const size_t first = random_() % b.warps.size();
         for (size_t k = 0; k < b.warps.size() && !moved; ++k) {
           Warp& w = *b.warps[(first + k) % b.warps.size()];
