@@ -112,8 +112,42 @@ class Plan:
         )
 
 
-_plans: OrderedDict[Any, Plan] = OrderedDict()
-_plans_lock = threading.Lock()
+class _Plans:
+    """The plans of recent calls by what they depend on."""
+
+    def __init__(self) -> None:
+        self._plans: OrderedDict[Any, Plan] = OrderedDict()
+        self._lock = threading.Lock()
+        self._latest: tuple[Any, Plan | None] = (None, None)
+
+    def find(self, key: Any) -> Plan | None:
+        latest, plan = self._latest
+        if key == latest:  # as in a training loop; hashing hundreds of descriptions takes longer
+            return plan
+        with self._lock:
+            plan = self._plans.get(key)
+            if plan is not None:
+                self._plans.move_to_end(key)
+                self._latest = (key, plan)
+        return plan
+
+    def add(self, key: Any, plan: Plan) -> None:
+        with self._lock:
+            self._plans[key] = plan
+            self._latest = (key, plan)
+            while len(self._plans) > KEPT:
+                self._plans.popitem(last=False)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._plans.clear()
+            self._latest = (None, None)
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+
+_plans = _Plans()
 kept.cache(_plans.clear)
 
 
@@ -162,21 +196,11 @@ def _plan(
     if not fishers or len(lora_as) != len(fishers):
         arguments.ewc_penalty(fishers, lora_as, lora_bs, scales, scale_factors, needs)  # says so
     tensors = tuple(map(_described, (*fishers, *lora_as, *lora_bs, *scales)))
-    like = lora_as[0]
-    key = (
-        tensors,
-        len(scale_factors),
-        tuple(needs),
-        arch(like),
-        precision(),
-        like.device,
-        tables.overriding(),
-    )
-    with _plans_lock:
-        plan = _plans.get(key)
-        if plan is not None:
-            _plans.move_to_end(key)
-            return plan
+    like, where = lora_as[0], (arch(lora_as[0]), precision(), tables.overriding())
+    key = (tensors, len(scale_factors), tuple(needs), like.device, where)
+    found = _plans.find(key)
+    if found is not None:
+        return found
     arguments.ewc_penalty(fishers, lora_as, lora_bs, scales, scale_factors, needs)
     near_fs, near_as, near_bs = ([addressable(t) for t in group] for group in (fishers, lora_as, lora_bs))
     given, near = (*fishers, *lora_as, *lora_bs), (*near_fs, *near_as, *near_bs)
@@ -187,10 +211,7 @@ def _plan(
     if once:
         plan.copies, plan.once = near, True
         return plan
-    with _plans_lock:
-        _plans[key] = plan
-        while len(_plans) > KEPT:
-            _plans.popitem(last=False)
+    _plans.add(key, plan)
     return plan
 
 

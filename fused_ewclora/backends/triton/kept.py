@@ -1,8 +1,8 @@
 """Device memory that outlives a call: where it is allocated, who may still read it, when it is let go.
 
 All of it goes through here. It must not come from a private pool of a CUDA graph (torch.compile with
-"reduce-overhead" refuses what stays behind in its pool), other streams may read it, and a captured graph reads
-it whenever it is replayed.
+"reduce-overhead" refuses what stays behind in its pool), other streams may read it, and a captured graph
+reads it whenever it is replayed.
 """
 
 from __future__ import annotations
