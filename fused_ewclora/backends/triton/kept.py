@@ -14,8 +14,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ...errors import BackendError
-
 T = TypeVar("T")
 Number = int | float
 
@@ -101,12 +99,7 @@ def cache(clear: Callable[[], None]) -> None:
 
 
 def forget() -> None:
-    """Let go of everything. Graphs that were captured before must not be replayed afterwards."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        if torch.cuda.is_current_stream_capturing():
-            raise BackendError("forget_tables: expected a call outside of the capture of a CUDA graph")
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.synchronize(index)
+    """Let go of everything; `ops.dispatch` has waited for the GPUs."""
     _of_graphs.clear()
     for clear in _caches:
         clear()
