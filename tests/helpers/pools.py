@@ -11,10 +11,12 @@ import gc
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from fused_ewclora.ops import dispatch
 
 
 class Pool(TorchDispatchMode):
@@ -25,7 +27,9 @@ class Pool(TorchDispatchMode):
         self._seen: dict[int, tuple[StorageWeakRef, str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        leaves = tree_leaves((args, kwargs))
+        given = {storage(t) for t in leaves if isinstance(t, Tensor)}
+        given |= {int(t._cdata) for t in leaves if isinstance(t, UntypedStorage)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and storage(tensor) not in given:
@@ -51,7 +55,21 @@ def storage(tensor: Tensor) -> int:
 def private_pool(results: list[Tensor]) -> Iterator[None]:
     """Fails if memory of the pool but that of `results`, which the caller fills in, outlives the block."""
     pool = Pool()
-    with pool:
-        yield
+
+    def inside(op: str, candidate: dispatch.Candidate) -> dispatch.Candidate:
+        """The mode ends where the kernel of an operation begins; it goes on inside."""
+
+        def run(*arguments: Any) -> Any:
+            with pool:
+                return candidate.run(*arguments)
+
+        return candidate._replace(run=run, recorded=None)
+
+    before = dispatch.annotate(inside)
+    try:
+        with pool:
+            yield
+    finally:
+        dispatch.annotate(before)
     left = pool.left_behind(results)
     assert not left, f"in a private pool of a CUDA graph, not tracked as outputs: {left}"

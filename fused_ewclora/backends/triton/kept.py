@@ -58,7 +58,7 @@ def outside(make: Callable[[], T], device: torch.device) -> T:
 
 def copied(values: Tensor, device: torch.device) -> Tensor:
     """`values`, which are in host memory, on `device` to stay; ready for every stream."""
-    return outside(lambda: values.to(device), device)
+    return outside(lambda: values.to(device, copy=True), device)
 
 
 def by_value(values: Tensor, device: torch.device) -> Tensor:
