@@ -32,7 +32,11 @@ class Pool(TorchDispatchMode):
         given |= {int(t._cdata) for t in leaves if isinstance(t, UntypedStorage)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and storage(tensor) not in given:
+            if (
+                isinstance(tensor, Tensor)
+                and tensor.untyped_storage().nbytes()
+                and storage(tensor) not in given
+            ):
                 where = StorageWeakRef(tensor.untyped_storage())
                 self._seen[where.cdata] = (where, f"{func} {list(tensor.shape)} {tensor.dtype}")
         return result
