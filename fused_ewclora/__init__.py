@@ -32,7 +32,7 @@ from .layers.bypass import register_call
 from .layers.inject import adapters, disabled, eject, inject, merge, unmerge
 from .layers.linear import LoRALinear
 from .layers.matching import register_layout
-from .ops.dispatch import available_backends, use_backend
+from .ops.dispatch import available_backends, forget_tables, use_backend
 from .report import Report
 
 _moved.install(__name__)
@@ -75,6 +75,7 @@ __all__ = [
     "eject",
     "explain",
     "export_peft",
+    "forget_tables",
     "import_peft",
     "inject",
     "integrations",

@@ -63,6 +63,14 @@ def extension() -> types.ModuleType | None:
     return _emulated or _load()[0]
 
 
+def forget_tables() -> None:
+    """Let go of the tables of penalties, those of captured graphs included. `ops.dispatch` has waited for the
+    GPUs."""
+    module = extension()
+    if module is not None:
+        module.forget_penalty_tables()
+
+
 def unavailable() -> str | None:
     """Why no call can be served, or None."""
     if emulating():

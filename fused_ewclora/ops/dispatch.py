@@ -64,6 +64,25 @@ def available_backends() -> dict[str, str | None]:
     }
 
 
+def forget_tables() -> None:
+    """Free the device memory that backends keep between calls: tables of pointers to tensors, those that
+    captured CUDA graphs read included.
+
+    Waits for the GPUs. CUDA graphs that were captured before must not be replayed afterwards. Later calls
+    make new tables.
+
+    Raises:
+        BackendError: during the capture of a CUDA graph.
+    """
+    if torch.cuda.is_initialized():
+        if torch.cuda.is_current_stream_capturing():
+            raise BackendError("forget_tables: expected a call outside of the capture of a CUDA graph")
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(index)
+    for backend in ("triton", "cuda"):
+        importlib.import_module(f"fused_ewclora.backends.{backend}").forget_tables()
+
+
 @remembers_choices
 @functools.cache
 def _measured_choice() -> Callable[..., str | None] | None:

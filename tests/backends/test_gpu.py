@@ -218,6 +218,139 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def penalty_of(work: Others, factor: float) -> list[Tensor]:
+    """Penalty and gradients with a number as the scale."""
+    scales = [factor + i / 16 for i in range(len(work.fishers))]
+    value = FE.ewc_penalty(work.fishers, work.lora_as, work.lora_bs, scales, 1e4, backend=work.backend)
+    return [value.detach(), *torch.autograd.grad(value, work.leaves())]
+
+
+@each_backend
+@pytest.mark.parametrize("warm", [True, False])
+def test_graph_outlives_tables(backend, warm):
+    """A graph replays its own table and factors after 20 other tables and other factors of the same one."""
+    fe.forget_tables()
+    work = Others(backend)
+    penalty_of(work, 0.25)  # compiles
+    if not warm:
+        fe.forget_tables()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = penalty_of(work, 0.5)
+    rest = []
+    for i in range(20):
+        penalty_of(work, 0.5 + 0.01 * i)
+        other = Others(backend)
+        other.fishers, other.lora_as, other.lora_bs = (
+            tensors[: 1 + i % 12] for tensors in (other.fishers, other.lora_as, other.lora_bs)
+        )
+        penalty_of(other, 0.5)
+        rest.append(torch.randint(-(2**62), 2**62, (2048 + 512 * i,), device="cuda"))  # over what was freed
+    for _ in range(2):
+        work.renew()
+        graph.replay()
+        replayed = copies(results)
+        assert_same(replayed, penalty_of(work, 0.5), exact=True)
+
+
+@each_backend
+def test_streams_with_factors(backend):
+    """Two streams use one table with different factors at the same time, and a third sees it evicted."""
+    fe.forget_tables()
+    work = Others(backend)
+    expected = {factor: copies(penalty_of(work, factor)) for factor in (0.5, 2.0)}
+    streams = {factor: torch.cuda.Stream() for factor in expected}
+    torch.cuda.synchronize()
+    found: dict[float, list[list[Tensor]]] = {factor: [] for factor in expected}
+    for _ in range(10):
+        for factor, stream in streams.items():
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(1_000_000)
+                found[factor].append(penalty_of(work, factor))
+    for i in range(20):  # the table is let go while the streams still have to read it
+        other = Others(backend)
+        penalty_of(other, 1.0 + i)
+    torch.cuda.synchronize()
+    for factor, rounds in found.items():
+        for each in rounds:
+            assert_same(each, expected[factor], exact=True)
+
+
+@each_backend
+def test_changing_factors_no_sync(backend):
+    """Factors that change from step to step make nobody wait for the device."""
+    work = Others(backend)
+    penalty_of(work, 0.25)
+    with no_waiting():
+        for i in range(20):
+            penalty_of(work, 0.5 + 0.01 * i)
+
+
+@each_backend
+def test_graph_whole_step(backend):
+    """A graph of a step of EWC-LoRA (linear, penalty, backward, update) does what eager steps do."""
+
+    def made() -> Callable[[], Tensor]:
+        linear, others = Linear(backend, torch.float32), Others(backend)
+        leaves = [*linear.factors, *others.leaves()]
+        for leaf in leaves:
+            leaf.grad = torch.zeros_like(leaf)
+
+        def step() -> Tensor:
+            for leaf in leaves:
+                leaf.grad.zero_()
+            y = FE.lora_linear_adapters(linear.x, linear.weight, None, linear.adapters, backend=backend)
+            penalty = FE.ewc_penalty(
+                others.fishers, others.lora_as, others.lora_bs, None, 10.0, backend=backend
+            )
+            loss = (y * linear.dy).sum() * 1e-3 + penalty
+            for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+                leaf.grad.add_(grad)
+            with torch.no_grad():
+                for leaf in leaves:
+                    leaf.sub_(leaf.grad, alpha=1e-4)
+            return loss.detach()
+
+        return step
+
+    step, eager_step = made(), made()
+    graph, losses = captured(lambda: [step()])  # three steps of warm-up; the capture itself computes nothing
+    for _ in range(3):
+        eager_step()
+    for _ in range(3):
+        graph.replay()
+        assert_same(losses, [eager_step()], exact=False)
+
+
+@each_backend
+def test_compiled_reduce_overhead(backend):
+    """A step compiled with CUDA graphs trains as it does eagerly, and nothing stays in their pool."""
+    fe.forget_tables()
+    linear, others = Linear(backend, torch.float32), Others(backend)
+    leaves = [*linear.factors, *others.leaves()]
+    fixed = [*leaves, *others.fishers, linear.weight, linear.dy]
+    for tensor in fixed:
+        torch._dynamo.mark_static_address(tensor)
+
+    def loss(x: Tensor, factor: float) -> Tensor:
+        y = FE.lora_linear_adapters(x, linear.weight, None, linear.adapters, backend=backend)
+        scales = [factor] * len(others.fishers)
+        penalty = FE.ewc_penalty(
+            others.fishers, others.lora_as, others.lora_bs, scales, 10.0, backend=backend
+        )
+        return (y * linear.dy).sum() * 1e-3 + penalty
+
+    compiled = torch.compile(loss, mode="reduce-overhead", fullgraph=True)
+    for factor in (0.5, 0.5, 0.5, 0.5, 2.0, 2.0, 2.0, 2.0, 0.5):  # warms up, records, replays
+        expected = torch.autograd.grad(loss(linear.x, factor), leaves)
+        torch.compiler.cudagraph_mark_step_begin()
+        value = compiled(linear.x, factor)
+        for got, eager in zip(torch.autograd.grad(value, leaves), expected, strict=True):
+            assert relative_error(got, oracles.exact(eager)) <= 4 * EPS[torch.float32]
+        linear.renew()
+        others.renew()
+
+
 def test_sync_detected():
     """The guard against waiting for the device notices such a wait."""
     ones = torch.ones(3, device="cuda")

@@ -27,7 +27,7 @@ NAMES = {
         AdaptedLinear ArgumentError BackendError CheckpointError DtypeError EWC EWCLoRAError
         EWCLoRAWarning FisherError IntegrationError LayoutError LoRAConfig LoRALinear
         NotExactlyRepresentable QKVLayout Report TargetError adapters available_backends check_bypass
-        convert_lambda disabled eject explain export_peft import_peft inject integrations
+        convert_lambda disabled eject explain export_peft forget_tables import_peft inject integrations
         load_pretrained merge register_call register_layout reset_optimizer_state_ save_pretrained
         unmerge use_backend verify_forward
     """,

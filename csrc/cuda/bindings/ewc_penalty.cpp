@@ -8,6 +8,7 @@
 
 #include <list>
 
+#include "kept.h"
 #include "penalty_table.h"
 
 namespace fe::cuda {
@@ -39,6 +40,12 @@ struct Call {
   py::list factors;
   std::vector<bool> needs;
 
+  std::vector<double> numbers() const {
+    std::vector<double> values;
+    values.reserve(factors.size());
+    for (const py::handle factor : factors) values.push_back(factor.cast<double>());
+    return values;
+  }
   template <class F>
   bool each(const F& f) const {
     for (const py::list& list : lists)
@@ -50,7 +57,6 @@ struct Call {
 
 struct Entry {
   std::vector<Seen> seen;
-  std::vector<double> factors;
   std::vector<bool> needs;
   at::Float32MatmulPrecision precision;
   PenaltyTable table;
@@ -60,66 +66,88 @@ struct Entry {
     Tensors* to[] = {&a.fishers, &a.lora_as, &a.lora_bs, &a.scales};
     for (int i = 0; i < 4; ++i)
       for (const py::handle item : call.lists[i]) to[i]->push_back(item.is_none() ? at::Tensor() : THPVariable_Unpack(item.ptr()));
-    for (const py::handle factor : call.factors) a.factors.push_back(factor.cast<double>());
+    a.factors = call.numbers();
     a.needs = call.needs;
     return a;
   }
   explicit Entry(const Call& call) : needs(call.needs), precision(at::globalContext().float32MatmulPrecision()), table(arguments(call)) {
     call.each([&](const at::Tensor* t) { return seen.push_back(t ? Seen(*t) : Seen()), true; });
-    for (const py::handle factor : call.factors) factors.push_back(factor.cast<double>());
   }
 
   bool serves(const Call& call) const {
-    if (needs != call.needs || factors.size() != call.factors.size() || precision != at::globalContext().float32MatmulPrecision())
-      return false;
+    if (needs != call.needs || precision != at::globalContext().float32MatmulPrecision()) return false;
     size_t tensors = 0;
     for (const py::list& list : call.lists) tensors += list.size();
     if (seen.size() != tensors) return false;
     size_t i = 0;
-    if (!call.each([&](const at::Tensor* t) { return seen[i++] == (t ? Seen(*t) : Seen()); })) return false;
-    i = 0;
-    for (const py::handle factor : call.factors)
-      if (factors[i++] != PyFloat_AsDouble(factor.ptr())) return false;
-    return true;
+    return call.factors.size() == call.lists[0].size() &&
+           call.each([&](const at::Tensor* t) { return seen[i++] == (t ? Seen(*t) : Seen()); });
   }
 };
 
-// The most recently used first. Calls hold the interpreter's lock.
-std::list<Entry>& entries() {
-  static auto* kept = new std::list<Entry>;  // never destroyed: CUDA is gone by the time static objects are
+// The most recently used first. Calls hold the interpreter's lock, but for a moment while they make an entry: hence shared ownership.
+std::list<std::shared_ptr<Entry>>& entries() {
+  static auto* kept = new std::list<std::shared_ptr<Entry>>;  // never destroyed: CUDA is gone by the time static objects are
   return *kept;
+}
+
+std::shared_ptr<Entry> entry_of(const Call& call) {
+  auto& kept = entries();
+  for (auto entry = kept.begin(); entry != kept.end(); ++entry) {
+    if (!(*entry)->serves(call)) continue;
+    kept.splice(kept.begin(), kept, entry);
+    return kept.front();
+  }
+  auto made = std::make_shared<Entry>(call);
+  if (made->table.once()) return made;  // its memory is the graph's
+  kept.push_front(made);
+  while (kept.size() > KEPT) kept.pop_back();
+  return made;
 }
 
 std::tuple<at::Tensor, at::Tensor> ewc_penalty(py::list fishers, py::list lora_as, py::list lora_bs, py::list scales, py::list factors,
                                                double ewc_lambda, const std::vector<bool>& needs) {
   const Call call{{std::move(fishers), std::move(lora_as), std::move(lora_bs), std::move(scales)}, std::move(factors), needs};
-  auto& kept = entries();
-  for (auto entry = kept.begin(); entry != kept.end(); ++entry) {
-    if (!entry->serves(call)) continue;
-    kept.splice(kept.begin(), kept, entry);
-    return entry->table.run(ewc_lambda);
-  }
-  kept.emplace_front(call);
-  while (kept.size() > KEPT) kept.pop_back();
-  return kept.front().table.run(ewc_lambda);
+  return entry_of(call)->table.run(call.numbers(), ewc_lambda);
 }
+
+// As a Python object: with the factors that it was made with.
+struct PreparedCall {
+  PenaltyTable table;
+  std::vector<double> factors;
+};
 
 }  // namespace
 
 void bind_ewc_penalty(py::module& m) {
-  py::class_<PenaltyTable>(m, "PenaltyTable",
+  py::class_<PreparedCall>(m, "PenaltyTable",
                            "The table of one call of ewc_penalty in device memory; valid while its tensors stay where they are.")
       .def(py::init([](const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs, const OptionalTensors& scales,
                        const std::vector<double>& factors, const std::vector<bool>& needs) {
              PenaltyArguments a{fishers, lora_as, lora_bs, {}, factors, needs};
              for (const auto& scale : scales) a.scales.push_back(scale.value_or(at::Tensor()));
-             return PenaltyTable(a);
+             return PreparedCall{PenaltyTable(a), factors};
            }),
            py::arg("fishers"), py::arg("lora_as"), py::arg("lora_bs"), py::arg("scales"), py::arg("scale_factors"), py::arg("needs"))
-      .def("run", &PenaltyTable::run, py::arg("ewc_lambda"), "Penalty (0-d) and flat gradients, fp32.")
-      .def_property_readonly("items", &PenaltyTable::items, "Thread blocks of a launch.");
+      .def(
+          "run", [](PreparedCall& call, double ewc_lambda) { return call.table.run(call.factors, ewc_lambda); }, py::arg("ewc_lambda"),
+          "Penalty (0-d) and flat gradients, fp32.")
+      .def_property_readonly("items", [](const PreparedCall& call) { return call.table.items(); }, "Thread blocks of a launch.");
   m.def("ewc_penalty", &ewc_penalty);
-  m.def("forget_penalty_tables", [] { entries().clear(); }, "Frees the tables that are kept for calls with the same tensors.");
+  m.def(
+      "forget_penalty_tables",
+      [] {
+        entries().clear();
+        kept::forget();
+      },
+      "Frees the tables that are kept for calls with the same tensors, and those of captured graphs.");
+#ifdef FE_EMULATED
+  m.def("pretend", [](uintptr_t stream, bool capturing) {
+    kept::pretended().stream = reinterpret_cast<cudaStream_t>(stream);
+    kept::pretended().capturing = capturing;
+  });
+  m.def("uses", [] { return kept::pretended().uses; });
+#endif
 }
 
 }  // namespace fe::cuda

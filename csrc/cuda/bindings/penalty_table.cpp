@@ -3,6 +3,8 @@
 
 #include <cstring>
 
+#include "kept.h"
+
 namespace fe::cuda {
 namespace {
 
@@ -25,22 +27,6 @@ FisherLoads loads_of(const at::Tensor& fisher, int64_t rank) {
   }
 }
 
-at::Tensor bytes_on_device(const void* data, size_t size, const at::TensorOptions& options) {
-  at::Tensor host = at::empty({int64_t(size)}, at::kByte);
-  std::memcpy(host.data_ptr(), data, size);
-  return host.to(options.device());
-}
-
-bool capturing(cudaStream_t stream) {
-#ifdef FE_EMULATED
-  return false;
-#else
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(stream, &status), "ewc_penalty", "the current stream");
-  return status != cudaStreamCaptureStatusNone;
-#endif
-}
-
 const PenaltyArguments& checked(const PenaltyArguments& a) {
   arguments::ewc_penalty(DEVICE, a.fishers, a.lora_as, a.lora_bs, a.scales, a.factors, a.needs);
   return a;
@@ -55,11 +41,9 @@ PenaltyTable::PenaltyTable(const PenaltyArguments& a)
       need_a_(a.needs[0]),
       need_b_(a.needs[1]),
       need_s_(a.needs[2]),
-      multiprocessors_(cuda::multiprocessors(a.lora_as[0])) {
-  TORCH_CHECK(
-      !capturing(current_stream(a.lora_as[0])),
-      "ewc_penalty: expected a call with the same tensors before the capture of a CUDA graph; its table of pointers cannot be copied "
-      "to the device during one");
+      multiprocessors_(cuda::multiprocessors(a.lora_as[0])),
+      like_(at::empty({0}, options_)),
+      once_(kept::capturing(like_)) {
   for (const at::Tensor& lora_a : a.lora_as) next_b_ += need_a_ ? lora_a.numel() : 0;
   next_s_ = next_b_;
   for (const at::Tensor& lora_b : a.lora_bs) next_s_ += need_b_ ? lora_b.numel() : 0;
@@ -97,9 +81,10 @@ void PenaltyTable::add(const PenaltyArguments& a, size_t i) {
     if (group.loads != loads) continue;
     group.rp = std::max(group.rp, rp);
     group.adapters.push_back(p);
+    group.members.push_back(i);
     return;
   }
-  groups_.push_back({loads, rp, {p}, {}, {}});
+  groups_.push_back({loads, rp, {p}, {}, {i}, {}});
 }
 
 void PenaltyTable::lay_out(Group& group) {
@@ -127,11 +112,11 @@ void PenaltyTable::lay_out(Group& group) {
     p.count_b = int32_t(take(group.counters, p.regions * p.chunks));
     p.count_s = int32_t(take(group.counters, 1));
   }
-  const size_t first = group.adapters.size() * sizeof(PenaltyAdapter), second = group.items.size() * sizeof(PenaltyItem);
+  const size_t first = group.bytes_of_adapters(), second = group.items.size() * sizeof(PenaltyItem);
   std::vector<char> bytes(first + second);
   std::memcpy(bytes.data(), group.adapters.data(), first);
   std::memcpy(bytes.data() + first, group.items.data(), second);
-  group.table = bytes_on_device(bytes.data(), bytes.size(), options_);
+  group.table = (once_ ? kept::by_value : kept::copied)(bytes.data(), bytes.size(), like_);
 }
 
 int64_t PenaltyTable::items() const {
@@ -140,19 +125,38 @@ int64_t PenaltyTable::items() const {
   return count;
 }
 
-// Counters at zero. Launches leave them so; two that could run at the same time never share them.
-uint32_t* PenaltyTable::counters(size_t group, cudaStream_t stream, at::Tensor& fresh) {
-  const auto zeros = [&] { return at::zeros({groups_[group].counters}, options_.dtype(at::kInt)); };
-  if (capturing(stream)) {  // a graph's own, set to zero by every replay
-    fresh = zeros();
-    return static_cast<uint32_t*>(fresh.data_ptr());
+PenaltyTable::Own PenaltyTable::make_own() const {
+  Own own;
+  for (const Group& group : groups_) {
+    own.adapters.push_back(group.table.narrow(0, 0, int64_t(group.bytes_of_adapters())).clone());
+    own.counters.push_back(at::zeros({group.counters}, options_.dtype(at::kInt)));
   }
-  at::Tensor& kept = counters_[{group, stream}];
-  if (!kept.defined()) kept = zeros();
-  return static_cast<uint32_t*>(kept.data_ptr());
+  return own;
 }
 
-std::tuple<at::Tensor, at::Tensor> PenaltyTable::run(double ewc_lambda) {
+PenaltyTable::Own& PenaltyTable::of_stream(cudaStream_t stream) {
+  const auto found = streams_.find(stream);
+  if (found != streams_.end()) return found->second;
+  Own own;
+  kept::outside(like_, [&] { return own = make_own(), at::Tensor(); });
+  for (const Group& group : groups_) kept::used(group.table);
+  return streams_.emplace(stream, std::move(own)).first->second;
+}
+
+// On the current stream, after the launches that read the earlier ones.
+void PenaltyTable::set_factors(Own& own, const std::vector<double>& factors) const {
+  static_assert(sizeof(PenaltyAdapter) % sizeof(float) == 0 && offsetof(PenaltyAdapter, factor) % sizeof(float) == 0);
+  constexpr int64_t PITCH = sizeof(PenaltyAdapter) / sizeof(float), PLACE = offsetof(PenaltyAdapter, factor) / sizeof(float);
+  own.factors.clear();
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    std::vector<double> of_group;
+    for (size_t member : groups_[i].members) of_group.push_back(factors[member]);
+    kept::write(own.adapters[i].view(at::kFloat).view({-1, PITCH}).select(1, PLACE), of_group);
+  }
+  own.factors = factors;
+}
+
+std::tuple<at::Tensor, at::Tensor> PenaltyTable::run(const std::vector<double>& factors, double ewc_lambda) {
   const c10::DeviceGuard guard(options_.device());
   // Adapters without elements have no item that would write their gradients, or a loss.
   const auto allocate = [&](at::IntArrayRef size) { return holes_ ? at::zeros(size, options_) : at::empty(size, options_); };
@@ -160,15 +164,23 @@ std::tuple<at::Tensor, at::Tensor> PenaltyTable::run(double ewc_lambda) {
   if (groups_.empty()) return {at::zeros({}, options_), grads};
   at::Tensor losses = groups_.size() == 1 ? at::empty({}, options_) : at::empty({int64_t(groups_.size())}, options_);
   const cudaStream_t stream = current_stream(grads);
+  const bool capturing = kept::capturing(grads);
+  if (capturing && !held_ && !once_) {
+    for (const Group& group : groups_) kept::hold(group.table);
+    held_ = true;
+  }
+  // A graph has its own, which its replays set: later calls change those of the stream.
+  Own of_graph = capturing || once_ ? make_own() : Own();
+  Own& own = capturing || once_ ? of_graph : of_stream(stream);
+  if (own.factors != factors) set_factors(own, factors);
   for (size_t i = 0; i < groups_.size(); ++i) {
     const Group& group = groups_[i];
-    at::Tensor work = at::empty({group.work}, options_), fresh;
-    const char* table = static_cast<const char*>(group.table.data_ptr());
+    at::Tensor work = at::empty({group.work}, options_);
     Penalty p{};
-    p.adapters = reinterpret_cast<const PenaltyAdapter*>(table);
-    p.items = reinterpret_cast<const PenaltyItem*>(table + group.adapters.size() * sizeof(PenaltyAdapter));
+    p.adapters = static_cast<const PenaltyAdapter*>(own.adapters[i].data_ptr());
+    p.items = reinterpret_cast<const PenaltyItem*>(static_cast<const char*>(group.table.data_ptr()) + group.bytes_of_adapters());
     p.work = work.data_ptr<float>();
-    p.counters = counters(i, stream, fresh);
+    p.counters = static_cast<uint32_t*>(own.counters[i].data_ptr());
     p.loss = losses.data_ptr<float>() + i;
     p.grads = grads.data_ptr<float>();
     p.n_items = int32_t(group.items.size());

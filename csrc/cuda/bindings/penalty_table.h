@@ -16,15 +16,17 @@ struct PenaltyArguments {
 };
 
 // Everything about a call that does not depend on values. Owns the table in device memory, which stays valid while the tensors it was made
-// from stay where they are; it holds none of them.
+// from stay where they are; it holds none of them. One that is made inside the capture of a CUDA graph is for that graph alone.
 class PenaltyTable {
  public:
   explicit PenaltyTable(const PenaltyArguments& arguments);
 
-  // Loss (0-d) and flat gradients in fp32, launched on the current stream.
-  std::tuple<at::Tensor, at::Tensor> run(double ewc_lambda);
+  // Loss (0-d) and flat gradients in fp32, launched on the current stream, with a factor for each adapter.
+  std::tuple<at::Tensor, at::Tensor> run(const std::vector<double>& factors, double ewc_lambda);
 
   int64_t items() const;
+  // Whether it is for the graph that was being captured.
+  bool once() const { return once_; }
 
  private:
   // Adapters whose F is read in the same way: one launch.
@@ -33,13 +35,24 @@ class PenaltyTable {
     int rp;
     std::vector<PenaltyAdapter> adapters;
     std::vector<PenaltyItem> items;
-    at::Tensor table;  // bytes: the adapters, then the items
+    std::vector<size_t> members;  // which adapters of the call
+    at::Tensor table;             // bytes: the adapters, then the items
     int64_t work = 0, counters = 0;
+
+    size_t bytes_of_adapters() const { return adapters.size() * sizeof(PenaltyAdapter); }
+  };
+  // What the launches of one stream, or of one graph, share: they run one after another. Of each group the adapters with their factors, and
+  // counters, which are 0 before and after a launch.
+  struct Own {
+    std::vector<at::Tensor> adapters, counters;
+    std::vector<double> factors;
   };
 
   void add(const PenaltyArguments& arguments, size_t i);
   void lay_out(Group& group);
-  uint32_t* counters(size_t group, cudaStream_t stream, at::Tensor& fresh);
+  Own make_own() const;
+  Own& of_stream(cudaStream_t stream);
+  void set_factors(Own& own, const std::vector<double>& factors) const;
 
   at::TensorOptions options_;
   Precision precision_;
@@ -49,7 +62,9 @@ class PenaltyTable {
   int64_t length_ = 0;                            // of the flat gradients
   int64_t next_a_ = 0, next_b_ = 0, next_s_ = 0;  // where those of the next adapter begin
   std::vector<Group> groups_;
-  std::map<std::pair<size_t, cudaStream_t>, at::Tensor> counters_;
+  at::Tensor like_;           // without elements, on the device
+  bool held_ = false, once_;  // for a graph that was captured; for the one that is being captured
+  std::map<cudaStream_t, Own> streams_;
 };
 
 }  // namespace fe::cuda

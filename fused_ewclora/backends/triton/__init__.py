@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..candidate import Call, Candidate
-from . import cost_model, launch, tables
+from . import cost_model, kept, launch, tables
 
 MIN_VERSION = (3, 6)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,6 +53,11 @@ def interpreting() -> bool:
     """Whether Triton is asked to interpret kernels on the CPU, without a GPU."""
     asked = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
     return asked and not torch.cuda.is_available()
+
+
+def forget_tables() -> None:
+    """Let go of the device memory that hosts keep, that of captured graphs included."""
+    kept.forget()
 
 
 def _cannot(call: Call) -> str | None:

@@ -1,15 +1,17 @@
 """EWC penalty on Triton: one launch over a table of all adapters, prepared once and kept while pointers stay.
 
 Host work of a step does not grow with a launch per layer: it looks the table up, allocates the loss, the flat
-gradients and a workspace, and launches.
+gradients and a workspace, and launches. Factors may change from step to step; they are written to device
+memory of the stream when they do.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +20,8 @@ from torch import Tensor
 
 from fused_ewclora.kernels import ewc_penalty as kernels
 
-from ...errors import BackendError
 from ...reference import arguments
-from . import tables
+from . import kept, tables
 from .launch import addressable, arch, cdiv, launch, multiprocessors, precision
 
 ITEMS_PER_MULTIPROCESSOR = 4  # programs, so that the last wave is short
@@ -38,24 +39,116 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 class Group:
     """Adapters whose tensors have the same dtypes: one launch."""
 
+    members: tuple[int, ...]  # which adapters of the call
     table: Tensor
-    scale_factors: Tensor
     items: Tensor
     workspace: int  # floats
     counters: int
     options: dict[str, Any]  # constexpr arguments and the configuration of the launch
 
 
-class Plan(NamedTuple):
+@dataclass
+class Own:
+    """What the launches of one stream, or of one graph, share: they run one after another."""
+
+    counters: tuple[Tensor, ...]  # of each group; 0 before and after a launch
+    factors: tuple[Tensor, ...]
+    values: tuple[float, ...] | None = None  # what `factors` hold
+
+    def set(self, groups: Sequence[Group], values: tuple[float, ...]) -> None:
+        self.values = None
+        for group, factors in zip(groups, self.factors, strict=True):
+            kept.write(factors, [float(values[i]) for i in group.members])
+        self.values = values
+
+
+@dataclass(eq=False)
+class Plan:
     """Everything about a call that does not depend on values."""
 
     groups: tuple[Group, ...]
     length: int  # of the flat gradients
     holes: bool  # an F without elements
     copies: Any = None  # what pointers point to, where that is not the caller's tensors
+    once: bool = False  # for one call alone
+    held: bool = False  # for a graph that was captured
+    streams: dict[int, Own] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)  # two threads may share a stream
+
+    def tensors(self) -> Iterator[Tensor]:
+        for group in self.groups:
+            yield from (group.table, group.items)
+
+    def own(self, device: torch.device, values: tuple[float, ...]) -> Own:
+        """Counters and factors of the current stream. A graph has its own, which its replays set: later calls
+        change those of the stream."""
+        if kept.capturing(device):
+            if not (self.held or self.once):
+                kept.hold(self.tensors())
+                self.held = True
+            own = self._made(device)
+        elif self.once:
+            own = self._made(device)
+        else:
+            stream = kept.stream(device)
+            found = self.streams.get(stream)
+            own = self._of_new_stream(device, stream) if found is None else found
+        if own.values != values:
+            own.set(self.groups, values)
+        return own
+
+    def _of_new_stream(self, device: torch.device, stream: int) -> Own:
+        own = kept.outside(lambda: self._made(device), device)
+        kept.used(self.tensors())
+        self.streams[stream] = own
+        return own
+
+    def _made(self, device: torch.device) -> Own:
+        integers = functools.partial(torch.zeros, dtype=torch.int32, device=device)
+        floats = functools.partial(torch.empty, dtype=torch.float32, device=device)
+        return Own(
+            tuple(integers(group.counters) for group in self.groups),
+            tuple(floats(len(group.members)) for group in self.groups),
+        )
 
 
-_plans: OrderedDict[Any, Plan] = OrderedDict()
+class _Plans:
+    """The plans of recent calls by what they depend on."""
+
+    def __init__(self) -> None:
+        self._plans: OrderedDict[Any, Plan] = OrderedDict()
+        self._lock = threading.Lock()
+        self._latest: tuple[Any, Plan | None] = (None, None)
+
+    def find(self, key: Any) -> Plan | None:
+        latest, plan = self._latest
+        if key == latest:  # as in a training loop; hashing hundreds of descriptions takes longer
+            return plan
+        with self._lock:
+            plan = self._plans.get(key)
+            if plan is not None:
+                self._plans.move_to_end(key)
+                self._latest = (key, plan)
+        return plan
+
+    def add(self, key: Any, plan: Plan) -> None:
+        with self._lock:
+            self._plans[key] = plan
+            self._latest = (key, plan)
+            while len(self._plans) > KEPT:
+                self._plans.popitem(last=False)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._plans.clear()
+            self._latest = (None, None)
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+
+_plans = _Plans()
+kept.cache(_plans.clear)
 
 
 def ewc_penalty(
@@ -73,13 +166,15 @@ def ewc_penalty(
     # Adapters without elements have no item that would write their gradients, or a loss.
     allocate = like.new_zeros if plan.holes else like.new_empty
     losses, grads = (allocate(size, dtype=torch.float32) for size in (len(plan.groups), plan.length))
-    for i, group in enumerate(plan.groups):
-        work = like.new_empty(group.workspace, dtype=torch.float32)
-        launch(
-            kernels.ewc_penalty_kernel, (group.items.shape[0],), group.table, group.scale_factors,
-            group.items, work, _counters(like, group.counters), losses[i], grads, group.items.shape[0],
-            float(ewc_lambda), NEED_A=needs[0], NEED_B=needs[1], **group.options,
-        )  # fmt: skip
+    with plan.lock:
+        own = plan.own(like.device, tuple(scale_factors))
+        for i, group in enumerate(plan.groups):
+            work = like.new_empty(group.workspace, dtype=torch.float32)
+            launch(
+                kernels.ewc_penalty_kernel, (group.items.shape[0],), group.table, own.factors[i],
+                group.items, work, own.counters[i], losses[i], grads, group.items.shape[0],
+                float(ewc_lambda), NEED_A=needs[0], NEED_B=needs[1], **group.options,
+            )  # fmt: skip
     return losses[0] if len(plan.groups) == 1 else losses.sum(), grads
 
 
@@ -101,27 +196,22 @@ def _plan(
     if not fishers or len(lora_as) != len(fishers):
         arguments.ewc_penalty(fishers, lora_as, lora_bs, scales, scale_factors, needs)  # says so
     tensors = tuple(map(_described, (*fishers, *lora_as, *lora_bs, *scales)))
-    like = lora_as[0]
-    values = (tensors, tuple(scale_factors), tuple(needs))
-    key = (*values, arch(like), precision(), like.device, tables.overriding())
-    plan = _plans.get(key)
-    if plan is None:
-        arguments.ewc_penalty(fishers, lora_as, lora_bs, scales, scale_factors, needs)
-        if like.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise BackendError(
-                "ewc_penalty: expected a call with the same tensors before the capture of a CUDA graph; its "
-                "table of pointers cannot be copied to the device during one"
-            )
-        near_fs, near_as, near_bs = ([addressable(t) for t in group] for group in (fishers, lora_as, lora_bs))
-        plan = _prepare(near_fs, near_as, near_bs, scales, scale_factors, needs)
-        given, pointed_to = (*fishers, *lora_as, *lora_bs), (*near_fs, *near_as, *near_bs)
-        if like.device.type == "meta" or any(a is not b for a, b in zip(given, pointed_to, strict=True)):
-            return plan._replace(copies=pointed_to)  # pointers for this call alone
-        _plans[key] = plan
-        while len(_plans) > KEPT:
-            _plans.popitem(last=False)
-    else:
-        _plans.move_to_end(key)
+    like, where = lora_as[0], (arch(lora_as[0]), precision(), tables.overriding())
+    key = (tensors, len(scale_factors), tuple(needs), like.device, where)
+    found = _plans.find(key)
+    if found is not None:
+        return found
+    arguments.ewc_penalty(fishers, lora_as, lora_bs, scales, scale_factors, needs)
+    near_fs, near_as, near_bs = ([addressable(t) for t in group] for group in (fishers, lora_as, lora_bs))
+    given, near = (*fishers, *lora_as, *lora_bs), (*near_fs, *near_as, *near_bs)
+    captured = kept.capturing(like.device)  # what it allocates is the graph's
+    once = captured or like.is_meta or any(a is not b for a, b in zip(given, near, strict=True))
+    place = kept.by_value if captured else Tensor.to if once else kept.copied
+    plan = _prepare(near_fs, near_as, near_bs, scales, needs, lambda host: place(host, like.device))
+    if once:
+        plan.copies, plan.once = near, True
+        return plan
+    _plans.add(key, plan)
     return plan
 
 
@@ -132,7 +222,6 @@ class Member(NamedTuple):
     a: Tensor
     b: Tensor
     scale: Tensor | None
-    factor: float
     places: tuple[int, ...]
 
     def types(self) -> tuple[torch.dtype, ...]:
@@ -144,9 +233,10 @@ def _prepare(
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scales: Sequence[Tensor | None],
-    scale_factors: Sequence[float],
     needs: Sequence[bool],
+    place: Callable[[Tensor], Tensor],
 ) -> Plan:
+    """The plan of a call; `place` brings a table from host memory to the device."""
     length = 0
     places: list[list[int]] = []
     for of_kind, need in zip((lora_as, lora_bs, scales), needs, strict=True):
@@ -155,16 +245,16 @@ def _prepare(
             size = tensor.numel() if need and tensor is not None else -1
             places[-1].append(length if size >= 0 else -1)
             length += max(size, 0)
-    groups: dict[Any, list[Member]] = {}
-    numbers, of_adapters = map(float, scale_factors), zip(*places, strict=True)
-    for adapter in zip(fishers, lora_as, lora_bs, scales, numbers, of_adapters, strict=True):
+    groups: dict[Any, dict[int, Member]] = {}
+    of_adapters = zip(fishers, lora_as, lora_bs, scales, zip(*places, strict=True), strict=True)
+    for index, adapter in enumerate(of_adapters):
         member = Member(*adapter)
-        groups.setdefault(member.types(), []).append(member)
-    made = tuple(_group(members) for members in groups.values())
+        groups.setdefault(member.types(), {})[index] = member
+    made = tuple(_group(tuple(group), tuple(group.values()), place) for group in groups.values())
     return Plan(made, length, any(fisher.numel() == 0 for fisher in fishers))
 
 
-def _group(members: Sequence[Member]) -> Group:
+def _group(indices: tuple[int, ...], members: Sequence[Member], place: Callable[[Tensor], Tensor]) -> Group:
     like, types = members[0].a, members[0].types()
     need_s = any(member.places[2] >= 0 for member in members)
     rp = max(16, 1 << (max(member.a.shape[0] for member in members) - 1).bit_length())
@@ -175,9 +265,7 @@ def _group(members: Sequence[Member]) -> Group:
     names = ("FISHER_TYPE", "A_TYPE", "B_TYPE", "SCALE_TYPE")
     options = {**config, **dict(zip(names, (_TYPES[t] for t in types), strict=True)), "RP": rp}
     options |= {"NEED_S": need_s, "PRECISION": precision(), "UNIT": all(_unit(m.fisher) for m in members)}
-    scale_factors = torch.tensor([member.factor for member in members], dtype=torch.float32)
-    table, scale_factors, items = (t.to(like.device) for t in (table, scale_factors, items))
-    return Group(table, scale_factors, items, floats, counters, options)
+    return Group(indices, place(table), place(items), floats, counters, options)
 
 
 def _layout(members: Sequence[Member], m: int, n: int, rp: int) -> tuple[Tensor, Tensor, int, int]:
@@ -214,7 +302,7 @@ def _layout(members: Sequence[Member], m: int, n: int, rp: int) -> tuple[Tensor,
 
 def _addresses(member: Member) -> dict[str, int]:
     """Pointers, sizes, strides and the places of the gradients of one adapter."""
-    fisher, a, b, s, _, place = member
+    fisher, a, b, s, place = member
     return {
         "FISHER": fisher.data_ptr(), "LORA_A": a.data_ptr(), "LORA_B": b.data_ptr(),
         "SCALE": 0 if s is None else s.data_ptr(),
@@ -230,16 +318,3 @@ def _unit(fisher: Tensor) -> bool:
     """Whether rows are contiguous and 16-byte loads of them are aligned and never cross the end."""
     aligned = fisher.data_ptr() % 16 == 0 and fisher.stride(0) % 8 == 0 == fisher.shape[1] % 8
     return fisher.stride(1) == 1 and aligned
-
-
-@functools.cache
-def _zeros(device: torch.device, stream: int, size: int) -> Tensor:
-    return torch.zeros(size, dtype=torch.int32, device=device)
-
-
-def _counters(like: Tensor, size: int) -> Tensor:
-    """Counters at zero. Launches leave them so; two that could run at the same time never share them."""
-    if not like.is_cuda or torch.cuda.is_current_stream_capturing():
-        return like.new_zeros(size, dtype=torch.int32)  # a graph's own, set to zero by every replay
-    stream = torch.cuda.current_stream(like.device).cuda_stream
-    return _zeros(like.device, stream, 1 << max(size - 1, 0).bit_length())

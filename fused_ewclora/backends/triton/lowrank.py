@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from fused_ewclora.kernels import lowrank as sums
 
 from ...reference.adapters import row_ranges
 from ...reference.philox import drop_threshold, inverse_keep
-from . import tables
+from . import kept, tables
 from .cost_model import padded
 from .launch import addressable, arch, cdiv, launch, multiprocessors, precision, tileable, tiles, wide
 
@@ -66,22 +65,38 @@ class Packed:
         return [(slice(i, i + GROUP), firsts[i]) for i in range(0, len(ranks), GROUP)]
 
 
-@functools.lru_cache(maxsize=256)
-def _owner(
-    rows: tuple[int, ...], adapters: int, d_out: int, device: torch.device
-) -> tuple[Tensor | None, int, int]:
+Owner = tuple[Tensor | None, int, int]
+_owners: dict[Any, Owner] = {}  # a few KB for each way of slicing: none is let go before `kept.forget`
+kept.cache(_owners.clear)
+
+
+def _owner(rows: tuple[int, ...], adapters: int, d_out: int, device: torch.device) -> Owner:
     """`[adapters, d_out]` int32: the row of each adapter's B that belongs to an output row, or -1; None where
     one adapter owns all rows. And the output rows [lo, hi) outside of which none has an owner."""
     if rows == (0, 0, d_out):
         return None, 0, d_out
-    owner = torch.full((adapters, d_out), -1, dtype=torch.int32)
+    key = (rows, adapters, d_out, device)
+    found = _owners.get(key)
+    if found is None:
+        ranges = list(row_ranges(rows))
+        lo, hi = min((r[1] for r in ranges), default=d_out), max((r[2] for r in ranges), default=0)
+        if kept.capturing(device):  # written on the device, by every replay
+            return _numbered(ranges, adapters, d_out, device), lo, hi
+        host = _numbered(ranges, adapters, d_out, torch.device("cpu"))
+        found = _owners[key] = kept.copied(host, device), lo, hi
+    return found
+
+
+def _numbered(
+    ranges: Sequence[tuple[int, int, int]], adapters: int, d_out: int, device: torch.device
+) -> Tensor:
+    """The rows of each adapter in the order of its ranges; -1 elsewhere."""
+    owner = torch.full((adapters, d_out), -1, dtype=torch.int32, device=device)
     done = [0] * adapters
-    lo, hi = d_out, 0
-    for adapter, start, stop in row_ranges(rows):
-        lo, hi = min(lo, start), max(hi, stop)
-        owner[adapter, start:stop] = torch.arange(done[adapter], done[adapter] + stop - start)
-        done[adapter] += stop - start
-    return owner.to(device), lo, hi
+    for adapter, start, stop in ranges:
+        first, done[adapter] = done[adapter], done[adapter] + stop - start
+        torch.arange(first, done[adapter], out=owner[adapter, start:stop])
+    return owner
 
 
 def _scale_stride(scale: Tensor | None) -> int:
