@@ -1,5 +1,7 @@
 // The device that tensors are on: its stream, its number of multiprocessors, and errors that describe the tensors.
 #include <array>
+#include <map>
+#include <mutex>
 #include <sstream>
 
 #include "tensors.h"
@@ -21,6 +23,9 @@ cudaStream_t current_stream(const at::Tensor&) {
 int multiprocessors(const at::Tensor&) {
   return EMULATED_MULTIPROCESSORS;
 }
+bool capturing(cudaStream_t) {
+  return false;
+}
 
 #else
 
@@ -39,8 +44,29 @@ int multiprocessors(const at::Tensor& like) {
   }
   return count;
 }
+bool capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "the state of capture", "the current stream");
+  return status != cudaStreamCaptureStatusNone;
+}
 
 #endif
+
+uint32_t* counters(const at::Tensor& like, int64_t size, at::Tensor& kept) {
+  const cudaStream_t stream = current_stream(like);
+  const auto zeros = [&] { return at::zeros({size}, like.options().dtype(at::kInt)); };
+  if (capturing(stream)) {  // a graph's own, set to zero by every replay
+    kept = zeros();
+  } else {
+    static std::mutex mutex;
+    static auto& all = *new std::map<std::pair<int64_t, cudaStream_t>, at::Tensor>();  // never freed: CUDA may be gone at exit
+    const std::lock_guard guard(mutex);
+    at::Tensor& own = all[{like.get_device(), stream}];
+    if (!own.defined() || own.numel() < size) own = zeros();  // memory of a stream is used again in its order
+    kept = own;
+  }
+  return static_cast<uint32_t*>(kept.data_ptr());
+}
 
 void check(cudaError_t status, const char* op, const std::string& shape) {
   TORCH_CHECK(status == cudaSuccess, op, " failed on ", shape, ": ", cudaGetErrorString(status));

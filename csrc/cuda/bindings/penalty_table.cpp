@@ -31,16 +31,6 @@ at::Tensor bytes_on_device(const void* data, size_t size, const at::TensorOption
   return host.to(options.device());
 }
 
-bool capturing(cudaStream_t stream) {
-#ifdef FE_EMULATED
-  return false;
-#else
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(stream, &status), "ewc_penalty", "the current stream");
-  return status != cudaStreamCaptureStatusNone;
-#endif
-}
-
 const PenaltyArguments& checked(const PenaltyArguments& a) {
   arguments::ewc_penalty(DEVICE, a.fishers, a.lora_as, a.lora_bs, a.scales, a.factors, a.needs);
   return a;

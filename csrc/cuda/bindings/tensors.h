@@ -30,6 +30,12 @@ cudaStream_t current_stream(const at::Tensor& like);
 // A lower bound on the number of blocks that run side by side.
 int multiprocessors(const at::Tensor& like);
 
+// Whether launches on the stream go to a CUDA graph.
+bool capturing(cudaStream_t stream);
+// `size` numbers at zero for launches that leave them so; two that could run at the same time never share them. `kept` lives as long as the
+// launch is not yet made.
+uint32_t* counters(const at::Tensor& like, int64_t size, at::Tensor& kept);
+
 // Raises with the op, what it was launched on, and what CUDA says.
 void check(cudaError_t status, const char* op, const std::string& shape);
 
