@@ -124,7 +124,7 @@ FE_DEVICE void merge_tile_of(const MergeEntry& e, int64_t tile) {
 }
 
 // Block t owns one tile of one W; tiles are numbered through all entries.
-FE_KERNEL(MERGE_THREADS, 3) merge_kernel(FE_PARAMETER MergeParams p) {
+FE_KERNEL(MERGE_THREADS, 2) merge_kernel(FE_PARAMETER MergeParams p) {
   int i = 0;
   while (i + 1 < p.count && p.entries[i + 1].first_tile <= block_x()) ++i;
   const MergeEntry& e = p.entries[i];
