@@ -13,7 +13,7 @@ from .tiles import cast, dot, grouped_tile, load_tile
 
 @triton.jit
 def _place(index, d_out, d_in, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """(split, first row, first column) of program `index`, split after split."""
+    """(split, first row, first column) of index `index`, split after split."""
     tiles_m, tiles_n = tl.cdiv(d_out, BLOCK_M), tl.cdiv(d_in, BLOCK_N)
     row, column = grouped_tile(index % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
     return index // (tiles_m * tiles_n), row * BLOCK_M, column * BLOCK_N
@@ -26,18 +26,31 @@ def _part(count, split, splits):
 
 
 @triton.jit
+def _index(locks):
+    """The program's id or, with `locks`, the number of programs that started before it: a program that waits
+    for lower indices then waits for programs that run, in whatever order the device starts them. locks[0] is
+    the counter of these tickets, 0 before and after: whoever draws the last one puts it back."""
+    index = tl.program_id(0)
+    if locks is not None:
+        index = tl.atomic_add(locks, 1, sem="relaxed")
+        if index == tl.num_programs(0) - 1:
+            tl.store(locks, 0)
+    return index
+
+
+@triton.jit
 def _add(
-    fisher, value, row, column, d_out, d_in, stride_0, stride_1, locks, split,
+    fisher, value, row, column, d_out, d_in, stride_0, stride_1, locks, index, split, splits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """fisher[row:, column:] += value. With `locks` (one int32 per tile, 0 at launch) splits take turns, so
-    that the sum has one order; earlier splits have lower program ids and never wait for later ones."""
+    """fisher[row:, column:] += value. With `locks` (one for each tile behind the counter, 0 before and after)
+    splits take turns, so that the sum has one order."""
     i, j = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     places = fisher + i.to(tl.int64)[:, None] * stride_0 + j.to(tl.int64)[None, :] * stride_1
     inside = (i < d_out)[:, None] & (j < d_in)[None, :]
     if locks is not None:
         tiles = tl.cdiv(d_out, BLOCK_M) * tl.cdiv(d_in, BLOCK_N)
-        lock = locks + tl.program_id(0) % tiles
+        lock = locks + 1 + index % tiles
         while tl.atomic_add(lock, 0, sem="acquire") != split:
             pass
     # .cg: other multiprocessors wrote it, and the first-level cache would not notice.
@@ -45,7 +58,7 @@ def _add(
     tl.store(places, cast(old + value, fisher.dtype.element_ty), mask=inside)
     if locks is not None:
         tl.debug_barrier()  # the whole block has stored
-        tl.atomic_add(lock, 1, sem="release")
+        tl.atomic_add(lock, tl.where(split == splits - 1, -split, 1), sem="release")
 
 
 @triton.jit(do_not_specialize=["samples", "tokens", "splits"])
@@ -61,7 +74,8 @@ def fisher_sample_kernel(
     tiles: the product of the current sample, summed over tokens in order, and the sum of squares. Tokens past
     the end of a sample read as zero.
     """
-    split, row, column = _place(tl.program_id(0), d_out, d_in, BLOCK_M, BLOCK_N, GROUP_M)
+    index = _index(locks)
+    split, row, column = _place(index, d_out, d_in, BLOCK_M, BLOCK_N, GROUP_M)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # One loop over the tokens of all samples: the tiles of the next sample are fetched during the products of
     # this one. A sample without tokens has no turn in such a loop, so packed samples keep two loops.
@@ -90,8 +104,8 @@ def fisher_sample_kernel(
             product = dot(left, right, product, PRECISION)
         total += product * product
     _add(
-        fisher, weight * total, row, column, d_out, d_in, stride_f0, stride_f1, locks, split,
-        BLOCK_M, BLOCK_N,
+        fisher, weight * total, row, column, d_out, d_in, stride_f0, stride_f1,
+        locks, index, split, splits, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -104,7 +118,8 @@ def fisher_token_kernel(
 ):  # fmt: skip
     """F += weight (dy^2)^T (x^2): samples of one token. x [N, d_in] and dy [N, d_out] are squared in fp32;
     samples are summed in order, `splits` parts one after the other."""
-    split, row, column = _place(tl.program_id(0), d_out, d_in, BLOCK_M, BLOCK_N, GROUP_M)
+    index = _index(locks)
+    split, row, column = _place(index, d_out, d_in, BLOCK_M, BLOCK_N, GROUP_M)
     stop = _part(samples, split + 1, splits)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for n in range(_part(samples, split, splits), stop, BLOCK_T):
@@ -115,8 +130,8 @@ def fisher_token_kernel(
         right = right.to(tl.float32)
         total = dot(left * left, right * right, total, PRECISION)
     _add(
-        fisher, weight * total, row, column, d_out, d_in, stride_f0, stride_f1, locks, split,
-        BLOCK_M, BLOCK_N,
+        fisher, weight * total, row, column, d_out, d_in, stride_f0, stride_f1,
+        locks, index, split, splits, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -129,5 +144,6 @@ def fisher_square_kernel(
     _, row, column = _place(tl.program_id(0), d_out, d_in, BLOCK_M, BLOCK_N, 1)
     g = load_tile(gradient, row, column, d_out, d_in, stride_g, 1, BLOCK_M, BLOCK_N, False)
     _add(
-        fisher, weight * (g * g), row, column, d_out, d_in, stride_f0, stride_f1, None, 0, BLOCK_M, BLOCK_N
+        fisher, weight * (g * g), row, column, d_out, d_in, stride_f0, stride_f1,
+        None, 0, 0, 1, BLOCK_M, BLOCK_N,
     )  # fmt: skip

@@ -71,6 +71,10 @@ FE_DEVICE uint32_t load_acquire(const uint32_t* address) {
 FE_DEVICE void store_release(uint32_t* address, uint32_t value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
+// For the time of a wait for another block.
+FE_DEVICE void let_others_run() {
+  __nanosleep(32);
+}
 FE_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
@@ -211,7 +215,6 @@ struct Launch {
   int threads;
   size_t shared = 0;  // bytes
   cudaStream_t stream = nullptr;
-  bool ordered = false;  // blocks wait for blocks of lower index
 };
 
 constexpr size_t SHARED_WITHOUT_ASKING = 48 << 10;

@@ -13,11 +13,11 @@ struct Place {
 
 // Tiles by columns inside groups of GROUP rows of tiles, split after split: blocks that run side by side share operands, and earlier splits
 // have lower indices.
-FE_DEVICE Place place_of_block(const FisherProducts& p) {
+FE_DEVICE Place place_of(const FisherProducts& p, int index) {
   const int down = int(ceil_div(p.d_out, TILE)), across = int(ceil_div(p.d_in, TILE));
-  const int tile = block_x() % (down * across), first = tile / (GROUP * across) * GROUP;
+  const int tile = index % (down * across), first = tile / (GROUP * across) * GROUP;
   const int rows = down - first < GROUP ? down - first : GROUP, inside = tile % (GROUP * across);
-  return {(first + inside % rows) * TILE, inside / rows * TILE, tile, block_x() / (down * across)};
+  return {(first + inside % rows) * TILE, inside / rows * TILE, tile, index / (down * across)};
 }
 
 // ---- additions to F
@@ -59,7 +59,8 @@ fisher_kernel(FE_PARAMETER FisherProducts p) {
   using Unit = Operands<T, P, L::PITCH, SINGLE, L::PACKED>;
   T* tiles = reinterpret_cast<T*>(shared_memory());                                               // [FISHER_STAGES][dy, x][TOKENS][PITCH]
   uint32_t* words = reinterpret_cast<uint32_t*>(shared_memory() + L::BYTES - 4 * FISHER_STAGES);  // of the step in each stage
-  const Place place = place_of_block(p);
+  const int index = p.splits > 1 ? int(draw_ticket(p.locks, uint32_t(blocks_x()), words)) : block_x();
+  const Place place = place_of(p, index);
   const int row = warp() / WARPS_ACROSS * (16 * DOWN), column = warp() % WARPS_ACROSS * (8 * ACROSS);
 
   Steps<T, L, SINGLE, WIDE> steps(p, place.split, place.row, place.column);
@@ -109,10 +110,11 @@ fisher_kernel(FE_PARAMETER FisherProducts p) {
     const int m = row + 16 * i + 8 * (k / 2) + lane() / 4, n = column + 8 * j + lane() % 4 * 2 + k % 2;
     sums[m * FISHER_PITCH + n] = p.weight * total[i][j][k];
   }
-  if (p.splits > 1) take_turn(p.locks + place.tile, place.split);
+  uint32_t* lock = p.locks + 1 + place.tile;
+  if (p.splits > 1) take_turn(lock, place.split);
   sync_block();
   p.fisher.dtype == Dtype::f32 ? add<true>(p, sums, place) : add<false>(p, sums, place);
-  if (p.splits > 1) pass_turn(p.locks + place.tile, place.split);
+  if (p.splits > 1) pass_turn(lock, place.split, p.splits);
 }
 
 constexpr int SQUARE_THREADS = 256, SQUARE_EACH = 4;  // accesses of a thread, all under way at once
@@ -161,7 +163,7 @@ FE_KERNEL(SQUARE_THREADS, 4) fisher_square_elements_kernel(FE_PARAMETER FisherSq
 template <class T, Precision P, bool SINGLE>
 cudaError_t launch_products(const FisherProducts& p, cudaStream_t stream) {
   const int64_t tiles = ceil_div(p.d_out, TILE) * ceil_div(p.d_in, TILE);
-  const Launch how{dim3(unsigned(tiles * p.splits)), THREADS, Layout<T, P, SINGLE>::BYTES, stream, p.splits > 1};
+  const Launch how{dim3(unsigned(tiles * p.splits)), THREADS, Layout<T, P, SINGLE>::BYTES, stream};
   return p.wide ? launch(fisher_kernel<T, P, SINGLE, true>, how, p) : launch(fisher_kernel<T, P, SINGLE, false>, how, p);
 }
 

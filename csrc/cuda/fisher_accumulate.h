@@ -15,7 +15,7 @@ struct FisherProducts {
   Matrix fisher;  // any strides; several splits need fp32
   FisherTokens x, dy;
   const void* cu_seqlens;  // samples + 1 offsets of rows, contiguous; or null
-  uint32_t* locks;         // one per tile of F, 0 before, for more than one split; afterwards the number of splits
+  uint32_t* locks;         // for more than one split: a counter of tickets, then one per tile of F; 0 before and after
   int64_t samples, tokens;
   int32_t d_out, d_in, splits;
   float weight;

@@ -13,11 +13,31 @@ constexpr int tile_columns(Dtype dtype) {  // 16 bytes a lane
   return 32 * (16 / int(element_size(dtype)));
 }
 
-// Ranks [first, first + MERGE_RANKS) of A's columns and of B's rows of the tile, B times the scale; zero outside.
-FE_DEVICE void stage_factors(const MergeEntry& e, int64_t row, int64_t column, int64_t first, int columns, float* a, float* b) {
-  for (int i = thread(); i < MERGE_RANKS * columns; i += MERGE_THREADS) {
-    const int64_t k = first + i / columns, n = column + i % columns;
-    a[i] = k < e.rank && n < e.columns ? load_number(e.a.data, e.a.dtype, k * e.a.row + n * e.a.column) : 0.f;
+// Ranks [first, first + MERGE_RANKS) of A's columns of the tile; a thread reads one column, all of its numbers at once.
+template <class T, int COLUMNS>
+FE_DEVICE void stage_a(const MergeEntry& e, int64_t column, int64_t first, float* a) {
+  constexpr int STEP = MERGE_THREADS / COLUMNS;
+  const int n = thread() % COLUMNS, begin = thread() / COLUMNS;
+  const int64_t step = STEP * e.a.row;
+  const T* from = static_cast<const T*>(e.a.data) + (first + begin) * e.a.row + (column + n) * e.a.column;
+  const int ranks = column + n < e.columns ? int(e.rank - first < MERGE_RANKS ? e.rank - first : MERGE_RANKS) : 0;
+  FE_UNROLL for (int k = 0; k < MERGE_RANKS; k += STEP, from += step) {
+    a[(begin + k) * COLUMNS + n] = begin + k < ranks ? to_float(*from) : 0.f;
+  }
+}
+
+// The same, and of B's rows of the tile, times the scale; zero outside.
+template <int COLUMNS>
+FE_DEVICE void stage_factors(const MergeEntry& e, int64_t row, int64_t column, int64_t first, float* a, float* b) {
+  switch (e.a.dtype) {
+    case Dtype::f32:
+      stage_a<float, COLUMNS>(e, column, first, a);
+      break;
+    case Dtype::bf16:
+      stage_a<bf16, COLUMNS>(e, column, first, a);
+      break;
+    default:
+      stage_a<f16, COLUMNS>(e, column, first, a);
   }
   for (int i = thread(); i < MERGE_RANKS * MERGE_TILE_ROWS; i += MERGE_THREADS) {
     const int64_t k = first + i % MERGE_RANKS, m = row + i / MERGE_RANKS;
@@ -53,7 +73,7 @@ FE_DEVICE void merge_tile(const MergeEntry& e, int64_t tile) {
   float sum[MERGE_ROWS][COUNT] = {};
   for (int64_t first = 0; first < e.rank; first += MERGE_RANKS) {
     sync_block();
-    stage_factors(e, row, column, first, COLUMNS, a, b);
+    stage_factors<COLUMNS>(e, row, column, first, a, b);
     sync_block();
     const int steps = int(e.rank - first < MERGE_RANKS ? ceil_div(e.rank - first, RANK_STEP) : MERGE_RANKS / RANK_STEP);
     for (int step = 0; step < steps; ++step) {

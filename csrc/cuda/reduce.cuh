@@ -32,18 +32,30 @@ FE_DEVICE bool last_to_arrive(uint32_t* counter, uint32_t count, uint32_t* flag)
   return last;
 }
 
-// Waits until `turn` blocks have called `pass_turn` on the lock: blocks add to the same memory in the order of their turns. Blocks of earlier
-// turns have lower indices, and are launched with Launch::ordered.
+// How many of `count` blocks have started before this one. A device starts blocks in any order: one that waits for others may wait only for
+// lower tickets, whose blocks run. The counter is left at 0 for the next launch. All threads call it; `word` is one word of shared memory.
+FE_DEVICE uint32_t draw_ticket(uint32_t* counter, uint32_t count, uint32_t* word) {
+  if (thread() == 0) {
+    *word = atomic_add(counter, 1);
+    if (*word == count - 1) *counter = 0;
+  }
+  sync_block();
+  const uint32_t ticket = *word;
+  sync_block();  // the word may be written again
+  return ticket;
+}
+
+// Waits until `turn` blocks have called `pass_turn` on the lock: `count` blocks add to the same memory in the order of their turns. Blocks of
+// earlier turns have lower tickets. The lock is left at 0 for the next launch.
 FE_DEVICE void take_turn(const uint32_t* lock, uint32_t turn) {
   if (thread() == 0)
-    while (load_acquire(lock) != turn) {
-    }
+    while (load_acquire(lock) != turn) let_others_run();
   sync_block();
 }
-FE_DEVICE void pass_turn(uint32_t* lock, uint32_t turn) {
+FE_DEVICE void pass_turn(uint32_t* lock, uint32_t turn, uint32_t count) {
   fence();
   sync_block();
-  if (thread() == 0) store_release(lock, turn + 1);
+  if (thread() == 0) store_release(lock, turn + 1 == count ? 0 : turn + 1);
 }
 
 }  // namespace fe::cuda

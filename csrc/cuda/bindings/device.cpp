@@ -1,5 +1,7 @@
 // The device that tensors are on: its stream, its number of multiprocessors, and errors that describe the tensors.
 #include <array>
+#include <map>
+#include <mutex>
 #include <sstream>
 
 #include "kept.h"
@@ -41,6 +43,28 @@ int multiprocessors(const at::Tensor& like) {
 }
 
 #endif
+
+uint32_t* counters(const at::Tensor& like, int64_t size, at::Tensor& used) {
+  const auto zeros = [&] { return at::zeros({size}, like.options().dtype(at::kInt)); };
+  if (kept::capturing(like)) {  // a graph's own, set to zero by every replay
+    used = zeros();
+  } else {
+    static std::mutex mutex;
+    static auto& all = *new std::map<std::pair<int64_t, cudaStream_t>, at::Tensor>();  // never freed: CUDA may be gone at exit
+    const std::pair<int64_t, cudaStream_t> place{like.get_device(), current_stream(like)};
+    const auto find = [&] {
+      const std::lock_guard guard(mutex);
+      used = all[place];
+      return used.defined() && used.numel() >= size;
+    };
+    if (!find()) {
+      used = kept::outside(like, zeros);  // gives the GIL away: not under the lock
+      const std::lock_guard guard(mutex);
+      all[place] = used;  // memory of a stream is used again in its order
+    }
+  }
+  return static_cast<uint32_t*>(used.data_ptr());
+}
 
 void check(cudaError_t status, const char* op, const std::string& shape) {
   TORCH_CHECK(status == cudaSuccess, op, " failed on ", shape, ": ", cudaGetErrorString(status));

@@ -63,10 +63,7 @@ void products(const at::Tensor& fisher, const at::Tensor& x, const at::Tensor& d
         single ? 1 : ceil_div(cu_seqlens ? ceil_div(p.tokens, p.samples) : p.tokens, TOKENS_OF_A_PRODUCT) * TOKENS_OF_A_PRODUCT;
     const int64_t work = tokens * relative_cost(p.dtype, p.precision, single);
     p.splits = int32_t(choose_splits(tiles, single ? p.tokens : p.samples, work, multiprocessors(fisher)));
-    if (p.splits > 1) {
-      locks = at::zeros({tiles}, fisher.options().dtype(at::kInt));
-      p.locks = reinterpret_cast<uint32_t*>(locks.data_ptr());
-    }
+    if (p.splits > 1) p.locks = counters(fisher, tiles + 1, locks);
   }
   check(single ? launch_fisher_single_tokens(p, current_stream(x)) : launch_fisher_samples(p, current_stream(x)), OP, described(x));
 }

@@ -30,6 +30,10 @@ cudaStream_t current_stream(const at::Tensor& like);
 // A lower bound on the number of blocks that run side by side.
 int multiprocessors(const at::Tensor& like);
 
+// `size` numbers at zero for launches that leave them so; two that could run at the same time never share them. `used` keeps them until the
+// launch is made.
+uint32_t* counters(const at::Tensor& like, int64_t size, at::Tensor& used);
+
 // Raises with the op, what it was launched on, and what CUDA says.
 void check(cudaError_t status, const char* op, const std::string& shape);
 

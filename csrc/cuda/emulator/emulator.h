@@ -1,9 +1,9 @@
-// The device layer on the CPU: kernels run block after block, each thread of a block as a fiber of its own.
+// The device layer on the CPU: two blocks run side by side, each thread of a block as a fiber of its own.
 //
 // Threads run until they wait: at a barrier, or at an instruction of a whole warp. The order in which they resume changes from wait to wait,
 // so that a missing barrier shows. Shared memory starts as NaN; asynchronous copies arrive only when they are waited for; addresses of
-// 16-byte accesses are checked; threads of a warp or block that wait at different places are an error. Blocks run in a random order unless
-// the launch is ordered. The matrix units cut tf32 operands off to 11 significant bits, as hardware does. Not seen: races between blocks,
+// 16-byte accesses are checked; threads of a warp or block that wait at different places are an error. Blocks start in a random order, and
+// one that waits for a block that has not started is an error. The matrix units cut tf32 operands off to 11 significant bits, as hardware does. Not seen: races between blocks,
 // and the cost of anything.
 #pragma once
 #include <algorithm>
@@ -34,6 +34,7 @@ Place& place();        // of the running thread
 char* block_memory();  // shared memory of the running block
 size_t block_memory_size();
 void wait_for_block();
+void wait_for_another_block();  // returns when other blocks have had a chance to run
 // Waits until all threads of the warp are here; one of them then calls `together` with the arguments of all 32 lanes.
 using Together = void (*)(void* const* arguments);
 void wait_for_warp(Together together, void* argument);
@@ -42,7 +43,7 @@ void copy_later(void* to, const void* from, int bytes);
 void commit_copies();
 void finish_copies(int but);
 
-cudaError_t run(dim3 grid, int threads, size_t shared, bool ordered, const std::function<void()>& kernel);
+cudaError_t run(dim3 grid, int threads, size_t shared, const std::function<void()>& kernel);
 
 // fp16 as in c10, without its headers in kernels.
 float half_to_float(uint16_t bits);
@@ -123,6 +124,9 @@ inline uint32_t atomic_add(uint32_t* address, uint32_t value) {
 }
 inline uint32_t load_acquire(const uint32_t* address) {
   return *address;
+}
+inline void let_others_run() {
+  emulator::wait_for_another_block();
 }
 inline void store_release(uint32_t* address, uint32_t value) {
   *address = value;
@@ -248,13 +252,12 @@ struct Launch {
   int threads;
   size_t shared = 0;
   cudaStream_t stream = nullptr;
-  bool ordered = false;
 };
 
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), const Launch& how, const A&... arguments) {
   if (how.grid.x == 0 || how.grid.y == 0 || how.grid.z == 0) return cudaSuccess;
-  return emulator::run(how.grid, how.threads, how.shared, how.ordered, [&] { kernel(arguments...); });
+  return emulator::run(how.grid, how.threads, how.shared, [&] { kernel(arguments...); });
 }
 
 }  // namespace fe::cuda

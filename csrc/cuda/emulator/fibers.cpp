@@ -47,8 +47,10 @@ void forget_frames(const void*) {}
 constexpr char CANARY = 0x5a;
 constexpr size_t MARGIN = 256;  // bytes behind shared memory that no one may write
 constexpr size_t MOST_SHARED = 99 << 10;
+constexpr size_t RESIDENT = 2;           // blocks that run side by side
+constexpr int PATIENCE = 64 * RESIDENT;  // turns in which every block only waits for others
 
-enum class State { ready, at_block, at_warp, done };
+enum class State { ready, at_block, at_warp, elsewhere, done };  // elsewhere: waits for another block
 
 struct Copy {
   void* to;
@@ -87,6 +89,13 @@ struct Stacks {
   }
 };
 
+// A place for a block that runs: its threads and its shared memory.
+struct Slot {
+  std::vector<Fiber*> fibers;
+  std::vector<char> storage;
+  char* shared = nullptr;
+};
+
 struct Machine {
   Stacks stacks;
   std::vector<std::unique_ptr<Fiber>> fibers;
@@ -96,8 +105,8 @@ struct Machine {
   void* kept = nullptr;  // of AddressSanitizer, with the stack of the scheduler
   const void* scheduler_stack = nullptr;
   size_t scheduler_size = 0;
-  std::vector<char> shared_storage;
-  char* shared = nullptr;
+  Slot slots[RESIDENT];
+  char* shared = nullptr;  // of the running block
   size_t shared_size = 0;
   const std::function<void()>* kernel = nullptr;
   std::string failure;
@@ -169,6 +178,8 @@ void run_warp(Fiber* const* lanes, int count, std::vector<int>& order) {
     const Together together = lanes[0]->together;
     int at_warp = 0;
     for (int i = 0; i < count; ++i) at_warp += lanes[i]->state == State::at_warp;
+    for (int i = 0; i < count; ++i)
+      if (lanes[i]->state == State::elsewhere) return;
     if (at_warp == 0) return;
     if (at_warp < count) return note("some threads of a warp wait for the warp, others for the block, or have ended");
     void* arguments[32];
@@ -181,30 +192,54 @@ void run_warp(Fiber* const* lanes, int count, std::vector<int>& order) {
   }
 }
 
-void run_block(int threads) {
-  const int warps = threads / 32;
-  std::vector<int> order(warps), lanes(32);
-  std::iota(order.begin(), order.end(), 0);
-  std::iota(lanes.begin(), lanes.end(), 0);
-  std::vector<Fiber*> fibers(threads);
-  for (int i = 0; i < threads; ++i) fibers[i] = machine.fibers[i].get();
-  while (true) {
-    std::shuffle(order.begin(), order.end(), machine.random);
-    for (int w : order) {
-      run_warp(fibers.data() + 32 * w, 32, lanes);
-      if (!machine.failure.empty()) return;
-    }
-    int done = 0;
-    for (Fiber* fiber : fibers) done += fiber->state == State::done;
-    if (done == threads) return;
-    if (done) return note("some threads of a block wait at a barrier, others have ended");
-    for (Fiber* fiber : fibers) fiber->state = State::ready;
-  }
+enum class Turn { advanced, waited, ended };
+
+int count(const std::vector<Fiber*>& fibers, State state) {
+  return int(std::count_if(fibers.begin(), fibers.end(), [state](const Fiber* fiber) { return fiber->state == state; }));
 }
 
-void check_canary() {
+// Runs a block until its threads are done, all wait at a barrier, or one waits for another block.
+Turn run_block(Slot& slot) {
+  const auto& fibers = slot.fibers;
+  const int threads = int(fibers.size()), before = count(fibers, State::ready);
+  std::vector<int> order(threads / 32), lanes(32);
+  std::iota(order.begin(), order.end(), 0);
+  std::iota(lanes.begin(), lanes.end(), 0);
+  machine.shared = slot.shared;
+  std::shuffle(order.begin(), order.end(), machine.random);
+  for (int w : order) {
+    run_warp(fibers.data() + 32 * w, 32, lanes);
+    if (!machine.failure.empty()) return Turn::ended;
+  }
+  if (const int waiting = count(fibers, State::elsewhere)) {
+    for (Fiber* fiber : fibers)
+      if (fiber->state == State::elsewhere) fiber->state = State::ready;
+    return waiting < before ? Turn::advanced : Turn::waited;
+  }
+  const int done = count(fibers, State::done);
+  if (done == threads) return Turn::ended;
+  if (done) note("some threads of a block wait at a barrier, others have ended");
+  for (Fiber* fiber : fibers) fiber->state = State::ready;
+  return Turn::advanced;
+}
+
+void check_canary(const Slot& slot) {
   for (size_t i = 0; i < MARGIN; ++i)
-    if (machine.shared[machine.shared_size + i] != CANARY) return note("a write past the end of shared memory");
+    if (slot.shared[machine.shared_size + i] != CANARY) return note("a write past the end of shared memory");
+}
+
+// Threads at their beginning, shared memory as NaN.
+void start(Slot& slot, size_t first_fiber, Place place) {
+  slot.storage.resize(machine.shared_size + MARGIN + 128);
+  slot.shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(slot.storage.data()) + 127) / 128 * 128);
+  std::memset(slot.shared, 0xff, machine.shared_size);  // NaN in every format
+  std::memset(slot.shared + machine.shared_size, CANARY, MARGIN);
+  slot.fibers.clear();
+  for (place.thread = 0; place.thread < place.threads; ++place.thread) {
+    Fiber* fiber = machine.fibers[first_fiber + place.thread].get();
+    prepare(*fiber, first_fiber + place.thread, place);
+    slot.fibers.push_back(fiber);
+  }
 }
 
 }  // namespace
@@ -221,6 +256,11 @@ size_t block_memory_size() {
 
 void wait_for_block() {
   machine.running->state = State::at_block;
+  leave();
+}
+
+void wait_for_another_block() {
+  machine.running->state = State::elsewhere;
   leave();
 }
 
@@ -263,7 +303,7 @@ void finish_copies(int but) {
   }
 }
 
-cudaError_t run(dim3 grid, int threads, size_t shared, bool ordered, const std::function<void()>& kernel) {
+cudaError_t run(dim3 grid, int threads, size_t shared, const std::function<void()>& kernel) {
   last_failure.clear();
   if (threads % 32 || threads < 32 || threads > 1024 || shared > MOST_SHARED || grid.y > 65535 || grid.z > 65535) {
     last_failure = "no such launch: " + std::to_string(threads) + " threads, " + std::to_string(shared) + " bytes of shared memory, grid " +
@@ -271,32 +311,37 @@ cudaError_t run(dim3 grid, int threads, size_t shared, bool ordered, const std::
     return cudaErrorInvalidConfiguration;
   }
   Machine& m = machine;
-  m.stacks.reserve(threads);
-  while (m.fibers.size() < size_t(threads)) m.fibers.push_back(std::make_unique<Fiber>());
+  m.stacks.reserve(RESIDENT * threads);
+  while (m.fibers.size() < RESIDENT * threads) m.fibers.push_back(std::make_unique<Fiber>());
   m.kernel = &kernel;
   m.failure.clear();
-  m.shared_storage.resize(shared + MARGIN + 128);
-  m.shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(m.shared_storage.data()) + 127) / 128 * 128);
   m.shared_size = shared;
   std::vector<size_t> blocks(size_t(grid.x) * grid.y * grid.z);
   std::iota(blocks.begin(), blocks.end(), 0);
-  if (!ordered) std::shuffle(blocks.begin(), blocks.end(), m.random);
-  for (size_t block : blocks) {
-    std::memset(m.shared, 0xff, shared);  // NaN in every format
-    std::memset(m.shared + shared, CANARY, MARGIN);
-    Place place{0,
-                threads,
-                {unsigned(block % grid.x), unsigned(block / grid.x % grid.y), unsigned(block / grid.x / grid.y)},
-                {grid.x, grid.y, grid.z}};
-    for (place.thread = 0; place.thread < threads; ++place.thread) prepare(*m.fibers[place.thread], place.thread, place);
-    run_block(threads);
-    if (m.failure.empty()) check_canary();
-    if (!m.failure.empty()) {
-      last_failure = m.failure;
-      return cudaErrorLaunchFailure;
+  std::shuffle(blocks.begin(), blocks.end(), m.random);
+  std::vector<size_t> free(RESIDENT), live;  // slots
+  std::iota(free.begin(), free.end(), 0);
+  int waited = 0;
+  while (m.failure.empty() && (!blocks.empty() || !live.empty())) {
+    for (; !blocks.empty() && !free.empty(); blocks.pop_back(), free.pop_back()) {
+      const size_t block = blocks.back();
+      const unsigned x = unsigned(block % grid.x), y = unsigned(block / grid.x % grid.y), z = unsigned(block / grid.x / grid.y);
+      start(m.slots[free.back()], free.back() * threads, {0, threads, {x, y, z}, {grid.x, grid.y, grid.z}});
+      live.push_back(free.back());
     }
+    const size_t which = m.random() % live.size();
+    Slot& slot = m.slots[live[which]];
+    const Turn turn = run_block(slot);
+    waited = turn == Turn::waited ? waited + 1 : 0;
+    if (waited > PATIENCE) note("every block that runs waits for a block that has not started");
+    if (turn != Turn::ended || !m.failure.empty()) continue;
+    check_canary(slot);
+    free.push_back(live[which]);
+    live.erase(live.begin() + which);
   }
-  return cudaSuccess;
+  if (m.failure.empty()) return cudaSuccess;
+  last_failure = m.failure;
+  return cudaErrorLaunchFailure;
 }
 
 }  // namespace emulator

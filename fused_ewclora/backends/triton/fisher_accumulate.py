@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_ewclora.kernels import fisher_accumulate as kernels
 
 from ...reference import arguments
-from . import launch, tables
+from . import kept, launch, tables
 from .launch import cdiv
 
 # Grids of fewer tiles than multiprocessors are multiplied by splitting the samples. TURN is what a split
@@ -120,14 +120,15 @@ def _tiles(fisher: Tensor, config: Mapping[str, Any]) -> int:
 def _grid(
     fisher: Tensor, config: Mapping[str, Any], samples: int, tokens: int
 ) -> tuple[int, int, Tensor | None]:
-    """Output tiles, splits of the samples and, for several, the locks by which they take turns."""
+    """Output tiles, splits of the samples and, for several, what they take turns by: a counter of
+    tickets and a lock per tile, 0 before and after every launch."""
     tiles = _tiles(fisher, config)
     if fisher.dtype != torch.float32:  # every split would round
         return tiles, 1, None
     splits = choose_splits(tiles, samples, tokens, launch.multiprocessors(fisher))
     if splits == 1:
         return tiles, 1, None
-    return tiles, splits, torch.zeros(tiles, dtype=torch.int32, device=fisher.device)
+    return tiles, splits, kept.zeros(fisher, tiles + 1)
 
 
 @functools.lru_cache(maxsize=1024)

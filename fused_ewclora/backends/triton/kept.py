@@ -19,6 +19,7 @@ Number = int | float
 
 _of_graphs: list[Tensor] = []  # what captured graphs read; nothing says when one of them is gone
 _caches: list[Callable[[], None]] = []
+_zeros: dict[tuple[torch.device, int], Tensor] = {}  # by device and stream
 
 
 def capturing(device: torch.device) -> bool:
@@ -80,6 +81,22 @@ def write(to: Tensor, values: Sequence[Number]) -> None:
     torch._foreach_add_(list(to.view(-1).unbind()), list(values))
 
 
+def zeros(like: Tensor, size: int) -> Tensor:
+    """Counters at zero, int32, for launches that leave them so. Two that could run at the same time never share
+    them: a stream has its own, and a graph writes its own in every replay."""
+    device = like.device
+    if device.type != "cuda" or capturing(device):
+        return like.new_zeros(size, dtype=torch.int32)
+    place = device, stream(device)
+    found = _zeros.get(place)
+    if found is None or found.numel() < size:
+        rounded = 1 << max(size - 1, 0).bit_length()
+        # What it replaces was allocated on this stream, which uses it again in its own order.
+        found = outside(lambda: torch.zeros(rounded, dtype=torch.int32, device=device), device)
+        _zeros[place] = found
+    return found
+
+
 def used(tensors: Iterable[Tensor]) -> None:
     """The current stream reads `tensors`, made on another one: their memory serves no one else before it has
     done so, whenever they are let go."""
@@ -101,5 +118,6 @@ def cache(clear: Callable[[], None]) -> None:
 def forget() -> None:
     """Let go of everything; `ops.dispatch` has waited for the GPUs."""
     _of_graphs.clear()
+    _zeros.clear()
     for clear in _caches:
         clear()

@@ -104,15 +104,21 @@ def family(architecture: str) -> str:
     return {**known, **own}.get(architecture, "sm_86")
 
 
+def exact() -> str:
+    """How fp32 operands go through the matrix units without losing bits that fp32 keeps: matrix units of AMD take
+    them as they are ("ieee"), others as three products of tf32 numbers (relative error near 1e-7)."""
+    return "ieee" if torch.version.hip is not None or (_noting.arch or "").startswith("gfx") else "tf32x3"
+
+
 def precision() -> str:
     """How fp32 operands go through the matrix units, by `torch.get_float32_matmul_precision()`.
 
     "highest" splits each operand in three tf32 parts (relative error near 1e-7), "high" rounds to tf32,
     "medium" also allows bf16, which the penalty uses. Matrix units of AMD take fp32 as it is ("ieee").
     """
-    if torch.version.hip is not None or (_noting.arch or "").startswith("gfx"):
-        return "ieee"
-    return {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}[torch.get_float32_matmul_precision()]
+    if (highest := exact()) == "ieee":
+        return highest
+    return {"highest": highest, "high": "tf32", "medium": "bf16"}[torch.get_float32_matmul_precision()]
 
 
 def addressable(tensor: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ def merge_(
             kernels.merge_kernel, (tiles, len(group)), tuple(w), tuple(a), tuple(b), tuple(s),
             tuple(scale_factors[i] for i in group), _sizes(w, 0), _sizes(w, 1), _sizes(a, 0),
             *(_strides(tensors, dim) for tensors in (w, a, b) for dim in (0, 1)),
-            tuple(t.stride(0) if t is not None and t.dim() else 0 for t in s), **config,
+            tuple(t.stride(0) if t is not None and t.dim() else 0 for t in s),
+            PRECISION=launch.exact(), **config,
         )  # fmt: skip
 
 

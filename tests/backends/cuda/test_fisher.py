@@ -110,6 +110,18 @@ def test_splits_add_in_order(shape, parts):
     assert not torch.equal(reversed_, expected)
 
 
+def test_locks_reused():
+    """A launch leaves its locks as it found them, for launches with fewer tiles, more of them, and the same."""
+    values = Values(7, "cuda")
+    for width in (70, 33, 200, 70):
+        x, dy = values.normal(3, LONG, width), values.normal(3, LONG, 20)
+        split, parts = zeros(x, dy), zeros(x, dy)
+        accumulate(split, x, dy)
+        for n in range(3):
+            accumulate(parts, x[n : n + 1], dy[n : n + 1])
+        assert torch.equal(split, parts)
+
+
 @pytest.mark.parametrize("tokens", [21, LONG])
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
 def test_packed_equals_dense(tokens, kind):

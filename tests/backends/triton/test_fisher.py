@@ -115,6 +115,25 @@ def test_splits_add_in_order(monkeypatch, launches, shape, splits):
     assert programs[0] == splits * programs[1]
 
 
+@pytest.mark.skipif(device_of("triton") != "cpu", reason="a GPU starts programs as it likes")
+@pytest.mark.parametrize("shape", [(6, 5), (40,)], ids=["tokens", "one token"])
+def test_any_start_order(monkeypatch, shape):
+    """Splits end, and add in the same order, when the last program starts first and ends before the others
+    start; the next launch finds its locks as the first one did."""
+    from triton.runtime import interpreter
+
+    values = Values(6, "triton")
+    x, dy, fisher = values.normal(*shape, 70), values.normal(*shape, 33), values.fisher(33, 70)
+    split_into(monkeypatch, 3)
+    expected = accumulate(accumulate(fisher.clone(), x, dy), x, dy)
+    builder = interpreter.interpreter_builder
+    place = type(builder).set_grid_idx
+    monkeypatch.setattr(
+        builder, "set_grid_idx", lambda i, j, k: place(builder, builder.grid_dim[0] - 1 - i, j, k)
+    )
+    assert torch.equal(accumulate(accumulate(fisher, x, dy), x, dy), expected)
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 def test_packed_equals_dense(monkeypatch, splits):
     """Packed samples give, bit for bit, the result of samples of one length."""

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "device.cuh"
+#include "reduce.cuh"
 
 using namespace fe::cuda;
 
@@ -91,7 +91,15 @@ void different_instructions(const Params p) {
     shuffle_xor(1.f, 1);
   }
 }
-// Reads what an earlier block left.
+// Waits for the blocks before it: by index, or by ticket those that have started.
+void turns(const Params p) {
+  auto *counter = reinterpret_cast<uint32_t*>(p.count), *lock = counter + 1;
+  const uint32_t turn = p.broken ? block_x() : draw_ticket(counter, BLOCKS, reinterpret_cast<uint32_t*>(numbers()));
+  take_turn(lock, turn);
+  if (thread() == 0) p.order[*lock] = int(turn);
+  pass_turn(lock, turn, BLOCKS);
+  leave(p, 1.f);
+}
 void order_of_blocks(const Params p) {
   if (thread() == 0) p.order[(*p.count)++] = block_x();
   leave(p, 1.f);
@@ -109,6 +117,7 @@ const std::map<std::string, void (*)(Params)> KERNELS = {
     {"early_end", early_end},
     {"divergence", divergence},
     {"different_instructions", different_instructions},
+    {"turns", turns},
     {"order_of_blocks", order_of_blocks},
 };
 
@@ -174,12 +183,13 @@ int main(int count, char** words) {
   alignas(16) static float in[4 * THREADS + 4];
   for (float& number : in) number = 1.f;
   std::vector<float> out(BLOCKS * THREADS, 0.f);
-  int order[BLOCKS], ran = 0;
-  const Launch how{dim3(BLOCKS), THREADS, 4 * 8 * THREADS, nullptr, name == "order_of_blocks" && !broken};
-  const cudaError_t status = launch(KERNELS.at(name), how, Params{out.data(), in, order, &ran, broken});
+  int order[BLOCKS], counts[2] = {};  // a counter and a lock
+  const Launch how{dim3(BLOCKS), THREADS, 4 * 8 * THREADS};
+  const cudaError_t status = launch(KERNELS.at(name), how, Params{out.data(), in, order, counts, broken});
   int wrong = 0, sorted = 1;
   for (float value : out) wrong += !(value == 1.f);
-  for (int i = 1; i < ran; ++i) sorted = sorted && order[i - 1] < order[i];
+  for (int i = 1; i < BLOCKS; ++i) sorted = sorted && order[i - 1] < order[i];
+  if (name == "turns") wrong += !sorted || counts[0] || counts[1];
   std::printf("%s\n%d\n", status == cudaSuccess ? "fine" : cudaGetErrorString(status), name == "order_of_blocks" ? !sorted : wrong);
   return 0;
 }
