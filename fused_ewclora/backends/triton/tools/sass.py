@@ -186,9 +186,9 @@ def disassemble(cubin: Path, tool: Path | str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def functions(text: str) -> dict[str, Loop]:
-    """Kernels of a disassembly by symbol."""
-    return {name: _tree(_blocks(lines)) for name, lines in _sections(text)}
+def functions(text: str, only: str | None = None) -> dict[str, Loop]:
+    """Kernels of a disassembly by symbol, or one of them."""
+    return {name: _tree(_blocks(lines)) for name, lines in _sections(text) if only in (None, name)}
 
 
 def _sections(text: str) -> Iterator[tuple[str, list[str]]]:
