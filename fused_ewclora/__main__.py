@@ -64,12 +64,15 @@ def _add_check(commands: Any) -> None:
 
 
 def _compile_report(args: argparse.Namespace) -> int:
+    from .backends import predicted_choice
     from .backends.triton.tools import compile_report, targets
 
     executed = json.loads(args.executed.read_text()) if args.executed else ()
     if args.targets:
         table = targets.collect(args.cubin, executed, args.jobs, compile_report.show_progress)
         print(json.dumps(table, indent=1) if args.json else targets.render(table, args.markdown))
+        if args.write:
+            predicted_choice.write(table, predicted_choice.TABLE)
         return 0
     data = compile_report.collect(
         args.arch or compile_report.ARCHITECTURES,
@@ -103,6 +106,9 @@ def _add_compile_report(commands: Any) -> None:
         "--cubin", nargs="+", default=[], type=Path, metavar="FILE",
         help="with --targets: sm_90 machine code of csrc/cuda, by nvcc",
     )  # fmt: skip
+    parser.add_argument(
+        "--write", action="store_true", help="with --targets: write backends/predicted_choice.json anew"
+    )
     parser.add_argument(
         "--executed", type=Path, metavar="FILE", help="JSON list of executed counts that replace static ones"
     )

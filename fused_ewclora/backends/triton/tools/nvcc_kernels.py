@@ -130,7 +130,7 @@ def read(cubins: Iterable[Path]) -> dict[str, Kernel]:
         tool, disassembler = aot.cuobjdump(), aot.nvdisasm()
         assert tool is not None and disassembler is not None, "asked before"
         text = sass.disassemble(path, disassembler)
-        if "EF_CUDA_SM90" not in text:
+        if re.search(r"EF_CUDA_SM90\b|^\s*\.target\s+sm_90", text, re.MULTILINE) is None:
             continue
         printed = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
         usage = {

@@ -170,6 +170,7 @@ def _row(
         "precision": target.precision if target.dtype == _FP32 else None,
         "rank": target.rank,
         "op": target.op,
+        "algorithm": target.algorithm,
         "floor_name": target.floor,
         "floor": floor,
         "target": target.most,
