@@ -37,7 +37,7 @@ def entries() -> dict[tuple[str, str, str | None], dict[str, Any]]:
 
 
 def product_share(arch: str, op: str) -> float | None:
-    """The share of the rate of BLAS that the product of `op` through Triton is predicted to reach, or None."""
+    """The share of the rate of BLAS that Triton's product of `op` is predicted to reach, or None."""
     found: float | None = _table()["products"].get(arch, {}).get(op)
     return found
 
@@ -53,16 +53,17 @@ def outperformed(op: str, candidate: Candidate, call: Call, others: Iterable[Can
     if not any(other.backend == FASTER and other.supports(call) is None for other in others):
         return None
     return (
-        f"{FASTER!r} is predicted to be faster, {entry['cuda_us']:.0f} us against {entry['triton_us']:.0f} us "
-        f"for {entry['shape']} (machine model of one {entry['machine']}; not measured)"
+        f"{FASTER!r} is predicted to be faster, {entry['cuda_us']:.0f} us against "
+        f"{entry['triton_us']:.0f} us for {entry['shape']} (machine model of one {entry['machine']}; not "
+        "measured)"
     )
 
 
 def derived(table: dict[str, Any]) -> dict[str, Any]:
     """The content of predicted_choice.json from the table of targets.
 
-    CUDA is preferred for an op and a precision where it is clearly faster in every row that has both backends,
-    up to the largest rank among them.
+    CUDA is preferred for an op and a precision where it is clearly faster in every row that has both
+    backends, up to the largest rank among them.
     """
     groups: dict[tuple[str, str], dict[tuple[str, int], dict[str, Any]]] = {}
     for row in table["rows"]:

@@ -23,7 +23,9 @@ def names(loop: Loop) -> list[str]:
 
 def test_one_loop():
     """A loop has the instructions from its label to its branch; the rest belongs to the function."""
-    found = tree("MOV R1, R2", ".L_x_0:", "FFMA R1, R1, R1, R1", "@P0 BRA `(.L_x_0)", "STG.E [R2], R1", "EXIT")
+    found = tree(
+        "MOV R1, R2", ".L_x_0:", "FFMA R1, R1, R1, R1", "@P0 BRA `(.L_x_0)", "STG.E [R2], R1", "EXIT"
+    )
     (loop,) = found.inner
     assert names(loop) == ["FFMA", "BRA"]
     assert names(found) == ["MOV", "STG", "EXIT"]
@@ -68,7 +70,12 @@ def test_retry_out_of_line():
 def test_turnstile_waits():
     """A loop that polls memory until it is its turn counts as waiting."""
     found = tree(
-        "MOV R1, R2", ".L_x_0:", "LDG.E.STRONG.GPU R0, [R2]", "ISETP.NE P0, R0, R3", "@P0 BRA `(.L_x_0)", "EXIT"
+        "MOV R1, R2",
+        ".L_x_0:",
+        "LDG.E.STRONG.GPU R0, [R2]",
+        "ISETP.NE P0, R0, R3",
+        "@P0 BRA `(.L_x_0)",
+        "EXIT",
     )
     assert found.inner == ()
     assert [step.waits for step in found.steps if isinstance(step, Loop)] == [True]

@@ -49,8 +49,8 @@ class Specialisation:
 @dataclass(frozen=True)
 class Resources:
     """What the compiler says about one specialisation. `registers` are per lane, memory in bytes;
-    `spill` is local memory of a lane (registers that did not fit), `error` why there is no code, and `code` the
-    machine code of an NVIDIA GPU."""
+    `spill` is local memory of a lane (registers that did not fit), `error` why there is no code, and `code`
+    the machine code of an NVIDIA GPU."""
 
     registers: int = 0
     scalar_registers: int | None = None  # AMD only

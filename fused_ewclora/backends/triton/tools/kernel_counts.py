@@ -198,9 +198,7 @@ def _corrected(phases: list[Phase], loop: Loop, warps: int, executed: Executed) 
     ]
 
 
-def executed_for(
-    found: Iterable[Executed], kernel: str, properties: Mapping[str, Any]
-) -> Executed | None:
+def executed_for(found: Iterable[Executed], kernel: str, properties: Mapping[str, Any]) -> Executed | None:
     """The first record of executed counts that is about this kernel."""
     for one in found:
         agree = all(properties.get(name) == value for name, value in one.get("match", {}).items())

@@ -1,9 +1,9 @@
 """Predicts the time of a kernel from counts of its compiled code: a model, not a measurement.
 
-A kernel takes as long as the resource that it uses most, of the multiprocessor that has most blocks, or as one
-block after the other takes by itself, whichever is longer: resident blocks overlap perfectly, what a block
-does between two barriers overlaps perfectly, and phases that barriers separate add up. What this leaves out
-(conflicts that counts do not show, unequal blocks, misses of the instruction cache, a lower clock) makes
+A kernel takes as long as the resource that it uses most, of the multiprocessor that has most blocks, or as
+one block after the other takes by itself, whichever is longer: resident blocks overlap perfectly, what a
+block does between two barriers overlaps perfectly, and phases that barriers separate add up. What this leaves
+out (conflicts that counts do not show, unequal blocks, misses of the instruction cache, a lower clock) makes
 kernels slower, so predictions are optimistic. docs/triton.md, "Predictions".
 """
 
@@ -52,9 +52,9 @@ MACHINES = {
 # (lanes per clock / 32). `fma` also executes integer multiplications, which take two slots (`_pipes`).
 THROUGHPUT = {"fma": 4.0, "alu": 2.0, "special": 0.5, "double": 2.0, "shuffle": 1.0}
 
-# Clocks that a phase takes beyond its busiest resource, for what it waits for; assumed, near published latencies:
-# a barrier, a first load from shared memory, a dependent mma.sync or shuffle, and the way of the last
-# asynchronous product through the pipe until its accumulators can be read.
+# Clocks that a phase takes beyond its busiest resource, for what it waits for; assumed, near published
+# latencies: a barrier, a first load from shared memory, a dependent mma.sync or shuffle, and the way of the
+# last asynchronous product through the pipe until its accumulators can be read.
 LATENCY = {"barrier": 30.0, "shared": 30.0, "tensor": 35.0, "shuffle": 25.0, "drain": 90.0}
 MEMORY_LATENCY = 800.0  # clocks from DRAM under load; what is in flight meanwhile limits the bandwidth
 
@@ -82,9 +82,9 @@ class Phase:
 
 @dataclass(frozen=True)
 class Counts:
-    """One launch. `loops` are the phases of one iteration each, in order. Bytes from the second-level cache are
-    those of a block, those of DRAM of all blocks, `in_flight` what a block has asked for and not received, and
-    `copied` the wavefronts in which bulk copies write its shared memory, while nobody waits."""
+    """One launch. `loops` are the phases of one iteration each, in order. Bytes from the second-level cache
+    are those of a block, those of DRAM of all blocks, `in_flight` what a block has asked for and not received,
+    and `copied` the wavefronts in which bulk copies write its shared memory, while nobody waits."""
 
     blocks: int
     blocks_per_multiprocessor: int
@@ -114,9 +114,7 @@ class Prediction(NamedTuple):
 
 def predict(counts: Counts, machine: Machine) -> Prediction:
     """The time of a launch on an idle machine, without what the launch costs the host or the driver."""
-    parallel = min(
-        counts.blocks, machine.multiprocessors * max(counts.blocks_per_multiprocessor, 1)
-    )
+    parallel = min(counts.blocks, machine.multiprocessors * max(counts.blocks_per_multiprocessor, 1))
     busiest = math.ceil(counts.blocks / machine.multiprocessors)  # blocks of one multiprocessor, in all
     phases = [phase for loop in counts.loops for phase in loop]
     clocks: dict[str, float] = {}
@@ -125,7 +123,9 @@ def predict(counts: Counts, machine: Machine) -> Prediction:
             clocks[name] = clocks.get(name, 0.0) + phase.trips * busiest * used
     clocks["shared memory"] = clocks.get("shared memory", 0.0) + busiest * counts.copied / machine.wavefronts
     turns = math.ceil(busiest / max(counts.blocks_per_multiprocessor, 1))
-    clocks["one block after the other"] = turns * sum(_chain(loop, counts.warps, machine) for loop in counts.loops)
+    clocks["one block after the other"] = turns * sum(
+        _chain(loop, counts.warps, machine) for loop in counts.loops
+    )
     resources = {name: used / machine.clock for name, used in clocks.items()}
     share = machine.cache / machine.multiprocessors
     resources["second-level cache"] = busiest * counts.cache_bytes / share

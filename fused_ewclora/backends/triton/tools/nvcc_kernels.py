@@ -132,7 +132,9 @@ def read(cubins: Iterable[Path]) -> dict[str, Kernel]:
         text = sass.disassemble(path, disassembler)
         if re.search(r"EF_CUDA_SM90\b|^\s*\.target\s+sm_90", text, re.MULTILINE) is None:
             continue
-        printed = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+        printed = subprocess.run(
+            [tool, "-res-usage", path], capture_output=True, text=True, check=True
+        ).stdout
         usage = {
             symbol: (int(registers), int(shared))
             for symbol, registers, shared in re.findall(
@@ -146,7 +148,9 @@ def read(cubins: Iterable[Path]) -> dict[str, Kernel]:
                     _check(name, twin, code)
                     registers, shared = usage[symbol]
                     # cuobjdump counts the 1 KiB that the driver reserves.
-                    fits = occupancy.occupancy(ARCH, registers, twin.shared + max(shared - 1024, 0), twin.warps)
+                    fits = occupancy.occupancy(
+                        ARCH, registers, twin.shared + max(shared - 1024, 0), twin.warps
+                    )
                     found[name] = Kernel(symbol, code, fits.blocks)
     return found
 

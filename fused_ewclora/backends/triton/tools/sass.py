@@ -24,24 +24,24 @@ _MATRICES = {"2": 2, "4": 4}  # 8 x 8 matrices of one ldmatrix
 _MMA = {"1684": 16 * 8 * 4, "1688": 16 * 8 * 8, "16816": 16 * 8 * 16, "16832": 16 * 8 * 32}
 SPIN = 12  # instructions; a loop that only waits is shorter
 
-# Unit -> the instructions it executes, by the name before the first dot. What is in none is "control": branches,
-# barriers, the uniform datapath.
+# Unit -> the instructions it executes, by the name before the first dot. What is in none is "control":
+# branches, barriers, the uniform datapath.
 UNITS: Mapping[str, frozenset[str]] = {
-    "fma": frozenset({"FFMA", "FADD", "FMUL", "FFMA2", "FADD2", "FMUL2", "HFMA2", "HADD2", "HMUL2", "FSWZADD"}),
+    "fma": frozenset({"FFMA", "FADD", "FMUL", "FFMA2", "FADD2", "FMUL2", "HFMA2", "HADD2", "HMUL2"}),
     "imad": frozenset({"IMAD", "IDP", "IMUL"}),
     "alu": frozenset({
-        "IADD3", "IADD", "LEA", "LOP3", "LOP", "SHF", "SEL", "ISETP", "FSETP", "FSEL", "FMNMX", "FMNMX3", "IMNMX", "PRMT",
-        "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3", "MOV", "PLOP3", "P2R", "R2P", "SGXT", "IABS", "BMSK", "F2FP", "HSETP2",
-        "FCHK", "CSEL",
+        "IADD3", "IADD", "LEA", "LOP3", "LOP", "SHF", "SEL", "ISETP", "FSETP", "FSEL", "FMNMX", "FMNMX3", "IMNMX",
+        "PRMT", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3", "MOV", "PLOP3", "P2R", "R2P", "SGXT", "IABS", "BMSK",
+        "F2FP", "HSETP2", "FCHK", "CSEL",
     }),
-    "tensor": frozenset({"HMMA", "IMMA", "DMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCQMMA"}),
+    "tensor": frozenset({"HMMA", "IMMA", "DMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA"}),
     "special": frozenset({"MUFU", "I2F", "F2I", "F2F", "I2I", "I2FP", "FRND", "POPC", "FLO", "BREV"}),
     "double": frozenset({"DADD", "DMUL", "DFMA", "DSETP"}),
     "shared": frozenset({"LDS", "STS", "LDSM", "STSM", "ATOMS", "MOVM"}),
     "shuffle": frozenset({"SHFL", "REDUX", "MATCH"}),
     "global": frozenset({
-        "LDG", "STG", "LDGSTS", "LD", "ST", "LDL", "STL", "RED", "REDG", "ATOM", "ATOMG", "UTMALDG", "UTMASTG", "UBLKCP",
-        "UTMAREDG",
+        "LDG", "STG", "LDGSTS", "LD", "ST", "LDL", "STL", "RED", "REDG", "ATOM", "ATOMG", "UTMALDG", "UTMASTG",
+        "UTMAREDG", "UBLKCP",
     }),
 }  # fmt: skip
 _UNIT = {name: unit for unit, names in UNITS.items() for name in names}

@@ -182,7 +182,18 @@ def _row(
     }
 
 
-COLUMNS = ("kernel", "shape", "floor", "us", "target", "backend", "loop", "predicted us", "ratio", "limited by")
+COLUMNS = (
+    "kernel",
+    "shape",
+    "floor",
+    "us",
+    "target",
+    "backend",
+    "loop",
+    "predicted us",
+    "ratio",
+    "limited by",
+)
 
 
 def render(data: dict[str, Any], markdown: bool = False) -> str:
