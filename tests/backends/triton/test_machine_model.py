@@ -1,7 +1,7 @@
 """The machine model on fixed counts: what is known of the kernels, and how resources overlap.
 
-Counts of the first tests are those of earlier kernels, executed instruction by instruction; the ranges are the
-predictions made from them by hand. No test compiles anything.
+Counts of the first tests are those of earlier kernels, executed instruction by instruction; the ranges are
+the predictions made from them by hand. No test compiles anything.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def test_penalty_highest():
 
 
 def product(k: int, waves: int, drains: bool) -> float:
-    """Share of BLAS of a product in blocks of 128 x 256 and steps of 64 with four wgmma each, two warp groups."""
+    """Share of BLAS of a product in blocks of 128 x 256 and steps of 64, four wgmma of two warp groups."""
     trips, one = k / 64, {("half", True): 2 * 128 * 256 * 16.0}
     wait = Phase({"control": 20}, trips, barriers=1)
     step = Phase({"control": 12, "alu": 4}, trips, one, shared=160, drains=drains)
@@ -168,7 +168,7 @@ def test_unrolled_versions_share_trips():
 
 
 def test_flattened_loops():
-    """Two loops that became one run the product of their trips, and the end of the inner one is a condition."""
+    """Two loops that became one run the product of their trips; the end of the inner one is a condition."""
     one = sass.Loop((
         sass.Step(sass.Instruction("HMMA.1688.F32.TF32", "R1, R2"), True),
         sass.Step(sass.Instruction("FFMA"), False),

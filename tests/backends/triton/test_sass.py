@@ -101,7 +101,7 @@ def test_function_called():
 
 
 def test_early_exit():
-    """Threads without work that leave early do not end the function; in a loop that is left only so, they do."""
+    """Threads that leave early do not end the function, unless nothing else does."""
     found = tree("@P0 EXIT", "FADD R1, R1, R1", ".L_x_0:", "FMUL R1, R1, R1", "@P1 EXIT", "BRA `(.L_x_0)")
     (loop,) = found.inner
     assert names(loop) == ["FMUL", "EXIT", "BRA"]
@@ -116,7 +116,7 @@ def test_reconvergence():
     assert names(found) == ["BSSY", "BRA", "FADD", "BSYNC", "EXIT"]
 
 
-# Published sizes: bytes of 32 lanes / 128; 8 x 8 matrices of 16 bytes a row; operands of a warp group / 128 / 4.
+# Bytes of 32 lanes / 128; 8 x 8 matrices of 16 bytes a row; operands of a warp group / 128 / 4.
 @pytest.mark.parametrize(
     ("opcode", "operands", "wavefronts"),
     [

@@ -107,8 +107,8 @@ def _trips(wanted: tuple[float, ...], depth: int) -> tuple[tuple[float, ...], fl
 
 
 def _versions(nest: Sequence[Loop]) -> list[tuple[Loop, int]]:
-    """The main loop and those beside it that are the same one, unrolled less, with the trips that one iteration
-    of each makes; most unrolled first."""
+    """The main loop and those beside it that are the same one, unrolled less, with the trips that one
+    iteration of each makes; most unrolled first."""
     if len(nest) < 2:
         return []
     same = [loop for loop in nest[-2].inner if _ratio(nest[-1], loop) > 0]

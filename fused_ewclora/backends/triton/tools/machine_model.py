@@ -83,8 +83,8 @@ class Phase:
 @dataclass(frozen=True)
 class Counts:
     """One launch. `loops` are the phases of one iteration each, in order. Bytes from the second-level cache
-    are those of a block, those of DRAM of all blocks, `in_flight` what a block has asked for and not received,
-    and `copied` the wavefronts in which bulk copies write its shared memory, while nobody waits."""
+    are those of a block, those of DRAM of all blocks, `in_flight` what a block has asked for and not
+    received, and `copied` the wavefronts in which bulk copies write its shared memory, while nobody waits."""
 
     blocks: int
     blocks_per_multiprocessor: int

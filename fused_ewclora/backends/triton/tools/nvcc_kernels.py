@@ -22,14 +22,15 @@ from .kernel_counts import main_nest
 from .work import COPY, READ_F, READ_X, WGRAD, Work
 
 ARCH = "sm_90"
-SAMPLES, TOKENS, WIDTH, HIDDEN, LAYERS = 64, 197, 1024, 4096, 48  # of ViT-L
+SAMPLES, TOKENS, WIDTH, HIDDEN = 64, 197, 1024, 4096  # of ViT-L
+LAYERS = 48  # k and v of each block
 ROWS = SAMPLES * TOKENS
 MULTIPROCESSORS = _MULTIPROCESSORS[ARCH]
 
 
 class Twin(NamedTuple):
-    """`symbol` is looked for in mangled names, `shared` are bytes asked for at the launch, `loaded` those that
-    a block loads in one iteration of its main loop (0: it has none)."""
+    """`symbol` is looked for in mangled names, `shared` are bytes asked for at the launch, `loaded` those
+    that a block loads in one iteration of its main loop (0: it has none)."""
 
     symbol: str
     warps: int
@@ -47,7 +48,7 @@ class Kernel:
     blocks: int
 
 
-def _penalty(size: int, blocks_each: int) -> Callable[[int], Work]:
+def _penalty(size: int) -> Callable[[int], Work]:
     """Strips of 16 rows and 256 columns (PENALTY_ROWS, PENALTY_COLUMNS); PenaltyTable::lay_out."""
     rows, columns, items = 16, 256, 4 * MULTIPROCESSORS
 
@@ -69,7 +70,7 @@ def _penalty(size: int, blocks_each: int) -> Callable[[int], Work]:
 
 
 def _fisher(rank: int) -> Work:
-    """128 x 128 of F (FISHER_TILE), 32 tokens a step, four stages; as many splits as fill the machine: one."""
+    """128 x 128 of F (FISHER_TILE), 32 tokens a step, four stages, one split: the tiles fill the machine."""
     tile, step = 128, 32
     blocks, steps = (HIDDEN // tile) * (WIDTH // tile), cdiv(TOKENS, step)
     per_step = 2 * tile * step * 2
@@ -81,7 +82,8 @@ def _fisher(rank: int) -> Work:
 
 
 def _walk(rank: int) -> Work:
-    """Strips of 32 rows and 256 columns (WALK_COLUMNS), two blocks for every multiprocessor; the bindings' Plan."""
+    """Strips of 32 rows and 256 columns (WALK_COLUMNS), two blocks for every multiprocessor (the bindings'
+    Plan)."""
     strip, columns, ranks = 32, 256, 16
     across = cdiv(HIDDEN, columns)
     most = max(1, 2 * MULTIPROCESSORS // across)
@@ -111,11 +113,13 @@ def _symbol(precision: int, loads: int) -> str:
 _PENALTY_SHARED = 4 * (2 * 2 * 16 * 20 + 8 * 16 * 36 + 2 * 8 * 16 * 16 + 33)  # PenaltyLayout<P, 16>::BYTES
 _PENALTY_A = 4 * 16 * 260  # where registers do not hold A
 TWINS = {
-    "penalty fp32 highest": Twin(_symbol(0, 0), 8, _PENALTY_SHARED + _PENALTY_A, 16384, _penalty(4, 1)),
-    "penalty fp32 high": Twin(_symbol(1, 0), 8, _PENALTY_SHARED, 16384, _penalty(4, 2)),
-    "penalty bf16 high": Twin(_symbol(1, 1), 8, _PENALTY_SHARED, 8192, _penalty(2, 2)),
-    "penalty bf16 medium": Twin(_symbol(2, 1), 8, _PENALTY_SHARED, 8192, _penalty(2, 2)),
-    "u, dB": Twin(r"walk_kernelILNS0_9PrecisionE2ELi16ELb1ELb1ELb1E", 8, 4 * (8 * (256 + 512) + 256), 16384, _walk),
+    "penalty fp32 highest": Twin(_symbol(0, 0), 8, _PENALTY_SHARED + _PENALTY_A, 16384, _penalty(4)),
+    "penalty fp32 high": Twin(_symbol(1, 0), 8, _PENALTY_SHARED, 16384, _penalty(4)),
+    "penalty bf16 high": Twin(_symbol(1, 1), 8, _PENALTY_SHARED, 8192, _penalty(2)),
+    "penalty bf16 medium": Twin(_symbol(2, 1), 8, _PENALTY_SHARED, 8192, _penalty(2)),
+    "u, dB": Twin(
+        r"walk_kernelILNS0_9PrecisionE2ELi16ELb1ELb1ELb1E", 8, 4 * (8 * (256 + 512) + 256), 16384, _walk
+    ),
     "Fisher per sample": Twin(
         r"fisher_kernelINS0_4bf16ELNS0_9PrecisionE2ELb0ELb1E", 8, 4 * 128 * 136 + 16, 16384, _fisher
     ),
@@ -160,6 +164,6 @@ def _check(name: str, twin: Twin, code: sass.Loop) -> None:
     loaded = twin.warps * sum(step.instruction.global_bytes for step in own)
     if twin.loaded and not twin.loaded <= loaded < 2.5 * twin.loaded:
         raise BackendError(
-            f"{name}: expected about {twin.loaded} bytes loaded by an iteration of its main loop, found {loaded}: "
-            "the description in nvcc_kernels.py is of another version of csrc/cuda"
+            f"{name}: expected about {twin.loaded} bytes loaded by an iteration of its main loop, found "
+            f"{loaded}: the description in nvcc_kernels.py is of another version of csrc/cuda"
         )

@@ -30,9 +30,9 @@ UNITS: Mapping[str, frozenset[str]] = {
     "fma": frozenset({"FFMA", "FADD", "FMUL", "FFMA2", "FADD2", "FMUL2", "HFMA2", "HADD2", "HMUL2"}),
     "imad": frozenset({"IMAD", "IDP", "IMUL"}),
     "alu": frozenset({
-        "IADD3", "IADD", "LEA", "LOP3", "LOP", "SHF", "SEL", "ISETP", "FSETP", "FSEL", "FMNMX", "FMNMX3", "IMNMX",
-        "PRMT", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3", "MOV", "PLOP3", "P2R", "R2P", "SGXT", "IABS", "BMSK",
-        "F2FP", "HSETP2", "FCHK", "CSEL",
+        "IADD3", "IADD", "LEA", "LOP3", "LOP", "SHF", "SEL", "ISETP", "FSETP", "FSEL", "FMNMX", "FMNMX3",
+        "IMNMX", "PRMT", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3", "MOV", "PLOP3", "P2R", "R2P", "SGXT",
+        "IABS", "BMSK", "F2FP", "HSETP2", "FCHK", "CSEL",
     }),
     "tensor": frozenset({"HMMA", "IMMA", "DMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA"}),
     "special": frozenset({"MUFU", "I2F", "F2I", "F2F", "I2I", "I2FP", "FRND", "POPC", "FLO", "BREV"}),
@@ -40,8 +40,8 @@ UNITS: Mapping[str, frozenset[str]] = {
     "shared": frozenset({"LDS", "STS", "LDSM", "STSM", "ATOMS", "MOVM"}),
     "shuffle": frozenset({"SHFL", "REDUX", "MATCH"}),
     "global": frozenset({
-        "LDG", "STG", "LDGSTS", "LD", "ST", "LDL", "STL", "RED", "REDG", "ATOM", "ATOMG", "UTMALDG", "UTMASTG",
-        "UTMAREDG", "UBLKCP",
+        "LDG", "STG", "LDGSTS", "LD", "ST", "LDL", "STL", "RED", "REDG", "ATOM", "ATOMG", "UTMALDG",
+        "UTMASTG", "UTMAREDG", "UBLKCP",
     }),
 }  # fmt: skip
 _UNIT = {name: unit for unit, names in UNITS.items() for name in names}
@@ -91,8 +91,8 @@ class Instruction(NamedTuple):
             first_in_shared = "gdesc" in self.operands.split(",")[1]
             # 32 bytes of every row of both operands, for four warps together.
             return (n + (m if first_in_shared else 0)) * 32 / 128 / 4
-        if words[0] in ("LDSM", "STSM", "MOVM"):
-            return _MATRICES.get(words[-1], 1) if words[0] != "MOVM" else 0
+        if words[0] in ("LDSM", "STSM"):
+            return _MATRICES.get(words[-1], 1)
         if words[0] in ("LDS", "STS", "ATOMS", "LDGSTS"):
             return next((_WIDTHS[word] for word in words if word in _WIDTHS), 1)
         return 0

@@ -74,15 +74,16 @@ TARGETS: tuple[Target, ...] = (
     _product("dx", "lora_linear_backward", "prologue", 1024, FC2),
     _product("dx", "lora_linear_backward", "prologue", 4096, VIT_L),
     Target(
-        "u, dB", "ViT-L fc1, bf16", "lora_linear_backward", "fc1", _BF16, ("lowrank_rows_kernel",), READ_X, 1.15,
-        algorithm="prologue", cuda="u, dB",
+        "u, dB", "ViT-L fc1, bf16", "lora_linear_backward", "fc1", _BF16, ("lowrank_rows_kernel",), READ_X,
+        1.15, algorithm="prologue", cuda="u, dB",
     ),
     Target(
         "Fisher per sample", "ViT-L fc1, 64 x 197, bf16", "fisher_accumulate_", "sample", _BF16,
         ("fisher_sample_kernel",), WGRAD, 1.7, cuda="Fisher per sample",
     ),
     Target(
-        "square-add", "ViT-L fc1", "fisher_accumulate_", "batch", _BF16, ("fisher_square_kernel",), COPY, 1 / 0.85,
+        "square-add", "ViT-L fc1", "fisher_accumulate_", "batch", _BF16, ("fisher_square_kernel",), COPY,
+        1 / 0.85,
         cuda="square-add",
     ),
     Target("merge", "ViT-L fc1, bf16", "merge_", "fp32 factors", _BF16, ("merge_kernel",), COPY, 1 / 0.85),
@@ -103,15 +104,15 @@ def collect(
         raise BackendError("this Triton lacks backends/nvidia/bin/nvdisasm, which reads machine code")
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=get_context("spawn")) as pool:
         rows = []
-        for row in pool.map(_triton_row, TARGETS, [tuple(executed)] * len(TARGETS)):
+        for row in pool.map(triton_row, TARGETS, [tuple(executed)] * len(TARGETS)):
             rows.append(row)
             progress(f"predicted {len(rows)} of {len(TARGETS)}")
     rows += _cuda_rows(cubins, executed)
     return {"machine": MACHINE.name, "arch": ARCH, "rows": rows}
 
 
-def _triton_row(target: Target, executed: Sequence[kernel_counts.Executed]) -> dict[str, Any]:
-    """Compiles what the target names; runs in a process of its own."""
+def triton_row(target: Target, executed: Sequence[kernel_counts.Executed] = ()) -> dict[str, Any]:
+    """The row of Triton's kernel, which is compiled here."""
     made = workloads.workloads((target.dtype,), (target.rank,), target.sizes)
     (workload,) = (
         w

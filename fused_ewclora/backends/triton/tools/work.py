@@ -15,7 +15,8 @@ from ..launch import Launch, cdiv
 from .machine_model import Machine
 
 READ_F, PRODUCT, WGRAD, READ_X, COPY = (
-    "one read of F", "frozen product by BLAS", "weight gradient by BLAS", "one read of x or dy", "its bytes, copied",
+    "one read of F", "frozen product by BLAS", "weight gradient by BLAS", "one read of x or dy",
+    "its bytes, copied",
 )  # fmt: skip
 
 
