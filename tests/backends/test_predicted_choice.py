@@ -142,8 +142,8 @@ def test_explained_as_prediction(gpu: FakeGPU):
     reasons = {backend: reason for backend, _, reason in dispatch.explain("ewc_penalty", call, "auto")}
     assert reasons["cuda"] is None
     assert reasons["triton"] == (
-        "'cuda' is predicted to be faster, 100 us against 200 us for fp32 F, r 16 (machine model of one H200; "
-        "not measured)"
+        "'cuda' is predicted to be faster, 100 us against 200 us for fp32 F, r 16 (machine model of one "
+        "H200; not measured)"
     )
 
 
@@ -201,6 +201,7 @@ def printed(*arguments: str) -> Any:
 
 ONE_ROW = """
 import json
+from fused_ewclora.backends.triton.tools import targets
 (target,) = (t for t in targets.TARGETS if t.shape == {!r})
 print(json.dumps(targets.triton_row(target)))
 """

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ....errors import BackendError
+from ...candidate import Call, LinearShape
+from .. import cost_model
 from . import aot, compile_report, kernel_counts, machine_model, nvcc_kernels, workloads
 from . import work as works
 from .work import COPY, PRODUCT, READ_F, READ_X, WGRAD
@@ -183,6 +185,27 @@ def _row(
     }
 
 
+MODELS = {"ViT-B/16": (768, 12608), "ViT-L/16": (1024, 12608), "ViT-H/14": (1280, 16448)}  # width, rows
+LAYERS = {"qkv": (1, 3), "proj": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}  # widths in and out
+
+
+def choices() -> str:
+    """In Markdown, the algorithms that the cost model chooses for 64 images, with their times over the frozen
+    product's."""
+    lines = ["| layer | product, us | forward | dx |", "|---|---|---|---|"]
+    for model, (width, rows) in MODELS.items():
+        for layer, (wide_in, wide_out) in LAYERS.items():
+            shape = LinearShape(rows, wide_in * width, wide_out * width, 16)
+            product = 2.0 * rows * shape.d_in * shape.d_out / MACHINE.blas
+            cells = []
+            for op in ("lora_linear", "lora_linear_backward"):
+                times = cost_model.modelled(op, Call("cuda", _BF16, ARCH, shape))
+                best = min(times, key=times.__getitem__)
+                cells.append(f"{best} {times[best] / product:.2f}")
+            lines.append(f"| {model} {layer} | {1e6 * product:.0f} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
 COLUMNS = (
     "kernel",
     "shape",
@@ -203,7 +226,7 @@ def render(data: dict[str, Any], markdown: bool = False) -> str:
     if markdown:
         marks = ["|" + "---|" * len(COLUMNS)]
         texts = ["| " + " | ".join(line) + " |" for line in lines]
-        return "\n".join([texts[0], *marks, *texts[1:]])
+        return "\n".join([texts[0], *marks, *texts[1:], "", choices()])
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     texts = ["  ".join(f"{c:{w}}" for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([f"predictions for one {data['machine']}, none measured", *texts])
