@@ -10,7 +10,7 @@ kernels slower, so predictions are optimistic. docs/triton.md, "Predictions".
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -185,6 +185,6 @@ def _alone(phase: Phase, warps: int, machine: Machine) -> float:
     return max(used.values()) + max(phase.barriers, 1.0) * latency + phase.barriers * LATENCY["barrier"]
 
 
-def operation(predictions: list[Prediction]) -> float:
-    """Seconds of several launches in a row."""
-    return sum(p.seconds for p in predictions) + LAUNCH * max(len(predictions) - 1, 0)
+def in_a_row(seconds: Sequence[float]) -> float:
+    """Seconds of launches that follow one another."""
+    return sum(seconds) + LAUNCH * max(len(seconds) - 1, 0)

@@ -162,7 +162,7 @@ def _cuda_rows(
 def _row(
     target: Target, backend: str, predictions: list[Any], loops: list[Any], floor: float
 ) -> dict[str, Any]:
-    seconds = sum(p["seconds"] for p in predictions) + machine_model.LAUNCH * (len(predictions) - 1)
+    seconds = machine_model.in_a_row([p["seconds"] for p in predictions])
     slowest = max(predictions, key=lambda p: float(p["seconds"]))
     ratio = seconds / floor
     return {

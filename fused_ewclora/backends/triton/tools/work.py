@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..launch import Launch, cdiv
@@ -147,7 +147,8 @@ def _fisher_sample(a: Arguments, blocks: int, call: Sequence[Any]) -> Work:
 
 
 def _fisher_token(a: Arguments, blocks: int, call: Sequence[Any]) -> Work:
-    return _fisher_sample({**a, "tokens": a["samples"], "samples": 1, "splits": 1}, blocks, call)
+    found = _fisher_sample({**a, "tokens": a["samples"], "samples": 1, "splits": 1}, blocks, call)
+    return replace(found, floor_bytes=found.memory_bytes, floor_name=COPY)  # F itself is most of the work
 
 
 def _fisher_square(a: Arguments, blocks: int, call: Sequence[Any]) -> Work:
@@ -160,7 +161,11 @@ def _merge(a: Arguments, blocks: int, call: Sequence[Any]) -> Work:
     moved = 2 * size * sum(w.numel() for w in weights)
     factors = a["BLOCK_M"] * a["ranks"][0] * 4 + a["BLOCK_N"] * a["ranks"][0] * 4
     tile = a["BLOCK_M"] * a["BLOCK_N"] * size
-    return Work(blocks, (1, a["ranks"][0]), moved, moved / blocks + factors, tile, floor_bytes=moved)
+    # The code of every tensor is there, and a block runs that of one.
+    return Work(
+        blocks, (1, a["ranks"][0]), moved, moved / blocks + factors, tile, floor_bytes=moved,
+        rare=1 / len(weights),
+    )  # fmt: skip
 
 
 _KERNELS: dict[str, Callable[[Arguments, int, Sequence[Any]], Work]] = {
