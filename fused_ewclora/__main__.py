@@ -8,6 +8,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from .errors import EWCLoRAError
@@ -63,8 +64,16 @@ def _add_check(commands: Any) -> None:
 
 
 def _compile_report(args: argparse.Namespace) -> int:
-    from .backends.triton.tools import compile_report
+    from .backends import predicted_choice
+    from .backends.triton.tools import compile_report, targets
 
+    executed = json.loads(args.executed.read_text()) if args.executed else ()
+    if args.targets:
+        table = targets.collect(args.cubin, executed, args.jobs, compile_report.show_progress)
+        print(json.dumps(table, indent=1) if args.json else targets.render(table, args.markdown))
+        if args.write:
+            predicted_choice.write(table, predicted_choice.TABLE)
+        return 0
     data = compile_report.collect(
         args.arch or compile_report.ARCHITECTURES,
         args.kernel,
@@ -73,6 +82,7 @@ def _compile_report(args: argparse.Namespace) -> int:
         args.jobs,
         compile_report.show_progress,
         args.few,
+        executed,
     )
     print(json.dumps(data, indent=1) if args.json else compile_report.render(data, args.full))
     return 1 if data["problems"] else 0
@@ -90,6 +100,18 @@ def _add_compile_report(commands: Any) -> None:
     parser.add_argument("--jobs", type=int, metavar="N", help="compiler processes (default: one per core)")
     parser.add_argument("--full", action="store_true", help="one line per specialisation")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--targets", action="store_true", help="what kernels aim at, and what is predicted")
+    parser.add_argument("--markdown", action="store_true", help="with --targets: as in docs/triton.md")
+    parser.add_argument(
+        "--cubin", nargs="+", default=[], type=Path, metavar="FILE",
+        help="with --targets: sm_90 machine code of csrc/cuda, by nvcc",
+    )  # fmt: skip
+    parser.add_argument(
+        "--write", action="store_true", help="with --targets: write backends/predicted_choice.json anew"
+    )
+    parser.add_argument(
+        "--executed", type=Path, metavar="FILE", help="JSON list of executed counts that replace static ones"
+    )
     parser.set_defaults(run=_compile_report)
 
 

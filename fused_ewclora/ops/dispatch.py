@@ -85,10 +85,14 @@ def forget_tables() -> None:
 
 @remembers_choices
 @functools.cache
-def _measured_choice() -> Callable[..., str | None] | None:
-    """`measured_choice.outperformed`, None while its table has no entries."""
-    measured = importlib.import_module("fused_ewclora.backends.measured_choice")
-    return measured.outperformed if measured.entries() else None
+def _preferences() -> tuple[Callable[..., str | None], ...]:
+    """`outperformed` of the tables that choose between backends, as far as they have entries; what was
+    measured comes before what is predicted."""
+    found = (
+        importlib.import_module("fused_ewclora.backends.measured_choice"),
+        importlib.import_module("fused_ewclora.backends.predicted_choice"),
+    )
+    return tuple(table.outperformed for table in found if table.entries())
 
 
 @functools.cache
@@ -180,9 +184,9 @@ def _reason(op: str, candidate: Candidate, asked: str, call: Call) -> str | None
     # Ops without algorithms by that name run as they always do.
     if algorithm and any(algorithm in c.keys for c in candidates(op)):
         return None if algorithm in candidate.keys else f"algorithm {algorithm!r} was asked for"
-    measured = _measured_choice() if backend == "auto" else None
-    if measured is not None and (reason := measured(op, candidate, call, candidates(op))) is not None:
-        return reason
+    for outperformed in _preferences() if backend == "auto" else ():
+        if (reason := outperformed(op, candidate, call, candidates(op))) is not None:
+            return reason
     return candidate.outperformed(call)
 
 

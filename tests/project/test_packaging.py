@@ -103,7 +103,8 @@ def test_pure_wheel(pure_wheel: Path):
     files = names(pure_wheel)
     assert pure_wheel.name.endswith("-py3-none-any.whl")
     assert {"fused_ewclora/py.typed", "fused_ewclora/kernels/py.typed"} <= set(files)
-    assert "fused_ewclora/backends/measured_choice.json" in files
+    tables = ("measured_choice", "predicted_choice")
+    assert {f"fused_ewclora/backends/{name}.json" for name in tables} <= set(files)
     assert not [name for name in files if name.endswith((".so", ".cpp", ".h", ".inl", ".cu", ".cuh"))]
     assert {name.split("/")[0].partition("-")[0] for name in files} == {"fused_ewclora"}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fused_ewclora").rglob("*.py")}

@@ -2,7 +2,8 @@
 
 Times are a model, not measurements: every product runs at the rate of the BLAS library (`efficiency` of it
 in Triton), everything else at the bandwidth of memory, and each launch beyond the first costs `LAUNCH`. Rates
-are constants of an architecture family.
+are constants of an architecture family; where the machine model predicted the product from its machine code
+(`predicted_choice`), that is Triton's share.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..candidate import Call, LinearShape
+from .. import predicted_choice
+from ..candidate import Call, LinearShape, remembers_choices
 from .launch import INTERPRETED, family
 
 LAUNCH = 2e-6  # s
@@ -70,22 +72,24 @@ def slower(op: str, algorithm: str, call: Call) -> str | None:
     return f"modelled {times[algorithm] * 1e6:.0f} us against {times[best] * 1e6:.0f} us of {best!r}"
 
 
-def _rate(call: Call, rates: Rates) -> tuple[float, float]:
+def _rate(op: str, call: Call, rates: Rates) -> tuple[float, float]:
     """FLOP/s of BLAS and of Triton."""
     if call.dtype != torch.float32:
-        return rates.half, rates.half * rates.efficiency
+        share = predicted_choice.product_share(call.arch or "", op)
+        return rates.half, rates.half * (rates.efficiency if share is None else share)
     if call.precision == "highest":
         # Triton's fp32 products on the matrix units are not true fp32; only BLAS provides those, at any cost.
         return rates.single, rates.single * 1e-3
     return rates.tf32, rates.tf32 * rates.efficiency
 
 
+@remembers_choices
 @functools.lru_cache(maxsize=1024)
 def modelled(op: str, call: Call) -> dict[str, float]:
     """Seconds by algorithm that can compute `call`; backward without the passes common to all."""
     assert call.shape is not None
     rates = RATES[family(call.arch or INTERPRETED)]
-    blas, triton = _rate(call, rates)
+    blas, triton = _rate(op, call, rates)
     size = 4 if call.dtype == torch.float32 else 2
     forward = op == "lora_linear"
     times = (_forward if forward else _backward)(

@@ -34,7 +34,7 @@ GATES = {
 ROW = {
     "kernel", "arch", "dtype", "config", "constants", "aligned", "registers", "scalar_registers", "spill",
     "shared", "tensor_memory", "error", "instructions", "blocks_per_multiprocessor", "occupancy",
-    "limited_by", "calls",
+    "limited_by", "calls", "main_loop", "predicted",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..launch import Launch
+from . import sass
 
 INSTRUCTIONS = {
     "wgmma": r"\bwgmma\.mma_async",
@@ -48,7 +49,8 @@ class Specialisation:
 @dataclass(frozen=True)
 class Resources:
     """What the compiler says about one specialisation. `registers` are per lane, memory in bytes;
-    `spill` is local memory of a lane (registers that did not fit) and `error` why there is no code."""
+    `spill` is local memory of a lane (registers that did not fit), `error` why there is no code, and `code`
+    the machine code of an NVIDIA GPU."""
 
     registers: int = 0
     scalar_registers: int | None = None  # AMD only
@@ -57,6 +59,7 @@ class Resources:
     tensor_memory: int = 0
     instructions: dict[str, int] = field(default_factory=dict)
     error: str | None = None
+    code: sass.Loop | None = None
 
 
 def target(arch: str) -> Any:
@@ -96,9 +99,18 @@ def specialise(launch: Launch, arch: str) -> Specialisation:
 
 def cuobjdump() -> Path | None:
     """NVIDIA's tool that prints the resources of machine code; it comes with Triton."""
+    return _tool("cuobjdump")
+
+
+def nvdisasm() -> Path | None:
+    """NVIDIA's disassembler; it comes with Triton."""
+    return _tool("nvdisasm")
+
+
+def _tool(name: str) -> Path | None:
     import triton
 
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     return path if path.exists() else None
 
 
@@ -114,7 +126,7 @@ def build(specialisation: Specialisation) -> Resources:
     except Exception as error:  # compiler passes raise anything
         return Resources(error=_told(error))
     if specialisation.arch.startswith("sm_"):
-        return _nvidia(compiled)
+        return _nvidia(compiled, specialisation.name)
     return _amd(compiled)
 
 
@@ -128,8 +140,8 @@ def count(assembly: str) -> dict[str, int]:
     return {name: len(re.findall(pattern, assembly)) for name, pattern in INSTRUCTIONS.items()}
 
 
-def _nvidia(compiled: Any) -> Resources:
-    tool = cuobjdump()
+def _nvidia(compiled: Any, name: str) -> Resources:
+    tool, disassembler = cuobjdump(), nvdisasm()
     assert tool is not None, "asked before anything is compiled"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
@@ -137,6 +149,7 @@ def _nvidia(compiled: Any) -> Resources:
         printed = subprocess.run(
             [tool, "-res-usage", path], capture_output=True, text=True, check=True
         ).stdout
+        text = "" if disassembler is None else sass.disassemble(path, disassembler)
     found = parse_usage(printed)
     return Resources(
         registers=found["REG"],
@@ -144,6 +157,7 @@ def _nvidia(compiled: Any) -> Resources:
         shared=compiled.metadata.shared,
         tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
         instructions=count(compiled.asm["ptx"]),
+        code=sass.functions(text).get(name),
     )
 
 

@@ -21,9 +21,10 @@ import torch
 
 from ....errors import BackendError
 from .. import launch, tables
-from . import aot, occupancy, workloads
+from . import aot, kernel_counts, machine_model, occupancy, workloads
+from . import work as works
 
-SCHEMA = 1
+SCHEMA = 2
 ARCHITECTURES = tuple(occupancy.LIMITS)
 RANKS = workloads.RANKS
 # Kernels made of products: with 16-bit operands these must be warp-group ones on sm_90.
@@ -61,6 +62,7 @@ class Noted:
     ranks: set[int]
     aligned: list[bool]
     calls: list[str]
+    work: works.Work | None = None  # of the first call
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def _note(
             specialisation = aot.specialise(noted, arch)
             config = entry["config"]
             dtype = tables.name_of(workload.dtype)
-            new = Noted(specialisation, dtype, config, _constants(noted, config), set(), [], [])
+            work = works.of(noted, workload.make(workloads.Make("meta")))
+            new = Noted(specialisation, dtype, config, _constants(noted, config), set(), [], [], work)
             known = found.setdefault(specialisation.key, new)
             known.ranks.add(workload.rank)
             known.aligned.append(workload.aligned)
@@ -153,11 +156,13 @@ def collect(
     jobs: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
     few: bool = False,
+    executed: Sequence[kernel_counts.Executed] = (),
 ) -> dict[str, Any]:
     """The report as plain data; `BackendError` in words where nothing can be compiled.
 
     `kernels`, `dtypes` and `ranks` choose what is compiled (empty: everything), and `few` one aligned and one
     unaligned call of each kernel and configuration; every host is called with every workload in any case.
+    `executed` counts replace those that the machine code shows.
     """
     if (reason := missing()) is not None:
         raise BackendError(reason)
@@ -171,7 +176,7 @@ def collect(
         for noted, resources in zip(
             chosen, pool.map(aot.build, [n.specialisation for n in chosen]), strict=True
         ):
-            rows.append(_row(noted, resources))
+            rows.append(_row(noted, resources, executed))
             progress(f"compiled {len(rows)} of {len(chosen)}")
     exercised: dict[str, set[tuple[int, str]]] = {arch: set() for arch in archs}
     for (arch, *_), answer in zip(questions, surveys, strict=True):
@@ -209,7 +214,9 @@ def _last_of_each_configuration(noted: Sequence[Noted]) -> list[Noted]:
     return list(dict(zip(configurations, noted, strict=True)).values())
 
 
-def _row(noted: Noted, resources: aot.Resources) -> dict[str, Any]:
+def _row(
+    noted: Noted, resources: aot.Resources, executed: Sequence[kernel_counts.Executed] = ()
+) -> dict[str, Any]:
     arch, options = noted.specialisation.arch, noted.specialisation.options
     fits = occupancy.occupancy(
         arch, resources.registers, resources.shared, options["num_warps"], resources.tensor_memory
@@ -221,13 +228,48 @@ def _row(noted: Noted, resources: aot.Resources) -> dict[str, Any]:
         "config": dict(noted.config),
         "constants": noted.constants,
         "aligned": any(noted.aligned),
-        **{k: v for k, v in asdict(resources).items() if k != "instructions"},
+        "registers": resources.registers,
+        "scalar_registers": resources.scalar_registers,
+        "spill": resources.spill,
+        "shared": resources.shared,
+        "tensor_memory": resources.tensor_memory,
+        "error": resources.error,
         "instructions": {name: resources.instructions.get(name, 0) for name in aot.INSTRUCTIONS},
         "blocks_per_multiprocessor": fits.blocks,
         "occupancy": fits.share,
         "limited_by": fits.limited_by,
         "calls": noted.calls,
+        **_predicted(noted, resources, fits.blocks, executed),
     }
+
+
+def _predicted(
+    noted: Noted, resources: aot.Resources, blocks: int, executed: Sequence[kernel_counts.Executed]
+) -> dict[str, Any]:
+    """The main loop and the predicted time of the first call; None where the machine code, the work of the
+    kernel or the machine is not known."""
+    found: dict[str, Any] = {"main_loop": None, "predicted": None}
+    if resources.code is None or noted.work is None:
+        return found
+    name, arch = noted.specialisation.name, noted.specialisation.arch
+    properties = {**noted.constants, **noted.config, "arch": arch, "dtype": noted.dtype}
+    known = kernel_counts.executed_for(executed, name, properties)
+    warps = noted.specialisation.options["num_warps"]
+    counts, main = kernel_counts.counts(resources.code, noted.work, warps, blocks, known)
+    found["main_loop"] = {**asdict(main), "executed": known is not None}
+    if (machine := machine_model.MACHINES.get(arch)) is not None:
+        prediction, floor = machine_model.predict(counts, machine), noted.work.floor(machine)
+        found["predicted"] = {
+            "machine": machine.name,
+            "seconds": prediction.seconds,
+            "limited_by": prediction.limited_by,
+            "floor": floor,
+            "floor_name": noted.work.floor_name,
+            "ratio": prediction.seconds / floor if floor > 0 else None,
+            "waves": prediction.waves,
+            "resources": prediction.resources,
+        }
+    return found
 
 
 def problems(data: dict[str, Any]) -> list[str]:
@@ -264,7 +306,7 @@ def described(row: dict[str, Any]) -> str:
 
 
 COLUMNS = ("kernel", "dtype", "configuration", "n", "regs", "spill", "shared", "matrix units", "copies",
-           "blocks", "occupancy", "limited by")  # fmt: skip
+           "blocks", "occupancy", "limited by", "loop", "predicted us", "by", "floors")  # fmt: skip
 
 
 def render(data: dict[str, Any], full: bool = False) -> str:
@@ -311,7 +353,20 @@ def _cells(key: tuple[str, ...], rows: list[dict[str, Any]], full: bool) -> tupl
         str(fewest["blocks_per_multiprocessor"]),
         f"{fewest['occupancy']:.0%}",
         fewest["limited_by"],
+        *_prediction_cells(rows),
     )
+
+
+def _prediction_cells(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Instructions of the main loop, and the prediction that is worst beside its floor."""
+    loops = [row["main_loop"]["instructions"] for row in rows if row["main_loop"] is not None]
+    known = [row["predicted"] for row in rows if row["predicted"] is not None]
+    worst = max(known, key=lambda found: found["ratio"] or 0.0, default=None)
+    loop = str(max(loops)) if any(loops) else "-"
+    if worst is None:
+        return loop, "-", "-", "-"
+    ratio = "-" if worst["ratio"] is None else f"{worst['ratio']:.2f}"
+    return loop, f"{1e6 * worst['seconds']:.1f}", worst["limited_by"], ratio
 
 
 def show_progress(text: str) -> None:
