@@ -17,7 +17,7 @@ CHOSEN = {
         "lora_linear fc1 dropout, r 10, bfloat16 by prologue",
         "lora_linear_backward k, v of qkv, r 10, bfloat16 by prologue",
         "ewc_penalty fp32 F, scales, r 10, float32, high",
-        "fisher_accumulate_ sample, cu_seqlens, bfloat16",
+        "fisher_accumulate_ sample, cu_seqlens, in splits, bfloat16",
     ),
     "sm_90": (
         "lora_linear fc1, r 10, bfloat16 by full",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from .launches import Session, executing, tensors
 
 # Rows, tokens and widths that no block size divides; widths that vector loads and tensor maps can address.
 SMALL = Sizes(samples=3, tokens=53, width=176, hidden=208, layers=3)
+MANY_SAMPLES = SMALL._replace(samples=40, tokens=21)  # so many that the Fisher splits them
 IN_PLACE = {"fisher_accumulate_": (0,), "merge_": (0,), "soft_threshold_": (0,)}
 # Relative error in norm: products of rounded operands, results rounded once.
 TOLERANCES = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -87,7 +88,12 @@ def cases(
     sizes: Sizes = SMALL,
 ) -> Iterator[Case]:
     """Every kind of workload by every algorithm that can compute it."""
-    for workload in workloads(dtypes, ranks, sizes):
+    split = [
+        replace(w, kind=f"{w.kind}, in splits")
+        for w in workloads(dtypes, (), MANY_SAMPLES)
+        if w.kind in ("sample", "sample, cu_seqlens")
+    ]
+    for workload in [*workloads(dtypes, ranks, sizes), *split]:
         with workload.precision_set():
             if workload.op == "ewc_penalty" and not has_penalty(workload.rank, arch):
                 continue

@@ -18,8 +18,7 @@ from .launches import Session
 SEEDS = 4  # interleavings, in one of which it has to be found
 PENALTY = "ewc_penalty fp32 F, r 10, float32, high"
 LINEAR = "lora_linear fc1, r 10, bfloat16 by full"
-FISHER = "fisher_accumulate_ sample, bfloat16"
-PACKED = "fisher_accumulate_ sample, cu_seqlens, bfloat16"
+FISHER = "fisher_accumulate_ sample, in splits, bfloat16"
 
 
 def _without(pattern: str, which: int | None = None) -> Callable[[str], str]:
