@@ -75,10 +75,10 @@ MUTATIONS: dict[str, tuple[str, str, str, Callable[[str], str], set[str]]] = {
         "sm_90", PENALTY, "ewc_penalty_kernel", _before(r"atom\.global", r"bar\.sync"), {"race"},
     ),
     "turnstile of the Fisher released too weakly": (
-        "sm_80", PACKED, "fisher_sample_kernel", _instead(r"gpu\.release", "gpu.relaxed"), {"race"},
+        "sm_80", FISHER, "fisher_sample_kernel", _instead(r"gpu\.release", "gpu.relaxed"), {"race"},
     ),
     "turnstile of the Fisher acquired too weakly": (
-        "sm_80", PACKED, "fisher_sample_kernel", _instead(r"gpu\.acquire", "gpu.relaxed"), {"race"},
+        "sm_80", FISHER, "fisher_sample_kernel", _instead(r"gpu\.acquire", "gpu.relaxed"), {"race"},
     ),
     "no barriers in the product": (
         "sm_80", LINEAR, "lora_linear_kernel", _without(r"bar\.sync"), {"race", "too early"},
