@@ -37,7 +37,8 @@ class Deadline:
 @dataclass(frozen=True)
 class Step:
     """A command, its limit in seconds, and where its output is appended. `{budget}` in an argument becomes
-    the seconds that it is given. After the exit status `again` it runs once more, as often as `attempts`."""
+    the seconds that it is given. After the exit status `again` it runs once more, as often as `attempts`.
+    `says`: so many last lines of a command that succeeds are its results."""
 
     name: str
     command: Sequence[str]
@@ -46,6 +47,7 @@ class Step:
     environment: Mapping[str, str] = field(default_factory=dict)
     again: int | None = None
     attempts: int = 3
+    says: int = 0
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,8 @@ def run(step: Step, deadline: Deadline, root: Path, grace: float = GRACE) -> Out
             break
     spent = time.monotonic() - begin
     if code == 0:
-        return Outcome(step.name, OK, spent)
+        said = tail(step.log, step.says) if step.says else ()
+        return Outcome(step.name, OK, spent, *((said[0],) if len(said) == 1 else ("", said)))
     if code == SKIP:
         return Outcome(step.name, SKIPPED, spent, " ".join(tail(step.log, 1)))
     status, detail = (TIMED_OUT, "stopped") if code is None else (FAILED, f"exit status {code}")

@@ -8,7 +8,7 @@ to the Triton host that would serve it on the architecture, and the host's launc
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_ewclora.backends import triton as hosts
-from fused_ewclora.backends.candidate import Call, LinearShape, bucket
+from fused_ewclora.backends.candidate import Call, Candidate, LinearShape, bucket
 from fused_ewclora.backends.triton import cost_model, launch
 from fused_ewclora.ops import checks, dispatch, schemas
 
@@ -33,15 +33,15 @@ def _call(op: str, args: Sequence[Any], arch: str) -> Call:
     return Call("cuda", tensor.dtype, arch, shape)
 
 
-def serving(op: str, args: Sequence[Any], arch: str) -> Callable[..., Any]:
-    """The Triton host that serves a call on `arch`: the algorithm asked for, or the one expected to be
+def serving(op: str, args: Sequence[Any], arch: str) -> Candidate:
+    """The algorithm of Triton that serves a call on `arch`: the one asked for, or the one expected to be
     fastest."""
     found, call = hosts.candidates(op), _call(op, args, arch)
     algorithm = args[-1].partition(":")[2]
     if algorithm and any(algorithm in c.keys for c in found):
-        return next(c.run for c in found if algorithm in c.keys)
+        return next(c for c in found if algorithm in c.keys)
     possible = [c for c in found if not c.keys or cost_model.impossible(op, c.keys[0], call) is None]
-    return next(c.run for c in possible if c.outperformed(call) is None)
+    return next(c for c in possible if c.outperformed(call) is None)
 
 
 class _OnTriton(TorchDispatchMode):
@@ -56,7 +56,7 @@ class _OnTriton(TorchDispatchMode):
     ) -> Any:
         space, _, op = func._schema.name.partition("::")
         if space == "fused_ewclora" and op in schemas.SCHEMAS:
-            return serving(op, args, self.arch)(*args[:-1])
+            return serving(op, args, self.arch).run(*args[:-1])
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return True if args[0].dtype == torch.bool else 1
         given = kwargs or {}

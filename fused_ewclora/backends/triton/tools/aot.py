@@ -102,20 +102,25 @@ def cuobjdump() -> Path | None:
     return path if path.exists() else None
 
 
-def build(specialisation: Specialisation) -> Resources:
-    """Compile (or take from Triton's cache) and read off resources. Errors of the compiler are reported."""
+def compiled(specialisation: Specialisation) -> Any:
+    """What Triton compiles, or takes from its cache; raises what the compiler does."""
     import triton
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(specialisation.module), specialisation.name)
     source = ASTSource(kernel, specialisation.signature, specialisation.constexprs, specialisation.attributes)
+    return triton.compile(source, target=target(specialisation.arch), options=specialisation.options)
+
+
+def build(specialisation: Specialisation) -> Resources:
+    """Compile (or take from Triton's cache) and read off resources. Errors of the compiler are reported."""
     try:
-        compiled = triton.compile(source, target=target(specialisation.arch), options=specialisation.options)
+        made = compiled(specialisation)
     except Exception as error:  # compiler passes raise anything
         return Resources(error=_told(error))
     if specialisation.arch.startswith("sm_"):
-        return _nvidia(compiled)
-    return _amd(compiled)
+        return _nvidia(made)
+    return _amd(made)
 
 
 def _told(error: Exception) -> str:
