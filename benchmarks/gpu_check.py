@@ -140,10 +140,10 @@ def plan(args: argparse.Namespace, work: Path) -> list[Step]:
     planned = [
         step("environment", module("gpu.describe"), 30.0),
         step("kernels", module("gpu.cache", str(args.cache), "--install", *within), 60.0, says=1),
-        step("calls", module("gpu.small_calls", "--backends", "triton", "reference"), 60.0, says=2),
+        step("calls", module("gpu.small_calls", "--backends", "triton", "reference"), 60.0, says=1),
         step("build", module("gpu.build"), 120.0),
         step(OF_CUDA, module("gpu.small_calls", "--backends", "cuda"), 30.0, says=1),
-        step("graphs", module("gpu.graphs", *within), 50.0, says=2),
+        step("graphs", module("gpu.graphs", *within), 50.0, says=1),
         step("tests", pytest_command(first, work / "tests.xml", workers, True), 65.0, log),
         step("sanitize", module("gpu.sanitize", *within), 60.0, says=1),
         step("ceilings", module("gpu.describe", "--ceilings"), 15.0),

@@ -37,6 +37,11 @@ FOLDER = "TRITON_CACHE_DIR"
 MADE_FOR = "made-for.json"
 GROUP = "__grp__"  # begins the name of the file of an entry that lists the others
 SOURCE = ".source"  # ends the name of one that nothing needs
+SOURCES = (
+    "kernels/*.py", "fused_ewclora/backends/*.py", "fused_ewclora/backends/triton/**/*.py",
+    "fused_ewclora/backends/triton/configs/*.json", "benchmarks/*.py", "benchmarks/gpu/*.py",
+)  # fmt: skip
+LAUNCHERS = (3, 7)  # older versions of Triton also compile a launcher for every signature, on a GPU
 LARGEST = 40 << 20  # bytes of everything
 SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448}  # bytes that a block can have
 
@@ -50,6 +55,15 @@ def stamp(arch: str) -> str:
     variables = sorted(get_cache_invalidating_env_vars().items())
     told = f"{triton_key()} {make_backend(aot.target(arch)).hash()} {variables}"
     return hashlib.sha256(told.encode()).hexdigest()
+
+
+def sources() -> str:
+    """Changes with whatever decides what is launched: kernels, hosts, configurations, calls and shapes."""
+    found = hashlib.sha256()
+    for pattern in SOURCES:
+        for path in sorted(ROOT.glob(pattern)):
+            found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def tools() -> str:
@@ -115,13 +129,15 @@ def fill(
     return len(results), [error for error in results if error is not None]
 
 
-def finish(folder: Path, archs: Sequence[str]) -> dict[str, Any]:
-    """Leaves out what nothing needs, and writes what the folder is for."""
+def finish(folder: Path, archs: Sequence[str], whole: bool) -> dict[str, Any]:
+    """Leaves out what nothing needs, and writes what the folder is for; `whole`: it has everything that
+    these sources launch."""
     for path in folder.glob(f"*/*{SOURCE}"):
         path.unlink()
     made = {
         "tools": tools(),
         "stamps": {arch: stamp(arch) for arch in archs},
+        "sources": sources() if whole else "",
         "entries": len(entries(folder)),
         "bytes": size(folder),
     }
@@ -223,6 +239,18 @@ def of_device() -> str | None:
     return lines[-1] if status == 0 and lines and lines[-1] else None
 
 
+def complete(folder: Path, arch: str) -> bool:
+    """Whether a folder has all that the check launches here, so that nothing is left to compile."""
+    import triton
+
+    try:
+        made = json.loads((folder / MADE_FOR).read_text())
+    except (OSError, ValueError):
+        return False
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return version >= LAUNCHERS and made["sources"] == sources() and made["stamps"].get(arch) == stamp(arch)
+
+
 def on_device(folder: Path, parts: Sequence[str], processes: int, budget: float) -> int:
     """Before a check: takes over what was compiled beforehand and compiles the rest, on all cores."""
     from . import launches
@@ -231,8 +259,11 @@ def on_device(folder: Path, parts: Sequence[str], processes: int, budget: float)
     if (arch := of_device()) is None:
         print("no CUDA device")
         return SKIP
-    target = Path(os.environ[FOLDER])
+    target = Path(os.environ.get(FOLDER) or ROOT / "build" / "gpu-kernels")
     said = install(folder, target, arch)
+    if complete(folder, arch):
+        print(f"{said}, all that is launched")
+        return 0
     before = len(entries(target))
     notes = launches.noted(arch, parts)
     left = budget - (time.monotonic() - begin)
@@ -254,7 +285,7 @@ def make(folder: Path, archs: Sequence[str], parts: Sequence[str], processes: in
         print(*notes.complaints, *errors, sep="\n")
         print(f"{arch}: {reached} kernels, {len(errors)} do not compile, {time.monotonic() - begin:.0f} s")
         status |= bool(notes.complaints)
-    made = finish(folder, archs)
+    made = finish(folder, archs, not parts and not status)
     for arch in archs:
         command = [sys.executable, "-m", "benchmarks.gpu.cache", str(folder), "--arch", arch, "--verify"]
         status |= shown([*command, *(["--parts", *parts] if parts else [])], {}, ROOT)[0]

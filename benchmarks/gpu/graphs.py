@@ -3,7 +3,7 @@
 `python -m benchmarks.gpu.graphs` captures every operation of every backend in a CUDA graph and replays it on
 new values, after calls that push whatever the library keeps out of its caches; runs a training step under
 `torch.compile(mode="reduce-overhead")`, calls on two streams at a time, and a whole EWC-LoRA training step as
-one graph. It needs nothing but PyTorch and the library. Exit status 1 when something is wrong.
+one graph. It needs nothing but PyTorch and the library. Exit status 1 when something is wrong, 77 without a backend.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from fused_ewclora import functional as FE
 from .. import models
 from ..harness import error_to_truth, matmul_precision
 from ..shapes import Model
+from ..steps import SKIP
 from .small_calls import BF16, FP32, TOLERANCES
 
 RANGES = (((160, 320),), ((0, 128),))
@@ -37,6 +38,7 @@ RATE = 0.05
 VIT = Model("tiny ViT", width=64, depth=2, tokens=17, heads=2, hidden=128)
 OF_STEP = {FP32: 1e-3, BF16: 0.1}  # allowed differences of what training changes: products may be cut otherwise
 OF_COMPILED = 1e-4
+SHOWN = 8  # wrong checks of a backend, named again at the end
 POISON = 0x7F  # every byte of memory that was given back: large or no numbers, addresses of nothing
 
 
@@ -355,10 +357,11 @@ def lost(device: str) -> bool:
         return True
 
 
-def run_checks(backend: str, device: str, end: float) -> int:
-    """Runs the checks of a backend until `end`; returns the exit status."""
+def _checked(backend: str, device: str, end: float) -> tuple[list[str], str]:
+    """Runs the checks of a backend until `end`; returns lines about those that are wrong, and the verdict."""
     torch.manual_seed(0)
-    wrong, left = 0, list(checks(backend, device))
+    wrong: list[str] = []
+    left = list(checks(backend, device))
     count = len(left)
     while left and time.monotonic() < end:
         name, check = left.pop(0)
@@ -368,15 +371,25 @@ def run_checks(backend: str, device: str, end: float) -> int:
                 reason = check()
         except Exception as failure:
             reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
-        wrong += reason is not None
         told = f"wrong: {name}: {reason}" if reason else f"right: {name}"
         print(f"{told} ({time.monotonic() - begin:.1f} s)", flush=True)
+        wrong += [told] if reason else []
         if reason and lost(device):
-            print("the device is lost to an error: nothing more can run in this process")
+            wrong.append("the device is lost to an error: nothing more can run in this process")
             break
     unreached = f", {len(left)} were not reached" if left else ""
-    print(f"{backend}: {wrong} of {count - len(left)} checks are wrong{unreached}")
-    return int(wrong > 0)
+    return wrong, f"{backend}: {len(wrong)} of {count - len(left)} checks are wrong{unreached}"
+
+
+def run_checks(backends: Sequence[str], device: str, end: float) -> int:
+    """Runs the checks of some backends until `end`; what is wrong comes last. Returns the exit status."""
+    told, verdicts = [], []
+    for name in backends:
+        wrong, verdict = _checked(name, device, end)
+        told += [f"{name}: {line}" for line in wrong[:SHOWN]]
+        verdicts.append(verdict)
+    print(*told, "; ".join(verdicts), sep="\n", flush=True)
+    return int(bool(told))
 
 
 def main() -> int:
@@ -387,9 +400,13 @@ def main() -> int:
     args = parser.parse_args()
     end = time.monotonic() + args.budget
     if args.rehearse:
-        return run_checks("reference", "cpu", end)
+        return run_checks(["reference"], "cpu", end)
     reasons = available_backends()
-    return max([run_checks(name, "cuda", end) for name in ("triton", "cuda") if reasons[name] is None] or [0])
+    there = [name for name in ("triton", "cuda") if reasons[name] is None]
+    if not there:
+        print(f"no backend of a GPU: {reasons['triton']}; {reasons['cuda']}")
+        return SKIP
+    return run_checks(there, "cuda", end)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ if __name__ == "__main__":
     notes = list(launches.noted("sm_90").specialisations.values())
     print("noted", len(notes))
     print("filled", *cache.fill(notes, folder, 1, 600.0))
-    made = cache.finish(folder, ["sm_90"])
+    made = cache.finish(folder, ["sm_90"], False)
     print("whole", cache.verify(folder, "sm_90", []))
     for entry in cache.entries(folder)[1:]:
         shutil.rmtree(entry)
@@ -129,7 +129,7 @@ def folder_of(path: Path, stamps: dict[str, str]) -> Path:
     (entry / "k.json").write_text("{}")
     paths = {name: f"/elsewhere/KEY/{name}" for name in ("k.cubin", "k.json", "k.source")}
     (entry / "__grp__k.json").write_text(json.dumps({"child_paths": paths}))
-    made = {"tools": "Triton 1.0 of Python 3.9", "stamps": stamps, "entries": 1, "bytes": 4}
+    made = {"tools": "Triton 1.0 of Python 3.9", "stamps": stamps, "sources": "s", "entries": 1, "bytes": 4}
     (path / cache.MADE_FOR).write_text(json.dumps(made))
     return path
 
@@ -154,6 +154,19 @@ def test_other_triton_refused(arch: str, what: str, tmp_path: Path, monkeypatch:
     told = cache.install(source, tmp_path / "target", arch)
     assert "of no use" in told and what in told and not (tmp_path / "target").exists()
     assert "make gpu-cache" in cache.install(tmp_path / "nothing", tmp_path / "target", arch)
+
+
+@needs_compiler
+def test_complete_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nothing is compiled on the device only where the folder has everything of these very sources."""
+    monkeypatch.setattr(cache, "stamp", lambda arch: f"stamp of {arch}")
+    monkeypatch.setattr(cache, "LAUNCHERS", (3, 0))
+    folder = folder_of(tmp_path / "made", {"sm_90": "stamp of sm_90"})
+    assert not cache.complete(folder, "sm_90") and not cache.complete(tmp_path, "sm_90")
+    monkeypatch.setattr(cache, "sources", lambda: "s")
+    assert cache.complete(folder, "sm_90") and not cache.complete(folder, "sm_80")
+    monkeypatch.setattr(cache, "LAUNCHERS", (99, 0))
+    assert not cache.complete(folder, "sm_90")
 
 
 def test_kernels_step_without_gpu(tmp_path: Path):
