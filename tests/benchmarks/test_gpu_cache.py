@@ -60,8 +60,8 @@ def test_entries_found_elsewhere(tmp_path: Path):
     told = run(FEW, str(folder)).splitlines()
     count = int(next(line for line in told if line.startswith("noted")).split()[1])
     assert count >= 2 and f"filled {count} []" in told
-    assert f"sm_90: {count} kernels were compiled beforehand; {count} of {count} were found" in told[2]
-    assert "whole 0" in told and "part 1" in told and f"; 1 of {count} were found" in told[-2]
+    assert f"sm_90: {count} kernels were compiled beforehand; {count} of {count} launches find theirs" in told[2]
+    assert "whole 0" in told and "part 1" in told and f"; 1 of {count} launches" in told[-2]
     names = {path.suffix for path in folder.rglob("*") if path.is_file()}
     assert names <= {".json", ".cubin"}
 

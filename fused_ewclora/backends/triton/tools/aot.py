@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..launch import Launch
+from ..launch import Launch, settle
 
 INSTRUCTIONS = {
     "wgmma": r"\bwgmma\.mma_async",
@@ -107,7 +107,9 @@ def compiled(specialisation: Specialisation) -> Any:
     import triton
     from triton.compiler import ASTSource
 
-    kernel = getattr(importlib.import_module(specialisation.module), specialisation.name)
+    module = importlib.import_module(specialisation.module)
+    settle(module)
+    kernel = getattr(module, specialisation.name)
     source = ASTSource(kernel, specialisation.signature, specialisation.constexprs, specialisation.attributes)
     return triton.compile(source, target=target(specialisation.arch), options=specialisation.options)
 
