@@ -53,6 +53,7 @@ SUITE_LIMITS = {
 }
 EVERYTHING = "all tests"
 OF_CUDA = "cuda calls"
+SLOWER = 4.0  # limits of a rehearsal, on a CPU that may be busy
 NAMES = (  # of steps, in order of value
     "environment",
     "kernels",
@@ -125,6 +126,7 @@ def plan(args: argparse.Namespace, work: Path) -> list[Step]:
         environment["FUSED_EWCLORA_BUILD"] = "none"  # without the emulator of the CUDA kernels as well
 
     def step(name: str, command: list[str], limit: float, log: Path | None = None, **more: Any) -> Step:
+        limit *= SLOWER if args.rehearse else 1.0
         return Step(name, command, limit, log or work / f"{name.replace(' ', '-')}.log", environment, **more)
 
     def module(name: str, *more: str) -> list[str]:

@@ -277,7 +277,9 @@ def on_device(folder: Path, parts: Sequence[str], processes: int, budget: float)
     reached, errors = fill(list(notes.specialisations.values()), target, processes, max(left, 1.0))
     print(*notes.complaints, *errors, sep="\n")
     unreached = len(notes.specialisations) - reached
-    print(f"{said}, {len(entries(target)) - before} now" + (f", {unreached} not reached" if unreached else ""))
+    print(
+        f"{said}, {len(entries(target)) - before} now" + (f", {unreached} not reached" if unreached else "")
+    )
     return 0
 
 
@@ -312,7 +314,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="*", default=[], help="of the check; all of them without")
     parser.add_argument("--processes", type=int, default=cores, help="of the compiler, at a time")
     parser.add_argument("--verify", action="store_true", help="only count what is found")
-    parser.add_argument("--install", action="store_true", help=f"for this GPU, into ${FOLDER}; compile the rest")
+    parser.add_argument(
+        "--install", action="store_true", help=f"for this GPU, into ${FOLDER}; compile the rest"
+    )
     parser.add_argument("--budget", type=float, default=600.0, help="seconds of --install")
     parser.add_argument("--rehearse", action="store_true", help="compile nothing")
     args = parser.parse_args(argv)

@@ -36,7 +36,10 @@ LAMBDA = 3.0
 STEPS = 5  # of training
 RATE = 0.05
 VIT = Model("tiny ViT", width=64, depth=2, tokens=17, heads=2, hidden=128)
-OF_STEP = {FP32: 1e-3, BF16: 0.1}  # allowed differences of what training changes: products may be cut otherwise
+OF_STEP = {
+    FP32: 1e-3,
+    BF16: 0.1,
+}  # allowed differences of what training changes: products may be cut otherwise
 OF_COMPILED = 1e-4
 SHOWN = 8  # wrong checks of a backend, named again at the end
 POISON = 0x7F  # every byte of memory that was given back: large or no numbers, addresses of nothing
@@ -164,7 +167,7 @@ def works(device: str) -> list[Work]:
 def evict(backend: str, device: str) -> None:
     """Calls of other shapes and scale factors, so that kept plans and tables make room, then memory that was
     given back is written over."""
-    for i in range(EVICTIONS):
+    for i in range(EVICTIONS if device != "cpu" else 2):
         shape = (17 + i, 40, 3)
         few = [_normal(device, *shape[:2]).abs(), _normal(device, 3, 40), _normal(device, shape[0], 3)]
         FE.ewc_penalty(few[:1], few[1:2], few[2:], [0.5 + i], LAMBDA, backend=backend)
@@ -396,7 +399,9 @@ def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.graphs", description=__doc__)
     parser.add_argument("--budget", type=float, default=600.0, help="no check starts after so many seconds")
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, without graphs, on the reference")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="on the CPU, without graphs, on the reference"
+    )
     args = parser.parse_args()
     end = time.monotonic() + args.budget
     if args.rehearse:

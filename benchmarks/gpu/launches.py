@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_ewclora import functional as FE
 from fused_ewclora import use_backend
 from fused_ewclora.backends.triton import launch, tables
-from fused_ewclora.backends.triton.tools import aot, autotune, workloads
+from fused_ewclora.backends.triton.tools import aot, workloads
 from fused_ewclora.layers.inject import adapters
 
 from .. import algorithms, models

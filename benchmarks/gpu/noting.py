@@ -45,7 +45,7 @@ def serving(op: str, args: Sequence[Any], arch: str) -> Candidate:
 
 
 class _OnTriton(TorchDispatchMode):
-    """Ops of this library run the hosts of Triton. Values that are read are those of sound tensors: finite."""
+    """Ops of this library run the hosts of Triton. Values that are read are those of finite tensors."""
 
     def __init__(self, arch: str) -> None:
         super().__init__()

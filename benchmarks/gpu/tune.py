@@ -1,4 +1,4 @@
-"""Tries configurations of the kernels that the targets depend on: `python -m benchmarks.gpu.tune --out DIR`.
+"""Tries configurations of the kernels that targets depend on: `python -m benchmarks.gpu.tune --out DIR`.
 
 The keys are those that the deciding calls look up; around the shipped configuration of each, one step in every
 direction is tried, so that all candidates can be compiled beforehand (`benchmarks.gpu.cache`). The best are

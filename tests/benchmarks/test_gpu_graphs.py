@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import graphs, tune
+from fused_ewclora.backends.triton import measured, tables
 from fused_ewclora.backends.triton.tools import autotune
 
 WORKS = {work.name: i for i, work in enumerate(graphs.works("cpu"))}
@@ -35,11 +36,11 @@ def test_replay_of_old_values(name: str, monkeypatch: pytest.MonkeyPatch):
     assert "error" in str(graphs.replayed(work, "reference", "cpu"))
 
 
-def test_replay_that_writes_nothing(monkeypatch: pytest.MonkeyPatch):
+def test_replay_that_writes_nothing():
     """Results that a replay leaves as they were are not numbers."""
     work = work_of("merge_")
     graph = graphs.Graph(lambda: work("reference"), "cpu")
-    graph.step = lambda: []
+    graph.step = list
     with pytest.raises(ValueError, match="zip"):
         graph.replay()
     assert all(t.isnan().all() for t in graph.results)
@@ -67,9 +68,8 @@ def test_compiled_step_old_parameters(monkeypatch: pytest.MonkeyPatch):
         held: list[Tensor] = []
 
         def step(x: Tensor, dy: Tensor) -> Tensor:
-            kept = [p.detach().clone() for p in module.parameters()] if not held else held
-            held[:] = kept
             now = [p.detach().clone() for p in module.parameters()]
+            held[:] = held or now
             with torch.no_grad():
                 torch._foreach_copy_(list(module.parameters()), held)
             grads = torch.autograd.grad(module(x, dy), list(module.parameters()))
@@ -102,14 +102,14 @@ def test_checks_told_apart(capsys, monkeypatch: pytest.MonkeyPatch):
 # Tuning
 
 
-def test_tuning_stops_in_time(monkeypatch: pytest.MonkeyPatch):
+def test_tuning_stops_in_time():
     """A search begins no trial after its end, and keeps what it has found."""
     start = {"BLOCK_M": 64, "num_warps": 4}
     done = autotune.search(start, lambda config: autotune.Trial(config, 1.0), 48, 0.0)
     assert [trial.config for trial in done] == [start]
 
 
-def test_tuning_stays_near(monkeypatch: pytest.MonkeyPatch):
+def test_tuning_stays_near():
     """Only what can be compiled beforehand is tried: configurations one step from the shipped one."""
     start = {"BLOCK_M": 64, "num_warps": 4}
     near = [start, *autotune.neighbours(start)]
@@ -132,12 +132,12 @@ def test_tuned_table(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(tune, "keys", lambda _: [first, second])
     assert tune.run("sm_90", torch.device("cpu"), tmp_path, 60.0, lambda run: 0.0) == 1
     text = (tmp_path / "tuned.sm_90.json").read_text()
-    from fused_ewclora.backends.triton import measured, tables
-
     (entry,) = measured.read(tmp_path / "tuned.sm_90.json")
     assert tables.fitting([entry], first.kernel, first.dtype, first.rank) == entry and text.endswith("]}\n")
     told = capsys.readouterr().out
-    assert "-> " in told and "2 of" in told and "1 refused" in told and "the shipped configuration fails" in told
+    assert (
+        "-> " in told and "2 of" in told and "1 refused" in told and "the shipped configuration fails" in told
+    )
     assert tune.run("sm_90", torch.device("cpu"), tmp_path, -1.0, lambda run: 0.0) == 0
     assert "not reached" in capsys.readouterr().out
     assert len(keys) <= tune.MOST

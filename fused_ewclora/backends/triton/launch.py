@@ -57,8 +57,8 @@ def noting(arch: str) -> Iterator[list[Launch]]:
 def settle(kernels: ModuleType) -> None:
     """Make the keys by which Triton finds machine code on disk, callees first.
 
-    Triton's key of a function depends on whether the keys of the functions that it calls were made before (3.6
-    and 3.7), so that the order of launches in a process decided what is found.
+    Triton's key of a function depends on whether the keys of the functions that it calls were made before
+    (3.6 and 3.7), so that the order of launches in a process would decide what is found.
     """
     for module in (importlib.import_module("fused_ewclora.kernels.tiles"), kernels):
         for function in vars(module).values():  # in order of definition
