@@ -3,7 +3,8 @@
 `python -m benchmarks.gpu.graphs` captures every operation of every backend in a CUDA graph and replays it on
 new values, after calls that push whatever the library keeps out of its caches; runs a training step under
 `torch.compile(mode="reduce-overhead")`, calls on two streams at a time, and a whole EWC-LoRA training step as
-one graph. It needs nothing but PyTorch and the library. Exit status 1 when something is wrong, 77 without a backend.
+one graph. It needs nothing but PyTorch and the library. Exit status 1 when something is wrong, 77 without a
+backend.
 """
 
 from __future__ import annotations

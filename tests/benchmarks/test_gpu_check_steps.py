@@ -309,7 +309,7 @@ def test_both_backends_under_tools(tool, monkeypatch: pytest.MonkeyPatch, capfd)
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        (FAULT, ["memcheck of cuda: errors", "Invalid __global__ read", "at walk_kernel", "SUMMARY: 1 error"]),
+        (FAULT, ["memcheck of cuda: errors", "Invalid __global__ read", "at walk_kernel", ": 1 error"]),
         ("print('wrong: merge_: error 1'); raise SystemExit(1)", ["exit status 1", "wrong: merge_"]),
         ("print('========= RACECHECK SUMMARY: 3 hazards displayed (0 errors, 3 warnings)')", ["3 hazards"]),
         ("print('right: merge_')", ["memcheck of cuda: exit status 0", "right: merge_"]),
