@@ -5,8 +5,8 @@ constants and divisibility of the arguments, options, the version of ptxas, the 
 environment variables. So a folder serves machines with the same Triton for the same version of Python (its
 compiled part differs between them) and the same sources of this library; FOLDER/made-for.json says for which.
 Files name each other by their absolute paths: `--install FOLDER` copies what serves this machine, and
-corrects them. `--verify` launches everything through Triton with a driver that runs nothing, and counts what it finds.
-Exit status 1 when a kernel does not compile, or is not found by `--verify`.
+corrects them. `--verify` launches everything through Triton with a driver that runs nothing, and counts what
+it finds. Exit status 1 when a kernel does not compile, or is not found by `--verify`.
 """
 
 from __future__ import annotations

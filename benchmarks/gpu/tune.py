@@ -2,7 +2,7 @@
 
 The keys are those that the deciding calls look up; around the shipped configuration of each, one step in
 every direction is tried, so that all candidates can be compiled beforehand (`benchmarks.gpu.cache`). The best
-are written to DIR/tuned.<architecture>.json, in the format of the shipped tables, and nothing else is changed.
+are written to DIR/tuned.<family>.json, in the format of the shipped tables, and nothing else is changed.
 Exit status 1 when a shipped configuration fails.
 """
 
