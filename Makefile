@@ -11,7 +11,8 @@
 #   make docs    the API reference and the pages of docs/, in build/docs
 #   make format  rewrite sources in style       make clean   remove build outputs (make distclean: .venv as well)
 #   make gpu-check OUT=dir   tests and benchmarks on a CUDA machine, with the PyTorch, Triton and pytest of PYTHON; no .venv
-# Variables: PYTHON, MAX_JOBS, FUSED_EWCLORA_BUILD, TEST_ARGS, SANITIZERS, INSTEAD, DEMO_ARGS, SUITE_ARGS, SWEEP_ARGS, PTX_ARGS, BENCH_ARGS, OUT, CHECK_ARGS
+#   make gpu-cache   compiles the kernels of gpu-check beforehand, without a GPU; with the Triton of PYTHON; no .venv
+# Variables: PYTHON, MAX_JOBS, FUSED_EWCLORA_BUILD, TEST_ARGS, SANITIZERS, INSTEAD, DEMO_ARGS, SUITE_ARGS, SWEEP_ARGS, PTX_ARGS, BENCH_ARGS, OUT, CHECK_ARGS, CACHE_ARGS
 
 PYTHON ?= python3
 TEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
@@ -24,7 +25,7 @@ INSTALL := .venv/.install
 EXTENSION := build/.extension
 EXTRAS := .venv/extras
 
-.PHONY: test test-long test-library test-integrations sanitize demo suite sweep ptx-check docs lint format bench gpu-check setup clean distclean
+.PHONY: test test-long test-library test-integrations sanitize demo suite sweep ptx-check docs lint format bench gpu-check gpu-cache setup clean distclean
 .DELETE_ON_ERROR:
 
 test: test-library test-integrations
@@ -62,6 +63,9 @@ bench: setup $(EXTRAS)
 gpu-check:
 	@test -n "$(OUT)" || { echo "make gpu-check OUT=dir: OUT names the folder of the results"; exit 2; }
 	PYTHONPATH=$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m benchmarks.gpu_check --out $(OUT) $(CHECK_ARGS)
+
+gpu-cache:
+	PYTHONPATH=$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m benchmarks.gpu.cache $(or $(OUT),build/gpu-cache) $(CACHE_ARGS)
 
 # The docstrings of integrations are read by importing these, which needs their libraries.
 docs: setup $(EXTRAS)

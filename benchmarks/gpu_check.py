@@ -45,24 +45,31 @@ ELSEWHERE = (  # not run here: need a build or model libraries, or test this dri
     "integrations/",
 )
 SUITE_LIMITS = {
-    "lora_linear": 100.0,
-    "ewc_penalty": 60.0,
-    "fisher_accumulate": 40.0,
-    "end_to_end": 40.0,
-    "merge": 20.0,
+    "lora_linear": 80.0,
+    "ewc_penalty": 45.0,
+    "fisher_accumulate": 30.0,
+    "end_to_end": 30.0,
+    "merge": 15.0,
 }
 EVERYTHING = "all tests"
-CALLS = "calls"  # replaces the tests where they cannot run
-NAMES = (
+OF_CUDA = "cuda calls"
+SLOWER = 4.0  # limits of a rehearsal, on a CPU that may be busy
+NAMES = (  # of steps, in order of value
     "environment",
+    "kernels",
+    "calls",
     "build",
+    OF_CUDA,
+    "graphs",
     "tests",
-    CALLS,
     "sanitize",
     "ceilings",
     *SUITE_LIMITS,
+    "tune",
     EVERYTHING,
-)  # of steps
+)
+CACHE = ROOT / "build" / "gpu-cache"  # kernels that were compiled beforehand, by make gpu-cache
+KERNELS_FOLDER = ROOT / "build" / "gpu-kernels"  # Triton's cache of a check, with those
 LARGEST = 15 << 20  # bytes of a file in DIR
 NO_GPU = "exit status 3"
 
@@ -112,12 +119,15 @@ def plan(args: argparse.Namespace, work: Path) -> list[Step]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "TRITON_INTERPRET": "1" if args.rehearse else "0",
     }
-    if args.rehearse:
+    if not args.rehearse:
+        environment["TRITON_CACHE_DIR"] = os.environ.get("TRITON_CACHE_DIR") or str(KERNELS_FOLDER)
+    else:
         environment["CUDA_VISIBLE_DEVICES"] = ""
         environment["FUSED_EWCLORA_BUILD"] = "none"  # without the emulator of the CUDA kernels as well
 
     def step(name: str, command: list[str], limit: float, log: Path | None = None, **more: Any) -> Step:
-        return Step(name, command, limit, log or work / f"{name}.log", environment, **more)
+        limit *= SLOWER if args.rehearse else 1.0
+        return Step(name, command, limit, log or work / f"{name.replace(' ', '-')}.log", environment, **more)
 
     def module(name: str, *more: str) -> list[str]:
         return [sys.executable, "-m", f"benchmarks.{name}", *more, *rehearse]
@@ -128,17 +138,23 @@ def plan(args: argparse.Namespace, work: Path) -> list[Step]:
         first, whole = ["project/test_metrics.py"], ["layers/test_config.py"]
     log = args.out / "tests.log"
     workers = 0 if args.rehearse else args.workers
+    within = ("--budget", "{budget}")
     planned = [
-        step("environment", module("gpu.describe"), 60.0),
-        step("build", module("gpu.build"), 150.0),
-        step("tests", pytest_command(first, work / "tests.xml", workers, True), 110.0, log),
-        *([step(CALLS, module("gpu.small_calls"), 90.0)] if missing() else []),
-        step("sanitize", module("gpu.sanitize", "--budget", "{budget}"), 75.0),
-        step("ceilings", module("gpu.describe", "--ceilings"), 30.0),
+        step("environment", module("gpu.describe"), 30.0),
+        step("kernels", module("gpu.cache", str(args.cache), "--install", *within), 60.0, says=1),
+        step("calls", module("gpu.small_calls", "--backends", "triton", "reference"), 60.0, says=1),
+        step("build", module("gpu.build"), 120.0),
+        step(OF_CUDA, module("gpu.small_calls", "--backends", "cuda"), 30.0, says=1),
+        step("graphs", module("gpu.graphs", *within), 60.0, says=1),
+        step("tests", pytest_command(first, work / "tests.xml", workers, True), 60.0, log),
+        step("sanitize", module("gpu.sanitize", *within), 60.0, says=1),
+        step("ceilings", module("gpu.describe", "--ceilings"), 15.0),
     ]
     for suite, limit in SUITE_LIMITS.items():
         options = [suite, "--out", str(args.out), "--seconds", str(args.seconds), "--budget", "{budget}"]
         planned.append(step(suite, module("gpu", *options), limit, again=75))
+    tune = module("gpu.tune", "--out", str(work), *within)
+    planned.append(step("tune", tune, 30.0, says=12))
     command = pytest_command(whole, work / "all-tests.xml", workers, False)
     planned.append(step(EVERYTHING, command, args.budget, log))
     return [item for item in planned if not args.steps or item.name in args.steps]
@@ -265,12 +281,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="a folder without results of earlier runs")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="kernels compiled by make gpu-cache")
     parser.add_argument("--seconds", type=float, default=0.06, help="timing per provider and case")
     parser.add_argument("--workers", type=int, default=workers, help="test processes, with pytest-xdist")
     parser.add_argument("--steps", nargs="*", choices=NAMES, default=[], help="only these")
     parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU, with Triton's interpreter")
     args = parser.parse_args(argv)
-    args.out = args.out.resolve()
+    args.out, args.cache = args.out.resolve(), args.cache.resolve()
     if any((args.out / f"{name}.jsonl").exists() for name in SUITE_LIMITS):
         parser.error(f"--out {args.out}: holds records of an earlier run")
     return args

@@ -19,6 +19,7 @@ from typing import Any
 OK, FAILED, TIMED_OUT, NOT_RUN, SKIPPED = "ok", "failed", "timed out", "not run", "skipped"
 SKIP = 77  # exit status of a command that cannot run on this machine; its last line gives the reason
 INTERRUPTED = 130  # exit status of a command that was ended by Ctrl-C, as shells report it
+COMMAND = "$ "  # begins the line of a log before what a command prints
 LEAST = 3.0  # seconds that a step needs to be started
 GRACE = 8.0  # seconds after the interrupt, for reports
 
@@ -37,7 +38,8 @@ class Deadline:
 @dataclass(frozen=True)
 class Step:
     """A command, its limit in seconds, and where its output is appended. `{budget}` in an argument becomes
-    the seconds that it is given. After the exit status `again` it runs once more, as often as `attempts`."""
+    the seconds that it is given. After the exit status `again` it runs once more, as often as `attempts`.
+    `says`: so many last lines of a command that succeeds are its results."""
 
     name: str
     command: Sequence[str]
@@ -46,6 +48,7 @@ class Step:
     environment: Mapping[str, str] = field(default_factory=dict)
     again: int | None = None
     attempts: int = 3
+    says: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def _once(step: Step, seconds: float, root: Path, grace: float) -> int | None:
     command = [part.replace("{budget}", f"{budget:.0f}") for part in step.command]
     environment = {**os.environ, **step.environment}
     with step.log.open("ab") as log:
-        log.write(f"\n$ {' '.join(command)}\n".encode())
+        log.write(f"\n{COMMAND}{' '.join(command)}\n".encode())
         log.flush()
         process = subprocess.Popen(
             command, cwd=root, env=environment, stdin=subprocess.DEVNULL, stdout=log,
@@ -125,6 +128,13 @@ def _once(step: Step, seconds: float, root: Path, grace: float) -> int | None:
         except BaseException:  # the run itself is being ended
             _stop(process, 1.0)
             raise
+
+
+def _said(step: Step) -> tuple[str, ...]:
+    """The last lines of its last command that are results."""
+    lines = tail(step.log, step.says) if step.says else ()
+    begin = max((i + 1 for i, line in enumerate(lines) if line.startswith(COMMAND)), default=0)
+    return tuple(line for line in lines[begin:] if line.strip())
 
 
 def run(step: Step, deadline: Deadline, root: Path, grace: float = GRACE) -> Outcome:
@@ -148,7 +158,8 @@ def run(step: Step, deadline: Deadline, root: Path, grace: float = GRACE) -> Out
             break
     spent = time.monotonic() - begin
     if code == 0:
-        return Outcome(step.name, OK, spent)
+        said = _said(step)
+        return Outcome(step.name, OK, spent, *((said[0],) if len(said) == 1 else ("", said)))
     if code == SKIP:
         return Outcome(step.name, SKIPPED, spent, " ".join(tail(step.log, 1)))
     status, detail = (TIMED_OUT, "stopped") if code is None else (FAILED, f"exit status {code}")

@@ -46,7 +46,8 @@ def label(record: Record) -> str:
 
 
 def line(case: Case) -> str:
-    """Ours in microseconds, eager host time, share of the ceiling; then ours over each other provider."""
+    """Ours in microseconds, the prediction and ours over it, eager host time, share of the ceiling; then ours
+    over each other provider."""
     first = next(iter(case.values()))
     ours = case.get(OURS, {})
     if "seconds" not in ours:
@@ -63,7 +64,9 @@ def line(case: Case) -> str:
         ratios.append(
             f"{short} {median / record['seconds']['p50']:.2f}" if "seconds" in record else f"{short} FAILED"
         )
-    times = f"{median * 1e6:9.1f} {host * 1e6 if host is not None else float('nan'):9.0f} {part or 0.0:5.2f}"
+    guess = ours.get("predicted_seconds") or float("nan")
+    times = f"{median * 1e6:9.1f} {guess * 1e6:9.1f} {median / guess:5.2f}"
+    times += f" {host * 1e6 if host is not None else float('nan'):9.0f} {part or 0.0:5.2f}"
     # Everything should be captured in a graph: times of anything else include its launches.
     eager = {"events": " (not captured)", "wall": " (host's clock)"}.get(ours["timing"], "")
     return f"  {label(first):42}{times}{eager}  {' '.join(ratios)}"
@@ -80,7 +83,8 @@ def tables(suites: Mapping[str, Sequence[Record]]) -> list[str]:
     lines = []
     for suite, results in suites.items():
         if results:
-            lines += ["", f"{suite}: us, eager us, share of ceiling; ours / other (below 1: ours is faster)"]
+            columns = "us, predicted us, measured / predicted, eager us, share of ceiling"
+            lines += ["", f"{suite}: {columns}; ours / other (below 1: ours is faster)"]
             lines += [line(case) for case in by_case(results)]
     return lines
 

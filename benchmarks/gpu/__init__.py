@@ -1,1 +1,1 @@
-"""Benchmarks on a GPU: suites, the build of the extension, small calls for compute-sanitizer."""
+"""Benchmarks and checks on a GPU: suites, build, small calls, graphs, tuning, kernels compiled beforehand."""

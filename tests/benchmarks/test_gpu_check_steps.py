@@ -34,8 +34,9 @@ def planned(*more: str) -> dict[str, steps.Step]:
 def test_step_order():
     """Steps come in order of value and fit within ten minutes."""
     plan = planned()
-    assert tuple(plan) == tuple(name for name in gpu_check.NAMES if name != gpu_check.CALLS)
-    assert list(plan)[:4] == ["environment", "build", "tests", "sanitize"]
+    assert tuple(plan) == gpu_check.NAMES
+    assert list(plan)[:6] == ["environment", "kernels", "calls", "build", "cuda calls", "graphs"]
+    assert plan["calls"].limit <= 60.0
     # Limits are for what goes wrong; a minute more than the budget would be cut by the deadline.
     assert sum(one.limit for name, one in plan.items() if name != "all tests") < 1.4 * gpu_check.BUDGET
     assert gpu_check.BUDGET <= 540.0
@@ -85,16 +86,32 @@ def test_unrunnable_step_skipped(tmp_path: Path):
     assert status == 0 and "nvcc was not found" in text
 
 
-def test_small_calls_fallback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Small calls stand in for tests that cannot run."""
+def test_tests_without_pytest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Tests that cannot run are skipped; the small calls need no library of theirs."""
     monkeypatch.setattr(gpu_check, "REQUIRED", ("pytest", "a_module_that_nobody_has"))
     plan = planned()
     assert tuple(plan) == gpu_check.NAMES
-    assert "benchmarks.gpu.small_calls" in plan["calls"].command
     for name in ("tests", "all tests"):
         one = steps.Step(name, plan[name].command, 30.0, tmp_path / "log")
         outcome = steps.run(one, steps.Deadline(60.0), ROOT)
         assert outcome.status == steps.SKIPPED and outcome.detail == "not installed: a_module_that_nobody_has"
+
+
+def test_step_says_results(tmp_path: Path):
+    """The last lines of a step that says results stand in the summary."""
+    for says, detail, notes in ((0, "", ()), (1, "b", ()), (2, "", ("a", "b"))):
+        one = steps.Step("x", [sys.executable, "-c", "print('a\\nb')"], 30.0, tmp_path / "log", says=says)
+        outcome = steps.run(one, steps.Deadline(60.0), ROOT)
+        assert (outcome.status, outcome.detail, outcome.notes) == (steps.OK, detail, notes)
+
+
+def test_kernels_folder(monkeypatch: pytest.MonkeyPatch):
+    """Every step finds the kernels that an earlier one has compiled; a rehearsal compiles none."""
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    folders = {one.environment["TRITON_CACHE_DIR"] for one in planned().values()}
+    assert folders == {str(ROOT / "build" / "gpu-kernels")}
+    assert str(ROOT / "build" / "gpu-cache") in planned()["kernels"].command
+    assert all("TRITON_CACHE_DIR" not in one.environment for one in planned("--rehearse").values())
 
 
 # Build
@@ -252,7 +269,7 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         return tmp_path / "called"
 
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(sanitize, "available_backends", lambda: {"cuda": None})
+    monkeypatch.setattr(sanitize, "available_backends", lambda: {"cuda": None, "triton": "no Triton"})
     return install
 
 
@@ -260,26 +277,43 @@ def test_memcheck_and_racecheck(tool, capfd):
     """Both tools watch our kernels, and nothing hides in a cache."""
     called = tool(CONTENT)
     assert sanitize.under_all(list(sanitize.TOOLS), 60.0) == 0
-    assert "memcheck, racecheck: no complaints" in capfd.readouterr().out
+    assert "memcheck of cuda, racecheck of cuda: no complaints" in capfd.readouterr().out
     memcheck, racecheck = (eval(line) for line in called.read_text().splitlines())
     assert (memcheck[1], racecheck[1]) == ("1", None)
     for told, _ in (memcheck, racecheck):
-        assert told[-3:] == ["-m", "benchmarks.gpu.sanitize", "--calls"]
+        assert told[-5:] == ["-m", "benchmarks.gpu.sanitize", "--calls", "--backends", "cuda"]
         assert "--error-exitcode" in told and "kernel_substring=walk_kernel" in told
 
 
 def test_every_kernel_is_watched():
-    assert set(sanitize.kernels()) == nvcc.MATRIX | nvcc.OTHERS
+    """Memcheck watches every kernel, racecheck those of Triton that it can follow."""
+    assert set(sanitize.watched("memcheck", "cuda")) == nvcc.MATRIX | nvcc.OTHERS
+    assert sanitize.watched("racecheck", "cuda") == sanitize.watched("memcheck", "cuda")
+    assert set(sanitize.watched("racecheck", "triton")) == sanitize.FOLLOWED
+
+
+def test_both_backends_under_tools(tool, monkeypatch: pytest.MonkeyPatch, capfd):
+    """Each tool runs on each backend that is there; a missing one is named."""
+    called = tool(CONTENT)
+    monkeypatch.setattr(sanitize, "available_backends", lambda: {"cuda": None, "triton": None})
+    assert sanitize.under_all(list(sanitize.TOOLS), 60.0) == 0
+    told = [eval(line)[0][-1] for line in called.read_text().splitlines()]
+    assert told == ["cuda", "triton"] * 2
+    monkeypatch.setattr(sanitize, "available_backends", lambda: {"cuda": "not built", "triton": None})
+    assert sanitize.under_all(["memcheck"], 60.0) == 0
+    told = capfd.readouterr().out
+    assert "the cuda backend is not available: not built" in told
+    assert told.splitlines()[-1] == "memcheck of triton: no complaints"
 
 
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        (FAULT, ["memcheck: errors", "Invalid __global__ read", "at walk_kernel", "ERROR SUMMARY: 1 error"]),
+        (FAULT, ["memcheck of cuda: errors", "Invalid __global__ read", "at walk_kernel", ": 1 error"]),
         ("print('wrong: merge_: error 1'); raise SystemExit(1)", ["exit status 1", "wrong: merge_"]),
         ("print('========= RACECHECK SUMMARY: 3 hazards displayed (0 errors, 3 warnings)')", ["3 hazards"]),
-        ("print('right: merge_')", ["memcheck: exit status 0", "right: merge_"]),
-        (f"import subprocess; subprocess.run({SLEEP})", ["memcheck: no result in"]),
+        ("print('right: merge_')", ["memcheck of cuda: exit status 0", "right: merge_"]),
+        (f"import subprocess; subprocess.run({SLEEP})", ["memcheck of cuda: no result in"]),
     ],
 )  # fmt: skip
 def test_tool_last_lines(code: str, said: list[str], tool, capfd):
@@ -296,15 +330,17 @@ def test_tools_run_independently(tool, capfd):
     assert sanitize.under_all(list(sanitize.TOOLS), 60.0) == 1
     assert len(called.read_text().splitlines()) == 2
     told = capfd.readouterr().out
-    assert "memcheck: errors" in told and "racecheck: " not in told.splitlines()[-1]
+    assert "memcheck of cuda: errors" in told and "racecheck of" not in told.splitlines()[-1]
 
 
 def test_sanitizer_skipped(monkeypatch: pytest.MonkeyPatch, capfd):
     """The sanitizer is skipped where something is missing."""
-    monkeypatch.setattr(sanitize, "available_backends", lambda: {"cuda": "the CUDA extension was not built"})
+    monkeypatch.setattr(
+        sanitize, "available_backends", lambda: dict.fromkeys(sanitize.BACKENDS, "was not built")
+    )
     assert sanitize.under_all(["memcheck"], 60.0) == steps.SKIP
     assert "was not built" in capfd.readouterr().out.splitlines()[-1]
-    monkeypatch.setattr(sanitize, "available_backends", lambda: {"cuda": None})
+    monkeypatch.setattr(sanitize, "available_backends", lambda: dict.fromkeys(sanitize.BACKENDS))
     monkeypatch.setattr(sanitize, "sanitizer", lambda: None)
     assert sanitize.under_all(["memcheck"], 60.0) == steps.SKIP
     assert "compute-sanitizer was not found" in capfd.readouterr().out.splitlines()[-1]

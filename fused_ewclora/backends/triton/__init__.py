@@ -22,6 +22,7 @@ from . import cost_model, kept, launch, tables
 MIN_VERSION = (3, 6)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = 80  # bf16 and tf32 matrix units, asynchronous copies
+KERNELS = ("ewc_penalty", "fisher_accumulate", "lora_linear", "lowrank", "merge")  # modules of kernels
 MAX_PENALTY_RANK = 128  # dA of a block of columns stays in registers
 
 
@@ -98,7 +99,10 @@ def _host(module: str, function: str) -> Callable[..., Any]:
 
     @functools.cache
     def found() -> Callable[..., Any]:
-        return getattr(importlib.import_module(f"{__name__}.{module}"), function)
+        host = importlib.import_module(f"{__name__}.{module}")
+        for name in KERNELS:
+            launch.settle(importlib.import_module(f"fused_ewclora.kernels.{name}"))
+        return getattr(host, function)
 
     def run(*arguments: Any) -> Any:
         first = arguments[0] if isinstance(arguments[0], torch.Tensor) else next(iter(arguments[0]), None)

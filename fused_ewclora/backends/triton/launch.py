@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -57,6 +59,17 @@ def handing(arch: str, take: Callable[[Launch], None]) -> Iterator[None]:
         yield
     finally:
         _noting.take, _noting.arch = before, before_arch
+
+
+def settle(kernels: ModuleType) -> None:
+    """Make the keys by which Triton finds machine code on disk, callees first.
+
+    Triton's key of a function depends on whether the keys of the functions that it calls were made before
+    (3.6 and 3.7), so that the order of launches in a process would decide what is found.
+    """
+    for module in (importlib.import_module("fused_ewclora.kernels.tiles"), kernels):
+        for function in vars(module).values():  # in order of definition
+            getattr(function, "cache_key", None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..launch import Launch
+from ..launch import Launch, settle
 from . import sass
 
 INSTRUCTIONS = {
@@ -114,20 +114,27 @@ def _tool(name: str) -> Path | None:
     return path if path.exists() else None
 
 
-def build(specialisation: Specialisation) -> Resources:
-    """Compile (or take from Triton's cache) and read off resources. Errors of the compiler are reported."""
+def compiled(specialisation: Specialisation) -> Any:
+    """What Triton compiles, or takes from its cache; raises what the compiler does."""
     import triton
     from triton.compiler import ASTSource
 
-    kernel = getattr(importlib.import_module(specialisation.module), specialisation.name)
+    module = importlib.import_module(specialisation.module)
+    settle(module)
+    kernel = getattr(module, specialisation.name)
     source = ASTSource(kernel, specialisation.signature, specialisation.constexprs, specialisation.attributes)
+    return triton.compile(source, target=target(specialisation.arch), options=specialisation.options)
+
+
+def build(specialisation: Specialisation) -> Resources:
+    """Compile (or take from Triton's cache) and read off resources. Errors of the compiler are reported."""
     try:
-        compiled = triton.compile(source, target=target(specialisation.arch), options=specialisation.options)
+        made = compiled(specialisation)
     except Exception as error:  # compiler passes raise anything
         return Resources(error=_told(error))
     if specialisation.arch.startswith("sm_"):
-        return _nvidia(compiled, specialisation.name)
-    return _amd(compiled)
+        return _nvidia(made, specialisation.name)
+    return _amd(made)
 
 
 def _told(error: Exception) -> str:

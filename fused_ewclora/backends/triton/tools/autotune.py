@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -67,8 +68,11 @@ def _steps(name: str, value: Any) -> list[Any]:
     return [step for step in steps if least <= step <= LARGEST.get(name, LARGEST_BLOCK)]
 
 
-def search(start: Config, attempt: Callable[[Config], Trial], limit: int = MAX_TRIALS) -> list[Trial]:
-    """Every trial, the best first. `start` is tried first and must succeed."""
+def search(
+    start: Config, attempt: Callable[[Config], Trial], limit: int = MAX_TRIALS, end: float = math.inf
+) -> list[Trial]:
+    """Every trial, the best first. `start` is tried first and must succeed; after `end`, on the clock of
+    `time.monotonic`, no trial begins."""
     best = attempt(start)
     trials = [best]
     if best.reason is not None:
@@ -76,7 +80,7 @@ def search(start: Config, attempt: Callable[[Config], Trial], limit: int = MAX_T
     while True:
         before = best
         for config in neighbours(before.config):
-            if len(trials) >= limit:
+            if len(trials) >= limit or time.monotonic() > end:
                 break
             if any(config == trial.config for trial in trials):
                 continue
@@ -146,11 +150,16 @@ def runs(key: Key, device: torch.device, sizes: workloads.Sizes = workloads.VIT_
             continue
         asking = [c for c, _, keys in workloads.noted(workload, key.arch) if key in keys]
         if asking:
-            arguments = workload.make(workloads.Make(device))
-            truth = reference.candidates(workload.op)[0]
-            exact = _results(workload.op, truth, tuple(_double(list(arguments))))
-            found[workload.op] = [Run(workload, c, arguments, exact) for c in asking]
+            found[workload.op] = prepared(workload, asking, device)
     return [run for of_op in found.values() for run in of_op]
+
+
+def prepared(workload: workloads.Workload, asking: Sequence[Candidate], device: torch.device) -> list[Run]:
+    """Algorithms of one workload, on the same arguments."""
+    arguments = workload.make(workloads.Make(device))
+    truth = reference.candidates(workload.op)[0]
+    exact = _results(workload.op, truth, tuple(_double(list(arguments))))
+    return [Run(workload, candidate, arguments, exact) for candidate in asking]
 
 
 def time_on_gpu(run: Callable[[], Any]) -> float:
@@ -165,10 +174,17 @@ def _timed(run: Run, timer: Timer) -> float:
         return timer(run)
 
 
-def tune(key: Key, asked: Sequence[Run], timer: Timer = time_on_gpu, limit: int = MAX_TRIALS) -> Tuned:
+def tune(
+    key: Key,
+    asked: Sequence[Run],
+    timer: Timer = time_on_gpu,
+    limit: int = MAX_TRIALS,
+    end: float = math.inf,
+) -> Tuned:
     """The fastest configuration for `key` over the runs `asked`, among those as exact as the shipped one.
 
-    Errors may be twice those of the shipped configuration. `RuntimeError` when that itself fails.
+    Errors may be twice those of the shipped configuration. `RuntimeError` when that itself fails. `end` as in
+    `search`.
     """
     start = dict(tables.shipped(key)["config"])
 
@@ -189,7 +205,7 @@ def tune(key: Key, asked: Sequence[Run], timer: Timer = time_on_gpu, limit: int 
         trials = (
             [Trial(start, reason=f"relative error {max(broken):.1e}")]
             if broken
-            else search(start, attempt, limit)
+            else search(start, attempt, limit, end)
         )
     best = trials[0]
     if best.reason is not None:
