@@ -132,14 +132,14 @@ void Machine::reads_again(Access& known, const Access& now, const Warp& w) const
 
 // Returns whether all of it was written.
 bool Machine::check_read(Warp& w, Region& r, uint64_t address, uint64_t bytes, const Access& now) {
-  bool initialised = true;
+  bool initialised = true, told = false;
   uint64_t first = (address - r.base) / 2, last = (address - r.base + bytes - 1) / 2;
   for (uint64_t c = first; c <= last; ++c) {
     Cell& cell = r.cells[c];
     initialised = initialised && cell.initialised;
-    if (!ordered(cell.writer, now, w, true)) {
+    if (!told && !ordered(cell.writer, now, w, true)) {
       conflict("read", cell.writer, now, r, address);
-      break;
+      told = true;
     }
     if (cell.reader.agent == now.agent) {
       reads_again(cell.reader, now, w);
@@ -169,19 +169,20 @@ bool Machine::check_read(Warp& w, Region& r, uint64_t address, uint64_t bytes, c
 // `value` is what will be written, null if that is not known yet. Writing what is there already hurts nobody.
 void Machine::check_write(Warp& w, Region& r, uint64_t address, uint64_t bytes, const Access& now, const uint8_t* value, bool idempotent,
                           bool defined) {
+  bool told = false;
   bool same = idempotent && value && std::memcmp(r.data + (address - r.base), value, bytes) == 0;
   uint64_t first = (address - r.base) / 2, last = (address - r.base + bytes - 1) / 2;
   for (uint64_t c = first; c <= last; ++c) {
     Cell& cell = r.cells[c];
     const Access* bad = nullptr;
-    if (!ordered(cell.writer, now, w, true)) bad = &cell.writer;
-    if (!bad && !ordered(cell.reader, now, w, false)) bad = &cell.reader;
-    if (!bad && cell.more >= 0)
+    if (!told && !ordered(cell.writer, now, w, true)) bad = &cell.writer;
+    if (!told && !bad && !ordered(cell.reader, now, w, false)) bad = &cell.reader;
+    if (!told && !bad && cell.more >= 0)
       for (const auto& other : r.pool[cell.more])
         if (!ordered(other, now, w, false)) bad = &other;
     if (bad && !(same && cell.initialised && bad->clock != kPending)) {
       conflict(bad == &cell.writer ? "write" : "write after a read", *bad, now, r, address);
-      break;
+      told = true;
     }
     if (cell.more >= 0) r.spare.push_back(cell.more);
     cell.more = -1;

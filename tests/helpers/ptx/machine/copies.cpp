@@ -135,7 +135,7 @@ void Machine::bulk_tensor(Warp& w, const Instruction& i, uint32_t mask) {
           note("out of bounds", where(w, lane) + "tensor map leads outside every tensor");
           throw Stop{};
         }
-        undefined_ = !check_read(w, *region, start, count, Access{w.agent, w.clock, static_cast<uint8_t>(lane), Strength::weak, false});
+        undefined_ = !check_read(w, *region, start, count, Access{w.agent, w.clock, static_cast<uint8_t>(lane), Strength::weak, true});
         must_be_defined(w, lane, "source of a copy");
         std::memcpy(copy.bytes.data() + row * row_bytes + first * map.element, region->data + (start - region->base), count);
         for (uint64_t s = start / kSector; s <= (start + count - 1) / kSector; ++s) {

@@ -168,7 +168,7 @@ bool Machine::step(Warp& w) {
         throw Stop{};
       }
     }
-    for (int q = 0; q < 4; ++q) ++costs_[pc].executed;
+    costs_[pc].executed += 4, costs_[pc].lanes += 4 * kLanes;
     wgmma(*w.block, group, i);
     for (int q = 0; q < 4; ++q) {
       Warp& other = *w.block->warps[4 * group + q];

@@ -265,9 +265,7 @@ void Machine::wgmma(Block& b, int group, const Instruction& i) {
     const auto& d = i.operands[0].parts;
     for (size_t r = 0; r < d.size(); ++r) {
       const int reg = d[r].reg;
-      if (adds) {
-        wgmma_register(w, reg, true, i);
-      }
+      if (adds || w.in_flight[reg]) wgmma_register(w, reg, true, i);
       for (int lane = 0; lane < kLanes; ++lane) {
         const int row = 16 * q + lane / 4 + 8 * (static_cast<int>(r) / 2 % 2),
                   column = static_cast<int>(r) / 4 * 8 + lane % 4 * 2 + static_cast<int>(r) % 2;
