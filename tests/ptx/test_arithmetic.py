@@ -82,7 +82,9 @@ def test_bits(bits: int) -> None:
     full = (1 << bits) - 1
     a, b = (small.patterns(f"u{bits}", COUNT, seed) for seed in range(2))
     draw = np.random.default_rng(3)
-    by, length = ([int(v) for v in draw.choice([0, 1, 5, 16, 31, 32, 33, 63, 64, 65, 255], COUNT)] for _ in "ab")
+    by, length = (
+        [int(v) for v in draw.choice([0, 1, 5, 16, 31, 32, 33, 63, 64, 65, 255], COUNT)] for _ in "ab"
+    )
     cases: list[tuple[str, Callable[[int, int, int, int], int]]] = []
     for name, function in (
         ("and", lambda x, y, s, n: x & y),
@@ -115,7 +117,9 @@ def test_bits(bits: int) -> None:
         both = lambda x, y: y << 32 | x  # noqa: E731
         cases.append(("shf.l.wrap.b32 %W, %W0, %W1, %W2;", lambda x, y, s, n: both(x, y) << (s & 31) >> 32))
         cases.append(("shf.r.wrap.b32 %W, %W0, %W1, %W2;", lambda x, y, s, n: both(x, y) >> (s & 31)))
-        cases.append(("shf.l.clamp.b32 %W, %W0, %W1, %W2;", lambda x, y, s, n: both(x, y) << min(s, 32) >> 32))
+        cases.append(
+            ("shf.l.clamp.b32 %W, %W0, %W1, %W2;", lambda x, y, s, n: both(x, y) << min(s, 32) >> 32)
+        )
         cases.append(("shf.r.clamp.b32 %W, %W0, %W1, %W2;", lambda x, y, s, n: both(x, y) >> min(s, 32)))
 
         def permuted(x: int, y: int, s: int, n: int) -> int:
@@ -128,7 +132,10 @@ def test_bits(bits: int) -> None:
         cases.append(("prmt.b32 %W, %W0, %W1, %W1;", permuted))
         table = lambda x, y, s: x & y | ~x & s  # noqa: E731
         cases.append(
-            (f"lop3.b32 %W, %W0, %W1, %W2, {table(0xF0, 0xCC, 0xAA) & 255};", lambda x, y, s, n: table(x, y, s))
+            (
+                f"lop3.b32 %W, %W0, %W1, %W2, {table(0xF0, 0xCC, 0xAA) & 255};",
+                lambda x, y, s, n: table(x, y, s),
+            )
         )
     lines = [c[0] for c in cases]
     got = small.evaluate(lines, a, b, by, length)
@@ -139,7 +146,9 @@ def test_bits(bits: int) -> None:
 
 def plain(name: str, a: Any, b: Any = 0.0, c: Any = 0.0) -> Any:
     """Of floats or fractions."""
-    return {"add": lambda: a + b, "sub": lambda: a - b, "mul": lambda: a * b, "fma": lambda: a * b + c}[name]()
+    return {"add": lambda: a + b, "sub": lambda: a - b, "mul": lambda: a * b, "fma": lambda: a * b + c}[
+        name
+    ]()
 
 
 def exact(name: str, kind: str, *values: float) -> float:
@@ -183,7 +192,9 @@ def test_floats(kind: str) -> None:
     cases.append((f"neg.{kind} %{letter}, %{letter}0;", 1, lambda a: -a))
     cases.append((f"abs.{kind} %{letter}, %{letter}0;", 1, abs))
     equal = small.same(kind)
-    for (line, operands, function), got in zip(cases, small.evaluate([c[0] for c in cases], *inputs), strict=True):
+    for (line, operands, function), got in zip(
+        cases, small.evaluate([c[0] for c in cases], *inputs), strict=True
+    ):
         for result, *v in zip(got, *values[:operands], strict=True):
             assert equal(result, function(*v)), (line, v, small.number(result, kind))
 
@@ -192,9 +203,19 @@ def test_pairs() -> None:
     """Instructions on pairs of 16-bit numbers are those on each half."""
     for kind in ("f16", "bf16"):
         halves = [small.patterns(kind, COUNT, seed) for seed in range(6)]
-        inputs = [[high << 16 | low for low, high in zip(halves[n], halves[n + 3], strict=True)] for n in range(3)]
-        lines = [f"fma.rn.{kind}x2 %W, %W0, %W1, %W2;", f"add.{kind}x2 %W, %W0, %W1;", f"max.{kind}x2 %W, %W0, %W1;"]
-        single = [f"fma.rn.{kind} %H, %H0, %H1, %H2;", f"add.{kind} %H, %H0, %H1;", f"max.{kind} %H, %H0, %H1;"]
+        inputs = [
+            [high << 16 | low for low, high in zip(halves[n], halves[n + 3], strict=True)] for n in range(3)
+        ]
+        lines = [
+            f"fma.rn.{kind}x2 %W, %W0, %W1, %W2;",
+            f"add.{kind}x2 %W, %W0, %W1;",
+            f"max.{kind}x2 %W, %W0, %W1;",
+        ]
+        single = [
+            f"fma.rn.{kind} %H, %H0, %H1, %H2;",
+            f"add.{kind} %H, %H0, %H1;",
+            f"max.{kind} %H, %H0, %H1;",
+        ]
         low, high = small.evaluate(single, *halves[:3]), small.evaluate(single, *halves[3:])
         for row, low_row, high_row in zip(small.evaluate(lines, *inputs), low, high, strict=True):
             assert row == [a | b << 16 for a, b in zip(low_row, high_row, strict=True)]
@@ -265,17 +286,25 @@ def test_comparisons(kind: str) -> None:
     float_kind = kind in small.BITS
     a, b = ([small.number(p, kind) if float_kind else whole(p, kind) for p in i] for i in inputs)
     relations = dict(RELATIONS)
-    unordered = [math.isnan(x) or math.isnan(y) for x, y in zip(a, b, strict=True)] if float_kind else [False] * COUNT
+    unordered = (
+        [math.isnan(x) or math.isnan(y) for x, y in zip(a, b, strict=True)] if float_kind else [False] * COUNT
+    )
     lines, wanted = [], []
     for name, function in relations.items():
         right = [function(x, y) for x, y in zip(a, b, strict=True)]
-        lines += [f"setp.{name}.{kind} %P, %{letter}0, %{letter}1;", f"setp.{name}.{kind} _|%P, %{letter}0, %{letter}1;"]
+        lines += [
+            f"setp.{name}.{kind} %P, %{letter}0, %{letter}1;",
+            f"setp.{name}.{kind} _|%P, %{letter}0, %{letter}1;",
+        ]
         wanted += [right, [not r for r in right]]
         if float_kind:
             lines.append(f"setp.{name}u.{kind} %P, %{letter}0, %{letter}1;")
             wanted.append([r or u for r, u in zip(right, unordered, strict=True)])
     if float_kind:
-        lines += [f"setp.num.{kind} %P, %{letter}0, %{letter}1;", f"setp.nan.{kind} %P, %{letter}0, %{letter}1;"]
+        lines += [
+            f"setp.num.{kind} %P, %{letter}0, %{letter}1;",
+            f"setp.nan.{kind} %P, %{letter}0, %{letter}1;",
+        ]
         wanted += [[not u for u in unordered], unordered]
     elif kind[0] == "u":
         for name, like in (("lo", "lt"), ("ls", "le"), ("hi", "gt"), ("hs", "ge")):

@@ -39,7 +39,10 @@ def test_from_integers(source: str) -> None:
     for to, row in zip([*INTEGERS, *FLOATS], got, strict=True):
         for value, result in zip(values, row, strict=True):
             if to in FLOATS:
-                assert small.same(to)(result, small.rounded(Fraction(value), to) if value else 0.0), (to, value)
+                assert small.same(to)(result, small.rounded(Fraction(value), to) if value else 0.0), (
+                    to,
+                    value,
+                )
             else:
                 wide = max(bits_of(to), 16)  # of the register
                 right = whole(value & (1 << bits_of(to)) - 1, to) & (1 << wide) - 1
@@ -48,7 +51,8 @@ def test_from_integers(source: str) -> None:
 
 @pytest.mark.parametrize("source", FLOATS)
 def test_to_integers(source: str) -> None:
-    """Each rounding, clamped to the range of the result; NaN is zero, or the middle of 64 bits or of doubles."""
+    """Each rounding, clamped to the range of the result;
+    NaN is zero, or the middle of 64 bits or of doubles."""
     inputs = small.patterns(source, COUNT)
     values = [small.number(p, source) for p in inputs]
     roundings = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}
@@ -77,7 +81,10 @@ def test_between_floats(source: str) -> None:
             one = Fraction(1 + n % 7, 8) + 1
             spacing = Fraction(1, 2 ** (8 if n % 2 else 11))
             inputs[n] = small.pattern(
-                small.rounded(one + spacing * (n % 5) / 2 + Fraction((n % 3 - 1), 2 ** (23 if n % 4 else 40)), source), source
+                small.rounded(
+                    one + spacing * (n % 5) / 2 + Fraction((n % 3 - 1), 2 ** (23 if n % 4 else 40)), source
+                ),
+                source,
             )
     values = [small.number(p, source) for p in inputs]
     lines, kinds = [], []
@@ -102,14 +109,18 @@ def test_to_matrix_types() -> None:
     inputs, second = small.patterns("f32", COUNT), small.patterns("f32", COUNT, 1)
     inputs[:4] = [0x3F801000, 0x3F800FFF, 0xBF803000, 0x7F7FFFFF]
     rows = small.evaluate(
-        ["cvt.rna.tf32.f32 %W, %W0;", "cvt.rn.bf16x2.f32 %W, %W0, %W1;", "cvt.rn.f16x2.f32 %W, %W0, %W1;"], inputs, second
+        ["cvt.rna.tf32.f32 %W, %W0;", "cvt.rn.bf16x2.f32 %W, %W0, %W1;", "cvt.rn.f16x2.f32 %W, %W0, %W1;"],
+        inputs,
+        second,
     )
     for pattern, result in zip(inputs, rows[0], strict=True):
         value = small.number(pattern, "f32")
         if math.isnan(value):
             assert math.isnan(small.number(result, "f32"))
         else:
-            assert result == (pattern + 0x1000 & 0xFFFFE000 if math.isfinite(value) else pattern), hex(pattern)
+            assert result == (pattern + 0x1000 & 0xFFFFE000 if math.isfinite(value) else pattern), hex(
+                pattern
+            )
     for kind, row in (("bf16", rows[1]), ("f16", rows[2])):
         for high, low, result in zip(inputs, second, row, strict=True):
             for pattern, half in ((high, result >> 16), (low, result)):

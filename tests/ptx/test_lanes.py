@@ -45,10 +45,14 @@ def test_shuffles(mode: str) -> None:
 
 def test_votes() -> None:
     """Ballots and agreement of all lanes, with negated predicates; one lane is elected."""
-    assert result("setp.gt.u32 %p1, %lane, 20; vote.sync.ballot.b32 %r1, %p1, -1;") == [np.int32(np.uint32(0xFFE00000)).item()] * 32
+    assert (
+        result("setp.gt.u32 %p1, %lane, 20; vote.sync.ballot.b32 %r1, %p1, -1;")
+        == [np.int32(np.uint32(0xFFE00000)).item()] * 32
+    )
     for limit, yes in ((32, (1, 1, 1)), (5, (0, 1, 0)), (0, (0, 0, 1))):
         for name, wanted in zip(("all", "any", "uni"), yes, strict=True):
-            body = f"setp.lt.u32 %p1, %lane, {limit}; vote.sync.{name}.pred %p2, %p1, -1; selp.b32 %r1, 1, 0, %p2;"
+            body = f"""setp.lt.u32 %p1, %lane, {limit}; vote.sync.{name}.pred %p2, %p1, -1;
+                selp.b32 %r1, 1, 0, %p2;"""
             assert result(body) == [wanted] * 32
             turned = {"all": limit == 0, "any": limit < 32, "uni": limit != 5}[name]
             assert result(body.replace("%p1, -1", "!%p1, -1")) == [int(turned)] * 32
@@ -57,10 +61,13 @@ def test_votes() -> None:
 
 def test_parting() -> None:
     """Both sides of a branch, loops of as many rounds as the lane's number, branches by table, early ends."""
-    assert result(
-        """setp.lt.u32 %p1, %lane, 10; @%p1 bra less; mov.u32 %r1, 7; bra.uni both;
+    assert (
+        result(
+            """setp.lt.u32 %p1, %lane, 10; @%p1 bra less; mov.u32 %r1, 7; bra.uni both;
         less: mov.u32 %r1, 3; both: add.u32 %r1, %r1, 1;"""
-    ) == [4] * 10 + [8] * 22
+        )
+        == [4] * 10 + [8] * 22
+    )
     assert result(
         """mov.u32 %r1, 0; mov.u32 %r2, 0; again: setp.ge.u32 %p1, %r2, %lane; @%p1 bra over;
         add.u32 %r1, %r1, %r2; add.u32 %r2, %r2, 1; bra again; over: bar.warp.sync -1;"""
@@ -106,16 +113,24 @@ def test_block_barriers() -> None:
         st.shared.b32 [memory], 9; bar.warp.sync -1; bar.arrive 2, 64; bra over;
         reader: bar.sync 2, 64; ld.shared.b32 %r1, [memory]; over:"""
     assert result(split, threads=64, shared=64) == [0] * 32 + [9] * 32
-    assert "race" in small.kinds(split.replace("bar.sync 2, 64; ld", "ld") + STORE, torch.zeros(64, dtype=torch.int32), threads=64, shared=64)
+    assert "race" in small.kinds(
+        split.replace("bar.sync 2, 64; ld", "ld") + STORE,
+        torch.zeros(64, dtype=torch.int32),
+        threads=64,
+        shared=64,
+    )
 
 
 def test_deadlock() -> None:
     """Barriers that a warp never reaches, waiting without end, and blocks that wait for one that is not resident."""
-    assert small.kinds("setp.eq.u32 %p1, %warp, 0; @%p1 bra o; bar.sync 1; bra e; o: bar.sync 2; e:", threads=64) == {"deadlock"}
+    assert small.kinds(
+        "setp.eq.u32 %p1, %warp, 0; @%p1 bra o; bar.sync 1; bra e; o: bar.sync 2; e:", threads=64
+    ) == {"deadlock"}
     assert small.kinds("bar.sync 1, 96;", threads=64) == {"deadlock"}
     assert small.kinds("bar.sync 1, 64;", threads=64) == set()
     assert small.kinds("again: bra again;", limit=2000) == {"deadlock"}
-    wait = """setp.ne.u32 %p1, %tid, 0; @%p1 bra over; xor.b32 %r1, %cta, {}; mul.wide.u32 %d1, %cta, 4; add.u64 %d1, %a, %d1;
+    wait = """setp.ne.u32 %p1, %tid, 0; @%p1 bra over; xor.b32 %r1, %cta, {}; mul.wide.u32 %d1, %cta, 4;
+        add.u64 %d1, %a, %d1;
         atom.global.add.u32 %r2, [%d1], 1; mul.wide.u32 %d2, %r1, 4; add.u64 %d2, %a, %d2;
         again: ld.acquire.gpu.global.u32 %r3, [%d2]; setp.eq.u32 %p2, %r3, 0; @%p2 bra again; over:"""
     for other, resident, shuffled, wanted in (
@@ -124,6 +139,14 @@ def test_deadlock() -> None:
         found = set()
         for seed in range(4):
             flags = torch.zeros(4, dtype=torch.int32)
-            report = small.run(wait.format(other), flags, grid=4, resident=resident, shuffled=shuffled, seed=seed, limit=20_000)
+            report = small.run(
+                wait.format(other),
+                flags,
+                grid=4,
+                resident=resident,
+                shuffled=shuffled,
+                seed=seed,
+                limit=20_000,
+            )
             found |= report.kinds()
         assert found == wanted, (other, resident, shuffled)

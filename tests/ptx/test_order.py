@@ -11,7 +11,8 @@ pytestmark = small.needed
 # Block 0 writes a number and says so; the others wait for that and read the number.
 MESSAGE = """setp.ne.u32 %p1, %tid, 0; @%p1 bra over; setp.ne.u32 %p2, %cta, 0; @%p2 bra reader;
 st.global.b32 [%a], 42; {0} bra over;
-reader: {1} setp.eq.u32 %p3, %r2, 0; @%p3 bra reader; {2} ld.global.b32 %r1, [%a]; st.global.b32 [%a+8], %r1; over:"""
+reader: {1} setp.eq.u32 %p3, %r2, 0; @%p3 bra reader; {2} ld.global.b32 %r1, [%a];
+st.global.b32 [%a+8], %r1; over:"""
 
 
 def message(write: str, read: str, after: str = "") -> set[str]:
@@ -35,12 +36,17 @@ def message(write: str, read: str, after: str = "") -> set[str]:
         ("atom.acq_rel.gpu.global.add.u32 %r3, [%a+4], 1;", "atom.acq_rel.gpu.global.add.u32 %r2, [%a+4], 0;", "", True),
         ("atom.relaxed.gpu.global.add.u32 %r3, [%a+4], 1;", "atom.relaxed.gpu.global.add.u32 %r2, [%a+4], 0;", "", False),
         ("red.release.gpu.global.add.u32 [%a+4], 1;", "atom.acquire.gpu.global.or.b32 %r2, [%a+4], 0;", "", True),
-        ("fence.acq_rel.gpu; red.relaxed.gpu.global.add.u32 [%a+4], 1;", "ld.relaxed.gpu.global.b32 %r2, [%a+4];", "fence.acq_rel.gpu;", True),
-        ("membar.gl; st.volatile.global.b32 [%a+4], 1;", "ld.volatile.global.b32 %r2, [%a+4];", "membar.gl;", True),
+        ("""fence.acq_rel.gpu;
+            red.relaxed.gpu.global.add.u32 [%a+4], 1;""", "ld.relaxed.gpu.global.b32 %r2, [%a+4];", "fence.acq_rel.gpu;", True),
+        ("""membar.gl;
+            st.volatile.global.b32 [%a+4], 1;""", "ld.volatile.global.b32 %r2, [%a+4];", "membar.gl;", True),
         ("red.relaxed.gpu.global.add.u32 [%a+4], 1;", "ld.relaxed.gpu.global.b32 %r2, [%a+4];", "fence.acq_rel.gpu;", False),
-        ("fence.acq_rel.gpu; red.relaxed.gpu.global.add.u32 [%a+4], 1;", "ld.relaxed.gpu.global.b32 %r2, [%a+4];", "", False),
-        ("fence.acq_rel.cta; red.relaxed.gpu.global.add.u32 [%a+4], 1;", "ld.relaxed.gpu.global.b32 %r2, [%a+4];", "fence.acq_rel.gpu;", False),
-        ("fence.acq_rel.gpu; red.relaxed.gpu.global.add.u32 [%a+4], 1;", "ld.relaxed.gpu.global.b32 %r2, [%a+4];", "fence.acq_rel.cta;", False),
+        ("""fence.acq_rel.gpu;
+            red.relaxed.gpu.global.add.u32 [%a+4], 1;""", "ld.relaxed.gpu.global.b32 %r2, [%a+4];", "", False),
+        ("""fence.acq_rel.cta;
+            red.relaxed.gpu.global.add.u32 [%a+4], 1;""", "ld.relaxed.gpu.global.b32 %r2, [%a+4];", "fence.acq_rel.gpu;", False),
+        ("""fence.acq_rel.gpu;
+            red.relaxed.gpu.global.add.u32 [%a+4], 1;""", "ld.relaxed.gpu.global.b32 %r2, [%a+4];", "fence.acq_rel.cta;", False),
         ("st.global.b32 [%a+4], 1;", "ld.global.b32 %r2, [%a+4];", "", False),
     ],
 )  # fmt: skip
@@ -55,13 +61,16 @@ def test_chains() -> None:
     setp.ne.u32 %p2, %tid, 32; @%p2 bra over; {0}.global.add.u32 %r3, [%a+4], 1; bra over;
     second: setp.ne.u32 %p2, %tid, 0; @%p2 bra third;
     again: atom.acq_rel.gpu.global.add.u32 %r2, [%a+4], 0; setp.eq.u32 %p3, %r2, 0; @%p3 bra again;
-    third: {1} setp.ne.u32 %p2, %tid, 33; @%p2 bra over; ld.global.b32 %r1, [%a]; st.global.b32 [%a+8], %r1; over:"""
+    third: {1} setp.ne.u32 %p2, %tid, 33; @%p2 bra over; ld.global.b32 %r1, [%a]; st.global.b32 [%a+8], %r1;
+    over:"""
     for first, barrier, wanted in (
         ("atom.acq_rel.gpu", "bar.sync 0;", set()),
         ("atom.relaxed.gpu", "bar.sync 0;", {"race"}),
         ("atom.acq_rel.gpu", "", {"race"}),
     ):
-        writer = body.format(first, barrier).replace("st.global.b32 [%a], 42;", "setp.eq.u32 %p4, %tid, 0; @%p4 st.global.b32 [%a], 42;")
+        writer = body.format(first, barrier).replace(
+            "st.global.b32 [%a], 42;", "setp.eq.u32 %p4, %tid, 0; @%p4 st.global.b32 [%a], 42;"
+        )
         found: set[str] = set()
         for seed in range(4):
             data = torch.zeros(4, dtype=torch.int32)
@@ -74,7 +83,9 @@ def test_scopes_of_atomics() -> None:
     """Atomics for one block race with those of another, those for the GPU do not."""
     data = torch.zeros(1, dtype=torch.int32)
     for scope, grid, wanted in (("cta", 2, {"race"}), ("cta", 1, set()), ("gpu", 2, set())):
-        assert small.kinds(f"red.relaxed.{scope}.global.add.u32 [%a], 1;", data, grid=grid, threads=64) == wanted
+        assert (
+            small.kinds(f"red.relaxed.{scope}.global.add.u32 [%a], 1;", data, grid=grid, threads=64) == wanted
+        )
     assert data.item() == 3 * 64 * 5
     assert small.kinds("red.global.add.u32 [%a], 1; st.global.b32 [%a], %tid;", data, threads=64) == {"race"}
 
@@ -88,7 +99,9 @@ def test_scopes_in_a_block() -> None:
     first = """setp.eq.u32 %p4, %tid, 0; @%p4 st.shared.b32 [memory+4], 0; bar.sync 0;"""
     out = torch.zeros(1, dtype=torch.int32)
     options = {"threads": 64, "shared": 64}
-    assert small.kinds(first + body.format("fence.acq_rel.cta;", "fence.acq_rel.cta;"), out, **options) == set()
+    assert (
+        small.kinds(first + body.format("fence.acq_rel.cta;", "fence.acq_rel.cta;"), out, **options) == set()
+    )
     assert out.item() == 42
     assert small.kinds(first + body.format("", "fence.acq_rel.cta;"), out, **options) == {"race"}
     assert small.kinds(first + body.format("membar.cta;", ""), out, **options) == {"race"}
@@ -103,7 +116,12 @@ def test_between_warps() -> None:
     writing early."""
     options = {"threads": 64, "shared": 256}
     assert small.kinds(EXCHANGE.format("bar.sync 0;", "bar.sync 0;", 128), **options) == set()
-    for first, second in (("", "bar.sync 0;"), ("bar.sync 0;", ""), ("bar.warp.sync -1;", "bar.sync 0;"), ("bar.sync 0;", "bar.warp.sync -1;")):
+    for first, second in (
+        ("", "bar.sync 0;"),
+        ("bar.sync 0;", ""),
+        ("bar.warp.sync -1;", "bar.sync 0;"),
+        ("bar.sync 0;", "bar.warp.sync -1;"),
+    ):
         assert small.kinds(EXCHANGE.format(first, second, 128), **options) == {"race"}
 
 
@@ -127,7 +145,9 @@ def test_reads_of_several() -> None:
     assert small.kinds(start + body.format("bar.sync 0;"), **options) == set()
     some = "@%p1 bar.sync 1, 96; setp.ge.u32 %p4, %warp, 2; @%p4 bar.sync 2, 64;"
     assert small.kinds(start + body.format(some), **options) == set()  # by way of warp 2
-    assert small.kinds(start + body.format("setp.ge.u32 %p4, %warp, 2; @%p4 bar.sync 2, 64;"), **options) == {"race"}
+    assert small.kinds(start + body.format("setp.ge.u32 %p4, %warp, 2; @%p4 bar.sync 2, 64;"), **options) == {
+        "race"
+    }
 
 
 def test_same_value() -> None:

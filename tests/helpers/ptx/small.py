@@ -47,7 +47,8 @@ def run(
     limit: int = 200_000,
     **options: Any,
 ) -> machine.Report:
-    """Execute `body` with tensors and tensor maps as `arguments`; the tensors numbered in `fresh` count as never
+    """Execute `body` with tensors and tensor maps as `arguments`;
+        the tensors numbered in `fresh` count as never
     written."""
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     maps = [a for a in arguments if isinstance(a, machine.TensorMap)]
@@ -80,7 +81,8 @@ def evaluate(lines: Sequence[str], *inputs: Sequence[int]) -> list[list[int]]:
     for n, name in enumerate("bcefg"[: len(inputs)]):
         body.append(f"add.u64 %d{n}, %{name}, %at; ld.global.u64 %X{n}, [%d{n}];")
         body.append(
-            f"mov.b64 {{%W{n}, %r1}}, %X{n}; mov.b32 {{%H{n}, %h1}}, %W{n}; and.b32 %r2, %W{n}, 1; setp.ne.u32 %P{n}, %r2, 0;"
+            f"""mov.b64 {{%W{n}, %r1}}, %X{n}; mov.b32 {{%H{n}, %h1}}, %W{n}; and.b32 %r2, %W{n}, 1;
+                setp.ne.u32 %P{n}, %r2, 0;"""
         )
     body.append("add.u64 %d9, %a, %at;")
     for line in lines:
