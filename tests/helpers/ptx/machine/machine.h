@@ -101,16 +101,16 @@ struct Warp {
   uint32_t live = 0;
   std::array<int, kLanes> pc{};
   bool converged = true;
-  std::vector<uint64_t> values;       // register * 32 + lane
-  std::vector<uint32_t> written;      // lanes, by register
-  std::vector<uint32_t> generic_at;   // by register: serial of its last ordinary write
-  std::vector<uint8_t> in_flight;     // by register: products that use it
-  uint32_t serial = 1, fence_at = 0;  // of ordinary writes, and of the last wgmma.fence
+  std::vector<uint64_t> values;      // register * 32 + lane
+  std::vector<uint32_t> written;     // lanes, by register
+  std::vector<uint32_t> generic_at;  // by register: serial of its last ordinary write
+  std::vector<uint8_t> in_flight;    // by register: products that use it
+  uint32_t serial = 1, fenced = 0;   // of ordinary writes, and of the last wgmma.fence
   uint32_t clock = 1, synced = 1;
   View view;
   std::vector<std::pair<uint32_t, View>> acquired;  // by lanes, until all of the warp synchronise
   std::array<Scoped, kLanes> before_fence;          // of relaxed reads: become acquired by a fence
-  std::array<Scoped, kLanes> fenced;                // what relaxed writes of a lane publish since its last fences
+  std::array<Scoped, kLanes> fences;                // what relaxed writes of a lane publish since its last fences
   std::array<CopyGroup, kLanes> open_copies;
   std::array<std::deque<CopyGroup>, kLanes> copies;
   std::deque<Product> products;
@@ -150,7 +150,7 @@ struct Result {
 class Machine {
  public:
   void add(uint64_t address, uint64_t size, const std::string& name, bool initialised);
-  void forget() { regions_.clear(), last_ = nullptr; }
+  void forget() { regions_.clear(); }
   Result run(const Program& program, const Launch& launch);
 
  private:
