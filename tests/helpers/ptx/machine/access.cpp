@@ -236,7 +236,7 @@ void Machine::pass_on(Warp& w, uint64_t address, Order order, Scope scope, int l
   }
   if (writes) {
     if (replaces) place = Synchronised{};
-    Scoped given = w.fenced[lane];
+    Scoped given = w.fences[lane];
     if (order == Order::release || order == Order::acq_rel) given.in_block = given.everywhere = published(w, lane, 1u << lane);
     if (!given.in_block.empty()) {
       place.in_block[me].join(given.in_block);
@@ -253,8 +253,8 @@ void Machine::fence(Warp& w, const Instruction& i, uint32_t mask) {
     if (far) acquire(w, 1u << lane, std::exchange(w.before_fence[lane].everywhere, View{}));
   });
   for_lanes(mask, [&](int lane) {
-    w.fenced[lane].in_block = published(w, lane, 1u << lane);
-    if (far) w.fenced[lane].everywhere = w.fenced[lane].in_block;
+    w.fences[lane].in_block = published(w, lane, 1u << lane);
+    if (far) w.fences[lane].everywhere = w.fences[lane].in_block;
   });
   ++w.clock;
 }

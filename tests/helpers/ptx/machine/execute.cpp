@@ -535,7 +535,7 @@ void Machine::execute(Warp& w, const Instruction& i, uint32_t mask, int pc) {
     case Op::mma:
       return mma(w, i);
     case Op::wgmma_fence:
-      w.fence_at = w.serial;
+      w.fenced = w.serial;
       return;
     case Op::wgmma_commit:
       ++w.open_group;

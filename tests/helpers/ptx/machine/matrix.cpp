@@ -181,12 +181,11 @@ struct Descriptor {
 }  // namespace
 
 void Machine::wgmma_register(Warp& w, int reg, bool accumulates, const Instruction& i) {
-  if (w.written[reg] != ~0u) note("never written", where(w, __builtin_ctz(~w.written[reg])) + "register of a product");
   if (w.in_flight[reg]) {
     for (const auto& before : w.products)
       if (std::find(before.registers.begin(), before.registers.end(), reg) != before.registers.end() && !(accumulates && before.n == i.n))
         note("wgmma", where(w, 0) + "register " + std::to_string(reg) + " belongs to another product in flight");
-  } else if (w.generic_at[reg] > w.fence_at) {
+  } else if (w.generic_at[reg] > w.fenced) {
     note("wgmma", where(w, 0) + "register " + std::to_string(reg) + " was written after the last wgmma.fence");
   }
 }
@@ -237,11 +236,15 @@ void Machine::wgmma(Block& b, int group, const Instruction& i) {
     must_be_defined(first, 0, "operand of a product");
     return value;
   };
+  const auto must_be_written = [&](const Warp& w, int reg) {
+    if (w.written[reg] != ~0u) note("never written", where(w, __builtin_ctz(~w.written[reg])) + "register of a product");
+  };
 
   if (!registers) fetch(agreed(a), across_a, m, 16, [&](int row, int column, float v) { left[row * k + column] = sign_a * v; });
   fetch(agreed(i.operands.at(2)), across_b, n, 0, [&](int column, int row, float v) { right[row * n + column] = sign_b * v; });
   for (int q = 0; q < 4 && registers; ++q)
     for (size_t r = 0; r < a.parts.size(); ++r) {
+      must_be_written(*b.warps[4 * group + q], a.parts[r].reg);
       wgmma_register(*b.warps[4 * group + q], a.parts[r].reg, false, i);
       for (int lane = 0; lane < kLanes; ++lane) {
         uint64_t value = b.warps[4 * group + q]->values[a.parts[r].reg * kLanes + lane];
@@ -265,6 +268,7 @@ void Machine::wgmma(Block& b, int group, const Instruction& i) {
     const auto& d = i.operands[0].parts;
     for (size_t r = 0; r < d.size(); ++r) {
       const int reg = d[r].reg;
+      if (adds) must_be_written(w, reg);
       if (adds || w.in_flight[reg]) wgmma_register(w, reg, true, i);
       for (int lane = 0; lane < kLanes; ++lane) {
         const int row = 16 * q + lane / 4 + 8 * (static_cast<int>(r) / 2 % 2),
