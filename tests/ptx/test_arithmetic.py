@@ -1,4 +1,4 @@
-"""Instructions on numbers, against exact arithmetic of Python, over patterns with every special number among them."""
+"""Instructions on numbers, against exact arithmetic of Python, with every special number among them."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def extreme(largest: bool, propagates: bool, a: float, b: float) -> float:
 
 @pytest.mark.parametrize("kind", ["f16", "bf16", "f32", "f64"])
 def test_floats(kind: str) -> None:
-    """Sums, products, fused products and extremes are rounded once, with subnormal numbers, infinities and NaN."""
+    """Sums, products, fused products and extremes are rounded once, also subnormal ones."""
     letter = {16: "H", 32: "W", 64: "X"}[small.BITS[kind]]
     inputs = [small.patterns(kind, COUNT, seed) for seed in range(3)]
     for n in range(2, COUNT, 3):  # of sizes at which sums are rounded
@@ -254,7 +254,8 @@ def test_flushing() -> None:
     half = 0x3F000000
     inputs = [[tiny, tiny | 1 << 31, small_one, small_one | 1 << 31, 0x3F800000], [half] * 5]
     got = small.evaluate(
-        ["mul.ftz.f32 %W, %W0, %W1;", "mul.f32 %W, %W0, %W1;", "abs.ftz.f32 %W, %W0;", "setp.gt.ftz.f32 %P, %W0, 0f00000000;",
+        ["mul.ftz.f32 %W, %W0, %W1;", "mul.f32 %W, %W0, %W1;", "abs.ftz.f32 %W, %W0;",
+         "setp.gt.ftz.f32 %P, %W0, 0f00000000;",
          "setp.gt.f32 %P, %W0, 0f00000000;", "fma.rn.ftz.f32 %W, %W0, %W1, %W0;"],
         *inputs,
     )  # fmt: skip
@@ -318,7 +319,8 @@ def test_selections() -> None:
     """selp, and logic on predicates with negated operands."""
     a, b = small.patterns("u64", COUNT), small.patterns("u64", COUNT, 1)
     got = small.evaluate(
-        ["selp.b64 %X, %X0, %X1, %P0;", "selp.f32 %W, %W0, %W1, %P1;", "and.pred %P, %P0, %P1;", "or.pred %P, %P0, !%P1;",
+        ["selp.b64 %X, %X0, %X1, %P0;", "selp.f32 %W, %W0, %W1, %P1;", "and.pred %P, %P0, %P1;",
+         "or.pred %P, %P0, !%P1;",
          "xor.pred %P, %P0, %P1;", "not.pred %P, %P0;", "mov.pred %P, %P1;"],
         a, b,
     )  # fmt: skip

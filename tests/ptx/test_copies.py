@@ -86,7 +86,8 @@ def test_unwaited() -> None:
 TILE = """setp.ne.u32 %p1, %tid, 0; @%p1 bra.uni ready; mbarrier.init.shared::cta.b64 [memory+{bar}], 1;
     fence.proxy.async.shared::cta;
 mbarrier.arrive.expect_tx.shared::cta.b64 _, [memory+{bar}], {bytes};
-cp.async.bulk.tensor.{rank}d.shared::cluster.global.mbarrier::complete_tx::bytes [memory], [%d9, {{{corner}}}], [memory+{bar}];
+cp.async.bulk.tensor.{rank}d.shared::cluster.global.mbarrier::complete_tx::bytes
+ [memory], [%d9, {{{corner}}}], [memory+{bar}];
 ready: bar.sync 0; {wait} {read}"""
 WAIT = "again: mbarrier.try_wait.parity.shared::cta.b64 %p2, [memory+{bar}], {parity}; @!%p2 bra.uni again;"
 READ = """mov.u32 %r10, %tid; mul.wide.u32 %d5, %tid, 4; add.u64 %d5, %a, %d5; shl.b32 %r11, %tid, 2;
@@ -168,7 +169,7 @@ def test_waiting() -> None:
 
 
 def test_tiles_after_writes() -> None:
-    """The copy engine writes over what lanes wrote only behind a proxy fence, over what they read behind a barrier."""
+    """Tiles over what lanes wrote come behind a proxy fence, over what they read behind a barrier."""
     source = torch.randn(32, 32)
     out = torch.zeros(1024)
     start = """mov.b64 %d9, m0; cvta.param.u64 %d9, %d9; shl.b32 %r7, %tid, 2; st.shared.b32 [%r7], %tid;
@@ -205,7 +206,7 @@ def test_tiles_after_writes() -> None:
 
 
 def test_written_source() -> None:
-    """A tile of what the launch wrote itself needs a proxy fence, as the engine reads behind the caches of lanes."""
+    """A tile of what the launch wrote itself needs a proxy fence."""
     source = torch.zeros(8, 16)
     for fence, wanted in (("fence.proxy.async;", set()), ("", {"race"})):
         write = f"""mul.wide.u32 %d1, %tid, 4; add.u64 %d1, %b, %d1; st.global.b32 [%d1], 0f3F800000;
@@ -219,7 +220,8 @@ def test_written_source() -> None:
             "read": READ.format(bytes=512),
         }
         out = torch.zeros(128)
-        code = write + "mov.b64 %d9, m0; cvta.param.u64 %d9, %d9;" + TILE.replace("fence.proxy.async.shared::cta;", "").format(**known)
+        unfenced = TILE.replace("fence.proxy.async.shared::cta;", "").format(**known)
+        code = write + "mov.b64 %d9, m0; cvta.param.u64 %d9, %d9;" + unfenced
         found = small.kinds(
             code,
             out,
@@ -241,7 +243,8 @@ def test_wrong_tiles() -> None:
     out = torch.zeros(1)
     code = """mov.b64 %d9, m0; cvta.param.u64 %d9, %d9; setp.ne.u32 %p1, %tid, 0; @%p1 bra.uni over;
         mbarrier.init.shared.b64 [memory+8192], 1;
-    cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [memory+{at}], [%d9, {{{corner}}}], [memory+{bar}]; over:"""
+    cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes
+    [memory+{at}], [%d9, {{{corner}}}], [memory+{bar}]; over:"""
     for at, bar, wanted in (
         (0, 8192, set()),
         (512, 8192, {"misaligned"}),

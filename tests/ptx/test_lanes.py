@@ -94,7 +94,7 @@ def test_meeting() -> None:
 
 
 def test_members() -> None:
-    """The lanes that a collective instruction names are those that execute it, and shuffles read these only."""
+    """The lanes that an instruction names are those that execute it, and shuffles read these only."""
     part = "mov.u32 %r1, 0; setp.ge.u32 %p1, %lane, 16; @%p1 bra over; {} over:"
     assert small.kinds(part.format("shfl.sync.bfly.b32 %r1, %lane, 1, 31, 0xffff;")) == set()
     assert small.kinds(part.format("vote.sync.ballot.b32 %r1, %p1, 0xffff;")) == set()
@@ -122,7 +122,7 @@ def test_block_barriers() -> None:
 
 
 def test_deadlock() -> None:
-    """Barriers that a warp never reaches, waiting without end, and blocks that wait for one that is not resident."""
+    """Barriers that a warp never reaches, loops without end, and waiting for a block that is not resident."""
     assert small.kinds(
         "setp.eq.u32 %p1, %warp, 0; @%p1 bra o; bar.sync 1; bra e; o: bar.sync 2; e:", threads=64
     ) == {"deadlock"}
@@ -134,7 +134,8 @@ def test_deadlock() -> None:
         atom.global.add.u32 %r2, [%d1], 1; mul.wide.u32 %d2, %r1, 4; add.u64 %d2, %a, %d2;
         again: ld.acquire.gpu.global.u32 %r3, [%d2]; setp.eq.u32 %p2, %r3, 0; @%p2 bra again; over:"""
     for other, resident, shuffled, wanted in (
-        (1, 2, False, set()), (2, 2, False, {"deadlock"}), (2, 4, False, set()), (2, 2, True, {"deadlock"}), (2, 4, True, set()),
+        (1, 2, False, set()), (2, 2, False, {"deadlock"}), (2, 4, False, set()),
+        (2, 2, True, {"deadlock"}), (2, 4, True, set()),
     ):  # fmt: skip
         found = set()
         for seed in range(4):

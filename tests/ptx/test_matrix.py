@@ -76,7 +76,8 @@ def test_mma(kind: str, k: int) -> None:
     counts = [f.shape[1] for f in fragments]
     out = torch.zeros(32, 4)
     body = loads("b", "%r1{}", counts[0]) + loads("c", "%r2{}", counts[1]) + loads("e", "%r3{}", 4)
-    body += f"""mma.sync.aligned.m16n8k{k}.row.col.f32.{kind}.{kind}.f32 {listed("%r4{}", 4)}, {listed("%r1{}", counts[0])},
+    body += f"""mma.sync.aligned.m16n8k{k}.row.col.f32.{kind}.{kind}.f32 {listed("%r4{}", 4)},
+    {listed("%r1{}", counts[0])},
     {listed("%r2{}", counts[1])}, {listed("%r3{}", 4)};""" + stored("a", "%r4{}", 4)
     assert not small.run(body, out, *fragments).findings
     assert torch.equal(out, fragment_c((c.double() + a.double() @ b.double()).float()))
@@ -86,7 +87,8 @@ def test_tf32_operands() -> None:
     """The low bits of a tf32 operand are ignored."""
     a, b = torch.randn(16, 8), torch.randn(8, 8)
     body = loads("b", "%r1{}", 4) + loads("c", "%r2{}", 2)
-    body += "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r40, %r41, %r42, %r43}, {%r10, %r11, %r12, %r13}, {%r20, %r21}, {0, 0, 0, 0};"
+    body += """mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r40, %r41, %r42, %r43},
+    {%r10, %r11, %r12, %r13}, {%r20, %r21}, {0, 0, 0, 0};"""
     out = torch.zeros(32, 4)
     assert not small.run(
         body + stored("a", "%r4{}", 4), out, words(fragment_a(a)), words(fragment_b(b))
@@ -108,7 +110,7 @@ FILL = """mul.wide.u32 %d1, %lane, 16; add.u64 %d1, %b, %d1; ld.global.v4.b32 {%
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("trans", ["", ".trans"])
 def test_matrices(count: int, trans: str) -> None:
-    """ldmatrix takes rows from the lanes of each matrix, stmatrix is its inverse, and lanes have to meet before."""
+    """ldmatrix takes rows from the lanes of each matrix, stmatrix is its inverse, and lanes meet before."""
     rows = np.random.default_rng(0).integers(0, 1 << 16, (32, 8), dtype=np.uint16)
     source, out = torch.from_numpy(rows.view(np.int32).copy()), torch.zeros(32, count, dtype=torch.int32)
     registers = listed("%r2{}", count)
@@ -158,8 +160,8 @@ def descriptor(start: int, leading: int, stride: int, swizzle: int) -> int:
 
 
 def image(x: torch.Tensor, swizzle: int, across: bool) -> tuple[np.ndarray, int, int]:
-    """A [rows, k] operand as bytes of shared memory, with its leading and stride offsets: along k contiguous, or
-    along its rows."""
+    """A [rows, k] operand as bytes of shared memory, with its leading and stride offsets: contiguous along
+    k, or along its rows."""
     rows, k = x.shape
     size = x.element_size()
     raw = x.contiguous().view(torch.uint8).numpy().reshape(rows, k, size)
@@ -200,8 +202,10 @@ FENCE, BEFORE, WAIT = (
 
 
 def group(
-    kind: str = "bf16", n: int = 16, steps: int = 1, swizzle: tuple[int, int] = (128, 128), across: tuple[bool, bool] = (False, False),
-    registers: bool = False, scale: int = 1, signs: tuple[int, int] = (1, 1), threads: int = 128, check: bool = True, **change: str,
+    kind: str = "bf16", n: int = 16, steps: int = 1, swizzle: tuple[int, int] = (128, 128),
+    across: tuple[bool, bool] = (False, False),
+    registers: bool = False, scale: int = 1, signs: tuple[int, int] = (1, 1),
+    threads: int = 128, check: bool = True, **change: str,
 ) -> set[str]:  # fmt: skip
     """The findings of a 64 x n product of a warp group; the sum is compared unless something was found."""
     k = 32 // DTYPES[kind].itemsize
@@ -230,7 +234,8 @@ def group(
             product += f"mov.b64 %d20, {first}; "
             first = "%d20"
         tail = "".join(f", {t}" for t in trans)
-        product += f"mov.b64 %d21, {second}; wgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{kind}.{kind} {sums}, {first}, %d21, %p2, {signs[0]}, {signs[1]}{tail};\n"
+        product += f"""mov.b64 %d21, {second}; wgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{kind}.{kind}
+        {sums}, {first}, %d21, %p2, {signs[0]}, {signs[1]}{tail};\n"""
     store = f"mul.wide.u32 %d1, %tid, {2 * n}; add.u64 %d1, %a, %d1;" + "".join(
         f"st.global.b32 [%d1+{4 * i}], {r};" for i, r in enumerate(names)
     )
@@ -327,7 +332,8 @@ def test_tile_to_product() -> None:
     a, b = numbers("bf16", 64, 64), numbers("bf16", 64, 64)
     out = torch.zeros(128, 32)
     names = [f"%r{100 + i}" for i in range(32)]
-    tile = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [memory+{0}], [%d{1}, {{0, 0}}], [memory+16384];"
+    tile = """cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes
+    [memory+{0}], [%d{1}, {{0, 0}}], [memory+16384];"""
     body = (
         """setp.ne.u32 %p1, %tid, 0; @%p1 bra.uni ready; mbarrier.init.shared.b64 [memory+16384], 1;
             fence.proxy.async.shared::cta;
@@ -342,7 +348,8 @@ def test_tile_to_product() -> None:
     for step in range(4):
         body += f"""mov.b64 %d20, {descriptor(32 * step, 16, 1024, 128)};
             mov.b64 %d21, {descriptor(8192 + 32 * step, 16, 1024, 128)};
-        wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 <{", ".join(names)}>, %d20, %d21, %p{2 if step == 0 else 3}, 1, 1, 0, 0;"""
+        wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 <{", ".join(names)}>,
+        %d20, %d21, %p{2 if step == 0 else 3}, 1, 1, 0, 0;"""
     body += """wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; mul.wide.u32 %d1, %tid, 128;
         add.u64 %d1, %a, %d1;"""
     body += "".join(f"st.global.b32 [%d1+{4 * i}], {r};" for i, r in enumerate(names))

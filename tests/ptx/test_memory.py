@@ -148,7 +148,7 @@ def test_alignment() -> None:
 
 
 def test_never_written() -> None:
-    """What was never written may be computed with, but neither stored nor used as an address or a condition."""
+    """What was never written may be computed with, but is no value to store, no address and no condition."""
     data, out = torch.zeros(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
     at = "mul.wide.u32 %d1, %tid, 4; add.u64 %d1, %b, %d1;"
     for line in (
@@ -215,7 +215,8 @@ def wavefronts(addresses: list[int], size: int) -> int:
 def test_wavefronts() -> None:
     """Bank conflicts of strides and of wide accesses; one word for all lanes is one pass."""
     for stride, size, wanted in (
-        (4, 4, 1), (8, 4, 2), (128, 4, 32), (132, 4, 1), (0, 4, 1), (64, 4, 16), (8, 8, 2), (16, 16, 4), (144, 16, 4), (128, 16, 32),
+        (4, 4, 1), (8, 4, 2), (128, 4, 32), (132, 4, 1), (0, 4, 1), (64, 4, 16), (8, 8, 2),
+        (16, 16, 4), (144, 16, 4), (128, 16, 32),
         (0, 16, 4), (256, 8, 32), (2, 2, 1),
     ):  # fmt: skip
         suffix, registers = {

@@ -28,30 +28,55 @@ def message(write: str, read: str, after: str = "") -> set[str]:
 @pytest.mark.parametrize(
     ("write", "read", "after", "right"),
     [
-        ("st.release.gpu.global.b32 [%a+4], 1;", "ld.acquire.gpu.global.b32 %r2, [%a+4];", "", True),
-        ("st.relaxed.gpu.global.b32 [%a+4], 1;", "ld.acquire.gpu.global.b32 %r2, [%a+4];", "", False),
-        ("st.release.gpu.global.b32 [%a+4], 1;", "ld.relaxed.gpu.global.b32 %r2, [%a+4];", "", False),
-        ("st.release.cta.global.b32 [%a+4], 1;", "ld.acquire.gpu.global.b32 %r2, [%a+4];", "", False),
-        ("st.release.gpu.global.b32 [%a+4], 1;", "ld.acquire.cta.global.b32 %r2, [%a+4];", "", False),
-        ("atom.acq_rel.gpu.global.add.u32 %r3, [%a+4], 1;", "atom.acq_rel.gpu.global.add.u32 %r2, [%a+4], 0;", "", True),
-        ("atom.relaxed.gpu.global.add.u32 %r3, [%a+4], 1;", "atom.relaxed.gpu.global.add.u32 %r2, [%a+4], 0;", "", False),
-        ("red.release.gpu.global.add.u32 [%a+4], 1;", "atom.acquire.gpu.global.or.b32 %r2, [%a+4], 0;", "", True),
-        ("""fence.acq_rel.gpu;
-            red.relaxed.gpu.global.add.u32 [%a+4], 1;""", "ld.relaxed.gpu.global.b32 %r2, [%a+4];", "fence.acq_rel.gpu;", True),
-        ("""membar.gl;
-            st.volatile.global.b32 [%a+4], 1;""", "ld.volatile.global.b32 %r2, [%a+4];", "membar.gl;", True),
-        ("red.relaxed.gpu.global.add.u32 [%a+4], 1;", "ld.relaxed.gpu.global.b32 %r2, [%a+4];", "fence.acq_rel.gpu;", False),
-        ("""fence.acq_rel.gpu;
-            red.relaxed.gpu.global.add.u32 [%a+4], 1;""", "ld.relaxed.gpu.global.b32 %r2, [%a+4];", "", False),
-        ("""fence.acq_rel.cta;
-            red.relaxed.gpu.global.add.u32 [%a+4], 1;""", "ld.relaxed.gpu.global.b32 %r2, [%a+4];", "fence.acq_rel.gpu;", False),
-        ("""fence.acq_rel.gpu;
-            red.relaxed.gpu.global.add.u32 [%a+4], 1;""", "ld.relaxed.gpu.global.b32 %r2, [%a+4];", "fence.acq_rel.cta;", False),
+        ("st.release.gpu.b32 [%a+4], 1;", "ld.acquire.gpu.b32 %r2, [%a+4];", "", True),
+        ("st.relaxed.gpu.b32 [%a+4], 1;", "ld.acquire.gpu.b32 %r2, [%a+4];", "", False),
+        ("st.release.gpu.b32 [%a+4], 1;", "ld.relaxed.gpu.b32 %r2, [%a+4];", "", False),
+        ("st.release.cta.b32 [%a+4], 1;", "ld.acquire.gpu.b32 %r2, [%a+4];", "", False),
+        ("st.release.gpu.b32 [%a+4], 1;", "ld.acquire.cta.b32 %r2, [%a+4];", "", False),
+        ("atom.acq_rel.gpu.add.u32 %r3, [%a+4], 1;", "atom.acq_rel.gpu.add.u32 %r2, [%a+4], 0;", "", True),
+        ("atom.relaxed.gpu.add.u32 %r3, [%a+4], 1;", "atom.relaxed.gpu.add.u32 %r2, [%a+4], 0;", "", False),
+        ("red.release.gpu.add.u32 [%a+4], 1;", "atom.acquire.gpu.or.b32 %r2, [%a+4], 0;", "", True),
+        (
+            "fence.acq_rel.gpu; red.relaxed.gpu.add.u32 [%a+4], 1;",
+            "ld.relaxed.gpu.b32 %r2, [%a+4];",
+            "fence.acq_rel.gpu;",
+            True,
+        ),
+        (
+            "membar.gl; st.volatile.global.b32 [%a+4], 1;",
+            "ld.volatile.global.b32 %r2, [%a+4];",
+            "membar.gl;",
+            True,
+        ),
+        (
+            "red.relaxed.gpu.add.u32 [%a+4], 1;",
+            "ld.relaxed.gpu.b32 %r2, [%a+4];",
+            "fence.acq_rel.gpu;",
+            False,
+        ),
+        (
+            "fence.acq_rel.gpu; red.relaxed.gpu.add.u32 [%a+4], 1;",
+            "ld.relaxed.gpu.b32 %r2, [%a+4];",
+            "",
+            False,
+        ),
+        (
+            "fence.acq_rel.cta; red.relaxed.gpu.add.u32 [%a+4], 1;",
+            "ld.relaxed.gpu.b32 %r2, [%a+4];",
+            "fence.acq_rel.gpu;",
+            False,
+        ),
+        (
+            "fence.acq_rel.gpu; red.relaxed.gpu.add.u32 [%a+4], 1;",
+            "ld.relaxed.gpu.b32 %r2, [%a+4];",
+            "fence.acq_rel.cta;",
+            False,
+        ),
         ("st.global.b32 [%a+4], 1;", "ld.global.b32 %r2, [%a+4];", "", False),
     ],
-)  # fmt: skip
+)
 def test_between_blocks(write: str, read: str, after: str, right: bool) -> None:
-    """A number passes from block to block by a release and an acquire for the whole GPU, and not otherwise."""
+    """A number passes between blocks by a release and an acquire for the whole GPU, and not otherwise."""
     assert message(write, read, after) == (set() if right else {"race"})
 
 

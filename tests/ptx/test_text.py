@@ -40,7 +40,8 @@ def test_kernels() -> None:
     first, second = text.kernels(KERNEL)
     assert (first.name, first.threads, second.name, second.threads) == ("first", 128, "second", 64)
     assert [(p.name, p.type, p.offset, p.size) for p in first.parameters] == [
-        ("first_param_0", "u64", 0, 8), ("first_param_1", "u32", 8, 4), ("first_param_2", "b8", 64, 128), ("first_param_3", "f32", 192, 4),
+        ("first_param_0", "u64", 0, 8), ("first_param_1", "u32", 8, 4),
+        ("first_param_2", "b8", 64, 128), ("first_param_3", "f32", 192, 4),
     ]  # fmt: skip
     assert first.parameter_bytes == 196 and second.parameter_bytes == 0
     load, move, add, back, shared, octal, jump, _ = first.instructions
@@ -58,12 +59,13 @@ def test_kernels() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["mov.u32 %r1, %nothing;", "mov.f32 %r1, 1.5;", "mov.u32 %r1, %clock;", "bra nowhere;", ".local .align 4 .b8 depot[16];", "ld.global.b32 %r1, [%a+%r2];",
+    ["mov.u32 %r1, %nothing;", "mov.f32 %r1, 1.5;", "mov.u32 %r1, %clock;", "bra nowhere;",
+     ".local .align 4 .b8 depot[16];", "ld.global.b32 %r1, [%a+%r2];",
      ".shared .align 4 .b8 mine[64]; mov.u32 %r1, memory;"],
 )  # fmt: skip
 def test_unknown_text(line: str) -> None:
     """What the reader does not know, it names."""
-    with pytest.raises(text.SyntaxProblem, match="small|mine|memory"):
+    with pytest.raises(text.SyntaxProblem, match=r"small|mine|memory"):
         small.kernel(line, 1)
 
 
@@ -146,11 +148,11 @@ tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 512
 mapa.shared::cluster.u32 %r1, %r2, 0
 isspacep.shared %p1, %d1
 cvta.local.u64 %d1, %d1
-trap"""
+trap"""  # noqa: E501
 
 
 def test_refusals() -> None:
-    """An instruction with a word that the machine does not know is refused by name, never taken for another."""
+    """An instruction with a word that the machine does not know is refused by name."""
     for line in REFUSED.split("\n"):
         with pytest.raises(NotImplementedError) as refused:
             machine._program(small.kernel(line + ";"))

@@ -1,4 +1,4 @@
-"""Small programs: a kernel around a few lines of PTX, and numbers as the bit patterns that its registers hold."""
+"""Small programs: a kernel around a few lines of PTX, and numbers as the bit patterns of its registers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ mov.u32 %tid, %tid.x; mov.u32 %cta, %ctaid.x; mov.u32 %lane, %laneid; shr.u32 %w
 
 
 def kernel(body: str, parameters: int = 0, maps: int = 0) -> text.Kernel:
-    """A kernel of `body`. Pointers come as %a, %b, ... and tensor maps as parameters m0, m1, ..., shared memory
-    as `memory`."""
+    """A kernel of `body`. Pointers come as %a, %b, ..., tensor maps as parameters m0, m1, ..., shared
+    memory as `memory`."""
     names = "abcefg"[:parameters]
     listed = [f".param .u64 .ptr .global .align 4 p_{name}" for name in names]
     listed += [f".param .align 64 .b8 m{n}[128]" for n in range(maps)]
@@ -70,8 +70,8 @@ def kinds(body: str, *arguments: Any, seeds: Sequence[int] = (0, 1, 2), **option
 
 
 def evaluate(lines: Sequence[str], *inputs: Sequence[int]) -> list[list[int]]:
-    """What each line leaves in its result for every element of `inputs`, which are patterns of 64 bits. A line
-    names input n as %Xn (64 bits), %Wn (32), %Hn (16) or %Pn (predicate), and its result %X, %W, %H or %P."""
+    """What each line leaves in its result for every element of `inputs`, patterns of 64 bits. A line names
+    input n as %Xn (64 bits), %Wn (32), %Hn (16) or %Pn (predicate), and its result %X, %W, %H or %P."""
     count = len(inputs[0])
     padded = -(-count // 32) * 32
     given = [torch.from_numpy(np.resize(np.array(i, dtype=np.uint64), padded).view(np.int64)) for i in inputs]
@@ -167,4 +167,4 @@ def patterns(kind: str, count: int, seed: int = 0) -> list[int]:
     values = [int(v) & 2 * top - 1 for v in draw.integers(0, 1 << 63, count * 2, dtype=np.uint64) * 2 + 1]
     near = [(v & 0xFF) if n % 3 else v for n, v in enumerate(values)] if kind not in BITS else values
     chosen = [special[int(draw.integers(len(special)))] if n % 2 else v for n, v in enumerate(near)]
-    return [c for c in special + chosen][:count] if seed == 0 else chosen[:count]
+    return (special + chosen)[:count] if seed == 0 else chosen[:count]

@@ -1,4 +1,4 @@
-"""PTX as text, taken apart into kernels: parameters, registers, instructions with operands, branch targets."""
+"""PTX as text, taken apart into kernels: parameters, registers, instructions with operands, targets."""
 
 from __future__ import annotations
 
