@@ -1,4 +1,4 @@
-"""Executes kernels on the CPU as PTX: memory that they may touch, launches, and a report of what was wrong and what it cost.
+"""Executes kernels on the CPU as PTX: memory that they may touch, launches, and what was wrong and what it cost.
 
 The machine itself is C++ (machine/), compiled once per state of its sources into build/ptx.
 """

@@ -155,7 +155,7 @@ def same(kind: str) -> Callable[[int, float], bool]:
 def patterns(kind: str, count: int, seed: int = 0) -> list[int]:
     """Random patterns, with zeros, infinities, NaN, subnormal and extreme numbers and integers among them."""
     bits = BITS.get(kind) or int(kind[1:])
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng([seed, torch.initial_seed() % (1 << 32)])
     top = 1 << bits - 1
     special = [0, 1, 2, top - 1, top, top + 1, 2 * top - 1, 2 * top - 2, 7, bits, bits - 1, bits + 1]
     if kind in BITS:
