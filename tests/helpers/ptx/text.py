@@ -1,4 +1,4 @@
-"""PTX as text, taken apart into kernels: parameters, registers, instructions with operands, branch targets."""
+"""PTX as text, taken apart into kernels: parameters, registers, instructions with operands, targets."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class _Reader:
         threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", match.group(3) or "")
         self.threads = int(threads.group(1)) if threads else 0
         self.body, self.line = text[match.end() :], text.count("\n", 0, match.end()) + 1
-        self.shared, self.static = dict(shared), 0
+        self.dynamic, self.shared, self.static = shared, dict[str, int](), 0
         self.scopes: list[dict[str, object]] = [{}]
         self.registers: dict[str, int] = {}
         self.ranges: list[tuple[str, int, int]] = []
@@ -254,8 +254,10 @@ class _Reader:
         return IMMEDIATE, negated, -1, self._value(name), ()
 
     def _value(self, text: str) -> int:
-        if text in self.shared:
-            return self.shared[text]
+        if text in self.dynamic and self.static:
+            raise SyntaxProblem(f"{self.name}: {text} behind static shared memory")
+        if text in self.dynamic or text in self.shared:
+            return {**self.dynamic, **self.shared}[text]
         for parameter in self.parameters:
             if parameter.name == text:
                 return parameter.offset

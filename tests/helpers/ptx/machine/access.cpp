@@ -1,6 +1,8 @@
 // Memory: bounds, alignment, what was never written, and the order of accesses.
+#include <algorithm>
 #include <cstdio>
 #include <sstream>
+#include <utility>
 
 #include "machine.h"
 #include "numbers.h"
@@ -9,15 +11,25 @@ namespace ptx {
 
 void Machine::add(uint64_t address, uint64_t size, const std::string& name, bool initialised) {
   auto region = std::make_unique<Region>();
-  region->name = name;
-  region->base = address;
-  region->size = size;
-  region->data = reinterpret_cast<uint8_t*>(address);
-  region->cells.resize((size + 1) / 2 + 1);
-  region->touched.resize(size / kSector + 2);
-  if (initialised)
-    for (auto& cell : region->cells) cell.initialised = true;
-  regions_[address + size] = std::move(region);
+  uint64_t base = address, end = address + size;
+  // Overlapping tensors, such as views of one, are one region: accesses through one meet those through another.
+  std::vector<std::unique_ptr<Region>> parts;
+  for (auto next = regions_.upper_bound(address); next != regions_.end() && next->second->base < end;) {
+    base = std::min(base, next->second->base);
+    end = std::max(end, next->first);
+    parts.push_back(std::move(next->second));
+    next = regions_.erase(next);
+  }
+  region->name = parts.empty() ? name : parts[0]->name;
+  region->base = base;
+  region->size = end - base;
+  region->data = reinterpret_cast<uint8_t*>(base);
+  region->cells.resize((region->size + 1) / 2 + 1);
+  region->touched.resize(region->size / kSector + 2);
+  for (uint64_t c = (address - base) / 2; c < (address - base + size + 1) / 2; ++c) region->cells[c].initialised = initialised;
+  for (const auto& part : parts)  // what was known already stays as it is
+    for (uint64_t c = 0; 2 * c < part->size; ++c) region->cells[(part->base - base) / 2 + c].initialised = part->cells[c].initialised;
+  regions_[end] = std::move(region);
   last_ = nullptr;
 }
 
@@ -44,14 +56,15 @@ uint64_t Machine::address(Warp& w, const Operand& o, int lane) {
 }
 
 // Finds the region of an access, reports and returns false if there is none or it is misaligned.
-bool Machine::resolve(Warp& w, Space& space, uint64_t& address, uint64_t bytes, int lane, Region*& region, const char* what) {
+bool Machine::resolve(Warp& w, Space& space, uint64_t& address, uint64_t bytes, int lane, Region*& region, const char* what,
+                      uint64_t alignment) {
   if (space == Space::generic) {
     space = address >= kParamWindow ? Space::param : address >= kSharedWindow ? Space::shared : Space::global;
     if (space == Space::shared) address -= kSharedWindow;
     if (space == Space::param) address -= kParamWindow;
   }
   char text[160];
-  if (address % bytes) {
+  if (address % (alignment ? alignment : bytes)) {
     std::snprintf(text, sizeof text, "%s of %d bytes at %#llx", what, int(bytes), static_cast<unsigned long long>(address));
     note("misaligned", where(w, lane) + text);
     return false;
@@ -77,10 +90,14 @@ bool Machine::resolve(Warp& w, Space& space, uint64_t& address, uint64_t bytes, 
 
 // Whether `before` is visible to `now`, an access of warp `w` or of what it started. `data`: `before` was a write.
 bool Machine::ordered(const Access& before, const Access& now, const Warp& w, bool data) const {
-  if (before.agent == kNobody || (before.strong && now.strong)) return true;
+  if (before.agent == kNobody) return true;
+  const Strength strength = std::min(before.strong, now.strong);
+  if (strength == Strength::everywhere || (strength == Strength::in_block && before.agent / warps_per_block_ == w.block->index))
+    return true;
   if (before.clock == kPending) return false;
   bool through_proxy = data && now.async && !before.async;
-  if (before.agent == w.agent && !through_proxy) return before.clock < w.synced || (before.lane == now.lane && now.lane != kManyLanes);
+  if (before.agent == w.agent && !through_proxy && (before.clock < w.synced || (before.lane == now.lane && now.lane != kManyLanes)))
+    return true;
   const auto covers = [&](const View& view) {
     return (through_proxy ? view.proxied : view.seen).covers(before.agent, before.clock, before.lane);
   };
@@ -106,22 +123,31 @@ void Machine::conflict(const char* what, const Access& before, const Access& now
   note(before.clock == kPending ? "too early" : "race", text.str());
 }
 
+// Notes a read by an agent of which an earlier read is known. That one still counts unless the new one follows it.
+void Machine::reads_again(Access& known, const Access& now, const Warp& w) const {
+  if (known.clock == kPending) return;
+  if (now.clock == kPending || known.lane == now.lane || ordered(known, now, w, false)) {
+    known = now;
+    return;
+  }
+  known.clock = std::max(known.clock, now.clock);
+  known.lane = kManyLanes;
+  known.strong = std::min(known.strong, now.strong);
+}
+
 // Returns whether all of it was written.
 bool Machine::check_read(Warp& w, Region& r, uint64_t address, uint64_t bytes, const Access& now) {
-  bool initialised = true;
+  bool initialised = true, told = false;
   uint64_t first = (address - r.base) / 2, last = (address - r.base + bytes - 1) / 2;
   for (uint64_t c = first; c <= last; ++c) {
     Cell& cell = r.cells[c];
     initialised = initialised && cell.initialised;
-    if (!ordered(cell.writer, now, w, true)) {
+    if (!told && !ordered(cell.writer, now, w, true)) {
       conflict("read", cell.writer, now, r, address);
-      break;
+      told = true;
     }
     if (cell.reader.agent == now.agent) {
-      if (cell.reader.clock == now.clock && cell.reader.lane != now.lane)
-        cell.reader.lane = kManyLanes;
-      else
-        cell.reader = now;
+      reads_again(cell.reader, now, w);
     } else if (cell.reader.agent == kNobody || (cell.more < 0 && ordered(cell.reader, now, w, false))) {
       cell.reader = now;
     } else {
@@ -138,10 +164,8 @@ bool Machine::check_read(Warp& w, Region& r, uint64_t address, uint64_t bytes, c
       auto same = std::find_if(others.begin(), others.end(), [&](const Access& a) { return a.agent == now.agent; });
       if (same == others.end())
         others.push_back(now);
-      else if (same->clock == now.clock && same->lane != now.lane)
-        same->lane = kManyLanes;
       else
-        *same = now;
+        reads_again(*same, now, w);
     }
   }
   return initialised;
@@ -150,19 +174,20 @@ bool Machine::check_read(Warp& w, Region& r, uint64_t address, uint64_t bytes, c
 // `value` is what will be written, null if that is not known yet. Writing what is there already hurts nobody.
 void Machine::check_write(Warp& w, Region& r, uint64_t address, uint64_t bytes, const Access& now, const uint8_t* value, bool idempotent,
                           bool defined) {
+  bool told = false;
   bool same = idempotent && value && std::memcmp(r.data + (address - r.base), value, bytes) == 0;
   uint64_t first = (address - r.base) / 2, last = (address - r.base + bytes - 1) / 2;
   for (uint64_t c = first; c <= last; ++c) {
     Cell& cell = r.cells[c];
     const Access* bad = nullptr;
-    if (!ordered(cell.writer, now, w, true)) bad = &cell.writer;
-    if (!bad && !ordered(cell.reader, now, w, false)) bad = &cell.reader;
-    if (!bad && cell.more >= 0)
+    if (!told && !ordered(cell.writer, now, w, true)) bad = &cell.writer;
+    if (!told && !bad && !ordered(cell.reader, now, w, false)) bad = &cell.reader;
+    if (!told && !bad && cell.more >= 0)
       for (const auto& other : r.pool[cell.more])
         if (!ordered(other, now, w, false)) bad = &other;
     if (bad && !(same && cell.initialised && bad->clock != kPending)) {
       conflict(bad == &cell.writer ? "write" : "write after a read", *bad, now, r, address);
-      break;
+      told = true;
     }
     if (cell.more >= 0) r.spare.push_back(cell.more);
     cell.more = -1;
@@ -201,38 +226,40 @@ void Machine::synchronise(Warp& w) {
 void Machine::pass_on(Warp& w, uint64_t address, Order order, Scope scope, int lane, bool writes, bool reads, bool replaces) {
   auto& place = synchronised_[address];
   const uint32_t me = w.block->index;
+  const bool far = scope == Scope::gpu;
   if (reads) {
-    View got = place.everywhere;
-    if (auto found = place.in_block.find(me); found != place.in_block.end()) got.join(found->second);
-    bool takes = order == Order::acquire || order == Order::acq_rel;
-    if (takes && scope == Scope::cta && place.in_block.find(me) == place.in_block.end()) takes = false;
-    if (takes)
-      acquire(w, 1u << lane, got);
-    else
-      w.before_fence[lane].join(got);
+    Scoped got;
+    if (auto found = place.in_block.find(me); found != place.in_block.end()) got.in_block = found->second;
+    if (far) got.everywhere = place.everywhere;
+    if (order == Order::acquire || order == Order::acq_rel) {
+      acquire(w, 1u << lane, got.in_block);
+      acquire(w, 1u << lane, got.everywhere);
+    } else {
+      w.before_fence[lane].in_block.join(got.in_block);
+      w.before_fence[lane].everywhere.join(got.everywhere);
+    }
   }
   if (writes) {
     if (replaces) place = Synchronised{};
-    View given;
-    if (order == Order::release || order == Order::acq_rel)
-      given = published(w, lane, 1u << lane);
-    else if (!w.fenced_view[lane].empty())
-      given = w.fenced_view[lane];
-    if (!given.empty()) {
-      place.in_block[me].join(given);
-      if (scope == Scope::gpu) place.everywhere.join(given);
+    Scoped given = w.fences[lane];
+    if (order == Order::release || order == Order::acq_rel) given.in_block = given.everywhere = published(w, lane, 1u << lane);
+    if (!given.in_block.empty()) {
+      place.in_block[me].join(given.in_block);
+      if (far) place.everywhere.join(given.everywhere);
       ++w.clock;  // later writes of this lane are not part of it
     }
   }
 }
 
 void Machine::fence(Warp& w, const Instruction& i, uint32_t mask) {
+  const bool far = i.scope == Scope::gpu;
   for_lanes(mask, [&](int lane) {
-    if (!w.before_fence[lane].empty()) {
-      acquire(w, 1u << lane, w.before_fence[lane]);
-      w.before_fence[lane] = View{};
-    }
-    if (i.scope == Scope::gpu) w.fenced_view[lane] = published(w, lane, 1u << lane);
+    acquire(w, 1u << lane, std::exchange(w.before_fence[lane].in_block, View{}));
+    if (far) acquire(w, 1u << lane, std::exchange(w.before_fence[lane].everywhere, View{}));
+  });
+  for_lanes(mask, [&](int lane) {
+    w.fences[lane].in_block = published(w, lane, 1u << lane);
+    if (far) w.fences[lane].everywhere = w.fences[lane].in_block;
   });
   ++w.clock;
 }
@@ -289,6 +316,20 @@ void Machine::count_global(const std::array<uint64_t, kLanes>& at, uint32_t mask
 
 // ---- loads and stores
 
+namespace {
+
+Strength strength(const Instruction& i) {
+  return i.order == Order::weak ? Strength::weak : i.scope == Scope::cta ? Strength::in_block : Strength::everywhere;
+}
+
+// Units of global memory add without subnormal numbers.
+uint64_t added_in_memory(uint64_t a, uint64_t b) {
+  const auto flushed = [](float value) { return std::fpclassify(value) == FP_SUBNORMAL ? std::copysign(0.0f, value) : value; };
+  return bits_of(flushed(flushed(as_float(a)) + flushed(as_float(b))));
+}
+
+}  // namespace
+
 void Machine::load(Warp& w, const Instruction& i, uint32_t mask) {
   const int size = bits_of(i.type) / 8, total = size * i.vector;
   std::array<uint64_t, kLanes> shared_at{}, global_at{};
@@ -309,8 +350,10 @@ void Machine::load(Warp& w, const Instruction& i, uint32_t mask) {
       }
       data = launch_->parameters.data() + at;
     } else if (resolve(w, space, at, total, lane, region, "load")) {
-      Access now{w.agent, w.clock, static_cast<uint8_t>(lane), i.order != Order::weak, false};
+      Access now{w.agent, w.clock, static_cast<uint8_t>(lane), strength(i), false};
       if (!check_read(w, *region, at, total, now)) undefined_ = true;
+      if (i.constant && region->cells[(at - region->base) / 2].writer.agent != kNobody)
+        note("race", where(w, lane) + "ld.nc of memory that this launch writes");
       data = region->data + (at - region->base);
       if (space == Space::shared)
         shared_at[lane] = at, in_shared |= 1u << lane;
@@ -347,7 +390,7 @@ void Machine::store(Warp& w, const Instruction& i, uint32_t mask) {
       uint64_t bits = operand(w, from.kind == Kind::vector ? from.parts.at(v) : from, lane, 8 * size);
       std::memcpy(data.data() + v * size, &bits, size);
     }
-    Access now{w.agent, w.clock, static_cast<uint8_t>(lane), i.order != Order::weak, false};
+    Access now{w.agent, w.clock, static_cast<uint8_t>(lane), strength(i), false};
     const bool undefined = undefined_;
     if (space != Space::shared || i.order != Order::weak) must_be_defined(w, lane, "value that is stored");
     check_write(w, *region, at, total, now, data.data(), true, !undefined);
@@ -365,8 +408,7 @@ void Machine::store(Warp& w, const Instruction& i, uint32_t mask) {
 
 void Machine::atomic(Warp& w, const Instruction& i, uint32_t mask) {
   const int bits = bits_of(i.type), size = bits / 8;
-  const bool result = i.text.find("red") != 0 && i.operands.size() > 2;  // red has no destination
-  const size_t first = result ? 1 : 0;
+  const size_t first = i.result ? 1 : 0;
   std::array<uint64_t, kLanes> at_lane{};
   uint32_t in_global = 0;
   each(mask, [&](int lane) {
@@ -374,19 +416,24 @@ void Machine::atomic(Warp& w, const Instruction& i, uint32_t mask) {
     uint64_t at = address(w, i.operands.at(first), lane);
     Region* region = nullptr;
     if (!resolve(w, space, at, size, lane, region, "atomic")) return;
-    Access now{w.agent, w.clock, static_cast<uint8_t>(lane), true, false};
+    Access now{w.agent, w.clock, static_cast<uint8_t>(lane), strength(i), false};
     uint64_t old = 0;
     std::memcpy(&old, region->data + (at - region->base), size);
     uint64_t b = operand(w, i.operands.at(first + 1), lane, bits), next = 0;
+    bool writes = true;
     if (i.modifier == "add" && i.type == Type::f32)
-      next = bits_of(as_float(old) + as_float(b));
+      next = space == Space::shared ? bits_of(as_float(old) + as_float(b)) : added_in_memory(old, b);
+    else if (i.modifier == "add" && i.type == Type::f64)
+      next = bits_of(as_double(old) + as_double(b));
     else if (i.modifier == "add")
       next = low_bits(old + b, bits);
     else if (i.modifier == "exch")
       next = b;
-    else if (i.modifier == "cas")
-      next = old == b ? operand(w, i.operands.at(first + 2), lane, bits) : old;
-    else if (i.modifier == "or")
+    else if (i.modifier == "cas") {
+      writes = old == b;
+      next = operand(w, i.operands.at(first + 2), lane, bits);
+      if (!writes) next = old;
+    } else if (i.modifier == "or")
       next = old | b;
     else if (i.modifier == "and")
       next = old & b;
@@ -403,8 +450,8 @@ void Machine::atomic(Warp& w, const Instruction& i, uint32_t mask) {
     if (next != old) check_write(w, *region, at, size, now, reinterpret_cast<uint8_t*>(&next), false);
     std::memcpy(region->data + (at - region->base), &next, size);
     uint64_t key = at + (space == Space::shared ? kSharedWindow * (w.block->index + 4) : 0);
-    pass_on(w, key, i.order, i.scope, lane, true, true, false);
-    if (result) set(w, i.operands[0], lane, old);
+    pass_on(w, key, i.order, i.scope, lane, writes, true, false);
+    if (i.result) set(w, i.operands[0], lane, old);
     if (space != Space::shared) at_lane[lane] = at, in_global |= 1u << lane;
   });
   if (in_global) count_global(at_lane, in_global, size);

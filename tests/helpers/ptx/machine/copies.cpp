@@ -11,10 +11,17 @@ namespace ptx {
 
 void Machine::copy(Warp& w, const Instruction& i, uint32_t mask) {
   const int size = static_cast<int>(i.operands.at(2).value);
+  if (size != 4 && size != 8 && size != 16) throw Unsupported(i.text);
   std::array<uint64_t, kLanes> to_lane{}, from_lane{};
   uint32_t written = 0, read = 0;
   each(mask, [&](int lane) {
-    uint64_t bytes = i.operands.size() > 3 ? operand(w, i.operands[3], lane, 32) : size;
+    uint64_t bytes = size;
+    if (i.operands.size() > 3) {
+      const Operand& last = i.operands[3];
+      const bool ignored = last.kind == Kind::reg && program_->widths[last.reg] == 1;  // a predicate: whether to write zeros
+      bytes = !ignored ? operand(w, last, lane, 32) : predicate(w, last, lane) ? 0 : size;
+      must_be_defined(w, lane, "size of a copy");
+    }
     if (bytes > static_cast<uint64_t>(size)) {
       note("out of bounds", where(w, lane) + "cp.async of " + std::to_string(bytes) + " of " + std::to_string(size) + " bytes");
       return;
@@ -25,13 +32,13 @@ void Machine::copy(Warp& w, const Instruction& i, uint32_t mask) {
     if (!resolve(w, shared, to, size, lane, target, "cp.async")) return;
     CopyGroup::Copy pending{to, size, lane, {}};
     if (bytes) {
-      if (!resolve(w, global, from, bytes == static_cast<uint64_t>(size) ? size : 1, lane, source, "cp.async")) return;
-      undefined_ = !check_read(w, *source, from, bytes, Access{w.agent, w.clock, static_cast<uint8_t>(lane), false, false});
+      if (!resolve(w, global, from, bytes, lane, source, "cp.async", size)) return;
+      undefined_ = !check_read(w, *source, from, bytes, Access{w.agent, w.clock, static_cast<uint8_t>(lane), Strength::weak, false});
       must_be_defined(w, lane, "source of a copy");
       std::memcpy(pending.data.data(), source->data + (from - source->base), bytes);
       from_lane[lane] = from, read |= 1u << lane;
     }
-    check_write(w, *target, to, size, Access{w.agent, kPending, static_cast<uint8_t>(lane), false, false}, nullptr);
+    check_write(w, *target, to, size, Access{w.agent, kPending, static_cast<uint8_t>(lane), Strength::weak, false}, nullptr);
     std::memset(target->data + to, 0xff, size);
     w.open_copies[lane].copies.push_back(pending);
     to_lane[lane] = to, written |= 1u << lane;
@@ -80,8 +87,10 @@ void Machine::bulk_tensor(Warp& w, const Instruction& i, uint32_t mask) {
     if (number >= launch_->maps.size()) throw Unsupported("a tensor map that is not one of the launch's");
     const TensorMap& map = launch_->maps[number];
     const int rank = static_cast<int>(map.extents.size());
+    if (static_cast<int>(source.parts.size()) != rank) throw Unsupported("coordinates of a tensor of other dimensions: " + i.text);
     std::vector<int64_t> corner;
     for (int d = 0; d < rank; ++d) corner.push_back(sign_extended(operand(w, source.parts.at(d), lane, 32), 32));
+    must_be_defined(w, lane, "coordinates of a copy");
     uint64_t barrier = address(w, i.operands.at(2), lane) & 0xffffffff;
     if (!b.barriers.count(barrier)) {
       note("mbarrier", where(w, lane) + "a copy completes an mbarrier that was not initialised");
@@ -91,6 +100,7 @@ void Machine::bulk_tensor(Warp& w, const Instruction& i, uint32_t mask) {
     uint64_t rows = 1;
     for (int d = 1; d < rank; ++d) rows *= map.box[d];
     const uint64_t alignment = map.swizzle ? uint64_t{8} * map.swizzle : 128;
+    if (map.swizzle && row_bytes < static_cast<uint64_t>(map.swizzle)) throw Unsupported("a box narrower than its swizzle: " + i.text);
     if (to % alignment || row_bytes % 16 || (map.swizzle && row_bytes > static_cast<uint64_t>(map.swizzle)) || map.base % 16) {
       note("misaligned", where(w, lane) + "tile copied to shared memory at " + std::to_string(to));
       throw Stop{};
@@ -101,8 +111,8 @@ void Machine::bulk_tensor(Warp& w, const Instruction& i, uint32_t mask) {
       throw Stop{};
     }
     BulkCopy copy{barrier, to, map.swizzle, pc_, std::vector<uint8_t>(rows * row_bytes)};
-    check_read(w, b.shared, barrier, 8, Access{w.agent, w.clock, static_cast<uint8_t>(lane), true, false});
-    check_write(w, b.shared, to, rows * row_bytes, Access{b.engine, kPending, 0, false, true}, nullptr);
+    check_read(w, b.shared, barrier, 8, Access{w.agent, w.clock, static_cast<uint8_t>(lane), Strength::in_block, false});
+    check_write(w, b.shared, to, rows * row_bytes, Access{b.engine, kPending, static_cast<uint8_t>(lane), Strength::weak, true}, nullptr);
     std::memset(b.shared.data + to, 0xff, rows * row_bytes);
     costs_[pc_].wavefronts += rows * row_bytes / 128;
     costs_[pc_].ideal_wavefronts += rows * row_bytes / 128;
@@ -125,7 +135,7 @@ void Machine::bulk_tensor(Warp& w, const Instruction& i, uint32_t mask) {
           note("out of bounds", where(w, lane) + "tensor map leads outside every tensor");
           throw Stop{};
         }
-        undefined_ = !check_read(w, *region, start, count, Access{w.agent, w.clock, static_cast<uint8_t>(lane), false, false});
+        undefined_ = !check_read(w, *region, start, count, Access{w.agent, w.clock, static_cast<uint8_t>(lane), Strength::weak, true});
         must_be_defined(w, lane, "source of a copy");
         std::memcpy(copy.bytes.data() + row * row_bytes + first * map.element, region->data + (start - region->base), count);
         for (uint64_t s = start / kSector; s <= (start + count - 1) / kSector; ++s) {
@@ -183,7 +193,7 @@ void Machine::complete(Barrier& barrier) {
 
 void Machine::mbarrier(Warp& w, const Instruction& i, uint32_t mask) {
   Block& b = *w.block;
-  const size_t which = i.op == Op::mbarrier_arrive || i.op == Op::mbarrier_wait ? 1 : 0;
+  const size_t which = i.operands.at(0).kind == Kind::address ? 0 : 1;
   uint32_t passed = 0;
   View got;
   each(mask, [&](int lane) {
@@ -191,14 +201,16 @@ void Machine::mbarrier(Warp& w, const Instruction& i, uint32_t mask) {
     Space space = Space::shared;
     Region* region = nullptr;
     if (!resolve(w, space, at, 8, lane, region, "mbarrier")) throw Stop{};
-    Access weak{w.agent, w.clock, static_cast<uint8_t>(lane), false, false}, strong = weak;
-    strong.strong = true;
+    Access weak{w.agent, w.clock, static_cast<uint8_t>(lane), Strength::weak, false}, strong = weak;
+    strong.strong = Strength::in_block;
     if (i.op == Op::mbarrier_init) {
       check_write(w, *region, at, 8, weak, nullptr);
       std::memset(region->data + at, 0, 8);
       if (b.barriers.count(at)) note("mbarrier", where(w, lane) + "initialised twice without being invalidated");
       Barrier barrier;
       barrier.expected = barrier.pending = static_cast<uint32_t>(operand(w, i.operands.at(1), lane, 32));
+      must_be_defined(w, lane, "count of an mbarrier");
+      if (barrier.expected == 0) note("mbarrier", where(w, lane) + "initialised with a count of 0");
       b.barriers[at] = barrier;
       return;
     }
@@ -217,8 +229,10 @@ void Machine::mbarrier(Warp& w, const Instruction& i, uint32_t mask) {
     }
     check_read(w, *region, at, 8, strong);
     if (i.op == Op::mbarrier_arrive) {
-      if (i.operands.size() > 2 && i.modifier == "expect_tx") barrier.bytes += static_cast<int64_t>(operand(w, i.operands[2], lane, 32));
-      uint32_t count = i.operands.size() > 2 && i.modifier.empty() ? static_cast<uint32_t>(operand(w, i.operands[2], lane, 32)) : 1;
+      const uint64_t number = i.operands.size() > which + 1 ? operand(w, i.operands[which + 1], lane, 32) : 1;
+      must_be_defined(w, lane, "count of an arrival");
+      if (i.modifier == "expect_tx") barrier.bytes += static_cast<int64_t>(number);
+      const auto count = static_cast<uint32_t>(i.modifier == "expect_tx" ? 1 : number);
       if (count > barrier.pending) {
         note("mbarrier", where(w, lane) + "more arrivals than its count in one phase");
         throw Stop{};
@@ -229,6 +243,7 @@ void Machine::mbarrier(Warp& w, const Instruction& i, uint32_t mask) {
       return;
     }
     uint64_t parity = operand(w, i.operands.at(2), lane, 32) & 1;
+    must_be_defined(w, lane, "parity");
     bool done = (barrier.phase & 1) != parity;
     set(w, i.operands[0], lane, done);
     if (done) {

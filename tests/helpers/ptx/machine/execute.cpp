@@ -38,9 +38,12 @@ uint64_t integer(const Instruction& i, uint64_t x, uint64_t y, uint64_t z) {
       return static_cast<U>(value + (i.op == Op::mad ? z : 0));
     }
     case Op::div:
-      return b == 0 ? static_cast<U>(-1) : b == T(-1) ? static_cast<U>(0 - ua) : static_cast<U>(a / b);
+      // By zero: unspecified, this is what GPUs return.
+      if (std::is_signed_v<T> && b == T(-1)) return static_cast<U>(0 - ua);
+      return b == 0 ? static_cast<U>(-1) : static_cast<U>(a / b);
     case Op::rem:
-      return b == 0 ? ua : b == T(-1) ? U(0) : static_cast<U>(a % b);
+      if (std::is_signed_v<T> && b == T(-1)) return 0;
+      return b == 0 ? ua : static_cast<U>(a % b);
     case Op::min:
       return static_cast<U>(std::min(a, b));
     case Op::max:
@@ -70,6 +73,15 @@ uint64_t integer(const Instruction& i, uint64_t x, uint64_t y, uint64_t z) {
   }
 }
 
+// Numbers win against NaN unless it propagates, and -0 is less than +0.
+template <class T>
+T extreme(const Instruction& i, T a, T b) {
+  const bool largest = i.op == Op::max;
+  if (std::isnan(a) || std::isnan(b)) return std::isnan(a) == i.propagates ? a : b;
+  if (a == b) return std::signbit(a) == largest ? b : a;
+  return (a < b) == largest ? b : a;
+}
+
 template <class T>
 uint64_t floating(const Instruction& i, T a, T b, T c) {
   switch (i.op) {
@@ -85,9 +97,8 @@ uint64_t floating(const Instruction& i, T a, T b, T c) {
     case Op::div:
       return packed(a / b);
     case Op::min:
-      return packed(std::fmin(a, b));
     case Op::max:
-      return packed(std::fmax(a, b));
+      return packed(extreme(i, a, b));
     case Op::neg:
       return packed(-a);
     case Op::abs:
@@ -110,8 +121,30 @@ uint64_t floating(const Instruction& i, T a, T b, T c) {
 float half(Type type, uint64_t bits) {
   return type == Type::bf16 ? from_bf16(bits) : from_f16(bits);
 }
-uint64_t to_half(Type type, float value) {
+uint64_t to_half(Type type, double value) {
   return type == Type::bf16 ? to_bf16(value) : to_f16(value);
+}
+
+// Zero with its sign, if it is subnormal.
+uint64_t flushed(Type type, uint64_t bits) {
+  const int exponent = type == Type::f64 ? 11 : type == Type::f16 ? 5 : 8, width = bits_of(type);
+  const uint64_t field = low_bits(~uint64_t{0}, exponent) << (width - 1 - exponent);
+  return bits & field ? bits : bits & uint64_t{1} << (width - 1);
+}
+
+uint64_t number(const Instruction& i, Type type, uint64_t a, uint64_t b, uint64_t c) {
+  a = low_bits(a, bits_of(type)), b = low_bits(b, bits_of(type)), c = low_bits(c, bits_of(type));
+  if (i.flushes) a = flushed(type, a), b = flushed(type, b), c = flushed(type, c);
+  uint64_t out = 0;
+  if (type == Type::f32)
+    out = floating<float>(i, as_float(a), as_float(b), as_float(c));
+  else if (type == Type::f64)
+    out = floating<double>(i, as_double(a), as_double(b), as_double(c));
+  else if (i.op == Op::fma)
+    out = to_half(type, fused_to_odd(half(type, a), half(type, b), half(type, c)));
+  else
+    out = to_half(type, as_double(floating<double>(i, half(type, a), half(type, b), half(type, c))));
+  return i.flushes ? flushed(type, out) : out;
 }
 
 // Results of three operands at most; predicates and selections are elsewhere.
@@ -148,16 +181,10 @@ uint64_t scalar(const Instruction& i, uint64_t a, uint64_t b, uint64_t c) {
     default:
       break;
   }
-  if (i.type == Type::f32) return floating<float>(i, as_float(a), as_float(b), as_float(c));
-  if (i.type == Type::f64) return floating<double>(i, as_double(a), as_double(b), as_double(c));
-  if (i.type == Type::bf16 || i.type == Type::f16)
-    return to_half(i.type, as_float(floating<float>(i, half(i.type, a), half(i.type, b), half(i.type, c))));
+  if (is_float(i.type)) return number(i, i.type, a, b, c);
   if (i.type == Type::bf16x2 || i.type == Type::f16x2) {
     const Type one = i.type == Type::bf16x2 ? Type::bf16 : Type::f16;
-    uint64_t out = 0;
-    for (int s : {0, 16})
-      out |= (to_half(one, as_float(floating<float>(i, half(one, a >> s), half(one, b >> s), half(one, c >> s)))) & 0xffff) << s;
-    return out;
+    return number(i, one, a, b, c) | number(i, one, a >> 16, b >> 16, c >> 16) << 16;
   }
   switch (i.type) {
     case Type::s16:
@@ -182,6 +209,7 @@ uint64_t scalar(const Instruction& i, uint64_t a, uint64_t b, uint64_t c) {
 
 uint64_t converted(const Instruction& i, uint64_t a, uint64_t b) {
   const Type to = i.type, from = i.source;
+  if (i.flushes && from == Type::f32) a = flushed(from, a), b = flushed(from, b);
   if (to == Type::bf16x2 || to == Type::f16x2) {  // the first operand is the upper half
     const Type one = to == Type::bf16x2 ? Type::bf16 : Type::f16;
     return (to_half(one, as_float(a)) & 0xffff) << 16 | (to_half(one, as_float(b)) & 0xffff);
@@ -203,16 +231,18 @@ uint64_t converted(const Instruction& i, uint64_t a, uint64_t b) {
     switch (to) {
       case Type::f64:
         return bits_of(value);
-      case Type::f32:
-        return bits_of(static_cast<float>(value));
+      case Type::f32: {
+        const uint64_t out = bits_of(static_cast<float>(value));
+        return i.flushes ? flushed(to, out) : out;
+      }
       case Type::f16:
       case Type::bf16:
-        return to_half(to, static_cast<float>(value));
+        return to_half(to, value);
       default:
         break;
     }
     const int bits = bits_of(to);
-    if (std::isnan(value)) return is_signed(to) || bits < 32 ? 0 : 0;
+    if (std::isnan(value)) return from == Type::f64 || bits == 64 ? uint64_t{1} << (bits - 1) : 0;
     const double low = is_signed(to) ? -std::ldexp(1.0, bits - 1) : 0, high = std::ldexp(1.0, bits - is_signed(to));
     if (value <= low) return low_bits(static_cast<uint64_t>(static_cast<int64_t>(low)), bits);
     if (value >= high) return is_signed(to) ? low_bits(~uint64_t{0}, bits - 1) : low_bits(~uint64_t{0}, bits);
@@ -222,8 +252,10 @@ uint64_t converted(const Instruction& i, uint64_t a, uint64_t b) {
   const uint64_t whole = is_signed(from) ? static_cast<uint64_t>(sign_extended(a, bits)) : low_bits(a, bits);
   if (!is_float(to)) return low_bits(whole, bits_of(to));
   if (to == Type::f64) return bits_of(is_signed(from) ? static_cast<double>(static_cast<int64_t>(whole)) : static_cast<double>(whole));
-  const float value = is_signed(from) ? static_cast<float>(static_cast<int64_t>(whole)) : static_cast<float>(whole);
-  return to == Type::f32 ? bits_of(value) : to_half(to, value);
+  if (to == Type::f32) return bits_of(is_signed(from) ? static_cast<float>(static_cast<int64_t>(whole)) : static_cast<float>(whole));
+  const bool negative = is_signed(from) && static_cast<int64_t>(whole) < 0;
+  const double magnitude = whole_to_odd(negative ? 0 - whole : whole);
+  return to_half(to, negative ? -magnitude : magnitude);
 }
 
 template <class T>
@@ -250,6 +282,7 @@ bool compared(const Instruction& i, Type type, uint64_t a, uint64_t b) {
   const int bits = bits_of(type);
   if (is_float(type)) {
     const auto number = [&](uint64_t x) { return type == Type::f64 ? as_double(x) : type == Type::f32 ? as_float(x) : half(type, x); };
+    if (i.flushes) a = flushed(type, low_bits(a, bits)), b = flushed(type, low_bits(b, bits));
     double x = number(a), y = number(b);
     return related(i.modifier, x, y, std::isnan(x) || std::isnan(y));
   }
@@ -383,6 +416,15 @@ void Machine::compare(Warp& w, const Instruction& i, uint32_t mask) {
   });
 }
 
+// The lanes that an instruction names have to be those that execute it.
+void Machine::check_members(Warp& w, const Instruction& i, uint32_t mask) {
+  each(mask, [&](int lane) {
+    const uint64_t members = operand(w, i.operands.back(), lane, 32);
+    must_be_defined(w, lane, "lanes of an instruction");
+    if ((members & w.live) != mask) note("divergence", where(w, lane) + "the instruction names other lanes than execute it");
+  });
+}
+
 void Machine::shuffle(Warp& w, const Instruction& i, uint32_t mask) {
   const Operand& to = i.operands.at(0);
   const Operand& value_to = to.kind == Kind::vector ? to.parts.at(0) : to;
@@ -451,6 +493,7 @@ void Machine::branch(Warp& w, const Instruction& i, uint32_t mask, int pc) {
 
 void Machine::execute(Warp& w, const Instruction& i, uint32_t mask, int pc) {
   ++w.serial;
+  if (i.op == Op::shfl || i.op == Op::vote || i.op == Op::elect || i.op == Op::bar_warp) check_members(w, i, mask);
   switch (i.op) {
     case Op::nop:
       return;
@@ -500,6 +543,7 @@ void Machine::execute(Warp& w, const Instruction& i, uint32_t mask, int pc) {
     case Op::wgmma_wait:
       return wgmma_wait(w, i);
     case Op::bar_warp:
+      if (mask != w.live) throw Unsupported("by part of a warp: " + i.text);
       return synchronise(w);
     case Op::cp_async_commit:
       each(mask, [&](int lane) {

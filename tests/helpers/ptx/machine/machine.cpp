@@ -66,6 +66,10 @@ bool Machine::choose(Warp& w, uint32_t& mask, int& pc) {
   }
   std::vector<std::pair<int, uint32_t>> able;
   for (const auto& [at, lanes] : groups) {
+    if (at >= static_cast<int>(program_->instructions.size())) {
+      able.emplace_back(at, lanes);
+      continue;
+    }
     const Instruction& i = program_->instructions[at];
     uint32_t wanted = w.live;
     if ((i.op == Op::bar_warp || i.op == Op::shfl || i.op == Op::elect || i.op == Op::vote) && i.operands.back().kind == Kind::immediate)
@@ -164,7 +168,7 @@ bool Machine::step(Warp& w) {
         throw Stop{};
       }
     }
-    for (int q = 0; q < 4; ++q) ++costs_[pc].executed;
+    costs_[pc].executed += 4, costs_[pc].lanes += 4 * kLanes;
     wgmma(*w.block, group, i);
     for (int q = 0; q < 4; ++q) {
       Warp& other = *w.block->warps[4 * group + q];
@@ -180,6 +184,14 @@ bool Machine::step(Warp& w) {
     if (mask != w.live) {
       note("divergence", where(w, 0) + "part of a warp at a block barrier");
       throw Stop{};
+    }
+    if (active != mask) {
+      if (active) {
+        note("divergence", where(w, 0) + "a block barrier under a predicate that differs between lanes");
+        throw Stop{};
+      }
+      advance(w, mask, pc);
+      return true;
     }
     const int barrier = static_cast<int>(i.operands.empty() ? 0 : operand(w, i.operands[0], __builtin_ctz(mask), 32));
     if (i.modifier == "arrive") {
@@ -218,6 +230,8 @@ Result Machine::run(const Program& program, const Launch& launch) {
   program_ = &program;
   launch_ = &launch;
   random_.seed(launch.seed);
+  if (launch.threads < kLanes || launch.threads % kLanes || launch.threads > 1024)
+    throw Unsupported("blocks of " + std::to_string(launch.threads) + " threads");
   n_blocks_ = launch.grid[0] * launch.grid[1] * launch.grid[2];
   warps_per_block_ = static_cast<uint32_t>(launch.threads / kLanes);
   agents_ = n_blocks_ * (warps_per_block_ + 1);
@@ -273,6 +287,8 @@ Result Machine::run(const Program& program, const Launch& launch) {
       }
     }
   } catch (const Stop&) {
+  } catch (const std::out_of_range&) {  // of operands
+    throw Unsupported("operands of " + program.instructions[pc_].text);
   }
   blocks_.clear();
   Result result;

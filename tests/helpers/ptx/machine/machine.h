@@ -56,6 +56,10 @@ struct TensorMap {
   bool nan_fill = false;
 };
 
+struct Scoped {  // by how far it reaches
+  View in_block, everywhere;
+};
+
 struct Synchronised {  // what a location that is accessed by atomics and ordered accesses passes on
   View everywhere;
   std::map<uint32_t, View> in_block;
@@ -106,8 +110,8 @@ struct Warp {
   uint32_t clock = 1, synced = 1;
   View view;
   std::vector<std::pair<uint32_t, View>> acquired;  // by lanes, until all of the warp synchronise
-  std::array<View, kLanes> before_fence;            // of relaxed reads: become acquired by a fence
-  std::array<View, kLanes> fenced_view;             // what relaxed writes of a lane publish since its last fence
+  std::array<Scoped, kLanes> before_fence;          // of relaxed reads: become acquired by a fence
+  std::array<Scoped, kLanes> fences;                // what relaxed writes of a lane publish since its last fences
   std::array<CopyGroup, kLanes> open_copies;
   std::array<std::deque<CopyGroup>, kLanes> copies;
   std::deque<Product> products;
@@ -181,6 +185,7 @@ class Machine {
   void must_be_defined(const Warp& w, int lane, const char* what);
   void move(Warp& w, const Instruction& i, uint32_t mask);
   void compare(Warp& w, const Instruction& i, uint32_t mask);
+  void check_members(Warp& w, const Instruction& i, uint32_t mask);
   void shuffle(Warp& w, const Instruction& i, uint32_t mask);
   void vote(Warp& w, const Instruction& i, uint32_t mask);
   void branch(Warp& w, const Instruction& i, uint32_t mask, int pc);
@@ -188,11 +193,13 @@ class Machine {
   // access.cpp: memory
   uint64_t address(Warp& w, const Operand& o, int lane);
   Region* find(uint64_t address, uint64_t bytes);
-  bool resolve(Warp& w, Space& space, uint64_t& address, uint64_t bytes, int lane, Region*& region, const char* what);
+  bool resolve(Warp& w, Space& space, uint64_t& address, uint64_t bytes, int lane, Region*& region, const char* what,
+               uint64_t alignment = 0);
   bool ordered(const Access& before, const Access& now, const Warp& w, bool data) const;
   bool check_read(Warp& w, Region& r, uint64_t address, uint64_t bytes, const Access& now);
   void check_write(Warp& w, Region& r, uint64_t address, uint64_t bytes, const Access& now, const uint8_t* value, bool idempotent = true,
                    bool defined = true);
+  void reads_again(Access& known, const Access& now, const Warp& w) const;
   void conflict(const char* what, const Access& before, const Access& now, const Region& r, uint64_t address);
   void load(Warp& w, const Instruction& i, uint32_t mask);
   void store(Warp& w, const Instruction& i, uint32_t mask);

@@ -53,7 +53,7 @@ void Machine::ldmatrix(Warp& w, const Instruction& i) {
       const int lane = 8 * matrix + row;
       at[row] = address(w, i.operands.at(1), lane) & 0xffffffff;
       if (const uint8_t* bytes = shared_bytes(w, at[row], 16, lane, "ldmatrix")) {
-        check_read(w, w.block->shared, at[row], 16, Access{w.agent, w.clock, kManyLanes, false, false});
+        check_read(w, w.block->shared, at[row], 16, Access{w.agent, w.clock, kManyLanes, Strength::weak, false});
         std::memcpy(rows[row].data(), bytes, 16);
       }
     }
@@ -84,7 +84,7 @@ void Machine::stmatrix(Warp& w, const Instruction& i) {
       const int lane = 8 * matrix + row;
       at[row] = address(w, i.operands.at(0), lane) & 0xffffffff;
       if (uint8_t* bytes = shared_bytes(w, at[row], 16, lane, "stmatrix")) {
-        check_write(w, w.block->shared, at[row], 16, Access{w.agent, w.clock, kManyLanes, false, false},
+        check_write(w, w.block->shared, at[row], 16, Access{w.agent, w.clock, kManyLanes, Strength::weak, false},
                     reinterpret_cast<const uint8_t*>(rows[row].data()));
         std::memcpy(bytes, rows[row].data(), 16);
       }
@@ -228,12 +228,28 @@ void Machine::wgmma(Block& b, int group, const Instruction& i) {
     costs_[pc_].ideal_wavefronts += static_cast<uint64_t>(extent) * k * size / 128;
   };
 
-  if (!registers)
-    fetch(operand(first, a, 0, 64), across_a, m, 16, [&](int row, int column, float v) { left[row * k + column] = sign_a * v; });
-  fetch(operand(first, i.operands.at(2), 0, 64), across_b, n, 0,
-        [&](int column, int row, float v) { right[row * n + column] = sign_b * v; });
+  // The four warps and their lanes have to agree on what the product reads.
+  const auto agreed = [&](const Operand& o) {
+    undefined_ = false;
+    const uint64_t value = operand(first, o, 0, 64);
+    for (int q = 0; q < 4; ++q)
+      for (int lane = 0; lane < kLanes; ++lane)
+        if (operand(*b.warps[4 * group + q], o, lane, 64) != value) {
+          note("divergence", where(*b.warps[4 * group + q], lane) + "operands of a warp-group product differ");
+          throw Stop{};
+        }
+    must_be_defined(first, 0, "operand of a product");
+    return value;
+  };
+  const auto must_be_written = [&](const Warp& w, int reg) {
+    if (w.written[reg] != ~0u) note("never written", where(w, __builtin_ctz(~w.written[reg])) + "register of a product");
+  };
+
+  if (!registers) fetch(agreed(a), across_a, m, 16, [&](int row, int column, float v) { left[row * k + column] = sign_a * v; });
+  fetch(agreed(i.operands.at(2)), across_b, n, 0, [&](int column, int row, float v) { right[row * n + column] = sign_b * v; });
   for (int q = 0; q < 4 && registers; ++q)
     for (size_t r = 0; r < a.parts.size(); ++r) {
+      must_be_written(*b.warps[4 * group + q], a.parts[r].reg);
       wgmma_register(*b.warps[4 * group + q], a.parts[r].reg, false, i);
       for (int lane = 0; lane < kLanes; ++lane) {
         uint64_t value = b.warps[4 * group + q]->values[a.parts[r].reg * kLanes + lane];
@@ -250,14 +266,15 @@ void Machine::wgmma(Block& b, int group, const Instruction& i) {
     mine.ranges = std::move(ranges[q]);
     mine.group = w.open_group;
     mine.n = n;
-    for (const auto& [at, bytes] : mine.ranges) check_read(w, b.shared, at, bytes, Access{w.agent, kPending, kManyLanes, false, true});
-    const bool adds = predicate(w, i.operands.at(3), 0);
+    for (const auto& [at, bytes] : mine.ranges)
+      check_read(w, b.shared, at, bytes, Access{w.agent, kPending, kManyLanes, Strength::weak, true});
+    const Operand& scale = i.operands.at(3);
+    const bool adds = scale.kind == Kind::immediate ? scale.value != 0 : (agreed(scale) & 1) != scale.negated;
     const auto& d = i.operands[0].parts;
     for (size_t r = 0; r < d.size(); ++r) {
       const int reg = d[r].reg;
-      if (adds) {
-        wgmma_register(w, reg, true, i);
-      }
+      if (adds) must_be_written(w, reg);
+      if (adds || w.in_flight[reg]) wgmma_register(w, reg, true, i);
       for (int lane = 0; lane < kLanes; ++lane) {
         const int row = 16 * q + lane / 4 + 8 * (static_cast<int>(r) / 2 % 2),
                   column = static_cast<int>(r) / 4 * 8 + lane % 4 * 2 + static_cast<int>(r) % 2;

@@ -36,10 +36,32 @@ inline uint16_t to_bf16(float value) {  // to nearest, ties to even
   uint32_t bits = std::bit_cast<uint32_t>(value);
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+inline uint16_t to_bf16(double value) {
+  // First to the odd one of the two floats next to it, which the second rounding cannot take for a tie.
+  float near = static_cast<float>(value);
+  if (std::isnan(value) || near == value) return to_bf16(near);
+  uint32_t bits = std::bit_cast<uint32_t>(near);
+  if (!(bits & 1)) bits += std::abs(static_cast<double>(near)) < std::abs(value) ? 1 : -1;
+  return to_bf16(std::bit_cast<float>(bits));
+}
+// a * b + c of numbers of 16 bits, rounded to odd: rounding it once more is as good as rounding once.
+inline double fused_to_odd(double a, double b, double c) {
+  const double product = a * b, sum = product + c;  // the product is exact
+  const double part = sum - product, error = (product - (sum - part)) + (c - part);
+  uint64_t bits = std::bit_cast<uint64_t>(sum);
+  if (!std::isfinite(sum) || error == 0 || (bits & 1)) return sum;
+  return std::bit_cast<double>(bits + ((error > 0) == (sum > 0) ? 1 : -1));
+}
+// A whole number as a double that may be rounded once more: exact up to 53 bits, then to odd.
+inline double whole_to_odd(uint64_t magnitude) {
+  if (magnitude >> 53) magnitude = (magnitude & ~uint64_t{0x7ff}) | uint64_t{(magnitude & 0x7ff) != 0} << 11;
+  return static_cast<double>(magnitude);
+}
+
 inline float from_f16(uint64_t bits) {
   return static_cast<float>(std::bit_cast<_Float16>(static_cast<uint16_t>(bits)));
 }
-inline uint16_t to_f16(float value) {
+inline uint16_t to_f16(double value) {
   return std::isnan(value) ? 0x7fff : std::bit_cast<uint16_t>(static_cast<_Float16>(value));
 }
 // What a matrix unit reads of a 32-bit operand: the low 13 bits are ignored, not rounded.

@@ -47,11 +47,14 @@ struct View {
   bool empty() const { return seen.ticks.empty(); }
 };
 
+// Accesses that are atomic or have an order do not race with their like, if the scopes of both include both.
+enum class Strength : uint8_t { weak, in_block, everywhere };
+
 struct Access {
   uint32_t agent = kNobody, clock = 0;
   uint8_t lane = 0;
-  bool strong = false;  // atomic, or with an order: does not race with its like
-  bool async = false;   // by the asynchronous proxy
+  Strength strong = Strength::weak;
+  bool async = false;  // by the asynchronous proxy
 };
 
 // Two bytes of memory: who wrote them last, and who read them since.

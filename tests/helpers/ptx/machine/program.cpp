@@ -1,8 +1,10 @@
 #include "program.h"
 
 #include <algorithm>
+#include <iterator>
 #include <map>
 #include <optional>
+#include <sstream>
 
 namespace ptx {
 namespace {
@@ -28,6 +30,85 @@ const std::map<std::string, Op> kOps = {
     {"pragma", Op::nop},
 };
 
+// The words that the machine knows of every instruction, besides types. Any other changes its meaning.
+const std::map<std::string, std::string> kWords = {
+    {"abs", "ftz"},
+    {"add", "rn ftz"},
+    {"and", ""},
+    {"atom", "relaxed acquire release acq_rel cta gpu sys global shared shared::cta add cas exch min max inc or and"},
+    {"bar", "sync arrive warp cta aligned"},
+    {"barrier", "sync arrive cta aligned"},
+    {"bfe", ""},
+    {"bfi", ""},
+    {"bra", "uni"},
+    {"brx", "idx uni"},
+    {"clz", ""},
+    {"cp.async", "ca cg shared shared::cta global L2::64B L2::128B L2::256B"},
+    {"cp.async.bulk", "tensor 1d 2d 3d 4d 5d tile shared::cluster shared::cta global mbarrier::complete_tx::bytes L2::cache_hint"},
+    {"cp.async.commit_group", ""},
+    {"cp.async.wait_all", ""},
+    {"cp.async.wait_group", ""},
+    {"cvt", "rn rna rni rzi rmi rpi ftz"},
+    {"cvta", "to global shared shared::cta param"},
+    {"div", "rn approx full ftz"},
+    {"elect", "sync"},
+    {"ex2", "approx ftz"},
+    {"exit", "uni"},
+    {"fence", "sc acq_rel cta gpu sys"},
+    {"fence.mbarrier_init", "release cluster"},
+    {"fence.proxy", "async shared::cta"},
+    {"fma", "rn ftz"},
+    {"griddepcontrol", "*"},
+    {"ld", "weak relaxed acquire volatile cta gpu sys global shared shared::cta param nc v2 v4 v8 ca cg cs lu cv L1::* L2::*"},
+    {"ldmatrix", "sync aligned m8n8 x1 x2 x4 trans shared shared::cta"},
+    {"lg2", "approx ftz"},
+    {"lop3", ""},
+    {"mad", "lo hi wide rn ftz"},
+    {"max", "ftz NaN"},
+    {"mbarrier.arrive", "expect_tx release cta shared shared::cta"},
+    {"mbarrier.init", "shared shared::cta"},
+    {"mbarrier.inval", "shared shared::cta"},
+    {"mbarrier.test_wait", "parity acquire cta shared shared::cta"},
+    {"mbarrier.try_wait", "parity acquire cta shared shared::cta"},
+    {"membar", "cta gl sys"},
+    {"min", "ftz NaN"},
+    {"mma", "sync aligned row col m16n8k4 m16n8k8 m16n8k16"},
+    {"mov", ""},
+    {"movmatrix", "sync aligned m8n8 trans"},
+    {"mul", "lo hi wide rn ftz"},
+    {"nanosleep", ""},
+    {"neg", "ftz"},
+    {"not", ""},
+    {"or", ""},
+    {"popc", ""},
+    {"pragma", "*"},
+    {"prefetch", "*"},
+    {"prefetchu", "*"},
+    {"prmt", ""},
+    {"rcp", "rn approx ftz"},
+    {"red", "relaxed release cta gpu sys global shared shared::cta add min max inc or and"},
+    {"rem", ""},
+    {"ret", "uni"},
+    {"rsqrt", "approx ftz"},
+    {"selp", ""},
+    {"setmaxnreg", "*"},
+    {"setp", "eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu num nan ftz"},
+    {"shf", "l r wrap clamp"},
+    {"shfl", "sync up down bfly idx"},
+    {"shl", ""},
+    {"shr", ""},
+    {"sqrt", "rn approx ftz"},
+    {"st", "weak relaxed release volatile cta gpu sys global shared shared::cta v2 v4 v8 wb cg cs wt L1::* L2::*"},
+    {"stmatrix", "sync aligned m8n8 x1 x2 x4 trans shared shared::cta"},
+    {"sub", "rn ftz"},
+    {"vote", "sync all any uni ballot"},
+    {"wgmma.commit_group", "sync aligned"},
+    {"wgmma.fence", "sync aligned"},
+    {"wgmma.mma_async", "sync aligned m64n*"},
+    {"wgmma.wait_group", "sync aligned"},
+    {"xor", ""},
+};
+
 std::vector<std::string> split(const std::string& text) {
   std::vector<std::string> parts(1);
   for (size_t i = 0; i < text.size(); ++i) {
@@ -46,6 +127,28 @@ struct Words {
     return std::any_of(words.begin(), words.end(), [&](const std::string& w) { return w.rfind(start, 0) == 0; });
   }
 };
+
+// Throws if a word of the mnemonic is none that the machine knows.
+void check_words(const Instruction& i, const Words& w) {
+  size_t named = 0;  // words of the longest name in the table
+  const std::string* entry = nullptr;
+  std::string name;
+  for (size_t n = 0; n < w.words.size(); ++n) {
+    name += (n ? "." : "") + w.words[n];
+    if (auto found = kWords.find(name); found != kWords.end()) entry = &found->second, named = n + 1;
+  }
+  if (!entry) throw Unsupported("unknown instruction: " + i.text);
+  std::istringstream stream(*entry);
+  const std::vector<std::string> known{std::istream_iterator<std::string>(stream), {}};
+  for (size_t n = named; n < w.words.size(); ++n) {
+    const auto& word = w.words[n];
+    const auto is = [&](const std::string& pattern) {
+      if (pattern.back() == '*') return word.rfind(pattern.substr(0, pattern.size() - 1), 0) == 0;
+      return word == pattern;
+    };
+    if (!kTypes.count(word) && std::none_of(known.begin(), known.end(), is)) throw Unsupported("." + word + " of " + i.text);
+  }
+}
 
 void memory_fields(Instruction& i, const Words& w) {
   if (w.has("global")) i.space = Space::global;
@@ -68,11 +171,14 @@ void matrix_shape(Instruction& i, const Words& w) {
     int m = 0, n = 0, k = 0;
     if (std::sscanf(word.c_str(), "m%dn%dk%d", &m, &n, &k) == 3) i.m = m, i.n = n, i.k = k;
   }
-  for (const char* name : {"tf32", "bf16", "f16", "f32"})
-    if (w.has(name)) {
-      i.source = kTypes.at(name);
-      break;
-    }
+  i.source = Type::none;  // of the operands, which are of one type; results are f32
+  std::vector<std::string> types;
+  for (const auto& word : w.words)
+    if (kTypes.count(word)) types.push_back(word);
+  if (types.size() < 3 || types[0] != "f32" || types[1] != types[2] || (types.size() > 3 && types[3] != "f32")) throw Unsupported(i.text);
+  for (const char* name : {"tf32", "bf16", "f16"})
+    if (types[1] == name) i.source = kTypes.at(name);
+  if (i.source == Type::none || !i.m) throw Unsupported(i.text);
   i.collective = true;
 }
 
@@ -92,12 +198,14 @@ std::optional<Op> long_name(const Words& w, Instruction& i) {
   }
   if (p[0] == "fence" || p[0] == "membar") {
     if (second == "proxy") return Op::fence_proxy;
+    if (second == "mbarrier_init") return Op::nop;  // for other blocks of a cluster
     i.scope = w.has("cta") ? Scope::cta : Scope::gpu;
     return Op::fence;
   }
   if (p[0] == "cp" && second == "async") {
     if (w.has("bulk")) {
-      if (!w.has("tensor") || !w.has("global") || !w.starts("mbarrier::complete_tx") || p.back() == "im2col") throw Unsupported(i.text);
+      // "global" last but for the barrier: towards shared memory.
+      if (!w.has("tensor") || !w.has("global") || !w.starts("mbarrier::complete_tx")) throw Unsupported(i.text);
       return Op::bulk_tensor;
     }
     if (w.has("commit_group")) return Op::cp_async_commit;
@@ -124,6 +232,9 @@ std::optional<Op> long_name(const Words& w, Instruction& i) {
     if (second == "commit_group") return Op::wgmma_commit;
     if (second == "wait_group") return Op::wgmma_wait;
     matrix_shape(i, w);
+    const int count = i.operands.empty() ? 0 : static_cast<int>(i.operands[0].parts.size());
+    if (i.m != 64 || i.n % 8 || i.n < 8 || i.n > 256 || i.k * bits_of(i.source) != 256 || count != i.n / 2 || i.predicate >= 0)
+      throw Unsupported(i.text);
     return Op::wgmma;
   }
   if (p[0] == "mma") {
@@ -135,15 +246,17 @@ std::optional<Op> long_name(const Words& w, Instruction& i) {
     i.space = Space::shared;
     i.vector = w.has("x4") ? 4 : w.has("x2") ? 2 : 1;
     i.trans = w.has("trans");
-    if (!w.has("m8n8") || !w.has("b16")) throw Unsupported(i.text);
+    if (!w.has("m8n8") || !w.has("b16") || (p[0] == "movmatrix" && !i.trans)) throw Unsupported(i.text);
     return p[0] == "ldmatrix" ? Op::ldmatrix : p[0] == "stmatrix" ? Op::stmatrix : Op::movmatrix;
   }
   if (p[0] == "atom" || p[0] == "red") {
     for (const char* name : {"add", "cas", "exch", "min", "max", "inc", "or", "and"})
       if (w.has(name)) i.modifier = name;
+    i.result = p[0] == "atom";
     if (i.order == Order::weak) i.order = Order::relaxed;
     return Op::atom;
   }
+  if ((p[0] == "shfl" || p[0] == "vote") && (second != "sync" || p.size() < 4)) throw Unsupported(i.text);
   if (p[0] == "shfl") {
     i.collective = true;
     i.modifier = p.at(2);
@@ -196,6 +309,7 @@ bool is_float(Type type) {
 
 void decode(Instruction& i, const std::string& mnemonic) {
   Words w{split(mnemonic)};
+  check_words(i, w);
   for (const auto& word : w.words)
     if (auto found = kTypes.find(word); found != kTypes.end()) {
       if (i.type == Type::none) i.type = found->second;
@@ -204,7 +318,12 @@ void decode(Instruction& i, const std::string& mnemonic) {
   memory_fields(i, w);
   if (auto op = long_name(w, i)) {
     i.op = *op;
-    if (i.op == Op::atom) i.type = i.source;
+    if (i.op == Op::atom) {
+      i.type = i.source;
+      const bool whole = i.modifier == "add" && (i.type == Type::f32 || i.type == Type::f64);
+      if (i.modifier.empty() || (!whole && (is_float(i.type) || i.type == Type::f16x2 || i.type == Type::bf16x2)))
+        throw Unsupported(i.text);
+    }
     return;
   }
   auto found = kOps.find(w.words[0]);
@@ -213,18 +332,22 @@ void decode(Instruction& i, const std::string& mnemonic) {
   i.wide = w.has("wide");
   i.high = w.has("hi");
   i.uniform = w.has("uni");
+  i.flushes = w.has("ftz");
+  i.propagates = w.has("NaN");
+  i.constant = w.has("nc");
   if (i.op != Op::cvt) i.type = i.source;
   if (i.op == Op::setp) i.modifier = w.words.at(1);
   if (i.op == Op::setp && w.words.size() > (w.has("ftz") ? 4u : 3u)) throw Unsupported(i.text);  // with a boolean operation
   if (i.op == Op::shf) i.modifier = w.words.at(1) + (w.has("wrap") ? "wrap" : "clamp");
   if (i.op == Op::cvt)
-    for (const char* rounding : {"rn", "rna", "rni", "rz", "rzi", "rmi", "rpi", "rm", "rp"})
+    for (const char* rounding : {"rn", "rna", "rni", "rzi", "rmi", "rpi"})
       if (w.has(rounding)) i.modifier = rounding;
   if (i.op == Op::cvta) {
     i.uniform = w.has("to");
     if (i.space == Space::generic) throw Unsupported(i.text);
   }
-  if ((w.has("sat") || w.has("cc") || w.has("relu")) && i.op != Op::nop) throw Unsupported(i.text);
+  if ((i.op == Op::min || i.op == Op::max) && i.operands.size() != 3) throw Unsupported(i.text);  // of three numbers
+  if (i.op == Op::st && bits_of(i.type) * i.vector < 16) throw Unsupported("memory is watched in units of two bytes: " + i.text);
 }
 
 }  // namespace ptx

@@ -120,6 +120,10 @@ struct Instruction {
   Scope scope = Scope::gpu;
   std::string modifier;  // comparison, rounding, mode, atomic operation: what is left to say
   bool wide = false, high = false, trans = false, uniform = false, first_level = true;
+  bool flushes = false;     // .ftz: subnormal operands and results are zero
+  bool propagates = false;  // .NaN of min and max
+  bool constant = false;    // .nc: of memory that nobody writes
+  bool result = true;       // of an atomic operation
   bool collective = false;  // executed by all lanes of a warp together
   int vector = 1, m = 0, n = 0, k = 0;
   int predicate = -1;
