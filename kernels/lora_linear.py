@@ -34,14 +34,16 @@ def lora_linear_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     adapted = (n < last_n) & (n + BLOCK_N > first_n)
     if not FULL:
-        if adapted:
-            for r in tl.static_range(0, RP, BLOCK_R):
-                z_tile = load_tile(z, m, r, M, z_columns, stride_zm, 1, BLOCK_M, BLOCK_R, False)
-                b_tile = load_tile(b, r, n, RP, N, stride_br, stride_bn, BLOCK_R, BLOCK_N, False)
-                acc = dot(cast(z_tile, b_tile.dtype), b_tile, acc, PRECISION)
-            if seed is not None:
-                kept = keep_mask(tl.load(seed), threshold, m, n, BLOCK_M, BLOCK_N)
-                acc = tl.where(kept, acc * inverse_keep, 0.0)
+        # A tile without adapters reads z as zero: a branch around the products would leave moves of the
+        # accumulator on its other arm, and ptxas then waits after every wgmma of the kernel.
+        z_rows = tl.where(adapted, M, 0)
+        for r in tl.static_range(0, RP, BLOCK_R):
+            z_tile = load_tile(z, m, r, z_rows, z_columns, stride_zm, 1, BLOCK_M, BLOCK_R, False)
+            b_tile = load_tile(b, r, n, RP, N, stride_br, stride_bn, BLOCK_R, BLOCK_N, False)
+            acc = dot(cast(z_tile, b_tile.dtype), b_tile, acc, PRECISION)
+        if seed is not None:
+            kept = keep_mask(tl.load(seed), threshold, m, n, BLOCK_M, BLOCK_N)
+            acc = tl.where(kept, acc * inverse_keep, 0.0)
     z_acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     if BASE:
         for k in range(0, K, BLOCK_K):
