@@ -254,32 +254,32 @@ PLANTED = """
 {
     .reg .f32 %f<4>;
     .reg .b64 %d<2>;
+    .reg .pred %p0;
     ld.param.u64 %d0, [out];
-    mov.b64 %d1, 0;
-    ld.global.v4.f32 {%f0, %f1, %f2, %f3}, [%d0];
+    ld.param.u64 %d1, [out];
+    setp.ne.u64 %p0, %d0, 7;
+    START
     wgmma.fence.sync.aligned;
-    PRODUCT
-    BETWEEN
-    PRODUCT
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3}, %d1, %d1, %p0, 1, 1, 0, 0;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3}, %d1, %d1, %p0, 1, 1, 0, 0;
     wgmma.commit_group.sync.aligned;
     wgmma.wait_group.sync.aligned 0;
-    st.global.v4.f32 [%d0], {%f0, %f1, %f2, %f3};
+    st.global.f32 [%d0], %f0;
+    st.global.f32 [%d0], %f3;
     ret;
 }
-""".replace(
-    "PRODUCT",
-    "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3}, %d1, %d1, 1, 1, 1, 0, 0;",
-)
+"""
 
 
 @needs_triton
 def test_serialised_wgmma():
-    """A kernel that touches an accumulator between two products is reported, one that does not is not."""
-    planted = aot.serialised(PLANTED.replace("BETWEEN", "add.f32 %f0, %f0, 0f3F800000;"))
-    assert "non wgmma instructions" in planted
+    """Products whose accumulator nothing defines before them are reported, properly started ones are not."""
+    planted = aot.serialised(PLANTED.replace("START", ""))
+    assert "non wgmma instructions defining accumulator registers" in planted
     (found,) = problems(row(serialised=planted))
     assert planted in found
-    assert aot.serialised(PLANTED.replace("BETWEEN", "")) == aot.serialised("mma.sync") == ""
+    zeros = " ".join(f"mov.f32 %f{i}, 0f00000000;" for i in range(4))
+    assert aot.serialised(PLANTED.replace("START", zeros)) == aot.serialised("mma.sync") == ""
 
 
 def test_instruction_counts():
