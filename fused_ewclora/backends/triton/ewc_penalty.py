@@ -6,7 +6,6 @@ gradients and a workspace, and launches.
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from fused_ewclora.kernels import ewc_penalty as kernels
 from ...errors import BackendError
 from ...reference import arguments
 from . import tables
-from .launch import addressable, arch, cdiv, launch, multiprocessors, precision
+from .launch import addressable, arch, cdiv, counters, launch, multiprocessors, precision
 
 ITEMS_PER_MULTIPROCESSOR = 4  # programs, so that the last wave is short
 KEPT = 16  # prepared tables; a training loop needs one
@@ -77,7 +76,7 @@ def ewc_penalty(
         work = like.new_empty(group.workspace, dtype=torch.float32)
         launch(
             kernels.ewc_penalty_kernel, (group.items.shape[0],), group.table, group.scale_factors,
-            group.items, work, _counters(like, group.counters), losses[i], grads, group.items.shape[0],
+            group.items, work, counters(like, group.counters), losses[i], grads, group.items.shape[0],
             float(ewc_lambda), NEED_A=needs[0], NEED_B=needs[1], **group.options,
         )  # fmt: skip
     return losses[0] if len(plan.groups) == 1 else losses.sum(), grads
@@ -171,13 +170,13 @@ def _group(members: Sequence[Member]) -> Group:
     # The gradient of the scale takes registers of its own.
     variant = precision() + ("+ds" if need_s else "")
     config = tables.lookup(f"ewc_penalty_kernel:{variant}", arch(like), types[0], rp)
-    table, items, floats, counters = _layout(members, config["BLOCK_M"], config["BLOCK_N"], rp)
+    table, items, floats, arrivals = _layout(members, config["BLOCK_M"], config["BLOCK_N"], rp)
     names = ("FISHER_TYPE", "A_TYPE", "B_TYPE", "SCALE_TYPE")
     options = {**config, **dict(zip(names, (_TYPES[t] for t in types), strict=True)), "RP": rp}
     options |= {"NEED_S": need_s, "PRECISION": precision(), "UNIT": all(_unit(m.fisher) for m in members)}
     scale_factors = torch.tensor([member.factor for member in members], dtype=torch.float32)
     table, scale_factors, items = (t.to(like.device) for t in (table, scale_factors, items))
-    return Group(table, scale_factors, items, floats, counters, options)
+    return Group(table, scale_factors, items, floats, arrivals, options)
 
 
 def _layout(members: Sequence[Member], m: int, n: int, rp: int) -> tuple[Tensor, Tensor, int, int]:
@@ -230,16 +229,3 @@ def _unit(fisher: Tensor) -> bool:
     """Whether rows are contiguous and 16-byte loads of them are aligned and never cross the end."""
     aligned = fisher.data_ptr() % 16 == 0 and fisher.stride(0) % 8 == 0 == fisher.shape[1] % 8
     return fisher.stride(1) == 1 and aligned
-
-
-@functools.cache
-def _zeros(device: torch.device, stream: int, size: int) -> Tensor:
-    return torch.zeros(size, dtype=torch.int32, device=device)
-
-
-def _counters(like: Tensor, size: int) -> Tensor:
-    """Counters at zero. Launches leave them so; two that could run at the same time never share them."""
-    if not like.is_cuda or torch.cuda.is_current_stream_capturing():
-        return like.new_zeros(size, dtype=torch.int32)  # a graph's own, set to zero by every replay
-    stream = torch.cuda.current_stream(like.device).cuda_stream
-    return _zeros(like.device, stream, 1 << max(size - 1, 0).bit_length())

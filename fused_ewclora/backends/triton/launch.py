@@ -142,6 +142,19 @@ def tiles(tensor: Tensor, shape: Sequence[int]) -> Any:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(shape))
 
 
+@functools.cache
+def _zeros(device: torch.device, stream: int, size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+def counters(like: Tensor, size: int) -> Tensor:
+    """Counters at zero. Launches leave them so; two that could run at the same time never share them."""
+    if not like.is_cuda or torch.cuda.is_current_stream_capturing():
+        return like.new_zeros(size, dtype=torch.int32)  # a graph's own, set to zero by every replay
+    stream = torch.cuda.current_stream(like.device).cuda_stream
+    return _zeros(like.device, stream, 1 << max(size - 1, 0).bit_length())
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)

@@ -113,6 +113,7 @@ def test_config_invariant(backend, blocks):
         "lora_linear_kernel": {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 4},
         "lowrank_rows_kernel": {"BLOCK_M": m, "BLOCK_N": n},
         "lowrank_columns_kernel": {"BLOCK_M": m, "BLOCK_N": n},
+        "lowrank_columns_kernel:with_u": {"BLOCK_M": n, "BLOCK_N": m},
     }
     entries = [
         {"kernel": name, "config": {**config, **common}, "source": "test"} for name, config in kernels.items()
@@ -120,7 +121,7 @@ def test_config_invariant(backend, blocks):
     case = linear(backend, torch.float32, [[(0, 80)]], [10])
     with tables.override(*entries), tables.watching() as seen:
         assert_right(case)
-    assert {key.kernel for key in seen} >= {"lowrank_rows_kernel", "lowrank_columns_kernel"}
+    assert {key.kernel for key in seen} >= {"lowrank_columns_kernel", "lowrank_columns_kernel:with_u"}
 
 
 def test_dropout_matches_reference():
