@@ -18,7 +18,18 @@ from ...reference.adapters import row_ranges
 from ...reference.philox import drop_threshold, inverse_keep
 from . import tables
 from .cost_model import padded
-from .launch import addressable, arch, cdiv, counters, launch, multiprocessors, precision, tileable, tiles, wide
+from .launch import (
+    addressable,
+    arch,
+    cdiv,
+    counters,
+    launch,
+    multiprocessors,
+    precision,
+    tileable,
+    tiles,
+    wide,
+)
 
 GROUP = 4  # adapters per launch: each number of them is a kernel of its own
 
@@ -175,8 +186,8 @@ def product(
     w_tiles, tma_w = _matrix(weight, (k, n) if transposed else (n, k), config) if base else (weight, False)
     del config["TMA"]
     launch(
-        kernels.lora_linear_kernel, (cdiv(rows, m) * cdiv(columns, n),), x_tiles, w_tiles, a, b, z, z_sum, bias,
-        y, dropout.seed, rows, columns, inner, z.shape[-1], parts, *bounds, dropout.threshold,
+        kernels.lora_linear_kernel, (cdiv(rows, m) * cdiv(columns, n),), x_tiles, w_tiles, a, b, z, z_sum,
+        bias, y, dropout.seed, rows, columns, inner, z.shape[-1], parts, *bounds, dropout.threshold,
         dropout.inverse, *x.stride(), *weight.stride(), *b.stride(), stride_zs, z.stride(-2),
         0 if z_sum is None else z_sum.stride(0), y.stride(0), FULL=full, BASE=base, W_KN=transposed,
         TMA_X=tma_x, TMA_W=tma_w, PRECISION=product_precision(), **config,
@@ -199,8 +210,8 @@ def rows_pass(
     matrix, tma = _matrix(x, (m, n), config)
     del config["TMA"]
     launch(
-        kernels.lowrank_rows_kernel, (cdiv(rows, m), cdiv(rp, config["BLOCK_R"])), matrix, p, u, u_copy, x_copy,
-        dropout.seed, rows, columns, u.shape[1], dropout.threshold, dropout.inverse, *x.stride(), *p.stride(),
+        kernels.lowrank_rows_kernel, (cdiv(rows, m), cdiv(rp, config["BLOCK_R"])), matrix, p, u, u_copy,
+        x_copy, dropout.seed, rows, columns, u.shape[1], dropout.threshold, dropout.inverse, *x.stride(), *p.stride(),
         u.stride(0), 0 if u_copy is None else u_copy.stride(0), 0 if x_copy is None else x_copy.stride(0),
         TMA=tma, PRECISION=product_precision(), **config,
     )  # fmt: skip
@@ -231,7 +242,9 @@ class Gradients:
         return [None if t is None else t.new_empty(blocks, t.shape[0], dtype=torch.float32)
                 for t in self.scales]  # fmt: skip
 
-    def arguments(self, part: slice, dots: Sequence[Tensor | None]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def arguments(
+        self, part: slice, dots: Sequence[Tensor | None]
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """What `deal_out` takes for the adapters of `part`: tensors, then sizes and strides."""
         packed, outs = self.packed, tuple(self.outs[part])
         if self.transposed:
@@ -348,6 +361,6 @@ def _sum(
     config, owner = _sum_config(parts, rp), arguments[3]
     launch(
         lowrank_kernels.lowrank_sum_kernel, (cdiv(parts.shape[1], config["BLOCK"]), count), parts, *arguments,
-        parts.shape[1], parts.shape[0], parts.shape[2], 0 if owner is None else owner.stride(0), first, *sizes,
-        *parts.stride()[:2], **config,
+        parts.shape[1], parts.shape[0], parts.shape[2], 0 if owner is None else owner.stride(0), first,
+        *sizes, *parts.stride()[:2], **config,
     )  # fmt: skip

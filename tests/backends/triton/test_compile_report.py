@@ -33,8 +33,8 @@ GATES = {
 }
 ROW = {
     "kernel", "arch", "dtype", "config", "constants", "aligned", "registers", "scalar_registers", "spill",
-    "shared", "tensor_memory", "serialised", "error", "instructions", "blocks_per_multiprocessor", "occupancy",
-    "limited_by", "calls",
+    "shared", "tensor_memory", "serialised", "error", "instructions", "blocks_per_multiprocessor",
+    "occupancy", "limited_by", "calls",
 }  # fmt: skip
 
 
@@ -131,8 +131,8 @@ def row(**changed: Any) -> dict[str, Any]:
     good = {
         "kernel": "lora_linear_kernel", "arch": "sm_90", "dtype": "bfloat16", "config": {}, "constants": {},
         "aligned": True, "registers": 128, "spill": 0, "shared": 1024, "serialised": "",
-        "error": None, "limited_by": "registers", "instructions": {"wgmma": 4}, "blocks_per_multiprocessor": 1,
-        "calls": ["a call"],
+        "error": None, "limited_by": "registers", "instructions": {"wgmma": 4},
+        "blocks_per_multiprocessor": 1, "calls": ["a call"],
     }  # fmt: skip
     return {**good, **changed}
 
