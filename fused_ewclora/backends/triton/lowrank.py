@@ -211,9 +211,9 @@ def rows_pass(
     del config["TMA"]
     launch(
         kernels.lowrank_rows_kernel, (cdiv(rows, m), cdiv(rp, config["BLOCK_R"])), matrix, p, u, u_copy,
-        x_copy, dropout.seed, rows, columns, u.shape[1], dropout.threshold, dropout.inverse, *x.stride(), *p.stride(),
-        u.stride(0), 0 if u_copy is None else u_copy.stride(0), 0 if x_copy is None else x_copy.stride(0),
-        TMA=tma, PRECISION=product_precision(), **config,
+        x_copy, dropout.seed, rows, columns, u.shape[1], dropout.threshold, dropout.inverse, *x.stride(),
+        *p.stride(), u.stride(0), 0 if u_copy is None else u_copy.stride(0),
+        0 if x_copy is None else x_copy.stride(0), TMA=tma, PRECISION=product_precision(), **config,
     )  # fmt: skip
 
 
