@@ -148,7 +148,7 @@ def test_finished_in_launch(monkeypatch, ranges, dropout):
     case = linear("triton:prologue", torch.float32, ranges, [10, 3], rows=1170 if WIDE else 293, d_out=72)
     case.dropout_p = dropout
     assert_right(case)
-    assert len(counters) == 2 and not any(int(count.abs().max()) for count in counters.values())
+    assert counters and not any(int(count.abs().max()) for count in counters.values())
     backward = made[-4:]
     names = ("pack", "columns", "linear", "columns")
     assert all(name in kernel for name, (kernel, _) in zip(names, backward, strict=True)), backward
