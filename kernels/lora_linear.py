@@ -27,9 +27,9 @@ def lora_linear_kernel(
 
     w is [N, K], or [K, N] if W_KN. FULL: z = x a^T is computed in the same loop and written, in fp32, by the
     programs of the first column block; else z is read, its product with b [N, RP] starts the accumulator, and
-    dropout (`seed` not None) masks it. That z is [M, z_columns], or, where `z_sum` [M, RP] is given, the sum of
-    z [z_parts, M, z_columns], which the programs of the first column block write there. BASE = False leaves
-    x w out. b is zero outside rows [first_n, last_n). One program per tile; sums over K in order.
+    dropout (`seed` not None) masks it. That z is [M, z_columns], or, where `z_sum` [M, RP] is given, the sum
+    of z [z_parts, M, z_columns], which the programs of the first column block write there. BASE = False
+    leaves x w out. b is zero outside rows [first_n, last_n). One program per tile; sums over K in order.
     """
     tile_m, tile_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     m = tile_m * BLOCK_M
