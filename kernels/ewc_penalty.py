@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .tiles import dot
+from .tiles import last as _last
 
 FIELDS = tl.constexpr(28)
 FISHER, LORA_A, LORA_B, SCALE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -31,18 +32,6 @@ def _scale(entry, factor, k, TYPE: tl.constexpr):
         value = tl.load(pointer + k * tl.load(entry + SCALE_0), mask=k < tl.load(entry + RANK), other=0.0)
         s *= value.to(tl.float32)
     return s
-
-
-@triton.jit
-def _last(counter, count):
-    """Whether this program is the last of `count` to arrive. What the others stored before they arrived is
-    then visible; the counter is left at 0 for the next launch."""
-    tl.debug_barrier()  # every thread's stores come before the one thread's atomic
-    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
-    if last:
-        tl.store(counter, 0)
-    tl.debug_barrier()
-    return last
 
 
 @triton.jit

@@ -7,7 +7,9 @@ that belongs to an output row, -1 for none; without it the only adapter owns eve
 import triton
 import triton.language as tl
 
-from .tiles import cast
+from .tiles import add_parts, cast, last
+
+AT_ONCE = tl.constexpr(8)  # partial sums whose loads are under way together
 
 
 @triton.jit
@@ -83,42 +85,114 @@ def lowrank_pack_kernel(
         column += widths[i]
 
 
+@triton.jit
+def deal_out(
+    i: tl.constexpr, column, parts, count, stride_part, stride_row, part_columns, n, rows, block,
+    outs, scales, factors, owner, factor_bs, dots, stride_owner, ranks, strides_0, strides_1, strides_s,
+    strides_b0, strides_b1, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """out_i[owner_i[n], k] = s_i[k] sum_s parts[s, n, column + k], s in order, for adapter i and rows n.
+
+    Where `dots[i]` [blocks, rank] is given, its row `block` receives factors[i] times the sums over n of
+    factor_bs[i][owner_i[n], k] sum_s parts[s, n, column + k]: added up over blocks, the gradient of the
+    scale. Parts from column `part_columns` on count as zero.
+    """
+    row = n
+    if owner is not None:
+        row = tl.load(owner + i * stride_owner + n, mask=n < rows, other=-1)
+    owned = (row >= 0) & (n < rows)
+    row = row.to(tl.int64)
+    for start in range(0, ranks[i], BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        inside = owned[:, None] & (r < ranks[i])[None, :]
+        source = parts + n.to(tl.int64)[:, None] * stride_row + (column + r)[None, :]
+        total = add_parts(source, inside & (column + r < part_columns)[None, :], count, stride_part, AT_ONCE)
+        if outs[i] is not None:
+            s = _rank_scale(scales[i], strides_s[i], factors[i], r, ranks[i])
+            places = outs[i] + row[:, None] * strides_0[i] + r[None, :].to(tl.int64) * strides_1[i]
+            tl.store(places, cast(total * s[None, :], outs[i].dtype.element_ty), mask=inside)
+        if dots[i] is not None:
+            source_b = factor_bs[i] + row[:, None] * strides_b0[i] + r[None, :] * strides_b1[i]
+            product = tl.load(source_b, mask=inside, other=0.0).to(tl.float32) * total
+            dot_places = dots[i] + block * ranks[i] + r
+            tl.store(dot_places, tl.sum(product, 0) * factors[i], mask=r < ranks[i])
+
+
 @triton.jit(do_not_specialize=["rows", "splits"])
 def lowrank_sum_kernel(
     parts, outs, scales, factors, owner, factor_bs, dots,
-    rows, splits, stride_owner, first, ranks, strides_0, strides_1, strides_s, strides_b0, strides_b1,
-    stride_split, stride_row, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    rows, splits, part_columns, stride_owner, first, ranks, strides_0, strides_1, strides_s, strides_b0,
+    strides_b1, stride_split, stride_row, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """out_i[owner_i[n], k] = s_i[k] sum_s parts[s, n, first + k], s in order, for each adapter i.
-
-    Where `dots[i]` [blocks, rank] is given, it also receives factors[i] times the sums over BLOCK rows n of
-    factor_bs[i][owner_i[n], k] sum_s parts[s, n, first + k]: added up over blocks, the gradient of the scale.
-    Program (j, i) owns rows j of BLOCK.
-    """
+    """`deal_out` of the columns of parts [splits, rows, part_columns] from `first` on, to adapter after
+    adapter. Program (j, i) owns rows j of BLOCK."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = first
     for i in tl.static_range(len(outs)):
         if tl.program_id(1) == i:
-            row = n
-            if owner is not None:
-                row = tl.load(owner + i * stride_owner + n, mask=n < rows, other=-1)
-            owned = (row >= 0) & (n < rows)
-            row = row.to(tl.int64)
-            for start in range(0, ranks[i], BLOCK_R):
-                r = start + tl.arange(0, BLOCK_R)
-                inside = owned[:, None] & (r < ranks[i])[None, :]
-                source = parts + n.to(tl.int64)[:, None] * stride_row + (column + r)[None, :]
-                total = tl.zeros([BLOCK, BLOCK_R], tl.float32)
-                for _ in range(splits):
-                    total += tl.load(source, mask=inside, other=0.0)
-                    source += stride_split
-                if outs[i] is not None:
-                    s = _rank_scale(scales[i], strides_s[i], factors[i], r, ranks[i])
-                    places = outs[i] + row[:, None] * strides_0[i] + r[None, :].to(tl.int64) * strides_1[i]
-                    tl.store(places, cast(total * s[None, :], outs[i].dtype.element_ty), mask=inside)
-                if dots[i] is not None:
-                    source_b = factor_bs[i] + row[:, None] * strides_b0[i] + r[None, :] * strides_b1[i]
-                    product = tl.load(source_b, mask=inside, other=0.0).to(tl.float32) * total
-                    dot_places = dots[i] + tl.program_id(0) * ranks[i] + r
-                    tl.store(dot_places, tl.sum(product, 0) * factors[i], mask=r < ranks[i])
+            deal_out(
+                i, column, parts, splits, stride_split, stride_row, part_columns, n, rows, tl.program_id(0),
+                outs, scales, factors, owner, factor_bs, dots, stride_owner, ranks, strides_0, strides_1,
+                strides_s, strides_b0, strides_b1, BLOCK_R,
+            )  # fmt: skip
         column += ranks[i]
+
+
+@triton.jit
+def gather(parts, count, stride_part, size, BLOCK: tl.constexpr):
+    """parts[0] = sum over `count` parts, in order; the first `size` floats of each."""
+    for start in range(0, size, BLOCK):
+        e = start + tl.arange(0, BLOCK)
+        inside = e < size
+        tl.store(parts + e, add_parts(parts + e, inside, count, stride_part, AT_ONCE), mask=inside)
+
+
+@triton.jit
+def finish(
+    parts, splits, stride_part, part_columns, sums, sums_out, counters, block, split, N,
+    outs, scales, factors, owner, factor_bs, dots, dss, stride_owner, ranks, strides_0, strides_1, strides_s,
+    strides_b0, strides_b1, BLOCK_N: tl.constexpr, DEAL: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Add up the parts [splits, N, part_columns] of one block of columns and deal them out; the caller has
+    written its own.
+
+    The last program to arrive of every AT_ONCE splits adds theirs to the first of them, the last of those
+    programs adds these and deals them out, and the last of all blocks adds up the gradients of scales: who
+    that is differs from run to run, the order of the sums does not. `sums` [splits, N] likewise, to
+    `sums_out`. `counters`: one, and for each block one more than it has groups of splits; at 0, and left so.
+    """
+    groups = tl.cdiv(splits, AT_ONCE)
+    group = split // AT_ONCE
+    mine = counters + 1 + block * (groups + 1)
+    if last(mine + 1 + group, min(AT_ONCE, splits - group * AT_ONCE)):
+        n = block * BLOCK_N
+        corner = parts + tl.cast(n, tl.int64) * part_columns
+        if groups > 1:
+            members = corner + tl.cast(group * AT_ONCE, tl.int64) * stride_part
+            count = min(AT_ONCE, splits - group * AT_ONCE)
+            gather(members, count, stride_part, min(BLOCK_N, N - n) * part_columns, DEAL * BLOCK_R)
+        if last(mine, groups):
+            count = tl.where(groups > 1, groups, splits)
+            stride = stride_part * tl.where(groups > 1, AT_ONCE, 1)
+            for inner in range(n, min(n + BLOCK_N, N), DEAL):
+                rows = inner + tl.arange(0, DEAL)
+                column = 0
+                for i in tl.static_range(len(outs)):
+                    deal_out(
+                        i, column, parts, count, stride, part_columns, part_columns, rows, N, inner // DEAL,
+                        outs, scales, factors, owner, factor_bs, dots, stride_owner, ranks, strides_0,
+                        strides_1, strides_s, strides_b0, strides_b1, BLOCK_R,
+                    )  # fmt: skip
+                    column += ranks[i]
+                if sums is not None:
+                    total = add_parts(sums + rows, rows < N, splits, N, AT_ONCE)
+                    tl.store(sums_out + rows, cast(total, sums_out.dtype.element_ty), mask=rows < N)
+            if dss is not None:
+                if last(counters, tl.cdiv(N, BLOCK_N)):
+                    for i in tl.static_range(len(outs)):
+                        if dots[i] is not None:
+                            for start in range(0, ranks[i], BLOCK_R):
+                                r = start + tl.arange(0, BLOCK_R)
+                                inside = r < ranks[i]
+                                ds = add_parts(dots[i] + r, inside, tl.cdiv(N, DEAL), ranks[i], AT_ONCE)
+                                tl.store(dss[i] + r, cast(ds, dss[i].dtype.element_ty), mask=inside)

@@ -71,6 +71,31 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def last(counter, count):
+    """Whether this program is the last of `count` to arrive. What the others stored before they arrived is
+    then visible; the counter is left at 0 for the next launch."""
+    tl.debug_barrier()  # every thread's stores come before the one thread's atomic
+    is_last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
+    if is_last:
+        tl.store(counter, 0)
+    tl.debug_barrier()
+    return is_last
+
+
+@triton.jit
+def add_parts(places, mask, count, stride, AT_ONCE: tl.constexpr):
+    """Sum of `count` tiles at `places`, `stride` apart, in order. AT_ONCE loads are under way together;
+    they pass by the first-level cache, which may be stale."""
+    total = tl.zeros(places.shape, tl.float32)
+    for first in tl.range(0, count, AT_ONCE, num_stages=1):
+        for k in tl.static_range(AT_ONCE):
+            part = places + tl.cast(first + k, tl.int64) * stride
+            tile = tl.load(part, mask=mask & (first + k < count), other=0.0, cache_modifier=".cg")
+            total += tile.to(tl.float32)
+    return total
+
+
+@triton.jit
 def grouped_tile(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """(tile row, tile column) of program `index`: columns inside groups of GROUP_M rows, so that programs
     that run side by side share operands in the second-level cache."""

@@ -15,9 +15,12 @@ from torch import Tensor
 from ...reference import lora_linear as reference
 from ...reference.adapters import as_rows, by_kind
 from .cost_model import MAX_FULL_RANK, padded
-from .launch import addressable, arch, cdiv
-from .lowrank import Dropout, Packed, add_up, columns_pass, pack, product, rows_pass
-from .tables import lookup
+from .launch import addressable
+from .lowrank import Dropout, Gradients, Packed, add_up, columns_pass, pack, product, rows_pass
+
+# Elements of a row's parts of u that the product adds up, in each of its blocks of columns; more are added up
+# by a launch before it.
+PARTS_IN_PRODUCT = 128
 
 
 def _matrix(tensor: Tensor) -> Tensor:
@@ -86,7 +89,7 @@ def lora_linear_full(call: _Forward) -> None:
 def lora_linear_prologue(call: _Forward) -> None:
     """z first, then the base product on top of the low-rank term."""
     packed = call.pack()
-    rows_pass(call.x, packed.a.T, packed.rp, u=call.z, dropout=call.dropout)
+    rows_pass(call.x, packed, call.z, dropout=call.dropout)
     call.product(packed)
 
 
@@ -94,7 +97,7 @@ def lora_linear_prologue(call: _Forward) -> None:
 def lora_linear_addmm(call: _Forward) -> None:
     """z, then the low-rank term and bias as y, then BLAS adds the base product to it."""
     packed = call.pack()
-    rows_pass(call.x, packed.a.T, packed.rp, u=call.z, dropout=call.dropout)
+    rows_pass(call.x, packed, call.z, dropout=call.dropout)
     call.product(packed, base=False)
     call.y.addmm_(call.x, call.weight.T)
 
@@ -107,15 +110,7 @@ def lora_linear_concat(call: _Forward) -> None:
     right[:, : call.d_in].copy_(call.weight)
     packed = call.pack(b=right[:, call.d_in :])
     left = call.x.new_empty(call.x.shape[0], width)
-    rows_pass(
-        call.x,
-        packed.a.T,
-        packed.rp,
-        u=call.z,
-        u_copy=left[:, call.d_in :],
-        x_copy=left,
-        dropout=call.dropout,
-    )
+    rows_pass(call.x, packed, call.z, u_copy=left[:, call.d_in :], x_copy=left, dropout=call.dropout)
     if call.bias is None:
         torch.mm(left, right.T, out=call.y)
     else:
@@ -183,24 +178,51 @@ def _backward(
     whole = need_bias or left is not None
     lo, hi = (0, d_out) if whole else (packed.lo, packed.hi)
     need_u, need_g = need_x or any(need_as), any(need_bs) or any(need_scales)
-    parts = rows_pass(
-        grad[:, lo:hi], packed.b[lo:hi] if need_u else None, rp, c=z if need_g else None, sums_too=need_bias,
-        x_copy=left,
+    dbs, dss = _like(packed.lora_bs, need_bs), _scale_sums(packed, need_scales, grad.device)
+    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if need_bias else None
+    parts = columns_pass(
+        grad[:, lo:hi], z if need_g else None, Gradients(packed, dbs, dss, lo=lo, bias=dbias),
+        p=packed.b[lo:hi] if need_u else None, x_copy=left,
     )  # fmt: skip
     u = None
-    if parts.u is not None:
+    if parts is not None:
         u = grad.new_empty(count, rp) if left is None else left[:, d_out:]
-        add_up(parts.u, [u])
+        in_product = need_x and left is None and parts.shape[0] * rp <= PARTS_IN_PRODUCT
+        if not in_product:
+            add_up(parts, u)
+            parts = None
     if need_x:
         assert u is not None
-        _input_gradient(algorithm, grad, weight, packed, u, grads[0], dropout, left, right)
+        _input_gradient(algorithm, grad, weight, packed, u, parts, grads[0], dropout, left, right)
         grads[0] = grads[0].view(*dy.shape[:-1], d_in)
-    if need_bias:
-        assert parts.sums is not None and bias is not None
-        grads.append(parts.sums.sum(0).to(bias.dtype))
-    das = _gradients_of_a(packed, x2, u, need_as, rp, dropout)
-    dbs, dss = _gradients_of_b(packed, parts.g, lo, need_bs, need_scales)
-    return [*grads, *(t for t in (*das, *dbs, *dss) if t is not None)]
+    if dbias is not None:
+        grads.append(dbias)
+    das = _like(packed.lora_as, need_as)
+    if any(need_as):
+        assert x2 is not None and u is not None
+        columns_pass(x2, u, Gradients(packed, das, [None] * len(das), transposed=True), dropout=dropout)
+    return [*grads, *(t for t in (*das, *dbs, *_of_scales(packed, dss)) if t is not None)]
+
+
+def _like(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) if need else None
+            for t, need in zip(tensors, needs, strict=True)]  # fmt: skip
+
+
+def _scale_sums(packed: Packed, needs: Sequence[bool], device: torch.device) -> list[Tensor | None]:
+    """Room for the gradient of each scale, rank by rank; that of one number is added up later."""
+    found: list[Tensor | None] = []
+    for a, scale, need in zip(packed.lora_as, packed.scales, needs, strict=True):
+        dtype = torch.float32 if scale is None or scale.dim() == 0 else scale.dtype
+        found.append(torch.empty(a.shape[0], dtype=dtype, device=device) if need else None)
+    return found
+
+
+def _of_scales(packed: Packed, dss: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [
+        ds if ds is None or scale is None or scale.dim() > 0 else ds.sum().to(scale.dtype)
+        for ds, scale in zip(dss, packed.scales, strict=True)
+    ]
 
 
 def _input_gradient(
@@ -209,12 +231,13 @@ def _input_gradient(
     weight: Tensor,
     packed: Packed,
     u: Tensor,
+    parts: Tensor | None,
     dx: Tensor,
     dropout: Dropout,
     left: Tensor | None,
     right: Tensor | None,
 ) -> None:
-    """dx = dy W + drop(u A), in place."""
+    """dx = dy W + drop(u A), in place; `parts` of u, where given, are added up to it."""
     if left is not None:
         assert right is not None
         right[: weight.shape[0]].copy_(weight)
@@ -222,43 +245,10 @@ def _input_gradient(
         return
     base = algorithm == "prologue"
     weight = addressable(weight)
+    z, z_sum = (u, None) if parts is None else (parts, u)
     product(
-        grad, weight, (packed.b.T, packed.a.T), u, None, dx, (0, dx.shape[1]), base=base, dropout=dropout,
-        transposed=True,
+        grad, weight, (packed.b.T, packed.a.T), z, None, dx, (0, dx.shape[1]), base=base, dropout=dropout,
+        transposed=True, z_sum=z_sum,
     )  # fmt: skip
     if not base:
         dx.addmm_(grad, weight)
-
-
-def _gradients_of_a(
-    packed: Packed, x: Tensor | None, u: Tensor | None, needs: Sequence[bool], rp: int, dropout: Dropout
-) -> list[Tensor | None]:
-    """dA_i = u_i^T drop(x) by one read of x."""
-    grads = [torch.empty_like(a, memory_format=torch.contiguous_format) if need else None
-             for a, need in zip(packed.lora_as, needs, strict=True)]  # fmt: skip
-    if any(needs):
-        assert x is not None and u is not None
-        add_up(columns_pass(x, u, rp, dropout), grads, adapters=packed, transposed=True)
-    return grads
-
-
-def _gradients_of_b(
-    packed: Packed, parts: Tensor | None, lo: int, need_bs: Sequence[bool], need_scales: Sequence[bool]
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """dB_i and ds_i from the partial sums of dy^T z over the columns of dy from `lo` on."""
-    grads = [torch.empty_like(b, memory_format=torch.contiguous_format) if need else None
-             for b, need in zip(packed.lora_bs, need_bs, strict=True)]  # fmt: skip
-    none: list[Tensor | None] = [None] * len(grads)
-    if parts is None:
-        return grads, none
-    owned = parts[:, packed.lo - lo : packed.hi - lo]
-    blocks = cdiv(owned.shape[1], lookup("lowrank_sum_kernel", arch(parts), parts.dtype, packed.rp)["BLOCK"])
-    dots = [parts.new_empty(blocks, a.shape[0]) if need else None
-            for a, need in zip(packed.lora_as, need_scales, strict=True)]  # fmt: skip
-    add_up(owned, grads, adapters=packed, dots=dots)
-    scales = list(none)
-    for i, (dot, scale) in enumerate(zip(dots, packed.scales, strict=True)):
-        if dot is not None:
-            assert scale is not None
-            scales[i] = (dot.sum() if scale.dim() == 0 else dot.sum(0)).to(scale.dtype)
-    return grads, scales

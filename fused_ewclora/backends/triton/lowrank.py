@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,23 @@ import torch
 from torch import Tensor
 
 from fused_ewclora.kernels import lora_linear as kernels
-from fused_ewclora.kernels import lowrank as sums
+from fused_ewclora.kernels import lowrank as lowrank_kernels
 
 from ...reference.adapters import row_ranges
 from ...reference.philox import drop_threshold, inverse_keep
 from . import kept, tables
 from .cost_model import padded
-from .launch import addressable, arch, cdiv, launch, multiprocessors, precision, tileable, tiles, wide
+from .launch import (
+    addressable,
+    arch,
+    cdiv,
+    launch,
+    multiprocessors,
+    precision,
+    tileable,
+    tiles,
+    wide,
+)
 
 GROUP = 4  # adapters per launch: each number of them is a kernel of its own
 
@@ -135,7 +145,7 @@ def pack(
         if part.stop >= len(lora_as):
             widths[-1] += rp - packed.rank
         launch(
-            sums.lowrank_pack_kernel, (blocks, 2), tuple(as_), tuple(bs), tuple(ss),
+            lowrank_kernels.lowrank_pack_kernel, (blocks, 2), tuple(as_), tuple(bs), tuple(ss),
             tuple(map(float, scale_factors[part])), None if owner is None else owner[part], a, b, d_in, d_out,
             d_out, first, tuple(ranks), tuple(widths), _strides(as_, 0), _strides(as_, 1), _strides(bs, 0),
             _strides(bs, 1), tuple(map(_scale_stride, ss)), a.stride(0), b.stride(0), **config,
@@ -173,12 +183,15 @@ def product(
     base: bool = True,
     dropout: Dropout = Dropout(),
     transposed: bool = False,
+    z_sum: Tensor | None = None,
 ) -> None:
     """y `[M, N]` = x W^T + drop(z b^T) + bias, or x W if `transposed`; see `lora_linear_kernel`.
 
-    factors: (a, b), a `[rp, K]` and b `[N, rp]`; `bounds`: the rows of b that are not zero.
+    factors: (a, b), a `[rp, K]` and b `[N, rp]`; `bounds`: the rows of b that are not zero. Where `z_sum`
+    `[M, rp]` is given, z `[parts, M, columns]` is added up over its parts, and written there.
     """
     a, b = factors
+    parts, stride_zs = (1, 0) if z_sum is None else (z.shape[0], z.stride(0))
     rows, columns, inner = y.shape[0], y.shape[1], x.shape[1]
     variant = ":no_base" if not base else "" if wide(x, weight, y) else ":odd"
     config = _config("lora_linear_kernel", x, b.shape[1], variant)
@@ -187,123 +200,181 @@ def product(
     w_tiles, tma_w = _matrix(weight, (k, n) if transposed else (n, k), config) if base else (weight, False)
     del config["TMA"]
     launch(
-        kernels.lora_linear_kernel, (cdiv(rows, m) * cdiv(columns, n),), x_tiles, w_tiles, a, b, z, bias, y,
-        dropout.seed, rows, columns, inner, z.shape[1], *bounds, dropout.threshold, dropout.inverse,
-        *x.stride(), *weight.stride(), *b.stride(), z.stride(0), y.stride(0), FULL=full, BASE=base,
-        W_KN=transposed, TMA_X=tma_x, TMA_W=tma_w, PRECISION=product_precision(), **config,
+        kernels.lora_linear_kernel, (cdiv(rows, m) * cdiv(columns, n),), x_tiles, w_tiles, a, b, z, z_sum,
+        bias, y, dropout.seed, rows, columns, inner, z.shape[-1], parts, *bounds, dropout.threshold,
+        dropout.inverse, *x.stride(), *weight.stride(), *b.stride(), stride_zs, z.stride(-2),
+        0 if z_sum is None else z_sum.stride(0), y.stride(0), FULL=full, BASE=base, W_KN=transposed,
+        TMA_X=tma_x, TMA_W=tma_w, PRECISION=product_precision(), **config,
     )  # fmt: skip
-
-
-@dataclass
-class RowsPass:
-    """What one read of x by rows gave: partial sums, still to be added over their first dimension."""
-
-    u: Tensor | None = None  # [splits, M, columns]
-    g: Tensor | None = None  # [blocks, N, rp]
-    sums: Tensor | None = None  # [blocks, N]
 
 
 def rows_pass(
     x: Tensor,
-    p: Tensor | None,
-    rp: int,
+    packed: Packed,
+    u: Tensor,
     *,
-    u: Tensor | None = None,
     u_copy: Tensor | None = None,
-    c: Tensor | None = None,
-    sums_too: bool = False,
     x_copy: Tensor | None = None,
     dropout: Dropout = Dropout(),
-) -> RowsPass:
-    """u = drop(x) p, g = x^T c and column sums of x `[M, N]` in one read; see `lowrank_rows_kernel`.
+) -> None:
+    """u = drop(x) a^T `[M, columns]` in one read of x `[M, N]`; see `lowrank_rows_kernel`."""
+    p, rp = packed.a.T, packed.rp
+    config = _config("lowrank_rows_kernel", x, rp, "" if wide(x, packed.a) else ":odd")
+    m, n, (rows, columns) = config["BLOCK_M"], config["BLOCK_N"], x.shape
+    matrix, tma = _matrix(x, (m, n), config)
+    del config["TMA"]
+    launch(
+        kernels.lowrank_rows_kernel, (cdiv(rows, m), cdiv(rp, config["BLOCK_R"])), matrix, p, u, u_copy,
+        x_copy, dropout.seed, rows, columns, u.shape[1], dropout.threshold, dropout.inverse, *x.stride(),
+        *p.stride(), u.stride(0), 0 if u_copy is None else u_copy.stride(0),
+        0 if x_copy is None else x_copy.stride(0), TMA=tma, PRECISION=product_precision(), **config,
+    )  # fmt: skip
 
-    p `[N, rp]`; a `u` `[M, columns]` that is given receives the finished product, else columns are split as
-    the grid needs and u comes in parts.
+
+@dataclass(frozen=True)
+class Gradients:
+    """Where sums over rows go: `outs[i]` of each adapter (None: not asked for) and their columns' sums.
+
+    `transposed`: outputs are `[rank, columns]` (dA, whose scale is in the sums already); else `[owned rows,
+    rank]` times the scale (dB), the columns being those of y from `lo` on. `scales[i]` `[rank]` is the
+    gradient of the scale, rank by rank.
     """
+
+    packed: Packed
+    outs: Sequence[Tensor | None]
+    scales: Sequence[Tensor | None]
+    transposed: bool = False
+    lo: int = 0
+    bias: Tensor | None = None
+
+    @property
+    def any(self) -> bool:
+        return any(t is not None for t in (*self.outs, *self.scales))
+
+    def dots(self, blocks: int) -> list[Tensor | None]:
+        """Room for parts of the gradients of scales, one per block of columns."""
+        return [None if t is None else t.new_empty(blocks, t.shape[0], dtype=torch.float32)
+                for t in self.scales]  # fmt: skip
+
+    def arguments(
+        self, part: slice, dots: Sequence[Tensor | None]
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What `deal_out` takes for the adapters of `part`: tensors, then sizes and strides."""
+        packed, outs = self.packed, tuple(self.outs[part])
+        if self.transposed:
+            nothing: tuple[Tensor | None, ...] = (None,) * len(outs)
+            bs, ss, factors, owner = nothing, nothing, (1.0,) * len(outs), None
+        else:
+            bs, ss = tuple(packed.lora_bs[part]), tuple(packed.scales[part])
+            factors = tuple(map(float, packed.scale_factors[part]))
+            owner = None if packed.owner is None else packed.owner[part, self.lo :]
+        strides = _strides(outs, 0), _strides(outs, 1)
+        return (
+            (outs, ss, factors, owner, bs, tuple(dots[part])),
+            (
+                tuple(a.shape[0] for a in packed.lora_as[part]),
+                *(strides[::-1] if self.transposed else strides),
+                tuple(map(_scale_stride, ss)),
+                _strides(bs, 0),
+                _strides(bs, 1),
+            ),
+        )
+
+
+def columns_pass(
+    x: Tensor,
+    c: Tensor | None,
+    gradients: Gradients,
+    *,
+    p: Tensor | None = None,
+    x_copy: Tensor | None = None,
+    dropout: Dropout = Dropout(),
+) -> Tensor | None:
+    """Sums over the rows of x `[M, N]`, drop(x)^T c, dealt out to adapters, in one read of x.
+
+    With p `[N, rp]`, also u = x p: its parts `[blocks, M, rank]` over blocks of columns are returned. See
+    `lowrank_columns_kernel`, which deals out a few adapters itself; `lowrank_sum_kernel` does more.
+    """
+    packed, bias = gradients.packed, gradients.bias
+    rp, rank = packed.rp, packed.rank
     # p is a view of a packed matrix, one of whose strides is 1.
     sources = [x] if p is None else [x, p if p.stride(1) == 1 else p.T]
-    config = _config("lowrank_rows_kernel", x, rp, "" if wide(*sources) else ":odd")
-    m, n, (rows, columns) = config["BLOCK_M"], config["BLOCK_N"], x.shape
-    blocks, ranks = cdiv(rows, m), cdiv(rp, config["BLOCK_R"])
-    wanted = 1 if u is not None else cdiv(2 * multiprocessors(x), max(blocks * ranks, 1))
-    chunk = cdiv(cdiv(columns, n), wanted) * n
-    splits = cdiv(columns, chunk)
-    result = RowsPass(None if u is None else u[None])
-    if u is None and p is not None:
-        result.u = x.new_empty(splits, rows, rp, dtype=torch.float32)
-    if c is not None:
-        result.g = x.new_empty(blocks, columns, rp, dtype=torch.float32)
-    if sums_too:
-        result.sums = x.new_empty(blocks, columns, dtype=torch.float32)
-    matrix, tma = _matrix(x, (m, n), config)
-    del config["TMA"]
-    out = result.u
-    launch(
-        kernels.lowrank_rows_kernel, (blocks, splits, ranks), matrix, p, c, out, u_copy, result.g,
-        result.sums, x_copy, dropout.seed, rows, columns, chunk, 0 if out is None else out.shape[2],
-        0 if c is None else c.shape[1], dropout.threshold, dropout.inverse, *x.stride(),
-        *((0, 0) if p is None else p.stride()), 0 if c is None else c.stride(0),
-        *((0, 0) if out is None else out.stride()[:2]), 0 if u_copy is None else u_copy.stride(0),
-        columns * rp, 0 if x_copy is None else x_copy.stride(0), TMA=tma, PRECISION=product_precision(),
-        **config,
-    )  # fmt: skip
-    return result
-
-
-def columns_pass(x: Tensor, c: Tensor, rp: int, dropout: Dropout) -> Tensor:
-    """Partial sums `[splits, N, rp]` of drop(x)^T c; see `lowrank_columns_kernel`."""
-    config = _config("lowrank_columns_kernel", x, rp)
+    variant = ":odd" if not wide(*sources) else "" if p is None else ":with_u"
+    config = _config("lowrank_columns_kernel", x, rp, variant)
     m, n, (rows, columns) = config["BLOCK_M"], config["BLOCK_N"], x.shape
     blocks, ranks = cdiv(columns, n), cdiv(rp, config["BLOCK_R"])
-    chunk = cdiv(cdiv(rows, m), cdiv(2 * multiprocessors(x), blocks * ranks)) * m
-    splits = cdiv(rows, chunk) if rows else 0
-    g = x.new_empty(splits, columns, rp, dtype=torch.float32)
+    # Parts of u grow with blocks of columns, parts of g with chunks of rows: with both, one wave has fewest.
+    programs = (2 if p is None else 1) * multiprocessors(x)
+    chunk = cdiv(cdiv(rows, m), max(programs // (blocks * ranks), 1)) * m
+    splits = cdiv(rows, chunk)
+    u = None if p is None else x.new_empty(blocks, rows, rank, dtype=torch.float32)
+    g = None if c is None else x.new_empty(splits, columns, rank, dtype=torch.float32)
+    sums = None if bias is None else x.new_empty(splits, columns, dtype=torch.float32)
+    deal = min(n, 64)
+    together = c is not None and ranks == 1 and len(gradients.outs) <= GROUP
+    dealt, sizes = _NOT_DEALT
+    dss: tuple[Tensor | None, ...] | None = None
+    arrivals = None
+    if together:
+        dealt, sizes = gradients.arguments(slice(GROUP), gradients.dots(cdiv(columns, deal)))
+        dss = tuple(gradients.scales) if any(t is not None for t in gradients.scales) else None
+        arrivals = kept.zeros(x, 1 + blocks * (1 + cdiv(splits, lowrank_kernels.AT_ONCE.value)))
     matrix, tma = _matrix(x, (m, n), config)
     del config["TMA"]
+    owner = dealt[3]
     launch(
-        kernels.lowrank_columns_kernel, (blocks, splits, ranks), matrix, c, g, dropout.seed, rows, columns,
-        chunk, c.shape[1], dropout.threshold, dropout.inverse, *x.stride(), c.stride(0), columns * rp,
-        TMA=tma, PRECISION=product_precision(), **config,
+        kernels.lowrank_columns_kernel, (blocks, splits, ranks), matrix, c, p, g, u, sums,
+        bias if together else None, x_copy, dropout.seed, arrivals, *dealt, dss, rows, columns, chunk, splits,
+        0 if c is None else c.shape[1], rank, dropout.threshold, dropout.inverse, *x.stride(),
+        0 if c is None else c.stride(0), *((0, 0) if p is None else p.stride()),
+        0 if u is None else u.stride(0), 0 if x_copy is None else x_copy.stride(0),
+        0 if owner is None else owner.stride(0), *sizes, TMA=tma, PRECISION=product_precision(), DEAL=deal,
+        **config,
     )  # fmt: skip
-    return g
+    if not together:
+        if g is not None:
+            deal_out(g, gradients)
+        if bias is not None:
+            assert sums is not None
+            bias.copy_(sums.sum(0))
+    return u
 
 
-def add_up(
-    parts: Tensor,
-    outs: Sequence[Tensor | None],
-    *,
-    adapters: Packed | None = None,
-    transposed: bool = False,
-    dots: Sequence[Tensor | None] | None = None,
+_NOT_DEALT: tuple[tuple[Any, ...], tuple[Any, ...]] = ((None,) * 6, (0,) * 6)
+
+
+def add_up(parts: Tensor, out: Tensor) -> None:
+    """out `[rows, rp]` = sum over the parts `[S, rows, rank]`, zero from the rank on."""
+    nothing = (None,)
+    arguments = ((out,), nothing, (1.0,), None, nothing, nothing)
+    width = out.shape[1]
+    _sum(parts, width, 1, arguments, 0, ((width,), (out.stride(0),), (out.stride(1),), (0,), (0,), (0,)))
+
+
+def deal_out(parts: Tensor, gradients: Gradients) -> None:
+    """Sums over the parts `[S, columns, rank]`, dealt out to the adapters."""
+    block = _sum_config(parts, gradients.packed.rp)["BLOCK"]
+    dots = gradients.dots(cdiv(parts.shape[1], block))
+    for part, first in gradients.packed.groups():
+        arguments, sizes = gradients.arguments(part, dots)
+        if any(t is not None for t in (*arguments[0], *arguments[-1])):
+            _sum(parts, gradients.packed.rp, len(arguments[0]), arguments, first, sizes)
+    for dot, scale in zip(dots, gradients.scales, strict=True):
+        if dot is not None:
+            assert scale is not None
+            scale.copy_(dot.sum(0))
+
+
+def _sum_config(parts: Tensor, rp: int) -> Mapping[str, Any]:
+    return tables.lookup("lowrank_sum_kernel", arch(parts), parts.dtype, rp)
+
+
+def _sum(
+    parts: Tensor, rp: int, count: int, arguments: tuple[Any, ...], first: int, sizes: tuple[Any, ...]
 ) -> None:
-    """outs[i] = sum over the parts `[S, rows, rp]`, its columns dealt to the adapters in order.
-
-    Without `adapters`, the one output takes all columns. `transposed`: outputs are `[rank, rows]` (dA, whose
-    scale is in u already); else `[owned rows, rank]` times the scale (dB), and `dots[i]` `[blocks, rank]`
-    receives parts of the gradient of the scale.
-    """
-    splits, rows, rp = parts.shape
-    config = tables.lookup("lowrank_sum_kernel", arch(parts), parts.dtype, rp)
-    groups = [(slice(0, 1), 0)] if adapters is None else adapters.groups()
-    plain = adapters is None or transposed
-    for part, first in groups:
-        out, count = outs[part], len(outs[part])
-        dot = (None,) * count if dots is None else tuple(dots[part])
-        if all(t is None for t in (*out, *dot)):
-            continue
-        ranks = (rp,) if adapters is None else tuple(a.shape[0] for a in adapters.lora_as[part])
-        if plain:
-            nothing: tuple[Tensor | None, ...] = (None,) * count
-            bs, ss, scale_factors, owner = nothing, nothing, (1.0,) * count, None
-        else:
-            assert adapters is not None
-            bs, ss = tuple(adapters.lora_bs[part]), tuple(adapters.scales[part])
-            scale_factors = tuple(map(float, adapters.scale_factors[part]))
-            owner = None if adapters.owner is None else adapters.owner[part, adapters.lo :]
-        strides = (_strides(out, 1), _strides(out, 0)) if transposed else (_strides(out, 0), _strides(out, 1))
-        launch(
-            sums.lowrank_sum_kernel, (cdiv(rows, config["BLOCK"]), count), parts, tuple(out), ss,
-            scale_factors, owner, bs, dot, rows, splits, 0 if owner is None else owner.stride(0), first,
-            ranks, *strides, tuple(map(_scale_stride, ss)), _strides(bs, 0), _strides(bs, 1),
-            *parts.stride()[:2], **config,
-        )  # fmt: skip
+    config, owner = _sum_config(parts, rp), arguments[3]
+    launch(
+        lowrank_kernels.lowrank_sum_kernel, (cdiv(parts.shape[1], config["BLOCK"]), count), parts, *arguments,
+        parts.shape[1], parts.shape[0], parts.shape[2], 0 if owner is None else owner.stride(0), first,
+        *sizes, *parts.stride()[:2], **config,
+    )  # fmt: skip

@@ -33,8 +33,8 @@ GATES = {
 }
 ROW = {
     "kernel", "arch", "dtype", "config", "constants", "aligned", "registers", "scalar_registers", "spill",
-    "shared", "tensor_memory", "error", "instructions", "blocks_per_multiprocessor", "occupancy",
-    "limited_by", "calls", "main_loop", "predicted",
+    "shared", "tensor_memory", "serialised", "error", "instructions", "blocks_per_multiprocessor",
+    "occupancy", "limited_by", "calls", "main_loop", "predicted",
 }  # fmt: skip
 
 
@@ -130,9 +130,9 @@ def test_missing_triton(monkeypatch: pytest.MonkeyPatch):
 def row(**changed: Any) -> dict[str, Any]:
     good = {
         "kernel": "lora_linear_kernel", "arch": "sm_90", "dtype": "bfloat16", "config": {}, "constants": {},
-        "aligned": True, "registers": 128, "spill": 0, "shared": 1024, "error": None,
-        "limited_by": "registers", "instructions": {"wgmma": 4}, "blocks_per_multiprocessor": 1,
-        "calls": ["a call"],
+        "aligned": True, "registers": 128, "spill": 0, "shared": 1024, "serialised": "",
+        "error": None, "limited_by": "registers", "instructions": {"wgmma": 4},
+        "blocks_per_multiprocessor": 1, "calls": ["a call"],
     }  # fmt: skip
     return {**good, **changed}
 
@@ -153,6 +153,7 @@ def test_good_row_accepted():
         ({"shared": 227 * 1024 + 1}, "bytes of shared memory"),
         ({"arch": "sm_86", "shared": 99 * 1024 + 1}, "bytes of shared memory"),
         ({"instructions": {"wgmma": 0}}, "no wgmma"),
+        ({"serialised": "wgmma serialised due to a move"}, "wgmma serialised due to a move"),
         ({"blocks_per_multiprocessor": 0}, "no block fits"),
         ({"error": "CompilationError: no"}, "CompilationError"),
     ],
@@ -243,6 +244,42 @@ def test_amd_resources():
     found = aot.parse_amdgcn(text)
     assert (found["vgpr_count"], found["sgpr_count"], found["vgpr_spill_count"]) == (129, 30, 6)
     assert found["private_segment_fixed_size"] == 24
+
+
+PLANTED = """
+.version 8.0
+.target sm_90a
+.address_size 64
+.visible .entry planted(.param .u64 out)
+{
+    .reg .f32 %f<4>;
+    .reg .b64 %d<2>;
+    .reg .pred %p0;
+    ld.param.u64 %d0, [out];
+    ld.param.u64 %d1, [out];
+    setp.ne.u64 %p0, %d0, 7;
+    START
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3}, %d1, %d1, %p0, 1, 1, 0, 0;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3}, %d1, %d1, %p0, 1, 1, 0, 0;
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0;
+    st.global.f32 [%d0], %f0;
+    st.global.f32 [%d0], %f3;
+    ret;
+}
+"""
+
+
+@needs_triton
+def test_serialised_wgmma():
+    """Products whose accumulator nothing defines before them are reported, properly started ones are not."""
+    planted = aot.serialised(PLANTED.replace("START", ""))
+    assert "non wgmma instructions defining accumulator registers" in planted
+    (found,) = problems(row(serialised=planted))
+    assert planted in found
+    zeros = " ".join(f"mov.f32 %f{i}, 0f00000000;" for i in range(4))
+    assert aot.serialised(PLANTED.replace("START", zeros)) == aot.serialised("mma.sync") == ""
 
 
 def test_instruction_counts():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import re
 import subprocess
 import tempfile
@@ -57,6 +58,7 @@ class Resources:
     spill: int = 0
     shared: int = 0
     tensor_memory: int = 0
+    serialised: str = ""  # why `ptxas` lets each wgmma wait for the one before, if it does
     instructions: dict[str, int] = field(default_factory=dict)
     error: str | None = None
     code: sass.Loop | None = None
@@ -163,9 +165,35 @@ def _nvidia(compiled: Any, name: str) -> Resources:
         spill=found["STACK"] + found["LOCAL"],
         shared=compiled.metadata.shared,
         tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
+        serialised=serialised(compiled.asm["ptx"]),
         instructions=count(compiled.asm["ptx"]),
         code=sass.functions(text).get(name),
     )
+
+
+def serialised(ptx: str) -> str:
+    """Why `ptxas` serialises the wgmma instructions of `ptx`, in its words; "" where it does not.
+
+    It says so while it assembles, which Triton leaves out for kernels in its cache: so it is asked again.
+    """
+    if not re.search(INSTRUCTIONS["wgmma"], ptx):
+        return ""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx)
+        printed = subprocess.run(
+            [get_ptxas(90).path, f"--gpu-name={sm_arch_from_capability(90)}", "-v", path, "-o", os.devnull],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    return parse_advice(printed.stdout + printed.stderr)
+
+
+def parse_advice(printed: str) -> str:
+    """The first reason for serialised wgmma instructions in what `ptxas` printed, or ""."""
+    found = re.search(r"wgmma\S* instructions are serialized(.*?)(?: in (?:the )?function|$)", printed, re.M)
+    return "" if found is None else f"wgmma serialised{found[1]}"
 
 
 def parse_usage(printed: str) -> dict[str, int]:

@@ -297,6 +297,8 @@ def _row_problems(row: dict[str, Any]) -> Iterable[str]:
     matrix = row["kernel"] in MATRIX_KERNELS and row["dtype"] in HALF
     if arch == "sm_90" and matrix and not row["instructions"]["wgmma"]:
         yield "no wgmma"
+    if row["serialised"]:
+        yield row["serialised"]
 
 
 def described(row: dict[str, Any]) -> str:
