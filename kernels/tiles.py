@@ -56,17 +56,23 @@ def store_tile(
 
 
 @triton.jit
+def _tf32(tile):
+    """fp32 numbers rounded to nearest among those of tf32. Matrix units cut them off instead, which makes
+    products smaller than the exact ones by 2^-11 on average."""
+    return tl.inline_asm_elementwise(
+        "cvt.rna.tf32.f32 $0, $1;", "=r,r", [tile], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def rounded(tile, PRECISION: tl.constexpr):
-    """An operand as `dot_rounded` takes it. Matrix units cut fp32 numbers off to tf32: they are rounded to
-    nearest here, or products would be smaller than the exact ones by 2^-10 on average."""
+    """An operand of `dot_rounded`, in the form that is worth having once for several products."""
     if not INTERPRETED:
         if tile.dtype == tl.float32:
             if PRECISION == "bf16":
                 tile = tile.to(tl.bfloat16)
             elif PRECISION == "tf32":
-                tile = tl.inline_asm_elementwise(
-                    "cvt.rna.tf32.f32 $0, $1;", "=r,r", [tile], dtype=tl.float32, is_pure=True, pack=1
-                )
+                tile = _tf32(tile)
     return tile
 
 
@@ -85,13 +91,19 @@ def as_fp32(tile, TYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_rounded(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b in fp32, of `rounded` operands."""
+    """acc + a b in fp32, of `rounded` operands. Of "tf32x3" it needs fewer registers than `dot`; an operand
+    that is Inf makes NaN there."""
     if INTERPRETED:
         acc += tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    elif a.dtype == tl.float32:
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    else:
+    elif a.dtype != tl.float32:
         acc = tl.dot(a, b, acc)
+    elif PRECISION == "tf32x3":  # what rounding left, which the units may cut off, and small terms first
+        a_big, b_big = _tf32(a), _tf32(b)
+        acc = tl.dot(a - a_big, b_big, acc, input_precision="tf32")
+        acc = tl.dot(a_big, b - b_big, acc, input_precision="tf32")
+        acc = tl.dot(a_big, b_big, acc, input_precision="tf32")
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
 
 
@@ -99,7 +111,14 @@ def dot_rounded(a, b, acc, PRECISION: tl.constexpr):
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b in fp32. PRECISION is how fp32 operands pass the matrix units: "tf32", "tf32x3", or "bf16"
     to round them; narrower operands are exact."""
-    return dot_rounded(rounded(a, PRECISION), rounded(b, PRECISION), acc, PRECISION)
+    a, b = rounded(a, PRECISION), rounded(b, PRECISION)
+    if INTERPRETED:
+        acc += tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    elif a.dtype == tl.float32:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(a, b, acc)
+    return acc
 
 
 @triton.jit
