@@ -110,8 +110,8 @@ def _finish_loss(work, loss, n_items, ewc_lambda, BLOCK: tl.constexpr):
 @triton.jit
 def _as_operand(h, PERMUTED: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
     """`h` [SLICES, BLOCK_M, WIDTH] with its columns in the order in which a product takes them from the threads
-    that hold them: of eight columns, thread t of four has 2 t and 2 t + 1 as a result, and t and t + 4 of an
-    operand. (With 16-bit F, Triton lets operands have pairs.) A sum does not depend on their order."""
+    that hold them: of eight columns, thread t of four has 2 t and 2 t + 1 of a result, but t and t + 4 of a tf32
+    operand. H A^T is a sum over columns, in whatever order, so nothing has to move between threads."""
     if PERMUTED:
         h = h.reshape(SLICES, BLOCK_M, WIDTH // 8, 4, 2).permute(0, 1, 2, 4, 3)
         h = h.reshape(SLICES, BLOCK_M, WIDTH)
@@ -138,8 +138,25 @@ def _factors(
 
 
 @triton.jit
+def _product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b for every slice. One of several belongs to a warp; a single one is shared by all warps, which
+    Triton does for matrices only."""
+    if a.shape[0] == 1:
+        m: tl.constexpr = a.shape[1]
+        k: tl.constexpr = a.shape[2]
+        n: tl.constexpr = b.shape[2]
+        a, b, acc = a.reshape(m, k), b.reshape(k, n), acc.reshape(m, n)
+        acc = dot_rounded(a, b, acc, PRECISION).reshape(1, m, n)
+    else:
+        acc = dot_rounded(a, b, acc, PRECISION)
+    return acc
+
+
+@triton.jit
 def _over_slices(parts, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, RP: tl.constexpr):
-    """Sum of `parts` [SLICES, BLOCK_M, RP] over the first dimension, in pairs."""
+    """Sum of `parts` [SLICES, BLOCK_M, RP] over the first dimension, in pairs. `tl.sum` over warps would pass
+    shared memory one number at a time."""
+    tl.static_assert(SLICES <= 8)
     if SLICES == 1:
         total = parts.reshape(BLOCK_M, RP)
     else:
@@ -161,8 +178,9 @@ def ewc_penalty_kernel(
 ):  # fmt: skip
     """loss = lambda/2 sum F (B diag(s) A)^2 over all adapters, and dA, dB, ds as needed, into flat `grads`.
 
-    A program walks down a region of rows of one block of columns. With bs = B diag(s) it forms, tile by tile,
-    delta = bs A, h = F delta, the products h A^T (dB before its scale) and bs^T h (dA). What is complete only
+    A program walks down a region of rows of one block of columns, which is cut into SLICES, one for each warp.
+    With bs = B diag(s) it forms, tile by tile, delta = bs A, h = F delta, the products h A^T (dB before its
+    scale) and bs^T h (dA). What is complete only
     when its neighbours are done goes to `work`, and the last of them, found by a counter, adds it up in the
     order of the items: no result depends on which that was. `counters` are 0 before and after. UNIT: rows
     of F are contiguous, start at multiples of 16 bytes, and are multiples of 8 long.
@@ -213,21 +231,21 @@ def ewc_penalty_kernel(
         f = tl.load(fisher + start * fisher_0 + tile, mask=rows[None, :, None] & columns, other=0.0)
         b = as_fp32(b.to(tl.float32), B_TYPE, PRECISION)
         bs = rounded((b * s[None, :])[None, :, :].broadcast_to(SLICES, BLOCK_M, RP), PRECISION)
-        delta = dot_rounded(bs, a, tl.zeros([SLICES, BLOCK_M, WIDTH], tl.float32), PRECISION)
+        delta = _product(bs, a, tl.zeros([SLICES, BLOCK_M, WIDTH], tl.float32), PRECISION)
         h = as_fp32(f.to(tl.float32) * delta, FISHER_TYPE, PRECISION)
         # Sums of eighths of a row, which stay in their threads.
         value += tl.sum((h * delta).reshape(SLICES, BLOCK_M, WIDTH // 8, 8), 2)
         h = rounded(h, PRECISION)
         if NEED_B or NEED_S:
             ht = _as_operand(h, PERMUTED, SLICES, BLOCK_M, WIDTH)
-            ha = dot_rounded(ht, at, tl.zeros([SLICES, BLOCK_M, RP], tl.float32), PRECISION)
+            ha = _product(ht, at, tl.zeros([SLICES, BLOCK_M, RP], tl.float32), PRECISION)
             ha = _over_slices(ha, SLICES, BLOCK_M, RP)
             if NEED_B:
                 tl.store(part_b + start * rank + part_tile, ha * s[None, :], mask=rows[:, None] & ranks[None, :])
             if NEED_S:
                 ds += ha * b
         if NEED_A:
-            da = dot_rounded(bs.permute(0, 2, 1), h, da, PRECISION)
+            da = _product(bs.permute(0, 2, 1), h, da, PRECISION)
         # The next rows of B are on their way meanwhile. Triton's own copies to shared memory, which are for
         # operands of products, would be four bytes wide and collide.
         below = i < (stop - start - BLOCK_M).to(tl.int32)
