@@ -109,9 +109,9 @@ def _finish_loss(work, loss, n_items, ewc_lambda, BLOCK: tl.constexpr):
 
 @triton.jit
 def _as_operand(h, PERMUTED: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
-    """`h` [SLICES, BLOCK_M, WIDTH] with its columns in the order in which a product takes them from the threads
-    that hold them: of eight columns, thread t of four has 2 t and 2 t + 1 of a result, but t and t + 4 of a tf32
-    operand. H A^T is a sum over columns, in whatever order, so nothing has to move between threads."""
+    """`h` [SLICES, BLOCK_M, WIDTH] with its columns in the order in which a product takes them from the
+    threads that hold them: of eight columns, thread t of four has 2 t and 2 t + 1 of a result, but t and t + 4
+    of a tf32 operand. H A^T sums over columns in whatever order, so nothing has to move between threads."""
     if PERMUTED:
         h = h.reshape(SLICES, BLOCK_M, WIDTH // 8, 4, 2).permute(0, 1, 2, 4, 3)
         h = h.reshape(SLICES, BLOCK_M, WIDTH)
@@ -178,12 +178,12 @@ def ewc_penalty_kernel(
 ):  # fmt: skip
     """loss = lambda/2 sum F (B diag(s) A)^2 over all adapters, and dA, dB, ds as needed, into flat `grads`.
 
-    A program walks down a region of rows of one block of columns, which is cut into SLICES, one for each warp.
-    With bs = B diag(s) it forms, tile by tile, delta = bs A, h = F delta, the products h A^T (dB before its
-    scale) and bs^T h (dA). What is complete only
-    when its neighbours are done goes to `work`, and the last of them, found by a counter, adds it up in the
-    order of the items: no result depends on which that was. `counters` are 0 before and after. UNIT: rows
-    of F are contiguous, start at multiples of 16 bytes, and are multiples of 8 long.
+    A program walks down a region of rows of one block of columns, which is cut into SLICES, one for each
+    warp. With bs = B diag(s) it forms, tile by tile, delta = bs A, h = F delta, the products h A^T (dB before
+    its scale) and bs^T h (dA). What is complete only when its neighbours are done goes to `work`, and the last
+    of them, found by a counter, adds it up in the order of the items: no result depends on which that was.
+    `counters` are 0 before and after. UNIT: rows of F are contiguous, start at multiples of 16 bytes, and are
+    multiples of 8 long.
     """
     pid = tl.program_id(0)
     entry = table + tl.load(items + 3 * pid) * FIELDS
@@ -241,7 +241,9 @@ def ewc_penalty_kernel(
             ha = _product(ht, at, tl.zeros([SLICES, BLOCK_M, RP], tl.float32), PRECISION)
             ha = _over_slices(ha, SLICES, BLOCK_M, RP)
             if NEED_B:
-                tl.store(part_b + start * rank + part_tile, ha * s[None, :], mask=rows[:, None] & ranks[None, :])
+                tl.store(
+                    part_b + start * rank + part_tile, ha * s[None, :], mask=rows[:, None] & ranks[None, :]
+                )
             if NEED_S:
                 ds += ha * b
         if NEED_A:
@@ -249,7 +251,9 @@ def ewc_penalty_kernel(
         # The next rows of B are on their way meanwhile. Triton's own copies to shared memory, which are for
         # operands of products, would be four bytes wide and collide.
         below = i < (stop - start - BLOCK_M).to(tl.int32)
-        b = tl.load(lora_b + (start + BLOCK_M) * b_0 + b_tile, mask=below[:, None] & ranks[None, :], other=0.0)
+        b = tl.load(
+            lora_b + (start + BLOCK_M) * b_0 + b_tile, mask=below[:, None] & ranks[None, :], other=0.0
+        )
 
     tl.store(work + pid, tl.sum(value))
     regions, blocks = tl.load(entry + REGIONS), tl.load(entry + BLOCKS)
@@ -263,7 +267,9 @@ def ewc_penalty_kernel(
             _finish_b(entry, work, grads, first, stop, ewc_lambda, RP, BLOCK_M)
     if NEED_S:
         if tl.load(entry + GRAD_S) >= 0:
-            tl.store(work + tl.load(entry + PART_S) + (pid - tl.load(entry + FIRST_ITEM)) * RP + k, tl.sum(ds, 0))
+            tl.store(
+                work + tl.load(entry + PART_S) + (pid - tl.load(entry + FIRST_ITEM)) * RP + k, tl.sum(ds, 0)
+            )
             if _last(counters + tl.load(entry + COUNT_S), regions * blocks):
                 _finish_s(entry, work, grads, factor, ewc_lambda, RP)
     if _last(counters, n_items):

@@ -202,9 +202,7 @@ def _rows(members: Sequence[Member], m: int, n: int, slots: int) -> int:
     return min((max(cdiv(2 * total, n * slots * halves), m) for halves in range(2, 17)), key=time)
 
 
-def _layout(
-    members: Sequence[Member], rows: int, m: int, n: int, rp: int
-) -> tuple[Tensor, Tensor, int, int]:
+def _layout(members: Sequence[Member], rows: int, m: int, n: int, rp: int) -> tuple[Tensor, Tensor, int, int]:
     """The table, the items (adapter, region of rows, block of columns), and the sizes of workspace and
     counters."""
     table = torch.zeros(len(members), kernels.FIELDS.value, dtype=torch.int64)
