@@ -111,7 +111,7 @@ def _finish_loss(work, loss, n_items, ewc_lambda, BLOCK: tl.constexpr):
 def _as_operand(h, PERMUTED: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
     """`h` [SLICES, BLOCK_M, WIDTH] with its columns in the order in which a product takes them from the
     threads that hold them: of eight columns, thread t of four has 2 t and 2 t + 1 of a result, but t and
-    t + 4 of a tf32 operand. H A^T sums over columns in whatever order: nothing has to move between threads."""
+    t + 4 of a tf32 operand. H A^T sums over columns in whatever order: nothing moves between threads."""
     if PERMUTED:
         h = h.reshape(SLICES, BLOCK_M, WIDTH // 8, 4, 2).permute(0, 1, 2, 4, 3)
         h = h.reshape(SLICES, BLOCK_M, WIDTH)
@@ -182,8 +182,8 @@ def ewc_penalty_kernel(
     warp. With bs = B diag(s) it forms, tile by tile, delta = bs A, h = F delta, the products h A^T (dB before
     its scale) and bs^T h (dA). What is complete only when its neighbours are done goes to `work`, and the
     last of them, found by a counter, adds it up in the order of the items: no result depends on which that
-    was. `counters` are 0 before and after. UNIT: rows of F are contiguous, start at multiples of 16 bytes, and
-    are multiples of 8 long.
+    was. `counters` are 0 before and after. UNIT: rows of F are contiguous, start at multiples of 16 bytes,
+    and are multiples of 8 long.
     """
     pid = tl.program_id(0)
     entry = table + tl.load(items + 3 * pid) * FIELDS
