@@ -8,7 +8,7 @@ columns.
 import triton
 import triton.language as tl
 
-from .tiles import dot
+from .tiles import as_fp32, dot_rounded, rounded
 from .tiles import last as _last
 
 FIELDS = tl.constexpr(28)
@@ -96,20 +96,83 @@ def _finish_loss(work, loss, n_items, ewc_lambda, BLOCK: tl.constexpr):
     tl.store(loss, (tl.sum(total) * 0.5 * ewc_lambda).to(tl.float32))
 
 
+@triton.jit
+def _as_operand(h, PERMUTED: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
+    """`h` [SLICES, BLOCK_M, WIDTH] with its columns in the order in which a product takes them from the
+    threads that hold them: of eight columns, thread t of four has 2 t and 2 t + 1 of a result, but t and
+    t + 4 of a tf32 operand. H A^T sums over columns in whatever order: nothing moves between threads."""
+    if PERMUTED:
+        h = h.reshape(SLICES, BLOCK_M, WIDTH // 8, 4, 2).permute(0, 1, 2, 4, 3)
+        h = h.reshape(SLICES, BLOCK_M, WIDTH)
+    return h
+
+
+@triton.jit
+def _factors(
+    entry, left, A_TYPE: tl.constexpr, PERMUTED: tl.constexpr,
+    RP: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A block of columns of A as operands of (B s) A, [SLICES, RP, columns], and of H A^T, its transpose with
+    columns in the order of `_as_operand`."""
+    k, j = tl.arange(0, RP), left + tl.arange(0, BLOCK_N)
+    pointer = tl.load(entry + LORA_A).to(tl.pointer_type(A_TYPE))
+    pointer += k[None, :] * tl.load(entry + A_0) + j[:, None] * tl.load(entry + A_1)
+    mask = (k < tl.load(entry + RANK))[None, :] & (j < tl.load(entry + D_IN))[:, None]
+    at = as_fp32(tl.load(pointer, mask=mask, other=0.0).to(tl.float32), A_TYPE, PRECISION)
+    at = rounded(at, PRECISION)
+    a = at.reshape(SLICES, BLOCK_N // SLICES, RP).permute(0, 2, 1)
+    if PERMUTED:
+        at = at.reshape(SLICES, BLOCK_N // SLICES // 8, 4, 2, RP).permute(0, 1, 3, 2, 4)
+    return a, at.reshape(SLICES, BLOCK_N // SLICES, RP)
+
+
+@triton.jit
+def _product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b for every slice. One of several belongs to a warp; a single one is shared by all warps, which
+    Triton does for matrices only."""
+    if a.shape[0] == 1:
+        m: tl.constexpr = a.shape[1]
+        k: tl.constexpr = a.shape[2]
+        n: tl.constexpr = b.shape[2]
+        a, b, acc = a.reshape(m, k), b.reshape(k, n), acc.reshape(m, n)
+        acc = dot_rounded(a, b, acc, PRECISION).reshape(1, m, n)
+    else:
+        acc = dot_rounded(a, b, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _over_slices(parts, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, RP: tl.constexpr):
+    """Sum of `parts` [SLICES, BLOCK_M, RP] over the first dimension, in pairs. `tl.sum` over warps would pass
+    shared memory one number at a time."""
+    tl.static_assert(SLICES <= 8)
+    if SLICES == 1:
+        total = parts.reshape(BLOCK_M, RP)
+    else:
+        left, right = parts.permute(1, 2, 0).reshape(BLOCK_M, RP, SLICES // 2, 2).split()
+        if SLICES > 2:
+            left, right = (left + right).reshape(BLOCK_M, RP, SLICES // 4, 2).split()
+        if SLICES > 4:
+            left, right = (left + right).reshape(BLOCK_M, RP, SLICES // 8, 2).split()
+        total = (left + right).reshape(BLOCK_M, RP)
+    return total
+
+
 @triton.jit(do_not_specialize=["n_items"])
 def ewc_penalty_kernel(
     table, factors, items, work, counters, loss, grads, n_items, ewc_lambda,
     NEED_A: tl.constexpr, NEED_B: tl.constexpr, NEED_S: tl.constexpr, RP: tl.constexpr, UNIT: tl.constexpr,
     FISHER_TYPE: tl.constexpr, A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, SCALE_TYPE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """loss = lambda/2 sum F (B diag(s) A)^2 over all adapters, and dA, dB, ds as needed, into flat `grads`.
 
-    A program walks down a region of rows of one block of columns. With bs = B diag(s) it forms, tile by tile,
-    delta = bs A, h = F delta, the products h A^T (dB before its scale) and bs^T h (dA). What is complete only
-    when its neighbours are done goes to `work`, and the last of them, found by a counter, adds it up in the
-    order of the items: no result depends on which that was. `counters` are 0 before and after. UNIT: rows
-    of F are contiguous, start at multiples of 16 bytes, and are multiples of 8 long.
+    A program walks down a region of rows of one block of columns, which is cut into SLICES, one for each
+    warp. With bs = B diag(s) it forms, tile by tile, delta = bs A, h = F delta, the products h A^T (dB before
+    its scale) and bs^T h (dA). What is complete only when its neighbours are done goes to `work`, and the
+    last of them, found by a counter, adds it up in the order of the items: no result depends on which that
+    was. `counters` are 0 before and after. UNIT: rows of F are contiguous, start at multiples of 16 bytes,
+    and are multiples of 8 long.
     """
     pid = tl.program_id(0)
     entry = table + tl.load(items + 3 * pid) * FIELDS
@@ -120,66 +183,82 @@ def ewc_penalty_kernel(
     first = region * tl.load(entry + ROWS)
     stop = min(d_out, first + tl.load(entry + ROWS))
     left = block.to(tl.int64) * BLOCK_N
-    jj = tl.arange(0, BLOCK_N)
-    j = left + jj
+    # Tiles are [SLICES, rows, WIDTH]: a warp that has a slice of the columns exchanges next to nothing.
+    WIDTH: tl.constexpr = BLOCK_N // SLICES
+    jj = (tl.arange(0, SLICES) * WIDTH)[:, None, None] + tl.arange(0, WIDTH)[None, None, :]
+    i = tl.arange(0, BLOCK_M)
     k = tl.arange(0, RP)
     ranks = k < rank
+    columns = left + jj < d_in
     # Offsets inside a tile are 32 bits wide and do not change from tile to tile.
-    i = tl.arange(0, BLOCK_M)
-    columns, ranks = (j < d_in)[None, :], k < rank
     fisher = tl.load(entry + FISHER).to(tl.pointer_type(FISHER_TYPE))
     fisher_0, fisher_1 = tl.load(entry + FISHER_0), tl.load(entry + FISHER_1)
     if UNIT:
         # Without the hint on d_in, the mask would keep loads from being wide.
         fisher, fisher_0 = tl.multiple_of(fisher, 16), tl.multiple_of(fisher_0, 8)
-        columns = (j < tl.multiple_of(d_in, 8))[None, :]
-        tile = i[:, None] * fisher_0.to(tl.int32) + jj[None, :]
+        columns = left + jj < tl.multiple_of(d_in, 8)
+        tile = i[None, :, None] * fisher_0.to(tl.int32) + jj
         fisher += left
     else:
-        tile = i[:, None] * fisher_0.to(tl.int32) + jj[None, :] * fisher_1.to(tl.int32)
+        tile = i[None, :, None] * fisher_0.to(tl.int32) + jj * fisher_1.to(tl.int32)
         fisher += left * fisher_1
-    lora_a = tl.load(entry + LORA_A).to(tl.pointer_type(A_TYPE))
-    lora_a += k[:, None] * tl.load(entry + A_0) + j[None, :] * tl.load(entry + A_1)
-    a = tl.load(lora_a, mask=ranks[:, None] & columns, other=0.0).to(tl.float32)
+    PERMUTED: tl.constexpr = PRECISION == "tf32" or PRECISION == "tf32x3"
+    a, at = _factors(entry, left, A_TYPE, PERMUTED, RP, BLOCK_N, SLICES, PRECISION)
     lora_b, b_0 = tl.load(entry + LORA_B).to(tl.pointer_type(B_TYPE)), tl.load(entry + B_0)
     b_tile = i[:, None] * b_0.to(tl.int32) + k[None, :] * tl.load(entry + B_1).to(tl.int32)
     part_b = work + tl.load(entry + PART_B) + block * d_out * rank
     part_tile = i[:, None] * rank.to(tl.int32) + k[None, :]
     s = _scale(entry, factor, k, SCALE_TYPE)
 
-    da = tl.zeros([RP, BLOCK_N], tl.float32)
-    ds = tl.zeros([RP], tl.float32)
-    value = tl.zeros([BLOCK_M], tl.float32)
+    da = tl.zeros([SLICES, RP, WIDTH], tl.float32)
+    ds = tl.zeros([BLOCK_M, RP], tl.float32)
+    value = tl.zeros([SLICES, BLOCK_M, 8], tl.float32)
+    rows = i < (stop - first).to(tl.int32)
+    b = tl.load(lora_b + first * b_0 + b_tile, mask=rows[:, None] & ranks[None, :], other=0.0)
     for start in range(first, stop, BLOCK_M):
-        rows = (i < (stop - start).to(tl.int32))[:, None]
-        f = tl.load(fisher + start * fisher_0 + tile, mask=rows & columns, other=0.0).to(tl.float32)
-        b = tl.load(lora_b + start * b_0 + b_tile, mask=rows & ranks[None, :], other=0.0).to(tl.float32)
-        bs = b * s[None, :]
-        delta = dot(bs, a, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
-        h = f * delta
-        value += tl.sum(h * delta, 1)
+        rows = i < (stop - start).to(tl.int32)
+        f = tl.load(fisher + start * fisher_0 + tile, mask=rows[None, :, None] & columns, other=0.0)
+        b = as_fp32(b.to(tl.float32), B_TYPE, PRECISION)
+        bs = rounded((b * s[None, :])[None, :, :].broadcast_to(SLICES, BLOCK_M, RP), PRECISION)
+        delta = _product(bs, a, tl.zeros([SLICES, BLOCK_M, WIDTH], tl.float32), PRECISION)
+        h = as_fp32(f.to(tl.float32) * delta, FISHER_TYPE, PRECISION)
+        # Sums of eighths of a row, which stay in their threads.
+        value += tl.sum((h * delta).reshape(SLICES, BLOCK_M, WIDTH // 8, 8), 2)
+        h = rounded(h, PRECISION)
         if NEED_B or NEED_S:
-            ha = dot(h, a.trans(), tl.zeros([BLOCK_M, RP], tl.float32), PRECISION)
+            ht = _as_operand(h, PERMUTED, SLICES, BLOCK_M, WIDTH)
+            ha = _product(ht, at, tl.zeros([SLICES, BLOCK_M, RP], tl.float32), PRECISION)
+            ha = _over_slices(ha, SLICES, BLOCK_M, RP)
             if NEED_B:
-                tl.store(part_b + start * rank + part_tile, ha * s[None, :], mask=rows & ranks[None, :])
+                tl.store(
+                    part_b + start * rank + part_tile, ha * s[None, :], mask=rows[:, None] & ranks[None, :]
+                )
             if NEED_S:
-                ds += tl.sum(ha * b, 0)
+                ds += ha * b
         if NEED_A:
-            da = dot(bs.trans(), h, da, PRECISION)
+            da = _product(bs.permute(0, 2, 1), h, da, PRECISION)
+        # The next rows of B are on their way meanwhile. Triton's own copies to shared memory, which are for
+        # operands of products, would be four bytes wide and collide.
+        below = i < (stop - start - BLOCK_M).to(tl.int32)
+        b = tl.load(
+            lora_b + (start + BLOCK_M) * b_0 + b_tile, mask=below[:, None] & ranks[None, :], other=0.0
+        )
 
     tl.store(work + pid, tl.sum(value))
     regions, blocks = tl.load(entry + REGIONS), tl.load(entry + BLOCKS)
     if NEED_A:
-        part_a = work + tl.load(entry + PART_A) + region * rank * d_in + k[:, None] * d_in + j[None, :]
-        tl.store(part_a, da, mask=ranks[:, None] & columns)
+        part_a = work + tl.load(entry + PART_A) + region * rank * d_in + left + k[None, :, None] * d_in + jj
+        tl.store(part_a, da, mask=ranks[None, :, None] & columns)
         if _last(counters + tl.load(entry + COUNT_A) + block, regions):
-            _finish_a(entry, work, grads, j, ewc_lambda, RP, BLOCK_N)
+            _finish_a(entry, work, grads, left + tl.arange(0, BLOCK_N), ewc_lambda, RP, BLOCK_N)
     if NEED_B:
         if _last(counters + tl.load(entry + COUNT_B) + region, blocks):
             _finish_b(entry, work, grads, first, stop, ewc_lambda, RP, BLOCK_M)
     if NEED_S:
         if tl.load(entry + GRAD_S) >= 0:
-            tl.store(work + tl.load(entry + PART_S) + (pid - tl.load(entry + FIRST_ITEM)) * RP + k, ds)
+            tl.store(
+                work + tl.load(entry + PART_S) + (pid - tl.load(entry + FIRST_ITEM)) * RP + k, tl.sum(ds, 0)
+            )
             if _last(counters + tl.load(entry + COUNT_S), regions * blocks):
                 _finish_s(entry, work, grads, factor, ewc_lambda, RP)
     if _last(counters, n_items):

@@ -56,13 +56,64 @@ def store_tile(
 
 
 @triton.jit
+def _tf32(tile):
+    """fp32 numbers rounded to nearest among those of tf32. Matrix units cut them off instead, which makes
+    products smaller than the exact ones by 2^-11 on average."""
+    return tl.inline_asm_elementwise(
+        "cvt.rna.tf32.f32 $0, $1;", "=r,r", [tile], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def rounded(tile, PRECISION: tl.constexpr):
+    """An operand of `dot_rounded`, in the form that is worth having once for several products."""
+    if not INTERPRETED:
+        if tile.dtype == tl.float32:
+            if PRECISION == "bf16":
+                tile = tile.to(tl.bfloat16)
+            elif PRECISION == "tf32":
+                tile = _tf32(tile)
+    return tile
+
+
+@triton.jit
+def as_fp32(tile, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """`tile` itself, fp32, computed from numbers of TYPE. Triton gives fp32 operands of a product another
+    layout where it finds that they were 16 bits wide once; it does not see past this."""
+    if not INTERPRETED:
+        if PRECISION == "tf32" or PRECISION == "tf32x3":
+            if TYPE.primitive_bitwidth < 32:
+                tile = tl.inline_asm_elementwise(
+                    "mov.b32 $0, $1;", "=r,r", [tile], dtype=tl.float32, is_pure=False, pack=1
+                )
+    return tile
+
+
+@triton.jit
+def dot_rounded(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in fp32, of `rounded` operands. Of "tf32x3" it needs fewer registers than `dot`; an operand
+    that is Inf makes NaN there."""
+    if INTERPRETED:
+        acc += tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    elif a.dtype != tl.float32:
+        acc = tl.dot(a, b, acc)
+    elif PRECISION == "tf32x3":  # what rounding left, which the units may cut off, and small terms first
+        a_big, b_big = _tf32(a), _tf32(b)
+        acc = tl.dot(a - a_big, b_big, acc, input_precision="tf32")
+        acc = tl.dot(a_big, b - b_big, acc, input_precision="tf32")
+        acc = tl.dot(a_big, b_big, acc, input_precision="tf32")
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b in fp32. PRECISION is how fp32 operands pass the matrix units: "tf32", "tf32x3", or "bf16"
     to round them; narrower operands are exact."""
+    a, b = rounded(a, PRECISION), rounded(b, PRECISION)
     if INTERPRETED:
         acc += tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    elif PRECISION == "bf16":
-        acc = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
     elif a.dtype == tl.float32:
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     else:

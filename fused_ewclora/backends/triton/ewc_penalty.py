@@ -24,7 +24,8 @@ from ...reference import arguments
 from . import kept, tables
 from .launch import addressable, arch, cdiv, launch, multiprocessors, precision
 
-ITEMS_PER_MULTIPROCESSOR = 4  # programs, so that the last wave is short
+WARPS_PER_MULTIPROCESSOR = 8  # that run side by side: their registers hold dA
+START = 32  # rows that take as long as the start and the end of a program
 KEPT = 16  # prepared tables; a training loop needs one
 
 _FIELDS = {  # column of the table by name
@@ -261,24 +262,43 @@ def _group(indices: tuple[int, ...], members: Sequence[Member], place: Callable[
     # The gradient of the scale takes registers of its own.
     variant = precision() + ("+ds" if need_s else "")
     config = tables.lookup(f"ewc_penalty_kernel:{variant}", arch(like), types[0], rp)
-    table, items, floats, counters = _layout(members, config["BLOCK_M"], config["BLOCK_N"], rp)
+    slots = multiprocessors(like) * max(WARPS_PER_MULTIPROCESSOR // config["num_warps"], 1)
+    rows = _rows(members, config["BLOCK_M"], config["BLOCK_N"], slots)
+    table, items, floats, counters = _layout(members, rows, config["BLOCK_M"], config["BLOCK_N"], rp)
     names = ("FISHER_TYPE", "A_TYPE", "B_TYPE", "SCALE_TYPE")
     options = {**config, **dict(zip(names, (_TYPES[t] for t in types), strict=True)), "RP": rp}
     options |= {"NEED_S": need_s, "PRECISION": precision(), "UNIT": all(_unit(m.fisher) for m in members)}
     return Group(indices, place(table), place(items), floats, counters, options)
 
 
-def _layout(members: Sequence[Member], m: int, n: int, rp: int) -> tuple[Tensor, Tensor, int, int]:
+def _height(d_out: int, rows: int, m: int) -> int:
+    """Rows of each region of an adapter: about `rows`, in whole tiles."""
+    return max(cdiv(cdiv(d_out, max(cdiv(d_out, rows), 1)), m), 1) * m
+
+
+def _rows(members: Sequence[Member], m: int, n: int, slots: int) -> int:
+    """Rows of a region for the shortest time: `slots` programs run side by side, and a last round of few
+    programs takes as long as a full one. Short regions cost more starts, and more partial sums of dA."""
+    shapes = [member.fisher.shape for member in members]
+    total = sum(d_out * d_in for d_out, d_in in shapes)
+
+    def time(rows: int) -> int:
+        heights = [_height(d_out, rows, m) for d_out, _ in shapes]
+        items = sum(cdiv(d_out, h) * cdiv(d_in, n) for (d_out, d_in), h in zip(shapes, heights, strict=True))
+        return cdiv(items, slots) * (max(heights) + START)
+
+    return min((max(cdiv(2 * total, n * slots * halves), m) for halves in range(2, 17)), key=time)
+
+
+def _layout(members: Sequence[Member], rows: int, m: int, n: int, rp: int) -> tuple[Tensor, Tensor, int, int]:
     """The table, the items (adapter, region of rows, block of columns), and the sizes of workspace and
     counters."""
-    programs = ITEMS_PER_MULTIPROCESSOR * multiprocessors(members[0].a)
-    rows = max(cdiv(sum(member.fisher.numel() for member in members), n * programs), m)
     table = torch.zeros(len(members), kernels.FIELDS.value, dtype=torch.int64)
     items: list[tuple[int, int, int]] = []
     sizes: list[dict[str, int]] = []
     for index, member in enumerate(members):
         d_out, d_in = member.fisher.shape
-        height = max(cdiv(cdiv(d_out, max(cdiv(d_out, rows), 1)), m), 1) * m
+        height = _height(d_out, rows, m)
         regions, blocks = cdiv(d_out, height), cdiv(d_in, n)
         sizes.append({"ROWS": height, "REGIONS": regions, "BLOCKS": blocks, "FIRST_ITEM": len(items)})
         items += [(index, region, block) for region in range(regions) for block in range(blocks)]

@@ -154,6 +154,7 @@ def test_good_row_accepted():
         ({"arch": "sm_86", "shared": 99 * 1024 + 1}, "bytes of shared memory"),
         ({"instructions": {"wgmma": 0}}, "no wgmma"),
         ({"serialised": "wgmma serialised due to a move"}, "wgmma serialised due to a move"),
+        ({"instructions": {"wgmma": 4, "tf32": 4}}, "cut off to tf32"),
         ({"blocks_per_multiprocessor": 0}, "no block fits"),
         ({"error": "CompilationError: no"}, "CompilationError"),
     ],
@@ -165,8 +166,10 @@ def test_bad_row_reported(changed: dict[str, Any], words: str):
 
 
 def test_spill_wgmma_scope():
-    """Spills count on NVIDIA only, and wgmma is required only of 16-bit products on sm_90."""
+    """On AMD spills count in the penalty only, and wgmma is required only of 16-bit products on sm_90."""
     assert problems(row(arch="gfx942", spill=8, instructions={"wgmma": 0})) == []
+    (found,) = problems(row(kernel="ewc_penalty_kernel", arch="gfx942", spill=8, instructions={"mfma": 4}))
+    assert "8 bytes of registers spilled" in found
     assert problems(row(arch="sm_80", instructions={"wgmma": 0})) == []
     assert problems(row(dtype="float32", instructions={"wgmma": 0})) == []
     assert problems(row(kernel="lowrank_sum_kernel", instructions={"wgmma": 0})) == []
@@ -287,7 +290,8 @@ def test_instruction_counts():
     text = """
     wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16
     mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
-    tcgen05.mma.cta_group::1.kind::f16
+    tcgen05.mma.cta_group::1.kind::tf32
+    cvt.rna.tf32.f32 %r1, %r2
     cp.async.cg.shared.global [ %r1 ], [ %rd1 ], 0x10
     cp.async.bulk.tensor.2d.shared::cluster.global
     v_mfma_f32_32x32x8_bf16_1k a[0:15]

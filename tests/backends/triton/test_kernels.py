@@ -199,6 +199,36 @@ def test_penalty_any_alignment(fisher_dtype, offset):
     assert_equals_oracle(case, *case.gradients())
 
 
+@pytest.mark.parametrize("slices", [1, 2, 4, 8])
+def test_penalty_slices(slices):
+    """The number of slices of a block of columns changes only the order of sums."""
+    from fused_ewclora.backends.triton import launch, tables
+
+    sizes = {"BLOCK_M": 16, "BLOCK_N": 128, "SLICES": slices, "num_warps": slices, "num_stages": 2}
+    entries = [
+        {"kernel": f"ewc_penalty_kernel:{launch.precision()}{variant}", "config": sizes}
+        for variant in ("", "+ds")
+    ]
+    case = make(Values(4, "triton"), [(37, 131, 30), (50, 300, 4)], "triton")
+    with tables.override(*entries):
+        assert_equals_oracle(case, *case.gradients())
+
+
+def test_penalty_rounds():
+    """Regions of rows are whole tiles, cut so that programs run in rounds that are nearly full."""
+    from fused_ewclora.backends.triton import ewc_penalty
+
+    cases = (24, 768, 264), (48, 1024, 264), (64, 1280, 264), (1, 5, 264), (48, 1024, 2)
+    for layers, width, slots in cases:
+        fisher = torch.empty(width, width, device="meta")
+        members = [ewc_penalty.Member(fisher, fisher, fisher, None, 1.0, (0, 0, 0))] * layers
+        height = ewc_penalty._height(width, ewc_penalty._rows(members, 16, 256, slots), 16)
+        items = layers * -(-width // height) * -(-width // 256)
+        rounds = -(-items // slots)
+        assert height % 16 == 0
+        assert items < slots or items > 0.8 * slots * rounds, f"{layers} of {width}: {items} items"
+
+
 def test_penalty_mixed_dtypes():
     """Adapters are grouped by dtype, one launch each."""
     values = Values(4, "triton")

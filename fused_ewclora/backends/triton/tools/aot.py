@@ -25,6 +25,8 @@ INSTRUCTIONS = {
     "mfma": r"\bv_s?mfmac?_",
     "cp_async": r"\bcp\.async\.c[ag]\.",
     "tma": r"\bcp\.async\.bulk\.tensor",
+    "tf32": r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*tf32",
+    "rounding": r"\bcvt\.rna\.tf32\.f32",
 }
 
 

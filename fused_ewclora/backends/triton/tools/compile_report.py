@@ -35,6 +35,7 @@ MATRIX_KERNELS = (
     "fisher_sample_kernel",
     "fisher_token_kernel",
 )
+NO_SPILLS_ON_AMD = ("ewc_penalty_kernel",)
 # Kernel -> (bytes that may spill, why). Aligned calls never spill.
 SPILLS_OF_UNALIGNED: dict[str, tuple[int, str]] = {}
 HALF = ("bfloat16", "float16")
@@ -289,12 +290,14 @@ def _row_problems(row: dict[str, Any]) -> Iterable[str]:
         yield f"{row['shared']} bytes of shared memory, a block has {limit}"
     elif row["blocks_per_multiprocessor"] < 1:
         yield f"no block fits on a multiprocessor: {row['limited_by']}"
-    if not arch.startswith("sm_"):
+    if not arch.startswith("sm_") and row["kernel"] not in NO_SPILLS_ON_AMD:
         return
     allowed, _ = SPILLS_OF_UNALIGNED.get(row["kernel"], (0, ""))
     if row["spill"] > (0 if row["aligned"] else allowed):
         yield f"{row['spill']} bytes of registers spilled"
     matrix = row["kernel"] in MATRIX_KERNELS and row["dtype"] in HALF
+    if row["instructions"].get("tf32") and not row["instructions"].get("rounding"):
+        yield "fp32 operands are cut off to tf32, not rounded"
     if arch == "sm_90" and matrix and not row["instructions"]["wgmma"]:
         yield "no wgmma"
     if row["serialised"]:
