@@ -118,8 +118,8 @@ def family(architecture: str) -> str:
 
 
 def exact() -> str:
-    """How fp32 operands go through the matrix units without losing bits that fp32 keeps: matrix units of AMD take
-    them as they are ("ieee"), others as three products of tf32 numbers (relative error near 1e-7)."""
+    """How fp32 operands go through the matrix units as exactly as fp32 is: those of AMD take them as they are
+    ("ieee"), others as three products of tf32 numbers (relative error near 1e-7)."""
     return "ieee" if torch.version.hip is not None or (_noting.arch or "").startswith("gfx") else "tf32x3"
 
 

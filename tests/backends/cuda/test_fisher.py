@@ -111,7 +111,7 @@ def test_splits_add_in_order(shape, parts):
 
 
 def test_locks_reused():
-    """A launch leaves its locks as it found them, for launches with fewer tiles, more of them, and the same."""
+    """A launch leaves its locks as it found them, for launches with fewer tiles and with more."""
     values = Values(7, "cuda")
     for width in (70, 33, 200, 70):
         x, dy = values.normal(3, LONG, width), values.normal(3, LONG, 20)
