@@ -102,9 +102,14 @@ def lowrank_rows_kernel(
             kept = keep_mask(tl.load(seed), threshold, m, n, BLOCK_M, BLOCK_N)
             tile = tl.where(kept, tile, 0.0).to(tile.dtype)
         p_tile = load_tile(p, n, r, N, RP, stride_pn, stride_pr, BLOCK_N, BLOCK_R, False)
-        start = acc if seed is None else tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-        sum = dot(tile, p_tile, start, PRECISION)
-        acc = sum if seed is None else acc + sum * inverse_keep
+        if seed is not None:
+            acc += dot(tile, p_tile, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), PRECISION) * inverse_keep
+        elif x_copy is not None:
+            # A product of its own, waited for in its iteration: Triton gives a tile that is also stored too few
+            # buffers for one that is still under way when the next tile is fetched (seen up to 3.7.1).
+            acc += dot(tile, p_tile, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), PRECISION)
+        else:
+            acc = dot(tile, p_tile, acc, PRECISION)
     store_tile(u, acc, m, r, M, u_columns, stride_um, 1, BLOCK_M, BLOCK_R)
     if u_copy is not None:
         store_tile(u_copy, acc, m, r, M, RP, stride_vm, 1, BLOCK_M, BLOCK_R)

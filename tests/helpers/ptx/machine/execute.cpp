@@ -396,6 +396,8 @@ void Machine::move(Warp& w, const Instruction& i, uint32_t mask) {
       set(w, to, lane, predicate(w, from, lane));
     } else {
       set(w, to, lane, operand(w, from, lane, bits));
+      // A copy is as old as its value: compilers copy the operands of a product after its fence, in name only.
+      if (from.kind == Kind::reg && to.kind == Kind::reg) w.generic_at[to.reg] = w.generic_at[from.reg];
     }
   });
 }
