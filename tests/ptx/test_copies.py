@@ -112,7 +112,7 @@ def tile(
     }
     body = "mov.b64 %d9, m0; cvta.param.u64 %d9, %d9;" + TILE.format(**{**known, **change})
     found = small.kinds(
-        body, out, machine.TensorMap(tensor, box, swizzle), threads=64, shared=size + 8, limit=20_000
+        body, out, machine.TensorMap(tensor, box, swizzle), threads=64, shared=size + 8, limit=200_000
     )
     return found, out
 
@@ -186,7 +186,7 @@ def test_tiles_after_writes() -> None:
     for fence, wanted in (("fence.proxy.async.shared::cta;", set()), ("", {"race"})):
         code = start.format(fence) + body.format(fence="", **known)
         found = small.kinds(
-            code, out, machine.TensorMap(source, (32, 32), 0), threads=64, shared=4104, limit=20_000
+            code, out, machine.TensorMap(source, (32, 32), 0), threads=64, shared=4104, limit=200_000
         )
         assert found == wanted, fence
     reads = """shl.b32 %r7, %tid, 2; st.shared.b32 [%r7], %tid; fence.proxy.async.shared::cta; bar.sync 0;
@@ -199,7 +199,7 @@ def test_tiles_after_writes() -> None:
             machine.TensorMap(source, (32, 32), 0),
             threads=64,
             shared=4104,
-            limit=20_000,
+            limit=200_000,
             seeds=range(6),
         )
         assert found <= wanted and bool(found) == bool(wanted), barrier
@@ -229,7 +229,7 @@ def test_written_source() -> None:
             machine.TensorMap(source, (8, 16), 0),
             threads=64,
             shared=520,
-            limit=20_000,
+            limit=200_000,
             seeds=[0],
         )
         assert found == wanted, fence
@@ -285,7 +285,7 @@ WRITE = "@%p1 st.shared.b32 [memory], 42;"
 def passed(count: int = 32, write: str = WRITE, wait: str | None = None, body: str = PASS) -> set[str]:
     wait = WAIT.format(bar=8, parity=0) if wait is None else wait
     code = body.format(count=count, write=write, wait=wait)
-    return small.kinds(code, torch.zeros(1, dtype=torch.int32), threads=64, shared=64, limit=20_000)
+    return small.kinds(code, torch.zeros(1, dtype=torch.int32), threads=64, shared=64, limit=200_000)
 
 
 def test_phases() -> None:
