@@ -102,12 +102,11 @@ def lowrank_rows_kernel(
             kept = keep_mask(tl.load(seed), threshold, m, n, BLOCK_M, BLOCK_N)
             tile = tl.where(kept, tile, 0.0).to(tile.dtype)
         p_tile = load_tile(p, n, r, N, RP, stride_pn, stride_pr, BLOCK_N, BLOCK_R, False)
-        if seed is not None:
+        # Where a tile is stored as well, its product must be waited for in its iteration: Triton gives it too few
+        # buffers for a product that is under way when the next tile is fetched (seen up to 3.7.1). A factor of
+        # 1 that the compiler does not know keeps it from adding in the product.
+        if seed is not None or x_copy is not None:
             acc += dot(tile, p_tile, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), PRECISION) * inverse_keep
-        elif x_copy is not None:
-            # A product of its own, waited for in its iteration: Triton gives a tile that is also stored too few
-            # buffers for one that is still under way when the next tile is fetched (seen up to 3.7.1).
-            acc += dot(tile, p_tile, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), PRECISION)
         else:
             acc = dot(tile, p_tile, acc, PRECISION)
     store_tile(u, acc, m, r, M, u_columns, stride_um, 1, BLOCK_M, BLOCK_R)
