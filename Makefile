@@ -75,12 +75,12 @@ lint: $(REQUIREMENTS)
 	ruff check .
 	ruff format --check .
 	mypy
-	$(if $(CPP),clang-format --dry-run --Werror $(CPP) $(wildcard tests/backends/cuda/emulator/*.cpp))
+	$(if $(CPP),clang-format --dry-run --Werror $(CPP) $(wildcard tests/backends/cuda/emulator/*.cpp tests/helpers/ptx/machine/*))
 
 format: $(REQUIREMENTS)
 	ruff check --fix .
 	ruff format .
-	$(if $(CPP),clang-format -i $(CPP) $(wildcard tests/backends/cuda/emulator/*.cpp))
+	$(if $(CPP),clang-format -i $(CPP) $(wildcard tests/backends/cuda/emulator/*.cpp tests/helpers/ptx/machine/*))
 
 setup: $(INSTALL) $(EXTENSION)
 

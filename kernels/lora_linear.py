@@ -102,9 +102,9 @@ def lowrank_rows_kernel(
             kept = keep_mask(tl.load(seed), threshold, m, n, BLOCK_M, BLOCK_N)
             tile = tl.where(kept, tile, 0.0).to(tile.dtype)
         p_tile = load_tile(p, n, r, N, RP, stride_pn, stride_pr, BLOCK_N, BLOCK_R, False)
-        # Where a tile is stored as well, its product must be waited for in its iteration: Triton gives it too few
-        # buffers for a product that is under way when the next tile is fetched (seen up to 3.7.1). A factor of
-        # 1 that the compiler does not know keeps it from adding in the product.
+        # Where a tile is stored as well, its product must be waited for in its iteration: Triton gives it too
+        # few buffers for a product that is under way when the next tile is fetched (seen up to 3.7.1). A
+        # factor of 1 that the compiler does not know keeps it from adding in the product.
         if seed is not None or x_copy is not None:
             acc += dot(tile, p_tile, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), PRECISION) * inverse_keep
         else:

@@ -1,4 +1,4 @@
-"""Broken code is caught: barriers, waits, fences, memory orders and masks of Triton's PTX, removed or weakened."""
+"""Broken code is caught: barriers, waits, fences, orders and masks of Triton's PTX, removed or weakened."""
 
 from __future__ import annotations
 

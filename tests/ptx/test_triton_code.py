@@ -1,4 +1,4 @@
-"""What Triton compiles for sm_80 and sm_90, executed: right against fp64, without races, hazards or deadlocks."""
+"""What Triton compiles for sm_80 and sm_90, executed: right against fp64, without races or deadlocks."""
 
 from __future__ import annotations
 

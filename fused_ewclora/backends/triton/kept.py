@@ -82,8 +82,8 @@ def write(to: Tensor, values: Sequence[Number]) -> None:
 
 
 def zeros(like: Tensor, size: int) -> Tensor:
-    """Counters at zero, int32, for launches that leave them so. Two that could run at the same time never share
-    them: a stream has its own, and a graph writes its own in every replay."""
+    """Counters at zero, int32, for launches that leave them so. Two that could run at the same time never
+    share them: a stream has its own, and a graph writes its own in every replay."""
     device = like.device
     if device.type != "cuda" or capturing(device):
         return like.new_zeros(size, dtype=torch.int32)

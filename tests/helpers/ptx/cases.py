@@ -1,7 +1,7 @@
 """Calls that the machine executes: every op by every algorithm, at small ragged shapes, against fp64.
 
-The kinds are those of the compile report's workloads, so that every configuration in use is compiled as a user's
-call would compile it; only sizes are smaller.
+The kinds are those of the compile report's workloads, so that every configuration in use is compiled as a
+user's call would compile it; only sizes are smaller.
 """
 
 from __future__ import annotations

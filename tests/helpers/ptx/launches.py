@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -153,8 +152,8 @@ class Session:
 
 @contextlib.contextmanager
 def executing(session: Session, *inputs: Any) -> Iterator[Session]:
-    """Hosts called inside launch on the machine, as for `session.arch`. `inputs` are tensors that launches reach
-    by pointers in tables."""
+    """Hosts called inside launch on the machine, as for `session.arch`. `inputs` are tensors that launches
+    reach by pointers in tables."""
     for tensor in tensors(list(inputs)):
         session.machine.add(tensor)
     with launch.handing(session.arch, session.run), _Fresh(session.machine):

@@ -1,4 +1,4 @@
-"""Executes kernels on the CPU as PTX: memory that they may touch, launches, and what was wrong and what it cost.
+"""Executes kernels on the CPU as PTX: memory that they may touch, launches, what was wrong, what it cost.
 
 The machine itself is C++ (machine/), compiled once per state of its sources into build/ptx.
 """
@@ -220,8 +220,8 @@ class Machine:
         shuffled: bool = True,
         limit: int = LIMIT,
     ) -> Report:
-        """Execute a grid of `kernel` with at most `resident` blocks at a time, which start in the order of their
-        numbers or `shuffled`. `arguments` belong to the parameters in order: tensors, numbers, None (a null
+        """Execute a grid of `kernel` with at most `resident` blocks at a time, which start in the order of
+        their numbers or `shuffled`. `arguments` belong to the parameters in order: tensors, numbers, None (a null
         pointer), `TensorMap`s, or bytes; parameters without one are zero. `shared` is all shared memory."""
         started = time.perf_counter()
         data, maps = _pack(kernel, arguments)

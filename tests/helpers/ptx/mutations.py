@@ -1,5 +1,5 @@
-"""Broken code that has to be caught: what Triton made, with something removed or weakened, and what the machine has
-to say about it.
+"""Broken code that has to be caught: what Triton made, with something removed or weakened, and what the
+machine has to say about it.
 
     python -m ptx.mutations [--json]
 """
@@ -55,7 +55,7 @@ def _before(pattern: str, dropped: str) -> Callable[[str], str]:
         at = re.search(pattern, ptx)
         if at is None:
             return ptx
-        last = [m for m in re.finditer(rf"^[^\n/]*\b{dropped}[^\n;]*;", ptx[: at.start()], re.MULTILINE)][-1]
+        *_, last = re.finditer(rf"^[^\n/]*\b{dropped}[^\n;]*;", ptx[: at.start()], re.MULTILINE)
         return ptx[: last.start()] + ptx[last.end() :]
 
     return change
@@ -90,12 +90,12 @@ MUTATIONS: dict[str, tuple[str, str, str, Callable[[str], str], set[str]]] = {
         "sm_80", LINEAR, "lora_linear_kernel", _without(r"cp\.async\.wait_group"), {"too early"},
     ),
     "copies of tiles not waited for": (
-        "sm_90", LINEAR, "lora_linear_kernel", _instead(r"@!complete bra\.uni", "@!complete bra.uni skipped; skipped: //"),
-        {"too early"},
+        "sm_90", LINEAR, "lora_linear_kernel",
+        _instead(r"@!complete bra\.uni", "@!complete bra.uni skipped; skipped: //"), {"too early"},
     ),
     "the copy's phase mistaken": (
         "sm_90", LINEAR, "lora_linear_kernel",
-        _instead(r"(mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, \[%r\d+\]), (%r\d+|\d+);", r"\1, 1;"),
+        _instead(r"(try_wait\.parity\.shared::cta\.b64 complete, \[%r\d+\]), (%r\d+|\d+);", r"\1, 1;"),
         {"too early", "deadlock"},
     ),
     "no fence between stores and the products that read them": (
@@ -108,7 +108,8 @@ MUTATIONS: dict[str, tuple[str, str, str, Callable[[str], str], set[str]]] = {
         "sm_90", LINEAR, "lora_linear_kernel", _without(r"wgmma\.wait_group"), {"wgmma", "too early"},
     ),
     "a product too few waited for": (
-        "sm_90", LINEAR, "lora_linear_kernel", _one_more(r"wgmma\.wait_group\.sync\.aligned"), {"wgmma", "too early"},
+        "sm_90", LINEAR, "lora_linear_kernel", _one_more(r"wgmma\.wait_group\.sync\.aligned"),
+        {"wgmma", "too early"},
     ),
     "a mask off by one": (
         "sm_80", "merge_ scales, r 10, bfloat16", "merge_kernel", _instead(r"setp\.lt\.s32", "setp.le.s32"),
