@@ -179,7 +179,10 @@ def _backward(
     lo, hi = (0, d_out) if whole else (packed.lo, packed.hi)
     need_u, need_g = need_x or any(need_as), any(need_bs) or any(need_scales)
     dbs, dss = _like(packed.lora_bs, need_bs), _scale_sums(packed, need_scales, grad.device)
-    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if need_bias else None
+    dbias = None
+    if need_bias:
+        assert bias is not None
+        dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
     parts = columns_pass(
         grad[:, lo:hi], z if need_g else None, Gradients(packed, dbs, dss, lo=lo, bias=dbias),
         p=packed.b[lo:hi] if need_u else None, x_copy=left,
