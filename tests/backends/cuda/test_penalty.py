@@ -107,8 +107,8 @@ def test_rank_chunks(rank):
     check(make(Values(3, "cuda"), [(40, 20, rank), (40, 150, rank), (5, 300, rank)], "cuda"))
 
 
-# Cut, for the four multiprocessors of the emulator, into regions of 80 and of 50 rows: blocks walk down several
-# strips, of which the last is ragged.
+# Cut, for the four multiprocessors of the emulator, into regions of 80 and of 50 rows: blocks walk down
+# several strips, of which the last is ragged.
 LONG = {
     "A in shared memory": ("highest", (130, 264, 30), torch.float32),
     "parts of A where they are multiplied": ("highest", (130, 520, 10), torch.float32),
