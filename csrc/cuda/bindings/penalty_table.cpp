@@ -112,14 +112,14 @@ int64_t height_of(const PenaltyAdapter& p, int64_t most) {
 // last wave that fills few multiprocessors takes as long as a full one. `slots`: blocks that run at a time.
 int64_t best_height(const std::vector<PenaltyAdapter>& adapters, int rp, int64_t slots) {
   const int64_t width = penalty_width(rp);
-  int64_t elements = 0, strips_at_most = 1;
+  int64_t elements = 0, highest = 1;
   for (const PenaltyAdapter& p : adapters) {
     elements += int64_t(p.d_out) * p.d_in;
-    strips_at_most = std::max(strips_at_most, ceil_div(p.d_out, PENALTY_ROWS));
+    highest = std::max(highest, ceil_div(p.d_out, PENALTY_ROWS));
   }
-  const auto strips = [&](int64_t waves) { return std::min(ceil_div(elements, width * slots * waves * PENALTY_ROWS), strips_at_most); };
+  const int64_t lowest = std::min(ceil_div(elements, width * slots * MOST_WAVES * PENALTY_ROWS), highest);
   int64_t best = 0, least = INT64_MAX;
-  for (int64_t most = strips(MOST_WAVES) * PENALTY_ROWS; most <= strips(1) * PENALTY_ROWS; most += PENALTY_ROWS) {
+  for (int64_t most = lowest * PENALTY_ROWS; most <= highest * PENALTY_ROWS; most += PENALTY_ROWS) {
     int64_t items = 0, tallest = 0;
     for (const PenaltyAdapter& p : adapters) {
       const int64_t height = height_of(p, most);
