@@ -183,8 +183,8 @@ struct Walk {
           h[n][i] = prepared<P>(product);
         }
       }
-      if (need_a) times_b(h, shared + Layout::TURNED + buffer * ROWS * RP);
       if (need_b || need_s) times_a(h, shared + Layout::PARTS + (buffer * Layout::WARPS + warp()) * ROWS * RP);
+      if (need_a) times_b(h, shared + Layout::TURNED + buffer * ROWS * RP);
       rows.store(shared, buffer ^ 1);
       sync_block();
       if (need_b || need_s) add_warps(buffer, left, rows, to, rank);
