@@ -130,11 +130,18 @@ FE_DEVICE uint32_t pack<f16>(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
 }
-// The nearest tf32 number, ties away from zero, as a register.
+// The nearest tf32 number, ties away from zero, once the matrix units have cut off the 13 bits that tf32 lacks.
 FE_DEVICE uint32_t round_tf32(float value) {
-  uint32_t word;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(value));
+  uint32_t word = __float_as_uint(value);
+  asm("{\n.reg .pred finite;\nsetp.lt.f32 finite, %1, 0f7F800000;\n@finite add.u32 %0, %0, 0x1000;\n}" : "+r"(word) : "f"(fabsf(value)));
   return word;
+}
+// The compiler takes the number for another one: it neither computes it again nor computes anything from it ahead of time.
+FE_DEVICE void opaque(float& value) {
+  asm volatile("" : "+f"(value));
+}
+FE_DEVICE void opaque(int& value) {
+  asm volatile("" : "+r"(value));
 }
 // High 32 bits of the unsigned product.
 FE_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) {
@@ -158,6 +165,10 @@ FE_DEVICE Words load_words_once(const void* address) {
 }
 FE_DEVICE void store_words(void* address, Words v) {
   *static_cast<uint4*>(address) = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]);
+}
+// 16 bytes of the block's shared memory.
+FE_DEVICE Words load_shared_words(const void* address) {
+  return words_of(*static_cast<const uint4*>(address));
 }
 // Past the first-level cache, which does not see what other multiprocessors write.
 FE_DEVICE float load_shared_by_blocks(const float* address) {

@@ -2,7 +2,7 @@
 //   D = (B s) A;  H = F * D;  loss = lambda/2 sum H * D;  dB = lambda (H A^T) s;  dA = lambda (B s)^T H;  ds = lambda sum_i B (H A^T)
 //
 // A block walks down a region of rows in strips; each of its warps owns 32 columns. D of a strip comes out of the matrix units in the very
-// layout in which H enters them for H A^T, so H goes to shared memory (bf16: through a transposing instruction) only for (B s)^T H. dA of the
+// layout in which H enters them for H A^T, so H is transposed (in shared memory; bf16: by an instruction) only for (B s)^T H. dA of the
 // warp's columns stays in its registers; H A^T of a strip is added over the warps. What is complete only when other blocks are done goes to
 // the workspace, and the last of them adds it up in a fixed order.
 #include "ewc_penalty.h"
@@ -15,14 +15,16 @@ namespace {
 // A thread block's share, and its sums.
 template <Precision P, int RP, FisherLoads L, bool CHUNKED>
 struct Walk {
-  using Layout = PenaltyLayout<P, RP>;
+  using Layout = PenaltyLayout<P, RP, L>;
+  using Reader = Fisher<L, Layout::STAGES>;
   using Strip = float[TILES][4];
   const PenaltyAdapter& p;
   float* shared;
   const int first, stop, column, first_rank;
   const bool need_a, need_b, need_s;
-  Factor<P, RP, Fisher<L>::V> a;
-  float da[RP / 16][TILES][4] = {};
+  int own, put, take;  // where the lane's numbers are in tiles, and where in that of H it writes and reads first
+  Factor<P, RP, L> a;
+  float da[TILES / 2][RP / 8][4] = {};  // transposed
   float value = 0.f, ds = 0.f;
 
   FE_DEVICE Walk(const Penalty& all, const PenaltyAdapter& p, const PenaltyItem& item, float* shared)
@@ -35,7 +37,9 @@ struct Walk {
         need_a(all.need_a),
         need_b(all.need_b),
         need_s(all.need_s && p.grad_s >= 0) {
-    a.load(p, first_rank, column, shared + Layout::A);
+    const int g = lane() / 4, t = lane() % 4, tile = Layout::H + warp() * Layout::TILE;
+    own = lane_place(g, t), put = tile + in_strip(g, t), take = tile + in_strip(2 * t, g) + g / 2 % 2 * 2;
+    opaque(own), opaque(put), opaque(take);  // kept, not computed in every strip
   }
 
   // D of the strip: over all ranks, also those whose gradients other blocks compute.
@@ -50,101 +54,128 @@ struct Walk {
         }
         const auto left = FragmentA<P>::of(v);
         FE_UNROLL for (int n = 0; n < TILES; ++n) {
-          FE_UNROLL for (int i = 0; i < 4; ++i) w[i] = a_at(p, start + slot(i), column + place<Fisher<L>::V>(n, g));
+          FE_UNROLL for (int i = 0; i < 4; ++i) w[i] = a_at(p, start + slot(i), column + place<Reader::V>(n, g));
           mma<P>(d[n], left, FragmentB<P>::of(w));
         }
       }
     } else {
       FE_UNROLL for (int step = 0; step < RP / 16; ++step) {
-        float v[8];
-        FE_UNROLL for (int i = 0; i < 8; i += 2) {
-          const Pair pair = load_pair(scaled + (g + i / 4 * 8) * Layout::LDB + 16 * step + slot(i % 4));
-          v[i] = pair.low, v[i + 1] = pair.high;
-        }
-        const auto left = FragmentA<P>::of_prepared(v);
+        const auto left = load_left<P>(scaled + SQUARE * step + own);
         FE_UNROLL for (int n = 0; n < TILES; ++n) mma<P>(d[n], left, a.of_ranks(step, n));
       }
     }
   }
 
-  // H A^T of the strip and the warp's columns, for the block to add up.
+  // A H^T of the strip and the warp's columns, for the block to add up.
   FE_DEVICE void times_a(const Strip& h, float* part) const {
-    float ha[RP / 8][4] = {};
+    float ah[RP / 16][2][4] = {};
     FE_UNROLL for (int step = 0; step < COLUMN_STEPS; ++step) {
       const float (&l)[4] = h[2 * step], (&r)[4] = h[2 * step + 1];
-      const float v[8] = {l[0], l[1], r[0], r[1], l[2], l[3], r[2], r[3]};
-      const auto left = FragmentA<P>::of_prepared(v);
-      FE_UNROLL for (int n = 0; n < RP / 8; ++n) mma<P>(ha[n], left, a.of_columns(step, n));
+      FragmentB<P> right[2];
+      FE_UNROLL for (int half = 0; half < 2; ++half) {
+        const float v[4] = {l[2 * half], l[2 * half + 1], r[2 * half], r[2 * half + 1]};
+        right[half] = FragmentB<P>::of_prepared(v);
+      }
+      FE_UNROLL for (int m = 0; m < RP / 16; ++m) {
+        const auto left = a.of_columns(m, step);
+        FE_UNROLL for (int half = 0; half < 2; ++half) mma<P>(ah[m][half], left, right[half]);
+      }
     }
-    part += lane() / 4 * RP + lane() % 4 * 2;
-    FE_UNROLL for (int n = 0; n < RP / 8; ++n) {
-      FE_UNROLL for (int half = 0; half < 2; ++half) store_pair(part + 8 * half * RP + 8 * n, ha[n][2 * half], ha[n][2 * half + 1]);
+    part += own;
+    FE_UNROLL for (int m = 0; m < RP / 16; ++m) {
+      FE_UNROLL for (int half = 0; half < 2; ++half) store_words(part + m * SQUARE + half * HALF_TILE, unit_of<float>(ah[m][half]));
     }
   }
 
-  // (B s)^T H of the strip, on top of earlier ones. The strip's rows are inner indices here, so H is transposed on its way.
-  FE_DEVICE void times_b(const Strip& h, const float* scaled, float* tile) {
-    const int g = lane() / 4;
-    FragmentA<P> left[RP / 16];
-    FE_UNROLL for (int m = 0; m < RP / 16; ++m) {
+  // H of the strip, transposed on its way through shared memory; bf16: from one register to the other.
+  FE_DEVICE void hand_over(const Strip& h) const {
+    if constexpr (P == Precision::bf16) return;
+    FE_UNROLL for (int n = 0; n < TILES; n += 2) {
+      FE_UNROLL for (int half = 0; half < 2; ++half) {
+        const float v[4] = {h[n][2 * half], h[n][2 * half + 1], h[n + 1][2 * half], h[n + 1][2 * half + 1]};
+        store_words(shared + (put ^ in_strip(0, 2 * n)) + half * in_strip(8, 0), unit_of<float>(v));
+      }
+    }
+    sync_warp();  // the tile is written again only after the block has synchronised
+  }
+  FE_DEVICE FragmentA<P> transposed(const Strip& h, int m) const {
+    if constexpr (P == Precision::bf16) {
+      FragmentA<P> to;
+      FE_UNROLL for (int i = 0; i < 4; ++i) {
+        const float (&from)[4] = h[2 * m + i / 2];
+        to.word[i] = transpose_8x8(pack<bf16>(from[i % 2 * 2], from[i % 2 * 2 + 1]));
+      }
+      return to;
+    } else {
       float v[8];
-      FE_UNROLL for (int i = 0; i < 8; ++i) v[i] = scaled[slot(i % 4) * Layout::LDB + 16 * m + g + i / 4 * 8];
-      left[m] = FragmentA<P>::of_prepared(v);
-    }
-    if constexpr (P != Precision::bf16) {
-      FE_UNROLL for (int n = 0; n < TILES; ++n) {
-        FE_UNROLL for (int half = 0; half < 2; ++half)
-            store_pair(tile + (g + 8 * half) * Layout::LDH + 8 * n + lane() % 4 * 2, h[n][2 * half], h[n][2 * half + 1]);
+      FE_UNROLL for (int i = 0; i < 4; ++i) {
+        const Pair two = load_pair(shared + (take ^ (i % 2 * in_strip(0, 4) + m * 2)) + (i % 2 + i / 2 * 8) * PENALTY_COLUMNS);
+        v[i] = two.low, v[4 + i] = two.high;
       }
-      sync_warp();
+      return FragmentA<P>::of_prepared(v);
     }
-    FE_UNROLL for (int n = 0; n < TILES; ++n) {
-      FragmentB<P> right;
-      if constexpr (P == Precision::bf16) {
-        FE_UNROLL for (int half = 0; half < 2; ++half) right.word[half] = transpose_8x8(pack<bf16>(h[n][2 * half], h[n][2 * half + 1]));
-      } else {
-        float v[4];
-        FE_UNROLL for (int i = 0; i < 4; ++i) v[i] = tile[slot(i) * Layout::LDH + 8 * n + g];
-        right = FragmentB<P>::of_prepared(v);
+  }
+  // The warp's column in row g + 8 half of transposed tile m.
+  FE_DEVICE static int transposed_column(int m, int half) {
+    const int g = lane() / 4;
+    if constexpr (P == Precision::bf16) return place<Reader::V>(2 * m + half, g);
+    return place<Reader::V>(g / 4 * 2 + (m ^ g / 2 % 2), g % 4 * 2 + half);
+  }
+
+  // H^T (B s) of the strip, on top of earlier ones.
+  FE_DEVICE void times_b(const Strip& h, const float* turned) {
+    constexpr int M = TILES / 2, N = RP / 8;
+    const auto right = [&](int n) { return load_right<P>(turned + n * HALF_TILE + own); };
+    hand_over(h);
+    if constexpr (N <= M) {  // registers keep the smaller one of both sides
+      FragmentB<P> kept[N];
+      FE_UNROLL for (int n = 0; n < N; ++n) kept[n] = right(n);
+      FE_UNROLL for (int m = 0; m < M; ++m) {
+        const auto left = transposed(h, m);
+        FE_UNROLL for (int n = 0; n < N; ++n) mma<P>(da[m][n], left, kept[n]);
       }
-      FE_UNROLL for (int m = 0; m < RP / 16; ++m) mma<P>(da[m][n], left[m], right);
+    } else {
+      FragmentA<P> kept[M];
+      FE_UNROLL for (int m = 0; m < M; ++m) kept[m] = transposed(h, m);
+      FE_UNROLL for (int n = 0; n < N; ++n) {
+        const auto some = right(n);
+        FE_UNROLL for (int m = 0; m < M; ++m) mma<P>(da[m][n], kept[m], some);
+      }
     }
   }
 
   // H A^T of a strip over all warps: its share of ds, and times the scale to the workspace at `to`, rows of which are `ld` apart.
-  FE_DEVICE void add_warps(int buffer, int rows, float scale, float* to, int ld) {
-    const float* parts = shared + Layout::PARTS + buffer * Layout::WARPS * ROWS * RP + thread();
-    const float* b = shared + Layout::B + (buffer * ROWS + thread() / RP) * Layout::LDB + thread() % RP;
-    FE_UNROLL for (int e = 0; e < Rows<P, RP>::COUNT; ++e) {
-      float total = 0.f;
-      FE_UNROLL for (int w = 0; w < Layout::WARPS; ++w) total += parts[w * ROWS * RP + e * Layout::THREADS];
-      const int m = e * Rows<P, RP>::STEP;
-      if (need_s) ds += total * b[m * Layout::LDB];
-      if (need_b && thread() / RP + m < rows) to[int64_t(m) * ld] = total * scale;
+  FE_DEVICE void add_warps(int buffer, int left, const Rows<P, RP, L>& rows, float* to, int ld) {
+    const int k = thread() % RP;
+    const float* parts = shared + Layout::PARTS + (buffer * Layout::WARPS * RP + k / 16 * 16) * ROWS;
+    FE_UNROLL for (int e = 0; e < rows.COUNT; ++e) {
+      const int m = thread() / RP + e * rows.STEP;
+      float total = parts[as_product(k % 16, m)];
+      FE_UNROLL for (int w = 1; w < Layout::WARPS; ++w) total += parts[w * ROWS * RP + as_product(k % 16, m)];
+      if (need_s) ds += total * rows.value[e];
+      if (need_b && rows.own + e * rows.STEP < left) to[int64_t(e * rows.STEP) * ld] = total * rows.scale;
     }
   }
 
   // `part_b`: the parts of dB of this block of columns.
   FE_DEVICE void run(float* part_b) {
     const int k = first_rank + thread() % RP, rank = p.rank;
-    const float scale = k < rank ? scale_at(p, k) : 0.f;
     float* to = part_b + int64_t(first + thread() / RP) * rank + k;
-    Fisher<L> fisher(p, first, column);
-    Rows<P, RP> rows(first);
-    rows.load(p, k);
-    fisher.load(stop - first);
-    rows.store(shared, 0, scale);
+    Reader fisher(p, first, column, shared + Layout::F);
+    fisher.start(stop - first);
+    Rows<P, RP, L> rows(p, first, k);
+    rows.fetch(stop - first);
+    a.load(p, first_rank, column, shared + Layout::A);
+    rows.store(shared, 0);
     sync_block();
-    for (int row = first, buffer = 0; row < stop; row += ROWS, buffer ^= 1) {
+    int buffer = 0;
+    for (int left = stop - first; left > 0; left -= ROWS, buffer ^= 1) {
       Strip h, d = {};
-      fisher.get(h);
-      const bool more = row + ROWS < stop;
-      if (more) {
-        fisher.load(stop - row - ROWS);
-        rows.load(p, k);
-      }
-      const float* scaled = shared + Layout::SCALED + buffer * ROWS * Layout::LDB;
-      product(row, scaled, d);
+      a.keep_whole();
+      fisher.next(h, left);
+      rows.advance();
+      rows.fetch(left - ROWS);
+      product(stop - left, shared + Layout::SCALED + buffer * ROWS * RP, d);
       FE_UNROLL for (int n = 0; n < TILES; ++n) {
         FE_UNROLL for (int i = 0; i < 4; ++i) {
           const float product = h[n][i] * d[n][i];
@@ -153,41 +184,51 @@ struct Walk {
         }
       }
       if (need_b || need_s) times_a(h, shared + Layout::PARTS + (buffer * Layout::WARPS + warp()) * ROWS * RP);
-      if (need_a) times_b(h, scaled, shared + Layout::H + warp() * ROWS * Layout::LDH);
-      if (more) rows.store(shared, buffer ^ 1, scale);
+      if (need_a) times_b(h, shared + Layout::TURNED + buffer * ROWS * RP);
+      rows.store(shared, buffer ^ 1);
       sync_block();
-      if (need_b || need_s) add_warps(buffer, k < rank ? stop - row : 0, scale, to, rank);
+      if (need_b || need_s) add_warps(buffer, left, rows, to, rank);
       to += int64_t(ROWS) * rank;
     }
   }
 };
 
-// Sum of `count` numbers, `stride` apart, in order.
-FE_DEVICE float add_up(const float* parts, int count, int64_t stride) {
-  float total = 0.f;
-  for (int i = 0; i < count; ++i) total += load_shared_by_blocks(parts + i * stride);
-  return total;
+// Sums of `count` numbers each, `stride` apart, in order: those at `parts` + at[i]. Eight sums at a time have eight loads under way.
+constexpr int TOGETHER = 8;
+FE_DEVICE void add_up(const float* parts, const int64_t (&at)[TOGETHER], int count, int64_t stride, float (&total)[TOGETHER]) {
+  for (int part = 0; part < count; ++part, parts += stride) {
+    FE_UNROLL for (int i = 0; i < TOGETHER; ++i) total[i] += load_shared_by_blocks(parts + at[i]);
+  }
 }
 
+// lambda times the sums of `count` parts, `stride` apart, of a matrix of rows of `ld`: `rows` of them, `width` columns from `first` on.
+FE_DEVICE void finish(const Penalty& all, int64_t part, int64_t grad, int64_t first, int rows, int width, int ld, int count,
+                      int64_t stride) {
+  const int size = rows * width;
+  for (int start = thread(); start < size; start += TOGETHER * threads()) {
+    int64_t at[TOGETHER];
+    float total[TOGETHER] = {};
+    FE_UNROLL for (int i = 0; i < TOGETHER; ++i) {
+      const int e = min(start + i * threads(), size - 1);
+      at[i] = first + int64_t(e / width) * ld + e % width;
+    }
+    add_up(all.work + part, at, count, stride, total);
+    FE_UNROLL for (int i = 0; i < TOGETHER; ++i) {
+      if (start + i * threads() < size) all.grads[grad + at[i]] = all.lambda * total[i];
+    }
+  }
+}
 template <int RP>
 FE_DEVICE void finish_a(const Penalty& all, const PenaltyAdapter& p, const PenaltyItem& item) {
-  constexpr int WIDTH = PenaltyLayout<Precision::tf32, RP>::WIDTH;
-  const int ranks = min(RP, p.rank - item.chunk * RP);
-  for (int i = thread(); i < ranks * WIDTH; i += threads()) {
-    const int j = item.block * WIDTH + i % WIDTH;
-    if (j >= p.d_in) continue;
-    const int64_t at = int64_t(item.chunk * RP + i / WIDTH) * p.d_in + j;
-    all.grads[p.grad_a + at] = all.lambda * add_up(all.work + p.part_a + at, p.regions, int64_t(p.rank) * p.d_in);
-  }
+  const int column = item.block * penalty_width(RP), rank = item.chunk * RP;
+  finish(all, p.part_a, p.grad_a, int64_t(rank) * p.d_in + column, min(RP, p.rank - rank), min(penalty_width(RP), p.d_in - column), p.d_in,
+         p.regions, int64_t(p.rank) * p.d_in);
 }
-
 template <int RP>
 FE_DEVICE void finish_b(const Penalty& all, const PenaltyAdapter& p, const PenaltyItem& item) {
-  const int first = item.region * p.height, rows = min(p.height, p.d_out - first), ranks = min(RP, p.rank - item.chunk * RP);
-  for (int i = thread(); i < rows * ranks; i += threads()) {
-    const int64_t at = int64_t(first + i / ranks) * p.rank + item.chunk * RP + i % ranks;
-    all.grads[p.grad_b + at] = all.lambda * add_up(all.work + p.part_b + at, p.blocks, int64_t(p.d_out) * p.rank);
-  }
+  const int row = item.region * p.height, rank = item.chunk * RP;
+  finish(all, p.part_b, p.grad_b, int64_t(row) * p.rank + rank, min(p.height, p.d_out - row), min(RP, p.rank - rank), p.rank, p.blocks,
+         int64_t(p.d_out) * p.rank);
 }
 
 // ds: lambda times factor times the sum over the adapter's items; for a scale of one number over ranks as well.
@@ -196,7 +237,10 @@ FE_DEVICE void finish_s(const Penalty& all, const PenaltyAdapter& p, float* scra
   const int count = p.regions * p.blocks;
   float sum = 0.f;
   for (int k = thread(); k < p.rank; k += threads()) {
-    const float total = add_up(all.work + p.part_s + int64_t(k / RP) * count * RP + k % RP, count, RP) * (p.factor * all.lambda);
+    const float* parts = all.work + p.part_s + int64_t(k / RP) * count * RP + k % RP;
+    float total = 0.f;
+    for (int i = 0; i < count; ++i) total += load_shared_by_blocks(parts + i * RP);
+    total *= p.factor * all.lambda;
     if (!p.scalar) all.grads[p.grad_s + k] = total;
     sum += total;
   }
@@ -217,12 +261,11 @@ FE_DEVICE void finish_loss(const Penalty& all, double* scratch) {
 }
 
 template <Precision P, int RP, FisherLoads L, bool CHUNKED>
-FE_KERNEL((PenaltyLayout<P, RP>::THREADS), (PenaltyLayout<P, RP>::BLOCKS))
+FE_KERNEL((PenaltyLayout<P, RP, L>::THREADS), (PenaltyLayout<P, RP, L>::BLOCKS))
 ewc_penalty_kernel(FE_PARAMETER Penalty all) {
-  using Layout = PenaltyLayout<P, RP>;
+  using Layout = PenaltyLayout<P, RP, L>;
   float* shared = reinterpret_cast<float*>(shared_memory());
   float* scratch = shared + Layout::SCRATCH;
-  uint32_t* flag = reinterpret_cast<uint32_t*>(scratch + 32);
   const PenaltyItem item = all.items[block_x()];
   const PenaltyAdapter& p = all.adapters[item.adapter];
   Walk<P, RP, L, CHUNKED> walk(all, p, item, shared);
@@ -232,33 +275,44 @@ ewc_penalty_kernel(FE_PARAMETER Penalty all) {
   if (thread() == 0) all.work[block_x()] = item.chunk == 0 ? value : 0.f;
   if (all.need_a) {
     float* part = all.work + p.part_a + int64_t(item.region) * p.rank * p.d_in;
-    FE_UNROLL for (int m = 0; m < RP / 16; ++m) {
-      FE_UNROLL for (int n = 0; n < TILES; ++n) {
+    FE_UNROLL for (int m = 0; m < TILES / 2; ++m) {
+      FE_UNROLL for (int n = 0; n < RP / 8; ++n) {
         FE_UNROLL for (int i = 0; i < 4; ++i) {
-          const int k = walk.first_rank + 16 * m + lane() / 4 + i / 2 * 8;
-          const int j = walk.column + place<Fisher<L>::V>(n, lane() % 4 * 2 + i % 2);
+          const int k = walk.first_rank + 8 * n + lane() % 4 * 2 + i % 2, j = walk.column + walk.transposed_column(m, i / 2);
           if (k < p.rank && j < p.d_in) part[int64_t(k) * p.d_in + j] = walk.da[m][n][i];
         }
       }
     }
-    if (last_to_arrive(all.counters + p.count_a + item.chunk * p.blocks + item.block, p.regions, flag)) finish_a<RP>(all, p, item);
   }
-  if (all.need_b && last_to_arrive(all.counters + p.count_b + item.chunk * p.regions + item.region, p.blocks, flag))
-    finish_b<RP>(all, p, item);
   if (walk.need_s) {
     // Threads of one rank, in order.
     shared[Layout::PARTS + thread()] = walk.ds;
     sync_block();
     float* part = all.work + p.part_s + int64_t((item.chunk * p.regions + item.region) * p.blocks + item.block) * RP;
-    if (thread() < RP) part[thread()] = add_up(shared + Layout::PARTS + thread(), Layout::THREADS / RP, RP);
-    if (last_to_arrive(all.counters + p.count_s, p.regions * p.blocks * p.chunks, flag)) finish_s<RP>(all, p, scratch);
+    if (thread() < RP) {
+      float total = 0.f;
+      FE_UNROLL for (int i = thread(); i < Layout::THREADS; i += RP) total += shared[Layout::PARTS + i];
+      part[thread()] = total;
+    }
   }
-  if (last_to_arrive(all.counters, all.n_items, flag)) finish_loss(all, reinterpret_cast<double*>(shared + Layout::PARTS));
+
+  const Arrival arrivals[4] = {
+      {all.need_a ? all.counters + p.count_a + item.chunk * p.blocks + item.block : nullptr, p.regions},
+      {all.need_b ? all.counters + p.count_b + item.chunk * p.regions + item.region : nullptr, p.blocks},
+      {walk.need_s ? all.counters + p.count_s : nullptr, p.regions * p.blocks * p.chunks},
+      {all.counters, all.n_items},
+  };
+  bool last[4];
+  last_to_arrive(arrivals, last, reinterpret_cast<uint32_t*>(scratch + 32));
+  if (last[0]) finish_a<RP>(all, p, item);
+  if (last[1]) finish_b<RP>(all, p, item);
+  if (last[2]) finish_s<RP>(all, p, scratch);
+  if (last[3]) finish_loss(all, reinterpret_cast<double*>(shared + Layout::PARTS));
 }
 
 template <Precision P, int RP, FisherLoads L, bool CHUNKED = false>
 cudaError_t start(const Penalty& penalty, cudaStream_t stream) {
-  using Layout = PenaltyLayout<P, RP>;
+  using Layout = PenaltyLayout<P, RP, L>;
   return launch(ewc_penalty_kernel<P, RP, L, CHUNKED>, Launch{dim3(penalty.n_items), Layout::THREADS, Layout::BYTES, stream}, penalty);
 }
 

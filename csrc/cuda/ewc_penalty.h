@@ -50,26 +50,39 @@ constexpr int penalty_warps(int rp) {
 constexpr int penalty_width(int rp) {
   return penalty_warps(rp) * PENALTY_COLUMNS;
 }
+// Blocks that run on a multiprocessor at a time; registers are shared out for as many.
+constexpr int penalty_blocks(Precision precision, int rp) {
+  return rp <= 16 || (rp <= 32 && precision == Precision::bf16) ? 2 : 1;
+}
 
-// Whether registers hold A of a warp's columns while it walks: beside three times the operands of tf32x3 there is no room.
-constexpr bool penalty_holds_a(Precision precision, int rp) {
-  return rp <= 16 && precision != Precision::tf32x3;
+// Whether registers hold A of a warp's columns while it walks.
+constexpr bool penalty_holds_a(int rp) {
+  return rp <= 16;
+}
+
+// Strips of F that are on their way to shared memory; 0: one strip, to registers, where other things take the room.
+constexpr int penalty_stages(Precision precision, int rp, FisherLoads loads) {
+  const int floats = rp <= 16 ? 1024 : rp <= 32 && precision == Precision::bf16 ? 512 : 0;  // of a warp
+  return loads == FisherLoads::elements ? 0 : floats / (PENALTY_ROWS * PENALTY_COLUMNS) * (loads == FisherLoads::bf16 ? 2 : 1);
 }
 
 // Shared memory of a block in floats, for adapters of up to RP ranks (16, 32, 64).
-template <Precision P, int RP>
+template <Precision P, int RP, FisherLoads L>
 struct PenaltyLayout {
   static constexpr int WARPS = penalty_warps(RP), THREADS = 32 * WARPS, WIDTH = WARPS * PENALTY_COLUMNS;
-  static constexpr int BLOCKS = RP <= 16 || (RP <= 32 && P == Precision::bf16) ? 2 : 1;  // per multiprocessor, by registers
-  // 4 more than a multiple of 16: lanes that read eight columns of four even rows then hit different banks.
-  static constexpr int LDB = RP + 4, LDH = PENALTY_COLUMNS + 4, LDA = WIDTH + 4;
-  static constexpr int B = 0;                                                  // [2][rows][LDB]: B
-  static constexpr int SCALED = B + 2 * PENALTY_ROWS * LDB;                    // [2][rows][LDB]: B s
-  static constexpr int H = SCALED + 2 * PENALTY_ROWS * LDB;                    // [warps][rows][LDH]
-  static constexpr int PARTS = H + WARPS * PENALTY_ROWS * LDH;                 // [2][warps][rows][RP]: H A^T
-  static constexpr int A = PARTS + 2 * WARPS * PENALTY_ROWS * RP;              // [RP][LDA], unless registers hold it
-  static constexpr int SCRATCH = A + (penalty_holds_a(P, RP) ? 0 : RP * LDA);  // [33]
-  static constexpr int BYTES = (SCRATCH + 33) * 4;
+  static constexpr int BLOCKS = penalty_blocks(P, RP), STAGES = penalty_stages(P, RP, L);
+  static constexpr int TILE = PENALTY_ROWS * PENALTY_COLUMNS;            // a warp's numbers of a strip
+  static constexpr int STRIP = L == FisherLoads::f32 ? TILE : TILE / 2;  // in floats, as they come
+  static constexpr int SQUARES = PENALTY_ROWS * RP;                      // tiles of 16 x 16, see penalty_tiles.cuh
+  static constexpr int LDA = WIDTH + 4;                                  // four even rows of a column lie in different banks
+  static constexpr int F = 0;                                            // [warps][stages][strip]
+  static constexpr int H = F + WARPS * STAGES * STRIP;                   // [warps][tile]; not for bf16, which is transposed in registers
+  static constexpr int SCALED = H + (P == Precision::bf16 ? 0 : WARPS * TILE);  // [2][squares]: B s, as left operand
+  static constexpr int TURNED = SCALED + 2 * SQUARES;                           // [2][squares]: the same, as right operand
+  static constexpr int PARTS = TURNED + 2 * SQUARES;                            // [2][warps][squares]: A H^T
+  static constexpr int A = PARTS + 2 * WARPS * SQUARES;                         // [RP][LDA], unless registers hold it
+  static constexpr int SCRATCH = A + (penalty_holds_a(RP) ? 0 : RP * LDA);      // [36]
+  static constexpr int BYTES = (SCRATCH + 36) * 4;
 };
 
 // Launches all items; adapters have ranks up to `rp` (16, 32, 64), or any rank with rp = 64 and `elements`.

@@ -12,7 +12,44 @@ constexpr int COLUMN_STEPS = PENALTY_COLUMNS / 16;
 
 // The four inner indices of a lane's fragments, see fragments.cuh.
 FE_DEVICE int slot(int i) {
-  return 2 * (lane() % 4) + i % 2 + i / 2 * 8;
+  return lane() % 4 * 2 + i % 2 + i / 2 * 8;
+}
+
+// Tiles of 16 x 16 in shared memory, so that a lane finds what it needs in the order of its registers: [half][lane][4]. `lane_place` is
+// where a lane's four are; they are turned a bit, so that accesses by rows and by columns of the tile hit different banks, too.
+constexpr int HALF_TILE = 128, SQUARE = 2 * HALF_TILE;
+FE_DEVICE int lane_place(int g, int t) {
+  return (g * 4 + (t ^ g / 2 % 4)) * 4;
+}
+FE_DEVICE int as_left(int row, int inner) {
+  return inner / 8 * HALF_TILE + lane_place(row % 8, inner % 8 / 2) + inner % 2 * 2 + row / 8;
+}
+FE_DEVICE int as_right(int inner, int column) {
+  return column / 8 * HALF_TILE + lane_place(column % 8, inner % 8 / 2) + inner / 8 * 2 + inner % 2;
+}
+FE_DEVICE int as_product(int row, int column) {
+  return column / 8 * HALF_TILE + lane_place(row % 8, column % 8 / 2) + row / 8 * 2 + column % 2;
+}
+// The tile of H, by rows: 16-byte accesses of two rows and 8-byte accesses of four even or odd rows hit different banks. `unit`: of 4 columns.
+FE_DEVICE int in_strip(int row, int unit) {
+  return row * PENALTY_COLUMNS + (unit ^ (row ^ row / 2) % 2 * 4 ^ row / 4 % 2 * 2) * 4;
+}
+
+template <Precision P>
+FE_DEVICE FragmentA<P> load_left(const float* tile) {
+  float v[8];
+  FE_UNROLL for (int half = 0; half < 2; ++half) {
+    const Words four = load_shared_words(tile + half * HALF_TILE);
+    FE_UNROLL for (int i = 0; i < 4; ++i) v[i % 2 * 4 + 2 * half + i / 2] = float_of(four.w[i]);
+  }
+  return FragmentA<P>::of_prepared(v);
+}
+template <Precision P>
+FE_DEVICE FragmentB<P> load_right(const float* tile) {
+  const Words four = load_shared_words(tile);
+  float v[4];
+  FE_UNROLL for (int i = 0; i < 4; ++i) v[i] = float_of(four.w[i]);
+  return FragmentB<P>::of_prepared(v);
 }
 
 // Where column c of tile `tile` lies among the warp's columns: with accesses of V numbers, a lane's numbers of V / 2 tiles are neighbours.
@@ -31,59 +68,90 @@ FE_DEVICE float b_at(const PenaltyAdapter& p, int i, int k) {
   return k < p.rank && i < p.d_out ? load_number(p.lora_b, p.b_dtype, i * p.b_row + k * p.b_column) : 0.f;
 }
 
-// The warp's columns of F, strip by strip: `load` starts the accesses to the next strip, `get` returns it in the layout of C fragments.
-template <FisherLoads L>
-struct Fisher;
-
+// The warp's columns of F, strip by strip: `start` begins to fetch the first of `rows` rows; `next` returns a strip in the layout of C
+// fragments, of which `rows` rows are left with it, and begins to fetch a later one.
 template <class T>
 struct WideFisher {
   static constexpr int V = 16 / sizeof(T), GROUPS = PENALTY_COLUMNS / (4 * V);
   const T* at;
   int32_t row;  // its stride: a register less than 64 bits, without which some architectures spill
   bool inside[GROUPS];
-  Words raw[2][GROUPS];
 
   FE_DEVICE WideFisher(const PenaltyAdapter& p, int first, int column) : row(int32_t(p.fisher_row)) {
     const int j = column + lane() % 4 * V;
     at = static_cast<const T*>(p.fisher) + int64_t(first + lane() / 4) * row + j;
     FE_UNROLL for (int group = 0; group < GROUPS; ++group) inside[group] = j + group * 4 * V < p.d_in;
   }
-  FE_DEVICE void load(int rows) {
+  // Calls use(half, group, address, whether there are numbers) for each 16 bytes of the lane in a strip.
+  template <class Use>
+  FE_DEVICE void each(int rows, const Use& use) {
     FE_UNROLL for (int half = 0; half < 2; ++half) {
-      FE_UNROLL for (int group = 0; group < GROUPS; ++group) {
-        const bool there = lane() / 4 + 8 * half < rows && inside[group];
-        raw[half][group] = there ? load_words_once(at + int64_t(8 * half) * row + group * 4 * V) : Words{};
-      }
+      FE_UNROLL for (int group = 0; group < GROUPS; ++group)
+          use(half, group, at + int64_t(8 * half) * row + group * 4 * V, lane() / 4 + 8 * half < rows && inside[group]);
     }
     at += int64_t(ROWS) * row;
   }
-  FE_DEVICE void get(float (&f)[TILES][4]) const {
-    FE_UNROLL for (int half = 0; half < 2; ++half) {
-      FE_UNROLL for (int group = 0; group < GROUPS; ++group) {
-        float v[V];
-        unpack(raw[half][group], v, T{});
-        FE_UNROLL for (int i = 0; i < V; ++i) f[group * (V / 2) + i / 2][2 * half + i % 2] = v[i];
-      }
-    }
+  FE_DEVICE static void place_in(float (&f)[TILES][4], int half, int group, Words raw) {
+    float v[V];
+    unpack(raw, v, T{});
+    FE_UNROLL for (int i = 0; i < V; ++i) f[group * (V / 2) + i / 2][2 * half + i % 2] = v[i];
   }
 };
-template <>
-struct Fisher<FisherLoads::f32> : WideFisher<float> {
-  using WideFisher<float>::WideFisher;
+
+// One strip ahead, in registers.
+template <class T>
+struct NearFisher : WideFisher<T> {
+  using Wide = WideFisher<T>;
+  Words raw[2][Wide::GROUPS];
+
+  FE_DEVICE NearFisher(const PenaltyAdapter& p, int first, int column, float*) : Wide(p, first, column) {}
+  FE_DEVICE void start(int rows) {
+    this->each(rows, [&](int half, int group, const T* from, bool there) { raw[half][group] = there ? load_words_once(from) : Words{}; });
+  }
+  FE_DEVICE void next(float (&f)[TILES][4], int rows) {
+    FE_UNROLL for (int half = 0; half < 2; ++half) {
+      FE_UNROLL for (int group = 0; group < Wide::GROUPS; ++group) Wide::place_in(f, half, group, raw[half][group]);
+    }
+    start(rows - ROWS);
+  }
 };
-template <>
-struct Fisher<FisherLoads::bf16> : WideFisher<bf16> {
-  using WideFisher<bf16>::WideFisher;
+
+// STAGES strips ahead, in shared memory. A lane reads what it has fetched itself, so it waits for no other.
+template <class T, int STAGES>
+struct FarFisher : WideFisher<T> {
+  using Wide = WideFisher<T>;
+  static constexpr int COPY = 32 * 16, STRIP = ROWS * PENALTY_COLUMNS * sizeof(T);  // bytes of the warp
+  char* own;
+  int stage = 0;
+
+  FE_DEVICE FarFisher(const PenaltyAdapter& p, int first, int column, float* shared)
+      : Wide(p, first, column), own(reinterpret_cast<char*>(shared) + warp() * STAGES * STRIP + lane() * 16) {}
+  FE_DEVICE char* place(int half, int group) const { return own + stage * STRIP + (half * Wide::GROUPS + group) * COPY; }
+  FE_DEVICE void fetch(int rows) {
+    this->each(rows, [&](int half, int group, const T* from, bool there) { copy_async(place(half, group), from, there ? 16 : 0); });
+    copy_async_commit();
+    stage = (stage + 1) % STAGES;
+  }
+  FE_DEVICE void start(int rows) { FE_UNROLL for (int i = 0; i < STAGES; ++i) fetch(rows - i * ROWS); }
+  FE_DEVICE void next(float (&f)[TILES][4], int rows) {
+    copy_async_wait<STAGES - 1>();
+    FE_UNROLL for (int half = 0; half < 2; ++half) {
+      FE_UNROLL for (int group = 0; group < Wide::GROUPS; ++group) Wide::place_in(f, half, group, load_shared_words(place(half, group)));
+    }
+    fetch(rows - STAGES * ROWS);
+  }
 };
-template <>
-struct Fisher<FisherLoads::elements> {
+
+// Any dtype and strides.
+struct ElementFisher {
   static constexpr int V = 2;
   const PenaltyAdapter& p;
   int row, column;
   float value[TILES][4];
 
-  FE_DEVICE Fisher(const PenaltyAdapter& p, int first, int column) : p(p), row(first + lane() / 4), column(column + lane() % 4 * 2) {}
-  FE_DEVICE void load(int rows) {
+  FE_DEVICE ElementFisher(const PenaltyAdapter& p, int first, int column, float*)
+      : p(p), row(first + lane() / 4), column(column + lane() % 4 * 2) {}
+  FE_DEVICE void start(int rows) {
     FE_UNROLL for (int tile = 0; tile < TILES; ++tile) {
       FE_UNROLL for (int i = 0; i < 4; ++i) {
         const int64_t m = row + i / 2 * 8, n = column + tile * 8 + i % 2;
@@ -93,19 +161,33 @@ struct Fisher<FisherLoads::elements> {
     }
     row += ROWS;
   }
-  FE_DEVICE void get(float (&f)[TILES][4]) const {
+  FE_DEVICE void next(float (&f)[TILES][4], int rows) {
     FE_UNROLL for (int tile = 0; tile < TILES; ++tile) {
       FE_UNROLL for (int i = 0; i < 4; ++i) f[tile][i] = value[tile][i];
     }
+    start(rows - ROWS);
   }
 };
 
-// A of the warp's columns as B fragments of both products: in registers, or in shared memory.
-template <Precision P, int RP, int V>
+template <FisherLoads L, int STAGES>
+struct Fishers {
+  using T = std::conditional_t<L == FisherLoads::f32, float, bf16>;
+  using Type = std::conditional_t<STAGES == 0, NearFisher<T>, FarFisher<T, STAGES == 0 ? 1 : STAGES>>;
+};
+template <int STAGES>
+struct Fishers<FisherLoads::elements, STAGES> {
+  using Type = ElementFisher;
+};
+template <FisherLoads L, int STAGES>
+using Fisher = typename Fishers<L, STAGES>::Type;
+
+// A of the warp's columns as operands of both products: in registers, or in shared memory.
+template <Precision P, int RP, FisherLoads L>
 struct Factor {
-  static constexpr bool HELD = penalty_holds_a(P, RP);
-  using Layout = PenaltyLayout<P, RP>;
-  float inner[HELD ? TILES : 1][4], outer[HELD ? COLUMN_STEPS : 1][HELD ? RP / 8 : 1][4];
+  using Layout = PenaltyLayout<P, RP, L>;
+  static constexpr bool HELD = penalty_holds_a(RP);
+  static constexpr int V = Fisher<L, Layout::STAGES>::V;
+  float inner[HELD ? TILES : 1][4], outer[HELD ? COLUMN_STEPS : 1][8];
   const float* tile;  // [RP][LDA], the warp's columns in the order of fragments
 
   FE_DEVICE void load(const PenaltyAdapter& p, int first_rank, int column, float* shared) {
@@ -114,7 +196,7 @@ struct Factor {
         FE_UNROLL for (int n = 0; n < TILES; ++n) inner[n][i] = prepared<P>(a_at(p, slot(i), column + place<V>(n, lane() / 4)));
         FE_UNROLL for (int step = 0; step < COLUMN_STEPS; ++step) {
           const int j = column + place<V>(step * 2 + i / 2, lane() % 4 * 2 + i % 2);
-          FE_UNROLL for (int n = 0; n < RP / 8; ++n) outer[step][n][i] = prepared<P>(a_at(p, n * 8 + lane() / 4, j));
+          FE_UNROLL for (int half = 0; half < 2; ++half) outer[step][4 * half + i] = prepared<P>(a_at(p, 8 * half + lane() / 4, j));
         }
       }
     } else {
@@ -123,6 +205,13 @@ struct Factor {
       for (int k = 0; k < RP; ++k) to[k * Layout::LDA] = prepared<P>(a_at(p, first_rank + k, j));
       sync_warp();
       tile = shared + warp() * PENALTY_COLUMNS;
+    }
+  }
+  // tf32x3 splits numbers where it multiplies them: for the parts of all of A there are no registers.
+  FE_DEVICE void keep_whole() {
+    if constexpr (HELD && P == Precision::tf32x3) {
+      FE_UNROLL for (int n = 0; n < TILES; ++n) FE_UNROLL for (int i = 0; i < 4; ++i) opaque(inner[n][i]);
+      FE_UNROLL for (int n = 0; n < COLUMN_STEPS; ++n) FE_UNROLL for (int i = 0; i < 8; ++i) opaque(outer[n][i]);
     }
   }
   // Ranks [16 step, 16 step + 16) by the columns of tile n.
@@ -135,39 +224,56 @@ struct Factor {
       return FragmentB<P>::of_prepared(v);
     }
   }
-  // Columns [16 step, 16 step + 16) by ranks [8 n, 8 n + 8).
-  FE_DEVICE FragmentB<P> of_columns(int step, int n) const {
+  // Ranks [16 m, 16 m + 16) by columns [16 step, 16 step + 16).
+  FE_DEVICE FragmentA<P> of_columns(int m, int step) const {
     if constexpr (HELD) {
-      return FragmentB<P>::of_prepared(outer[step][n]);
+      return FragmentA<P>::of_prepared(outer[step]);
     } else {
-      const float* at = tile + (8 * n + lane() / 4) * Layout::LDA + 16 * step + slot(0);
-      const Pair l = load_pair(at), r = load_pair(at + 8);
-      const float v[4] = {l.low, l.high, r.low, r.high};
-      return FragmentB<P>::of_prepared(v);
+      const float* at = tile + (16 * m + lane() / 4) * Layout::LDA + 16 * step + slot(0);
+      float v[8];
+      FE_UNROLL for (int i = 0; i < 8; i += 2) {
+        const Pair pair = load_pair(at + i / 4 * 8 * Layout::LDA + i / 2 % 2 * 8);
+        v[i] = pair.low, v[i + 1] = pair.high;
+      }
+      return FragmentA<P>::of_prepared(v);
     }
   }
 };
 
-// Rows of B for the strip after this one, on their way from device to shared memory. A thread's numbers are all of one rank.
-template <Precision P, int RP>
+// Rows of B. A thread's numbers are all of one rank; it keeps those of this strip while it fetches those of the next.
+template <Precision P, int RP, FisherLoads L>
 struct Rows {
-  using Layout = PenaltyLayout<P, RP>;
+  using Layout = PenaltyLayout<P, RP, L>;
   static constexpr int COUNT = ROWS * RP / Layout::THREADS, STEP = Layout::THREADS / RP;
-  float value[COUNT];
-  int row;
+  const char* at;  // the thread's first number of the next strip
+  int64_t row;     // bytes between rows
+  Dtype dtype;
+  int own;  // the first number's row in the strip; beyond all rows where there is no such rank
+  float scale;
+  float value[COUNT], coming[COUNT];
 
-  FE_DEVICE explicit Rows(int first) : row(first + thread() / RP) {}
-  FE_DEVICE void load(const PenaltyAdapter& p, int k) {
-    FE_UNROLL for (int e = 0; e < COUNT; ++e) value[e] = b_at(p, row + e * STEP, k);
-    row += ROWS;
+  FE_DEVICE Rows(const PenaltyAdapter& p, int first, int k) : row(p.b_row * element_size(p.b_dtype)), dtype(p.b_dtype) {
+    const int m = thread() / RP;
+    at = static_cast<const char*>(p.lora_b) + (first + m) * row + k * p.b_column * element_size(p.b_dtype);
+    own = k < p.rank ? m : INT32_MAX - ROWS;
+    scale = k < p.rank ? scale_at(p, k) : 0.f;
   }
-  FE_DEVICE void store(float* shared, int buffer, float scale) const {
-    float* to = shared + buffer * ROWS * Layout::LDB + thread() / RP * Layout::LDB + thread() % RP;
+  FE_DEVICE void fetch(int rows) {
+    FE_UNROLL for (int e = 0; e < COUNT; ++e) coming[e] = own + e * STEP < rows ? load_number(at + e * STEP * row, dtype, 0) : 0.f;
+    at += ROWS * row;
+  }
+  // To shared memory, as operands of both products.
+  FE_DEVICE void store(float* shared, int buffer) const {
+    const int k = thread() % RP;
+    shared += (buffer * RP + k / 16 * 16) * ROWS;
     FE_UNROLL for (int e = 0; e < COUNT; ++e) {
-      to[Layout::B + e * STEP * Layout::LDB] = value[e];
-      to[Layout::SCALED + e * STEP * Layout::LDB] = prepared<P>(value[e] * scale);
+      const int m = thread() / RP + e * STEP;
+      const float scaled = prepared<P>(coming[e] * scale);
+      shared[Layout::SCALED + as_left(m, k % 16)] = scaled;
+      shared[Layout::TURNED + as_right(m, k % 16)] = scaled;
     }
   }
+  FE_DEVICE void advance() { FE_UNROLL for (int e = 0; e < COUNT; ++e) value[e] = coming[e]; }
 };
 
 }  // namespace

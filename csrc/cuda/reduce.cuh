@@ -15,21 +15,37 @@ FE_DEVICE float block_sum(float value, float* scratch) {
   return total;
 }
 
-// Whether this block is the last of `count` to arrive; what the others stored before they arrived is then visible. The counter is left at 0
-// for the next launch. All threads call it; `flag` is one word of shared memory.
-FE_DEVICE bool last_to_arrive(uint32_t* counter, uint32_t count, uint32_t* flag) {
+// Where a block says that it is done, and how many do; a null counter: nowhere.
+struct Arrival {
+  uint32_t* counter;
+  int count;
+};
+
+// Whether this block is the last to arrive at each counter; what the others stored before they arrived is then visible. Counters are left at
+// 0 for the next launch. All threads call it; `flags`: N words of shared memory. The counters are reached at the same time, by a thread each.
+template <int N>
+FE_DEVICE void last_to_arrive(const Arrival (&arrivals)[N], bool (&last)[N], uint32_t* flags) {
   fence();
   sync_block();
-  if (thread() == 0) {
-    const bool last = atomic_add(counter, 1) == count - 1;
-    if (last) *counter = 0;
-    *flag = last;
+  if (thread() < N) {
+    Arrival own = arrivals[0];
+    FE_UNROLL for (int i = 1; i < N; ++i) {
+      if (thread() == i) own = arrivals[i];
+    }
+    const bool is_last = own.counter != nullptr && atomic_add(own.counter, 1) == uint32_t(own.count) - 1;
+    if (is_last) *own.counter = 0;
+    flags[thread()] = is_last;
   }
   sync_block();
-  const bool last = *flag;
+  FE_UNROLL for (int i = 0; i < N; ++i) last[i] = flags[i];
   fence();
-  sync_block();  // the flag may be written again
-  return last;
+  sync_block();  // the flags may be written again
+}
+FE_DEVICE bool last_to_arrive(uint32_t* counter, int count, uint32_t* flag) {
+  const Arrival arrivals[1] = {{counter, count}};
+  bool last[1];
+  last_to_arrive(arrivals, last, flag);
+  return last[0];
 }
 
 // How many of `count` blocks have started before this one. A device starts blocks in any order: one that waits for others may wait only for

@@ -8,8 +8,8 @@
 namespace fe::cuda {
 namespace {
 
-// Blocks per multiprocessor over the whole launch: two or three run at a time, and the last wave should be short.
-constexpr int64_t ITEMS_PER_MULTIPROCESSOR = 8;
+// What it takes a block to begin and to end, in rows of its region; and into how many waves of blocks a launch is cut at most.
+constexpr int64_t ROWS_BESIDE = 32, MOST_WAVES = 8;
 
 int padded(int64_t rank) {
   return rank <= 16 ? 16 : rank <= 32 ? 32 : 64;
@@ -87,15 +87,44 @@ void PenaltyTable::add(const PenaltyArguments& a, size_t i) {
   groups_.push_back({loads, rp, {p}, {}, {i}, {}});
 }
 
+namespace {
+
+int64_t height_of(const PenaltyAdapter& p, int64_t most) {
+  return ceil_div(ceil_div(p.d_out, ceil_div(p.d_out, most)), PENALTY_ROWS) * PENALTY_ROWS;
+}
+
+// Rows of a region at most: those with which a launch is predicted to be over first. All blocks of a wave take as long as the tallest, and a
+// last wave that fills few multiprocessors takes as long as a full one. `slots`: blocks that run at a time.
+int64_t best_height(const std::vector<PenaltyAdapter>& adapters, int rp, int64_t slots) {
+  const int64_t width = penalty_width(rp);
+  int64_t elements = 0, highest = 1;
+  for (const PenaltyAdapter& p : adapters) {
+    elements += int64_t(p.d_out) * p.d_in;
+    highest = std::max(highest, ceil_div(p.d_out, PENALTY_ROWS));
+  }
+  const int64_t lowest = std::min(ceil_div(elements, width * slots * MOST_WAVES * PENALTY_ROWS), highest);
+  int64_t best = 0, least = INT64_MAX;
+  for (int64_t most = lowest * PENALTY_ROWS; most <= highest * PENALTY_ROWS; most += PENALTY_ROWS) {
+    int64_t items = 0, tallest = 0;
+    for (const PenaltyAdapter& p : adapters) {
+      const int64_t height = height_of(p, most);
+      items += ceil_div(p.d_out, height) * ceil_div(p.d_in, width) * ceil_div(p.rank, rp);
+      tallest = std::max(tallest, height);
+    }
+    const int64_t rows = ceil_div(items, slots) * (tallest + ROWS_BESIDE);
+    if (rows < least) least = rows, best = most;
+  }
+  return best;
+}
+
+}  // namespace
+
 void PenaltyTable::lay_out(Group& group) {
   const int64_t width = penalty_width(group.rp);
-  int64_t elements = 0;
-  for (const PenaltyAdapter& p : group.adapters) elements += int64_t(p.d_out) * p.d_in;
-  const int64_t most = std::max<int64_t>(ceil_div(elements, width * ITEMS_PER_MULTIPROCESSOR * multiprocessors_), PENALTY_ROWS);
+  const int64_t most = best_height(group.adapters, group.rp, int64_t(multiprocessors_) * penalty_blocks(precision_, group.rp));
   for (size_t i = 0; i < group.adapters.size(); ++i) {
     PenaltyAdapter& p = group.adapters[i];
-    const int64_t wanted = ceil_div(p.d_out, most);
-    p.height = int32_t(ceil_div(ceil_div(p.d_out, wanted), PENALTY_ROWS) * PENALTY_ROWS);
+    p.height = int32_t(height_of(p, most));
     p.regions = int32_t(ceil_div(p.d_out, p.height)), p.blocks = int32_t(ceil_div(p.d_in, width)),
     p.chunks = int32_t(ceil_div(p.rank, group.rp));
     for (int chunk = 0; chunk < p.chunks; ++chunk)

@@ -58,6 +58,12 @@ inline void in_shared(const void* address, size_t bytes) {
   if (at < first || at + bytes > first + block_memory_size())
     fail("access %td bytes into %zu bytes of shared memory", at - first, block_memory_size());
 }
+// Instructions that address global memory alone.
+inline void in_global(const void* address) {
+  const char* first = block_memory();
+  const char* at = static_cast<const char*>(address);
+  if (at >= first && at < first + block_memory_size()) fail("access to global memory at %td bytes of shared memory", at - first);
+}
 
 void multiply_tf32(void* const* arguments);
 void multiply_bf16(void* const* arguments);
@@ -184,9 +190,10 @@ uint32_t pack(float low, float high) {
   return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
 }
 inline uint32_t round_tf32(float value) {
-  const uint32_t bits = bits_of(value);
-  return std::isfinite(value) ? (bits + 0x1000) & ~0x1fffu : bits;
+  return bits_of(value) + (std::isfinite(value) ? 0x1000 : 0);
 }
+inline void opaque(float&) {}
+inline void opaque(int&) {}
 inline uint32_t multiply_high(uint32_t a, uint32_t b) {
   return uint32_t(uint64_t(a) * b >> 32);
 }
@@ -196,6 +203,7 @@ struct alignas(16) Words {
 };
 inline Words load_words(const void* address) {
   emulator::aligned(address);
+  emulator::in_global(address);
   return *static_cast<const Words*>(address);
 }
 inline Words load_words_once(const void* address) {
@@ -205,13 +213,20 @@ inline void store_words(void* address, Words v) {
   emulator::aligned(address);
   *static_cast<Words*>(address) = v;
 }
+inline Words load_shared_words(const void* address) {
+  emulator::aligned(address);
+  emulator::in_shared(address, 16);
+  return *static_cast<const Words*>(address);
+}
 inline float load_shared_by_blocks(const float* address) {
+  emulator::in_global(address);
   return *address;
 }
 inline void copy_async(void* shared, const void* source, int bytes) {
   emulator::aligned(shared);
   emulator::aligned(source);
   emulator::in_shared(shared, 16);
+  emulator::in_global(source);
   if (bytes < 0 || bytes > 16) emulator::fail("a copy of %d of 16 bytes", bytes);
   emulator::copy_later(shared, source, bytes);
 }

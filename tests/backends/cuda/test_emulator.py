@@ -25,6 +25,7 @@ DEFECTS = {
     "alignment": r"16-byte access at .*, which is not a multiple of 16 \(thread 5 of block",
     "past_the_end": "a write past the end of shared memory",
     "copy_outside": r"access \d+ bytes into 4096 bytes of shared memory",
+    "other_memory": r"access to global memory at \d+ bytes of shared memory",
     "early_end": "some threads of a block wait at a barrier, others have ended",
     "divergence": "some threads of a warp wait for the warp, others for the block, or have ended",
     "different_instructions": "threads of a warp wait at different instructions",

@@ -107,14 +107,17 @@ def test_rank_chunks(rank):
     check(make(Values(3, "cuda"), [(40, 20, rank), (40, 150, rank), (5, 300, rank)], "cuda"))
 
 
-# As large as it takes for the four multiprocessors of the emulator to give a block more than two strips of
-# rows: regions of 48 and of 18, of which the last strip is ragged.
+# Cut, for the four multiprocessors of the emulator, into regions of 80 and of 50 rows: blocks walk down
+# several strips, of which the last is ragged.
 LONG = {
-    "A in shared memory": ("highest", (66, 4104, 30), torch.float32),
-    "A in registers": ("high", (66, 4104, 10), torch.float32),
-    "bf16": ("medium", (66, 4104, 20), torch.bfloat16),
-    "wide rank": ("highest", (66, 2056, 40), torch.bfloat16),
-    "chunks of ranks, by elements": ("highest", (66, 2051, 70), torch.float32),
+    "A in shared memory": ("highest", (130, 264, 30), torch.float32),
+    "parts of A where they are multiplied": ("highest", (130, 520, 10), torch.float32),
+    "A in registers": ("high", (130, 520, 10), torch.float32),
+    "half as many bytes": ("high", (130, 520, 16), torch.bfloat16),
+    "bf16": ("medium", (130, 520, 20), torch.bfloat16),
+    "bf16, A in registers": ("medium", (130, 520, 16), torch.float32),
+    "wide rank": ("highest", (130, 200, 40), torch.bfloat16),
+    "chunks of ranks, by elements": ("highest", (130, 99, 70), torch.float32),
 }
 
 

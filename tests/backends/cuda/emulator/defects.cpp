@@ -73,6 +73,12 @@ void copy_outside(const Params p) {
   copy_async_wait<0>();
   leave(p, numbers()[4 * thread()]);
 }
+// Gives an instruction that reads global memory an address in shared memory.
+void other_memory(const Params p) {
+  numbers()[thread()] = 1.f;
+  sync_block();
+  leave(p, load_shared_by_blocks(p.broken ? numbers() + thread() : p.in));
+}
 void early_end(const Params p) {
   leave(p, 1.f);
   if (p.broken && warp() == 1) return;
@@ -114,6 +120,7 @@ const std::map<std::string, void (*)(Params)> KERNELS = {
     {"alignment", alignment},
     {"past_the_end", past_the_end},
     {"copy_outside", copy_outside},
+    {"other_memory", other_memory},
     {"early_end", early_end},
     {"divergence", divergence},
     {"different_instructions", different_instructions},
