@@ -221,8 +221,9 @@ class Machine:
         limit: int = LIMIT,
     ) -> Report:
         """Execute a grid of `kernel` with at most `resident` blocks at a time, which start in the order of
-        their numbers or `shuffled`. `arguments` belong to the parameters in order: tensors, numbers, None (a null
-        pointer), `TensorMap`s, or bytes; parameters without one are zero. `shared` is all shared memory."""
+        their numbers or `shuffled`. `arguments` belong to the parameters in order: tensors, numbers, None
+        (a null pointer), `TensorMap`s, or bytes; parameters without one are zero. `shared` is all shared
+        memory."""
         started = time.perf_counter()
         data, maps = _pack(kernel, arguments)
         program = _program(kernel)
