@@ -234,6 +234,7 @@ def _row(
         "spill": resources.spill,
         "shared": resources.shared,
         "tensor_memory": resources.tensor_memory,
+        "serialised": resources.serialised,
         "error": resources.error,
         "instructions": {name: resources.instructions.get(name, 0) for name in aot.INSTRUCTIONS},
         "blocks_per_multiprocessor": fits.blocks,

@@ -110,13 +110,13 @@ def _symbol(precision: int, loads: int) -> str:
     return rf"ewc_penalty_kernelILNS0_9PrecisionE{precision}ELi16ELNS0_11FisherLoadsE{loads}ELb0E"
 
 
-_PENALTY_SHARED = 4 * (2 * 2 * 16 * 20 + 8 * 16 * 36 + 2 * 8 * 16 * 16 + 33)  # PenaltyLayout<P, 16>::BYTES
-_PENALTY_A = 4 * 16 * 260  # where registers do not hold A
+_PENALTY_SHARED = 68 << 10  # PenaltyLayout<P, 16>::BYTES with the ring of F, and at "medium"
+_PENALTY_SHARED_MEDIUM = 52 << 10
 TWINS = {
-    "penalty fp32 highest": Twin(_symbol(0, 0), 8, _PENALTY_SHARED + _PENALTY_A, 16384, _penalty(4)),
+    "penalty fp32 highest": Twin(_symbol(0, 0), 8, _PENALTY_SHARED, 16384, _penalty(4)),
     "penalty fp32 high": Twin(_symbol(1, 0), 8, _PENALTY_SHARED, 16384, _penalty(4)),
     "penalty bf16 high": Twin(_symbol(1, 1), 8, _PENALTY_SHARED, 8192, _penalty(2)),
-    "penalty bf16 medium": Twin(_symbol(2, 1), 8, _PENALTY_SHARED, 8192, _penalty(2)),
+    "penalty bf16 medium": Twin(_symbol(2, 1), 8, _PENALTY_SHARED_MEDIUM, 8192, _penalty(2)),
     "u, dB": Twin(
         r"walk_kernelILNS0_9PrecisionE2ELi16ELb1ELb1ELb1E", 8, 4 * (8 * (256 + 512) + 256), 16384, _walk
     ),

@@ -20,6 +20,7 @@ import torch
 from ....errors import BackendError
 from ...candidate import Call, LinearShape
 from .. import cost_model
+from ..launch import Launch
 from . import aot, compile_report, kernel_counts, machine_model, nvcc_kernels, workloads
 from . import work as works
 from .work import COPY, PRODUCT, READ_F, READ_X, WGRAD
@@ -76,7 +77,7 @@ TARGETS: tuple[Target, ...] = (
     _product("dx", "lora_linear_backward", "prologue", 1024, FC2),
     _product("dx", "lora_linear_backward", "prologue", 4096, VIT_L),
     Target(
-        "u, dB", "ViT-L fc1, bf16", "lora_linear_backward", "fc1", _BF16, ("lowrank_rows_kernel",), READ_X,
+        "u, dB", "ViT-L fc1, bf16", "lora_linear_backward", "fc1", _BF16, ("lowrank_columns_kernel",), READ_X,
         1.15, algorithm="prologue", cuda="u, dB",
     ),
     Target(
@@ -113,6 +114,12 @@ def collect(
     return {"machine": MACHINE.name, "arch": ARCH, "rows": rows}
 
 
+def _is_meant(target: Target, launch: Launch) -> bool:
+    """Whether a launch of one of the target's kernels is its own: dA takes the kernel of u and dB as well."""
+    arguments = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    return target.name != "u, dB" or arguments["p"] is not None
+
+
 def triton_row(target: Target, executed: Sequence[kernel_counts.Executed] = ()) -> dict[str, Any]:
     """The row of Triton's kernel, which is compiled here."""
     made = workloads.workloads((target.dtype,), (target.rank,), target.sizes)
@@ -128,7 +135,7 @@ def triton_row(target: Target, executed: Sequence[kernel_counts.Executed] = ()) 
         if target.algorithm and target.algorithm not in candidate.keys:
             continue
         for launch in launches:
-            if launch.kernel.fn.__name__ not in target.kernels:
+            if launch.kernel.fn.__name__ not in target.kernels or not _is_meant(target, launch):
                 continue
             specialisation = aot.specialise(launch, ARCH)
             noted = compile_report.Noted(

@@ -93,13 +93,12 @@ def _linear(a: Arguments, blocks: int, call: Sequence[Any]) -> Work:
 
 
 def _rows(a: Arguments, blocks: int, call: Sequence[Any]) -> Work:
-    m, n, size, rp = a["M"], a["N"], _size(a["x"]), a["BLOCK_R"]
+    m, n, size = a["M"], a["N"], _size(a["x"])
     bm, bn = a["BLOCK_M"], a["BLOCK_N"]
-    trips = cdiv(min(a["chunk"], n), bn)
-    read = bm * bn * size + (bn * rp * size if a["p"] is not None else 0)
-    written = bn * rp * 4 if a["g"] is not None else 0
-    written += bm * bn * size if a["x_copy"] is not None else 0
-    made = [a[name] for name in ("u", "u_copy", "g", "sums", "x_copy") if a[name] is not None]
+    trips = cdiv(n, bn)
+    read = bm * bn * size + bn * a["BLOCK_R"] * size
+    written = bm * bn * size if a["x_copy"] is not None else 0
+    made = [a[name] for name in ("u", "u_copy", "x_copy") if a[name] is not None]
     memory = m * n * size + sum(t.numel() * _size(t) for t in made)
     return Work(
         blocks, (1, trips), memory, trips * (read + written), _ahead(a, bm * bn * size),
@@ -108,14 +107,19 @@ def _rows(a: Arguments, blocks: int, call: Sequence[Any]) -> Work:
 
 
 def _columns(a: Arguments, blocks: int, call: Sequence[Any]) -> Work:
+    """Parts of u and of the sums are written, and those of the sums read again by who comes last."""
     m, n, size = a["M"], a["N"], _size(a["x"])
     bm, bn = a["BLOCK_M"], a["BLOCK_N"]
     trips = cdiv(min(a["chunk"], m), bm)
-    per_trip = bm * bn * size + bm * a["BLOCK_R"] * _size(a["c"])
-    parts = a["g"].numel() * _size(a["g"])
+    per_trip = bm * bn * size
+    if a["c"] is not None:
+        per_trip += bm * a["BLOCK_R"] * _size(a["c"])
+    if a["u"] is not None:
+        per_trip += bm * min(a["BLOCK_R"], a["rank"]) * 4
+    made = [a[name] for name in ("u", "g", "g", "sums", "sums", "x_copy") if a[name] is not None]
     return Work(
-        blocks, (1, trips), m * n * size + parts, trips * per_trip, _ahead(a, bm * bn * size),
-        floor_bytes=m * n * size, floor_name=READ_X,
+        blocks, (1, trips), m * n * size + sum(t.numel() * _size(t) for t in made), trips * per_trip,
+        _ahead(a, bm * bn * size), floor_bytes=m * n * size, floor_name=READ_X, rare=1 / max(a["splits"], 1),
     )  # fmt: skip
 
 
@@ -163,7 +167,7 @@ def _merge(a: Arguments, blocks: int, call: Sequence[Any]) -> Work:
     tile = a["BLOCK_M"] * a["BLOCK_N"] * size
     # The code of every tensor is there, and a block runs that of one.
     return Work(
-        blocks, (1, a["ranks"][0]), moved, moved / blocks + factors, tile, floor_bytes=moved,
+        blocks, (1, cdiv(a["ranks"][0], a["BLOCK_R"])), moved, moved / blocks + factors, tile, floor_bytes=moved,
         rare=1 / len(weights),
     )  # fmt: skip
 
