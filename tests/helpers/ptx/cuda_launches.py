@@ -17,6 +17,7 @@ from typing import Any
 
 import cuda_emulator
 import nvcc
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,6 +27,7 @@ from . import machine, text
 from .machine import Machine, Report
 
 _ENTRY = re.compile(r"^[ \t]*(?:\.\w+[ \t]+)*\.entry[ \t]+([\w$]+)", re.MULTILINE)
+_KERNELS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _EMPTY = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
 
@@ -96,7 +98,11 @@ class _Allocations(TorchDispatchMode):
         self.memory = memory
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        if func.namespace == "aten":
+            out = func(*args, **(kwargs or {}))
+        else:  # what an op of this library allocates is seen as well
+            with self:
+                out = func.redispatch(_KERNELS, *args, **(kwargs or {}))
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for tensor in value if isinstance(value, (list, tuple)) else [value]:
