@@ -39,9 +39,8 @@ void bind_handing(py::module& m) {
           hand(py::reinterpret_borrow<py::function>(function), launch);
         };
       },
-      "From now on launches go to a function: place of the kernel in the library, grid, threads, shared bytes, whether blocks start in "
-      "order, "
-      "bytes of the arguments. None: to the fibers.");
+      "From now on launches go to a function: place of the kernel in the library, grid, threads, shared bytes, bytes of the arguments. "
+      "None: to the fibers.");
 }
 
 }  // namespace fe::cuda::emulator

@@ -129,7 +129,7 @@ class Session:
     changed: int = 0  # launches whose code `change` edited
 
     def run(
-        self, place: int, grid: Sequence[int], threads: int, shared: int, ordered: bool, arguments: list[bytes]
+        self, place: int, grid: Sequence[int], threads: int, shared: int, arguments: list[bytes]
     ) -> None:
         name = _emulated_names()[place]
         ptx = ptx_of(name, self.arch)
@@ -139,7 +139,7 @@ class Session:
             ptx = edited
         self.reports.append(
             self.machine.run(
-                _parsed(ptx), grid, arguments, threads, shared, self.seed, self.resident, not ordered
+                _parsed(ptx), grid, arguments, threads, shared, self.seed, self.resident
             )
         )
 
