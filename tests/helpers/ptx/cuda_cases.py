@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,17 @@ from benchmarks.gpu import small_calls
 from benchmarks.harness import error_to_truth, matmul_precision
 
 from .cuda_launches import Session, executing
+
+
+# Whose samples blocks share, which take turns at F.
+SPLIT = small_calls.Call(
+    "fisher_accumulate_, in splits", functools.partial(small_calls.fisher, samples=32, tokens=60), 2e-2
+)
+
+
+def calls() -> list[small_calls.Call]:
+    """All calls."""
+    return [*small_calls.calls(), SPLIT]
 
 
 @dataclass
@@ -35,13 +47,13 @@ class Outcome:
 
 
 def names() -> list[str]:
-    """Of all small calls."""
-    return [call.name for call in small_calls.calls()]
+    """Of all calls."""
+    return [call.name for call in calls()]
 
 
 def execute(name: str, session: Session) -> Outcome:
     """Executes the call of this name."""
-    call = next(call for call in small_calls.calls() if call.name == name)
+    call = next(call for call in calls() if call.name == name)
     truth = _results(call.method(small_calls.Values("cpu", True), "reference"))
     with matmul_precision(call.precision), executing(session):
         got = _results(call.method(small_calls.Values("cpu", False), "cuda"))

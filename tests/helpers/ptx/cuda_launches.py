@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import re
 import shutil
 import subprocess
@@ -148,15 +149,20 @@ class Session:
         return [f"{short(_readable([r.kernel.name])[0])}: {finding}" for r in self.reports for finding in r.findings]
 
 
+_streams = itertools.count(1 << 20)
+
+
 @contextlib.contextmanager
 def executing(session: Session) -> Iterator[Session]:
     """Calls of backend "cuda" inside launch on the machine; tensors that they reach are made inside as well."""
     emulated: Any = cuda.extension()
     cuda.forget_tables()
+    emulated.pretend(next(_streams), False)  # what is kept for a stream is made anew
     emulated.hand_launches(session.run)
     try:
         with _Allocations(session.machine):
             yield session
     finally:
         emulated.hand_launches(None)
+        emulated.pretend(0, False)
         cuda.forget_tables()

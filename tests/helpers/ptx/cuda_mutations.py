@@ -11,7 +11,7 @@ from .cuda_launches import Session
 
 SEEDS = 4  # interleavings, in one of which it has to be found
 PENALTY = "ewc_penalty, high"
-PACKED = "fisher_accumulate_, cu_seqlens"
+SPLIT = cuda_cases.SPLIT.name
 
 MUTATIONS: dict[str, tuple[str, str, Callable[[str], str], set[str]]] = {
     # what is broken: call, kernel, change, findings of which one must be made
@@ -19,7 +19,7 @@ MUTATIONS: dict[str, tuple[str, str, Callable[[str], str], set[str]]] = {
         PENALTY, "ewc_penalty_kernel", without(r"membar\.gl"), {"race"},
     ),
     "no fences around the product's atomics": (
-        "lora_linear, bf16", "finish_kernel", without(r"membar\.gl"), {"race"},
+        "lora_linear, slices", "finish_kernel", without(r"membar\.gl"), {"race"},
     ),
     "no barriers in the penalty": (
         PENALTY, "ewc_penalty_kernel", without(r"bar\.sync"), {"race"},
@@ -28,13 +28,13 @@ MUTATIONS: dict[str, tuple[str, str, Callable[[str], str], set[str]]] = {
         PENALTY, "ewc_penalty_kernel", without(r"bar\.warp\.sync"), {"race"},
     ),
     "turnstile of the Fisher released too weakly": (
-        PACKED, "fisher_kernel", instead(r"st\.release", "st.relaxed"), {"race"},
+        SPLIT, "fisher_kernel", instead(r"st\.release", "st.relaxed"), {"race"},
     ),
     "turnstile of the Fisher acquired too weakly": (
-        PACKED, "fisher_kernel", instead(r"ld\.acquire", "ld.relaxed"), {"race"},
+        SPLIT, "fisher_kernel", instead(r"ld\.acquire", "ld.relaxed"), {"race"},
     ),
     "no barriers in the Fisher": (
-        PACKED, "fisher_kernel", without(r"bar\.sync"), {"race", "too early"},
+        SPLIT, "fisher_kernel", without(r"bar\.sync"), {"race", "too early"},
     ),
     "a stage too few in the Fisher": (
         "fisher_accumulate_, aligned", "fisher_kernel", one_more(r"cp\.async\.wait_group"), {"too early"},
