@@ -1,7 +1,7 @@
 """Executes every kernel, configuration family and algorithm on the machine, and prints a table.
 
 python -m ptx.check [--arch sm_90 ...] [--kernel NAME ...] [--dtype bfloat16 ...] [--rank 10 ...] [--seeds 1]
-python -m ptx.check --cuda [--kernel NAME ...] [--seeds 1]    small calls of csrc/cuda, as nvcc compiles it for sm_80
+python -m ptx.check --cuda [--kernel NAME ...] [--seeds 1]    csrc/cuda, as nvcc compiles it for sm_80
 """
 
 from __future__ import annotations

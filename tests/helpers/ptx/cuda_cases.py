@@ -15,7 +15,6 @@ from benchmarks.harness import error_to_truth, matmul_precision
 
 from .cuda_launches import Session, executing
 
-
 # Whose samples blocks share, which take turns at F.
 SPLIT = small_calls.Call(
     "fisher_accumulate_, in splits", functools.partial(small_calls.fisher, samples=32, tokens=60), 2e-2

@@ -44,9 +44,7 @@ def missing() -> str | None:
 
 def _readable(symbols: Sequence[str]) -> list[str]:
     """Names as written, the same for every compiler's mangling of unnamed namespaces."""
-    done = subprocess.run(
-        ["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
 
 
@@ -129,9 +127,7 @@ class Session:
     reports: list[Report] = field(default_factory=list)
     changed: int = 0  # launches whose code `change` edited
 
-    def run(
-        self, place: int, grid: Sequence[int], threads: int, shared: int, arguments: list[bytes]
-    ) -> None:
+    def run(self, place: int, grid: Sequence[int], threads: int, shared: int, arguments: list[bytes]) -> None:
         name = _emulated_names()[place]
         ptx = ptx_of(name, self.arch)
         if self.change is not None:
@@ -139,14 +135,16 @@ class Session:
             self.changed += edited != ptx
             ptx = edited
         self.reports.append(
-            self.machine.run(
-                _parsed(ptx), grid, arguments, threads, shared, self.seed, self.resident
-            )
+            self.machine.run(_parsed(ptx), grid, arguments, threads, shared, self.seed, self.resident)
         )
 
     def findings(self) -> list[str]:
         """What was found, in words."""
-        return [f"{short(_readable([r.kernel.name])[0])}: {finding}" for r in self.reports for finding in r.findings]
+        return [
+            f"{short(_readable([r.kernel.name])[0])}: {finding}"
+            for r in self.reports
+            for finding in r.findings
+        ]
 
 
 _streams = itertools.count(1 << 20)
