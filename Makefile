@@ -7,7 +7,7 @@
 #   make suite   continual learning with every method on language and vision
 #   make sanitize    tests of the compiled kernels under the address, undefined behaviour and thread sanitizers of GCC
 #   make sweep    small models of many architectures against plain autograd; writes docs/architectures.md
-#   make ptx-check    what Triton and nvcc make of the kernels, executed on the CPU and checked; PTX_ARGS="--arch sm_90"
+#   make ptx-check    what Triton and nvcc make of the kernels, executed on the CPU and checked; PTX_ARGS="--arch sm_90", PTX_ARGS=--cuda
 #   make docs    the API reference and the pages of docs/, in build/docs
 #   make format  rewrite sources in style       make clean   remove build outputs (make distclean: .venv as well)
 #   make gpu-check OUT=dir   tests and benchmarks on a CUDA machine, with the PyTorch, Triton and pytest of PYTHON; no .venv
@@ -54,8 +54,10 @@ suite: setup $(EXTRAS)
 sweep: setup $(EXTRAS)
 	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/helpers:$(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH)) python -m sweep $(SWEEP_ARGS)
 
+ptx-check: export PYTHONPATH := $(CURDIR):$(CURDIR)/tests/helpers$(if $(PYTHONPATH),:$(PYTHONPATH))
 ptx-check: setup
-	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/helpers$(if $(PYTHONPATH),:$(PYTHONPATH)) python -m ptx.check $(PTX_ARGS)
+	python -m ptx.check $(PTX_ARGS)
+	$(if $(PTX_ARGS),,python -m ptx.check --cuda --seeds 2)
 
 bench: setup $(EXTRAS)
 	PYTHONPATH=$(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH)) python -m benchmarks $(BENCH_ARGS)

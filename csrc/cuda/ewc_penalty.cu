@@ -190,6 +190,7 @@ struct Walk {
       if (need_b || need_s) add_warps(buffer, left, rows, to, rank);
       to += int64_t(ROWS) * rank;
     }
+    copy_async_wait<0>();  // a thread does not end before the copies it started, of strips past the end as well
   }
 };
 

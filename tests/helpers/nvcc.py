@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc" / "cuda"
 FOLDER = ROOT / "build" / "nvcc"
 # As setup.py and PyTorch's BuildExtension give them.
-FLAGS = ["-std=c++17", "--expt-relaxed-constexpr", "-O3", "-lineinfo", "-Xptxas=-v"]
+_LANGUAGE = ["-std=c++17", "--expt-relaxed-constexpr", "-O3"]
+FLAGS = [*_LANGUAGE, "-lineinfo", "-Xptxas=-v"]
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for")
 _NUMBERS = {
     "stack": re.compile(r"(\d+) bytes stack frame"),
@@ -97,6 +98,17 @@ def compiled(source: Path, arch: str) -> tuple[Path, str]:
 
     kept(cubin, make)
     return cubin, told.read_text()
+
+
+def ptx(source: Path, arch: str) -> Path:
+    """The PTX of a file."""
+    result = FOLDER / f"{source.stem}.{arch}.ptx"
+    command = ["nvcc", *_LANGUAGE, f"-arch={arch}", "-ptx", source, "-o", result]
+
+    def make() -> None:
+        _run(command)
+
+    return kept(result, make)
 
 
 def all_compiled(archs: tuple[str, ...]) -> dict[str, dict[str, tuple[Path, str]]]:

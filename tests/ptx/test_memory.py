@@ -275,3 +275,20 @@ def test_indices() -> None:
     report = built.run(kernel, (2, 3, 4), [built.add(out)], 64)
     assert not report.findings
     np.testing.assert_array_equal(out.numpy(), np.arange(len(out)))
+
+
+def test_vector_partly_written() -> None:
+    """Numbers of a vector are written or not one by one, in registers and in shared memory."""
+    body = """setp.ne.u32 %p1, %tid, 0; @%p1 bra over; ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%a];
+    st.shared.v4.b32 [memory], {%r1, %r2, %r3, %r4}; ld.shared.v2.b32 {%r5, %r6}, [memory];
+    st.global.b32 [%b], REGISTER; over:"""
+    for register in ("%r1", "%r5", "%r2", "%r6"):
+        data, out = torch.zeros(4, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        built = machine.Machine()
+        built.add(data, initialised=False)
+        built.written(data[:1])
+        built.add(out)
+        code = small.kernel(body.replace("REGISTER", register), 2)
+        assert built.run(code, (1,), [data, out], 32, 16).kinds() == (
+            set() if register in ("%r1", "%r5") else {"never written"}
+        )

@@ -190,3 +190,33 @@ def test_constant_loads() -> None:
     data, out = torch.zeros(2, dtype=torch.int32), torch.full((1,), 3, dtype=torch.int32)
     assert small.kinds(body.format("ld.global.nc.b32 %r1, [%a];"), data, out, threads=64) == {"race"}
     assert small.kinds(body.format("ld.global.b32 %r1, [%a];"), data, out, threads=64) == set()
+
+
+# All threads of block 0 store, one says so behind a barrier; one of block 1 sees it, all read behind a barrier.
+THROUGH_BARRIERS = """mul.wide.u32 %d1, %tid, 4; add.u64 %d1, %a, %d1; setp.ne.u32 %p1, %tid, 0;
+setp.ne.u32 %p2, %cta, 0; @%p2 bra reader; st.global.b32 [%d1], 42; {0} bar.sync 0; @%p1 bra over;
+red.relaxed.gpu.global.add.u32 [%a+512], 1; bra over;
+reader: @%p1 bra seen; again: ld.relaxed.gpu.global.b32 %r2, [%a+512]; setp.eq.u32 %p3, %r2, 0; @%p3 bra again;
+seen: bar.warp.sync -1; bar.sync 0; {1} ld.global.b32 %r1, [%d1]; st.global.b32 [%d1+256], %r1; over:"""
+
+
+@pytest.mark.parametrize(
+    ("write", "read", "right"),
+    [
+        ("membar.gl;", "membar.gl;", True),
+        ("fence.sc.gpu;", "fence.sc.gpu;", True),
+        ("fence.sc.gpu;", "", False),
+        ("", "fence.sc.gpu;", False),
+        ("fence.sc.cta;", "fence.sc.gpu;", False),
+        ("fence.acq_rel.gpu;", "fence.acq_rel.gpu;", False),
+    ],
+)
+def test_fences_around_barriers(write: str, read: str, right: bool) -> None:
+    """Fences of different threads synchronise where they are sequentially consistent, and not otherwise."""
+    found: set[str] = set()
+    for seed in range(4):
+        data = torch.zeros(132, dtype=torch.int32)
+        body = THROUGH_BARRIERS.format(write, read)
+        found |= small.run(body, data, grid=2, threads=64, seed=seed, shuffled=False).kinds()
+        assert found or (data[64:128] == 42).all()
+    assert found == (set() if right else {"race"})

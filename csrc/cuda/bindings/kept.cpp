@@ -2,6 +2,7 @@
 #include "kept.h"
 
 #include <c10/core/StreamGuard.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -55,12 +56,16 @@ void used(const at::Tensor& tensor) {
 at::Tensor outside(const at::Tensor& like, const std::function<at::Tensor()>& make) {
   at::Tensor made;
   std::exception_ptr failure;
-#ifndef FE_EMULATED
+#ifdef FE_EMULATED
+  const auto watching = c10::impl::TorchDispatchModeTLS::get_state();  // a test may watch allocations
+#else
   const c10::Stream current = stream_of(like);
 #endif
   const auto work = [&] {
     try {
-#ifndef FE_EMULATED
+#ifdef FE_EMULATED
+      c10::impl::TorchDispatchModeTLS::set_state(watching);
+#else
       const c10::StreamGuard guard(current);
 #endif
       made = make();
@@ -80,9 +85,8 @@ at::Tensor outside(const at::Tensor& like, const std::function<at::Tensor()>& ma
 
 at::Tensor copied(const void* data, size_t size, const at::Tensor& like) {
   return outside(like, [&] {
-    at::Tensor host = at::empty({int64_t(size)}, at::kByte);
-    std::memcpy(host.data_ptr(), data, size);
-    return host.to(like.device());
+    const at::Tensor host = at::from_blob(const_cast<void*>(data), {int64_t(size)}, at::kByte);
+    return host.to(like.device(), host.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
   });
 }
 

@@ -4,6 +4,9 @@
 #include "../../autograd/lora_linear.h"
 #include "ewc_penalty.h"
 #include "tensors.h"
+#ifdef FE_EMULATED
+#include "../emulator/handing.h"
+#endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "CUDA kernels of fused_ewclora; called through fused_ewclora.ops";
@@ -15,4 +18,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("merge_", &fe::cuda::merge, Unlocked());
   m.def("soft_threshold_", &fe::cuda::soft_threshold, Unlocked());
   fe::cuda::bind_ewc_penalty(m);
+#ifdef FE_EMULATED
+  fe::cuda::emulator::bind_handing(m);
+#endif
 }

@@ -1,6 +1,7 @@
 """Executes every kernel, configuration family and algorithm on the machine, and prints a table.
 
 python -m ptx.check [--arch sm_90 ...] [--kernel NAME ...] [--dtype bfloat16 ...] [--rank 10 ...] [--seeds 1]
+python -m ptx.check --cuda [--kernel NAME ...] [--seeds 1]    csrc/cuda, as nvcc compiles it for sm_80
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,23 +30,17 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1, help="interleavings of warps and blocks per case")
     parser.add_argument("--case", nargs="*", default=(), help="names of calls, as the table gives them")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--cuda", action="store_true", help="execute csrc/cuda instead of Triton's kernels")
     parser.add_argument("--resident", type=int, default=6, help="blocks that run at the same time")
     options = parser.parse_args()
     machine.module()
-    dtypes = [getattr(torch, name) for name in options.dtype]
     rows, started = [], time.perf_counter()
-    for arch in options.arch:
-        for case in cases.cases(arch, dtypes, options.rank):
-            if options.kernel and not any(name in case.name for name in options.kernel):
-                continue
-            if options.case and case.name not in options.case:
-                continue
-            for seed in range(options.seeds):
-                # Of several interleavings one has but two blocks at a time.
-                outcome = case.execute(Session(arch, seed, 2 if seed % 2 else options.resident))
-                rows.append(row(outcome, seed))
-                if not options.json:
-                    print(line(rows[-1]), flush=True)
+    for execute in _cuda(options) if options.cuda else _triton(options):
+        for seed in range(options.seeds):
+            # Of several interleavings one has but two blocks at a time.
+            rows.append(row(execute(seed, 2 if seed % 2 else options.resident), seed))
+            if not options.json:
+                print(line(rows[-1]), flush=True)
     if options.json:
         json.dump(rows, sys.stdout)
         return 0
@@ -53,11 +49,40 @@ def main() -> int:
     return int(wrong > 0 or not rows)
 
 
-def row(outcome: cases.Outcome, seed: int) -> dict[str, Any]:
+Execute = Callable[[int, int], Any]  # of a seed and blocks at a time: an outcome
+
+
+def _triton(options: argparse.Namespace) -> Iterator[Execute]:
+    dtypes = [getattr(torch, name) for name in options.dtype]
+    for arch in options.arch:
+        for case in cases.cases(arch, dtypes, options.rank):
+            if options.kernel and not any(name in case.name for name in options.kernel):
+                continue
+            if not options.case or case.name in options.case:
+                yield lambda seed, resident, arch=arch, case=case: case.execute(Session(arch, seed, resident))
+
+
+def _cuda(options: argparse.Namespace) -> Iterator[Execute]:
+    import cuda_emulator
+
+    from . import cuda_cases, cuda_launches
+
+    if (reason := cuda_emulator.install() or cuda_launches.missing()) is not None:
+        raise SystemExit(f"csrc/cuda cannot be executed: {reason}")
+    for name in cuda_cases.names():
+        if options.kernel and not any(part in name for part in options.kernel):
+            continue
+        if not options.case or name in options.case:
+            yield lambda seed, resident, name=name: cuda_cases.execute(
+                name, cuda_launches.Session(seed=seed, resident=resident)
+            )
+
+
+def row(outcome: Any, seed: int) -> dict[str, Any]:
     """The outcome as plain data."""
     reports = outcome.session.reports
     return {
-        "arch": outcome.arch, "case": outcome.case, "seed": seed, "right": outcome.right,
+        "arch": outcome.session.arch, "case": outcome.case, "seed": seed, "right": outcome.right,
         "error": outcome.error, "allowed": outcome.allowed, "bits": outcome.bits,
         "launches": len(reports), "kernels": sorted({r.kernel.name for r in reports}),
         "instructions": sum(r.steps for r in reports), "seconds": sum(r.seconds for r in reports),

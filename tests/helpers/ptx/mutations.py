@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable
 
 from . import cases
+from .changes import before, instead, one_more, without
 from .launches import Session
 
 SEEDS = 4  # interleavings, in one of which it has to be found
@@ -21,98 +21,58 @@ LINEAR = "lora_linear fc1, r 10, bfloat16 by full"
 FISHER = "fisher_accumulate_ sample, in splits, bfloat16"
 
 
-def _without(pattern: str, which: int | None = None) -> Callable[[str], str]:
-    """Drops the `which`-th (None: every) instruction that matches."""
-
-    def change(ptx: str) -> str:
-        seen = -1
-
-        def drop(match: re.Match[str]) -> str:
-            nonlocal seen
-            seen += 1
-            return "" if which is None or seen == which else match.group()
-
-        return re.sub(rf"^[^\n/]*\b{pattern}[^\n;]*;", drop, ptx, flags=re.MULTILINE)
-
-    return change
-
-
-def _instead(pattern: str, replacement: str, count: int = 0) -> Callable[[str], str]:
-    return lambda ptx: re.sub(pattern, replacement, ptx, count=count)
-
-
-def _one_more(pattern: str) -> Callable[[str], str]:
-    """The number after `pattern` plus one: one stage too few is waited for."""
-    return lambda ptx: re.sub(
-        rf"({pattern}\s+(?:0x)?)(\d+)", lambda m: m.group(1) + str(int(m.group(2)) + 1), ptx
-    )
-
-
-def _before(pattern: str, dropped: str) -> Callable[[str], str]:
-    """Drops the last `dropped` before the first `pattern`."""
-
-    def change(ptx: str) -> str:
-        at = re.search(pattern, ptx)
-        if at is None:
-            return ptx
-        *_, last = re.finditer(rf"^[^\n/]*\b{dropped}[^\n;]*;", ptx[: at.start()], re.MULTILINE)
-        return ptx[: last.start()] + ptx[last.end() :]
-
-    return change
-
-
 MUTATIONS: dict[str, tuple[str, str, str, Callable[[str], str], set[str]]] = {
     # what is broken: architecture, case, kernel, change, findings of which one must be made
     "the penalty's atomics relaxed": (
         "sm_80", PENALTY, "ewc_penalty_kernel",
-        _instead(r"atom\.global\.gpu\.acq_rel", "atom.global.gpu.relaxed"), {"race"},
+        instead(r"atom\.global\.gpu\.acq_rel", "atom.global.gpu.relaxed"), {"race"},
     ),
     "the penalty's atomics for the block only": (
         "sm_80", PENALTY, "ewc_penalty_kernel",
-        _instead(r"atom\.global\.gpu\.acq_rel", "atom.global.cta.acq_rel"), {"race"},
+        instead(r"atom\.global\.gpu\.acq_rel", "atom.global.cta.acq_rel"), {"race"},
     ),
     "no barrier before the penalty's atomic": (
-        "sm_90", PENALTY, "ewc_penalty_kernel", _before(r"atom\.global", r"bar\.sync"), {"race"},
+        "sm_90", PENALTY, "ewc_penalty_kernel", before(r"atom\.global", r"bar\.sync"), {"race"},
     ),
     "turnstile of the Fisher released too weakly": (
-        "sm_80", FISHER, "fisher_sample_kernel", _instead(r"gpu\.release", "gpu.relaxed"), {"race"},
+        "sm_80", FISHER, "fisher_sample_kernel", instead(r"gpu\.release", "gpu.relaxed"), {"race"},
     ),
     "turnstile of the Fisher acquired too weakly": (
-        "sm_80", FISHER, "fisher_sample_kernel", _instead(r"gpu\.acquire", "gpu.relaxed"), {"race"},
+        "sm_80", FISHER, "fisher_sample_kernel", instead(r"gpu\.acquire", "gpu.relaxed"), {"race"},
     ),
     "no barriers in the product": (
-        "sm_80", LINEAR, "lora_linear_kernel", _without(r"bar\.sync"), {"race", "too early"},
+        "sm_80", LINEAR, "lora_linear_kernel", without(r"bar\.sync"), {"race", "too early"},
     ),
     "a stage too few in the product": (
-        "sm_80", LINEAR, "lora_linear_kernel", _one_more(r"cp\.async\.wait_group"), {"too early"},
+        "sm_80", LINEAR, "lora_linear_kernel", one_more(r"cp\.async\.wait_group"), {"too early"},
     ),
     "copies not waited for": (
-        "sm_80", LINEAR, "lora_linear_kernel", _without(r"cp\.async\.wait_group"), {"too early"},
+        "sm_80", LINEAR, "lora_linear_kernel", without(r"cp\.async\.wait_group"), {"too early"},
     ),
     "copies of tiles not waited for": (
         "sm_90", LINEAR, "lora_linear_kernel",
-        _instead(r"@!complete bra\.uni", "@!complete bra.uni skipped; skipped: //"), {"too early"},
+        instead(r"@!complete bra\.uni", "@!complete bra.uni skipped; skipped: //"), {"too early"},
     ),
     "the copy's phase mistaken": (
         "sm_90", LINEAR, "lora_linear_kernel",
-        _instead(r"(try_wait\.parity\.shared::cta\.b64 complete, \[%r\d+\]), (%r\d+|\d+);", r"\1, 1;"),
+        instead(r"(try_wait\.parity\.shared::cta\.b64 complete, \[%r\d+\]), (%r\d+|\d+);", r"\1, 1;"),
         {"too early", "deadlock"},
     ),
     "no fence between stores and the products that read them": (
-        "sm_90", LINEAR, "lora_linear_kernel", _without(r"fence\.proxy\.async"), {"race"},
+        "sm_90", LINEAR, "lora_linear_kernel", without(r"fence\.proxy\.async"), {"race"},
     ),
     "no wgmma.fence": (
-        "sm_90", LINEAR, "lora_linear_kernel", _without(r"wgmma\.fence"), {"wgmma"},
+        "sm_90", LINEAR, "lora_linear_kernel", without(r"wgmma\.fence"), {"wgmma"},
     ),
     "products not waited for": (
-        "sm_90", LINEAR, "lora_linear_kernel", _without(r"wgmma\.wait_group"), {"wgmma", "too early"},
+        "sm_90", LINEAR, "lora_linear_kernel", without(r"wgmma\.wait_group"), {"wgmma", "too early"},
     ),
     "a product too few waited for": (
-        "sm_90", LINEAR, "lora_linear_kernel", _one_more(r"wgmma\.wait_group\.sync\.aligned"),
+        "sm_90", LINEAR, "lora_linear_kernel", one_more(r"wgmma\.wait_group\.sync\.aligned"),
         {"wgmma", "too early"},
     ),
     "a mask off by one": (
-        "sm_80", "merge_ scales, r 10, bfloat16", "merge_kernel", _instead(r"setp\.lt\.s32", "setp.le.s32"),
+        "sm_80", "merge_ scales, r 10, bfloat16", "merge_kernel", instead(r"setp\.lt\.s32", "setp.le.s32"),
         {"out of bounds"},
     ),
 }  # fmt: skip

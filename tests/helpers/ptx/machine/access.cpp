@@ -257,9 +257,12 @@ void Machine::fence(Warp& w, const Instruction& i, uint32_t mask) {
     acquire(w, 1u << lane, std::exchange(w.before_fence[lane].in_block, View{}));
     if (far) acquire(w, 1u << lane, std::exchange(w.before_fence[lane].everywhere, View{}));
   });
+  const bool in_order = far && i.modifier == "sc";  // of all such fences: each synchronises with the later ones
+  if (in_order) acquire(w, mask, fences_in_order_);
   for_lanes(mask, [&](int lane) {
     w.fences[lane].in_block = published(w, lane, 1u << lane);
     if (far) w.fences[lane].everywhere = w.fences[lane].in_block;
+    if (in_order) fences_in_order_.join(w.fences[lane].everywhere);
   });
   ++w.clock;
 }
@@ -341,7 +344,7 @@ void Machine::load(Warp& w, const Instruction& i, uint32_t mask) {
     const uint8_t* data = nullptr;
     std::array<uint8_t, 32> nothing;
     nothing.fill(0xff);
-    Region* region = nullptr;
+    Region *region = nullptr, *partly = nullptr;  // the latter with numbers that were never written
     if (space == Space::generic && at >= kParamWindow) space = Space::param, at -= kParamWindow;
     if (space == Space::param) {
       if (at + total > launch_->parameters.size() || at % size) {
@@ -351,7 +354,7 @@ void Machine::load(Warp& w, const Instruction& i, uint32_t mask) {
       data = launch_->parameters.data() + at;
     } else if (resolve(w, space, at, total, lane, region, "load")) {
       Access now{w.agent, w.clock, static_cast<uint8_t>(lane), strength(i), false};
-      if (!check_read(w, *region, at, total, now)) undefined_ = true;
+      if (!check_read(w, *region, at, total, now)) partly = region;
       if (i.constant && region->cells[(at - region->base) / 2].writer.agent != kNobody)
         note("race", where(w, lane) + "ld.nc of memory that this launch writes");
       data = region->data + (at - region->base);
@@ -368,6 +371,7 @@ void Machine::load(Warp& w, const Instruction& i, uint32_t mask) {
       uint64_t bits = 0;
       std::memcpy(&bits, data + v * size, size);
       if (is_signed(i.type)) bits = sign_extended(bits, 8 * size);
+      undefined_ = partly && !partly->initialised(at + v * size, size);
       set(w, to.kind == Kind::vector ? to.parts.at(v) : to, lane, bits);
     }
   });
@@ -386,14 +390,18 @@ void Machine::store(Warp& w, const Instruction& i, uint32_t mask) {
     Region* region = nullptr;
     if (!resolve(w, space, at, total, lane, region, "store")) return;
     std::array<uint8_t, 32> data;
+    uint32_t unknown = 0;  // numbers of the vector
     for (int v = 0; v < i.vector; ++v) {
+      undefined_ = false;
       uint64_t bits = operand(w, from.kind == Kind::vector ? from.parts.at(v) : from, lane, 8 * size);
       std::memcpy(data.data() + v * size, &bits, size);
+      unknown |= static_cast<uint32_t>(undefined_) << v;
     }
     Access now{w.agent, w.clock, static_cast<uint8_t>(lane), strength(i), false};
-    const bool undefined = undefined_;
+    undefined_ = unknown != 0;
     if (space != Space::shared || i.order != Order::weak) must_be_defined(w, lane, "value that is stored");
-    check_write(w, *region, at, total, now, data.data(), true, !undefined);
+    check_write(w, *region, at, total, now, data.data());
+    for_lanes(unknown, [&](int v) { region->forget(at + v * size, size); });
     std::memcpy(region->data + (at - region->base), data.data(), total);
     uint64_t key = at + (space == Space::shared ? kSharedWindow * (w.block->index + 4) : 0);
     if (i.order != Order::weak) pass_on(w, key, i.order, i.scope, lane, true, false, true);

@@ -239,6 +239,7 @@ Result Machine::run(const Program& program, const Launch& launch) {
   costs_.assign(program.instructions.size() + 1, Cost{});
   blocks_.clear();
   synchronised_.clear();
+  fences_in_order_ = View{};
   for (auto& [end, region] : regions_) {  // what was before the launch is visible to it
     for (auto& cell : region->cells) cell.writer = cell.reader = Access{}, cell.more = -1;
     region->pool.clear();

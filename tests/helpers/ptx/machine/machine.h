@@ -34,6 +34,14 @@ struct Region {
   std::vector<int32_t> spare;
   std::vector<bool> touched;  // sectors, for the bytes from DRAM
   bool contains(uint64_t address, uint64_t bytes) const { return address >= base && address + bytes <= base + size; }
+  bool initialised(uint64_t address, uint64_t bytes) const {
+    bool all = true;
+    for (uint64_t c = (address - base) / 2; c <= (address - base + bytes - 1) / 2; ++c) all = all && cells[c].initialised;
+    return all;
+  }
+  void forget(uint64_t address, uint64_t bytes) {
+    for (uint64_t c = (address - base) / 2; c <= (address - base + bytes - 1) / 2; ++c) cells[c].initialised = false;
+  }
 };
 
 struct Finding {
@@ -236,6 +244,7 @@ class Machine {
   const Launch* launch_ = nullptr;
   std::map<uint64_t, std::unique_ptr<Region>> regions_;  // by their ends
   std::unordered_map<uint64_t, Synchronised> synchronised_;
+  View fences_in_order_;  // what the sc fences of the launch so far pass on
   std::map<std::pair<std::string, int>, Finding> findings_;
   std::vector<Cost> costs_;
   std::vector<std::unique_ptr<Block>> blocks_;

@@ -200,6 +200,7 @@ std::optional<Op> long_name(const Words& w, Instruction& i) {
     if (second == "proxy") return Op::fence_proxy;
     if (second == "mbarrier_init") return Op::nop;  // for other blocks of a cluster
     i.scope = w.has("cta") ? Scope::cta : Scope::gpu;
+    i.modifier = p[0] == "membar" || w.has("sc") ? "sc" : "";
     return Op::fence;
   }
   if (p[0] == "cp" && second == "async") {
