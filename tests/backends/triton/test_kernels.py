@@ -130,12 +130,12 @@ def test_config_invariant(backend, blocks):
 def test_finished_in_launch(monkeypatch, ranges, dropout):
     """Sums over more chunks of ragged rows than are added at once are finished by the launches that make
     them, four for a backward; the counters end at zero, and the next call repeats every bit."""
-    from fused_ewclora.backends.triton import lowrank
+    from fused_ewclora.backends.triton import kept, lowrank
 
     counters, made = {}, []
-    new, run = lowrank.counters, lowrank.launch
+    new, run = kept.zeros, lowrank.launch
 
-    def kept(like, size):
+    def zeros(like, size):
         return counters.setdefault(size, new(like, size))
 
     def noted(kernel, grid, *arguments, **options):
@@ -143,7 +143,7 @@ def test_finished_in_launch(monkeypatch, ranges, dropout):
         run(kernel, grid, *arguments, **options)
 
     monkeypatch.setattr(lowrank, "multiprocessors", lambda like: 1000)
-    monkeypatch.setattr(lowrank, "counters", kept)
+    monkeypatch.setattr(kept, "zeros", zeros)
     monkeypatch.setattr(lowrank, "launch", noted)
     case = linear("triton:prologue", torch.float32, ranges, [10, 3], rows=1170 if WIDE else 293, d_out=72)
     case.dropout_p = dropout
@@ -221,7 +221,7 @@ def test_penalty_rounds():
     cases = (24, 768, 264), (48, 1024, 264), (64, 1280, 264), (1, 5, 264), (48, 1024, 2)
     for layers, width, slots in cases:
         fisher = torch.empty(width, width, device="meta")
-        members = [ewc_penalty.Member(fisher, fisher, fisher, None, 1.0, (0, 0, 0))] * layers
+        members = [ewc_penalty.Member(fisher, fisher, fisher, None, (0, 0, 0))] * layers
         height = ewc_penalty._height(width, ewc_penalty._rows(members, 16, 256, slots), 16)
         items = layers * -(-width // height) * -(-width // 256)
         rounds = -(-items // slots)
