@@ -93,8 +93,8 @@ def _note(
 ) -> None:
     for candidate, launches, keys in workloads.noted(workload, arch):
         algorithm = f" ({candidate.keys[0]})" if candidate.keys else ""
-        for noted, entry, position, name in _attributed(launches, keys):
-            exercised.add((position, name))
+        for noted, entry, positions, name in _attributed(launches, keys):
+            exercised |= {(position, name) for position in positions}
             specialisation = aot.specialise(noted, arch)
             config = entry["config"]
             dtype = tables.name_of(workload.dtype)
@@ -108,10 +108,11 @@ def _note(
 
 def _attributed(
     launches: Iterable[launch.Launch], keys: Sequence[tables.Key]
-) -> Iterable[tuple[launch.Launch, tables.Entry, int, str]]:
-    """Each launch with the entry that configured it, the place of that in its table, and the dtype asked for.
+) -> Iterable[tuple[launch.Launch, tables.Entry, list[int], str]]:
+    """Each launch with the entry that configured it, its place in the table, and the dtype asked for.
 
-    That is the looked-up entry of its kernel that agrees with its options most; hosts may narrow a block.
+    That is the looked-up entry of its kernel that agrees with its options most; hosts may narrow a block. Two
+    that say the same have two places.
     """
     for noted in launches:
         name = noted.kernel.fn.__name__
@@ -122,7 +123,8 @@ def _attributed(
             raise LookupError(f"{name} was launched without a lookup of its configuration")
         entry, key = max(asked, key=lambda pair: _agreement(noted, pair[0]))
         table = tables.table(launch.family(key.arch))
-        yield noted, entry, next(i for i, other in enumerate(table) if other is entry), key.dtype
+        same = [one for one, _ in asked if one["config"] == entry["config"]]
+        yield noted, entry, [i for i, other in enumerate(table) if any(other is e for e in same)], key.dtype
 
 
 def _agreement(noted: launch.Launch, entry: tables.Entry) -> int:
