@@ -140,10 +140,11 @@ class Session:
 
     def findings(self) -> list[str]:
         """What was found, in words."""
+        names = _readable([report.kernel.name for report in self.reports])
         return [
-            f"{short(_readable([r.kernel.name])[0])}: {finding}"
-            for r in self.reports
-            for finding in r.findings
+            f"{short(name)}: {finding}"
+            for name, report in zip(names, self.reports, strict=True)
+            for finding in report.findings
         ]
 
 
