@@ -1,5 +1,4 @@
-"""What nvcc compiles of csrc/cuda for sm_80, executed: right against fp64 and without findings; what is broken
-is caught."""
+"""What nvcc compiles of csrc/cuda for sm_80, executed: right and without findings; broken code is caught."""
 
 from __future__ import annotations
 

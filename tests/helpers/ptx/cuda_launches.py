@@ -153,7 +153,7 @@ _streams = itertools.count(1 << 20)
 
 @contextlib.contextmanager
 def executing(session: Session) -> Iterator[Session]:
-    """Calls of backend "cuda" inside launch on the machine; tensors that they reach are made inside as well."""
+    """Calls of backend "cuda" inside launch on the machine; tensors that they reach are made inside too."""
     emulated: Any = cuda.extension()
     cuda.forget_tables()
     emulated.pretend(next(_streams), False)  # what is kept for a stream is made anew
