@@ -1,5 +1,4 @@
-"""What nvcc compiles of csrc/cuda for sm_80, executed: right against fp64, without races, hazards or deadlocks, and
-with these where it is broken."""
+"""What nvcc compiles of csrc/cuda for sm_80, executed: right and without findings; broken code is caught."""
 
 from __future__ import annotations
 
@@ -11,8 +10,8 @@ from ptx import cuda_cases, cuda_launches, cuda_mutations
 REASON = cuda_launches.missing()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 LONG = bool(os.environ.get("FUSED_EWCLORA_TEST_LONG"))
-# A representative set: every kernel, ragged, with sums that the last block finishes and turns that blocks take.
-# `make ptx-check` executes everything.
+# A representative set: every kernel, ragged, with sums that the last block finishes and turns that blocks
+# take. `make ptx-check` executes everything.
 CHOSEN = (
     "lora_linear, slices",
     "lora_linear, dropout, slices, fp32",
@@ -29,7 +28,7 @@ CHOSEN = (
 
 @pytest.mark.parametrize("name", cuda_cases.names() if LONG else CHOSEN)
 def test_executed_code(name: str) -> None:
-    """Results equal fp64, have the same bits with many blocks at a time and with two, and nothing is found."""
+    """Results equal fp64, with the same bits for many blocks at a time and for two; nothing is found."""
     outcomes = [
         cuda_cases.execute(name, cuda_launches.Session(seed=seed, resident=resident))
         for seed, resident in enumerate((6, 2))

@@ -192,11 +192,13 @@ def test_constant_loads() -> None:
     assert small.kinds(body.format("ld.global.b32 %r1, [%a];"), data, out, threads=64) == set()
 
 
-# All threads of block 0 store, one says so behind a barrier; one of block 1 sees it, all read behind a barrier.
+# All threads of block 0 store, one says so behind a barrier; one of block 1 sees it, all read behind a
+# barrier.
 THROUGH_BARRIERS = """mul.wide.u32 %d1, %tid, 4; add.u64 %d1, %a, %d1; setp.ne.u32 %p1, %tid, 0;
 setp.ne.u32 %p2, %cta, 0; @%p2 bra reader; st.global.b32 [%d1], 42; {0} bar.sync 0; @%p1 bra over;
 red.relaxed.gpu.global.add.u32 [%a+512], 1; bra over;
-reader: @%p1 bra seen; again: ld.relaxed.gpu.global.b32 %r2, [%a+512]; setp.eq.u32 %p3, %r2, 0; @%p3 bra again;
+reader: @%p1 bra seen;
+again: ld.relaxed.gpu.global.b32 %r2, [%a+512]; setp.eq.u32 %p3, %r2, 0; @%p3 bra again;
 seen: bar.warp.sync -1; bar.sync 0; {1} ld.global.b32 %r1, [%d1]; st.global.b32 [%d1+256], %r1; over:"""
 
 

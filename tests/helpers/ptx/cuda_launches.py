@@ -140,10 +140,11 @@ class Session:
 
     def findings(self) -> list[str]:
         """What was found, in words."""
+        names = _readable([report.kernel.name for report in self.reports])
         return [
-            f"{short(_readable([r.kernel.name])[0])}: {finding}"
-            for r in self.reports
-            for finding in r.findings
+            f"{short(name)}: {finding}"
+            for name, report in zip(names, self.reports, strict=True)
+            for finding in report.findings
         ]
 
 
@@ -152,7 +153,7 @@ _streams = itertools.count(1 << 20)
 
 @contextlib.contextmanager
 def executing(session: Session) -> Iterator[Session]:
-    """Calls of backend "cuda" inside launch on the machine; tensors that they reach are made inside as well."""
+    """Calls of backend "cuda" inside launch on the machine; tensors that they reach are made inside too."""
     emulated: Any = cuda.extension()
     cuda.forget_tables()
     emulated.pretend(next(_streams), False)  # what is kept for a stream is made anew

@@ -34,7 +34,7 @@ MUTATIONS: dict[str, tuple[str, str, Callable[[str], str], set[str]]] = {
         SPLIT, "fisher_kernel", instead(r"ld\.acquire", "ld.relaxed"), {"race"},
     ),
     "no barriers in the Fisher": (
-        SPLIT, "fisher_kernel", without(r"bar\.sync"), {"race", "too early"},
+        "fisher_accumulate_, cu_seqlens", "fisher_kernel", without(r"bar\.sync"), {"race", "too early"},
     ),
     "a stage too few in the Fisher": (
         "fisher_accumulate_, aligned", "fisher_kernel", one_more(r"cp\.async\.wait_group"), {"too early"},
