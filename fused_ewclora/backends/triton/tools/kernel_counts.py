@@ -111,7 +111,7 @@ def _versions(nest: Sequence[Loop]) -> list[tuple[Loop, int]]:
     iteration of each makes; most unrolled first."""
     if len(nest) < 2:
         return []
-    same = [loop for loop in nest[-2].inner if _ratio(nest[-1], loop) > 0]
+    same = [loop for loop in nest[-2].inner if loop is nest[-1] or _ratio(nest[-1], loop) > 0]
     least = min(same, key=Loop.total)
     return sorted(((loop, max(_ratio(loop, least), 1)) for loop in same), key=lambda found: -found[1])
 

@@ -167,8 +167,8 @@ def _merge(a: Arguments, blocks: int, call: Sequence[Any]) -> Work:
     tile = a["BLOCK_M"] * a["BLOCK_N"] * size
     # The code of every tensor is there, and a block runs that of one.
     return Work(
-        blocks, (1, cdiv(a["ranks"][0], a["BLOCK_R"])), moved, moved / blocks + factors, tile, floor_bytes=moved,
-        rare=1 / len(weights),
+        blocks, (1, cdiv(a["ranks"][0], a["BLOCK_R"])), moved, moved / blocks + factors, tile,
+        floor_bytes=moved, rare=1 / len(weights),
     )  # fmt: skip
 
 
