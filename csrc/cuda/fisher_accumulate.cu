@@ -57,13 +57,16 @@ FE_KERNEL(THREADS, 1)
 fisher_kernel(FE_PARAMETER FisherProducts p) {
   using L = Layout<T, P, SINGLE>;
   using Unit = Operands<T, P, L::PITCH, SINGLE, L::PACKED>;
-  T* tiles = reinterpret_cast<T*>(shared_memory());                                               // [FISHER_STAGES][dy, x][TOKENS][PITCH]
-  uint32_t* words = reinterpret_cast<uint32_t*>(shared_memory() + L::BYTES - 4 * FISHER_STAGES);  // of the step in each stage
-  const int index = p.splits > 1 ? int(draw_ticket(p.locks, uint32_t(blocks_x()), words)) : block_x();
-  const Place place = place_of(p, index);
+  T* tiles = reinterpret_cast<T*>(shared_memory());  // [FISHER_STAGES][dy, x][TOKENS][PITCH]
+  uint32_t* words = reinterpret_cast<uint32_t*>(shared_memory() + L::BYTES - 4 * (FISHER_STAGES + 1));  // of the step in each stage
+  uint32_t* ticket = words + FISHER_STAGES;
   const int row = warp() / WARPS_ACROSS * (16 * DOWN), column = warp() % WARPS_ACROSS * (8 * ACROSS);
 
-  Steps<T, L, SINGLE, WIDE> steps(p, place.split, place.row, place.column);
+  if (p.splits > 1) draw_ticket(p.locks, uint32_t(blocks_x()), ticket);
+  // Read anew where it is needed: every register of the loop is taken.
+  const auto find_place = [&] { return place_of(p, p.splits > 1 ? int(*ticket) : block_x()); };
+  const Place start = find_place();
+  Steps<T, L, SINGLE, WIDE> steps(p, start.split, start.row, start.column);
   const auto fetch = [&](uint32_t stage) {
     const uint32_t word = steps.fetch(p, tiles + stage * 2 * L::NUMBERS);
     if (thread() == 0) words[stage] = word;
@@ -110,6 +113,7 @@ fisher_kernel(FE_PARAMETER FisherProducts p) {
     const int m = row + 16 * i + 8 * (k / 2) + lane() / 4, n = column + 8 * j + lane() % 4 * 2 + k % 2;
     sums[m * FISHER_PITCH + n] = p.weight * total[i][j][k];
   }
+  const Place place = find_place();
   uint32_t* lock = p.locks + 1 + place.tile;
   if (p.splits > 1) take_turn(lock, place.split);
   sync_block();

@@ -36,7 +36,7 @@ constexpr int fisher_step(int element_size, bool single) {  // tokens of a stage
 constexpr size_t fisher_shared_bytes(int element_size, bool single) {
   const size_t stages = size_t(FISHER_STAGES) * 2 * fisher_step(element_size, single) * FISHER_PITCH * element_size;
   const size_t sums = sizeof(float) * FISHER_TILE * FISHER_PITCH;
-  return (stages > sums ? stages : sums) + 4 * FISHER_STAGES;
+  return (stages > sums ? stages : sums) + 4 * (FISHER_STAGES + 1);  // words of the stages, and the ticket
 }
 
 // F += weight sum_n (dy_n^T x_n)^2. Samples are summed in order, split after split.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ class Pool(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self._owner = threading.get_ident()
         self._seen: dict[int, tuple[StorageWeakRef, str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -31,6 +33,8 @@ class Pool(TorchDispatchMode):
         given = {storage(t) for t in leaves if isinstance(t, Tensor)}
         given |= {int(t._cdata) for t in leaves if isinstance(t, UntypedStorage)}
         result = func(*args, **(kwargs or {}))
+        if threading.get_ident() != self._owner:  # a thread of its own allocates outside of the pool
+            return result
         for tensor in tree_leaves(result):
             if (
                 isinstance(tensor, Tensor)

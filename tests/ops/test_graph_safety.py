@@ -220,6 +220,8 @@ EXCEPTIONS = {
     ("layers/slices.py", "fingerprint"): "of the base weight, at injection",
     ("backends/triton/launch.py", "interpreted"): "a setting of Triton, not a tensor",
     ("backends/triton/tables.py", "overriding"): "a list of Python's",
+    ("backends/triton/kept.py", "by_value"): "numbers in host memory, which a graph takes as arguments",
+    ("ops/dispatch.py", "forget_tables"): "asked for: what is let go must not be in use",
 }
 
 

@@ -121,7 +121,7 @@ TWINS = {
         r"walk_kernelILNS0_9PrecisionE2ELi16ELb1ELb1ELb1E", 8, 4 * (8 * (256 + 512) + 256), 16384, _walk
     ),
     "Fisher per sample": Twin(
-        r"fisher_kernelINS0_4bf16ELNS0_9PrecisionE2ELb0ELb1E", 8, 4 * 128 * 136 + 16, 16384, _fisher
+        r"fisher_kernelINS0_4bf16ELNS0_9PrecisionE2ELb0ELb1E", 8, 4 * 128 * 136 + 20, 16384, _fisher
     ),
     "square-add": Twin(r"fisher_square_kernelIfE", 8, 0, 0, _square),
 }  # fmt: skip
