@@ -21,6 +21,7 @@ CHOSEN = {
     ),
     "sm_90": (
         "lora_linear fc1, r 10, bfloat16 by full",
+        "lora_linear fc1, r 10, bfloat16 by concat",  # stores the tiles that it multiplies
         "lora_linear_backward fc1, r 10, bfloat16 by prologue",
         "ewc_penalty fp32 F, r 10, float32, highest",
         "fisher_accumulate_ sample, bfloat16",
