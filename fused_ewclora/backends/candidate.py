@@ -74,8 +74,23 @@ def bucket(rows: int) -> int:
 
 
 def arch_of(device: torch.device) -> str | None:
-    """Architecture of a GPU, "sm_90" or "gfx942"; None for other devices."""
-    return _gpu_arch(device.index) if device.type == "cuda" else None
+    """Architecture of a GPU, "sm_90" or "gfx942"; None for other devices, or what the CPU stands in for."""
+    return _gpu_arch(device.index) if device.type == "cuda" else _pretended
+
+
+_pretended: str | None = None
+
+
+def pretend(arch: str | None) -> None:
+    """Let the CPU stand in for a GPU of this architecture, for `backends.triton.pretend`; None ends it."""
+    global _pretended
+    _pretended = arch
+    forget_choices()
+
+
+def pretended() -> str | None:
+    """The architecture that the CPU stands in for, or None."""
+    return _pretended
 
 
 @functools.cache

@@ -38,7 +38,7 @@ def candidates(op: str) -> tuple[Candidate, ...]:
     plain = importlib.import_module("fused_ewclora.backends.reference")
     fastest_first = [triton, cuda, native, plain]
     # On the CPU they serve calls that ask for them; nothing is slower.
-    for backend, simulated in ((cuda, cuda.emulating()), (triton, triton.interpreting())):
+    for backend, simulated in ((cuda, cuda.emulating()), (triton, triton.simulated())):
         if simulated:
             fastest_first.remove(backend)
             fastest_first.append(backend)

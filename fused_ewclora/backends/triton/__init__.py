@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
-from ..candidate import Call, Candidate
+from ...errors import BackendError
+from .. import candidate
+from ..candidate import Call, Candidate, pretended, remembers_choices
 from . import cost_model, kept, launch, tables
 
 MIN_VERSION = (3, 6)
@@ -30,6 +32,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
+@remembers_choices
 @functools.cache
 def unavailable() -> str | None:
     """Why no call can be served, or None."""
@@ -38,7 +41,7 @@ def unavailable() -> str | None:
     version = importlib.metadata.version("triton")
     if (found := _numbers(version)) < MIN_VERSION:
         return f"Triton {version} is installed, {'.'.join(map(str, MIN_VERSION))} or newer is needed"
-    if not torch.cuda.is_available() and not interpreting():
+    if not (torch.cuda.is_available() or simulated()):
         return "no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
     numpy = importlib.metadata.version("numpy")
     if interpreting() and found < (3, 7) and _numbers(numpy) >= (2, 4):
@@ -56,6 +59,22 @@ def interpreting() -> bool:
     return asked and not torch.cuda.is_available()
 
 
+def simulated() -> bool:
+    """Whether CPU tensors are served, when Triton is asked for by name."""
+    return interpreting() or pretended() is not None
+
+
+def pretend(arch: str | None) -> None:
+    """Let CPU tensors be served as by a GPU of architecture `arch` whose launches do nothing, when Triton is
+    asked for by name: for tests, and to measure what the host does. None ends it.
+
+    Results are memory that nothing has written. Raises `BackendError` where Triton's interpreter is on.
+    """
+    if arch is not None and interpreting():
+        raise BackendError("pretend: expected TRITON_INTERPRET not to be set: kernels are interpreted")
+    candidate.pretend(arch)
+
+
 def forget_tables() -> None:
     """Let go of the device memory that hosts keep, that of captured graphs included."""
     kept.forget()
@@ -64,7 +83,7 @@ def forget_tables() -> None:
 def _cannot(call: Call) -> str | None:
     if (reason := unavailable()) is not None:
         return reason
-    if call.device != ("cpu" if interpreting() else "cuda"):
+    if call.device != ("cpu" if simulated() else "cuda"):
         return f"tensors are on {call.device}"
     if call.dtype not in DTYPES:
         return f"{call.dtype} runs on the reference"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..candidate import arch_of
+from ..candidate import arch_of, pretended
 
 INTERPRETED = "interpret"  # the architecture whose configurations Triton's interpreter uses
 
@@ -79,6 +79,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     if _noting.take is not None:
         _noting.take(Launch(kernel, grid, arguments, options))
         return
+    if pretended():
+        return
     kernel[grid](*arguments, **options)
 
 
@@ -104,7 +106,7 @@ def _multiprocessors(index: int | None) -> int:
 
 def multiprocessors(tensor: Tensor) -> int:
     """How many thread blocks run side by side at least: grids are cut to fill them."""
-    if _noting.arch is not None or interpreted():
+    if _noting.arch is not None or interpreted() or pretended():
         return _MULTIPROCESSORS[family(arch(tensor))]
     return _multiprocessors(tensor.device.index)
 
