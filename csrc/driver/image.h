@@ -16,10 +16,10 @@ struct Kernel {
   std::string name;
   std::vector<Parameter> parameters;  // in order
   uint32_t parameter_bytes = 0;
-  uint32_t registers = 0;     // per thread
-  uint32_t local = 0;         // bytes per thread
-  uint32_t shared = 0;        // bytes per block, known at compile time
-  uint32_t threads = 1024;    // per block, at most
+  uint32_t registers = 0;      // per thread
+  uint32_t local = 0;          // bytes per thread
+  uint32_t shared = 0;         // bytes per block, known at compile time
+  uint32_t threads = 1024;     // per block, at most
   bool exact_threads = false;  // and no fewer
 };
 

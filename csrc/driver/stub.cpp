@@ -73,9 +73,7 @@ thread_local CUcontext current = nullptr;
 struct Settings {
   std::atomic<long long> capability{90}, version{13000}, devices{1}, initialised{1}, capturing{0}, noting{0};
 
-  void reset() {
-    capability = 90, version = 13000, devices = 1, initialised = 1, capturing = 0, noting = 0;
-  }
+  void reset() { capability = 90, version = 13000, devices = 1, initialised = 1, capturing = 0, noting = 0; }
 } settings;
 
 // Handles are addresses of these, which stay: one that was let go is known to be invalid.
@@ -156,15 +154,18 @@ bool fits(const CUlaunchConfig& c, const LoadedFunction& f) {
   return c.sharedMemBytes <= unsigned(f.most_dynamic);
 }
 
+// What comes next in `extra`: macros of cuda.h.
+constexpr uintptr_t END = 0, BUFFER_POINTER = 1, BUFFER_SIZE = 2;
+
 // The buffer of all parameters, from pointers to each or from `extra`.
 bool gather(const Kernel& kernel, void** parameters, void** extra, std::vector<uint8_t>& buffer) {
   buffer.assign(kernel.parameter_bytes, 0);
   if (extra != nullptr) {
     const void* given = nullptr;
     size_t size = 0;
-    for (; reinterpret_cast<uintptr_t>(extra[0]) != CU_LAUNCH_PARAM_END; extra += 2) {
-      if (reinterpret_cast<uintptr_t>(extra[0]) == CU_LAUNCH_PARAM_BUFFER_POINTER) given = extra[1];
-      if (reinterpret_cast<uintptr_t>(extra[0]) == CU_LAUNCH_PARAM_BUFFER_SIZE) size = *static_cast<const size_t*>(extra[1]);
+    for (; reinterpret_cast<uintptr_t>(extra[0]) != END; extra += 2) {
+      if (reinterpret_cast<uintptr_t>(extra[0]) == BUFFER_POINTER) given = extra[1];
+      if (reinterpret_cast<uintptr_t>(extra[0]) == BUFFER_SIZE) size = *static_cast<const size_t*>(extra[1]);
     }
     if (parameters != nullptr || size < buffer.size() || (given == nullptr && !buffer.empty())) return false;
     for (const Parameter& p : kernel.parameters)
@@ -358,7 +359,7 @@ DEFINE(cuCtxGetDevice, (CUdevice * device)) {
   return SUCCESS;
 }
 
-DEFINE(cuCtxGetLimit, (size_t * value, int)) {
+DEFINE(cuCtxGetLimit, (size_t* value, int)) {
   ENTER(cuCtxGetLimit);
   *value = 0;
   return SUCCESS;
@@ -478,11 +479,11 @@ DEFINE(cuOccupancyMaxActiveClusters, (int*, CUfunction, const CUlaunchConfig*)) 
   return NOT_SUPPORTED;
 }
 
-DEFINE(cuTensorMapEncodeTiled,
-       (CUtensorMap * map, int type, uint32_t rank, void* address, const uint64_t* sizes, const uint64_t* strides, const uint32_t* box,
-        const uint32_t* steps, int interleave, int swizzle, int promotion, int fill)) {
+DEFINE(cuTensorMapEncodeTiled, (CUtensorMap * map, int type, uint32_t rank, void* address, const uint64_t* sizes, const uint64_t* strides,
+                                const uint32_t* box, const uint32_t* steps, int interleave, int swizzle, int promotion, int fill)) {
   ENTER(cuTensorMapEncodeTiled);
   if (settings.capability < 90) return NOT_SUPPORTED;
+  if (reinterpret_cast<uintptr_t>(map) % alignof(CUtensorMap)) return INVALID_VALUE;
   if (!is_map(type, int(rank), address, sizes, strides, box, steps, interleave, swizzle, promotion, fill)) return INVALID_VALUE;
   Encoded encoded{};
   encoded.address = reinterpret_cast<uint64_t>(address);
@@ -506,9 +507,8 @@ DEFINE(cuTensorMapReplaceAddress, (CUtensorMap * map, void* address)) {
   return SUCCESS;
 }
 
-DEFINE(cuTensorMapEncodeIm2col,
-       (CUtensorMap*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const int*, const int*, uint32_t, uint32_t, const uint32_t*,
-        int, int, int, int)) {
+DEFINE(cuTensorMapEncodeIm2col, (CUtensorMap*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const int*, const int*, uint32_t,
+                                 uint32_t, const uint32_t*, int, int, int, int)) {
   ENTER(cuTensorMapEncodeIm2col);
   return NOT_SUPPORTED;
 }

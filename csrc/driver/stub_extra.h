@@ -19,23 +19,20 @@ constexpr int CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK = 0;
 constexpr int CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES = 3;
 constexpr int CU_FUNC_ATTRIBUTE_NUM_REGS = 4;
 constexpr int CU_POINTER_ATTRIBUTE_DEVICE_POINTER = 3;
-constexpr uintptr_t CU_LAUNCH_PARAM_END = 0;
-constexpr uintptr_t CU_LAUNCH_PARAM_BUFFER_POINTER = 1;
-constexpr uintptr_t CU_LAUNCH_PARAM_BUFFER_SIZE = 2;
 
-#define FE_DRIVER_EXTRA_FUNCTIONS(_)                                                                                                            \
-  _(cuInit, (unsigned flags))                                                                                                                   \
-  _(cuDeviceGet, (CUdevice * device, int ordinal))                                                                                              \
-  _(cuDeviceGetCount, (int* count))                                                                                                             \
-  _(cuCtxGetDevice, (CUdevice * device))                                                                                                        \
-  _(cuCtxGetLimit, (size_t* value, int limit))                                                                                                  \
-  _(cuCtxSetLimit, (int limit, size_t value))                                                                                                   \
-  _(cuPointerGetAttribute, (void* data, int attribute, CUdeviceptr pointer))                                                                    \
-  _(cuLaunchKernel, (CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,                 \
-                     unsigned block_z, unsigned shared, CUstream stream, void** parameters, void** extra))                                      \
-  _(cuOccupancyMaxActiveClusters, (int* clusters, CUfunction function, const CUlaunchConfig* config))                                           \
-  _(cuTensorMapEncodeIm2col, (CUtensorMap * map, int type, uint32_t rank, void* address, const uint64_t* sizes, const uint64_t* strides,         \
-                              const int* lower, const int* upper, uint32_t channels, uint32_t pixels, const uint32_t* steps,                    \
-                              int interleave, int swizzle, int promotion, int fill))
+#define FE_DRIVER_EXTRA_FUNCTIONS(_)                                                                                              \
+  _(cuInit, (unsigned flags))                                                                                                     \
+  _(cuDeviceGet, (CUdevice * device, int ordinal))                                                                                \
+  _(cuDeviceGetCount, (int* count))                                                                                               \
+  _(cuCtxGetDevice, (CUdevice * device))                                                                                          \
+  _(cuCtxGetLimit, (size_t* value, int limit))                                                                                    \
+  _(cuCtxSetLimit, (int limit, size_t value))                                                                                     \
+  _(cuPointerGetAttribute, (void* data, int attribute, CUdeviceptr pointer))                                                      \
+  _(cuLaunchKernel, (CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,  \
+                     unsigned block_z, unsigned shared, CUstream stream, void** parameters, void** extra))                        \
+  _(cuOccupancyMaxActiveClusters, (int* clusters, CUfunction function, const CUlaunchConfig* config))                             \
+  _(cuTensorMapEncodeIm2col,                                                                                                      \
+    (CUtensorMap * map, int type, uint32_t rank, void* address, const uint64_t* sizes, const uint64_t* strides, const int* lower, \
+     const int* upper, uint32_t channels, uint32_t pixels, const uint32_t* steps, int interleave, int swizzle, int promotion, int fill))
 
 }  // namespace fe::driver
