@@ -47,7 +47,8 @@ class File {
     const uint64_t table = number<uint64_t>(bytes_ + 40);
     const uint16_t entry = number<uint16_t>(bytes_ + 58), count = number<uint16_t>(bytes_ + 60), names = number<uint16_t>(bytes_ + 62);
     if (entry != SECTION || names >= count || table < HEADER) return "an ELF file without a table of sections";
-    size_ = table + uint64_t(count) * entry;
+    const uint64_t segments = number<uint64_t>(bytes_ + 32) + uint64_t(number<uint16_t>(bytes_ + 54)) * number<uint16_t>(bytes_ + 56);
+    size_ = std::max<size_t>(table + uint64_t(count) * entry, segments);
     std::vector<const uint8_t*> headers;
     for (int i = 0; i < count; ++i) {
       headers.push_back(bytes_ + table + uint64_t(i) * entry);
