@@ -139,10 +139,12 @@ std::string read_image(const void* data, Image& image) {
     read_kernel(file.attributes(section), kernel);
     image.kernels.push_back(kernel);
   }
+  // From Hopper on the section begins with what the system reserves of each block, which no limit counts.
+  const uint32_t reserved = image.capability >= 90 ? 1024 : 0;
   for (const Section& section : file.sections()) {
     if (starts_with(section.name, SHARED_OF)) {
       for (Kernel& kernel : image.kernels)
-        if (section.name == SHARED_OF + kernel.name) kernel.shared = uint32_t(section.size);
+        if (section.name == SHARED_OF + kernel.name) kernel.shared = uint32_t(section.size) - std::min(uint32_t(section.size), reserved);
     } else if (section.name == INFO) {
       for (const Attribute& a : file.attributes(section))
         for (Kernel& kernel : image.kernels) {
