@@ -70,12 +70,19 @@ def parameters(launch: stub.Launch, buffers: Buffers) -> list[Parameter]:
     found: list[Parameter] = []
     for data in launch.parameters:
         if (decoded := stub.decode(data)) is not None:
-            rest = data[8:].hex()  # of the bytes themselves, whatever `decode` makes of them
-            found.append((buffers.place(decoded.address), replace(decoded, address=0), rest))
+            place = buffers.place(decoded.address)
+            found.append((place, replace(decoded, address=0) if place else decoded, data[8:]))
             continue
         place = buffers.place(struct.unpack("<Q", data)[0]) if len(data) == 8 else None
         found.append(place or data.hex())
     return found
+
+
+def _told(one: Parameter, other: Parameter) -> Parameter:
+    """Without what both have."""
+    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other) == 3:
+        return [a for a, b in zip(one, other, strict=True) if a != b]
+    return one
 
 
 def differences(
@@ -95,4 +102,4 @@ def differences(
         pairs = zip(parameters(a, expected_in), parameters(b, got_in), strict=True)
         for position, (one, other) in enumerate(pairs):
             if one != other:
-                yield f"{where}: parameter {position}: expected {one}, got {other}"
+                yield f"{where}: parameter {position}: expected {_told(one, other)}, got {_told(other, one)}"
