@@ -23,6 +23,8 @@ class Made(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func.is_view or func._schema.is_mutable:  # of what is there, maybe from before
+            return out
         self.tensors += [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
         return out
 
