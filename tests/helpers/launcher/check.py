@@ -23,13 +23,12 @@ from fused_ewclora.backends.triton import launch
 from . import execution, planned, stub, triton_launcher
 from .comparison import Buffers, Made, differences
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100")
 EXECUTED = ("sm_80", "sm_90")  # what the PTX machine knows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="launcher-check", description=__doc__)
-    parser.add_argument("--arch", nargs="*", default=("sm_90",), choices=ARCHITECTURES)
+    parser.add_argument("--arch", nargs="*", default=("sm_90",), choices=triton_launcher.ARCHITECTURES)
     parser.add_argument("--kernel", nargs="*", default=(), help="ops whose name contains one of these")
     parser.add_argument("--dtype", nargs="*", default=("bfloat16", "float32"))
     parser.add_argument("--rank", nargs="*", type=int, default=(10,))

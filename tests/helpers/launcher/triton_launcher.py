@@ -11,6 +11,9 @@ from fused_ewclora.backends.triton import launch
 from . import stub
 
 
+ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100")
+
+
 @functools.cache
 def _driver_class() -> Any:
     # Triton links its launcher with the libcuda that this names.
@@ -24,9 +27,10 @@ def _driver_class() -> Any:
         def __init__(self, arch: str, stream: int) -> None:
             self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
             capability = int(arch.removeprefix("sm_"))
+            device = ARCHITECTURES.index(arch)  # Triton keeps what it compiled by device
             self.get_device_capability = lambda device=None: divmod(capability, 10)
             self.get_current_stream = lambda device=None: stream
-            self.get_current_device = lambda: 0
+            self.get_current_device = lambda: device
             self.set_current_device = lambda device: None
 
     return Driver
@@ -38,7 +42,7 @@ def activate(arch: str, stream: int = 0) -> stub.Stub:
 
     found, driver = stub.shared(), _driver_class()
     triton.runtime.driver.set_active(driver(arch, stream))
-    found.set(capability=int(arch.removeprefix("sm_")))
+    found.set(capability=int(arch.removeprefix("sm_")), devices=len(ARCHITECTURES), context=1)
     return found
 
 
