@@ -96,7 +96,7 @@ def _callers(inputs: Inputs, place: HostPlace) -> Iterator[Caller]:
         )  # fmt: skip
     first = entries[0]
     yield Caller(
-        WITHOUT, lambda: run, "floor", first.backend, "no capture", using=first.using, results=NOT_COMPARED
+        WITHOUT, lambda: run, "variant", first.backend, "no capture", using=first.using, results=NOT_COMPARED
     )
 
 

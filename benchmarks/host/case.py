@@ -40,8 +40,8 @@ class Caller:
 
 @dataclass(frozen=True)
 class HostCase:
-    """A call and its callers. `truth` computes the fp64 results that they must match to `tolerance` (relative,
-    in the norm of each result)."""
+    """A call and its callers. `truth` computes the fp64 results that they must match to `tolerance`
+    (relative, in the norm of each result)."""
 
     op: str
     shape: dict[str, int | str]

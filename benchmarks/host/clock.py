@@ -15,6 +15,7 @@ import torch
 
 MIN_ROUNDS = 15
 SAMPLE_SECONDS = 2e-3  # calls are repeated for about this long, so that the 0.3 us of the clock do not count
+WARM_UP = 5  # calls, of which the first ones load, choose and compile
 CPU_TIME, UNTIL_RETURN = "CPU time of the calling thread", "wall time until the call returns"
 
 
@@ -28,9 +29,12 @@ class Timed:
 
 
 class HostClock:
-    """Times calls in turns. On a CPU other processes do not count. On a GPU the backward pass runs in a thread
-    of autograd, so that the wall clock is used, and the device is idle before every sample; the samples are
-    short, so that the queue of launches does not fill."""
+    """Times calls in turns.
+
+    On a CPU, time that other processes take does not count. On a GPU the backward pass runs in a thread of
+    autograd, so that the wall clock is used, and the device is idle before every sample; samples are short,
+    so that the queue of launches does not fill.
+    """
 
     def __init__(self, device: str = "cpu", sample_seconds: float = SAMPLE_SECONDS) -> None:
         self.gpu, self.sample_seconds = device == "cuda", sample_seconds
@@ -47,9 +51,12 @@ class HostClock:
             torch.cuda.synchronize()
 
     def sample(self, timed: Timed) -> float:
-        """Seconds per call, of one sample."""
+        """Seconds per call, of one sample. Where it has several calls, one more comes before: the caches of
+        the processor hold the code of the caller before."""
         run, repeats = timed.run, range(timed.repeats)
         with timed.using():
+            if timed.repeats > 1:
+                run()
             self._settle()
             begin = self._now()
             for _ in repeats:
@@ -60,8 +67,7 @@ class HostClock:
 
     def prepare(self, timed: Timed) -> None:
         """Warms a call up, and decides how often a sample repeats it."""
-        self.sample(timed)
-        single = self.sample(timed)
+        single = min(self.sample(timed) for _ in range(WARM_UP))
         timed.repeats = max(1, math.ceil(self.sample_seconds / single))
         self.sample(timed)
 
@@ -78,8 +84,8 @@ class HostClock:
 
 @contextlib.contextmanager
 def _without_collections() -> Iterator[None]:
-    """Garbage is collected before, not inside: a collection costs more than a call, and whose it is depends on
-    chance."""
+    """Garbage is collected before, not inside: a collection costs more than a call, and whose it is depends
+    on chance."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
@@ -92,9 +98,12 @@ def _without_collections() -> Iterator[None]:
 
 @contextlib.contextmanager
 def small_products(device: str) -> Iterator[None]:
-    """One thread. On a CPU, products by BLAS or plain loops: oneDNN spends 40 us on preparing each product in
-    bf16, of whatever size, and a GPU does not. Subnormal numbers, which memory that nothing has written may be
-    full of, are zero: arithmetic with them takes a hundred times longer."""
+    """One thread; on a CPU, products whose cost is that of their arithmetic.
+
+    oneDNN spends 40 us on preparing each product in bf16, of whatever size, which a GPU does not: BLAS or
+    plain loops compute them instead. Subnormal numbers, which memory that nothing has written may be full of,
+    are taken as zero: arithmetic with them takes a hundred times longer.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

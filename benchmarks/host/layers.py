@@ -115,7 +115,7 @@ class Passes(NamedTuple):
             for leaf in leaves:
                 leaf.grad = None
             y = forward(x)
-            y.backward(dy)  # type: ignore[no-untyped-call]
+            y.backward(dy)
             return [y]
 
         def results() -> list[Tensor]:
@@ -126,7 +126,8 @@ class Passes(NamedTuple):
     @contextlib.contextmanager
     def using(self, entry: Entry | None = None) -> Iterator[None]:
         """Around calls: the backend, and no graph in inference."""
-        with entry.using() if entry else contextlib.nullcontext(), torch.set_grad_enabled(self.which != INFERENCE):
+        backend = entry.using() if entry else contextlib.nullcontext()
+        with backend, torch.set_grad_enabled(self.which != INFERENCE):
             yield
 
 

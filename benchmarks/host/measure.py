@@ -6,17 +6,17 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from ..collection import HOST
 from ..harness import Record, error_to_truth, reason, verdict
 from .case import CHECKED, Caller, HostCase
 from .clock import HostClock, Timed
 from .place import HostPlace
 
-TIMING = "host"
-
 
 def _common(case: HostCase, caller: Caller) -> Record:
     return {
         "op": case.op, "shape": case.shape, "dtype": case.dtype, "provider": caller.name, "role": caller.role,
+        "timing": HOST,
     }  # fmt: skip
 
 
@@ -43,32 +43,52 @@ def _launches(caller: Caller, timed: Timed, place: HostPlace) -> int | None:
         return place.launches(timed.run)
 
 
+def _prepared(
+    case: HostCase, caller: Caller, clock: HostClock, place: HostPlace, truths: dict[Any, Any]
+) -> tuple[Record, Timed]:
+    """The record of a checked caller, without times, and its call, ready to be timed."""
+    timed = Timed(caller.make(), caller.using)
+    error = _error(case, caller, truths)
+    clock.prepare(timed)
+    record = {
+        **_common(case, caller),
+        "floor": caller.role == "floor",
+        "backend": caller.backend,
+        "algorithm": caller.algorithm,
+        "results": caller.results,
+        "launches": _launches(caller, timed, place),
+        "error_fp64": error,
+        "tolerance": case.tolerance,
+    }
+    return record, timed
+
+
 def measure(case: HostCase, rounds: int, clock: HostClock, place: HostPlace) -> list[Record]:
     """One record per caller, with the reason where it failed, is wrong or cannot be had."""
-    records: list[Record] = []
-    sound: list[tuple[Record, Timed]] = []
+    records: dict[str, Record] = {}
+    timed: dict[str, Timed] = {}
     truths: dict[Any, Any] = {}
+
+    def failed(caller: Caller, failure: Exception) -> None:
+        records[caller.name] = {**_common(case, caller), "failed": reason(failure)}
+
     for caller in case.callers:
-        record = _common(case, caller)
         try:
-            timed = Timed(caller.make(), caller.using)
-            record["error_fp64"] = _error(case, caller, truths)
-            clock.prepare(timed)
-            record["launches"] = _launches(caller, timed, place)
+            records[caller.name], timed[caller.name] = _prepared(case, caller, clock, place, truths)
         except Exception as failure:
-            records.append({**_common(case, caller), "failed": reason(failure)})
-            continue
-        record |= {"backend": caller.backend, "algorithm": caller.algorithm, "results": caller.results}
-        sound.append((record, timed))
-    for (record, _), times in zip(sound, clock.times([timed for _, timed in sound], rounds), strict=True):
-        p20, p50, p80 = (statistics.quantiles(times, n=10, method="inclusive")[i] for i in (1, 4, 7))
-        seconds = {"p20": p20, "p50": p50, "p80": p80}
-        records.append({
-            **record, "floor": record["role"] == "floor", "tolerance": case.tolerance, "timing": TIMING,
-            "seconds": seconds, "rounds": len(times),
-        })  # fmt: skip
-    order = {caller.name: number for number, caller in enumerate(case.callers)}
-    return sorted(records, key=lambda record: order[record["provider"]])
+            failed(caller, failure)
+    try:
+        times = dict(zip(timed, clock.times(list(timed.values()), rounds), strict=True))
+    except Exception as failure:
+        for caller in case.callers:
+            if caller.name in timed:
+                failed(caller, failure)
+        return list(records.values())
+    for name, samples in times.items():
+        quantiles = statistics.quantiles(samples, n=10, method="inclusive")
+        seconds = {"p20": quantiles[1], "p50": quantiles[4], "p80": quantiles[7]}
+        records[name] |= {"seconds": seconds, "rounds": len(samples)}
+    return list(records.values())
 
 
 def verdicts(case: HostCase, records: Sequence[Record]) -> list[Record]:

@@ -44,7 +44,7 @@ def _dropping(leaves: list[Tensor], penalty: Callable[[], Tensor]) -> Run:
         for leaf in leaves:
             leaf.grad = None
         loss = penalty()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return [loss]
 
     return run

@@ -60,7 +60,7 @@ def _step(
             loss = F.cross_entropy(adapted.model(base.x), base.labels)
             if penalty is not None:
                 loss = loss + penalty()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if after is not None:
             after()
         return [loss]
@@ -73,7 +73,12 @@ def _step(
 
 
 def _ours(
-    base: Subject, adapted: Adapted, ewc: fe.EWC, autocast: torch.dtype | None, place: HostPlace, without: Truth
+    base: Subject,
+    adapted: Adapted,
+    ewc: fe.EWC,
+    autocast: torch.dtype | None,
+    place: HostPlace,
+    without: Truth,
 ) -> Iterator[Caller]:
     """Ours with EWC on every backend; on the first of them also with `add_penalty_grad_`, and without EWC."""
 
@@ -111,27 +116,48 @@ def _others(
     yield Caller(FROZEN, lambda: frozen, "floor", results=NOT_COMPARED)
 
 
+def _callers(
+    base: Subject, fishers: list[Tensor], adapted: Adapted, autocast: torch.dtype | None, place: HostPlace,
+    without: Truth,
+) -> list[Caller]:  # fmt: skip
+    ewc = models.protected(adapted.model, fishers)
+    mine = _ours(base, adapted, ewc, autocast, place, without)
+    return [*mine, *_others(base, adapted, autocast, without)]
+
+
 def build(model: Model, autocast: torch.dtype | None, place: HostPlace) -> HostCase:
     """One case: the model whose depth is taken, and the dtype of autocast. Weights are fp32."""
-    base = draw(model, place)
+    computed = "float32" if autocast is None else str(autocast).removeprefix("torch.")
+    shape: dict[str, int | str] = {"model": narrow(model).name, "blocks": model.depth, "width": WIDTH}
+    shape |= {"tokens": TOKENS, "samples": SAMPLES, "adapters": len(LINEARS) * model.depth, "rank": RANK}
+    shape |= {} if autocast is None else {"autocast": computed}
+    case = functools.partial(HostCase, "training_step", shape, "float32")
+    try:
+        base = draw(model, place)
+    except extras.Unavailable as missing:
+        return case([_missing(OURS, "ours", missing), _missing(PEFT, "peer", missing)], list, 0.0)
     adapted = models.adapted(base)
     published = models.explicit(base, adapted)
     fishers = end_to_end.balanced_fishers(published, end_to_end.few(base))
-    ewc = models.protected(adapted.model, fishers)
     without = functools.partial(end_to_end.exact, published, base)
-    computed = "float32" if autocast is None else str(autocast).removeprefix("torch.")
-    shape: dict[str, int | str] = {"model": narrow(model).name, "blocks": model.depth, "width": WIDTH}
-    shape |= {"tokens": TOKENS, "samples": SAMPLES, "adapters": len(fishers), "rank": RANK}
-    shape |= {} if autocast is None else {"autocast": computed}
     targets = []
     if autocast is None and model is RELEASE.base:
         targets.append(Target(PEFT, LIMIT, f"step with EWC, at most {LIMIT} x PEFT's without"))
-    return HostCase(
-        "training_step", shape, "float32",
-        [*_ours(base, adapted, ewc, autocast, place, without), *_others(base, adapted, autocast, without)],
+    return case(
+        _callers(base, fishers, adapted, autocast, place, without),
         functools.partial(end_to_end.exact, published, base, fishers),
-        end_to_end.TOLERANCES[computed], targets,
-    )  # fmt: skip
+        end_to_end.TOLERANCES[computed],
+        targets,
+    )
+
+
+def _missing(name: str, role: str, missing: extras.Unavailable) -> Caller:
+    """A caller that says why there is none."""
+
+    def make() -> Run:
+        raise missing
+
+    return Caller(name, make, role)
 
 
 def cases(place: HostPlace) -> Iterator[Callable[[], HostCase]]:
