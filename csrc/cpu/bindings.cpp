@@ -3,6 +3,7 @@
 
 #include "../autograd/ewc_penalty.h"
 #include "../autograd/lora_linear.h"
+#include "../plans/bindings.h"
 #include "tensors.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -16,5 +17,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("fisher_accumulate_", &fe::fisher_accumulate, Unlocked());
   m.def("merge_", &fe::merge, Unlocked());
   m.def("soft_threshold_", &fe::soft_threshold, Unlocked());
+  fe::plans::bind(m);
   m.def("instruction_set", [] { return std::string(fe::kernels().name); }, "Name of the instruction set that the kernels use here.");
 }

@@ -19,7 +19,7 @@ import torch
 from ...errors import BackendError
 from .. import candidate
 from ..candidate import Call, Candidate, pretended, remembers_choices
-from . import cost_model, kept, launch, tables
+from . import cost_model, kept, launch, plans, tables
 
 MIN_VERSION = (3, 6)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,19 +64,24 @@ def simulated() -> bool:
     return interpreting() or pretended() is not None
 
 
-def pretend(arch: str | None) -> None:
+def pretend(arch: str | None, library: str = "", prefix: str = "") -> None:
     """Let CPU tensors be served as by a GPU of architecture `arch` whose launches do nothing, when Triton is
     asked for by name: for tests, and to measure what the host does. None ends it.
 
-    Results are memory that nothing has written. Raises `BackendError` where Triton's interpreter is on.
+    library, prefix: the driver that is launched through, and the beginning of its functions' names; the stub
+    in the extension where none is given. Results are memory that nothing has written. Raises `BackendError`
+    where Triton's interpreter is on.
     """
     if arch is not None and interpreting():
         raise BackendError("pretend: expected TRITON_INTERPRET not to be set: kernels are interpreted")
+    plans.forget()
+    launch.drive(library, prefix)
     candidate.pretend(arch)
 
 
 def forget_tables() -> None:
     """Let go of the device memory that hosts keep, that of captured graphs included."""
+    plans.forget()
     kept.forget()
 
 
@@ -113,8 +118,8 @@ def _cannot_penalty(call: Call) -> str | None:
 
 
 def _host(module: str, function: str) -> Callable[..., Any]:
-    """A function of a host module, which imports Triton, found at the first call; runs on the device of the
-    call's tensors."""
+    """A function of a host module, which imports Triton, found at the first call, or the plan that does what
+    it would; runs on the device of the call's tensors."""
 
     @functools.cache
     def found() -> Callable[..., Any]:
@@ -131,7 +136,7 @@ def _host(module: str, function: str) -> Callable[..., Any]:
                 return found()(*arguments)
         return found()(*arguments)
 
-    return run
+    return plans.planned(function, run)
 
 
 _OTHERS = {
