@@ -18,11 +18,10 @@ import torch
 
 from fused_ewclora.demo.environment import timestamp
 
-from .. import __main__ as bench
-from .. import extras, harness
+from .. import extras, harness, machine
 from ..collection import MISSING, SHORT, verdict_of
 from ..harness import Record
-from ..machine import environment
+from ..plot import slug
 from ..steps import INTERRUPTED
 from . import captures, layers, merges, penalties, steps, table
 from .case import HostCase
@@ -36,17 +35,22 @@ PARTS: dict[str, Callable[[HostPlace], Iterator[Callable[[], HostCase]]]] = {
     "merges": merges.cases, "steps": steps.cases,
 }  # fmt: skip
 ROUNDS = 31
-RESULTS = bench.RESULTS.parent / SUITE
+RESULTS = machine.RESULTS
 
 
 def described(where: HostPlace, clock: HostClock) -> dict[str, Any]:
     """The machine of the records. On a GPU it is that GPU, as for other records of it."""
-    machine = {**environment(where.device), **extras.versions(), "clock": clock.kind}
+    found = {**machine.environment(where.device), **extras.versions(), "clock": clock.kind}
     if not where.gpu:
-        machine["device"] = f"host of {machine['device']}"
+        found["device"] = f"host of {found['device']}"
     if where.arch is not None:
-        machine["stands_in_for"] = where.arch
-    return machine
+        found["stands_in_for"] = where.arch
+    return found
+
+
+def folder_of(where: HostPlace) -> Path:
+    """Where records are kept: those of a GPU beside its others."""
+    return RESULTS / (slug(torch.cuda.get_device_name()) if where.gpu else SUITE)
 
 
 def _failed(records: Sequence[Record], rows: Sequence[Record]) -> bool:
@@ -89,7 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--part", nargs="+", choices=list(PARTS), default=list(PARTS), help="what is measured; default: all")
     add("--rounds", type=int, default=ROUNDS, help=f"rounds per case (default: {ROUNDS})")
     add("--seconds", type=float, default=2e-3, help="how long a call is repeated in every round")
-    add("--out", type=Path, help=f"folder the records are appended to, in {SUITE}.jsonl; default: {RESULTS}")
+    add("--out", type=Path, help=f"folder the records are appended to, in {SUITE}.jsonl; default: one of "
+        f"{RESULTS}, {SUITE} or that of the GPU")  # fmt: skip
     add("--dry", action="store_true", help="measure and print without writing records")
     return parser
 
@@ -100,8 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.rounds < 2 or not args.seconds > 0.0:
         parser.error("expected at least 2 of --rounds, for quantiles, and --seconds > 0")
-    args.out = None if args.dry else args.out or RESULTS
     with place() as where, small_products(where.device):
+        args.out = None if args.dry else args.out or folder_of(where)
         return run(args, where)
 
 

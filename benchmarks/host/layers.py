@@ -171,8 +171,8 @@ def _callers(op: str, passes: Passes, inputs: Inputs, place: HostPlace) -> Itera
         return Caller(name, lambda: runs()[0], using=using, check=lambda: runs()[1](), **more)
 
     for entry in place.entries(algorithms=True):
-        kind = {"role": entry.role, "backend": entry.backend.partition(":")[0], "results": entry.results}
-        yield caller(entry.name, ours, entry, algorithm=entry.backend.partition(":")[2], **kind)
+        backend = entry.backend.partition(":")[0]
+        yield caller(entry.name, ours, entry, role=entry.role, backend=backend, results=entry.results)
     for name in (COMPOSITION, ADDMM if op == LINEAR else IN_PLACE) if passes.autocast is None else ():
         yield caller(name, functools.partial(by_function, METHODS[op][name]))
     other = {"results": NOT_COMPARED} if op == SLICES else {}
@@ -195,7 +195,8 @@ def build(op: str, dtype: torch.dtype, passes: Passes, place: HostPlace) -> Host
     name = str(dtype).removeprefix("torch.")
     computed = name
     if passes.autocast is not None:
-        computed = shape["autocast"] = str(passes.autocast).removeprefix("torch.")
+        computed = str(passes.autocast).removeprefix("torch.")
+        shape["autocast"] = f"autocast {computed}"
     return HostCase(
         op, shape, name,
         callers=list(_callers(op, passes, inputs, place)),

@@ -12,6 +12,8 @@ from .case import CHECKED, Caller, HostCase
 from .clock import HostClock, Timed
 from .place import HostPlace
 
+PLANNED = 3  # calls after which a host of Triton is done again from C++
+
 
 def _common(case: HostCase, caller: Caller) -> Record:
     return {
@@ -36,11 +38,15 @@ def _error(case: HostCase, caller: Caller, truths: dict[Any, Any]) -> float | No
     return error
 
 
-def _launches(caller: Caller, timed: Timed, place: HostPlace) -> int | None:
+def _observed(caller: Caller, timed: Timed, place: HostPlace) -> tuple[int | None, str]:
+    """Launches, and the algorithm in words: that of the caller, or those that were chosen."""
     if caller.backend != "triton":
-        return None
+        return None, caller.algorithm
     with caller.using():
-        return place.launches(timed.run)
+        for _ in range(PLANNED):
+            timed.run()
+        launches, chosen = place.observed(timed.run)
+    return launches, caller.algorithm or chosen
 
 
 def _prepared(
@@ -49,14 +55,15 @@ def _prepared(
     """The record of a checked caller, without times, and its call, ready to be timed."""
     timed = Timed(caller.make(), caller.using)
     error = _error(case, caller, truths)
+    launches, algorithm = _observed(caller, timed, place)
     clock.prepare(timed)
     record = {
         **_common(case, caller),
         "floor": caller.role == "floor",
         "backend": caller.backend,
-        "algorithm": caller.algorithm,
+        "algorithm": algorithm,
         "results": caller.results,
-        "launches": _launches(caller, timed, place),
+        "launches": launches,
         "error_fp64": error,
         "tolerance": case.tolerance,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .. import collection
+from ..case import OURS
 from ..collection import CaseRecords, Record, digits, time_text
 from ..report import DASH, case_targets, failures, machine_table, table, times
 from . import captures, layers, steps
@@ -19,11 +20,12 @@ the quantiles [p20, p80].
   results are not computed. The backends `cpu` and `reference` and the peers do compute; they are checked
   against fp64 before. The time is CPU time of the calling thread. On a GPU everything is launched, and the
   time is that until the call returns.
-- Layers have {layers.ROWS} rows, width {layers.WIDTH} and rank {layers.RANK}: their products cost a microsecond more than the
-  smallest one.
+- Layers have {layers.ROWS} rows, width {layers.WIDTH} and rank {layers.RANK}: their products cost a
+  microsecond more than the smallest one.
 - The models of the training steps have the depth and the adapted linears (qkv, proj, fc1, fc2) of ViT-B and
-  ViT-L, hence as many calls, but are narrow: width {steps.WIDTH}, {steps.TOKENS} tokens, {steps.SAMPLES} image. At full width
-  the arithmetic of the CPU, which a GPU does while the host goes on, would hide the host.
+  ViT-L, hence as many calls, but are narrow: width {steps.WIDTH}, {steps.TOKENS} tokens,
+  {steps.SAMPLES} image. At full width the arithmetic of the CPU, which a GPU does while the host goes on,
+  would hide the host.
 - oneDNN is switched off, since it spends 40 µs on preparing a product in bf16.
 - "ours / PEFT" is the time of ours over that of PEFT's layer or model, below 1 where ours is faster; the
   other columns are read in the same way. A training step is forward, loss and backward, without the
@@ -70,6 +72,11 @@ def _launches(record: Record | None) -> str:
     return DASH if count is None else str(count)
 
 
+def _short(name: str) -> str:
+    """The name of a caller at the head of a column."""
+    return SHORT.get(name, name.removeprefix(OURS).lstrip(" ,"))
+
+
 def _names(cases: Sequence[CaseRecords], *roles: str) -> list[str]:
     """Callers of these roles, in order of appearance."""
     everyone = [record for case in cases for record in case.values()]
@@ -81,7 +88,7 @@ def op_table(cases: Sequence[CaseRecords]) -> list[str]:
     others = _names(cases, "peer", "floor")
     capture = any("layers" in next(iter(case.values()))["shape"] for case in cases)
     heads = ["case", "ours", "launches", *(["capture per layer"] if capture else [])]
-    heads += [f"ours / {SHORT.get(name, name)}" for name in others]
+    heads += [f"ours / {_short(name)}" for name in others]
     rows = []
     for case, label in zip(cases, collection.labels(cases), strict=True):
         mine = collection.ours(case)
@@ -97,7 +104,7 @@ def time_table(cases: Sequence[CaseRecords]) -> list[str]:
         [label, *(_time(case.get(name)) for name in names)]
         for case, label in zip(cases, collection.labels(cases), strict=True)
     ]
-    return ["Times of the others:", "", *table(["case", *names], rows)] if names else []
+    return ["Times of the others:", "", *table(["case", *map(_short, names)], rows)] if names else []
 
 
 def section(machine: str, records: Sequence[Record], folder: str) -> list[str]:

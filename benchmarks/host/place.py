@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 
 import fused_ewclora as fe
-from fused_ewclora.backends import triton
+from fused_ewclora.backends import native, triton
 from fused_ewclora.backends.triton import launch
 from fused_ewclora.errors import BackendError
+from fused_ewclora.ops import dispatch
 
 from ..algorithms import OF_TRITON
 from ..case import OURS, Run
@@ -79,14 +80,34 @@ class HostPlace:
             found.append(Entry(title, role, name, results, reasons[backend]))
         return found
 
-    def launches(self, run: Run) -> int | None:
-        """Triton launches of one call, counted without making them; None on a GPU, where those of a backward
-        pass come from a thread of its own."""
-        if self.arch is None:
-            return None
-        with launch.noting(self.arch) as noted:
+    def observed(self, run: Run) -> tuple[int | None, str]:
+        """Triton launches of one call, and the algorithms that were chosen. On the CPU they are counted without
+        being made; on a GPU, where plans launch from several threads, by these; None where nothing counts."""
+        algorithms: dict[str, str] = {}
+
+        def note(op: str, candidate: dispatch.Candidate) -> dispatch.Candidate:
+            algorithms[op] = candidate.algorithm
+            return candidate
+
+        before = dispatch.annotate(note)
+        try:
+            count = self._launches(run)
+        finally:
+            dispatch.annotate(before)
+        return count, "; ".join(dict.fromkeys(algorithms.values()))
+
+    def _launches(self, run: Run) -> int | None:
+        if self.arch is not None:
+            with launch.noting(self.arch) as noted:
+                run()
+            return len(noted)
+        counter = getattr(native.extension(), "launches", None)
+        if counter is None:
             run()
-        return len(noted)
+            return None
+        begin = counter()
+        run()
+        return int(counter() - begin) or None
 
 
 @contextlib.contextmanager

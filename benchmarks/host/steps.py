@@ -130,7 +130,7 @@ def build(model: Model, autocast: torch.dtype | None, place: HostPlace) -> HostC
     computed = "float32" if autocast is None else str(autocast).removeprefix("torch.")
     shape: dict[str, int | str] = {"model": narrow(model).name, "blocks": model.depth, "width": WIDTH}
     shape |= {"tokens": TOKENS, "samples": SAMPLES, "adapters": len(LINEARS) * model.depth, "rank": RANK}
-    shape |= {} if autocast is None else {"autocast": computed}
+    shape |= {} if autocast is None else {"autocast": f"autocast {computed}"}
     case = functools.partial(HostCase, "training_step", shape, "float32")
     try:
         base = draw(model, place)
