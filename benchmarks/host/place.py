@@ -81,8 +81,11 @@ class HostPlace:
         return found
 
     def observed(self, run: Run) -> tuple[int | None, str]:
-        """Triton launches of one call, and the algorithms that were chosen. On the CPU they are counted without
-        being made; on a GPU, where plans launch from several threads, by these; None where nothing counts."""
+        """Triton launches of one call, and the algorithms that were chosen.
+
+        On the CPU launches are counted instead of made. On a GPU, where those of a backward pass come from
+        another thread, plans count them; None where Triton's own launcher launches.
+        """
         algorithms: dict[str, str] = {}
 
         def note(op: str, candidate: dispatch.Candidate) -> dispatch.Candidate:
