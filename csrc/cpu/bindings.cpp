@@ -3,6 +3,7 @@
 
 #include "../autograd/ewc_penalty.h"
 #include "../autograd/lora_linear.h"
+#include "../eager/bindings.h"
 #include "../plans/bindings.h"
 #include "tensors.h"
 
@@ -11,12 +12,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("lora_linear", &fe::lora_linear, Unlocked());
   m.def("lora_linear_backward", &fe::lora_linear_backward, Unlocked());
-  m.def("lora_linear_recorded", &fe::recorded::LoRALinear<&fe::lora_linear, &fe::lora_linear_backward>::call, Unlocked());
+  m.def("lora_linear_recorded", &fe::recorded::lora_linear<&fe::lora_linear, &fe::lora_linear_backward>, Unlocked());
   m.def("ewc_penalty", &fe::ewc_penalty, Unlocked());
   m.def("ewc_penalty_recorded", &fe::recorded::EWCPenalty::call, Unlocked());
   m.def("fisher_accumulate_", &fe::fisher_accumulate, Unlocked());
   m.def("merge_", &fe::merge, Unlocked());
   m.def("soft_threshold_", &fe::soft_threshold, Unlocked());
   fe::plans::bind(m);
+  fe::eager::bind(m);
   m.def("instruction_set", [] { return std::string(fe::kernels().name); }, "Name of the instruction set that the kernels use here.");
 }

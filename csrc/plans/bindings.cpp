@@ -2,6 +2,7 @@
 
 #include <torch/csrc/jit/python/pybind_utils.h>
 
+#include "lora_linear.h"
 #include "plan.h"
 
 namespace fe::plans {
@@ -36,6 +37,30 @@ void add_call(Plan& plan, const std::string& name, const std::string& overload, 
     call.arguments.push_back(values[i].is_none() ? c10::IValue() : torch::jit::toIValue(values[i], expected[i].type()));
   for (const auto& [argument, element, view] : tensors) call.tensors.push_back({argument, element, view_of(view)});
   plan.steps.emplace_back(std::move(call));
+}
+
+using Optionals = recorded::Optionals;
+
+recorded::LinearCall linear_call(const std::optional<at::Tensor>& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                                 const std::vector<at::Tensor>& lora_as, const std::vector<at::Tensor>& lora_bs, const Optionals& scales,
+                                 const std::vector<double>& scale_factors, const std::vector<int64_t>& rows, double dropout_p,
+                                 const std::optional<at::Tensor>& seed) {
+  return {x.value_or(at::Tensor()), weight, bias.value_or(at::Tensor()), lora_as, lora_bs, scales, scale_factors, rows, dropout_p,
+          seed.value_or(at::Tensor())};
+}
+Arguments of_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                    const std::vector<at::Tensor>& lora_as, const std::vector<at::Tensor>& lora_bs, const Optionals& scales,
+                    const std::vector<double>& scale_factors, const std::vector<int64_t>& rows, double dropout_p,
+                    const std::optional<at::Tensor>& seed) {
+  return described(linear_call(x, weight, bias, lora_as, lora_bs, scales, scale_factors, rows, dropout_p, seed));
+}
+Arguments of_linear_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x, const at::Tensor& weight,
+                             const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& z,
+                             const std::vector<at::Tensor>& lora_as, const std::vector<at::Tensor>& lora_bs, const Optionals& scales,
+                             const std::vector<double>& scale_factors, const std::vector<int64_t>& rows, double dropout_p,
+                             const std::optional<at::Tensor>& seed, const std::vector<bool>& needs, const std::vector<at::Tensor>& again) {
+  return described(dy, z.value_or(at::Tensor()), linear_call(x, weight, bias, lora_as, lora_bs, scales, scale_factors, rows, dropout_p, seed),
+                   needs, again);
 }
 
 using PyMap = std::tuple<int, int, int, std::vector<uint64_t>, std::vector<uint64_t>, std::vector<uint32_t>, PyPlace>;
@@ -82,6 +107,8 @@ void bind(py::module_& m) {
       .def("add", [](Host& host, const Arguments& arguments, std::shared_ptr<Plan> plan) { host.add(arguments, std::move(plan)); })
       .def("clear", &Host::clear)
       .def("__len__", &Host::size);
+  m.def("linear_arguments", &of_linear);
+  m.def("linear_backward_arguments", &of_linear_backward);
   m.def("plan_host", &host, py::return_value_policy::reference);
 }
 

@@ -11,6 +11,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,12 +96,16 @@ def _preferences() -> tuple[Callable[..., str | None], ...]:
     return tuple(table.outperformed for table in found if table.entries())
 
 
+def extension() -> Any:
+    """The compiled CPU extension, or None."""
+    return importlib.import_module("fused_ewclora.backends.native").extension()
+
+
 @functools.cache
 def recorded_penalty() -> Callable[..., Tensor] | None:
     """What puts a penalty and its gradients, whichever backend computed them, on autograd's tape in C++:
     (lora_as, lora_bs, scales, penalty, flat gradients, needs) -> penalty. None without the C++ extension."""
-    native = importlib.import_module("fused_ewclora.backends.native")
-    return getattr(native.extension(), "ewc_penalty_recorded", None)
+    return getattr(extension(), "ewc_penalty_recorded", None)
 
 
 @remembers_choices
@@ -190,6 +195,19 @@ def _reason(op: str, candidate: Candidate, asked: str, call: Call) -> str | None
     return candidate.outperformed(call)
 
 
+class _EagerChoices:
+    """The choices that the C++ extension remembers for eager calls."""
+
+    def cache_clear(self) -> None:
+        if (found := extension()) is not None:
+            found.forget_choices()
+
+    def __call__(self) -> None:
+        self.cache_clear()
+
+
+_eager_choices = remembers_choices(_EagerChoices())
+
 Annotate = Callable[[str, Candidate], Candidate]
 _annotate: Annotate | None = None
 
@@ -200,6 +218,7 @@ def annotate(how: Annotate | None) -> Annotate | None:
     global _annotate
     before, _annotate = _annotate, how
     choose.cache_clear()
+    _eager_choices.cache_clear()
     return before
 
 

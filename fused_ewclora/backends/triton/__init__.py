@@ -118,8 +118,8 @@ def _cannot_penalty(call: Call) -> str | None:
 
 
 def _host(module: str, function: str) -> Callable[..., Any]:
-    """A function of a host module, which imports Triton, found at the first call, or the plan that does what
-    it would; runs on the device of the call's tensors."""
+    """A function of a host module, which imports Triton, found at the first call; runs on the device of the
+    call's tensors."""
 
     @functools.cache
     def found() -> Callable[..., Any]:
@@ -136,7 +136,7 @@ def _host(module: str, function: str) -> Callable[..., Any]:
                 return found()(*arguments)
         return found()(*arguments)
 
-    return plans.planned(function, run)
+    return run
 
 
 _OTHERS = {
@@ -157,7 +157,7 @@ def candidates(op: str) -> tuple[Candidate, ...]:
     """The Triton implementations of `op`, each with its reasons."""
     if op in _OTHERS:
         module, algorithm, supports = _OTHERS[op]
-        return (Candidate("triton", algorithm, supports, _host(module, op)),)
+        return (Candidate("triton", algorithm, supports, plans.planned(op, _host(module, op))),)
     backward = op == "lora_linear_backward"
     found = []
     for key, algorithm in _ALGORITHMS.items():
@@ -166,9 +166,22 @@ def candidates(op: str) -> tuple[Candidate, ...]:
         keys = ("prologue", "full") if backward and key == "prologue" else (key,)
         supports = functools.partial(_cannot_linear, op, key)
         outperformed = functools.partial(cost_model.slower, op, key)
-        run = _host("lora_linear", f"{op}_{key}")
-        found.append(Candidate("triton", algorithm, supports, run, keys, outperformed))
+        name = f"{op}_{key}"
+        host = _host("lora_linear", name)
+        run = plans.planned_linear(name, host)
+        planned = (name, host)
+        linear = None if backward else functools.partial(_linear, planned)
+        found.append(
+            Candidate(
+                "triton", algorithm, supports, run, keys, outperformed, linear=linear, planned=planned
+            )  # fmt: skip
+        )
     return tuple(found)
+
+
+def _linear(forward: tuple[str, Callable[..., Any]], backward: Candidate) -> Any:
+    """What computes forward and backward by plans, or None."""
+    return None if backward.planned is None else plans.linear_backend(forward, backward.planned)
 
 
 def _cannot_linear(op: str, algorithm: str, call: Call) -> str | None:

@@ -101,6 +101,48 @@ def planned(name: str, host: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def planned_linear(name: str, host: Callable[..., Any]) -> Callable[..., Any]:
+    """`planned` for the passes of a LoRA linear. What the host returns for the backward of the same call
+    (see `lora_linear`) is of use only in C++, which has both."""
+    backward = name.startswith("lora_linear_backward")
+
+    def plain(results: Any) -> Any:
+        return list(results) if backward else tuple(results[:2])
+
+    def run(*given: Any) -> Any:
+        if unavailable() is not None:
+            return plain(host(*given))
+        extension = native.extension()
+        assert extension is not None
+        plans = extension.plan_host(name, False)
+        arguments = (
+            extension.linear_backward_arguments(*given, [])
+            if backward
+            else extension.linear_arguments(*given)
+        )
+        found = plans.replay(arguments)
+        return plain(watched(plans, arguments, host, given) if found is None else found)
+
+    return run
+
+
+def linear_backend(forward: tuple[str, Callable[..., Any]], backward: tuple[str, Callable[..., Any]]) -> Any:
+    """Two hosts, by name, for the node on autograd's tape in C++; None where Python launches."""
+    if unavailable() is not None:
+        return None
+    extension = native.extension()
+    assert extension is not None
+
+    def missed(host: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda plans, arguments, *given: watched(plans, arguments, host, given)
+
+    (name, host), (backward_name, backward_host) = forward, backward
+    return extension.LinearHosts(
+        extension.plan_host(name, False), missed(host),
+        extension.plan_host(backward_name, False), missed(backward_host),
+    )  # fmt: skip
+
+
 def watched(
     plans: Any, arguments: Any, host: Callable[..., Any], given: Sequence[Any], numbers: Sequence[int] = ()
 ) -> Any:
@@ -117,9 +159,7 @@ def watched(
 
 def _results(name: str, found: list[Tensor]) -> Any:
     """As the host returns them."""
-    if name.endswith("_"):
-        return None
-    return found if name.startswith("lora_linear_backward") else tuple(found)
+    return None if name.endswith("_") else tuple(found)
 
 
 def described(
