@@ -129,8 +129,15 @@ def cpu_extension():
         "fused_ewclora._C",
         files,
         include_dirs=[str(ROOT / "csrc")],
-        depends=[*sources("cpu/*.h"), *sources("cpu/*.inl"), *sources("autograd/*.h"), *sources("*.h"), *sources("driver/*.h"),
-                 *sources("plans/*.h"), *sources("eager/*.h")],
+        depends=[
+            *sources("cpu/*.h"),
+            *sources("cpu/*.inl"),
+            *sources("autograd/*.h"),
+            *sources("*.h"),
+            *sources("driver/*.h"),
+            *sources("plans/*.h"),
+            *sources("eager/*.h"),
+        ],
         # No -march: files choose instruction sets by pragmas. No -std: PyTorch adds the one it needs.
         extra_compile_args=["-Wall", "-fvisibility=hidden", *compiled],
         extra_link_args=[*linked, *sanitized],

@@ -171,11 +171,7 @@ def candidates(op: str) -> tuple[Candidate, ...]:
         run = plans.planned_linear(name, host)
         planned = (name, host)
         linear = None if backward else functools.partial(_linear, planned)
-        found.append(
-            Candidate(
-                "triton", algorithm, supports, run, keys, outperformed, linear=linear, planned=planned
-            )  # fmt: skip
-        )
+        found.append(Candidate("triton", algorithm, supports, run, keys, outperformed, linear, planned))
     return tuple(found)
 
 

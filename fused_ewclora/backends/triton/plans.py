@@ -126,7 +126,9 @@ def planned_linear(name: str, host: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def linear_backend(forward: tuple[str, Callable[..., Any]], backward: tuple[str, Callable[..., Any]]) -> int | None:
+def linear_backend(
+    forward: tuple[str, Callable[..., Any]], backward: tuple[str, Callable[..., Any]]
+) -> int | None:
     """Address of the backend of two hosts, by name, for the node on autograd's tape in C++; None where Python
     launches."""
     if unavailable() is not None:
