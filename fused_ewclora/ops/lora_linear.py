@@ -174,7 +174,7 @@ def eager() -> Callable[..., Tensor | None] | None:
     if extension is None:
         return None
     extension.choose_linear_by(_linear_backend)
-    return extension.eager_lora_linear  # type: ignore[no-any-return]
+    return extension.eager_lora_linear
 
 
 def _transformed(args: tuple[Any, ...], capture: FisherCapture | None) -> Tensor:

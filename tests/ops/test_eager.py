@@ -168,7 +168,7 @@ def test_transforms_seen():
 
     torch.func.grad(lambda x: call(x).sum())(torch.ones(2, D_IN))
     torch.vmap(call)(torch.ones(3, 2, D_IN))
-    torch.jit.trace(call, torch.ones(2, D_IN))
+    torch.jit.trace(call, torch.ones(2, D_IN), check_trace=False)
     assert len(seen) >= 3
     assert not any(y is not None for y in seen)
 

@@ -49,7 +49,7 @@ class Number(float):
 
     @property
     def plain(self) -> float:
-        return float.real.__get__(self)  # type: ignore[no-any-return]
+        return float.real.__get__(self)
 
 
 @remembers_choices
