@@ -11,9 +11,12 @@ import functools
 import importlib
 import os
 from collections.abc import Callable
+from types import NoneType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..backends.candidate import Call as Call
 from ..backends.candidate import Candidate as Candidate
@@ -101,6 +104,41 @@ def recorded_penalty() -> Callable[..., Tensor] | None:
     (lora_as, lora_bs, scales, penalty, flat gradients, needs) -> penalty. None without the C++ extension."""
     native = importlib.import_module("fused_ewclora.backends.native")
     return getattr(native.extension(), "ewc_penalty_recorded", None)
+
+
+@functools.cache
+def penalty_terms() -> Callable[..., Any] | None:
+    """What checks the arguments of a penalty in C++: (fishers, lora_as, lora_bs, scales) -> their terms, None
+    where they have not the common form. None without the C++ extension."""
+    native = importlib.import_module("fused_ewclora.backends.native")
+    terms = getattr(native.extension(), "PenaltyTerms", None)
+    return None if terms is None else terms.of
+
+
+@functools.cache
+def plain_merge() -> Callable[..., bool] | None:
+    """What tells in C++ whether (weights, lora_as, lora_bs, scales) of a merge have the common form. None
+    without the C++ extension."""
+    native = importlib.import_module("fused_ewclora.backends.native")
+    return getattr(native.extension(), "is_merge", None)
+
+
+@functools.cache
+def are_plain() -> Callable[[list[Tensor | None]], bool]:
+    """What tells whether tensors are what kernels read past the dispatcher: of no subclass, no shapes alone,
+    not sparse, and without a sign that is still to be applied to their memory."""
+    native = importlib.import_module("fused_ewclora.backends.native")
+    return getattr(native.extension(), "are_plain", _are_plain)
+
+
+_PLAIN = {Tensor, Parameter, NoneType}
+
+
+def _are_plain(tensors: list[Tensor | None]) -> bool:
+    if not {type(t) for t in tensors} <= _PLAIN:
+        return False
+    there = [t for t in tensors if t is not None]
+    return not any(t.is_meta or t.is_neg() or t.layout != torch.strided for t in there)
 
 
 @remembers_choices
