@@ -116,7 +116,7 @@ def cpu_extension():
 
     # at::parallel_for is header code: it runs in parallel only in sources compiled with OpenMP.
     linked = ["-fopenmp"] if sys.platform == "linux" else []
-    sanitized, files = SANITIZERS.get(sanitizer(), []), sources("cpu/*.cpp") + sources("penalty/*.cpp")
+    sanitized, files = SANITIZERS.get(sanitizer(), []), [*sources("cpu/*.cpp"), *sources("penalty/*.cpp")]
     compiled = [
         *linked,
         *(["-O1", "-g1", "-fno-omit-frame-pointer", *sanitized] if sanitized else ["-O3", "-g0"]),
@@ -128,7 +128,10 @@ def cpu_extension():
         "fused_ewclora._C",
         files,
         include_dirs=[str(ROOT / "csrc")],
-        depends=[*sources("cpu/*.h"), *sources("cpu/*.inl"), *sources("penalty/*.h"), *sources("autograd/*.h"), *sources("*.h")],
+        depends=[
+            *sources("cpu/*.h"), *sources("cpu/*.inl"), *sources("penalty/*.h"), *sources("autograd/*.h"),
+            *sources("*.h"),
+        ],  # fmt: skip
         # No -march: files choose instruction sets by pragmas. No -std: PyTorch adds the one it needs.
         extra_compile_args=["-Wall", "-fvisibility=hidden", *compiled],
         extra_link_args=[*linked, *sanitized],

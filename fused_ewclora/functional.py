@@ -275,11 +275,9 @@ def merge_(weight: Any, lora_a: Any, lora_b: Any, scale: Any = 1.0, *, backend: 
         >>> k, v = merge_([qkv[8:16], qkv[16:]], [lora_a, lora_a], [lora_b, lora_b], 0.5)
     """
     alone = isinstance(weight, Tensor) or not isinstance(weight, Sequence)
-    if alone:
-        weights, lora_as, lora_bs, scales = [weight], [lora_a], [lora_b], [scale]
-    else:
-        weights, lora_as, lora_bs = list(weight), lora_a, lora_b
-        scales = scale if isinstance(scale, Sequence) else [scale] * len(weights)
+    weights = [weight] if alone else list(weight)
+    lora_as, lora_bs = ([lora_a], [lora_b]) if alone else (lora_a, lora_b)
+    scales = scale if isinstance(scale, Sequence) and not alone else [scale] * len(weights)
     if not check.is_plain_merge(weights, lora_as, lora_bs, scales):
         _check_merge(weights, lora_as, lora_bs, scales, alone)
     if weights:

@@ -32,7 +32,7 @@ struct Gradients {
     const at::Tensor& old = t.grad();
     if (old.defined() && !fits(old, t)) return false;
     (old.defined() ? held : fresh).push_back(old.defined() ? old : t);
-    (old.defined() ? added : first).push_back(recorded::part(flat, t.sizes(), start).to(t.scalar_type()));
+    (old.defined() ? added : first).push_back(recorded::part(flat, t.sizes(), start, t.scalar_type()));
     return true;
   }
 

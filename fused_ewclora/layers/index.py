@@ -102,7 +102,7 @@ class OperandLookup:
     def __init__(self, refs: Sequence[AdapterRef]) -> None:
         self._refs = refs
         self._layers = [ref.layer for ref in refs]
-        self._a_places, self._b_places = (list(places) for places in zip(*(ref.locations for ref in refs)))
+        self._a_places, self._b_places = ([ref.locations[i] for ref in refs] for i in (0, 1))
         self._scale_places = [(ref.layer._parameters, ref.piece.scale_name) for ref in refs]
         self._factors = [ref.piece.scaling for ref in refs]
         self._none = [None] * len(refs)
@@ -116,16 +116,18 @@ class OperandLookup:
     def __call__(self, fishers: Mapping[str, Tensor]) -> Operands:
         """Raises `TargetError` as `check_present` does."""
         layers = self._layers
-        found = [*map(type, layers)], [of.get("adapter_slices") for of in map(vars, layers)]
+        kinds: list[type[AdaptedLinear]] = [*map(type, layers)]
+        found = kinds, [of.get("adapter_slices") for of in map(vars, layers)]
         if found != self._found:
             check_present(self._refs)
-            own = all(kind.adapter_scale is AdaptedLinear.adapter_scale for kind in found[0])
+            own = all(kind.adapter_scale is AdaptedLinear.adapter_scale for kind in kinds)
             self._found = found if own and None not in found[1] else None
         learned = any(name in table for table, name in self._scale_places)
         if self._found is None or learned or self.composed:
             return operands(self._refs, fishers)
-        lora_as, lora_bs = [t[name] for t, name in self._a_places], [t[name] for t, name in self._b_places]
-        return list(fishers.values()), cast(list[Tensor], lora_as), cast(list[Tensor], lora_bs), [*self._factors]
+        lora_as = cast(list[Tensor], [table[name] for table, name in self._a_places])
+        lora_bs = cast(list[Tensor], [table[name] for table, name in self._b_places])
+        return list(fishers.values()), lora_as, lora_bs, [*self._factors]
 
 
 def devices(refs: Iterable[AdapterRef]) -> dict[str, torch.device]:
