@@ -129,7 +129,10 @@ def cpu_extension():
         files,
         include_dirs=[str(ROOT / "csrc")],
         depends=[
-            *sources("cpu/*.h"), *sources("cpu/*.inl"), *sources("penalty/*.h"), *sources("autograd/*.h"),
+            *sources("cpu/*.h"),
+            *sources("cpu/*.inl"),
+            *sources("penalty/*.h"),
+            *sources("autograd/*.h"),
             *sources("*.h"),
         ],  # fmt: skip
         # No -march: files choose instruction sets by pragmas. No -std: PyTorch adds the one it needs.

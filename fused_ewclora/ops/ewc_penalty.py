@@ -3,6 +3,7 @@ graph of it is made."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -213,6 +214,16 @@ def _gradients(tensors: Sequence[Tensor | None], flat: Tensor) -> list[tuple[Ten
     return found
 
 
+def _apart(tensors: list[Tensor]) -> bool:
+    """Whether no two of them are one tensor, or share memory."""
+    if len(set(map(id, tensors))) < len(tensors):
+        return False
+    if not dispatch.are_plain()([*tensors]):
+        return True  # subclasses, whose memory cannot be looked at
+    spans = sorted((t.data_ptr(), t.data_ptr() + memory.span(t) * t.element_size()) for t in tensors)
+    return all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans))
+
+
 def _add_to_grads(gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Adds to `.grad` of every (parameter, its gradient), all of them or none."""
     fresh, held, added = [], [], []
@@ -224,10 +235,10 @@ def _add_to_grads(gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
             added.append(new)
     if not all(old.is_contiguous() for old in held):
         memory.check_written({f"grad of a parameter of shape {list(old.shape)}": old for old in held}, {})
-    if torch.compiler.is_compiling() or len(set(map(id, held))) == len(held):
+    if torch.compiler.is_compiling() or _apart(held):
         if held:
             torch._foreach_add_(held, added)
-    else:  # one parameter in several adapters: a joint addition could lose all of them but one
+    else:  # as of one parameter in several adapters: a joint addition could lose all terms but one
         for old, new in zip(held, added, strict=True):
             old.add_(new)
     for parameter, new in fresh:

@@ -235,6 +235,7 @@ def _scaled_gradients(flat: Tensor, factor: Tensor, operands: Sequence[Tensor | 
 _library.impl("scaled_gradients", _scaled_gradients, "CompositeExplicitAutograd")
 torch.library.register_fake("fused_ewclora::scaled_gradients", _scaled_gradients, lib=_library)
 
+
 def _observed(tensors: list[Tensor | None]) -> bool:
     """Whether the dispatcher has more to do for these tensors than to call the implementation: somebody
     traces, transforms, records or replaces operations."""
