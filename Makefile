@@ -3,7 +3,7 @@
 #   make test-library, make test-integrations    its two halves: without and with model libraries
 #   make test-long    the same tests with several times as many random inputs and compiled kernels
 #   make test-integrations INSTEAD=dir   with other versions of these, installed by pip install --no-deps --target dir
-#   make demo    the continual learning demo    make bench   benchmarks against installed peers
+#   make demo    the continual learning demo    make bench   benchmarks against installed peers, and of the host alone
 #   make suite   continual learning with every method on language and vision
 #   make sanitize    tests of the compiled kernels under the address, undefined behaviour and thread sanitizers of GCC
 #   make sweep    small models of many architectures against plain autograd; writes docs/architectures.md
@@ -59,8 +59,10 @@ ptx-check: setup
 	python -m ptx.check $(PTX_ARGS)
 	$(if $(PTX_ARGS),,python -m ptx.check --cuda --seeds 2)
 
+# Without arguments also the host times; a target that one of them misses does not keep the other from running.
+bench: export PYTHONPATH := $(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH))
 bench: setup $(EXTRAS)
-	PYTHONPATH=$(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH)) python -m benchmarks $(BENCH_ARGS)
+	python -m benchmarks $(BENCH_ARGS)$(if $(BENCH_ARGS),,; status=$$?; python -m benchmarks.host && exit $$status)
 
 gpu-check:
 	@test -n "$(OUT)" || { echo "make gpu-check OUT=dir: OUT names the folder of the results"; exit 2; }

@@ -115,8 +115,10 @@ def cpu_extension():
     from torch.utils.cpp_extension import CppExtension
 
     # at::parallel_for is header code: it runs in parallel only in sources compiled with OpenMP.
-    linked = ["-fopenmp"] if sys.platform == "linux" else []
-    sanitized, files = SANITIZERS.get(sanitizer(), []), [*sources("cpu/*.cpp"), *sources("penalty/*.cpp")]
+    linked = ["-fopenmp", "-ldl"] if sys.platform == "linux" else []
+    sanitized, files = SANITIZERS.get(sanitizer(), []), sources("cpu/*.cpp")
+    for folder in ("driver", "plans", "eager", "penalty"):
+        files += sources(f"{folder}/*.cpp")
     compiled = [
         *linked,
         *(["-O1", "-g1", "-fno-omit-frame-pointer", *sanitized] if sanitized else ["-O3", "-g0"]),
@@ -131,10 +133,13 @@ def cpu_extension():
         depends=[
             *sources("cpu/*.h"),
             *sources("cpu/*.inl"),
-            *sources("penalty/*.h"),
             *sources("autograd/*.h"),
             *sources("*.h"),
-        ],  # fmt: skip
+            *sources("driver/*.h"),
+            *sources("plans/*.h"),
+            *sources("eager/*.h"),
+            *sources("penalty/*.h"),
+        ],
         # No -march: files choose instruction sets by pragmas. No -std: PyTorch adds the one it needs.
         extra_compile_args=["-Wall", "-fvisibility=hidden", *compiled],
         extra_link_args=[*linked, *sanitized],

@@ -20,18 +20,17 @@ import torch
 
 from fused_ewclora.demo.environment import timestamp
 
-from . import extras, harness, memory, registry, table
+from . import extras, harness, machine, memory, registry, table
 from .case import OURS, Case, Provider
 from .collection import MISSING, SHORT, SWEEP, verdict_of
 from .harness import Record
-from .machine import ROOT, Ceilings, ceilings, environment
+from .machine import Ceilings, ceilings, environment
 from .place import Place
 from .steps import INTERRUPTED
 from .suites import SUITES
 from .workload import Workload
 
-# An installed package has no folder of its own for records.
-RESULTS = (ROOT if (ROOT.parent / "setup.py").exists() else Path("benchmarks")) / "results" / "cpu"
+RESULTS = machine.RESULTS / "cpu"
 CEILINGS_AGE = 15.0  # seconds after which ceilings are measured again
 
 PEERS = sorted({*(name for names in registry.PEERS.values() for name in names), *registry.BATCH_MODE_PEERS})

@@ -21,7 +21,7 @@ import torch
 from fused_ewclora.backends import measured_choice
 from fused_ewclora.backends.candidate import Call, LinearShape, bucket
 
-from . import records
+from . import collection, records
 from .case import OURS
 from .harness import Record
 from .place import CUDA
@@ -108,8 +108,11 @@ def _only(found: Sequence[Record], name: str, what: str) -> Any:
 
 
 def read(folder: Path) -> dict[Path, list[Record]]:
-    """The records of a GPU by file; `Refused` where nothing can be derived from them."""
-    files = {path: records.read(path) for path in sorted(folder.glob("*.jsonl"))}
+    """The records of a GPU by file, without host times; `Refused` where nothing can be derived from them."""
+    files = {
+        path: [record for record in records.read(path) if not collection.is_host(record)]
+        for path in sorted(folder.glob("*.jsonl"))
+    }
     found = [r for each in files.values() for r in each]
     if not found:
         raise Refused(f"there are no records in {folder}")

@@ -14,6 +14,7 @@ Record = dict[str, Any]
 CaseRecords = dict[str, Record]  # by provider
 PASS, SHORT, MISSING = "PASS", "FALL SHORT", "NOT MEASURED"  # of targets
 COMPUTED = "computed"  # timing of a floor that was computed, not run
+HOST = "host"  # timing of host times (benchmarks/host)
 SWEEP = "sweep"  # key of a shape: the name of the field that varies along a scaling curve
 
 
@@ -94,6 +95,11 @@ def role(record: Record) -> str:
 def measured(record: Record | None) -> bool:
     """Whether the provider was run and timed."""
     return record is not None and "seconds" in record and record.get("timing") != COMPUTED
+
+
+def is_host(record: Record) -> bool:
+    """Whether it is, or failed to be, a time of the host alone."""
+    return bool(record.get("timing") == HOST)
 
 
 def ceilings(record: Record) -> dict[str, float]:

@@ -102,7 +102,7 @@ def _step(
     return Provider(name, run, role, entry.recorded, f"whole step, {optimizer_name}", check=check)
 
 
-def _fishers(published: Adapted, batch: Batch) -> list[Tensor]:
+def balanced_fishers(published: Adapted, batch: Batch) -> list[Tensor]:
     """Random Fishers, scaled so that the gradients of the penalty and of the loss have the same norm: the
     check depends on both."""
     fishers = [
@@ -129,7 +129,7 @@ def build_step(workload: Workload, place: Place) -> Case:
     base = subject(workload, workload.size("samples"), place)
     ours = models.adapted(base)
     published = models.explicit(base, ours)
-    fishers = _fishers(published, few(base))
+    fishers = balanced_fishers(published, few(base))
     ewc = models.protected(ours.model, fishers)
     entries = place.entries(workload.part)
 

@@ -111,7 +111,8 @@ def _computed_floor(case: Case, ceilings: Ceilings) -> list[Record]:
     return [_record(case, floor, None, None, prepared, [seconds] * 2, ceilings)]
 
 
-def _reason(failure: BaseException) -> str:
+def reason(failure: BaseException) -> str:
+    """Why a provider has no measurement, in one line."""
     return " ".join(f"{type(failure).__name__}: {failure}".split())[:400]
 
 
@@ -137,7 +138,7 @@ def measure(case: Case, seconds: float, ceilings: Ceilings, clock: WallClock | N
     sound: list[tuple[Provider, Prepared, float | None, int | None]] = []
 
     def failed(provider: Provider, failure: BaseException) -> None:
-        records.append({**common(case, provider.name, provider.role), "failed": _reason(failure)})
+        records.append({**common(case, provider.name, provider.role), "failed": reason(failure)})
 
     def still_alive() -> None:
         try:
@@ -145,7 +146,7 @@ def measure(case: Case, seconds: float, ceilings: Ceilings, clock: WallClock | N
         except RuntimeError as lost:
             for provider, *_ in sound:
                 failed(provider, lost)
-            raise DeviceLost(_reason(lost), records) from lost
+            raise DeviceLost(reason(lost), records) from lost
 
     with matmul_precision(case.precision), clock.running():
         try:

@@ -17,6 +17,8 @@ from fused_ewclora.demo.environment import installed_version
 from .clock import WallClock, clock_of
 
 ROOT = Path(__file__).resolve().parent
+# An installed package has no folder of its own for records.
+RESULTS = (ROOT if (ROOT.parent / "setup.py").exists() else Path("benchmarks")) / "results"
 COMMIT_VARIABLE = "BENCHMARKS_COMMIT"  # for copies of a checkout without its history
 Ceilings = dict[str, float]  # "copy": bytes/s read plus written; "fp32", "tf32", "bf16": FLOP/s
 

@@ -70,9 +70,10 @@ def _curves(family: Sequence[Curve], title: str) -> Any:
 
 
 def planned(records: Sequence[Record]) -> list[Picture]:
-    """The pictures of records, not drawn yet, so that matplotlib is not needed."""
+    """The pictures of records, not drawn yet, so that matplotlib is not needed. Host times have none."""
     planned_pictures: list[Picture] = []
-    for machine, of_machine in collection.by_machine(records).items():
+    drawn = [record for record in records if not collection.is_host(record)]
+    for machine, of_machine in collection.by_machine(drawn).items():
         where = slug(machine)
         whole = [record for record in of_machine if not collection.is_sweep(record)]
         cases = list(collection.newest(whole).values())

@@ -61,7 +61,8 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [line(heads), f"|{'---|' * len(heads)}", *map(line, rows), ""]
 
 
-def _times(record: Record | None) -> str:
+def times(record: Record | None) -> str:
+    """The median and its quantiles, a dash, or that it failed."""
     if record is None:
         return DASH
     if "seconds" not in record:
@@ -132,7 +133,7 @@ def op_table(cases: Sequence[CaseRecords]) -> list[str]:
     rows = []
     for case, name in zip(cases, collection.labels(cases), strict=True):
         mine = collection.ours(case)
-        row = [name, _times(mine), *(_ratio(case.get(other), mine) for other in others)]
+        row = [name, times(mine), *(_ratio(case.get(other), mine) for other in others)]
         row += [
             _number(mine, "gbytes_per_second"),
             _number(mine, "gflops_per_second"),
@@ -216,7 +217,7 @@ def machine_table(records: Sequence[Record], folder: str) -> list[str]:
         ["records", f"{len(records)}, the newest in `{folder}`"],
         ["device", collection.all_values(records, "device")],
     ]
-    for name in ("processor", "cores", "threads", "instruction_set"):
+    for name in ("processor", "cores", "threads", "instruction_set", "clock", "stands_in_for"):
         if value := collection.all_values(records, name):
             rows.append([name.replace("_", " "), value])
     rows += [["versions", ", ".join(versions)], ["commit", collection.all_values(records, "commit") or DASH]]
@@ -288,23 +289,32 @@ def _folders(results: Path) -> list[Path]:
 
 def generate(results: Path = RESULTS) -> str:
     """The text of docs/benchmarks.md."""
+    from .host import page
+
     cpu: list[str] = []
     gpu: list[str] = []
+    host: list[str] = []
     for folder in _folders(results):
+        where = f"benchmarks/results/{folder.name}"
         for machine, records in collection.by_machine(collection.load(folder)).items():
-            lines = section(machine, records, f"benchmarks/results/{folder.name}")
-            if collection.is_gpu(records[0]):
+            hosts = [record for record in records if collection.is_host(record)]
+            host += page.section(machine, hosts, where) if hosts else []
+            others = [record for record in records if not collection.is_host(record)]
+            lines = section(machine, others, where) if others else []
+            if lines and collection.is_gpu(records[0]):
                 gpu += [*lines, *gpu_targets(folder)]
             else:
                 cpu += lines
+    host = [*page.HEAD.splitlines(), "", *host] if host else []
     gpus = ["## GPUs", "", *(GPU if gpu else NO_GPU).strip().splitlines(), "", *gpu]
-    return "\n".join([*HEAD.splitlines(), "", *cpu, *gpus]).rstrip() + "\n"
+    return "\n".join([*HEAD.splitlines(), "", *cpu, *host, *gpus]).rstrip() + "\n"
 
 
 def write(results: Path, output: Path) -> None:
     """Writes the text and its pictures; removes pictures of this report that are no longer shown."""
     text = generate(results)
-    records = [record for folder in _folders(results) for record in collection.load(folder)]
+    everything = [record for folder in _folders(results) for record in collection.load(folder)]
+    records = [record for record in everything if not collection.is_host(record)]
     images = output.parent / IMAGES
     drawn = set(plot.plot(records, images)) if records else set()
     for path in sorted(images.glob("*.png")):

@@ -141,6 +141,7 @@ def _add_autotune(commands: Any) -> None:
 BENCHMARK_COMMANDS = {
     ("demo", SUITE): "continual.__main__",
     ("bench", "compare"): "compare",
+    ("bench", "host"): "host.__main__",
     ("bench", "report"): "report",
     ("bench",): "__main__",
     ("plot",): "plot",
@@ -167,7 +168,10 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     _add_check(commands)
     _add_compile_report(commands)
     _add_autotune(commands)
-    commands.add_parser("bench", help="microbenchmarks; bench compare A B: what changed between records")
+    commands.add_parser(
+        "bench",
+        help="microbenchmarks; bench host: of the host alone; bench compare A B: changes between records",
+    )
     commands.add_parser("plot", help="pictures of benchmark records")
     demo_parser = commands.add_parser("demo", help="continual learning on real images, with and without EWC")
     demo_parser.set_defaults(run=_demo)

@@ -116,6 +116,10 @@ def lora_linear_adapters(
         >>> heads = Adapter(lora_a, lora_b, 1.0, ((64, 128), (256, 320)))
         >>> y = lora_linear_adapters(x, weight, None, [heads])
     """
+    if capture is None and not torch.compiler.is_compiling() and (eager := _linear.eager()) is not None:
+        y = eager(x, weight, bias, adapters, dropout_p, training, seed, dispatch.resolve(backend))
+        if y is not None:
+            return y
     x, weight, bias, adapters = check.autocast(x, weight, bias, adapters)
     rows = check.lora_linear(x, weight, bias, adapters, dropout_p)
     if dropout_p > 0.0 and not training:  # in this order: without dropout no graph depends on the mode

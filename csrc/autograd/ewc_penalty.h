@@ -46,7 +46,8 @@ struct PenaltyOperands {
 inline at::Tensor part(const at::Tensor& flat, at::IntArrayRef shape, int64_t start, at::ScalarType dtype) {
   const int64_t strides[2] = {shape.size() == 2 ? shape[1] : 1, 1};
   const at::IntArrayRef steps(strides, shape.size());
-  const at::Tensor view = is_plain(flat) ? at::native::as_strided_tensorimpl(flat, shape, steps, start) : flat.as_strided(shape, steps, start);
+  const at::Tensor view =
+      is_plain(flat) ? at::native::as_strided_tensorimpl(flat, shape, steps, start) : flat.as_strided(shape, steps, start);
   return flat.scalar_type() == dtype ? view : view.to(dtype);
 }
 
@@ -81,7 +82,8 @@ struct EWCPenalty : torch::autograd::Function<EWCPenalty> {
     for (size_t at = 1; at < sizes.size(); ++next) {
       const size_t input = size_t(sizes[at]), dims = size_t(sizes[at + 2]);
       const at::IntArrayRef shape(sizes.data() + at + 3, dims);
-      if (ctx->needs_input_grad(input)) gradients[input] = followed ? found[next] : part(scaled, shape, start, at::ScalarType(sizes[at + 1]));
+      if (ctx->needs_input_grad(input))
+        gradients[input] = followed ? found[next] : part(scaled, shape, start, at::ScalarType(sizes[at + 1]));
       start += c10::multiply_integers(shape);
       at += 3 + dims;
     }

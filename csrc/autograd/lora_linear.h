@@ -1,81 +1,115 @@
 // The LoRA linear on autograd's tape, for backends whose forward and backward are C++ functions: a training step of small layers then
-// spends its time in them and not in Python. The two take and return what the ops do.
+// spends its time in them and not in Python.
 #pragma once
 #include "tape.h"
 
 namespace fe::recorded {
 
-// Inputs: these, every B, every s and last the seed.
-enum LinearInput : size_t { X, WEIGHT, BIAS, LORA_AS };
-
-struct Adapters {
+// The arguments that forward and backward share; x is undefined where a backward has no need of it.
+struct LinearCall {
+  at::Tensor x, weight, bias;
   std::vector<at::Tensor> lora_as, lora_bs;
   Optionals scales;
+  std::vector<double> scale_factors;
+  std::vector<int64_t> rows;
+  double dropout_p = 0.0;
+  at::Tensor seed;
+};
 
-  Adapters(const variable_list& inputs, size_t count) {
-    const auto as = inputs.begin() + LORA_AS, bs = as + count, ss = bs + count;
-    lora_as.assign(as, bs);
-    lora_bs.assign(bs, ss);
-    for (auto s = ss; s != ss + count; ++s) scales.push_back(given(*s));
+// Who computes it. Backends live until the end of the process: what is on the tape points to them.
+struct LinearBackend {
+  virtual ~LinearBackend() = default;
+  // y, z, and whatever the backward of this call can use again.
+  virtual variable_list forward(const LinearCall& call) const = 0;
+  // The gradients that are asked for, in the order of `needs`: x, weight, bias, every A, every B, every s.
+  virtual variable_list backward(const at::Tensor& dy, const at::Tensor& z, const LinearCall& call, const std::vector<bool>& needs,
+                                 at::TensorList again) const = 0;
+};
+
+// A backend of two functions that take and return what the ops do.
+template <auto Forward, auto Backward>
+struct LinearFunctions final : LinearBackend {
+  variable_list forward(const LinearCall& c) const override {
+    auto [y, z] = Forward(c.x, c.weight, given(c.bias), c.lora_as, c.lora_bs, c.scales, c.scale_factors, c.rows, c.dropout_p, given(c.seed));
+    return {std::move(y), std::move(z)};
+  }
+  variable_list backward(const at::Tensor& dy, const at::Tensor& z, const LinearCall& c, const std::vector<bool>& needs,
+                         at::TensorList) const override {
+    return Backward(dy, given(c.x), c.weight, given(c.bias), given(z), c.lora_as, c.lora_bs, c.scales, c.scale_factors, c.rows, c.dropout_p,
+                    given(c.seed), needs);
+  }
+  static const LinearBackend& get() {
+    static const LinearFunctions functions;
+    return functions;
   }
 };
 
-template <auto Forward, auto Backward>
-struct LoRALinear : torch::autograd::Function<LoRALinear<Forward, Backward>> {
+struct LoRALinear : torch::autograd::Function<LoRALinear> {
+  // Inputs: x, weight, bias, every A, every B, every s, the seed.
+  enum Input : size_t { X, WEIGHT, BIAS, LORA_AS };
+
   // Returns y and, where x has a graph and is not kept, z: the graph of z is then the only way to x for derivatives of dB and ds.
   static variable_list forward(AutogradContext* ctx, at::TensorList tensors, const std::vector<int64_t>& slots, int64_t count,
-                               const std::vector<double>& scale_factors, const std::vector<int64_t>& rows, double dropout_p) {
+                               const LinearCall& call, const LinearBackend& backend) {
     const WithoutAutocast plain;
-    variable_list inputs = spread(tensors, slots, count);
-    const Adapters adapters(inputs, scale_factors.size());
-    auto [y, z] = Forward(inputs[X], inputs[WEIGHT], given(inputs[BIAS]), adapters.lora_as, adapters.lora_bs, adapters.scales,
-                          scale_factors, rows, dropout_p, given(inputs.back()));
-    const auto trained = [&](size_t first, size_t last) {
-      return std::any_of(inputs.begin() + first, inputs.begin() + last,
-                         [](const at::Tensor& t) { return t.defined() && t.requires_grad(); });
-    };
-    const size_t lora_bs = LORA_AS + scale_factors.size(), seed = inputs.size() - 1;
-    const bool keep_x = trained(WEIGHT, BIAS) || trained(LORA_AS, lora_bs), keep_z = trained(lora_bs, seed);
+    variable_list made = backend.forward(call);
+    const auto trained = [](const at::Tensor& t) { return t.defined() && t.requires_grad(); };
+    const auto any = [&](const auto& list) { return std::any_of(list.begin(), list.end(), trained); };
+    const bool trained_scale =
+        std::any_of(call.scales.begin(), call.scales.end(), [&](const auto& s) { return s && trained(*s); });
+    const bool keep_x = trained(call.weight) || any(call.lora_as), keep_z = any(call.lora_bs) || trained_scale;
     // A layer that needs only dx (everything of its own frozen) keeps neither x nor z.
-    const bool connect = keep_z && !keep_x && inputs[X].requires_grad();
-    if (!keep_x) inputs[X].reset();
-    inputs.push_back(keep_z ? z : at::Tensor());
-    ctx->save_for_backward(std::move(inputs));
-    ctx->saved_data["slots"] = slots;
-    ctx->saved_data["scale_factors"] = scale_factors;
-    ctx->saved_data["rows"] = rows;
-    ctx->saved_data["dropout_p"] = dropout_p;
-    if (!connect) return {y};
+    const bool connect = keep_z && !keep_x && call.x.requires_grad();
+    variable_list kept = spread(tensors, slots, count);
+    if (!keep_x) kept[X].reset();
+    kept.push_back(keep_z ? made[1] : at::Tensor());
+    kept.insert(kept.end(), made.begin() + 2, made.end());
+    ctx->save_for_backward(std::move(kept));
+    // In one list each: a dictionary of many small things takes longer than what it holds.
+    std::vector<int64_t> numbers{int64_t(reinterpret_cast<uintptr_t>(&backend)), count, int64_t(slots.size())};
+    numbers.insert(numbers.end(), slots.begin(), slots.end());
+    numbers.insert(numbers.end(), call.rows.begin(), call.rows.end());
+    std::vector<double> factors(call.scale_factors);
+    factors.push_back(call.dropout_p);
+    ctx->saved_data["numbers"] = std::move(numbers);
+    ctx->saved_data["factors"] = std::move(factors);
+    if (!connect) return {made[0]};
     ctx->set_materialize_grads(false);
-    ctx->saved_data["shape"] = y.sizes();
-    return {y, z};
+    ctx->saved_data["shape"] = made[0].sizes();
+    return {made[0], made[1]};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& outputs) {
     const WithoutAutocast plain;
-    variable_list inputs = ctx->get_saved_variables();
-    const at::Tensor z = inputs.back();
-    inputs.pop_back();
-    const std::vector<int64_t> slots = ctx->saved_data["slots"].toIntVector();
-    std::vector<bool> needs = wanted(ctx, slots, int64_t(inputs.size()));
+    const variable_list kept = ctx->get_saved_variables();
+    const std::vector<int64_t> numbers = ctx->saved_data["numbers"].toIntVector();
+    const auto& backend = *reinterpret_cast<const LinearBackend*>(uintptr_t(numbers[0]));
+    const size_t count = size_t(numbers[1]);
+    const auto rows = numbers.begin() + 3 + numbers[2];
+    const std::vector<int64_t> slots(numbers.begin() + 3, rows);
+    LinearCall call{kept[X], kept[WEIGHT], kept[BIAS], {}, {}, {}, ctx->saved_data["factors"].toDoubleVector(), {rows, numbers.end()}};
+    call.dropout_p = call.scale_factors.back();
+    call.scale_factors.pop_back();
+    const size_t adapters = call.scale_factors.size();
+    const auto lora_as = kept.begin() + LORA_AS, lora_bs = lora_as + adapters, scales = lora_bs + adapters;
+    call.lora_as.assign(lora_as, lora_bs);
+    call.lora_bs.assign(lora_bs, scales);
+    for (auto s = scales; s != scales + adapters; ++s) call.scales.push_back(given(*s));
+    call.seed = kept[count - 1];
+    const at::Tensor& z = kept[count];
+    std::vector<bool> needs = wanted(ctx, slots, int64_t(count));
     needs.pop_back();  // of the seed, which has no gradient
-    const std::vector<double> scale_factors = ctx->saved_data["scale_factors"].toDoubleVector();
-    const Adapters adapters(inputs, scale_factors.size());
     const bool has_dz = outputs.size() > 1 && outputs[1].defined();
-    const at::Tensor dy = outputs[0].defined() ? outputs[0] : at::zeros(ctx->saved_data["shape"].toIntVector(), inputs[WEIGHT].options());
-    const auto call = [&](const auto& function) {
-      return function(given(inputs[X]), inputs[WEIGHT], given(inputs[BIAS]), given(z), adapters.lora_as, adapters.lora_bs, adapters.scales,
-                      scale_factors, ctx->saved_data["rows"].toIntVector(), ctx->saved_data["dropout_p"].toDouble(), given(inputs.back()),
-                      needs);
-    };
+    const at::Tensor dy = outputs[0].defined() ? outputs[0] : at::zeros(ctx->saved_data["shape"].toIntVector(), call.weight.options());
     variable_list found;
     if (has_dz || is_followed(outputs)) {
       const std::optional<at::Tensor> dz = has_dz ? given(outputs[1]) : std::nullopt;
-      found = call([&](const auto&... rest) { return differentiable("lora_linear_backward", dy, dz, rest...); });
+      found = differentiable("lora_linear_backward", dy, dz, given(call.x), call.weight, given(call.bias), given(z), call.lora_as,
+                             call.lora_bs, call.scales, call.scale_factors, call.rows, call.dropout_p, given(call.seed), needs);
     } else {
-      found = call([&](const auto&... rest) { return Backward(dy, rest...); });
+      found = backend.backward(dy, z, call, needs, at::TensorList(kept).slice(count + 1));
     }
-    variable_list gradients(slots.size() + 5);  // the numbers have none
+    variable_list gradients(slots.size() + 4);  // what is no tensor has none
     size_t next = 0;
     for (size_t i = 0; i < slots.size(); ++i) {
       const size_t slot = size_t(slots[i]);
@@ -84,19 +118,27 @@ struct LoRALinear : torch::autograd::Function<LoRALinear<Forward, Backward>> {
     return gradients;
   }
 
-  // What Python calls: y of one call of the op.
-  static at::Tensor call(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                         const std::vector<at::Tensor>& lora_as, const std::vector<at::Tensor>& lora_bs, const Optionals& scales,
-                         const std::vector<double>& scale_factors, const std::vector<int64_t>& rows, double dropout_p,
-                         const std::optional<at::Tensor>& seed) {
+  // y, on the tape.
+  static at::Tensor of(const LinearCall& call, const LinearBackend& backend) {
     Inputs inputs;
-    inputs.add(x);
-    inputs.add(weight);
-    inputs.add(bias);
-    inputs.add(lora_as, lora_bs, scales);
-    inputs.add(seed);
-    return LoRALinear::apply(at::TensorList(inputs.tensors), inputs.slots, inputs.count, scale_factors, rows, dropout_p)[0];
+    inputs.add(given(call.x));
+    inputs.add(given(call.weight));
+    inputs.add(given(call.bias));
+    inputs.add(call.lora_as, call.lora_bs, call.scales);
+    inputs.add(given(call.seed));
+    return LoRALinear::apply(at::TensorList(inputs.tensors), inputs.slots, inputs.count, call, backend)[0];
   }
 };
+
+// What Python calls: y of one call of the op, by a backend of two functions.
+template <auto Forward, auto Backward>
+at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                       const std::vector<at::Tensor>& lora_as, const std::vector<at::Tensor>& lora_bs, const Optionals& scales,
+                       const std::vector<double>& scale_factors, const std::vector<int64_t>& rows, double dropout_p,
+                       const std::optional<at::Tensor>& seed) {
+  const LinearCall call{x,  weight, bias.value_or(at::Tensor()), lora_as, lora_bs, scales, scale_factors, rows, dropout_p,
+                        seed.value_or(at::Tensor())};
+  return LoRALinear::of(call, LinearFunctions<Forward, Backward>::get());
+}
 
 }  // namespace fe::recorded

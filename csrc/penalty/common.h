@@ -50,7 +50,9 @@ struct Common {
     const auto found = t.scalar_type();
     return t.device() == device && (found == dtype || (found == at::kFloat && !wide));
   }
-  bool number(double value) const { return std::abs(value) <= (wide ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max()); }
+  bool number(double value) const {
+    return std::abs(value) <= (wide ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max());
+  }
 };
 
 // The scale at `object`, null for all of them being 1; false where it is neither a plain tensor that fits nor a number.

@@ -14,13 +14,6 @@ bool is_writable(const at::Tensor& t) {
 
 }  // namespace
 
-bool are_plain(const pybind11::list& objects) {
-  const Sequence all{objects.ptr()};
-  for (Py_ssize_t i = 0; i < all.size(); ++i)
-    if (all[i] != Py_None && !plain_tensor(all[i])) return false;
-  return true;
-}
-
 bool is_merge(const pybind11::handle& weights, const pybind11::handle& lora_as, const pybind11::handle& lora_bs,
               const pybind11::handle& scales) {
   const Sequence ws{weights.ptr()}, as{lora_as.ptr()}, bs{lora_bs.ptr()}, ss{scales.ptr()};

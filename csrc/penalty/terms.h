@@ -7,9 +7,6 @@
 
 namespace fe::penalty {
 
-// Whether every object in a list is None or a plain tensor.
-bool are_plain(const pybind11::list& objects);
-
 // Whether the lists or tuples of a merge have the common form: what is written has memory of its own, apart from what is read, and
 // everything fits together by the rules of fused_ewclora/ops/checks.py. Where this says no, those rules have to be asked.
 bool is_merge(const pybind11::handle& weights, const pybind11::handle& lora_as, const pybind11::handle& lora_bs,

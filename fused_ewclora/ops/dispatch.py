@@ -98,20 +98,23 @@ def _preferences() -> tuple[Callable[..., str | None], ...]:
     return tuple(table.outperformed for table in found if table.entries())
 
 
+def extension() -> Any:
+    """The compiled CPU extension, or None."""
+    return importlib.import_module("fused_ewclora.backends.native").extension()
+
+
 @functools.cache
 def recorded_penalty() -> Callable[..., Tensor] | None:
     """What puts a penalty and its gradients, whichever backend computed them, on autograd's tape in C++:
     (lora_as, lora_bs, scales, penalty, flat gradients, needs) -> penalty. None without the C++ extension."""
-    native = importlib.import_module("fused_ewclora.backends.native")
-    return getattr(native.extension(), "ewc_penalty_recorded", None)
+    return getattr(extension(), "ewc_penalty_recorded", None)
 
 
 @functools.cache
 def penalty_terms() -> Callable[..., Any] | None:
     """What checks the arguments of a penalty in C++: (fishers, lora_as, lora_bs, scales) -> their terms, None
     where they have not the common form. None without the C++ extension."""
-    native = importlib.import_module("fused_ewclora.backends.native")
-    terms = getattr(native.extension(), "PenaltyTerms", None)
+    terms = getattr(extension(), "PenaltyTerms", None)
     return None if terms is None else terms.of
 
 
@@ -119,16 +122,14 @@ def penalty_terms() -> Callable[..., Any] | None:
 def plain_merge() -> Callable[..., bool] | None:
     """What tells in C++ whether (weights, lora_as, lora_bs, scales) of a merge have the common form. None
     without the C++ extension."""
-    native = importlib.import_module("fused_ewclora.backends.native")
-    return getattr(native.extension(), "is_merge", None)
+    return getattr(extension(), "is_merge", None)
 
 
 @functools.cache
 def are_plain() -> Callable[[list[Tensor | None]], bool]:
     """What tells whether tensors are what kernels read past the dispatcher: of no subclass, no shapes alone,
     not sparse, and without a sign that is still to be applied to their memory."""
-    native = importlib.import_module("fused_ewclora.backends.native")
-    return getattr(native.extension(), "are_plain", _are_plain)
+    return getattr(extension(), "are_plain", _are_plain)
 
 
 _PLAIN = {Tensor, Parameter, NoneType}
@@ -228,6 +229,19 @@ def _reason(op: str, candidate: Candidate, asked: str, call: Call) -> str | None
     return candidate.outperformed(call)
 
 
+class _EagerChoices:
+    """The choices that the C++ extension remembers for eager calls."""
+
+    def cache_clear(self) -> None:
+        if (found := extension()) is not None:
+            found.forget_choices()
+
+    def __call__(self) -> None:
+        self.cache_clear()
+
+
+_eager_choices = remembers_choices(_EagerChoices())
+
 Annotate = Callable[[str, Candidate], Candidate]
 _annotate: Annotate | None = None
 
@@ -238,6 +252,7 @@ def annotate(how: Annotate | None) -> Annotate | None:
     global _annotate
     before, _annotate = _annotate, how
     choose.cache_clear()
+    _eager_choices.cache_clear()
     return before
 
 

@@ -6,6 +6,8 @@ Where the op could not be followed (second derivatives, `torch.func`, forward-mo
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from ..errors import FisherError
 from ..reference import differentiable
-from . import schemas
+from . import dispatch, schemas
 from ._distinct import distinct
 from .adapters import Adapters, by_kind
 from .capture import FisherCapture
@@ -138,6 +140,28 @@ def lora_linear(
         return candidate.recorded(*args[:-1])
     found = LoRALinearFunction.apply(meta, adapters.scale_factors, capture, candidate, *distinct(inputs))
     return found[0] if isinstance(found, tuple) else found
+
+
+def _linear_backend(asked: str, *args: Any) -> Any:
+    """What serves eager calls with these arguments in C++, forward and backward, or None."""
+    call, gradient_call = (
+        schemas.call_of(op, args[0], (*args, asked)) for op in ("lora_linear", "lora_linear_backward")
+    )
+    forward = dispatch.choose("lora_linear", asked, call)
+    if forward.linear is None:
+        return None
+    return forward.linear(dispatch.choose("lora_linear_backward", asked, gradient_call))
+
+
+@functools.cache
+def eager() -> Callable[..., Tensor | None] | None:
+    """`eager_lora_linear` of the C++ extension, which returns None for calls that it leaves to Python; None
+    without the extension."""
+    extension = dispatch.extension()
+    if extension is None:
+        return None
+    extension.choose_linear_by(_linear_backend)
+    return extension.eager_lora_linear  # type: ignore[no-any-return]
 
 
 def _transformed(args: tuple[Any, ...], capture: FisherCapture | None) -> Tensor:

@@ -27,8 +27,8 @@ def check_written(targets: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> 
             )
         if target.is_neg():
             raise ArgumentError(
-                f"{name}: expected a tensor to be changed in place, got one whose memory holds the negative of "
-                "its values; call resolve_neg() first"
+                f"{name}: expected a tensor to be changed in place, got one whose memory holds the negative "
+                "of its values; call resolve_neg() first"
             )
         if _overlaps_itself(target):
             raise ArgumentError(

@@ -188,6 +188,14 @@ def _sized(op: str, tensor: Tensor, sizes: dict[str, Any]) -> Call:
     return Call(tensor.device.type, tensor.dtype, arch_of(tensor.device), **sizes)
 
 
+def call_of(op: str, tensor: Tensor, args: Sequence[Any]) -> Call:
+    """What the choice for an op depends on. tensor: x in the place of dy as well; both have as many rows."""
+    if op == "lora_linear_backward":
+        x, weight, bias, *rest = args
+        args = (x, x, weight, bias, None, *rest[:-1], [], rest[-1])
+    return _call(op, tensor, args)
+
+
 def run(candidate: Candidate, device: str, args: Sequence[Any]) -> Any:
     """What `candidate` returns for the arguments of an op, on tensors of `device`."""
     # Autocast has chosen the dtypes of the inputs; sums inside stay as they are.

@@ -19,7 +19,7 @@ import torch
 from ...errors import BackendError
 from .. import candidate
 from ..candidate import Call, Candidate, pretended, remembers_choices
-from . import cost_model, kept, launch, tables
+from . import cost_model, kept, launch, plans, tables
 
 MIN_VERSION = (3, 6)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,19 +64,24 @@ def simulated() -> bool:
     return interpreting() or pretended() is not None
 
 
-def pretend(arch: str | None) -> None:
+def pretend(arch: str | None, library: str = "", prefix: str = "") -> None:
     """Let CPU tensors be served as by a GPU of architecture `arch` whose launches do nothing, when Triton is
     asked for by name: for tests, and to measure what the host does. None ends it.
 
-    Results are memory that nothing has written. Raises `BackendError` where Triton's interpreter is on.
+    library, prefix: the driver that is launched through, and the beginning of its functions' names; the stub
+    in the extension where none is given. Results are memory that nothing has written. Raises `BackendError`
+    where Triton's interpreter is on.
     """
     if arch is not None and interpreting():
         raise BackendError("pretend: expected TRITON_INTERPRET not to be set: kernels are interpreted")
+    plans.forget()
+    launch.drive(library, prefix)
     candidate.pretend(arch)
 
 
 def forget_tables() -> None:
     """Let go of the device memory that hosts keep, that of captured graphs included."""
+    plans.forget()
     kept.forget()
 
 
@@ -152,7 +157,7 @@ def candidates(op: str) -> tuple[Candidate, ...]:
     """The Triton implementations of `op`, each with its reasons."""
     if op in _OTHERS:
         module, algorithm, supports = _OTHERS[op]
-        return (Candidate("triton", algorithm, supports, _host(module, op)),)
+        return (Candidate("triton", algorithm, supports, plans.planned(op, _host(module, op))),)
     backward = op == "lora_linear_backward"
     found = []
     for key, algorithm in _ALGORITHMS.items():
@@ -161,9 +166,22 @@ def candidates(op: str) -> tuple[Candidate, ...]:
         keys = ("prologue", "full") if backward and key == "prologue" else (key,)
         supports = functools.partial(_cannot_linear, op, key)
         outperformed = functools.partial(cost_model.slower, op, key)
-        run = _host("lora_linear", f"{op}_{key}")
-        found.append(Candidate("triton", algorithm, supports, run, keys, outperformed))
+        name = f"{op}_{key}"
+        host = _host("lora_linear", name)
+        run = plans.planned_linear(name, host)
+        planned = (name, host)
+        linear = None if backward else functools.partial(_linear, planned)
+        found.append(
+            Candidate(
+                "triton", algorithm, supports, run, keys, outperformed, linear=linear, planned=planned
+            )  # fmt: skip
+        )
     return tuple(found)
+
+
+def _linear(forward: tuple[str, Callable[..., Any]], backward: Candidate) -> Any:
+    """What computes forward and backward by plans, or None."""
+    return None if backward.planned is None else plans.linear_backend(forward, backward.planned)
 
 
 def _cannot_linear(op: str, algorithm: str, call: Call) -> str | None:

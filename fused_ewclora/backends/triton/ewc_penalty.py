@@ -26,7 +26,7 @@ from .launch import addressable, arch, cdiv, launch, multiprocessors, precision
 
 WARPS_PER_MULTIPROCESSOR = 8  # that run side by side: their registers hold dA
 START = 32  # rows that take as long as the start and the end of a program
-KEPT = 16  # prepared tables; a training loop needs one
+KEPT = 16  # prepared tables, and factors of each; a training loop needs one
 
 _FIELDS = {  # column of the table by name
     name: value.value
@@ -48,19 +48,12 @@ class Group:
     options: dict[str, Any]  # constexpr arguments and the configuration of the launch
 
 
-@dataclass
-class Own:
-    """What the launches of one stream, or of one graph, share: they run one after another."""
+class Own(NamedTuple):
+    """What the launches of one stream, or of one graph, with the same factors share: they run one after
+    another. What it holds does not change, since plans launch with it as well."""
 
     counters: tuple[Tensor, ...]  # of each group; 0 before and after a launch
     factors: tuple[Tensor, ...]
-    values: tuple[float, ...] | None = None  # what `factors` hold
-
-    def set(self, groups: Sequence[Group], values: tuple[float, ...]) -> None:
-        self.values = None
-        for group, factors in zip(groups, self.factors, strict=True):
-            kept.write(factors, [float(values[i]) for i in group.members])
-        self.values = values
 
 
 @dataclass(eq=False)
@@ -73,7 +66,7 @@ class Plan:
     copies: Any = None  # what pointers point to, where that is not the caller's tensors
     once: bool = False  # for one call alone
     held: bool = False  # for a graph that was captured
-    streams: dict[int, Own] = field(default_factory=dict)
+    streams: OrderedDict[tuple[int, tuple[float, ...]], Own] = field(default_factory=OrderedDict)
     lock: threading.Lock = field(default_factory=threading.Lock)  # two threads may share a stream
 
     def tensors(self) -> Iterator[Tensor]:
@@ -81,36 +74,36 @@ class Plan:
             yield from (group.table, group.items)
 
     def own(self, device: torch.device, values: tuple[float, ...]) -> Own:
-        """Counters and factors of the current stream. A graph has its own, which its replays set: later calls
-        change those of the stream."""
+        """Counters and factors of the current stream. A graph has its own, which its replays write."""
         if kept.capturing(device):
             if not (self.held or self.once):
                 kept.hold(self.tensors())
                 self.held = True
-            own = self._made(device)
-        elif self.once:
-            own = self._made(device)
+            return self._made(device, values)
+        if self.once:
+            return self._made(device, values)
+        place = kept.stream(device), values
+        found = self.streams.get(place)
+        if found is None:
+            found = self.streams[place] = kept.outside(lambda: self._made(device, values), device)
+            kept.used(self.tensors())
+            # What it replaces was allocated on a stream that uses it again in its own order.
+            while len(self.streams) > KEPT:
+                self.streams.popitem(last=False)
         else:
-            stream = kept.stream(device)
-            found = self.streams.get(stream)
-            own = self._of_new_stream(device, stream) if found is None else found
-        if own.values != values:
-            own.set(self.groups, values)
-        return own
+            self.streams.move_to_end(place)
+        return found
 
-    def _of_new_stream(self, device: torch.device, stream: int) -> Own:
-        own = kept.outside(lambda: self._made(device), device)
-        kept.used(self.tensors())
-        self.streams[stream] = own
-        return own
-
-    def _made(self, device: torch.device) -> Own:
+    def _made(self, device: torch.device, values: tuple[float, ...]) -> Own:
         integers = functools.partial(torch.zeros, dtype=torch.int32, device=device)
         floats = functools.partial(torch.empty, dtype=torch.float32, device=device)
-        return Own(
+        own = Own(
             tuple(integers(group.counters) for group in self.groups),
             tuple(floats(len(group.members)) for group in self.groups),
         )
+        for group, factors in zip(self.groups, own.factors, strict=True):
+            kept.write(factors, [float(values[i]) for i in group.members])
+        return own
 
 
 class _Plans:
@@ -174,7 +167,7 @@ def ewc_penalty(
             launch(
                 kernels.ewc_penalty_kernel, (group.items.shape[0],), group.table, own.factors[i],
                 group.items, work, own.counters[i], losses[i], grads, group.items.shape[0],
-                float(ewc_lambda), NEED_A=needs[0], NEED_B=needs[1], **group.options,
+                ewc_lambda, NEED_A=needs[0], NEED_B=needs[1], **group.options,
             )  # fmt: skip
     return losses[0] if len(plan.groups) == 1 else losses.sum(), grads
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import native
 from ..candidate import arch_of, pretended
 
 INTERPRETED = "interpret"  # the architecture whose configurations Triton's interpreter uses
@@ -51,14 +52,28 @@ def noting(arch: str) -> Iterator[list[Launch]]:
 
 
 @contextlib.contextmanager
-def handing(arch: str, take: Callable[[Launch], None]) -> Iterator[None]:
-    """Hand launches, made for `arch`, to `take` instead of to Triton."""
+def handing(arch: str | None, take: Callable[[Launch], None]) -> Iterator[None]:
+    """Hand launches, made for `arch` (None: the device's), to `take` instead of to Triton."""
     before, before_arch = _noting.take, _noting.arch
     _noting.take, _noting.arch = take, arch
     try:
-        yield
+        with as_written():
+            yield
     finally:
         _noting.take, _noting.arch = before, before_arch
+
+
+@contextlib.contextmanager
+def as_written() -> Iterator[None]:
+    """Inside, hosts of this thread do all that they do: no plan takes their place (see `plans`)."""
+    if (extension := native.extension()) is None:
+        yield
+        return
+    extension.bypass_plans(True)
+    try:
+        yield
+    finally:
+        extension.bypass_plans(False)
 
 
 def settle(kernels: ModuleType) -> None:
@@ -97,6 +112,28 @@ def arch(tensor: Tensor) -> str:
     if _noting.arch is not None:
         return _noting.arch
     return INTERPRETED if interpreted() else str(arch_of(tensor.device))
+
+
+def arch_now() -> str:
+    """The architecture that a launch on the current device is compiled for."""
+    return _noting.arch or pretended() or str(arch_of(torch.device("cuda", torch.cuda.current_device())))
+
+
+_driver = ("", "")
+
+
+def drive(library: str = "", prefix: str = "") -> None:
+    """Let plans launch through another library than libcuda, whose functions begin with `prefix`."""
+    global _driver
+    _driver = (library, prefix)
+
+
+def driver() -> tuple[str, str]:
+    """The library that plans launch through and the beginning of its functions' names; ("", ""): libcuda.
+    Where the CPU stands in for a GPU, the extension stands in for libcuda."""
+    if pretended() and not _driver[0]:
+        return str(getattr(native.extension(), "__file__", "")), "fe_stub_"
+    return _driver
 
 
 @functools.cache

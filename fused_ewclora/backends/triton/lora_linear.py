@@ -54,26 +54,31 @@ class _Forward:
         self.output = self.x.new_empty((*x.shape[:-1], self.d_out))
         self.y = self.output.view(self.x.shape[0], self.d_out)
         self.z = self.x.new_empty(self.x.shape[0], self.rank, dtype=torch.float32)
+        self.again: tuple[Tensor, ...] = ()
 
     def pack(self, b: Tensor | None = None) -> Packed:
-        return pack(*self.adapters, self.x, self.d_out, b=b)
+        packed = pack(*self.adapters, self.x, self.d_out, b=b)
+        if b is None:
+            self.again = (packed.a, packed.b)
+        return packed
 
     def product(self, packed: Packed, full: bool = False, base: bool = True) -> None:
         factors, bounds = (packed.a, packed.b), (packed.lo, packed.hi)
         product(self.x, self.weight, factors, self.z, self.bias, self.y, bounds, full=full, base=base)
 
 
-def _forward(algorithm: Callable[[_Forward], None]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The host of the op by an algorithm that fills in y and z."""
+def _forward(algorithm: Callable[[_Forward], None]) -> Callable[..., tuple[Tensor, ...]]:
+    """The host of the op by an algorithm that fills in y and z. What it returns besides, packed factors, the
+    backward of the same call takes as `again`, and packs none."""
 
     @functools.wraps(algorithm)
-    def run(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def run(*arguments: Any) -> tuple[Tensor, ...]:
         x, weight = arguments[:2]
         if x.numel() == 0 or weight.numel() == 0:
             return reference.forward(*arguments)  # no rows, features or outputs: at most a bias, no launch
         call = _Forward(*arguments)
         algorithm(call)
-        return call.output, call.z
+        return call.output, call.z, *call.again
 
     return run
 
@@ -147,6 +152,7 @@ def _backward(
     dropout_p: float,
     seed: Tensor | None,
     needs: Sequence[bool],
+    again: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     if dy.numel() == 0 or weight.numel() == 0:
         return reference.backward(
@@ -172,8 +178,9 @@ def _backward(
         return [*grads, *([grad.sum(0, dtype=torch.float32).to(grad.dtype)] if need_bias else [])]
 
     packed = pack(
-        lora_as, lora_bs, scales, scale_factors, rows, grad, d_out, a=None if right is None else right[d_out:]
-    )
+        lora_as, lora_bs, scales, scale_factors, rows, grad, d_out, a=None if right is None else right[d_out:],
+        again=again if right is None else (),
+    )  # fmt: skip
     # One read of dy for u, dB, ds and the bias; columns that no adapter owns are read for the bias alone.
     whole = need_bias or left is not None
     lo, hi = (0, d_out) if whole else (packed.lo, packed.hi)

@@ -127,14 +127,18 @@ def pack(
     d_out: int,
     a: Tensor | None = None,
     b: Tensor | None = None,
+    again: Sequence[Tensor] = (),
 ) -> Packed:
-    """All factors in two matrices of the dtype of `like`, written to `a` and `b` where given."""
+    """All factors in two matrices of the dtype of `like`, written to `a` and `b` where given; `again` holds
+    those of an earlier call."""
     lora_as, lora_bs = [addressable(t) for t in lora_as], [addressable(t) for t in lora_bs]
     d_in = lora_as[0].shape[1]
     rp = padded(sum(t.shape[0] for t in lora_as))
+    owner, lo, hi = _owner(tuple(rows), len(lora_as), d_out, like.device)
+    if again:
+        return Packed(lora_as, lora_bs, scales, scale_factors, owner, *again, lo, hi)
     a = like.new_empty(rp, d_in) if a is None else a
     b = like.new_empty(d_out, rp) if b is None else b
-    owner, lo, hi = _owner(tuple(rows), len(lora_as), d_out, like.device)
     packed = Packed(lora_as, lora_bs, scales, scale_factors, owner, a, b, lo, hi)
     config = tables.lookup("lowrank_pack_kernel", arch(like), like.dtype, rp)
     blocks = cdiv(max(d_in, d_out), config["BLOCK"])

@@ -133,7 +133,8 @@ def watching() -> Iterator[list[Key]]:
     seen: list[Key] = []
     _local.watchers.append(seen)
     try:
-        yield seen
+        with launch.as_written():
+            yield seen
     finally:
         _local.watchers.remove(seen)
 
@@ -144,7 +145,8 @@ def override(*entries: Entry) -> Iterator[None]:
     before = _local.overrides
     _local.overrides = [*entries, *before]
     try:
-        yield
+        with launch.as_written():
+            yield
     finally:
         _local.overrides = before
 

@@ -1,0 +1,1 @@
+"""What calls cost on the host, in Python and in C++, before a GPU has anything to do."""
