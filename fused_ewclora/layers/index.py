@@ -122,7 +122,7 @@ class OperandLookup:
             check_present(self._refs)
             own = all(kind.adapter_scale is AdaptedLinear.adapter_scale for kind in kinds)
             self._found = found if own and None not in found[1] else None
-        learned = any(name in table for table, name in self._scale_places)
+        learned = True in [name in table for table, name in self._scale_places]
         if self._found is None or learned or self.composed:
             return operands(self._refs, fishers)
         lora_as = cast(list[Tensor], [table[name] for table, name in self._a_places])
