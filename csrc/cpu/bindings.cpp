@@ -4,7 +4,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "../autograd/ewc_penalty.h"
-#include "../autograd/lora_linear.h"
+#include "../eager/bindings.h"
 #include "../penalty/bindings.h"
 #include "../plans/bindings.h"
 #include "tensors.h"
@@ -14,7 +14,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("lora_linear", &fe::lora_linear, Unlocked());
   m.def("lora_linear_backward", &fe::lora_linear_backward, Unlocked());
-  m.def("lora_linear_recorded", &fe::recorded::lora_linear<&fe::lora_linear, &fe::lora_linear_backward>, Unlocked());
   m.def("ewc_penalty", &fe::ewc_penalty, Unlocked());
   m.def("ewc_penalty_recorded", &fe::recorded::EWCPenalty::call, Unlocked());
   m.def("fisher_accumulate_", &fe::fisher_accumulate, Unlocked());

@@ -2,6 +2,7 @@
 #include "../autograd/lora_linear.h"
 
 #include <ATen/autocast_mode.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/randint.h>
 
 #include <bit>
@@ -43,7 +44,7 @@ std::unordered_map<Choice, const LinearBackend*, HashChoice>& choices() {
   static auto* all = new std::unordered_map<Choice, const LinearBackend*, HashChoice>;
   return *all;
 }
-PyObject* chooser = nullptr;  // (asked, *arguments of the op) -> a backend, or None: Python serves the call
+PyObject* chooser = nullptr;  // (asked, *arguments of the op) -> address of a backend, or None: Python serves the call
 
 bool is_served(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
@@ -164,10 +165,29 @@ const LinearBackend* chosen(const LinearCall& call, const std::string& asked) {
   const auto choose = py::reinterpret_borrow<py::object>(chooser);
   const py::object backend = choose(asked, call.x, call.weight, recorded::given(call.bias), call.lora_as, call.lora_bs, call.scales,
                                     call.scale_factors, call.rows, call.dropout_p, recorded::given(call.seed));
-  const auto* found = backend.is_none() ? nullptr : backend.cast<const LinearBackend*>();
+  const auto* found = backend.is_none() ? nullptr : reinterpret_cast<const LinearBackend*>(backend.cast<uintptr_t>());
   const std::unique_lock<std::shared_mutex> guard(choosing);
   if (choices().size() >= 4096) choices().clear();
   return choices()[choice] = found;
+}
+
+bool is_seed(PyObject* seed) {
+  if (seed == Py_None) return true;
+  if (PyLong_CheckExact(seed)) {
+    int overflow = 0;
+    PyLong_AsLongLongAndOverflow(seed, &overflow);
+    return overflow == 0;
+  }
+  const at::Tensor* t = plain(seed);
+  return t != nullptr && t->scalar_type() == at::kLong && t->numel() == 1;
+}
+
+// One number on the device; drawn from its default generator where none is given.
+at::Tensor seed_of(PyObject* seed, const at::Device& device) {
+  const at::TensorOptions options = at::TensorOptions().dtype(at::kLong).device(device);
+  if (seed == Py_None) return at::randint(0, std::numeric_limits<int64_t>::max(), {}, options);
+  if (PyLong_CheckExact(seed)) return at::full({}, PyLong_AsLongLong(seed), options);
+  return plain(seed)->to(device).reshape({});
 }
 
 bool any_trained(const LinearCall& call) {
@@ -179,25 +199,27 @@ bool any_trained(const LinearCall& call) {
 
 // y, or None: the call is for Python.
 py::object lora_linear(py::handle x, py::handle weight, py::handle bias, py::handle adapters, py::handle dropout, bool training,
-                       py::handle seed, const std::string& asked) {
-  if (is_observed() || !seed.is_none()) return py::none();
+                       py::handle seed, const std::string& asked, py::handle captured) {
+  if (is_observed()) return py::none();
   const double dropout_p = PyFloat_CheckExact(dropout.ptr()) ? PyFloat_AS_DOUBLE(dropout.ptr()) : -1.0;
   if (!(0.0 <= dropout_p && dropout_p <= 1.0)) return py::none();
   std::optional<LinearCall> call = parsed(x.ptr(), weight.ptr(), bias.ptr(), adapters.ptr());
   if (!call) return py::none();
   call->dropout_p = training ? dropout_p : 0.0;
+  if (call->dropout_p > 0.0 && !is_seed(seed.ptr())) return py::none();
   const LinearBackend* backend = chosen(*call, asked);
   if (backend == nullptr) return py::none();
-  if (call->dropout_p > 0.0)
-    call->seed = at::randint(0, std::numeric_limits<int64_t>::max(), {}, call->x.options().dtype(at::kLong).requires_grad(false));
+  if (call->dropout_p > 0.0) call->seed = seed_of(seed.ptr(), call->x.device());
   at::Tensor y;
   {
     const py::gil_scoped_release unlocked;
     if (at::GradMode::is_enabled() && any_trained(*call)) {
-      y = recorded::LoRALinear::of(*call, *backend);
+      y = recorded::LoRALinear::of(*call, *backend, captured.is_none() ? nullptr : captured.ptr());
     } else {
       const recorded::WithoutAutocast plain;
       y = backend->forward(*call)[0];
+      // Calls without gradients count, too: reentrant checkpointing makes them before its backward.
+      if (!captured.is_none()) recorded::tell(captured.ptr(), call->x);
     }
   }
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(y)));
@@ -206,13 +228,7 @@ py::object lora_linear(py::handle x, py::handle weight, py::handle bias, py::han
 }  // namespace
 
 void bind(py::module_& m) {
-  py::class_<LinearBackend, std::unique_ptr<LinearBackend, py::nodelete>>(m, "LinearBackend");
-  py::class_<plans::LinearHosts, LinearBackend, std::unique_ptr<plans::LinearHosts, py::nodelete>>(m, "LinearHosts")
-      .def(py::init([](plans::Host& forward, py::object forward_missed, plans::Host& backward, py::object backward_missed) {
-        return new plans::LinearHosts(forward, std::move(forward_missed), backward, std::move(backward_missed));
-      }));
-  m.def("cpu_linear", [] { return &recorded::LinearFunctions<&fe::lora_linear, &fe::lora_linear_backward>::get(); },
-        py::return_value_policy::reference);
+  m.def("linear_backend", &recorded::LinearFunctions<&fe::lora_linear, &fe::lora_linear_backward>::address);
   m.def("eager_lora_linear", &lora_linear);
   m.def("choose_linear_by", [](py::object function) { chooser = function.release().ptr(); });
   m.def("forget_choices", [] {

@@ -187,14 +187,12 @@ def ewc_penalty_grad_(
     found: Terms | None = None,
 ) -> Tensor:
     """Adds grad_scale * dP to `.grad` for arguments that have been checked, without a graph; returns P."""
-    tensors: list[Tensor | None] = [] if found else adapters.tensors()
-    wanted = [t is not None and t.requires_grad for t in tensors]
     if found is not None:
-        value, flat = schemas.penalty_of_plain(
-            found.rank, fishers, adapters, ewc_lambda, found.needs, backend
-        )
+        rank, needs = found.rank, found.needs
+        value, flat = schemas.penalty_of_plain(rank, fishers, adapters, ewc_lambda, needs, backend)
     else:
-        value, flat = schemas.ewc_penalty(fishers, *adapters, ewc_lambda, kinds(wanted), backend)
+        needs = kinds([t is not None and t.requires_grad for t in adapters.tensors()])
+        value, flat = schemas.ewc_penalty(fishers, *adapters, ewc_lambda, needs, backend)
     if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
         flat *= grad_scale
     if found is None or not found.add_gradients(flat):

@@ -171,16 +171,12 @@ def candidates(op: str) -> tuple[Candidate, ...]:
         run = plans.planned_linear(name, host)
         planned = (name, host)
         linear = None if backward else functools.partial(_linear, planned)
-        found.append(
-            Candidate(
-                "triton", algorithm, supports, run, keys, outperformed, linear=linear, planned=planned
-            )  # fmt: skip
-        )
+        found.append(Candidate("triton", algorithm, supports, run, keys, outperformed, linear, planned))
     return tuple(found)
 
 
-def _linear(forward: tuple[str, Callable[..., Any]], backward: Candidate) -> Any:
-    """What computes forward and backward by plans, or None."""
+def _linear(forward: tuple[str, Callable[..., Any]], backward: Candidate) -> int | None:
+    """Where forward and backward are computed by plans, or None."""
     return None if backward.planned is None else plans.linear_backend(forward, backward.planned)
 
 

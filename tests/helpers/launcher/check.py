@@ -114,7 +114,10 @@ def line(row: dict[str, Any]) -> str:
     told = f"error {row['error']:.1e} (allowed {row['allowed']:.0e})" if row["executed"] else "compared"
     right = "right" if row["right"] else "WRONG"
     return "\n    ".join(
-        [f"{right}  {row['arch']}  {row['case']:62}  launches {len(row['launches'])}  {told}", *row["findings"][:4]]
+        [
+            f"{right}  {row['arch']}  {row['case']:62}  launches {len(row['launches'])}  {told}",
+            *row["findings"][:4],
+        ]
     )
 
 
