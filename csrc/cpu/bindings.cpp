@@ -4,7 +4,6 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "../autograd/ewc_penalty.h"
-#include "../eager/bindings.h"
 #include "../penalty/bindings.h"
 #include "../plans/bindings.h"
 #include "tensors.h"
