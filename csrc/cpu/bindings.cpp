@@ -1,8 +1,10 @@
 // The extension module fused_ewclora._C: one function per op, under the op's name.
+#include "../eager/bindings.h"
+
 #include <torch/csrc/utils/pybind.h>
 
 #include "../autograd/ewc_penalty.h"
-#include "../eager/bindings.h"
+#include "../penalty/bindings.h"
 #include "../plans/bindings.h"
 #include "tensors.h"
 
@@ -18,5 +20,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("soft_threshold_", &fe::soft_threshold, Unlocked());
   fe::plans::bind(m);
   fe::eager::bind(m);
+  fe::penalty::bind(m);
   m.def("instruction_set", [] { return std::string(fe::kernels().name); }, "Name of the instruction set that the kernels use here.");
 }
