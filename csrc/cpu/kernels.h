@@ -38,6 +38,7 @@ struct LoraShape {
   const float* a_panel = nullptr;  // all A stacked: panel [R, d_in]
   const float* b_panel = nullptr;  // per range: panel [r, stop - start] of its rows of B, transposed
   const float* scale = nullptr;    // [R]
+  Dtype dtype = Dtype::f32;        // of x, y and their gradients
   double dropout_p = 0.0;
   uint64_t seed = 0;
 };
@@ -49,16 +50,17 @@ struct LoraForward {
   float* z = nullptr;          // [M, R], without the scale
 };
 
-// Gradients are accumulated per thread (partials in panel layout) and reduced by the caller in thread order.
+// Gradients of A, B, s and the bias are overwritten by those of a call's rows (of A and B in panel layout); the caller adds those of
+// several calls in their order.
 struct LoraBackward {
   LoraShape shape;
   Matrix dy, x, dx;
   const float* z = nullptr;  // [M, R]
   bool need_dx = false, need_a = false, need_b = false, need_s = false, need_bias = false;
-  float* grad_a = nullptr;     // panel [R, d_in] of this thread
-  float* grad_b = nullptr;     // as b_panel, of this thread
-  float* grad_s = nullptr;     // [R] of this thread
-  float* grad_bias = nullptr;  // [d_out] of this thread
+  float* grad_a = nullptr;     // panel [R, d_in]
+  float* grad_b = nullptr;     // as b_panel
+  float* grad_s = nullptr;     // [R]
+  float* grad_bias = nullptr;  // [d_out]
 };
 
 struct PenaltyAdapter {
@@ -84,11 +86,12 @@ struct FisherBlock {
 struct Kernels {
   const char* name;
   int64_t lanes;  // floats per vector
-  void (*pack_panel)(const float* rows, int64_t r, int64_t n, int64_t row_stride, int64_t column_stride, int64_t total_rank,
-                     int64_t first_rank, float* panel);
-  void (*unpack_panel)(const float* panel, int64_t r, int64_t n, int64_t row_stride, int64_t column_stride, int64_t total_rank,
-                       int64_t first_rank, float* rows);
-  int64_t (*lora_scratch)(const LoraShape&);  // floats of scratch per thread
+  // A panel of the matrix [r, n], as ranks [first_rank, first_rank + r) of total_rank; of the transposed of [n, r]; and the reverse.
+  void (*pack_panel)(Matrix rows, int64_t r, int64_t n, int64_t total_rank, int64_t first_rank, float* panel);
+  void (*pack_transposed)(Matrix rows, int64_t r, int64_t n, float* panel);
+  void (*unpack_panel)(const float* panel, int64_t r, int64_t n, int64_t total_rank, int64_t first_rank, Matrix rows);
+  void (*unpack_transposed)(const float* panel, int64_t r, int64_t n, Matrix rows);
+  int64_t (*lora_scratch)(const LoraShape&, int64_t rows);  // floats of scratch for a call of at most so many rows
   void (*lora_forward)(const LoraForward&, int64_t m0, int64_t m1, float* scratch);
   void (*lora_backward)(const LoraBackward&, int64_t m0, int64_t m1, float* scratch);
   int64_t (*penalty_scratch)(int64_t rank, int64_t d_in);  // floats of scratch per thread

@@ -4,23 +4,33 @@
 namespace fe {
 namespace {
 
-constexpr int64_t LEAST_ROWS = 24;  // rows per thread below which starting a thread costs more than it saves
+// Products per thread below which starting a thread costs more than it saves, and rows below which a register block is not full.
+constexpr int64_t LEAST_PRODUCTS = 384 * 1024, LEAST_ROWS = 8;
+constexpr int64_t LEAST_PACKED = 64 * 1024;  // floats per thread, likewise
 
-// The packed low-rank part of one call; owns what LoraShape points to.
+int64_t padded(int64_t floats) {
+  return (floats + LINE - 1) / LINE * LINE;
+}
+
+// f(begin, end) over ranges of the columns of a panel of `rank` ranks, on several threads where it is large.
+template <class F>
+void over_columns(int64_t rank, int64_t columns, const F& f) {
+  const int64_t lanes = kernels().lanes, least = std::max<int64_t>(1, LEAST_PACKED / (rank * lanes));
+  at::parallel_for(0, (columns + lanes - 1) / lanes, least,
+                   [&](int64_t first, int64_t last) { f(first * lanes, std::min(columns, last * lanes)); });
+}
+
+// The low-rank part of one call; owns what LoraShape points to, but for the panels.
 struct Packed {
   std::vector<int64_t> rank_begin{0};
   std::vector<RowRange> ranges;
   std::vector<int64_t> offsets;  // first row of B of each range
   std::vector<float> scale;
-  at::Tensor panels;
   int64_t a_floats = 0, b_floats = 0;
   LoraShape shape;
 
   Packed(const at::Tensor& weight, const Tensors& lora_as, const Tensors& lora_bs, const OptionalTensors& scales,
          const std::vector<double>& factors, const std::vector<int64_t>& rows, double dropout_p, const std::optional<at::Tensor>& seed) {
-    const Kernels& k = kernels();
-    const int64_t d_in = weight.size(1);
-    auto padded = [&](int64_t n) { return (n + k.lanes - 1) / k.lanes * k.lanes; };
     for (size_t i = 0; i < lora_as.size(); ++i) {
       const int64_t rank = lora_as[i].size(0);
       const auto s = scale_of(scales[i], factors[i], rank);
@@ -35,33 +45,75 @@ struct Packed {
       used[adapter] += length;
       b_floats += lora_as[adapter].size(0) * padded(length);
     }
-    a_floats = rank_begin.back() * padded(d_in);
-    panels = floats(a_floats + b_floats);
-    float* data = panels.data_ptr<float>();
-    for (size_t i = 0; i < lora_as.size(); ++i) {
-      const at::Tensor a = as_float(lora_as[i]);
-      k.pack_panel(a.data_ptr<float>(), a.size(0), d_in, d_in, 1, rank_begin.back(), rank_begin[i], data);
-    }
-    for (size_t q = 0; q < ranges.size(); ++q) {
-      const RowRange& range = ranges[q];
-      const at::Tensor b = as_float(lora_bs[range.adapter]);
-      const int64_t rank = b.size(1);
-      k.pack_panel(b.data_ptr<float>() + offsets[q] * rank, rank, range.stop - range.start, 1, rank, rank, 0,
-                   data + a_floats + range.panel);
-    }
-    shape.d_in = d_in;
+    a_floats = rank_begin.back() * padded(weight.size(1));
+    shape.d_in = weight.size(1);
     shape.d_out = weight.size(0);
     shape.total_rank = rank_begin.back();
     shape.rank_begin = rank_begin.data();
     shape.ranges = ranges.data();
     shape.n_ranges = int64_t(ranges.size());
-    shape.a_panel = data;
-    shape.b_panel = data + a_floats;
     shape.scale = scale.data();
+    shape.dtype = dtype_of(weight);
     shape.dropout_p = dropout_p;
     shape.seed = seed ? uint64_t(seed->item<int64_t>()) : 0;
   }
+  Packed(const Packed&) = delete;
+
+  // Packs the factors into a_floats + b_floats floats.
+  void pack(const Tensors& lora_as, const Tensors& lora_bs, float* to) {
+    const Kernels& k = kernels();
+    shape.a_panel = to;
+    shape.b_panel = to + a_floats;
+    for (size_t i = 0; i < lora_as.size(); ++i) {
+      const at::Tensor lora_a = as_rows(lora_as[i]);
+      over_columns(lora_a.size(0), shape.d_in, [&](int64_t begin, int64_t end) {
+        k.pack_panel(part_of(lora_a, 0, begin), lora_a.size(0), end - begin, shape.total_rank, rank_begin[i], to + begin * shape.total_rank);
+      });
+    }
+    for (size_t q = 0; q < ranges.size(); ++q) {
+      const at::Tensor lora_b = as_rows(lora_bs[ranges[q].adapter]);
+      float* panel = to + a_floats + ranges[q].panel;
+      const int64_t rank = lora_b.size(1);
+      over_columns(rank, ranges[q].stop - ranges[q].start, [&](int64_t begin, int64_t end) {
+        k.pack_transposed(part_of(lora_b, offsets[q] + begin, 0), rank, end - begin, panel + begin * rank);
+      });
+    }
+  }
+
+  // The gradient of one A, from the panel of all.
+  at::Tensor unpacked_a(const float* panel, const at::Tensor& lora_a, size_t adapter) const {
+    at::Tensor da = at::empty(lora_a.sizes(), lora_a.options());
+    over_columns(da.size(0), shape.d_in, [&](int64_t begin, int64_t end) {
+      kernels().unpack_panel(panel + begin * shape.total_rank, da.size(0), end - begin, shape.total_rank, rank_begin[adapter],
+                             part_of(da, 0, begin));
+    });
+    return da;
+  }
+
+  at::Tensor unpacked_b(const float* panels, const at::Tensor& lora_b, size_t adapter) const {
+    at::Tensor db = at::empty(lora_b.sizes(), lora_b.options());
+    const int64_t rank = db.size(1);
+    for (size_t q = 0; q < ranges.size(); ++q) {
+      if (ranges[q].adapter != int(adapter)) continue;
+      over_columns(rank, ranges[q].stop - ranges[q].start, [&](int64_t begin, int64_t end) {
+        kernels().unpack_transposed(panels + ranges[q].panel + begin * rank, rank, end - begin, part_of(db, offsets[q] + begin, 0));
+      });
+    }
+    return db;
+  }
+
+  int64_t parts(int64_t rows) const {
+    const int64_t products = rows * shape.total_rank * (shape.d_in + shape.d_out);
+    return std::min(parts_for(rows, LEAST_ROWS), parts_for(products, LEAST_PRODUCTS));
+  }
 };
+
+// Floats, padded to whole vectors, as a tensor like `like`: a panel of one rank.
+at::Tensor rounded(const float* values, const at::Tensor& like) {
+  at::Tensor t = at::empty(like.sizes(), like.options());
+  kernels().unpack_panel(values, 1, t.numel(), 1, 0, {t.data_ptr(), 0, dtype_of(t)});
+  return t;
+}
 
 std::vector<int64_t> with_last(const at::Tensor& like, int64_t last) {
   std::vector<int64_t> sizes = like.sizes().vec();
@@ -83,9 +135,13 @@ std::tuple<at::Tensor, at::Tensor> lora_linear(const at::Tensor& x, const at::Te
                                                const std::optional<at::Tensor>& seed) {
   arguments::lora_linear(DEVICE, x, weight, bias, lora_as, lora_bs, scales, factors, rows, dropout_p, seed);
   if (empty::linear(x, weight)) return empty::lora_linear(x, weight, bias, lora_as);
-  const Packed packed(weight, lora_as, lora_bs, scales, factors, rows, dropout_p, seed);
+  const at::AutoDispatchBelowADInplaceOrView kernels_alone;
+  Packed packed(weight, lora_as, lora_bs, scales, factors, rows, dropout_p, seed);
   const at::Tensor x2 = as_rows(x);
-  const int64_t m = x2.size(0);
+  const int64_t m = x2.size(0), parts = packed.parts(m), scratch = kernels().lora_scratch(packed.shape, most_of(m, parts));
+  const at::Tensor memory = floats(packed.a_floats + packed.b_floats + parts * scratch);
+  float* panels = memory.data_ptr<float>();
+  packed.pack(lora_as, lora_bs, panels);
   at::Tensor y = at::empty(with_last(x, weight.size(0)), x.options());
   at::Tensor z = at::empty({m, packed.shape.total_rank}, at::kFloat);
   at::Tensor y2 = y.view({m, weight.size(0)});
@@ -96,11 +152,8 @@ std::tuple<at::Tensor, at::Tensor> lora_linear(const at::Tensor& x, const at::Te
   const at::Tensor dense_bias = bias ? bias->contiguous() : at::Tensor();
   p.bias = bias ? dense_bias.data_ptr() : nullptr;
   p.z = z.data_ptr<float>();
-  const int64_t parts = parts_for(m, LEAST_ROWS), scratch = kernels().lora_scratch(packed.shape);
-  at::Tensor memory = floats(parts * scratch);
-  over_parts(parts, m, [&](int64_t part, int64_t begin, int64_t end) {
-    kernels().lora_forward(p, begin, end, memory.data_ptr<float>() + part * scratch);
-  });
+  float* buffers = panels + packed.a_floats + packed.b_floats;
+  over_parts(parts, m, [&](int64_t part, int64_t begin, int64_t end) { kernels().lora_forward(p, begin, end, buffers + part * scratch); });
   y2.addmm_(for_blas(x2), for_blas(weight).t());
   return {y, z};
 }
@@ -112,13 +165,13 @@ Tensors lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tenso
                              const std::vector<bool>& needs) {
   arguments::lora_linear_backward(DEVICE, dy, x, weight, bias, z, lora_as, lora_bs, scales, factors, rows, dropout_p, seed, needs);
   if (empty::linear(dy, weight)) return empty::lora_linear_backward(dy, weight, bias, lora_as, lora_bs, scales, needs);
-  const Packed packed(weight, lora_as, lora_bs, scales, factors, rows, dropout_p, seed);
+  const at::AutoDispatchBelowADInplaceOrView kernels_alone;
+  Packed packed(weight, lora_as, lora_bs, scales, factors, rows, dropout_p, seed);
   const LoraShape& s = packed.shape;
   const at::Tensor dy2 = as_rows(dy);
   const at::Tensor x2 = x ? as_rows(*x) : at::Tensor();
   const int64_t m = dy2.size(0);
   LoraBackward p;
-  p.shape = s;
   p.dy = matrix(dy2);
   p.need_dx = needs[0];
   p.need_bias = needs[2];
@@ -135,23 +188,28 @@ Tensors lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tenso
     p.dx = {dx.data_ptr(), s.d_in, dtype_of(dx)};
   }
 
-  // One buffer of gradients per part: A, B, s, bias; parts are summed in order, so the bits do not depend on scheduling.
-  const int64_t parts = parts_for(m, LEAST_ROWS), scratch = kernels().lora_scratch(s);
-  const int64_t grads = (p.need_a ? packed.a_floats : 0) + (p.need_b ? packed.b_floats : 0) + s.total_rank + (p.need_bias ? s.d_out : 0);
-  at::Tensor partial = at::zeros({parts * grads}, at::kFloat), memory = floats(parts * scratch);
-  auto bind = [&](LoraBackward& q, float* at) {
+  // Every part has gradients of A, B, s and the bias of its own; they are summed in order, so the bits do not depend on scheduling.
+  const int64_t parts = packed.parts(m), scratch = kernels().lora_scratch(s, most_of(m, parts));
+  const int64_t of_a = p.need_a ? packed.a_floats : 0, of_b = p.need_b ? packed.b_floats : 0;
+  const int64_t of_s = p.need_s ? padded(s.total_rank) : 0, grads = of_a + of_b + of_s + (p.need_bias ? padded(s.d_out) : 0);
+  const at::Tensor memory = floats(packed.a_floats + packed.b_floats + parts * (scratch + grads));
+  packed.pack(lora_as, lora_bs, memory.data_ptr<float>());
+  p.shape = s;
+  float* partial = memory.data_ptr<float>() + packed.a_floats + packed.b_floats;
+  float* buffers = partial + parts * grads;
+  const auto bind = [&](LoraBackward& q, float* at) {
     q.grad_a = at;
-    q.grad_b = q.grad_a + (q.need_a ? packed.a_floats : 0);
-    q.grad_s = q.grad_b + (q.need_b ? packed.b_floats : 0);
-    q.grad_bias = q.grad_s + s.total_rank;
+    q.grad_b = q.grad_a + of_a;
+    q.grad_s = q.grad_b + of_b;
+    q.grad_bias = q.grad_s + of_s;
   };
   over_parts(parts, m, [&](int64_t part, int64_t begin, int64_t end) {
     LoraBackward q = p;
-    bind(q, partial.data_ptr<float>() + part * grads);
-    kernels().lora_backward(q, begin, end, memory.data_ptr<float>() + part * scratch);
+    bind(q, partial + part * grads);
+    kernels().lora_backward(q, begin, end, buffers + part * scratch);
   });
-  sum_parts(partial.data_ptr<float>(), parts, grads);
-  bind(p, partial.data_ptr<float>());
+  sum_parts(partial, parts, grads);
+  bind(p, partial);
 
   Tensors out;
   if (needs[0]) {
@@ -159,26 +217,11 @@ Tensors lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tenso
     out.push_back(dx);
   }
   if (needs[1]) out.push_back(for_blas(dy2).t().mm(for_blas(x2)));
-  if (needs[2]) out.push_back(at::from_blob(p.grad_bias, {s.d_out}, at::kFloat).to(bias->scalar_type(), false, true));
-  for (size_t i = 0; i < adapters; ++i) {
-    if (!need_as[i]) continue;
-    const int64_t rank = lora_as[i].size(0);
-    at::Tensor da = at::empty({rank, s.d_in}, at::kFloat);
-    kernels().unpack_panel(p.grad_a, rank, s.d_in, s.d_in, 1, s.total_rank, s.rank_begin[i], da.data_ptr<float>());
-    out.push_back(da.to(lora_as[i].scalar_type()));
-  }
-  for (size_t i = 0; i < adapters; ++i) {
-    if (!need_bs[i]) continue;
-    const int64_t rank = lora_as[i].size(0);
-    at::Tensor db = at::empty({lora_bs[i].size(0), rank}, at::kFloat);
-    for (size_t q = 0; q < packed.ranges.size(); ++q) {
-      const RowRange& range = packed.ranges[q];
-      if (range.adapter != int(i)) continue;
-      kernels().unpack_panel(p.grad_b + range.panel, rank, range.stop - range.start, 1, rank, rank, 0,
-                             db.data_ptr<float>() + packed.offsets[q] * rank);
-    }
-    out.push_back(db.to(lora_bs[i].scalar_type()));
-  }
+  if (needs[2]) out.push_back(rounded(p.grad_bias, *bias));
+  for (size_t i = 0; i < adapters; ++i)
+    if (need_as[i]) out.push_back(packed.unpacked_a(p.grad_a, lora_as[i], i));
+  for (size_t i = 0; i < adapters; ++i)
+    if (need_bs[i]) out.push_back(packed.unpacked_b(p.grad_b, lora_bs[i], i));
   for (size_t i = 0; i < adapters; ++i) {
     if (!need_scales[i]) continue;
     at::Tensor ds = at::from_blob(p.grad_s + s.rank_begin[i], {lora_as[i].size(0)}, at::kFloat) * factors[i];

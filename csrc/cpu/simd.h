@@ -58,6 +58,14 @@ inline __attribute__((always_inline)) vfloat load(const float* p, Whole) {
 inline __attribute__((always_inline)) void store(float* p, vfloat v, Whole) {
   store(p, v);
 }
+#if FE_VECTOR_BYTES == 64
+inline vfloat load(const float* p, Part part) {
+  return (vfloat)_mm512_maskz_loadu_ps(__mmask16((1u << part.n) - 1), p);
+}
+inline void store(float* p, vfloat v, Part part) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << part.n) - 1), (__m512)v);
+}
+#else
 inline vfloat load(const float* p, Part part) {
   vfloat v{};
   for (int64_t i = 0; i < part.n; ++i) v[i] = p[i];
@@ -66,6 +74,7 @@ inline vfloat load(const float* p, Part part) {
 inline void store(float* p, vfloat v, Part part) {
   for (int64_t i = 0; i < part.n; ++i) p[i] = v[i];
 }
+#endif
 
 inline __attribute__((always_inline)) float sum(vfloat v) {
   float s = 0.f;
@@ -90,6 +99,28 @@ inline __attribute__((always_inline)) vfloat sums_of(const vfloat* v) {
     for (int64_t i = 0; i < S / 2; ++i)
       folded[i] = halves<S, false>(v[i], v[i + S / 2], AllLanes{}) + halves<S, true>(v[i], v[i + S / 2], AllLanes{});
     return sums_of<S / 2>(folded);
+  }
+}
+
+// Lanes I of a where bit S of I is clear, of its neighbour where it is set: the halves of each group of 2 S lanes change places between the
+// two vectors, as in a 2 x 2 transposition of blocks of S.
+template <int64_t S, bool HIGH, int64_t... I>
+inline __attribute__((always_inline)) vfloat exchanged(vfloat a, vfloat b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, ((I & S ? L + I - S : I) + (HIGH ? S : 0))...);
+}
+
+// v[i][l] becomes v[l][i].
+template <int64_t S = 1>
+inline __attribute__((always_inline)) void transpose(vfloat* v) {
+  if constexpr (S < L) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < L; ++i) {
+      if (i & S) continue;
+      const vfloat a = v[i], b = v[i + S];
+      v[i] = exchanged<S, false>(a, b, AllLanes{});
+      v[i + S] = exchanged<S, true>(a, b, AllLanes{});
+    }
+    transpose<2 * S>(v);
   }
 }
 
@@ -150,6 +181,73 @@ inline void from_float(const float* in, int64_t n, void* out, Dtype dtype) {
 #endif
     for (; i < n; ++i) to[i] = _Float16(in[i]);
   }
+}
+
+// L elements of a dtype as one vector, and back.
+template <Dtype D>
+inline __attribute__((always_inline)) vfloat load_as(const void* p) {
+  if constexpr (D == Dtype::f32) {
+    return load(static_cast<const float*>(p));
+  } else {
+    float v[L];
+    to_float(p, D, L, v);
+    return load(v);
+  }
+}
+template <Dtype D>
+inline __attribute__((always_inline)) void store_as(void* p, vfloat v) {
+  if constexpr (D == Dtype::f32) {
+    store(static_cast<float*>(p), v);
+  } else {
+    float values[L];
+    store(values, v);
+    from_float(values, L, p, D);
+  }
+}
+
+// The first n of L elements; what is behind them is neither read nor written.
+template <Dtype D>
+inline vfloat load_as(const void* p, Part part) {
+  if constexpr (D == Dtype::f32) {
+    return load(static_cast<const float*>(p), part);
+  } else {
+    uint16_t bits[L] = {};
+#if FE_VECTOR_BYTES == 64
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(bits), _mm256_maskz_loadu_epi16(__mmask16((1u << part.n) - 1), p));
+#else
+    std::memcpy(bits, p, part.n * sizeof(uint16_t));
+#endif
+    return load_as<D>(bits);
+  }
+}
+template <Dtype D>
+inline void store_as(void* p, vfloat v, Part part) {
+  if constexpr (D == Dtype::f32) {
+    store(static_cast<float*>(p), v, part);
+  } else {
+    uint16_t bits[L];
+    store_as<D>(bits, v);
+#if FE_VECTOR_BYTES == 64
+    _mm256_mask_storeu_epi16(p, __mmask16((1u << part.n) - 1), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bits)));
+#else
+    std::memcpy(p, bits, part.n * sizeof(uint16_t));
+#endif
+  }
+}
+
+// Calls f with the dtype as a compile-time value.
+template <Dtype D>
+struct DtypeOf {
+  static constexpr Dtype value = D;
+};
+template <class F>
+inline void with_dtype(Dtype dtype, F&& f) {
+  if (dtype == Dtype::f32)
+    f(DtypeOf<Dtype::f32>{});
+  else if (dtype == Dtype::bf16)
+    f(DtypeOf<Dtype::bf16>{});
+  else
+    f(DtypeOf<Dtype::f16>{});
 }
 
 inline const void* at(const Matrix& m, int64_t row, int64_t column) {
