@@ -67,7 +67,8 @@ struct Packed {
     for (size_t i = 0; i < lora_as.size(); ++i) {
       const at::Tensor lora_a = as_rows(lora_as[i]);
       over_columns(lora_a.size(0), shape.d_in, [&](int64_t begin, int64_t end) {
-        k.pack_panel(part_of(lora_a, 0, begin), lora_a.size(0), end - begin, shape.total_rank, rank_begin[i], to + begin * shape.total_rank);
+        k.pack_panel(part_of(lora_a, 0, begin), lora_a.size(0), end - begin, shape.total_rank, rank_begin[i],
+                     to + begin * shape.total_rank);
       });
     }
     for (size_t q = 0; q < ranges.size(); ++q) {

@@ -216,29 +216,17 @@ inline void reduce(const float* c, int64_t ldc, const float* x, int64_t ldx, int
                       __attribute__((always_inline)) { reduce_tail<decltype(w)::value>(ck, ldc, xj, ldx, rows, n - j, g, fresh); });
 }
 
-// f(column, extent) over vectors of columns [0, n).
+// f(rank, column, extent) over the vectors of [r, n], in strips of several vectors along each rank: ranks lie a row apart, where single
+// vectors would meet in a few sets of the first-level cache and escape the prefetcher.
 template <class F>
-inline __attribute__((always_inline)) void over_vectors(int64_t n, F&& f) {
+inline __attribute__((always_inline)) void over_strips(int64_t r, int64_t n, F&& f) {
+  constexpr int64_t STRIP = 8 * L;
   int64_t j = 0;
-  for (; j + L <= n; j += L) f(j, Whole{});
-  if (j < n) f(j, Part{n - j});
-}
-
-template <Dtype D, class Pointer>
-inline __attribute__((always_inline)) vfloat load_part(Pointer p, Whole) {
-  return load_as<D>(p);
-}
-template <Dtype D, class Pointer>
-inline __attribute__((always_inline)) vfloat load_part(Pointer p, Part part) {
-  return load_as<D>(p, part);
-}
-template <Dtype D, class Pointer>
-inline __attribute__((always_inline)) void store_part(Pointer p, vfloat v, Whole) {
-  store_as<D>(p, v);
-}
-template <Dtype D, class Pointer>
-inline __attribute__((always_inline)) void store_part(Pointer p, vfloat v, Part part) {
-  store_as<D>(p, v, part);
+  for (; j + STRIP <= n; j += STRIP)
+    for (int64_t k = 0; k < r; ++k)
+#pragma GCC unroll 8
+      for (int64_t v = 0; v < STRIP; v += L) f(k, j + v, Whole{});
+  for (int64_t k = 0; k < r; ++k) over_vectors(n - j, [&](int64_t v, auto extent) __attribute__((always_inline)) { f(k, j + v, extent); });
 }
 
 inline int64_t count_of(Whole) {
@@ -252,8 +240,8 @@ inline int64_t count_of(Part part) {
 inline void pack_panel(Matrix rows, int64_t r, int64_t n, int64_t total, int64_t first, float* panel) {
   with_dtype(rows.dtype, [&](auto d) {
     constexpr Dtype D = decltype(d)::value;
-    over_vectors(n, [&](int64_t j, auto extent) {
-      for (int64_t k = 0; k < r; ++k) store(panel + (j * total) + (first + k) * L, load_part<D>(at(rows, k, j), extent));
+    over_strips(r, n, [&](int64_t k, int64_t j, auto extent) __attribute__((always_inline)) {
+      store(panel + j * total + (first + k) * L, load_as<D>(at(rows, k, j), extent));
     });
   });
 }
@@ -265,9 +253,13 @@ inline void pack_transposed(Matrix rows, int64_t r, int64_t n, float* panel) {
     over_vectors(n, [&](int64_t j, auto columns) {
       over_vectors(r, [&](int64_t k, auto ranks) {
         vfloat v[L] = {};
-        for (int64_t i = 0; i < count_of(columns); ++i) v[i] = load_part<D>(at(rows, j + i, k), ranks);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < L; ++i)
+          if (i < count_of(columns)) v[i] = load_as<D>(at(rows, j + i, k), ranks);
         transpose(v);
-        for (int64_t i = 0; i < count_of(ranks); ++i) store(panel + j * r + (k + i) * L, v[i]);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < L; ++i)
+          if (i < count_of(ranks)) store(panel + j * r + (k + i) * L, v[i]);
       });
     });
   });
@@ -277,8 +269,8 @@ inline void pack_transposed(Matrix rows, int64_t r, int64_t n, float* panel) {
 inline void unpack_panel(const float* panel, int64_t r, int64_t n, int64_t total, int64_t first, Matrix rows) {
   with_dtype(rows.dtype, [&](auto d) {
     constexpr Dtype D = decltype(d)::value;
-    over_vectors(n, [&](int64_t j, auto extent) {
-      for (int64_t k = 0; k < r; ++k) store_part<D>(at(rows, k, j), load(panel + (j * total) + (first + k) * L), extent);
+    over_strips(r, n, [&](int64_t k, int64_t j, auto extent) __attribute__((always_inline)) {
+      store_as<D>(at(rows, k, j), load(panel + j * total + (first + k) * L), extent);
     });
   });
 }
@@ -289,9 +281,13 @@ inline void unpack_transposed(const float* panel, int64_t r, int64_t n, Matrix r
     over_vectors(n, [&](int64_t j, auto columns) {
       over_vectors(r, [&](int64_t k, auto ranks) {
         vfloat v[L] = {};
-        for (int64_t i = 0; i < count_of(ranks); ++i) v[i] = load(panel + j * r + (k + i) * L);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < L; ++i)
+          if (i < count_of(ranks)) v[i] = load(panel + j * r + (k + i) * L);
         transpose(v);
-        for (int64_t i = 0; i < count_of(columns); ++i) store_part<D>(at(rows, j + i, k), v[i], ranks);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < L; ++i)
+          if (i < count_of(columns)) store_as<D>(at(rows, j + i, k), v[i], ranks);
       });
     });
   });

@@ -15,7 +15,7 @@ namespace fe {
 using arguments::OptionalTensors;
 using arguments::Tensors;
 
-constexpr int64_t LINE = 16;  // floats of a cache line: no vector is longer, and buffers begin at one
+constexpr int64_t LINE = 16;                 // floats of a cache line: no vector is longer, and buffers begin at one
 constexpr at::DeviceType DEVICE = at::kCPU;  // of the tensors that kernels take
 
 inline Dtype dtype_of(const at::Tensor& t) {
