@@ -22,6 +22,17 @@ struct Matrix {
   Dtype dtype = Dtype::f32;
 };
 
+// Where a panel lies: the vector of columns [j, j + L) of rank k is at data + j per_column + k per_rank.
+struct Panel {
+  float* data = nullptr;
+  int64_t per_column = 0, per_rank = 0;
+};
+
+// C [rows, columns] in fp32 (stride ldc) becomes A B, or A B is added to it, on the processor's tiles of 16-bit numbers. A [rows, depth] is
+// bf16 with stride lda; B [depth, columns] is bf16 in pairs of rows: word (i, j) of stride ldb has its elements (2 i, j) and (2 i + 1, j).
+using TileProduct = void (*)(int64_t rows, int64_t columns, int64_t depth, int64_t lda, int64_t ldb, int64_t ldc, bool add,
+                             const uint16_t* a, const uint32_t* b, float* c);
+
 // Output rows [start, stop) of the layer belong to rows [offset, offset + stop - start) of B of one adapter.
 struct RowRange {
   int adapter = 0;
@@ -41,6 +52,7 @@ struct LoraShape {
   Dtype dtype = Dtype::f32;        // of x, y and their gradients
   double dropout_p = 0.0;
   uint64_t seed = 0;
+  TileProduct product = nullptr;  // where given, the panels are the factors as bf16 words for it (tiled.inl)
 };
 
 struct LoraForward {
@@ -86,12 +98,13 @@ struct FisherBlock {
 struct Kernels {
   const char* name;
   int64_t lanes;  // floats per vector
-  // A panel of the matrix [r, n], as ranks [first_rank, first_rank + r) of total_rank; of the transposed of [n, r]; and the reverse.
-  void (*pack_panel)(Matrix rows, int64_t r, int64_t n, int64_t total_rank, int64_t first_rank, float* panel);
-  void (*pack_transposed)(Matrix rows, int64_t r, int64_t n, float* panel);
-  void (*unpack_panel)(const float* panel, int64_t r, int64_t n, int64_t total_rank, int64_t first_rank, Matrix rows);
-  void (*unpack_transposed)(const float* panel, int64_t r, int64_t n, Matrix rows);
-  int64_t (*lora_scratch)(const LoraShape&, int64_t rows);  // floats of scratch for a call of at most so many rows
+  // A panel of r ranks and n columns from a matrix [r, n], from one [n, r], and the reverse.
+  void (*pack_panel)(Matrix rows, int64_t r, int64_t n, Panel panel);
+  void (*pack_transposed)(Matrix rows, int64_t r, int64_t n, Panel panel);
+  void (*unpack_panel)(Panel panel, int64_t r, int64_t n, Matrix rows);
+  void (*unpack_transposed)(Panel panel, int64_t r, int64_t n, Matrix rows);
+  void (*pack_pairs)(Matrix rows, int64_t depth, int64_t n, uint32_t* words);  // of rows, for tile products; depth is even
+  int64_t (*lora_scratch)(const LoraShape&, int64_t rows);                     // floats of scratch for a call of at most so many rows
   void (*lora_forward)(const LoraForward&, int64_t m0, int64_t m1, float* scratch);
   void (*lora_backward)(const LoraBackward&, int64_t m0, int64_t m1, float* scratch);
   int64_t (*penalty_scratch)(int64_t rank, int64_t d_in);  // floats of scratch per thread

@@ -3,78 +3,9 @@
 //   backward  u = (dy B) s;  dB += dy^T (z s);  dA += u^T x;  dx <- u A          then dx += dy W
 // Rows go in chunks that stay in the second-level cache, so dy and x are read from memory once for all that is computed from them.
 #pragma once
-#include "lowrank.h"
-#include "philox.h"
+#include "lora_tiles.inl"
 
 namespace fe::FE_ISA {
-
-constexpr int64_t CHUNK_FLOATS = 128 * 1024, MIN_CHUNK = 12, MAX_CHUNK = 48;
-
-inline int64_t widest(const LoraShape& s) {
-  return round_up(s.d_in > s.d_out ? s.d_in : s.d_out, MASK_BLOCK);
-}
-
-inline int64_t chunk_rows(const LoraShape& s, int64_t rows) {
-  int64_t chunk = CHUNK_FLOATS / widest(s) / MIN_CHUNK * MIN_CHUNK;
-  chunk = chunk < MIN_CHUNK ? MIN_CHUNK : chunk > MAX_CHUNK ? MAX_CHUNK : chunk;
-  return rows < chunk ? rows : chunk;
-}
-
-// Buffers of one call, cut from its scratch. fp32 rows that nothing is dropped from are used where they are and need none.
-struct LoraBuffers {
-  int64_t chunk, wide;
-  float *x = nullptr, *dy = nullptr, *mask = nullptr, *bias, *scaled, *sums, *lanes;
-  int64_t size;  // floats
-
-  LoraBuffers(const LoraShape& s, int64_t rows, float* scratch) : chunk(chunk_rows(s, rows)), wide(widest(s)) {
-    float* next = scratch;
-    const auto take = [&](int64_t floats) {
-      float* taken = next;
-      next += aligned(floats);
-      return taken;
-    };
-    const bool dropped = s.dropout_p > 0.0, converted = s.dtype != Dtype::f32;
-    if (converted || dropped) x = take(chunk * wide);
-    if (converted) dy = take(chunk * wide);
-    if (dropped) mask = take(chunk * wide);
-    bias = take(s.d_out);
-    scaled = take(chunk * s.total_rank);
-    sums = take(chunk * s.total_rank);
-    lanes = take(DOT_ROWS * s.total_rank * L);
-    size = next - scratch;
-  }
-};
-
-inline int64_t lora_scratch(const LoraShape& s, int64_t rows) {
-  return LoraBuffers(s, rows, nullptr).size;
-}
-
-struct Rows {
-  const float* data;
-  int64_t stride;
-};
-
-// Rows [m, m + n) as floats: in place where they are, else converted into `buffer`.
-inline Rows float_rows(const Matrix& source, int64_t m, int64_t n, int64_t columns, float* buffer) {
-  if (source.dtype == Dtype::f32) return {static_cast<const float*>(at(source, m, 0)), source.stride};
-  for (int64_t i = 0; i < n; ++i) to_float(at(source, m + i, 0), source.dtype, columns, buffer + i * columns);
-  return {buffer, columns};
-}
-
-inline void mask_rows(const LoraShape& s, int64_t m, int64_t n, float* mask) {
-  for (int64_t i = 0; i < n; ++i) dropout_row(s.seed, m + i, s.d_in, s.dropout_p, mask + i * widest(s));
-}
-
-inline Rows times(Rows x, Rows mask, int64_t n, int64_t columns, float* out) {
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < columns; ++j) out[i * columns + j] = x.data[i * x.stride + j] * mask.data[i * mask.stride + j];
-  return {out, columns};
-}
-
-inline void scale_rows(const float* in, const float* scale, int64_t n, int64_t ranks, float* out) {
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t k = 0; k < ranks; ++k) out[i * ranks + k] = in[i * ranks + k] * scale[k];
-}
 
 // y rows <- bias + (z s) B^T on the adapters' columns, bias elsewhere; `out` is fp32 with the given stride.
 inline void seed_output(const LoraShape& s, const float* zs, int64_t n, const float* bias, float* out, int64_t stride) {
@@ -108,6 +39,7 @@ inline void lora_forward(const LoraForward& p, int64_t m0, int64_t m1, float* sc
   const LoraBuffers buffers(s, m1 - m0, scratch);
   const int64_t R = s.total_rank;
   if (p.bias) to_float(p.bias, p.y.dtype, s.d_out, buffers.bias);
+  if (s.product) return tiled_forward(p, m0, m1, buffers);
   for (int64_t m = m0; m < m1; m += buffers.chunk) {
     const int64_t n = m1 - m < buffers.chunk ? m1 - m : buffers.chunk;
     Rows x = float_rows(p.x, m, n, s.d_in, buffers.x);
@@ -147,9 +79,7 @@ inline void project(const LoraBackward& p, Rows dy, int64_t n, const float* z, f
     }
     sum_lanes(lanes, rows * R, u + i * R);
   });
-  if (p.need_s)
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t k = 0; k < R; ++k) p.grad_s[k] += u[i * R + k] * z[i * R + k];
+  if (p.need_s) add_scales(u, z, n, R, p.grad_s);
   scale_rows(u, s.scale, n, R, u);
 }
 
@@ -174,15 +104,14 @@ inline void lora_backward(const LoraBackward& p, int64_t m0, int64_t m1, float* 
   const bool masked = s.dropout_p > 0.0 && (p.need_a || p.need_dx);
   if (p.need_s) std::memset(p.grad_s, 0, R * sizeof(float));
   if (p.need_bias) std::memset(p.grad_bias, 0, s.d_out * sizeof(float));
+  if (s.product) return tiled_backward(p, m0, m1, buffers);
   for (int64_t m = m0; m < m1; m += buffers.chunk) {
     const int64_t n = m1 - m < buffers.chunk ? m1 - m : buffers.chunk;
     const bool fresh = m == m0;
     const Rows dy = float_rows(p.dy, m, n, s.d_out, buffers.dy);
     const float* z = p.z ? p.z + m * R : nullptr;
     float* u = buffers.sums;
-    if (p.need_bias)
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t j = 0; j < s.d_out; ++j) p.grad_bias[j] += dy.data[i * dy.stride + j];
+    if (p.need_bias) add_rows(dy, n, s.d_out, p.grad_bias);
     if (p.need_dx || p.need_a || p.need_s) project(p, dy, n, z, u, buffers.lanes);
     if (p.need_b) {
       scale_rows(z, s.scale, n, R, buffers.scaled);

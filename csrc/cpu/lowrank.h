@@ -229,6 +229,11 @@ inline __attribute__((always_inline)) void over_strips(int64_t r, int64_t n, F&&
   for (int64_t k = 0; k < r; ++k) over_vectors(n - j, [&](int64_t v, auto extent) __attribute__((always_inline)) { f(k, j + v, extent); });
 }
 
+// The vector of rank k from column j on, a multiple of L.
+inline float* vector_at(const Panel& panel, int64_t k, int64_t j) {
+  return panel.data + j * panel.per_column + k * panel.per_rank;
+}
+
 inline int64_t count_of(Whole) {
   return L;
 }
@@ -236,18 +241,18 @@ inline int64_t count_of(Part part) {
   return part.n;
 }
 
-// The ranks [first, first + r) of a panel of `total` ranks and n columns from a matrix [r, n] (A).
-inline void pack_panel(Matrix rows, int64_t r, int64_t n, int64_t total, int64_t first, float* panel) {
+// A panel of r ranks and n columns from a matrix [r, n] (A).
+inline void pack_panel(Matrix rows, int64_t r, int64_t n, Panel panel) {
   with_dtype(rows.dtype, [&](auto d) {
     constexpr Dtype D = decltype(d)::value;
     over_strips(r, n, [&](int64_t k, int64_t j, auto extent) __attribute__((always_inline)) {
-      store(panel + j * total + (first + k) * L, load_as<D>(at(rows, k, j), extent));
+      store(vector_at(panel, k, j), load_as<D>(at(rows, k, j), extent));
     });
   });
 }
 
-// A panel of r ranks and n columns from a matrix [n, r] (B).
-inline void pack_transposed(Matrix rows, int64_t r, int64_t n, float* panel) {
+// The same from a matrix [n, r] (B).
+inline void pack_transposed(Matrix rows, int64_t r, int64_t n, Panel panel) {
   with_dtype(rows.dtype, [&](auto d) {
     constexpr Dtype D = decltype(d)::value;
     over_vectors(n, [&](int64_t j, auto columns) {
@@ -259,23 +264,23 @@ inline void pack_transposed(Matrix rows, int64_t r, int64_t n, float* panel) {
         transpose(v);
 #pragma GCC unroll 16
         for (int64_t i = 0; i < L; ++i)
-          if (i < count_of(ranks)) store(panel + j * r + (k + i) * L, v[i]);
+          if (i < count_of(ranks)) store(vector_at(panel, k + i, j), v[i]);
       });
     });
   });
 }
 
-// The reverse of pack_panel and of pack_transposed, rounding to the dtype of `rows`.
-inline void unpack_panel(const float* panel, int64_t r, int64_t n, int64_t total, int64_t first, Matrix rows) {
+// The reverse of both, rounding to the dtype of `rows`.
+inline void unpack_panel(Panel panel, int64_t r, int64_t n, Matrix rows) {
   with_dtype(rows.dtype, [&](auto d) {
     constexpr Dtype D = decltype(d)::value;
     over_strips(r, n, [&](int64_t k, int64_t j, auto extent) __attribute__((always_inline)) {
-      store_as<D>(at(rows, k, j), load(panel + j * total + (first + k) * L), extent);
+      store_as<D>(at(rows, k, j), load(vector_at(panel, k, j)), extent);
     });
   });
 }
 
-inline void unpack_transposed(const float* panel, int64_t r, int64_t n, Matrix rows) {
+inline void unpack_transposed(Panel panel, int64_t r, int64_t n, Matrix rows) {
   with_dtype(rows.dtype, [&](auto d) {
     constexpr Dtype D = decltype(d)::value;
     over_vectors(n, [&](int64_t j, auto columns) {
@@ -283,7 +288,7 @@ inline void unpack_transposed(const float* panel, int64_t r, int64_t n, Matrix r
         vfloat v[L] = {};
 #pragma GCC unroll 16
         for (int64_t i = 0; i < L; ++i)
-          if (i < count_of(ranks)) v[i] = load(panel + j * r + (k + i) * L);
+          if (i < count_of(ranks)) v[i] = load(vector_at(panel, k + i, j));
         transpose(v);
 #pragma GCC unroll 16
         for (int64_t i = 0; i < L; ++i)

@@ -17,6 +17,7 @@ const Kernels table = {
     .pack_transposed = pack_transposed,
     .unpack_panel = unpack_panel,
     .unpack_transposed = unpack_transposed,
+    .pack_pairs = pack_pairs,
     .lora_scratch = lora_scratch,
     .lora_forward = lora_forward,
     .lora_backward = lora_backward,
