@@ -8,8 +8,9 @@ namespace {
 
 // Products per thread below which starting a thread costs more than it saves, and rows below which a register block is not full.
 constexpr int64_t LEAST_PRODUCTS = 384 * 1024, LEAST_ROWS = 8;
-constexpr int64_t LEAST_TILE_ROWS = 32, LEAST_TILE_RANKS = 32;  // rows and ranks below which vectors are faster than tiles
-constexpr int64_t LEAST_PACKED = 64 * 1024;                     // floats per thread, likewise
+// Numbers z of a call below which vectors are faster than tiles, which convert rows and factors first, and the depth of a tile.
+constexpr int64_t LEAST_TILED = 2048, TILE_DEPTH = 32;
+constexpr int64_t LEAST_PACKED = 64 * 1024;  // floats per thread, likewise
 
 int64_t padded(int64_t floats) {
   return (floats + LINE - 1) / LINE * LINE;
@@ -90,14 +91,14 @@ struct Packed {
   // Whether tiles of 16-bit numbers compute all products: where the processor has them, all numbers are bf16, sizes are those of whole tiles
   // and there is enough to do for what they need beforehand.
   bool suits_tiles(int64_t rows, const Tensors& lora_as, const Tensors& lora_bs) const {
-    if (rows < LEAST_TILE_ROWS || shape.total_rank < LEAST_TILE_RANKS || shape.dtype != Dtype::bf16 || shape.dropout_p > 0.0) return false;
+    if (rows < TILE_DEPTH || rows * shape.total_rank < LEAST_TILED || shape.dtype != Dtype::bf16 || shape.dropout_p > 0.0) return false;
     const auto whole = [](int64_t size, int64_t unit) { return size % unit == 0; };
     const auto dense = [&](const at::Tensor& t) { return t.scalar_type() == at::kBFloat16 && whole(t.size(0) == 1 ? 0 : t.stride(0), 2); };
     for (const RowRange& range : ranges)
-      if (!whole(range.start, 2) || !whole(range.stop - range.start, 32)) return false;
+      if (!whole(range.start, 2) || !whole(range.stop - range.start, TILE_DEPTH)) return false;
     for (size_t i = 0; i < lora_as.size(); ++i)
-      if (!whole(lora_as[i].size(0), 16) || !dense(lora_as[i]) || !dense(lora_bs[i])) return false;
-    return whole(shape.d_in, 32) && has_tiles();
+      if (!whole(lora_as[i].size(0), TILE_DEPTH / 2) || !dense(lora_as[i]) || !dense(lora_bs[i])) return false;
+    return whole(shape.d_in, TILE_DEPTH) && has_tiles();
   }
 
   // Packs the factors into a_floats + b_floats floats, for the forward or the backward.

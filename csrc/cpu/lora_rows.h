@@ -22,7 +22,7 @@ inline int64_t chunk_rows(const LoraShape& s, int64_t rows) {
 // Buffers of one call, cut from its scratch. fp32 rows that nothing is dropped from are used where they are and need none.
 struct LoraBuffers {
   int64_t chunk, wide;
-  float *x = nullptr, *dy = nullptr, *mask = nullptr, *bias, *scaled, *sums, *lanes = nullptr;
+  float *x = nullptr, *dy = nullptr, *mask = nullptr, *bias, *scaled, *sums, *lanes = nullptr, *turned = nullptr;
   uint32_t* words = nullptr;       // rows in pairs
   uint16_t *high = nullptr, *low;  // what tile products take for fp32 numbers
   int64_t size;                    // floats
@@ -44,6 +44,7 @@ struct LoraBuffers {
     if (s.product) {
       const int64_t depth = round_up(chunk, TILE_DEPTH), split = depth * s.total_rank / 2;
       words = reinterpret_cast<uint32_t*>(take(depth / 2 * wide));
+      turned = take(depth * s.total_rank);
       high = reinterpret_cast<uint16_t*>(take(split));
       low = reinterpret_cast<uint16_t*>(take(split));
     } else {

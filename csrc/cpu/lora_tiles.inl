@@ -28,37 +28,20 @@ inline int64_t pair_rows(const Matrix& source, int64_t m, int64_t n, int64_t col
   return depth;
 }
 
-inline uint16_t rounded_to_bf16(float f) {
-  uint32_t u;
-  std::memcpy(&u, &f, 4);
-  const uint16_t rounded = uint16_t((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
-  return f == f ? rounded : uint16_t(0x7FC0);
+// values ~ high + low. Inf stays Inf: its rest, Inf - Inf, counts as 0.
+inline void split(const float* values, int64_t count, uint16_t* high, uint16_t* low) {
+  over_vectors(count, [&](int64_t i, auto extent) {
+    const vfloat v = load(values + i, extent), rest = v - widened<Dtype::bf16>(narrowed<Dtype::bf16>(v));
+    store_as<Dtype::bf16>(high + i, v, extent);
+    store_as<Dtype::bf16>(low + i, (vfloat)((vwide)rest & (vwide)(rest == rest)), extent);
+  });
 }
 
-inline float widened_from_bf16(uint16_t bits) {
-  const uint32_t u = uint32_t(bits) << 16;
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
-}
-
-// values ~ high + low. Inf stays Inf (and is not Inf - Inf in `low`).
-inline void split(float value, uint16_t& high, uint16_t& low) {
-  high = rounded_to_bf16(value);
-  const float rest = value - widened_from_bf16(high);
-  low = rest == rest ? rounded_to_bf16(rest) : uint16_t(0);
-}
-
-inline void split_rows(const float* values, int64_t count, uint16_t* high, uint16_t* low) {
-  for (int64_t i = 0; i < count; ++i) split(values[i], high[i], low[i]);
-}
-
-// The transposed, [ranks, depth], with zeros behind the n rows.
-inline void split_transposed(const float* values, int64_t n, int64_t ranks, int64_t depth, uint16_t* high, uint16_t* low) {
-  for (int64_t k = 0; k < ranks; ++k) {
-    for (int64_t i = 0; i < n; ++i) split(values[i * ranks + k], high[k * depth + i], low[k * depth + i]);
-    for (int64_t i = n; i < depth; ++i) high[k * depth + i] = low[k * depth + i] = 0;
-  }
+// The transposed of values [n, ranks]: [ranks, depth], with zeros behind the n rows.
+inline void split_transposed(const float* values, int64_t n, int64_t ranks, int64_t depth, float* turned, uint16_t* high, uint16_t* low) {
+  std::memset(turned, 0, ranks * depth * sizeof(float));
+  pack_transposed({const_cast<float*>(values), ranks, Dtype::f32}, ranks, n, {turned, 1, depth});
+  split(turned, ranks * depth, high, low);
 }
 
 inline const uint16_t* bf16_at(const Matrix& m, int64_t row, int64_t column) {
@@ -88,19 +71,25 @@ inline void tiled_forward(const LoraForward& p, int64_t m0, int64_t m1, const Lo
     float *z = p.z + m * R, *y = buffers.x;
     s.product(n, R, s.d_in, p.x.stride, R, R, false, bf16_at(p.x, m, 0), words_of(s.a_panel), z);
     scale_rows(z, s.scale, n, R, buffers.scaled);
-    split_rows(buffers.scaled, n * R, buffers.high, buffers.low);
-    for (int64_t i = 0; i < n; ++i) {
-      if (p.bias)
-        std::memcpy(y + i * s.d_out, buffers.bias, s.d_out * sizeof(float));
-      else
-        std::memset(y + i * s.d_out, 0, s.d_out * sizeof(float));
-    }
+    split(buffers.scaled, n * R, buffers.high, buffers.low);
+    const bool whole = s.n_ranges == 1 && s.ranges[0].stop - s.ranges[0].start == s.d_out;
+    if (!whole) std::memset(y, 0, n * s.d_out * sizeof(float));
     over_ranges(s, [&](const RowRange& range, int64_t first, int64_t rank, int64_t columns) {
       for (const uint16_t* part : parts)
-        s.product(n, columns, rank, R, columns, s.d_out, true, part + first, words_of(s.b_panel + range.panel), y + range.start);
+        s.product(n, columns, rank, R, columns, s.d_out, !whole || part == buffers.low, part + first, words_of(s.b_panel + range.panel),
+                  y + range.start);
     });
     Matrix out = p.y;
-    for (int64_t i = 0; i < n; ++i) from_float(y + i * s.d_out, s.d_out, at(out, m + i, 0), out.dtype);
+    for (int64_t i = 0; i < n; ++i) {
+      uint16_t* to = static_cast<uint16_t*>(at(out, m + i, 0));
+      const float *from = y + i * s.d_out, *bias = buffers.bias;
+      if (p.bias)
+        over_vectors(s.d_out, [&](int64_t j, auto extent) {
+          store_as<Dtype::bf16>(to + j, load(from + j, extent) + load(bias + j, extent), extent);
+        });
+      else
+        from_float(from, s.d_out, to, out.dtype);
+    }
   }
 }
 
@@ -126,7 +115,7 @@ inline void tiled_backward(const LoraBackward& p, int64_t m0, int64_t m1, const 
     if (p.need_b) {
       const int64_t depth = pair_rows(p.dy, m, n, s.d_out, buffers.words);
       scale_rows(z, s.scale, n, R, buffers.scaled);
-      split_transposed(buffers.scaled, n, R, depth, buffers.high, buffers.low);
+      split_transposed(buffers.scaled, n, R, depth, buffers.turned, buffers.high, buffers.low);
       over_ranges(s, [&](const RowRange& range, int64_t first, int64_t rank, int64_t columns) {
         for (const uint16_t* part : parts)
           s.product(rank, columns, depth, depth, s.d_out, columns, add || part == buffers.low, part + first * depth,
@@ -135,13 +124,13 @@ inline void tiled_backward(const LoraBackward& p, int64_t m0, int64_t m1, const 
     }
     if (p.need_a) {
       const int64_t depth = pair_rows(p.x, m, n, s.d_in, buffers.words);
-      split_transposed(u, n, R, depth, buffers.high, buffers.low);
+      split_transposed(u, n, R, depth, buffers.turned, buffers.high, buffers.low);
       for (const uint16_t* part : parts)
         s.product(R, s.d_in, depth, depth, s.d_in, s.d_in, add || part == buffers.low, part, buffers.words, p.grad_a);
     }
     if (p.need_dx) {
       Matrix dx = p.dx;
-      split_rows(u, n * R, buffers.high, buffers.low);
+      split(u, n * R, buffers.high, buffers.low);
       for (const uint16_t* part : parts)
         s.product(n, s.d_in, R, R, s.d_in, s.d_in, part == buffers.low, part, words_of(s.a_panel), buffers.x);
       for (int64_t i = 0; i < n; ++i) from_float(buffers.x + i * s.d_in, s.d_in, at(dx, m + i, 0), dx.dtype);
