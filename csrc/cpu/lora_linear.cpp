@@ -1,173 +1,9 @@
 // LoRA linear on the CPU: packs the factors, runs the row passes on all threads, and has BLAS add the base product.
-#include <ATen/native/CPUBlas.h>
-
-#include "tensors.h"
+#include "few_rows.h"
+#include "packed.h"
 
 namespace fe {
 namespace {
-
-// Products per thread below which starting a thread costs more than it saves, and rows below which a register block is not full.
-constexpr int64_t LEAST_PRODUCTS = 384 * 1024, LEAST_ROWS = 8;
-// Numbers z of a call below which vectors are faster than tiles, which convert rows and factors first, and the depth of a tile.
-constexpr int64_t LEAST_TILED = 2048, TILE_DEPTH = 32;
-constexpr int64_t LEAST_PACKED = 64 * 1024;  // floats per thread, likewise
-
-int64_t padded(int64_t floats) {
-  return (floats + LINE - 1) / LINE * LINE;
-}
-
-// f(begin, end) over ranges of the columns of a panel of `rank` ranks, on several threads where it is large.
-template <class F>
-void over_columns(int64_t rank, int64_t columns, const F& f) {
-  const int64_t lanes = kernels().lanes, least = std::max<int64_t>(1, LEAST_PACKED / (rank * lanes));
-  at::parallel_for(0, (columns + lanes - 1) / lanes, least,
-                   [&](int64_t first, int64_t last) { f(first * lanes, std::min(columns, last * lanes)); });
-}
-
-// From column `begin` and rank `first` on, of a panel of `total` ranks.
-Panel panel_of(float* panel, int64_t total, int64_t first, int64_t begin) {
-  return {panel + begin * total + first * kernels().lanes, total, kernels().lanes};
-}
-
-// Rows of bf16 as rows of pairs.
-Matrix pairs_of(const at::Tensor& rows) {
-  return {rows.data_ptr(), rows.stride(0) / 2, Dtype::f32};
-}
-
-uint32_t* words_at(float* floats, int64_t offset) {
-  return reinterpret_cast<uint32_t*>(floats) + offset;
-}
-
-void tile_product(int64_t rows, int64_t columns, int64_t depth, int64_t lda, int64_t ldb, int64_t ldc, bool add, const uint16_t* a,
-                  const uint32_t* b, float* c) {
-  at::native::cpublas::brgemm(rows, columns, depth, lda, ldb, ldc, add, reinterpret_cast<const at::BFloat16*>(a),
-                              reinterpret_cast<const at::BFloat16*>(b), c);
-}
-
-bool has_tiles() {
-  static const bool has = at::native::cpublas::could_pack(at::kBFloat16) && std::string(kernels().name) == "avx512";
-  return has;
-}
-
-// The low-rank part of one call; owns what LoraShape points to, but for the panels.
-struct Packed {
-  std::vector<int64_t> rank_begin{0};
-  std::vector<RowRange> ranges;
-  std::vector<int64_t> offsets;  // first row of B of each range
-  std::vector<float> scale;
-  int64_t a_floats = 0, b_floats = 0;
-  LoraShape shape;
-
-  Packed(const at::Tensor& weight, const Tensors& lora_as, const Tensors& lora_bs, const OptionalTensors& scales,
-         const std::vector<double>& factors, const std::vector<int64_t>& rows, double dropout_p, const std::optional<at::Tensor>& seed) {
-    for (size_t i = 0; i < lora_as.size(); ++i) {
-      const int64_t rank = lora_as[i].size(0);
-      const auto s = scale_of(scales[i], factors[i], rank);
-      scale.insert(scale.end(), s.begin(), s.end());
-      rank_begin.push_back(rank_begin.back() + rank);
-    }
-    std::vector<int64_t> used(lora_as.size(), 0);
-    for (size_t q = 0; q + 2 < rows.size(); q += 3) {
-      const int64_t adapter = rows[q], length = rows[q + 2] - rows[q + 1];
-      ranges.push_back({int(adapter), rows[q + 1], rows[q + 2], b_floats});
-      offsets.push_back(used[adapter]);
-      used[adapter] += length;
-      b_floats += lora_as[adapter].size(0) * padded(length);
-    }
-    a_floats = rank_begin.back() * padded(weight.size(1));
-    shape.d_in = weight.size(1);
-    shape.d_out = weight.size(0);
-    shape.total_rank = rank_begin.back();
-    shape.rank_begin = rank_begin.data();
-    shape.ranges = ranges.data();
-    shape.n_ranges = int64_t(ranges.size());
-    shape.scale = scale.data();
-    shape.dtype = dtype_of(weight);
-    shape.dropout_p = dropout_p;
-    shape.seed = seed ? uint64_t(seed->item<int64_t>()) : 0;
-  }
-  Packed(const Packed&) = delete;
-
-  // Whether tiles of 16-bit numbers compute all products: where the processor has them, all numbers are bf16, sizes are those of whole tiles
-  // and there is enough to do for what they need beforehand.
-  bool suits_tiles(int64_t rows, const Tensors& lora_as, const Tensors& lora_bs) const {
-    if (rows < TILE_DEPTH || rows * shape.total_rank < LEAST_TILED || shape.dtype != Dtype::bf16 || shape.dropout_p > 0.0) return false;
-    const auto whole = [](int64_t size, int64_t unit) { return size % unit == 0; };
-    const auto dense = [&](const at::Tensor& t) { return t.scalar_type() == at::kBFloat16 && whole(t.size(0) == 1 ? 0 : t.stride(0), 2); };
-    for (const RowRange& range : ranges)
-      if (!whole(range.start, 2) || !whole(range.stop - range.start, TILE_DEPTH)) return false;
-    for (size_t i = 0; i < lora_as.size(); ++i)
-      if (!whole(lora_as[i].size(0), TILE_DEPTH / 2) || !dense(lora_as[i]) || !dense(lora_bs[i])) return false;
-    return whole(shape.d_in, TILE_DEPTH) && has_tiles();
-  }
-
-  // Packs the factors into a_floats + b_floats floats, for the forward or the backward.
-  void pack(const Tensors& lora_as, const Tensors& lora_bs, bool backward, float* to) {
-    const Kernels& k = kernels();
-    shape.a_panel = to;
-    shape.b_panel = to + a_floats;
-    for (size_t i = 0; i < lora_as.size(); ++i) {
-      const at::Tensor lora_a = as_rows(lora_as[i]);
-      const int64_t rank = lora_a.size(0), first = rank_begin[i];
-      if (shape.product && backward) {
-        k.pack_pairs(matrix(lora_a), rank, shape.d_in, words_at(to, first / 2 * shape.d_in));
-      } else if (shape.product) {
-        k.pack_transposed(pairs_of(lora_a), shape.d_in / 2, rank, {to + first, 1, shape.total_rank});
-      } else {
-        over_columns(rank, shape.d_in, [&](int64_t begin, int64_t end) {
-          k.pack_panel(part_of(lora_a, 0, begin), rank, end - begin, panel_of(to, shape.total_rank, first, begin));
-        });
-      }
-    }
-    for (size_t q = 0; q < ranges.size(); ++q) {
-      const int64_t columns = ranges[q].stop - ranges[q].start;
-      const at::Tensor lora_b = as_rows(lora_bs[ranges[q].adapter].narrow(0, offsets[q], columns));
-      float* panel = to + a_floats + ranges[q].panel;
-      const int64_t rank = lora_b.size(1);
-      if (shape.product && backward) {
-        k.pack_pairs(matrix(lora_b), columns, rank, words_at(panel, 0));
-      } else if (shape.product) {
-        k.pack_transposed(pairs_of(lora_b), rank / 2, columns, {panel, 1, columns});
-      } else {
-        over_columns(rank, columns, [&](int64_t begin, int64_t end) {
-          k.pack_transposed(part_of(lora_b, begin, 0), rank, end - begin, panel_of(panel, rank, 0, begin));
-        });
-      }
-    }
-  }
-
-  // The gradient of one A, from those of all.
-  at::Tensor unpacked_a(float* grads, const at::Tensor& lora_a, size_t adapter) const {
-    at::Tensor da = at::empty(lora_a.sizes(), lora_a.options());
-    const int64_t first = rank_begin[adapter];
-    over_columns(da.size(0), shape.d_in, [&](int64_t begin, int64_t end) {
-      const Panel panel =
-          shape.product ? Panel{grads + first * shape.d_in + begin, 1, shape.d_in} : panel_of(grads, shape.total_rank, first, begin);
-      kernels().unpack_panel(panel, da.size(0), end - begin, part_of(da, 0, begin));
-    });
-    return da;
-  }
-
-  at::Tensor unpacked_b(float* grads, const at::Tensor& lora_b, size_t adapter) const {
-    at::Tensor db = at::empty(lora_b.sizes(), lora_b.options());
-    const int64_t rank = db.size(1);
-    for (size_t q = 0; q < ranges.size(); ++q) {
-      if (ranges[q].adapter != int(adapter)) continue;
-      const int64_t columns = ranges[q].stop - ranges[q].start;
-      over_columns(rank, columns, [&](int64_t begin, int64_t end) {
-        float* at = grads + ranges[q].panel;
-        const Panel panel = shape.product ? Panel{at + begin, 1, columns} : panel_of(at, rank, 0, begin);
-        kernels().unpack_transposed(panel, rank, end - begin, part_of(db, offsets[q] + begin, 0));
-      });
-    }
-    return db;
-  }
-
-  int64_t parts(int64_t rows) const {
-    const int64_t products = rows * shape.total_rank * (shape.d_in + shape.d_out);
-    return std::min(parts_for(rows, LEAST_ROWS), parts_for(products, LEAST_PRODUCTS));
-  }
-};
 
 // Floats, padded to whole vectors, as a tensor like `like`: a panel of one rank.
 at::Tensor rounded(float* values, const at::Tensor& like) {
@@ -200,13 +36,17 @@ std::tuple<at::Tensor, at::Tensor> lora_linear(const at::Tensor& x, const at::Te
   Packed packed(weight, lora_as, lora_bs, scales, factors, rows, dropout_p, seed);
   const at::Tensor x2 = as_rows(x);
   if (packed.suits_tiles(x2.size(0), lora_as, lora_bs)) packed.shape.product = tile_product;
+  at::Tensor y = at::empty(with_last(x, weight.size(0)), x.options());
+  at::Tensor z = at::empty({x2.size(0), packed.shape.total_rank}, at::kFloat);
+  at::Tensor y2 = y.view({x2.size(0), weight.size(0)});
+  if (few_rows::suits(x2, packed.shape)) {
+    few_rows::forward(packed, x2, weight, bias, lora_as, lora_bs, y2, z);
+    return {y, z};
+  }
   const int64_t m = x2.size(0), parts = packed.parts(m), scratch = kernels().lora_scratch(packed.shape, most_of(m, parts));
   const at::Tensor memory = floats(packed.a_floats + packed.b_floats + parts * scratch);
   float* panels = memory.data_ptr<float>();
   packed.pack(lora_as, lora_bs, /*backward=*/false, panels);
-  at::Tensor y = at::empty(with_last(x, weight.size(0)), x.options());
-  at::Tensor z = at::empty({m, packed.shape.total_rank}, at::kFloat);
-  at::Tensor y2 = y.view({m, weight.size(0)});
   LoraForward p;
   p.shape = packed.shape;
   p.x = matrix(x2);
@@ -223,36 +63,80 @@ std::tuple<at::Tensor, at::Tensor> lora_linear(const at::Tensor& x, const at::Te
   return {y, z};
 }
 
-Tensors lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x, const at::Tensor& weight,
-                             const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& z, const Tensors& lora_as,
-                             const Tensors& lora_bs, const OptionalTensors& scales, const std::vector<double>& factors,
-                             const std::vector<int64_t>& rows, double dropout_p, const std::optional<at::Tensor>& seed,
-                             const std::vector<bool>& needs) {
-  arguments::lora_linear_backward(DEVICE, dy, x, weight, bias, z, lora_as, lora_bs, scales, factors, rows, dropout_p, seed, needs);
-  if (empty::linear(dy, weight)) return empty::lora_linear_backward(dy, weight, bias, lora_as, lora_bs, scales, needs);
-  const at::AutoDispatchBelowADInplaceOrView kernels_alone;
-  Packed packed(weight, lora_as, lora_bs, scales, factors, rows, dropout_p, seed);
-  const LoraShape& s = packed.shape;
-  const at::Tensor dy2 = as_rows(dy);
-  const at::Tensor x2 = x ? as_rows(*x) : at::Tensor();
-  const int64_t m = dy2.size(0);
-  if (packed.suits_tiles(m, lora_as, lora_bs)) packed.shape.product = tile_product;
-  LoraBackward p;
-  p.dy = matrix(dy2);
-  p.need_dx = needs[0];
-  p.need_bias = needs[2];
-  // Of every A, every B, every s.
-  const size_t adapters = lora_as.size();
-  const auto need_as = needs.begin() + 3, need_bs = need_as + adapters, need_scales = need_bs + adapters;
-  const auto any = [&](auto first) { return std::find(first, first + adapters, true) != first + adapters; };
-  p.need_a = any(need_as), p.need_b = any(need_bs), p.need_s = any(need_scales);
-  if (p.need_a) p.x = matrix(x2);
-  if (z) p.z = z->data_ptr<float>();
-  at::Tensor dx;
-  if (p.need_dx) {
-    dx = at::empty(with_last(dy, s.d_in), dy.options());
-    p.dx = {dx.data_ptr(), s.d_in, dtype_of(dx)};
+namespace {
+
+// Which gradients are asked for.
+struct Needs {
+  bool x, weight, bias;
+  std::vector<bool> as, bs, scales;
+  bool any_a, any_b, any_s;
+
+  Needs(const std::vector<bool>& needs, size_t adapters) : x(needs[0]), weight(needs[1]), bias(needs[2]) {
+    const auto first = needs.begin() + 3;
+    as.assign(first, first + adapters);
+    bs.assign(first + adapters, first + 2 * adapters);
+    scales.assign(first + 2 * adapters, first + 3 * adapters);
+    const auto any = [](const std::vector<bool>& of) { return std::find(of.begin(), of.end(), true) != of.end(); };
+    any_a = any(as), any_b = any(bs), any_s = any(scales);
   }
+};
+
+// The gradient of a scale from that of its ranks, without the factor.
+at::Tensor gradient_of_scale(const at::Tensor& ranks, const at::Tensor& scale, double factor) {
+  at::Tensor ds = ranks * factor;
+  if (scale.dim() == 0) ds = ds.sum();
+  return ds.to(scale.scalar_type());
+}
+
+// What a backward takes and returns, on rows.
+struct Rows {
+  const at::Tensor &dy, &x, &weight;
+  const std::optional<at::Tensor>&bias, &z;
+  const Tensors &lora_as, &lora_bs;
+  const OptionalTensors& scales;
+  const std::vector<double>& factors;
+};
+
+// With `dx` [M, d_in] as the gradient of x, where it is asked for.
+Tensors backward_of_few_rows(Packed& packed, const Needs& needs, const Rows& rows, at::Tensor dx) {
+  const auto& [dy, x, weight, bias, z, lora_as, lora_bs, scales, factors] = rows;
+  const size_t adapters = lora_as.size();
+  const auto ranks_of = [&](const at::Tensor& t, size_t i) { return few_rows::part(t, 1, packed.rank_begin[i], lora_as[i].size(0)); };
+  Tensors out;
+  at::Tensor products, u;
+  if (needs.x || needs.any_a || needs.any_s) products = few_rows::projected(packed, dy, lora_bs);
+  if (needs.x || needs.any_a) u = few_rows::scaled(products, packed.scale);
+  if (needs.x) {
+    at::mm_out(dx, dy, weight);
+    for (size_t i = 0; i < adapters; ++i) dx.addmm_(ranks_of(u, i), lora_as[i]);
+  }
+  if (needs.weight) out.push_back(dy.t().mm(x));
+  if (needs.bias) out.push_back(dy.sum(0));
+  for (size_t i = 0; i < adapters; ++i)
+    if (needs.as[i]) out.push_back(ranks_of(u, i).t().mm(x));
+  if (needs.any_b) {
+    const at::Tensor zs = few_rows::scaled(*z, packed.scale);
+    for (size_t i = 0; i < adapters; ++i)
+      if (needs.bs[i]) out.push_back(few_rows::gradient_of_b(packed, dy, zs, lora_bs[i], i));
+  }
+  for (size_t i = 0; i < adapters; ++i)
+    if (needs.scales[i]) out.push_back(gradient_of_scale((ranks_of(products, i) * ranks_of(*z, i)).sum(0), *scales[i], factors[i]));
+  return out;
+}
+
+Tensors backward_by_row_passes(Packed& packed, const Needs& needs, const Rows& rows, at::Tensor dx) {
+  const auto& [dy, x, weight, bias, z, lora_as, lora_bs, scales, factors] = rows;
+  const int64_t m = dy.size(0);
+  const size_t adapters = lora_as.size();
+  if (packed.suits_tiles(m, lora_as, lora_bs)) packed.shape.product = tile_product;
+  const LoraShape& s = packed.shape;
+  LoraBackward p;
+  p.dy = matrix(dy);
+  p.need_dx = needs.x, p.need_bias = needs.bias;
+  p.need_a = needs.any_a, p.need_b = needs.any_b, p.need_s = needs.any_s;
+  if (p.need_a) p.x = matrix(x);
+  if (z) p.z = z->data_ptr<float>();
+  if (p.need_dx) p.dx = matrix(dx);
 
   // Every part has gradients of A, B, s and the bias of its own; they are summed in order, so the bits do not depend on scheduling.
   const int64_t parts = packed.parts(m), scratch = kernels().lora_scratch(s, most_of(m, parts));
@@ -279,22 +163,42 @@ Tensors lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tenso
   bind(p, partial);
 
   Tensors out;
-  if (needs[0]) {
-    dx.view({m, s.d_in}).addmm_(for_blas(dy2), for_blas(weight));
-    out.push_back(dx);
-  }
-  if (needs[1]) out.push_back(for_blas(dy2).t().mm(for_blas(x2)));
-  if (needs[2]) out.push_back(rounded(p.grad_bias, *bias));
+  if (needs.x) dx.addmm_(for_blas(dy), for_blas(weight));
+  if (needs.weight) out.push_back(for_blas(dy).t().mm(for_blas(x)));
+  if (needs.bias) out.push_back(rounded(p.grad_bias, *bias));
   for (size_t i = 0; i < adapters; ++i)
-    if (need_as[i]) out.push_back(packed.unpacked_a(p.grad_a, lora_as[i], i));
+    if (needs.as[i]) out.push_back(packed.unpacked_a(p.grad_a, lora_as[i], i));
   for (size_t i = 0; i < adapters; ++i)
-    if (need_bs[i]) out.push_back(packed.unpacked_b(p.grad_b, lora_bs[i], i));
+    if (needs.bs[i]) out.push_back(packed.unpacked_b(p.grad_b, lora_bs[i], i));
   for (size_t i = 0; i < adapters; ++i) {
-    if (!need_scales[i]) continue;
-    at::Tensor ds = at::from_blob(p.grad_s + s.rank_begin[i], {lora_as[i].size(0)}, at::kFloat) * factors[i];
-    if (scales[i]->dim() == 0) ds = ds.sum();
-    out.push_back(ds.to(scales[i]->scalar_type()));
+    if (!needs.scales[i]) continue;
+    const at::Tensor ranks = at::from_blob(p.grad_s + s.rank_begin[i], {lora_as[i].size(0)}, at::kFloat);
+    out.push_back(gradient_of_scale(ranks, *scales[i], factors[i]));
   }
+  return out;
+}
+
+}  // namespace
+
+Tensors lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x, const at::Tensor& weight,
+                             const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& z, const Tensors& lora_as,
+                             const Tensors& lora_bs, const OptionalTensors& scales, const std::vector<double>& factors,
+                             const std::vector<int64_t>& rows, double dropout_p, const std::optional<at::Tensor>& seed,
+                             const std::vector<bool>& needs) {
+  arguments::lora_linear_backward(DEVICE, dy, x, weight, bias, z, lora_as, lora_bs, scales, factors, rows, dropout_p, seed, needs);
+  if (empty::linear(dy, weight)) return empty::lora_linear_backward(dy, weight, bias, lora_as, lora_bs, scales, needs);
+  const at::AutoDispatchBelowADInplaceOrView kernels_alone;
+  Packed packed(weight, lora_as, lora_bs, scales, factors, rows, dropout_p, seed);
+  const at::Tensor dy2 = as_rows(dy), x2 = x ? as_rows(*x) : at::Tensor();
+  const Needs asked(needs, lora_as.size());
+  at::Tensor dx, dx2;
+  if (asked.x) {
+    dx = at::empty(with_last(dy, weight.size(1)), dy.options());
+    dx2 = dx.view({dy2.size(0), weight.size(1)});
+  }
+  const auto backward = few_rows::suits(dy2, packed.shape) ? backward_of_few_rows : backward_by_row_passes;
+  Tensors out = backward(packed, asked, {dy2, x2, weight, bias, z, lora_as, lora_bs, scales, factors}, dx2);
+  if (asked.x) out.insert(out.begin(), dx);
   return out;
 }
 
