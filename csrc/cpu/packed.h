@@ -9,7 +9,7 @@ namespace fe {
 // Products per thread below which starting a thread costs more than it saves, and rows below which a register block is not full.
 constexpr int64_t LEAST_PRODUCTS = 384 * 1024, LEAST_ROWS = 8;
 // Numbers z of a call below which vectors are faster than tiles, which convert rows and factors first, and the depth of a tile.
-constexpr int64_t LEAST_TILED = 2048, TILE_DEPTH = 32;
+constexpr int64_t LEAST_TILED = 512, TILE_DEPTH = 32;
 constexpr int64_t LEAST_PACKED = 64 * 1024;  // floats per thread, likewise
 
 inline int64_t padded(int64_t floats) {
@@ -91,7 +91,7 @@ struct Packed {
   // Whether tiles of 16-bit numbers compute all products: where the processor has them, all numbers are bf16, sizes are those of whole tiles
   // and there is enough to do for what they need beforehand.
   bool suits_tiles(int64_t rows, const Tensors& lora_as, const Tensors& lora_bs) const {
-    if (rows < TILE_DEPTH || rows * shape.total_rank < LEAST_TILED || shape.dtype != Dtype::bf16 || shape.dropout_p > 0.0) return false;
+    if (rows * shape.total_rank < LEAST_TILED || shape.dtype != Dtype::bf16 || shape.dropout_p > 0.0) return false;
     const auto whole = [](int64_t size, int64_t unit) { return size % unit == 0; };
     const auto dense = [&](const at::Tensor& t) { return t.scalar_type() == at::kBFloat16 && whole(t.size(0) == 1 ? 0 : t.stride(0), 2); };
     for (const RowRange& range : ranges)
