@@ -7,6 +7,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/util/SmallVector.h>
 #include <dlfcn.h>
+#include <torch/csrc/Exceptions.h>
 
 #include <atomic>
 #include <bit>
@@ -106,9 +107,17 @@ struct Launcher {
       parameters.push_back(place >= 0 ? static_cast<void*>(&values[place]) : static_cast<void*>(&maps[-1 - place]));
     driver::CUlaunchConfig config{
         step.grid[0], step.grid[1], step.grid[2], step.threads, 1, 1, unsigned(step.kernel->shared()), stream, nullptr, 0};
-    const auto result = cuda.cuLaunchKernelEx(&config, step.kernel->on(device), parameters.data(), nullptr);
+    const auto result = cuda.cuLaunchKernelEx(&config, loaded(step), parameters.data(), nullptr);
     if (result != 0) driver::check(result, step.about);
     launched.fetch_add(1, std::memory_order_relaxed);
+  }
+
+  driver::CUfunction loaded(const Launch& step) const {
+    try {
+      return step.kernel->on(device);
+    } catch (const driver::Failure& failure) {
+      throw driver::Failure(step.about + ": " + failure.what());
+    }
   }
 
   void encode(const Launch::Map& map, const Buffers& buffers, const Launch& step, driver::CUtensorMap& out) const {
@@ -143,6 +152,15 @@ std::vector<at::Tensor> replayed(const Plan& plan, const Arguments& arguments, d
   return results;
 }
 
+// Raises `BackendError` of errors.py, from whichever thread and through autograd's engine.
+[[noreturn]] void raise(const std::string& message) {
+  const pybind11::gil_scoped_acquire locked;
+  PyErr_SetString(pybind11::module_::import("fused_ewclora.errors").attr("BackendError").ptr(), message.c_str());
+  python_error error;
+  error.persist();
+  throw error;
+}
+
 std::mutex naming;
 std::map<std::string, std::unique_ptr<Host>>& hosts() {
   static auto* all = new std::map<std::string, std::unique_ptr<Host>>;  // its plans hold tensors: never destroyed
@@ -171,9 +189,13 @@ std::optional<std::vector<at::Tensor>> Host::replay(const Arguments& arguments) 
     if (found == plans_.end()) return std::nullopt;
     plan = found->second;
   }
-  // What a graph holds on to is allocated otherwise, once for each graph.
-  if (device_of(arguments).is_cuda() && driver::capturing(stream)) return std::nullopt;
-  return replayed(*plan, arguments, stream);
+  try {
+    // What a graph holds on to is allocated otherwise, once for each graph.
+    if (device_of(arguments).is_cuda() && driver::capturing(stream)) return std::nullopt;
+    return replayed(*plan, arguments, stream);
+  } catch (const driver::Failure& failure) {
+    raise("backend 'triton', " + name + ": " + failure.what());
+  }
 }
 
 bool Host::should_record(const Arguments& arguments) {
@@ -262,9 +284,9 @@ driver::CUstream current_stream(const at::Device& device) {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
     return reinterpret_cast<Current>(dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
   }();
-  TORCH_CHECK(current, "this PyTorch has no aoti_torch_get_current_cuda_stream, which tells its current stream");
+  if (current == nullptr) throw driver::Failure("this PyTorch has no aoti_torch_get_current_cuda_stream, which tells its current stream");
   void* stream = nullptr;
-  TORCH_CHECK(current(device.index(), &stream) == 0, "PyTorch does not tell its current stream");
+  if (current(device.index(), &stream) != 0) throw driver::Failure("PyTorch does not tell its current stream");
   return static_cast<driver::CUstream>(stream);
 }
 

@@ -50,6 +50,10 @@ def _not_outperformed(call: Call) -> str | None:
     return None
 
 
+def _no_remark() -> str | None:
+    return None
+
+
 class Candidate(NamedTuple):
     """One implementation of one op.
 
@@ -58,7 +62,8 @@ class Candidate(NamedTuple):
     name ("triton:prologue"). `recorded`, where there is one, takes the arguments of `run` for a LoRA linear,
     puts a backward of its own on autograd's tape and returns y. `linear`, where there is one, makes of that
     for the backward what computes both in C++ (a `LinearBackend` of the extension), or None; `planned` is what
-    it needs to know of a Triton host, its name and its function.
+    it needs to know of a Triton host, its name and its function. `remark` says what `explain` adds to the
+    algorithm where it serves a call.
     """
 
     backend: str
@@ -70,6 +75,7 @@ class Candidate(NamedTuple):
     recorded: Callable[..., Any] | None = None
     linear: Callable[[Any], Any] | None = None
     planned: tuple[str, Callable[..., Any]] | None = None
+    remark: Callable[[], str | None] = _no_remark
 
 
 def bucket(rows: int) -> int:

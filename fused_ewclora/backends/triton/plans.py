@@ -65,6 +65,8 @@ def unavailable() -> str | None:
         return "plans launch through the CUDA driver, this is a build for AMD"
     try:
         extension.load_driver(*launch.driver())
+        if torch.cuda.is_available():
+            extension.check_stream(torch.cuda.current_device())
     except RuntimeError as error:
         return str(error).splitlines()[0]
     from triton import knobs
@@ -76,6 +78,12 @@ def unavailable() -> str | None:
         if asked:
             return f"{name} is set"
     return None
+
+
+def remark() -> str | None:
+    """What is to be said about launches on a GPU that Triton's own launcher makes, or None."""
+    reason = None if launch.interpreted() else unavailable()
+    return None if reason is None else f"launched by Triton's launcher: {reason}"
 
 
 def forget() -> None:
