@@ -79,7 +79,19 @@ bool capturing(CUstream stream) {
   return status != 0;
 }
 
+// Threads that have not used the device have no context, and PyTorch gives them none before it has to.
+static void ensure_context(CUdevice device, const std::string& what) {
+  const Functions& cuda = functions();
+  CUcontext context = nullptr;
+  check(cuda.cuCtxGetCurrent(&context), what);
+  if (context == nullptr) {
+    check(cuda.cuDevicePrimaryCtxRetain(&context, device), what);
+    check(cuda.cuCtxSetCurrent(context), what);
+  }
+}
+
 CUfunction Kernel::on(CUdevice device) {
+  ensure_context(device, name_);
   const std::lock_guard<std::mutex> guard(lock_);
   CUfunction& function = functions_[{device, &functions()}];
   if (function == nullptr) function = loaded(device);
@@ -88,12 +100,6 @@ CUfunction Kernel::on(CUdevice device) {
 
 CUfunction Kernel::loaded(CUdevice device) const {
   const Functions& cuda = functions();
-  CUcontext context = nullptr;
-  check(cuda.cuCtxGetCurrent(&context), name_);
-  if (context == nullptr) {
-    check(cuda.cuDevicePrimaryCtxRetain(&context, device), name_);
-    check(cuda.cuCtxSetCurrent(context), name_);
-  }
   CUmodule module = nullptr;
   CUfunction function = nullptr;
   check(cuda.cuModuleLoadData(&module, image_.data()), name_ + ": its machine code does not load");

@@ -97,6 +97,7 @@ struct Launcher {
   const std::vector<double>& numbers;
 
   void operator()(const Launch& step, const Buffers& buffers) const {
+    const driver::CUfunction function = loaded(step);
     c10::SmallVector<uint64_t, 64> values(step.values.begin(), step.values.end());
     for (const Launch::Pointer& p : step.pointers) values[p.value] = reinterpret_cast<uint64_t>(buffers.at(p.place));
     for (const Launch::Number& n : step.numbers) values[n.value] = std::bit_cast<uint32_t>(float(numbers[n.number]));
@@ -107,7 +108,7 @@ struct Launcher {
       parameters.push_back(place >= 0 ? static_cast<void*>(&values[place]) : static_cast<void*>(&maps[-1 - place]));
     driver::CUlaunchConfig config{
         step.grid[0], step.grid[1], step.grid[2], step.threads, 1, 1, unsigned(step.kernel->shared()), stream, nullptr, 0};
-    const auto result = cuda.cuLaunchKernelEx(&config, loaded(step), parameters.data(), nullptr);
+    const auto result = cuda.cuLaunchKernelEx(&config, function, parameters.data(), nullptr);
     if (result != 0) driver::check(result, step.about);
     launched.fetch_add(1, std::memory_order_relaxed);
   }
