@@ -192,7 +192,7 @@ std::optional<std::vector<at::Tensor>> Host::replay(const Arguments& arguments) 
   }
   try {
     // What a graph holds on to is allocated otherwise, once for each graph.
-    if (device_of(arguments).is_cuda() && driver::capturing(stream)) return std::nullopt;
+    if (driver::capturing(stream)) return std::nullopt;
     return replayed(*plan, arguments, stream);
   } catch (const driver::Failure& failure) {
     raise("backend 'triton', " + name + ": " + failure.what());
@@ -201,7 +201,9 @@ std::optional<std::vector<at::Tensor>> Host::replay(const Arguments& arguments) 
 
 bool Host::should_record(const Arguments& arguments) {
   if (Bypass::count() > 0) return false;
-  Key key = key_of(arguments, by_address, current_stream(device_of(arguments)));
+  const driver::CUstream stream = current_stream(device_of(arguments));
+  if (driver::capturing(stream)) return false;
+  Key key = key_of(arguments, by_address, stream);
   const std::unique_lock<std::shared_mutex> guard(lock_);
   if (plans_.count(key)) return false;
   for (auto it = recent_.begin(); it != recent_.end(); ++it)

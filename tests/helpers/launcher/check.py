@@ -20,9 +20,10 @@ from ptx.launches import tensors
 
 from fused_ewclora.backends.triton import launch
 
-from . import calls, execution, memory, stub, triton_launcher
+from . import calls, execution, memory, triton_launcher
 from .comparison import Buffers, differences
 
+MOST = 6  # findings of a call that are told
 EXECUTED = ("sm_80", "sm_90")  # what the PTX machine knows
 
 
@@ -32,9 +33,11 @@ def main() -> int:
     parser.add_argument("--kernel", nargs="*", default=(), help="ops whose name contains one of these")
     parser.add_argument("--dtype", nargs="*", default=("bfloat16", "float32"))
     parser.add_argument("--rank", nargs="*", type=int, default=(10,))
-    parser.add_argument("--case", nargs="*", default=(), help="names of calls, as the table gives them")
-    parser.add_argument("--driver", type=int, default=13000, help="the version that the driver says it has")
-    parser.add_argument("--execute", action="store_true", help="execute what the plans hand over, as well")
+    parser.add_argument("--case", nargs="*", default=(), help='calls, as the table names them: "sm_90 merge_ ..."')
+    parser.add_argument("--driver", nargs="*", type=int, default=(13000,), help="versions that the driver says it has")
+    parser.add_argument(
+        "--execute", nargs="*", help="execute what the plans hand over, as well, of all calls or of those named"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     rows, started = [], time.perf_counter()
@@ -58,17 +61,22 @@ def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for call in (*users, *calls.host_calls(arch, dtypes, options.rank)):
             if options.kernel and not any(name in call.name for name in options.kernel):
                 continue
-            if options.case and call.name not in options.case:
+            name = f"{arch} {call.name}"
+            if options.case and name not in options.case:
                 continue
-            found = triton_launcher.activate(arch)
-            found.set(version=options.driver)
-            yield compared(call, arch, found)
-            if options.execute and arch in EXECUTED:
+            for version in options.driver:
+                yield compared(call, arch, version)
+            if options.execute is None or (options.execute and name not in options.execute):
+                continue
+            if arch in EXECUTED:
                 yield executed(call, arch)
 
 
-def compared(call: calls.Call, arch: str, driver: stub.Stub) -> dict[str, Any]:
-    """One call by a plan and by Triton's launcher: the launches of both, and what is not the same."""
+def compared(call: calls.Call, arch: str, version: int) -> dict[str, Any]:
+    """One call by a plan and by Triton's launcher, with a driver of some version: the launches of both, and what is
+    not the same."""
+    driver = triton_launcher.activate(arch)
+    driver.set(version=version)
     given = call.arguments()
     arguments = call.others(given)
     with call.precision_set(), ExitStack() as held:
@@ -88,8 +96,8 @@ def compared(call: calls.Call, arch: str, driver: stub.Stub) -> dict[str, Any]:
     buffers = [Buffers.of(tensors(list(arguments)), one) for one in (made, made_by_plan)]
     found = list(differences(expected, buffers[0], got, buffers[1]))
     return {
-        "arch": arch, "case": call.name, "executed": False, "right": bool(expected) and not found,
-        "launches": [one.function for one in expected], "findings": found,
+        "arch": arch, "case": call.name, "executed": False, "driver": version, "right": bool(expected) and not found,
+        "launches": [one.function for one in expected], "findings": found[:MOST],
     }  # fmt: skip
 
 
@@ -109,7 +117,7 @@ def executed(call: calls.Call, arch: str) -> dict[str, Any]:
     right = bool(launches) and not findings and error <= call.allowed()
     return {
         "arch": arch, "case": call.name, "executed": True, "right": right, "launches": launches,
-        "findings": findings, "error": error, "allowed": call.allowed(),
+        "findings": findings[:MOST], "error": error, "allowed": call.allowed(),
     }  # fmt: skip
 
 
@@ -118,7 +126,7 @@ def line(row: dict[str, Any]) -> str:
     told = f"error {row['error']:.1e} (allowed {row['allowed']:.0e})" if row["executed"] else "compared"
     right = "right" if row["right"] else "WRONG"
     return "\n    ".join(
-        [f"{right}  {row['arch']}  {row['case']:62}  launches {len(row['launches'])}  {told}", *row["findings"][:4]]
+        [f"{right}  {row['arch']}  {row['case']:62}  launches {len(row['launches'])}  {told}", *row["findings"]]
     )
 
 
