@@ -61,9 +61,9 @@ class Candidate(NamedTuple):
     the same backend is expected to be faster, or None; it does not count when one of `keys` is asked for by
     name ("triton:prologue"). `recorded`, where there is one, takes the arguments of `run` for a LoRA linear,
     puts a backward of its own on autograd's tape and returns y. `linear`, where there is one, makes of that
-    for the backward what computes both in C++ (a `LinearBackend` of the extension), or None; `planned` is what
-    it needs to know of a Triton host, its name and its function. `remark` says what `explain` adds to the
-    algorithm where it serves a call.
+    for the backward what computes both in C++ (a `LinearBackend` of the extension), or None; `planned` is
+    what it needs to know of a Triton host, its name and its function. `remark` says what `explain` adds to
+    the algorithm where it serves a call.
     """
 
     backend: str

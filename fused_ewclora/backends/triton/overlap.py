@@ -10,8 +10,8 @@ GROUP = 4  # tensors per launch: each number of them is a kernel of its own
 
 
 def groups(outputs: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of the tensors that have elements, in order, up to GROUP at a time. Tensors that may share elements
-    go to different launches."""
+    """Indices of the tensors that have elements, in order, up to GROUP at a time. Tensors that may share
+    elements go to different launches."""
     group: list[int] = []
     held: list[tuple[int, int]] = []
     for i, tensor in enumerate(outputs):

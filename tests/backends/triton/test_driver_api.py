@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not (INCLUDE / "cuda.h").exists(), reason="Triton with its cuda.h is not installed"),
 ]
 
+
 def compiled(checks: list[str], folder: Path) -> str:
     """What the compiler says to static assertions, or ""."""
     source = "\n".join(
@@ -49,16 +50,20 @@ def compiled(checks: list[str], folder: Path) -> str:
 
 
 def test_declarations(tmp_path: Path) -> None:
-    """Constants have the values, structures the layouts, and functions the arguments that cuda.h gives them."""
+    """Constants have the values, structures the layouts, and functions the arguments that cuda.h gives
+    them."""
     text = "\n".join(header.read_text() for header in HEADERS)
     constants = re.findall(r"constexpr int (CU_\w+) =", text)
     functions = re.findall(r"_\((cu\w+),", text)
     assert len(constants) > 10 and len(functions) > 20
     checks = [f'static_assert(ours::{name} == ::{name}, "{name}");' for name in constants]
     checks += [
-        f'static_assert(Same<ours::pointer_{name}, decltype(&::{name})>::value, "{name}");' for name in functions
+        f'static_assert(Same<ours::pointer_{name}, decltype(&::{name})>::value, "{name}");'
+        for name in functions
     ]
-    for field in re.findall(r"grid\w+|block\w+|sharedMemBytes|hStream|\battrs|numAttrs", struct(text, "CUlaunchConfig")):
+    for field in re.findall(
+        r"grid\w+|block\w+|sharedMemBytes|hStream|\battrs|numAttrs", struct(text, "CUlaunchConfig")
+    ):
         checks.append(same_place("CUlaunchConfig", field))
     checks += [same_place("CUlaunchAttribute", field) for field in ("id", "value")]
     checks += [same_size(name) for name in ("CUlaunchConfig", "CUlaunchAttribute", "CUtensorMap")]

@@ -1,4 +1,5 @@
-"""Plans hand the CUDA driver what Triton's own launcher hands it, and a GPU would compute the right thing from it."""
+"""Plans hand the CUDA driver what Triton's own launcher hands it, and a GPU would compute the right thing
+from it."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ HOSTS = (
     "ewc_penalty fp32 F, scales, r 10, bfloat16", "ewc_penalty value only, r 10, bfloat16",
     "fisher_accumulate_ sample, bfloat16", "fisher_accumulate_ sample, cu_seqlens, in splits, bfloat16",
     "fisher_accumulate_ sample, one token, bfloat16", "fisher_accumulate_ batch, bfloat16",
-    "merge_ scales, r 10, bfloat16", "merge_ several layers, r 10, bfloat16", "soft_threshold_ gates, bfloat16",
+    "merge_ scales, r 10, bfloat16", "merge_ several layers, r 10, bfloat16",
+    "soft_threshold_ gates, bfloat16",
 )  # fmt: skip
 # What is compared beside sm_90, and what is executed.
 OTHERS = {"sm_80": (*USERS, HOSTS[2], HOSTS[10]), "sm_100": (HOSTS[0], HOSTS[5], HOSTS[7])}
@@ -62,9 +64,9 @@ def run(*arguments: str) -> list[dict[str, Any]]:
 
 
 def test_equal_launches(rows: list[dict[str, Any]]) -> None:
-    """Functions, grids, blocks, shared memory, streams, attributes, and the bytes of every parameter, tensor maps
-    among them, of plans that were made for other addresses and numbers; for drivers whose maps of small tensors are
-    corrected and for later ones."""
+    """Functions, grids, blocks, shared memory, streams, attributes, and the bytes of every parameter,
+    tensor maps among them, of plans that were made for other addresses and numbers; for drivers whose maps
+    of small tensors are corrected and for later ones."""
     compared = [row for row in rows if not row["executed"]]
     assert [row for row in compared if not row["right"]] == []
     for version in (13010, 13020):
@@ -73,8 +75,8 @@ def test_equal_launches(rows: list[dict[str, Any]]) -> None:
 
 
 def test_executed(rows: list[dict[str, Any]]) -> None:
-    """The machine code, with the parameters that plans hand over, equals fp64, forward and backward, without races or
-    accesses out of bounds."""
+    """The machine code, with the parameters that plans hand over, equals fp64, forward and backward,
+    without races or accesses out of bounds."""
     executed = [row for row in rows if row["executed"]]
     assert [row for row in executed if not row["right"]] == []
     assert {f"{row['arch']} {row['case']}" for row in executed} == set(named(EXECUTED))
@@ -103,7 +105,8 @@ def found(one: stub.Launch, other: stub.Launch, *tensors: Tensor) -> list[str]:
 @pytest.mark.parametrize(
     "change",
     [
-        {"function": "other"}, {"image": b"other"}, {"grid": (3, 1, 2)}, {"block": (256, 1, 1)}, {"shared": 0},
+        {"function": "other"}, {"image": b"other"}, {"grid": (3, 1, 2)},
+        {"block": (256, 1, 1)}, {"shared": 0},
         {"stream": 0}, {"context": 2}, {"attributes": ((6, (1, 0, 0, 0)),)}, {"parameters": (b"\1\0\0\1",)},
     ],
     ids=lambda change: next(iter(change)),
@@ -115,7 +118,8 @@ def test_every_difference(change: dict[str, Any]) -> None:
 
 
 def test_temporaries() -> None:
-    """Memory of a call may lie elsewhere, if pointers into it are as far from its start and as often the same."""
+    """Memory of a call may lie elsewhere, if pointers into it are as far from its start and as often the
+    same."""
     a, b, c, d = (torch.empty(64) for _ in range(4))
     expected = launch(parameters=(pointer(a), pointer(b, 16), pointer(a, 4)))
     assert found(expected, launch(parameters=(pointer(c), pointer(d, 16), pointer(c, 4))), a, b, c, d) == []

@@ -1,4 +1,5 @@
-"""A CUDA driver that is missing, old, or fails: Triton's own launcher instead, with a reason, or a clear error."""
+"""A CUDA driver that is missing, old, or fails: Triton's own launcher instead, with a reason, or a clear
+error."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ FALLBACKS = {
 WORDS = {
     "cuLaunchKernelEx": "unspecified launch failure (719)",
     "cuTensorMapEncodeTiled": "a tensor map: invalid argument (1)",
-    "cuModuleLoadData": "its machine code does not load: no kernel image is available for execution on the device (209)",
+    "cuModuleLoadData": "does not load: no kernel image is available for execution on the device (209)",
     "cuModuleGetFunction": "not in its machine code: named symbol not found (500)",
     "cuFuncSetAttribute": "invalid argument (1)",
     "cuDeviceGetAttribute": "invalid device ordinal (101)",
@@ -54,8 +55,8 @@ def test_fallback(found: dict[str, Any], name: str) -> None:
 
 @pytest.mark.parametrize("name", WORDS)
 def test_failures(found: dict[str, Any], name: str) -> None:
-    """A function that fails is a BackendError that names the op, the kernel, its configuration, the shapes and what the
-    driver says; afterwards calls are served again."""
+    """A function that fails is a BackendError that names the op, the kernel, its configuration, the shapes
+    and what the driver says; afterwards calls are served again."""
     outcome = found[name]
     assert outcome["before"] == ["NOTHING"] * 2
     op = "lora_linear_backward_prologue" if name == "backward" else "lora_linear_prologue"

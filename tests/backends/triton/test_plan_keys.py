@@ -30,8 +30,9 @@ def found() -> dict[str, Any]:
 
 
 def test_nothing_wrong(found: dict[str, Any]) -> None:
-    """Whatever a plan serves is what Triton's launcher would have handed over: sizes, strides, alignment, dtypes,
-    tensors that are missing or shared, numbers that hosts decide by, and which gradients are asked for."""
+    """Whatever a plan serves is what Triton's launcher would have handed over: sizes, strides, alignment,
+    dtypes, tensors that are missing or shared, numbers that hosts decide by, and which gradients are asked
+    for."""
     assert {name: one for name, one in found.items() if one["wrong"] or not one["launches"]} == {}
     assert len(found) > 50
 

@@ -1,4 +1,5 @@
-"""Calls that go through plans: hosts of Triton, as `ptx.cases` has them, and what users call, with autograd."""
+"""Calls that go through plans: hosts of Triton, as `ptx.cases` has them, and what users call, with
+autograd."""
 
 from __future__ import annotations
 
@@ -76,8 +77,8 @@ class HostCall:
 
 @dataclass(frozen=True)
 class UserCall:
-    """A call of `functional`, its backward included. `call` takes the arguments and the backend; the tensors of
-    floating point among them are trained where it asks for their gradients."""
+    """A call of `functional`, its backward included. `call` takes the arguments and the backend; the
+    tensors of floating point among them are trained where it asks for their gradients."""
 
     name: str
     dtype: torch.dtype
@@ -232,8 +233,8 @@ def host_calls(arch: str, dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -
 
 @contextlib.contextmanager
 def pretending(arch: str) -> Iterator[None]:
-    """The CPU stands in for a GPU of `arch`; plans launch through the stand-in that Triton's launcher has. Hosts make
-    their tables anew."""
+    """The CPU stands in for a GPU of `arch`; plans launch through the stand-in that Triton's launcher has.
+    Hosts make their tables anew."""
     backend.pretend(arch, str(stub.shared().path))
     backend.forget_tables()
     try:

@@ -1,7 +1,8 @@
-"""Compares what plans hand the CUDA driver with what Triton's own launcher hands it, for the calls of the compile
-report, and executes it on the PTX machine.
+"""Compares what plans hand the CUDA driver with what Triton's own launcher hands it, for the calls of the
+compile report, and executes it on the PTX machine.
 
-python -m launcher.check [--arch sm_90 ...] [--kernel NAME ...] [--dtype bfloat16 ...] [--rank 10 ...] [--execute]
+python -m launcher.check [--arch sm_90 ...] [--kernel NAME ...] [--dtype bfloat16 ...] [--rank 10 ...]
+[--execute]
 """
 
 from __future__ import annotations
@@ -33,10 +34,16 @@ def main() -> int:
     parser.add_argument("--kernel", nargs="*", default=(), help="ops whose name contains one of these")
     parser.add_argument("--dtype", nargs="*", default=("bfloat16", "float32"))
     parser.add_argument("--rank", nargs="*", type=int, default=(10,))
-    parser.add_argument("--case", nargs="*", default=(), help='calls, as the table names them: "sm_90 merge_ ..."')
-    parser.add_argument("--driver", nargs="*", type=int, default=(13000,), help="versions that the driver says it has")
     parser.add_argument(
-        "--execute", nargs="*", help="execute what the plans hand over, as well, of all calls or of those named"
+        "--case", nargs="*", default=(), help='calls, as the table names them: "sm_90 merge_ ..."'
+    )
+    parser.add_argument(
+        "--driver", nargs="*", type=int, default=(13000,), help="versions that the driver says it has"
+    )
+    parser.add_argument(
+        "--execute",
+        nargs="*",
+        help="execute what the plans hand over, as well, of all calls or of those named",
     )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -73,8 +80,8 @@ def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def compared(call: calls.Call, arch: str, version: int) -> dict[str, Any]:
-    """One call by a plan and by Triton's launcher, with a driver of some version: the launches of both, and what is
-    not the same."""
+    """One call by a plan and by Triton's launcher, with a driver of some version: the launches of both,
+    and what is not the same."""
     driver = triton_launcher.activate(arch)
     driver.set(version=version)
     given = call.arguments()
@@ -96,7 +103,8 @@ def compared(call: calls.Call, arch: str, version: int) -> dict[str, Any]:
     buffers = [Buffers.of(tensors(list(arguments)), one) for one in (made, made_by_plan)]
     found = list(differences(expected, buffers[0], got, buffers[1]))
     return {
-        "arch": arch, "case": call.name, "executed": False, "driver": version, "right": bool(expected) and not found,
+        "arch": arch, "case": call.name, "executed": False, "driver": version,
+        "right": bool(expected) and not found,
         "launches": [one.function for one in expected], "findings": found[:MOST],
     }  # fmt: skip
 
@@ -126,7 +134,10 @@ def line(row: dict[str, Any]) -> str:
     told = f"error {row['error']:.1e} (allowed {row['allowed']:.0e})" if row["executed"] else "compared"
     right = "right" if row["right"] else "WRONG"
     return "\n    ".join(
-        [f"{right}  {row['arch']}  {row['case']:62}  launches {len(row['launches'])}  {told}", *row["findings"]]
+        [
+            f"{right}  {row['arch']}  {row['case']:62}  launches {len(row['launches'])}  {told}",
+            *row["findings"],
+        ]
     )
 
 

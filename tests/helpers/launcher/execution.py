@@ -139,8 +139,8 @@ class Session:
 
     @contextlib.contextmanager
     def unobserved(self, *inputs: Any) -> Iterator[None]:
-        """The same without watching operations, so that calls go the way that users' calls go; whether something
-        was written before it is read is not known, but it holds NaN until then."""
+        """The same without watching operations, so that calls go the way that users' calls go; whether
+        something was written before it is read is not known, but it holds NaN until then."""
         for tensor in tensors(list(inputs)):
             self.machine.add(tensor)
         self.blocks = 0

@@ -1,4 +1,5 @@
-"""python -m launcher.faults: what plans say when the CUDA driver is missing, old, or fails, as JSON by name."""
+"""python -m launcher.faults: what plans say when the CUDA driver is missing, old, or fails, as JSON by
+name."""
 
 from __future__ import annotations
 
@@ -79,7 +80,9 @@ def without_plans(library: Path, fail: str | None = None, **settings: int) -> di
             driver.fail(fail, 3)
         call = linear(trained=True)
         raises = [raised(call) for _ in range(4)]
-        explained = [name for _, name, reason in dispatch.explain("lora_linear", CALL, "triton") if reason is None]
+        explained = [
+            name for _, name, reason in dispatch.explain("lora_linear", CALL, "triton") if reason is None
+        ]
         return {"reason": plans.unavailable(), "explained": explained, "raises": raises}
 
 
@@ -98,7 +101,12 @@ def failing(function: str, result: int, trained: bool = False) -> dict[str, Any]
             driver.fail(function, result)
         error = raised(call)
         driver.fail(function, 0)
-        return {"before": before, "error": error, "after": raised(call), "launches": driver.calls("cuLaunchKernelEx")}
+        return {
+            "before": before,
+            "error": error,
+            "after": raised(call),
+            "launches": driver.calls("cuLaunchKernelEx"),
+        }
 
 
 def context(number: int) -> dict[str, Any]:

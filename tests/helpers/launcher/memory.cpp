@@ -17,8 +17,8 @@ struct Block {
 };
 
 constexpr size_t MOST = 1 << 16;
-Block blocks[MOST];     // a hash table of addresses
-uint32_t order[MOST];   // its used places, as they were taken
+Block blocks[MOST];    // a hash table of addresses
+uint32_t order[MOST];  // its used places, as they were taken
 size_t count = 0;
 bool holding = false, poisoning = false;
 std::mutex lock;

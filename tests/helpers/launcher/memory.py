@@ -1,5 +1,5 @@
-"""Memory that PyTorch allocates on the CPU, seen from below (memory.cpp): nothing observes the calls that allocate
-it, so that they take the way that they take for users."""
+"""Memory that PyTorch allocates on the CPU, seen from below (memory.cpp): nothing observes the calls that
+allocate it, so that they take the way that they take for users."""
 
 from __future__ import annotations
 

@@ -111,7 +111,9 @@ class Stub:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or library()
-        self._library = ctypes.CDLL(str(self.path), ctypes.RTLD_GLOBAL if path is None else ctypes.DEFAULT_MODE)
+        self._library = ctypes.CDLL(
+            str(self.path), ctypes.RTLD_GLOBAL if path is None else ctypes.DEFAULT_MODE
+        )
         self._library.fe_stub_launch.restype = ctypes.POINTER(_Launch)
         self._library.fe_stub_calls.restype = ctypes.c_longlong
         self._callback: object = None

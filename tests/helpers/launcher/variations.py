@@ -1,5 +1,5 @@
-"""python -m launcher.variations: calls that differ from the one that a plan was made for, as JSON by name: whether
-the plan served them, and how that differs from what Triton's launcher would have handed over."""
+"""python -m launcher.variations: calls that differ from the one that a plan was made for, as JSON by name:
+whether the plan served them, and how that differs from what Triton's launcher would have handed over."""
 
 from __future__ import annotations
 
@@ -39,10 +39,17 @@ def strided(tensor: Tensor) -> Tensor:
 
 def linear(**changes: Any) -> Arguments:
     given = {
-        "x": normal(159, D_IN), "weight": normal(D_OUT, D_IN), "bias": normal(D_OUT),
-        "lora_as": [normal(RANK, D_IN)], "lora_bs": [normal(D_OUT, RANK)], "scales": [normal(RANK)],
-        "factors": [0.5], "rows": [0, 0, D_OUT], "dropout": 0.0, "seed": None,
-    }  # fmt: skip
+        "x": normal(159, D_IN),
+        "weight": normal(D_OUT, D_IN),
+        "bias": normal(D_OUT),
+        "lora_as": [normal(RANK, D_IN)],
+        "lora_bs": [normal(D_OUT, RANK)],
+        "scales": [normal(RANK)],
+        "factors": [0.5],
+        "rows": [0, 0, D_OUT],
+        "dropout": 0.0,
+        "seed": None,
+    }
     return given | changes
 
 
@@ -50,23 +57,43 @@ def backward(**changes: Any) -> Arguments:
     given = {"dy": normal(159, D_OUT), **linear(), "needs": [True, False, True, True, True, True]}
     given["z"] = normal(159, RANK, dtype=torch.float32)
     given |= changes
-    order = ("dy", "x", "weight", "bias", "z", "lora_as", "lora_bs", "scales", "factors", "rows", "dropout", "seed")
+    order = (
+        "dy",
+        "x",
+        "weight",
+        "bias",
+        "z",
+        "lora_as",
+        "lora_bs",
+        "scales",
+        "factors",
+        "rows",
+        "dropout",
+        "seed",
+    )
     return {name: given[name] for name in (*order, "needs")}
 
 
 def fisher(**changes: Any) -> Arguments:
     given = {
-        "fisher": normal(D_OUT, D_IN, dtype=torch.float32), "x": normal(5, 21, D_IN), "dy": normal(5, 21, D_OUT),
-        "mode": "sample", "weight": 1.0, "cu_seqlens": None,
-    }  # fmt: skip
+        "fisher": normal(D_OUT, D_IN, dtype=torch.float32),
+        "x": normal(5, 21, D_IN),
+        "dy": normal(5, 21, D_OUT),
+        "mode": "sample",
+        "weight": 1.0,
+        "cu_seqlens": None,
+    }
     return given | changes
 
 
 def merge(**changes: Any) -> Arguments:
     given = {
-        "weights": [normal(32, 48) for _ in range(2)], "lora_as": [normal(4, 48) for _ in range(2)],
-        "lora_bs": [normal(32, 4) for _ in range(2)], "scales": [None, None], "factors": [0.5, 0.5],
-    }  # fmt: skip
+        "weights": [normal(32, 48) for _ in range(2)],
+        "lora_as": [normal(4, 48) for _ in range(2)],
+        "lora_bs": [normal(32, 4) for _ in range(2)],
+        "scales": [None, None],
+        "factors": [0.5, 0.5],
+    }
     return given | changes
 
 
@@ -77,9 +104,13 @@ def threshold(**changes: Any) -> Arguments:
 def penalty() -> Arguments:
     return {
         "fishers": [normal(40, 48, dtype=torch.float32).abs() for _ in range(2)],
-        "lora_as": [normal(4, 48) for _ in range(2)], "lora_bs": [normal(40, 4) for _ in range(2)],
-        "scales": [None, None], "factors": [1.0, 1.0], "ewc_lambda": 2.0, "needs": [True, True, False],
-    }  # fmt: skip
+        "lora_as": [normal(4, 48) for _ in range(2)],
+        "lora_bs": [normal(40, 4) for _ in range(2)],
+        "scales": [None, None],
+        "factors": [1.0, 1.0],
+        "ewc_lambda": 2.0,
+        "needs": [True, True, False],
+    }
 
 
 def doubled(make: Callable[[], Tensor]) -> list[Tensor]:
@@ -96,63 +127,100 @@ def variations() -> Iterator[tuple[str, str, Arguments, Arguments]]:
     """(name, op, the call that a plan is made for, the other call)."""
     wide = torch.zeros(()).expand(159, D_IN).to(torch.bfloat16)
     linears: dict[str, Arguments] = {
-        "same kind": {}, "rows of x": {"x": normal(160, D_IN)}, "x strided": {"x": strided(normal(159, D_IN))},
-        "x transposed": {"x": normal(D_IN, 159).T}, "x expanded": {"x": wide[:1].expand(159, D_IN)},
-        "x 2 bytes off": {"x": shifted(normal(159, D_IN), 1)}, "x 16 bytes off": {"x": shifted(normal(159, D_IN), 8)},
-        "weight transposed": {"weight": normal(D_IN, D_OUT).T}, "no bias": {"bias": None},
-        "bias 8 bytes off": {"bias": shifted(normal(D_OUT), 4)}, "no scale": {"scales": [None]},
-        "scale of one": {"scales": [normal(1)[0]]}, "factor": {"factors": [0.25]},
+        "same kind": {},
+        "rows of x": {"x": normal(160, D_IN)},
+        "x strided": {"x": strided(normal(159, D_IN))},
+        "x transposed": {"x": normal(D_IN, 159).T},
+        "x expanded": {"x": wide[:1].expand(159, D_IN)},
+        "x 2 bytes off": {"x": shifted(normal(159, D_IN), 1)},
+        "x 16 bytes off": {"x": shifted(normal(159, D_IN), 8)},
+        "weight transposed": {"weight": normal(D_IN, D_OUT).T},
+        "no bias": {"bias": None},
+        "bias 8 bytes off": {"bias": shifted(normal(D_OUT), 4)},
+        "no scale": {"scales": [None]},
+        "scale of one": {"scales": [normal(1)[0]]},
+        "factor": {"factors": [0.25]},
         "fp32 factors": {"lora_as": [normal(RANK, D_IN, dtype=torch.float32)]},
         "rows of adapters": {"rows": [0, 16, D_OUT], "lora_bs": [normal(D_OUT - 16, RANK)]},
         "other rows": {"rows": [0, 0, 16, 0, 32, D_OUT], "lora_bs": [normal(D_OUT - 16, RANK)]},
         "rank": {"lora_as": [normal(4, D_IN)], "lora_bs": [normal(D_OUT, 4)], "scales": [normal(4)]},
         "B 2 bytes off": {"lora_bs": [shifted(normal(D_OUT, RANK), 1)]},
         "dropout": {"dropout": 0.25, "seed": torch.tensor(5)},
-        "fp16": {"x": normal(159, D_IN).half(), "weight": normal(D_OUT, D_IN).half(), "bias": normal(D_OUT).half()},
-    }  # fmt: skip
+        "fp16": {
+            "x": normal(159, D_IN).half(),
+            "weight": normal(D_OUT, D_IN).half(),
+            "bias": normal(D_OUT).half(),
+        },
+    }
     for name, changes in linears.items():
         yield f"linear, {name}", "lora_linear", linear(), linear(**changes)
     drop = {"dropout": 0.25, "seed": torch.tensor(5)}
     yield "linear, other seed", "lora_linear", linear(**drop), linear(**{**drop, "seed": torch.tensor(9)})
     yield "linear, other dropout", "lora_linear", linear(**drop), linear(**{**drop, "dropout": 0.5})
-    two = {"lora_as": [normal(4, D_IN), normal(4, D_IN)], "lora_bs": [normal(64, 4), normal(64, 4)],
-           "scales": [None, None], "factors": [0.5, 0.5], "rows": [0, 0, 64, 1, 64, 128]}  # fmt: skip
+    two = {
+        "lora_as": [normal(4, D_IN), normal(4, D_IN)],
+        "lora_bs": [normal(64, 4), normal(64, 4)],
+        "scales": [None, None],
+        "factors": [0.5, 0.5],
+        "rows": [0, 0, 64, 1, 64, 128],
+    }
     shared = two | {"lora_as": doubled(lambda: normal(4, D_IN)), "lora_bs": doubled(lambda: normal(64, 4))}
     yield "linear, adapters shared", "lora_linear", linear(**two), linear(**shared)
-    yield "linear, adapters swapped", "lora_linear", linear(**two), linear(**two | {"rows": [1, 0, 64, 0, 64, 128]})
+    yield (
+        "linear, adapters swapped",
+        "lora_linear",
+        linear(**two),
+        linear(**two | {"rows": [1, 0, 64, 0, 64, 128]}),
+    )
     backwards: dict[str, Arguments] = {
-        "same kind": {}, "no dx": {"needs": [False, False, True, True, True, True]},
-        "no dA": {"needs": [True, False, True, False, True, True]}, "only dx": {"needs": [True] + [False] * 5},
-        "dW": {"needs": [True] * 6}, "dy strided": {"dy": strided(normal(159, D_OUT))},
+        "same kind": {},
+        "no dx": {"needs": [False, False, True, True, True, True]},
+        "no dA": {"needs": [True, False, True, False, True, True]},
+        "only dx": {"needs": [True] + [False] * 5},
+        "dW": {"needs": [True] * 6},
+        "dy strided": {"dy": strided(normal(159, D_OUT))},
         "dy expanded": {"dy": torch.ones((), dtype=torch.bfloat16).expand(159, D_OUT)},
-    }  # fmt: skip
+    }
     for name, changes in backwards.items():
         yield f"backward, {name}", "lora_linear_backward", backward(), backward(**changes)
     fishers: dict[str, Arguments] = {
-        "same kind": {}, "weight": {"weight": 3.0}, "batch": {"mode": "batch"},
+        "same kind": {},
+        "weight": {"weight": 3.0},
+        "batch": {"mode": "batch"},
         "F transposed": {"fisher": normal(D_IN, D_OUT, dtype=torch.float32).T},
-        "bf16 F": {"fisher": normal(D_OUT, D_IN)}, "many samples": {"x": normal(64, 21, D_IN), "dy": normal(64, 21, D_OUT)},
+        "bf16 F": {"fisher": normal(D_OUT, D_IN)},
+        "many samples": {"x": normal(64, 21, D_IN), "dy": normal(64, 21, D_OUT)},
         "one token": {"x": normal(105, D_IN), "dy": normal(105, D_OUT)},
         "x off": {"x": shifted(normal(5, 21, D_IN), 1)},
-    }  # fmt: skip
+    }
     for name, changes in fishers.items():
         yield f"fisher, {name}", "fisher_accumulate_", fisher(), fisher(**changes)
     flat = {"x": normal(105, D_IN), "dy": normal(105, D_OUT)}
     ends = [torch.tensor(e, dtype=torch.int32) for e in ([0, 50, 105], [0, 7, 105], [0, 7, 50, 105])]
     for name, other in {"other samples": ends[1], "more samples": ends[2]}.items():
-        yield f"fisher, {name}", "fisher_accumulate_", fisher(**flat, cu_seqlens=ends[0]), fisher(**flat, cu_seqlens=other)
+        yield (
+            f"fisher, {name}",
+            "fisher_accumulate_",
+            fisher(**flat, cu_seqlens=ends[0]),
+            fisher(**flat, cu_seqlens=other),
+        )
     weights: dict[str, Arguments] = {
-        "same kind": {}, "one weight twice": {"weights": doubled(lambda: normal(32, 48))},
-        "scaled": {"scales": [normal(4), None]}, "factor": {"factors": [0.5, 0.25]},
-    }  # fmt: skip
+        "same kind": {},
+        "one weight twice": {"weights": doubled(lambda: normal(32, 48))},
+        "scaled": {"scales": [normal(4), None]},
+        "factor": {"factors": [0.5, 0.25]},
+    }
     overlapping = normal(48, 48)
     weights["overlapping rows"] = {"weights": [overlapping[:32], overlapping[16:]]}
     for name, changes in weights.items():
         yield f"merge, {name}", "merge_", merge(), merge(**changes)
     scales: dict[str, Arguments] = {
-        "same kind": {}, "kappa": {"kappa": 0.7}, "one scale twice": {"scales": doubled(lambda: normal(64))},
-        "neighbours": {"scales": neighbours(torch.bfloat16)}, "strided": {"scales": [normal(128)[::2], normal(64)]},
-    }  # fmt: skip
+        "same kind": {},
+        "kappa": {"kappa": 0.7},
+        "one scale twice": {"scales": doubled(lambda: normal(64))},
+        "neighbours": {"scales": neighbours(torch.bfloat16)},
+        "strided": {"scales": [normal(128)[::2], normal(64)]},
+    }
     for name, changes in scales.items():
         yield f"threshold, {name}", "soft_threshold_", threshold(), threshold(**changes)
     given = penalty()
@@ -192,7 +260,9 @@ def outcome(op: str, first: Arguments, other: Arguments, high: bool = False) -> 
 def main() -> None:
     torch.manual_seed(0)
     found = {name: outcome(op, first, other) for name, op, first, other in variations()}
-    full = linear(x=normal(159, D_IN, dtype=torch.float32), weight=normal(D_OUT, D_IN, dtype=torch.float32), bias=None)
+    full = linear(
+        x=normal(159, D_IN, dtype=torch.float32), weight=normal(D_OUT, D_IN, dtype=torch.float32), bias=None
+    )
     found["linear, precision"] = outcome("lora_linear", full, full, high=True)
     json.dump(found, sys.stdout)
 

@@ -86,9 +86,7 @@ class Case:
 
     def exact(self, arguments: Sequence[Any]) -> list[Tensor]:
         """The results in fp64; `arguments` stay as they are."""
-        return _results(
-            self.workload.op, reference.candidates(self.workload.op)[0], _double(list(arguments))
-        )
+        return _results(self.workload.op, reference.candidates(self.workload.op)[0], _double(list(arguments)))
 
     def run(self, arguments: Sequence[Any]) -> list[Tensor]:
         return _results(self.workload.op, self.candidate, list(arguments))

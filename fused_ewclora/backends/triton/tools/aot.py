@@ -5,8 +5,6 @@ A launch becomes a `Specialisation`, plain data that crosses process boundaries,
 
 from __future__ import annotations
 
-import functools
-import importlib
 import os
 import re
 import subprocess
