@@ -82,6 +82,13 @@ def test_executed(rows: list[dict[str, Any]]) -> None:
     assert {f"{row['arch']} {row['case']}" for row in executed} == set(named(EXECUTED))
 
 
+def test_broken_plans() -> None:
+    """Plans with a wrong grid, value, order, pointer, number or tensor map are found."""
+    told = json.loads(separately.run("launcher.mutations"))
+    assert told.pop("nothing") is True
+    assert len(told) > 10 and set(told.values()) == {False}, told
+
+
 def launch(**changes: Any) -> stub.Launch:
     made = stub.Launch("kernel", b"code", (3, 2, 1), (128, 1, 1), 512, 7, 1, (), (b"\1\0\0\0",))
     return replace(made, **changes)
