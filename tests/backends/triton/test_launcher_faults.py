@@ -79,3 +79,12 @@ def test_other_thread(found: dict[str, Any]) -> None:
     assert found["thread"]["before"] == ["NOTHING"] * 3
     assert found["thread"]["worked"] == "NOTHING"
     assert "unspecified launch failure (719)" in found["thread"]["error"]
+
+
+def test_left_to_triton(found: dict[str, Any]) -> None:
+    """While a graph is captured plans neither launch nor are made, and hooks on Triton's launches see all
+    of them."""
+    assert found["left to Triton"] == {
+        "planned": 3, "captured": 0, "after capture 0": 0, "after capture 1": 0, "after capture 2": 3,
+        "hooked": 0, "unhooked": 3,
+    }  # fmt: skip

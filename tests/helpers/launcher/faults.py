@@ -137,6 +137,41 @@ def in_thread() -> dict[str, Any]:
     return {"before": before, "worked": found[0], "error": found[1]}
 
 
+def left_to_triton() -> dict[str, Any]:
+    """How many launches plans make in turn: as usual, while a graph is captured, and while hooks watch
+    Triton's launches."""
+    from triton import knobs
+
+    def watch(metadata: Any) -> None:
+        """What Triton would call at every launch."""
+
+    with pretending(stub.library()) as driver:
+        call, captured = linear(), linear()
+        found: dict[str, int] = {}
+
+        def count(name: str, called: Callable[[], Any]) -> None:
+            before = driver.calls("cuLaunchKernelEx")
+            called()
+            found[name] = driver.calls("cuLaunchKernelEx") - before
+
+        for _ in range(2):
+            call()
+        count("planned", call)
+        driver.set(capturing=1)
+        count("captured", call)
+        backend.forget_tables()
+        for _ in range(3):
+            captured()
+        driver.set(capturing=0)
+        for number in range(3):
+            count(f"after capture {number}", captured)
+        knobs.runtime.launch_enter_hook.add(watch)
+        count("hooked", captured)
+        knobs.runtime.launch_enter_hook.remove(watch)
+        count("unhooked", captured)
+    return found
+
+
 def main() -> None:
     lacking = stub.library(without=["cuTensorMapReplaceAddress"])
     found: dict[str, Any] = {
@@ -149,6 +184,7 @@ def main() -> None:
         "other context": context(2),
         "no context": context(0),
         "thread": in_thread(),
+        "left to Triton": left_to_triton(),
     }
     found |= {function: failing(function, result) for function, result in OF_LAUNCHES.items()}
     json.dump(found, sys.stdout)

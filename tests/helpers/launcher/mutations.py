@@ -1,4 +1,5 @@
-"""python -m launcher.mutations: plans that are broken on purpose, as JSON: whether the comparison finds each right."""
+"""python -m launcher.mutations: plans that are broken on purpose, as JSON: whether the comparison finds
+each right."""
 
 from __future__ import annotations
 
