@@ -187,7 +187,7 @@ std::optional<std::vector<at::Tensor>> Host::replay(const Arguments& arguments) 
     const std::shared_lock<std::shared_mutex> guard(lock_);
     if (plans_.empty()) return std::nullopt;
     const auto found = plans_.find(key_of(arguments, by_address, stream));
-    if (found == plans_.end()) return std::nullopt;
+    if (found == plans_.end() || !found->second) return std::nullopt;
     plan = found->second;
   }
   try {

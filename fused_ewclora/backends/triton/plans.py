@@ -165,7 +165,7 @@ def watched(
         try:
             plan = record(host, given, numbers)
         except NotPlannable:
-            return result
+            plan = None  # nobody tries again
         plans.add(arguments, plan)
     return result
 

@@ -227,6 +227,12 @@ def variations() -> Iterator[tuple[str, str, Arguments, Arguments]]:
     yield "penalty, lambda", "ewc_penalty", given, given | {"ewc_lambda": 5.0}
     yield "penalty, factor", "ewc_penalty", given, given | {"factors": [1.0, 0.5]}
     yield "penalty, needs", "ewc_penalty", given, given | {"needs": [False, True, False]}
+    # Strides that offsets inside a tile could not follow: hosts copy such tensors.
+    far = torch.empty(4 << 22, dtype=torch.bfloat16).as_strided((4, D_IN), (1 << 22, 1)).normal_()
+    copied = given | {"lora_as": [far[:, :48], far[:, 48:96]]}
+    yield "penalty, copies", "ewc_penalty", copied, copied
+    few = {"lora_as": [far], "lora_bs": [normal(D_OUT, 4)], "scales": [None]}
+    yield "linear, copies", "lora_linear", linear(**few), linear(**few)
     yield "penalty, other F", "ewc_penalty", given, given | {"fishers": penalty()["fishers"]}
 
 
