@@ -79,12 +79,12 @@ lint: $(REQUIREMENTS)
 	ruff check .
 	ruff format --check .
 	mypy
-	$(if $(CPP),clang-format --dry-run --Werror $(CPP) $(wildcard tests/backends/cuda/emulator/*.cpp tests/helpers/ptx/machine/*))
+	$(if $(CPP),clang-format --dry-run --Werror $(CPP) $(wildcard tests/backends/cuda/emulator/*.cpp tests/helpers/ptx/machine/* tests/helpers/launcher/*.cpp))
 
 format: $(REQUIREMENTS)
 	ruff check --fix .
 	ruff format .
-	$(if $(CPP),clang-format -i $(CPP) $(wildcard tests/backends/cuda/emulator/*.cpp tests/helpers/ptx/machine/*))
+	$(if $(CPP),clang-format -i $(CPP) $(wildcard tests/backends/cuda/emulator/*.cpp tests/helpers/ptx/machine/* tests/helpers/launcher/*.cpp))
 
 setup: $(INSTALL) $(EXTENSION)
 

@@ -1,6 +1,6 @@
 #include "driver.h"
 
-#include <c10/util/Exception.h>
+#include <c10/util/StringUtil.h>
 #include <dlfcn.h>
 
 #include <atomic>
@@ -15,6 +15,11 @@ constexpr int SHARED_WITHOUT_ASKING = 48 << 10;  // bytes of dynamic shared memo
 constexpr int LAST_WITH_SMALL_BIT = 13010;
 constexpr uint64_t SMALL = 128 << 10, SMALL_BIT = uint64_t(1) << 21;
 
+template <class... Words>
+[[noreturn]] void fail(const Words&... words) {
+  throw Failure(c10::str(words...));
+}
+
 std::mutex loading;
 std::atomic<const Functions*> loaded{nullptr};  // never freed: kernels may be launched until the end of the process
 
@@ -23,18 +28,18 @@ std::atomic<const Functions*> loaded{nullptr};  // never freed: kernels may be l
 void load(const std::string& library, const std::string& prefix) {
   const std::string path = library.empty() ? "libcuda.so.1" : library;
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  TORCH_CHECK(handle, "the CUDA driver cannot be loaded: ", dlerror());
+  if (handle == nullptr) fail("the CUDA driver cannot be loaded: ", dlerror());
   auto found = std::make_unique<Functions>();
 #define FE_FIND(name, arguments)                                                                  \
   found->name = reinterpret_cast<decltype(found->name)>(dlsym(handle, (prefix + #name).c_str())); \
-  TORCH_CHECK(found->name, "the CUDA driver ", path, " has no function ", #name, ": expected one of CUDA 12.0 or newer");
+  if (found->name == nullptr) fail("the CUDA driver ", path, " has no function ", #name, ": expected one of CUDA 12.0 or newer");
   FE_DRIVER_FUNCTIONS(FE_FIND)
 #undef FE_FIND
   int& version = found->version;
   const CUresult result = found->cuDriverGetVersion(&version);
-  TORCH_CHECK(result == 0, "the CUDA driver ", path, " does not tell its version: error ", result);
-  TORCH_CHECK(version >= LEAST_VERSION, "the CUDA driver is of CUDA ", version / 1000, ".", version % 1000 / 10,
-              ": expected one of CUDA 12.0 or newer");
+  if (result != 0) fail("the CUDA driver ", path, " does not tell its version: error ", result);
+  if (version < LEAST_VERSION)
+    fail("the CUDA driver is of CUDA ", version / 1000, ".", version % 1000 / 10, ": expected one of CUDA 12.0 or newer");
   loaded = found.release();
 }
 
@@ -52,7 +57,7 @@ std::string described(CUresult result) {
 }
 
 void check(CUresult result, const std::string& what) {
-  TORCH_CHECK(result == 0, what, ": ", described(result));
+  if (result != 0) fail(what, ": ", described(result));
 }
 
 CUresult encode(CUtensorMap& map, int type, const TiledTensor& tensor, const uint32_t* box, int swizzle, int fill) {
@@ -74,7 +79,19 @@ bool capturing(CUstream stream) {
   return status != 0;
 }
 
+// Threads that have not used the device have no context, and PyTorch gives them none before it has to.
+static void ensure_context(CUdevice device, const std::string& what) {
+  const Functions& cuda = functions();
+  CUcontext context = nullptr;
+  check(cuda.cuCtxGetCurrent(&context), what);
+  if (context == nullptr) {
+    check(cuda.cuDevicePrimaryCtxRetain(&context, device), what);
+    check(cuda.cuCtxSetCurrent(context), what);
+  }
+}
+
 CUfunction Kernel::on(CUdevice device) {
+  ensure_context(device, name_);
   const std::lock_guard<std::mutex> guard(lock_);
   CUfunction& function = functions_[{device, &functions()}];
   if (function == nullptr) function = loaded(device);
@@ -83,12 +100,6 @@ CUfunction Kernel::on(CUdevice device) {
 
 CUfunction Kernel::loaded(CUdevice device) const {
   const Functions& cuda = functions();
-  CUcontext context = nullptr;
-  check(cuda.cuCtxGetCurrent(&context), name_);
-  if (context == nullptr) {
-    check(cuda.cuDevicePrimaryCtxRetain(&context, device), name_);
-    check(cuda.cuCtxSetCurrent(context), name_);
-  }
   CUmodule module = nullptr;
   CUfunction function = nullptr;
   check(cuda.cuModuleLoadData(&module, image_.data()), name_ + ": its machine code does not load");
@@ -97,7 +108,7 @@ CUfunction Kernel::loaded(CUdevice device) const {
   int most = 0, fixed = 0;
   check(cuda.cuDeviceGetAttribute(&most, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device), name_);
   check(cuda.cuFuncGetAttribute(&fixed, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function), name_);
-  TORCH_CHECK(shared_ + fixed <= most, name_, ": needs ", shared_ + fixed, " bytes of shared memory, the device has ", most);
+  if (shared_ + fixed > most) fail(name_, ": needs ", shared_ + fixed, " bytes of shared memory, the device has ", most);
   check(cuda.cuFuncSetCacheConfig(function, CU_FUNC_CACHE_PREFER_SHARED), name_);
   check(cuda.cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most - fixed), name_);
   return function;

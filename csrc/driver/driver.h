@@ -3,11 +3,17 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 
 #include "api.h"
 
 namespace fe::driver {
+
+// What the driver lacks or refuses, in words.
+struct Failure : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 // Loads the driver's functions, whose names begin with `prefix`, from a library; "" is libcuda. Raises a sentence about what is missing.
 void load(const std::string& library, const std::string& prefix);

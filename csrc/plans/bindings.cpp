@@ -45,7 +45,7 @@ recorded::LinearCall linear_call(const std::optional<at::Tensor>& x, const at::T
                                  const std::vector<at::Tensor>& lora_as, const std::vector<at::Tensor>& lora_bs, const Optionals& scales,
                                  const std::vector<double>& scale_factors, const std::vector<int64_t>& rows, double dropout_p,
                                  const std::optional<at::Tensor>& seed) {
-  return {x.value_or(at::Tensor()), weight, bias.value_or(at::Tensor()), lora_as, lora_bs, scales, scale_factors, rows, dropout_p,
+  return {x.value_or(at::Tensor()),   weight, bias.value_or(at::Tensor()), lora_as, lora_bs, scales, scale_factors, rows, dropout_p,
           seed.value_or(at::Tensor())};
 }
 Arguments of_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
@@ -59,8 +59,8 @@ Arguments of_linear_backward(const at::Tensor& dy, const std::optional<at::Tenso
                              const std::vector<at::Tensor>& lora_as, const std::vector<at::Tensor>& lora_bs, const Optionals& scales,
                              const std::vector<double>& scale_factors, const std::vector<int64_t>& rows, double dropout_p,
                              const std::optional<at::Tensor>& seed, const std::vector<bool>& needs, const std::vector<at::Tensor>& again) {
-  return described(dy, z.value_or(at::Tensor()), linear_call(x, weight, bias, lora_as, lora_bs, scales, scale_factors, rows, dropout_p, seed),
-                   needs, again);
+  return described(dy, z.value_or(at::Tensor()),
+                   linear_call(x, weight, bias, lora_as, lora_bs, scales, scale_factors, rows, dropout_p, seed), needs, again);
 }
 
 using PyMap = std::tuple<int, int, int, uint64_t, std::vector<uint64_t>, std::vector<uint64_t>, std::vector<uint32_t>, PyPlace>;
@@ -80,22 +80,30 @@ void add_launch(Plan& plan, std::shared_ptr<driver::Kernel> kernel, const std::a
 }  // namespace
 
 void bind(py::module_& m) {
+  py::register_local_exception_translator([](std::exception_ptr thrown) {
+    try {
+      std::rethrow_exception(thrown);
+    } catch (python_error& error) {
+      error.restore();
+    }
+  });
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.def("load_driver", &driver::load, "Loads the CUDA driver from a library whose functions begin with a prefix", Unlocked());
+  m.def(
+      "check_stream", [](int8_t device) { current_stream({at::kCUDA, device}); }, "Raises what keeps the current stream from being known");
   m.def("launches", &launches, "Launches from plans since the process began");
   m.def("forget_plans", &forget, "Lets go of all plans", Unlocked());
   m.def("bypass_plans", [](bool on) { Bypass::count() += on ? 1 : -1; }, "Begins or ends, in this thread, a time without plans");
 
-  py::class_<driver::Kernel, std::shared_ptr<driver::Kernel>>(m, "Kernel").def(py::init([](const py::bytes& image, std::string name, int shared) {
-    return std::make_shared<driver::Kernel>(std::string(image), std::move(name), shared);
-  }));
+  py::class_<driver::Kernel, std::shared_ptr<driver::Kernel>>(m, "Kernel")
+      .def(py::init([](const py::bytes& image, std::string name, int shared) {
+        return std::make_shared<driver::Kernel>(std::string(image), std::move(name), shared);
+      }));
   py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan")
       .def(py::init<>())
       .def("keep", [](Plan& plan, const at::Tensor& t) { plan.kept.push_back(t); })
-      .def("allocate",
-           [](Plan& plan, Sizes sizes, Sizes strides, at::ScalarType dtype) {
-             plan.steps.emplace_back(Allocation{std::move(sizes), std::move(strides), dtype});
-           })
+      .def("allocate", [](Plan& plan, Sizes sizes, Sizes strides,
+                          at::ScalarType dtype) { plan.steps.emplace_back(Allocation{std::move(sizes), std::move(strides), dtype}); })
       .def("call", &add_call)
       .def("launch", &add_launch)
       .def("result", [](Plan& plan, const PyView& view) { plan.results.push_back(view_of(view)); })

@@ -35,7 +35,8 @@ Arguments described(const LinearCall& call) {
   return made;
 }
 
-Arguments described(const at::Tensor& dy, const at::Tensor& z, const LinearCall& call, const std::vector<bool>& needs, at::TensorList again) {
+Arguments described(const at::Tensor& dy, const at::Tensor& z, const LinearCall& call, const std::vector<bool>& needs,
+                    at::TensorList again) {
   Arguments made;
   made.tensors.reserve(8 + 3 * call.lora_as.size());
   made.tensors = {dy, call.x, call.weight, call.bias, z};

@@ -7,6 +7,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/util/SmallVector.h>
 #include <dlfcn.h>
+#include <torch/csrc/Exceptions.h>
 
 #include <atomic>
 #include <bit>
@@ -96,6 +97,7 @@ struct Launcher {
   const std::vector<double>& numbers;
 
   void operator()(const Launch& step, const Buffers& buffers) const {
+    const driver::CUfunction function = loaded(step);
     c10::SmallVector<uint64_t, 64> values(step.values.begin(), step.values.end());
     for (const Launch::Pointer& p : step.pointers) values[p.value] = reinterpret_cast<uint64_t>(buffers.at(p.place));
     for (const Launch::Number& n : step.numbers) values[n.value] = std::bit_cast<uint32_t>(float(numbers[n.number]));
@@ -106,9 +108,17 @@ struct Launcher {
       parameters.push_back(place >= 0 ? static_cast<void*>(&values[place]) : static_cast<void*>(&maps[-1 - place]));
     driver::CUlaunchConfig config{
         step.grid[0], step.grid[1], step.grid[2], step.threads, 1, 1, unsigned(step.kernel->shared()), stream, nullptr, 0};
-    const auto result = cuda.cuLaunchKernelEx(&config, step.kernel->on(device), parameters.data(), nullptr);
+    const auto result = cuda.cuLaunchKernelEx(&config, function, parameters.data(), nullptr);
     if (result != 0) driver::check(result, step.about);
     launched.fetch_add(1, std::memory_order_relaxed);
+  }
+
+  driver::CUfunction loaded(const Launch& step) const {
+    try {
+      return step.kernel->on(device);
+    } catch (const driver::Failure& failure) {
+      throw driver::Failure(step.about + ": " + failure.what());
+    }
   }
 
   void encode(const Launch::Map& map, const Buffers& buffers, const Launch& step, driver::CUtensorMap& out) const {
@@ -143,6 +153,15 @@ std::vector<at::Tensor> replayed(const Plan& plan, const Arguments& arguments, d
   return results;
 }
 
+// Raises `BackendError` of errors.py, from whichever thread and through autograd's engine.
+[[noreturn]] void raise(const std::string& message) {
+  const pybind11::gil_scoped_acquire locked;
+  PyErr_SetString(pybind11::module_::import("fused_ewclora.errors").attr("BackendError").ptr(), message.c_str());
+  python_error error;
+  error.persist();
+  throw error;
+}
+
 std::mutex naming;
 std::map<std::string, std::unique_ptr<Host>>& hosts() {
   static auto* all = new std::map<std::string, std::unique_ptr<Host>>;  // its plans hold tensors: never destroyed
@@ -168,17 +187,23 @@ std::optional<std::vector<at::Tensor>> Host::replay(const Arguments& arguments) 
     const std::shared_lock<std::shared_mutex> guard(lock_);
     if (plans_.empty()) return std::nullopt;
     const auto found = plans_.find(key_of(arguments, by_address, stream));
-    if (found == plans_.end()) return std::nullopt;
+    if (found == plans_.end() || !found->second) return std::nullopt;
     plan = found->second;
   }
-  // What a graph holds on to is allocated otherwise, once for each graph.
-  if (device_of(arguments).is_cuda() && driver::capturing(stream)) return std::nullopt;
-  return replayed(*plan, arguments, stream);
+  try {
+    // What a graph holds on to is allocated otherwise, once for each graph.
+    if (driver::capturing(stream)) return std::nullopt;
+    return replayed(*plan, arguments, stream);
+  } catch (const driver::Failure& failure) {
+    raise("backend 'triton', " + name + ": " + failure.what());
+  }
 }
 
 bool Host::should_record(const Arguments& arguments) {
   if (Bypass::count() > 0) return false;
-  Key key = key_of(arguments, by_address, current_stream(device_of(arguments)));
+  const driver::CUstream stream = current_stream(device_of(arguments));
+  if (driver::capturing(stream)) return false;
+  Key key = key_of(arguments, by_address, stream);
   const std::unique_lock<std::shared_mutex> guard(lock_);
   if (plans_.count(key)) return false;
   for (auto it = recent_.begin(); it != recent_.end(); ++it)
@@ -262,9 +287,9 @@ driver::CUstream current_stream(const at::Device& device) {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
     return reinterpret_cast<Current>(dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
   }();
-  TORCH_CHECK(current, "this PyTorch has no aoti_torch_get_current_cuda_stream, which tells its current stream");
+  if (current == nullptr) throw driver::Failure("this PyTorch has no aoti_torch_get_current_cuda_stream, which tells its current stream");
   void* stream = nullptr;
-  TORCH_CHECK(current(device.index(), &stream) == 0, "PyTorch does not tell its current stream");
+  if (current(device.index(), &stream) != 0) throw driver::Failure("PyTorch does not tell its current stream");
   return static_cast<driver::CUstream>(stream);
 }
 

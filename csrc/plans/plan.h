@@ -107,6 +107,7 @@ class Host {
 
   // Whether the host should be watched the next time that it is called with such arguments: on the second call, since one alone is not worth it.
   bool should_record(const Arguments& arguments);
+  // A plan that is null says that none can be made.
   void add(const Arguments& arguments, std::shared_ptr<const Plan> plan);
   void clear();
   size_t size();

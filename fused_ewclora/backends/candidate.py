@@ -50,6 +50,10 @@ def _not_outperformed(call: Call) -> str | None:
     return None
 
 
+def _no_remark() -> str | None:
+    return None
+
+
 class Candidate(NamedTuple):
     """One implementation of one op.
 
@@ -57,7 +61,8 @@ class Candidate(NamedTuple):
     the same backend is expected to be faster, or None; it does not count when one of `keys` is asked for by
     name ("triton:prologue"). `linear`, where there is one, takes the
     candidate for the backward and returns the address of what computes both in C++ (a `LinearBackend`), or
-    None; `planned` is what it needs to know of a Triton host, its name and its function.
+    None; `planned` is what it needs to know of a Triton host, its name and its function. `remark` says what
+    `explain` adds to the algorithm where it serves a call.
     """
 
     backend: str
@@ -68,6 +73,7 @@ class Candidate(NamedTuple):
     outperformed: Callable[[Call], str | None] = _not_outperformed
     linear: Callable[[Any], int | None] | None = None
     planned: tuple[str, Callable[..., Any]] | None = None
+    remark: Callable[[], str | None] = _no_remark
 
 
 def bucket(rows: int) -> int:

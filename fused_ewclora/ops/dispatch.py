@@ -275,4 +275,10 @@ def choose(op: str, backend: str, call: Call) -> Candidate:
 def explain(op: str, call: Call, backend: str | None = None) -> list[tuple[str, str, str | None]]:
     """(backend, algorithm, reason) per candidate, preferred first; reason None: it can serve the call."""
     asked = resolve(backend)
-    return [(c.backend, c.algorithm, _reason(op, c, asked, call)) for c in candidates(op)]
+    return [_explained(c, _reason(op, c, asked, call)) for c in candidates(op)]
+
+
+def _explained(candidate: Candidate, reason: str | None) -> tuple[str, str, str | None]:
+    remark = candidate.remark() if reason is None else None
+    algorithm = candidate.algorithm if remark is None else f"{candidate.algorithm}; {remark}"
+    return candidate.backend, algorithm, reason

@@ -157,7 +157,8 @@ def candidates(op: str) -> tuple[Candidate, ...]:
     """The Triton implementations of `op`, each with its reasons."""
     if op in _OTHERS:
         module, algorithm, supports = _OTHERS[op]
-        return (Candidate("triton", algorithm, supports, plans.planned(op, _host(module, op))),)
+        run = plans.planned(op, _host(module, op))
+        return (Candidate("triton", algorithm, supports, run, remark=plans.remark),)
     backward = op == "lora_linear_backward"
     found = []
     for key, algorithm in _ALGORITHMS.items():
@@ -171,7 +172,11 @@ def candidates(op: str) -> tuple[Candidate, ...]:
         run = plans.planned_linear(name, host)
         planned = (name, host)
         linear = None if backward else functools.partial(_linear, planned)
-        found.append(Candidate("triton", algorithm, supports, run, keys, outperformed, linear, planned))
+        found.append(
+            Candidate(
+                "triton", algorithm, supports, run, keys, outperformed, linear, planned, remark=plans.remark
+            )
+        )
     return tuple(found)
 
 

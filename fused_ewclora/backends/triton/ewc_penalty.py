@@ -22,7 +22,8 @@ from fused_ewclora.kernels import ewc_penalty as kernels
 
 from ...reference import arguments
 from . import kept, tables
-from .launch import addressable, arch, cdiv, launch, multiprocessors, precision
+from .launch import addressable, arch, cdiv, launch, multiprocessors, precision, recorded
+from .plans import NotPlannable
 
 WARPS_PER_MULTIPROCESSOR = 8  # that run side by side: their registers hold dA
 START = 32  # rows that take as long as the start and the end of a program
@@ -156,6 +157,8 @@ def ewc_penalty(
 ) -> tuple[Tensor, Tensor]:
     """Loss (0-d) and flat gradients, fp32; see `ops.schemas`."""
     plan = _plan(fishers, lora_as, lora_bs, scales, scale_factors, needs)
+    if plan.once and recorded():
+        raise NotPlannable("its table has addresses of copies, which are elsewhere in every call")
     like = lora_as[0]
     # Adapters without elements have no item that would write their gradients, or a loss.
     allocate = like.new_zeros if plan.holes else like.new_empty

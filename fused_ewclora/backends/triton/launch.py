@@ -76,6 +76,11 @@ def as_written() -> Iterator[None]:
         extension.bypass_plans(False)
 
 
+def recorded() -> bool:
+    """Whether a plan is made of what the host does now (see `plans`)."""
+    return _noting.take is not None and _noting.arch is None
+
+
 def settle(kernels: ModuleType) -> None:
     """Make the keys by which Triton finds machine code on disk, callees first.
 

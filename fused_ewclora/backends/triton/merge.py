@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -11,8 +11,7 @@ from fused_ewclora.kernels import merge as kernels
 from ...reference import arguments
 from . import launch, tables
 from .launch import cdiv
-
-GROUP = 4  # tensors per launch: each number of them is a kernel of its own
+from .overlap import groups
 
 
 def merge_(
@@ -24,7 +23,7 @@ def merge_(
 ) -> None:
     """W_i += B_i diag(s_i) A_i in place, in the order of the entries where weights overlap."""
     arguments.merge(weights, lora_as, lora_bs, scales, scale_factors)
-    for group in _groups(weights):
+    for group in groups(weights):
         w, a, b = ([tensors[i] for i in group] for tensors in (weights, lora_as, lora_bs))
         s = [scales[i] for i in group]
         config = tables.lookup("merge_kernel", launch.arch(w[0]), w[0].dtype)
@@ -41,7 +40,7 @@ def merge_(
 def soft_threshold_(scales: Sequence[Tensor], kappa: float) -> None:
     """s_i = sign(s_i) max(|s_i| - kappa, 0) in place, in the order of the entries where they overlap."""
     arguments.soft_threshold(scales)
-    for group in _groups(scales):
+    for group in groups(scales):
         given = [scales[i] for i in group]
         flat = [t.reshape(-1) for t in given]  # views where the strides allow it
         config = tables.lookup("soft_threshold_kernel", launch.arch(flat[0]), flat[0].dtype)
@@ -61,30 +60,3 @@ def _sizes(tensors: Sequence[Tensor], dim: int) -> tuple[int, ...]:
 
 def _strides(tensors: Sequence[Tensor], dim: int) -> tuple[int, ...]:
     return tuple(t.stride(dim) for t in tensors)
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The addresses from the first element to behind the last."""
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    last = sum((size - 1) * stride for size, stride in steps)
-    start = tensor.data_ptr()
-    return start, start + (last + 1) * tensor.element_size()
-
-
-def _groups(outputs: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of the tensors that have elements, in order, up to GROUP at a time. Programs of one launch run
-    in any order, so tensors that may share elements go to different launches."""
-    group: list[int] = []
-    held: list[tuple[int, int]] = []
-    for i, tensor in enumerate(outputs):
-        if tensor.numel() == 0:
-            continue
-        start, stop = _extent(tensor)
-        overlaps = start != 0 and any(start < other and first < stop for first, other in held)  # 0: meta
-        if overlaps or len(group) == GROUP:
-            yield group
-            group, held = [], []
-        group.append(i)
-        held.append((start, stop))
-    if group:
-        yield group

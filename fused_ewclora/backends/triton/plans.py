@@ -19,11 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import native
 from ..candidate import remembers_choices
-from . import launch, specialisation
+from . import launch, overlap, specialisation
 
 # Numbers that kernels take as they are, by host: plans do not depend on their values.
 NUMBERS = {"ewc_penalty": (5,), "fisher_accumulate_": (4,), "soft_threshold_": (1,)}
 BY_ADDRESS = ("ewc_penalty",)  # hosts that put addresses into tables
+# Hosts that decide by which of their first arguments share memory, and the place of these in a call.
+IN_GROUPS = {"merge_": 0, "soft_threshold_": 0}
 
 
 class NotPlannable(Exception):
@@ -65,6 +67,8 @@ def unavailable() -> str | None:
         return "plans launch through the CUDA driver, this is a build for AMD"
     try:
         extension.load_driver(*launch.driver())
+        if torch.cuda.is_available():
+            extension.check_stream(torch.cuda.current_device())
     except RuntimeError as error:
         return str(error).splitlines()[0]
     from triton import knobs
@@ -78,6 +82,12 @@ def unavailable() -> str | None:
     return None
 
 
+def remark() -> str | None:
+    """What is to be said about launches on a GPU that Triton's own launcher makes, or None."""
+    reason = None if launch.interpreted() else unavailable()
+    return None if reason is None else f"launched by Triton's launcher: {reason}"
+
+
 def forget() -> None:
     """Let go of all plans, and of the tensors that they keep."""
     if (extension := native.extension()) is not None:
@@ -86,7 +96,7 @@ def forget() -> None:
 
 def planned(name: str, host: Callable[..., Any]) -> Callable[..., Any]:
     """`host`, or the plan that does what it would."""
-    numbers = NUMBERS.get(name, ())
+    numbers, in_groups = NUMBERS.get(name, ()), IN_GROUPS.get(name)
 
     def run(*given: Any) -> Any:
         if unavailable() is not None:
@@ -94,7 +104,10 @@ def planned(name: str, host: Callable[..., Any]) -> Callable[..., Any]:
         extension = native.extension()
         assert extension is not None
         plans = extension.plan_host(name, name in BY_ADDRESS)
-        arguments = extension.Arguments(*described(given, numbers))
+        tensors, decisions, values = described(given, numbers)
+        if in_groups is not None:
+            decisions += (len(group) for group in overlap.groups(given[in_groups]))
+        arguments = extension.Arguments(tensors, decisions, values)
         found = plans.replay(arguments)
         return watched(plans, arguments, host, given, numbers) if found is None else _results(name, found)
 
@@ -155,7 +168,7 @@ def watched(
         try:
             plan = record(host, given, numbers)
         except NotPlannable:
-            return result
+            plan = None  # nobody tries again
         plans.add(arguments, plan)
     return result
 

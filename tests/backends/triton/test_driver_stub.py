@@ -1,4 +1,5 @@
-"""The stand-in for the CUDA driver: what it reads from machine code, what it notes, refuses and fails with."""
+"""The stand-in for the CUDA driver: what it reads from machine code, what it notes, refuses and fails
+with."""
 
 from __future__ import annotations
 
@@ -107,8 +108,8 @@ def test_parameters_noted(driver: Any, folder: Path, arch: str) -> None:
 
 
 def test_what_drivers_refuse(driver: Any, folder: Path) -> None:
-    """Launches that a driver refuses: no or other blocks and threads than compiled for, too much shared memory,
-    a parameter or context that is not there."""
+    """Launches that a driver refuses: no or other blocks and threads than compiled for, too much shared
+    memory, a parameter or context that is not there."""
     function = load(driver, folder)
     given = [bytes(size) for size in sizes(folder, "sm_90")]
     changes: list[dict[str, Any]] = [
@@ -168,8 +169,8 @@ def test_missing_function() -> None:
 def encoded(driver: Any, address: int = 4096, **changes: Any) -> bytes | int:
     """A tensor map, or what the driver says instead."""
     given: dict[str, Any] = {
-        "type": 9, "sizes": (176, 159, 7), "strides": (352, 352 * 159), "box": (64, 128, 1), "steps": (1, 1, 1),
-        "interleave": 0, "swizzle": 3, "promotion": 2, "fill": 0,
+        "type": 9, "sizes": (176, 159, 7), "strides": (352, 352 * 159), "box": (64, 128, 1),
+        "steps": (1, 1, 1), "interleave": 0, "swizzle": 3, "promotion": 2, "fill": 0,
     }  # fmt: skip
     given |= changes
     room = ctypes.create_string_buffer(256)
@@ -184,8 +185,8 @@ def encoded(driver: Any, address: int = 4096, **changes: Any) -> bytes | int:
 
 
 def test_tensor_maps(driver: Any) -> None:
-    """A tensor map tells every argument that it was made from; equal arguments make equal bytes, and any other
-    argument others; an address can be replaced."""
+    """A tensor map tells every argument that it was made from; equal arguments make equal bytes, and any
+    other argument others; an address can be replaced."""
     data = encoded(driver)
     assert isinstance(data, bytes) and data == encoded(driver)
     assert stub.decode(data) == stub.TensorMap(
@@ -215,6 +216,6 @@ def test_tensor_maps(driver: Any) -> None:
     ids=repr,
 )  # fmt: skip
 def test_tensor_maps_refused(driver: Any, change: dict[str, Any]) -> None:
-    """Maps that cuda.h does not allow: addresses and strides off 16 bytes, sizes, boxes and steps out of range, rows
-    of a box that swizzles do not span."""
+    """Maps that cuda.h does not allow: addresses and strides off 16 bytes, sizes, boxes and steps out of
+    range, rows of a box that swizzles do not span."""
     assert encoded(driver, **change) == INVALID_VALUE

@@ -7,26 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import stub
-
-
-class Made(TorchDispatchMode):
-    """Notes and keeps the tensors that are made inside, so that none takes the place of another."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tensors: list[Tensor] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.is_view or func._schema.is_mutable:  # of what is there, maybe from before
-            return out
-        self.tensors += [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
-        return out
 
 
 @dataclass
@@ -39,13 +22,9 @@ class Buffers:
     seen: dict[int, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, given: Iterable[Tensor], made: Iterable[Tensor]) -> Buffers:
-        found = cls()
-        for n, tensor in enumerate(given):
-            found.given.append((*_extent(tensor), f"argument {n}"))
-        starts = {start for start, _, _ in found.given}
-        found.made = sorted({_extent(t) for t in made if _extent(t)[0] not in starts})
-        return found
+    def of(cls, given: Iterable[Tensor], made: Iterable[tuple[int, int]]) -> Buffers:
+        """given: the call's tensors; made: address and size of what was allocated."""
+        return cls([(*_extent(tensor), f"argument {n}") for n, tensor in enumerate(given)], sorted(made))
 
     def place(self, address: int) -> tuple[str, int] | None:
         """A buffer's name and size, and the bytes from its start; None for an address of none."""

@@ -1,4 +1,5 @@
-"""python -m launcher.cubins FOLDER: machine code of one launch for each architecture, and what Triton says of it."""
+"""python -m launcher.cubins FOLDER: machine code of one launch for each architecture, and what Triton says
+of it."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_ewclora.backends.triton import kept
 
-from . import stub
+from . import memory, stub
 
 _SWIZZLES = {0: 0, 1: 32, 2: 64, 3: 128}  # of CUtensorMapSwizzle: bytes
 _ptx: dict[bytes, str] = {}  # by the digest of the machine code
@@ -94,10 +94,16 @@ class Session:
     machine: Machine = field(default_factory=Machine)
     reports: list[Report] = field(default_factory=list)
     failures: list[Exception] = field(default_factory=list)
+    blocks: int | None = None  # how many blocks of `memory` the machine knows; None: it learns of none
 
     def take(self, launch: stub.Launch) -> int:
         """The result for the driver: an error where the machine cannot execute the launch."""
         try:
+            if self.blocks is not None:
+                new = memory.blocks(self.blocks)
+                self.blocks += len(new)
+                for start, size in new:
+                    self.machine.add_memory(start, size, f"{size} bytes")
             kernel = _kernel(hashlib.sha256(launch.image).digest(), launch.function)
             maps = (stub.decode(data) for data in launch.parameters)
             arguments = [
@@ -130,6 +136,16 @@ class Session:
                 yield
         finally:
             kept.outside = outside
+
+    @contextlib.contextmanager
+    def unobserved(self, *inputs: Any) -> Iterator[None]:
+        """The same without watching operations, so that calls go the way that users' calls go; whether
+        something was written before it is read is not known, but it holds NaN until then."""
+        for tensor in tensors(list(inputs)):
+            self.machine.add(tensor)
+        self.blocks = 0
+        with memory.held(poison=True):
+            yield
 
     @contextlib.contextmanager
     def executing(self) -> Iterator[None]:

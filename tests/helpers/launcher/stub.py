@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SOURCES = ROOT / "csrc" / "driver"
 FOLDER = ROOT / "build" / "driver"
 NAME = "libcuda.so.1"
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden", "-DFE_STUB_ALONE"]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden"]
 
 
 def missing() -> str | None:
@@ -27,27 +27,30 @@ def missing() -> str | None:
     return None if shutil.which(compiler) else f"no C++ compiler: {compiler!r} was not found"
 
 
-def library(without: Sequence[str] = ()) -> Path:
-    """The stand-in as a libcuda.so.1, built where its sources are newer; `without` some functions."""
-    folder = FOLDER / "-".join(["alone", *sorted(without)])
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / NAME
-    with (folder / "building").open("w") as lock:
+def built(path: Path, sources: Sequence[Path], options: Sequence[str]) -> Path:
+    """A shared library, compiled where its sources are newer."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        newest = max(source.stat().st_mtime for source in SOURCES.iterdir())
+        newest = max(file.stat().st_mtime for source in sources for file in source.parent.glob("*.[ch]*"))
         if not path.exists() or path.stat().st_mtime <= newest:
             compiler = shlex.split(os.environ.get("CXX", "c++"))
-            absent = [f"-D{name}=fe_stub_absent_{name}" for name in without]
-            sources = [SOURCES / "stub.cpp", SOURCES / "image.cpp"]
             made = path.with_suffix(".new")
             done = subprocess.run(
-                [*compiler, *FLAGS, *absent, "-shared", f"-Wl,-soname,{NAME}", *sources, "-o", made],
-                capture_output=True, text=True,
-            )  # fmt: skip
+                [*compiler, *FLAGS, *options, "-shared", *sources, "-o", made], capture_output=True, text=True
+            )
             if done.returncode:
                 raise RuntimeError(done.stderr)
             made.replace(path)
     return path
+
+
+def library(without: Sequence[str] = ()) -> Path:
+    """The stand-in as a libcuda.so.1, `without` some functions."""
+    absent = [f"-D{name}=fe_stub_absent_{name}" for name in without]
+    path = FOLDER / "-".join(["alone", *sorted(without)]) / NAME
+    options = ["-DFE_STUB_ALONE", f"-Wl,-soname,{NAME}", *absent]
+    return built(path, [SOURCES / "stub.cpp", SOURCES / "image.cpp"], options)
 
 
 class _Attribute(ctypes.Structure):

@@ -10,7 +10,6 @@ from fused_ewclora.backends.triton import launch
 
 from . import stub
 
-
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100")
 
 

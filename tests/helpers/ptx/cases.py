@@ -92,7 +92,7 @@ class Case:
         return _results(self.workload.op, self.candidate, list(arguments))
 
     def outcome(self, session: Executed, got: list[Tensor], exact: list[Tensor]) -> Outcome:
-        errors = [_error(a, b) for a, b in zip(got, exact, strict=True)]
+        errors = [error_of(a, b) for a, b in zip(got, exact, strict=True)]
         digest = hashlib.sha256()
         for tensor in got:
             digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -137,7 +137,7 @@ def _double(value: Any) -> Any:
     return value
 
 
-def _error(got: Tensor, exact: Tensor) -> float:
+def error_of(got: Tensor, exact: Tensor) -> float:
     difference = (got.double() - exact).norm()
     size = exact.norm()
     return float(difference / size) if size else float(difference)

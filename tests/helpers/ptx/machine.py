@@ -201,6 +201,12 @@ class Machine:
             self._machine.add(start, size, name or f"tensor [{shape}]", initialised)
         return tensor
 
+    def add_memory(self, start: int, size: int, name: str) -> None:
+        """Let launches touch memory that stays there; it counts as written."""
+        if not any(at <= start and start + size <= at + known for at, known in self._known):
+            self._known.append((start, size))
+            self._machine.add(start, size, name, True)
+
     def written(self, tensor: Tensor) -> None:
         """`tensor` was written between launches."""
         if tensor.numel() and tensor.device.type == "cpu":
