@@ -287,6 +287,7 @@ def test_pretended_triton(tmp_path: Path):
         assert record["results"] == NOT_COMPUTED and record["error_fp64"] is None
         assert record["launches"] > 0 and "Triton" in record["algorithm"]
         assert record["environment"]["stands_in_for"] == "sm_90"
+        assert record["environment"]["launcher"].startswith(("plans", "Triton's own"))
     assert len(ours) == 2
 
 
