@@ -59,6 +59,7 @@ struct alignas(64) CUtensorMap {
   _(cuTensorMapReplaceAddress, (CUtensorMap * map, void* address))
 
 struct Functions {
+  int version = 0;  // 13010: of CUDA 13.1
 #define FE_DECLARE(name, arguments) CUresult(*name) arguments = nullptr;
   FE_DRIVER_FUNCTIONS(FE_DECLARE)
 #undef FE_DECLARE

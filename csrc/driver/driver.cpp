@@ -11,6 +11,10 @@ namespace {
 constexpr int LEAST_VERSION = 12000;             // of the driver: tensor maps whose address can be replaced
 constexpr int SHARED_WITHOUT_ASKING = 48 << 10;  // bytes of dynamic shared memory
 
+// Drivers up to that of CUDA 13.1 set a bit in maps of small tensors that has to be cleared, as CUTLASS and Triton do.
+constexpr int LAST_WITH_SMALL_BIT = 13010;
+constexpr uint64_t SMALL = 128 << 10, SMALL_BIT = uint64_t(1) << 21;
+
 std::mutex loading;
 std::atomic<const Functions*> loaded{nullptr};  // never freed: kernels may be launched until the end of the process
 
@@ -21,12 +25,12 @@ void load(const std::string& library, const std::string& prefix) {
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   TORCH_CHECK(handle, "the CUDA driver cannot be loaded: ", dlerror());
   auto found = std::make_unique<Functions>();
-#define FE_FIND(name, arguments)                                                                 \
+#define FE_FIND(name, arguments)                                                                  \
   found->name = reinterpret_cast<decltype(found->name)>(dlsym(handle, (prefix + #name).c_str())); \
   TORCH_CHECK(found->name, "the CUDA driver ", path, " has no function ", #name, ": expected one of CUDA 12.0 or newer");
   FE_DRIVER_FUNCTIONS(FE_FIND)
 #undef FE_FIND
-  int version = 0;
+  int& version = found->version;
   const CUresult result = found->cuDriverGetVersion(&version);
   TORCH_CHECK(result == 0, "the CUDA driver ", path, " does not tell its version: error ", result);
   TORCH_CHECK(version >= LEAST_VERSION, "the CUDA driver is of CUDA ", version / 1000, ".", version % 1000 / 10,
@@ -49,6 +53,19 @@ std::string described(CUresult result) {
 
 void check(CUresult result, const std::string& what) {
   TORCH_CHECK(result == 0, what, ": ", described(result));
+}
+
+CUresult encode(CUtensorMap& map, int type, const TiledTensor& tensor, const uint32_t* box, int swizzle, int fill) {
+  constexpr uint32_t STEPS[MOST_DIMENSIONS] = {1, 1, 1, 1, 1};
+  const Functions& cuda = functions();
+  const CUresult result =
+      cuda.cuTensorMapEncodeTiled(&map, type, tensor.dimensions, tensor.address, tensor.sizes, tensor.strides, box, STEPS,
+                                  CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, fill);
+  if (result != 0 || cuda.version > LAST_WITH_SMALL_BIT) return result;
+  uint64_t last = (tensor.sizes[0] - 1) * tensor.element_size;
+  for (uint32_t i = 1; i < tensor.dimensions; ++i) last += (tensor.sizes[i] - 1) * tensor.strides[i - 1];
+  if (last + 1 < SMALL) map.opaque[1] &= ~SMALL_BIT;
+  return result;
 }
 
 bool capturing(CUstream stream) {

@@ -21,6 +21,19 @@ std::string described(CUresult result);
 // Raises "what: <the driver's words>" unless `result` is success.
 void check(CUresult result, const std::string& what);
 
+constexpr uint32_t MOST_DIMENSIONS = 5;  // of a tensor map
+
+// What a tensor map covers: sizes in elements, innermost first; strides in bytes, without the innermost.
+struct TiledTensor {
+  void* address;
+  uint32_t dimensions;
+  uint64_t element_size;
+  const uint64_t *sizes, *strides;
+};
+
+// A tensor map of boxes of `tensor`, as Triton's launcher encodes it.
+CUresult encode(CUtensorMap& map, int type, const TiledTensor& tensor, const uint32_t* box, int swizzle, int fill);
+
 // Whether launches on `stream` are recorded for a CUDA graph now.
 bool capturing(CUstream stream);
 

@@ -63,7 +63,7 @@ Arguments of_linear_backward(const at::Tensor& dy, const std::optional<at::Tenso
                    needs, again);
 }
 
-using PyMap = std::tuple<int, int, int, std::vector<uint64_t>, std::vector<uint64_t>, std::vector<uint32_t>, PyPlace>;
+using PyMap = std::tuple<int, int, int, uint64_t, std::vector<uint64_t>, std::vector<uint64_t>, std::vector<uint32_t>, PyPlace>;
 
 void add_launch(Plan& plan, std::shared_ptr<driver::Kernel> kernel, const std::array<unsigned, 3>& grid, unsigned threads,
                 std::vector<uint64_t> values, std::vector<int> order, const std::vector<std::tuple<size_t, PyPlace>>& pointers,
@@ -71,8 +71,8 @@ void add_launch(Plan& plan, std::shared_ptr<driver::Kernel> kernel, const std::a
   Launch launch{std::move(kernel), {grid[0], grid[1], grid[2]}, threads, std::move(values), std::move(order), {}, {}, {}, std::move(about)};
   for (const auto& [value, place] : pointers) launch.pointers.push_back({value, place_of(place)});
   for (const auto& [value, number] : numbers) launch.numbers.push_back({value, number});
-  for (const auto& [type, swizzle, fill, sizes, strides, box, place] : maps)
-    launch.maps.push_back({type, swizzle, fill, sizes, strides, box, place_of(place)});
+  for (const auto& [type, swizzle, fill, size, sizes, strides, box, place] : maps)
+    launch.maps.push_back({type, swizzle, fill, size, sizes, strides, box, place_of(place)});
   plan.steps.emplace_back(std::move(launch));
   ++plan.launches;
 }

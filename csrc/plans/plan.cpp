@@ -104,19 +104,17 @@ struct Launcher {
     c10::SmallVector<void*, 64> parameters;
     for (const int place : step.order)
       parameters.push_back(place >= 0 ? static_cast<void*>(&values[place]) : static_cast<void*>(&maps[-1 - place]));
-    driver::CUlaunchConfig config{step.grid[0], step.grid[1], step.grid[2], step.threads, 1, 1, unsigned(step.kernel->shared()), stream,
-                                  nullptr, 0};
+    driver::CUlaunchConfig config{
+        step.grid[0], step.grid[1], step.grid[2], step.threads, 1, 1, unsigned(step.kernel->shared()), stream, nullptr, 0};
     const auto result = cuda.cuLaunchKernelEx(&config, step.kernel->on(device), parameters.data(), nullptr);
     if (result != 0) driver::check(result, step.about);
     launched.fetch_add(1, std::memory_order_relaxed);
   }
 
   void encode(const Launch::Map& map, const Buffers& buffers, const Launch& step, driver::CUtensorMap& out) const {
-    constexpr uint32_t steps[5] = {1, 1, 1, 1, 1};
-    const auto result =
-        cuda.cuTensorMapEncodeTiled(&out, map.type, uint32_t(map.box.size()), buffers.at(map.place), map.sizes.data(), map.strides.data(),
-                                    map.box.data(), steps, driver::CU_TENSOR_MAP_INTERLEAVE_NONE, map.swizzle,
-                                    driver::CU_TENSOR_MAP_L2_PROMOTION_L2_128B, map.fill);
+    const driver::TiledTensor tensor{buffers.at(map.place), uint32_t(map.box.size()), map.element_size, map.sizes.data(),
+                                     map.strides.data()};
+    const auto result = driver::encode(out, map.type, tensor, map.box.data(), map.swizzle, map.fill);
     if (result != 0) driver::check(result, step.about + ": a tensor map");
   }
 };

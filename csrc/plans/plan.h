@@ -67,6 +67,7 @@ struct Launch {
   std::vector<Number> numbers;
   struct Map {
     int type, swizzle, fill;
+    uint64_t element_size;
     std::vector<uint64_t> sizes, strides;  // innermost first; strides in bytes, without the innermost
     std::vector<uint32_t> box;
     Place place;

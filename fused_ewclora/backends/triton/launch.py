@@ -129,7 +129,10 @@ def drive(library: str = "", prefix: str = "") -> None:
 
 
 def driver() -> tuple[str, str]:
-    """The library that plans launch through and the beginning of its functions' names; ("", ""): libcuda."""
+    """The library that plans launch through and the beginning of its functions' names; ("", ""): libcuda.
+    Where the CPU stands in for a GPU, the extension stands in for libcuda."""
+    if pretended() and not _driver[0]:
+        return str(getattr(native.extension(), "__file__", "")), "fe_stub_"
     return _driver
 
 

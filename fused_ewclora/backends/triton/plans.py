@@ -436,7 +436,7 @@ class _Parameters:
             size = description["elem_size"]
             self.maps.append((
                 _host_type(description["elem_type"]), description["swizzle"], int(tiles.padding == "nan"),
-                list(tiles.shape)[::-1], [size * stride for stride in tiles.strides[-2::-1]],
+                size, list(tiles.shape)[::-1], [size * stride for stride in tiles.strides[-2::-1]],
                 list(description["block_size"])[::-1], tiles.base,
             ))  # fmt: skip
         for number in (*tiles.shape, *tiles.strides):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from fused_ewclora.backends.triton import has_penalty
 from fused_ewclora.backends.triton.tools.workloads import Make, Sizes, Workload, workloads
 
 from .launches import Session, executing, tensors
+from .machine import Report
 
 # Rows, tokens and widths that no block size divides; widths that vector loads and tensor maps can address.
 SMALL = Sizes(samples=3, tokens=53, width=176, hidden=208, layers=3)
@@ -30,13 +31,22 @@ TOLERANCES = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 PRECISIONS = {"highest": 2e-6, "high": 1e-3, "medium": 8e-3}
 
 
+class Executed(Protocol):
+    """Launches that were executed."""
+
+    arch: str
+    reports: list[Report]
+
+    def findings(self) -> list[str]: ...
+
+
 @dataclass
 class Outcome:
     """One case on one architecture."""
 
     arch: str
     case: str
-    session: Session
+    session: Executed
     error: float
     allowed: float
     bits: str  # a digest of the results
@@ -65,12 +75,25 @@ class Case:
         return fine
 
     def execute(self, session: Session) -> Outcome:
-        arguments = self.workload.make(Make("cpu"))
-        exact = _results(
+        arguments = self.arguments()
+        exact = self.exact(arguments)
+        with self.workload.precision_set(), executing(session, *arguments):
+            got = self.run(arguments)
+        return self.outcome(session, got, exact)
+
+    def arguments(self) -> tuple[Any, ...]:
+        return self.workload.make(Make("cpu"))
+
+    def exact(self, arguments: Sequence[Any]) -> list[Tensor]:
+        """The results in fp64; `arguments` stay as they are."""
+        return _results(
             self.workload.op, reference.candidates(self.workload.op)[0], _double(list(arguments))
         )
-        with self.workload.precision_set(), executing(session, *arguments):
-            got = _results(self.workload.op, self.candidate, list(arguments))
+
+    def run(self, arguments: Sequence[Any]) -> list[Tensor]:
+        return _results(self.workload.op, self.candidate, list(arguments))
+
+    def outcome(self, session: Executed, got: list[Tensor], exact: list[Tensor]) -> Outcome:
         errors = [_error(a, b) for a, b in zip(got, exact, strict=True)]
         digest = hashlib.sha256()
         for tensor in got:

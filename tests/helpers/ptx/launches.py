@@ -92,7 +92,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
         yield value.base
 
 
-_EMPTY = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+EMPTY = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
 
 class _Fresh(TorchDispatchMode):
@@ -110,7 +110,7 @@ class _Fresh(TorchDispatchMode):
                 self.machine.written(value)
         if isinstance(given := (kwargs or {}).get("out"), Tensor):
             self.machine.written(given)
-        if isinstance(out, Tensor) and name in _EMPTY and out.device.type == "cpu" and out.numel():
+        if isinstance(out, Tensor) and name in EMPTY and out.device.type == "cpu" and out.numel():
             out.untyped_storage().fill_(0xFF)
             self.machine.add(out, initialised=False)
         return out
