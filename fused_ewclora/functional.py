@@ -116,8 +116,10 @@ def lora_linear_adapters(
         >>> heads = Adapter(lora_a, lora_b, 1.0, ((64, 128), (256, 320)))
         >>> y = lora_linear_adapters(x, weight, None, [heads])
     """
-    if capture is None and not torch.compiler.is_compiling() and (eager := _linear.eager()) is not None:
-        y = eager(x, weight, bias, adapters, dropout_p, training, seed, dispatch.resolve(backend))
+    if not torch.compiler.is_compiling() and (eager := _linear.eager()) is not None:
+        captured = None if capture is None else _linear.Captured(capture)
+        name = dispatch.resolve(backend)
+        y = eager(x, weight, bias, adapters, dropout_p, training, seed, name, captured)
         if y is not None:
             return y
     x, weight, bias, adapters = check.autocast(x, weight, bias, adapters)

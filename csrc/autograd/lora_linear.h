@@ -1,6 +1,8 @@
 // The LoRA linear on autograd's tape, for backends whose forward and backward are C++ functions: a training step of small layers then
 // spends its time in them and not in Python.
 #pragma once
+#include <ATen/core/ivalue.h>
+
 #include "tape.h"
 
 namespace fe::recorded {
@@ -42,7 +44,26 @@ struct LinearFunctions final : LinearBackend {
     static const LinearFunctions functions;
     return functions;
   }
+  // For another extension, whose node calls it.
+  static uintptr_t address() { return reinterpret_cast<uintptr_t>(&get()); }
 };
+
+// What collects the Fisher of a layer (`Captured` in ops/lora_linear.py): told of x in the forward, and of x and dy in each backward. None where
+// nothing does.
+struct Captured : torch::CustomClassHolder {
+  explicit Captured(PyObject* object) : object(object) { Py_INCREF(object); }
+  ~Captured() override {
+    if (!Py_IsInitialized()) return;
+    const pybind11::gil_scoped_acquire locked;
+    Py_DECREF(object);
+  }
+  PyObject* object;
+};
+
+inline void tell(PyObject* captured, const at::Tensor& x) {
+  const pybind11::gil_scoped_acquire locked;
+  pybind11::handle(captured).attr("forward")(x);
+}
 
 struct LoRALinear : torch::autograd::Function<LoRALinear> {
   // Inputs: x, weight, bias, every A, every B, every s, the seed.
@@ -50,14 +71,14 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
 
   // Returns y and, where x has a graph and is not kept, z: the graph of z is then the only way to x for derivatives of dB and ds.
   static variable_list forward(AutogradContext* ctx, at::TensorList tensors, const std::vector<int64_t>& slots, int64_t count,
-                               const LinearCall& call, const LinearBackend& backend) {
+                               const LinearCall& call, const LinearBackend& backend, PyObject* captured) {
     const WithoutAutocast plain;
     variable_list made = backend.forward(call);
     const auto trained = [](const at::Tensor& t) { return t.defined() && t.requires_grad(); };
     const auto any = [&](const auto& list) { return std::any_of(list.begin(), list.end(), trained); };
     const bool trained_scale =
         std::any_of(call.scales.begin(), call.scales.end(), [&](const auto& s) { return s && trained(*s); });
-    const bool keep_x = trained(call.weight) || any(call.lora_as), keep_z = any(call.lora_bs) || trained_scale;
+    const bool keep_x = trained(call.weight) || any(call.lora_as) || captured != nullptr, keep_z = any(call.lora_bs) || trained_scale;
     // A layer that needs only dx (everything of its own frozen) keeps neither x nor z.
     const bool connect = keep_z && !keep_x && call.x.requires_grad();
     variable_list kept = spread(tensors, slots, count);
@@ -73,6 +94,11 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
     factors.push_back(call.dropout_p);
     ctx->saved_data["numbers"] = std::move(numbers);
     ctx->saved_data["factors"] = std::move(factors);
+    if (captured != nullptr) {
+      const pybind11::gil_scoped_acquire locked;
+      ctx->saved_data["captured"] = c10::IValue::make_capsule(c10::make_intrusive<Captured>(captured));
+      tell(captured, call.x);
+    }
     if (!connect) return {made[0]};
     ctx->set_materialize_grads(false);
     ctx->saved_data["shape"] = made[0].sizes();
@@ -102,14 +128,21 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
     const bool has_dz = outputs.size() > 1 && outputs[1].defined();
     const at::Tensor dy = outputs[0].defined() ? outputs[0] : at::zeros(ctx->saved_data["shape"].toIntVector(), call.weight.options());
     variable_list found;
-    if (has_dz || is_followed(outputs)) {
+    const bool followed = has_dz || is_followed(outputs);
+    const auto captured = ctx->saved_data.find("captured");
+    if (captured != ctx->saved_data.end()) {
+      const pybind11::gil_scoped_acquire locked;
+      const auto holder = c10::static_intrusive_pointer_cast<Captured>(captured->second.toCapsule());
+      pybind11::handle(holder->object).attr("backward")(call.x, dy, followed);
+    }
+    if (followed) {
       const std::optional<at::Tensor> dz = has_dz ? given(outputs[1]) : std::nullopt;
       found = differentiable("lora_linear_backward", dy, dz, given(call.x), call.weight, given(call.bias), given(z), call.lora_as,
                              call.lora_bs, call.scales, call.scale_factors, call.rows, call.dropout_p, given(call.seed), needs);
     } else {
       found = backend.backward(dy, z, call, needs, at::TensorList(kept).slice(count + 1));
     }
-    variable_list gradients(slots.size() + 4);  // what is no tensor has none
+    variable_list gradients(slots.size() + 5);  // what is no tensor has none
     size_t next = 0;
     for (size_t i = 0; i < slots.size(); ++i) {
       const size_t slot = size_t(slots[i]);
@@ -119,14 +152,14 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
   }
 
   // y, on the tape.
-  static at::Tensor of(const LinearCall& call, const LinearBackend& backend) {
+  static at::Tensor of(const LinearCall& call, const LinearBackend& backend, PyObject* captured = nullptr) {
     Inputs inputs;
     inputs.add(given(call.x));
     inputs.add(given(call.weight));
     inputs.add(given(call.bias));
     inputs.add(call.lora_as, call.lora_bs, call.scales);
     inputs.add(given(call.seed));
-    return LoRALinear::apply(at::TensorList(inputs.tensors), inputs.slots, inputs.count, call, backend)[0];
+    return LoRALinear::apply(at::TensorList(inputs.tensors), inputs.slots, inputs.count, call, backend, captured)[0];
   }
 };
 

@@ -43,7 +43,7 @@ std::unordered_map<Choice, const LinearBackend*, HashChoice>& choices() {
   static auto* all = new std::unordered_map<Choice, const LinearBackend*, HashChoice>;
   return *all;
 }
-PyObject* chooser = nullptr;  // (asked, *arguments of the op) -> a backend, or None: Python serves the call
+PyObject* chooser = nullptr;  // (asked, *arguments of the op) -> address of a backend, or None: Python serves the call
 
 bool is_served(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
@@ -164,7 +164,7 @@ const LinearBackend* chosen(const LinearCall& call, const std::string& asked) {
   const auto choose = py::reinterpret_borrow<py::object>(chooser);
   const py::object backend = choose(asked, call.x, call.weight, recorded::given(call.bias), call.lora_as, call.lora_bs, call.scales,
                                     call.scale_factors, call.rows, call.dropout_p, recorded::given(call.seed));
-  const auto* found = backend.is_none() ? nullptr : backend.cast<const LinearBackend*>();
+  const auto* found = backend.is_none() ? nullptr : reinterpret_cast<const LinearBackend*>(backend.cast<uintptr_t>());
   const std::unique_lock<std::shared_mutex> guard(choosing);
   if (choices().size() >= 4096) choices().clear();
   return choices()[choice] = found;
@@ -179,7 +179,7 @@ bool any_trained(const LinearCall& call) {
 
 // y, or None: the call is for Python.
 py::object lora_linear(py::handle x, py::handle weight, py::handle bias, py::handle adapters, py::handle dropout, bool training,
-                       py::handle seed, const std::string& asked) {
+                       py::handle seed, const std::string& asked, py::handle captured) {
   if (is_observed() || !seed.is_none()) return py::none();
   const double dropout_p = PyFloat_CheckExact(dropout.ptr()) ? PyFloat_AS_DOUBLE(dropout.ptr()) : -1.0;
   if (!(0.0 <= dropout_p && dropout_p <= 1.0)) return py::none();
@@ -194,10 +194,12 @@ py::object lora_linear(py::handle x, py::handle weight, py::handle bias, py::han
   {
     const py::gil_scoped_release unlocked;
     if (at::GradMode::is_enabled() && any_trained(*call)) {
-      y = recorded::LoRALinear::of(*call, *backend);
+      y = recorded::LoRALinear::of(*call, *backend, captured.is_none() ? nullptr : captured.ptr());
     } else {
       const recorded::WithoutAutocast plain;
       y = backend->forward(*call)[0];
+      // Calls without gradients count, too: reentrant checkpointing makes them before its backward.
+      if (!captured.is_none()) recorded::tell(captured.ptr(), call->x);
     }
   }
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(y)));
@@ -206,13 +208,7 @@ py::object lora_linear(py::handle x, py::handle weight, py::handle bias, py::han
 }  // namespace
 
 void bind(py::module_& m) {
-  py::class_<LinearBackend, std::unique_ptr<LinearBackend, py::nodelete>>(m, "LinearBackend");
-  py::class_<plans::LinearHosts, LinearBackend, std::unique_ptr<plans::LinearHosts, py::nodelete>>(m, "LinearHosts")
-      .def(py::init([](plans::Host& forward, py::object forward_missed, plans::Host& backward, py::object backward_missed) {
-        return new plans::LinearHosts(forward, std::move(forward_missed), backward, std::move(backward_missed));
-      }));
-  m.def("cpu_linear", [] { return &recorded::LinearFunctions<&fe::lora_linear, &fe::lora_linear_backward>::get(); },
-        py::return_value_policy::reference);
+  m.def("linear_backend", &recorded::LinearFunctions<&fe::lora_linear, &fe::lora_linear_backward>::address);
   m.def("eager_lora_linear", &lora_linear);
   m.def("choose_linear_by", [](py::object function) { chooser = function.release().ptr(); });
   m.def("forget_choices", [] {

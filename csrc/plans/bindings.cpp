@@ -109,6 +109,7 @@ void bind(py::module_& m) {
       .def("__len__", &Host::size);
   m.def("linear_arguments", &of_linear);
   m.def("linear_backward_arguments", &of_linear_backward);
+  m.def("linear_backend_of_hosts", &LinearHosts::address);
   m.def("plan_host", &host, py::return_value_policy::reference);
 }
 

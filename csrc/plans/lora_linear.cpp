@@ -1,6 +1,7 @@
 #include "lora_linear.h"
 
 #include <bit>
+#include <map>
 
 namespace fe::plans {
 namespace {
@@ -50,6 +51,13 @@ Arguments described(const at::Tensor& dy, const at::Tensor& z, const LinearCall&
   }
   made.decisions.push_back(bits);
   return made;
+}
+
+uintptr_t LinearHosts::address(Host& forward, py::object forward_missed, Host& backward, py::object backward_missed) {
+  static auto* all = new std::map<std::pair<Host*, Host*>, std::unique_ptr<LinearHosts>>;  // under the GIL
+  auto& found = (*all)[{&forward, &backward}];
+  if (!found) found = std::make_unique<LinearHosts>(forward, std::move(forward_missed), backward, std::move(backward_missed));
+  return reinterpret_cast<uintptr_t>(static_cast<const recorded::LinearBackend*>(found.get()));
 }
 
 variable_list LinearHosts::forward(const LinearCall& c) const {

@@ -14,6 +14,9 @@ Arguments described(const at::Tensor& dy, const at::Tensor& z, const recorded::L
 
 // Two hosts, each with the Python function that is called where no plan fits: (host, arguments, the host's arguments) -> its results.
 struct LinearHosts final : recorded::LinearBackend {
+  // That of the backend of two hosts, made when it is first asked for.
+  static uintptr_t address(Host& forward, pybind11::object forward_missed, Host& backward, pybind11::object backward_missed);
+
   LinearHosts(Host& forward, pybind11::object forward_missed, Host& backward, pybind11::object backward_missed)
       : forward_(forward),
         backward_(backward),

@@ -56,9 +56,9 @@ class Candidate(NamedTuple):
     `supports` says in words why it cannot serve a call, or None. `outperformed` says why another algorithm of
     the same backend is expected to be faster, or None; it does not count when one of `keys` is asked for by
     name ("triton:prologue"). `recorded`, where there is one, takes the arguments of `run` for a LoRA linear,
-    puts a backward of its own on autograd's tape and returns y. `linear`, where there is one, makes of that
-    for the backward what computes both in C++ (a `LinearBackend` of the extension), or None; `planned` is what
-    it needs to know of a Triton host, its name and its function.
+    puts a backward of its own on autograd's tape and returns y. `linear`, where there is one, takes the
+    candidate for the backward and returns the address of what computes both in C++ (a `LinearBackend`), or
+    None; `planned` is what it needs to know of a Triton host, its name and its function.
     """
 
     backend: str
@@ -68,7 +68,7 @@ class Candidate(NamedTuple):
     keys: tuple[str, ...] = ()
     outperformed: Callable[[Call], str | None] = _not_outperformed
     recorded: Callable[..., Any] | None = None
-    linear: Callable[[Any], Any] | None = None
+    linear: Callable[[Any], int | None] | None = None
     planned: tuple[str, Callable[..., Any]] | None = None
 
 

@@ -62,11 +62,11 @@ def candidates(op: str) -> tuple[Candidate, ...]:
     return (Candidate("cpu", _ALGORITHMS[op], _supports, run, recorded=recorded, linear=linear),)
 
 
-def _linear(backward: Candidate) -> object | None:
+def _linear(backward: Candidate) -> int | None:
     """What computes forward and backward in C++, where the backward is to run here as well."""
     module = extension()
     assert module is not None
-    return module.cpu_linear() if backward.backend == "cpu" else None
+    return module.linear_backend() if backward.backend == "cpu" else None
 
 
 def _missing(*_: object) -> None:

@@ -32,6 +32,40 @@ class LoRALinearMeta:
     backend: str
 
 
+_TRANSFORMS = "a transform of torch.func, batched gradients, forward-mode differentiation or torch.jit.trace"
+
+
+class Captured:
+    """One call of a layer whose Fisher is collected; the node on autograd's tape, in Python or C++, tells it
+    what came."""
+
+    __slots__ = ("_capture", "_followed", "_index")
+
+    def __init__(self, capture: FisherCapture) -> None:
+        self._capture, self._followed = capture, False
+        self._index: Tensor | None = None
+
+    def forward(self, x: Tensor) -> None:
+        """x of the forward."""
+        self._index = self._capture.note_forward(x)
+
+    def backward(self, x: Tensor, dy: Tensor, followed: bool) -> None:
+        """x and dy of a backward; of one that is `followed`, of which a graph is made, without that graph."""
+        if not followed and not self._followed:
+            return self._capture.record(x, dy, self._index)
+        if self._followed:
+            raise FisherError(
+                "a Fisher pass: a loss that contains gradients of the model (create_graph=True) was "
+                "backpropagated, and a layer records no second derivatives; use a loss without them in the "
+                "pass"
+            )
+        if schemas.is_transformed(dy):
+            raise FisherError(f"a Fisher pass: expected one backward of plain tensors, got {_TRANSFORMS}")
+        self._followed = True
+        with torch.no_grad():
+            return self._capture.record(x, dy, self._index)
+
+
 class LoRALinearFunction(torch.autograd.Function):
     """y = x W^T + bias + sum over adapters of ((x A^T) * s) B^T on their rows."""
 
@@ -63,10 +97,10 @@ class LoRALinearFunction(torch.autograd.Function):
         keep_z = any(need_bs) or any(need_scales)
         kept = (x if keep_x else None, weight, bias, z if keep_z else None)
         ctx.save_for_backward(*kept, *tensors_and_seed)
-        ctx.meta, ctx.scale_factors, ctx.capture = meta, scale_factors, capture
+        ctx.meta, ctx.scale_factors, ctx.captured = meta, scale_factors, None
         if capture is not None:
-            ctx.is_followed = False
-            ctx.rows_to_samples = capture.note_forward(x)
+            ctx.captured = Captured(capture)
+            ctx.captured.forward(x)
         if keep_x or not (keep_z and need_x) or torch.compiler.is_compiling():
             return y
         ctx.set_materialize_grads(False)
@@ -85,8 +119,8 @@ class LoRALinearFunction(torch.autograd.Function):
         followed = not torch.compiler.is_compiling() and (
             torch.is_grad_enabled() or dz is not None or schemas.is_transformed(dy)
         )
-        if ctx.capture is not None:
-            _record(ctx, x, dy, followed)
+        if ctx.captured is not None:
+            ctx.captured.backward(x, dy, followed)
         if followed:
             with torch.autocast(dy.device.type, enabled=False):
                 found = differentiable.lora_linear_backward(dy, dz, *rest)
@@ -94,25 +128,6 @@ class LoRALinearFunction(torch.autograd.Function):
             found = schemas.lora_linear_backward(dy, *rest, meta.backend)
         grads = iter(found)
         return (None, None, None, None, *[next(grads) if need else None for need in needs], None)
-
-
-def _record(ctx: Any, x: Tensor, dy: Tensor, followed: bool) -> None:
-    """Hands x and dy to the capture; of a backward of which a graph is made without that graph."""
-    if not followed and not ctx.is_followed:
-        return ctx.capture.record(x, dy, ctx.rows_to_samples)
-    if ctx.is_followed:
-        raise FisherError(
-            "a Fisher pass: a loss that contains gradients of the model (create_graph=True) was "
-            "backpropagated, and a layer records no second derivatives; use a loss without them in the pass"
-        )
-    if schemas.is_transformed(dy):
-        raise FisherError(f"a Fisher pass: expected one backward of plain tensors, got {_TRANSFORMS}")
-    ctx.is_followed = True
-    with torch.no_grad():
-        return ctx.capture.record(x, dy, ctx.rows_to_samples)
-
-
-_TRANSFORMS = "a transform of torch.func, batched gradients, forward-mode differentiation or torch.jit.trace"
 
 
 def lora_linear(

@@ -179,8 +179,8 @@ def candidates(op: str) -> tuple[Candidate, ...]:
     return tuple(found)
 
 
-def _linear(forward: tuple[str, Callable[..., Any]], backward: Candidate) -> Any:
-    """What computes forward and backward by plans, or None."""
+def _linear(forward: tuple[str, Callable[..., Any]], backward: Candidate) -> int | None:
+    """Where forward and backward are computed by plans, or None."""
     return None if backward.planned is None else plans.linear_backend(forward, backward.planned)
 
 

@@ -126,8 +126,9 @@ def planned_linear(name: str, host: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def linear_backend(forward: tuple[str, Callable[..., Any]], backward: tuple[str, Callable[..., Any]]) -> Any:
-    """Two hosts, by name, for the node on autograd's tape in C++; None where Python launches."""
+def linear_backend(forward: tuple[str, Callable[..., Any]], backward: tuple[str, Callable[..., Any]]) -> int | None:
+    """Address of the backend of two hosts, by name, for the node on autograd's tape in C++; None where Python
+    launches."""
     if unavailable() is not None:
         return None
     extension = native.extension()
@@ -137,7 +138,7 @@ def linear_backend(forward: tuple[str, Callable[..., Any]], backward: tuple[str,
         return lambda plans, arguments, *given: watched(plans, arguments, host, given)
 
     (name, host), (backward_name, backward_host) = forward, backward
-    return extension.LinearHosts(
+    return extension.linear_backend_of_hosts(
         extension.plan_host(name, False), missed(host),
         extension.plan_host(backward_name, False), missed(backward_host),
     )  # fmt: skip
