@@ -5,7 +5,7 @@
 
 namespace fe::few_rows {
 
-constexpr int64_t MOST = 16;  // rows up to which this is faster than the row passes, where the ranks are not more
+constexpr int64_t MOST = 12;  // rows up to which this is faster than the row passes, where the ranks are not more
 
 inline bool suits(const at::Tensor& rows, const LoraShape& shape) {
   return rows.scalar_type() == at::kFloat && rows.size(0) <= std::max(MOST, shape.total_rank) && shape.dropout_p == 0.0;
