@@ -117,7 +117,8 @@ def cpu_extension():
     # at::parallel_for is header code: it runs in parallel only in sources compiled with OpenMP.
     linked = ["-fopenmp", "-ldl"] if sys.platform == "linux" else []
     sanitized, files = SANITIZERS.get(sanitizer(), []), sources("cpu/*.cpp")
-    files += [*sources("driver/*.cpp"), *sources("plans/*.cpp"), *sources("eager/*.cpp")]
+    for folder in ("driver", "plans", "eager", "penalty"):
+        files += sources(f"{folder}/*.cpp")
     compiled = [
         *linked,
         *(["-O1", "-g1", "-fno-omit-frame-pointer", *sanitized] if sanitized else ["-O3", "-g0"]),
@@ -129,8 +130,16 @@ def cpu_extension():
         "fused_ewclora._C",
         files,
         include_dirs=[str(ROOT / "csrc")],
-        depends=[*sources("cpu/*.h"), *sources("cpu/*.inl"), *sources("autograd/*.h"), *sources("*.h"), *sources("driver/*.h"),
-                 *sources("plans/*.h"), *sources("eager/*.h")],
+        depends=[
+            *sources("cpu/*.h"),
+            *sources("cpu/*.inl"),
+            *sources("autograd/*.h"),
+            *sources("*.h"),
+            *sources("driver/*.h"),
+            *sources("plans/*.h"),
+            *sources("eager/*.h"),
+            *sources("penalty/*.h"),
+        ],
         # No -march: files choose instruction sets by pragmas. No -std: PyTorch adds the one it needs.
         extra_compile_args=["-Wall", "-fvisibility=hidden", *compiled],
         extra_link_args=[*linked, *sanitized],

@@ -196,7 +196,7 @@ def _targets(workload: Workload, place: Place) -> Sequence[Target]:
         return ()
     targets = [Target("best peer", 1.0, "never slower than the best peer")]
     vit = str(workload.shape["model"]).startswith("ViT")
-    if vit and workload.shape["rank"] == 10 and workload.size("rows") > 1000 and workload.dtype == "float32":
+    if vit and workload.shape["rank"] == 10 and workload.size("rows") > 1024 and workload.dtype == "float32":
         targets.append(Target(registry.FROZEN, VIT_LIMIT, f"at most {VIT_LIMIT} x the frozen linear"))
     return targets
 

@@ -17,6 +17,7 @@ PRESETS = {  # for CPUs: description, and default seconds per provider and case
 }
 BATCHES, TEXT_BATCHES = (1, 16, 64, 256), (1, 8)
 RANKS = (4, 10, 16, 30, 64)
+FEW_ROWS = (1, 16, 64, 256, 1024)
 DTYPES = ("float32", "bfloat16")
 COMPILED, STACKED, PEFT, BACKPACK, OPACUS = "torch.compile", "stacked bmm", "peft", "backpack", "opacus"
 COMPILED_COMPOSITION = "torch.compile of the composition"
@@ -86,7 +87,10 @@ def cpu() -> Iterator[Workload]:
     yield linear("ViT-L proj", rows, (l, l), 10)
     yield linear("ViT-B proj", rows, (b, b), 30)
     yield linear("ViT-B proj, one image", 197, (b, b), 10)
-    yield linear("ViT-B proj, 16 rows", 16, (b, b), 10)
+    for dtype in DTYPES:
+        for name in ("proj", "qkv"):
+            for few in FEW_ROWS:
+                yield linear(f"ViT-B {name}, {few} rows", few, RELEASE.base.linears()[name], 10, dtype)
     yield linear(label_of(LLAMA, "v"), LLAMA.tokens, LLAMA.layers["v"], 16)
     yield linear(label_of(T5, "wi"), T5.tokens, T5.layers["wi"], 16)
     yield linear("ViT-B qkv, slices k,v", rows, (b, 3 * b), 10, slices=True)

@@ -217,7 +217,7 @@ def machine_table(records: Sequence[Record], folder: str) -> list[str]:
         ["records", f"{len(records)}, the newest in `{folder}`"],
         ["device", collection.all_values(records, "device")],
     ]
-    for name in ("processor", "cores", "threads", "instruction_set", "clock", "stands_in_for"):
+    for name in ("processor", "cores", "threads", "instruction_set", "clock", "stands_in_for", "launcher"):
         if value := collection.all_values(records, name):
             rows.append([name.replace("_", " "), value])
     rows += [["versions", ", ".join(versions)], ["commit", collection.all_values(records, "commit") or DASH]]

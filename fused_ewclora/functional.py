@@ -139,9 +139,12 @@ def _penalty_adapters(
     lora_bs: Sequence[Tensor],
     scales: Sequence[Scale] | None,
     ewc_lambda: float,
+    checked: bool,
 ) -> Adapters:
+    """The adapters of a penalty, after those checks that `_penalty.terms` has not made (`checked`)."""
     scales = [1.0] * len(fishers) if scales is None else scales
-    check.penalty(fishers, lora_as, lora_bs, scales)
+    if not checked:
+        check.penalty(fishers, lora_as, lora_bs, scales)
     check.number(ewc_lambda, "ewc_lambda", lora_as[0].dtype if lora_as else torch.float32)
     return Adapters.of(lora_as, lora_bs, scales)
 
@@ -165,10 +168,12 @@ def ewc_penalty(
 
         >>> loss = criterion(model(x), y) + ewc_penalty(fishers, lora_as, lora_bs, ewc_lambda=1e7)
     """
-    adapters = _penalty_adapters(fishers, lora_as, lora_bs, scales, ewc_lambda)
+    terms = _penalty.terms(fishers, lora_as, lora_bs, scales)
+    adapters = _penalty_adapters(fishers, lora_as, lora_bs, scales, ewc_lambda, terms is not None)
     if not fishers:
         return torch.zeros(())
-    return _penalty.ewc_penalty(list(fishers), adapters, float(ewc_lambda), dispatch.resolve(backend))
+    name = dispatch.resolve(backend)
+    return _penalty.ewc_penalty(list(fishers), adapters, float(ewc_lambda), name, terms)
 
 
 @torch.no_grad()
@@ -190,51 +195,16 @@ def ewc_penalty_grad_(
 
         >>> loss.backward(); ewc_penalty_grad_(fishers, lora_as, lora_bs, ewc_lambda=1e7)
     """
-    check.writes("ewc_penalty_grad_")
-    adapters = _penalty_adapters(fishers, lora_as, lora_bs, scales, ewc_lambda)
+    terms = _penalty.terms(fishers, lora_as, lora_bs, scales)
+    if terms is None:  # with them it is plain that nothing is transformed
+        check.writes("ewc_penalty_grad_")
+    adapters = _penalty_adapters(fishers, lora_as, lora_bs, scales, ewc_lambda, terms is not None)
     if not fishers:
         return torch.zeros(())
     if not isinstance(grad_scale, Tensor):
         check.number(grad_scale, "grad_scale", lora_as[0].dtype)
-    tensors = adapters.tensors()
-    wanted = [t is not None and t.requires_grad for t in tensors]
-    needs = _penalty.kinds(wanted)
     name = dispatch.resolve(backend)
-    value, flat = schemas.ewc_penalty(list(fishers), *adapters, float(ewc_lambda), needs, name)
-    if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
-        flat *= grad_scale
-    order = _penalty.layout(tensors, needs)
-    gradients = []
-    for index, new in zip(order.inputs, _penalty.unflatten(flat, order), strict=True):
-        parameter = tensors[index]
-        if parameter is not None and wanted[index]:
-            gradients.append((parameter, new))
-    _add_to_grads(gradients)
-    return value
-
-
-def _add_to_grads(gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Adds to `.grad` of every (parameter, its gradient), all of them or none."""
-    fresh, held, added = [], [], []
-    for parameter, new in gradients:
-        if (old := parameter.grad) is None:
-            fresh.append((parameter, new))
-        else:
-            held.append(old)
-            added.append(new)
-    if not all(old.is_contiguous() for old in held):
-        memory.check_written({f"grad of a parameter of shape {list(old.shape)}": old for old in held}, {})
-    if torch.compiler.is_compiling() or len(set(map(id, held))) == len(held):
-        if held:
-            torch._foreach_add_(held, added)
-    else:  # one parameter in several adapters: a joint addition could lose all of them but one
-        for old, new in zip(held, added, strict=True):
-            old.add_(new)
-    for parameter, new in fresh:
-        if parameter.grad is None:
-            parameter.grad = new
-        else:
-            parameter.grad.add_(new)
+    return _penalty.ewc_penalty_grad_(list(fishers), adapters, float(ewc_lambda), grad_scale, name, terms)
 
 
 @torch.no_grad()
@@ -310,24 +280,29 @@ def merge_(weight: Any, lora_a: Any, lora_b: Any, scale: Any = 1.0, *, backend: 
         >>> k = merge_(qkv[8:16], lora_a, lora_b)  # in place, only the rows of k
         >>> k, v = merge_([qkv[8:16], qkv[16:]], [lora_a, lora_a], [lora_b, lora_b], 0.5)
     """
-    check.writes("merge_")
     alone = isinstance(weight, Tensor) or not isinstance(weight, Sequence)
+    weights = [weight] if alone else list(weight)
+    lora_as, lora_bs = ([lora_a], [lora_b]) if alone else (lora_a, lora_b)
+    scales = scale if isinstance(scale, Sequence) and not alone else [scale] * len(weights)
+    if not check.is_plain_merge(weights, lora_as, lora_bs, scales):
+        _check_merge(weights, lora_as, lora_bs, scales, alone)
+    if weights:
+        schemas.merge_(weights, *Adapters.of(lora_as, lora_bs, scales), dispatch.resolve(backend))
+    return weight
+
+
+def _check_merge(weights: list[Tensor], lora_as: Any, lora_bs: Any, scales: Any, alone: bool) -> None:
+    check.writes("merge_")
     if alone:
-        check.merge(weight, lora_a, lora_b, scale)
-        weights, lora_as, lora_bs, scale = [weight], [lora_a], [lora_b], [scale]
+        check.merge(weights[0], lora_as[0], lora_bs[0], scales[0])
     else:
-        scale = scale if isinstance(scale, Sequence) else [scale] * len(weight)
-        for name, values in (("lora_a", lora_a), ("lora_b", lora_b), ("scale", scale)):
-            check.as_many(values, len(weight), name, "weight")
-        weights, lora_as, lora_bs = list(weight), lora_a, lora_b
-        for i, entry in enumerate(zip(weights, lora_as, lora_bs, scale, strict=True)):
+        for name, values in (("lora_a", lora_as), ("lora_b", lora_bs), ("scale", scales)):
+            check.as_many(values, len(weights), name, "weight")
+        for i, entry in enumerate(zip(weights, lora_as, lora_bs, scales, strict=True)):
             check.merge(*entry, where=f"[{i}]")
         check.one_device(weights, "weight")
     read = {**_named("lora_a", lora_as, alone), **_named("lora_b", lora_bs, alone)}
-    memory.check_written(_named("weight", weights, alone), {**read, **_named("scale", scale, alone)})
-    if weights:
-        schemas.merge_(weights, *Adapters.of(lora_as, lora_bs, scale), dispatch.resolve(backend))
-    return weight
+    memory.check_written(_named("weight", weights, alone), {**read, **_named("scale", scales, alone)})
 
 
 @overload

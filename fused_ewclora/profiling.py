@@ -63,7 +63,7 @@ def _annotated(op: str, candidate: dispatch.Candidate, nvtx: bool) -> dispatch.C
         with record_function(name), _nvtx_range(name) if nvtx else contextlib.nullcontext():
             return candidate.run(*args)
 
-    return candidate._replace(run=run, recorded=None, linear=None)  # which would run without a range
+    return candidate._replace(run=run, linear=None)  # which would run without a range
 
 
 @contextlib.contextmanager

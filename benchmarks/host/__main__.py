@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+import fused_ewclora as fe
 from fused_ewclora.demo.environment import timestamp
 
 from .. import extras, harness, machine
@@ -45,6 +46,8 @@ def described(where: HostPlace, clock: HostClock) -> dict[str, Any]:
         found["device"] = f"host of {found['device']}"
     if where.arch is not None:
         found["stands_in_for"] = where.arch
+    if fe.available_backends()["triton"] is None:
+        found["launcher"] = where.launcher
     return found
 
 

@@ -53,4 +53,5 @@ class HostCase:
     ours: str = OURS
 
     def __str__(self) -> str:
-        return f"{self.op}  {', '.join(f'{k} {v}' for k, v in self.shape.items())}  {self.dtype}"
+        fields = (str(v) if str(v).startswith(k) else f"{k} {v}" for k, v in self.shape.items())
+        return f"{self.op}  {', '.join(fields)}  {self.dtype}"

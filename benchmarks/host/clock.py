@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-MIN_ROUNDS = 15
 SAMPLE_SECONDS = 2e-3  # calls are repeated for about this long, so that the 0.3 us of the clock do not count
 WARM_UP = 5  # calls, of which the first ones load, choose and compile
 CPU_TIME, UNTIL_RETURN = "CPU time of the calling thread", "wall time until the call returns"
@@ -44,7 +43,7 @@ class HostClock:
         return UNTIL_RETURN if self.gpu else CPU_TIME
 
     def _now(self) -> int:
-        return time.perf_counter_ns() if self.gpu else time.clock_gettime_ns(time.CLOCK_THREAD_CPUTIME_ID)
+        return time.perf_counter_ns() if self.gpu else time.thread_time_ns()
 
     def _settle(self) -> None:
         if self.gpu:
@@ -102,12 +101,14 @@ def small_products(device: str) -> Iterator[None]:
 
     oneDNN spends 40 us on preparing each product in bf16, of whatever size, which a GPU does not: BLAS or
     plain loops compute them instead. Subnormal numbers, which memory that nothing has written may be full of,
-    are taken as zero: arithmetic with them takes a hundred times longer.
+    are taken as zero: arithmetic with them takes a hundred times longer. On a GPU, convolutions of fp32 are
+    not rounded to tf32, so that results can be compared with fp64.
     """
-    threads = torch.get_num_threads()
+    threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
     torch.set_num_threads(1)
     try:
         if device != "cpu":
+            torch.backends.cudnn.allow_tf32 = False
             yield
             return
         before = torch.backends.mkldnn.set_flags(_enabled=False)
@@ -119,3 +120,5 @@ def small_products(device: str) -> Iterator[None]:
             torch.backends.mkldnn.set_flags(_enabled=before[0])
     finally:
         torch.set_num_threads(threads)
+        if device != "cpu":
+            torch.backends.cudnn.allow_tf32 = tf32

@@ -11,12 +11,13 @@ import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 import fused_ewclora as fe
 from fused_ewclora.backends import native, triton
-from fused_ewclora.backends.triton import launch
+from fused_ewclora.backends.triton import launch, plans
 from fused_ewclora.errors import BackendError
 from fused_ewclora.ops import dispatch
 
@@ -83,8 +84,8 @@ class HostPlace:
     def observed(self, run: Run) -> tuple[int | None, str]:
         """Triton launches of one call, and the algorithms that were chosen.
 
-        On the CPU launches are counted instead of made. On a GPU, where those of a backward pass come from
-        another thread, plans count them; None where Triton's own launcher launches.
+        Plans count their launches. Those of Triton's own launcher are counted on the CPU, instead of being
+        made; None on a GPU, where those of a backward pass come from another thread.
         """
         algorithms: dict[str, str] = {}
 
@@ -100,17 +101,26 @@ class HostPlace:
         return count, "; ".join(dict.fromkeys(algorithms.values()))
 
     def _launches(self, run: Run) -> int | None:
-        if self.arch is not None:
-            with launch.noting(self.arch) as noted:
-                run()
-            return len(noted)
-        counter = getattr(native.extension(), "launches", None)
-        if counter is None:
+        if plans.unavailable() is None:
+            counter: Any = native.extension()
+            begin = counter.launches()
+            run()
+            if made := int(counter.launches() - begin):
+                return made
+        if self.arch is None:
             run()
             return None
-        begin = counter()
-        run()
-        return int(counter() - begin) or None
+        with launch.noting(self.arch) as noted:
+            run()
+        return len(noted)
+
+    @property
+    def launcher(self) -> str:
+        """Who launches, for records."""
+        if self.refused is not None:
+            return f"nobody: {self.refused}"
+        reason = plans.unavailable()
+        return "plans" if reason is None else f"Triton's own, since plans are not available: {reason}"
 
 
 @contextlib.contextmanager

@@ -1,6 +1,9 @@
 // The EWC penalty on autograd's tape, whichever backend computed it: its gradients are there with the loss, and backward deals them out,
 // hundreds of them in a step.
 #pragma once
+#include <ATen/ops/as_strided_native.h>
+
+#include "../plain.h"
 #include "tape.h"
 
 namespace fe::recorded {
@@ -38,25 +41,32 @@ struct PenaltyOperands {
   }
 };
 
+// The gradient from element `start` of `flat` on, in shape and dtype of its input. A view without the dispatcher, where there is nothing for
+// it to see: hundreds are dealt out in a step.
+inline at::Tensor part(const at::Tensor& flat, at::IntArrayRef shape, int64_t start, at::ScalarType dtype) {
+  const int64_t strides[2] = {shape.size() == 2 ? shape[1] : 1, 1};
+  const at::IntArrayRef steps(strides, shape.size());
+  const at::Tensor view =
+      is_plain(flat) ? at::native::as_strided_tensorimpl(flat, shape, steps, start) : flat.as_strided(shape, steps, start);
+  return flat.scalar_type() == dtype ? view : view.to(dtype);
+}
+
 struct EWCPenalty : torch::autograd::Function<EWCPenalty> {
-  // Inputs: every A, every B, every s. flat: their gradients, of the kinds that `needs` asks for, in one tensor.
-  static at::Tensor forward(AutogradContext* ctx, at::TensorList tensors, const std::vector<int64_t>& slots, const variable_list& fishers,
-                            const std::vector<double>& scale_factors, double ewc_lambda, const std::vector<bool>& needs,
-                            const at::Tensor& penalty, const at::Tensor& flat) {
-    const int64_t adapters = int64_t(fishers.size());
-    std::vector<int64_t> sizes;  // per gradient: which of `tensors` it belongs to, dtype, dimensions and sizes
-    for (size_t i = 0; i < slots.size(); ++i) {
-      if (!needs[slots[i] / adapters]) continue;
-      const at::Tensor& t = tensors[i];
-      sizes.insert(sizes.end(), {int64_t(i), int64_t(t.scalar_type()), t.dim()});
-      sizes.insert(sizes.end(), t.sizes().begin(), t.sizes().end());
-    }
-    PenaltyOperands operands{fishers, tensors.vec(), slots, scale_factors, ewc_lambda, needs};
-    ctx->saved_data["versions"] = operands.versions();
-    ctx->save_for_backward({flat, PenaltyOperands::kept(std::move(operands))});
-    ctx->saved_data["sizes"] = sizes;
-    ctx->saved_data["tensors"] = int64_t(tensors.size());
-    return penalty.variable_data();  // no view of an input: those refuse changes in place
+  // Puts a penalty on the tape whose gradients are `flat`, one after another, of the kinds that the operands need. What Function::apply does,
+  // without the descriptions that it makes of every input: they take as long as all of the rest.
+  static at::Tensor record(PenaltyOperands operands, const at::Tensor& penalty, const at::Tensor& flat) {
+    const auto node = make_node<torch::autograd::CppNode<EWCPenalty>>();
+    node->is_variable_input_.assign(operands.tensors.size(), true);
+    node->set_ctx_grad_fn(node);
+    node->set_next_edges(torch::autograd::collect_next_edges(operands.tensors));
+    node->ctx_.saved_data["sizes"] = sizes(operands);
+    node->ctx_.saved_data["versions"] = operands.versions();
+    node->ctx_.save_for_backward({flat, PenaltyOperands::kept(std::move(operands))});
+    at::Tensor result = penalty.variable_data();  // no view of an input: those refuse changes in place
+    torch::autograd::create_gradient_edge(result, node);
+    node->output_info_.emplace_back(result);
+    node->save_variables_to_ctx();
+    return result;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& outputs) {
@@ -66,20 +76,31 @@ struct EWCPenalty : torch::autograd::Function<EWCPenalty> {
     const variable_list found = followed ? differentiated(ctx, saved[1], outputs[0]) : variable_list();
     const at::Tensor scaled = followed ? at::Tensor() : saved[0] * outputs[0];
     const std::vector<int64_t> sizes = ctx->saved_data["sizes"].toIntVector();
-    variable_list gradients(ctx->saved_data["tensors"].toInt() + 7);  // what is no A, B or s has none
+    variable_list gradients(sizes[0]);
     int64_t start = 0;
     size_t next = 0;
-    for (size_t at = 0; at < sizes.size(); ++next) {
+    for (size_t at = 1; at < sizes.size(); ++next) {
       const size_t input = size_t(sizes[at]), dims = size_t(sizes[at + 2]);
       const at::IntArrayRef shape(sizes.data() + at + 3, dims);
-      const int64_t strides[2] = {dims == 2 ? shape[1] : 1, 1};
       if (ctx->needs_input_grad(input))
-        gradients[input] =
-            followed ? found[next] : scaled.as_strided(shape, at::IntArrayRef(strides, dims), start).to(at::ScalarType(sizes[at + 1]));
+        gradients[input] = followed ? found[next] : part(scaled, shape, start, at::ScalarType(sizes[at + 1]));
       start += c10::multiply_integers(shape);
       at += 3 + dims;
     }
     return gradients;
+  }
+
+  // The number of inputs, and per gradient which of them it belongs to, dtype, dimensions and sizes.
+  static std::vector<int64_t> sizes(const PenaltyOperands& operands) {
+    std::vector<int64_t> found{int64_t(operands.tensors.size())};
+    found.reserve(1 + 5 * operands.tensors.size());
+    for (size_t i = 0; i < operands.slots.size(); ++i) {
+      if (!operands.needs[operands.slots[i] / operands.fishers.size()]) continue;
+      const at::Tensor& t = operands.tensors[i];
+      found.insert(found.end(), {int64_t(i), int64_t(t.scalar_type()), t.dim()});
+      found.insert(found.end(), t.sizes().begin(), t.sizes().end());
+    }
+    return found;
   }
 
   // The gradients as tensors with a graph, in the order of `flat`.
@@ -103,7 +124,7 @@ struct EWCPenalty : torch::autograd::Function<EWCPenalty> {
                          const at::Tensor& penalty, const at::Tensor& flat) {
     Inputs inputs;
     inputs.add(lora_as, lora_bs, scales);
-    return EWCPenalty::apply(at::TensorList(inputs.tensors), inputs.slots, fishers, scale_factors, ewc_lambda, needs, penalty, flat);
+    return record({fishers, std::move(inputs.tensors), std::move(inputs.slots), scale_factors, ewc_lambda, needs}, penalty, flat);
   }
 };
 

@@ -163,15 +163,4 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
   }
 };
 
-// What Python calls: y of one call of the op, by a backend of two functions.
-template <auto Forward, auto Backward>
-at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                       const std::vector<at::Tensor>& lora_as, const std::vector<at::Tensor>& lora_bs, const Optionals& scales,
-                       const std::vector<double>& scale_factors, const std::vector<int64_t>& rows, double dropout_p,
-                       const std::optional<at::Tensor>& seed) {
-  const LinearCall call{x,  weight, bias.value_or(at::Tensor()), lora_as, lora_bs, scales, scale_factors, rows, dropout_p,
-                        seed.value_or(at::Tensor())};
-  return LoRALinear::of(call, LinearFunctions<Forward, Backward>::get());
-}
-
 }  // namespace fe::recorded

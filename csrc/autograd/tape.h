@@ -7,6 +7,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -19,6 +20,16 @@ using Optionals = std::vector<std::optional<at::Tensor>>;
 
 inline std::optional<at::Tensor> given(const at::Tensor& t) {
   return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
+}
+
+// A new node of a graph, as this version of PyTorch holds them.
+template <class Made>
+auto make_node() {
+  using Held = decltype(torch::autograd::Edge::function);
+  if constexpr (std::is_same_v<Held, std::shared_ptr<torch::autograd::Node>>)
+    return std::make_shared<Made>();
+  else
+    return c10::make_intrusive<Made>();
 }
 
 // Autograd takes tensors that are there. `slots` says which of the inputs they are.

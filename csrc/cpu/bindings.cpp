@@ -1,9 +1,10 @@
 // The extension module fused_ewclora._C: one function per op, under the op's name.
+#include "../eager/bindings.h"
+
 #include <torch/csrc/utils/pybind.h>
 
 #include "../autograd/ewc_penalty.h"
-#include "../autograd/lora_linear.h"
-#include "../eager/bindings.h"
+#include "../penalty/bindings.h"
 #include "../plans/bindings.h"
 #include "tensors.h"
 
@@ -12,7 +13,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("lora_linear", &fe::lora_linear, Unlocked());
   m.def("lora_linear_backward", &fe::lora_linear_backward, Unlocked());
-  m.def("lora_linear_recorded", &fe::recorded::lora_linear<&fe::lora_linear, &fe::lora_linear_backward>, Unlocked());
   m.def("ewc_penalty", &fe::ewc_penalty, Unlocked());
   m.def("ewc_penalty_recorded", &fe::recorded::EWCPenalty::call, Unlocked());
   m.def("fisher_accumulate_", &fe::fisher_accumulate, Unlocked());
@@ -20,5 +20,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("soft_threshold_", &fe::soft_threshold, Unlocked());
   fe::plans::bind(m);
   fe::eager::bind(m);
+  fe::penalty::bind(m);
   m.def("instruction_set", [] { return std::string(fe::kernels().name); }, "Name of the instruction set that the kernels use here.");
 }

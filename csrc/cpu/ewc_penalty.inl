@@ -74,7 +74,7 @@ inline float penalty_strip(const PenaltyAdapter& p, const PenaltyScratch& s, int
 inline double penalty(const PenaltyAdapter& p, int64_t row0, int64_t row1, float* grad_a, float* grad_s, float* scratch) {
   const PenaltyScratch s(p, scratch);
   const int64_t r = p.rank, panel_floats = r * round_up(p.d_in, L);
-  pack_panel(p.a, r, p.d_in, p.d_in, 1, r, 0, s.panel);
+  pack_panel({const_cast<float*>(p.a), p.d_in, Dtype::f32}, r, p.d_in, {s.panel, r, L});
   if (p.need_a) std::memset(s.grad_panel, 0, panel_floats * sizeof(float));
   double loss = 0.0;
   for (int64_t i = row0; i < row1; i += F_ROWS) {
@@ -91,7 +91,7 @@ inline double penalty(const PenaltyAdapter& p, int64_t row0, int64_t row1, float
   }
   if (p.need_a) {
     for (int64_t q = 0; q < panel_floats; ++q) s.grad_panel[q] *= p.lambda;
-    unpack_panel(s.grad_panel, r, p.d_in, p.d_in, 1, r, 0, grad_a);
+    unpack_panel({s.grad_panel, r, L}, r, p.d_in, {grad_a, p.d_in, Dtype::f32});
   }
   return 0.5 * double(p.lambda) * loss;
 }

@@ -22,6 +22,17 @@ struct Matrix {
   Dtype dtype = Dtype::f32;
 };
 
+// Where a panel lies: the vector of columns [j, j + L) of rank k is at data + j per_column + k per_rank.
+struct Panel {
+  float* data = nullptr;
+  int64_t per_column = 0, per_rank = 0;
+};
+
+// C [rows, columns] in fp32 (stride ldc) becomes A B, or A B is added to it, on the processor's tiles of 16-bit numbers. A [rows, depth] is
+// bf16 with stride lda; B [depth, columns] is bf16 in pairs of rows: word (i, j) of stride ldb has its elements (2 i, j) and (2 i + 1, j).
+using TileProduct = void (*)(int64_t rows, int64_t columns, int64_t depth, int64_t lda, int64_t ldb, int64_t ldc, bool add,
+                             const uint16_t* a, const uint32_t* b, float* c);
+
 // Output rows [start, stop) of the layer belong to rows [offset, offset + stop - start) of B of one adapter.
 struct RowRange {
   int adapter = 0;
@@ -38,8 +49,10 @@ struct LoraShape {
   const float* a_panel = nullptr;  // all A stacked: panel [R, d_in]
   const float* b_panel = nullptr;  // per range: panel [r, stop - start] of its rows of B, transposed
   const float* scale = nullptr;    // [R]
+  Dtype dtype = Dtype::f32;        // of x, y and their gradients
   double dropout_p = 0.0;
   uint64_t seed = 0;
+  TileProduct product = nullptr;  // where given, the panels are the factors as bf16 words for it (tiled.inl)
 };
 
 struct LoraForward {
@@ -49,16 +62,17 @@ struct LoraForward {
   float* z = nullptr;          // [M, R], without the scale
 };
 
-// Gradients are accumulated per thread (partials in panel layout) and reduced by the caller in thread order.
+// Gradients of A, B, s and the bias are overwritten by those of a call's rows (of A and B in panel layout); the caller adds those of
+// several calls in their order.
 struct LoraBackward {
   LoraShape shape;
   Matrix dy, x, dx;
   const float* z = nullptr;  // [M, R]
   bool need_dx = false, need_a = false, need_b = false, need_s = false, need_bias = false;
-  float* grad_a = nullptr;     // panel [R, d_in] of this thread
-  float* grad_b = nullptr;     // as b_panel, of this thread
-  float* grad_s = nullptr;     // [R] of this thread
-  float* grad_bias = nullptr;  // [d_out] of this thread
+  float* grad_a = nullptr;     // panel [R, d_in]
+  float* grad_b = nullptr;     // as b_panel
+  float* grad_s = nullptr;     // [R]
+  float* grad_bias = nullptr;  // [d_out]
 };
 
 struct PenaltyAdapter {
@@ -84,11 +98,13 @@ struct FisherBlock {
 struct Kernels {
   const char* name;
   int64_t lanes;  // floats per vector
-  void (*pack_panel)(const float* rows, int64_t r, int64_t n, int64_t row_stride, int64_t column_stride, int64_t total_rank,
-                     int64_t first_rank, float* panel);
-  void (*unpack_panel)(const float* panel, int64_t r, int64_t n, int64_t row_stride, int64_t column_stride, int64_t total_rank,
-                       int64_t first_rank, float* rows);
-  int64_t (*lora_scratch)(const LoraShape&);  // floats of scratch per thread
+  // A panel of r ranks and n columns from a matrix [r, n], from one [n, r], and the reverse.
+  void (*pack_panel)(Matrix rows, int64_t r, int64_t n, Panel panel);
+  void (*pack_transposed)(Matrix rows, int64_t r, int64_t n, Panel panel);
+  void (*unpack_panel)(Panel panel, int64_t r, int64_t n, Matrix rows);
+  void (*unpack_transposed)(Panel panel, int64_t r, int64_t n, Matrix rows);
+  void (*pack_pairs)(Matrix rows, int64_t depth, int64_t n, uint32_t* words);  // of rows, for tile products; depth is even
+  int64_t (*lora_scratch)(const LoraShape&, int64_t rows);                     // floats of scratch for a call of at most so many rows
   void (*lora_forward)(const LoraForward&, int64_t m0, int64_t m1, float* scratch);
   void (*lora_backward)(const LoraBackward&, int64_t m0, int64_t m1, float* scratch);
   int64_t (*penalty_scratch)(int64_t rank, int64_t d_in);  // floats of scratch per thread

@@ -3,52 +3,9 @@
 //   backward  u = (dy B) s;  dB += dy^T (z s);  dA += u^T x;  dx <- u A          then dx += dy W
 // Rows go in chunks that stay in the second-level cache, so dy and x are read from memory once for all that is computed from them.
 #pragma once
-#include "lowrank.h"
-#include "philox.h"
+#include "lora_tiles.inl"
 
 namespace fe::FE_ISA {
-
-constexpr int64_t CHUNK_FLOATS = 128 * 1024, MIN_CHUNK = 12, MAX_CHUNK = 48;
-
-inline int64_t widest(const LoraShape& s) {
-  return round_up(s.d_in > s.d_out ? s.d_in : s.d_out, MASK_BLOCK);
-}
-
-inline int64_t chunk_rows(const LoraShape& s) {
-  int64_t rows = CHUNK_FLOATS / widest(s) / MIN_CHUNK * MIN_CHUNK;
-  return rows < MIN_CHUNK ? MIN_CHUNK : rows > MAX_CHUNK ? MAX_CHUNK : rows;
-}
-
-inline int64_t lora_scratch(const LoraShape& s) {
-  return chunk_rows(s) * (3 * widest(s) + L * s.total_rank) + 2 * aligned(chunk_rows(s) * s.total_rank);
-}
-
-struct Rows {
-  const float* data;
-  int64_t stride;
-};
-
-// Rows [m, m + n) as floats: in place where they are, else converted into `buffer`.
-inline Rows float_rows(const Matrix& source, int64_t m, int64_t n, int64_t columns, float* buffer) {
-  if (source.dtype == Dtype::f32) return {static_cast<const float*>(at(source, m, 0)), source.stride};
-  for (int64_t i = 0; i < n; ++i) to_float(at(source, m + i, 0), source.dtype, columns, buffer + i * columns);
-  return {buffer, columns};
-}
-
-inline void mask_rows(const LoraShape& s, int64_t m, int64_t n, float* mask) {
-  for (int64_t i = 0; i < n; ++i) dropout_row(s.seed, m + i, s.d_in, s.dropout_p, mask + i * widest(s));
-}
-
-inline Rows times(Rows x, Rows mask, int64_t n, int64_t columns, float* out) {
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < columns; ++j) out[i * columns + j] = x.data[i * x.stride + j] * mask.data[i * mask.stride + j];
-  return {out, columns};
-}
-
-inline void scale_rows(const float* in, const float* scale, int64_t n, int64_t ranks, float* out) {
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t k = 0; k < ranks; ++k) out[i * ranks + k] = in[i * ranks + k] * scale[k];
-}
 
 // y rows <- bias + (z s) B^T on the adapters' columns, bias elsewhere; `out` is fp32 with the given stride.
 inline void seed_output(const LoraShape& s, const float* zs, int64_t n, const float* bias, float* out, int64_t stride) {
@@ -71,30 +28,39 @@ inline void seed_output(const LoraShape& s, const float* zs, int64_t n, const fl
   }
 }
 
+// f(first row, rows) over the rows whose lanes are summed at a time: those of one block of `dot`, to have them in the first-level cache.
+template <class F>
+inline __attribute__((always_inline)) void over_dot_rows(int64_t n, F&& f) {
+  for (int64_t i = 0; i < n; i += DOT_ROWS) f(i, n - i < DOT_ROWS ? n - i : int64_t(DOT_ROWS));
+}
+
 inline void lora_forward(const LoraForward& p, int64_t m0, int64_t m1, float* scratch) {
   const LoraShape& s = p.shape;
-  const int64_t chunk = chunk_rows(s), R = s.total_rank, wide = widest(s);
-  float *rows = scratch, *mask = rows + chunk * wide, *bias = mask + chunk * wide, *zs = scratch + 3 * chunk * wide,
-        *lanes = zs + aligned(chunk * R);
-  if (p.bias) to_float(p.bias, p.y.dtype, s.d_out, bias);
-  for (int64_t m = m0; m < m1; m += chunk) {
-    const int64_t n = m1 - m < chunk ? m1 - m : chunk;
-    Rows x = float_rows(p.x, m, n, s.d_in, rows);
+  const LoraBuffers buffers(s, m1 - m0, scratch);
+  const int64_t R = s.total_rank;
+  if (p.bias) to_float(p.bias, p.y.dtype, s.d_out, buffers.bias);
+  if (s.product) return tiled_forward(p, m0, m1, buffers);
+  for (int64_t m = m0; m < m1; m += buffers.chunk) {
+    const int64_t n = m1 - m < buffers.chunk ? m1 - m : buffers.chunk;
+    Rows x = float_rows(p.x, m, n, s.d_in, buffers.x);
     if (s.dropout_p > 0.0) {
-      mask_rows(s, m, n, mask);
-      x = times(x, {mask, wide}, n, s.d_in, rows);
+      mask_rows(s, m, n, buffers.mask);
+      x = times(x, {buffers.mask, buffers.wide}, n, s.d_in, buffers.x);
     }
     float* z = p.z + m * R;
-    std::memset(lanes, 0, n * R * L * sizeof(float));
-    dot(x.data, x.stride, n, s.d_in, s.a_panel, R, lanes, R);
-    sum_lanes(lanes, n * R, z);
-    scale_rows(z, s.scale, n, R, zs);
+    over_dot_rows(n, [&](int64_t i, int64_t rows) {
+      std::memset(buffers.lanes, 0, rows * R * L * sizeof(float));
+      dot(x.data + i * x.stride, x.stride, rows, s.d_in, s.a_panel, R, buffers.lanes, R);
+      sum_lanes(buffers.lanes, rows * R, z + i * R);
+    });
+    scale_rows(z, s.scale, n, R, buffers.scaled);
     Matrix y = p.y;
+    const float* bias = p.bias ? buffers.bias : nullptr;
     if (y.dtype == Dtype::f32) {
-      seed_output(s, zs, n, p.bias ? bias : nullptr, static_cast<float*>(at(y, m, 0)), y.stride);
+      seed_output(s, buffers.scaled, n, bias, static_cast<float*>(at(y, m, 0)), y.stride);
     } else {
-      seed_output(s, zs, n, p.bias ? bias : nullptr, rows, s.d_out);
-      for (int64_t i = 0; i < n; ++i) from_float(rows + i * s.d_out, s.d_out, at(y, m + i, 0), y.dtype);
+      seed_output(s, buffers.scaled, n, bias, buffers.x, s.d_out);
+      for (int64_t i = 0; i < n; ++i) from_float(buffers.x + i * s.d_out, s.d_out, at(y, m + i, 0), y.dtype);
     }
   }
 }
@@ -103,15 +69,17 @@ inline void lora_forward(const LoraForward& p, int64_t m0, int64_t m1, float* sc
 inline void project(const LoraBackward& p, Rows dy, int64_t n, const float* z, float* u, float* lanes) {
   const LoraShape& s = p.shape;
   const int64_t R = s.total_rank;
-  std::memset(lanes, 0, n * R * L * sizeof(float));
-  for (int64_t q = 0; q < s.n_ranges; ++q) {
-    const RowRange& range = s.ranges[q];
-    const int64_t first = s.rank_begin[range.adapter], rank = s.rank_begin[range.adapter + 1] - first;
-    dot(dy.data + range.start, dy.stride, n, range.stop - range.start, s.b_panel + range.panel, rank, lanes + first * L, R);
-  }
-  sum_lanes(lanes, n * R, u);
-  if (p.need_s)
-    for (int64_t i = 0; i < n * R; ++i) p.grad_s[i % R] += u[i] * z[i];
+  over_dot_rows(n, [&](int64_t i, int64_t rows) {
+    std::memset(lanes, 0, rows * R * L * sizeof(float));
+    for (int64_t q = 0; q < s.n_ranges; ++q) {
+      const RowRange& range = s.ranges[q];
+      const int64_t first = s.rank_begin[range.adapter], rank = s.rank_begin[range.adapter + 1] - first;
+      dot(dy.data + i * dy.stride + range.start, dy.stride, rows, range.stop - range.start, s.b_panel + range.panel, rank,
+          lanes + first * L, R);
+    }
+    sum_lanes(lanes, rows * R, u + i * R);
+  });
+  if (p.need_s) add_scales(u, z, n, R, p.grad_s);
   scale_rows(u, s.scale, n, R, u);
 }
 
@@ -131,33 +99,36 @@ inline void seed_dx(const LoraBackward& p, const float* u, int64_t m, int64_t n,
 
 inline void lora_backward(const LoraBackward& p, int64_t m0, int64_t m1, float* scratch) {
   const LoraShape& s = p.shape;
-  const int64_t chunk = chunk_rows(s), R = s.total_rank, wide = widest(s);
-  float *rows = scratch, *mask = rows + chunk * wide, *grads = mask + chunk * wide;
-  float *zs = scratch + 3 * chunk * wide, *u = zs + aligned(chunk * R), *lanes = u + aligned(chunk * R);
+  const LoraBuffers buffers(s, m1 - m0, scratch);
+  const int64_t R = s.total_rank;
   const bool masked = s.dropout_p > 0.0 && (p.need_a || p.need_dx);
-  for (int64_t m = m0; m < m1; m += chunk) {
-    const int64_t n = m1 - m < chunk ? m1 - m : chunk;
-    const Rows dy = float_rows(p.dy, m, n, s.d_out, grads);
+  if (p.need_s) std::memset(p.grad_s, 0, R * sizeof(float));
+  if (p.need_bias) std::memset(p.grad_bias, 0, s.d_out * sizeof(float));
+  if (s.product) return tiled_backward(p, m0, m1, buffers);
+  for (int64_t m = m0; m < m1; m += buffers.chunk) {
+    const int64_t n = m1 - m < buffers.chunk ? m1 - m : buffers.chunk;
+    const bool fresh = m == m0;
+    const Rows dy = float_rows(p.dy, m, n, s.d_out, buffers.dy);
     const float* z = p.z ? p.z + m * R : nullptr;
-    if (p.need_bias)
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t j = 0; j < s.d_out; ++j) p.grad_bias[j] += dy.data[i * dy.stride + j];
-    if (p.need_dx || p.need_a || p.need_s) project(p, dy, n, z, u, lanes);
+    float* u = buffers.sums;
+    if (p.need_bias) add_rows(dy, n, s.d_out, p.grad_bias);
+    if (p.need_dx || p.need_a || p.need_s) project(p, dy, n, z, u, buffers.lanes);
     if (p.need_b) {
-      scale_rows(z, s.scale, n, R, zs);
+      scale_rows(z, s.scale, n, R, buffers.scaled);
       for (int64_t q = 0; q < s.n_ranges; ++q) {
         const RowRange& range = s.ranges[q];
         const int64_t first = s.rank_begin[range.adapter], rank = s.rank_begin[range.adapter + 1] - first;
-        reduce(zs + first, R, dy.data + range.start, dy.stride, n, range.stop - range.start, p.grad_b + range.panel, rank);
+        reduce(buffers.scaled + first, R, dy.data + range.start, dy.stride, n, range.stop - range.start, p.grad_b + range.panel, rank,
+               fresh);
       }
     }
-    if (masked) mask_rows(s, m, n, mask);
+    if (masked) mask_rows(s, m, n, buffers.mask);
     if (p.need_a) {
-      Rows x = float_rows(p.x, m, n, s.d_in, rows);
-      if (masked) x = times(x, {mask, wide}, n, s.d_in, rows);
-      reduce(u, R, x.data, x.stride, n, s.d_in, p.grad_a, R);
+      Rows x = float_rows(p.x, m, n, s.d_in, buffers.x);
+      if (masked) x = times(x, {buffers.mask, buffers.wide}, n, s.d_in, buffers.x);
+      reduce(u, R, x.data, x.stride, n, s.d_in, p.grad_a, R, fresh);
     }
-    if (p.need_dx) seed_dx(p, u, m, n, masked ? mask : nullptr, rows);
+    if (p.need_dx) seed_dx(p, u, m, n, masked ? buffers.mask : nullptr, buffers.x);
   }
 }
 

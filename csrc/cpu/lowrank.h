@@ -68,10 +68,12 @@ inline __attribute__((always_inline)) void dot_lanes(const float* x, int64_t ldx
   }
 }
 
+constexpr int DOT_ROWS = FE_VECTOR_BYTES == 64 ? 4 : 3;
+
 // Calls f(first row, rows MR, first rank, ranks KR) over blocks of rows and ranks; MR and KR are compile-time widths.
 template <class F>
 inline __attribute__((always_inline)) void dot_blocks(int64_t rows, int64_t ranks, F&& f) {
-  constexpr int MR = FE_VECTOR_BYTES == 64 ? 4 : 3;
+  constexpr int MR = DOT_ROWS;
   for (int64_t m = 0; m < rows;) {
     const int64_t left = rows - m;
     for (int64_t k = 0; k < ranks;) {
@@ -152,12 +154,14 @@ inline __attribute__((always_inline)) void expand(const float* c, int64_t ldc, i
 
 template <int KR, int NV>
 inline __attribute__((always_inline)) void reduce_block(const float* c, int64_t ldc, const float* x, int64_t ldx, int64_t rows, float* grad,
-                                                        int64_t r) {
-  vfloat acc[KR][NV];
+                                                        int64_t r, bool fresh) {
+  vfloat acc[KR][NV] = {};
+  if (!fresh) {
 #pragma GCC unroll 8
-  for (int k = 0; k < KR; ++k) {
+    for (int k = 0; k < KR; ++k) {
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[k][v] = load(grad + (v * r + k) * L);
+      for (int v = 0; v < NV; ++v) acc[k][v] = load(grad + (v * r + k) * L);
+    }
   }
   for (int64_t m = 0; m < rows; ++m, c += ldc, x += ldx) {
     vfloat xs[NV];
@@ -178,16 +182,21 @@ inline __attribute__((always_inline)) void reduce_block(const float* c, int64_t 
 }
 
 template <int KR>
-inline void reduce_tail(const float* c, int64_t ldc, const float* x, int64_t ldx, int64_t rows, int64_t valid, float* grad, int64_t r) {
+inline void reduce_tail(const float* c, int64_t ldc, const float* x, int64_t ldx, int64_t rows, int64_t valid, float* grad, bool fresh) {
+  vfloat acc[KR] = {};
+  if (!fresh)
+    for (int k = 0; k < KR; ++k) acc[k] = load(grad + k * L);
   for (int64_t m = 0; m < rows; ++m, c += ldc, x += ldx) {
     vfloat xs = load(x, Part{valid});
-    for (int k = 0; k < KR; ++k) store(grad + k * L, load(grad + k * L) + splat(c[k]) * xs);
+    for (int k = 0; k < KR; ++k) acc[k] += splat(c[k]) * xs;
   }
+  for (int k = 0; k < KR; ++k) store(grad + k * L, acc[k]);
 }
 
-// Adds to all r ranks of the gradient panel. A strip of columns of X stays in the first-level cache while the ranks pass over it; with
+// Adds to all r ranks of the gradient panel, or overwrites them where it is `fresh`. A strip of columns of X stays in the first-level cache while the ranks pass over it; with
 // the loops interchanged, X and the panel together slightly exceed that cache, which sometimes costs a factor of two.
-inline void reduce(const float* c, int64_t ldc, const float* x, int64_t ldx, int64_t rows, int64_t n, float* grad, int64_t r) {
+inline void reduce(const float* c, int64_t ldc, const float* x, int64_t ldx, int64_t rows, int64_t n, float* grad, int64_t r,
+                   bool fresh = false) {
   auto over_ranks = [&](int64_t j, auto&& block_of) __attribute__((always_inline)) {
     for (int64_t k = 0; k < r;) {
       const int block = rank_block(r - k);
@@ -198,48 +207,95 @@ inline void reduce(const float* c, int64_t ldc, const float* x, int64_t ldx, int
   int64_t j = 0;
   for (; j + COLUMNS * L <= n; j += COLUMNS * L)
     over_ranks(j, [&](auto w, const float* ck, const float* xj, float* g)
-                      __attribute__((always_inline)) { reduce_block<decltype(w)::value, COLUMNS>(ck, ldc, xj, ldx, rows, g, r); });
+                      __attribute__((always_inline)) { reduce_block<decltype(w)::value, COLUMNS>(ck, ldc, xj, ldx, rows, g, r, fresh); });
   for (; j + L <= n; j += L)
     over_ranks(j, [&](auto w, const float* ck, const float* xj, float* g)
-                      __attribute__((always_inline)) { reduce_block<decltype(w)::value, 1>(ck, ldc, xj, ldx, rows, g, r); });
+                      __attribute__((always_inline)) { reduce_block<decltype(w)::value, 1>(ck, ldc, xj, ldx, rows, g, r, fresh); });
   if (j < n)
     over_ranks(j, [&](auto w, const float* ck, const float* xj, float* g)
-                      __attribute__((always_inline)) { reduce_tail<decltype(w)::value>(ck, ldc, xj, ldx, rows, n - j, g, r); });
+                      __attribute__((always_inline)) { reduce_tail<decltype(w)::value>(ck, ldc, xj, ldx, rows, n - j, g, fresh); });
 }
 
-// Panel of ranks [first, first + r) out of total: element (k, j) of the source is rows[k * row_stride + j * column_stride]. One of the two
-// strides is 1: A lies along j, B along k; each is walked as it lies.
-inline void pack_panel(const float* rows, int64_t r, int64_t n, int64_t row_stride, int64_t column_stride, int64_t total, int64_t first,
-                       float* panel) {
-  for (int64_t j0 = 0; j0 < n; j0 += L) {
-    const int64_t valid = n - j0 < L ? n - j0 : L;
-    float* to = panel + (j0 / L * total + first) * L;
-    const float* from = rows + j0 * column_stride;
-    if (column_stride == 1 && valid == L) {
-      for (int64_t k = 0; k < r; ++k) store(to + k * L, load(from + k * row_stride));
-      continue;
-    }
-    for (int64_t l = 0; l < valid; ++l)
-      for (int64_t k = 0; k < r; ++k) to[k * L + l] = from[k * row_stride + l * column_stride];
-    for (int64_t l = valid; l < L; ++l)
-      for (int64_t k = 0; k < r; ++k) to[k * L + l] = 0.f;
-  }
+// f(rank, column, extent) over the vectors of [r, n], in strips of several vectors along each rank: ranks lie a row apart, where single
+// vectors would meet in a few sets of the first-level cache and escape the prefetcher.
+template <class F>
+inline __attribute__((always_inline)) void over_strips(int64_t r, int64_t n, F&& f) {
+  constexpr int64_t STRIP = 8 * L;
+  int64_t j = 0;
+  for (; j + STRIP <= n; j += STRIP)
+    for (int64_t k = 0; k < r; ++k)
+#pragma GCC unroll 8
+      for (int64_t v = 0; v < STRIP; v += L) f(k, j + v, Whole{});
+  for (int64_t k = 0; k < r; ++k) over_vectors(n - j, [&](int64_t v, auto extent) __attribute__((always_inline)) { f(k, j + v, extent); });
 }
 
-// The reverse of pack_panel.
-inline void unpack_panel(const float* panel, int64_t r, int64_t n, int64_t row_stride, int64_t column_stride, int64_t total, int64_t first,
-                         float* rows) {
-  for (int64_t j0 = 0; j0 < n; j0 += L) {
-    const int64_t valid = n - j0 < L ? n - j0 : L;
-    const float* from = panel + (j0 / L * total + first) * L;
-    float* to = rows + j0 * column_stride;
-    if (column_stride == 1 && valid == L) {
-      for (int64_t k = 0; k < r; ++k) store(to + k * row_stride, load(from + k * L));
-      continue;
-    }
-    for (int64_t l = 0; l < valid; ++l)
-      for (int64_t k = 0; k < r; ++k) to[k * row_stride + l * column_stride] = from[k * L + l];
-  }
+// The vector of rank k from column j on, a multiple of L.
+inline float* vector_at(const Panel& panel, int64_t k, int64_t j) {
+  return panel.data + j * panel.per_column + k * panel.per_rank;
+}
+
+inline int64_t count_of(Whole) {
+  return L;
+}
+inline int64_t count_of(Part part) {
+  return part.n;
+}
+
+// A panel of r ranks and n columns from a matrix [r, n] (A).
+inline void pack_panel(Matrix rows, int64_t r, int64_t n, Panel panel) {
+  with_dtype(rows.dtype, [&](auto d) {
+    constexpr Dtype D = decltype(d)::value;
+    over_strips(r, n, [&](int64_t k, int64_t j, auto extent) __attribute__((always_inline)) {
+      store(vector_at(panel, k, j), load_as<D>(at(rows, k, j), extent));
+    });
+  });
+}
+
+// The same from a matrix [n, r] (B).
+inline void pack_transposed(Matrix rows, int64_t r, int64_t n, Panel panel) {
+  with_dtype(rows.dtype, [&](auto d) {
+    constexpr Dtype D = decltype(d)::value;
+    over_vectors(n, [&](int64_t j, auto columns) {
+      over_vectors(r, [&](int64_t k, auto ranks) {
+        vfloat v[L] = {};
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < L; ++i)
+          if (i < count_of(columns)) v[i] = load_as<D>(at(rows, j + i, k), ranks);
+        transpose(v);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < L; ++i)
+          if (i < count_of(ranks)) store(vector_at(panel, k + i, j), v[i]);
+      });
+    });
+  });
+}
+
+// The reverse of both, rounding to the dtype of `rows`.
+inline void unpack_panel(Panel panel, int64_t r, int64_t n, Matrix rows) {
+  with_dtype(rows.dtype, [&](auto d) {
+    constexpr Dtype D = decltype(d)::value;
+    over_strips(r, n, [&](int64_t k, int64_t j, auto extent) __attribute__((always_inline)) {
+      store_as<D>(at(rows, k, j), load(vector_at(panel, k, j)), extent);
+    });
+  });
+}
+
+inline void unpack_transposed(Panel panel, int64_t r, int64_t n, Matrix rows) {
+  with_dtype(rows.dtype, [&](auto d) {
+    constexpr Dtype D = decltype(d)::value;
+    over_vectors(n, [&](int64_t j, auto columns) {
+      over_vectors(r, [&](int64_t k, auto ranks) {
+        vfloat v[L] = {};
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < L; ++i)
+          if (i < count_of(ranks)) v[i] = load(vector_at(panel, k + i, j));
+        transpose(v);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < L; ++i)
+          if (i < count_of(columns)) store_as<D>(at(rows, j + i, k), v[i], ranks);
+      });
+    });
+  });
 }
 
 }  // namespace fe::FE_ISA

@@ -8,11 +8,11 @@ static void merge_one(const at::Tensor& weight, const at::Tensor& lora_a, const 
   if (weight.numel() == 0) return;
   const int64_t rows = weight.size(0), d_in = weight.size(1), rank = lora_a.size(0), lanes = kernels().lanes;
   const std::vector<float> s = scale_of(scale, factor, rank);
-  const at::Tensor a = as_float(lora_a);
+  const at::Tensor a = as_rows(lora_a);
   const at::Tensor sb = as_float(lora_b) * at::from_blob(const_cast<float*>(s.data()), {rank}, at::kFloat);
   at::Tensor target = weight.stride(1) == 1 || d_in == 1 ? weight : weight.contiguous();
   at::Tensor panel = floats(rank * ((d_in + lanes - 1) / lanes * lanes));
-  kernels().pack_panel(a.data_ptr<float>(), rank, d_in, d_in, 1, rank, 0, panel.data_ptr<float>());
+  kernels().pack_panel(matrix(a), rank, d_in, {panel.data_ptr<float>(), rank, lanes});
   over_parts(parts_for(rows, 16), rows, [&](int64_t, int64_t begin, int64_t end) {
     kernels().merge(matrix(target), d_in, rank, panel.data_ptr<float>(), sb.data_ptr<float>(), begin, end);
   });

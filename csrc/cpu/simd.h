@@ -58,6 +58,14 @@ inline __attribute__((always_inline)) vfloat load(const float* p, Whole) {
 inline __attribute__((always_inline)) void store(float* p, vfloat v, Whole) {
   store(p, v);
 }
+#if FE_VECTOR_BYTES == 64
+inline __attribute__((always_inline)) vfloat load(const float* p, Part part) {
+  return (vfloat)_mm512_maskz_loadu_ps(__mmask16((1u << part.n) - 1), p);
+}
+inline __attribute__((always_inline)) void store(float* p, vfloat v, Part part) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << part.n) - 1), (__m512)v);
+}
+#else
 inline vfloat load(const float* p, Part part) {
   vfloat v{};
   for (int64_t i = 0; i < part.n; ++i) v[i] = p[i];
@@ -66,6 +74,7 @@ inline vfloat load(const float* p, Part part) {
 inline void store(float* p, vfloat v, Part part) {
   for (int64_t i = 0; i < part.n; ++i) p[i] = v[i];
 }
+#endif
 
 inline __attribute__((always_inline)) float sum(vfloat v) {
   float s = 0.f;
@@ -93,6 +102,28 @@ inline __attribute__((always_inline)) vfloat sums_of(const vfloat* v) {
   }
 }
 
+// Lanes I of a where bit S of I is clear, of its neighbour where it is set: the halves of each group of 2 S lanes change places between the
+// two vectors, as in a 2 x 2 transposition of blocks of S.
+template <int64_t S, bool HIGH, int64_t... I>
+inline __attribute__((always_inline)) vfloat exchanged(vfloat a, vfloat b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, ((I & S ? L + I - S : I) + (HIGH ? S : 0))...);
+}
+
+// v[i][l] becomes v[l][i].
+template <int64_t S = 1>
+inline __attribute__((always_inline)) void transpose(vfloat* v) {
+  if constexpr (S < L) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < L; ++i) {
+      if (i & S) continue;
+      const vfloat a = v[i], b = v[i + S];
+      v[i] = exchanged<S, false>(a, b, AllLanes{});
+      v[i + S] = exchanged<S, true>(a, b, AllLanes{});
+    }
+    transpose<2 * S>(v);
+  }
+}
+
 // out[i] = sum of the lanes of vector i of n vectors in memory.
 inline void sum_lanes(const float* lanes, int64_t n, float* out) {
   int64_t i = 0;
@@ -105,51 +136,120 @@ inline void sum_lanes(const float* lanes, int64_t n, float* out) {
   for (; i < n; ++i) out[i] = sum(load(lanes + i * L));
 }
 
-inline float from_bf16(uint16_t b) {
-  uint32_t u = uint32_t(b) << 16;
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
-}
-inline uint16_t to_bf16(float f) {
-  uint32_t u;
-  std::memcpy(&u, &f, 4);
-  uint16_t rounded = uint16_t((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
-  return f == f ? rounded : uint16_t(0x7FC0);
+// L elements of a dtype as one vector, and back. Conversions of 512 bits have a mask of all lanes, since GCC warns about the forms without.
+typedef uint16_t vbits __attribute__((vector_size(FE_VECTOR_BYTES / 2)));
+typedef uint32_t vwide __attribute__((vector_size(FE_VECTOR_BYTES)));
+
+template <Dtype D>
+inline __attribute__((always_inline)) vfloat widened(vbits bits) {
+  if constexpr (D == Dtype::bf16) return (vfloat)(__builtin_convertvector(bits, vwide) << 16);
+#if FE_VECTOR_BYTES == 64
+  return (vfloat)_mm512_maskz_cvtph_ps(0xFFFF, (__m256i)bits);
+#elif FE_VECTOR_BYTES == 32
+  return (vfloat)_mm256_cvtph_ps((__m128i)bits);
+#else
+  _Float16 halves[L];
+  std::memcpy(halves, &bits, sizeof bits);
+  vfloat v{};
+  for (int64_t i = 0; i < L; ++i) v[i] = float(halves[i]);
+  return v;
+#endif
 }
 
-// n elements of any dtype to float.
+// Rounded to nearest, ties to even; every NaN of bf16 becomes the same.
+template <Dtype D>
+inline __attribute__((always_inline)) vbits narrowed(vfloat v) {
+  if constexpr (D == Dtype::bf16) {
+    const vwide u = (vwide)v, rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16, number = (vwide)(v == v);
+    return __builtin_convertvector((rounded & number) | (~number & 0x7FC0), vbits);
+  }
+#if FE_VECTOR_BYTES == 64
+  return (vbits)_mm512_maskz_cvtps_ph(0xFFFF, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif FE_VECTOR_BYTES == 32
+  return (vbits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  _Float16 halves[L];
+  for (int64_t i = 0; i < L; ++i) halves[i] = _Float16(v[i]);
+  vbits bits;
+  std::memcpy(&bits, halves, sizeof bits);
+  return bits;
+#endif
+}
+
+template <Dtype D>
+inline __attribute__((always_inline)) vfloat load_as(const void* p, Whole) {
+  if constexpr (D == Dtype::f32) return load(static_cast<const float*>(p));
+  vbits bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return widened<D>(bits);
+}
+template <Dtype D>
+inline __attribute__((always_inline)) void store_as(void* p, vfloat v, Whole) {
+  if constexpr (D == Dtype::f32) return store(static_cast<float*>(p), v);
+  const vbits bits = narrowed<D>(v);
+  std::memcpy(p, &bits, sizeof bits);
+}
+
+// The first n of L elements; what is behind them is neither read nor written.
+template <Dtype D>
+inline __attribute__((always_inline)) vfloat load_as(const void* p, Part part) {
+  if constexpr (D == Dtype::f32) return load(static_cast<const float*>(p), part);
+#if FE_VECTOR_BYTES == 64
+  return widened<D>((vbits)_mm256_maskz_loadu_epi16(__mmask16((1u << part.n) - 1), p));
+#else
+  vbits bits{};
+  std::memcpy(&bits, p, part.n * sizeof(uint16_t));
+  return widened<D>(bits);
+#endif
+}
+template <Dtype D>
+inline __attribute__((always_inline)) void store_as(void* p, vfloat v, Part part) {
+  if constexpr (D == Dtype::f32) return store(static_cast<float*>(p), v, part);
+  const vbits bits = narrowed<D>(v);
+#if FE_VECTOR_BYTES == 64
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << part.n) - 1), (__m256i)bits);
+#else
+  std::memcpy(p, &bits, part.n * sizeof(uint16_t));
+#endif
+}
+
+// Calls f with the dtype as a compile-time value.
+template <Dtype D>
+struct DtypeOf {
+  static constexpr Dtype value = D;
+};
+template <class F>
+inline void with_dtype(Dtype dtype, F&& f) {
+  if (dtype == Dtype::f32)
+    f(DtypeOf<Dtype::f32>{});
+  else if (dtype == Dtype::bf16)
+    f(DtypeOf<Dtype::bf16>{});
+  else
+    f(DtypeOf<Dtype::f16>{});
+}
+
+// f(column, extent) over vectors of columns [0, n).
+template <class F>
+inline __attribute__((always_inline)) void over_vectors(int64_t n, F&& f) {
+  int64_t j = 0;
+  for (; j + L <= n; j += L) f(j, Whole{});
+  if (j < n) f(j, Part{n - j});
+}
+
+// n elements of any dtype to float, and back.
 inline void to_float(const void* source, Dtype dtype, int64_t n, float* out) {
-  if (dtype == Dtype::f32) {
-    std::memcpy(out, source, n * 4);
-  } else if (dtype == Dtype::bf16) {
-    const uint16_t* in = static_cast<const uint16_t*>(source);
-    for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(in[i]);
-  } else {
-    const _Float16* in = static_cast<const _Float16*>(source);
-    int64_t i = 0;
-#if defined(__F16C__)
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
-#endif
-    for (; i < n; ++i) out[i] = float(in[i]);
-  }
+  with_dtype(dtype, [&](auto d) {
+    constexpr Dtype D = decltype(d)::value;
+    const char* from = static_cast<const char*>(source);
+    over_vectors(n, [&](int64_t i, auto extent) { store(out + i, load_as<D>(from + i * bytes_of(D), extent), extent); });
+  });
 }
-
 inline void from_float(const float* in, int64_t n, void* out, Dtype dtype) {
-  if (dtype == Dtype::f32) {
-    std::memcpy(out, in, n * 4);
-  } else if (dtype == Dtype::bf16) {
-    uint16_t* to = static_cast<uint16_t*>(out);
-    for (int64_t i = 0; i < n; ++i) to[i] = to_bf16(in[i]);
-  } else {
-    _Float16* to = static_cast<_Float16*>(out);
-    int64_t i = 0;
-#if defined(__F16C__)
-    for (; i + 8 <= n; i += 8)
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
-#endif
-    for (; i < n; ++i) to[i] = _Float16(in[i]);
-  }
+  with_dtype(dtype, [&](auto d) {
+    constexpr Dtype D = decltype(d)::value;
+    char* to = static_cast<char*>(out);
+    over_vectors(n, [&](int64_t i, auto extent) { store_as<D>(to + i * bytes_of(D), load(in + i, extent), extent); });
+  });
 }
 
 inline const void* at(const Matrix& m, int64_t row, int64_t column) {

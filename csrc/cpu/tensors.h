@@ -15,6 +15,7 @@ namespace fe {
 using arguments::OptionalTensors;
 using arguments::Tensors;
 
+constexpr int64_t LINE = 16;                 // floats of a cache line: no vector is longer, and buffers begin at one
 constexpr at::DeviceType DEVICE = at::kCPU;  // of the tensors that kernels take
 
 inline Dtype dtype_of(const at::Tensor& t) {
@@ -38,6 +39,13 @@ inline Matrix matrix(const at::Tensor& t) {
 inline at::Tensor as_rows(const at::Tensor& t) {
   at::Tensor rows = t.dim() == 2 ? t : t.reshape({empty::rows_of(t), t.size(-1)});
   return rows.size(1) == 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
+}
+
+// The part of such a matrix from (row, column) on.
+inline Matrix part_of(const at::Tensor& rows, int64_t row, int64_t column) {
+  Matrix part = matrix(rows);
+  part.data = static_cast<char*>(part.data) + (row * part.stride + column) * bytes_of(part.dtype);
+  return part;
 }
 
 inline at::Tensor as_float(const at::Tensor& t) {
@@ -64,12 +72,18 @@ void over_parts(int64_t parts, int64_t n, const F& f) {
   });
 }
 
+// Of [0, n), the most that one of `parts` parts has.
+inline int64_t most_of(int64_t n, int64_t parts) {
+  return (n + parts - 1) / parts;
+}
+
 inline int64_t parts_for(int64_t n, int64_t least) {
   return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), n / least));
 }
 
 // Adds parts 1.. of [parts, n] to part 0, in order.
 inline void sum_parts(float* data, int64_t parts, int64_t n) {
+  if (parts == 1) return;
   at::parallel_for(0, n, 16384, [&](int64_t begin, int64_t end) {
     for (int64_t part = 1; part < parts; ++part)
       for (int64_t i = begin; i < end; ++i) data[i] += data[part * n + i];

@@ -2,6 +2,7 @@
 #include "../autograd/lora_linear.h"
 
 #include <ATen/autocast_mode.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/randint.h>
 
 #include <bit>
@@ -170,6 +171,25 @@ const LinearBackend* chosen(const LinearCall& call, const std::string& asked) {
   return choices()[choice] = found;
 }
 
+bool is_seed(PyObject* seed) {
+  if (seed == Py_None) return true;
+  if (PyLong_CheckExact(seed)) {
+    int overflow = 0;
+    PyLong_AsLongLongAndOverflow(seed, &overflow);
+    return overflow == 0;
+  }
+  const at::Tensor* t = plain(seed);
+  return t != nullptr && t->scalar_type() == at::kLong && t->numel() == 1;
+}
+
+// One number on the device; drawn from its default generator where none is given.
+at::Tensor seed_of(PyObject* seed, const at::Device& device) {
+  const at::TensorOptions options = at::TensorOptions().dtype(at::kLong).device(device);
+  if (seed == Py_None) return at::randint(0, std::numeric_limits<int64_t>::max(), {}, options);
+  if (PyLong_CheckExact(seed)) return at::full({}, PyLong_AsLongLong(seed), options);
+  return plain(seed)->to(device).reshape({});
+}
+
 bool any_trained(const LinearCall& call) {
   const auto trained = [](const at::Tensor& t) { return t.defined() && t.requires_grad(); };
   return trained(call.x) || trained(call.weight) || trained(call.bias) || std::any_of(call.lora_as.begin(), call.lora_as.end(), trained) ||
@@ -180,16 +200,16 @@ bool any_trained(const LinearCall& call) {
 // y, or None: the call is for Python.
 py::object lora_linear(py::handle x, py::handle weight, py::handle bias, py::handle adapters, py::handle dropout, bool training,
                        py::handle seed, const std::string& asked, py::handle captured) {
-  if (is_observed() || !seed.is_none()) return py::none();
+  if (is_observed()) return py::none();
   const double dropout_p = PyFloat_CheckExact(dropout.ptr()) ? PyFloat_AS_DOUBLE(dropout.ptr()) : -1.0;
   if (!(0.0 <= dropout_p && dropout_p <= 1.0)) return py::none();
   std::optional<LinearCall> call = parsed(x.ptr(), weight.ptr(), bias.ptr(), adapters.ptr());
   if (!call) return py::none();
   call->dropout_p = training ? dropout_p : 0.0;
+  if (call->dropout_p > 0.0 && !is_seed(seed.ptr())) return py::none();
   const LinearBackend* backend = chosen(*call, asked);
   if (backend == nullptr) return py::none();
-  if (call->dropout_p > 0.0)
-    call->seed = at::randint(0, std::numeric_limits<int64_t>::max(), {}, call->x.options().dtype(at::kLong).requires_grad(false));
+  if (call->dropout_p > 0.0) call->seed = seed_of(seed.ptr(), call->x.device());
   at::Tensor y;
   {
     const py::gil_scoped_release unlocked;

@@ -59,8 +59,7 @@ class Candidate(NamedTuple):
 
     `supports` says in words why it cannot serve a call, or None. `outperformed` says why another algorithm of
     the same backend is expected to be faster, or None; it does not count when one of `keys` is asked for by
-    name ("triton:prologue"). `recorded`, where there is one, takes the arguments of `run` for a LoRA linear,
-    puts a backward of its own on autograd's tape and returns y. `linear`, where there is one, takes the
+    name ("triton:prologue"). `linear`, where there is one, takes the
     candidate for the backward and returns the address of what computes both in C++ (a `LinearBackend`), or
     None; `planned` is what it needs to know of a Triton host, its name and its function. `remark` says what
     `explain` adds to the algorithm where it serves a call.
@@ -72,7 +71,6 @@ class Candidate(NamedTuple):
     run: Callable[..., Any]
     keys: tuple[str, ...] = ()
     outperformed: Callable[[Call], str | None] = _not_outperformed
-    recorded: Callable[..., Any] | None = None
     linear: Callable[[Any], int | None] | None = None
     planned: tuple[str, Callable[..., Any]] | None = None
     remark: Callable[[], str | None] = _no_remark

@@ -97,15 +97,16 @@ def _supports(op: str, call: Call) -> str | None:
 
 def candidates(op: str) -> tuple[Candidate, ...]:
     """The CUDA implementation of `op`; listed with its reason when the extension is missing."""
-    run, recorded = getattr(extension(), op, _missing), getattr(extension(), f"{op}_recorded", None)
+    run = getattr(extension(), op, _missing)
     linear = _linear if op == "lora_linear" and hasattr(extension(), "linear_backend") else None
     supports = functools.partial(_supports, op)
-    return (Candidate("cuda", _ALGORITHMS[op], supports, run, recorded=recorded, linear=linear),)
+    return (Candidate("cuda", _ALGORITHMS[op], supports, run, linear=linear),)
 
 
 def _linear(backward: Candidate) -> int | None:
     """Where forward and backward are computed, if both are to run here."""
-    return getattr(extension(), "linear_backend")() if backward.backend == "cuda" else None
+    module = extension()
+    return None if module is None or backward.backend != "cuda" else int(module.linear_backend())
 
 
 def _missing(*_: object) -> None:

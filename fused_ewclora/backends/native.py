@@ -57,16 +57,16 @@ def _supports(call: Call) -> str | None:
 def candidates(op: str) -> tuple[Candidate, ...]:
     """The C++ implementation of `op`; listed with its reason when the extension is missing."""
     module = extension()
-    run, recorded = getattr(module, op, _missing), getattr(module, f"{op}_recorded", None)
+    run = getattr(module, op, _missing)
     linear = _linear if op == "lora_linear" and module is not None else None
-    return (Candidate("cpu", _ALGORITHMS[op], _supports, run, recorded=recorded, linear=linear),)
+    return (Candidate("cpu", _ALGORITHMS[op], _supports, run, linear=linear),)
 
 
 def _linear(backward: Candidate) -> int | None:
     """What computes forward and backward in C++, where the backward is to run here as well."""
     module = extension()
     assert module is not None
-    return module.linear_backend() if backward.backend == "cpu" else None
+    return int(module.linear_backend()) if backward.backend == "cpu" else None
 
 
 def _missing(*_: object) -> None:

@@ -3,6 +3,7 @@ depend on it."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -17,7 +18,7 @@ from ..distributed.reduce import reduced
 from ..distributed.transaction import Transaction
 from ..errors import FisherError, TargetError
 from ..layers.adapted import AdaptedLinear
-from ..layers.index import AdapterRef, Operands, adapter_refs, check_present, operands
+from ..layers.index import AdapterRef, OperandLookup, Operands, adapter_refs, check_present, operands
 from ..layers.inject import check_mergeable, check_plain
 from ..ops.capture import FisherCapture
 from .state import EWCState, Expected, TaskFisher, parse
@@ -119,8 +120,14 @@ class LocalPlacement:
 
     def operands(self, fishers: Mapping[str, Tensor]) -> Operands:
         """The operands of `ewc_penalty`."""
-        check_present(self.refs)
-        return operands(self.refs, fishers)
+        if torch.compiler.is_compiling():  # what a graph guards on is what it looks at
+            check_present(self.refs)
+            return operands(self.refs, fishers)
+        return self._lookup(fishers)
+
+    @functools.cached_property
+    def _lookup(self) -> OperandLookup:
+        return OperandLookup(self.refs)
 
     def penalty(self, fishers: Mapping[str, Tensor], ewc_lambda: float) -> Tensor:
         return FE.ewc_penalty(*self.operands(fishers), ewc_lambda)
@@ -129,7 +136,7 @@ class LocalPlacement:
         self, fishers: Mapping[str, Tensor], ewc_lambda: float, grad_scale: float | Tensor
     ) -> Tensor:
         terms = self.operands(fishers)
-        if all(ref.layer.composer is None for ref in self.refs):
+        if not self._lookup.composed:
             return FE.ewc_penalty_grad_(*terms, ewc_lambda, grad_scale=grad_scale)
         # The result of a composer need not be a leaf, whose .grad an optimizer reads.
         with torch.enable_grad():

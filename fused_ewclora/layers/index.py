@@ -93,6 +93,43 @@ def check_present(refs: Iterable[AdapterRef]) -> None:
             )
 
 
+class OperandLookup:
+    """`check_present` and `operands` of the same adapters in every step of a training.
+
+    What a layer has is looked up every time; it is examined only where it is not what was found before.
+    """
+
+    def __init__(self, refs: Sequence[AdapterRef]) -> None:
+        self._refs = refs
+        self._layers = [ref.layer for ref in refs]
+        self._a_places, self._b_places = ([ref.locations[i] for ref in refs] for i in (0, 1))
+        self._scale_places = [(ref.layer._parameters, ref.piece.scale_name) for ref in refs]
+        self._factors = [ref.piece.scaling for ref in refs]
+        self._none = [None] * len(refs)
+        self._found: object = None  # what `check_present` approved of
+
+    @property
+    def composed(self) -> bool:
+        """Whether any layer has a composer."""
+        return [layer.composer for layer in self._layers] != self._none
+
+    def __call__(self, fishers: Mapping[str, Tensor]) -> Operands:
+        """Raises `TargetError` as `check_present` does."""
+        layers = self._layers
+        kinds: list[type[AdaptedLinear]] = [*map(type, layers)]
+        found = kinds, [of.get("adapter_slices") for of in map(vars, layers)]
+        if found != self._found:
+            check_present(self._refs)
+            own = all(kind.adapter_scale is AdaptedLinear.adapter_scale for kind in kinds)
+            self._found = found if own and None not in found[1] else None
+        learned = True in [name in table for table, name in self._scale_places]
+        if self._found is None or learned or self.composed:
+            return operands(self._refs, fishers)
+        lora_as = cast(list[Tensor], [table[name] for table, name in self._a_places])
+        lora_bs = cast(list[Tensor], [table[name] for table, name in self._b_places])
+        return list(fishers.values()), lora_as, lora_bs, [*self._factors]
+
+
 def devices(refs: Iterable[AdapterRef]) -> dict[str, torch.device]:
     """The device of each adapter's layer, by Fisher key."""
     return {ref.key: ref.layer.weight.device for ref in refs}

@@ -43,6 +43,8 @@ class Adapters(NamedTuple):
     @classmethod
     def of(cls, lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], scales: Sequence[Scale]) -> Adapters:
         """The adapters of a call from scales that are tensors or numbers."""
+        if {type(scale) for scale in scales} == {float}:  # the common form, of hundreds
+            return cls(list(lora_as), list(lora_bs), [None] * len(scales), list(scales))  # type: ignore[arg-type]
         tensors = [scale if isinstance(scale, Tensor) else None for scale in scales]
         numbers = [1.0 if isinstance(scale, Tensor) else float(scale) for scale in scales]
         return cls(list(lora_as), list(lora_bs), tensors, numbers)

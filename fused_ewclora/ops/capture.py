@@ -29,7 +29,7 @@ def _inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Call:
     """x and dy of one call: `[N, T, d]`, or `[rows, d]` where `index` `[rows]` holds the sample of each row,
     or with mode "batch" `[1, rows, d]`."""
@@ -192,6 +192,10 @@ class FisherCapture:
         order = self._order(tensor, samples)
         if order is None:
             order = self._leading(tensor, samples)
+        if order.dim == 0 and not order.minor:  # as it is, without views of views
+            if order.rows == 1 and tensor.dim() == 3:
+                return tensor
+            return tensor.reshape(samples, tensor.numel() // (samples * features), features)
         rows = order.samples_first(tensor, samples)
         return rows.reshape(samples, rows.shape[1:-1].numel(), features)
 
@@ -240,10 +244,9 @@ class FisherCapture:
     def _accumulate(self, x: Tensor, dy: Tensor, samples: int, offsets: Tensor | None = None) -> None:
         if samples == 0:
             return
+        factor = self._factor(samples)
         for index, ranges in enumerate(self.rows):
-            parts = [dy[..., start:stop] for start, stop in ranges]
-            dy_rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-            self._add(index, x, dy_rows, self._factor(samples), offsets)
+            self._add(index, x, _columns(dy, ranges), factor, offsets)
         self.samples += samples
         self.batches += 1
 
@@ -267,6 +270,13 @@ def ways_out(name: str) -> str:
 
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _columns(dy: Tensor, ranges: Rows) -> Tensor:
+    if ranges == ((0, dy.shape[-1]),):
+        return dy
+    parts = [dy.narrow(-1, start, stop - start) for start, stop in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def _sorted_by_sample(

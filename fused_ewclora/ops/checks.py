@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..errors import ArgumentError, DtypeError
-from . import schemas
+from . import dispatch, schemas
 from .adapters import Adapter, Scale, row_ranges
 from .capture import MODES
 
@@ -301,6 +301,17 @@ def merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Scale, where: s
     if weight.shape != (lora_b.shape[0], lora_a.shape[1]):
         expected = [lora_b.shape[0], lora_a.shape[1]]
         raise ArgumentError(f"weight{where}: expected shape {expected} (of B A), got {_shape(weight)}")
+
+
+def is_plain_merge(
+    weights: Sequence[Tensor], lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], scales: Sequence[Scale]
+) -> bool:
+    """Whether a merge has the common form, nobody transforms it, and all checks of it would pass; C++ looks
+    at hundreds of tensors in the time in which the detailed checks look at one."""
+    if torch.compiler.is_compiling():
+        return False
+    common = dispatch.plain_merge()
+    return common is not None and common(weights, lora_as, lora_bs, scales) and not schemas.is_transformed()
 
 
 def as_many(values: object, count: int, name: str, other: str) -> None:

@@ -11,10 +11,12 @@ import functools
 import importlib
 import os
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..backends.candidate import Call as Call
 from ..backends.candidate import Candidate as Candidate
@@ -106,6 +108,38 @@ def recorded_penalty() -> Callable[..., Tensor] | None:
     """What puts a penalty and its gradients, whichever backend computed them, on autograd's tape in C++:
     (lora_as, lora_bs, scales, penalty, flat gradients, needs) -> penalty. None without the C++ extension."""
     return getattr(extension(), "ewc_penalty_recorded", None)
+
+
+@functools.cache
+def penalty_terms() -> Callable[..., Any] | None:
+    """What checks the arguments of a penalty in C++: (fishers, lora_as, lora_bs, scales) -> their terms, None
+    where they have not the common form. None without the C++ extension."""
+    terms = getattr(extension(), "PenaltyTerms", None)
+    return None if terms is None else terms.of
+
+
+@functools.cache
+def plain_merge() -> Callable[..., bool] | None:
+    """What tells in C++ whether (weights, lora_as, lora_bs, scales) of a merge have the common form. None
+    without the C++ extension."""
+    return getattr(extension(), "is_merge", None)
+
+
+@functools.cache
+def are_plain() -> Callable[[list[Tensor | None]], bool]:
+    """What tells whether tensors are what kernels read past the dispatcher: of no subclass, no shapes alone,
+    not sparse, and without a sign that is still to be applied to their memory."""
+    return getattr(extension(), "are_plain", _are_plain)
+
+
+_PLAIN = {Tensor, Parameter, NoneType}
+
+
+def _are_plain(tensors: list[Tensor | None]) -> bool:
+    if not {type(t) for t in tensors} <= _PLAIN:
+        return False
+    there = [t for t in tensors if t is not None]
+    return not any(t.is_meta or t.is_neg() or t.layout != torch.strided for t in there)
 
 
 @remembers_choices

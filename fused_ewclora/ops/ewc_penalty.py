@@ -3,16 +3,47 @@ graph of it is made."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..reference import differentiable
-from . import dispatch, schemas
+from . import dispatch, memory, schemas
 from ._distinct import distinct
-from .adapters import Adapters, by_kind
+from .adapters import Adapters, Scale, by_kind
+
+
+class Terms(Protocol):
+    """The arguments of a penalty as C++ has checked them: plain tensors that fit together."""
+
+    rank: int  # the largest
+    numbers: bool  # whether every scale is a number
+    needs: list[bool]  # whether any A, any B, any s requires gradients
+
+    def record(self, ewc_lambda: float, penalty: Tensor, flat: Tensor) -> Tensor:
+        """The penalty on autograd's tape, with the gradients in `flat`; once."""
+
+    def add_gradients(self, flat: Tensor) -> bool:
+        """Adds the gradients in `flat` to `.grad`; False where that has not the common form, and nothing was
+        done."""
+
+
+def terms(
+    fishers: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[Scale] | None,
+) -> Terms | None:
+    """The terms of a call in the common form that nobody observes. None: the checks in Python have to see it,
+    and then the dispatcher. Those take ten times as long, for hundreds of tensors in every training step."""
+    if torch.compiler.is_compiling():
+        return None
+    of = dispatch.penalty_terms()
+    found = None if of is None else of(fishers, lora_as, lora_bs, scales)
+    return found if found is not None and schemas.unwatched() else None
 
 
 class Layout(NamedTuple):
@@ -115,8 +146,11 @@ def ewc_penalty(
     adapters: Adapters,
     ewc_lambda: float,
     backend: str,
+    found: Terms | None = None,
 ) -> Tensor:
-    """The penalty of arguments that have been checked."""
+    """The penalty of arguments that have been checked; `found` are their terms."""
+    if found is not None:
+        return _of_terms(found, fishers, adapters, ewc_lambda, backend)
     tensors, graph = adapters.tensors(), torch.is_grad_enabled()
     needs = kinds([graph and t is not None and t.requires_grad for t in tensors])
     args = (fishers, *adapters, ewc_lambda, needs, backend)
@@ -133,3 +167,80 @@ def ewc_penalty(
     if recorded is None or not any(needs):
         return penalty
     return recorded(fishers, *adapters, ewc_lambda, needs, penalty, flat)
+
+
+def _of_terms(
+    found: Terms, fishers: list[Tensor], adapters: Adapters, ewc_lambda: float, backend: str
+) -> Tensor:
+    needs = found.needs if torch.is_grad_enabled() else [False] * 3
+    with torch.no_grad():
+        penalty, flat = schemas.penalty_of_plain(found.rank, fishers, adapters, ewc_lambda, needs, backend)
+    return found.record(ewc_lambda, penalty, flat) if any(needs) else penalty
+
+
+def ewc_penalty_grad_(
+    fishers: list[Tensor],
+    adapters: Adapters,
+    ewc_lambda: float,
+    grad_scale: float | Tensor,
+    backend: str,
+    found: Terms | None = None,
+) -> Tensor:
+    """Adds grad_scale * dP to `.grad` for arguments that have been checked, without a graph; returns P."""
+    if found is not None:
+        rank, needs = found.rank, found.needs
+        value, flat = schemas.penalty_of_plain(rank, fishers, adapters, ewc_lambda, needs, backend)
+    else:
+        needs = kinds([t is not None and t.requires_grad for t in adapters.tensors()])
+        value, flat = schemas.ewc_penalty(fishers, *adapters, ewc_lambda, needs, backend)
+    if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
+        flat *= grad_scale
+    if found is None or not found.add_gradients(flat):
+        _add_to_grads(_gradients(adapters.tensors(), flat))
+    return value
+
+
+def _gradients(tensors: Sequence[Tensor | None], flat: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(tensor, its gradient) for those that require one, where `flat` has the gradients of their kinds."""
+    wanted = [t is not None and t.requires_grad for t in tensors]
+    order = layout(tensors, kinds(wanted))
+    found = []
+    for index, new in zip(order.inputs, unflatten(flat, order), strict=True):
+        tensor = tensors[index]
+        if tensor is not None and wanted[index]:
+            found.append((tensor, new))
+    return found
+
+
+def _apart(tensors: list[Tensor]) -> bool:
+    """Whether no two of them are one tensor, or share memory."""
+    if len(set(map(id, tensors))) < len(tensors):
+        return False
+    if not dispatch.are_plain()([*tensors]):
+        return True  # subclasses, whose memory cannot be looked at
+    spans = sorted((t.data_ptr(), t.data_ptr() + memory.span(t) * t.element_size()) for t in tensors)
+    return all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans))
+
+
+def _add_to_grads(gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Adds to `.grad` of every (parameter, its gradient), all of them or none."""
+    fresh, held, added = [], [], []
+    for parameter, new in gradients:
+        if (old := parameter.grad) is None:
+            fresh.append((parameter, new))
+        else:
+            held.append(old)
+            added.append(new)
+    if not all(old.is_contiguous() for old in held):
+        memory.check_written({f"grad of a parameter of shape {list(old.shape)}": old for old in held}, {})
+    if torch.compiler.is_compiling() or _apart(held):
+        if held:
+            torch._foreach_add_(held, added)
+    else:  # as of one parameter in several adapters: a joint addition could lose all terms but one
+        for old, new in zip(held, added, strict=True):
+            old.add_(new)
+    for parameter, new in fresh:
+        if parameter.grad is None:
+            parameter.grad = new
+        else:
+            parameter.grad.add_(new)

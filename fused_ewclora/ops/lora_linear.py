@@ -151,8 +151,6 @@ def lora_linear(
         if candidate is None:
             return schemas.lora_linear(*args)[0]
         return schemas.run(candidate, x.device.type, args)[0]
-    if candidate is not None and candidate.recorded is not None and capture is None:
-        return candidate.recorded(*args[:-1])
     found = LoRALinearFunction.apply(meta, adapters.scale_factors, capture, candidate, *distinct(inputs))
     return found[0] if isinstance(found, tuple) else found
 
@@ -176,7 +174,7 @@ def eager() -> Callable[..., Tensor | None] | None:
     if extension is None:
         return None
     extension.choose_linear_by(_linear_backend)
-    return extension.eager_lora_linear  # type: ignore[no-any-return]
+    return extension.eager_lora_linear
 
 
 def _transformed(args: tuple[Any, ...], capture: FisherCapture | None) -> Tensor:

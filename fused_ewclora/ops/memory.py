@@ -25,6 +25,11 @@ def check_written(targets: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> 
                 f"{name}: expected a tensor that was made outside of torch.inference_mode(), got one that "
                 "may be changed only inside of it"
             )
+        if target.is_neg():
+            raise ArgumentError(
+                f"{name}: expected a tensor to be changed in place, got one whose memory holds the negative "
+                "of its values; call resolve_neg() first"
+            )
         if _overlaps_itself(target):
             raise ArgumentError(
                 f"{name}: expected elements with memory of their own, to be changed in place, got shape "
@@ -38,7 +43,7 @@ def check_written(targets: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> 
                 )
 
 
-def _span(tensor: Tensor) -> int:
+def span(tensor: Tensor) -> int:
     """Elements from the first to the last in memory."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     return 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0
@@ -53,7 +58,7 @@ def _overlaps_itself(tensor: Tensor) -> bool:
             if stride == 0:
                 return True
             if stride <= reach:  # dimensions interlock, as no operation of PyTorch makes them: look
-                places = torch.zeros(_span(tensor), dtype=torch.bool, device="cpu")
+                places = torch.zeros(span(tensor), dtype=torch.bool, device="cpu")
                 places.as_strided(tensor.shape, tensor.stride()).fill_(True)
                 return int(places.sum()) < tensor.numel()
             reach += stride * (size - 1)
@@ -63,14 +68,14 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 def _share_elements(target: Tensor, other: Tensor) -> bool:
     """Of two tensors with one storage; `target` does not overlap itself."""
     (first, size), (other_first, other_size) = (
-        (t.storage_offset() * t.element_size(), _span(t) * t.element_size()) for t in (target, other)
+        (t.storage_offset() * t.element_size(), span(t) * t.element_size()) for t in (target, other)
     )
     if first + size <= other_first or other_first + other_size <= first or 0 in (size, other_size):
         return False
     if target.element_size() != other.element_size():
         return True  # views of one memory in two dtypes, whose elements nothing below could match
     base = min(target.storage_offset(), other.storage_offset())
-    count = max(t.storage_offset() + _span(t) for t in (target, other)) - base
+    count = max(t.storage_offset() + span(t) for t in (target, other)) - base
     places = torch.zeros(count, dtype=torch.bool, device="cpu")
     places.as_strided(target.shape, target.stride(), target.storage_offset() - base).fill_(True)
     return bool(places.as_strided(other.shape, other.stride(), other.storage_offset() - base).any())

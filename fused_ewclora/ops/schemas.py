@@ -13,18 +13,17 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import Parameter
 
 from ..backends.candidate import Call, LinearShape, arch_of, bucket
 from ..reference.ewc_penalty import accumulate_dtype as joint_accumulate_dtype
 from ..reference.lora_linear import accumulate_dtype
-from .dispatch import Candidate, choose
+from .adapters import Adapters
+from .dispatch import Candidate, are_plain, choose
 
 _ADAPTERS = "Tensor[] lora_as, Tensor[] lora_bs, Tensor?[] scales, float[] scale_factors"
 SCHEMAS = {
@@ -180,10 +179,13 @@ def _call(op: str, tensor: Tensor, args: Sequence[Any]) -> Call:
     device = tensor.device.type
     if device == "cpu" and not args[-1].startswith("triton"):
         return Call(device, tensor.dtype)
-    sizes = _SIZES[op](args)
+    return _sized(op, tensor, _SIZES[op](args))
+
+
+def _sized(op: str, tensor: Tensor, sizes: dict[str, Any]) -> Call:
     if tensor.dtype == torch.float32 or op == "ewc_penalty":
         sizes["precision"] = torch.get_float32_matmul_precision()
-    return Call(device, tensor.dtype, arch_of(tensor.device), **sizes)
+    return Call(tensor.device.type, tensor.dtype, arch_of(tensor.device), **sizes)
 
 
 def call_of(op: str, tensor: Tensor, args: Sequence[Any]) -> Call:
@@ -241,10 +243,8 @@ def _scaled_gradients(flat: Tensor, factor: Tensor, operands: Sequence[Tensor | 
 _library.impl("scaled_gradients", _scaled_gradients, "CompositeExplicitAutograd")
 torch.library.register_fake("fused_ewclora::scaled_gradients", _scaled_gradients, lib=_library)
 
-_PLAIN = {Tensor, Parameter, NoneType}
 
-
-def _observed(tensors: Sequence[Tensor | None]) -> bool:
+def _observed(tensors: list[Tensor | None]) -> bool:
     """Whether the dispatcher has more to do for these tensors than to call the implementation: somebody
     traces, transforms, records or replaces operations."""
     return (
@@ -255,8 +255,7 @@ def _observed(tensors: Sequence[Tensor | None]) -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._autograd._profiler_enabled()
-        or not {type(t) for t in tensors} <= _PLAIN
-        or any(t is not None and t.is_meta for t in tensors[:1])
+        or not are_plain()(tensors)
     )
 
 
@@ -272,10 +271,34 @@ def is_transformed(gradient: Tensor | None = None) -> bool:
     )
 
 
-def unobserved(op: str, tensors: Sequence[Tensor | None], args: Sequence[Any]) -> Candidate | None:
+def unwatched() -> bool:
+    """Whether calls with plain tensors may go past the dispatcher now."""
+    return not _observed([])
+
+
+def unobserved(op: str, tensors: list[Tensor | None], args: Sequence[Any]) -> Candidate | None:
     """The candidate that serves a call with these arguments, which are lists where the schema has lists; None
     where the dispatcher has to see the call."""
     return None if _observed(tensors) else _chosen(op, args)[0]
+
+
+def penalty_of_plain(
+    rank: int,
+    fishers: list[Tensor],
+    adapters: Adapters,
+    ewc_lambda: float,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`ewc_penalty` of a call that nobody observes, with plain tensors; `rank` is the largest."""
+    like = adapters.lora_as[0]
+    device = like.device.type
+    if device == "cpu" and not backend.startswith("triton"):
+        call = Call(device, like.dtype)
+    else:
+        call = _sized("ewc_penalty", like, {"rank": rank, "work": _work(fishers)})
+    args = (fishers, *adapters, ewc_lambda, needs, backend)
+    return run(choose("ewc_penalty", backend, call), device, args)
 
 
 def _direct(op: str) -> Callable[..., Any]:
@@ -303,6 +326,6 @@ lora_linear = _direct("lora_linear")
 lora_linear_backward = _direct("lora_linear_backward")
 ewc_penalty = _direct("ewc_penalty")
 scaled_gradients = torch.ops.fused_ewclora.scaled_gradients.default
-fisher_accumulate_ = torch.ops.fused_ewclora.fisher_accumulate_.default
-merge_ = torch.ops.fused_ewclora.merge_.default
-soft_threshold_ = torch.ops.fused_ewclora.soft_threshold_.default
+fisher_accumulate_ = _direct("fisher_accumulate_")
+merge_ = _direct("merge_")
+soft_threshold_ = _direct("soft_threshold_")

@@ -158,7 +158,7 @@ def test_targets_match_cases():
 
     published = workloads.penalty("ViT-B k,v", (6, 6), 12, 10)
     assert targets(published) == {("eager autograd", 1 / 4), ("torch.compile", 1 / 2.2)}
-    assert ("frozen linear", 1.06) in targets(workloads.linear("ViT-B proj", 1001, (6, 6), 10))
+    assert ("frozen linear", 1.06) in targets(workloads.linear("ViT-B proj", 1025, (6, 6), 10))
     assert targets(small("lora_linear")) == {("best peer", 1.0)}
     assert targets(small("fisher_accumulate")) == {("sgemm of equal FLOPs", 1.2), (None, 0.0)}
     assert targets(workloads.fisher("m", 3, 1, (6, 4))) == set()

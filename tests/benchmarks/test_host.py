@@ -150,6 +150,25 @@ def test_thread_time_counts():
     assert busy.repeats in (1, 2)
 
 
+def test_gpu_clock(monkeypatch: pytest.MonkeyPatch):
+    """On a GPU the time until calls return counts, and the device is idle before and after."""
+    order: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("idle"))
+
+    def call() -> None:
+        order.append("call")
+        time.sleep(2e-3)
+
+    clock = HostClock("cuda")
+    assert clock.sample(Timed(call, contextlib.nullcontext, 2)) >= 2e-3
+    assert order == ["call", "idle", "call", "call", "idle"]
+    assert clock.kind != CLOCK.kind
+    before = torch.backends.cudnn.allow_tf32
+    with small_products("cuda"):
+        assert not torch.backends.cudnn.allow_tf32 and torch.backends.mkldnn.enabled
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 def test_rounds_and_turns():
     """Every round samples everyone once, and begins with another one."""
     order: list[int] = []
@@ -287,6 +306,7 @@ def test_pretended_triton(tmp_path: Path):
         assert record["results"] == NOT_COMPUTED and record["error_fp64"] is None
         assert record["launches"] > 0 and "Triton" in record["algorithm"]
         assert record["environment"]["stands_in_for"] == "sm_90"
+        assert record["environment"]["launcher"].startswith(("plans", "Triton's own"))
     assert len(ours) == 2
 
 

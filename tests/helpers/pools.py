@@ -71,7 +71,7 @@ def private_pool(results: list[Tensor]) -> Iterator[None]:
             with pool:
                 return candidate.run(*arguments)
 
-        return candidate._replace(run=run, recorded=None)
+        return candidate._replace(run=run, linear=None)
 
     before = dispatch.annotate(inside)
     try:

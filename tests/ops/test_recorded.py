@@ -27,13 +27,14 @@ RECORDED = [name for name in BACKENDS if name in ("cpu", "cuda")]
 @contextmanager
 def in_python() -> Iterator[None]:
     """Without what the extension puts on the tape."""
-    before = dispatch.annotate(lambda op, candidate: candidate._replace(recorded=None))
+    before = dispatch.annotate(lambda op, candidate: candidate._replace(linear=None))
     penalty, dispatch.recorded_penalty = dispatch.recorded_penalty, lambda: None
+    terms, dispatch.penalty_terms = dispatch.penalty_terms, lambda: None
     try:
         yield
     finally:
         dispatch.annotate(before)
-        dispatch.recorded_penalty = penalty
+        dispatch.recorded_penalty, dispatch.penalty_terms = penalty, terms
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fused_ewclora.ops.capture import FisherCapture
 from fused_ewclora.ops.sample_order import Ends, Order, orders
 
 SIZES = st.integers(1, 4)
@@ -38,6 +39,17 @@ def test_round_trip(count, height, width, dim, minor):
     assert order in list(orders(tensor.shape, count)) and order.fits(tensor, count)
     compared = Ends.of(tensor, count).compared(samples[0], samples[-1])
     assert [o for o, difference in compared.items() if difference == 0] == [order]
+
+
+@given(st.integers(1, 4), st.lists(SIZES, max_size=2), SIZES, st.booleans())
+def test_leading_samples(count, others, rows, turned):
+    """A capture takes samples that lead, the usual order, as every order is taken."""
+    tensor = torch.randn(count * rows, *others, 3)
+    if turned:
+        tensor = torch.randn(3, *others, count * rows).movedim((0, -1), (-1, 0))
+    found = FisherCapture([], [])._by_sample(tensor, count)
+    expected = Order(0, rows).samples_first(tensor, count)
+    assert torch.equal(found, expected.reshape(count, -1, 3))
 
 
 def test_large_row():

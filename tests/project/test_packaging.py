@@ -20,7 +20,7 @@ FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 LINKED = ("kernels/", "benchmarks/")  # from inside the package
 FOLDERS = ("fused_ewclora", "kernels", "benchmarks", "csrc", "tests")
 IMPORT_LIMIT_SECONDS = 0.15
-# The smallest extension that compiles: it stands for csrc/cpu, which takes a minute.
+# The smallest extension that compiles: it stands for csrc, which takes minutes.
 TINY_EXTENSION = """#include <Python.h>
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
@@ -184,8 +184,8 @@ def test_kernels_in_editable_install(tmp_path: Path):
 def test_compiled_wheel(tmp_path: Path):
     """Compiled wheel holds the extension beside the package."""
     source = copy_of_sources(tmp_path)
-    shutil.rmtree(source / "csrc" / "cpu")
-    (source / "csrc" / "cpu").mkdir()
+    shutil.rmtree(source / "csrc")
+    (source / "csrc" / "cpu").mkdir(parents=True)
     (source / "csrc" / "cpu" / "tiny.cpp").write_text(TINY_EXTENSION)
     wheel(source, FUSED_EWCLORA_BUILD="cpu")
     built = only(list((source / "dist").glob("*.whl")))

@@ -13,7 +13,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("lora_linear", &fe::cuda::lora_linear, Unlocked());
   m.def("lora_linear_backward", &fe::cuda::lora_linear_backward, Unlocked());
-  m.def("lora_linear_recorded", &fe::recorded::lora_linear<&fe::cuda::lora_linear, &fe::cuda::lora_linear_backward>, Unlocked());
   m.def("linear_backend", &fe::recorded::LinearFunctions<&fe::cuda::lora_linear, &fe::cuda::lora_linear_backward>::address);
   m.def("fisher_accumulate_", &fe::cuda::fisher_accumulate, Unlocked());
   m.def("merge_", &fe::cuda::merge, Unlocked());

@@ -174,9 +174,8 @@ def candidates(op: str) -> tuple[Candidate, ...]:
         linear = None if backward else functools.partial(_linear, planned)
         found.append(
             Candidate(
-                "triton", algorithm, supports, run, keys, outperformed, linear=linear, planned=planned,
-                remark=plans.remark,
-            )  # fmt: skip
+                "triton", algorithm, supports, run, keys, outperformed, linear, planned, remark=plans.remark
+            )
         )
     return tuple(found)
 

@@ -178,8 +178,8 @@ def _backward(
         return [*grads, *([grad.sum(0, dtype=torch.float32).to(grad.dtype)] if need_bias else [])]
 
     packed = pack(
-        lora_as, lora_bs, scales, scale_factors, rows, grad, d_out, a=None if right is None else right[d_out:],
-        again=again if right is None else (),
+        lora_as, lora_bs, scales, scale_factors, rows, grad, d_out,
+        a=None if right is None else right[d_out:], again=again if right is None else (),
     )  # fmt: skip
     # One read of dy for u, dB, ds and the bias; columns that no adapter owns are read for the bias alone.
     whole = need_bias or left is not None

@@ -136,7 +136,8 @@ def pack(
     rp = padded(sum(t.shape[0] for t in lora_as))
     owner, lo, hi = _owner(tuple(rows), len(lora_as), d_out, like.device)
     if again:
-        return Packed(lora_as, lora_bs, scales, scale_factors, owner, *again, lo, hi)
+        a, b = again
+        return Packed(lora_as, lora_bs, scales, scale_factors, owner, a, b, lo, hi)
     a = like.new_empty(rp, d_in) if a is None else a
     b = like.new_empty(d_out, rp) if b is None else b
     packed = Packed(lora_as, lora_bs, scales, scale_factors, owner, a, b, lo, hi)

@@ -51,7 +51,7 @@ class Number(float):
 
     @property
     def plain(self) -> float:
-        return float.real.__get__(self)  # type: ignore[no-any-return]
+        return float.real.__get__(self)
 
 
 @remembers_choices
@@ -139,7 +139,9 @@ def planned_linear(name: str, host: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def linear_backend(forward: tuple[str, Callable[..., Any]], backward: tuple[str, Callable[..., Any]]) -> int | None:
+def linear_backend(
+    forward: tuple[str, Callable[..., Any]], backward: tuple[str, Callable[..., Any]]
+) -> int | None:
     """Address of the backend of two hosts, by name, for the node on autograd's tape in C++; None where Python
     launches."""
     if unavailable() is not None:

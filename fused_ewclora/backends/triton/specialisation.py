@@ -1,4 +1,4 @@
-"""What decides the machine code of a launch, and compiling it, without a GPU, exactly as Triton's JIT would."""
+"""What decides the machine code of a launch; and compiling it, as Triton's JIT would, without a GPU."""
 
 from __future__ import annotations
 

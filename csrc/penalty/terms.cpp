@@ -1,0 +1,129 @@
+#include "terms.h"
+
+#include <ATen/ops/_foreach_add.h>
+
+#include "common.h"
+
+namespace fe::penalty {
+namespace {
+
+using recorded::variable_list;
+
+// What is added to the gradients of parameters, where all of them have the common form.
+struct Gradients {
+  variable_list held, added;   // gradients that there are, and what comes on top
+  variable_list fresh, first;  // parameters without one, and their first
+
+  bool collect(const recorded::PenaltyOperands& operands, const at::Tensor& flat) {
+    if (!is_plain(flat)) return false;
+    int64_t start = 0;
+    for (size_t i = 0; i < operands.slots.size(); ++i) {
+      if (!operands.needs[operands.slots[i] / operands.fishers.size()]) continue;
+      const at::Tensor& t = operands.tensors[i];
+      if (t.requires_grad() && !add(t, flat, start)) return false;
+      start += t.numel();
+    }
+    return distinct();
+  }
+
+ private:
+  bool add(const at::Tensor& t, const at::Tensor& flat, int64_t start) {
+    if (!t.is_leaf()) return false;
+    const at::Tensor& old = t.grad();
+    if (old.defined() && !fits(old, t)) return false;
+    (old.defined() ? held : fresh).push_back(old.defined() ? old : t);
+    (old.defined() ? added : first).push_back(recorded::part(flat, t.sizes(), start, t.scalar_type()));
+    return true;
+  }
+
+  static bool fits(const at::Tensor& old, const at::Tensor& t) {
+    return is_plain(old) && !old.is_inference() && old.is_contiguous() && old.sizes() == t.sizes() && old.device() == t.device() &&
+           old.scalar_type() == t.scalar_type();
+  }
+
+  // Whether no element is part of two gradients, of which a joint addition could lose one term, and no parameter is there twice, whose second
+  // first gradient would replace the other.
+  bool distinct() const {
+    std::vector<std::pair<const char*, const char*>> spans;
+    for (const at::Tensor& old : held) {
+      const auto* begin = static_cast<const char*>(old.const_data_ptr());
+      if (old.numel()) spans.emplace_back(begin, begin + old.nbytes());
+    }
+    for (const at::Tensor& t : fresh) {
+      const auto* place = reinterpret_cast<const char*>(t.unsafeGetTensorImpl());
+      spans.emplace_back(place, place + 1);
+    }
+    std::sort(spans.begin(), spans.end());
+    const auto meet = [](const auto& one, const auto& next) { return next.first < one.second; };
+    return std::adjacent_find(spans.begin(), spans.end(), meet) == spans.end();
+  }
+};
+
+}  // namespace
+
+std::shared_ptr<Terms> Terms::of(const pybind11::handle& fishers, const pybind11::handle& lora_as, const pybind11::handle& lora_bs,
+                                 const pybind11::handle& scales) {
+  const Sequence fs{fishers.ptr()}, as{lora_as.ptr()}, bs{lora_bs.ptr()}, ss{scales.ptr()};
+  const bool ones = scales.is_none();
+  if (!alike({fs, as, bs}) || !(ones || alike({fs, ss}))) return nullptr;
+  const Py_ssize_t count = fs.size();
+  const at::Tensor* first = plain_tensor(as[0]);
+  if (!first) return nullptr;
+  const Common common{first->scalar_type(), first->device()};
+  if (!common.floating()) return nullptr;
+
+  auto terms = std::make_shared<Terms>();
+  recorded::PenaltyOperands& to = terms->operands;
+  std::vector<at::Tensor> bs_found, ss_found;
+  std::vector<int64_t> with_scale;
+  to.fishers.reserve(count);
+  to.tensors.reserve(2 * count);
+  bs_found.reserve(count);
+  to.scale_factors.reserve(count);
+  to.needs.assign(3, false);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    const at::Tensor *f = plain_tensor(fs[i]), *a = plain_tensor(as[i]), *b = plain_tensor(bs[i]);
+    if (!f || !a || !b || a->dim() != 2 || b->dim() != 2) return nullptr;
+    if (!common.fisher(*f) || a->scalar_type() != common.dtype || a->device() != common.device || !common.factor(*b)) return nullptr;
+    const int64_t rank = a->size(0);
+    if (rank < 1 || b->size(1) != rank || f->size(0) != b->size(0) || f->size(1) != a->size(1)) return nullptr;
+    std::optional<at::Tensor> scale;
+    double factor;
+    if (!read_scale(ones ? nullptr : ss[i], common, rank, scale, factor)) return nullptr;
+    to.fishers.push_back(*f);
+    to.tensors.push_back(*a);
+    bs_found.push_back(*b);
+    to.scale_factors.push_back(factor);
+    to.needs[0] = to.needs[0] || a->requires_grad();
+    to.needs[1] = to.needs[1] || b->requires_grad();
+    if (scale) {
+      to.needs[2] = to.needs[2] || scale->requires_grad();
+      ss_found.push_back(*scale);
+      with_scale.push_back(2 * count + i);
+    }
+    terms->rank = std::max(terms->rank, rank);
+  }
+  to.tensors.insert(to.tensors.end(), bs_found.begin(), bs_found.end());
+  to.tensors.insert(to.tensors.end(), ss_found.begin(), ss_found.end());
+  to.slots.resize(2 * count);
+  for (int64_t slot = 0; slot < 2 * count; ++slot) to.slots[slot] = slot;
+  to.slots.insert(to.slots.end(), with_scale.begin(), with_scale.end());
+  terms->numbers = with_scale.empty();
+  return terms;
+}
+
+at::Tensor Terms::record(double ewc_lambda, const at::Tensor& penalty, const at::Tensor& flat) {
+  operands.ewc_lambda = ewc_lambda;
+  return recorded::EWCPenalty::record(std::move(operands), penalty, flat);
+}
+
+bool Terms::add_gradients(const at::Tensor& flat) const {
+  const at::NoGradGuard plain;
+  Gradients found;
+  if (!found.collect(operands, flat)) return false;
+  if (!found.held.empty()) at::_foreach_add_(found.held, found.added);
+  for (size_t i = 0; i < found.fresh.size(); ++i) found.fresh[i].mutable_grad() = std::move(found.first[i]);
+  return true;
+}
+
+}  // namespace fe::penalty
