@@ -52,7 +52,7 @@ RUN_TIME = {
     "fused_ewclora.integrations._library": "a model library",
     "fused_ewclora.backends.triton": "its own hosts",
     "fused_ewclora.backends.triton.tables": "tools.autotune, when it is switched on",
-    "fused_ewclora.backends.triton.tools.aot": "a module of kernels",
+    "fused_ewclora.backends.triton.specialisation": "a module of kernels",
 }
 
 

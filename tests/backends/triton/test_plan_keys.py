@@ -18,9 +18,10 @@ pytestmark = [
 ]
 # Calls that differ in values, in addresses or in numbers that kernels take as they are.
 SERVED = {
-    "linear, same kind", "linear, x 16 bytes off", "linear, other seed", "linear, adapters shared", "linear, copies",
-    "backward, same kind", "fisher, same kind", "fisher, weight", "fisher, other samples", "merge, same kind",
-    "threshold, same kind", "threshold, kappa", "threshold, neighbours", "penalty, lambda",
+    "linear, same kind", "linear, x 16 bytes off", "linear, other seed", "linear, adapters shared",
+    "linear, copies", "backward, same kind", "fisher, same kind", "fisher, weight", "fisher, other samples",
+    "merge, same kind", "threshold, same kind", "threshold, kappa", "threshold, neighbours",
+    "penalty, lambda",
 }  # fmt: skip
 
 
