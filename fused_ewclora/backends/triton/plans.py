@@ -476,8 +476,8 @@ class Compiled:
             "thread block clusters": getattr(metadata, "num_ctas", 1) != 1,
             "memory while it runs": getattr(metadata, "global_scratch_size", 0) > 0,
             "memory for profiles": getattr(metadata, "profile_scratch_size", 0) > 0,
-            "programmatic launches": bool(getattr(metadata, "launch_pdl", False)),
-            "cooperative launches": bool(getattr(metadata, "launch_cooperative_grid", False)),
+            "programmatic launches": getattr(metadata, "launch_pdl", 0) != 0,
+            "cooperative launches": getattr(metadata, "launch_cooperative_grid", 0) != 0,
         }
         for need, there in needs.items():
             if there:
