@@ -66,43 +66,66 @@ inline void tell(PyObject* captured, const at::Tensor& x) {
 }
 
 struct LoRALinear : torch::autograd::Function<LoRALinear> {
-  // Inputs: x, weight, bias, every A, every B, every s, the seed.
+  // Inputs: x, weight, bias, every A, every B, every s, the seed; undefined where there is none.
   enum Input : size_t { X, WEIGHT, BIAS, LORA_AS };
 
-  // Returns y and, where x has a graph and is not kept, z: the graph of z is then the only way to x for derivatives of dB and ds.
-  static variable_list forward(AutogradContext* ctx, at::TensorList tensors, const std::vector<int64_t>& slots, int64_t count,
-                               const LinearCall& call, const LinearBackend& backend, PyObject* captured) {
-    const WithoutAutocast plain;
-    variable_list made = backend.forward(call);
+  static variable_list inputs_of(const LinearCall& call) {
+    variable_list inputs{call.x, call.weight, call.bias};
+    inputs.reserve(4 + 3 * call.lora_as.size() + 3);  // what is saved behind them has room, too
+    inputs.insert(inputs.end(), call.lora_as.begin(), call.lora_as.end());
+    inputs.insert(inputs.end(), call.lora_bs.begin(), call.lora_bs.end());
+    for (const auto& s : call.scales) inputs.push_back(s.value_or(at::Tensor()));
+    inputs.push_back(call.seed);
+    return inputs;
+  }
+
+  // y, on the tape: what Function::apply does, without the descriptions that it makes of every input. Where x has a graph and is not kept, z
+  // is an output as well: its graph is then the only way to x for derivatives of dB and ds.
+  static at::Tensor record(const LinearCall& call, const LinearBackend& backend, PyObject* captured = nullptr) {
+    variable_list kept = inputs_of(call), made;
     const auto trained = [](const at::Tensor& t) { return t.defined() && t.requires_grad(); };
-    const auto any = [&](const auto& list) { return std::any_of(list.begin(), list.end(), trained); };
-    const bool trained_scale =
-        std::any_of(call.scales.begin(), call.scales.end(), [&](const auto& s) { return s && trained(*s); });
-    const bool keep_x = trained(call.weight) || any(call.lora_as) || captured != nullptr, keep_z = any(call.lora_bs) || trained_scale;
-    // A layer that needs only dx (everything of its own frozen) keeps neither x nor z.
-    const bool connect = keep_z && !keep_x && call.x.requires_grad();
-    variable_list kept = spread(tensors, slots, count);
-    if (!keep_x) kept[X].reset();
-    kept.push_back(keep_z ? made[1] : at::Tensor());
-    kept.insert(kept.end(), made.begin() + 2, made.end());
-    ctx->save_for_backward(std::move(kept));
+    const auto lora_as = kept.begin() + LORA_AS, lora_bs = lora_as + call.lora_as.size();
+    const bool keep_x = trained(call.weight) || std::any_of(lora_as, lora_bs, trained) || captured != nullptr;
+    const bool keep_z = std::any_of(lora_bs, kept.end(), trained);
+    {
+      const at::AutoGradMode off(false);
+      const WithoutAutocast plain;
+      made = backend.forward(call);
+    }
+    const auto node = make_node<torch::autograd::CppNode<LoRALinear>>();
+    const size_t count = kept.size();
+    node->is_variable_input_.assign(count, true);
+    node->set_ctx_grad_fn(node);
+    node->set_next_edges(torch::autograd::collect_next_edges(kept));
     // In one list each: a dictionary of many small things takes longer than what it holds.
-    std::vector<int64_t> numbers{int64_t(reinterpret_cast<uintptr_t>(&backend)), count, int64_t(slots.size())};
-    numbers.insert(numbers.end(), slots.begin(), slots.end());
+    std::vector<int64_t> numbers{int64_t(reinterpret_cast<uintptr_t>(&backend)), int64_t(count)};
     numbers.insert(numbers.end(), call.rows.begin(), call.rows.end());
     std::vector<double> factors(call.scale_factors);
     factors.push_back(call.dropout_p);
-    ctx->saved_data["numbers"] = std::move(numbers);
-    ctx->saved_data["factors"] = std::move(factors);
+    auto& saved = node->ctx_.saved_data;
+    saved["numbers"] = std::move(numbers);
+    saved["factors"] = std::move(factors);
     if (captured != nullptr) {
       const pybind11::gil_scoped_acquire locked;
-      ctx->saved_data["captured"] = c10::IValue::make_capsule(c10::make_intrusive<Captured>(captured));
+      saved["captured"] = c10::IValue::make_capsule(c10::make_intrusive<Captured>(captured));
       tell(captured, call.x);
     }
-    if (!connect) return {made[0]};
-    ctx->set_materialize_grads(false);
-    ctx->saved_data["shape"] = made[0].sizes();
-    return {made[0], made[1]};
+    at::Tensor y = std::move(made[0]), z = std::move(made[1]);
+    torch::autograd::create_gradient_edge(y, node);
+    node->output_info_.emplace_back(y);
+    // A layer that needs only dx (everything of its own frozen) keeps neither x nor z.
+    if (keep_z && !keep_x && call.x.requires_grad()) {
+      torch::autograd::create_gradient_edge(z, node);
+      node->output_info_.emplace_back(z);
+      node->ctx_.set_materialize_grads(false);
+      saved["shape"] = y.sizes();
+    }
+    if (!keep_x) kept[X].reset();
+    kept.push_back(keep_z ? std::move(z) : at::Tensor());
+    kept.insert(kept.end(), std::make_move_iterator(made.begin() + 2), std::make_move_iterator(made.end()));
+    node->ctx_.save_for_backward(std::move(kept));
+    node->save_variables_to_ctx();
+    return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& outputs) {
@@ -111,9 +134,8 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
     const std::vector<int64_t> numbers = ctx->saved_data["numbers"].toIntVector();
     const auto& backend = *reinterpret_cast<const LinearBackend*>(uintptr_t(numbers[0]));
     const size_t count = size_t(numbers[1]);
-    const auto rows = numbers.begin() + 3 + numbers[2];
-    const std::vector<int64_t> slots(numbers.begin() + 3, rows);
-    LinearCall call{kept[X], kept[WEIGHT], kept[BIAS], {}, {}, {}, ctx->saved_data["factors"].toDoubleVector(), {rows, numbers.end()}};
+    LinearCall call{kept[X], kept[WEIGHT], kept[BIAS], {}, {}, {}, ctx->saved_data["factors"].toDoubleVector(),
+                    {numbers.begin() + 2, numbers.end()}};
     call.dropout_p = call.scale_factors.back();
     call.scale_factors.pop_back();
     const size_t adapters = call.scale_factors.size();
@@ -123,18 +145,17 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
     for (auto s = scales; s != scales + adapters; ++s) call.scales.push_back(given(*s));
     call.seed = kept[count - 1];
     const at::Tensor& z = kept[count];
-    std::vector<bool> needs = wanted(ctx, slots, int64_t(count));
-    needs.pop_back();  // of the seed, which has no gradient
-    const bool has_dz = outputs.size() > 1 && outputs[1].defined();
+    std::vector<bool> needs(count - 1);  // the seed has no gradient
+    for (size_t i = 0; i < needs.size(); ++i) needs[i] = ctx->needs_input_grad(i);
+    const bool has_dz = outputs.size() > 1 && outputs[1].defined(), followed = has_dz || is_followed(outputs);
     const at::Tensor dy = outputs[0].defined() ? outputs[0] : at::zeros(ctx->saved_data["shape"].toIntVector(), call.weight.options());
-    variable_list found;
-    const bool followed = has_dz || is_followed(outputs);
     const auto captured = ctx->saved_data.find("captured");
     if (captured != ctx->saved_data.end()) {
       const pybind11::gil_scoped_acquire locked;
       const auto holder = c10::static_intrusive_pointer_cast<Captured>(captured->second.toCapsule());
       pybind11::handle(holder->object).attr("backward")(call.x, dy, followed);
     }
+    variable_list found;
     if (followed) {
       const std::optional<at::Tensor> dz = has_dz ? given(outputs[1]) : std::nullopt;
       found = differentiable("lora_linear_backward", dy, dz, given(call.x), call.weight, given(call.bias), given(z), call.lora_as,
@@ -142,25 +163,15 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
     } else {
       found = backend.backward(dy, z, call, needs, at::TensorList(kept).slice(count + 1));
     }
-    variable_list gradients(slots.size() + 5);  // what is no tensor has none
+    variable_list gradients(count);
     size_t next = 0;
-    for (size_t i = 0; i < slots.size(); ++i) {
-      const size_t slot = size_t(slots[i]);
-      if (slot < needs.size() && needs[slot]) gradients[i] = std::move(found[next++]);
-    }
+    for (size_t i = 0; i < needs.size(); ++i)
+      if (needs[i]) gradients[i] = std::move(found[next++]);
     return gradients;
   }
 
-  // y, on the tape.
-  static at::Tensor of(const LinearCall& call, const LinearBackend& backend, PyObject* captured = nullptr) {
-    Inputs inputs;
-    inputs.add(given(call.x));
-    inputs.add(given(call.weight));
-    inputs.add(given(call.bias));
-    inputs.add(call.lora_as, call.lora_bs, call.scales);
-    inputs.add(given(call.seed));
-    return LoRALinear::apply(at::TensorList(inputs.tensors), inputs.slots, inputs.count, call, backend, captured)[0];
-  }
+  // Functions of PyTorch have one; `record` takes its place.
+  static variable_list forward(AutogradContext*, const LinearCall&) = delete;
 };
 
 }  // namespace fe::recorded

@@ -214,7 +214,7 @@ py::object lora_linear(py::handle x, py::handle weight, py::handle bias, py::han
   {
     const py::gil_scoped_release unlocked;
     if (at::GradMode::is_enabled() && any_trained(*call)) {
-      y = recorded::LoRALinear::of(*call, *backend, captured.is_none() ? nullptr : captured.ptr());
+      y = recorded::LoRALinear::record(*call, *backend, captured.is_none() ? nullptr : captured.ptr());
     } else {
       const recorded::WithoutAutocast plain;
       y = backend->forward(*call)[0];
