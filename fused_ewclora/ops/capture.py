@@ -9,7 +9,7 @@ squared.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,7 @@ def _inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-@dataclass(slots=True)
-class _Call:
+class _Call(NamedTuple):
     """x and dy of one call: `[N, T, d]`, or `[rows, d]` where `index` `[rows]` holds the sample of each row,
     or with mode "batch" `[1, rows, d]`."""
 
@@ -141,7 +140,12 @@ class FisherCapture:
         from the op's backward."""
         if self.look is not None:  # a model that differentiates inside its forward
             return
-        self._held.append(self._call(x, dy, index))
+        call = self._call(x, dy, index)
+        if self._calls <= 1 and not self._held and index is None:  # the usual layer, called once
+            self._closed = True
+            self._accumulate(call.x, call.dy, call.samples)
+            return
+        self._held.append(call)
         if len(self._held) >= self._calls:
             self.finish()
 
@@ -172,7 +176,10 @@ class FisherCapture:
             return _Call(_rows(x), _rows(dy), samples, index)
         if self.mode == "batch":
             return _Call(_rows(x)[None], _rows(dy)[None], samples)
-        return _Call(self._by_sample(x, samples), self._by_sample(dy, samples), samples)
+        order = None
+        if samples > 1 and x.numel() and dy.numel():
+            order = self._order(x, samples) or self._leading(x, samples)
+        return _Call(_by_sample(x, samples, order), _by_sample(dy, samples, order), samples)
 
     def _samples_of(self, x: Tensor) -> int:
         """The samples in x by its order, or its leading dimension."""
@@ -181,23 +188,6 @@ class FisherCapture:
             if x.shape[order.dim] % order.rows == 0:
                 return x.shape[order.dim] // order.rows
         return x.shape[0] if x.dim() > 1 else 1
-
-    def _by_sample(self, tensor: Tensor, samples: int) -> Tensor:
-        """`[N, T, d]`, a view where that is possible; other dimensions are tokens."""
-        features = tensor.shape[-1]
-        if samples == 0 or tensor.numel() == 0:  # adds nothing
-            return tensor.new_empty(samples, 0, features)
-        if samples == 1:
-            return tensor.reshape(1, -1, features)
-        order = self._order(tensor, samples)
-        if order is None:
-            order = self._leading(tensor, samples)
-        if order.dim == 0 and not order.minor:  # as it is, without views of views
-            if order.rows == 1 and tensor.dim() == 3:
-                return tensor
-            return tensor.reshape(samples, tensor.numel() // (samples * features), features)
-        rows = order.samples_first(tensor, samples)
-        return rows.reshape(samples, rows.shape[1:-1].numel(), features)
 
     def _leading(self, tensor: Tensor, samples: int) -> Order:
         """Samples first, which is the rule as long as nothing else is known."""
@@ -270,6 +260,21 @@ def ways_out(name: str) -> str:
 
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _by_sample(tensor: Tensor, samples: int, order: Order | None) -> Tensor:
+    """`[N, T, d]`, a view where that is possible; other dimensions are tokens."""
+    features = tensor.shape[-1]
+    if samples == 0 or tensor.numel() == 0:  # adds nothing
+        return tensor.new_empty(samples, 0, features)
+    if samples == 1 or order is None:
+        return tensor.reshape(1, -1, features)
+    if order.dim == 0 and not order.minor:  # as it is, without views of views
+        if order.rows == 1 and tensor.dim() == 3:
+            return tensor
+        return tensor.reshape(samples, tensor.numel() // (samples * features), features)
+    rows = order.samples_first(tensor, samples)
+    return rows.reshape(samples, rows.shape[1:-1].numel(), features)
 
 
 def _columns(dy: Tensor, ranges: Rows) -> Tensor:

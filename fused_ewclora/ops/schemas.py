@@ -322,10 +322,24 @@ def _direct(op: str) -> Callable[..., Any]:
     return call
 
 
+def _direct_accumulation() -> Callable[..., None]:
+    """The same for a Fisher, which has no lists: a pass calls it once per layer and batch."""
+    overload = torch.ops.fused_ewclora.fisher_accumulate_.default
+    implementation = _implementation("fisher_accumulate_")
+
+    def call(
+        fisher: Tensor, x: Tensor, dy: Tensor, squares: str, weight: float, offsets: Tensor | None, backend: str
+    ) -> None:
+        known = _observed([fisher, x, dy] if offsets is None else [fisher, x, dy, offsets])
+        (overload if known else implementation)(fisher, x, dy, squares, weight, offsets, backend)
+
+    return call
+
+
 lora_linear = _direct("lora_linear")
 lora_linear_backward = _direct("lora_linear_backward")
 ewc_penalty = _direct("ewc_penalty")
 scaled_gradients = torch.ops.fused_ewclora.scaled_gradients.default
-fisher_accumulate_ = _direct("fisher_accumulate_")
+fisher_accumulate_ = _direct_accumulation()
 merge_ = _direct("merge_")
 soft_threshold_ = _direct("soft_threshold_")

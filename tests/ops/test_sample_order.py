@@ -47,7 +47,7 @@ def test_leading_samples(count, others, rows, turned):
     tensor = torch.randn(count * rows, *others, 3)
     if turned:
         tensor = torch.randn(3, *others, count * rows).movedim((0, -1), (-1, 0))
-    found = FisherCapture([], [])._by_sample(tensor, count)
+    found = FisherCapture([], [], batch_size=count)._call(tensor, tensor, None).x
     expected = Order(0, rows).samples_first(tensor, count)
     assert torch.equal(found, expected.reshape(count, -1, 3))
 

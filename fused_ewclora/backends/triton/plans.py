@@ -97,6 +97,7 @@ def forget() -> None:
 def planned(name: str, host: Callable[..., Any]) -> Callable[..., Any]:
     """`host`, or the plan that does what it would."""
     numbers, in_groups = NUMBERS.get(name, ()), IN_GROUPS.get(name)
+    describe = _described_fisher if name == "fisher_accumulate_" else described
 
     def run(*given: Any) -> Any:
         if unavailable() is not None:
@@ -104,7 +105,7 @@ def planned(name: str, host: Callable[..., Any]) -> Callable[..., Any]:
         extension = native.extension()
         assert extension is not None
         plans = extension.plan_host(name, name in BY_ADDRESS)
-        tensors, decisions, values = described(given, numbers)
+        tensors, decisions, values = describe(given, numbers)
         if in_groups is not None:
             decisions += (len(group) for group in overlap.groups(given[in_groups]))
         arguments = extension.Arguments(tensors, decisions, values)
@@ -203,6 +204,14 @@ def described(
         if place not in numbers:
             add(value)
     return tensors, decisions, [float(given[place]) for place in numbers]
+
+
+def _described_fisher(
+    given: Sequence[Any], numbers: Sequence[int]
+) -> tuple[list[Tensor | None], list[int], list[float]]:
+    """`described` without a look at every argument: a pass calls this once per layer and batch."""
+    fisher, x, dy, squares, weight, offsets = given
+    return [fisher, x, dy, offsets], [hash(squares)], [weight]
 
 
 def record(host: Callable[..., Any], given: Sequence[Any], numbers: Sequence[int] = ()) -> Any:
