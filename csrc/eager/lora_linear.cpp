@@ -27,7 +27,7 @@ using recorded::LinearCall;
 // What the choice of a backend depends on: `Call` of backends/candidate.py, and the name that was asked for.
 struct Choice {
   std::string asked;
-  std::array<int64_t, 8> sizes;
+  std::array<int64_t, 9> sizes;
 
   bool operator==(const Choice&) const = default;
 };
@@ -147,6 +147,20 @@ std::optional<LinearCall> parsed(PyObject* x, PyObject* weight, PyObject* bias, 
   return call;
 }
 
+// Whether the call becomes part of a CUDA graph.
+bool is_captured(const at::Device& device) {
+  if (!device.is_cuda()) return false;
+  static const bool known = [] {
+    try {
+      driver::functions();
+      return true;
+    } catch (const c10::Error&) {
+      return false;  // too old for plans as well: choices count the host's time then
+    }
+  }();
+  return known && driver::capturing(plans::current_stream(device));
+}
+
 const LinearBackend* chosen(const LinearCall& call, const std::string& asked) {
   const int64_t d_in = call.weight.size(1), rows = call.x.numel() / std::max<int64_t>(d_in, 1);
   int64_t rank = 0;
@@ -155,7 +169,7 @@ const LinearBackend* chosen(const LinearCall& call, const std::string& asked) {
   const Choice choice{asked,
                       {int64_t(device.type()), device.index(), int64_t(call.x.scalar_type()), int64_t(std::bit_ceil(uint64_t(rows))), d_in,
                        call.weight.size(0), rank * 2 + (call.dropout_p > 0.0),
-                       int64_t(at::globalContext().float32MatmulPrecision())}};
+                       int64_t(at::globalContext().float32MatmulPrecision()), int64_t(is_captured(device))}};
   {
     const std::shared_lock<std::shared_mutex> guard(choosing);
     const auto found = choices().find(choice);

@@ -44,6 +44,7 @@ class Call(NamedTuple):
     rank: int | None = None  # the largest of the call's adapters
     precision: str | None = None  # torch.get_float32_matmul_precision(), where it decides
     work: int | None = None  # elements (of the Fisher: multiplications), about, as a power of two
+    captured: bool = False  # for a CUDA graph, whose replays take no time of the host
 
 
 def _not_outperformed(call: Call) -> str | None:

@@ -185,6 +185,8 @@ def _call(op: str, tensor: Tensor, args: Sequence[Any]) -> Call:
 def _sized(op: str, tensor: Tensor, sizes: dict[str, Any]) -> Call:
     if tensor.dtype == torch.float32 or op == "ewc_penalty":
         sizes["precision"] = torch.get_float32_matmul_precision()
+    if tensor.is_cuda:
+        sizes["captured"] = torch.cuda.is_current_stream_capturing()
     return Call(tensor.device.type, tensor.dtype, arch_of(tensor.device), **sizes)
 
 
@@ -328,7 +330,13 @@ def _direct_accumulation() -> Callable[..., None]:
     implementation = _implementation("fisher_accumulate_")
 
     def call(
-        fisher: Tensor, x: Tensor, dy: Tensor, squares: str, weight: float, offsets: Tensor | None, backend: str
+        fisher: Tensor,
+        x: Tensor,
+        dy: Tensor,
+        squares: str,
+        weight: float,
+        offsets: Tensor | None,
+        backend: str,
     ) -> None:
         known = _observed([fisher, x, dy] if offsets is None else [fisher, x, dy, offsets])
         (overload if known else implementation)(fisher, x, dy, squares, weight, offsets, backend)

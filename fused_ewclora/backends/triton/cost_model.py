@@ -1,5 +1,6 @@
 """Which algorithm of the LoRA linear is expected to be fastest, from bytes and FLOPs.
 
+Eager calls take the time of the GPU or of the host, whichever is longer; a captured graph that of the GPU.
 Times are a model, not measurements: every product runs at the rate of the BLAS library (`efficiency` of it
 in Triton), everything else at the bandwidth of memory, and each launch beyond the first costs `LAUNCH`. Rates
 are constants of an architecture family; where the machine model predicted the product from its machine code
@@ -18,6 +19,14 @@ from ..candidate import Call, LinearShape, remembers_choices
 from .launch import INTERPRETED, family
 
 LAUNCH = 2e-6  # s
+# Of the host, in seconds: what every call takes, forward and backward with autograd, before it does anything;
+# a launch of a plan through the driver; an operation of PyTorch. By algorithm: launches, operations.
+HOST_CALL = {"lora_linear": 10e-6, "lora_linear_backward": 30e-6}
+HOST_LAUNCH, HOST_OPERATION = 3e-6, 6e-6
+HOST_WORK = {
+    "lora_linear": {"full": (2, 0), "prologue": (3, 0), "addmm": (3, 1), "concat": (2, 2)},
+    "lora_linear_backward": {"prologue": (3, 0), "addmm": (3, 1), "concat": (4, 2)},
+}
 MAX_FULL_RANK = 64  # z of a block of rows stays in registers beside the product's accumulator
 
 
@@ -63,13 +72,20 @@ def slower(op: str, algorithm: str, call: Call) -> str | None:
     """Why another algorithm is expected to be faster, or None for the fastest."""
     if call.shape is None:
         return None
-    times = modelled(op, call)
-    if algorithm not in times:
+    alone = modelled(op, call)
+    if algorithm not in alone:
         return impossible(op, algorithm, call)
-    best = min(times, key=lambda name: times[name])
+    times = alone if call.captured else {name: max(t, host(op, name)) for name, t in alone.items()}
+    best = min(times, key=lambda name: (times[name], alone[name]))
     if algorithm == best:
         return None
     return f"modelled {times[algorithm] * 1e6:.0f} us against {times[best] * 1e6:.0f} us of {best!r}"
+
+
+def host(op: str, algorithm: str) -> float:
+    """Seconds that the host takes for an eager call by `algorithm`."""
+    launches, operations = HOST_WORK[op][algorithm]
+    return HOST_CALL[op] + launches * HOST_LAUNCH + operations * HOST_OPERATION
 
 
 def _rate(op: str, call: Call, rates: Rates) -> tuple[float, float]:

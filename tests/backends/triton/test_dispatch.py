@@ -212,3 +212,24 @@ def test_default_algorithm(rank, dropout_p):
     for mine, truth in zip(linear("triton", rank, dropout_p), reference, strict=True):
         # sums of at most 70 products, squared and multiplied once more: 1e3 roundings of the largest element
         torch.testing.assert_close(mine.cpu(), truth, rtol=0.0, atol=1e-4 * float(truth.abs().max()))
+
+
+@pytest.mark.parametrize("op", ["lora_linear", "lora_linear_backward"])
+def test_host_time_counts(op):
+    """Eager calls of small layers take the algorithm that is fewest launches; a captured graph, and calls
+    that the GPU works on for longer, the one that the GPU is fastest with."""
+    cost_model = importlib.import_module("fused_ewclora.backends.triton.cost_model")
+    chosen = {}
+    for rows in (16, 1 << 14):
+        shape = dispatch.LinearShape(rows, 3072, 768, 16)
+        for captured in (False, True):
+            call = Call("cuda", torch.bfloat16, "sm_90", shape, captured=captured)
+            times = cost_model.modelled(op, call)
+            fastest = {name for name in times if cost_model.slower(op, name, call) is None}
+            assert len(fastest) == 1
+            chosen[rows, captured] = fastest.pop()
+            if captured:
+                assert chosen[rows, captured] == min(times, key=times.get)
+    fewest = min(cost_model.HOST_WORK[op], key=lambda name: cost_model.host(op, name))
+    assert chosen[16, False] == fewest
+    assert chosen[1 << 14, False] == chosen[1 << 14, True]
