@@ -9,7 +9,7 @@ squared.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ def _inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-class _Call(NamedTuple):
+@dataclass(slots=True)
+class _Call:
     """x and dy of one call: `[N, T, d]`, or `[rows, d]` where `index` `[rows]` holds the sample of each row,
     or with mode "batch" `[1, rows, d]`."""
 
