@@ -32,7 +32,8 @@ struct LinearBackend {
 template <auto Forward, auto Backward>
 struct LinearFunctions final : LinearBackend {
   variable_list forward(const LinearCall& c) const override {
-    auto [y, z] = Forward(c.x, c.weight, given(c.bias), c.lora_as, c.lora_bs, c.scales, c.scale_factors, c.rows, c.dropout_p, given(c.seed));
+    auto [y, z] =
+        Forward(c.x, c.weight, given(c.bias), c.lora_as, c.lora_bs, c.scales, c.scale_factors, c.rows, c.dropout_p, given(c.seed));
     return {std::move(y), std::move(z)};
   }
   variable_list backward(const at::Tensor& dy, const at::Tensor& z, const LinearCall& c, const std::vector<bool>& needs,
@@ -134,8 +135,8 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
     const std::vector<int64_t> numbers = ctx->saved_data["numbers"].toIntVector();
     const auto& backend = *reinterpret_cast<const LinearBackend*>(uintptr_t(numbers[0]));
     const size_t count = size_t(numbers[1]);
-    LinearCall call{kept[X], kept[WEIGHT], kept[BIAS], {}, {}, {}, ctx->saved_data["factors"].toDoubleVector(),
-                    {numbers.begin() + 2, numbers.end()}};
+    LinearCall call{
+        kept[X], kept[WEIGHT], kept[BIAS], {}, {}, {}, ctx->saved_data["factors"].toDoubleVector(), {numbers.begin() + 2, numbers.end()}};
     call.dropout_p = call.scale_factors.back();
     call.scale_factors.pop_back();
     const size_t adapters = call.scale_factors.size();

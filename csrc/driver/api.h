@@ -40,22 +40,22 @@ struct alignas(64) CUtensorMap {
 };
 
 // (name, arguments) of every function that is loaded; all return CUresult.
-#define FE_DRIVER_FUNCTIONS(_)                                                                                                                  \
-  _(cuDriverGetVersion, (int* version))                                                                                                         \
-  _(cuGetErrorString, (CUresult error, const char** text))                                                                                      \
-  _(cuCtxGetCurrent, (CUcontext * context))                                                                                                     \
-  _(cuCtxSetCurrent, (CUcontext context))                                                                                                       \
-  _(cuDevicePrimaryCtxRetain, (CUcontext * context, CUdevice device))                                                                           \
-  _(cuDeviceGetAttribute, (int* value, int attribute, CUdevice device))                                                                         \
-  _(cuModuleLoadData, (CUmodule * module, const void* image))                                                                                   \
-  _(cuModuleGetFunction, (CUfunction * function, CUmodule module, const char* name))                                                            \
-  _(cuFuncGetAttribute, (int* value, int attribute, CUfunction function))                                                                       \
-  _(cuFuncSetAttribute, (CUfunction function, int attribute, int value))                                                                        \
-  _(cuFuncSetCacheConfig, (CUfunction function, int config))                                                                                    \
-  _(cuLaunchKernelEx, (const CUlaunchConfig* config, CUfunction function, void** parameters, void** extra))                                      \
-  _(cuStreamIsCapturing, (CUstream stream, int* status))                                                                                        \
-  _(cuTensorMapEncodeTiled, (CUtensorMap * map, int type, uint32_t rank, void* address, const uint64_t* sizes, const uint64_t* strides,          \
-                             const uint32_t* box, const uint32_t* steps, int interleave, int swizzle, int promotion, int fill))                 \
+#define FE_DRIVER_FUNCTIONS(_)                                                                                                          \
+  _(cuDriverGetVersion, (int* version))                                                                                                 \
+  _(cuGetErrorString, (CUresult error, const char** text))                                                                              \
+  _(cuCtxGetCurrent, (CUcontext * context))                                                                                             \
+  _(cuCtxSetCurrent, (CUcontext context))                                                                                               \
+  _(cuDevicePrimaryCtxRetain, (CUcontext * context, CUdevice device))                                                                   \
+  _(cuDeviceGetAttribute, (int* value, int attribute, CUdevice device))                                                                 \
+  _(cuModuleLoadData, (CUmodule * module, const void* image))                                                                           \
+  _(cuModuleGetFunction, (CUfunction * function, CUmodule module, const char* name))                                                    \
+  _(cuFuncGetAttribute, (int* value, int attribute, CUfunction function))                                                               \
+  _(cuFuncSetAttribute, (CUfunction function, int attribute, int value))                                                                \
+  _(cuFuncSetCacheConfig, (CUfunction function, int config))                                                                            \
+  _(cuLaunchKernelEx, (const CUlaunchConfig* config, CUfunction function, void** parameters, void** extra))                             \
+  _(cuStreamIsCapturing, (CUstream stream, int* status))                                                                                \
+  _(cuTensorMapEncodeTiled, (CUtensorMap * map, int type, uint32_t rank, void* address, const uint64_t* sizes, const uint64_t* strides, \
+                             const uint32_t* box, const uint32_t* steps, int interleave, int swizzle, int promotion, int fill))         \
   _(cuTensorMapReplaceAddress, (CUtensorMap * map, void* address))
 
 struct Functions {

@@ -168,8 +168,8 @@ const LinearBackend* chosen(const LinearCall& call, const std::string& asked) {
   const at::Device device = call.x.device();
   const Choice choice{asked,
                       {int64_t(device.type()), device.index(), int64_t(call.x.scalar_type()), int64_t(std::bit_ceil(uint64_t(rows))), d_in,
-                       call.weight.size(0), rank * 2 + (call.dropout_p > 0.0),
-                       int64_t(at::globalContext().float32MatmulPrecision()), int64_t(is_captured(device))}};
+                       call.weight.size(0), rank * 2 + (call.dropout_p > 0.0), int64_t(at::globalContext().float32MatmulPrecision()),
+                       int64_t(is_captured(device))}};
   {
     const std::shared_lock<std::shared_mutex> guard(choosing);
     const auto found = choices().find(choice);
