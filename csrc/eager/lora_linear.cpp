@@ -13,9 +13,10 @@
 #include <unordered_map>
 
 #include "../cpu/tensors.h"
+#include "../plain_objects.h"
 #include "../plans/lora_linear.h"
 #include "bindings.h"
-#include "plain.h"
+#include "observed.h"
 
 namespace fe::eager {
 namespace {
@@ -66,7 +67,7 @@ bool add_scale(PyObject* given, int64_t rank, LinearCall& call) {
     call.scale_factors.push_back(factor);
     return std::abs(factor) <= std::numeric_limits<float>::max();
   }
-  const at::Tensor* scale = plain(given);
+  const at::Tensor* scale = plain_tensor(given);
   if (scale == nullptr || scale->dim() > 1 || (scale->dim() == 1 && scale->size(0) != rank) || !fits(*scale, call.x)) return false;
   call.scales.emplace_back(*scale);
   call.scale_factors.push_back(1.0);
@@ -114,7 +115,7 @@ bool add_adapters(PyObject* given, LinearCall& call) {
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* adapter = list ? PyList_GET_ITEM(given, i) : PyTuple_GET_ITEM(given, i);
     if (!PyTuple_Check(adapter) || PyTuple_GET_SIZE(adapter) != 4) return false;
-    const at::Tensor *a = plain(PyTuple_GET_ITEM(adapter, 0)), *b = plain(PyTuple_GET_ITEM(adapter, 1));
+    const at::Tensor *a = plain_tensor(PyTuple_GET_ITEM(adapter, 0)), *b = plain_tensor(PyTuple_GET_ITEM(adapter, 1));
     if (a == nullptr || b == nullptr || a->dim() != 2 || b->dim() != 2) return false;
     const int64_t rank = a->size(0), owned = add_rows(PyTuple_GET_ITEM(adapter, 3), i, call.rows);
     if (rank < 1 || a->size(1) != d_in || b->size(1) != rank || b->size(0) != owned || !fits(*a, call.x) || !fits(*b, call.x)) return false;
@@ -127,7 +128,7 @@ bool add_adapters(PyObject* given, LinearCall& call) {
 
 // The call, or nothing where it is for Python.
 std::optional<LinearCall> parsed(PyObject* x, PyObject* weight, PyObject* bias, PyObject* adapters) {
-  const at::Tensor *x_ = plain(x), *weight_ = plain(weight), *bias_ = bias == Py_None ? nullptr : plain(bias);
+  const at::Tensor *x_ = plain_tensor(x), *weight_ = plain_tensor(weight), *bias_ = bias == Py_None ? nullptr : plain_tensor(bias);
   if (x_ == nullptr || weight_ == nullptr || (bias != Py_None && bias_ == nullptr)) return std::nullopt;
   LinearCall call;
   call.x = *x_, call.weight = *weight_;
@@ -192,7 +193,7 @@ bool is_seed(PyObject* seed) {
     PyLong_AsLongLongAndOverflow(seed, &overflow);
     return overflow == 0;
   }
-  const at::Tensor* t = plain(seed);
+  const at::Tensor* t = plain_tensor(seed);
   return t != nullptr && t->scalar_type() == at::kLong && t->numel() == 1;
 }
 
@@ -201,7 +202,7 @@ at::Tensor seed_of(PyObject* seed, const at::Device& device) {
   const at::TensorOptions options = at::TensorOptions().dtype(at::kLong).device(device);
   if (seed == Py_None) return at::randint(0, std::numeric_limits<int64_t>::max(), {}, options);
   if (PyLong_CheckExact(seed)) return at::full({}, PyLong_AsLongLong(seed), options);
-  return plain(seed)->to(device).reshape({});
+  return plain_tensor(seed)->to(device).reshape({});
 }
 
 bool any_trained(const LinearCall& call) {

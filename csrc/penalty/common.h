@@ -1,13 +1,12 @@
 // Arguments of calls with hundreds of tensors, read from the lists of Python in one pass.
 #pragma once
 #include <pybind11/pybind11.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
-#include "../plain.h"
+#include "../plain_objects.h"
 
 namespace fe::penalty {
 
@@ -24,13 +23,6 @@ struct Sequence {
 inline bool alike(std::initializer_list<Sequence> all) {
   const auto fits = [&](const Sequence& s) { return s.given() && s.size() > 0 && s.size() == all.begin()->size(); };
   return std::all_of(all.begin(), all.end(), fits);
-}
-
-// The tensor behind an object whose type is Tensor or Parameter itself, if it is plain; else null.
-inline const at::Tensor* plain_tensor(PyObject* object) {
-  if (!THPVariable_CheckExact(object)) return nullptr;
-  const at::Tensor& t = THPVariable_Unpack(object);
-  return t.defined() && is_plain(t) ? &t : nullptr;
 }
 
 // What every entry has in common with the first adapter.
