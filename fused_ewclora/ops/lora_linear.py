@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FisherError
+from ..errors import BackendError, FisherError
 from ..reference import differentiable
 from . import dispatch, schemas
 from ._distinct import distinct
@@ -163,7 +163,11 @@ def _linear_backend(asked: str, *args: Any) -> Any:
     forward = dispatch.choose("lora_linear", asked, call)
     if forward.linear is None:
         return None
-    return forward.linear(dispatch.choose("lora_linear_backward", asked, gradient_call))
+    try:
+        backward = dispatch.choose("lora_linear_backward", asked, gradient_call)
+    except BackendError:  # only a backward, if there is one, is an error
+        return None
+    return forward.linear(backward)
 
 
 @functools.cache

@@ -27,6 +27,8 @@ BY_ADDRESS = ("ewc_penalty",)  # hosts that put addresses into tables
 # Hosts that decide by which of their first arguments share memory, and the place of these in a call.
 IN_GROUPS = {"merge_": 0, "soft_threshold_": 0}
 
+MOST_MAPS = 3  # of a launch: as many as have an aligned place in C++
+
 
 class NotPlannable(Exception):
     """Something that a plan cannot repeat, in words."""
@@ -456,6 +458,8 @@ class _Parameters:
         else:
             if description["fp4_padded"] or tiles.round_f32_to_tf32:
                 raise NotPlannable("a tensor descriptor that pads or rounds")
+            if len(self.maps) == MOST_MAPS:
+                raise NotPlannable(f"more than {MOST_MAPS} tensor descriptors")
             self.recorder._buffer(tiles.base)
             self.order.append(-1 - len(self.maps))
             size = description["elem_size"]
