@@ -1,6 +1,9 @@
 #include "bindings.h"
 
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
+
+#include <bit>
 
 #include "lora_linear.h"
 #include "plan.h"
@@ -63,6 +66,28 @@ Arguments of_linear_backward(const at::Tensor& dy, const std::optional<at::Tenso
                    linear_call(x, weight, bias, lora_as, lora_bs, scales, scale_factors, rows, dropout_p, seed), needs, again);
 }
 
+// What keys of a penalty hold: all but lambda, read from lists of hundreds of tensors in one pass.
+Arguments of_penalty(const py::handle& fishers, const py::handle& lora_as, const py::handle& lora_bs, const py::handle& scales,
+                     const std::vector<double>& scale_factors, double ewc_lambda, const std::vector<bool>& needs) {
+  Arguments made{{}, {}, {ewc_lambda}};
+  for (const py::handle& given : {fishers, lora_as, lora_bs, scales}) {
+    const auto list = py::reinterpret_steal<py::object>(PySequence_Fast(given.ptr(), "expected lists of tensors"));
+    if (!list) throw py::error_already_set();
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(list.ptr());
+    made.decisions.push_back(count);
+    made.tensors.reserve(made.tensors.size() + 4 * count);
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      PyObject* item = PySequence_Fast_GET_ITEM(list.ptr(), i);
+      TORCH_CHECK_TYPE(item == Py_None || THPVariable_Check(item), "expected tensors, got ", Py_TYPE(item)->tp_name);
+      made.tensors.push_back(item == Py_None ? at::Tensor() : THPVariable_Unpack(item));
+    }
+  }
+  made.decisions.push_back(int64_t(scale_factors.size()));
+  for (const double factor : scale_factors) made.decisions.push_back(std::bit_cast<int64_t>(factor));
+  for (const bool need : needs) made.decisions.push_back(need);
+  return made;
+}
+
 using PyMap = std::tuple<int, int, int, uint64_t, std::vector<uint64_t>, std::vector<uint64_t>, std::vector<uint32_t>, PyPlace>;
 
 void add_launch(Plan& plan, std::shared_ptr<driver::Kernel> kernel, const std::array<unsigned, 3>& grid, unsigned threads,
@@ -115,6 +140,7 @@ void bind(py::module_& m) {
       .def("add", [](Host& host, const Arguments& arguments, std::shared_ptr<Plan> plan) { host.add(arguments, std::move(plan)); })
       .def("clear", &Host::clear)
       .def("__len__", &Host::size);
+  m.def("penalty_arguments", &of_penalty);
   m.def("linear_arguments", &of_linear);
   m.def("linear_backward_arguments", &of_linear_backward);
   m.def("linear_backend_of_hosts", &LinearHosts::address);

@@ -107,10 +107,13 @@ def planned(name: str, host: Callable[..., Any]) -> Callable[..., Any]:
         extension = native.extension()
         assert extension is not None
         plans = extension.plan_host(name, name in BY_ADDRESS)
-        tensors, decisions, values = describe(given, numbers)
-        if in_groups is not None:
-            decisions += (len(group) for group in overlap.groups(given[in_groups]))
-        arguments = extension.Arguments(tensors, decisions, values)
+        if name == "ewc_penalty":
+            arguments = extension.penalty_arguments(*given)
+        else:
+            tensors, decisions, values = describe(given, numbers)
+            if in_groups is not None:
+                decisions += (len(group) for group in overlap.groups(given[in_groups]))
+            arguments = extension.Arguments(tensors, decisions, values)
         found = plans.replay(arguments)
         return watched(plans, arguments, host, given, numbers) if found is None else _results(name, found)
 
