@@ -60,13 +60,6 @@ inline variable_list spread(at::TensorList tensors, const std::vector<int64_t>& 
   return all;
 }
 
-// Which of the inputs want a gradient.
-inline std::vector<bool> wanted(const AutogradContext* ctx, const std::vector<int64_t>& slots, int64_t count) {
-  std::vector<bool> needs(count, false);
-  for (size_t i = 0; i < slots.size(); ++i) needs[slots[i]] = ctx->needs_input_grad(i);
-  return needs;
-}
-
 // Whether a kernel would lose something of a backward: a graph of it is made (create_graph=True), or its gradients are batched, dual or
 // wrapped in another way.
 inline bool is_followed(const variable_list& outputs) {

@@ -19,8 +19,9 @@ from ..candidate import Call, LinearShape, remembers_choices
 from .launch import INTERPRETED, family
 
 LAUNCH = 2e-6  # s
-# Of the host, in seconds: what every call takes, forward and backward with autograd, before it does anything;
-# a launch of a plan through the driver; an operation of PyTorch. By algorithm: launches, operations.
+# Of the host, in seconds, assumed until a machine with a GPU measures them: what every call takes, forward
+# and backward with autograd, before it does anything; a launch of a plan through the driver; an operation of
+# PyTorch. By algorithm: launches, operations.
 HOST_CALL = {"lora_linear": 10e-6, "lora_linear_backward": 30e-6}
 HOST_LAUNCH, HOST_OPERATION = 3e-6, 6e-6
 HOST_WORK = {
