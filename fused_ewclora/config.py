@@ -3,15 +3,17 @@ projection."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .errors import ArgumentError, DtypeError, LayoutError
 
 ALL_LINEAR = "all-linear"
+_LARGEST = torch.finfo(torch.float32).max
 Rows = tuple[tuple[int, int], ...]
 Targets = str | Sequence[str]
 
@@ -53,8 +55,11 @@ def finite(value: object, name: str) -> float:
         raise ArgumentError(
             f"{name}: expected an integer of at most 64 bits, got one of {value.bit_length()}"
         )
-    if not math.isfinite(value):
-        raise ArgumentError(f"{name}: expected a finite number, got {value}")
+    # Numbers are used in fp32, beside fp64 models too: what is infinite there would be refused by every call.
+    if not -_LARGEST <= value <= _LARGEST:
+        raise ArgumentError(
+            f"{name}: expected a finite number of at most {_LARGEST:.4g} in size, got {value}"
+        )
     return value
 
 
