@@ -21,7 +21,7 @@ from .adapted import AdaptedLinear
 from .bypass import CLASS, register_call, register_refusal
 from .in_projection import PACKED, SEPARATE, input_projections
 from .matching import register_adapted_class
-from .parts import LoRAPart, Part, register_parts
+from .parts import Part, register_parts
 
 
 class LoRAOutProjection(AdaptedLinear, NonDynamicallyQuantizableLinear):
@@ -83,12 +83,6 @@ class CallingMultiheadAttention(nn.MultiheadAttention):
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
         # Contiguous, as from nn.MultiheadAttention: callers may take views of it.
         return output if self.batch_first else output.transpose(0, 1).contiguous(), weights
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        merged = [part for part in self.children() if isinstance(part, LoRAPart) and part.merged]
-        if not any(part.weight_name(f"{prefix}{part.part.name}") in state_dict for part in merged):
-            super()._load_from_state_dict(state_dict, prefix, *args)
-        # Else nothing is loaded, and the part, which comes next, says why.
 
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q `[N, L, embed_dim]`, k and v `[N, S, embed_dim]`: the products with the input projections, in as

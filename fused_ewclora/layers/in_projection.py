@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,8 +32,7 @@ class LoRAInProjection(LoRAPart):
         `start` on, None if they are all rows."""
         if start is None:
             return super().forward(x, weight, bias)
-        found = self.active() or []
-        adapters = [part for adapter in found if (part := within(adapter, start, start + weight.shape[0]))]
+        adapters = within(self.active() or (), start, start + weight.shape[0])
         if not adapters:
             return F.linear(x, weight, bias)
         capture = self.fisher_capture
@@ -47,21 +47,21 @@ class LoRAInProjection(LoRAPart):
         )
 
 
-def within(adapter: FE.Adapter, start: int, stop: int) -> FE.Adapter | None:
-    """The adapter on the rows `start` to `stop` of a layer alone, which are counted from `start`; None if it
-    has none of them."""
-    rows, pieces, first = [], [], 0
-    for a, b in adapter.rows:
-        low, high = max(a, start), min(b, stop)
-        if low < high:
-            rows.append((low - start, high - start))
-            pieces.append((first + low - a, first + high - a))
-        first += b - a
-    if not rows:
-        return None
-    low, high = pieces[0][0], pieces[-1][1]  # the ranges of an adapter ascend, so its rows here are together
-    lora_b = adapter.lora_b if (low, high) == (0, first) else adapter.lora_b[low:high]
-    return FE.Adapter(adapter.lora_a, lora_b, adapter.scale, tuple(rows))
+def within(adapters: Iterable[FE.Adapter], start: int, stop: int) -> list[FE.Adapter]:
+    """The adapters on the rows `start` to `stop` of a layer alone, which are counted from `start`."""
+    found = []
+    for adapter in adapters:
+        rows, pieces, first = [], [], 0
+        for a, b in adapter.rows:
+            low, high = max(a, start), min(b, stop)
+            if low < high:
+                rows.append((low - start, high - start))
+                pieces.append(adapter.lora_b[first + low - a : first + high - a])
+            first += b - a
+        if rows:
+            lora_b = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            found.append(adapter._replace(lora_b=lora_b, rows=tuple(rows)))
+    return found
 
 
 def input_projections(attention: nn.MultiheadAttention, refusal: str | None) -> Iterator[Part]:
