@@ -19,7 +19,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..errors import ArgumentError
 from .adapted import AdaptedLinear
 from .bypass import CLASS, register_call, register_refusal
-from .in_projection import PACKED, SEPARATE, input_projections
+from .in_projection import PACKED, SEPARATE, LoRAInProjection, input_projections
 from .matching import register_adapted_class
 from .parts import Part, register_parts
 
@@ -101,12 +101,12 @@ class CallingMultiheadAttention(nn.MultiheadAttention):
 
     def _packed(self, x: Tensor, first: int = 0, last: int = 3) -> Tensor:
         """The projections of x from number `first` to before number `last` of q, k and v, side by side."""
-        weight, bias = self.in_proj_weight, self.in_proj_bias
-        part, start = self._modules.get(PACKED), None
-        if last - first < 3:
-            start, stop = first * self.embed_dim, last * self.embed_dim
-            weight, bias = weight[start:stop], None if bias is None else bias[start:stop]
-        if part is None:
+        weight, bias, part = self.in_proj_weight, self.in_proj_bias, self._modules.get(PACKED)
+        if last - first == 3:
+            return F.linear(x, weight, bias) if part is None else part(x, weight, bias)
+        start, stop = first * self.embed_dim, last * self.embed_dim
+        weight, bias = weight[start:stop], None if bias is None else bias[start:stop]
+        if not isinstance(part, LoRAInProjection) or not part.concerns(start, stop):
             return F.linear(x, weight, bias)
         return part(x, weight, bias, start)  # type: ignore[no-any-return]
 

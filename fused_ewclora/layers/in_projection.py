@@ -46,6 +46,11 @@ class LoRAInProjection(LoRAPart):
             capture=None if capture is None else RowsCapture(capture, start),
         )
 
+    def concerns(self, start: int, stop: int) -> bool:
+        """Whether adapters have some of the rows from `start` to before `stop`."""
+        ranges = (rows for piece in self.adapter_slices for rows in piece.rows)
+        return any(a < stop and start < b for a, b in ranges)
+
 
 def within(adapters: Iterable[FE.Adapter], start: int, stop: int) -> list[FE.Adapter]:
     """The adapters on the rows `start` to `stop` of a layer alone, which are counted from `start`."""
