@@ -140,8 +140,8 @@ def _refuse_attentions(model: nn.Module, names: Iterable[str]) -> None:
     if found := next((n for n in owners if isinstance(named.get(n), nn.MultiheadAttention)), None):
         raise NotExactlyRepresentable(
             f"{found}: the scale that PEFT gives to its out_proj depends on the version of PEFT (some add "
-            "this adapter twice); merge it there with merge_and_unload, and load the whole model. Nothing was "
-            "loaded"
+            "this adapter twice); merge it there with merge_and_unload, and load the whole model. Nothing "
+            "was loaded"
         )
 
 

@@ -7,8 +7,11 @@ same and calls `out_proj` and the adapted parts.
 
 from __future__ import annotations
 
+import dis
+import inspect
 import math
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,10 +21,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import ArgumentError
 from .adapted import AdaptedLinear
-from .bypass import CLASS, register_call, register_refusal
+from .bypass import CLASS, is_made_to_call, register_call, register_refusal
 from .in_projection import PACKED, SEPARATE, LoRAInProjection, input_projections
 from .matching import register_adapted_class
 from .parts import Part, register_parts
+
+_FUNCTION = F.multi_head_attention_forward.__name__
 
 
 class LoRAOutProjection(AdaptedLinear, NonDynamicallyQuantizableLinear):
@@ -250,6 +255,19 @@ def unknown_attention(parent: nn.Module, child: str) -> str | None:
     if "forward" in vars(parent):
         return "the forward of its nn.MultiheadAttention has been replaced"
     return _unknown(parent, "out_proj without calling it")
+
+
+@register_refusal
+def attention_by_function(parent: nn.Module, child: str) -> str | None:
+    """Why a layer is not adaptable whose parent hands its weight to the function behind
+    `nn.MultiheadAttention`."""
+    code = getattr(inspect.unwrap(type(parent).forward), "__code__", None)
+    if code is None or _FUNCTION not in code.co_names or is_made_to_call(parent, child):
+        return None
+    steps = [instruction.argval for instruction in dis.get_instructions(code)]
+    if (child, "weight") not in pairwise(steps):
+        return None
+    return f"{type(parent).__name__} passes its weight to {_FUNCTION} without calling it"
 
 
 def _unknown(attention: nn.MultiheadAttention, what: str) -> str | None:
