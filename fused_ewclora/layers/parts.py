@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import functional as FE
 from ..config import QKVLayout
-from .adapted import MERGED, AdaptedLinear
+from .adapted import LIVING, MERGED, AdaptedLinear
 from .slices import AdapterSlice
 
 PartRule = Callable[[nn.Module], "Iterable[Part]"]
@@ -104,6 +104,7 @@ class LoRAPart(AdaptedLinear):
         self._thaw()
         self._drop_adapters()
         self.adapter_slices = ()
+        LIVING.discard(self)  # an EWC may keep it alive
         self._hook.remove()
         del self.owner._modules[self.part.name]
         return self.owner

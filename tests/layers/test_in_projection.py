@@ -512,3 +512,23 @@ def test_nested_refused():
         model.attn(x, X, X)
     with pytest.raises(fe.ArgumentError, match="batch_first=False"):
         adapted(batch_first=False).attn(x, x, x)
+
+
+def test_injected_again():
+    """After eject the attention can be adapted anew, while the controller of before is still there."""
+    model = adapted(sharing="memory")
+    ewc = fe.EWC(model, ewc_lambda=1.0)
+    fe.eject(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fe.inject(model, KV)
+    with pytest.raises(fe.TargetError, match=r"attn\.in_proj"):
+        ewc.end_task([(X, Y)], F.cross_entropy)
+
+
+def test_rows_without_adapters():
+    """Rows that have no adapter may be read in any way: calls that need them alone pass by the part."""
+    model = adapted(sharing="memory")
+    fe.verify_forward(model, X)
+    report = fe.explain(model, X)
+    assert not report.summary["bypassed"]
