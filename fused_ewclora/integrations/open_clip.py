@@ -45,7 +45,7 @@ class CallingAttentionPool2d(nn.Module):
         layers = self.q_proj, self.k_proj, self.v_proj
         q, k, v = (self._heads(layer(one)) for layer, one in zip(layers, inputs, strict=True))
         pooled = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.c_proj(pooled).squeeze(1)  # type: ignore[no-any-return]
+        return self.c_proj(pooled).squeeze(1)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

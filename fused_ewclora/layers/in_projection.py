@@ -25,7 +25,7 @@ class LoRAInProjection(LoRAPart):
     computes the rows of what is projected from it, with the rows of the adapters that belong to these.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, start: int | None = None
     ) -> Tensor:
         """x `[..., in_features]` -> y `[..., rows of weight]`; weight and bias are those of the rows from

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,16 @@ REDUCTIONS = ("mean", "sum")
 
 def _inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+class CallCapture(Protocol):
+    """What collects the Fisher of one call: a `FisherCapture`, or a part of one."""
+
+    def note_forward(self, x: Tensor) -> Tensor | None:
+        """x of the forward; what it returns is given to `record`."""
+
+    def record(self, x: Tensor, dy: Tensor, index: Tensor | None = None) -> None:
+        """x and dy of a backward."""
 
 
 @dataclass(slots=True)
