@@ -106,12 +106,11 @@ class CallingMultiheadAttention(nn.MultiheadAttention):
 
     def _packed(self, x: Tensor, first: int = 0, last: int = 3) -> Tensor:
         """The projections of x from number `first` to before number `last` of q, k and v, side by side."""
-        weight: Tensor = self.in_proj_weight
-        bias, part = self.in_proj_bias, self._modules.get(PACKED)
+        whole, biases, part = self.in_proj_weight, self.in_proj_bias, self._modules.get(PACKED)
         if last - first == 3:
-            return F.linear(x, weight, bias) if part is None else part(x, weight, bias)
+            return F.linear(x, whole, biases) if part is None else part(x, whole, biases)
         start, stop = first * self.embed_dim, last * self.embed_dim
-        weight, bias = weight[start:stop], None if bias is None else bias[start:stop]
+        weight, bias = whole[start:stop], None if biases is None else biases[start:stop]
         if not isinstance(part, LoRAInProjection) or not part.concerns(start, stop):
             return F.linear(x, weight, bias)
         return part(x, weight, bias, start)
