@@ -22,7 +22,7 @@ from ..distributed.transaction import Transaction, by_canonical_name, canonical_
 from ..errors import ArgumentError, CheckpointError, FisherError, NotExactlyRepresentable
 from ..ewc.controller import EWC
 from ..ewc.state import EWCState
-from ..layers.adapted import AdaptedLinear
+from ..layers.adapted import AdaptedLinear, Updates
 from ..layers.finite import nonfinite
 from ..layers.from_peft import no_adapters
 from ..layers.index import put_rows, take_rows
@@ -35,7 +35,6 @@ from .peft_format import disk_key, model_key, own_config, peft_config, stock_sha
 FORMAT = 1
 ROWS = "merged_rows."  # prefix of the keys of base weight rows that consolidation has changed
 BUFFERS = "buffer."  # prefix of the keys of small buffers
-Updates = list[tuple[Tensor, Tensor]]
 
 
 def save_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | None = None) -> None:
@@ -134,8 +133,7 @@ def load_pretrained(
     if ewc is None or ewc.check_finite:
         _check_finite({name: value for name, (_, value) in values.items()}, ADAPTER)
         _check_finite(rows, STATE)
-    updates = [*values.values(), *((layers[name].base_weight, weight) for name, weight in weights.items())]
-    updates += buffers
+    updates = [*values.values(), *_weight_updates(layers, weights), *buffers]
     parsed = None if ewc is None else parsed_ewc(ewc, state, config)
     with Transaction() as change:
         for target, value in updates:
@@ -289,7 +287,7 @@ def check_layers(
                     f"{ours[field]}; inject with the same configuration. Nothing was loaded"
                 )
         if not same_weights(saved[name].get("fingerprint"), ours["fingerprint"]):
-            found = [f"{name}.weight"]
+            found = [layer.weight_name(name)]
             if others is None:
                 frozen.report(found, strict=True)
             else:
@@ -367,7 +365,7 @@ def _other_weights(
         now = fingerprint(whole(new.get(name, layer.base_weight)))
         if name not in new and _differs(layer, now):
             raise _unconsolidated(name)
-        others += frozen.other_weight(name, entries[name].get("weight"), exact_part(now))
+        others += frozen.other_weight(layer.weight_name(name), entries[name].get("weight"), exact_part(now))
     return others
 
 
@@ -385,7 +383,11 @@ def row_updates(layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Tensor]
     for name, layer in layers.items():
         if name not in new and is_changed(layer):
             raise _unconsolidated(name)
-    return [(layers[name].base_weight, weight) for name, weight in new.items()]
+    return _weight_updates(layers, new)
+
+
+def _weight_updates(layers: Mapping[str, AdaptedLinear], new: Mapping[str, Tensor]) -> Updates:
+    return [update for name, weight in new.items() for update in layers[name].weight_updates(weight)]
 
 
 def _merged_weights(layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:

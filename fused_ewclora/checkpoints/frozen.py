@@ -31,9 +31,9 @@ def outside_tensors(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> di
             if tensor is not None and ".original_module." not in name and not _inside(name, layers):
                 found.setdefault(name, tensor)
     for name, layer in layers.items():
-        owner = layer.get_submodule(layer.weight_path.rpartition(".")[0])
-        if isinstance(owner.bias, Tensor):
-            found[f"{name}.bias"] = owner.bias
+        found.pop(layer.weight_name(name), None)  # of a layer that its owner stores the weight of
+        if isinstance(layer.bias, Tensor) and not layer.is_part:
+            found[f"{name}.bias"] = layer.bias
     return found
 
 
@@ -91,7 +91,7 @@ def _dtypes(saved: Any, found: str) -> str:
 
 def other_weight(name: str, saved: Any, found: str) -> Others:
     """`compare` for the digest of one adapted weight."""
-    return [] if saved in (None, "", found) or not found else [f"{name}.weight{_dtypes(saved, found)}"]
+    return [] if saved in (None, "", found) or not found else [f"{name}{_dtypes(saved, found)}"]
 
 
 def report(others: Others, strict: bool) -> None:

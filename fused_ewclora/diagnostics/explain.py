@@ -117,10 +117,9 @@ def _ranks(layer: AdaptedLinear) -> list[int]:
 
 
 def _implementation(layer: AdaptedLinear, rank: int, rows: int | None) -> dict[str, Any]:
-    weight = layer.weight
-    device = weight.device.type
-    autocast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    device = layer.device.type
+    autocast = torch.is_autocast_enabled(device) and layer.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if autocast else layer.dtype
     row: dict[str, Any] = {"device": device, "dtype": str(dtype).removeprefix("torch.")}
     if layer.merged or not layer.adapters_enabled:
         state = "merged" if layer.merged else "disabled"
@@ -152,7 +151,7 @@ def _call(layer: AdaptedLinear, dtype: torch.dtype, rank: int, rows: int | None)
         rank,
         dropout,
     )
-    device = layer.weight.device
+    device = layer.device
     precision = torch.get_float32_matmul_precision() if dtype == torch.float32 else None
     return dispatch.Call(device.type, dtype, dispatch.arch_of(device), shape, precision=precision)
 

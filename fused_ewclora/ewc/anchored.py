@@ -12,7 +12,7 @@ from torch import Tensor
 from ..distributed.transaction import Transaction
 from ..errors import ArgumentError, TargetError
 from ..functional import Adapter
-from ..layers.adapted import AdaptedLinear
+from ..layers.adapted import AdaptedLinear, Updates
 from ..layers.index import Operands, check_present
 from .controller import EWC
 from .placement import LocalPlacement, check_ready
@@ -43,7 +43,7 @@ class AnchoredPlacement(LocalPlacement):
             [adapter.scale for adapter in changes],
         )
 
-    def new_weights(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def new_weights(self) -> dict[str, Updates]:
         return {}
 
     def reset_adapters(self, change: Transaction, generator: torch.Generator | None) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, FisherError
-from ..layers.adapted import AdaptedLinear
+from ..layers.adapted import AdaptedLinear, Updates
 from ..layers.index import AdapterRef, put_rows, take_rows
 from .fold import folding
 from .placement import Placement
@@ -51,14 +51,14 @@ def new_sums(refs: Sequence[AdapterRef], old: Mapping[str, AdapterSums]) -> dict
 @torch.no_grad()
 def weights_of_sums(
     layers: Mapping[str, AdaptedLinear], refs: Sequence[AdapterRef], sums: Mapping[str, AdapterSums]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """By layer: the base weight and its new value W0 + s (sum B)(sum A)."""
+) -> dict[str, Updates]:
+    """By layer: what to write so that its base weight becomes W0 + s (sum B)(sum A)."""
     new = {layer: layer.base_weight.detach().clone() for layer in layers.values()}
     for ref in refs:
         own = sums[ref.key]
         delta = (own.lora_b * ref.piece.scaling) @ own.lora_a
         put_rows(new[ref.layer], ref.piece.rows, (own.base.to(delta.dtype) + delta).to(own.base.dtype))
-    return {name: (layer.base_weight, new[layer]) for name, layer in layers.items()}
+    return {name: layer.weight_updates(new[layer]) for name, layer in layers.items()}
 
 
 def consolidate(

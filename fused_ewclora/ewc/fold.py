@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ..distributed.transaction import Transaction
 from ..errors import EWCLoRAError
-from ..layers.adapted import AdaptedLinear
+from ..layers.adapted import AdaptedLinear, Updates
 from ..layers.finite import check_finite
 
 
 @contextmanager
 def folding(
     layers: Mapping[str, AdaptedLinear],
-    weights: Mapping[str, tuple[Tensor, Tensor]],
+    weights: Mapping[str, Updates],
     *,
     action: str,
     error: type[EWCLoRAError],
@@ -30,7 +30,7 @@ def folding(
     an exception in it undoes everything.
 
     Args:
-        weights: (base weight, its new value) by the names of layers.
+        weights: what to write to the base weights, by the names of layers.
         action: the name of the call, with which errors begin.
         error: raised when a new value holds NaN or Inf, before anything is written.
         agree: makes an error in one process an error in all.
@@ -38,12 +38,15 @@ def folding(
         finite: whether to check new values.
     """
     values = dict(others or {})
-    values |= {f"W + B diag(s) A of {name or 'model'}": value for name, (_, value) in weights.items()}
+    for name, updates in weights.items():
+        new = f"W + B diag(s) A of {name or 'model'}"
+        values |= {f"{new}, tensor {i}" if i else new: value for i, (_, value) in enumerate(updates)}
     if finite:
         agree(lambda: check_finite(values, action, error))
     with torch.no_grad(), Transaction() as change:
-        for weight, value in weights.values():
-            change.copy_(weight, value)
+        for updates in weights.values():
+            for target, value in updates:
+                change.copy_(target, value)
         yield change
         for name in weights:
             layers[name].consolidated_tasks += 1

@@ -17,7 +17,7 @@ from ..distributed.processes import sharded
 from ..distributed.reduce import reduced
 from ..distributed.transaction import Transaction
 from ..errors import FisherError, TargetError
-from ..layers.adapted import AdaptedLinear
+from ..layers.adapted import AdaptedLinear, Updates
 from ..layers.index import AdapterRef, OperandLookup, Operands, adapter_refs, check_present, operands
 from ..layers.inject import check_mergeable, check_plain
 from ..ops.capture import FisherCapture
@@ -83,8 +83,9 @@ class Placement(Protocol):
     ) -> torch.Generator | None:
         """A source for `reset_adapters` with which every process of `group` draws the same values."""
 
-    def new_weights(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """By layer: the base weight, or this process's part of it, and its new value W + B diag(s) A."""
+    def new_weights(self) -> dict[str, Updates]:
+        """By layer: what to write so that the base weight, or this process's part of it, becomes
+        W + B diag(s) A."""
 
     def reset_adapters(self, change: Transaction, generator: torch.Generator | None) -> None:
         """Draws new A and sets B to 0 in every adapter, in place; `change` undoes it."""
@@ -160,10 +161,12 @@ class LocalPlacement:
     def common_generator(
         self, generator: torch.Generator | None, group: ProcessGroup | None
     ) -> torch.Generator | None:
-        return processes.common_generator(generator, self.refs[0].layer.weight.device, group)
+        return processes.common_generator(generator, self.refs[0].layer.device, group)
 
-    def new_weights(self) -> dict[str, tuple[Tensor, Tensor]]:
-        return {name: (layer.base_weight, layer.consolidated_weight()) for name, layer in self.layers.items()}
+    def new_weights(self) -> dict[str, Updates]:
+        return {
+            name: layer.weight_updates(layer.consolidated_weight()) for name, layer in self.layers.items()
+        }
 
     def reset_adapters(self, change: Transaction, generator: torch.Generator | None) -> None:
         for ref in self.refs:
@@ -200,5 +203,5 @@ def check_ready(layers: Mapping[str, AdaptedLinear], action: str) -> None:
 
 def fisher_buffer(layer: AdaptedLinear, rows: int) -> Tensor:
     """Zeros `[rows, in_features]` to accumulate a Fisher in: fp32, beside fp64 weights fp64."""
-    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-    return torch.zeros(rows, layer.in_features, dtype=dtype, device=layer.weight.device)
+    dtype = torch.promote_types(layer.dtype, torch.float32)
+    return torch.zeros(rows, layer.in_features, dtype=dtype, device=layer.device)

@@ -21,7 +21,7 @@ from ..distributed.gather import SumOverProcesses, gathered
 from ..distributed.processes import common_generator, reshard, together
 from ..distributed.transaction import Transaction
 from ..errors import TargetError
-from ..layers.adapted import AdaptedLinear
+from ..layers.adapted import AdaptedLinear, Updates
 from ..layers.index import check_present
 from ..layers.inject import check_mergeable
 from ..ops.capture import FisherCapture
@@ -223,7 +223,7 @@ class ShardedPlacement:
 
     @property
     def _device(self) -> torch.device:
-        return self.refs[0].layer.weight.device
+        return self.refs[0].layer.device
 
     def capture(self, layer: AdaptedLinear, *options: Any) -> FisherCapture:
         """Its Fishers are this process's rows, summed over processes batch by batch."""
@@ -235,11 +235,11 @@ class ShardedPlacement:
         return capture
 
     @torch.no_grad()
-    def new_weights(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def new_weights(self) -> dict[str, Updates]:
         reshard(self.model)
         lora_as, lora_bs, scales = self.whole(with_b=True)
         parts = {layer: self._part_of_weight(layer) for layer in self.layers.values()}
-        values = {layer: target.detach().clone() for layer, (target, _) in parts.items()}
+        values = {layer: layer.matrix_of(target.detach()).clone() for layer, (target, _) in parts.items()}
         for ref, a, b, scale in zip(self.refs, lora_as, lora_bs, scales, strict=True):
             _, (rows, columns) = parts[ref.layer]
             value = values[ref.layer]
@@ -251,18 +251,22 @@ class ShardedPlacement:
                     piece = value[low - rows.start : high - rows.start]
                     FE.merge_(piece, a[:, columns], b_rows, scale)
                 first += stop - start
-        return {name: (parts[layer][0], values[layer]) for name, layer in self.layers.items()}
+        updates: dict[str, Updates] = {}
+        for name, layer in self.layers.items():
+            target, _ = parts[layer]
+            updates[name] = [(target, layer.stored_as(target, values[layer]))]
+        return updates
 
     def _part_of_weight(self, layer: AdaptedLinear) -> tuple[Tensor, tuple[Share, slice]]:
-        """The local part of the base weight, its rows, and its columns (of a transposed weight, FSDP shards
-        the columns)."""
-        weight = layer._parameters["weight"]
+        """The local part of the weight as it is stored, its rows, and its columns (of a transposed weight,
+        FSDP shards the columns)."""
+        everything = Share(layer.out_features, 0, 0, layer.out_features)
+        weight = layer.weight
         if not isinstance(weight, DTensor):
-            return layer.base_weight, (Share(layer.out_features, 0, 0, layer.out_features), slice(None))
+            return weight, (everything, slice(None))
         share = self.share(weight.shape[0])
         if layer.transposed:
-            everything = Share(layer.out_features, 0, 0, layer.out_features)
-            return local(weight).t(), (everything, slice(share.start, share.stop))
+            return local(weight), (everything, slice(share.start, share.stop))
         return local(weight), (share, slice(None))
 
     @torch.no_grad()

@@ -75,10 +75,9 @@ class FusedPeftLinear(AdaptedLinear, PeftLinear):
 
     def not_plain(self) -> str | None:
         """As in `AdaptedLinear`, of the base layer and of the active adapters."""
-        parts = [self.base_layer, self.base_layer]
-        parts += [matrices[name] for name in self.active_names() for matrices in (self.lora_A, self.lora_B)]
-        names = ["weight", "bias"] + ["weight"] * (len(parts) - 2)
-        reasons = (not_plain(part, name) for part, name in zip(parts, names, strict=True))
+        matrices = [table[name] for name in self.active_names() for table in (self.lora_A, self.lora_B)]
+        places = [*self._base_places(), *((matrix, "weight") for matrix in matrices)]
+        reasons = (not_plain(module, name) for module, name in places)
         return next((reason for reason in reasons if reason is not None), None)
 
     def active_names(self) -> list[str]:

@@ -19,6 +19,8 @@ from .slices import AdapterSlice, fingerprint
 
 # Where a parameter is stored: the `_parameters` dictionary of its module, and its key there.
 Location = tuple[dict[str, nn.Parameter | None], str]
+# What to write where: (target, new value), the targets being tensors of a model or views of them.
+Updates = list[tuple[Tensor, Tensor]]
 # Every adapted layer that is alive: models that share a weight are found here.
 LIVING: weakref.WeakSet[AdaptedLinear] = weakref.WeakSet()
 
@@ -45,6 +47,7 @@ class AdaptedLinear(nn.Module):
     plain: ClassVar[type[nn.Module]]
     transposed: ClassVar[bool] = False  # whether `plain` stores its weight as `[in_features, out_features]`
     weight_path: ClassVar[str] = "weight"  # path of the weight below the layer
+    is_part: ClassVar[bool] = False  # whether another module stores the weight, see `LoRAPart`
 
     in_features: int
     out_features: int
@@ -71,8 +74,45 @@ class AdaptedLinear(nn.Module):
 
     @property
     def base_weight(self) -> Tensor:
-        """The weight as `[out_features, in_features]`: the parameter itself or a writable view of it."""
-        return self.weight.t() if self.transposed else self.weight
+        """The weight as `[out_features, in_features]`, to be read: a view of the parameter where its strides
+        allow one, else a copy. `weight_updates` changes it."""
+        return self.matrix_of(self.weight)
+
+    def matrix_of(self, stored: Tensor) -> Tensor:
+        """A stored weight, or some rows of one, as a matrix `[out_features, in_features]`."""
+        return stored.t() if self.transposed else stored
+
+    def stored_as(self, stored: Tensor, matrix: Tensor) -> Tensor:
+        """The inverse of `matrix_of`: a matrix in the shape of `stored`."""
+        return matrix.t() if self.transposed else matrix
+
+    def weight_updates(self, new: Tensor) -> Updates:
+        """What to write so that `base_weight` becomes `new` `[out_features, in_features]`, rounded to its
+        dtype; nothing is written yet."""
+        return [(self.weight, self.stored_as(self.weight, new))]
+
+    def weight_place(self) -> tuple[nn.Module, str]:
+        """The module that stores the weight, and the name that it has there."""
+        owner, _, leaf = self.weight_path.rpartition(".")
+        return self.get_submodule(owner), leaf
+
+    def bias_place(self) -> tuple[nn.Module, str] | None:
+        """As `weight_place`, of the bias; None for a kind of layer that has no such attribute."""
+        return self.weight_place()[0], "bias"
+
+    def weight_name(self, name: str) -> str:
+        """The name of the weight in a model in which the layer has the name `name`."""
+        return f"{name}.{self.weight_path}".lstrip(".")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the numbers in the base weight."""
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base weight is."""
+        return self.weight.device
 
     @property
     def dropout_p(self) -> float:
@@ -86,9 +126,12 @@ class AdaptedLinear(nn.Module):
     def not_plain(self) -> str | None:
         """The reason why weight, bias or adapters are not the plain parameters that the layer was given (a
         parametrization, pruning, quantisation), or None."""
-        adapters = [name for piece in self.adapter_slices for name in (piece.a_name, piece.b_name)]
-        reasons = (not_plain(self, name) for name in ("weight", "bias", *adapters))
+        adapters = [(self, name) for piece in self.adapter_slices for name in (piece.a_name, piece.b_name)]
+        reasons = (not_plain(module, name) for module, name in (*self._base_places(), *adapters))
         return next((reason for reason in reasons if reason is not None), None)
+
+    def _base_places(self) -> list[tuple[nn.Module, str]]:
+        return [place for place in (self.weight_place(), self.bias_place()) if place is not None]
 
     def base_forward(self, x: Tensor) -> Tensor:
         """The output of the class `plain`, without adapters."""
@@ -114,16 +157,23 @@ class AdaptedLinear(nn.Module):
 
     def release_(self) -> nn.Module:
         """Turn this module back into its plain class in place: remove the adapters, restore requires_grad."""
-        for name in self.base_trainable:
-            self._parameters[name].requires_grad_(True)  # type: ignore[union-attr]
-        for name, _ in self.named_lora_parameters():
-            del self._parameters[name]
-        if self.merged:
-            del self.rows_before_merge
+        self._thaw()
+        self._drop_adapters()
         for name in _OWN:
             self.__dict__.pop(name, None)
         self.__class__ = self.plain  # type: ignore[assignment]
         return self
+
+    def _thaw(self) -> None:
+        for module, name in self._base_places():
+            if name in self.base_trainable:
+                module._parameters[name].requires_grad_(True)  # type: ignore[union-attr]
+
+    def _drop_adapters(self) -> None:
+        for name, _ in self.named_lora_parameters():
+            del self._parameters[name]
+        if self.merged:
+            del self.rows_before_merge
 
     def _add_adapters(
         self, adapters: tuple[AdapterSlice, ...], lora_alpha: float | None, lora_dropout: float
@@ -136,16 +186,16 @@ class AdaptedLinear(nn.Module):
         self.forward_calls = 0
         self.consolidated_tasks = 0
         self.origin_fingerprint = fingerprint(self.base_weight)
-        self.base_trainable = tuple(
-            n for n in ("weight", "bias") if (p := getattr(self, n)) is not None and p.requires_grad
-        )
-        for name in self.base_trainable:
-            getattr(self, name).requires_grad_(False)
-        dtype = torch.float32 if self.weight.dtype in (torch.float16, torch.bfloat16) else self.weight.dtype
+        base = {name: module._parameters.get(name) for module, name in self._base_places()}
+        trainable = {name: p for name, p in base.items() if p is not None and p.requires_grad}
+        self.base_trainable = tuple(trainable)
+        for parameter in trainable.values():
+            parameter.requires_grad_(False)
+        dtype = torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype
         for adapter in adapters:
             a_shape, b_shape = (adapter.r, self.in_features), (adapter.row_count, adapter.r)
             for name, shape in ((adapter.a_name, a_shape), (adapter.b_name, b_shape)):
-                value = torch.empty(shape, dtype=dtype, device=self.weight.device)
+                value = torch.empty(shape, dtype=dtype, device=self.device)
                 setattr(self, name, nn.Parameter(value))
         self.reset_adapters()
 
@@ -208,18 +258,24 @@ class AdaptedLinear(nn.Module):
             return adapter.scaling
         return learned if adapter.scaling == 1.0 else learned * adapter.scaling
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x `[..., in_features]` -> y `[..., out_features]`; the plain output while merged or disabled."""
+    def active(self) -> list[FE.Adapter] | None:
+        """The adapters of a call that begins, which is counted; None if it computes what the plain class
+        computes."""
         if not torch.compiler.is_compiling():
             self.__dict__["forward_calls"] += 1
         if self.merged or not self.adapters_enabled:
-            return self.base_forward(x)
+            return None
         adapters = self.composed()
-        if not adapters:
-            if self.fisher_capture is None:
-                return self.base_forward(x)
+        if not adapters and self.fisher_capture is not None:
             # The op collects the Fisher in its backward, and it runs only with an adapter.
             adapters = [FE.Adapter(a, b, 0.0, s.rows) for s, a, b in self.adapter_parameters()]
+        return adapters or None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., in_features]` -> y `[..., out_features]`; the plain output while merged or disabled."""
+        adapters = self.active()
+        if adapters is None:
+            return self.base_forward(x)
         return FE.lora_linear_adapters(
             x,
             self.base_weight,
@@ -269,7 +325,7 @@ class AdaptedLinear(nn.Module):
         check_finite({"W + B diag(s) A": weight}, "merge", ArgumentError)
         before = torch.cat([self.base_weight[start:stop] for start, stop in self._owned_rows()])
         self.register_buffer("rows_before_merge", before, persistent=False)
-        self.base_weight.copy_(weight)
+        self._write(weight)
         self.merged = True
 
     @torch.no_grad()
@@ -278,12 +334,17 @@ class AdaptedLinear(nn.Module):
         if not self.merged:
             return
         self._check_plain("unmerge")
-        first = 0
+        weight, first = self.base_weight.detach().clone(), 0
         for start, stop in self._owned_rows():
-            self.base_weight[start:stop].copy_(self.rows_before_merge[first : first + stop - start])
+            weight[start:stop] = self.rows_before_merge[first : first + stop - start]
             first += stop - start
+        self._write(weight)
         del self.rows_before_merge
         self.merged = False
+
+    def _write(self, weight: Tensor) -> None:
+        for target, value in self.weight_updates(weight):
+            target.copy_(value)
 
     def _check_plain(self, action: str) -> None:
         if why := self.not_plain():
@@ -293,15 +354,20 @@ class AdaptedLinear(nn.Module):
         return [rows for adapter in self.adapter_slices for rows in adapter.rows]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        has_weight = f"{prefix}weight" in state_dict
+        key = self._weight_key(prefix)
+        has_weight = key in state_dict
         if has_weight and self.merged:
             message = "the adapters are merged into this weight; call fe.unmerge(model) before loading"
-            args[-1].append(f"{prefix}weight: {message}")  # error_msgs, which load_state_dict raises
+            args[-1].append(f"{key}: {message}")  # error_msgs, which load_state_dict raises
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
         if has_weight and not any(key.startswith(f"{prefix}lora_") for key in state_dict):
             # A checkpoint without adapters: its weights are the base weights from now on.
             self.origin_fingerprint, self.consolidated_tasks = fingerprint(self.base_weight), 0
+
+    def _weight_key(self, prefix: str) -> str:
+        """The key of the weight in a state_dict in which the layer has this prefix."""
+        return f"{prefix}weight"
 
     def __getstate__(self) -> dict[str, Any]:
         # The buffers belong to the running Fisher pass, not to copies of the layer.
@@ -320,5 +386,5 @@ class AdaptedLinear(nn.Module):
 
 # Attributes that an adapted layer has in addition to those of its plain class.
 _OWN = set(AdaptedLinear.__annotations__) - {
-    "plain", "transposed", "weight_path", "in_features", "out_features", "weight", "bias",
+    "plain", "transposed", "weight_path", "is_part", "in_features", "out_features", "weight", "bias",
 }  # fmt: skip

@@ -78,12 +78,16 @@ def parents_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]
     return parents
 
 
-def find_fixes(model: nn.Module, layers: Iterable[nn.Module]) -> tuple[BypassFix, ...]:
-    """The fixes after which all parents of `layers` call them; raises `TargetError` when a parent lacks an
-    attribute that a rule would set."""
-    wanted = set(layers)
+def find_fixes(
+    model: nn.Module, layers: Iterable[nn.Module], parts: Iterable[tuple[nn.Module, str]] = ()
+) -> tuple[BypassFix, ...]:
+    """The fixes after which all parents of `layers` call them, and the owners of `parts` (owner, name of the
+    child) those; raises `TargetError` when a parent lacks an attribute that a rule would set."""
+    children: dict[nn.Module, list[str]] = {}
+    for owner, child in parts:
+        children.setdefault(owner, []).append(child)
     fixes = []
-    for name, parent, path in _places(model, wanted):
+    for name, parent, path in _places(model, set(layers), children):
         rules = _outer_rules if "." in path else (*_call_rules, *_outer_rules)
         if settings := next(filter(None, (rule(parent, path) for rule in rules)), None):
             fixes.append(BypassFix(name, parent, path, settings))
@@ -99,19 +103,23 @@ def find_fixes(model: nn.Module, layers: Iterable[nn.Module]) -> tuple[BypassFix
     return tuple(fixes)
 
 
-def _places(model: nn.Module, wanted: set[nn.Module]) -> Iterator[tuple[str, nn.Module, str]]:
-    """(name of a module, the module, path of a wanted layer in it) for all modules above the layers."""
+def _places(
+    model: nn.Module, wanted: set[nn.Module], children: Mapping[nn.Module, list[str]]
+) -> Iterator[tuple[str, nn.Module, str]]:
+    """(name of a module, the module, path of a wanted layer in it) for all modules above the layers, and
+    above the children that modules will have."""
     above = dict(model.named_modules(remove_duplicate=False))
     seen: set[tuple[nn.Module, str]] = set()
     for name, module in above.items():
-        if module not in wanted:
-            continue
-        parts = name.split(".") if name else []
-        for depth in reversed(range(len(parts))):
-            outer, path = ".".join(parts[:depth]), ".".join(parts[depth:])
-            if (above[outer], path) not in seen:  # a shared module is above a layer under several names
-                seen.add((above[outer], path))
-                yield outer, above[outer], path
+        layers = [name] if module in wanted else []
+        layers += [f"{name}.{child}".lstrip(".") for child in children.get(module, ())]
+        for layer in layers:
+            parts = layer.split(".") if layer else []
+            for depth in reversed(range(len(parts))):
+                outer, path = ".".join(parts[:depth]), ".".join(parts[depth:])
+                if (above[outer], path) not in seen:  # a shared module is above a layer under several names
+                    seen.add((above[outer], path))
+                    yield outer, above[outer], path
 
 
 def apply_(fixes: Iterable[BypassFix]) -> None:

@@ -132,12 +132,12 @@ class OperandLookup:
 
 def devices(refs: Iterable[AdapterRef]) -> dict[str, torch.device]:
     """The device of each adapter's layer, by Fisher key."""
-    return {ref.key: ref.layer.weight.device for ref in refs}
+    return {ref.key: ref.layer.device for ref in refs}
 
 
 def checked_fisher_dtype(refs: Iterable[AdapterRef], dtype: torch.dtype) -> torch.dtype:
     """`dtype` itself; raises `DtypeError` unless it is fp32 or bf16, or, beside fp64 layers, fp32 or fp64."""
-    wide = [ref.key for ref in refs if ref.layer.weight.dtype == torch.float64]
+    wide = [ref.key for ref in refs if ref.layer.dtype == torch.float64]
     allowed = (torch.float32, torch.float64) if wide else (torch.float32, torch.bfloat16)
     if dtype not in allowed:
         beside = f" beside fp64 layers ({wide[0]})" if wide else ""

@@ -16,7 +16,7 @@ from . import bypass, freezing
 from .adapted import AdaptedLinear
 from .from_peft import check_no_peft, checked_config, no_adapters
 from .matching import Plan, plan, shorten
-from .memory import check_loaded, shared_weights
+from .memory import check_loaded, shared_weights, weights_of
 from .plain import without_numbers
 
 
@@ -48,16 +48,15 @@ def inject(model: nn.Module, config: LoRAConfig | Any) -> Report:
     check_no_peft(model)
     config = checked_config(config, model)
     planned = plan(model, config)
-    check_loaded(model, ((match.name, match.module) for match in planned.matches))
-    if shared := shared_weights(model, {match.name: match.module for match in planned.matches}):
+    weights = {match.name: (match.weight_name, match.weight) for match in planned.matches}
+    check_loaded(model, weights)
+    if shared := shared_weights(model, weights):
         text = next(iter(shared.values()))
         warn(f"{text}; training works, but merging and consolidation will raise")
     adopted: list[AdaptedLinear] = []
     try:
         for match in planned.matches:
-            adopted.append(
-                match.adapted.adopt_(match.module, match.adapters, match.lora_alpha, config.lora_dropout)
-            )
+            adopted.append(match.adopt_(config.lora_dropout))
     except BaseException:
         for layer in adopted:
             layer.release_()
@@ -206,7 +205,7 @@ def check_mergeable(model: nn.Module, action: str = "merge") -> None:
     for name, layer in layers.items():
         if why := without_numbers(layer.weight):
             raise TargetError(f"{action}: {name or 'model'}: {why}. Nothing was changed")
-    if shared := shared_weights(model, layers):
+    if shared := shared_weights(model, weights_of(layers)):
         text = next(iter(shared.values()))
         raise TargetError(f"{action}: {text}, and would change with it. Nothing was changed")
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import ALL_LINEAR, LoRAConfig, QKVLayout, matches
 from ..errors import LayoutError, TargetError
 from . import bypass
 from .adapted import AdaptedLinear
 from .linear import LoRALinear
+from .parts import LoRAPart, Part, parts_of
 from .slices import AdapterSlice, plan_slices
 
 LayoutRule = Callable[[nn.Module, str], QKVLayout | None]
@@ -64,8 +66,23 @@ def load_libraries(model: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A module that may be adapted, or a part of one, which has the name of its child to be."""
+
+    name: str
+    module: nn.Module
+    part: Part | None = None
+
+    @property
+    def owner_name(self) -> str:
+        """The name of `module`."""
+        return self.name if self.part is None else self.name.removesuffix(self.part.name).removesuffix(".")
+
+
+@dataclass(frozen=True)
 class Match:
-    """A layer that will be adapted, and the class that it will have."""
+    """A layer that will be adapted, and the class that it will have; with a `part`, one that will be added to
+    `module`."""
 
     name: str
     module: nn.Module
@@ -73,6 +90,27 @@ class Match:
     in_features: int
     adapters: tuple[AdapterSlice, ...]
     lora_alpha: float | None
+    part: Part | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it is stored."""
+        if self.part is not None:
+            return self.part.weight_in(self.module)
+        return cast(Tensor, self.module._parameters["weight"])
+
+    @property
+    def weight_name(self) -> str:
+        """The name of its parameter in the model."""
+        if self.part is not None:
+            return self.part.weight_name(Candidate(self.name, self.module, self.part).owner_name)
+        return f"{self.name}.weight".lstrip(".")
+
+    def adopt_(self, lora_dropout: float) -> AdaptedLinear:
+        """Turn the module into the adapted layer, or add the adapted part to it."""
+        if self.part is not None:
+            return self.part.adapted(self.module, self.part, self.adapters, self.lora_alpha, lora_dropout)
+        return self.adapted.adopt_(self.module, self.adapters, self.lora_alpha, lora_dropout)
 
 
 @dataclass(frozen=True)
@@ -105,23 +143,30 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
     heads = set(output_heads(model)) if everything else set()
     saved = _saved(model, config)
     trained = {part for module in saved.values() for part in module.modules()}
-    matched: list[tuple[str, nn.Module]] = []
+    matched: list[Candidate] = []
     skipped: dict[str, list[str]] = {}
     parents = bypass.parents_of(model)
-    for name, module in _wanted(model, config):
+    wanted = list(_wanted(model, config))
+    for candidate in wanted:
+        name, module, part = candidate.name, candidate.module, candidate.part
         if module in trained:  # PEFT leaves such targets out as well
             skipped.setdefault("in modules_to_save", []).append(name)
             continue
-        reason = "output head" if module in heads else _unfit(module)
+        if part is not None:
+            reason = "output head" if module in heads else part.unfit(module)
+            adapted = isinstance(module._modules.get(part.name), AdaptedLinear)
+        else:
+            reason = "output head" if module in heads else _unfit(module)
+            adapted = isinstance(module, AdaptedLinear)
+            if reason is None:
+                reason = bypass.refusal(parents.get(module, ()))
         if reason is None:
-            reason = bypass.refusal(parents.get(module, ()))
-        if reason is None:
-            matched.append((name, module))
-        elif isinstance(module, AdaptedLinear):
+            matched.append(candidate)
+        elif adapted:
             raise TargetError(
                 f"{name or 'model'}: has adapters already; fe.eject(model) removes them. Nothing was changed"
             )
-        elif is_linear(module) and not everything:
+        elif (part is not None or is_linear(module)) and not everything:
             raise TargetError(
                 f"{name}: {reason}; leave it out with exclude_modules=[{name!r}]. Nothing was changed"
             )
@@ -129,9 +174,11 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
             skipped.setdefault(reason, []).append(name)
     if not matched:
         raise TargetError(_nothing_matched(model, config, skipped))
-    planned = tuple(_match(model, name, module, config) for name, module in matched)
-    unmatched = _unmatched(config, [name for name, _ in _wanted(model, config)])
-    fixes = bypass.find_fixes(model, [module for _, module in matched])
+    planned = tuple(_match(model, candidate, config) for candidate in matched)
+    unmatched = _unmatched(config, [name for c in wanted for name in (c.name, c.owner_name)])
+    layers = [candidate.module for candidate in matched if candidate.part is None]
+    parts = [(candidate.module, candidate.part.name) for candidate in matched if candidate.part is not None]
+    fixes = bypass.find_fixes(model, layers, parts)
     names = [name for name, module in model.named_modules() if module in trained]
     unsaved = tuple(n for n in config.modules_to_save or () if not any(name.endswith(n) for name in names))
     return Plan(planned, skipped, unmatched, fixes, saved, unsaved)
@@ -162,20 +209,46 @@ def _saved(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     return saved
 
 
-def _wanted(model: nn.Module, config: LoRAConfig) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that the configuration selects by any of their names, each once, under its first name."""
+def _wanted(model: nn.Module, config: LoRAConfig) -> Iterator[Candidate]:
+    """The modules, and parts of modules, that the configuration selects by any of their names, each once,
+    under its first name. The name of a module selects all of its parts."""
     aliases: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         aliases.setdefault(module, []).append(name)
     targets, exclude = config.target_modules, config.exclude_modules
+
+    def excluded(names: list[str]) -> bool:
+        return exclude is not None and any(matches(exclude, name) for name in names)
+
+    def targeted(names: list[str]) -> bool:
+        return targets is not None and any(matches(targets, name) for name in names)
+
     for module, names in aliases.items():
-        if exclude is not None and any(matches(exclude, name) for name in names):
+        if excluded(names) or isinstance(module, LoRAPart):
             continue
+        parts = _in_slices(names[0], parts_of(module), config)
         if targets == ALL_LINEAR:
             if is_linear(module):
-                yield names[0], module
-        elif targets is not None and any(matches(targets, name) for name in names):
-            yield names[0], module
+                yield Candidate(names[0], module)
+            parts = [part for part in parts if part.in_all]
+        elif not parts and targeted(names):
+            yield Candidate(names[0], module)
+        for part in parts:
+            own = [f"{name}.{part.name}".lstrip(".") for name in names]
+            if not excluded(own) and (targets == ALL_LINEAR or targeted([*names, *own])):
+                yield Candidate(own[0], module, part)
+
+
+def _in_slices(name: str, parts: list[Part], config: LoRAConfig) -> list[Part]:
+    """The parts that the slices of the configuration select, of those that are slices by themselves."""
+    segments = [part.segment for part in parts if part.segment is not None]
+    if config.slices is None or not segments:
+        return parts
+    if unknown := [piece for piece in config.slices if piece not in segments]:
+        raise LayoutError(
+            f"{name or 'model'}: slices: expected some of {segments}, got {unknown[0]!r}. Nothing was changed"
+        )
+    return [part for part in parts if part.segment is None or part.segment in config.slices]
 
 
 def output_heads(model: nn.Module) -> Iterator[nn.Module]:
@@ -225,19 +298,26 @@ def _unfit(module: nn.Module) -> str | None:
     return None
 
 
-def _match(model: nn.Module, name: str, module: nn.Module, config: LoRAConfig) -> Match:
-    layout = config.layout
-    adapted = _adapted_classes[type(module)]
-    in_features, out_features = adapted.features(module)
-    if config.slices is not None and layout is None:
-        layout = known_layout(model, name)
+def _match(model: nn.Module, candidate: Candidate, config: LoRAConfig) -> Match:
+    name, module, part = candidate.name, candidate.module, candidate.part
+    layout, slices = config.layout, config.slices
+    adapted: type[AdaptedLinear]
+    if part is None:
+        adapted = _adapted_classes[type(module)]
+        in_features, out_features = adapted.features(module)
+        if slices is not None and layout is None:
+            layout = known_layout(model, name)
+    else:
+        adapted, in_features, out_features = part.adapted, part.in_features, part.out_features
+        slices = None if part.segment is not None else slices
+        layout = part.layout if layout is None else layout
     alpha = config.alpha_of(name)
     try:
-        adapters = plan_slices(out_features, config.rank_of(name), alpha, config.slices, layout)
+        adapters = plan_slices(out_features, config.rank_of(name), alpha, slices, layout)
     except LayoutError as error:
         hint = "; layers with another layout need their own call of inject" if layout is not None else ""
         raise LayoutError(f"{name or 'model'}: {error}{hint}. Nothing was changed") from None
-    return Match(name, module, adapted, in_features, adapters, alpha)
+    return Match(name, module, adapted, in_features, adapters, alpha, part)
 
 
 def known_layout(model: nn.Module, name: str) -> QKVLayout | None:
@@ -270,8 +350,17 @@ def shorten(names: Iterable[str]) -> str:
     )
 
 
+def linear_maps(model: nn.Module) -> Iterator[str]:
+    """The names of the layers of a model that may be adapted, and of the parts of modules."""
+    for name, module in model.named_modules():
+        if is_linear(module):
+            yield name
+        elif not isinstance(module, LoRAPart):
+            yield from (f"{name}.{part.name}".lstrip(".") for part in parts_of(module))
+
+
 def _available(model: nn.Module) -> str:
-    names = [name for name, module in model.named_modules() if is_linear(module)]
+    names = list(linear_maps(model))
     return f"nn.Linear layers of the model: {shorten(names)}" if names else "the model has no nn.Linear"
 
 
@@ -282,7 +371,7 @@ def _nothing_matched(model: nn.Module, config: LoRAConfig, skipped: dict[str, li
     )
     if config.exclude_modules is not None:
         message += f" outside exclude_modules={config.exclude_modules!r}"
-    names = [name for name, module in model.named_modules() if is_linear(module)]
+    names = list(linear_maps(model))
     known = dict.fromkeys(part for name in names for part in (name, name.rpartition(".")[2]))
     asked = [targets] if isinstance(targets, str) else list(targets)
     close = [guess for target in asked for guess in difflib.get_close_matches(target, known, n=2)]

@@ -14,6 +14,7 @@ from ..errors import TargetError
 from .adapted import LIVING, AdaptedLinear
 from .matching import shorten
 
+Weights = Mapping[str, tuple[str, Tensor]]  # name of a layer -> name of its weight, and the weight
 OTHER_MODEL = "the weight of an adapted layer of another model"
 
 
@@ -65,14 +66,15 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}.{leaf}".lstrip("."), tensor
 
 
-def shared_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+def weights_of(layers: Mapping[str, AdaptedLinear]) -> Weights:
+    """The weights of adapted layers, as `shared_weights` takes them."""
+    return {name: (layer.weight_name(name), layer.weight) for name, layer in layers.items()}
+
+
+def shared_weights(model: nn.Module, weights: Weights) -> dict[str, str]:
     """The layers whose weight is also another parameter or buffer, or has elements in common with one: name
     -> a sentence. `model` is searched, and the adapted layers of other models."""
-    own: dict[str, tuple[str, Tensor, _Place]] = {}
-    for name, layer in layers.items():
-        path = layer.weight_path if isinstance(layer, AdaptedLinear) else "weight"
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        own[name] = f"{name}.{path}".lstrip("."), weight, _place(weight)
+    own = {name: (path, weight, _place(weight)) for name, (path, weight) in weights.items()}
     storages = {place.storage for _, _, place in own.values()}
     others = [(name, tensor, _place(tensor)) for name, tensor in _tensors(model)]
     others = [entry for entry in others if entry[2].storage in storages]
@@ -102,11 +104,11 @@ def _elsewhere(model: nn.Module, storages: Iterable[int]) -> list[tuple[Tensor, 
     return found()
 
 
-def check_loaded(model: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -> None:
+def check_loaded(model: nn.Module, weights: Weights) -> None:
     """Raises `TargetError` for a layer whose weight is on the meta device although the model runs: its
     numbers are elsewhere, and come only for the time of a call. A model that is on meta as a whole is not
     loaded yet, and may get adapters before."""
-    on_meta = [name for name, module in layers if module._parameters["weight"].is_meta]  # type: ignore[union-attr]
+    on_meta = [name for name, (_, weight) in weights.items() if weight.is_meta]
     if not on_meta:
         return
     hooked = any(hasattr(module, "_hf_hook") for module in model.modules())

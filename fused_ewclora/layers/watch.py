@@ -100,7 +100,7 @@ class TrainingWatch:
         adapters: list[Tensor] = [
             p for layer in layers for _, p in layer.named_lora_parameters() if id(p) in held
         ]
-        if not adapters and any(id(layer.weight) in held for layer in layers):
+        if not adapters and any(id(_base_parameter(layer)) in held for layer in layers):
             self._tell(
                 "foreign",
                 "the optimizer holds the frozen weights of adapted layers and none of their adapters, so it "
@@ -120,6 +120,11 @@ class TrainingWatch:
     def _adapted(self) -> list[AdaptedLinear]:
         """The layers that have not been ejected since."""
         return [layer for layer in self._layers.values() if isinstance(layer, AdaptedLinear)]
+
+
+def _base_parameter(layer: AdaptedLinear) -> object:
+    module, name = layer.weight_place()
+    return module._parameters.get(name)
 
 
 def local(tensor: Tensor) -> Tensor:

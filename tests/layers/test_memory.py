@@ -161,4 +161,4 @@ def test_empty_shards(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to_local", lambda tensor: torch.empty(0, 4), raising=False)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     fe.inject(model, fe.LoRAConfig(r=2, target_modules=["0", "1"]))
-    assert memory.shared_weights(model, fe.adapters(model)) == {}
+    assert memory.shared_weights(model, memory.weights_of(fe.adapters(model))) == {}

@@ -1,0 +1,180 @@
+"""Linear maps whose weight is a parameter of a module that is no linear layer, such as the input projections
+of an attention, or the experts of a mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional as FE
+from ..config import QKVLayout
+from .adapted import AdaptedLinear
+from .slices import AdapterSlice
+
+PartRule = Callable[[nn.Module], "Iterable[Part]"]
+
+_rules: list[PartRule] = []
+
+
+class LoRAPart(AdaptedLinear):
+    """The adapters of a linear map whose weight another module, the owner, stores and passes in calls.
+
+    It is a child of the owner and has no parameters but its adapters, so the keys of the owner's state_dict
+    stay. `fused_ewclora.inject` adds it, with a class of the owner that calls it, and `eject` removes it.
+    """
+
+    plain = nn.Module
+    is_part = True
+
+    part: Part
+    transposed: bool
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        part: Part,
+        adapters: tuple[AdapterSlice, ...],
+        lora_alpha: float | None,
+        lora_dropout: float,
+    ) -> None:
+        super().__init__()
+        self._owner = (owner,)  # in a tuple it is not a child of its child
+        self.part, self.transposed = part, part.transposed
+        self.in_features, self.out_features = part.in_features, part.out_features
+        self._add_adapters(adapters, lora_alpha, lora_dropout)
+        self.train(owner.training)
+        owner.add_module(part.name, self)
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that stores the weight."""
+        return self._owner[0]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight as the owner stores it, a view if that is a slice of a parameter."""
+        return self.part.weight_in(self.owner)
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """The owner's bias, which may have further rows of other parts."""
+        return None if self.part.bias is None else cast("Tensor | None", getattr(self.owner, self.part.bias))
+
+    def weight_place(self) -> tuple[nn.Module, str]:
+        return self.owner, self.part.parameter
+
+    def bias_place(self) -> tuple[nn.Module, str] | None:
+        return None if self.part.bias is None else (self.owner, self.part.bias)
+
+    def weight_name(self, name: str) -> str:
+        return self.part.weight_name(name.rpartition(".")[0])
+
+    def _weight_key(self, prefix: str) -> str:
+        return self.weight_name(prefix.removesuffix("."))
+
+    def release_(self) -> nn.Module:
+        """Remove this child from its owner and restore requires_grad; returns the owner."""
+        self._thaw()
+        self._drop_adapters()
+        self.adapter_slices = ()
+        del self.owner._modules[self.part.name]
+        return self.owner
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """x `[..., in_features]`, weight `[out_features, in_features]`, bias `[out_features]` -> y `[...,
+        out_features]`; without adapters while merged or disabled."""
+        adapters = self.active()
+        if adapters is None:
+            return F.linear(x, weight, bias)
+        return FE.lora_linear_adapters(
+            x,
+            weight,
+            bias,
+            adapters,
+            dropout_p=self.dropout_p,
+            training=self.training,
+            capture=self.fisher_capture,
+        )
+
+    def extra_repr(self) -> str:
+        part = self.part
+        return f"{part.parameter}, in_features={part.in_features}, out_features={part.out_features}" + (
+            super().extra_repr()
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """A linear map that a module has without a layer of its own.
+
+    Attributes:
+        name: of the child that carries the adapters; nothing else of the module has this name.
+        parameter: name of the module's parameter that holds the weight.
+        in_features, out_features: of the map.
+        bias: name of the module's parameter that holds the bias, with rows of other parts or without.
+        index: of the weight along the first dimension of the parameter, if it is a part of it.
+        transposed: whether the weight is stored as `[in_features, out_features]`.
+        segment: the slice of a packed projection that the whole map is, such as "k" for `k_proj_weight`.
+        layout: of the rows, if the map is a packed projection.
+        in_all: whether `"all-linear"` selects it.
+        refusal: the reason why it cannot be adapted, if there is one.
+        adapted: the class of the child.
+    """
+
+    name: str
+    parameter: str
+    in_features: int
+    out_features: int
+    bias: str | None = None
+    index: int | None = None
+    transposed: bool = False
+    segment: str | None = None
+    layout: QKVLayout | None = None
+    in_all: bool = True
+    refusal: str | None = None
+    adapted: type[LoRAPart] = LoRAPart
+
+    def weight_in(self, owner: nn.Module) -> Tensor:
+        """The weight as `owner` stores it."""
+        whole = cast(Tensor, getattr(owner, self.parameter))
+        return whole if self.index is None else whole[self.index]
+
+    def weight_name(self, owner: str) -> str:
+        """The name of the parameter where the owner has the name `owner`."""
+        return f"{owner}.{self.parameter}".lstrip(".")
+
+    def unfit(self, owner: nn.Module) -> str | None:
+        """The reason why the part cannot be adapted, or None."""
+        if self.refusal is not None:
+            return self.refusal
+        if "forward" in vars(owner):
+            return f"the forward of its {type(owner).__name__} has been replaced on the instance"
+        parameter = owner._parameters.get(self.parameter)
+        if parameter is None:
+            return f"its {self.parameter} is not a plain parameter (weight norm, pruning or another wrapper)"
+        if not parameter.is_floating_point():
+            return f"its {self.parameter} is {parameter.dtype}, not floating point"
+        shape = (self.out_features, self.in_features)[:: -1 if self.transposed else 1]
+        if tuple(self.weight_in(owner).shape) != shape:
+            got = list(self.weight_in(owner).shape)
+            return f"its {self.parameter} has shape {got}, not {list(shape)}"
+        return f"it has a {self.name} already" if hasattr(owner, self.name) else None
+
+
+def register_parts(rule: PartRule) -> PartRule:
+    """Add a rule for modules with linear maps that are no layers: rule(module) -> the `Part`s of it.
+
+    Can be used as a decorator. A rule of `register_call` that is asked about the module and the name of the
+    part gives the module the class that calls the part.
+    """
+    _rules.append(rule)
+    return rule
+
+
+def parts_of(module: nn.Module) -> list[Part]:
+    """All parts that a module has, adapted ones too."""
+    return [part for rule in _rules for part in rule(module)]
