@@ -114,6 +114,11 @@ class AdaptedLinear(nn.Module):
         """Where the base weight is."""
         return self.weight.device
 
+    def rows_of(self, name: str) -> str:
+        """What has the rows of its input, where the layer has the name `name`: the layer itself, or the owner
+        of a part that takes some of the owner's rows."""
+        return name
+
     @property
     def dropout_p(self) -> float:
         """The probability of dropout on the input of the low-rank branch during training."""
