@@ -166,12 +166,14 @@ def test_every_kind(path: str):
     x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
     index = torch.stack([torch.randperm(EXPERTS)[:2] for _ in range(7)])
     weights = torch.rand(7, 2, dtype=torch.float64)
-    close(model["experts"](x, index, weights), plain["experts"](x, index, weights), 1e-12)
+    # The loop of the last class computes in fp32, whatever the dtype.
+    tolerance = 1e-6 if path == CLASSES[-1] else 1e-12
+    close(model["experts"](x, index, weights), plain["experts"](x, index, weights), tolerance)
     randomize_adapters_(model)
     twin = dense(plain, model)
     outputs = [module["experts"](x, index, weights) for module in (model, twin)]
-    close(*outputs, 1e-12)
-    close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in outputs), 1e-12)
+    close(*outputs, tolerance)
+    close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in outputs), tolerance)
 
 
 def test_names():
