@@ -236,8 +236,8 @@ def checked_functions(
         if name not in known:
             if name in sources:
                 raise ArgumentError(
-                    f"rows_to_samples[{name!r}]: the rows of this layer are some of those of {sources[name]!r}; "
-                    "give a function for that"
+                    f"rows_to_samples[{name!r}]: the rows of this layer are some of those of "
+                    f"{sources[name]!r}; give a function for that"
                 )
             raise ArgumentError(
                 f"rows_to_samples: no adapted layer is called {name!r}; there are "

@@ -8,7 +8,7 @@ Injection gives the module another class, whose forward computes the same and ca
 
 from __future__ import annotations
 
-import functools
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -32,6 +32,8 @@ _STATED = ("num_experts", "has_gate", "has_bias", "has_post_expert_norm", "is_tr
 _DOWN = "down_proj"
 Parts = Mapping[tuple[int, str], LoRARoutedPart]  # by expert and parameter
 
+_classes: dict[type[nn.Module], type[CallingExperts]] = {}  # by the class of the plain experts
+
 
 class CallingExperts(nn.Module):
     """Experts that call the adapters of each expert with the tokens that the router sends to it.
@@ -48,7 +50,8 @@ class CallingExperts(nn.Module):
         if not any(part.active_now for part in parts.values()):
             for part in parts.values():
                 part.skip()
-            return super().forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
+            output: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)
+            return output
         return _routed(self, parts, hidden_states, top_k_index, top_k_weights)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -69,7 +72,7 @@ def _routed(
     x, source = hidden_states[tokens], Source(hidden_states)
     graph = torch.is_grad_enabled() or any(part.fisher_capture is not None for part in parts.values())
     outputs = [x.new_empty(0, hidden_states.shape[-1])]
-    for expert, (start, stop) in enumerate(zip(ends, ends[1:], strict=False)):
+    for expert, (start, stop) in enumerate(itertools.pairwise(ends)):
         own = {leaf: part for leaf in _leaves(experts) if (part := parts.get((expert, leaf))) is not None}
         if start < stop or (graph and own):
             outputs.append(_output(experts, expert, own, x[start:stop], source, tokens[start:stop]))
@@ -117,10 +120,12 @@ def _adapted(experts: nn.Module) -> Parts:
     return {(int(step), leaf): part for step, group in groups for leaf, part in group._modules.items()}  # type: ignore[misc]
 
 
-@functools.cache
 def _calling(plain: type[nn.Module]) -> type[CallingExperts]:
     """The class that calls the adapters of experts of the class `plain`."""
-    return type(f"Calling{plain.__name__}", (CallingExperts, plain), {"plain": plain, "__module__": __name__})
+    if plain not in _classes:
+        members = {"plain": plain, "__module__": __name__}
+        _classes[plain] = type(f"Calling{plain.__name__}", (CallingExperts, plain), members)
+    return _classes[plain]
 
 
 def _new(plain: type[nn.Module]) -> CallingExperts:
@@ -142,12 +147,13 @@ def experts_parts(module: nn.Module) -> Iterator[Part]:
     """The two linear maps of each expert; "3.down_proj" is one of expert 3."""
     if not _known(module):
         return
-    first, last = _leaves(module)
+    experts: Any = module
+    first, last = _leaves(experts)
     refusal = None
     if getattr(module, "_is_expert_parallel", False):
         refusal = "its experts are divided over several processes"
-    sides = {leaf: _sides(module, leaf) for leaf in (first, last)}
-    for expert in range(int(module.num_experts)):  # type: ignore[call-overload]
+    sides = {leaf: _sides(experts, leaf) for leaf in (first, last)}
+    for expert in range(experts.num_experts):
         for leaf in (first, last):
             d_in, d_out = sides[leaf]
             yield Part(
@@ -155,27 +161,26 @@ def experts_parts(module: nn.Module) -> Iterator[Part]:
                 leaf,
                 d_in,
                 d_out,
-                bias=f"{leaf}_bias" if module.has_bias else None,
+                bias=f"{leaf}_bias" if experts.has_bias else None,
                 index=expert,
-                transposed=bool(module.is_transposed),
-                layout=_layout(module) if leaf == first else None,
+                transposed=experts.is_transposed,
+                layout=_layout(experts) if leaf == first else None,
                 in_all=False,
                 refusal=refusal,
                 adapted=LoRARoutedPart,
             )
 
 
-def _sides(module: nn.Module, leaf: str) -> tuple[int, int]:
+def _sides(experts: Any, leaf: str) -> tuple[int, int]:
     """(in_features, out_features) of one expert."""
-    *_, rows, columns = getattr(module, leaf).shape
-    return (rows, columns) if module.is_transposed else (columns, rows)
+    *_, rows, columns = getattr(experts, leaf).shape
+    return (rows, columns) if experts.is_transposed else (columns, rows)
 
 
-def _layout(module: nn.Module) -> QKVLayout | None:
+def _layout(experts: Any) -> QKVLayout | None:
     """Of the rows of gate_up_proj, unless the class divides them in a way of its own."""
-    plain = type(module)
-    usual = moe is not None and getattr(plain, "_apply_gate", None) is moe._default_apply_gate
-    return QKVLayout(("gate", "up")) if usual and module.has_gate and module.is_concatenated else None
+    usual = moe is not None and getattr(type(experts), "_apply_gate", None) is moe._default_apply_gate
+    return QKVLayout(("gate", "up")) if usual and experts.has_gate and experts.is_concatenated else None
 
 
 @register_call
@@ -190,6 +195,7 @@ def calling_experts(parent: nn.Module, child: str) -> Mapping[str, Any] | None:
 def replaced_mixture(parent: nn.Module, child: str) -> str | None:
     """Why experts are not adaptable in a module whose forward was replaced, as by a kernel that reads their
     parameters; hooks of accelerate call the forward that was there."""
-    if "forward" in vars(parent) and not hasattr(parent, "_hf_hook") and _known(parent._modules[child]):  # type: ignore[arg-type]
+    experts = parent._modules[child]
+    if "forward" in vars(parent) and not hasattr(parent, "_hf_hook") and experts and _known(experts):
         return f"the forward of its {type(parent).__name__} has been replaced on the instance"
     return None

@@ -15,9 +15,10 @@ from ..report import Report
 from . import bypass, freezing
 from .adapted import AdaptedLinear
 from .from_peft import check_no_peft, checked_config, no_adapters
-from .matching import Match, Plan, plan, shorten
+from .grouping import grouped_rows
+from .matching import Plan, plan, shorten
 from .memory import check_loaded, shared_weights, weights_of
-from .parts import joined_name
+from .parts import Part
 from .plain import without_numbers
 
 
@@ -212,7 +213,7 @@ def check_mergeable(model: nn.Module, action: str = "merge") -> None:
 
 
 def _report(model: nn.Module, planned: Plan) -> Report:
-    rows = _rows(planned)
+    rows = grouped_rows(_rows(planned), ("adapter_params",))
     total = _count(p for p in model.parameters())
     trainable = _count(p for p in model.parameters() if p.requires_grad)
     share = trainable / total
@@ -254,33 +255,22 @@ def _report(model: nn.Module, planned: Plan) -> Report:
     return Report("LoRA adapters", rows, notes, {**summary, **lists})
 
 
-def _rows(planned: Plan) -> list[dict[str, Any]]:
-    """One row per adapter; those of a module's equal parts share one, as `experts.0-7.down_proj`."""
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    members: dict[tuple[Any, ...], list[Match]] = {}
+def _rows(planned: Plan) -> Iterator[tuple[Part | None, dict[str, Any]]]:
+    """One row per adapter."""
     for match in planned.matches:
         for adapter in match.adapters:
-            row = {
-                "name": match.name,
-                "class": match.adapted.__name__,
-                "rows": _rows_text(adapter.rows),
-                "in_features": match.in_features,
-                "r": adapter.r,
-                "scaling": adapter.scaling,
-                "adapter_params": adapter.r * (match.in_features + adapter.row_count),
-            }
-            grouped = match.part is not None and match.part.is_grouped
-            owner = (match.module, match.part.leaf) if grouped and match.part is not None else match.name
-            key = (owner, adapter.name, *list(row.values())[1:])
-            rows.setdefault(key, row)
-            members.setdefault(key, []).append(match)
-    for key, row in rows.items():
-        first, several = members[key][0], [m.part for m in members[key] if m.part is not None]
-        if len(several) > 1:
-            row["name"] = joined_name(first.owner_name, several)
-            row["adapter_params"] *= len(several)
-        row["name"] += f" [{key[1]}]" if key[1] else ""
-    return list(rows.values())
+            yield (
+                match.part,
+                {
+                    "name": match.name + (f" [{adapter.name}]" if adapter.name else ""),
+                    "class": match.adapted.__name__,
+                    "rows": _rows_text(adapter.rows),
+                    "in_features": match.in_features,
+                    "r": adapter.r,
+                    "scaling": adapter.scaling,
+                    "adapter_params": adapter.r * (match.in_features + adapter.row_count),
+                },
+            )
 
 
 def _changed_parents(planned: Plan) -> dict[str, tuple[dict[str, None], dict[str, None]]]:

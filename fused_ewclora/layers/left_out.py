@@ -22,8 +22,8 @@ Wanted = Callable[[nn.Module, str], bool]
 def left_out(
     model: nn.Module, covered: Iterable[nn.Module], matched: set[tuple[nn.Module, str]], wanted: Wanted
 ) -> dict[str, list[str]]:
-    """Reason -> names of the parameters that may be linear maps, outside of the modules in `covered`, of which
-    no part is in `matched` (module, name of the parameter) or has an adapter already.
+    """Reason -> names of the parameters that may be linear maps, outside of the modules in `covered`, of
+    which no part is in `matched` (module, name of the parameter) or has an adapter already.
 
     wanted: whether a parameter, (module, its name in the model), is asked for.
     """

@@ -110,13 +110,8 @@ class Match:
     def weight_name(self) -> str:
         """The name of its parameter in the model."""
         if self.part is not None:
-            return self.part.weight_name(self.owner_name)
+            return self.part.weight_name(self.part.owner_name(self.name))
         return f"{self.name}.weight".lstrip(".")
-
-    @property
-    def owner_name(self) -> str:
-        """The name of `module`."""
-        return self.name if self.part is None else self.part.owner_name(self.name)
 
     def adopt_(self, lora_dropout: float) -> AdaptedLinear:
         """Turn the module into the adapted layer, or add the adapted part to it."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -211,11 +210,6 @@ class Part:
         return self.name.rpartition(".")[2]
 
     @property
-    def is_grouped(self) -> bool:
-        """Whether it is one of many alike, each in a group that has its index as a name."""
-        return self.name == f"{self.index}.{self.leaf}"
-
-    @property
     def names(self) -> list[str]:
         """What a target can call it, below the owner: its name, those of its groups, and its parameter."""
         steps = self.name.split(".")
@@ -277,19 +271,6 @@ class Part:
         first = self.name.partition(".")[0]
         taken = hasattr(owner, first) and not isinstance(owner._modules.get(first), PartGroup)
         return f"it has a {first} already" if taken or self.child_of(owner) is not None else None
-
-
-def joined_name(owner: str, parts: Iterable[Part]) -> str:
-    """One name for grouped parts that differ only by their index: `experts.0-2,5.down_proj`."""
-    ranges: list[list[int]] = []
-    for part in parts:
-        index, leaf = cast(int, part.index), part.leaf
-        if ranges and index == ranges[-1][-1] + 1:
-            ranges[-1][1:] = [index]
-        else:
-            ranges.append([index])
-    text = ",".join("-".join(map(str, ends)) for ends in ranges)
-    return f"{owner}.{text}.{leaf}".lstrip(".")
 
 
 def register_parts(rule: PartRule) -> PartRule:

@@ -33,7 +33,9 @@ MIXTURE = "model.layers.0.mlp"
 SAMPLE = {"fisher_mode": "sample", "fisher_dtype": torch.float64}
 
 
-def adapted(kind: str = "mixtral", config: fe.LoRAConfig = BOTH, **options: Any) -> tuple[nn.Module, nn.Module]:
+def adapted(
+    kind: str = "mixtral", config: fe.LoRAConfig = BOTH, **options: Any
+) -> tuple[nn.Module, nn.Module]:
     """(plain, adapted with random lora_B)."""
     plain = language_model(kind, **options)
     model = copy.deepcopy(plain)
@@ -143,7 +145,9 @@ def experts_of(path: str) -> nn.Module:
     """A module of the class, in fp64, as the child "experts" of another."""
     folder, name = path.split(".")
     modeling = pytest.importorskip(f"transformers.models.{folder}.modeling_{folder}")
-    sizes = dict.fromkeys(("num_local_experts", "num_experts", "moe_num_experts", "n_routed_experts"), EXPERTS)
+    sizes = dict.fromkeys(
+        ("num_local_experts", "num_experts", "moe_num_experts", "n_routed_experts"), EXPERTS
+    )
     sizes |= dict.fromkeys(("hidden_size", "moe_hidden_size", "moe_latent_size"), 6)
     sizes |= dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 5)
     acts = {"hidden_act": "silu", "mlp_hidden_act": "relu2", "hidden_activation": "silu"}
@@ -178,6 +182,7 @@ def test_every_kind(path: str):
 
 def test_names():
     """Targets name all experts, one of them, one of their maps or a parameter; exclude_modules as well."""
+
     def count(targets: Any, **options: Any) -> int:
         model = language_model("mixtral")
         fe.inject(model, fe.LoRAConfig(r=2, target_modules=targets, **options))
@@ -207,7 +212,9 @@ def test_slices():
 
 def test_some_experts():
     """Experts without an adapter compute what they did."""
-    plain, model = adapted("gpt_oss", fe.LoRAConfig(r=2, target_modules=["experts.1", "0.experts.2.down_proj"]))
+    plain, model = adapted(
+        "gpt_oss", fe.LoRAConfig(r=2, target_modules=["experts.1", "0.experts.2.down_proj"])
+    )
     close(model(words(3)).logits, dense(plain, model)(words(3)).logits)
 
 
@@ -226,7 +233,7 @@ def test_keys():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merge(kind: str):
-    """merge and unmerge change the slices of the parameters, and those alone, and restore them bit for bit."""
+    """merge and unmerge change the parameters of experts, and those alone, and restore them bit for bit."""
     plain, model = adapted(kind)
     y = model(words(2)).logits
     fe.merge(model)
@@ -333,7 +340,7 @@ def test_inference():
 
 
 def test_all_linear():
-    """"all-linear" takes no experts, as in PEFT, and its report names each parameter that it leaves out."""
+    """ "all-linear" takes no experts, as in PEFT, and its report names each parameter that it leaves out."""
     model = language_model("gpt_oss")
     skipped = fe.inject(model, fe.LoRAConfig(r=2, target_modules="all-linear")).summary["skipped"]
     assert not any("experts" in name for name in fe.adapters(model))
@@ -352,6 +359,7 @@ def test_all_linear():
 
 def test_refused():
     """Experts of an unknown forward, divided over processes, or in a mixture with another forward."""
+
     def refuse(model: nn.Module, match: str) -> None:
         before = fingerprint(model)
         with pytest.raises(fe.TargetError, match=match):
