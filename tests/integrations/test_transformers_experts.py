@@ -405,3 +405,36 @@ def test_rows_to_samples():
         fe.EWC(model, 1.0, **SAMPLE).estimate_fisher(
             [ids], rows_to_samples={f"{MIXTURE}.experts.0.down_proj": function}
         )
+
+
+class Logits(nn.Module):
+    """A language model whose output is a tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("name", ["SDLoRA", "CoDyRA", "InfLoRA"])
+def test_methods(name: str):
+    """The other methods run two tasks on experts, one of which gets no tokens, and export what they trained."""
+    model = Logits(language_model("mixtral", idle=True))
+    options = {"total_tasks": 2} if name == "InfLoRA" else {"ewc_lambda": 5.0}
+    config = fe.LoRAConfig(r=2, lora_alpha=None, target_modules=["experts"])
+    method = getattr(fe.methods, name)(model, config, **options)
+    for task in range(2):
+        batch = (words(4, task), words(4, task))
+        method.begin_task(task)
+        method.prepare([batch])
+        trained = [p for layer in method.layers.values() for p in layer.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, 0.05)
+        for step in range(2):
+            optimizer.zero_grad()
+            (losses(model(batch[0]), batch[1]).mean() + method.penalty()).backward()
+            optimizer.step()
+            method.after_step(step, 2)
+        method.end_task([batch], lambda logits, ids: losses(logits, ids).mean())
+    close(method.export()(words(2)), model(words(2)))
