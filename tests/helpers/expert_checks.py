@@ -15,55 +15,13 @@ from processes import run_checks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from toy_experts import D, Mixture, is_known
 
 import fused_ewclora as fe
 from fused_ewclora.distributed.processes import whole
 from fused_ewclora.integrations import _transformers_experts as routed
 
-D, FF, EXPERTS, TOKENS, SAMPLES = 6, 4, 5, 3, 8
-
-
-class Experts(nn.Module):
-    """Experts of the form that transformers has, transposed and with biases."""
-
-    has_gate = has_bias = is_transposed = True
-    has_post_expert_norm = is_concatenated = False
-    num_experts = EXPERTS
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.randn(EXPERTS, D, 2 * FF) / 2)
-        self.gate_up_proj_bias = nn.Parameter(torch.randn(EXPERTS, 2 * FF))
-        self.down_proj = nn.Parameter(torch.randn(EXPERTS, FF, D) / 2)
-        self.down_proj_bias = nn.Parameter(torch.randn(EXPERTS, D))
-
-    def _apply_gate(self, x: Tensor) -> Tensor:
-        return x[..., ::2] * x[..., 1::2].tanh()
-
-    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        y = torch.einsum("sd,edf->sef", x, self.gate_up_proj) + self.gate_up_proj_bias
-        y = torch.einsum("sef,efd->sed", self._apply_gate(y), self.down_proj) + self.down_proj_bias
-        chosen = y.gather(1, index[..., None].expand(-1, -1, D))
-        return (chosen * weights[..., None]).sum(1)
-
-
-class Mixture(nn.Module):
-    """Tokens of a class of their own go to two experts that the class names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.experts, self.head = nn.Linear(D, D), Experts(), nn.Linear(D, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = torch.tanh(self.inner(x)).flatten(0, 1)
-        first = (x.flatten(0, 1)[:, 0].abs() * 10).long() % EXPERTS
-        index = torch.stack([first, (first + 1) % EXPERTS], 1)
-        y = self.experts(rows, index, torch.sigmoid(rows[:, :2]))
-        return self.head(y.unflatten(0, x.shape[:2]).mean(1))
-
-
-def is_known(module: nn.Module) -> bool:
-    return isinstance(module, Experts)
+TOKENS, SAMPLES = 3, 8
 
 
 def model_of() -> Mixture:

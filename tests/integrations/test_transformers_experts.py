@@ -420,7 +420,7 @@ class Logits(nn.Module):
 
 @pytest.mark.parametrize("name", ["SDLoRA", "CoDyRA", "InfLoRA"])
 def test_methods(name: str):
-    """The other methods run two tasks on experts, one of which gets no tokens, and export what they trained."""
+    """The other methods run two tasks on experts, one of them without tokens, and export what they train."""
     model = Logits(language_model("mixtral", idle=True))
     options = {"total_tasks": 2} if name == "InfLoRA" else {"ewc_lambda": 5.0}
     config = fe.LoRAConfig(r=2, lora_alpha=None, target_modules=["experts"])
