@@ -241,7 +241,14 @@ class FisherCapture:
 
     def _call(self, x: Tensor, dy: Tensor, index: CallIndex) -> _Call:
         leader, shape = self.leader or self, index.shape if isinstance(index, RoutedRows) else x.shape
-        samples = self.batch_size or leader._watched_samples or leader._samples_of(shape)
+        samples = self.batch_size or leader._watched_samples
+        if samples is None:
+            if isinstance(index, RoutedRows):  # tokens, of which a sample may have any number
+                raise FisherError(
+                    f"batch_size: {self.name} hands on the {shape[0]} rows of its input; give the number of "
+                    "samples"
+                )
+            samples = self._samples_of(shape)
         if isinstance(index, Tensor):
             return _Call(_rows(x), _rows(dy), samples, index)
         if self.mode == "batch":

@@ -117,6 +117,29 @@ def test_unknown_order():
         torch.testing.assert_close(fisher, wanted[key], rtol=1e-10, atol=1e-15)
 
 
+@pytest.mark.parametrize("mode", ["sample", "batch"])
+def test_by_hand(mode: str):
+    """A pass by hand finds the samples of rows as well; without their number it is refused."""
+    x, y = data(4)
+    model = model_of()
+    fishers = []
+    for by_hand in (True, False):
+        ewc = fe.EWC(copy.deepcopy(model), **{**SAMPLE, "fisher_mode": mode})
+        if by_hand:
+            with ewc.accumulate_fisher(batch_size=None if mode == "sample" else 4):
+                F.cross_entropy(ewc.model(x), y).backward()
+        else:
+            ewc.estimate_fisher([(x, y)], F.cross_entropy)
+        ewc.consolidate()
+        fishers.append(ewc.fishers)
+    for key, fisher in fishers[0].items():
+        torch.testing.assert_close(fisher, fishers[1][key], rtol=1e-10, atol=1e-15)
+    ewc = fe.EWC(model, **{**SAMPLE, "fisher_mode": mode})
+    with pytest.raises(fe.FisherError, match="batch_size: experts hands on the 12 rows"):
+        with ewc.accumulate_fisher(check_samples=False):
+            F.cross_entropy(model(x), y).backward()
+
+
 def test_idle_parts():
     """An owner that never runs is an error; parts that no row reaches have gradients and Fishers of 0."""
     model = model_of()

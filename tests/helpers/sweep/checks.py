@@ -231,7 +231,8 @@ def check_fisher(subject: Subject, mode: str, own: bool = False) -> tuple[Outcom
         samples = oracle.sample_gradients(
             subject.dense,
             oracle.weights_of(subject.adapted),
-            subject.architecture.own_loss, *subject.first(4)
+            subject.architecture.own_loss,
+            *subject.first(4),
         )
     sizes = [[2, 2], [4]] if own else subject.batches()
     found = [FisherRun(one, mode, own).run(subject, samples) for one in sizes]

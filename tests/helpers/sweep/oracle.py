@@ -80,10 +80,7 @@ def sample_gradients(
         one, target = rows(inputs, n, n + 1), targets[n : n + 1]
         of_one = gradients(model, weights, lambda one=one, target=target: loss(model, one, target))
         found.append(
-            {
-                name: _zeros(weights[name].layer) if g is None else g.double()
-                for name, g in of_one.items()
-            }
+            {name: _zeros(weights[name].layer) if g is None else g.double() for name, g in of_one.items()}
         )
     return found
 
