@@ -36,8 +36,8 @@ class Architecture:
 
     make: the model. inputs, targets: n samples, drawn from the default generator. shared: arguments that are
     no samples, such as the class prompts of CLIP. positional: whether the model takes its only input by
-    position. targets_of_adapters: what is adapted. mixes: how the model makes samples of a batch depend on each other, so that none has a gradient
-    of its own.
+    position. mixes: how the model makes samples of a batch depend on each other, so that none has a gradient
+    of its own. targets_of_adapters: what is adapted.
     """
 
     library: str

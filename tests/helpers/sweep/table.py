@@ -29,9 +29,9 @@ HEADER = """# Architectures
 
 `make sweep` builds small random models of {libraries}, adapts
 all linear layers (`target_modules="all-linear"`; in rows called "experts" these alone; rank 2, random B), and
-compares with a dense copy with W + B diag(s) A that runs one sample at a time under plain autograd. It ends with an error when a row is WRONG
-or a library has too few rows. Models are fp64, and "right" means a relative error below {tolerance:g}: those
-that compute parts in fp32 whatever their dtype reach 1e-7.
+compares with a dense copy with W + B diag(s) A that runs one sample at a time under plain autograd. It ends
+with an error when a row is WRONG or a library has too few rows. Models are fp64, and "right" means a relative
+error below {tolerance:g}: those that compute parts in fp32 whatever their dtype reach 1e-7.
 
 * **forward**: the output in eval mode with and without gradients, and in train mode with the same dropout.
 * **gradients**: dA and dB of every adapter from the gradients of the dense weights.
