@@ -32,13 +32,50 @@ def _inside_backward() -> bool:
 
 
 class CallCapture(Protocol):
-    """What collects the Fisher of one call: a `FisherCapture`, or a part of one."""
+    """What collects the Fisher of one call: a `FisherCapture`, a `RoutedCall` or a `RowsCapture`."""
 
-    def note_forward(self, x: Tensor) -> Tensor | None:
+    def note_forward(self, x: Tensor) -> CallIndex:
         """x of the forward; what it returns is given to `record`."""
 
-    def record(self, x: Tensor, dy: Tensor, index: Tensor | None = None) -> None:
+    def record(self, x: Tensor, dy: Tensor, index: CallIndex = None) -> None:
         """x and dy of a backward."""
+
+
+@dataclass(frozen=True)
+class RoutedRows:
+    """Which rows `[M]` of a source of this shape, `[S, d]`, the rows of x are."""
+
+    shape: torch.Size
+    rows: Tensor
+
+
+CallIndex = Tensor | RoutedRows | None  # the sample of each row, or what tells it later
+
+
+class Source:
+    """The input `[S, d]` of one forward of a module that hands its rows on to layers of its own, as a router
+    hands tokens to experts."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x.detach()
+        self.samples: Tensor | None = None  # of each row, where a function tells them
+
+
+class RoutedCall:
+    """The capture of one call of a layer with the rows `rows` of `source`."""
+
+    __slots__ = ("_capture", "_rows", "_source")
+
+    def __init__(self, capture: FisherCapture, source: Source, rows: Tensor) -> None:
+        self._capture, self._source, self._rows = capture, source, rows
+
+    def note_forward(self, x: Tensor) -> CallIndex:
+        """As `FisherCapture.note_forward`."""
+        return self._capture.note_routed(self._source, self._rows)
+
+    def record(self, x: Tensor, dy: Tensor, index: CallIndex = None) -> None:
+        """As `FisherCapture.record`."""
+        self._capture.record(x, dy, index)
 
 
 @dataclass(slots=True)
@@ -112,6 +149,9 @@ class FisherCapture:
 
     Without `rows_to_samples`, mode "sample" takes the rows of x in one of the orders that `add_orders` has
     named, and as long as there is none samples first.
+
+    The layers that take rows of one `Source` share a `leader`, the capture of one of them: what is known of
+    the rows is about the source, and is looked for by the leader alone.
     """
 
     def __init__(
@@ -134,6 +174,7 @@ class FisherCapture:
         self.fishers, self.rows, self.name = fishers, rows, name or "a layer"
         self.mode, self.reduction, self.loss_scale, self.batch_size = mode, reduction, loss_scale, batch_size
         self.rows_to_samples = rows_to_samples
+        self.leader: FisherCapture | None = None
         self.samples = 0
         self.batches = 0
         # During a forward that is watched, or that only looks.
@@ -155,7 +196,7 @@ class FisherCapture:
             known = self._orders.setdefault(dims, [])
             known += [order for order in dict.fromkeys(found) if order not in known]
 
-    def note_forward(self, x: Tensor) -> Tensor | None:
+    def note_forward(self, x: Tensor) -> CallIndex:
         """Count a call of the layer, but not its recomputation under checkpointing, inside a backward, nor
         one of a forward that only looks; returns what `record` takes as `index`."""
         if self.look is not None:
@@ -167,6 +208,22 @@ class FisherCapture:
             return None
         # Now, because the function may read what the same forward pass wrote.
         return self._index(self.rows_to_samples, _rows(x.detach()))
+
+    def note_routed(self, source: Source, rows: Tensor) -> CallIndex:
+        """`note_forward` of a call with these rows of `source`; every layer of the source is called once in
+        each of its forwards, with no rows if need be."""
+        leader = self.leader or self
+        if leader.look is not None:
+            if leader is self:
+                leader.look(source.x)
+            return None
+        if not _inside_backward():
+            self._count(source.x)
+        if leader.rows_to_samples is None or self.mode == "batch":
+            return RoutedRows(source.x.shape, rows)
+        if source.samples is None:
+            source.samples = self._index(leader.rows_to_samples, source.x)
+        return source.samples[rows]
 
     def _count(self, x: Tensor) -> None:
         self._watched_samples = None
@@ -183,18 +240,18 @@ class FisherCapture:
         """What is needed to find the order of x; None when it is known, or nothing depends on it."""
         if samples == 1 or x.numel() == 0 or self.rows_to_samples is not None or self.mode == "batch":
             return None
-        return None if self._order(x, samples) else Ends.of(x, samples)
+        return None if self._order(x.shape, samples) else Ends.of(x, samples)
 
-    def _order(self, x: Tensor, samples: int) -> Order | None:
+    def _order(self, shape: torch.Size, samples: int) -> Order | None:
         """The one known order that fits the shape of x."""
-        fitting = [order for order in self._orders.get(x.dim(), ()) if order.fits(x, samples)]
+        fitting = [order for order in self._orders.get(len(shape), ()) if order.fits(shape, samples)]
         return fitting[0] if len(fitting) == 1 else None
 
-    def record(self, x: Tensor, dy: Tensor, index: Tensor | None = None, start: int | None = None) -> None:
+    def record(self, x: Tensor, dy: Tensor, index: CallIndex = None, start: int | None = None) -> None:
         """Take x `[..., d_in]` and dy `[..., d_out]` of one call, and what `note_forward` gave for it; called
         from the op's backward. A call that computes only some columns of the output, from `start` on, has
         only these in dy."""
-        if self.look is not None:  # a model that differentiates inside its forward
+        if (self.leader or self).look is not None:  # a model that differentiates inside its forward
             return
         call = self._call(x, dy, index)
         if start is not None:
@@ -226,43 +283,56 @@ class FisherCapture:
         ]
         self._accumulate([_joined(calls, start, stop) for start, calls, stop in groups if calls], sizes[0])
 
-    def _call(self, x: Tensor, dy: Tensor, index: Tensor | None) -> _Call:
-        samples = self.batch_size or self._watched_samples or self._samples_of(x)
-        if index is not None:
+    def _call(self, x: Tensor, dy: Tensor, index: CallIndex) -> _Call:
+        leader, shape = self.leader or self, index.shape if isinstance(index, RoutedRows) else x.shape
+        samples = self.batch_size or leader._watched_samples
+        if samples is None:
+            if isinstance(index, RoutedRows):  # tokens, of which a sample may have any number
+                raise FisherError(
+                    f"batch_size: {self.name} hands on the {shape[0]} rows of its input; give the number of "
+                    "samples"
+                )
+            samples = self._samples_of(shape)
+        if isinstance(index, Tensor):
             return _Call(_rows(x), _rows(dy), samples, index)
         if self.mode == "batch":
             return _Call(_rows(x)[None], _rows(dy)[None], samples)
         order = None
-        if samples > 1 and x.numel() and dy.numel():
-            order = self._order(x, samples) or self._leading(x, samples)
+        if samples > 1 and shape.numel() and dy.shape[-1]:
+            order = leader._order_of(shape, samples)
+            if isinstance(index, RoutedRows):
+                return _Call(_rows(x), _rows(dy), samples, order.sample_of(index.rows, samples))
         return _Call(_by_sample(x, samples, order), _by_sample(dy, samples, order), samples)
 
-    def _samples_of(self, x: Tensor) -> int:
+    def _samples_of(self, shape: torch.Size) -> int:
         """The samples in x by its order, or its leading dimension."""
-        known = self._orders.get(x.dim(), ())
+        known = self._orders.get(len(shape), ())
         for order in known:
-            if x.shape[order.dim] % order.rows == 0:
-                return x.shape[order.dim] // order.rows
-        return x.shape[0] if x.dim() > 1 else 1
+            if shape[order.dim] % order.rows == 0:
+                return shape[order.dim] // order.rows
+        return shape[0] if len(shape) > 1 else 1
 
-    def _leading(self, tensor: Tensor, samples: int) -> Order:
-        """Samples first, which is the rule as long as nothing else is known."""
-        leading = tensor.shape[0] if tensor.dim() > 1 else 1
+    def _order_of(self, shape: torch.Size, samples: int) -> Order:
+        """The order of x: the one that is known, or samples first, which is the rule as long as nothing else
+        is known."""
+        if known := self._order(shape, samples):
+            return known
+        leading = shape[0] if len(shape) > 1 else 1
         if self._checked:
             raise FisherError(
                 f"{self.name}: {samples} samples have no single order, of those that the check of the "
-                f"samples found, in its input {list(tensor.shape)}. {ways_out(self.name)}"
+                f"samples found, in its input {list(shape)}. {ways_out(self.name)}"
             )
         if leading % samples:
             raise FisherError(
                 f"batch_size: {samples} samples do not divide the {leading} leading rows of the input "
-                f"{list(tensor.shape)} of {self.name}. {ways_out(self.name)}"
+                f"{list(shape)} of {self.name}. {ways_out(self.name)}"
             )
         return Order(0, leading // samples)
 
     def _index(self, function: RowsToSamples, rows: Tensor) -> Tensor:
         """The sample of each row, checked."""
-        samples = self.batch_size or self._watched_samples
+        samples = self.batch_size or (self.leader or self)._watched_samples
         if samples is None:
             raise FisherError(f"batch_size: rows_to_samples of {self.name} needs the number of samples")
         index, where = function(rows), f"rows_to_samples[{self.name!r}]"
@@ -315,11 +385,11 @@ class RowsCapture:
     def __init__(self, capture: FisherCapture, start: int) -> None:
         self._capture, self._start = capture, start
 
-    def note_forward(self, x: Tensor) -> Tensor | None:
+    def note_forward(self, x: Tensor) -> CallIndex:
         """As in `FisherCapture`."""
         return self._capture.note_forward(x)
 
-    def record(self, x: Tensor, dy: Tensor, index: Tensor | None = None) -> None:
+    def record(self, x: Tensor, dy: Tensor, index: CallIndex = None) -> None:
         """As in `FisherCapture`, of dy that has only the columns of these rows."""
         self._capture.record(x, dy, index, self._start)
 

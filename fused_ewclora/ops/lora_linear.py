@@ -19,7 +19,7 @@ from ..reference import differentiable
 from . import dispatch, schemas
 from ._distinct import distinct
 from .adapters import Adapters, by_kind
-from .capture import CallCapture
+from .capture import CallCapture, CallIndex
 from .dispatch import Candidate
 
 
@@ -43,7 +43,7 @@ class Captured:
 
     def __init__(self, capture: CallCapture) -> None:
         self._capture, self._followed = capture, False
-        self._index: Tensor | None = None
+        self._index: CallIndex = None
 
     def forward(self, x: Tensor) -> None:
         """x of the forward."""
