@@ -13,6 +13,7 @@ import torch
 from .errors import ArgumentError, DtypeError, LayoutError
 
 ALL_LINEAR = "all-linear"
+QUANTISED_MERGES = ("requantise", "residual")
 _LARGEST = torch.finfo(torch.float32).max
 Rows = tuple[tuple[int, int], ...]
 Targets = str | Sequence[str]
@@ -151,7 +152,9 @@ class LoRAConfig:
     segments of a packed projection that get one adapter each. layout: the `QKVLayout` of that projection.
     rank_pattern, alpha_pattern: {regular expression for the end of the dotted name: value}. modules_to_save:
     ends of the names of modules that are trained whole beside the adapters, such as a new head, and saved
-    with them. Raises `ArgumentError` or `DtypeError` naming the field.
+    with them. quantised_merge: what merging and consolidation do to quantised weights: "requantise" adds in
+    fp32 and quantises again, "residual" keeps the sum of all updates in bf16 beside the weight; None refuses
+    (docs/integrations/quantised.md). Raises `ArgumentError` or `DtypeError` naming the field.
 
         >>> LoRAConfig(r=10, target_modules=["qkv"], slices=("k", "v"), layout=QKVLayout(("q", "k", "v")))
     """
@@ -166,6 +169,7 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
     modules_to_save: Sequence[str] | None = None
+    quantised_merge: str | None = None
 
     def __post_init__(self) -> None:
         positive(self.r, "r")
@@ -176,6 +180,10 @@ class LoRAConfig:
             object.__setattr__(self, field, _targets(getattr(self, field), field))
         if self.modules_to_save is not None:
             object.__setattr__(self, "modules_to_save", _names(self.modules_to_save, "modules_to_save"))
+        if self.quantised_merge is not None and self.quantised_merge not in QUANTISED_MERGES:
+            raise ArgumentError(
+                f"quantised_merge: expected one of {QUANTISED_MERGES} or None, got {self.quantised_merge!r}"
+            )
         if self.slices is not None:
             object.__setattr__(self, "slices", segment_names(self.slices, "slices"))
         if self.layout is not None:

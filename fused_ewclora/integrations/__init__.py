@@ -8,9 +8,9 @@ from typing import Any
 
 from ..layers.matching import register_library
 
-_MODULES = ("avalanche", "peft", "timm", "torchvision", "transformers")
+_MODULES = ("avalanche", "bitsandbytes", "peft", "timm", "torchao", "torchvision", "transformers")
 # The modules that register packed projections or layer classes, loaded for models of their library.
-_MODELS = ("timm", "torchvision", "transformers")
+_MODELS = ("bitsandbytes", "timm", "torchao", "torchvision", "transformers")
 
 
 def _load(name: str) -> Any:

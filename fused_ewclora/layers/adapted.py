@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import functional as FE
+from ..distributed.processes import is_dtensor, whole
 from ..errors import ArgumentError, TargetError
 from ..ops.capture import FisherCapture
+from .digest import digest
 from .finite import check_finite
-from .plain import not_plain
+from .plain import not_plain, without_numbers
 from .slices import AdapterSlice, fingerprint
 
 # Where a parameter is stored: the `_parameters` dictionary of its module, and its key there.
@@ -90,6 +95,58 @@ class AdaptedLinear(nn.Module):
         """What to write so that `base_weight` becomes `new` `[out_features, in_features]`, rounded to its
         dtype; nothing is written yet."""
         return [(self.weight, self.stored_as(self.weight, new))]
+
+    def weight_state(self) -> dict[str, Tensor] | None:
+        """The tensors that determine `base_weight`, by name, where these are not its numbers; else None."""
+        return None
+
+    def state_like(self, parts: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of the shapes and dtypes of a `weight_state` that has these parts."""
+        return self.weight_state() or {}
+
+    def state_updates(self, state: Mapping[str, Tensor]) -> Updates:
+        """What to write so that `weight_state` becomes `state`; nothing is written yet."""
+        now = self.weight_state() or {}
+        return [(now[name], value) for name, value in state.items()]
+
+    def fingerprint_of(self, state: Mapping[str, Tensor]) -> str:
+        """The fingerprint of the weight that `state` determines: a hash, the kind "parts" and a longer hash,
+        in the form of `fingerprint`; `""` on the meta device."""
+        parts = {name: digest(tensor) for name, tensor in sorted(state.items())}
+        if not all(parts.values()):
+            return ""
+        hashed = hashlib.sha256(repr(parts).encode()).hexdigest()
+        return f"{hashed[:16]}:parts:{hashed[:32]}"
+
+    def weight_fingerprint(self) -> str:
+        """The `fingerprint` of the weight as it is now; every process that holds a part of it must call
+        this."""
+        state = self.weight_state()
+        return fingerprint(whole(self.base_weight)) if state is None else self.fingerprint_of(state)
+
+    @classmethod
+    def unfit(cls, module: nn.Module) -> str | None:
+        """The reason why a module of the class `plain` has no weight that this class could take, or None."""
+        weight = module._parameters.get("weight")
+        if weight is None:
+            return "its weight is not a plain parameter (weight norm, pruning or another wrapper)"
+        if not weight.is_floating_point():
+            return f"its weight is {weight.dtype}, not floating point"
+        if is_traceable_wrapper_subclass(weight) and not is_dtensor(weight):
+            return f"its weight is {type(weight).__name__}, which is not one that can be adapted"
+        expected = cls.features(module)
+        if tuple(weight.shape) != (expected if cls.transposed else expected[::-1]):
+            sides = "[in_features, out_features]" if cls.transposed else "[out_features, in_features]"
+            return f"its weight has shape {list(weight.shape)}, not {sides}"
+        return None
+
+    def not_writable(self) -> str | None:
+        """The reason why `weight_updates` cannot change the weight, or None."""
+        return without_numbers(self.weight)
+
+    def not_ejectable(self, merge: bool) -> str | None:
+        """The reason why the class `plain` could not hold the weight that `eject` would leave, or None."""
+        return None
 
     def weight_place(self) -> tuple[nn.Module, str]:
         """The module that stores the weight, and the name that it has there."""
@@ -185,7 +242,7 @@ class AdaptedLinear(nn.Module):
         self.fisher_capture = None
         self.forward_calls = 0
         self.consolidated_tasks = 0
-        self.origin_fingerprint = fingerprint(self.base_weight)
+        self.origin_fingerprint = self.weight_fingerprint()
         base = {name: module._parameters.get(name) for module, name in self._base_places()}
         trainable = {name: p for name, p in base.items() if p is not None and p.requires_grad}
         self.base_trainable = tuple(trainable)
@@ -363,7 +420,7 @@ class AdaptedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if has_weight and not any(key.startswith(f"{prefix}lora_") for key in state_dict):
             # A checkpoint without adapters: its weights are the base weights from now on.
-            self.origin_fingerprint, self.consolidated_tasks = fingerprint(self.base_weight), 0
+            self.origin_fingerprint, self.consolidated_tasks = self.weight_fingerprint(), 0
 
     def _weight_key(self, prefix: str) -> str:
         """The key of the weight in a state_dict in which the layer has this prefix."""

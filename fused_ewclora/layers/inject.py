@@ -17,7 +17,7 @@ from .adapted import AdaptedLinear
 from .from_peft import check_no_peft, checked_config, no_adapters
 from .matching import Plan, plan, shorten
 from .memory import check_loaded, shared_weights, weights_of
-from .plain import without_numbers
+from .quantised import QuantisedLinear, warn_of_rounding
 
 
 def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -57,6 +57,8 @@ def inject(model: nn.Module, config: LoRAConfig | Any) -> Report:
     try:
         for match in planned.matches:
             adopted.append(match.adopt_(config.lora_dropout))
+            if isinstance(adopted[-1], QuantisedLinear):
+                adopted[-1].quantised_merge = config.quantised_merge
     except BaseException:
         for layer in adopted:
             layer.release_()
@@ -79,6 +81,9 @@ def eject(model: nn.Module, merge: bool = True) -> None:
     layers = _adapted(model)
     check_plain(layers, "eject")
     _check_whole(layers)
+    for name, layer in layers.items():
+        if why := layer.not_ejectable(merge):
+            raise TargetError(f"eject: {name or 'model'}: {why}. Nothing was changed")
     if merge:
         _merge(model, layers, "eject")
     else:
@@ -168,6 +173,7 @@ def _merge(model: nn.Module, layers: dict[str, AdaptedLinear], action: str) -> N
                 raise type(error)(f"{name or 'model'}: {error}") from None
             raise
         done.append(layer)
+    warn_of_rounding(action, layers)
 
 
 def _check_whole(layers: Mapping[str, AdaptedLinear]) -> None:
@@ -203,7 +209,7 @@ def check_mergeable(model: nn.Module, action: str = "merge") -> None:
     layers = adapters(model)
     check_plain(layers, action)
     for name, layer in layers.items():
-        if why := without_numbers(layer.weight):
+        if why := layer.not_writable():
             raise TargetError(f"{action}: {name or 'model'}: {why}. Nothing was changed")
     if shared := shared_weights(model, weights_of(layers)):
         text = next(iter(shared.values()))

@@ -24,6 +24,7 @@ MAX_NAMES = 12  # in one list of an error message
 _layout_rules: list[LayoutRule] = []
 _head_rules: list[HeadRule] = []
 _adapted_classes: dict[type[nn.Module], type[AdaptedLinear]] = {nn.Linear: LoRALinear}
+_weight_classes: dict[tuple[type[nn.Module], type], type[AdaptedLinear]] = {}
 _libraries: dict[str, Callable[[], object]] = {}
 
 
@@ -52,15 +53,24 @@ def register_adapted_class(adapted: type[AdaptedLinear]) -> None:
     _adapted_classes[adapted.plain] = adapted
 
 
+def register_adapted_weight(weight: type[Tensor], adapted: type[AdaptedLinear]) -> None:
+    """Register `adapted` as the class that modules of exactly the class `adapted.plain` become when their
+    weight is of exactly the class `weight`, a subclass of tensors."""
+    _weight_classes[adapted.plain, weight] = adapted
+
+
 def register_library(name: str, load: Callable[[], object]) -> None:
     """Register `load`, which registers layouts and classes of the top-level package `name`; it is called
-    once, before the first injection into a model with modules of that package."""
+    once, before the first injection into a model with modules or parameters of classes of that package."""
     _libraries[name] = load
 
 
 def load_libraries(model: nn.Module) -> None:
-    """Call the `load` functions that are registered for the packages of the modules of `model`."""
-    for name in {type(module).__module__.partition(".")[0] for module in model.modules()} & set(_libraries):
+    """Call the `load` functions that are registered for the packages of the modules and parameters of
+    `model`."""
+    kinds: set[type] = {type(module) for module in model.modules()}
+    kinds |= {type(parameter) for parameter in model.parameters()}
+    for name in {kind.__module__.partition(".")[0] for kind in kinds} & set(_libraries):
         _libraries[name]()
         del _libraries[name]
 
@@ -285,17 +295,13 @@ def _unfit(module: nn.Module) -> str | None:
         )
     if "forward" in vars(module):
         return "its forward has been replaced on the instance, so an adapter would never run"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is not a plain parameter (weight norm, pruning or another wrapper)"
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}, not floating point"
-    adapted = _adapted_classes[type(module)]
-    expected = adapted.features(module)
-    if tuple(weight.shape) != (expected if adapted.transposed else expected[::-1]):
-        sides = "[in_features, out_features]" if adapted.transposed else "[out_features, in_features]"
-        return f"its weight has shape {list(weight.shape)}, not {sides}"
-    return None
+    return _adapted_class(module).unfit(module)
+
+
+def _adapted_class(module: nn.Module) -> type[AdaptedLinear]:
+    """The class that a module becomes: by the class of its weight where that decides, else by its own."""
+    kind = _weight_classes.get((type(module), type(module._parameters.get("weight"))))
+    return _adapted_classes[type(module)] if kind is None else kind
 
 
 def _match(model: nn.Module, candidate: Candidate, config: LoRAConfig) -> Match:
@@ -303,7 +309,7 @@ def _match(model: nn.Module, candidate: Candidate, config: LoRAConfig) -> Match:
     layout, slices = config.layout, config.slices
     adapted: type[AdaptedLinear]
     if part is None:
-        adapted = _adapted_classes[type(module)]
+        adapted = _adapted_class(module)
         in_features, out_features = adapted.features(module)
         if slices is not None and layout is None:
             layout = known_layout(model, name)
