@@ -72,6 +72,12 @@ def probability(value: object, name: str) -> float:
     return number
 
 
+def checked_merge(value: object) -> None:
+    """Check a value of quantised_merge."""
+    if value is not None and value not in QUANTISED_MERGES:
+        raise ArgumentError(f"quantised_merge: expected one of {QUANTISED_MERGES} or None, got {value!r}")
+
+
 @dataclass(frozen=True)
 class QKVLayout:
     """The segments of a packed projection: which output rows belong to which of them.
@@ -180,10 +186,7 @@ class LoRAConfig:
             object.__setattr__(self, field, _targets(getattr(self, field), field))
         if self.modules_to_save is not None:
             object.__setattr__(self, "modules_to_save", _names(self.modules_to_save, "modules_to_save"))
-        if self.quantised_merge is not None and self.quantised_merge not in QUANTISED_MERGES:
-            raise ArgumentError(
-                f"quantised_merge: expected one of {QUANTISED_MERGES} or None, got {self.quantised_merge!r}"
-            )
+        checked_merge(self.quantised_merge)
         if self.slices is not None:
             object.__setattr__(self, "slices", segment_names(self.slices, "slices"))
         if self.layout is not None:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import TargetError
 from ._library import require
 
 bnb: Any = require("bitsandbytes")
 
-_CODES, _SCALES, _SUPER_SCALES, _OFFSET = "codes", "scales", "super_scales", "offset"
+CODES, _SCALES, _SUPER_SCALES, _OFFSET = "codes", "scales", "super_scales", "offset"
 _INT8 = 127.0
 
 
@@ -29,6 +30,8 @@ class FourBit:
         """As the forward of `Linear4bit`, but nothing of the module is changed: neither is its bias cast in
         place, nor its weight packed for one kind of CPU, which rounds scales and has no backward."""
         weight, bias = module.weight, module.bias
+        if why := _packed(weight.quant_state):
+            raise TargetError(why)
         if not module.compute_type_is_set:
             module.set_compute_type(x)
             module.compute_type_is_set = True
@@ -39,7 +42,7 @@ class FourBit:
 
     def stored(self, module: Any) -> dict[str, Tensor]:
         state = module.weight.quant_state
-        tensors = {_CODES: _memory(module.weight), _SCALES: state.absmax}
+        tensors = {CODES: _memory(module.weight), _SCALES: state.absmax}
         if state.nested:
             tensors |= {_SUPER_SCALES: state.state2.absmax, _OFFSET: state.offset}
         return tensors
@@ -53,7 +56,7 @@ class FourBit:
         if state.nested:
             state.state2 = copy.copy(state.state2)
             state.state2.absmax, state.offset = tensors[_SUPER_SCALES], tensors[_OFFSET]
-        found: Tensor = bnb.functional.dequantize_4bit(tensors[_CODES], state)
+        found: Tensor = bnb.functional.dequantize_4bit(tensors[CODES], state)
         return found.to(dtype)
 
     def quantised(self, module: Any, new: Tensor) -> dict[str, Tensor]:
@@ -65,10 +68,13 @@ class FourBit:
             quant_type=old.quant_type,
             quant_storage=module.weight.dtype,
         )
-        tensors = {_CODES: codes, _SCALES: state.absmax}
+        tensors = {CODES: codes, _SCALES: state.absmax}
         if old.nested:
             tensors |= {_SUPER_SCALES: state.state2.absmax, _OFFSET: state.offset}
         return tensors
+
+    def kind(self, module: Any) -> str:
+        return str(module.weight.quant_state.quant_type)
 
     def dtype(self, module: Any) -> torch.dtype:
         return torch.float32
@@ -92,21 +98,35 @@ class EightBit:
         if module.weight.CB is not None:
             module.init_8bit_state()
             module.weight.data = module.state.CB
-        return {_CODES: module.state.CB, _SCALES: module.state.SCB}
+        return {CODES: module.state.CB, _SCALES: module.state.SCB}
 
     def numbers(
         self, module: Any, dtype: torch.dtype, stored: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         tensors = self.stored(module) if stored is None else stored
-        return tensors[_CODES].to(dtype) * (tensors[_SCALES].to(dtype)[:, None] / _INT8)
+        return tensors[CODES].to(dtype) * (tensors[_SCALES].to(dtype)[:, None] / _INT8)
 
     def quantised(self, module: Any, new: Tensor) -> dict[str, Tensor]:
         """bitsandbytes quantises from fp16."""
         codes, scales, _ = bnb.functional.int8_vectorwise_quant(new.to(torch.float16).contiguous())
-        return {_CODES: codes, _SCALES: scales}
+        return {CODES: codes, _SCALES: scales}
+
+    def kind(self, module: Any) -> str:
+        return "int8"
 
     def dtype(self, module: Any) -> torch.dtype:
         return torch.float32
+
+
+def _packed(state: Any) -> str | None:
+    """The reason why a state has no numbers to train on any more, or None."""
+    if not getattr(state, "packing_format_for_cpu", False):
+        return None
+    return (
+        "bitsandbytes has packed its weight for inference on this CPU, in a call in eval mode, and rounded its "
+        "scales to bf16, from which there is no way back; load the model again, and inject before it runs in "
+        "eval mode"
+    )
 
 
 def unfit_four(module: Any) -> str | None:
@@ -121,12 +141,8 @@ def unfit_four(module: Any) -> str | None:
             f"its weight is expected to be quantised, and still holds {weight.dtype} numbers; bitsandbytes "
             "quantises when the model is moved, as with model.to(device)"
         )
-    if getattr(state, "packing_format_for_cpu", False):
-        return (
-            "bitsandbytes has packed its weight for inference on this CPU, in a call in eval mode, and rounded "
-            "its scales to bf16, from which there is no way back; load the model again, and inject before it "
-            "runs in eval mode"
-        )
+    if why := _packed(state):
+        return why
     shape = (module.out_features, module.in_features)
     if tuple(state.shape) != shape:
         return f"its quantised weight has shape {list(state.shape)}, not {list(shape)}"

@@ -94,6 +94,9 @@ class TorchAO:
             )
         return {name: getattr(fresh, name) for name in self.stored(module)}
 
+    def kind(self, module: Any) -> str:
+        return type(module.weight).__name__
+
     def dtype(self, module: Any) -> torch.dtype:
         return torch.float64 if module.weight.dtype == torch.float64 else torch.float32
 

@@ -5,13 +5,16 @@ fe.inject(model, fe.LoRAConfig(target_modules=["q_proj"], quantised_merge="resid
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..checkpoints.frozen import register_hidden
+from ..layers.bypass import CLASS, register_module_settings
 from ..layers.matching import register_adapted_class
 from ..layers.quantised import QuantisedLinear
-from ._bitsandbytes_weights import EightBit, FourBit, unfit_eight, unfit_four
+from ._bitsandbytes_weights import CODES, EightBit, FourBit, unfit_eight, unfit_four
 
 from bitsandbytes.nn import Linear4bit, Linear8bitLt, LinearFP4, LinearNF4  # noqa: E402, I001  (checked above)
 
@@ -58,6 +61,56 @@ class LoRALinear8bitLt(QuantisedLinear, Linear8bitLt):  # type: ignore[misc]
     @classmethod
     def unfit(cls, module: nn.Module) -> str | None:
         return unfit_eight(module)
+
+
+class SteadyLinear4bit(Linear4bit):  # type: ignore[misc]
+    """A `Linear4bit` without adapters in a model that has some.
+
+    Its calls change nothing of it. The library's own cast its bias in place, and on some CPUs pack its weight
+    in eval mode, which rounds the scales and cuts gradients off from then on.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output of `Linear4bit`."""
+        return _FOUR.product(self, x)
+
+
+class SteadyLinear8bitLt(Linear8bitLt):  # type: ignore[misc]
+    """A `Linear8bitLt` without adapters in a model that has some; its calls do not cast its bias in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output of `Linear8bitLt`."""
+        return _EIGHT.product(self, x)
+
+
+_FOUR, _EIGHT = FourBit(), EightBit()
+_STEADY = {
+    Linear4bit: (SteadyLinear4bit, unfit_four),
+    LinearNF4: (SteadyLinear4bit, unfit_four),
+    LinearFP4: (SteadyLinear4bit, unfit_four),
+    Linear8bitLt: (SteadyLinear8bitLt, unfit_eight),
+}
+
+
+@register_module_settings
+def steady(module: nn.Module) -> Mapping[str, Any] | None:
+    """The class whose calls leave a quantised layer without adapters as it is."""
+    kind, unfit = _STEADY.get(type(module), (None, None))
+    if kind is None or unfit(module) is not None or "forward" in vars(module):
+        return None
+    return {CLASS: kind}
+
+
+@register_hidden
+def scales(module: nn.Module) -> Mapping[str, Tensor]:
+    """The scales of a quantised weight, which belong to it as its codes do."""
+    if isinstance(module, Linear4bit) and unfit_four(module) is None:
+        stored = _FOUR.stored(module)
+    elif isinstance(module, Linear8bitLt) and unfit_eight(module) is None:
+        stored = _EIGHT.stored(module)
+    else:
+        return {}
+    return {f"weight.{name}": tensor for name, tensor in stored.items() if name != CODES}
 
 
 _CLASSES: tuple[Any, ...] = (LoRALinear4bit, LoRALinearNF4, LoRALinearFP4, LoRALinear8bitLt)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from .. import functional as FE
 from ..config import QUANTISED_MERGES
 from ..errors import ArgumentError, TargetError, warn
-from ..report import Report
 from .adapted import AdaptedLinear, Updates
 from .finite import check_finite
 
@@ -24,8 +23,8 @@ CHOICES = (
     '"requantise" (add in fp32, quantise again) or "residual" (keep the sum of all updates in bf16 beside it)'
 )
 HOW = (
-    f"choose LoRAConfig(quantised_merge=...), {CHOICES}; where adapters are present already, set "
-    "layer.quantised_merge of every layer in fe.adapters(model).values()"
+    f"choose quantised_merge of LoRAConfig, or of attach_ewc for PEFT, {CHOICES}; where adapters are present "
+    "already, set layer.quantised_merge of all fe.adapters(model).values()"
 )
 # A rounding error above this part of an update leaves little of what was trained.
 LARGEST_SHARE = 0.5
@@ -47,6 +46,9 @@ class Quantisation(Protocol):
 
     def quantised(self, module: Any, new: Tensor) -> dict[str, Tensor]:
         """`stored` of the weight `new`, quantised with the settings of the present one."""
+
+    def kind(self, module: Any) -> str:
+        """The name of the kind of weight, such as "nf4"."""
 
     def dtype(self, module: Any) -> torch.dtype:
         """The dtype of the numbers: fp32, or fp64 where the library has such weights."""
@@ -100,8 +102,10 @@ class QuantisedLinear(AdaptedLinear):
         wide = any(parameter.dtype == torch.float64 for _, parameter in self.named_lora_parameters())
         return torch.float64 if wide else self.quantisation.dtype(self.storage)
 
-    def not_fused(self) -> str | None:
-        return "the product with its quantised weight is that of its library"
+    @property
+    def weight_kind(self) -> str:
+        """How the weight is quantised, in words."""
+        return self.quantisation.kind(self.storage)
 
     def base_forward(self, x: Tensor) -> Tensor:
         """The library's product, and that with the residual."""
@@ -259,19 +263,6 @@ class QuantisedLinear(AdaptedLinear):
         if f"{prefix}{RESIDUAL}" in state_dict:
             self._with_residual()
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def rounding_report(layers: Mapping[str, AdaptedLinear]) -> Report:
-    """A table of the quantised layers: what the last merge or consolidation rounded, against its update."""
-    rows = []
-    for name, layer in layers.items():
-        if isinstance(layer, QuantisedLinear):
-            found = layer.rounding
-            norms = (None, None, None) if found is None else (found.update, found.error, found.share)
-            row = {"name": name, "class": layer.plain.__name__, "merge": layer.quantised_merge}
-            rows.append({**row, **dict(zip(("update", "error", "share"), norms, strict=True))})
-    notes = () if rows else ("no quantised layers with adapters",)
-    return Report("updates that were rounded into quantised weights", rows, notes, {"layers": len(rows)})
 
 
 def warn_of_rounding(action: str, layers: Mapping[str, AdaptedLinear]) -> None:
