@@ -153,7 +153,7 @@ def add_low_rank(
     adapters, dropout and `capture` as in `lora_linear_adapters`. Returns a new tensor in the dtype of y; sums
     are fp32 (fp64 for fp64), with autocast too. Raises `ArgumentError` or `DtypeError` naming the argument.
 
-        >>> y = add_low_rank(quantised(x), x, [Adapter(lora_a, lora_b, 1.0, ((0, 768),))])
+        >>> y = add_low_rank(model(x), x, [Adapter(lora_a, lora_b, 1.0, ((0, 768),))])
     """
     rows = check.add_low_rank(y, x, adapters, residual, dropout_p)
     if dropout_p > 0.0 and not training:

@@ -13,7 +13,8 @@ from fused_ewclora.integrations._library import _SUPPORTED, require
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = {"timm": "timm", "transformers": "transformers", "accelerate": "transformers", "peft": "peft",
-          "avalanche": "avalanche", "torchvision": "torchvision"}  # fmt: skip
+          "avalanche": "avalanche", "torchvision": "torchvision",
+          "bitsandbytes": "bitsandbytes", "torchao": "torchao"}  # fmt: skip
 
 
 @pytest.fixture
