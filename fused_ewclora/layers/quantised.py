@@ -246,7 +246,7 @@ class QuantisedLinear(AdaptedLinear):
     def _with_residual(self) -> Tensor:
         """The residual; where there was none it is 0, which changes no number of the weight."""
         if self.residual is None:
-            self.register_buffer(RESIDUAL, self._empty_residual(self.device))
+            self.register_buffer(RESIDUAL, self._empty_residual(self.weight.device))
         return self._buffers[RESIDUAL]  # type: ignore[return-value]
 
     def _add_adapters(self, *args: Any) -> None:
