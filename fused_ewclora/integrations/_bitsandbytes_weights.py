@@ -18,9 +18,9 @@ CODES, _SCALES, _SUPER_SCALES, _OFFSET = "codes", "scales", "super_scales", "off
 _INT8 = 127.0
 
 
-def _memory(tensor: Tensor) -> Tensor:
-    """The tensor without the class of its parameter, in the same memory."""
-    return tensor.detach().as_subclass(Tensor)
+def _bytes(codes: Tensor) -> Tensor:
+    """Codes in the same memory, without the class of their parameter and the dtype that they pose as."""
+    return codes.detach().as_subclass(Tensor).view(torch.uint8).view(-1, 1)
 
 
 class FourBit:
@@ -42,7 +42,7 @@ class FourBit:
 
     def stored(self, module: Any) -> dict[str, Tensor]:
         state = module.weight.quant_state
-        tensors = {CODES: _memory(module.weight), _SCALES: state.absmax}
+        tensors = {CODES: _bytes(module.weight), _SCALES: state.absmax}
         if state.nested:
             tensors |= {_SUPER_SCALES: state.state2.absmax, _OFFSET: state.offset}
         return tensors
@@ -66,7 +66,6 @@ class FourBit:
             blocksize=old.blocksize,
             compress_statistics=old.nested,
             quant_type=old.quant_type,
-            quant_storage=module.weight.dtype,
         )
         tensors = {CODES: codes, _SCALES: state.absmax}
         if old.nested:
