@@ -159,8 +159,11 @@ def add_low_rank(
     if dropout_p > 0.0 and not training:
         dropout_p = 0.0
     mask_seed = check.seed_tensor(seed, x.device) if dropout_p > 0.0 else None
-    lora_as, lora_bs, scales = ([adapter[i] for adapter in adapters] for i in range(3))
-    together = Adapters.of(lora_as, lora_bs, scales)
+    together = Adapters.of(
+        [adapter.lora_a for adapter in adapters],
+        [adapter.lora_b for adapter in adapters],
+        [adapter.scale for adapter in adapters],
+    )
     meta = _low_rank.AddLowRankMeta(rows, together.scale_factors, float(dropout_p))
     return _low_rank.add_low_rank(y, x, residual, together, meta, mask_seed, capture)
 

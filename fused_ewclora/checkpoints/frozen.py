@@ -29,8 +29,8 @@ def register_hidden(rule: HiddenRule) -> HiddenRule:
 
 
 def outside_tensors(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
-    """Parameters, persistent buffers and hidden tensors by canonical name, except adapters and adapted weights; the names are
-    those in a model that `inject` adapted, for PEFT's layers too."""
+    """Parameters, persistent buffers and hidden tensors by canonical name, except adapters and adapted
+    weights; the names are those in a model that `inject` adapted, for PEFT's layers too."""
     found: dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
         persistent = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}

@@ -47,9 +47,7 @@ class FourBit:
             tensors |= {_SUPER_SCALES: state.state2.absmax, _OFFSET: state.offset}
         return tensors
 
-    def numbers(
-        self, module: Any, dtype: torch.dtype, stored: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
+    def numbers(self, module: Any, dtype: torch.dtype, stored: Mapping[str, Tensor] | None = None) -> Tensor:
         state = copy.copy(module.weight.quant_state)
         tensors = self.stored(module) if stored is None else stored
         state.absmax, state.dtype = tensors[_SCALES], torch.float32
@@ -99,9 +97,7 @@ class EightBit:
             module.weight.data = module.state.CB
         return {CODES: module.state.CB, _SCALES: module.state.SCB}
 
-    def numbers(
-        self, module: Any, dtype: torch.dtype, stored: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
+    def numbers(self, module: Any, dtype: torch.dtype, stored: Mapping[str, Tensor] | None = None) -> Tensor:
         tensors = self.stored(module) if stored is None else stored
         return tensors[CODES].to(dtype) * (tensors[_SCALES].to(dtype)[:, None] / _INT8)
 
@@ -122,9 +118,9 @@ def _packed(state: Any) -> str | None:
     if not getattr(state, "packing_format_for_cpu", False):
         return None
     return (
-        "bitsandbytes has packed its weight for inference on this CPU, in a call in eval mode, and rounded its "
-        "scales to bf16, from which there is no way back; load the model again, and inject before it runs in "
-        "eval mode"
+        "bitsandbytes has packed its weight for inference on this CPU, in a call in eval mode, and rounded "
+        "its scales to bf16, from which there is no way back; load the model again, and inject before it "
+        "runs in eval mode"
     )
 
 

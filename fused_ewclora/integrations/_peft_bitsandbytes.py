@@ -35,7 +35,7 @@ class _SteadyBase(FusedPeftQuantised):
         return base
 
 
-class FusedPeft4bit(_SteadyBase, PeftLinear4bit):  # type: ignore[misc]
+class FusedPeft4bit(_SteadyBase, PeftLinear4bit):
     """`peft.tuners.lora.bnb.Linear4bit` whose adapter is one autograd node."""
 
     plain = PeftLinear4bit
@@ -46,7 +46,7 @@ class FusedPeft4bit(_SteadyBase, PeftLinear4bit):  # type: ignore[misc]
         return unfit_four(base) if isinstance(base, bnb.nn.Linear4bit) else _not(base, "Linear4bit")
 
 
-class FusedPeft8bit(_SteadyBase, PeftLinear8bitLt):  # type: ignore[misc]
+class FusedPeft8bit(_SteadyBase, PeftLinear8bitLt):
     """`peft.tuners.lora.bnb.Linear8bitLt` whose adapter is one autograd node."""
 
     plain = PeftLinear8bitLt

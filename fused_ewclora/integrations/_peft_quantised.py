@@ -66,7 +66,7 @@ class FusedPeftQuantised(FusedPeft, QuantisedLinear):
         self._fold_residual("unload")
         if merge:
             self.merge(safe_merge, adapter_names)
-        base: nn.Module = self.get_base_layer()
+        base: nn.Module = self.base_layer
         return base
 
     @torch.no_grad()

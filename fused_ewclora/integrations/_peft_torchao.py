@@ -12,7 +12,7 @@ from ._peft_quantised import FusedPeftQuantised
 from ._torchao_weights import KINDS, TorchAO, unfit
 
 
-class FusedPeftTorchAO(FusedPeftQuantised, TorchaoLoraLinear):  # type: ignore[misc]
+class FusedPeftTorchAO(FusedPeftQuantised, TorchaoLoraLinear):
     """`peft.tuners.lora.torchao.TorchaoLoraLinear` whose adapter is one autograd node."""
 
     plain = TorchaoLoraLinear

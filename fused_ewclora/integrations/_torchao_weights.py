@@ -59,9 +59,7 @@ class TorchAO:
         parts = {name: getattr(module.weight, name, None) for name in _PARTS}
         return {name: tensor for name, tensor in parts.items() if tensor is not None}
 
-    def numbers(
-        self, module: Any, dtype: torch.dtype, stored: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
+    def numbers(self, module: Any, dtype: torch.dtype, stored: Mapping[str, Tensor] | None = None) -> Tensor:
         names, context = module.weight.__tensor_flatten__()
         inner = {name: getattr(module.weight, name) for name in names} | dict(stored or {})
         shape, strides = module.weight.shape, module.weight.stride()

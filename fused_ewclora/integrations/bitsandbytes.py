@@ -5,7 +5,7 @@ fe.inject(model, fe.LoRAConfig(target_modules=["q_proj"], quantised_merge="resid
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,13 +15,16 @@ from ..layers.bypass import CLASS, register_module_settings
 from ..layers.matching import register_adapted_class
 from ..layers.quantised import QuantisedLinear
 from ._bitsandbytes_weights import CODES, EightBit, FourBit, unfit_eight, unfit_four
+from ._library import require
 
-from bitsandbytes.nn import Linear4bit, Linear8bitLt, LinearFP4, LinearNF4  # noqa: E402, I001  (checked above)
+require("bitsandbytes")
+
+from bitsandbytes.nn import Linear4bit, Linear8bitLt, LinearFP4, LinearNF4  # noqa: E402  (after the check)
 
 __all__ = ["LoRALinear4bit", "LoRALinear8bitLt", "LoRALinearFP4", "LoRALinearNF4"]
 
 
-class LoRALinear4bit(QuantisedLinear, Linear4bit):  # type: ignore[misc]
+class LoRALinear4bit(QuantisedLinear, Linear4bit):
     """`bitsandbytes.nn.Linear4bit` (NF4 or FP4) with adapters, which are those of `LoRALinear`, in fp32.
 
     >>> inject(model.to("cpu"), LoRAConfig(target_modules=["fc1"], quantised_merge="requantise"))
@@ -35,19 +38,19 @@ class LoRALinear4bit(QuantisedLinear, Linear4bit):  # type: ignore[misc]
         return unfit_four(module)
 
 
-class LoRALinearNF4(LoRALinear4bit, LinearNF4):  # type: ignore[misc]
+class LoRALinearNF4(LoRALinear4bit, LinearNF4):
     """`bitsandbytes.nn.LinearNF4` with adapters."""
 
     plain = LinearNF4
 
 
-class LoRALinearFP4(LoRALinear4bit, LinearFP4):  # type: ignore[misc]
+class LoRALinearFP4(LoRALinear4bit, LinearFP4):
     """`bitsandbytes.nn.LinearFP4` with adapters."""
 
     plain = LinearFP4
 
 
-class LoRALinear8bitLt(QuantisedLinear, Linear8bitLt):  # type: ignore[misc]
+class LoRALinear8bitLt(QuantisedLinear, Linear8bitLt):
     """`bitsandbytes.nn.Linear8bitLt` (LLM.int8()) with adapters, which are those of `LoRALinear`, in fp32.
 
     In eval mode the library quantises inputs too, as it does without adapters.
@@ -63,7 +66,7 @@ class LoRALinear8bitLt(QuantisedLinear, Linear8bitLt):  # type: ignore[misc]
         return unfit_eight(module)
 
 
-class SteadyLinear4bit(Linear4bit):  # type: ignore[misc]
+class SteadyLinear4bit(Linear4bit):
     """A `Linear4bit` without adapters in a model that has some.
 
     Its calls change nothing of it. The library's own cast its bias in place, and on some CPUs pack its weight
@@ -75,7 +78,7 @@ class SteadyLinear4bit(Linear4bit):  # type: ignore[misc]
         return _FOUR.product(self, x)
 
 
-class SteadyLinear8bitLt(Linear8bitLt):  # type: ignore[misc]
+class SteadyLinear8bitLt(Linear8bitLt):
     """A `Linear8bitLt` without adapters in a model that has some; its calls do not cast its bias in place."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,7 +87,7 @@ class SteadyLinear8bitLt(Linear8bitLt):  # type: ignore[misc]
 
 
 _FOUR, _EIGHT = FourBit(), EightBit()
-_STEADY = {
+_STEADY: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], str | None]]] = {
     Linear4bit: (SteadyLinear4bit, unfit_four),
     LinearNF4: (SteadyLinear4bit, unfit_four),
     LinearFP4: (SteadyLinear4bit, unfit_four),
@@ -95,10 +98,10 @@ _STEADY = {
 @register_module_settings
 def steady(module: nn.Module) -> Mapping[str, Any] | None:
     """The class whose calls leave a quantised layer without adapters as it is."""
-    kind, unfit = _STEADY.get(type(module), (None, None))
-    if kind is None or unfit(module) is not None or "forward" in vars(module):
+    if type(module) not in _STEADY or "forward" in vars(module):
         return None
-    return {CLASS: kind}
+    kind, unfit = _STEADY[type(module)]
+    return None if unfit(module) else {CLASS: kind}
 
 
 @register_hidden

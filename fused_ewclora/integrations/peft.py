@@ -72,8 +72,8 @@ def attach_ewc(peft_model: nn.Module, *, quantised_merge: str | None = None, **e
     initialises the adapter anew. After that PEFT's adapter file alone no longer describes the model: save it
     with `fe.save_pretrained(path, peft_model, ewc)`, or as a plain model after
     `peft_model.merge_and_unload()`. The model must have exactly one adapter, because consolidation would
-    change what other adapters compute. quantised_merge is that of `LoRAConfig`, for base layers with quantised
-    weights. ewc_kwargs are the arguments of `fe.EWC`. Raises `TargetError` for
+    change what other adapters compute. quantised_merge is that of `LoRAConfig`, for base layers with
+    quantised weights. ewc_kwargs are the arguments of `fe.EWC`. Raises `TargetError` for
     several adapters, merged ones, or layers that the fused op does not serve, and the errors of `fe.EWC`; the
     model is unchanged then.
 

@@ -58,8 +58,9 @@ def register_outer_call(rule: CallRule) -> CallRule:
 
 
 def register_module_settings(rule: ModuleRule) -> ModuleRule:
-    """Add a rule for modules that would change themselves in calls, such as their frozen weights: rule(module)
-    -> attributes that prevent it, or None. It is asked about all modules beside the adapted layers."""
+    """Add a rule for modules that would change themselves in calls, such as their frozen weights:
+    rule(module) -> attributes that prevent it, or None. It is asked about all modules beside the adapted
+    layers."""
     _module_rules.append(rule)
     return rule
 
@@ -115,9 +116,10 @@ def find_fixes(
 
 def _of_modules(model: nn.Module, layers: set[nn.Module]) -> Iterator[BypassFix]:
     for name, module in model.named_modules() if _module_rules else ():
-        if module not in layers and OLD_VALUES not in vars(module):
-            if settings := next(filter(None, (rule(module) for rule in _module_rules)), None):
-                yield BypassFix(name, module, "", settings)
+        if module in layers or OLD_VALUES in vars(module):
+            continue
+        if settings := next(filter(None, (rule(module) for rule in _module_rules)), None):
+            yield BypassFix(name, module, "", settings)
 
 
 def _places(

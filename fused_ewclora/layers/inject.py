@@ -238,11 +238,10 @@ def _report(model: nn.Module, planned: Plan) -> Report:
         f"trainable: {trainable:,} of {total:,} parameters ({share:.3%}) in {len(planned.matches)} layers"
     ]
     notes += [f"skipped: {shorten(names)} ({reason})" for reason, names in planned.skipped.items()]
-    for setting, (names, children) in _changed_parents(planned).items():
-        reason = "so that calls leave it as it is" if "" in children else (
-            f"or {shorten(children)} would never be called"
-        )
-        notes.append(f"set on {shorten(names)}: {setting}, {reason}; eject restores the old value")
+    for setting, (parents, children) in _changed_parents(planned).items():
+        kept = "so that calls leave it as it is"
+        reason = kept if "" in children else f"or {shorten(children)} would never be called"
+        notes.append(f"set on {shorten(parents)}: {setting}, {reason}; eject restores the old value")
     heads = freezing.frozen_heads(model)
     if heads:
         notes.append(f"frozen heads: {shorten(heads)}; to train them: {freezing.thawing_line(heads)}")

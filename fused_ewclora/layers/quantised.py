@@ -39,9 +39,7 @@ class Quantisation(Protocol):
     def stored(self, module: Any) -> dict[str, Tensor]:
         """The tensors that determine the numbers, by name, in their own memory."""
 
-    def numbers(
-        self, module: Any, dtype: torch.dtype, stored: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
+    def numbers(self, module: Any, dtype: torch.dtype, stored: Mapping[str, Tensor] | None = None) -> Tensor:
         """W `[out_features, in_features]`, or what it would be with these tensors in place of its own."""
 
     def quantised(self, module: Any, new: Tensor) -> dict[str, Tensor]:
@@ -160,8 +158,8 @@ class QuantisedLinear(AdaptedLinear):
             )
         if not merge and (self._residual_before_merge() if self.merged else self.residual is not None):
             return (
-                f"{self.plain.__name__} cannot hold the residual of earlier tasks, which would be lost; eject "
-                'with merge=True and layer.quantised_merge = "requantise"'
+                f"{self.plain.__name__} cannot hold the residual of earlier tasks, which would be lost; "
+                'eject with merge=True and layer.quantised_merge = "requantise"'
             )
         return None
 
@@ -276,7 +274,8 @@ def warn_of_rounding(action: str, layers: Mapping[str, AdaptedLinear]) -> None:
     if lost:
         worst = max(lost, key=shares.__getitem__)
         warn(
-            f"{action}: quantising again changed more than {LARGEST_SHARE:.0%} of the update of {len(lost)} of "
-            f"{len(shares)} layers ({worst}: the error is {shares[worst]:.0%} of the update), so little is left "
-            'of what was trained; quantised_merge="residual" keeps it. fe.rounding(model) lists all layers'
+            f"{action}: quantising again changed more than {LARGEST_SHARE:.0%} of the update of "
+            f"{len(lost)} of {len(shares)} layers ({worst}: the error is {shares[worst]:.0%} of the update), "
+            'so little is left of what was trained; quantised_merge="residual" keeps it. fe.rounding(model) '
+            "lists all layers"
         )

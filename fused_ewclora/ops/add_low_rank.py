@@ -39,7 +39,7 @@ class AddLowRankFunction(torch.autograd.Function):
         x: Tensor,
         residual: Tensor | None,
         seed: Tensor | None,
-        *tensors: Tensor | None,
+        *tensors: Any,
     ) -> Tensor:
         args = (residual, *by_kind(tensors), meta.scale_factors, meta.rows, meta.dropout_p, seed)
         total, zs = formulas.forward(y, x, *args)
@@ -81,14 +81,17 @@ def add_low_rank(
     capture: FisherCapture | None,
 ) -> Tensor:
     """The sum for arguments that have been checked."""
-    tensors = adapters.tensors()
-    args = (y, x, residual, *by_kind(tensors), meta.scale_factors, meta.rows, meta.dropout_p, seed)
+    args = (y, x, residual, *adapters, meta.rows, meta.dropout_p, seed)
     with torch.autocast(x.device.type, enabled=False):
         if not torch.compiler.is_compiling() and schemas.is_transformed():
             if capture is not None:
-                raise FisherError(f"a Fisher pass: expected plain calls of its layers, got one in {TRANSFORMS}")
+                raise FisherError(
+                    f"a Fisher pass: expected plain calls of its layers, got one in {TRANSFORMS}"
+                )
             return formulas.add_low_rank(*args)
         if capture is None and not torch.is_grad_enabled():
             return formulas.forward(*args)[0]
-        found: Tensor = AddLowRankFunction.apply(meta, capture, *distinct([y, x, residual, seed, *tensors]))
+        found: Tensor = AddLowRankFunction.apply(
+            meta, capture, *distinct([y, x, residual, seed, *adapters.tensors()])
+        )
         return found

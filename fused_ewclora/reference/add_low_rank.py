@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .adapters import as_rows, by_kind, row_ranges
-from .lora_linear import accumulate_dtype
 from .philox import dropout
 
 
 def wide_dtype(y: Tensor, x: Tensor, lora_as: Sequence[Tensor]) -> torch.dtype:
     """The dtype of sums: fp32, or fp64 if any operand is fp64."""
-    return torch.float64 if torch.float64 in {y.dtype, x.dtype, *(a.dtype for a in lora_as)} else torch.float32
+    return (
+        torch.float64 if torch.float64 in {y.dtype, x.dtype, *(a.dtype for a in lora_as)} else torch.float32
+    )
 
 
 def _times(z: Tensor, scale: Tensor | None, factor: float) -> Tensor:
@@ -45,7 +46,8 @@ def add_low_rank(
     dropout_p: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """y `[..., d_out]` with the products of x `[..., d_in]` added, in the dtype of y; `rows` as in the ops."""
+    """y `[..., d_out]` with the products of x `[..., d_in]` added, in the dtype of y; `rows` as in the
+    ops."""
     acc = wide_dtype(y, x, lora_as)
     x2, total = as_rows(x).to(acc), as_rows(y).to(acc)
     if residual is not None:
@@ -113,8 +115,9 @@ def backward(
     seed: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients asked for by `needs` = (x, then every A, every B, every s), in that order, each in its input's
-    dtype; that of y is dy. Without zs they are computed again, connected to the graphs of all arguments."""
+    """Gradients asked for by `needs` = (x, then every A, every B, every s), in that order, each in the dtype
+    of its input; that of y is dy. Without zs they are computed again, connected to the graphs of all
+    arguments."""
     acc = wide_dtype(dy, x, lora_as)
     g, x2 = as_rows(dy).to(acc), as_rows(x).to(acc)
     need_as, need_bs, need_scales = by_kind(needs[1:])

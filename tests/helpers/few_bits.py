@@ -19,7 +19,8 @@ D_IN, HIDDEN, CLASSES = 6, 10, 4
 
 
 class FewBits(nn.Linear):
-    """x W^T + bias with W = codes * scales, one scale per row; the scales are no buffer, as in bitsandbytes."""
+    """x W^T + bias with W = codes * scales, one scale per row; the scales are no buffer, as in
+    bitsandbytes."""
 
     def __init__(self, d_in: int, d_out: int, bias: bool = True) -> None:
         super().__init__(d_in, d_out, bias, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What is particular to bitsandbytes: calls that change their own layer, and weights that cannot be adapted."""
+"""What is particular to bitsandbytes: calls that change their layer, and weights that cannot be adapted."""
 
 from __future__ import annotations
 
@@ -74,29 +74,36 @@ def test_named_classes(kind):
     fe.inject(model, fe.LoRAConfig(r=2, target_modules=TARGETS, quantised_merge="residual"))
     assert type(model.fc1).__name__ == f"LoRA{kind.__name__}" and isinstance(model.fc1, LoRALinear4bit)
     fe.EWC(model, 1.0).end_task([batch(0)], F.cross_entropy)
-    assert {row["weight"] for row in fe.rounding(model).rows} == {kind.__name__.removeprefix("Linear").lower()}
+    assert {row["weight"] for row in fe.rounding(model).rows} == {
+        kind.__name__.removeprefix("Linear").lower()
+    }
 
 
 def test_unfit_weights():
     """Weights that are not quantised (yet, or any more) are refused, with what was expected and what came."""
-    refused(MLP(four), "fc1: its weight is expected to be quantised, and still holds torch.float32 numbers")
+    refused(MLP(four), r"fc1: its weight is expected to be quantised, and still holds torch.float32 numbers")
     model = MLP(four).to("cpu")
     model.fc1.weight = nn.Parameter(torch.zeros(HIDDEN, D_IN), requires_grad=False)
-    refused(model, "fc1: its weight is expected to be a quantised Params4bit, and is Parameter of torch.float32")
-    refused(MLP(bnb.nn.Linear8bitLt).to("cpu"), "fc1: it keeps its weight in floating point.*has_fp16_weights=False")
+    refused(
+        model, "fc1: its weight is expected to be a quantised Params4bit, and is Parameter of torch.float32"
+    )
+    refused(
+        MLP(bnb.nn.Linear8bitLt).to("cpu"),
+        "fc1: it keeps its weight in floating point.*has_fp16_weights=False",
+    )
     eight = MLP(lambda d_in, d_out, bias=True: bnb.nn.Linear8bitLt(d_in, d_out, bias, has_fp16_weights=False))
-    refused(eight, "fc1: its weight is expected to be quantised to int8, and still holds torch.float32")
+    refused(eight, r"fc1: its weight is expected to be quantised to int8, and still holds torch.float32")
 
 
 def test_packed_weights():
     """A weight that bitsandbytes has packed for inference is refused, also when a layer is called."""
     model = MLP(four).to("cpu")
     model.fc1.weight.quant_state.packing_format_for_cpu = True  # as a call in eval mode does on some CPUs
-    refused(model, "fc1: bitsandbytes has packed its weight for inference")
+    refused(model, r"fc1: bitsandbytes has packed its weight for inference")
     model.fc1.weight.quant_state.packing_format_for_cpu = False
     fe.inject(model, fe.LoRAConfig(r=2, target_modules=["fc1"]))
     model.fc1.weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(fe.TargetError, match="packed its weight"):
+    with pytest.raises(fe.TargetError, match=r"packed its weight"):
         model(batch(0)[0])
 
 
@@ -106,7 +113,7 @@ def test_overflow_of_8_bits():
     with torch.no_grad():
         model.fc1.lora_B[0] = 1e6
     before = [tensor.clone() for tensor in model.fc1.weight_state().values()]
-    with pytest.raises(fe.ArgumentError, match="fc1: merge: .*expected finite values"):
+    with pytest.raises(fe.ArgumentError, match=r"fc1: merge: .*expected finite values"):
         fe.merge(model)
     assert all(map(torch.equal, before, model.fc1.weight_state().values())) and not model.fc1.merged
 
@@ -117,7 +124,7 @@ def test_subclasses_are_refused():
     class Other(bnb.nn.Linear4bit):
         pass
 
-    refused(MLP(Other).to("cpu"), "fc1: Other is a subclass of Linear")
+    refused(MLP(Other).to("cpu"), r"fc1: Other is a subclass of Linear")
 
 
 def test_eval_quantises_inputs():

@@ -1,8 +1,9 @@
-"""Layers with quantised weights of real libraries: adapters beside the library's own product, EWC, merging."""
+"""Layers with quantised weights of real libraries: adapters beside the library's product, EWC, merging."""
 
 from __future__ import annotations
 
 import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,9 @@ def test_second_derivatives(kind):
         inputs = inputs.clone().requires_grad_()
         (first,) = torch.autograd.grad(F.cross_entropy(tested(inputs), y), inputs, create_graph=True)
         found.append(torch.autograd.grad(first.square().sum(), inputs)[0])
-    torch.testing.assert_close(found[0].double(), found[1], rtol=1e-4, atol=1e-4 * float(found[1].abs().max()))
+    torch.testing.assert_close(
+        found[0].double(), found[1], rtol=1e-4, atol=1e-4 * float(found[1].abs().max())
+    )
 
 
 @every_kind
@@ -94,7 +97,10 @@ def test_three_tasks(kind, mode):
     before = dict(origin)
     for task in range(3):
         trained(model, task)
-        delta = {name: 1.5 * layer.lora_B.double() @ layer.lora_A.double() for name, layer in fe.adapters(model).items()}
+        delta = {
+            name: 1.5 * layer.lora_B.double() @ layer.lora_A.double()
+            for name, layer in fe.adapters(model).items()
+        }
         exact = sum(float((3.5 * fishers[name] * delta[name].detach() ** 2).sum()) for name in TARGETS)
         assert float(ewc.penalty().detach()) == pytest.approx(exact, rel=1e-4)
         x, y = batch(task)
@@ -156,7 +162,9 @@ def test_ejects_into_the_librarys_layers(kind):
     model, plain = adapted(kind, "requantise"), model_of(kind)
     sums = {name: layer.consolidated_weight() for name, layer in fe.adapters(model).items()}
     expected = {
-        name: layer.quantisation.numbers(layer, torch.float32, layer.quantisation.quantised(layer, sums[name]))
+        name: layer.quantisation.numbers(
+            layer, torch.float32, layer.quantisation.quantised(layer, sums[name])
+        )
         for name, layer in fe.adapters(model).items()
     }
     fe.eject(model)
@@ -207,7 +215,7 @@ def test_refused_without_choice(kind):
     before = states(model)
     ewc = fe.EWC(model, 1.0)
     for call in (lambda: fe.merge(model), lambda: ewc.end_task([batch(0)], F.cross_entropy)):
-        with pytest.raises(fe.TargetError, match='fc1: .*"requantise".*"residual"'):
+        with pytest.raises(fe.TargetError, match=r'fc1: .*"requantise".*"residual"'):
             call()
     assert states(model) == before and ewc.tasks == 0
 
@@ -220,6 +228,6 @@ def test_residual_keeps_more():
     x, _ = batch(0)
     exact = kept(x)
     fe.merge(kept)
-    with pytest.warns(fe.EWCLoRAWarning, match="the error is .* of the update"):
+    with pytest.warns(fe.EWCLoRAWarning, match=r"the error is .* of the update"):
         fe.merge(lost)
     assert float((kept(x) - exact).norm()) < 0.05 * float((lost(x) - exact).norm())

@@ -68,7 +68,9 @@ def test_unknown_subclasses_are_refused():
 
     other = Other(weight.qdata, weight.scale, weight.block_size, weight.dtype)
     model.fc1.weight = nn.Parameter(other, requires_grad=False)
-    with pytest.raises(fe.TargetError, match="fc1: its weight is Other, which is not one that can be adapted"):
+    with pytest.raises(
+        fe.TargetError, match="fc1: its weight is Other, which is not one that can be adapted"
+    ):
         fe.inject(model, fe.LoRAConfig(r=2, target_modules=["fc1"]))
 
 

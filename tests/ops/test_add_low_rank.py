@@ -16,6 +16,9 @@ WIDE = torch.float64
 D_IN, D_OUT = 8, 12
 
 
+WRONG = Adapter(torch.zeros(2, 9, dtype=WIDE), torch.zeros(12, 2, dtype=WIDE), 1.0, ((0, 12),))
+
+
 def leaf(generator, *shape):
     return torch.randn(*shape, generator=generator, dtype=WIDE).requires_grad_()
 
@@ -23,7 +26,12 @@ def leaf(generator, *shape):
 def case(slices: bool = False):
     """(x, W, R, adapters, leaves)."""
     draw = seeding.generator(1)
-    x, a, b, s = leaf(draw, 2, 3, D_IN), leaf(draw, 2, D_IN), leaf(draw, 4 if slices else D_OUT, 2), leaf(draw, 2)
+    x, a, b, s = (
+        leaf(draw, 2, 3, D_IN),
+        leaf(draw, 2, D_IN),
+        leaf(draw, 4 if slices else D_OUT, 2),
+        leaf(draw, 2),
+    )
     weight = torch.randn(D_OUT, D_IN, generator=draw, dtype=WIDE)
     residual = torch.randn(D_OUT, D_IN, generator=draw).to(torch.bfloat16)
     if not slices:
@@ -76,7 +84,7 @@ def test_transforms_agree():
 
 def test_fisher_of_capture():
     """A capture gets x and dy of the call: the sum of squared per-sample gradients."""
-    x, weight, _, adapters, leaves = case()
+    x, weight, _, adapters, _ = case()
     fisher = torch.zeros(D_OUT, D_IN, dtype=WIDE)
     capture = FisherCapture([fisher], [((0, D_OUT),)], reduction="sum")
     y = FE.add_low_rank(F.linear(x, weight), x, adapters, capture=capture)
@@ -106,7 +114,7 @@ def test_nothing_to_add():
     y = torch.randn(3, D_OUT, generator=seeding.generator(1))
     result = FE.add_low_rank(y, torch.zeros(3, D_IN), [])
     assert torch.equal(result, y) and result.data_ptr() != y.data_ptr()
-    x, weight, residual, adapters, leaves = case()
+    x, _, residual, adapters, leaves = case()
     empty = FE.add_low_rank(torch.zeros(0, D_OUT, dtype=WIDE), x[0, :0], adapters, residual)
     grads = torch.autograd.grad(empty.sum(), leaves)
     assert empty.shape == (0, D_OUT) and all(not grad.any() for grad in grads)
@@ -132,8 +140,7 @@ def test_compiles_whole():
         ({"y": torch.zeros(4, D_OUT, dtype=WIDE)}, "y: expected leading shape"),
         ({"residual": torch.zeros(D_IN, D_OUT)}, r"residual: expected shape \[12, 8\]"),
         ({"dropout_p": 2.0}, "dropout_p: expected a probability"),
-        ({"adapters": [Adapter(torch.zeros(2, 9, dtype=WIDE), torch.zeros(12, 2, dtype=WIDE), 1.0, ((0, 12),))]},
-         "lora_a: expected 8 columns"),
+        ({"adapters": [WRONG]}, "lora_a: expected 8 columns"),
         ({"y": torch.zeros(2, 3, D_OUT, dtype=torch.int64)}, "y: expected a floating-point"),
     ],
 )  # fmt: skip
