@@ -13,7 +13,8 @@ from ..errors import TargetError
 from ..ewc.controller import EWC
 from ..report import Report
 from ._library import require
-from ._peft_layers import FusedPeft, fused_class
+from ._peft_classes import fused_class
+from ._peft_layers import FusedPeft
 from ._peft_quantised import FusedPeftQuantised, check_without_residuals
 
 require("peft")

@@ -22,7 +22,11 @@ pytestmark = [
 EPS = torch.finfo(torch.float32).eps
 BF16 = torch.finfo(torch.bfloat16).eps
 every_kind = pytest.mark.parametrize("kind", KINDS)
-both_modes = pytest.mark.parametrize("mode", ["residual", "requantise"])
+SOME = ("nf4 nested", "int8", "Int8Tensor", "Float8Tensor")
+some_kinds = pytest.mark.parametrize("kind", SOME)
+# A residual depends on the library in the numbers of the weight alone.
+MODES = [*((kind, "requantise") for kind in KINDS), *((kind, "residual") for kind in SOME)]
+both_modes = pytest.mark.parametrize(("kind", "mode"), MODES)
 
 
 def states(model: nn.Module) -> dict[str, str]:
@@ -69,7 +73,7 @@ def test_outputs_and_gradients(kind):
         torch.testing.assert_close(layer.lora_B.grad.double(), 1.5 * g @ a.T, **close)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8", "Int8Tensor"])
+@some_kinds
 def test_second_derivatives(kind):
     """A gradient penalty has the derivatives of the dense model."""
     model = adapted(kind)
@@ -85,7 +89,6 @@ def test_second_derivatives(kind):
     )
 
 
-@every_kind
 @both_modes
 def test_three_tasks(kind, mode):
     """Over three tasks Fisher, penalty and weights follow the formulas; a residual is exact to bf16, and what
@@ -123,12 +126,11 @@ def test_three_tasks(kind, mode):
                 assert error < BF16 * float(total.norm()) and changed < 0.02
             else:
                 assert layer.rounding.error == pytest.approx(error, rel=1e-3)
-                assert layer.rounding.update == pytest.approx(float(delta[name].norm()), rel=1e-3)
+                assert layer.rounding.update == pytest.approx(float(delta[name].detach().norm()), rel=1e-3)
             before[name] = layer.base_weight
         assert changed > 0.0 or mode == "residual"
 
 
-@every_kind
 @both_modes
 def test_unmerge_and_checkpoints(kind, mode, tmp_path):
     """unmerge restores every bit; a checkpoint, loaded into a fresh model, has every bit; copies compute the
@@ -175,7 +177,7 @@ def test_ejects_into_the_librarys_layers(kind):
     torch.testing.assert_close(model.fc2(x).T, expected["fc2"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["nf4 nested", "int8", "Int8Tensor", "Float8Tensor"])
+@some_kinds
 def test_compile_and_checkpointing(kind):
     """One graph, and activation checkpointing, with the results of eager calls."""
     model = adapted(kind, lora_dropout=0.3).eval()
@@ -195,7 +197,7 @@ def test_compile_and_checkpointing(kind):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8", "Float8Tensor"])
+@some_kinds
 def test_autocast(kind):
     """Under autocast adapters stay in fp32 beside what the library computes."""
     model = adapted(kind)
@@ -208,7 +210,7 @@ def test_autocast(kind):
     assert model.fc1.lora_A.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", ["fp4", "int8", "Int8Tensor"])
+@some_kinds
 def test_refused_without_choice(kind):
     """Without quantised_merge nothing changes a weight, and the error names the layer and both choices."""
     model = adapted(kind, None)
