@@ -144,7 +144,7 @@ def add_low_rank(
     dropout_p: float = 0.0,
     training: bool = False,
     seed: int | Tensor | None = None,
-    capture: FisherCapture | None = None,
+    capture: CallCapture | None = None,
 ) -> Tensor:
     """y + x R^T + ((x A^T) * s) B^T, for a product y of x that something else has computed, such as a layer
     with quantised weights; differentiable in y, x, lora_a, lora_b and tensor scales.

@@ -14,7 +14,7 @@ from ..reference import add_low_rank as formulas
 from . import schemas
 from ._distinct import distinct
 from .adapters import Adapters, by_kind
-from .capture import FisherCapture
+from .capture import CallCapture
 from .lora_linear import TRANSFORMS, Captured
 
 
@@ -34,7 +34,7 @@ class AddLowRankFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         meta: AddLowRankMeta,
-        capture: FisherCapture | None,
+        capture: CallCapture | None,
         y: Tensor,
         x: Tensor,
         residual: Tensor | None,
@@ -78,7 +78,7 @@ def add_low_rank(
     adapters: Adapters,
     meta: AddLowRankMeta,
     seed: Tensor | None,
-    capture: FisherCapture | None,
+    capture: CallCapture | None,
 ) -> Tensor:
     """The sum for arguments that have been checked."""
     args = (y, x, residual, *adapters, meta.rows, meta.dropout_p, seed)

@@ -13,6 +13,8 @@ from peft_models import randomise
 from quantised_models import BITSANDBYTES, TARGETS, batch, dense, model_of
 
 import fused_ewclora as fe
+from fused_ewclora.checkpoints.files import write_files
+from fused_ewclora.integrations._transformers_checkpoint import _contents, _take_over
 from fused_ewclora.integrations.peft import accelerate_, attach_ewc, restore_
 
 pytestmark = [
@@ -108,6 +110,20 @@ def dense_of(inner, layers):
                 self.add_module(name, layer)
 
     return dense(Renamed())
+
+
+@pytest.mark.parametrize("mode", ["residual", "requantise"])
+def test_trainers_checkpoints(mode, tmp_path):
+    """The EWC's part of a Trainer checkpoint holds the weights that consolidation has changed."""
+    model = peft_model("nf4 nested")
+    fresh = copy.deepcopy(model)
+    ewc = attach_ewc(model, quantised_merge=mode, ewc_lambda=1.0)
+    ewc.end_task([batch(0)], F.cross_entropy)
+    write_files(tmp_path, *_contents(ewc))
+    other = attach_ewc(fresh, quantised_merge=mode, ewc_lambda=1.0)
+    _take_over(other, tmp_path)
+    for one, layer in zip(ewc.layers.values(), other.layers.values(), strict=True):
+        assert one.weight_fingerprint() == layer.weight_fingerprint() and layer.consolidated_tasks == 1
 
 
 def test_nothing_chosen():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import seeding
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fused_ewclora as fe
 from fused_ewclora import functional as FE
@@ -57,6 +61,30 @@ def test_equals_lora_linear(slices, dropout_p):
         results.append([output, *first, *second])
     for actual, exact in zip(*results, strict=True):
         torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-10)
+
+
+@given(
+    sizes=st.tuples(*(st.integers(low, 6) for low in (0, 1, 1, 1))),
+    cuts=st.lists(st.integers(0, 6), max_size=4),
+    seed=st.integers(0, 99),
+)
+def test_any_shapes(sizes, cuts, seed):
+    """Any numbers of rows and ranks, and any disjoint ranges, whichever order they are in."""
+    m, d_in, d_out, r = sizes
+    draw = seeding.generator(seed)
+    bounds = sorted({min(cut, d_out) for cut in cuts} | {0, d_out})
+    ranges = [*itertools.pairwise(bounds)][::-2]
+    x = leaf(draw, m, d_in)
+    leaves = [(leaf(draw, r, d_in), leaf(draw, stop - start, r)) for start, stop in ranges]
+    adapters = [Adapter(a, b, 0.5, (rows,)) for (a, b), rows in zip(leaves, ranges, strict=True)]
+    weight = torch.randn(d_out, d_in, generator=draw, dtype=WIDE)
+    dy = torch.randn(m, d_out, generator=draw, dtype=WIDE)
+    wanted = [x, *itertools.chain(*leaves)]
+    y = FE.add_low_rank(F.linear(x, weight), x, adapters)
+    expected = FE.lora_linear_adapters(x, weight, None, adapters)
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    for one, other in zip(*(torch.autograd.grad(out, wanted, dy) for out in (y, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 def test_plain_backward():
