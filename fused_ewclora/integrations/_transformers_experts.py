@@ -139,7 +139,8 @@ def _known(module: nn.Module) -> bool:
     # The forward that hands over to an implementation; of a subclass with a forward of its own nothing is
     # known.
     dispatches = moe is not None and getattr(plain.forward, "__globals__", None) is vars(moe)
-    return dispatches and all(hasattr(module, name) for name in _STATED)
+    stated = dispatches and all(hasattr(module, name) for name in _STATED)
+    return stated and all(module._parameters.get(leaf) is not None for leaf in _leaves(module))
 
 
 @register_parts
