@@ -68,6 +68,11 @@ def refusal(parents: Iterable[tuple[nn.Module, str]]) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
+def is_made_to_call(parent: nn.Module, child: str) -> bool:
+    """Whether a rule of `register_call` makes a parent call its layer `child`."""
+    return any(rule(parent, child) for rule in _call_rules)
+
+
 def parents_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
     """(parent, name of the child in it) for every place of every module below `model`."""
     parents: dict[nn.Module, list[tuple[nn.Module, str]]] = {}

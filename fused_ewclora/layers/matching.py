@@ -238,17 +238,19 @@ def _wanted(model: nn.Module, config: LoRAConfig) -> Iterator[Candidate]:
     for module, names in aliases.items():
         if excluded(names) or isinstance(module, (LoRAPart, PartGroup)):
             continue
-        parts = _in_slices(names[0], parts_of(module), config)
+        parts = parts_of(module)
         if targets == ALL_LINEAR:
             if is_linear(module):
                 yield Candidate(names[0], module)
             parts = [part for part in parts if part.in_all]
         elif not parts and targeted(names):
             yield Candidate(names[0], module)
+        chosen = []
         for part in parts:
             own = _part_names(names, part)
             if not excluded(own) and (targets == ALL_LINEAR or targeted(own)):
-                yield Candidate(f"{names[0]}.{part.name}".lstrip("."), module, part)
+                chosen.append(Candidate(f"{names[0]}.{part.name}".lstrip("."), module, part))
+        yield from _in_slices(names[0], chosen, config)
 
 
 def _part_names(owners: list[str], part: Part) -> list[str]:
@@ -274,16 +276,20 @@ def _left_out(
     return left_out(model, covered, parts, wanted)
 
 
-def _in_slices(name: str, parts: list[Part], config: LoRAConfig) -> list[Part]:
-    """The parts that the slices of the configuration select, of those that are slices by themselves."""
-    segments = [part.segment for part in parts if part.segment is not None]
+def _in_slices(name: str, parts: list[Candidate], config: LoRAConfig) -> list[Candidate]:
+    """Of the parts of the module called `name`, those that the slices of the configuration select, if they
+    are slices by themselves."""
+    segments = {candidate.part.segment: candidate for candidate in parts if candidate.part is not None}
+    segments.pop(None, None)
     if config.slices is None or not segments:
         return parts
     if unknown := [piece for piece in config.slices if piece not in segments]:
         raise LayoutError(
-            f"{name or 'model'}: slices: expected some of {segments}, got {unknown[0]!r}. Nothing was changed"
+            f"{name or 'model'}: slices: expected some of {list(segments)}, got {unknown[0]!r}. Nothing was "
+            "changed"
         )
-    return [part for part in parts if part.segment is None or part.segment in config.slices]
+    left_out = [candidate for segment, candidate in segments.items() if segment not in config.slices]
+    return [candidate for candidate in parts if candidate not in left_out]
 
 
 def output_heads(model: nn.Module) -> Iterator[nn.Module]:
@@ -346,9 +352,10 @@ def _match(model: nn.Module, candidate: Candidate, config: LoRAConfig) -> Match:
         adapted, in_features, out_features = part.adapted, part.in_features, part.out_features
         slices = None if part.segment is not None else slices
         layout = part.layout if layout is None else layout
-    alpha = config.alpha_of(name)
+    names = dict.fromkeys((name, candidate.owner_name))
+    alpha = config.alpha_of(*names)
     try:
-        adapters = plan_slices(out_features, config.rank_of(name), alpha, slices, layout)
+        adapters = plan_slices(out_features, config.rank_of(*names), alpha, slices, layout)
     except LayoutError as error:
         hint = "; layers with another layout need their own call of inject" if layout is not None else ""
         raise LayoutError(f"{name or 'model'}: {error}{hint}. Nothing was changed") from None

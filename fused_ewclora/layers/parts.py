@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import functional as FE
 from ..config import QKVLayout
 from ..ops.capture import RoutedCall, Source
-from .adapted import MERGED, AdaptedLinear
+from .adapted import LIVING, MERGED, AdaptedLinear
 from .plain import without_numbers
 from .slices import AdapterSlice
 
@@ -107,6 +107,7 @@ class LoRAPart(AdaptedLinear):
         self._thaw()
         self._drop_adapters()
         self.adapter_slices = ()
+        LIVING.discard(self)  # an EWC may keep it alive
         self._hook.remove()
         self.part.remove_from(self.owner)
         return self.owner
