@@ -358,7 +358,8 @@ def _match(model: nn.Module, candidate: Candidate, config: LoRAConfig) -> Match:
         adapted, in_features, out_features = part.adapted, part.in_features, part.out_features
         slices = None if part.segment is not None else slices
         layout = part.layout if layout is None else layout
-    names = dict.fromkeys((name, candidate.owner_name))
+    owner, *own = candidate.names
+    names = dict.fromkeys((name, *own, owner))
     alpha = config.alpha_of(*names)
     try:
         adapters = plan_slices(out_features, config.rank_of(*names), alpha, slices, layout)
