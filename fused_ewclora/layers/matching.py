@@ -10,6 +10,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from ..config import ALL_LINEAR, LoRAConfig, QKVLayout, matches
+from ..distributed.wrappers import innermost
 from ..errors import LayoutError, TargetError
 from . import bypass
 from .adapted import AdaptedLinear
@@ -253,6 +254,7 @@ def _in_slices(name: str, parts: list[Part], config: LoRAConfig) -> list[Part]:
 
 def output_heads(model: nn.Module) -> Iterator[nn.Module]:
     """The modules of the heads that the model or a rule of `register_heads` names."""
+    model = innermost(model)
     for getter in ("get_output_embeddings", "get_classifier"):
         method = getattr(model, getter, None)
         head = method() if callable(method) else None
