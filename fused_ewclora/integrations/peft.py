@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..distributed.transaction import canonical_name
+from ..distributed.wrappers import innermost
 from ..errors import TargetError
 from ..ewc.controller import EWC
 from ..report import Report
@@ -84,7 +85,7 @@ def attach_ewc(peft_model: nn.Module, **ewc_kwargs: Any) -> EWC:
         for layer in set(layers) - before:
             layer.release_()
         raise
-    config = getattr(peft_model, "peft_config", {}).get(name)
+    config = getattr(innermost(peft_model), "peft_config", {}).get(name)
     for layer in layers:
         layer.bound, layer.gaussian = name, getattr(config, "init_lora_weights", True) == "gaussian"
     return ewc
