@@ -7,6 +7,7 @@ weight gradient G gives dA = s Bᵀ G and dB = s G Aᵀ.
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 from ..config import ALL_LINEAR, LoRAConfig
 from ..errors import LayoutError, TargetError
 from ..integrations import _named
+from ..layers.adapted import LIVING
 from ..layers.inject import adapters, eject, inject
 from ..layers.matching import is_linear, known_layout, load_libraries, shorten
+from ..layers.parts import LoRAPart
 from ..ops.dispatch import use_backend
 from ..report import Report
 from .explain import explain, verify_forward
@@ -269,14 +272,18 @@ def _dense(model: nn.Module, sample: Mapping[str, Tensor]) -> Measured:
         ]
         for name, layer in adapters(model).items()
     }
-    transposed = {name: layer.transposed for name, layer in adapters(model).items()}
+    # After eject the layers themselves are plain modules, or gone. The copies are no other users of the weights.
+    views = [copy.copy(layer) for layer in adapters(model).values()]
+    LIVING.difference_update(views)
+    places = [layer.weight_place() for layer in adapters(model).values()]
     eject(model)
     model.requires_grad_(False)
-    weights = [model.get_submodule(name).get_parameter("weight").requires_grad_() for name in layers]
+    weights: list[Tensor] = [owner.get_parameter(name).requires_grad_() for owner, name in places]
     output, gradients = _differentiated(model, sample, weights)
     adapter_gradients: dict[str, Tensor] = {}
-    for (name, pieces), gradient in zip(layers.items(), gradients, strict=True):
-        by_rows = gradient.t() if transposed[name] else gradient
+    for (name, pieces), layer, gradient in zip(layers.items(), views, gradients, strict=True):
+        part = layer.part.of(gradient) if isinstance(layer, LoRAPart) else gradient
+        by_rows = layer.matrix_of(part)
         for piece, lora_a, lora_b, scale in pieces:
             rows = scale * torch.cat([by_rows[start:stop] for start, stop in piece.rows])
             adapter_gradients[f"{name}.{piece.a_name}".lstrip(".")] = lora_b.t() @ rows

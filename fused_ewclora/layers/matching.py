@@ -21,6 +21,7 @@ from .slices import AdapterSlice, plan_slices
 LayoutRule = Callable[[nn.Module, str], QKVLayout | None]
 HeadRule = Callable[[nn.Module], Iterable[nn.Module]]
 MAX_NAMES = 12  # in one list of an error message
+HEAD = "output head"  # the reason why "all-linear" leaves a layer out
 
 _layout_rules: list[LayoutRule] = []
 _head_rules: list[HeadRule] = []
@@ -154,10 +155,10 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
             skipped.setdefault("in modules_to_save", []).append(name)
             continue
         if part is not None:
-            reason = "output head" if module in heads else part.unfit(module)
+            reason = HEAD if module in heads else part.unfit(module)
             adapted = isinstance(module._modules.get(part.name), AdaptedLinear)
         else:
-            reason = "output head" if module in heads else _unfit(module)
+            reason = HEAD if module in heads else _unfit(module)
             adapted = isinstance(module, AdaptedLinear)
             if reason is None:
                 reason = bypass.refusal(parents.get(module, ()))
@@ -381,4 +382,6 @@ def _nothing_matched(model: nn.Module, config: LoRAConfig, skipped: dict[str, li
         message += f" (did you mean {' or '.join(map(repr, dict.fromkeys(close)))}?)"
     for reason, which in skipped.items():
         message += f"; {shorten(which)}: {reason}"
+        if reason == HEAD:
+            message += f" (target_modules={which[:MAX_NAMES]!r} adapts it all the same)"
     return f"{message}; {_available(model)}"

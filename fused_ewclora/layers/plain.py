@@ -19,7 +19,11 @@ def not_plain(module: nn.Module, name: str) -> str | None:
 
     A parameter that is None, as a bias may be, is plain.
     """
-    return None if name in own_tensors(module) or name in module._parameters else f"its {name} {_replaced_by(module, name)}"
+    return (
+        None
+        if name in own_tensors(module) or name in module._parameters
+        else f"its {name} {_replaced_by(module, name)}"
+    )
 
 
 def without_numbers(tensor: Tensor) -> str | None:

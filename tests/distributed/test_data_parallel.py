@@ -166,7 +166,9 @@ def test_three_tasks(tmp_path: Path):
     assert list(ewc.fishers) == list(other.fishers) == ["fc1", "fc2"]
     for name, fisher in ewc.fishers.items():
         torch.testing.assert_close(other.fishers[name], fisher, rtol=1e-6, atol=1e-9)
-    for (name, value), found in zip(alone.state_dict().items(), replicated.state_dict().values(), strict=True):
+    for (name, value), found in zip(
+        alone.state_dict().items(), replicated.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-9, msg=name)
 
 
@@ -223,7 +225,9 @@ def test_injected_inside():
     assert type(model.fc1) is nn.Linear
 
 
-@pytest.mark.parametrize("method", [fe.methods.InfLoRA, fe.methods.EWCLoRA, fe.methods.SDLoRA, fe.methods.CoDyRA])
+@pytest.mark.parametrize(
+    "method", [fe.methods.InfLoRA, fe.methods.EWCLoRA, fe.methods.SDLoRA, fe.methods.CoDyRA]
+)
 def test_methods(method: type[fe.methods.LoRA]):
     """Methods on a wrapped model learn what they learn on the model alone."""
     outputs = []

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 import transformers
 from timm_models import MODELS
 from torch import nn
+from torchvision.models import video
 
 import fused_ewclora as fe
 from fused_ewclora import __main__ as cli
 from fused_ewclora.diagnostics import check
-from fused_ewclora.integrations import _named
+from fused_ewclora.integrations import _named, _named_torchvision
 
 
 @pytest.fixture
@@ -96,6 +98,73 @@ def test_transformers_passes(name, arguments, first, sizes, tmp_path, capsys):
     assert data["layers"][0]["name"] == first and data["layers"][0]["sizes"] == sizes
     assert "num_hidden_layers=2" in data["built"] and "vocab_size=1024" in data["built"]
     assert all(0 < row["gradient_error"] <= row["limit"] for row in data["layers"])
+
+
+SMALL = {
+    "swin_t": (torchvision.models.SwinTransformer, ([4, 4], 8, [2], [2], [4, 4])),
+    "swin3d_t": (video.swin_transformer.SwinTransformer3d, ([2, 4, 4], 8, [2], [2], [2, 4, 4])),
+}
+
+
+@pytest.fixture
+def tiny_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named models of torchvision are built at the size of the tests; the class of every layer is the same."""
+
+    def small(name: str, weights: None, image_size: int = 0) -> nn.Module:
+        if name.startswith("vit"):
+            return torchvision.models.VisionTransformer(image_size, int(name[-2:]), 2, 2, 16, 16)
+        kind, arguments = SMALL[name]
+        return kind(*arguments)
+
+    monkeypatch.setattr(torchvision.models, "get_model", small)
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("tiny_torchvision")
+@pytest.mark.parametrize(
+    ("name", "arguments", "shape"),
+    [
+        ("torchvision/vit_l_16", [], [2, 3, 48, 48]),
+        ("vit_h_14", ["--library", "torchvision"], [2, 3, 126, 126]),
+        ("swin_t", ["--slices", "k", "v"], [2, 3, 56, 56]),
+        ("swin3d_t", [], [2, 3, 4, 56, 56]),
+        ("vit_b_32", ["--library", "torchvision", "--full"], [2, 3, 224, 224]),
+    ],
+)
+def test_torchvision_passes(name, arguments, shape, monkeypatch, capsys):
+    """A named model of torchvision passes, with its layouts."""
+    data = checked(capsys, name, "--rank", "2", *arguments)
+    assert data["problems"] == [] and data["layers"] and data["input"]["x"] == shape
+    assert data["library"] == f"torchvision {torchvision.__version__}" and "get_model" in data["built"]
+    assert all(0 < row["gradient_error"] <= row["limit"] for row in data["layers"])
+    if "--slices" in arguments:
+        assert {tuple(row["slices"]) for row in data["layers"]} == {("k", "v")}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("torchvision/resnet18", "fc: output head (target_modules=['fc'] adapts it all the same)"),
+        ("torchvision/squeezenet1_1", "the model has no nn.Linear"),
+        (
+            "torchvision/vit_b_1",
+            "expected a classification model of torchvision, got 'vit_b_1'; similar names:",
+        ),
+        ("torchvision/fcn_resnet50", "expected a classification model of torchvision"),
+    ],
+)
+def test_nothing_to_adapt(name: str, message: str, capsys: pytest.CaptureFixture[str]):
+    """A model without linear layers, or with a head alone, is refused with what there is."""
+    assert cli.main(["check", name]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_torchvision_models():
+    """All classification models are known, of images and of videos, and the size of what they see."""
+    names = _named_torchvision.names()
+    assert {"vit_h_14", "maxvit_t", "resnet50", "mvit_v2_s", "swin3d_b"} <= set(names)
+    assert not {"fcn_resnet50", "raft_large", "quantized_resnet50"} & set(names)
+    assert all(min(_named_torchvision.native_size(name)) >= 112 for name in names)
 
 
 def test_transformers_type_name():
