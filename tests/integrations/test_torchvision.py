@@ -186,7 +186,9 @@ def test_whole_models(case: str):
     report = fe.inject(
         model,
         fe.LoRAConfig(
-            2, target_modules="all-linear", exclude_modules=["cpb_mlp.0", "cpb_mlp.2"] if case == "swin v2" else None
+            2,
+            target_modules="all-linear",
+            exclude_modules=["cpb_mlp.0", "cpb_mlp.2"] if case == "swin v2" else None,
         ),
     )
     layers = fe.adapters(model)
