@@ -272,7 +272,7 @@ def _dense(model: nn.Module, sample: Mapping[str, Tensor]) -> Measured:
         ]
         for name, layer in adapters(model).items()
     }
-    # After eject the layers themselves are plain modules, or gone. The copies are no other users of the weights.
+    # After eject the layers are plain modules, or gone. The copies do not count as users of the weights.
     views = [copy.copy(layer) for layer in adapters(model).values()]
     LIVING.difference_update(views)
     places = [layer.weight_place() for layer in adapters(model).values()]

@@ -92,8 +92,8 @@ def _unknown(name: str, libraries: list[str]) -> ArgumentError:
 def _smallest(
     name: str, native: Size, full: bool, make: Callable[[Size], tuple[nn.Module, Tensor]], multiple: int = 1
 ) -> tuple[nn.Module, Tensor, str]:
-    """(model, images, their size in words) of the first size of images that runs: a quarter of the native one,
-    half of it, or all of it. make(size) -> model, images."""
+    """(model, images, their size in words) of the first size of images that runs: a quarter of the native
+    one, half of it, or all of it. make(size) -> model, images."""
     parts = [tuple(side // part // multiple * multiple for side in native) for part in (4, 2)]
     sizes = [native] if full else [*(size for size in parts if min(size) >= SMALLEST_IMAGE), native]
     failure = ""

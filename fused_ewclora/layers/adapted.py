@@ -67,8 +67,8 @@ class AdaptedLinear(nn.Module):
     base_trainable: tuple[str, ...]  # which of weight and bias required gradients before injection
     rows_before_merge: Tensor  # exists only while the adapters are merged
     composer: Composer | None = None
-    # Of a replica, which nn.DataParallel makes for every forward pass: the layer that it is a copy of, and the
-    # copies of the parameters of that by name.
+    # Of a replica, which nn.DataParallel makes for every forward pass: the layer that it is a copy of, and
+    # the copies of the parameters of that by name.
     _original: ClassVar[AdaptedLinear | None] = None
     _former_parameters: ClassVar[dict[str, Any] | None] = None
 
@@ -368,16 +368,18 @@ class AdaptedLinear(nn.Module):
         self.origin_fingerprint, self.consolidated_tasks = fingerprint(self.base_weight), 0
 
     def _replicate_for_data_parallel(self) -> AdaptedLinear:
-        """What `nn.DataParallel` asks every module for. Raises `FisherError` in a Fisher pass: each replica has
-        some samples of a batch, and the calls of one forward pass are taken for calls with the same samples.
+        """What `nn.DataParallel` asks every module for.
+
+        Raises `FisherError` in a Fisher pass: each replica has some samples of a batch, and the calls of one
+        forward pass are taken for calls with the same samples.
         """
         if self.fisher_capture is not None:
             raise FisherError(
-                f"{self.fisher_capture.name}: a Fisher pass through the replicas of nn.DataParallel, of which "
-                "each has a part of the samples; call the model inside in the pass, model.module(x) instead "
+                f"{self.fisher_capture.name}: a Fisher pass through the replicas of nn.DataParallel, each of "
+                "which has a part of the samples; call the model inside in the pass, model.module(x) instead "
                 "of model(x)"
             )
-        replica: AdaptedLinear = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica: AdaptedLinear = super()._replicate_for_data_parallel()
         vars(replica)["_original"] = self  # as a plain attribute, no child
         return replica
 

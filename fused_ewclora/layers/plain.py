@@ -9,8 +9,8 @@ from ..distributed.processes import is_dtensor
 
 
 def own_tensors(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The parameters of a module itself by name. A replica of `nn.DataParallel` has none: of it, the copies of
-    them that gradients pass through."""
+    """The parameters of a module itself by name. A replica of `nn.DataParallel` has none: of it, the copies
+    of them that gradients pass through."""
     return vars(module).get("_former_parameters") or module._parameters
 
 

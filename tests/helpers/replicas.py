@@ -1,4 +1,4 @@
-"""`nn.DataParallel` on the CPU: its own forward and PyTorch's `replicate`, with copies in place of devices."""
+"""`nn.DataParallel` on the CPU: its own forward, and `replicate` with copies in place of devices."""
 
 from __future__ import annotations
 

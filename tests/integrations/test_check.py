@@ -108,7 +108,7 @@ SMALL = {
 
 @pytest.fixture
 def tiny_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Named models of torchvision are built at the size of the tests; the class of every layer is the same."""
+    """Named models of torchvision are built at the size of the tests, of the same classes."""
 
     def small(name: str, weights: None, image_size: int = 0) -> nn.Module:
         if name.startswith("vit"):

@@ -18,9 +18,9 @@ from models import randomize_adapters_
 from torch import Tensor, nn
 from torchvision.models import ConvNeXt, MaxVit, SwinTransformer, VisionTransformer
 from torchvision.models import swin_transformer as swin
+from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 from torchvision.models.video import swin_transformer as video_swin
-from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.video.mvit import MSBlockConfig, MultiscaleAttention, MViT
 
 import fused_ewclora as fe
@@ -178,7 +178,7 @@ def test_adapters_apply(plain: tuple[nn.Module, Tensor]):
 
 @pytest.mark.parametrize("case", MODELS)
 def test_whole_models(case: str):
-    """Over three tasks with merges outputs and gradients are those of a dense model, and the Fisher is exact."""
+    """Over three tasks outputs and gradients are those of a dense model, and the Fisher is exact."""
     make, shape, head = MODELS[case]
     model, x = made(make, shape)
     dense, y = copy.deepcopy(model), torch.tensor([0, 1, 2])
