@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -212,6 +214,39 @@ def test_wrong_gradient(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     data = checked(capsys, MODELS["vit"].name, "--target", "qkv", "--rank", "2")
     assert backends[1] == "reference" != backends[0]
     assert [problem.partition(":")[0] for problem in data["problems"]] == ["blocks.1.attn.qkv"]
+
+
+def test_nudged_decisions():
+    """Noise inside of a model decides between equal inputs of a pooling anew, and is gone afterwards."""
+    model, x = nn.Sequential(nn.Identity(), nn.MaxPool1d(2, return_indices=True)), torch.ones(1, 64)
+    before = model(x)[1]
+    with check._nudged(model):
+        assert not torch.equal(model(x)[1], before)
+    assert torch.equal(model(x)[1], before)
+
+
+@pytest.mark.usefixtures("tiny_timm")
+def test_decided_by_rounding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """An error that noise in the exact model has as well is none."""
+    measure = check._measure
+    measured: list[check.Measured] = []
+
+    def wrong(model: nn.Module, sample: Any) -> check.Measured:
+        measured.append(measure(model, sample))
+        if len(measured) == 1:
+            measured[0].gradients["blocks.1.attn.qkv.lora_A"].mul_(1 + 1e-4)
+        return measured[-1]
+
+    @contextlib.contextmanager
+    def sensitive(model: nn.Module) -> Iterator[None]:
+        handle = model.blocks[1].mlp.register_forward_hook(lambda module, args, output: 1.001 * output)
+        yield
+        handle.remove()
+
+    monkeypatch.setattr(check, "_measure", wrong)
+    monkeypatch.setattr(check, "_nudged", sensitive)
+    data = checked(capsys, MODELS["vit"].name, "--target", "qkv", "--rank", "2")
+    assert data["problems"] == [] and len(measured) == 2
 
 
 @pytest.mark.usefixtures("tiny_timm")
