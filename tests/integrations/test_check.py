@@ -48,6 +48,7 @@ def checked(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, An
 def test_timm_passes(name: str, capsys: pytest.CaptureFixture[str]):
     """A named timm model passes with its layouts."""
     tiny = MODELS[name]
+    tiny.skip_if_refused()
     data = checked(capsys, tiny.name, "--target", "qkv", "--slices", "k", "v", "--rank", "2")
     assert data["problems"] == []
     assert data["library"] == f"timm {timm.__version__}"
@@ -265,6 +266,7 @@ def test_nan_gradient(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 @pytest.mark.usefixtures("tiny_timm")
 def test_unknown_bypass(monkeypatch, capsys: pytest.CaptureFixture[str]):
     """A bypass that no rule knows is reported as a problem."""
+    MODELS["beit"].skip_if_refused()
     monkeypatch.setattr(fe.integrations.timm, "_BYPASSING", set())
     data = checked(capsys, MODELS["beit"].name, "--target", "qkv", "--rank", "2")
     assert any("never ran" in problem and "qkv_bias_separate" in problem for problem in data["problems"])
