@@ -149,7 +149,8 @@ class LoRAConfig:
     exclude_modules: a string is a regular expression that must match the whole dotted name; a list holds
     names or dotted suffixes; `"all-linear"` selects every `nn.Linear` except the output head. slices: the
     segments of a packed projection that get one adapter each. layout: the `QKVLayout` of that projection.
-    rank_pattern, alpha_pattern: {regular expression for the end of the dotted name: value}. modules_to_save:
+    rank_pattern, alpha_pattern: {regular expression for the end of the dotted name: value}; one for a module
+    holds for its parts, such as the input projections of an attention. modules_to_save:
     ends of the names of modules that are trained whole beside the adapters, such as a new head, and saved
     with them. Raises `ArgumentError` or `DtypeError` naming the field.
 
@@ -189,13 +190,13 @@ class LoRAConfig:
         object.__setattr__(self, "rank_pattern", _pattern(self.rank_pattern, "rank_pattern", positive))
         object.__setattr__(self, "alpha_pattern", _pattern(self.alpha_pattern, "alpha_pattern", finite))
 
-    def rank_of(self, name: str) -> int:
-        """The rank of the adapters in the module called `name`."""
-        return _lookup(self.rank_pattern, name, self.r)
+    def rank_of(self, *names: str) -> int:
+        """The rank of the adapters in a module; in a part of one by its own name and that of the module."""
+        return _lookup(self.rank_pattern, names, self.r)
 
-    def alpha_of(self, name: str) -> float | None:
-        """lora_alpha for the module called `name`."""
-        return _lookup(self.alpha_pattern, name, self.lora_alpha)
+    def alpha_of(self, *names: str) -> float | None:
+        """lora_alpha of adapters, as `rank_of`."""
+        return _lookup(self.alpha_pattern, names, self.lora_alpha)
 
 
 def matches(targets: Targets, name: str) -> bool:
@@ -233,8 +234,9 @@ def _pattern(value: Any, name: str, check: Any) -> dict[str, Any] | None:
     return dict(value)
 
 
-def _lookup(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    for key, value in (patterns or {}).items():
-        if re.fullmatch(rf"(?:.*\.)?(?:{key})", name):
-            return value
+def _lookup(patterns: Mapping[str, Any] | None, names: Iterable[str], default: Any) -> Any:
+    for name in names:
+        for key, value in (patterns or {}).items():
+            if re.fullmatch(rf"(?:.*\.)?(?:{key})", name):
+                return value
     return default

@@ -98,6 +98,11 @@ def peft_config(
     raises `NotExactlyRepresentable` with the reason when PEFT would compute something else."""
     parents = parents_of(model)
     for name, layer in layers.items():
+        if layer.is_part:
+            raise NotExactlyRepresentable(
+                f"{name}: its weight, {layer.weight_name(name)}, is that of another module, for which PEFT "
+                "has no adapter that computes the same in every version"
+            )
         if kind := replaced_parent(parents.get(layer, ())):
             raise NotExactlyRepresentable(
                 f"{name}: {kind} uses its weight without calling it, and PEFT's adapter would have no effect"

@@ -24,7 +24,8 @@ from ..errors import TargetError
 from ..layers.adapted import AdaptedLinear, Updates
 from ..layers.index import check_present
 from ..layers.inject import check_mergeable
-from ..ops.capture import FisherCapture
+from ..layers.parts import LoRAPart
+from ..ops.capture import FisherCapture, Term
 from .placement import Placement, check_inside, check_ready, fisher_buffer
 from .state import EWCState, Expected, TaskFisher, parse
 
@@ -61,6 +62,8 @@ class ShardedPlacement:
     def __init__(self, before: Placement, mesh: DeviceMesh | None) -> None:
         self.model, self.layers, self.refs = before.model, before.layers, before.refs
         reshard(self.model)
+        for name, layer in self.layers.items():
+            _check_whole_parts(name, layer)
         # The parameters that FSDP keeps between runs; during a run it puts other tensors in their place.
         self._kept: dict[tuple[int, str], DTensor] = {}
         first = self._matrices()[0][1]
@@ -284,6 +287,20 @@ class ShardedPlacement:
             local(b).zero_()
 
 
+def _check_whole_parts(name: str, layer: AdaptedLinear) -> None:
+    """Raises `TargetError` for a part along the dimension by which FSDP divides the parameter that it is in:
+    no process would hold rows of it, but some processes all and others none."""
+    if not isinstance(layer, LoRAPart) or layer.part.index is None:
+        return
+    owner, leaf = layer.weight_place()
+    if isinstance(owner._parameters[leaf], DTensor):
+        raise TargetError(
+            f"{name}: {layer.weight_name(name)} is sharded by the dimension that this is a part of, and "
+            "EWC needs rows of each part; leave the parameter whole (ignored_params of fully_shard), or use "
+            "DDP"
+        )
+
+
 class ShardedCapture(FisherCapture):
     """Squares the gradients of this process's samples in a workspace for one adapter, and sums its rows over
     processes into the process that holds them.
@@ -295,11 +312,12 @@ class ShardedCapture(FisherCapture):
     group: dist.ProcessGroup
     others: list[dist.ProcessGroup]
 
-    def _add(self, index: int, x: Tensor, dy: Tensor, weight: float, offsets: Tensor | None) -> None:
+    def _add(self, index: int, terms: list[Term], weight: float) -> None:
         fisher, share = self.fishers[index], self.shares[index]
         columns = fisher.shape[1]
         everything = fisher.new_zeros(share.chunk * self.group.size(), columns)
-        self._accumulate_into(everything[: share.rows], x, dy, weight, offsets)
+        for term in terms:
+            self._accumulate_into(everything[: share.rows], term, weight)
         mine = everything.new_empty(share.chunk, columns)
         dist.reduce_scatter_tensor(mine, everything, group=self.group)
         for group in self.others:

@@ -114,6 +114,11 @@ class AdaptedLinear(nn.Module):
         """The dtype of the numbers in the base weight."""
         return self.weight.dtype
 
+    def rows_of(self, name: str) -> str:
+        """What has the rows of its input, where the layer has the name `name`: the layer itself, or the owner
+        of a part that takes some of the owner's rows."""
+        return name
+
     @property
     def dropout_p(self) -> float:
         """The probability of dropout on the input of the low-rank branch during training."""

@@ -56,13 +56,16 @@ def input_covariances(
     `ArgumentError` for no batches or values that are not finite, `TargetError` for layers that never ran.
     """
     device = next(iter(layers.values())).weight.device
-    batches = 0
+    batches, before = 0, {name: layer.forward_calls for name, layer in layers.items()}
     with eager(), evaluation_mode(model), _summing(layers) as sums:
         for batch in limited(loader, max_batches, False):
             forward(unwrapped(model), to_device(batch, device))
             batches += 1
     if batches == 0:
         raise ArgumentError("loader: expected at least one batch, got none; an iterator serves one pass only")
+    for name, layer in layers.items():
+        if name not in sums and layer.forward_calls > before[name]:  # an expert without tokens
+            sums[name] = torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64, device=device)
     if missed := [name for name in layers if name not in sums]:
         raise TargetError(
             f"{missed[0]}: the layer's forward never ran ({len(missed)} such layers), so its inputs are not "

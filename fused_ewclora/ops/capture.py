@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,15 +31,104 @@ def _inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+class CallCapture(Protocol):
+    """What collects the Fisher of one call: a `FisherCapture`, a `RoutedCall` or a `RowsCapture`."""
+
+    def note_forward(self, x: Tensor) -> CallIndex:
+        """x of the forward; what it returns is given to `record`."""
+
+    def record(self, x: Tensor, dy: Tensor, index: CallIndex = None) -> None:
+        """x and dy of a backward."""
+
+
+@dataclass(frozen=True)
+class RoutedRows:
+    """Which rows `[M]` of a source of this shape, `[S, d]`, the rows of x are."""
+
+    shape: torch.Size
+    rows: Tensor
+
+
+CallIndex = Tensor | RoutedRows | None  # the sample of each row, or what tells it later
+
+
+class Source:
+    """The input `[S, d]` of one forward of a module that hands its rows on to layers of its own, as a router
+    hands tokens to experts."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x.detach()
+        self.samples: Tensor | None = None  # of each row, where a function tells them
+
+
+class RoutedCall:
+    """The capture of one call of a layer with the rows `rows` of `source`."""
+
+    __slots__ = ("_capture", "_rows", "_source")
+
+    def __init__(self, capture: FisherCapture, source: Source, rows: Tensor) -> None:
+        self._capture, self._source, self._rows = capture, source, rows
+
+    def note_forward(self, x: Tensor) -> CallIndex:
+        """As `FisherCapture.note_forward`."""
+        return self._capture.note_routed(self._source, self._rows)
+
+    def record(self, x: Tensor, dy: Tensor, index: CallIndex = None) -> None:
+        """As `FisherCapture.record`."""
+        self._capture.record(x, dy, index)
+
+
 @dataclass(slots=True)
 class _Call:
     """x and dy of one call: `[N, T, d]`, or `[rows, d]` where `index` `[rows]` holds the sample of each row,
-    or with mode "batch" `[1, rows, d]`."""
+    or with mode "batch" `[1, rows, d]`. dy has the columns of the layer's output from `start` on."""
 
     x: Tensor
     dy: Tensor
     samples: int
     index: Tensor | None = None
+    start: int = 0
+
+    @property
+    def stop(self) -> int:
+        """The first column of the layer's output that dy does not have any more."""
+        return self.start + self.dy.shape[-1]
+
+
+@dataclass(slots=True)
+class Term:
+    """x and dy of all calls in one forward pass for some rows of a Fisher, `row` the first of them."""
+
+    x: Tensor
+    dy: Tensor
+    offsets: Tensor | None
+    row: int = 0
+
+
+@dataclass(slots=True)
+class _Part:
+    """x and dy of all calls in one forward pass for the columns of the layer's output from `start` on;
+    `offsets` where rows are sorted by sample."""
+
+    x: Tensor
+    dy: Tensor
+    start: int = 0
+    offsets: Tensor | None = None
+
+    def terms(self, ranges: Rows) -> list[Term]:
+        """What these columns give to the Fisher of an adapter on the row ranges."""
+        first, stop = self.start, self.start + self.dy.shape[-1]
+        if all(first <= a and b <= stop for a, b in ranges):
+            inside = ranges if first == 0 else tuple((a - first, b - first) for a, b in ranges)
+            return [Term(self.x, _columns(self.dy, inside), self.offsets)]
+        terms, row = [], 0
+        for a, b in ranges:
+            low, high = max(a, first), min(b, stop)
+            if low < high:
+                dy = self.dy[..., low - first : high - first]
+                terms.append(Term(self.x, dy, self.offsets, row + low - a))
+            row += b - a
+        return terms
 
 
 class FisherCapture:
@@ -58,6 +149,9 @@ class FisherCapture:
 
     Without `rows_to_samples`, mode "sample" takes the rows of x in one of the orders that `add_orders` has
     named, and as long as there is none samples first.
+
+    The layers that take rows of one `Source` share a `leader`, the capture of one of them: what is known of
+    the rows is about the source, and is looked for by the leader alone.
     """
 
     def __init__(
@@ -80,6 +174,7 @@ class FisherCapture:
         self.fishers, self.rows, self.name = fishers, rows, name or "a layer"
         self.mode, self.reduction, self.loss_scale, self.batch_size = mode, reduction, loss_scale, batch_size
         self.rows_to_samples = rows_to_samples
+        self.leader: FisherCapture | None = None
         self.samples = 0
         self.batches = 0
         # During a forward that is watched, or that only looks.
@@ -101,7 +196,7 @@ class FisherCapture:
             known = self._orders.setdefault(dims, [])
             known += [order for order in dict.fromkeys(found) if order not in known]
 
-    def note_forward(self, x: Tensor) -> Tensor | None:
+    def note_forward(self, x: Tensor) -> CallIndex:
         """Count a call of the layer, but not its recomputation under checkpointing, inside a backward, nor
         one of a forward that only looks; returns what `record` takes as `index`."""
         if self.look is not None:
@@ -113,6 +208,22 @@ class FisherCapture:
             return None
         # Now, because the function may read what the same forward pass wrote.
         return self._index(self.rows_to_samples, _rows(x.detach()))
+
+    def note_routed(self, source: Source, rows: Tensor) -> CallIndex:
+        """`note_forward` of a call with these rows of `source`; every layer of the source is called once in
+        each of its forwards, with no rows if need be."""
+        leader = self.leader or self
+        if leader.look is not None:
+            if leader is self:
+                leader.look(source.x)
+            return None
+        if not _inside_backward():
+            self._count(source.x)
+        if leader.rows_to_samples is None or self.mode == "batch":
+            return RoutedRows(source.x.shape, rows)
+        if source.samples is None:
+            source.samples = self._index(leader.rows_to_samples, source.x)
+        return source.samples[rows]
 
     def _count(self, x: Tensor) -> None:
         self._watched_samples = None
@@ -129,22 +240,25 @@ class FisherCapture:
         """What is needed to find the order of x; None when it is known, or nothing depends on it."""
         if samples == 1 or x.numel() == 0 or self.rows_to_samples is not None or self.mode == "batch":
             return None
-        return None if self._order(x, samples) else Ends.of(x, samples)
+        return None if self._order(x.shape, samples) else Ends.of(x, samples)
 
-    def _order(self, x: Tensor, samples: int) -> Order | None:
+    def _order(self, shape: torch.Size, samples: int) -> Order | None:
         """The one known order that fits the shape of x."""
-        fitting = [order for order in self._orders.get(x.dim(), ()) if order.fits(x, samples)]
+        fitting = [order for order in self._orders.get(len(shape), ()) if order.fits(shape, samples)]
         return fitting[0] if len(fitting) == 1 else None
 
-    def record(self, x: Tensor, dy: Tensor, index: Tensor | None = None) -> None:
+    def record(self, x: Tensor, dy: Tensor, index: CallIndex = None, start: int | None = None) -> None:
         """Take x `[..., d_in]` and dy `[..., d_out]` of one call, and what `note_forward` gave for it; called
-        from the op's backward."""
-        if self.look is not None:  # a model that differentiates inside its forward
+        from the op's backward. A call that computes only some columns of the output, from `start` on, has
+        only these in dy."""
+        if (self.leader or self).look is not None:  # a model that differentiates inside its forward
             return
         call = self._call(x, dy, index)
-        if self._calls <= 1 and not self._held and index is None:  # the usual layer, called once
+        if start is not None:
+            call.start = start
+        elif self._calls <= 1 and not self._held and index is None:  # the usual layer, called once
             self._closed = True
-            self._accumulate(call.x, call.dy, call.samples)
+            self._accumulate([_Part(call.x, call.dy)], call.samples)
             return
         self._held.append(call)
         if len(self._held) >= self._calls:
@@ -162,52 +276,63 @@ class FisherCapture:
                 f"batch_size: {self.name} was called with {sizes} samples in one forward pass; give their "
                 "number"
             )
-        dim = 0 if held[0].index is not None else 1
-        x = held[0].x if len(held) == 1 else torch.cat([call.x for call in held], dim)
-        dy = held[0].dy if len(held) == 1 else torch.cat([call.dy for call in held], dim)
-        index = [call.index for call in held if call.index is not None]
-        if index:
-            self._accumulate(*_sorted_by_sample(x, dy, torch.cat(index), sizes[0]))
-        else:
-            self._accumulate(x, dy, sizes[0])
+        # Columns of the output that different calls have are not joined.
+        cuts = sorted({cut for call in held for cut in (call.start, call.stop)})
+        groups = [
+            (cut, [c for c in held if c.start <= cut and end <= c.stop], end) for cut, end in pairwise(cuts)
+        ]
+        self._accumulate([_joined(calls, start, stop) for start, calls, stop in groups if calls], sizes[0])
 
-    def _call(self, x: Tensor, dy: Tensor, index: Tensor | None) -> _Call:
-        samples = self.batch_size or self._watched_samples or self._samples_of(x)
-        if index is not None:
+    def _call(self, x: Tensor, dy: Tensor, index: CallIndex) -> _Call:
+        leader, shape = self.leader or self, index.shape if isinstance(index, RoutedRows) else x.shape
+        samples = self.batch_size or leader._watched_samples
+        if samples is None:
+            if isinstance(index, RoutedRows):  # tokens, of which a sample may have any number
+                raise FisherError(
+                    f"batch_size: {self.name} hands on the {shape[0]} rows of its input; give the number of "
+                    "samples"
+                )
+            samples = self._samples_of(shape)
+        if isinstance(index, Tensor):
             return _Call(_rows(x), _rows(dy), samples, index)
         if self.mode == "batch":
             return _Call(_rows(x)[None], _rows(dy)[None], samples)
         order = None
-        if samples > 1 and x.numel() and dy.numel():
-            order = self._order(x, samples) or self._leading(x, samples)
+        if samples > 1 and shape.numel() and dy.shape[-1]:
+            order = leader._order_of(shape, samples)
+            if isinstance(index, RoutedRows):
+                return _Call(_rows(x), _rows(dy), samples, order.sample_of(index.rows, samples))
         return _Call(_by_sample(x, samples, order), _by_sample(dy, samples, order), samples)
 
-    def _samples_of(self, x: Tensor) -> int:
+    def _samples_of(self, shape: torch.Size) -> int:
         """The samples in x by its order, or its leading dimension."""
-        known = self._orders.get(x.dim(), ())
+        known = self._orders.get(len(shape), ())
         for order in known:
-            if x.shape[order.dim] % order.rows == 0:
-                return x.shape[order.dim] // order.rows
-        return x.shape[0] if x.dim() > 1 else 1
+            if shape[order.dim] % order.rows == 0:
+                return shape[order.dim] // order.rows
+        return shape[0] if len(shape) > 1 else 1
 
-    def _leading(self, tensor: Tensor, samples: int) -> Order:
-        """Samples first, which is the rule as long as nothing else is known."""
-        leading = tensor.shape[0] if tensor.dim() > 1 else 1
+    def _order_of(self, shape: torch.Size, samples: int) -> Order:
+        """The order of x: the one that is known, or samples first, which is the rule as long as nothing else
+        is known."""
+        if known := self._order(shape, samples):
+            return known
+        leading = shape[0] if len(shape) > 1 else 1
         if self._checked:
             raise FisherError(
                 f"{self.name}: {samples} samples have no single order, of those that the check of the "
-                f"samples found, in its input {list(tensor.shape)}. {ways_out(self.name)}"
+                f"samples found, in its input {list(shape)}. {ways_out(self.name)}"
             )
         if leading % samples:
             raise FisherError(
                 f"batch_size: {samples} samples do not divide the {leading} leading rows of the input "
-                f"{list(tensor.shape)} of {self.name}. {ways_out(self.name)}"
+                f"{list(shape)} of {self.name}. {ways_out(self.name)}"
             )
         return Order(0, leading // samples)
 
     def _index(self, function: RowsToSamples, rows: Tensor) -> Tensor:
         """The sample of each row, checked."""
-        samples = self.batch_size or self._watched_samples
+        samples = self.batch_size or (self.leader or self)._watched_samples
         if samples is None:
             raise FisherError(f"batch_size: rows_to_samples of {self.name} needs the number of samples")
         index, where = function(rows), f"rows_to_samples[{self.name!r}]"
@@ -232,23 +357,41 @@ class FisherCapture:
             factor = float(samples) if self.reduction == "mean" else 1.0 / samples
         return factor / self.loss_scale**2
 
-    def _accumulate(self, x: Tensor, dy: Tensor, samples: int, offsets: Tensor | None = None) -> None:
+    def _accumulate(self, parts: list[_Part], samples: int) -> None:
         if samples == 0:
             return
         factor = self._factor(samples)
         for index, ranges in enumerate(self.rows):
-            self._add(index, x, _columns(dy, ranges), factor, offsets)
+            self._add(index, [term for part in parts for term in part.terms(ranges)], factor)
         self.samples += samples
         self.batches += 1
 
-    def _add(self, index: int, x: Tensor, dy: Tensor, weight: float, offsets: Tensor | None) -> None:
-        self._accumulate_into(self.fishers[index], x, dy, weight, offsets)
+    def _add(self, index: int, terms: list[Term], weight: float) -> None:
+        for term in terms:
+            self._accumulate_into(self.fishers[index], term, weight)
 
-    def _accumulate_into(
-        self, fisher: Tensor, x: Tensor, dy: Tensor, weight: float, offsets: Tensor | None
-    ) -> None:
+    def _accumulate_into(self, fisher: Tensor, term: Term, weight: float) -> None:
+        x, dy = term.x, term.dy
         if x.shape[:-1].numel():
-            schemas.fisher_accumulate_(fisher, x, dy, self.mode, weight, offsets, current_backend())
+            rows = fisher if dy.shape[-1] == fisher.shape[0] else fisher.narrow(0, term.row, dy.shape[-1])
+            schemas.fisher_accumulate_(rows, x, dy, self.mode, weight, term.offsets, current_backend())
+
+
+class RowsCapture:
+    """A `FisherCapture` as calls see it that compute only the rows of the layer from `start` on."""
+
+    __slots__ = ("_capture", "_start")
+
+    def __init__(self, capture: FisherCapture, start: int) -> None:
+        self._capture, self._start = capture, start
+
+    def note_forward(self, x: Tensor) -> CallIndex:
+        """As in `FisherCapture`."""
+        return self._capture.note_forward(x)
+
+    def record(self, x: Tensor, dy: Tensor, index: CallIndex = None) -> None:
+        """As in `FisherCapture`, of dy that has only the columns of these rows."""
+        self._capture.record(x, dy, index, self._start)
 
 
 def ways_out(name: str) -> str:
@@ -285,10 +428,21 @@ def _columns(dy: Tensor, ranges: Rows) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def _sorted_by_sample(
-    x: Tensor, dy: Tensor, index: Tensor, samples: int
-) -> tuple[Tensor, Tensor, int, Tensor]:
-    """(x, dy, samples, offsets): rows in the order of their samples, and where each sample begins."""
+def _joined(calls: list[_Call], start: int, stop: int) -> _Part:
+    """The columns `start` to `stop` of the output in calls that have them, joined along the tokens."""
+    xs, dys = [c.x for c in calls], [_columns(c.dy, ((start - c.start, stop - c.start),)) for c in calls]
+    dim = 0 if calls[0].index is not None else 1
+    x = xs[0] if len(xs) == 1 else torch.cat(xs, dim)
+    dy = dys[0] if len(dys) == 1 else torch.cat(dys, dim)
+    index = [call.index for call in calls if call.index is not None]
+    if not index:
+        return _Part(x, dy, start)
+    x, dy, offsets = _sorted_by_sample(x, dy, torch.cat(index), calls[0].samples)
+    return _Part(x, dy, start, offsets)
+
+
+def _sorted_by_sample(x: Tensor, dy: Tensor, index: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, dy, offsets): rows in the order of their samples, and where each sample begins."""
     index, order = index.sort(stable=True)
     counts = torch.bincount(index, minlength=samples)
-    return x[order], dy[order], samples, torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return x[order], dy[order], torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -19,7 +19,7 @@ from ..reference import differentiable
 from . import dispatch, schemas
 from ._distinct import distinct
 from .adapters import Adapters, by_kind
-from .capture import FisherCapture
+from .capture import CallCapture, CallIndex
 from .dispatch import Candidate
 
 
@@ -41,9 +41,9 @@ class Captured:
 
     __slots__ = ("_capture", "_followed", "_index")
 
-    def __init__(self, capture: FisherCapture) -> None:
+    def __init__(self, capture: CallCapture) -> None:
         self._capture, self._followed = capture, False
-        self._index: Tensor | None = None
+        self._index: CallIndex = None
 
     def forward(self, x: Tensor) -> None:
         """x of the forward."""
@@ -74,7 +74,7 @@ class LoRALinearFunction(torch.autograd.Function):
         ctx: Any,
         meta: LoRALinearMeta,
         scale_factors: list[float],
-        capture: FisherCapture | None,
+        capture: CallCapture | None,
         candidate: Candidate | None,
         x: Tensor,
         weight: Tensor,
@@ -137,7 +137,7 @@ def lora_linear(
     adapters: Adapters,
     meta: LoRALinearMeta,
     seed: Tensor | None,
-    capture: FisherCapture | None,
+    capture: CallCapture | None,
 ) -> Tensor:
     """y of arguments that have been checked."""
     args = (x, weight, bias, *adapters, meta.rows, meta.dropout_p, seed, meta.backend)
@@ -181,7 +181,7 @@ def eager() -> Callable[..., Tensor | None] | None:
     return extension.eager_lora_linear
 
 
-def _transformed(args: tuple[Any, ...], capture: FisherCapture | None) -> Tensor:
+def _transformed(args: tuple[Any, ...], capture: CallCapture | None) -> Tensor:
     if capture is not None:
         raise FisherError(f"a Fisher pass: expected plain calls of its layers, got one inside {_TRANSFORMS}")
     with torch.autocast(args[0].device.type, enabled=False):
