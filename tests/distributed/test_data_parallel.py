@@ -92,6 +92,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "slices": lambda: made(config=fe.LoRAConfig(2, target_modules=["fc1"], slices=("v",), layout=LAYOUT)),
     "shared": lambda: made(Shared),
     "attention": lambda: made(Attending, fe.LoRAConfig(2, target_modules=["out_proj", "head"])),
+    "projections": lambda: made(Attending, fe.LoRAConfig(2, target_modules=["attention"])),
     "scaled": scaled,
     "directions": directions,
     "gated": gated,
