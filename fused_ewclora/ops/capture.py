@@ -18,6 +18,7 @@ from ..errors import ArgumentError, FisherError
 from . import schemas
 from .dispatch import current_backend
 from .sample_order import Ends, Order, Watch
+from .windows import Geometry, Windows
 
 Rows = tuple[tuple[int, int], ...]
 RowsToSamples = Callable[[Tensor], Tensor]
@@ -32,9 +33,9 @@ def _inside_backward() -> bool:
 @dataclass(slots=True)
 class _Call:
     """x and dy of one call: `[N, T, d]`, or `[rows, d]` where `index` `[rows]` holds the sample of each row,
-    or with mode "batch" `[1, rows, d]`."""
+    or with mode "batch" `[1, rows, d]`. The x of a convolution whose windows overlap are its windows."""
 
-    x: Tensor
+    x: Tensor | Windows
     dy: Tensor
     samples: int
     index: Tensor | None = None
@@ -141,8 +142,24 @@ class FisherCapture:
         from the op's backward."""
         if self.look is not None:  # a model that differentiates inside its forward
             return
-        call = self._call(x, dy, index)
-        if self._calls <= 1 and not self._held and index is None:  # the usual layer, called once
+        self._take(self._call(x, dy, index))
+
+    def note_images(self, images: Tensor) -> None:
+        """`note_forward` of a convolution of `[N, C, *S]` whose windows overlap."""
+        if self.rows_to_samples is not None and self.mode == "sample":
+            raise FisherError(
+                f"rows_to_samples[{self.name!r}]: expected a layer whose input has rows, got a convolution "
+                "whose windows overlap"
+            )
+        self.note_forward(images.movedim(1, -1))
+
+    def record_images(self, images: Tensor, dy: Tensor, geometry: Geometry) -> None:
+        """`record` of images `[N, C, *S]` and dy `[N, d_out, *T]`."""
+        if self.look is None:
+            self._take(self._images_call(images, dy, geometry))
+
+    def _take(self, call: _Call) -> None:
+        if self._calls <= 1 and not self._held and call.index is None:  # the usual layer, called once
             self._closed = True
             self._accumulate(call.x, call.dy, call.samples)
             return
@@ -163,10 +180,10 @@ class FisherCapture:
                 "number"
             )
         dim = 0 if held[0].index is not None else 1
-        x = held[0].x if len(held) == 1 else torch.cat([call.x for call in held], dim)
+        x = _joined([call.x for call in held], dim)
         dy = held[0].dy if len(held) == 1 else torch.cat([call.dy for call in held], dim)
         index = [call.index for call in held if call.index is not None]
-        if index:
+        if index and isinstance(x, Tensor):
             self._accumulate(*_sorted_by_sample(x, dy, torch.cat(index), sizes[0]))
         else:
             self._accumulate(x, dy, sizes[0])
@@ -181,6 +198,20 @@ class FisherCapture:
         if samples > 1 and x.numel() and dy.numel():
             order = self._order(x, samples) or self._leading(x, samples)
         return _Call(_by_sample(x, samples, order), _by_sample(dy, samples, order), samples)
+
+    def _images_call(self, images: Tensor, dy: Tensor, geometry: Geometry) -> _Call:
+        last = images.movedim(1, -1)  # as `note_images` saw them
+        samples = self.batch_size or self._watched_samples or self._samples_of(last)
+        parts, order = 1, Order(0, images.shape[0])
+        if self.mode == "sample" and samples > 1 and images.numel() and dy.numel():
+            parts, order = samples, self._order(last, samples) or self._leading(last, samples)
+            if order.dim != 0:
+                raise FisherError(
+                    f"{self.name}: its samples are in dimension {order.dim + 1} of its input "
+                    f"{list(images.shape)}, where windows overlap. {ways_out(self.name)}"
+                )
+        x, dy = (order.samples_first(tensor, parts) for tensor in (images, dy))
+        return _Call(Windows(geometry, [x]), dy.movedim(2, -1).flatten(1, -2), samples)
 
     def _samples_of(self, x: Tensor) -> int:
         """The samples in x by its order, or its leading dimension."""
@@ -232,7 +263,9 @@ class FisherCapture:
             factor = float(samples) if self.reduction == "mean" else 1.0 / samples
         return factor / self.loss_scale**2
 
-    def _accumulate(self, x: Tensor, dy: Tensor, samples: int, offsets: Tensor | None = None) -> None:
+    def _accumulate(
+        self, x: Tensor | Windows, dy: Tensor, samples: int, offsets: Tensor | None = None
+    ) -> None:
         if samples == 0:
             return
         factor = self._factor(samples)
@@ -241,13 +274,17 @@ class FisherCapture:
         self.samples += samples
         self.batches += 1
 
-    def _add(self, index: int, x: Tensor, dy: Tensor, weight: float, offsets: Tensor | None) -> None:
+    def _add(
+        self, index: int, x: Tensor | Windows, dy: Tensor, weight: float, offsets: Tensor | None
+    ) -> None:
         self._accumulate_into(self.fishers[index], x, dy, weight, offsets)
 
     def _accumulate_into(
-        self, fisher: Tensor, x: Tensor, dy: Tensor, weight: float, offsets: Tensor | None
+        self, fisher: Tensor, x: Tensor | Windows, dy: Tensor, weight: float, offsets: Tensor | None
     ) -> None:
-        if x.shape[:-1].numel():
+        if isinstance(x, Windows):
+            x.accumulate_into_(fisher, dy, self.mode, weight)
+        elif x.shape[:-1].numel():
             schemas.fisher_accumulate_(fisher, x, dy, self.mode, weight, offsets, current_backend())
 
 
@@ -261,6 +298,14 @@ def ways_out(name: str) -> str:
 
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _joined(parts: list[Tensor | Windows], dim: int) -> Tensor | Windows:
+    """Those of all calls; a layer has rows or windows in each of them."""
+    first, *others = parts
+    if isinstance(first, Windows):
+        return first.with_calls([part for part in others if isinstance(part, Windows)])
+    return torch.cat([first, *(part for part in others if isinstance(part, Tensor))], dim) if others else first
 
 
 def _by_sample(tensor: Tensor, samples: int, order: Order | None) -> Tensor:

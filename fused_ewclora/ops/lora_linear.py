@@ -21,6 +21,7 @@ from ._distinct import distinct
 from .adapters import Adapters, by_kind
 from .capture import FisherCapture
 from .dispatch import Candidate
+from .windows import Geometry
 
 
 @dataclass(frozen=True)
@@ -37,22 +38,25 @@ _TRANSFORMS = "a transform of torch.func, batched gradients, forward-mode differ
 
 class Captured:
     """One call of a layer whose Fisher is collected; the node on autograd's tape, in Python or C++, tells it
-    what came."""
+    what came. `geometry`: of a convolution, whose x and dy are images."""
 
-    __slots__ = ("_capture", "_followed", "_index")
+    __slots__ = ("_capture", "_followed", "_geometry", "_index")
 
-    def __init__(self, capture: FisherCapture) -> None:
-        self._capture, self._followed = capture, False
+    def __init__(self, capture: FisherCapture, geometry: Geometry | None = None) -> None:
+        self._capture, self._followed, self._geometry = capture, False, geometry
         self._index: Tensor | None = None
 
     def forward(self, x: Tensor) -> None:
         """x of the forward."""
-        self._index = self._capture.note_forward(x)
+        if self._geometry is None:
+            self._index = self._capture.note_forward(x)
+        else:
+            self._capture.note_images(x)
 
     def backward(self, x: Tensor, dy: Tensor, followed: bool) -> None:
         """x and dy of a backward; of one that is `followed`, of which a graph is made, without that graph."""
         if not followed and not self._followed:
-            return self._capture.record(x, dy, self._index)
+            return self._record(x, dy)
         if self._followed:
             raise FisherError(
                 "a Fisher pass: a loss that contains gradients of the model (create_graph=True) was "
@@ -63,7 +67,13 @@ class Captured:
             raise FisherError(f"a Fisher pass: expected one backward of plain tensors, got {_TRANSFORMS}")
         self._followed = True
         with torch.no_grad():
-            return self._capture.record(x, dy, self._index)
+            return self._record(x, dy)
+
+    def _record(self, x: Tensor, dy: Tensor) -> None:
+        if self._geometry is None:
+            self._capture.record(x, dy, self._index)
+        else:
+            self._capture.record_images(x, dy, self._geometry)
 
 
 class LoRALinearFunction(torch.autograd.Function):

@@ -1,0 +1,273 @@
+"""Autograd of the LoRA convolution for windows that overlap: the base product and the down-projection are
+PyTorch's convolutions, the up-projection is added to the base product in place, before it is rounded.
+
+Where a call or its backward has to be followed (second derivatives, `torch.func`, forward-mode
+differentiation, `torch.jit.trace`) `reference.lora_conv` takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import FisherError
+from ..reference import lora_conv as reference
+from ..reference.lora_linear import accumulate_dtype
+from ..reference.philox import inverse_keep
+from . import schemas
+from ._distinct import distinct
+from .adapters import Adapter
+from .capture import FisherCapture
+from .lora_linear import Captured
+from .windows import Geometry
+
+
+@dataclass(frozen=True)
+class LoRAConvMeta:
+    """The constants of one call."""
+
+    geometry: Geometry
+    dropout_p: float
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether the channels of images are next to each other in memory and their columns are not."""
+    return x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
+
+
+def prefers_rows(x: Tensor, geometry: Geometry) -> bool:
+    """Whether disjoint windows are better computed as rows: where the rows of 1 x 1 windows need no copy; in
+    low precision, where convolutions would run in fp32; and larger windows."""
+    return not geometry.pointwise or x.dtype.itemsize == 2 or channels_last(x)
+
+
+def with_channels_last(weight: Tensor, adapters: Sequence[Adapter]) -> tuple[Tensor, list[Adapter]]:
+    """weight `[d_out, *kernel, C]`, a view if that is its memory format, and A with the same columns."""
+
+    def moved(adapter: Adapter) -> Adapter:
+        kernel = adapter.lora_a.unflatten(1, weight.shape[1:])
+        return adapter._replace(lora_a=kernel.movedim(1, -1).flatten(1))
+
+    return weight.movedim(1, -1), [moved(adapter) for adapter in adapters]
+
+
+def together(adapters: Sequence[Adapter], d_out: int) -> tuple[Tensor, Tensor]:
+    """One A `[R, columns]` and B `[d_out, R]`, scales included, that equal all adapters of a call."""
+    lora_bs = [_all_rows(adapter, d_out) for adapter in adapters]
+    if len(adapters) == 1:
+        return adapters[0].lora_a, lora_bs[0]
+    return torch.cat([adapter.lora_a for adapter in adapters]), torch.cat(lora_bs, dim=1)
+
+
+def _all_rows(adapter: Adapter, d_out: int) -> Tensor:
+    """B diag(s) with zeros in the rows of other adapters."""
+    lora_b, scale = adapter.lora_b, adapter.scale
+    if isinstance(scale, Tensor) or scale != 1.0:
+        lora_b = lora_b * scale
+    if adapter.rows == ((0, d_out),):
+        return lora_b
+    pieces = lora_b.split([stop - start for start, stop in adapter.rows])
+    parts, done = [], 0
+    for (start, stop), piece in sorted(zip(adapter.rows, pieces, strict=True), key=lambda part: part[0]):
+        parts += [lora_b.new_zeros(start - done, lora_b.shape[1]), piece]
+        done = stop
+    return torch.cat([*parts, lora_b.new_zeros(d_out - done, lora_b.shape[1])])
+
+
+class LoRAConvFunction(torch.autograd.Function):
+    """y = conv(x, W) + bias + conv1x1(conv(x, A), B) with one adapter on all rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        meta: LoRAConvMeta,
+        capture: FisherCapture | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        keep: Tensor | None,
+    ) -> Tensor:
+        y, z = _forward(meta, x, weight, bias, lora_a, lora_b, keep)
+        need_weight, _, need_a, need_b = ctx.needs_input_grad[3:-1]
+        # A layer that needs only dx (everything of its own frozen) keeps neither x nor z.
+        keep_x = need_weight or need_a or need_b or capture is not None
+        ctx.save_for_backward(
+            x if keep_x else None, weight, bias, lora_a, lora_b, keep, z if need_b else None
+        )
+        ctx.meta, ctx.shape, ctx.captured = meta, x.shape, None
+        if capture is not None:
+            ctx.captured = Captured(capture, meta.geometry)
+            ctx.captured.forward(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, lora_a, lora_b, keep, z = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:-1]
+        followed = not torch.compiler.is_compiling() and (
+            torch.is_grad_enabled() or schemas.is_transformed(dy)
+        )
+        if ctx.captured is not None:
+            ctx.captured.backward(x, dy, followed)
+        if x is None:  # only its shape matters
+            x = dy.new_empty(1).expand(ctx.shape)
+        with torch.autocast(dy.device.type, enabled=False):
+            if followed:
+                grads = _followed(ctx.meta, dy, (x, weight, bias, lora_a, lora_b), keep, needs)
+            else:
+                grads = _backward(ctx.meta, dy, x, weight, bias, lora_a, lora_b, keep, z, needs)
+        return (None, None, *grads, None)
+
+
+def _forward(
+    meta: LoRAConvMeta,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    keep: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y in the dtype of x and z `[N, r, *T]` in that of sums."""
+    geometry, acc = meta.geometry, accumulate_dtype(x.dtype)
+    conv = F.conv2d if x.dim() == 4 else F.conv1d
+    sides = [*geometry.stride], [*geometry.padding], [*geometry.dilation]
+    wide = x.to(acc)
+    y = conv(wide, weight.to(acc), None if bias is None else bias.to(acc), *sides)
+    z = conv(_kept(wide, keep, meta.dropout_p), _kernel(lora_a, weight, acc), None, *sides)
+    _add_up(y, z, lora_b.to(acc))
+    return y.to(x.dtype), z
+
+
+def _kept(x: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
+    return x if keep is None else (x * keep).mul_(inverse_keep(dropout_p))
+
+
+def _kernel(lora_a: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return lora_a.to(dtype).reshape(lora_a.shape[0], *weight.shape[1:])
+
+
+def _add_up(y: Tensor, z: Tensor, lora_b: Tensor) -> None:
+    """y `[N, d_out, *T]` += B z for z `[N, r, *T]`, in place."""
+    if y.is_contiguous():
+        (d_out, rank), count = lora_b.shape, y.shape[0]
+        y.view(count, d_out, -1).baddbmm_(lora_b.expand(count, d_out, rank), z.flatten(2))
+    else:
+        rows = y.movedim(1, -1)
+        rows.view(-1, rows.shape[-1]).addmm_(z.movedim(1, -1).reshape(-1, z.shape[1]), lora_b.T)
+
+
+def _backward(
+    meta: LoRAConvMeta,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    keep: Tensor | None,
+    z: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of x, weight, bias, A and B that `needs` asks for, summed as y is and rounded once."""
+    need_x, need_weight, need_bias, need_a, need_b = needs
+    acc = accumulate_dtype(dy.dtype)
+    g, wide = dy.to(acc), x.to(acc)
+    dx, dweight = _conv_backward(meta, g, wide, weight.to(acc), need_x, need_weight)
+    da = db = None
+    if need_x or need_a:
+        u = torch.einsum("or,no...->nr...", lora_b.to(acc), g)
+        branch = _kept(wide, keep, meta.dropout_p)
+        dbranch, da = _conv_backward(meta, u, branch, _kernel(lora_a, weight, acc), need_x, need_a)
+        if dx is not None and dbranch is not None:
+            dx += _kept(dbranch, keep, meta.dropout_p)
+    if need_b:
+        assert z is not None
+        db = torch.einsum("not,nrt->or", g.flatten(2), z.flatten(2)).to(lora_b.dtype)
+    dbias = g.sum((0, *range(2, g.dim()))).to(bias.dtype) if need_bias and bias is not None else None
+    return [
+        None if dx is None else dx.to(dy.dtype),
+        None if dweight is None else dweight.to(weight.dtype),
+        dbias,
+        None if da is None else da.flatten(1).to(lora_a.dtype),
+        db,
+    ]
+
+
+def _conv_backward(
+    meta: LoRAConvMeta, dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    geometry = meta.geometry
+    if not (need_x or need_weight):
+        return None, None
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, [*geometry.stride], [*geometry.padding], [*geometry.dilation], False,
+        [0] * len(geometry.stride), 1, [need_x, need_weight, False],
+    )  # fmt: skip
+    return dx, dweight
+
+
+def _followed(
+    meta: LoRAConvMeta,
+    dy: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor],
+    keep: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The same, connected to the graphs of all arguments."""
+    with torch.enable_grad():
+        y = _plain(meta, *inputs, keep)
+        wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
+        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [next(found) if need else None for need in needs]
+
+
+def _plain(
+    meta: LoRAConvMeta,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    keep: Tensor | None,
+) -> Tensor:
+    geometry = meta.geometry
+    return reference.lora_conv(
+        x, weight, bias, lora_a, lora_b, keep, meta.dropout_p, geometry.stride, geometry.padding,
+        geometry.dilation,
+    )  # fmt: skip
+
+
+def lora_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    meta: LoRAConvMeta,
+    capture: FisherCapture | None,
+) -> Tensor:
+    """y `[N, d_out, *T]` of arguments that have been checked; A and B as `together` gives them."""
+    keep = None
+    if meta.dropout_p > 0.0:
+        keep = torch.rand_like(x, dtype=torch.float32) >= meta.dropout_p
+    inputs = (x, weight, bias, lora_a, lora_b, keep)
+    with torch.autocast(x.device.type, enabled=False):
+        if schemas.is_transformed():
+            if capture is not None:
+                raise FisherError(
+                    "a Fisher pass: expected plain calls of its layers, got one inside a transform of "
+                    "torch.func, forward-mode differentiation or torch.jit.trace"
+                )
+            return _plain(meta, *inputs)
+        if capture is None and not torch.is_grad_enabled():
+            return _forward(meta, *inputs)[0]
+        found: Tensor = LoRAConvFunction.apply(meta, capture, *distinct(inputs))
+        return found
