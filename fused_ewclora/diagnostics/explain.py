@@ -117,7 +117,7 @@ def _ranks(layer: AdaptedLinear) -> list[int]:
 
 
 def _implementation(layer: AdaptedLinear, rank: int, rows: int | None) -> dict[str, Any]:
-    device = layer.device.type
+    device = layer.weight.device.type
     autocast = torch.is_autocast_enabled(device) and layer.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else layer.dtype
     row: dict[str, Any] = {"device": device, "dtype": str(dtype).removeprefix("torch.")}
@@ -151,7 +151,7 @@ def _call(layer: AdaptedLinear, dtype: torch.dtype, rank: int, rows: int | None)
         rank,
         dropout,
     )
-    device = layer.device
+    device = layer.weight.device
     precision = torch.get_float32_matmul_precision() if dtype == torch.float32 else None
     return dispatch.Call(device.type, dtype, dispatch.arch_of(device), shape, precision=precision)
 

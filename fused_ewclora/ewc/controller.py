@@ -132,7 +132,7 @@ class EWC:
 
     @property
     def _device(self) -> torch.device:
-        return next(iter(self.layers.values())).device
+        return next(iter(self.layers.values())).weight.device
 
     def _check(self) -> None:
         """Raises `TargetError` when the adapters have changed; the state follows a model that was moved."""

@@ -161,7 +161,7 @@ class LocalPlacement:
     def common_generator(
         self, generator: torch.Generator | None, group: ProcessGroup | None
     ) -> torch.Generator | None:
-        return processes.common_generator(generator, self.refs[0].layer.device, group)
+        return processes.common_generator(generator, self.refs[0].layer.weight.device, group)
 
     def new_weights(self) -> dict[str, Updates]:
         return {
@@ -204,4 +204,4 @@ def check_ready(layers: Mapping[str, AdaptedLinear], action: str) -> None:
 def fisher_buffer(layer: AdaptedLinear, rows: int) -> Tensor:
     """Zeros `[rows, in_features]` to accumulate a Fisher in: fp32, beside fp64 weights fp64."""
     dtype = torch.promote_types(layer.dtype, torch.float32)
-    return torch.zeros(rows, layer.in_features, dtype=dtype, device=layer.device)
+    return torch.zeros(rows, layer.in_features, dtype=dtype, device=layer.weight.device)

@@ -223,7 +223,7 @@ class ShardedPlacement:
 
     @property
     def _device(self) -> torch.device:
-        return self.refs[0].layer.device
+        return self.refs[0].layer.weight.device
 
     def capture(self, layer: AdaptedLinear, *options: Any) -> FisherCapture:
         """Its Fishers are this process's rows, summed over processes batch by batch."""

@@ -151,7 +151,7 @@ class EWCCallback(TrainerCallback):
 
 def _scale(scaler: Any, ewc: EWC) -> Tensor:
     """The scale of the step as a tensor, without a device sync; the first call initialises the scaler."""
-    device = next(iter(ewc.layers.values())).device
+    device = next(iter(ewc.layers.values())).weight.device
     scale: Tensor = scaler.scale(torch.ones((), device=device))
     return scale
 

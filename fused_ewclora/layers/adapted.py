@@ -21,6 +21,7 @@ from .slices import AdapterSlice, fingerprint
 Location = tuple[dict[str, nn.Parameter | None], str]
 # What to write where: (target, new value), the targets being tensors of a model or views of them.
 Updates = list[tuple[Tensor, Tensor]]
+MERGED = "the adapters are merged into this weight; call fe.unmerge(model) before loading"
 # Every adapted layer that is alive: models that share a weight are found here.
 LIVING: weakref.WeakSet[AdaptedLinear] = weakref.WeakSet()
 
@@ -110,11 +111,6 @@ class AdaptedLinear(nn.Module):
         return self.weight.dtype
 
     @property
-    def device(self) -> torch.device:
-        """Where the base weight is."""
-        return self.weight.device
-
-    @property
     def dropout_p(self) -> float:
         """The probability of dropout on the input of the low-rank branch during training."""
         return self.lora_dropout
@@ -195,7 +191,7 @@ class AdaptedLinear(nn.Module):
         for adapter in adapters:
             a_shape, b_shape = (adapter.r, self.in_features), (adapter.row_count, adapter.r)
             for name, shape in ((adapter.a_name, a_shape), (adapter.b_name, b_shape)):
-                value = torch.empty(shape, dtype=dtype, device=self.device)
+                value = torch.empty(shape, dtype=dtype, device=self.weight.device)
                 setattr(self, name, nn.Parameter(value))
         self.reset_adapters()
 
@@ -354,20 +350,18 @@ class AdaptedLinear(nn.Module):
         return [rows for adapter in self.adapter_slices for rows in adapter.rows]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        key = self._weight_key(prefix)
+        key = f"{prefix}weight"
         has_weight = key in state_dict
         if has_weight and self.merged:
-            message = "the adapters are merged into this weight; call fe.unmerge(model) before loading"
-            args[-1].append(f"{key}: {message}")  # error_msgs, which load_state_dict raises
+            args[-1].append(f"{key}: {MERGED}")  # error_msgs, which load_state_dict raises
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
         if has_weight and not any(key.startswith(f"{prefix}lora_") for key in state_dict):
-            # A checkpoint without adapters: its weights are the base weights from now on.
-            self.origin_fingerprint, self.consolidated_tasks = fingerprint(self.base_weight), 0
+            self._begin_anew()
 
-    def _weight_key(self, prefix: str) -> str:
-        """The key of the weight in a state_dict in which the layer has this prefix."""
-        return f"{prefix}weight"
+    def _begin_anew(self) -> None:
+        """The weights of a checkpoint without adapters are the base weights from now on."""
+        self.origin_fingerprint, self.consolidated_tasks = fingerprint(self.base_weight), 0
 
     def __getstate__(self) -> dict[str, Any]:
         # The buffers belong to the running Fisher pass, not to copies of the layer.

@@ -132,7 +132,7 @@ class OperandLookup:
 
 def devices(refs: Iterable[AdapterRef]) -> dict[str, torch.device]:
     """The device of each adapter's layer, by Fisher key."""
-    return {ref.key: ref.layer.device for ref in refs}
+    return {ref.key: ref.layer.weight.device for ref in refs}
 
 
 def checked_fisher_dtype(refs: Iterable[AdapterRef], dtype: torch.dtype) -> torch.dtype:

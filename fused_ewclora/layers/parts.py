@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as FE
 from ..config import QKVLayout
-from .adapted import AdaptedLinear
+from .adapted import MERGED, AdaptedLinear
 from .slices import AdapterSlice
 
 PartRule = Callable[[nn.Module], "Iterable[Part]"]
@@ -31,7 +31,6 @@ class LoRAPart(AdaptedLinear):
     is_part = True
 
     part: Part
-    transposed: bool
 
     def __init__(
         self,
@@ -43,11 +42,18 @@ class LoRAPart(AdaptedLinear):
     ) -> None:
         super().__init__()
         self._owner = (owner,)  # in a tuple it is not a child of its child
-        self.part, self.transposed = part, part.transposed
+        self.part = part
         self.in_features, self.out_features = part.in_features, part.out_features
         self._add_adapters(adapters, lora_alpha, lora_dropout)
         self.train(owner.training)
+        self._reloaded = False
+        self._hook = owner._register_load_state_dict_pre_hook(self._before_owner_loads)
         owner.add_module(part.name, self)
+
+    @property
+    def transposed(self) -> bool:  # type: ignore[override]
+        """Whether the owner stores the weight as `[in_features, out_features]`."""
+        return self.part.transposed
 
     @property
     def owner(self) -> nn.Module:
@@ -60,7 +66,7 @@ class LoRAPart(AdaptedLinear):
         return self.part.weight_in(self.owner)
 
     @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
+    def bias(self) -> Tensor | None:
         """The owner's bias, which may have further rows of other parts."""
         return None if self.part.bias is None else cast("Tensor | None", getattr(self.owner, self.part.bias))
 
@@ -73,14 +79,29 @@ class LoRAPart(AdaptedLinear):
     def weight_name(self, name: str) -> str:
         return self.part.weight_name(name.rpartition(".")[0])
 
-    def _weight_key(self, prefix: str) -> str:
-        return self.weight_name(prefix.removesuffix("."))
+    def _before_owner_loads(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """The owner loads the weight, and this child does not see its key."""
+        key = self.part.weight_name(prefix.removesuffix("."))
+        if key not in state_dict:
+            return
+        if self.merged:
+            del state_dict[key]
+            args[-1].append(f"{key}: {MERGED}")  # error_msgs, which load_state_dict raises
+            return
+        self._reloaded = not any(name.startswith(f"{prefix}{self.part.name}.lora_") for name in state_dict)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+        if self._reloaded:
+            self._begin_anew()
+            self._reloaded = False
 
     def release_(self) -> nn.Module:
         """Remove this child from its owner and restore requires_grad; returns the owner."""
         self._thaw()
         self._drop_adapters()
         self.adapter_slices = ()
+        self._hook.remove()
         del self.owner._modules[self.part.name]
         return self.owner
 

@@ -55,7 +55,7 @@ def input_covariances(
     Nothing is kept per sample, and a packed projection is counted once for all of its adapters. Raises
     `ArgumentError` for no batches or values that are not finite, `TargetError` for layers that never ran.
     """
-    device = next(iter(layers.values())).device
+    device = next(iter(layers.values())).weight.device
     batches = 0
     with eager(), evaluation_mode(model), _summing(layers) as sums:
         for batch in limited(loader, max_batches, False):

@@ -82,7 +82,8 @@ class InfLoRA(Method):
             raise TargetError(f"{composed[0]}: expected plain adapters, found those of another method")
         super().__init__(model, config, group=group)
         self.subspaces = {
-            name: Subspace.empty(layer.in_features, layer.device) for name, layer in self.layers.items()
+            name: Subspace.empty(layer.in_features, layer.weight.device)
+            for name, layer in self.layers.items()
         }
         self._prepared = False
         for layer in self.layers.values():
@@ -219,7 +220,9 @@ class InfLoRA(Method):
                 raise CheckpointError(
                     f"state: complements: expected true or false for {key}, got {complement!r}"
                 )
-            subspaces[name] = Subspace(_checked(basis, key, layer.in_features), complement).to(layer.device)
+            subspaces[name] = Subspace(_checked(basis, key, layer.in_features), complement).to(
+                layer.weight.device
+            )
         self.subspaces = subspaces
         take_over(self, config)
 

@@ -80,7 +80,7 @@ class Method:
         """What the method adds to the loss, 0-d and differentiable; 0 for methods without a penalty."""
         layer = next(iter(self.layers.values()))
         leaf = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return torch.zeros((), device=layer.device, requires_grad=leaf)
+        return torch.zeros((), device=layer.weight.device, requires_grad=leaf)
 
     def after_step(self, step: int, total_steps: int) -> None:
         """Call it after every step of the optimizer; step counts from 0 within a task of total_steps."""
@@ -124,7 +124,7 @@ class Method:
 
     def _drawing(self, generator: torch.Generator | None = None) -> torch.Generator | None:
         """The source of new parameters, `generator` unless several processes must draw the same."""
-        return drawing(generator, next(iter(self.layers.values())).device, self.group)
+        return drawing(generator, next(iter(self.layers.values())).weight.device, self.group)
 
     def _begin(self) -> None: ...
 
