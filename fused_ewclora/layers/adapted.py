@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Iterator
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
@@ -49,6 +50,7 @@ class AdaptedLinear(nn.Module):
     transposed: ClassVar[bool] = False  # whether `plain` stores its weight as `[in_features, out_features]`
     weight_path: ClassVar[str] = "weight"  # path of the weight below the layer
     is_part: ClassVar[bool] = False  # whether another module stores the weight, see `LoRAPart`
+    in_all: ClassVar[bool] = True  # whether "all-linear" selects modules of the class `plain`
 
     in_features: int
     out_features: int
@@ -72,6 +74,14 @@ class AdaptedLinear(nn.Module):
     def features(module: nn.Module) -> tuple[int, int]:
         """(in_features, out_features) of a module of the class `plain`."""
         return module.in_features, module.out_features  # type: ignore[return-value]
+
+    @classmethod
+    def unfit(cls, module: nn.Module) -> str | None:
+        """The reason why a module of the class `plain`, with a plain weight, cannot be adapted, or None."""
+        shape, expected = list(cast(Tensor, module.weight).shape), list(cls.features(module))
+        sides = "[in_features, out_features]" if cls.transposed else "[out_features, in_features]"
+        fits = shape == (expected if cls.transposed else expected[::-1])
+        return None if fits else f"its weight has shape {shape}, not {sides}"
 
     @property
     def base_weight(self) -> Tensor:
@@ -282,6 +292,14 @@ class AdaptedLinear(nn.Module):
             capture=self.fisher_capture,
         )
 
+    def row_count(self, x: Tensor) -> int:
+        """The number of rows that the linear map is applied to in a call with x."""
+        return x.numel() // max(x.shape[-1], 1)
+
+    def rows_of(self, x: Tensor) -> Iterator[Tensor]:
+        """These rows `[rows, in_features]`, in pieces of limited size where they are copies."""
+        yield x.reshape(-1, x.shape[-1])
+
     @torch.no_grad()
     def consolidated_weight(self) -> Tensor:
         """A new tensor W + B diag(s) A, summed in fp32 (fp64 for fp64) and rounded once.
@@ -380,5 +398,5 @@ class AdaptedLinear(nn.Module):
 
 # Attributes that an adapted layer has in addition to those of its plain class.
 _OWN = set(AdaptedLinear.__annotations__) - {
-    "plain", "transposed", "weight_path", "is_part", "in_features", "out_features", "weight", "bias",
+    "plain", "transposed", "weight_path", "is_part", "in_all", "in_features", "out_features", "weight", "bias",
 }  # fmt: skip

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..config import ALL_LINEAR, LoRAConfig, QKVLayout, matches
 from ..errors import LayoutError, TargetError
@@ -129,10 +131,11 @@ class Plan:
 def plan(model: nn.Module, config: LoRAConfig) -> Plan:
     """Match and validate without changing anything; raises `TargetError` or `LayoutError` naming the layer.
 
-    Names are matched as in PEFT. Only modules whose class is exactly `nn.Linear`, or another one that is
-    registered, are adapted: modules of other classes are skipped with a reason, and an `nn.Linear` that the
-    targets name but that cannot be adapted raises. `"all-linear"` leaves out the modules that
-    `get_output_embeddings()`, `get_classifier()` or a rule of `register_heads` returns.
+    Names are matched as in PEFT. Only modules whose class is exactly `nn.Linear`, `nn.Conv2d`, `nn.Conv1d` or
+    another one that is registered are adapted: modules of other classes are skipped with a reason, and a
+    linear layer or convolution that the targets name but that cannot be adapted raises. `"all-linear"` leaves
+    out convolutions, and the modules that `get_output_embeddings()`, `get_classifier()` or a rule of
+    `register_heads` returns.
     """
     if config.target_modules is None:
         raise TargetError(
@@ -166,7 +169,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
             raise TargetError(
                 f"{name or 'model'}: has adapters already; fe.eject(model) removes them. Nothing was changed"
             )
-        elif (part is not None or is_linear(module)) and not everything:
+        elif (part is not None or _adaptable(module)) and not everything:
             raise TargetError(
                 f"{name}: {reason}; leave it out with exclude_modules=[{name!r}]. Nothing was changed"
             )
@@ -265,15 +268,25 @@ def output_heads(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is an instance of `nn.Linear` or of another class that has an adapted form."""
-    return isinstance(module, tuple(_adapted_classes))
+    """Whether the module is an instance of `nn.Linear` or of another class that has an adapted form, unless
+    it is a convolution."""
+    return isinstance(module, tuple(plain for plain, own in _adapted_classes.items() if own.in_all))
+
+
+def _adaptable(module: nn.Module) -> bool:
+    """Whether the module is a linear layer or a convolution, adaptable or not: a target that names one means
+    it."""
+    return isinstance(module, (*_adapted_classes, _ConvNd))
 
 
 def _unfit(module: nn.Module) -> str | None:
     """The reason why a module cannot be adapted in place, or None."""
     kind = type(module).__name__
-    if not is_linear(module):
-        return f"{kind} is not nn.Linear"
+    if not isinstance(module, tuple(_adapted_classes)):
+        conv = isinstance(module, _ConvNd)
+        return f"{kind} is not nn.Conv1d or nn.Conv2d" if conv else f"{kind} is not nn.Linear"
+    if isinstance(module, LazyModuleMixin):
+        return f"{kind} has no shape yet (run the model once before inject)"
     if type(module) not in _adapted_classes:
         base = next(plain.__name__ for plain in _adapted_classes if isinstance(module, plain))
         return f"{kind} is a subclass of {base} whose behaviour would be lost"
@@ -290,12 +303,7 @@ def _unfit(module: nn.Module) -> str | None:
         return "its weight is not a plain parameter (weight norm, pruning or another wrapper)"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not floating point"
-    adapted = _adapted_classes[type(module)]
-    expected = adapted.features(module)
-    if tuple(weight.shape) != (expected if adapted.transposed else expected[::-1]):
-        sides = "[in_features, out_features]" if adapted.transposed else "[out_features, in_features]"
-        return f"its weight has shape {list(weight.shape)}, not {sides}"
-    return None
+    return _adapted_classes[type(module)].unfit(module)
 
 
 def _match(model: nn.Module, candidate: Candidate, config: LoRAConfig) -> Match:

@@ -83,6 +83,10 @@ class Windows:
         """Those of this call, followed by those of others."""
         return Windows(self._geometry, [image for part in (self, *others) for image in part._images])
 
+    def rows(self) -> Tensor:
+        """All of them, `[N, windows, columns]`, with columns in the order (C, *kernel)."""
+        return self._wholes([self._padded(images) for images in self._images])
+
     @torch.no_grad()
     def accumulate_into_(self, fisher: Tensor, dy: Tensor, mode: str, weight: float) -> None:
         """`fisher_accumulate_` of the windows and dy `[N, windows, d_out]`, exactly; fisher `[d_out, columns]`
@@ -94,7 +98,7 @@ class Windows:
         for samples, whole in self._chunks(dy):
             padded = [self._padded(images[samples]) for images in self._images]
             if whole:
-                x = torch.stack([self._at(padded, place) for place in self._places()], dim=-1).flatten(2)
+                x = self._wholes(padded)
                 schemas.fisher_accumulate_(fisher, x, dy[samples], mode, weight, None, backend)
                 continue
             for channels in self._channels(dy[samples]):
@@ -131,6 +135,9 @@ class Windows:
         last = images.movedim(2, -1)
         sides = [side for padding in reversed(self._geometry.padding) for side in (padding, padding)]
         return F.pad(last, (0, 0, *sides)).contiguous() if any(sides) else last.contiguous()
+
+    def _wholes(self, padded: list[Tensor]) -> Tensor:
+        return torch.stack([self._at(padded, place) for place in self._places()], dim=-1).flatten(2)
 
     def _at(self, padded: list[Tensor], place: Sizes) -> Tensor:
         """What the windows have at one of their places, `[n, windows, C]`."""
