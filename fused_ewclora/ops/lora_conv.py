@@ -157,11 +157,11 @@ def _kernel(lora_a: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _add_up(y: Tensor, z: Tensor, lora_b: Tensor) -> None:
     """y `[N, d_out, *T]` += B z for z `[N, r, *T]`, in place."""
     if y.is_contiguous():
-        (d_out, rank), count = lora_b.shape, y.shape[0]
-        y.view(count, d_out, -1).baddbmm_(lora_b.expand(count, d_out, rank), z.flatten(2))
+        y.flatten(2).baddbmm_(lora_b.expand(y.shape[0], *lora_b.shape), z.flatten(2))
     else:
         rows = y.movedim(1, -1)
-        rows.view(-1, rows.shape[-1]).addmm_(z.movedim(1, -1).reshape(-1, z.shape[1]), lora_b.T)
+        rows = rows.view(rows.shape[:-1].numel(), lora_b.shape[0])
+        rows.addmm_(z.movedim(1, -1).flatten(0, -2), lora_b.T)
 
 
 def _backward(

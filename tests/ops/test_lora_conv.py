@@ -1,0 +1,277 @@
+"""The LoRA convolution equals the convolution with W + B diag(s) A, in values and in all derivatives, whatever
+its windows, memory format and dtype are."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerance import EPS
+from torch import Tensor
+
+from fused_ewclora import functional as FE
+from fused_ewclora.errors import ArgumentError, DtypeError
+from fused_ewclora.functional import Adapter, Geometry
+
+WIDE = torch.float64
+LAST = torch.channels_last
+
+
+@st.composite
+def geometries(draw) -> tuple[Geometry, tuple[int, ...]]:
+    """Windows of one or two dimensions, disjoint ones among them, and the size of an input."""
+    dims = draw(st.sampled_from((1, 2)))
+    sides = []
+    for _ in range(dims):
+        kernel = draw(st.integers(1, 3))
+        if draw(st.booleans()):
+            sides.append((kernel, draw(st.sampled_from((kernel, 1))), 0, 1))
+        else:
+            sides.append((kernel, draw(st.integers(1, 3)), draw(st.integers(0, 2)), draw(st.integers(1, 2))))
+    geometry = Geometry(*zip(*sides, strict=True))
+    least = [max(1, d * (k - 1) + 1 - 2 * p) for k, _, p, d in sides]
+    return geometry, tuple(draw(st.integers(size, size + 5)) for size in least)
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    function = F.conv2d if weight.dim() == 4 else F.conv1d
+    return function(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
+
+
+def drawn(
+    geometry: Geometry, sizes: tuple[int, ...], images: int = 2, dtype=WIDE, channels: tuple[int, int] = (3, 5)
+) -> list[Tensor]:
+    """x, W, bias, A, B, s that require gradients."""
+    (c, out), r = channels, 2
+    shapes = [(images, c, *sizes), (out, c, *geometry.kernel), (out,)]
+    columns = c * torch.Size(geometry.kernel).numel()
+    shapes += [(r, columns), (out, r), (r,)]
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def adapted(
+    geometry: Geometry, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s: Tensor
+) -> Tensor:
+    return FE.lora_conv_adapters(x, w, bias, [Adapter(a, b, s, ((0, w.shape[0]),))], geometry)
+
+
+def dense(
+    geometry: Geometry, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s: Tensor
+) -> Tensor:
+    return conv(x, w + ((b * s) @ a).view_as(w), bias, geometry)
+
+
+def in_format(x: Tensor, last: bool) -> Tensor:
+    """The same values with the channels last in memory."""
+    moved = x.detach().movedim(1, -1).contiguous().movedim(-1, 1) if last else x.detach().contiguous()
+    return moved.requires_grad_()
+
+
+THREE = Geometry((3, 3), (1, 1), (1, 1), (1, 1))
+ODD = Geometry((3, 2), (2, 1), (1, 0), (1, 2))
+POINT = Geometry((1, 1), (1, 1), (0, 0), (1, 1))
+PATCH = Geometry((2, 2), (2, 2), (0, 0), (1, 1))
+LINE = Geometry((3,), (2,), (1,), (1,))
+
+
+@given(geometries(), st.booleans(), st.booleans(), st.integers(0, 3))
+def test_equals_dense(drawn_geometry, last, weight_last, images):
+    """Output and every gradient are those of the dense convolution, the output in its memory format."""
+    geometry, sizes = drawn_geometry
+    x, w, *rest = drawn(geometry, sizes, images)
+    x, w = in_format(x, last), in_format(w, weight_last)
+    y, expected = adapted(geometry, x, w, *rest), dense(geometry, x, w, *rest)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    if not weight_last:
+        plain = conv(x, w, None, geometry)
+        assert y.is_contiguous() or not plain.is_contiguous()
+        assert y.dim() == 3 or y.is_contiguous(memory_format=LAST) or not plain.is_contiguous(memory_format=LAST)
+    dy = torch.randn_like(expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(y, (x, w, *rest), dy), torch.autograd.grad(expected, (x, w, *rest), dy), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("geometry", [THREE, ODD, POINT, PATCH])
+@pytest.mark.parametrize("needed", range(6))
+def test_single_gradients(geometry, needed):
+    """A gradient that is asked for alone, as with everything else frozen."""
+    values = [value.detach() for value in drawn(geometry, (6, 6))]
+    values[needed].requires_grad_()
+    grads = [
+        torch.autograd.grad(run(geometry, *values).square().sum(), values[needed])[0] for run in (adapted, dense)
+    ]
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("geometry", [THREE, POINT, PATCH])
+def test_row_slices(geometry):
+    """Adapters of their own ranks on ranges of the output channels, one of them with two ranges."""
+    x, w, bias, a, b, s = drawn(geometry, (6, 6))
+    other = torch.randn(3, a.shape[1], dtype=WIDE, requires_grad=True)
+    up = torch.randn(1, 3, dtype=WIDE, requires_grad=True)
+    adapters = [Adapter(a, b[:3], s, ((3, 5), (0, 1))), Adapter(other, up, 0.5, ((2, 3),))]
+    y = FE.lora_conv_adapters(x, w, bias, adapters, geometry)
+    delta = torch.zeros(5, a.shape[1], dtype=WIDE)
+    first = (b[:3] * s) @ a
+    delta = torch.cat([first[2:], delta[:1], 0.5 * up @ other, first[:2]])
+    expected = conv(x, w + delta.view_as(w), bias, geometry)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    wanted = (x, a, b, s, other, up)
+    for pair in zip(*(torch.autograd.grad(out.square().sum(), wanted) for out in (y, expected)), strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("geometry", [THREE, POINT, PATCH])
+@pytest.mark.parametrize("last", [False, True])
+def test_small_adapter_survives(geometry, dtype, last):
+    """What an adapter 1e-3 as large as the weight adds is not lost when the base product is rounded: it is
+    added before."""
+    c, out = 32, 16
+    side = 12 * geometry.stride[0]
+    x = in_format(torch.randn(16, c, side, side).to(dtype), last)
+    w = torch.randn(out, c, *geometry.kernel).to(dtype)
+    a = torch.randn(2, w[0].numel()) / w[0].numel() ** 0.5
+    b = 1e-3 * w[0].numel() ** 0.5 * torch.randn(out, 2)
+    with torch.no_grad():
+        plain = conv(x.double(), w.double(), None, geometry)
+        total = dense(geometry, x.double(), w.double(), None, a.double(), b.double(), torch.ones(2))
+        exact = total - plain
+        y = FE.lora_conv_adapters(x, w, None, [Adapter(a, b, 1.0, ((0, out),))], geometry)
+        late = conv(x, w, None, geometry) + exact.to(dtype)
+
+    def share(result: Tensor) -> float:
+        return float(((result.double() - plain) * exact).sum() / exact.square().sum())
+
+    # One rounding, up to half of eps and of random sign, and factors that a matrix unit may round.
+    noise = 4.0 * EPS[dtype] / 2 * float((total * exact).norm() / exact.square().sum())
+    assert y.dtype == dtype and abs(share(y) - 1.0) < noise + 4 * EPS[dtype], (share(y), noise)
+    if dtype == torch.bfloat16:
+        assert share(late) < 1.0 - noise - 4 * EPS[dtype], (share(late), "the test would not see it")
+
+
+def test_autocast():
+    """Under autocast the result is that of operands rounded to its dtype."""
+    x, w, bias, a, b, s = drawn(THREE, (6, 6), dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = adapted(THREE, x, w, bias, a, b, s)
+    short = [value.detach().bfloat16() for value in (x, w, bias)]
+    expected = adapted(THREE, *short, a.detach(), b.detach(), s.detach())
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
+    y.float().sum().backward()
+    assert all(value.grad.dtype == torch.float32 for value in (x, a, b, s))
+
+
+@pytest.mark.parametrize("geometry", [Geometry((2, 1), (1, 2), (1, 0), (1, 1)), LINE])
+def test_derivatives(geometry):
+    """First and second derivatives, batched ones too, by finite differences."""
+    values = drawn(geometry, (2,) * len(geometry.kernel), images=1, channels=(1, 2))
+    run = functools.partial(adapted, geometry)
+    assert torch.autograd.gradcheck(run, values, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(run, values)
+
+
+@pytest.mark.parametrize("geometry", [THREE, POINT, PATCH])
+def test_transforms(geometry):
+    """vmap over samples, a Jacobian-vector product and a per-sample gradient equal those of the dense
+    convolution."""
+    values = [value.detach() for value in drawn(geometry, (4, 4), images=3)]
+    x, *rest = values
+
+    def loss(run, a: Tensor, image: Tensor) -> Tensor:
+        w, bias, _, b, s = rest
+        return run(geometry, image[None], w, bias, a, b, s).square().sum()
+
+    results = []
+    for run in (adapted, dense):
+        per_sample = torch.func.vmap(torch.func.grad(functools.partial(loss, run)), (None, 0))(rest[2], x)
+        forward = torch.func.jvp(lambda a, run=run: loss(run, a, x[0]), (rest[2],), (rest[2],))[1]
+        results.append((per_sample, forward))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("geometry", [THREE, POINT, PATCH])
+def test_dropout(geometry):
+    """Elements of x are dropped in the low-rank branch alone, in the forward as in the backward."""
+    x, w, bias, a, _, _ = (value.detach() for value in drawn(geometry, (6, 6)))
+    weight, up = torch.zeros_like(w), torch.eye(5, 5, dtype=WIDE)
+    a = torch.randn(5, a.shape[1], dtype=WIDE)
+    x.requires_grad_()
+    options = {"dropout_p": 0.5, "training": True}
+
+    def run(p: float, training: bool = True) -> Tensor:
+        adapters = [Adapter(a, up, 1.0, ((0, 5),))]
+        return FE.lora_conv_adapters(x, weight, None, adapters, geometry, dropout_p=p, training=training)
+
+    y = run(**{"p": options["dropout_p"]})
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    full = run(0.0)
+    (whole,) = torch.autograd.grad(full, x, torch.ones_like(full))
+    kept = (dx / whole).round(decimals=6)
+    assert set(kept.unique().tolist()) == {0.0, 2.0}, "inverted scaling by 1 / (1 - p)"
+    torch.testing.assert_close(y, conv(x * kept, a.view_as(w), None, geometry), rtol=1e-9, atol=1e-9)
+    assert torch.equal(run(0.5, training=False), full)
+    assert not run(1.0).any()
+
+
+@pytest.mark.parametrize("geometry", [THREE, POINT, PATCH, LINE])
+def test_without_batch(geometry):
+    """An input without the dimension of images gives an output without it."""
+    x, *rest = drawn(geometry, (6,) * len(geometry.kernel), images=1)
+    torch.testing.assert_close(adapted(geometry, x[0], *rest), adapted(geometry, x, *rest)[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("geometry", [THREE, POINT, PATCH])
+def test_inplace_after(geometry):
+    """The output can be changed in place, as an activation does."""
+    x, *rest = drawn(geometry, (6, 6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = F.relu(adapted(geometry, x, *rest), inplace=True)
+    ours = torch.autograd.grad(y.sum(), rest)
+    theirs = torch.autograd.grad(F.relu(dense(geometry, x, *rest)).sum(), rest)
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("geometry", [THREE, ODD, POINT, PATCH])
+@pytest.mark.parametrize("last", [False, True])
+def test_compiled(geometry, last):
+    """One graph, the same output and gradients."""
+    torch._dynamo.reset()
+    x, *rest = drawn(geometry, (6, 6))
+    x = in_format(x, last)
+    compiled = torch.compile(functools.partial(adapted, geometry), fullgraph=True, backend="aot_eager")
+    y, expected = compiled(x, *rest), adapted(geometry, x, *rest)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    for pair in zip(*(torch.autograd.grad(out.square().sum(), (x, *rest)) for out in (y, expected)), strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-11, atol=1e-11)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (lambda v: v.update(x=v["x"][:, :2]), ArgumentError, r"x: expected \[N, 3, H, W\]"),
+        (lambda v: v.update(x=v["x"][0, 0]), ArgumentError, r"x: expected \[N, 3, H, W\]"),
+        (lambda v: v.update(x=v["x"][..., :1, :1]), ArgumentError, "at least one window"),
+        (lambda v: v.update(x=v["x"].float()), DtypeError, "weight: expected torch.float32"),
+        (lambda v: v.update(x=v["x"].long()), DtypeError, "x: expected a floating-point"),
+        (lambda v: v.update(a=v["a"][:, :5]), ArgumentError, "lora_a: expected"),
+        (lambda v: v.update(b=v["b"][:2]), ArgumentError, "lora_b: expected 5 rows"),
+        (lambda v: v.update(bias=v["bias"][:2]), ArgumentError, r"bias: expected shape \[5\]"),
+    ],
+)
+@pytest.mark.parametrize("geometry", [ODD, PATCH])
+def test_refusals(geometry, change, error, text):
+    """Arguments that do not fit are named."""
+    values = dict(zip(("x", "w", "bias", "a", "b", "s"), drawn(geometry, (6, 6)), strict=True))
+    change(values)
+    with pytest.raises(error, match=text):
+        adapted(geometry, *values.values())
