@@ -305,7 +305,9 @@ def _joined(parts: list[Tensor | Windows], dim: int) -> Tensor | Windows:
     first, *others = parts
     if isinstance(first, Windows):
         return first.with_calls([part for part in others if isinstance(part, Windows)])
-    return torch.cat([first, *(part for part in others if isinstance(part, Tensor))], dim) if others else first
+    return (
+        torch.cat([first, *(part for part in others if isinstance(part, Tensor))], dim) if others else first
+    )
 
 
 def _by_sample(tensor: Tensor, samples: int, order: Order | None) -> Tensor:

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from conv_cases import LINE, ODD, PATCH, POINT, THREE, conv, geometries
 from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import EPS
@@ -22,29 +23,12 @@ WIDE = torch.float64
 LAST = torch.channels_last
 
 
-@st.composite
-def geometries(draw) -> tuple[Geometry, tuple[int, ...]]:
-    """Windows of one or two dimensions, disjoint ones among them, and the size of an input."""
-    dims = draw(st.sampled_from((1, 2)))
-    sides = []
-    for _ in range(dims):
-        kernel = draw(st.integers(1, 3))
-        if draw(st.booleans()):
-            sides.append((kernel, draw(st.sampled_from((kernel, 1))), 0, 1))
-        else:
-            sides.append((kernel, draw(st.integers(1, 3)), draw(st.integers(0, 2)), draw(st.integers(1, 2))))
-    geometry = Geometry(*zip(*sides, strict=True))
-    least = [max(1, d * (k - 1) + 1 - 2 * p) for k, _, p, d in sides]
-    return geometry, tuple(draw(st.integers(size, size + 5)) for size in least)
-
-
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    function = F.conv2d if weight.dim() == 4 else F.conv1d
-    return function(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
-
-
 def drawn(
-    geometry: Geometry, sizes: tuple[int, ...], images: int = 2, dtype=WIDE, channels: tuple[int, int] = (3, 5)
+    geometry: Geometry,
+    sizes: tuple[int, ...],
+    images: int = 2,
+    dtype=WIDE,
+    channels: tuple[int, int] = (3, 5),
 ) -> list[Tensor]:
     """x, W, bias, A, B, s that require gradients."""
     (c, out), r = channels, 2
@@ -72,13 +56,6 @@ def in_format(x: Tensor, last: bool) -> Tensor:
     return moved.requires_grad_()
 
 
-THREE = Geometry((3, 3), (1, 1), (1, 1), (1, 1))
-ODD = Geometry((3, 2), (2, 1), (1, 0), (1, 2))
-POINT = Geometry((1, 1), (1, 1), (0, 0), (1, 1))
-PATCH = Geometry((2, 2), (2, 2), (0, 0), (1, 1))
-LINE = Geometry((3,), (2,), (1,), (1,))
-
-
 @given(geometries(), st.booleans(), st.booleans(), st.integers(0, 3))
 def test_equals_dense(drawn_geometry, last, weight_last, images):
     """Output and every gradient are those of the dense convolution, the output in its memory format."""
@@ -90,10 +67,14 @@ def test_equals_dense(drawn_geometry, last, weight_last, images):
     if not weight_last:
         plain = conv(x, w, None, geometry)
         assert y.is_contiguous() or not plain.is_contiguous()
-        assert y.dim() == 3 or y.is_contiguous(memory_format=LAST) or not plain.is_contiguous(memory_format=LAST)
+        assert (
+            y.dim() == 3 or y.is_contiguous(memory_format=LAST) or not plain.is_contiguous(memory_format=LAST)
+        )
     dy = torch.randn_like(expected)
     for ours, theirs in zip(
-        torch.autograd.grad(y, (x, w, *rest), dy), torch.autograd.grad(expected, (x, w, *rest), dy), strict=True
+        torch.autograd.grad(y, (x, w, *rest), dy),
+        torch.autograd.grad(expected, (x, w, *rest), dy),
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
@@ -105,7 +86,8 @@ def test_single_gradients(geometry, needed):
     values = [value.detach() for value in drawn(geometry, (6, 6))]
     values[needed].requires_grad_()
     grads = [
-        torch.autograd.grad(run(geometry, *values).square().sum(), values[needed])[0] for run in (adapted, dense)
+        torch.autograd.grad(run(geometry, *values).square().sum(), values[needed])[0]
+        for run in (adapted, dense)
     ]
     torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11)
 
@@ -210,7 +192,7 @@ def test_dropout(geometry):
         adapters = [Adapter(a, up, 1.0, ((0, 5),))]
         return FE.lora_conv_adapters(x, weight, None, adapters, geometry, dropout_p=p, training=training)
 
-    y = run(**{"p": options["dropout_p"]})
+    y = run(p=options["dropout_p"])
     (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     full = run(0.0)
     (whole,) = torch.autograd.grad(full, x, torch.ones_like(full))
@@ -225,7 +207,9 @@ def test_dropout(geometry):
 def test_without_batch(geometry):
     """An input without the dimension of images gives an output without it."""
     x, *rest = drawn(geometry, (6,) * len(geometry.kernel), images=1)
-    torch.testing.assert_close(adapted(geometry, x[0], *rest), adapted(geometry, x, *rest)[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        adapted(geometry, x[0], *rest), adapted(geometry, x, *rest)[0], rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("geometry", [THREE, POINT, PATCH])
@@ -250,7 +234,9 @@ def test_compiled(geometry, last):
     compiled = torch.compile(functools.partial(adapted, geometry), fullgraph=True, backend="aot_eager")
     y, expected = compiled(x, *rest), adapted(geometry, x, *rest)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-    for pair in zip(*(torch.autograd.grad(out.square().sum(), (x, *rest)) for out in (y, expected)), strict=True):
+    for pair in zip(
+        *(torch.autograd.grad(out.square().sum(), (x, *rest)) for out in (y, expected)), strict=True
+    ):
         torch.testing.assert_close(*pair, rtol=1e-11, atol=1e-11)
     torch._dynamo.reset()
 
