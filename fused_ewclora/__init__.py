@@ -32,6 +32,7 @@ from .layers.bypass import register_call
 from .layers.inject import adapters, disabled, eject, inject, merge, unmerge
 from .layers.linear import LoRALinear
 from .layers.matching import register_layout
+from .layers.parts import LoRAPart, Part, register_parts
 from .ops.dispatch import available_backends, forget_tables, use_backend
 from .report import Report
 
@@ -63,7 +64,9 @@ __all__ = [
     "LayoutError",
     "LoRAConfig",
     "LoRALinear",
+    "LoRAPart",
     "NotExactlyRepresentable",
+    "Part",
     "QKVLayout",
     "Report",
     "TargetError",
@@ -83,6 +86,7 @@ __all__ = [
     "merge",
     "register_call",
     "register_layout",
+    "register_parts",
     "reset_optimizer_state_",
     "save_pretrained",
     "unmerge",

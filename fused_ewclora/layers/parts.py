@@ -71,12 +71,15 @@ class LoRAPart(AdaptedLinear):
         return None if self.part.bias is None else cast("Tensor | None", getattr(self.owner, self.part.bias))
 
     def weight_place(self) -> tuple[nn.Module, str]:
+        """The owner, and the name of its parameter."""
         return self.owner, self.part.parameter
 
     def bias_place(self) -> tuple[nn.Module, str] | None:
+        """The owner, and the name of its parameter with the bias; None without one."""
         return None if self.part.bias is None else (self.owner, self.part.bias)
 
     def weight_name(self, name: str) -> str:
+        """The name of the owner's parameter in a model in which this child has the name `name`."""
         return self.part.weight_name(name.rpartition(".")[0])
 
     def _before_owner_loads(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

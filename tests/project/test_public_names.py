@@ -26,9 +26,11 @@ NAMES = {
     "fused_ewclora": """
         AdaptedLinear ArgumentError BackendError CheckpointError DtypeError EWC EWCLoRAError
         EWCLoRAWarning FisherError IntegrationError LayoutError LoRAConfig LoRALinear
-        NotExactlyRepresentable QKVLayout Report TargetError adapters available_backends check_bypass
+        LoRAPart NotExactlyRepresentable Part QKVLayout Report TargetError adapters available_backends
+        check_bypass
         convert_lambda disabled eject explain export_peft forget_tables import_peft inject integrations
-        load_pretrained merge register_call register_layout reset_optimizer_state_ save_pretrained
+        load_pretrained merge register_call register_layout register_parts
+        reset_optimizer_state_ save_pretrained
         unmerge use_backend verify_forward
     """,
     "fused_ewclora.adapted": "AdaptedLinear Composer Location",
