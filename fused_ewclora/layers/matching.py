@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from ..config import ALL_LINEAR, LoRAConfig, QKVLayout, matches
 from ..errors import LayoutError, TargetError
@@ -140,6 +140,11 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
     if config.target_modules is None:
         raise TargetError(
             f"target_modules: expected a string, names or {ALL_LINEAR!r}, got None; {_available(model)}"
+        )
+    if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
+        raise TargetError(
+            f"{lazy[0]}: has no shape yet; run the model once, which gives lazy modules their shapes, before "
+            "inject. Nothing was changed"
         )
     everything = config.target_modules == ALL_LINEAR
     load_libraries(model)
@@ -285,8 +290,6 @@ def _unfit(module: nn.Module) -> str | None:
     if not isinstance(module, tuple(_adapted_classes)):
         conv = isinstance(module, _ConvNd)
         return f"{kind} is not nn.Conv1d or nn.Conv2d" if conv else f"{kind} is not nn.Linear"
-    if isinstance(module, LazyModuleMixin):
-        return f"{kind} has no shape yet (run the model once before inject)"
     if type(module) not in _adapted_classes:
         base = next(plain.__name__ for plain in _adapted_classes if isinstance(module, plain))
         return f"{kind} is a subclass of {base} whose behaviour would be lost"
