@@ -12,7 +12,8 @@ from ..errors import TargetError
 from ..ewc.controller import EWC
 from ..report import Report
 from ._library import require
-from ._peft_layers import FusedPeftLinear, base_unfit
+from ._peft_convs import FusedPeftConv1d, FusedPeftConv2d
+from ._peft_layers import FusedPeftLayer, FusedPeftLinear
 
 require("peft")
 
@@ -20,9 +21,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402  (after the ve
 
 __all__ = ["accelerate_", "attach_ewc", "restore_"]
 
+_FUSED: dict[type, type[FusedPeftLayer]] = {
+    fused.plain: fused for fused in (FusedPeftLinear, FusedPeftConv2d, FusedPeftConv1d)
+}
+
 
 def accelerate_(peft_model: nn.Module) -> Report:
-    """Run PEFT's LoRA linears on the fused op, in place; returns a table of the layers, with the reasons for
+    """Run PEFT's LoRA linears and convolutions on the fused op, in place; returns a table of the layers, with the reasons for
     those that stay as they are.
 
     peft_model: a `PeftModel`, or any model that contains layers of PEFT. Outputs and gradients equal those of
@@ -43,8 +48,8 @@ def accelerate_(peft_model: nn.Module) -> Report:
     skipped = {name: why for name, layer in layers.items() if (why := _unfit(layer)) is not None}
     fused = {name: layer for name, layer in layers.items() if name not in skipped}
     for layer in fused.values():
-        if not isinstance(layer, FusedPeftLinear):
-            FusedPeftLinear.accelerate_(layer)
+        if not isinstance(layer, FusedPeftLayer):
+            _FUSED[type(layer)].accelerate_(layer)
     return _report(fused, skipped)
 
 
@@ -55,7 +60,7 @@ def restore_(peft_model: nn.Module) -> int:
 
         >>> restore_(peft_model)
     """
-    layers = [module for module in peft_model.modules() if isinstance(module, FusedPeftLinear)]
+    layers = [module for module in peft_model.modules() if isinstance(module, FusedPeftLayer)]
     for layer in layers:
         layer.release_()
     return len(layers)
@@ -74,9 +79,9 @@ def attach_ewc(peft_model: nn.Module, **ewc_kwargs: Any) -> EWC:
 
         >>> ewc = attach_ewc(peft_model, ewc_lambda=1e7, fisher_mode="batch")
     """
-    before = {module for module in peft_model.modules() if isinstance(module, FusedPeftLinear)}
+    before = {module for module in peft_model.modules() if isinstance(module, FusedPeftLayer)}
     report = accelerate_(peft_model)
-    layers = [module for module in peft_model.modules() if isinstance(module, FusedPeftLinear)]
+    layers = [module for module in peft_model.modules() if isinstance(module, FusedPeftLayer)]
     try:
         name = _only_adapter(layers, report)
         ewc = EWC(peft_model, **ewc_kwargs)
@@ -90,7 +95,7 @@ def attach_ewc(peft_model: nn.Module, **ewc_kwargs: Any) -> EWC:
     return ewc
 
 
-def _only_adapter(layers: list[FusedPeftLinear], report: Report) -> str:
+def _only_adapter(layers: list[FusedPeftLayer], report: Report) -> str:
     for name, why in [*report.summary["skipped"].items(), *report.summary["not_fused"].items()]:
         raise TargetError(f"attach_ewc: {name or 'the model'}: {why}; its adapter would be unprotected")
     names = sorted({name for layer in layers for name in layer.lora_A})
@@ -112,10 +117,11 @@ def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
 
 def _unfit(layer: Any) -> str | None:
     """The reason why a layer is left to PEFT whichever of its adapters is active, or None."""
-    if type(layer) is not FusedPeftLinear.plain and not isinstance(layer, FusedPeftLinear):
+    fused = type(layer) if isinstance(layer, FusedPeftLayer) else _FUSED.get(type(layer))
+    if fused is None:
         kind = type(layer)
-        return f"{kind.__module__}.{kind.__qualname__} is not PEFT's LoRA linear"
-    if why := base_unfit(layer.base_layer):
+        return f"{kind.__module__}.{kind.__qualname__} is not PEFT's LoRA linear, Conv2d or Conv1d"
+    if why := fused.base_unfit(layer.base_layer):
         return why
     if layer.lora_A and all(name in layer.lora_variant for name in layer.lora_A):
         return f"its adapters are variants of LoRA ({', '.join(sorted(layer.lora_A))})"

@@ -51,6 +51,7 @@ class AdaptedLinear(nn.Module):
     weight_path: ClassVar[str] = "weight"  # path of the weight below the layer
     is_part: ClassVar[bool] = False  # whether another module stores the weight, see `LoRAPart`
     in_all: ClassVar[bool] = True  # whether "all-linear" selects modules of the class `plain`
+    stores_matrices: ClassVar[bool] = True  # whether lora_A and lora_B are parameters of two dimensions
 
     in_features: int
     out_features: int
@@ -82,6 +83,16 @@ class AdaptedLinear(nn.Module):
         sides = "[in_features, out_features]" if cls.transposed else "[out_features, in_features]"
         fits = shape == (expected if cls.transposed else expected[::-1])
         return None if fits else f"its weight has shape {shape}, not {sides}"
+
+    @classmethod
+    def kernel_of(cls, module: nn.Module) -> tuple[int, ...]:
+        """The size of the windows that a module of the class `plain` maps; () if it maps rows."""
+        return ()
+
+    @classmethod
+    def unlike_peft(cls, module: nn.Module) -> str | None:
+        """The reason why PEFT's LoRA of a module of the class `plain` computes something else, or None."""
+        return None
 
     @property
     def base_weight(self) -> Tensor:
@@ -398,5 +409,6 @@ class AdaptedLinear(nn.Module):
 
 # Attributes that an adapted layer has in addition to those of its plain class.
 _OWN = set(AdaptedLinear.__annotations__) - {
-    "plain", "transposed", "weight_path", "is_part", "in_all", "in_features", "out_features", "weight", "bias",
+    "plain", "transposed", "weight_path", "is_part", "in_all", "stores_matrices", "in_features",
+    "out_features", "weight", "bias",
 }  # fmt: skip

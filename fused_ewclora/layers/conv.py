@@ -45,14 +45,15 @@ class AdaptedConv(AdaptedLinear):
 
     @classmethod
     def unfit(cls, module: nn.Module) -> str | None:
-        conv = cast(Any, module)
-        if conv.groups != 1:
-            kind = "depthwise" if conv.groups == conv.in_channels else "grouped"
-            return f"it is a {kind} convolution (groups={conv.groups}, channels={conv.in_channels})"
-        expected = (conv.out_channels, conv.in_channels, *conv.kernel_size)
-        if tuple(conv.weight.shape) != expected:
-            return f"its weight has shape {list(conv.weight.shape)}, not {list(expected)}"
-        return None
+        return unfit(module)
+
+    @classmethod
+    def kernel_of(cls, module: nn.Module) -> tuple[int, ...]:
+        return tuple(cast(Tensor, module.weight).shape[2:])
+
+    @classmethod
+    def unlike_peft(cls, module: nn.Module) -> str | None:
+        return unlike_peft(module)
 
     @property
     def in_features(self) -> int:  # type: ignore[override]
@@ -72,7 +73,7 @@ class AdaptedConv(AdaptedLinear):
 
     def not_fused(self) -> str | None:
         """The reason why calls of this layer do not run on the fused op, or None."""
-        if self._windows()[0].disjoint:
+        if windows_of(self)[0].disjoint:
             return None
         return "its windows overlap or are padded, so PyTorch's convolutions compute it"
 
@@ -85,7 +86,7 @@ class AdaptedConv(AdaptedLinear):
         adapters = self.active()
         if adapters is None:
             return self.base_forward(x)
-        geometry, x = self._padded(x)
+        geometry, x = padded(self, x)
         return FE.lora_conv_adapters(
             x,
             self.weight,
@@ -104,40 +105,81 @@ class AdaptedConv(AdaptedLinear):
             self.reset_adapters()
 
     def row_count(self, x: Tensor) -> int:
-        geometry, x = self._padded(x)
-        images = x.shape[0] if x.dim() == self.weight.dim() else 1
-        return images * math.prod(geometry.counts(tuple(x.shape[2 - self.weight.dim() :])))
+        return row_count(self, x)
 
     def rows_of(self, x: Tensor) -> Iterator[Tensor]:
-        geometry, x = self._padded(x)
-        x = x if x.dim() == self.weight.dim() else x.unsqueeze(0)
-        size = math.prod(geometry.counts(tuple(x.shape[2:]))) * self.in_features * x.element_size()
-        for images in x.split(max(1, PIECE_BYTES // max(1, size))):
-            yield Windows(geometry, [images.unsqueeze(1)]).rows().flatten(0, 1)
+        return rows_of(self, x)
 
-    def _windows(self) -> tuple[FE.Geometry, list[int]]:
-        """The windows, and what `F.pad` adds to x beforehand, which is nothing where zeros on both sides are
-        part of the windows."""
-        kernel = tuple(self.weight.shape[2:])
-        stride, dilation = (_sizes(value, len(kernel)) for value in (self.stride, self.dilation))
-        if self.padding_mode == "zeros" and self.padding != "same":
-            padding = (0,) * len(kernel) if self.padding == "valid" else _sizes(self.padding, len(kernel))
-            return FE.Geometry(kernel, stride, padding, dilation), []
-        around = list(self._reversed_padding_repeated_twice)
-        if self.padding_mode == "zeros" and around[::2] == around[1::2]:
-            return FE.Geometry(kernel, stride, tuple(reversed(around[::2])), dilation), []
-        return FE.Geometry(kernel, stride, (0,) * len(kernel), dilation), around if any(around) else []
 
-    def _padded(self, x: Tensor) -> tuple[FE.Geometry, Tensor]:
-        """The windows, and x with the padding that is no part of them."""
-        geometry, around = self._windows()
-        dims = self.weight.dim()
-        if not around or x.dim() not in (dims, dims - 1):  # other inputs are refused later
-            return geometry, x
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        if x.dim() == dims:
-            return geometry, F.pad(x, around, mode=mode)
-        return geometry, F.pad(x.unsqueeze(0), around, mode=mode).squeeze(0)
+def unfit(module: nn.Module) -> str | None:
+    """The reason why a convolution cannot be adapted, or None."""
+    conv = cast(Any, module)
+    if conv.groups != 1:
+        kind = "depthwise" if conv.groups == conv.in_channels else "grouped"
+        return f"it is a {kind} convolution (groups={conv.groups}, channels={conv.in_channels})"
+    expected = (conv.out_channels, conv.in_channels, *conv.kernel_size)
+    if tuple(conv.weight.shape) != expected:
+        return f"its weight has shape {list(conv.weight.shape)}, not {list(expected)}"
+    return None
+
+
+def windows_of(module: nn.Module) -> tuple[FE.Geometry, list[int]]:
+    """The windows of a convolution, and what `F.pad` adds to x beforehand, which is nothing where zeros, as
+    many on both sides, are part of the windows."""
+    conv = cast(Any, module)
+    kernel = tuple(conv.weight.shape[2:])
+    stride, dilation = (_sizes(value, len(kernel)) for value in (conv.stride, conv.dilation))
+    none = (0,) * len(kernel)
+    if conv.padding_mode == "zeros" and conv.padding != "same":
+        padding = none if conv.padding == "valid" else _sizes(conv.padding, len(kernel))
+        return FE.Geometry(kernel, stride, padding, dilation), []
+    around = list(conv._reversed_padding_repeated_twice)
+    if conv.padding_mode == "zeros" and around[::2] == around[1::2]:
+        return FE.Geometry(kernel, stride, tuple(reversed(around[::2])), dilation), []
+    return FE.Geometry(kernel, stride, none, dilation), around if any(around) else []
+
+
+def padded(module: nn.Module, x: Tensor) -> tuple[FE.Geometry, Tensor]:
+    """The windows of a convolution, and x with the padding that is no part of them."""
+    conv = cast(Any, module)
+    geometry, around = windows_of(conv)
+    dims = conv.weight.dim()
+    if not around or x.dim() not in (dims, dims - 1):  # other inputs are refused later
+        return geometry, x
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    if x.dim() == dims:
+        return geometry, F.pad(x, around, mode=mode)
+    return geometry, F.pad(x.unsqueeze(0), around, mode=mode).squeeze(0)
+
+
+def row_count(module: nn.Module, x: Tensor) -> int:
+    """The number of windows of a convolution in a call with x."""
+    geometry, x = padded(module, x)
+    dims = len(geometry.kernel)
+    return math.prod(x.shape[: -dims - 1]) * math.prod(geometry.counts(tuple(x.shape[-dims:])))
+
+
+def rows_of(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """These windows `[rows, columns]`, in pieces of limited size."""
+    geometry, x = padded(module, x)
+    x = x if x.dim() == len(geometry.kernel) + 2 else x.unsqueeze(0)
+    window = x.shape[1] * math.prod(geometry.kernel) * x.element_size()
+    size = math.prod(geometry.counts(tuple(x.shape[2:]))) * window
+    for images in x.split(max(1, PIECE_BYTES // max(1, size))):
+        yield Windows(geometry, [images.unsqueeze(1)]).rows().flatten(0, 1)
+
+
+def unlike_peft(module: nn.Module) -> str | None:
+    """The reason why PEFT's LoRA of a convolution does not add B A to its weight, or None: the convolutions
+    that it adds have the stride and the padding of the module, but neither its dilation nor its padding
+    mode."""
+    conv = cast(Any, module)
+    kernel = tuple(conv.weight.shape[2:])
+    if any(k > 1 and d > 1 for k, d in zip(kernel, _sizes(conv.dilation, len(kernel)), strict=True)):
+        return f"PEFT's LoRA ignores its dilation {conv.dilation}"
+    if conv.padding_mode != "zeros" and any(conv._reversed_padding_repeated_twice):
+        return f"PEFT's LoRA ignores its padding_mode {conv.padding_mode!r}"
+    return None
 
 
 def _sizes(value: Any, count: int) -> tuple[int, ...]:
