@@ -1,5 +1,5 @@
 """Autograd of the LoRA convolution for windows that overlap: the base product and the down-projection are
-PyTorch's convolutions, the up-projection is added to the base product in place, before it is rounded.
+PyTorch's convolutions, the up-projection is added to the base product before it is rounded.
 
 Where a call or its backward has to be followed (second derivatives, `torch.func`, forward-mode
 differentiation, `torch.jit.trace`) `reference.lora_conv` takes its place.
@@ -8,7 +8,7 @@ differentiation, `torch.jit.trace`) `reference.lora_conv` takes its place.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -135,15 +135,59 @@ def _forward(
     lora_b: Tensor,
     keep: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """y in the dtype of x and z `[N, r, *T]` in that of sums."""
+    """y in the dtype of x, and z `[N, r, *T]`."""
+    if x.dtype.itemsize == 2 and keep is None:
+        return _short_forward(meta.geometry, x, weight, bias, lora_a, lora_b)
     geometry, acc = meta.geometry, accumulate_dtype(x.dtype)
-    conv = F.conv2d if x.dim() == 4 else F.conv1d
-    sides = [*geometry.stride], [*geometry.padding], [*geometry.dilation]
     wide = x.to(acc)
-    y = conv(wide, weight.to(acc), None if bias is None else bias.to(acc), *sides)
-    z = conv(_kept(wide, keep, meta.dropout_p), _kernel(lora_a, weight, acc), None, *sides)
+    y = _conv(geometry, wide, weight.to(acc), None if bias is None else bias.to(acc))
+    z = _conv(geometry, _kept(wide, keep, meta.dropout_p), _kernel(lora_a, weight, acc))
     _add_up(y, z, lora_b.to(acc))
     return y.to(x.dtype), z
+
+
+def _short_forward(
+    geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """In 16 bits: y is one convolution of x and z side by side with W and B, so that it is rounded once.
+
+    A convolution gives no sums in fp32, and what is added to a rounded y is lost where it is less than half a
+    unit of its last place. z lies in the corners of the windows, where the kernel of its channels has B.
+    """
+    z = _conv(geometry, x, _kernel(lora_a, weight, x.dtype))
+    (d_out, rank), channels, more = lora_b.shape, x.shape[1], _channels(lora_b.shape[1])
+    sides = zip(x.shape[2:], geometry.padding, strict=True)
+    image = _zeros(x, x.shape[0], channels + more, *(size + 2 * padding for size, padding in sides))
+    inside = [
+        slice(padding, padding + size) for size, padding in zip(x.shape[2:], geometry.padding, strict=True)
+    ]
+    corners = [
+        slice(0, (count - 1) * stride + 1, stride)
+        for count, stride in zip(z.shape[2:], geometry.stride, strict=True)
+    ]
+    image[(slice(None), slice(channels), *inside)] = x
+    image[(slice(None), slice(channels, channels + rank), *corners)] = z
+    kernel = _zeros(x, d_out, channels + more, *geometry.kernel)
+    kernel[:, :channels] = weight
+    kernel[(slice(None), slice(channels, channels + rank), *(0 for _ in inside))] = lora_b
+    bare = replace(geometry, padding=(0,) * len(inside))
+    return _conv(bare, image, kernel, bias), z
+
+
+def _channels(rank: int) -> int:
+    """Channels for `rank` of them: 16-bit convolutions are fast for multiples of 8."""
+    return -(-rank // 8) * 8
+
+
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    last = like.dim() == 4 and channels_last(like)
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format).zero_()
+
+
+def _conv(geometry: Geometry, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+    function = F.conv2d if x.dim() == 4 else F.conv1d
+    return function(x, kernel, bias, [*geometry.stride], [*geometry.padding], [*geometry.dilation])
 
 
 def _kept(x: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
@@ -154,14 +198,35 @@ def _kernel(lora_a: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return lora_a.to(dtype).reshape(lora_a.shape[0], *weight.shape[1:])
 
 
+def _rows(y: Tensor) -> Tensor | None:
+    """`[N, C, *T]` with its channels last in memory as rows, a view; None for other memory formats."""
+    rows = y.movedim(1, -1)
+    return rows.view(rows.shape[:-1].numel(), y.shape[1]) if rows.is_contiguous() else None
+
+
 def _add_up(y: Tensor, z: Tensor, lora_b: Tensor) -> None:
     """y `[N, d_out, *T]` += B z for z `[N, r, *T]`, in place."""
-    if y.is_contiguous():
+    if (rows := _rows(y)) is not None:
+        rows.addmm_(z.movedim(1, -1).flatten(0, -2), lora_b.T)
+    elif y.is_contiguous():
         y.flatten(2).baddbmm_(lora_b.expand(y.shape[0], *lora_b.shape), z.flatten(2))
     else:
-        rows = y.movedim(1, -1)
-        rows = rows.view(rows.shape[:-1].numel(), lora_b.shape[0])
-        rows.addmm_(z.movedim(1, -1).flatten(0, -2), lora_b.T)
+        y += torch.einsum("or,nr...->no...", lora_b, z)
+
+
+def _down(dy: Tensor, lora_b: Tensor) -> Tensor:
+    """B^T dy `[N, r, *T]`, in the memory format of dy."""
+    if (rows := _rows(dy)) is not None:
+        return (rows @ lora_b).view(dy.shape[0], *dy.shape[2:], lora_b.shape[1]).movedim(-1, 1)
+    return torch.matmul(lora_b.T, dy.flatten(2)).unflatten(2, dy.shape[2:])
+
+
+def _products(dy: Tensor, z: Tensor) -> Tensor:
+    """The sum of dy z^T over images and windows, `[d_out, r]`."""
+    first, second = _rows(dy), _rows(z)
+    if first is not None and second is not None:
+        return first.T @ second
+    return torch.bmm(dy.flatten(2), z.flatten(2).mT).sum(0)
 
 
 def _backward(
@@ -176,22 +241,28 @@ def _backward(
     z: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of x, weight, bias, A and B that `needs` asks for, summed as y is and rounded once."""
+    """The gradients of x, weight, bias, A and B that `needs` asks for, in their dtypes, summed as y is."""
     need_x, need_weight, need_bias, need_a, need_b = needs
-    acc = accumulate_dtype(dy.dtype)
-    g, wide = dy.to(acc), x.to(acc)
-    dx, dweight = _conv_backward(meta, g, wide, weight.to(acc), need_x, need_weight)
-    da = db = None
-    if need_x or need_a:
-        u = torch.einsum("or,no...->nr...", lora_b.to(acc), g)
+    geometry, acc = meta.geometry, accumulate_dtype(dy.dtype)
+    short = need_x and dy.dtype.itemsize == 2 and keep is None
+    wide_x = need_x and not short
+    g, wide = dy.to(acc), x.to(acc) if wide_x or need_weight or need_a else x
+    dx = dweight = da = db = dbias = u = None
+    if wide_x or need_weight:
+        dx, dweight = _conv_backward(geometry, g, wide, weight.to(acc), wide_x, need_weight)
+    if short:
+        dx, u = _short_dx(geometry, dy, x, weight, lora_a, lora_b)
+    if wide_x or need_a:
+        u = _down(g, lora_b.to(acc)) if u is None else u.to(acc)
         branch = _kept(wide, keep, meta.dropout_p)
-        dbranch, da = _conv_backward(meta, u, branch, _kernel(lora_a, weight, acc), need_x, need_a)
+        dbranch, da = _conv_backward(geometry, u, branch, _kernel(lora_a, weight, acc), wide_x, need_a)
         if dx is not None and dbranch is not None:
             dx += _kept(dbranch, keep, meta.dropout_p)
     if need_b:
         assert z is not None
-        db = torch.einsum("not,nrt->or", g.flatten(2), z.flatten(2)).to(lora_b.dtype)
-    dbias = g.sum((0, *range(2, g.dim()))).to(bias.dtype) if need_bias and bias is not None else None
+        db = _products(g, z.to(acc)).to(lora_b.dtype)
+    if need_bias and bias is not None:
+        dbias = g.sum((0, *range(2, g.dim()))).to(bias.dtype)
     return [
         None if dx is None else dx.to(dy.dtype),
         None if dweight is None else dweight.to(weight.dtype),
@@ -201,12 +272,24 @@ def _backward(
     ]
 
 
+def _short_dx(
+    geometry: Geometry, dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """dx and u in 16 bits: that of one convolution with W and A below each other, rounded once as y is."""
+    u = _down(dy, lora_b.to(dy.dtype))
+    kernel = _kernel(lora_a, weight, dy.dtype)
+    if missing := _channels(u.shape[1]) - u.shape[1]:
+        u_padded = torch.cat([u, u.new_zeros(u.shape[0], missing, *u.shape[2:])], dim=1)
+        kernel = torch.cat([kernel, kernel.new_zeros(missing, *kernel.shape[1:])])
+    else:
+        u_padded = u
+    both = torch.cat([dy, u_padded], dim=1), torch.cat([weight, kernel])
+    return _conv_backward(geometry, both[0], x, both[1], True, False)[0], u
+
+
 def _conv_backward(
-    meta: LoRAConvMeta, dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+    geometry: Geometry, dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    geometry = meta.geometry
-    if not (need_x or need_weight):
-        return None, None
     dx, dweight, _ = torch.ops.aten.convolution_backward(
         dy, x, weight, None, [*geometry.stride], [*geometry.padding], [*geometry.dilation], False,
         [0] * len(geometry.stride), 1, [need_x, need_weight, False],
