@@ -23,7 +23,7 @@ from .ops import ewc_penalty as _penalty
 from .ops import lora_conv as _conv
 from .ops import lora_linear as _linear
 from .ops.adapters import Adapter, Adapters, Scale
-from .ops.capture import FisherCapture
+from .ops.capture import CallCapture, FisherCapture
 from .ops.windows import Geometry
 from .reference.fisher_accumulate import sample_bounds
 
@@ -109,7 +109,7 @@ def lora_linear_adapters(
     training: bool = False,
     seed: int | Tensor | None = None,
     backend: str | None = None,
-    capture: FisherCapture | None = None,
+    capture: CallCapture | None = None,
 ) -> Tensor:
     """The general form of `lora_linear`: each `Adapter(lora_a, lora_b, scale, rows)` may own several row
     ranges (heads that interleave q, k, v).

@@ -117,6 +117,10 @@ def peft_config(
     raises `NotExactlyRepresentable` with the reason when PEFT would compute something else."""
     parents = parents_of(model)
     for name, layer in layers.items():
+        if layer.is_part:
+            raise NotExactlyRepresentable(
+                f"{name}: {layer.weight_name(name)} is not the weight of a layer, and PEFT adapts layers"
+            )
         if kind := replaced_parent(parents.get(layer, ())):
             raise NotExactlyRepresentable(
                 f"{name}: {kind} uses its weight without calling it, and PEFT's adapter would have no effect"

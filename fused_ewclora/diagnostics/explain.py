@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from ..errors import TargetError
 from ..layers.adapted import AdaptedLinear
+from ..layers.grouping import grouped_rows
 from ..layers.inject import adapters
 from ..layers.matching import MAX_NAMES, shorten
+from ..layers.parts import LoRAPart, Part
 from ..ops import dispatch
 from ..report import Report
 from .second_reads import second_reads, tensors_in
@@ -74,7 +76,7 @@ def verify_forward(model: nn.Module, sample: Any) -> dict[str, int]:
 
 def explain(model: nn.Module, sample: Any = None) -> Report:
     """A table of the implementation that serves each adapted layer and the reasons why others do not; its
-    rows are data.
+    rows are data. The experts of a mixture that are served alike share a row, in which their calls are added.
 
     The column r has the ranks of the adapters that the layer applies; with some methods they change from task
     to task. With a `sample` (as in `verify_forward`) the model runs once, the table has the number of calls
@@ -90,7 +92,7 @@ def explain(model: nn.Module, sample: Any = None) -> Report:
         with _measured(model) as sizes:
             _run(model, sample)
         calls = _calls_since(model, before)
-    rows = []
+    rows: list[tuple[Part | None, dict[str, Any]]] = []
     for name, layer in adapters(model).items():
         ranks = _ranks(layer)
         row = {
@@ -100,12 +102,13 @@ def explain(model: nn.Module, sample: Any = None) -> Report:
         }
         if calls is not None:
             row["calls"] = calls[name]
-        rows.append(row)
+        rows.append((layer.part if isinstance(layer, LoRAPart) else None, row))
     silent = [name for name, count in (calls or {}).items() if count == 0]
     notes = [_bypass_message(model, silent)] if silent else []
     if not rows:
         notes.append("no adapted layers")
-    return Report("lora_linear by layer", rows, notes, {"layers": len(rows), "bypassed": silent})
+    table = grouped_rows(rows, () if calls is None else ("calls",))
+    return Report("lora_linear by layer", table, notes, {"layers": len(rows), "bypassed": silent})
 
 
 @torch.no_grad()

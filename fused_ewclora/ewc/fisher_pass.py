@@ -52,7 +52,9 @@ class FisherPass:
         self.mode, self._reduction, self._loss_scale = mode, reduction, float(loss_scale)
         self._batch_size: int | None = None
         self._largest = 0
-        self._rows_to_samples = checked_functions(rows_to_samples, self._layers)
+        # What rows of an input are known by: a layer, or a module that hands its rows on to several.
+        self._sources = {name: layer.rows_of(name) for name, layer in self._layers.items()}
+        self._rows_to_samples = checked_functions(rows_to_samples, self._sources)
         if not isinstance(check_samples, bool):
             raise ArgumentError(f"check_samples: expected True or False, got {check_samples!r}")
         self._check_samples = check_samples and mode == "sample"  # a sum over a batch needs no order
@@ -96,12 +98,15 @@ class FisherPass:
             if not layer.adapters_enabled:
                 raise FisherError(f"{name}: its adapter is disabled; leave the `disabled` block first")
         options = (self.mode, self._reduction, self._loss_scale, self._batch_size)
-        self._captures = {
-            name: self.placement.capture(layer, *options, name, self._rows_to_samples.get(name))
-            for name, layer in self._layers.items()
-        }
+        leaders: dict[str, FisherCapture] = {}
+        for name, layer in self._layers.items():
+            source = self._sources[name]
+            capture = self.placement.capture(layer, *options, source, self._rows_to_samples.get(source))
+            capture.leader = leaders.get(source)
+            leaders.setdefault(source, capture)
+            self._captures[name] = capture
         if self._check_samples:
-            self._check = SampleCheck(self.placement, self._captures)
+            self._check = SampleCheck(self.placement, leaders)
         self._calls = {name: layer.forward_calls for name, layer in self._layers.items()}
         self._undo = undo
         undo.add(self._stop)
@@ -216,19 +221,27 @@ class FisherPass:
 
 
 def checked_functions(
-    functions: Mapping[str, RowsToSamples] | None, layers: Mapping[str, Any]
+    functions: Mapping[str, RowsToSamples] | None, sources: Mapping[str, str]
 ) -> Mapping[str, RowsToSamples]:
-    """The functions by the names of layers; raises `ArgumentError` for anything else."""
+    """The functions by the names of layers, or of the modules that hand rows on to layers (`sources` by
+    layer); raises `ArgumentError` for anything else."""
     if functions is None:
         return {}
     if not isinstance(functions, Mapping):
         raise ArgumentError(
             f"rows_to_samples: expected a mapping of layer names to functions, got {type(functions).__name__}"
         )
+    known = set(sources.values())
     for name, function in functions.items():
-        if name not in layers:
+        if name not in known:
+            if name in sources:
+                raise ArgumentError(
+                    f"rows_to_samples[{name!r}]: the rows of this layer are some of those of "
+                    f"{sources[name]!r}; give a function for that"
+                )
             raise ArgumentError(
-                f"rows_to_samples: no adapted layer is called {name!r}; there are {_some(list(layers))}"
+                f"rows_to_samples: no adapted layer is called {name!r}; there are "
+                f"{_some(list(dict.fromkeys(sources.values())))}"
             )
         if not callable(function):
             raise ArgumentError(

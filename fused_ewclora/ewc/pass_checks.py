@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import warn
 from ..layers.adapted import AdaptedLinear
-from ..ops.capture import FisherCapture
+from ..ops.capture import CallIndex, FisherCapture, Source
 from .batches import Batch, Forward, take_sample, take_samples
 from .findings import ClassOrder
 from .loss_check import Comparison, flat, judge
@@ -35,7 +35,10 @@ class Projection(FisherCapture):
     def note_forward(self, x: Tensor) -> None:
         """Nothing is held back."""
 
-    def record(self, x: Tensor, dy: Tensor, index: Tensor | None = None) -> None:
+    def note_routed(self, source: Source, rows: Tensor) -> None:
+        """Nothing is held back."""
+
+    def record(self, x: Tensor, dy: Tensor, index: CallIndex = None) -> None:
         """Take x `[..., d_in]` and dy `[..., d_out]` of one call, whichever samples its rows belong to."""
         self.eps = max(self.eps, torch.finfo(dy.dtype).eps)
         generator = torch.Generator().manual_seed(0)

@@ -102,7 +102,7 @@ def _reversals(
         return None
     differences = []
     for pair in zip(here, there, strict=True):
-        fitting = [order for order in dict.fromkeys(known) if order.fits(pair[0], samples)]
+        fitting = [order for order in dict.fromkeys(known) if order.fits(pair[0].shape, samples)]
         if len(pair[0]) and len(fitting) != 1:
             return None
         differences += [reversal(*pair, order, samples) for order in fitting if len(pair[0])]

@@ -24,6 +24,7 @@ from ..errors import TargetError
 from ..layers.adapted import AdaptedLinear, Updates
 from ..layers.index import check_present
 from ..layers.inject import check_mergeable
+from ..layers.parts import LoRAPart
 from ..ops.capture import FisherCapture
 from .placement import Placement, check_inside, check_ready, fisher_buffer
 from .state import EWCState, Expected, TaskFisher, parse
@@ -66,6 +67,8 @@ class ShardedPlacement:
                 "fe.inject makes adapters that can"
             )
         reshard(self.model)
+        for name, layer in self.layers.items():
+            _check_whole_parts(name, layer)
         # The parameters that FSDP keeps between runs; during a run it puts other tensors in their place.
         self._kept: dict[tuple[int, str], DTensor] = {}
         first = self._matrices()[0][1]
@@ -287,6 +290,20 @@ class ShardedPlacement:
             drawn = torch.empty(a.shape, dtype=a.dtype).uniform_(-bound, bound, generator=common)
             local(a).copy_(self.mine(drawn))
             local(b).zero_()
+
+
+def _check_whole_parts(name: str, layer: AdaptedLinear) -> None:
+    """Raises `TargetError` for a part along the dimension by which FSDP divides the parameter that it is in:
+    no process would hold rows of it, but some processes all and others none."""
+    if not isinstance(layer, LoRAPart) or layer.part.index is None:
+        return
+    owner, leaf = layer.weight_place()
+    if isinstance(owner._parameters[leaf], DTensor):
+        raise TargetError(
+            f"{name}: {layer.weight_name(name)} is sharded by the dimension that this is a part of, and "
+            "EWC needs rows of each part; leave the parameter whole (ignored_params of fully_shard), or use "
+            "DDP"
+        )
 
 
 class ShardedCapture(FisherCapture):

@@ -69,8 +69,8 @@ class FusedPeftConv(FusedPeftLayer):
     def row_count(self, x: Tensor) -> int:
         return conv.row_count(self.base_layer, x)
 
-    def rows_of(self, x: Tensor) -> Iterator[Tensor]:
-        return conv.rows_of(self.base_layer, x)
+    def input_rows(self, x: Tensor) -> Iterator[Tensor]:
+        return conv.input_rows(self.base_layer, x)
 
     def _fused(self, x: Tensor, adapter: FE.Adapter, dropout_p: float, training: bool) -> Tensor:
         geometry, x = conv.padded(self.base_layer, x)

@@ -10,7 +10,8 @@ from ._library import require
 
 require("transformers")
 
-from . import _transformers_bypasses  # noqa: E402, F401  (registers its rule; after the version check)
+# They register their rules; after the version check.
+from . import _transformers_bypasses, _transformers_experts  # noqa: E402, F401
 from ._transformers_fisher import next_tokens  # noqa: E402
 from ._transformers_layers import LoRAConv1D, LoRAFalconLinear  # noqa: E402
 from ._transformers_layouts import targets  # noqa: E402

@@ -131,6 +131,11 @@ class AdaptedLinear(nn.Module):
         """The dtype of the numbers in the base weight."""
         return self.weight.dtype
 
+    def rows_of(self, name: str) -> str:
+        """What has the rows of its input, where the layer has the name `name`: the layer itself, or the owner
+        of a part that takes some of the owner's rows."""
+        return name
+
     @property
     def dropout_p(self) -> float:
         """The probability of dropout on the input of the low-rank branch during training."""
@@ -307,7 +312,7 @@ class AdaptedLinear(nn.Module):
         """The number of rows that the linear map is applied to in a call with x."""
         return x.numel() // max(x.shape[-1], 1)
 
-    def rows_of(self, x: Tensor) -> Iterator[Tensor]:
+    def input_rows(self, x: Tensor) -> Iterator[Tensor]:
         """These rows `[rows, in_features]`, in pieces of limited size where they are copies."""
         yield x.reshape(-1, x.shape[-1])
 

@@ -87,8 +87,8 @@ def find_fixes(
     for owner, child in parts:
         children.setdefault(owner, []).append(child)
     fixes = []
-    for name, parent, path in _places(model, set(layers), children):
-        rules = _outer_rules if "." in path else (*_call_rules, *_outer_rules)
+    for name, parent, path, direct in _places(model, set(layers), children):
+        rules = (*_call_rules, *_outer_rules) if direct else _outer_rules
         if settings := next(filter(None, (rule(parent, path) for rule in rules)), None):
             fixes.append(BypassFix(name, parent, path, settings))
     for fix in fixes:
@@ -105,21 +105,21 @@ def find_fixes(
 
 def _places(
     model: nn.Module, wanted: set[nn.Module], children: Mapping[nn.Module, list[str]]
-) -> Iterator[tuple[str, nn.Module, str]]:
-    """(name of a module, the module, path of a wanted layer in it) for all modules above the layers, and
-    above the children that modules will have."""
+) -> Iterator[tuple[str, nn.Module, str, bool]]:
+    """(name of a module, the module, path of a wanted layer in it, whether the layer is its own) for all
+    modules above the layers, and above the children that modules will have."""
     above = dict(model.named_modules(remove_duplicate=False))
     seen: set[tuple[nn.Module, str]] = set()
     for name, module in above.items():
-        layers = [name] if module in wanted else []
-        layers += [f"{name}.{child}".lstrip(".") for child in children.get(module, ())]
-        for layer in layers:
-            parts = layer.split(".") if layer else []
+        steps = name.split(".") if name else []
+        layers = [steps] if module in wanted else []
+        layers += [[*steps, child] for child in children.get(module, ())]
+        for parts in layers:
             for depth in reversed(range(len(parts))):
                 outer, path = ".".join(parts[:depth]), ".".join(parts[depth:])
                 if (above[outer], path) not in seen:  # a shared module is above a layer under several names
                     seen.add((above[outer], path))
-                    yield outer, above[outer], path
+                    yield outer, above[outer], path, depth == len(parts) - 1
 
 
 def apply_(fixes: Iterable[BypassFix]) -> None:

@@ -107,8 +107,8 @@ class AdaptedConv(AdaptedLinear):
     def row_count(self, x: Tensor) -> int:
         return row_count(self, x)
 
-    def rows_of(self, x: Tensor) -> Iterator[Tensor]:
-        return rows_of(self, x)
+    def input_rows(self, x: Tensor) -> Iterator[Tensor]:
+        return input_rows(self, x)
 
 
 def unfit(module: nn.Module) -> str | None:
@@ -159,7 +159,7 @@ def row_count(module: nn.Module, x: Tensor) -> int:
     return math.prod(x.shape[: -dims - 1]) * math.prod(geometry.counts(tuple(x.shape[-dims:])))
 
 
-def rows_of(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
+def input_rows(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
     """These windows `[rows, columns]`, in pieces of limited size."""
     geometry, x = padded(module, x)
     x = x if x.dim() == len(geometry.kernel) + 2 else x.unsqueeze(0)

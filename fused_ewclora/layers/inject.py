@@ -15,8 +15,10 @@ from ..report import Report
 from . import bypass, freezing
 from .adapted import AdaptedLinear
 from .from_peft import check_no_peft, checked_config, no_adapters
+from .grouping import grouped_rows
 from .matching import Plan, plan, shorten
 from .memory import check_loaded, shared_weights, weights_of
+from .parts import Part
 from .plain import without_numbers
 
 
@@ -211,20 +213,7 @@ def check_mergeable(model: nn.Module, action: str = "merge") -> None:
 
 
 def _report(model: nn.Module, planned: Plan) -> Report:
-    rows: list[dict[str, Any]] = []
-    for match in planned.matches:
-        for adapter in match.adapters:
-            rows.append(
-                {
-                    "name": match.name + (f" [{adapter.name}]" if adapter.name else ""),
-                    "class": match.adapted.__name__,
-                    "rows": _rows_text(adapter.rows),
-                    "in_features": match.in_features,
-                    "r": adapter.r,
-                    "scaling": adapter.scaling,
-                    "adapter_params": adapter.r * (match.in_features + adapter.row_count),
-                }
-            )
+    rows = grouped_rows(_rows(planned), ("adapter_params",))
     total = _count(p for p in model.parameters())
     trainable = _count(p for p in model.parameters() if p.requires_grad)
     share = trainable / total
@@ -264,6 +253,24 @@ def _report(model: nn.Module, planned: Plan) -> Report:
         "modules_to_save": list(planned.saved),
     }
     return Report("LoRA adapters", rows, notes, {**summary, **lists})
+
+
+def _rows(planned: Plan) -> Iterator[tuple[Part | None, dict[str, Any]]]:
+    """One row per adapter."""
+    for match in planned.matches:
+        for adapter in match.adapters:
+            yield (
+                match.part,
+                {
+                    "name": match.name + (f" [{adapter.name}]" if adapter.name else ""),
+                    "class": match.adapted.__name__,
+                    "rows": _rows_text(adapter.rows),
+                    "in_features": match.in_features,
+                    "r": adapter.r,
+                    "scaling": adapter.scaling,
+                    "adapter_params": adapter.r * (match.in_features + adapter.row_count),
+                },
+            )
 
 
 def _changed_parents(planned: Plan) -> dict[str, tuple[dict[str, None], dict[str, None]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import cast
 
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ from ..config import ALL_LINEAR, LoRAConfig, QKVLayout, matches
 from ..errors import LayoutError, TargetError
 from . import bypass
 from .adapted import AdaptedLinear
+from .left_out import left_out
 from .linear import LoRALinear
-from .parts import LoRAPart, Part, parts_of
+from .parts import LoRAPart, Part, PartGroup, parts_of
 from .slices import AdapterSlice, plan_slices
 
 LayoutRule = Callable[[nn.Module, str], QKVLayout | None]
@@ -78,7 +80,12 @@ class Candidate:
     @property
     def owner_name(self) -> str:
         """The name of `module`."""
-        return self.name if self.part is None else self.name.removesuffix(self.part.name).removesuffix(".")
+        return self.name if self.part is None else self.part.owner_name(self.name)
+
+    @property
+    def names(self) -> list[str]:
+        """What a target may have called it."""
+        return [self.name] if self.part is None else _part_names([self.owner_name], self.part)
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ class Match:
     def weight_name(self) -> str:
         """The name of its parameter in the model."""
         if self.part is not None:
-            return self.part.weight_name(Candidate(self.name, self.module, self.part).owner_name)
+            return self.part.weight_name(self.part.owner_name(self.name))
         return f"{self.name}.weight".lstrip(".")
 
     def adopt_(self, lora_dropout: float) -> AdaptedLinear:
@@ -162,7 +169,9 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
             continue
         if part is not None:
             reason = "output head" if module in heads else part.unfit(module)
-            adapted = isinstance(module._modules.get(part.name), AdaptedLinear)
+            if reason is None:
+                reason = bypass.refusal(parents.get(module, ()))
+            adapted = isinstance(part.child_of(module), AdaptedLinear)
         else:
             reason = "output head" if module in heads else _unfit(module)
             adapted = isinstance(module, AdaptedLinear)
@@ -180,10 +189,13 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
             )
         else:
             skipped.setdefault(reason, []).append(name)
+    others = _left_out(model, config, matched, {*heads, *trained})
+    for reason, names in others.items():
+        skipped.setdefault(reason, []).extend(names)
     if not matched:
         raise TargetError(_nothing_matched(model, config, skipped))
     planned = tuple(_match(model, candidate, config) for candidate in matched)
-    unmatched = _unmatched(config, [name for c in wanted for name in (c.name, c.owner_name)])
+    unmatched = _unmatched(config, [*(n for c in wanted for n in c.names), *chain(*others.values())])
     layers = [candidate.module for candidate in matched if candidate.part is None]
     parts = [(candidate.module, candidate.part.name) for candidate in matched if candidate.part is not None]
     fixes = bypass.find_fixes(model, layers, parts)
@@ -232,7 +244,7 @@ def _wanted(model: nn.Module, config: LoRAConfig) -> Iterator[Candidate]:
         return targets is not None and any(matches(targets, name) for name in names)
 
     for module, names in aliases.items():
-        if excluded(names) or isinstance(module, LoRAPart):
+        if excluded(names) or isinstance(module, (LoRAPart, PartGroup)):
             continue
         parts = _in_slices(names[0], parts_of(module), config)
         if targets == ALL_LINEAR:
@@ -242,9 +254,32 @@ def _wanted(model: nn.Module, config: LoRAConfig) -> Iterator[Candidate]:
         elif not parts and targeted(names):
             yield Candidate(names[0], module)
         for part in parts:
-            own = [f"{name}.{part.name}".lstrip(".") for name in names]
-            if not excluded(own) and (targets == ALL_LINEAR or targeted([*names, *own])):
-                yield Candidate(own[0], module, part)
+            own = _part_names(names, part)
+            if not excluded(own) and (targets == ALL_LINEAR or targeted(own)):
+                yield Candidate(f"{names[0]}.{part.name}".lstrip("."), module, part)
+
+
+def _part_names(owners: list[str], part: Part) -> list[str]:
+    """The names that select a part of a module with these names."""
+    return [*owners, *(f"{owner}.{name}".lstrip(".") for owner in owners for name in part.names)]
+
+
+def _left_out(
+    model: nn.Module, config: LoRAConfig, matched: Iterable[Candidate], covered: Iterable[nn.Module]
+) -> dict[str, list[str]]:
+    """Reason -> parameters that may be linear maps and are asked for, but get no adapters. `covered` are
+    modules without any."""
+    targets, exclude = config.target_modules, config.exclude_modules
+    everything = targets == ALL_LINEAR
+
+    def wanted(module: nn.Module, name: str) -> bool:
+        names = (name, name.rpartition(".")[0])
+        if is_linear(module) or (exclude is not None and any(matches(exclude, n) for n in names)):
+            return False
+        return everything or (targets is not None and matches(targets, name))
+
+    parts = {(candidate.module, candidate.part.parameter) for candidate in matched if candidate.part}
+    return left_out(model, covered, parts, wanted)
 
 
 def _in_slices(name: str, parts: list[Part], config: LoRAConfig) -> list[Part]:

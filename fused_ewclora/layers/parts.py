@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import functional as FE
 from ..config import QKVLayout
+from ..ops.capture import RoutedCall, Source
 from .adapted import MERGED, AdaptedLinear
 from .slices import AdapterSlice
 
@@ -48,7 +49,7 @@ class LoRAPart(AdaptedLinear):
         self.train(owner.training)
         self._reloaded = False
         self._hook = owner._register_load_state_dict_pre_hook(self._before_owner_loads)
-        owner.add_module(part.name, self)
+        part.group_in(owner, make=True).add_module(part.leaf, self)
 
     @property
     def transposed(self) -> bool:  # type: ignore[override]
@@ -80,7 +81,7 @@ class LoRAPart(AdaptedLinear):
 
     def weight_name(self, name: str) -> str:
         """The name of the owner's parameter in a model in which this child has the name `name`."""
-        return self.part.weight_name(name.rpartition(".")[0])
+        return self.part.weight_name(self.part.owner_name(name))
 
     def _before_owner_loads(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """The owner loads the weight, and this child does not see its key."""
@@ -91,7 +92,8 @@ class LoRAPart(AdaptedLinear):
             del state_dict[key]
             args[-1].append(f"{key}: {MERGED}")  # error_msgs, which load_state_dict raises
             return
-        self._reloaded = not any(name.startswith(f"{prefix}{self.part.name}.lora_") for name in state_dict)
+        own = (f"{prefix}{self.part.name}.{name}" for name, _ in self.named_lora_parameters())
+        self._reloaded = not any(name in state_dict for name in own)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
@@ -105,7 +107,7 @@ class LoRAPart(AdaptedLinear):
         self._drop_adapters()
         self.adapter_slices = ()
         self._hook.remove()
-        del self.owner._modules[self.part.name]
+        self.part.remove_from(self.owner)
         return self.owner
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
@@ -131,12 +133,55 @@ class LoRAPart(AdaptedLinear):
         )
 
 
+class PartGroup(nn.Module):
+    """Several parts of a module under a name of their own, such as those of one expert."""
+
+
+class LoRARoutedPart(LoRAPart):
+    """A part that takes some rows of the owner's input, such as the tokens that a router sends to an expert.
+
+    A forward of the owner that makes a graph calls all of its parts, those without rows too: which adapters
+    have gradients does not depend on the data, and a Fisher pass sees that an expert has none.
+    """
+
+    def rows_of(self, name: str) -> str:
+        return self.part.owner_name(name)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, source: Source, rows: Tensor
+    ) -> Tensor:
+        """x `[M, in_features]` of the rows `rows` `[M]` of the source; the rest as in `LoRAPart`."""
+        adapters = self.active()
+        if adapters is None:
+            return F.linear(x, weight, bias)
+        capture = self.fisher_capture
+        return FE.lora_linear_adapters(
+            x,
+            weight,
+            bias,
+            adapters,
+            dropout_p=self.dropout_p,
+            training=self.training,
+            capture=None if capture is None else RoutedCall(capture, source, rows),
+        )
+
+    def skip(self) -> None:
+        """To be called instead, in a forward without a graph that has no rows for it: it counts as called."""
+        self.__dict__["forward_calls"] += 1
+
+    @property
+    def active_now(self) -> bool:
+        """Whether a call would apply adapters."""
+        return self.adapters_enabled and not self.merged
+
+
 @dataclass(frozen=True)
 class Part:
     """A linear map that a module has without a layer of its own.
 
     Attributes:
-        name: of the child that carries the adapters; nothing else of the module has this name.
+        name: of the child that carries the adapters; nothing else of the module has this name. With dots it
+            is the path of a child of groups, which the module has besides, such as "3.down_proj".
         parameter: name of the module's parameter that holds the weight.
         in_features, out_features: of the map.
         bias: name of the module's parameter that holds the bias, with rows of other parts or without.
@@ -162,6 +207,46 @@ class Part:
     refusal: str | None = None
     adapted: type[LoRAPart] = LoRAPart
 
+    @property
+    def leaf(self) -> str:
+        """The last part of the name."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def names(self) -> list[str]:
+        """What a target can call it, below the owner: its name, those of its groups, and its parameter."""
+        steps = self.name.split(".")
+        return [*(".".join(steps[:depth]) for depth in range(len(steps), 0, -1)), self.parameter]
+
+    def owner_name(self, name: str) -> str:
+        """The name of the owner where the child has the name `name`."""
+        return name.removesuffix(self.name).removesuffix(".")
+
+    def group_in(self, owner: nn.Module, make: bool = False) -> nn.Module:
+        """The module below `owner` that the child belongs to, or will: the owner itself without groups."""
+        group = owner
+        for step in self.name.split(".")[:-1]:
+            if make and step not in group._modules:
+                group.add_module(step, PartGroup())
+            group = group._modules[step]  # type: ignore[assignment]
+        return group
+
+    def child_of(self, owner: nn.Module) -> nn.Module | None:
+        """The module that has the name of the child now, or None."""
+        found: nn.Module | None = owner
+        for step in self.name.split("."):
+            found = None if found is None else found._modules.get(step)
+        return found
+
+    def remove_from(self, owner: nn.Module) -> None:
+        """Remove the child, and the groups that it leaves empty."""
+        steps = self.name.split(".")
+        while steps:
+            group = owner.get_submodule(".".join(steps[:-1]))
+            del group._modules[steps.pop()]
+            if group._modules or not isinstance(group, PartGroup):
+                return
+
     def weight_in(self, owner: nn.Module) -> Tensor:
         """The weight as `owner` stores it."""
         whole = cast(Tensor, getattr(owner, self.parameter))
@@ -186,7 +271,9 @@ class Part:
         if tuple(self.weight_in(owner).shape) != shape:
             got = list(self.weight_in(owner).shape)
             return f"its {self.parameter} has shape {got}, not {list(shape)}"
-        return f"it has a {self.name} already" if hasattr(owner, self.name) else None
+        first = self.name.partition(".")[0]
+        taken = hasattr(owner, first) and not isinstance(owner._modules.get(first), PartGroup)
+        return f"it has a {first} already" if taken or self.child_of(owner) is not None else None
 
 
 def register_parts(rule: PartRule) -> PartRule:

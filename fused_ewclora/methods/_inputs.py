@@ -27,7 +27,7 @@ def _summing(layers: Mapping[str, AdaptedLinear]) -> Iterator[dict[str, Tensor]]
         def add(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = (args[0] if args else kwargs["x"]).detach()
             with torch.autocast(x.device.type, enabled=False):
-                for piece in layer.rows_of(x):
+                for piece in layer.input_rows(x):
                     rows = piece.to(torch.promote_types(x.dtype, torch.float32))
                     product = (rows.T @ rows).double()
                     sums[name] = product if name not in sums else sums[name].add_(product)
@@ -57,13 +57,16 @@ def input_covariances(
     `ArgumentError` for no batches or values that are not finite, `TargetError` for layers that never ran.
     """
     device = next(iter(layers.values())).weight.device
-    batches = 0
+    batches, before = 0, {name: layer.forward_calls for name, layer in layers.items()}
     with eager(), evaluation_mode(model), _summing(layers) as sums:
         for batch in limited(loader, max_batches, False):
             forward(unwrapped(model), to_device(batch, device))
             batches += 1
     if batches == 0:
         raise ArgumentError("loader: expected at least one batch, got none; an iterator serves one pass only")
+    for name, layer in layers.items():
+        if name not in sums and layer.forward_calls > before[name]:  # an expert without tokens
+            sums[name] = torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64, device=device)
     if missed := [name for name in layers if name not in sums]:
         raise TargetError(
             f"{missed[0]}: the layer's forward never ran ({len(missed)} such layers), so its inputs are not "

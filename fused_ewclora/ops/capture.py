@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,71 @@ REDUCTIONS = ("mean", "sum")
 
 def _inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+class CallCapture(Protocol):
+    """What collects the Fisher of one call: a `FisherCapture`, or a `RoutedCall` or `ImagesCall` of one."""
+
+    def note_forward(self, x: Tensor) -> CallIndex:
+        """x of the forward; what it returns is given to `record`."""
+
+    def record(self, x: Tensor, dy: Tensor, index: CallIndex) -> None:
+        """x and dy of a backward."""
+
+
+@dataclass(frozen=True)
+class RoutedRows:
+    """Which rows `[M]` of a source of this shape, `[S, d]`, the rows of x are."""
+
+    shape: torch.Size
+    rows: Tensor
+
+
+CallIndex = Tensor | RoutedRows | None  # the sample of each row, or what tells it later
+
+
+class Source:
+    """The input `[S, d]` of one forward of a module that hands its rows on to layers of its own, as a router
+    hands tokens to experts."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x.detach()
+        self.samples: Tensor | None = None  # of each row, where a function tells them
+
+
+class RoutedCall:
+    """The capture of one call of a layer with the rows `rows` of `source`."""
+
+    __slots__ = ("_capture", "_rows", "_source")
+
+    def __init__(self, capture: FisherCapture, source: Source, rows: Tensor) -> None:
+        self._capture, self._source, self._rows = capture, source, rows
+
+    def note_forward(self, x: Tensor) -> CallIndex:
+        """As `FisherCapture.note_forward`."""
+        return self._capture.note_routed(self._source, self._rows)
+
+    def record(self, x: Tensor, dy: Tensor, index: CallIndex) -> None:
+        """As `FisherCapture.record`."""
+        self._capture.record(x, dy, index)
+
+
+class ImagesCall:
+    """The capture of one call of a convolution whose windows overlap, with images `[N, C, *S]` as x."""
+
+    __slots__ = ("_capture", "_geometry")
+
+    def __init__(self, capture: FisherCapture, geometry: Geometry) -> None:
+        self._capture, self._geometry = capture, geometry
+
+    def note_forward(self, x: Tensor) -> CallIndex:
+        """As `FisherCapture.note_forward`."""
+        self._capture.note_images(x)
+        return None
+
+    def record(self, x: Tensor, dy: Tensor, index: CallIndex) -> None:
+        """As `FisherCapture.record`, dy `[N, d_out, *T]`."""
+        self._capture.record_images(x, dy, self._geometry)
 
 
 @dataclass(slots=True)
@@ -59,6 +125,9 @@ class FisherCapture:
 
     Without `rows_to_samples`, mode "sample" takes the rows of x in one of the orders that `add_orders` has
     named, and as long as there is none samples first.
+
+    The layers that take rows of one `Source` share a `leader`, the capture of one of them: what is known of
+    the rows is about the source, and is looked for by the leader alone.
     """
 
     def __init__(
@@ -81,6 +150,7 @@ class FisherCapture:
         self.fishers, self.rows, self.name = fishers, rows, name or "a layer"
         self.mode, self.reduction, self.loss_scale, self.batch_size = mode, reduction, loss_scale, batch_size
         self.rows_to_samples = rows_to_samples
+        self.leader: FisherCapture | None = None
         self.samples = 0
         self.batches = 0
         # During a forward that is watched, or that only looks.
@@ -102,7 +172,7 @@ class FisherCapture:
             known = self._orders.setdefault(dims, [])
             known += [order for order in dict.fromkeys(found) if order not in known]
 
-    def note_forward(self, x: Tensor) -> Tensor | None:
+    def note_forward(self, x: Tensor) -> CallIndex:
         """Count a call of the layer, but not its recomputation under checkpointing, inside a backward, nor
         one of a forward that only looks; returns what `record` takes as `index`."""
         if self.look is not None:
@@ -114,6 +184,22 @@ class FisherCapture:
             return None
         # Now, because the function may read what the same forward pass wrote.
         return self._index(self.rows_to_samples, _rows(x.detach()))
+
+    def note_routed(self, source: Source, rows: Tensor) -> CallIndex:
+        """`note_forward` of a call with these rows of `source`; every layer of the source is called once in
+        each of its forwards, with no rows if need be."""
+        leader = self.leader or self
+        if leader.look is not None:
+            if leader is self:
+                leader.look(source.x)
+            return None
+        if not _inside_backward():
+            self._count(source.x)
+        if leader.rows_to_samples is None or self.mode == "batch":
+            return RoutedRows(source.x.shape, rows)
+        if source.samples is None:
+            source.samples = self._index(leader.rows_to_samples, source.x)
+        return source.samples[rows]
 
     def _count(self, x: Tensor) -> None:
         self._watched_samples = None
@@ -130,19 +216,19 @@ class FisherCapture:
         """What is needed to find the order of x; None when it is known, or nothing depends on it."""
         if samples == 1 or x.numel() == 0 or self.rows_to_samples is not None or self.mode == "batch":
             return None
-        return None if self._order(x, samples) else Ends.of(x, samples)
+        return None if self._order(x.shape, samples) else Ends.of(x, samples)
 
-    def _order(self, x: Tensor, samples: int) -> Order | None:
+    def _order(self, shape: torch.Size, samples: int) -> Order | None:
         """The one known order that fits the shape of x."""
-        fitting = [order for order in self._orders.get(x.dim(), ()) if order.fits(x, samples)]
+        fitting = [order for order in self._orders.get(len(shape), ()) if order.fits(shape, samples)]
         return fitting[0] if len(fitting) == 1 else None
 
-    def record(self, x: Tensor, dy: Tensor, index: Tensor | None = None) -> None:
+    def record(self, x: Tensor, dy: Tensor, index: CallIndex = None) -> None:
         """Take x `[..., d_in]` and dy `[..., d_out]` of one call, and what `note_forward` gave for it; called
         from the op's backward."""
-        if self.look is not None:  # a model that differentiates inside its forward
+        if (self.leader or self).look is not None:  # a model that differentiates inside its forward
             return
-        self._take(self._call(x, dy, index))
+        self._take(self._call(x, dy, index), index is None)
 
     def note_images(self, images: Tensor) -> None:
         """`note_forward` of a convolution of `[N, C, *S]` whose windows overlap."""
@@ -156,10 +242,10 @@ class FisherCapture:
     def record_images(self, images: Tensor, dy: Tensor, geometry: Geometry) -> None:
         """`record` of images `[N, C, *S]` and dy `[N, d_out, *T]`."""
         if self.look is None:
-            self._take(self._images_call(images, dy, geometry))
+            self._take(self._images_call(images, dy, geometry), True)
 
-    def _take(self, call: _Call) -> None:
-        if self._calls <= 1 and not self._held and call.index is None:  # the usual layer, called once
+    def _take(self, call: _Call, in_order: bool) -> None:
+        if self._calls <= 1 and not self._held and in_order:  # the usual layer, called once
             self._closed = True
             self._accumulate(call.x, call.dy, call.samples)
             return
@@ -188,23 +274,33 @@ class FisherCapture:
         else:
             self._accumulate(x, dy, sizes[0])
 
-    def _call(self, x: Tensor, dy: Tensor, index: Tensor | None) -> _Call:
-        samples = self.batch_size or self._watched_samples or self._samples_of(x)
-        if index is not None:
+    def _call(self, x: Tensor, dy: Tensor, index: CallIndex) -> _Call:
+        leader, shape = self.leader or self, index.shape if isinstance(index, RoutedRows) else x.shape
+        samples = self.batch_size or leader._watched_samples
+        if samples is None:
+            if isinstance(index, RoutedRows):  # tokens, of which a sample may have any number
+                raise FisherError(
+                    f"batch_size: {self.name} hands on the {shape[0]} rows of its input; give the number of "
+                    "samples"
+                )
+            samples = self._samples_of(shape)
+        if isinstance(index, Tensor):
             return _Call(_rows(x), _rows(dy), samples, index)
         if self.mode == "batch":
             return _Call(_rows(x)[None], _rows(dy)[None], samples)
         order = None
-        if samples > 1 and x.numel() and dy.numel():
-            order = self._order(x, samples) or self._leading(x, samples)
+        if samples > 1 and shape.numel() and dy.shape[-1]:
+            order = leader._order_of(shape, samples)
+            if isinstance(index, RoutedRows):
+                return _Call(_rows(x), _rows(dy), samples, order.sample_of(index.rows, samples))
         return _Call(_by_sample(x, samples, order), _by_sample(dy, samples, order), samples)
 
     def _images_call(self, images: Tensor, dy: Tensor, geometry: Geometry) -> _Call:
-        last = images.movedim(1, -1)  # as `note_images` saw them
-        samples = self.batch_size or self._watched_samples or self._samples_of(last)
+        shape = images.movedim(1, -1).shape  # as `note_images` saw them
+        samples = self.batch_size or self._watched_samples or self._samples_of(shape)
         parts, order = 1, Order(0, images.shape[0])
         if self.mode == "sample" and samples > 1 and images.numel() and dy.numel():
-            parts, order = samples, self._order(last, samples) or self._leading(last, samples)
+            parts, order = samples, self._order_of(shape, samples)
             if order.dim != 0:
                 raise FisherError(
                     f"{self.name}: its samples are in dimension {order.dim + 1} of its input "
@@ -213,32 +309,35 @@ class FisherCapture:
         x, dy = (order.samples_first(tensor, parts) for tensor in (images, dy))
         return _Call(Windows(geometry, [x]), dy.movedim(2, -1).flatten(1, -2), samples)
 
-    def _samples_of(self, x: Tensor) -> int:
+    def _samples_of(self, shape: torch.Size) -> int:
         """The samples in x by its order, or its leading dimension."""
-        known = self._orders.get(x.dim(), ())
+        known = self._orders.get(len(shape), ())
         for order in known:
-            if x.shape[order.dim] % order.rows == 0:
-                return x.shape[order.dim] // order.rows
-        return x.shape[0] if x.dim() > 1 else 1
+            if shape[order.dim] % order.rows == 0:
+                return shape[order.dim] // order.rows
+        return shape[0] if len(shape) > 1 else 1
 
-    def _leading(self, tensor: Tensor, samples: int) -> Order:
-        """Samples first, which is the rule as long as nothing else is known."""
-        leading = tensor.shape[0] if tensor.dim() > 1 else 1
+    def _order_of(self, shape: torch.Size, samples: int) -> Order:
+        """The order of x: the one that is known, or samples first, which is the rule as long as nothing else
+        is known."""
+        if known := self._order(shape, samples):
+            return known
+        leading = shape[0] if len(shape) > 1 else 1
         if self._checked:
             raise FisherError(
                 f"{self.name}: {samples} samples have no single order, of those that the check of the "
-                f"samples found, in its input {list(tensor.shape)}. {ways_out(self.name)}"
+                f"samples found, in its input {list(shape)}. {ways_out(self.name)}"
             )
         if leading % samples:
             raise FisherError(
                 f"batch_size: {samples} samples do not divide the {leading} leading rows of the input "
-                f"{list(tensor.shape)} of {self.name}. {ways_out(self.name)}"
+                f"{list(shape)} of {self.name}. {ways_out(self.name)}"
             )
         return Order(0, leading // samples)
 
     def _index(self, function: RowsToSamples, rows: Tensor) -> Tensor:
         """The sample of each row, checked."""
-        samples = self.batch_size or self._watched_samples
+        samples = self.batch_size or (self.leader or self)._watched_samples
         if samples is None:
             raise FisherError(f"batch_size: rows_to_samples of {self.name} needs the number of samples")
         index, where = function(rows), f"rows_to_samples[{self.name!r}]"
@@ -305,9 +404,9 @@ def _joined(parts: list[Tensor | Windows], dim: int) -> Tensor | Windows:
     first, *others = parts
     if isinstance(first, Windows):
         return first.with_calls([part for part in others if isinstance(part, Windows)])
-    return (
-        torch.cat([first, *(part for part in others if isinstance(part, Tensor))], dim) if others else first
-    )
+    if not others:
+        return first
+    return torch.cat([first, *(part for part in others if isinstance(part, Tensor))], dim)
 
 
 def _by_sample(tensor: Tensor, samples: int, order: Order | None) -> Tensor:

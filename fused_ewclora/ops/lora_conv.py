@@ -22,7 +22,7 @@ from ..reference.philox import inverse_keep
 from . import schemas
 from ._distinct import distinct
 from .adapters import Adapter
-from .capture import FisherCapture
+from .capture import FisherCapture, ImagesCall
 from .lora_linear import Captured
 from .windows import Geometry
 
@@ -103,7 +103,7 @@ class LoRAConvFunction(torch.autograd.Function):
         )
         ctx.meta, ctx.shape, ctx.captured = meta, x.shape, None
         if capture is not None:
-            ctx.captured = Captured(capture, meta.geometry)
+            ctx.captured = Captured(ImagesCall(capture, meta.geometry))
             ctx.captured.forward(x)
         return y
 

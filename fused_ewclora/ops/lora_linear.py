@@ -19,9 +19,8 @@ from ..reference import differentiable
 from . import dispatch, schemas
 from ._distinct import distinct
 from .adapters import Adapters, by_kind
-from .capture import FisherCapture
+from .capture import CallCapture, CallIndex
 from .dispatch import Candidate
-from .windows import Geometry
 
 
 @dataclass(frozen=True)
@@ -38,25 +37,22 @@ _TRANSFORMS = "a transform of torch.func, batched gradients, forward-mode differ
 
 class Captured:
     """One call of a layer whose Fisher is collected; the node on autograd's tape, in Python or C++, tells it
-    what came. `geometry`: of a convolution, whose x and dy are images."""
+    what came."""
 
-    __slots__ = ("_capture", "_followed", "_geometry", "_index")
+    __slots__ = ("_capture", "_followed", "_index")
 
-    def __init__(self, capture: FisherCapture, geometry: Geometry | None = None) -> None:
-        self._capture, self._followed, self._geometry = capture, False, geometry
-        self._index: Tensor | None = None
+    def __init__(self, capture: CallCapture) -> None:
+        self._capture, self._followed = capture, False
+        self._index: CallIndex = None
 
     def forward(self, x: Tensor) -> None:
         """x of the forward."""
-        if self._geometry is None:
-            self._index = self._capture.note_forward(x)
-        else:
-            self._capture.note_images(x)
+        self._index = self._capture.note_forward(x)
 
     def backward(self, x: Tensor, dy: Tensor, followed: bool) -> None:
         """x and dy of a backward; of one that is `followed`, of which a graph is made, without that graph."""
         if not followed and not self._followed:
-            return self._record(x, dy)
+            return self._capture.record(x, dy, self._index)
         if self._followed:
             raise FisherError(
                 "a Fisher pass: a loss that contains gradients of the model (create_graph=True) was "
@@ -67,13 +63,7 @@ class Captured:
             raise FisherError(f"a Fisher pass: expected one backward of plain tensors, got {_TRANSFORMS}")
         self._followed = True
         with torch.no_grad():
-            return self._record(x, dy)
-
-    def _record(self, x: Tensor, dy: Tensor) -> None:
-        if self._geometry is None:
-            self._capture.record(x, dy, self._index)
-        else:
-            self._capture.record_images(x, dy, self._geometry)
+            return self._capture.record(x, dy, self._index)
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -84,7 +74,7 @@ class LoRALinearFunction(torch.autograd.Function):
         ctx: Any,
         meta: LoRALinearMeta,
         scale_factors: list[float],
-        capture: FisherCapture | None,
+        capture: CallCapture | None,
         candidate: Candidate | None,
         x: Tensor,
         weight: Tensor,
@@ -147,7 +137,7 @@ def lora_linear(
     adapters: Adapters,
     meta: LoRALinearMeta,
     seed: Tensor | None,
-    capture: FisherCapture | None,
+    capture: CallCapture | None,
 ) -> Tensor:
     """y of arguments that have been checked."""
     args = (x, weight, bias, *adapters, meta.rows, meta.dropout_p, seed, meta.backend)
@@ -191,7 +181,7 @@ def eager() -> Callable[..., Tensor | None] | None:
     return extension.eager_lora_linear
 
 
-def _transformed(args: tuple[Any, ...], capture: FisherCapture | None) -> Tensor:
+def _transformed(args: tuple[Any, ...], capture: CallCapture | None) -> Tensor:
     if capture is not None:
         raise FisherError(f"a Fisher pass: expected plain calls of its layers, got one inside {_TRANSFORMS}")
     with torch.autocast(args[0].device.type, enabled=False):

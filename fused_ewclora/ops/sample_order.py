@@ -21,9 +21,15 @@ class Order:
     rows: int
     minor: bool = False
 
-    def fits(self, tensor: Tensor, samples: int) -> bool:
+    def fits(self, shape: torch.Size, samples: int) -> bool:
         """Whether the dimension has the size that belongs to this number of samples."""
-        return tensor.shape[self.dim] == samples * self.rows
+        return shape[self.dim] == samples * self.rows
+
+    def sample_of(self, entries: Tensor, samples: int) -> Tensor:
+        """The sample of each of these entries of the dimension."""
+        if self.minor:
+            return entries % samples
+        return entries.div(max(self.rows, 1), rounding_mode="floor")
 
     def samples_first(self, tensor: Tensor, samples: int) -> Tensor:
         """A view `[samples, ...]` whose other dimensions are those of one sample."""

@@ -36,7 +36,7 @@ def test_round_trip(count, height, width, dim, minor):
     view = order.samples_first(tensor, count)
     assert torch.equal(view, samples)
     assert view.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-    assert order in list(orders(tensor.shape, count)) and order.fits(tensor, count)
+    assert order in list(orders(tensor.shape, count)) and order.fits(tensor.shape, count)
     compared = Ends.of(tensor, count).compared(samples[0], samples[-1])
     assert [o for o, difference in compared.items() if difference == 0] == [order]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ class Architecture:
     make: the model. inputs, targets: n samples, drawn from the default generator. shared: arguments that are
     no samples, such as the class prompts of CLIP. positional: whether the model takes its only input by
     position. mixes: how the model makes samples of a batch depend on each other, so that none has a gradient
-    of its own.
+    of its own. targets_of_adapters: what is adapted.
     """
 
     library: str
@@ -49,6 +49,7 @@ class Architecture:
     shared: Mapping[str, Any] = field(default_factory=dict)
     positional: bool = False
     mixes: str = ""
+    targets_of_adapters: str | Sequence[str] = "all-linear"
 
     def build(self, seed: int = 0) -> nn.Module:
         """In fp64 and eval mode, with parameters that all show in the output."""

@@ -86,13 +86,14 @@ class Subject:
     """An adapted model with its dense twin, the data, and the gradients of every sample."""
 
     def __init__(
-        self, architecture: Architecture, plain: nn.Module, record: Record, targets: str = "all-linear"
+        self, architecture: Architecture, plain: nn.Module, record: Record, target: str | None = None
     ) -> None:
         self.architecture, self.plain, self.record = architecture, plain, record
         torch.manual_seed(1)
         self.inputs, self.targets = architecture.inputs(SAMPLES), architecture.targets(SAMPLES)
         one = rows(self.inputs, 0, 2), self.targets[:2]
-        unused = oracle.unused_layers(architecture, plain, *one) if targets == "all-linear" else []
+        targets: Any = [target] if target else architecture.targets_of_adapters
+        unused = [] if target else oracle.unused_layers(architecture, plain, *one)
         if unused:
             record.left_out["no part in the loss"] = unused
         excluded = "|".join(map(re.escape, unused)) if unused else None
@@ -107,7 +108,7 @@ class Subject:
                     lora_b.normal_(0, 0.3)
         self.dense = oracle.dense_twin(plain, self.adapted)
         self.samples = oracle.sample_gradients(
-            self.dense, self.names, architecture.loss, self.inputs, self.targets
+            self.dense, oracle.weights_of(self.adapted), architecture.loss, self.inputs, self.targets
         )
 
     def first(self, count: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -120,7 +121,7 @@ class Subject:
 
     def batches(self) -> list[list[int]]:
         """Sizes of batches: two of 2, one of 4, and one that divides the tokens of a sample."""
-        counts = oracle.tokens_of(self.architecture, self.plain, self.names, self.first(1)[0])
+        counts = oracle.tokens_of(self.architecture, self.adapted, self.first(1)[0])
         sizes = (n for n in range(3, SAMPLES + 1) if n != 4 and any(count % n == 0 for count in counts))
         found = next(sizes, None)
         return [[2, 2], [4], *([[found]] if found else [])]
@@ -228,7 +229,10 @@ def check_fisher(subject: Subject, mode: str, own: bool = False) -> tuple[Outcom
     samples = subject.samples
     if own and subject.architecture.task.own == "model":
         samples = oracle.sample_gradients(
-            subject.dense, subject.names, subject.architecture.own_loss, *subject.first(4)
+            subject.dense,
+            oracle.weights_of(subject.adapted),
+            subject.architecture.own_loss,
+            *subject.first(4),
         )
     sizes = [[2, 2], [4]] if own else subject.batches()
     found = [FisherRun(one, mode, own).run(subject, samples) for one in sizes]
@@ -248,7 +252,7 @@ def alone(subject: Subject) -> Outcome:
     outcomes = {}
     for name in subject.names:
         record = Record(subject.architecture.library, name, "")
-        one = Subject(subject.architecture, subject.plain, record, re.escape(name))
+        one = Subject(subject.architecture, subject.plain, record, name)
         outcomes[name] = check_fisher(one, "sample")[0]
     counts = [
         (status, [name for name, one in outcomes.items() if one.status == status])
@@ -271,10 +275,11 @@ def note_left_out(subject: Subject) -> None:
     left_out = subject.record.left_out
     for name, reason in subject.skipped.items():
         left_out.setdefault(reason, []).append(name)
-    known = {*subject.names, *(name for names in left_out.values() for name in names)}
+    adapted = {weight.parameter for weight in oracle.weights_of(subject.adapted).values()}
+    known = adapted.union(subject.names, *left_out.values())
     used = oracle.matrices(subject.architecture, subject.plain, subject.first(1)[0])
     for path, aliases in sorted(used.items()):
-        parents = {a.rsplit(".", depth)[0] for a in aliases for depth in range(1, a.count(".") + 1)}
+        parents = {a.rsplit(".", depth)[0] for a in aliases for depth in range(a.count(".") + 1)}
         if not parents & known:
             left_out.setdefault("not reported", []).append(path)
 

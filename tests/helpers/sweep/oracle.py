@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,58 +18,75 @@ Gradients = dict[str, Tensor]
 Loss = Callable[[nn.Module, Inputs, Tensor], Tensor]
 
 
+class Weight(NamedTuple):
+    """Where the plain model stores the weight of a layer: all of a parameter, or one of those in it."""
+
+    parameter: str
+    index: int | None
+    layer: fe.AdaptedLinear  # knows how it is stored
+
+    def stored(self, whole: Tensor) -> Tensor:
+        return whole if self.index is None else whole[self.index]
+
+    def matrix(self, whole: Tensor) -> Tensor:
+        """`[d_out, d_in]` of the parameter, or of its gradient."""
+        return self.layer.matrix_of(self.stored(whole))
+
+
+def weights_of(adapted: nn.Module) -> dict[str, Weight]:
+    """By the names of the adapted layers."""
+    return {
+        name: Weight(layer.weight_name(name), layer.part.index if layer.is_part else None, layer)
+        for name, layer in fe.adapters(adapted).items()
+    }
+
+
 @torch.no_grad()
 def dense_twin(plain: nn.Module, adapted: nn.Module) -> nn.Module:
     """A copy of `plain` whose adapted weights hold B diag(s) A as well."""
-    twin = copy.deepcopy(plain)
+    twin, weights = copy.deepcopy(plain), weights_of(adapted)
     for name, layer in fe.adapters(adapted).items():
         ((piece, lora_a, lora_b),) = layer.adapter_parameters()
-        delta = piece.scaling * lora_b @ lora_a
-        twin.get_submodule(name).weight.add_(delta.T if layer.transposed else delta)
+        stored = weights[name].stored(twin.get_parameter(weights[name].parameter))
+        stored.add_(layer.stored_as(stored, piece.scaling * lora_b @ lora_a))
     return twin
 
 
-def gradients(model: nn.Module, names: Iterable[str], loss: Callable[[], Tensor]) -> dict[str, Tensor | None]:
-    """d loss / d weight `[d_out, d_in]` of the named layers; None where the loss does not depend on it.
+def gradients(
+    model: nn.Module, weights: Mapping[str, Weight], loss: Callable[[], Tensor]
+) -> dict[str, Tensor | None]:
+    """d loss / d weight `[d_out, d_in]` by layer; None where the loss does not depend on it.
 
     Nothing else requires gradients: in eval mode some models (LeViT) keep tensors that they computed from
     parameters, with their graph.
     """
-    modules = {name: model.get_submodule(name) for name in names}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for module in modules.values():
-        module.weight.requires_grad_(True)
-    weights = [module.weight for module in modules.values()]
-    found = torch.autograd.grad(loss(), weights, allow_unused=True)
+    names = list(dict.fromkeys(weight.parameter for weight in weights.values()))
+    parameters = [model.get_parameter(name).requires_grad_(True) for name in names]
+    found = dict(zip(names, torch.autograd.grad(loss(), parameters, allow_unused=True), strict=True))
     return {
-        name: None if gradient is None else gradient if isinstance(module, nn.Linear) else gradient.T
-        for (name, module), gradient in zip(modules.items(), found, strict=True)
+        name: None if found[weight.parameter] is None else weight.matrix(found[weight.parameter])
+        for name, weight in weights.items()
     }
 
 
 def sample_gradients(
-    model: nn.Module, names: Iterable[str], loss: Loss, inputs: Inputs, targets: Tensor
+    model: nn.Module, weights: Mapping[str, Weight], loss: Loss, inputs: Inputs, targets: Tensor
 ) -> list[Gradients]:
     """The gradients of every sample, each run by itself."""
-    names, found = list(names), []
+    found = []
     for n in range(len(targets)):
         one, target = rows(inputs, n, n + 1), targets[n : n + 1]
-        of_one = gradients(model, names, lambda one=one, target=target: loss(model, one, target))
+        of_one = gradients(model, weights, lambda one=one, target=target: loss(model, one, target))
         found.append(
-            {
-                name: torch.zeros(_shape(model.get_submodule(name)), dtype=torch.float64)
-                if g is None
-                else g.double()
-                for name, g in of_one.items()
-            }
+            {name: _zeros(weights[name].layer) if g is None else g.double() for name, g in of_one.items()}
         )
     return found
 
 
-def _shape(module: nn.Module) -> tuple[int, ...]:
-    shape = tuple(module.weight.shape)
-    return shape if isinstance(module, nn.Linear) else shape[::-1]
+def _zeros(layer: fe.AdaptedLinear) -> Tensor:
+    return torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64)
 
 
 def mean(samples: list[Gradients]) -> Gradients:
@@ -88,17 +106,14 @@ def fisher(batches: list[list[Gradients]], mode: str) -> Gradients:
 def unused_layers(architecture: Architecture, plain: nn.Module, inputs: Inputs, targets: Tensor) -> list[str]:
     """Linear layers on which the loss does not depend but for rounding, such as a pooler beside another head,
     or queries that see a single key."""
-    model = copy.deepcopy(plain)
-    names = [name for name, module in model.named_modules() if is_linear(module)]
-    if not names:
+    model, adapted = copy.deepcopy(plain), copy.deepcopy(plain)
+    try:
+        fe.inject(adapted, fe.LoRAConfig(r=1, target_modules=architecture.targets_of_adapters))
+    except fe.TargetError:  # there are none
         return []
-    found = gradients(model, names, lambda: architecture.loss(model, inputs, targets))
+    found = gradients(model, weights_of(adapted), lambda: architecture.loss(model, inputs, targets))
     sizes = {name: 0.0 if gradient is None else gradient.norm().item() for name, gradient in found.items()}
     return [name for name, size in sizes.items() if size <= 1e-9 * max(sizes.values())]
-
-
-def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 class _Products(TorchDispatchMode):
@@ -130,17 +145,17 @@ def matrices(architecture: Architecture, plain: nn.Module, inputs: Inputs) -> di
     return products.found
 
 
-def tokens_of(architecture: Architecture, plain: nn.Module, names: Iterable[str], inputs: Inputs) -> set[int]:
-    """Numbers of input rows that one sample gives to the named layers."""
+def tokens_of(architecture: Architecture, adapted: nn.Module, inputs: Inputs) -> set[int]:
+    """Numbers of input rows that one sample gives to the adapted layers."""
     counts: set[int] = set()
     hooks = [
-        plain.get_submodule(name).register_forward_pre_hook(
+        layer.register_forward_pre_hook(
             lambda module, args: counts.add(args[0].numel() // args[0].shape[-1]) if args else None
         )
-        for name in names
+        for layer in fe.adapters(adapted).values()
     ]
     with torch.no_grad():
-        architecture.call(plain, inputs)
+        architecture.call(adapted, inputs)
     for hook in hooks:
         hook.remove()
     return counts

@@ -82,6 +82,23 @@ _MOE = {
     "moe_intermediate_size": 16,
     "num_key_value_heads": 2,
 }
+_MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": _MOE,
+    "qwen2_moe": {**_MOE, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {**_MOE, "head_dim": 8},
+    "olmoe": _MOE,
+    "granitemoe": _MOE,
+    "gpt_oss": {**_MOE, "head_dim": 8},
+    "deepseek_v3": {
+        **_MOE, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+    },
+    "jamba": {
+        **_MOE, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False, "attn_layer_period": 2,
+        "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+    },
+}  # fmt: skip
 
 
 def words(n: int) -> dict[str, Tensor]:
@@ -137,10 +154,11 @@ def _made(
     title: str = "",
     shared: dict[str, Any] | None = None,
     without: tuple[str, ...] = (),
+    adapted: str | list[str] = "all-linear",
     **options: Any,
 ) -> Architecture:
     """kind: a model type; head: what follows AutoModel, or a class; sizes, options: of the configuration;
-    without: sizes that it does not take."""
+    without: sizes that it does not take; adapted: what gets adapters."""
 
     def make() -> nn.Module:
         import transformers
@@ -154,7 +172,9 @@ def _made(
         return model
 
     name = title or f"{kind} {head.removeprefix('For')}".strip()
-    return Architecture("transformers", name, make, inputs, targets, task, shared or {})
+    return Architecture(
+        "transformers", name, make, inputs, targets, task, shared or {}, targets_of_adapters=adapted
+    )
 
 
 def _classifier(kind: str, inputs: Any = words, **options: Any) -> Architecture:
@@ -316,36 +336,10 @@ ARCHITECTURES = [
     _causal("persimmon"),
     _causal("biogpt"),
     _causal("openai-gpt", n_embd=16, n_layer=2, n_head=2, n_positions=32),
-    _causal("mixtral", **_MOE),
-    _causal("qwen2_moe", **_MOE, shared_expert_intermediate_size=16),
-    _causal("qwen3_moe", **_MOE, head_dim=8),
-    _causal("olmoe", **_MOE),
-    _causal("granitemoe", **_MOE),
-    _causal("gpt_oss", **_MOE, head_dim=8),
-    _causal(
-        "deepseek_v3",
-        **_MOE,
-        n_routed_experts=4,
-        n_group=2,
-        topk_group=1,
-        q_lora_rank=8,
-        kv_lora_rank=8,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=4,
-        v_head_dim=8,
-        first_k_dense_replace=1,
-        n_shared_experts=1,
-    ),
-    _causal(
-        "jamba",
-        **_MOE,
-        mamba_d_state=4,
-        mamba_dt_rank=4,
-        use_mamba_kernels=False,
-        attn_layer_period=2,
-        attn_layer_offset=1,
-        expert_layer_period=2,
-        expert_layer_offset=1,
+    *(_causal(kind, **options) for kind, options in _MIXTURES.items()),
+    *(
+        _causal(kind, **options, title=f"{kind} CausalLM, experts", adapted=["experts"])
+        for kind, options in _MIXTURES.items()
     ),
     _causal("mamba", inputs=unpadded, state_size=4, time_step_rank=4),
     _causal("mamba2", inputs=unpadded, state_size=4, num_heads=4, head_dim=8, n_groups=1, chunk_size=4),
