@@ -26,6 +26,7 @@ from ..layers.index import check_present
 from ..layers.inject import check_mergeable
 from ..layers.parts import LoRAPart
 from ..ops.capture import FisherCapture
+from ..ops.windows import Windows
 from .placement import Placement, check_inside, check_ready, fisher_buffer
 from .state import EWCState, Expected, TaskFisher, parse
 
@@ -317,7 +318,9 @@ class ShardedCapture(FisherCapture):
     group: dist.ProcessGroup
     others: list[dist.ProcessGroup]
 
-    def _add(self, index: int, x: Tensor, dy: Tensor, weight: float, offsets: Tensor | None) -> None:
+    def _add(
+        self, index: int, x: Tensor | Windows, dy: Tensor, weight: float, offsets: Tensor | None
+    ) -> None:
         fisher, share = self.fishers[index], self.shares[index]
         columns = fisher.shape[1]
         everything = fisher.new_zeros(share.chunk * self.group.size(), columns)
