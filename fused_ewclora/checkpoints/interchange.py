@@ -199,7 +199,8 @@ def _plan(
     kernel = match.adapted.kernel_of(match.module)
     matrices = {"A": (rank, match.in_features), "B": (match.adapters[0].row_count, rank)}
     expected = {
-        letter: list(peft_shape(kernel, torch.Size(shape), letter == "A")) for letter, shape in matrices.items()
+        letter: list(peft_shape(kernel, torch.Size(shape), letter == "A"))
+        for letter, shape in matrices.items()
     }
     if shapes != expected:
         raise CheckpointError(

@@ -19,8 +19,8 @@ from peft.tuners.lora.layer import Conv2d as PeftConv2d  # noqa: E402
 
 
 class FusedPeftConv(FusedPeftLayer):
-    """What the two classes below share: x `[N, C, *S]`, y `[N, out_channels, *windows]`. lora_A and lora_B are
-    convolutions of their own, with kernels `[r, C, *kernel]` and `[out_channels, r, 1, 1]`."""
+    """What the two classes below share: x `[N, C, *S]`, y `[N, out_channels, *windows]`. lora_A and lora_B
+    are convolutions of their own, with kernels `[r, C, *kernel]` and `[out_channels, r, 1, 1]`."""
 
     stores_matrices: ClassVar[bool] = False
     in_all = False
@@ -38,7 +38,7 @@ class FusedPeftConv(FusedPeftLayer):
         try:
             self.update_layer(*args, **kwargs)
         finally:
-            self.__class__ = fused  # type: ignore[assignment]
+            self.__class__ = fused
 
     @classmethod
     def kernel_of(cls, module: nn.Module) -> tuple[int, ...]:

@@ -219,11 +219,11 @@ class FusedPeftLayer(AdaptedLinear):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """PEFT's own merge."""
-        self.plain.merge(self, safe_merge, adapter_names)  # type: ignore[operator]
+        cast(Any, self.plain).merge(self, safe_merge, adapter_names)
 
     def unmerge(self) -> None:
         """PEFT's own unmerge, which subtracts."""
-        self.plain.unmerge(self)  # type: ignore[operator]
+        cast(Any, self.plain).unmerge(self)
 
     def extra_repr(self) -> str:
         return nn.Module.extra_repr(self)
@@ -238,7 +238,9 @@ class FusedPeftLayer(AdaptedLinear):
             return not_plain(base, "weight")
         if type(weight) not in (nn.Parameter, Tensor):
             return f"its base weight is {type(weight).__name__}, not a plain parameter"
-        return None if weight.is_floating_point() else f"its base weight is {weight.dtype}, not floating point"
+        return (
+            None if weight.is_floating_point() else f"its base weight is {weight.dtype}, not floating point"
+        )
 
 
 class FusedPeftLinear(FusedPeftLayer, PeftLinear):

@@ -27,8 +27,8 @@ _FUSED: dict[type, type[FusedPeftLayer]] = {
 
 
 def accelerate_(peft_model: nn.Module) -> Report:
-    """Run PEFT's LoRA linears and convolutions on the fused op, in place; returns a table of the layers, with the reasons for
-    those that stay as they are.
+    """Run PEFT's LoRA linears and convolutions on the fused op, in place; returns a table of the layers, with
+    the reasons for those that stay as they are.
 
     peft_model: a `PeftModel`, or any model that contains layers of PEFT. Outputs and gradients equal those of
     PEFT up to rounding; dropout has the same distribution but uses other random numbers. Keys of the

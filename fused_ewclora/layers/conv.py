@@ -26,16 +26,7 @@ class AdaptedConv(AdaptedLinear):
 
     in_all = False
 
-    # Attributes of PyTorch's classes.
-    in_channels: int
     out_channels: int
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...] | str
-    dilation: tuple[int, ...]
-    groups: int
-    padding_mode: str
-    _reversed_padding_repeated_twice: list[int]
 
     @staticmethod
     def features(module: nn.Module) -> tuple[int, int]:

@@ -156,21 +156,16 @@ def _short_forward(
     """
     z = _conv(geometry, x, _kernel(lora_a, weight, x.dtype))
     (d_out, rank), channels, more = lora_b.shape, x.shape[1], _channels(lora_b.shape[1])
-    sides = zip(x.shape[2:], geometry.padding, strict=True)
+    sides = list(zip(x.shape[2:], geometry.padding, strict=True))
+    steps = zip(z.shape[2:], geometry.stride, strict=True)
+    of_z: tuple[Any, ...] = (slice(None), slice(channels, channels + rank))
+    inside = (slice(None), slice(channels), *(slice(padding, padding + size) for size, padding in sides))
+    corners = tuple(slice(0, (count - 1) * stride + 1, stride) for count, stride in steps)
     image = _zeros(x, x.shape[0], channels + more, *(size + 2 * padding for size, padding in sides))
-    inside = [
-        slice(padding, padding + size) for size, padding in zip(x.shape[2:], geometry.padding, strict=True)
-    ]
-    corners = [
-        slice(0, (count - 1) * stride + 1, stride)
-        for count, stride in zip(z.shape[2:], geometry.stride, strict=True)
-    ]
-    image[(slice(None), slice(channels), *inside)] = x
-    image[(slice(None), slice(channels, channels + rank), *corners)] = z
+    image[inside], image[of_z + corners] = x, z
     kernel = _zeros(x, d_out, channels + more, *geometry.kernel)
-    kernel[:, :channels] = weight
-    kernel[(slice(None), slice(channels, channels + rank), *(0 for _ in inside))] = lora_b
-    bare = replace(geometry, padding=(0,) * len(inside))
+    kernel[:, :channels], kernel[of_z + (0,) * len(sides)] = weight, lora_b
+    bare = replace(geometry, padding=(0,) * len(sides))
     return _conv(bare, image, kernel, bias), z
 
 

@@ -42,7 +42,7 @@ def _resnet() -> nn.Module:
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to make a model, the size of its images, and how many convolutions of it are adapted and grouped."""
+    """How to make a model, the size of its images, and the numbers of its convolutions."""
 
     make_plain: Make
     size: int
@@ -69,7 +69,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _timm("fastvit_t8", layers=(1, 1, 1, 1), embed_dims=(16, 16, 32, 32)), 64, 16, 22
     ),
     "levit_conv": Architecture(
-        _timm("levit_conv_128s", img_size=64, embed_dim=(32, 48, 64), num_heads=(2, 2, 2), depth=(1, 1, 1)), 64, 26
+        _timm("levit_conv_128s", img_size=64, embed_dim=(32, 48, 64), num_heads=(2, 2, 2), depth=(1, 1, 1)),
+        64,
+        26,
     ),
     "mobilevit": Architecture(_timm("mobilevit_xxs"), 64, 28, 7),
     "vit": Architecture(

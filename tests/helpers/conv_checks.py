@@ -1,4 +1,4 @@
-"""What several processes must agree on where a model has convolutions; run by tests/distributed/test_convs.py."""
+"""What several processes must agree on where a model has convolutions; run by test_convs.py."""
 
 from __future__ import annotations
 

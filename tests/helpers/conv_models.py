@@ -17,8 +17,8 @@ CLASSES = 5
 
 
 class Convs(nn.Module):
-    """x `[N, 3, 12, 12]` -> logits `[N, 5]`: a patch embedding, a layer that runs twice, windows with strides,
-    dilation and padding, and a convolution over a sequence."""
+    """x `[N, 3, 12, 12]` -> logits `[N, 5]`: a patch embedding, a layer that runs twice, windows with
+    strides, dilation and padding, and a convolution over a sequence."""
 
     def __init__(self, padding_mode: str = "zeros") -> None:
         super().__init__()

@@ -41,7 +41,9 @@ def test_convolutions_of_models(name, memory_format):
     ewc = fe.EWC(model, 1.0, fisher_dtype=torch.float64)
     ewc.end_task([(x[:2], y[:2]), (x[2:], y[2:])], F.cross_entropy)
     for key, fisher in expected.items():
-        torch.testing.assert_close(ewc.fishers[key], fisher, rtol=1e-7, atol=1e-9 * float(fisher.max()), msg=key)
+        torch.testing.assert_close(
+            ewc.fishers[key], fisher, rtol=1e-7, atol=1e-9 * float(fisher.max()), msg=key
+        )
     torch.testing.assert_close(model(x), output, **TIGHT)
     fe.eject(model)
     assert list(model.state_dict()) == keys

@@ -102,7 +102,9 @@ def test_left_to_peft():
     assert set(variants.values()) == {"its adapters are variants of LoRA (default)"}
 
 
-@pytest.mark.parametrize("options", [{"fisher_mode": "sample"}, {"fisher_mode": "batch"}, {"merge_mode": "factors"}])
+@pytest.mark.parametrize(
+    "options", [{"fisher_mode": "sample"}, {"fisher_mode": "batch"}, {"merge_mode": "factors"}]
+)
 def test_ewc(options, tmp_path):
     """Three tasks train as on an injected model, and each loads the checkpoint of the other."""
     live = peft_model()
@@ -114,7 +116,9 @@ def test_ewc(options, tmp_path):
     with torch.no_grad():
         for name in NAMES:
             theirs, ours = ewcs[0].layers[name], native.get_submodule(name)
-            for (_, a), (_, b) in zip(theirs.named_lora_parameters(), ours.named_lora_parameters(), strict=True):
+            for (_, a), (_, b) in zip(
+                theirs.named_lora_parameters(), ours.named_lora_parameters(), strict=True
+            ):
                 b.copy_(a.flatten(1))
     for task in range(3):
         x, y = images(6, seed=task)

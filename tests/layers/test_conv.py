@@ -53,7 +53,7 @@ def test_three_tasks(mode, memory_format):
     model = adapted(plain("circular").to(memory_format=memory_format))
     model.head.requires_grad_(True)
     ewc = fe.EWC(model, 10.0, fisher_mode=mode, fisher_dtype=WIDE)
-    total = {name: 0.0 for name in NAMES}
+    total = dict.fromkeys(NAMES, 0.0)
     for task in range(3):
         x, y = images(6, seed=task)
         batches = [(x[:4].to(memory_format=memory_format), y[:4]), (x[4:], y[4:])]
@@ -172,7 +172,7 @@ def test_all_linear():
     assert list(fe.adapters(model)) == ["head"]
     fe.inject(model, fe.LoRAConfig(target_modules="s.*"))
     assert list(fe.adapters(model)) == ["stem", "shared", "strided", "same", "head"]
-    with pytest.raises(fe.TargetError, match="point has adapters|point: has adapters"):
+    with pytest.raises(fe.TargetError, match="point: has adapters"):
         fe.inject(adapted(), fe.LoRAConfig(target_modules=["point"]))
 
 

@@ -1,5 +1,5 @@
-"""The LoRA convolution equals the convolution with W + B diag(s) A, in values and in all derivatives, whatever
-its windows, memory format and dtype are."""
+"""The LoRA convolution equals the convolution with W + B diag(s) A, in values and in all derivatives,
+whatever its windows, memory format and dtype are."""
 
 from __future__ import annotations
 
@@ -113,10 +113,10 @@ def test_row_slices(geometry):
 
 @given(geometries(), st.booleans(), st.booleans(), st.sampled_from((torch.bfloat16, torch.float16)))
 def test_low_precision(drawn_geometry, last, dropout, dtype):
-    """Outputs and gradients in 16 bits have the error of a few roundings of their operands and of one of their
-    own; adapters and their gradients are fp32."""
+    """Outputs and gradients in 16 bits have the error of a few roundings of their operands and of one of
+    their own; adapters and their gradients are fp32."""
     geometry, sizes = drawn_geometry
-    x, w, bias, a, b, s = (value.detach() for value in drawn(geometry, sizes, images=2))
+    x, w, bias, a, b, _ = (value.detach() for value in drawn(geometry, sizes, images=2))
     x, w, bias = (value.to(dtype) for value in (x, w, bias))
     x, a, b = in_format(x, last), a.float(), b.float()
     values = [value.requires_grad_() for value in (x, w, bias, a, b)]
@@ -174,7 +174,9 @@ def test_small_adapter_survives(geometry, dtype, last):
         exact = right - left
         # One rounding, up to half of eps and of random sign, and factors that a matrix unit may round.
         noise = 4 * EPS[dtype] / 2 * float((right * exact).norm() / exact.square().sum()) + 4 * EPS[dtype]
-        share, lost = (float(((v.double() - left) * exact).sum() / exact.square().sum()) for v in (value, rounded))
+        share, lost = (
+            float(((v.double() - left) * exact).sum() / exact.square().sum()) for v in (value, rounded)
+        )
         assert abs(share - 1.0) < noise, (share, noise)
         if dtype == torch.bfloat16:
             assert lost < 1.0 - noise, (lost, "the test would not see it")
@@ -223,7 +225,7 @@ def test_transforms(geometry):
 @pytest.mark.parametrize("geometry", [THREE, POINT, PATCH])
 def test_dropout(geometry):
     """Elements of x are dropped in the low-rank branch alone, in the forward as in the backward."""
-    x, w, bias, a, _, _ = (value.detach() for value in drawn(geometry, (6, 6)))
+    x, w, _, a, _, _ = (value.detach() for value in drawn(geometry, (6, 6)))
     weight, up = torch.zeros_like(w), torch.eye(5, 5, dtype=WIDE)
     a = torch.randn(5, a.shape[1], dtype=WIDE)
     x.requires_grad_()
