@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import functional as FE
 from ..errors import TargetError
 from ..layers.adapted import LIVING, AdaptedLinear, Location
-from ..layers.plain import not_plain
+from ..layers.plain import not_plain, own_tensors
 from ..layers.slices import AdapterSlice
 from ._library import require
 
@@ -106,7 +106,7 @@ class FusedPeft(AdaptedLinear):
     def parameter_locations(self, piece: AdapterSlice) -> tuple[Location, Location]:
         """Where lora_A and lora_B of an active adapter are stored; raises as `adapter_scale` does."""
         name = self._name_of(piece)
-        return (self.lora_A[name]._parameters, "weight"), (self.lora_B[name]._parameters, "weight")
+        return (own_tensors(self.lora_A[name]), "weight"), (own_tensors(self.lora_B[name]), "weight")
 
     def named_lora_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """lora_A and lora_B of the active adapters, named as in a layer that `inject` adapted."""
@@ -190,7 +190,7 @@ class FusedPeft(AdaptedLinear):
         """x `[..., in_features]` -> y `[..., out_features]`; calls with further arguments (adapter_names of a
         mixed batch) run PEFT's forward."""
         if not torch.compiler.is_compiling():
-            self.__dict__["forward_calls"] += 1
+            (self._original or self).__dict__["forward_calls"] += 1
         extra = bool(args) or any(value is not None for value in kwargs.values())
         plain = extra or self.merged or self._disable_adapters
         if plain or (why := self.not_fused()) is not None:
@@ -270,7 +270,7 @@ class FusedPeftLinear(FusedPeft, PeftLinear):
 def _base_unfit(base: nn.Module) -> str | None:
     if type(base) not in (nn.Linear, Conv1D):
         return f"its base layer is {type(base).__name__}, not nn.Linear"
-    weight: Any = base._parameters.get("weight")
+    weight: Any = own_tensors(base).get("weight")
     if weight is None:
         return not_plain(base, "weight")
     if type(weight) not in (nn.Parameter, Tensor):

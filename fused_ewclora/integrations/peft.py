@@ -9,6 +9,7 @@ from torch import nn
 
 from ..config import checked_merge
 from ..distributed.transaction import canonical_name
+from ..distributed.wrappers import innermost
 from ..errors import TargetError
 from ..ewc.controller import EWC
 from ..report import Report
@@ -91,7 +92,7 @@ def attach_ewc(peft_model: nn.Module, *, quantised_merge: str | None = None, **e
         for layer in set(layers) - before:
             layer.release_()
         raise
-    config = getattr(peft_model, "peft_config", {}).get(name)
+    config = getattr(innermost(peft_model), "peft_config", {}).get(name)
     for layer in layers:
         if isinstance(layer, FusedPeftQuantised):
             layer.quantised_merge = quantised_merge

@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import functional as FE
 from ..distributed.processes import is_dtensor, whole
-from ..errors import ArgumentError, TargetError
+from ..errors import ArgumentError, FisherError, TargetError
 from ..ops.capture import FisherCapture
 from .digest import digest
 from .finite import check_finite
-from .plain import not_plain, without_numbers
+from .plain import not_plain, own_tensors, without_numbers
 from .slices import AdapterSlice, fingerprint
 
 # Where a parameter is stored: the `_parameters` dictionary of its module, and its key there.
@@ -72,6 +72,10 @@ class AdaptedLinear(nn.Module):
     base_trainable: tuple[str, ...]  # which of weight and bias required gradients before injection
     rows_before_merge: Tensor  # exists only while the adapters are merged
     composer: Composer | None = None
+    # Of a replica, which nn.DataParallel makes for every forward pass: the layer that it is a copy of, and
+    # the copies of the parameters of that by name.
+    _original: ClassVar[AdaptedLinear | None] = None
+    _former_parameters: ClassVar[dict[str, Any] | None] = None
 
     @staticmethod
     def features(module: nn.Module) -> tuple[int, int]:
@@ -284,9 +288,8 @@ class AdaptedLinear(nn.Module):
 
         The names are those of checkpoints, wherever the layer stores the parameters.
         """
-        return [
-            (name, p) for name, p in self._parameters.items() if p is not None and name.startswith("lora_")
-        ]
+        table = own_tensors(self)
+        return [(name, p) for name, p in table.items() if p is not None and name.startswith("lora_")]
 
     def adapter_parameters(self) -> list[tuple[AdapterSlice, nn.Parameter, nn.Parameter]]:
         """(slice, lora_A, lora_B) per adapter, in the order of `FisherCapture.fishers`."""
@@ -301,7 +304,8 @@ class AdaptedLinear(nn.Module):
 
     def parameter_locations(self, piece: AdapterSlice) -> tuple[Location, Location]:
         """Where lora_A and lora_B of an adapter are stored; the dictionaries live as long as the layer."""
-        return (self._parameters, piece.a_name), (self._parameters, piece.b_name)
+        table = self._former_parameters or self._parameters
+        return (table, piece.a_name), (table, piece.b_name)
 
     def composed(self) -> list[FE.Adapter]:
         """The adapters that the layer applies: those of its `composer`, else lora_A, lora_B and the scale."""
@@ -311,7 +315,7 @@ class AdaptedLinear(nn.Module):
 
     def adapter_scale(self, adapter: AdapterSlice) -> float | Tensor:
         """The scale of one adapter: its `scaling`, times the parameter `lora_scale` if it exists."""
-        learned = self._parameters.get(adapter.scale_name)
+        learned = (self._former_parameters or self._parameters).get(adapter.scale_name)
         if learned is None:
             return adapter.scaling
         return learned if adapter.scaling == 1.0 else learned * adapter.scaling
@@ -320,7 +324,7 @@ class AdaptedLinear(nn.Module):
         """The adapters of a call that begins, which is counted; None if it computes what the plain class
         computes."""
         if not torch.compiler.is_compiling():
-            self.__dict__["forward_calls"] += 1
+            (self._original or self).__dict__["forward_calls"] += 1
         if self.merged or not self.adapters_enabled:
             return None
         adapters = self.composed()
@@ -424,6 +428,22 @@ class AdaptedLinear(nn.Module):
     def _begin_anew(self) -> None:
         """The weights of a checkpoint without adapters are the base weights from now on."""
         self.origin_fingerprint, self.consolidated_tasks = self.weight_fingerprint(), 0
+
+    def _replicate_for_data_parallel(self) -> AdaptedLinear:
+        """What `nn.DataParallel` asks every module for.
+
+        Raises `FisherError` in a Fisher pass: each replica has some samples of a batch, and the calls of one
+        forward pass are taken for calls with the same samples.
+        """
+        if self.fisher_capture is not None:
+            raise FisherError(
+                f"{self.fisher_capture.name}: a Fisher pass through the replicas of nn.DataParallel, each of "
+                "which has a part of the samples; call the model inside in the pass, model.module(x) instead "
+                "of model(x)"
+            )
+        replica: AdaptedLinear = super()._replicate_for_data_parallel()
+        vars(replica)["_original"] = self  # as a plain attribute, no child
+        return replica
 
     def __getstate__(self) -> dict[str, Any]:
         # The buffers belong to the running Fisher pass, not to copies of the layer.

@@ -38,12 +38,12 @@ def inject(model: nn.Module, config: LoRAConfig | Any) -> Report:
     afterwards; the table lists output heads that are frozen, with the line that lets them train.
 
     Names are matched as in PEFT. `"all-linear"` leaves out the head that `get_output_embeddings()` or
-    `get_classifier()` returns and, in transformers models, every layer outside of the base model; in a model
-    without any of these it selects every layer. A `peft.LoraConfig` is taken where it means the same. The
-    keys of the base state_dict do not change. Parents that are known to bypass a layer are set to call it,
-    and the table says so. Raises `TargetError` (nothing matches, already adapted, not adaptable),
-    `LayoutError` (slices without a layout that fits), `DtypeError` or `NotExactlyRepresentable` for another
-    configuration; nothing is changed then.
+    `get_classifier()` returns, the last layer of the classifier in torchvision models and, in transformers
+    models, every layer outside of the base model; in a model without any of these it selects every layer. A
+    `peft.LoraConfig` is taken where it means the same. The keys of the base state_dict do not change. Parents
+    that are known to bypass a layer are set to call it, and the table says so. Raises `TargetError`
+    (nothing matches, already adapted, not adaptable), `LayoutError` (slices without a layout that fits),
+    `DtypeError` or `NotExactlyRepresentable` for another configuration; nothing is changed then.
 
         >>> print(inject(model, LoRAConfig(r=10, target_modules=["attn.qkv", "fc1"])))
     """

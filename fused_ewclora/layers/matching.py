@@ -11,6 +11,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from ..config import ALL_LINEAR, LoRAConfig, QKVLayout, matches
+from ..distributed.wrappers import innermost
 from ..errors import LayoutError, TargetError
 from . import bypass
 from .adapted import AdaptedLinear
@@ -18,10 +19,12 @@ from .left_out import left_out
 from .linear import LoRALinear
 from .parts import LoRAPart, Part, PartGroup, parts_of
 from .slices import AdapterSlice, plan_slices
+from .suggest import suggestion
 
 LayoutRule = Callable[[nn.Module, str], QKVLayout | None]
 HeadRule = Callable[[nn.Module], Iterable[nn.Module]]
 MAX_NAMES = 12  # in one list of an error message
+HEAD = "output head"  # the reason why "all-linear" leaves a layer out
 
 _layout_rules: list[LayoutRule] = []
 _head_rules: list[HeadRule] = []
@@ -170,12 +173,12 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
             skipped.setdefault("in modules_to_save", []).append(name)
             continue
         if part is not None:
-            reason = "output head" if module in heads else part.unfit(module)
+            reason = HEAD if module in heads else part.unfit(module)
             if reason is None:
                 reason = bypass.refusal(parents.get(module, ()))
             adapted = isinstance(part.child_of(module), AdaptedLinear)
         else:
-            reason = "output head" if module in heads else _unfit(module)
+            reason = HEAD if module in heads else _unfit(module)
             adapted = isinstance(module, AdaptedLinear)
             if reason is None:
                 reason = bypass.refusal(parents.get(module, ()))
@@ -304,6 +307,7 @@ def _in_slices(name: str, parts: list[Candidate], config: LoRAConfig) -> list[Ca
 
 def output_heads(model: nn.Module) -> Iterator[nn.Module]:
     """The modules of the heads that the model or a rule of `register_heads` names."""
+    model = innermost(model)
     for getter in ("get_output_embeddings", "get_classifier"):
         method = getattr(model, getter, None)
         head = method() if callable(method) else None
@@ -358,12 +362,16 @@ def _match(model: nn.Module, candidate: Candidate, config: LoRAConfig) -> Match:
         adapted, in_features, out_features = part.adapted, part.in_features, part.out_features
         slices = None if part.segment is not None else slices
         layout = part.layout if layout is None else layout
-    names = dict.fromkeys((name, candidate.owner_name))
+    owner, *own = candidate.names
+    names = dict.fromkeys((name, *own, owner))
     alpha = config.alpha_of(*names)
     try:
         adapters = plan_slices(out_features, config.rank_of(*names), alpha, slices, layout)
     except LayoutError as error:
-        hint = "; layers with another layout need their own call of inject" if layout is not None else ""
+        hint = "; layers with another layout need their own call of inject"
+        if layout is None:
+            parent = module if part is not None else next(ancestors(model, name), (model, ""))[0]
+            hint = suggestion(parent, in_features, out_features, slices or ())
         raise LayoutError(f"{name or 'model'}: {error}{hint}. Nothing was changed") from None
     return Match(name, module, adapted, in_features, adapters, alpha, part)
 
@@ -427,4 +435,6 @@ def _nothing_matched(model: nn.Module, config: LoRAConfig, skipped: dict[str, li
         message += f" (did you mean {' or '.join(map(repr, dict.fromkeys(close)))}?)"
     for reason, which in skipped.items():
         message += f"; {shorten(which)}: {reason}"
+        if reason == HEAD:
+            message += f" (target_modules={which[:MAX_NAMES]!r} adapts it all the same)"
     return f"{message}; {_available(model)}"
