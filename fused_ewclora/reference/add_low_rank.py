@@ -138,7 +138,7 @@ def backward(
         if need_as[i]:
             das.append((u.T @ branch).to(lora_a.dtype))
         if need_bs[i]:
-            # The transpose of z^T g, whose many columns are contiguous: that product is twice as fast on a CPU.
+            # As the transpose of z^T g, with long contiguous rows; that product takes a CPU half the time.
             dbs.append((_times(z, scales[i], scale_factors[i]).T @ g_i).T.to(lora_b.dtype).contiguous())
         if need_scales[i]:
             learned = scales[i]
