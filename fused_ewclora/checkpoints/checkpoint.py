@@ -63,7 +63,7 @@ def save_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
     spread = bool(sharded(layers))
     keep = not spread or dist.get_rank() == 0
     trained = trained_tensors(model, layers)
-    now = {name: fingerprint(whole(layer.base_weight)) for name, layer in layers.items()}
+    now = {name: fingerprint(layer.whole_weight()) for name, layer in layers.items()}
     changed = [name for name, layer in layers.items() if _differs(layer, now[name])]
     buffers, digests = frozen.split(frozen.outside_tensors(model, layers), trained.values())
     tensors, adapter_config = _adapter_file(model, layers, trained, changed)
@@ -162,12 +162,12 @@ def _layers(model: nn.Module, ewc: EWC | None) -> dict[str, AdaptedLinear]:
 
 def _origin(layer: AdaptedLinear) -> str:
     # The stored fingerprint is empty when the layer was injected on the meta device.
-    return layer.origin_fingerprint or fingerprint(whole(layer.base_weight))
+    return layer.origin_fingerprint or fingerprint(layer.whole_weight())
 
 
 def is_changed(layer: AdaptedLinear) -> bool:
     """Whether the base weight is no longer the pretrained one."""
-    return layer.consolidated_tasks > 0 or _differs(layer, fingerprint(whole(layer.base_weight)))
+    return layer.consolidated_tasks > 0 or _differs(layer, fingerprint(layer.whole_weight()))
 
 
 def _differs(layer: AdaptedLinear, now: str) -> bool:
@@ -178,7 +178,7 @@ def _differs(layer: AdaptedLinear, now: str) -> bool:
 def changed_rows(layers: Mapping[str, AdaptedLinear], changed: list[str]) -> dict[str, Tensor]:
     """The rows of base weights that consolidation writes, for the layers in `changed`, by key."""
     return {
-        ROWS + fisher_key(name, piece): take_rows(whole(layers[name].base_weight), piece.rows)
+        ROWS + fisher_key(name, piece): take_rows(layers[name].whole_weight(), piece.rows)
         for name in changed
         for piece in layers[name].adapter_slices
     }
@@ -225,7 +225,7 @@ def _adapter_file(
 def describe(layer: AdaptedLinear) -> dict[str, Any]:
     """The properties that a layer must have for its present checkpoint to be loaded into it."""
     return {
-        "shape": list(layer.base_weight.shape),
+        "shape": [layer.out_features, layer.in_features],
         "fingerprint": _origin(layer),
         "consolidated_tasks": layer.consolidated_tasks,
         "adapters": [_describe_piece(piece) for piece in layer.adapter_slices],
@@ -362,7 +362,7 @@ def _other_weights(
     entries = {canonical_name(name): entry for name, entry in saved.items()}
     others: frozen.Others = []
     for name, layer in layers.items():
-        now = fingerprint(whole(new.get(name, layer.base_weight)))
+        now = fingerprint(new[name] if name in new else layer.whole_weight())
         if name not in new and _differs(layer, now):
             raise _unconsolidated(name)
         others += frozen.other_weight(layer.weight_name(name), entries[name].get("weight"), exact_part(now))
@@ -398,7 +398,7 @@ def _merged_weights(layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Ten
         keys = [fisher_key(name, piece) for piece in layer.adapter_slices]
         if not any(key in left for key in keys):
             continue
-        weight = whole(layer.base_weight.detach()).clone()
+        weight = layer.whole_weight().detach().clone()
         for key, piece in zip(keys, layer.adapter_slices, strict=True):
             if key not in left:
                 raise CheckpointError(f"{STATE}: the rows of {key} are missing; nothing was loaded")

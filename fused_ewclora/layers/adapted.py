@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as FE
+from ..distributed.processes import whole
 from ..errors import ArgumentError, TargetError
 from ..ops.capture import FisherCapture
 from .finite import check_finite
@@ -78,6 +79,10 @@ class AdaptedLinear(nn.Module):
         """The weight as `[out_features, in_features]`, to be read: a view of the parameter where its strides
         allow one, else a copy. `weight_updates` changes it."""
         return self.matrix_of(self.weight)
+
+    def whole_weight(self) -> Tensor:
+        """`base_weight`, gathered if several processes share it; each of them must call this."""
+        return whole(self.base_weight)
 
     def matrix_of(self, stored: Tensor) -> Tensor:
         """A stored weight, or some rows of one, as a matrix `[out_features, in_features]`."""
