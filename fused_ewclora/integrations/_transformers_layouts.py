@@ -1,8 +1,8 @@
 """The layouts of the packed projections in the models of transformers.
 
-Every entry was taken from the forward of the model (transformers 5.23; those that 4.57 and 5.0 have are the same). A test
-verifies it by changing the rows of one segment and comparing the operands of the attention. A class that is
-not listed has no known layout.
+Every entry was taken from the forward of the model (transformers 5.23; those that 4.57 and 5.0 have are the
+same). A test verifies it by changing the rows of one segment and comparing the operands of the attention. A
+class that is not listed has no known layout.
 """
 
 from __future__ import annotations

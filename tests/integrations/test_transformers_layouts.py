@@ -23,6 +23,7 @@ SMALL = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "attn_implementatio
 GROUPED = {**SMALL, "num_key_value_heads": KV_HEADS, "intermediate_size": 24, "pad_token_id": 0}
 GPT2 = {"n_embd": WIDTH, "n_head": HEADS, "attn_implementation": "eager"}
 OLD_NAMES = ("layer_id", "block_idx")  # of layer_idx: ModernBERT and DBRX in older versions
+VISION_SIZES = {"hidden_size": WIDTH, "num_heads": HEADS, "attn_implementation": "eager"}
 VISION = {"embed_dim": WIDTH, "num_heads": HEADS, "attn_implementation": "eager"}
 
 
@@ -189,9 +190,8 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], Callable[[Any], Call
     ("vitdet.VitDetAttention.qkv", "vitdet.VitDetConfig",
      {**SMALL, "use_relative_position_embeddings": False}, {}, pictured),
     *(
-        (f"{entry}.qkv", f"{config}", {"hidden_size": WIDTH, "num_heads": HEADS, "attn_implementation": "eager"},
-         {}, packed_images)
-        for entry, config in (
+        (f"{attention}.qkv", config, VISION_SIZES, {}, packed_images)
+        for attention, config in (
             ("ernie4_5_vl_moe.Ernie4_5_VLMoeVisionAttention", "ernie4_5_vl_moe.Ernie4_5_VLMoeVisionConfig"),
             ("glm4v_moe.Glm4vMoeVisionAttention", "glm4v_moe.Glm4vMoeVisionConfig"),
             ("glm_image.GlmImageVisionAttention", "glm_image.GlmImageVisionConfig"),
