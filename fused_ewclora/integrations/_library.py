@@ -17,6 +17,8 @@ _SUPPORTED = {
     "torchvision": ("torchvision", "torchvision", (0, 24), (1,)),
     "accelerate": ("accelerate", "transformers", (1, 4), (2,)),
     "peft": ("peft", "peft", (0, 16), (1,)),
+    "bitsandbytes": ("bitsandbytes", "bitsandbytes", (0, 50), (1,)),
+    "torchao": ("torchao", "torchao", (0, 18), (1,)),
     "avalanche": ("avalanche-lib", "avalanche", (0, 6), (1,)),
 }
 

@@ -14,6 +14,7 @@ from .. import functional as FE
 from ..config import QKVLayout
 from ..ops.capture import RoutedCall, Source
 from .adapted import LIVING, MERGED, AdaptedLinear
+from .plain import without_numbers
 from .slices import AdapterSlice
 
 PartRule = Callable[[nn.Module], "Iterable[Part]"]
@@ -271,6 +272,8 @@ class Part:
             return f"its {self.parameter} is not a plain parameter (weight norm, pruning or another wrapper)"
         if not parameter.is_floating_point():
             return f"its {self.parameter} is {parameter.dtype}, not floating point"
+        if not parameter.is_meta and (why := without_numbers(parameter)):
+            return why.replace("its weight", f"its {self.parameter}")
         shape = (self.out_features, self.in_features)[:: -1 if self.transposed else 1]
         if tuple(self.weight_in(owner).shape) != shape:
             got = list(self.weight_in(owner).shape)
