@@ -13,6 +13,7 @@ import torch
 from .errors import ArgumentError, DtypeError, LayoutError
 
 ALL_LINEAR = "all-linear"
+QUANTISED_MERGES = ("requantise", "residual")
 _LARGEST = torch.finfo(torch.float32).max
 Rows = tuple[tuple[int, int], ...]
 Targets = str | Sequence[str]
@@ -69,6 +70,12 @@ def probability(value: object, name: str) -> float:
     if not 0.0 <= number <= 1.0:
         raise ArgumentError(f"{name}: expected a probability in [0, 1], got {number}")
     return number
+
+
+def checked_merge(value: object) -> None:
+    """Check a value of quantised_merge."""
+    if value is not None and value not in QUANTISED_MERGES:
+        raise ArgumentError(f"quantised_merge: expected one of {QUANTISED_MERGES} or None, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -150,9 +157,12 @@ class LoRAConfig:
     names or dotted suffixes; `"all-linear"` selects every `nn.Linear` except the output head, and no
     convolution: these are adapted where a name selects them. slices: the
     segments of a packed projection that get one adapter each. layout: the `QKVLayout` of that projection.
-    rank_pattern, alpha_pattern: {regular expression for the end of the dotted name: value}. modules_to_save:
+    rank_pattern, alpha_pattern: {regular expression for the end of the dotted name: value}; one for a module
+    holds for its parts, such as the input projections of an attention. modules_to_save:
     ends of the names of modules that are trained whole beside the adapters, such as a new head, and saved
-    with them. Raises `ArgumentError` or `DtypeError` naming the field.
+    with them. quantised_merge: what merging and consolidation do to quantised weights: "requantise" adds in
+    fp32 and quantises again, "residual" keeps the sum of all updates in bf16 beside the weight; None refuses
+    (docs/integrations/quantised.md). Raises `ArgumentError` or `DtypeError` naming the field.
 
         >>> LoRAConfig(r=10, target_modules=["qkv"], slices=("k", "v"), layout=QKVLayout(("q", "k", "v")))
     """
@@ -167,6 +177,7 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
     modules_to_save: Sequence[str] | None = None
+    quantised_merge: str | None = None
 
     def __post_init__(self) -> None:
         positive(self.r, "r")
@@ -177,6 +188,7 @@ class LoRAConfig:
             object.__setattr__(self, field, _targets(getattr(self, field), field))
         if self.modules_to_save is not None:
             object.__setattr__(self, "modules_to_save", _names(self.modules_to_save, "modules_to_save"))
+        checked_merge(self.quantised_merge)
         if self.slices is not None:
             object.__setattr__(self, "slices", segment_names(self.slices, "slices"))
         if self.layout is not None:
@@ -190,13 +202,13 @@ class LoRAConfig:
         object.__setattr__(self, "rank_pattern", _pattern(self.rank_pattern, "rank_pattern", positive))
         object.__setattr__(self, "alpha_pattern", _pattern(self.alpha_pattern, "alpha_pattern", finite))
 
-    def rank_of(self, name: str) -> int:
-        """The rank of the adapters in the module called `name`."""
-        return _lookup(self.rank_pattern, name, self.r)
+    def rank_of(self, *names: str) -> int:
+        """The rank of the adapters in a module; in a part of one by its own name and that of the module."""
+        return _lookup(self.rank_pattern, names, self.r)
 
-    def alpha_of(self, name: str) -> float | None:
-        """lora_alpha for the module called `name`."""
-        return _lookup(self.alpha_pattern, name, self.lora_alpha)
+    def alpha_of(self, *names: str) -> float | None:
+        """lora_alpha of adapters, as `rank_of`."""
+        return _lookup(self.alpha_pattern, names, self.lora_alpha)
 
 
 def matches(targets: Targets, name: str) -> bool:
@@ -234,8 +246,9 @@ def _pattern(value: Any, name: str, check: Any) -> dict[str, Any] | None:
     return dict(value)
 
 
-def _lookup(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    for key, value in (patterns or {}).items():
-        if re.fullmatch(rf"(?:.*\.)?(?:{key})", name):
-            return value
+def _lookup(patterns: Mapping[str, Any] | None, names: Iterable[str], default: Any) -> Any:
+    for name in names:
+        for key, value in (patterns or {}).items():
+            if re.fullmatch(rf"(?:.*\.)?(?:{key})", name):
+                return value
     return default

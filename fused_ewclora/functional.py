@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError
+from .ops import add_low_rank as _low_rank
 from .ops import checks as check
 from .ops import dispatch, memory, schemas
 from .ops import ewc_penalty as _penalty
@@ -30,6 +31,7 @@ from .reference.fisher_accumulate import sample_bounds
 __all__ = [
     "Adapter",
     "Geometry",
+    "add_low_rank",
     "ewc_penalty",
     "ewc_penalty_grad_",
     "fisher_accumulate_",
@@ -135,6 +137,39 @@ def lora_linear_adapters(
     lora_as, lora_bs, scales, _ = zip(*adapters, strict=True)
     together = Adapters.of(lora_as, lora_bs, scales)
     return _linear.lora_linear(x, weight, bias, together, meta, mask_seed, capture)
+
+
+def add_low_rank(
+    y: Tensor,
+    x: Tensor,
+    adapters: Sequence[Adapter],
+    residual: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+    capture: CallCapture | None = None,
+) -> Tensor:
+    """y + x R^T + ((x A^T) * s) B^T, for a product y of x that something else has computed, such as a layer
+    with quantised weights; differentiable in y, x, lora_a, lora_b and tensor scales.
+
+    y `[..., d_out]`, x `[..., d_in]`, residual R `[d_out, d_in]` of any floating dtype, not differentiated;
+    adapters, dropout and `capture` as in `lora_linear_adapters`. Returns a new tensor in the dtype of y; sums
+    are fp32 (fp64 for fp64), with autocast too. Raises `ArgumentError` or `DtypeError` naming the argument.
+
+        >>> y = add_low_rank(model(x), x, [Adapter(lora_a, lora_b, 1.0, ((0, 768),))])
+    """
+    rows = check.add_low_rank(y, x, adapters, residual, dropout_p)
+    if dropout_p > 0.0 and not training:
+        dropout_p = 0.0
+    mask_seed = check.seed_tensor(seed, x.device) if dropout_p > 0.0 else None
+    together = Adapters.of(
+        [adapter.lora_a for adapter in adapters],
+        [adapter.lora_b for adapter in adapters],
+        [adapter.scale for adapter in adapters],
+    )
+    meta = _low_rank.AddLowRankMeta(rows, together.scale_factors, float(dropout_p))
+    return _low_rank.add_low_rank(y, x, residual, together, meta, mask_seed, capture)
 
 
 def lora_conv_adapters(

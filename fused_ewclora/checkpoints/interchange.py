@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,7 @@ def import_peft(path: str | os.PathLike[str], model: nn.Module) -> None:
         else:
             others[name] = tensor
     modules = {canonical_name(name): name for name, _ in model.named_modules()}
+    _refuse_attentions(model, pairs)
     plans = {name: _plan(model, modules, name, pair, config) for name, pair in pairs.items()}
     targets = _tensors(model)
     for name, tensor in others.items():
@@ -139,6 +140,18 @@ def import_peft(path: str | os.PathLike[str], model: nn.Module) -> None:
                 f"{ADAPTER}: {name} {list(tensor.shape)} fits nothing in the model; nothing was loaded"
             )
     _install(model, plans, pairs, others)
+
+
+def _refuse_attentions(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises `NotExactlyRepresentable` for adapters that PEFT has made of an `nn.MultiheadAttention`."""
+    named = {canonical_name(name): module for name, module in model.named_modules()}
+    owners = (name.partition(".base_layer.")[0] for name in names)
+    if found := next((n for n in owners if isinstance(named.get(n), nn.MultiheadAttention)), None):
+        raise NotExactlyRepresentable(
+            f"{found}: the scale that PEFT gives to its out_proj depends on the version of PEFT (some add "
+            "this adapter twice); merge it there with merge_and_unload, and load the whole model. Nothing "
+            "was loaded"
+        )
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

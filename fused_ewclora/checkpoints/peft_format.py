@@ -119,7 +119,8 @@ def peft_config(
     for name, layer in layers.items():
         if layer.is_part:
             raise NotExactlyRepresentable(
-                f"{name}: {layer.weight_name(name)} is not the weight of a layer, and PEFT adapts layers"
+                f"{name}: its weight, {layer.weight_name(name)}, is that of another module, for which PEFT "
+                "has no adapter that computes the same in every version"
             )
         if kind := replaced_parent(parents.get(layer, ())):
             raise NotExactlyRepresentable(

@@ -129,6 +129,9 @@ def _implementation(layer: AdaptedLinear, rank: int, rows: int | None) -> dict[s
         return {**row, "backend": "torch", "algorithm": f"linear ({state})", "why_not_faster": None}
     if why := layer.not_fused():
         return {**row, "backend": "torch", "algorithm": "several calls", "why_not_faster": why}
+    if layer.weight_state() is not None:
+        kind = "add_low_rank on the product of the library of its weight"
+        return {**row, "backend": "torch", "algorithm": kind, "why_not_faster": None}
     if rank == 0:
         return {**row, "backend": "torch", "algorithm": "linear (no ranks left)", "why_not_faster": None}
     answers = dispatch.explain("lora_linear", _call(layer, dtype, rank, rows))

@@ -34,7 +34,7 @@ def second_reads(
     model: nn.Module, layers: Mapping[str, AdaptedLinear], run: Run, first: list[Tensor]
 ) -> list[str]:
     """The names of the layers whose weight `run` reads outside of their calls, so that its tensors depend on
-    it. `first` is what `run` returned. Weights that are known to be tied, or sharded, are left out.
+    it. `first` is what `run` returned. Weights that are known to be tied, sharded or quantised are left out.
 
     The weights are changed in place and restored, bit for bit, also after an exception.
     """
@@ -52,6 +52,7 @@ def _testable(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> dict[str
         name: layer
         for name, layer in layers.items()
         if name not in left_out
+        and layer.weight_state() is None
         and users.get(id(layer.weight)) == 1
         and layer.weight.dtype in _BITS
         and layer.weight.layout == torch.strided
@@ -99,27 +100,31 @@ def _end(trials: list[_Trial]) -> None:
 
 
 class _Trial:
-    """Between `begin` and `end` the weight has other values, except during calls of its layer."""
+    """Between `begin` and `end` the rows with adapters have other values, except during calls of the
+    layer."""
 
     def __init__(self, layer: AdaptedLinear) -> None:
         dtype, self._mask = _BITS[layer.weight.dtype]
-        # .data: no version is counted, because the values come back.
-        self._bits = layer.weight.data.view(dtype)
-        self._first = self._bits[(0,) * self._bits.dim()]
-        self._before = int(self._first)
+        self._parts = [part.view(dtype) for part in _merged_into(layer)]
+        self._firsts = [part[(0,) * part.dim()] for part in self._parts]
+        self._before = [int(first) for first in self._firsts]
         self._attributes = vars(layer)
         self._own, self._forward = self._attributes.get("forward"), layer.forward
 
     def begin(self) -> None:
         self._attributes["forward"] = self._call  # no hook, which could change the path that PyTorch takes
-        self._bits.bitwise_xor_(self._mask)
+        self._flip()
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        self._bits.bitwise_xor_(self._mask)
+        self._flip()
         try:
             return self._forward(*args, **kwargs)
         finally:
-            self._bits.bitwise_xor_(self._mask)
+            self._flip()
+
+    def _flip(self) -> None:
+        for part in self._parts:
+            part.bitwise_xor_(self._mask)
 
     def end(self) -> None:
         """Restores everything, wherever an exception came; may be called again."""
@@ -127,8 +132,21 @@ class _Trial:
             self._attributes.pop("forward", None)
         else:
             self._attributes["forward"] = self._own
-        if int(self._first) != self._before:
-            self._bits.bitwise_xor_(self._mask)
+        for part, first, before in zip(self._parts, self._firsts, self._before, strict=True):
+            if int(first) != before:
+                part.bitwise_xor_(self._mask)
+
+
+def _merged_into(layer: AdaptedLinear) -> list[Tensor]:
+    """The rows of the weight that a merge changes, in the memory of the weight; all of it where its rows are
+    not views."""
+    weight = layer.weight.data  # of which no version is counted, because the values come back
+    ranges = [rows for piece in layer.adapter_slices for rows in piece.rows]
+    matrix = layer.matrix_of(weight)
+    whole = sum(stop - start for start, stop in ranges) == layer.out_features
+    if whole or matrix.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
+        return [weight]
+    return [matrix[start:stop] for start, stop in ranges]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

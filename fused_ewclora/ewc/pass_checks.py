@@ -27,9 +27,9 @@ class Projection(FisherCapture):
     """In place of squares sums dy^T (x r), r random: linear in the gradient of the layer, whatever the order
     of its rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, columns: int) -> None:
         super().__init__([], [])
-        self.total: Tensor | None = None
+        self.total = torch.zeros(columns, dtype=torch.float64)
         self.eps = 0.0
 
     def note_forward(self, x: Tensor) -> None:
@@ -38,14 +38,16 @@ class Projection(FisherCapture):
     def note_routed(self, source: Source, rows: Tensor) -> None:
         """Nothing is held back."""
 
-    def record(self, x: Tensor, dy: Tensor, index: CallIndex = None) -> None:
-        """Take x `[..., d_in]` and dy `[..., d_out]` of one call, whichever samples its rows belong to."""
+    def record(self, x: Tensor, dy: Tensor, index: CallIndex = None, start: int | None = None) -> None:
+        """Take x `[..., d_in]` and dy `[..., d_out]` of one call, whichever samples its rows belong to; dy
+        may have only the columns from `start` on."""
         self.eps = max(self.eps, torch.finfo(dy.dtype).eps)
         generator = torch.Generator().manual_seed(0)
         direction = torch.randn(x.shape[-1], generator=generator, dtype=torch.float64).to(x.device)
         rows, grads = x.detach().reshape(-1, x.shape[-1]), dy.detach().reshape(-1, dy.shape[-1])
         product = grads.double().T @ (rows.double() @ direction)
-        self.total = product if self.total is None else self.total + product
+        self.total = self.total.to(product.device)
+        self.total[start or 0 :][: len(product)] += product
 
 
 class ModelCheck:
@@ -105,7 +107,7 @@ class ModelCheck:
     def _gradient(self, batch: Batch) -> Tensor:
         """The projected gradients of all layers; NaN for a loss that is not finite."""
         before = {layer: layer.fisher_capture for layer in self._layers.values()}
-        probes = {layer: Projection() for layer in before}
+        probes = {layer: Projection(layer.out_features) for layer in before}
         try:
             for layer, probe in probes.items():
                 layer.fisher_capture = probe
@@ -117,12 +119,7 @@ class ModelCheck:
                 layer.fisher_capture = capture
             self._clear()
         self._tolerance = max([_MODEL_TOLERANCE, *(16 * probe.eps for probe in probes.values())])
-        gradient = flat(
-            [
-                torch.zeros(layer.out_features) if probe.total is None else probe.total
-                for layer, probe in probes.items()
-            ]
-        )
+        gradient = flat([probe.total for probe in probes.values()])
         return gradient if bool(torch.isfinite(loss)) else torch.full_like(gradient, torch.nan)
 
 

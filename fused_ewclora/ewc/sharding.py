@@ -25,8 +25,7 @@ from ..layers.adapted import AdaptedLinear, Updates
 from ..layers.index import check_present
 from ..layers.inject import check_mergeable
 from ..layers.parts import LoRAPart
-from ..ops.capture import FisherCapture
-from ..ops.windows import Windows
+from ..ops.capture import FisherCapture, Term
 from .placement import Placement, check_inside, check_ready, fisher_buffer
 from .state import EWCState, Expected, TaskFisher, parse
 
@@ -318,13 +317,12 @@ class ShardedCapture(FisherCapture):
     group: dist.ProcessGroup
     others: list[dist.ProcessGroup]
 
-    def _add(
-        self, index: int, x: Tensor | Windows, dy: Tensor, weight: float, offsets: Tensor | None
-    ) -> None:
+    def _add(self, index: int, terms: list[Term], weight: float) -> None:
         fisher, share = self.fishers[index], self.shares[index]
         columns = fisher.shape[1]
         everything = fisher.new_zeros(share.chunk * self.group.size(), columns)
-        self._accumulate_into(everything[: share.rows], x, dy, weight, offsets)
+        for term in terms:
+            self._accumulate_into(everything[: share.rows], term, weight)
         mine = everything.new_empty(share.chunk, columns)
         dist.reduce_scatter_tensor(mine, everything, group=self.group)
         for group in self.others:

@@ -17,16 +17,20 @@ def untrained_message(layers: Mapping[str, AdaptedLinear]) -> str | None:
     layers have been trained; None if there are no such layers. Adapters that are frozen do not count."""
     if sharded(layers):
         return None
-    trained = {
-        name: any(bool(lora_b.any()) for _, _, lora_b in layer.adapter_parameters())
-        for name, layer in layers.items()
-        if layer.consolidated_tasks == 0 and any(p.requires_grad for _, p in layer.named_lora_parameters())
-    }
-    still = [name for name, changed in trained.items() if not changed]
+    trained: dict[str, bool] = {}
+    ran: dict[str, bool] = {}
+    for name, layer in layers.items():
+        if layer.consolidated_tasks or not any(p.requires_grad for _, p in layer.named_lora_parameters()):
+            continue
+        source = layer.rows_of(name)  # of the experts of a mixture some may have no rows in a whole task
+        changed = any(bool(lora_b.any()) for _, _, lora_b in layer.adapter_parameters())
+        trained[source] = trained.get(source, False) or changed
+        ran[source] = ran.get(source, False) or layer.forward_calls > 0
+    still = [source for source, changed in trained.items() if not changed]
     if not still or len(still) == len(trained):
         return None
     text = f"{shorten(still)}: lora_B is still zero although other layers have been trained"
-    never = [name for name in still if layers[name].forward_calls == 0]
+    never = [source for source in still if not ran[source]]
     if not never:
         return f"{text}; is the adapter in the optimizer, and does the training loss depend on the layer?"
     return (

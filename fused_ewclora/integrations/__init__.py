@@ -8,17 +8,27 @@ from typing import Any
 
 from ..layers.matching import register_library
 
-_MODULES = ("avalanche", "peft", "timm", "torchvision", "transformers")
-# The modules that register packed projections or layer classes, loaded for models of their library.
-_MODELS = ("timm", "torchvision", "transformers")
+_MODULES = (
+    "avalanche", "bitsandbytes", "open_clip", "peft", "timm", "torchao", "torchvision", "transformers",
+)  # fmt: skip
+# Top-level packages, and the module that registers what their models need, which is loaded for them.
+_MODELS = {
+    "bitsandbytes": "bitsandbytes",
+    "clip": "open_clip",
+    "open_clip": "open_clip",
+    "timm": "timm",
+    "torchao": "torchao",
+    "torchvision": "torchvision",
+    "transformers": "transformers",
+}
 
 
 def _load(name: str) -> Any:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-for _name in _MODELS:
-    register_library(_name, functools.partial(_load, _name))
+for _package, _name in _MODELS.items():
+    register_library(_package, functools.partial(_load, _name))
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import functional as FE
 from ..layers import conv
 from ._library import require
-from ._peft_layers import FusedPeftLayer
+from ._peft_layers import FusedPeft
 
 require("peft")
 
@@ -18,7 +18,7 @@ from peft.tuners.lora.layer import Conv1d as PeftConv1d  # noqa: E402  (after th
 from peft.tuners.lora.layer import Conv2d as PeftConv2d  # noqa: E402
 
 
-class FusedPeftConv(FusedPeftLayer):
+class FusedPeftConv(FusedPeft):
     """What the two classes below share: x `[N, C, *S]`, y `[N, out_channels, *windows]`. lora_A and lora_B
     are convolutions of their own, with kernels `[r, C, *kernel]` and `[out_channels, r, 1, 1]`."""
 
@@ -34,7 +34,7 @@ class FusedPeftConv(FusedPeftLayer):
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's own, which makes the modules of a new adapter."""
         fused = type(self)
-        self.__class__ = self.plain  # type: ignore[assignment]
+        self.__class__ = self.plain
         try:
             self.update_layer(*args, **kwargs)
         finally:
@@ -61,10 +61,7 @@ class FusedPeftConv(FusedPeftLayer):
         return matrix.reshape(stored.shape)
 
     def composed(self) -> list[FE.Adapter]:
-        return [
-            adapter._replace(lora_a=adapter.lora_a.flatten(1), lora_b=adapter.lora_b.flatten(1))
-            for adapter in super().composed()
-        ]
+        return [_as_matrices(adapter) for adapter in super().composed()]
 
     def row_count(self, x: Tensor) -> int:
         return conv.row_count(self.base_layer, x)
@@ -72,18 +69,22 @@ class FusedPeftConv(FusedPeftLayer):
     def input_rows(self, x: Tensor) -> Iterator[Tensor]:
         return conv.input_rows(self.base_layer, x)
 
-    def _fused(self, x: Tensor, adapter: FE.Adapter, dropout_p: float, training: bool) -> Tensor:
+    def _fused_forward(self, x: Tensor, adapter: FE.Adapter, dropout_p: float, training: bool) -> Tensor:
         geometry, x = conv.padded(self.base_layer, x)
         return FE.lora_conv_adapters(
             x,
             self.base_layer.weight,
             self.base_layer.bias,
-            [adapter._replace(lora_a=adapter.lora_a.flatten(1), lora_b=adapter.lora_b.flatten(1))],
+            [_as_matrices(adapter)],
             geometry,
             dropout_p=dropout_p,
             training=training,
             capture=self.fisher_capture,
         )
+
+
+def _as_matrices(adapter: FE.Adapter) -> FE.Adapter:
+    return adapter._replace(lora_a=adapter.lora_a.flatten(1), lora_b=adapter.lora_b.flatten(1))
 
 
 class FusedPeftConv2d(FusedPeftConv, PeftConv2d):

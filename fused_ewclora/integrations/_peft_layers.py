@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from .. import functional as FE
 from ..errors import TargetError
 from ..layers.adapted import LIVING, AdaptedLinear, Location
-from ..layers.plain import not_plain
-from ..layers.slices import AdapterSlice, fingerprint
+from ..layers.plain import not_plain, own_tensors
+from ..layers.slices import AdapterSlice
 from ._library import require
 
 require("peft")
@@ -24,16 +24,18 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _OWN = ("fisher_capture", "forward_calls", "origin_fingerprint", "consolidated_tasks", "bound", "gaussian")
 
 
-class FusedPeftLayer(AdaptedLinear):
-    """A LoRA layer of PEFT whose plain calls (one active adapter, no variant) are one fused op.
+class FusedPeft(AdaptedLinear):
+    """Base class of PEFT's LoRA layers whose plain calls (one active adapter, no variant) are fused.
 
     The class of a layer is swapped in place, so `isinstance`, state_dict keys and all methods of PEFT keep
-    working. Calls that the op does not support run PEFT's forward; `not_fused` gives the reason.
+    working. Calls that are not fused run PEFT's forward; `not_fused` gives the reason.
+    x `[..., in_features]`, y `[..., out_features]`.
     """
 
+    plain: ClassVar[type[Any]]  # a class of PEFT
     weight_path = "base_layer.weight"
     bases: ClassVar[tuple[type[nn.Module], ...]]  # classes of base layers that the op computes
-    factor: ClassVar[type[nn.Module]]  # the class of the modules in lora_A and lora_B
+    factor: ClassVar[type[nn.Module]] = nn.Linear  # the class of the modules in lora_A and lora_B
 
     bound: str | None  # the adapter that the EWC of attach_ewc belongs to
     gaussian: bool  # whether a new lora_A is normal with standard deviation 1 / r
@@ -50,22 +52,22 @@ class FusedPeftLayer(AdaptedLinear):
     _disable_adapters: bool
 
     @classmethod
-    def accelerate_(cls, module: nn.Module) -> FusedPeftLayer:
+    def accelerate_(cls, module: nn.Module) -> FusedPeft:
         """Turn a layer whose class is exactly `plain` into this class, in place."""
         module.__class__ = cls
-        layer = cast(FusedPeftLayer, module)
+        layer = cast(FusedPeft, module)
         LIVING.add(layer)
         layer.fisher_capture, layer.bound, layer.gaussian = None, None, False
         layer.forward_calls = layer.consolidated_tasks = 0
         # A merged weight is not the pretrained one.
-        layer.origin_fingerprint = "" if layer.merged else fingerprint(layer.base_weight)
+        layer.origin_fingerprint = "" if layer.merged else layer.weight_fingerprint()
         return layer
 
     def release_(self) -> nn.Module:
         """Turn this layer back into PEFT's class, in place."""
         for name in _OWN:
             self.__dict__.pop(name, None)
-        self.__class__ = self.plain  # type: ignore[assignment]
+        self.__class__ = self.plain
         return self
 
     def not_plain(self) -> str | None:
@@ -106,7 +108,7 @@ class FusedPeftLayer(AdaptedLinear):
     def parameter_locations(self, piece: AdapterSlice) -> tuple[Location, Location]:
         """Where lora_A and lora_B of an active adapter are stored; raises as `adapter_scale` does."""
         name = self._name_of(piece)
-        return (self.lora_A[name]._parameters, "weight"), (self.lora_B[name]._parameters, "weight")
+        return (own_tensors(self.lora_A[name]), "weight"), (own_tensors(self.lora_B[name]), "weight")
 
     def named_lora_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """lora_A and lora_B of the active adapters, named as in a layer that `inject` adapted."""
@@ -173,39 +175,55 @@ class FusedPeftLayer(AdaptedLinear):
         for module in (self.base_layer, lora_a, lora_b, dropout):
             if _observed(module):
                 return f"{type(module).__name__} inside it has hooks, which the fused op would not call"
-        dtype, weight = lora_a.weight.dtype, self.base_layer.weight
+        dtype, other = (cast(Tensor, factor.weight).dtype for factor in (lora_a, lora_b))
+        return self._dtype_unfit(name, dtype, other)
+
+    def _dtype_unfit(self, name: str, dtype: torch.dtype, other: torch.dtype) -> str | None:
+        weight = self.base_layer.weight
         device = weight.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         if weight.dtype == torch.float64:
             compute = torch.float64
         allowed = (compute,) if compute == torch.float64 else (compute, torch.float32)
-        if lora_b.weight.dtype != dtype or dtype not in allowed:
+        if other != dtype or dtype not in allowed:
             return f"adapter {name!r} is {dtype}, but the layer computes in {compute}"
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y of x; calls with further arguments (adapter_names of a mixed batch) run PEFT's forward."""
         if not torch.compiler.is_compiling():
-            self.__dict__["forward_calls"] += 1
+            (self._original or self).__dict__["forward_calls"] += 1
         extra = bool(args) or any(value is not None for value in kwargs.values())
         plain = extra or self.merged or self._disable_adapters
         if plain or (why := self.not_fused()) is not None:
             if self.fisher_capture is not None:
                 why = "the layer is merged or disabled, or got arguments beside x" if plain else why
                 raise TargetError(f"a Fisher pass needs the fused op, which does not serve this call: {why}")
-            return cast(Tensor, self.plain.forward(self, x, *args, **kwargs))
+            return self._plain_forward(x, *args, **kwargs)
         if self.fisher_capture is not None:
             self._check_bound()
         (name,) = self.active_names()
         dropout = self.lora_dropout[name]
-        return self._fused(x, self._adapter(name), _dropout(dropout) or 0.0, dropout.training)
+        return self._fused_forward(x, self._adapter(name), _dropout(dropout) or 0.0, dropout.training)
 
     def _adapter(self, name: str) -> FE.Adapter:
         lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
         return FE.Adapter(lora_a, lora_b, float(self.scaling[name]), ((0, self.out_features),))
 
-    def _fused(self, x: Tensor, adapter: FE.Adapter, dropout_p: float, training: bool) -> Tensor:
-        raise NotImplementedError
+    def _plain_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's own forward."""
+        return cast(Tensor, self.plain.forward(self, x, *args, **kwargs))
+
+    def _fused_forward(self, x: Tensor, adapter: FE.Adapter, dropout_p: float, training: bool) -> Tensor:
+        return FE.lora_linear_adapters(
+            x,
+            self.base_weight,
+            self.base_layer.bias,
+            [adapter],
+            dropout_p=dropout_p,
+            training=training,
+            capture=self.fisher_capture,
+        )
 
     def consolidated_weight(self) -> Tensor:
         """A new tensor W + scaling B A, as in `AdaptedLinear`; raises `TargetError` while merged, and when
@@ -219,21 +237,21 @@ class FusedPeftLayer(AdaptedLinear):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """PEFT's own merge."""
-        cast(Any, self.plain).merge(self, safe_merge, adapter_names)
+        self.plain.merge(self, safe_merge, adapter_names)
 
     def unmerge(self) -> None:
         """PEFT's own unmerge, which subtracts."""
-        cast(Any, self.plain).unmerge(self)
+        self.plain.unmerge(self)
 
     def extra_repr(self) -> str:
         return nn.Module.extra_repr(self)
 
     @classmethod
     def base_unfit(cls, base: nn.Module) -> str | None:
-        """The reason why the fused op cannot compute a base layer, or None."""
+        """The reason why calls with this base layer cannot be fused, or None."""
         if type(base) not in cls.bases:
             return f"its base layer is {type(base).__name__}, not nn.{cls.bases[0].__name__}"
-        weight: Any = base._parameters.get("weight")
+        weight: Any = own_tensors(base).get("weight")
         if weight is None:
             return not_plain(base, "weight")
         if type(weight) not in (nn.Parameter, Tensor):
@@ -243,28 +261,16 @@ class FusedPeftLayer(AdaptedLinear):
         )
 
 
-class FusedPeftLinear(FusedPeftLayer, PeftLinear):
+class FusedPeftLinear(FusedPeft, PeftLinear):
     """`peft.tuners.lora.layer.Linear`: x `[..., in_features]`, y `[..., out_features]`."""
 
     plain = PeftLinear
     bases = (nn.Linear, Conv1D)
-    factor = nn.Linear
 
     @property
     def transposed(self) -> bool:  # type: ignore[override]
         """Whether the base layer is a Conv1D, whose weight is `[in_features, out_features]`."""
         return type(self.base_layer) is Conv1D
-
-    def _fused(self, x: Tensor, adapter: FE.Adapter, dropout_p: float, training: bool) -> Tensor:
-        return FE.lora_linear_adapters(
-            x,
-            self.base_weight,
-            self.base_layer.bias,
-            [adapter],
-            dropout_p=dropout_p,
-            training=training,
-            capture=self.fisher_capture,
-        )
 
 
 def _dropout(module: nn.Module) -> float | None:

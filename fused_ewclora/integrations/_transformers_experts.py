@@ -71,7 +71,7 @@ def _routed(
     tokens = order.div(top_k, rounding_mode="floor")[: ends[-1]]
     x, source = hidden_states[tokens], Source(hidden_states)
     graph = torch.is_grad_enabled() or any(part.fisher_capture is not None for part in parts.values())
-    outputs = [x.new_empty(0, hidden_states.shape[-1])]
+    outputs = []
     for expert, (start, stop) in enumerate(itertools.pairwise(ends)):
         own = {leaf: part for leaf in _leaves(experts) if (part := parts.get((expert, leaf))) is not None}
         if start < stop or (graph and own):
@@ -79,7 +79,7 @@ def _routed(
         else:
             for part in own.values():
                 part.skip()
-    y = torch.cat(outputs)
+    y = torch.cat(outputs) if outputs else x.new_empty(0, hidden_states.shape[-1])
     if experts.has_post_expert_norm:
         y = experts.post_expert_norm(y)
     weighted = y * top_k_weights.reshape(-1)[order[: len(y)]].unsqueeze(-1)
@@ -139,7 +139,8 @@ def _known(module: nn.Module) -> bool:
     # The forward that hands over to an implementation; of a subclass with a forward of its own nothing is
     # known.
     dispatches = moe is not None and getattr(plain.forward, "__globals__", None) is vars(moe)
-    return dispatches and all(hasattr(module, name) for name in _STATED)
+    stated = dispatches and all(hasattr(module, name) for name in _STATED)
+    return stated and all(module._parameters.get(leaf) is not None for leaf in _leaves(module))
 
 
 @register_parts

@@ -7,23 +7,22 @@ from typing import Any
 
 from torch import nn
 
+from ..config import checked_merge
 from ..distributed.transaction import canonical_name
+from ..distributed.wrappers import innermost
 from ..errors import TargetError
 from ..ewc.controller import EWC
 from ..report import Report
 from ._library import require
-from ._peft_convs import FusedPeftConv1d, FusedPeftConv2d
-from ._peft_layers import FusedPeftLayer, FusedPeftLinear
+from ._peft_classes import fused_class
+from ._peft_layers import FusedPeft
+from ._peft_quantised import FusedPeftQuantised, check_without_residuals
 
 require("peft")
 
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402  (after the version check)
 
 __all__ = ["accelerate_", "attach_ewc", "restore_"]
-
-_FUSED: dict[type, type[FusedPeftLayer]] = {
-    fused.plain: fused for fused in (FusedPeftLinear, FusedPeftConv2d, FusedPeftConv1d)
-}
 
 
 def accelerate_(peft_model: nn.Module) -> Report:
@@ -48,8 +47,9 @@ def accelerate_(peft_model: nn.Module) -> Report:
     skipped = {name: why for name, layer in layers.items() if (why := _unfit(layer)) is not None}
     fused = {name: layer for name, layer in layers.items() if name not in skipped}
     for layer in fused.values():
-        if not isinstance(layer, FusedPeftLayer):
-            _FUSED[type(layer)].accelerate_(layer)
+        kind = fused_class(layer)
+        if kind is not None and not isinstance(layer, FusedPeft):
+            kind.accelerate_(layer)
     return _report(fused, skipped)
 
 
@@ -60,28 +60,31 @@ def restore_(peft_model: nn.Module) -> int:
 
         >>> restore_(peft_model)
     """
-    layers = [module for module in peft_model.modules() if isinstance(module, FusedPeftLayer)]
+    layers = [module for module in peft_model.modules() if isinstance(module, FusedPeft)]
+    check_without_residuals("restore_", layers)
     for layer in layers:
         layer.release_()
     return len(layers)
 
 
-def attach_ewc(peft_model: nn.Module, **ewc_kwargs: Any) -> EWC:
+def attach_ewc(peft_model: nn.Module, *, quantised_merge: str | None = None, **ewc_kwargs: Any) -> EWC:
     """An EWC over the LoRA layers of a PEFT model, which run on the fused op from then on.
 
     Fishers have the module names of the plain model. Consolidation adds scaling B A to the base weights and
     initialises the adapter anew. After that PEFT's adapter file alone no longer describes the model: save it
     with `fe.save_pretrained(path, peft_model, ewc)`, or as a plain model after
     `peft_model.merge_and_unload()`. The model must have exactly one adapter, because consolidation would
-    change what other adapters compute. ewc_kwargs are the arguments of `fe.EWC`. Raises `TargetError` for
+    change what other adapters compute. quantised_merge is that of `LoRAConfig`, for base layers with
+    quantised weights. ewc_kwargs are the arguments of `fe.EWC`. Raises `TargetError` for
     several adapters, merged ones, or layers that the fused op does not serve, and the errors of `fe.EWC`; the
     model is unchanged then.
 
         >>> ewc = attach_ewc(peft_model, ewc_lambda=1e7, fisher_mode="batch")
     """
-    before = {module for module in peft_model.modules() if isinstance(module, FusedPeftLayer)}
+    checked_merge(quantised_merge)
+    before = {module for module in peft_model.modules() if isinstance(module, FusedPeft)}
     report = accelerate_(peft_model)
-    layers = [module for module in peft_model.modules() if isinstance(module, FusedPeftLayer)]
+    layers = [module for module in peft_model.modules() if isinstance(module, FusedPeft)]
     try:
         name = _only_adapter(layers, report)
         ewc = EWC(peft_model, **ewc_kwargs)
@@ -89,13 +92,15 @@ def attach_ewc(peft_model: nn.Module, **ewc_kwargs: Any) -> EWC:
         for layer in set(layers) - before:
             layer.release_()
         raise
-    config = getattr(peft_model, "peft_config", {}).get(name)
+    config = getattr(innermost(peft_model), "peft_config", {}).get(name)
     for layer in layers:
+        if isinstance(layer, FusedPeftQuantised):
+            layer.quantised_merge = quantised_merge
         layer.bound, layer.gaussian = name, getattr(config, "init_lora_weights", True) == "gaussian"
     return ewc
 
 
-def _only_adapter(layers: list[FusedPeftLayer], report: Report) -> str:
+def _only_adapter(layers: list[FusedPeft], report: Report) -> str:
     for name, why in [*report.summary["skipped"].items(), *report.summary["not_fused"].items()]:
         raise TargetError(f"attach_ewc: {name or 'the model'}: {why}; its adapter would be unprotected")
     names = sorted({name for layer in layers for name in layer.lora_A})
@@ -117,7 +122,7 @@ def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
 
 def _unfit(layer: Any) -> str | None:
     """The reason why a layer is left to PEFT whichever of its adapters is active, or None."""
-    fused = type(layer) if isinstance(layer, FusedPeftLayer) else _FUSED.get(type(layer))
+    fused = fused_class(layer)
     if fused is None:
         kind = type(layer)
         return f"{kind.__module__}.{kind.__qualname__} is not PEFT's LoRA linear, Conv2d or Conv1d"

@@ -1,13 +1,17 @@
-"""`nn.MultiheadAttention` with an adapted output projection.
+"""`nn.MultiheadAttention` with adapted projections.
 
-PyTorch's own forward uses the weight of `out_proj` without calling the layer. Injection therefore gives the
-attention another class, whose forward computes the same and calls it.
+PyTorch's own forward uses the weights of the input projections, which are no layers, and that of `out_proj`
+without calling the layer. Injection therefore gives the attention another class, whose forward computes the
+same and calls `out_proj` and the adapted parts.
 """
 
 from __future__ import annotations
 
+import dis
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,8 +21,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import ArgumentError
 from .adapted import AdaptedLinear
-from .bypass import CLASS, register_call, register_refusal
+from .bypass import CLASS, is_made_to_call, register_call, register_refusal
+from .in_projection import PACKED, SEPARATE, LoRAInProjection, input_projections
 from .matching import register_adapted_class
+from .parts import Part, register_parts
+
+_FUNCTION = F.multi_head_attention_forward.__name__
 
 
 class LoRAOutProjection(AdaptedLinear, NonDynamicallyQuantizableLinear):
@@ -34,10 +42,11 @@ class LoRAOutProjection(AdaptedLinear, NonDynamicallyQuantizableLinear):
 
 
 class CallingMultiheadAttention(nn.MultiheadAttention):
-    """`nn.MultiheadAttention` that calls `out_proj`, with samples first whatever `batch_first` is.
+    """`nn.MultiheadAttention` that calls `out_proj` and the parts on its input projections, with samples
+    first whatever `batch_first` is.
 
     Arguments, shapes, results and parameters are those of `nn.MultiheadAttention`, to rounding. PyTorch's
-    fast path for inference is not taken, and nested tensors, which it serves alone, are refused.
+    fast path for inference is not taken; nested tensors, which it serves alone, are served in every mode.
     """
 
     def forward(
@@ -52,6 +61,8 @@ class CallingMultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """(output, weights or None), as `nn.MultiheadAttention` returns them."""
+        if query.is_nested and query is key and key is value:
+            return self._of_nested(query, key_padding_mask, need_weights, attn_mask, average_attn_weights)
         self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
         batched = query.dim() == 3
         if not batched and key_padding_mask is not None:
@@ -81,22 +92,67 @@ class CallingMultiheadAttention(nn.MultiheadAttention):
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q `[N, L, embed_dim]`, k and v `[N, S, embed_dim]`: the products with the input projections, in as
         few as the inputs allow."""
-        weight, bias = self.in_proj_weight, self.in_proj_bias
-        biases = (None, None, None) if bias is None else bias.chunk(3)
-        weights: tuple[Tensor, ...]
         if not self._qkv_same_embed_dim:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        elif query is key and key is value:
-            q, k, v = F.linear(query, weight, bias).chunk(3, -1)
-            return q, k, v
+            return self._separate(0, query), self._separate(1, key), self._separate(2, value)
+        if query is key and key is value:
+            q, k, v = self._packed(query).chunk(3, -1)
         elif key is value:
-            d = self.embed_dim
-            k, v = F.linear(key, weight[d:], None if bias is None else bias[d:]).chunk(2, -1)
-            return F.linear(query, weight[:d], biases[0]), k, v
+            q, (k, v) = self._packed(query, 0, 1), self._packed(key, 1, 3).chunk(2, -1)
+        elif query is key:  # positions are added to queries and keys alone
+            (q, k), v = self._packed(query, 0, 2).chunk(2, -1), self._packed(value, 2, 3)
         else:
-            weights = weight.chunk(3)
-        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+            q, k, v = self._packed(query, 0, 1), self._packed(key, 1, 2), self._packed(value, 2, 3)
         return q, k, v
+
+    def _packed(self, x: Tensor, first: int = 0, last: int = 3) -> Tensor:
+        """The projections of x from number `first` to before number `last` of q, k and v, side by side."""
+        whole, biases, part = self.in_proj_weight, self.in_proj_bias, self._modules.get(PACKED)
+        if last - first == 3:
+            return F.linear(x, whole, biases) if part is None else part(x, whole, biases)
+        start, stop = first * self.embed_dim, last * self.embed_dim
+        weight, bias = whole[start:stop], None if biases is None else biases[start:stop]
+        if not isinstance(part, LoRAInProjection) or not part.concerns(start, stop):
+            return F.linear(x, weight, bias)
+        return part(x, weight, bias, start)
+
+    def _separate(self, number: int, x: Tensor) -> Tensor:
+        """The projection number 0, 1 or 2 of q, k and v, by a weight of its own."""
+        name, d = SEPARATE[number], self.embed_dim
+        weight: Tensor = getattr(self, f"{name}_weight")
+        bias = None if self.in_proj_bias is None else self.in_proj_bias[number * d : (number + 1) * d]
+        part = self._modules.get(name)
+        return F.linear(x, weight, bias) if part is None else part(x, weight, bias)
+
+    def _of_nested(
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of sequences of different lengths, padded in between; the weights at the padding are 0."""
+        if x.layout != torch.strided or not self.batch_first:
+            raise ArgumentError(
+                "query: expected a nested tensor of the strided layout and batch_first=True, got "
+                f"{x.layout} and batch_first={self.batch_first}; use a padded tensor and key_padding_mask"
+            )
+        if key_padding_mask is not None or attn_mask is not None:
+            raise ArgumentError("query: expected a nested tensor without masks, or a padded one with them")
+        lengths = [len(sequence) for sequence in x.unbind()]
+        padded = torch.nested.to_padded_tensor(x, 0.0)
+        there = torch.arange(padded.shape[1], device=x.device)
+        padding = there >= torch.tensor(lengths, device=x.device)[:, None]
+        # A sequence of no tokens attends to its padding: no weights at all would be NaN in gradients too.
+        hidden = padding & ~padding.all(1, keepdim=True)
+        output, weights = self.forward(
+            padded, padded, padded, hidden, need_weights, None, average_attn_weights
+        )
+        if weights is not None:
+            empty = padding[:, :, None] | padding[:, None, :]
+            weights = weights.masked_fill(empty if average_attn_weights else empty[:, None], 0.0)
+        rows = [sequence[:length] for sequence, length in zip(output, lengths, strict=True)]
+        return torch.nested.as_nested_tensor(rows), weights
 
     def _check(
         self,
@@ -109,8 +165,8 @@ class CallingMultiheadAttention(nn.MultiheadAttention):
     ) -> None:
         if query.is_nested or key.is_nested or value.is_nested:
             raise ArgumentError(
-                "query, key, value: expected padded tensors, got a nested one, which an attention with an "
-                "adapted out_proj cannot take; use key_padding_mask"
+                "query, key, value: expected padded tensors, or one nested tensor for all three, got a "
+                "nested one among others; use key_padding_mask"
             )
         dims = query.dim()
         if dims not in (2, 3) or key.dim() != dims or value.dim() != dims:
@@ -177,10 +233,18 @@ def _check_shape(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
 
 @register_call
 def calling_attention(parent: nn.Module, child: str) -> Mapping[str, Any] | None:
-    """The class that makes an `nn.MultiheadAttention` call `out_proj`; None if it does so already."""
-    if child == "out_proj" and type(parent) is nn.MultiheadAttention:
+    """The class that makes an `nn.MultiheadAttention` call its projections; None if it does so already."""
+    if child in ("out_proj", PACKED, *SEPARATE) and type(parent) is nn.MultiheadAttention:
         return {CLASS: CallingMultiheadAttention}
     return None
+
+
+@register_parts
+def attention_parts(module: nn.Module) -> Iterable[Part]:
+    """The input projections of an `nn.MultiheadAttention`."""
+    if not isinstance(module, nn.MultiheadAttention):
+        return ()
+    return input_projections(module, _unknown(module, "its input projections, which are no layers"))
 
 
 @register_refusal
@@ -188,12 +252,30 @@ def unknown_attention(parent: nn.Module, child: str) -> str | None:
     """Why `out_proj` of another attention is not adaptable: its forward may or may not call the layer."""
     if child != "out_proj" or not isinstance(parent, nn.MultiheadAttention):
         return None
-    if type(parent) not in (nn.MultiheadAttention, CallingMultiheadAttention):
-        return (
-            f"{type(parent).__name__} is a subclass of nn.MultiheadAttention, which uses the weight of "
-            "out_proj without calling it"
-        )
-    return "the forward of its nn.MultiheadAttention has been replaced" if "forward" in vars(parent) else None
+    if "forward" in vars(parent):
+        return "the forward of its nn.MultiheadAttention has been replaced"
+    return _unknown(parent, "out_proj without calling it")
+
+
+@register_refusal
+def attention_by_function(parent: nn.Module, child: str) -> str | None:
+    """Why a layer is not adaptable whose parent hands its weight to the function behind
+    `nn.MultiheadAttention`."""
+    code = getattr(inspect.unwrap(type(parent).forward), "__code__", None)
+    if code is None or _FUNCTION not in code.co_names or is_made_to_call(parent, child):
+        return None
+    steps = [instruction.argval for instruction in dis.get_instructions(code)]
+    if (child, "weight") not in pairwise(steps):
+        return None
+    return f"{type(parent).__name__} passes its weight to {_FUNCTION} without calling it"
+
+
+def _unknown(attention: nn.MultiheadAttention, what: str) -> str | None:
+    if type(attention) in (nn.MultiheadAttention, CallingMultiheadAttention):
+        return None
+    return (
+        f"{type(attention).__name__} is a subclass of nn.MultiheadAttention, which uses the weight of {what}"
+    )
 
 
 register_adapted_class(LoRAOutProjection)

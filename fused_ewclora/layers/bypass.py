@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import TargetError
 
 CallRule = Callable[[nn.Module, str], Mapping[str, Any] | None]
+ModuleRule = Callable[[nn.Module], Mapping[str, Any] | None]
 Refusal = Callable[[nn.Module, str], str | None]
 CLASS = "__class__"  # the setting that gives a parent another class
 # Attribute of a changed parent that holds the old values, as plain data, so that copies of the model have it.
@@ -19,13 +20,14 @@ OLD_VALUES = "_fused_ewclora_mended"
 
 _call_rules: list[CallRule] = []
 _outer_rules: list[CallRule] = []
+_module_rules: list[ModuleRule] = []
 _refusals: list[Refusal] = []
 
 
 @dataclass(frozen=True)
 class BypassFix:
     """Attributes to set on `parent`, the module called `name`, so that it calls its `child`; for a module
-    further up `child` is the path of the layer in it."""
+    further up `child` is the path of the layer in it, and `""` for settings of the module itself."""
 
     name: str
     parent: nn.Module
@@ -55,6 +57,14 @@ def register_outer_call(rule: CallRule) -> CallRule:
     return rule
 
 
+def register_module_settings(rule: ModuleRule) -> ModuleRule:
+    """Add a rule for modules that would change themselves in calls, such as their frozen weights:
+    rule(module) -> attributes that prevent it, or None. It is asked about all modules beside the adapted
+    layers."""
+    _module_rules.append(rule)
+    return rule
+
+
 def register_refusal(rule: Refusal) -> Refusal:
     """Add a rule for parents that bypass a layer and cannot be made to call it: rule(parent module, child
     name) -> the reason, or None."""
@@ -66,6 +76,11 @@ def refusal(parents: Iterable[tuple[nn.Module, str]]) -> str | None:
     """The reason why one of the parents of a layer would bypass it after all, or None."""
     reasons = (rule(parent, child) for parent, child in parents for rule in _refusals)
     return next((reason for reason in reasons if reason is not None), None)
+
+
+def is_made_to_call(parent: nn.Module, child: str) -> bool:
+    """Whether a rule of `register_call` makes a parent call its layer `child`."""
+    return any(rule(parent, child) for rule in _call_rules)
 
 
 def parents_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
@@ -91,6 +106,7 @@ def find_fixes(
         rules = (*_call_rules, *_outer_rules) if direct else _outer_rules
         if settings := next(filter(None, (rule(parent, path) for rule in rules)), None):
             fixes.append(BypassFix(name, parent, path, settings))
+    fixes += _of_modules(model, set(layers))
     for fix in fixes:
         for attribute in fix.settings:
             if not hasattr(fix.parent, attribute):
@@ -101,6 +117,14 @@ def find_fixes(
                     f"exclude_modules=[{layer!r}]. Nothing was changed"
                 )
     return tuple(fixes)
+
+
+def _of_modules(model: nn.Module, layers: set[nn.Module]) -> Iterator[BypassFix]:
+    for name, module in model.named_modules() if _module_rules else ():
+        if module in layers or OLD_VALUES in vars(module):
+            continue
+        if settings := next(filter(None, (rule(module) for rule in _module_rules)), None):
+            yield BypassFix(name, module, "", settings)
 
 
 def _places(

@@ -35,7 +35,7 @@ class AdaptedConv(AdaptedLinear):
         return conv.in_channels // conv.groups * math.prod(conv.kernel_size), conv.out_channels
 
     @classmethod
-    def unfit(cls, module: nn.Module) -> str | None:
+    def unfit_shape(cls, module: nn.Module) -> str | None:
         return unfit(module)
 
     @classmethod

@@ -4,12 +4,14 @@ PEFT is not imported."""
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from ..config import LoRAConfig
+from ..config import ALL_LINEAR, LoRAConfig, Targets, matches
 from ..errors import DtypeError, NotExactlyRepresentable, TargetError
 
 ACCELERATE = "fused_ewclora.integrations.peft.accelerate_(peft_model)"
@@ -81,7 +83,7 @@ def _converted(config: Any, model: nn.Module) -> LoRAConfig:
                 f"config: {field.name}={value!r} of peft.LoraConfig is not what inject makes; call "
                 f"peft.get_peft_model(model, config), then {ACCELERATE} or {ATTACH}. Nothing was changed"
             )
-    return LoRAConfig(
+    converted = LoRAConfig(
         r=config.r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
@@ -91,6 +93,64 @@ def _converted(config: Any, model: nn.Module) -> LoRAConfig:
         alpha_pattern=config.alpha_pattern or None,
         modules_to_save=_modules_to_save(config, model),
     )
+    return _with_attentions(converted, model)
+
+
+def _with_attentions(config: LoRAConfig, model: nn.Module) -> LoRAConfig:
+    """The configuration that adapts what PEFT adapts of every `nn.MultiheadAttention`: both projections of
+    one that is a target, with the values for its own name, and with "all-linear" no input projection."""
+    modules = dict(model.named_modules())
+    names = [name for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)]
+    targets, excluded = config.target_modules, config.exclude_modules
+    if not names or targets is None:
+        return config
+    if targets == ALL_LINEAR:
+        return replace(config, exclude_modules=_either(excluded, [f"{name}.in_proj" for name in names]))
+    found = [n for n in names if matches(targets, n) and not (excluded and matches(excluded, n))]
+    if not found:
+        return config
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name in found:
+        _check_attention(name, modules[name], config)
+        own = rf"^{re.escape(name)}\.(in|out)_proj"
+        ranks[own], alphas[own] = config.rank_of(name), config.alpha_of(name) or 0.0
+    return replace(
+        config,
+        target_modules=_either(targets, [f"{name}.out_proj" for name in found]),
+        rank_pattern={**ranks, **(config.rank_pattern or {})},
+        alpha_pattern={**alphas, **(config.alpha_pattern or {})},
+    )
+
+
+def _check_attention(name: str, attention: nn.Module, config: LoRAConfig) -> None:
+    """Raises `NotExactlyRepresentable` for an attention that PEFT does not adapt as inject would."""
+    excluded = [
+        leaf
+        for leaf in ("in_proj", "out_proj")
+        if config.exclude_modules is not None and matches(config.exclude_modules, f"{name}.{leaf}")
+    ]
+    if excluded:
+        what = f"exclude_modules for its {excluded[0]} alone"
+    elif config.lora_dropout:
+        what = f"lora_dropout={config.lora_dropout}"
+    elif not attention._qkv_same_embed_dim:
+        what = "weights of their own for q, k and v"
+    else:
+        return
+    raise NotExactlyRepresentable(
+        f"{name}: expected what PEFT applies to an nn.MultiheadAttention, got {what}; give inject a "
+        "LoRAConfig. Nothing was changed"
+    )
+
+
+def _either(targets: Targets | None, names: list[str]) -> str:
+    """A regular expression for what `targets` select, and for these whole names."""
+    if targets is None or isinstance(targets, str):
+        given = [] if targets is None else [f"(?:{targets})"]
+    else:
+        given = [rf"(?:.*\.)?{re.escape(target)}" for target in targets]
+    return "|".join([*given, *map(re.escape, names)])
 
 
 def _names(value: Any) -> Any:

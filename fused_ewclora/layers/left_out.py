@@ -7,13 +7,17 @@ from collections.abc import Callable, Iterable, Iterator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .adapted import AdaptedLinear
 from .parts import LoRAPart, parts_of
 
-_NO_LINEAR_MAPS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _ConvNd, _NormBase)
-# In the names of parameters that are looked up or added, as position embeddings are.
-_TABLES = ("bias", "embed", "pos", "table", "token")
+_NO_LINEAR_MAPS = (
+    nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _ConvNd, _NormBase,
+    ParametrizationList,  # of the weight of a module, which is what is told
+)  # fmt: skip
+# In the names of parameters that are looked up, added or decays, as position embeddings and A_log are.
+_TABLES = ("_log", "bias", "embed", "latent", "pos", "table", "token")
 NOT_IN_ALL = '"all-linear" leaves them out, target_modules can name them'
 
 Wanted = Callable[[nn.Module, str], bool]

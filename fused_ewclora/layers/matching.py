@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from ..config import ALL_LINEAR, LoRAConfig, QKVLayout, matches
+from ..distributed.wrappers import innermost
 from ..errors import LayoutError, TargetError
 from . import bypass
 from .adapted import AdaptedLinear
@@ -20,14 +21,17 @@ from .left_out import left_out
 from .linear import LoRALinear
 from .parts import LoRAPart, Part, PartGroup, parts_of
 from .slices import AdapterSlice, plan_slices
+from .suggest import suggestion
 
 LayoutRule = Callable[[nn.Module, str], QKVLayout | None]
 HeadRule = Callable[[nn.Module], Iterable[nn.Module]]
 MAX_NAMES = 12  # in one list of an error message
+HEAD = "output head"  # the reason why "all-linear" leaves a layer out
 
 _layout_rules: list[LayoutRule] = []
 _head_rules: list[HeadRule] = []
 _adapted_classes: dict[type[nn.Module], type[AdaptedLinear]] = {nn.Linear: LoRALinear}
+_weight_classes: dict[tuple[type[nn.Module], type], type[AdaptedLinear]] = {}
 _libraries: dict[str, Callable[[], object]] = {}
 
 
@@ -56,15 +60,24 @@ def register_adapted_class(adapted: type[AdaptedLinear]) -> None:
     _adapted_classes[adapted.plain] = adapted
 
 
+def register_adapted_weight(weight: type[Tensor], adapted: type[AdaptedLinear]) -> None:
+    """Register `adapted` as the class that modules of exactly the class `adapted.plain` become when their
+    weight is of exactly the class `weight`, a subclass of tensors."""
+    _weight_classes[adapted.plain, weight] = adapted
+
+
 def register_library(name: str, load: Callable[[], object]) -> None:
     """Register `load`, which registers layouts and classes of the top-level package `name`; it is called
-    once, before the first injection into a model with modules of that package."""
+    once, before the first injection into a model with modules or parameters of classes of that package."""
     _libraries[name] = load
 
 
 def load_libraries(model: nn.Module) -> None:
-    """Call the `load` functions that are registered for the packages of the modules of `model`."""
-    for name in {type(module).__module__.partition(".")[0] for module in model.modules()} & set(_libraries):
+    """Call the `load` functions that are registered for the packages of the modules and parameters of
+    `model`."""
+    kinds: set[type] = {type(module) for module in model.modules()}
+    kinds |= {type(parameter) for parameter in model.parameters()}
+    for name in {kind.__module__.partition(".")[0] for kind in kinds} & set(_libraries):
         _libraries[name]()
         del _libraries[name]
 
@@ -168,12 +181,12 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
             skipped.setdefault("in modules_to_save", []).append(name)
             continue
         if part is not None:
-            reason = "output head" if module in heads else part.unfit(module)
+            reason = HEAD if module in heads else part.unfit(module)
             if reason is None:
                 reason = bypass.refusal(parents.get(module, ()))
             adapted = isinstance(part.child_of(module), AdaptedLinear)
         else:
-            reason = "output head" if module in heads else _unfit(module)
+            reason = HEAD if module in heads else _unfit(module)
             adapted = isinstance(module, AdaptedLinear)
             if reason is None:
                 reason = bypass.refusal(parents.get(module, ()))
@@ -246,17 +259,19 @@ def _wanted(model: nn.Module, config: LoRAConfig) -> Iterator[Candidate]:
     for module, names in aliases.items():
         if excluded(names) or isinstance(module, (LoRAPart, PartGroup)):
             continue
-        parts = _in_slices(names[0], parts_of(module), config)
+        parts = parts_of(module)
         if targets == ALL_LINEAR:
             if is_linear(module):
                 yield Candidate(names[0], module)
             parts = [part for part in parts if part.in_all]
         elif not parts and targeted(names):
             yield Candidate(names[0], module)
+        chosen = []
         for part in parts:
             own = _part_names(names, part)
             if not excluded(own) and (targets == ALL_LINEAR or targeted(own)):
-                yield Candidate(f"{names[0]}.{part.name}".lstrip("."), module, part)
+                chosen.append(Candidate(f"{names[0]}.{part.name}".lstrip("."), module, part))
+        yield from _in_slices(names[0], chosen, config)
 
 
 def _part_names(owners: list[str], part: Part) -> list[str]:
@@ -282,20 +297,25 @@ def _left_out(
     return left_out(model, covered, parts, wanted)
 
 
-def _in_slices(name: str, parts: list[Part], config: LoRAConfig) -> list[Part]:
-    """The parts that the slices of the configuration select, of those that are slices by themselves."""
-    segments = [part.segment for part in parts if part.segment is not None]
+def _in_slices(name: str, parts: list[Candidate], config: LoRAConfig) -> list[Candidate]:
+    """Of the parts of the module called `name`, those that the slices of the configuration select, if they
+    are slices by themselves."""
+    segments = {candidate.part.segment: candidate for candidate in parts if candidate.part is not None}
+    segments.pop(None, None)
     if config.slices is None or not segments:
         return parts
     if unknown := [piece for piece in config.slices if piece not in segments]:
         raise LayoutError(
-            f"{name or 'model'}: slices: expected some of {segments}, got {unknown[0]!r}. Nothing was changed"
+            f"{name or 'model'}: slices: expected some of {list(segments)}, got {unknown[0]!r}. Nothing was "
+            "changed"
         )
-    return [part for part in parts if part.segment is None or part.segment in config.slices]
+    left_out = [candidate for segment, candidate in segments.items() if segment not in config.slices]
+    return [candidate for candidate in parts if candidate not in left_out]
 
 
 def output_heads(model: nn.Module) -> Iterator[nn.Module]:
     """The modules of the heads that the model or a rule of `register_heads` names."""
+    model = innermost(model)
     for getter in ("get_output_embeddings", "get_classifier"):
         method = getattr(model, getter, None)
         head = method() if callable(method) else None
@@ -336,12 +356,13 @@ def _unfit(module: nn.Module) -> str | None:
         )
     if "forward" in vars(module):
         return "its forward has been replaced on the instance, so an adapter would never run"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is not a plain parameter (weight norm, pruning or another wrapper)"
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}, not floating point"
-    return _adapted_classes[type(module)].unfit(module)
+    return _adapted_class(module).unfit(module)
+
+
+def _adapted_class(module: nn.Module) -> type[AdaptedLinear]:
+    """The class that a module becomes: by the class of its weight where that decides, else by its own."""
+    kind = _weight_classes.get((type(module), type(module._parameters.get("weight"))))
+    return _adapted_classes[type(module)] if kind is None else kind
 
 
 def _match(model: nn.Module, candidate: Candidate, config: LoRAConfig) -> Match:
@@ -349,7 +370,7 @@ def _match(model: nn.Module, candidate: Candidate, config: LoRAConfig) -> Match:
     layout, slices = config.layout, config.slices
     adapted: type[AdaptedLinear]
     if part is None:
-        adapted = _adapted_classes[type(module)]
+        adapted = _adapted_class(module)
         in_features, out_features = adapted.features(module)
         if slices is not None and layout is None:
             layout = known_layout(model, name)
@@ -357,11 +378,16 @@ def _match(model: nn.Module, candidate: Candidate, config: LoRAConfig) -> Match:
         adapted, in_features, out_features = part.adapted, part.in_features, part.out_features
         slices = None if part.segment is not None else slices
         layout = part.layout if layout is None else layout
-    alpha = config.alpha_of(name)
+    owner, *own = candidate.names
+    names = dict.fromkeys((name, *own, owner))
+    alpha = config.alpha_of(*names)
     try:
-        adapters = plan_slices(out_features, config.rank_of(name), alpha, slices, layout)
+        adapters = plan_slices(out_features, config.rank_of(*names), alpha, slices, layout)
     except LayoutError as error:
-        hint = "; layers with another layout need their own call of inject" if layout is not None else ""
+        hint = "; layers with another layout need their own call of inject"
+        if layout is None:
+            parent = module if part is not None else next(ancestors(model, name), (model, ""))[0]
+            hint = suggestion(parent, in_features, out_features, slices or ())
         raise LayoutError(f"{name or 'model'}: {error}{hint}. Nothing was changed") from None
     return Match(name, module, adapted, in_features, adapters, alpha, part)
 
@@ -425,4 +451,6 @@ def _nothing_matched(model: nn.Module, config: LoRAConfig, skipped: dict[str, li
         message += f" (did you mean {' or '.join(map(repr, dict.fromkeys(close)))}?)"
     for reason, which in skipped.items():
         message += f"; {shorten(which)}: {reason}"
+        if reason == HEAD:
+            message += f" (target_modules={which[:MAX_NAMES]!r} adapts it all the same)"
     return f"{message}; {_available(model)}"

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .. import functional as FE
 from ..config import QKVLayout
 from ..ops.capture import RoutedCall, Source
-from .adapted import MERGED, AdaptedLinear
+from .adapted import LIVING, MERGED, AdaptedLinear
+from .plain import without_numbers
 from .slices import AdapterSlice
 
 PartRule = Callable[[nn.Module], "Iterable[Part]"]
@@ -106,6 +107,7 @@ class LoRAPart(AdaptedLinear):
         self._thaw()
         self._drop_adapters()
         self.adapter_slices = ()
+        LIVING.discard(self)  # an EWC may keep it alive
         self._hook.remove()
         self.part.remove_from(self.owner)
         return self.owner
@@ -249,7 +251,10 @@ class Part:
 
     def weight_in(self, owner: nn.Module) -> Tensor:
         """The weight as `owner` stores it."""
-        whole = cast(Tensor, getattr(owner, self.parameter))
+        return self.of(cast(Tensor, getattr(owner, self.parameter)))
+
+    def of(self, whole: Tensor) -> Tensor:
+        """What the part is of its parameter, or of the gradient of that."""
         return whole if self.index is None else whole[self.index]
 
     def weight_name(self, owner: str) -> str:
@@ -267,6 +272,8 @@ class Part:
             return f"its {self.parameter} is not a plain parameter (weight norm, pruning or another wrapper)"
         if not parameter.is_floating_point():
             return f"its {self.parameter} is {parameter.dtype}, not floating point"
+        if not parameter.is_meta and (why := without_numbers(parameter)):
+            return why.replace("its weight", f"its {self.parameter}")
         shape = (self.out_features, self.in_features)[:: -1 if self.transposed else 1]
         if tuple(self.weight_in(owner).shape) != shape:
             got = list(self.weight_in(owner).shape)

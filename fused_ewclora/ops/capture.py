@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -32,12 +33,13 @@ def _inside_backward() -> bool:
 
 
 class CallCapture(Protocol):
-    """What collects the Fisher of one call: a `FisherCapture`, or a `RoutedCall` or `ImagesCall` of one."""
+    """What collects the Fisher of one call: a `FisherCapture`, or a `RoutedCall`, `RowsCapture` or
+    `ImagesCall` of one."""
 
     def note_forward(self, x: Tensor) -> CallIndex:
         """x of the forward; what it returns is given to `record`."""
 
-    def record(self, x: Tensor, dy: Tensor, index: CallIndex) -> None:
+    def record(self, x: Tensor, dy: Tensor, index: CallIndex = None) -> None:
         """x and dy of a backward."""
 
 
@@ -73,7 +75,7 @@ class RoutedCall:
         """As `FisherCapture.note_forward`."""
         return self._capture.note_routed(self._source, self._rows)
 
-    def record(self, x: Tensor, dy: Tensor, index: CallIndex) -> None:
+    def record(self, x: Tensor, dy: Tensor, index: CallIndex = None) -> None:
         """As `FisherCapture.record`."""
         self._capture.record(x, dy, index)
 
@@ -91,7 +93,7 @@ class ImagesCall:
         self._capture.note_images(x)
         return None
 
-    def record(self, x: Tensor, dy: Tensor, index: CallIndex) -> None:
+    def record(self, x: Tensor, dy: Tensor, index: CallIndex = None) -> None:
         """As `FisherCapture.record`, dy `[N, d_out, *T]`."""
         self._capture.record_images(x, dy, self._geometry)
 
@@ -99,12 +101,55 @@ class ImagesCall:
 @dataclass(slots=True)
 class _Call:
     """x and dy of one call: `[N, T, d]`, or `[rows, d]` where `index` `[rows]` holds the sample of each row,
-    or with mode "batch" `[1, rows, d]`. The x of a convolution whose windows overlap are its windows."""
+    or with mode "batch" `[1, rows, d]`. dy has the columns of the layer's output from `start` on. The x of a
+    convolution whose windows overlap are its windows."""
 
     x: Tensor | Windows
     dy: Tensor
     samples: int
     index: Tensor | None = None
+    start: int = 0
+
+    @property
+    def stop(self) -> int:
+        """The first column of the layer's output that dy does not have any more."""
+        return self.start + self.dy.shape[-1]
+
+
+@dataclass(slots=True)
+class Term:
+    """x and dy of all calls in one forward pass for some rows of a Fisher, `row` the first of them."""
+
+    x: Tensor | Windows
+    dy: Tensor
+    offsets: Tensor | None
+    row: int = 0
+
+
+@dataclass(slots=True)
+class _Part:
+    """x and dy of all calls in one forward pass for the columns of the layer's output from `start` on;
+    `offsets` where rows are sorted by sample."""
+
+    x: Tensor | Windows
+    dy: Tensor
+    start: int = 0
+    offsets: Tensor | None = None
+
+    def terms(self, ranges: Rows) -> list[Term]:
+        """What these columns give to the Fisher of an adapter on the row ranges."""
+        first, stop = self.start, self.start + self.dy.shape[-1]
+        if all(first <= a and b <= stop for a, b in ranges):
+            inside = ranges if first == 0 else tuple((a - first, b - first) for a, b in ranges)
+            return [Term(self.x, _columns(self.dy, inside), self.offsets)]
+        terms, row = [], 0
+        for a, b in ranges:
+            low, high = max(a, first), min(b, stop)
+            if low < high:
+                dy = self.dy[..., low - first : high - first]
+                terms.append(Term(self.x, dy, self.offsets, row + low - a))
+            row += b - a
+        return terms
 
 
 class FisherCapture:
@@ -223,12 +268,16 @@ class FisherCapture:
         fitting = [order for order in self._orders.get(len(shape), ()) if order.fits(shape, samples)]
         return fitting[0] if len(fitting) == 1 else None
 
-    def record(self, x: Tensor, dy: Tensor, index: CallIndex = None) -> None:
+    def record(self, x: Tensor, dy: Tensor, index: CallIndex = None, start: int | None = None) -> None:
         """Take x `[..., d_in]` and dy `[..., d_out]` of one call, and what `note_forward` gave for it; called
-        from the op's backward."""
+        from the op's backward. A call that computes only some columns of the output, from `start` on, has
+        only these in dy."""
         if (self.leader or self).look is not None:  # a model that differentiates inside its forward
             return
-        self._take(self._call(x, dy, index), index is None)
+        call = self._call(x, dy, index)
+        if start is not None:
+            call.start = start
+        self._take(call, index is None and start is None)
 
     def note_images(self, images: Tensor) -> None:
         """`note_forward` of a convolution of `[N, C, *S]` whose windows overlap."""
@@ -247,7 +296,7 @@ class FisherCapture:
     def _take(self, call: _Call, in_order: bool) -> None:
         if self._calls <= 1 and not self._held and in_order:  # the usual layer, called once
             self._closed = True
-            self._accumulate(call.x, call.dy, call.samples)
+            self._accumulate([_Part(call.x, call.dy)], call.samples)
             return
         self._held.append(call)
         if len(self._held) >= self._calls:
@@ -265,14 +314,12 @@ class FisherCapture:
                 f"batch_size: {self.name} was called with {sizes} samples in one forward pass; give their "
                 "number"
             )
-        dim = 0 if held[0].index is not None else 1
-        x = _joined([call.x for call in held], dim)
-        dy = held[0].dy if len(held) == 1 else torch.cat([call.dy for call in held], dim)
-        index = [call.index for call in held if call.index is not None]
-        if index and isinstance(x, Tensor):
-            self._accumulate(*_sorted_by_sample(x, dy, torch.cat(index), sizes[0]))
-        else:
-            self._accumulate(x, dy, sizes[0])
+        # Columns of the output that different calls have are not joined.
+        cuts = sorted({cut for call in held for cut in (call.start, call.stop)})
+        groups = [
+            (cut, [c for c in held if c.start <= cut and end <= c.stop], end) for cut, end in pairwise(cuts)
+        ]
+        self._accumulate([_joined(calls, start, stop) for start, calls, stop in groups if calls], sizes[0])
 
     def _call(self, x: Tensor, dy: Tensor, index: CallIndex) -> _Call:
         leader, shape = self.leader or self, index.shape if isinstance(index, RoutedRows) else x.shape
@@ -362,29 +409,43 @@ class FisherCapture:
             factor = float(samples) if self.reduction == "mean" else 1.0 / samples
         return factor / self.loss_scale**2
 
-    def _accumulate(
-        self, x: Tensor | Windows, dy: Tensor, samples: int, offsets: Tensor | None = None
-    ) -> None:
+    def _accumulate(self, parts: list[_Part], samples: int) -> None:
         if samples == 0:
             return
         factor = self._factor(samples)
         for index, ranges in enumerate(self.rows):
-            self._add(index, x, _columns(dy, ranges), factor, offsets)
+            self._add(index, [term for part in parts for term in part.terms(ranges)], factor)
         self.samples += samples
         self.batches += 1
 
-    def _add(
-        self, index: int, x: Tensor | Windows, dy: Tensor, weight: float, offsets: Tensor | None
-    ) -> None:
-        self._accumulate_into(self.fishers[index], x, dy, weight, offsets)
+    def _add(self, index: int, terms: list[Term], weight: float) -> None:
+        for term in terms:
+            self._accumulate_into(self.fishers[index], term, weight)
 
-    def _accumulate_into(
-        self, fisher: Tensor, x: Tensor | Windows, dy: Tensor, weight: float, offsets: Tensor | None
-    ) -> None:
+    def _accumulate_into(self, fisher: Tensor, term: Term, weight: float) -> None:
+        x, dy = term.x, term.dy
+        rows = fisher if dy.shape[-1] == fisher.shape[0] else fisher.narrow(0, term.row, dy.shape[-1])
         if isinstance(x, Windows):
-            x.accumulate_into_(fisher, dy, self.mode, weight)
+            x.accumulate_into_(rows, dy, self.mode, weight)
         elif x.shape[:-1].numel():
-            schemas.fisher_accumulate_(fisher, x, dy, self.mode, weight, offsets, current_backend())
+            schemas.fisher_accumulate_(rows, x, dy, self.mode, weight, term.offsets, current_backend())
+
+
+class RowsCapture:
+    """A `FisherCapture` as calls see it that compute only the rows of the layer from `start` on."""
+
+    __slots__ = ("_capture", "_start")
+
+    def __init__(self, capture: FisherCapture, start: int) -> None:
+        self._capture, self._start = capture, start
+
+    def note_forward(self, x: Tensor) -> CallIndex:
+        """As in `FisherCapture`."""
+        return self._capture.note_forward(x)
+
+    def record(self, x: Tensor, dy: Tensor, index: CallIndex = None) -> None:
+        """As in `FisherCapture`, of dy that has only the columns of these rows."""
+        self._capture.record(x, dy, index, self._start)
 
 
 def ways_out(name: str) -> str:
@@ -399,8 +460,8 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _joined(parts: list[Tensor | Windows], dim: int) -> Tensor | Windows:
-    """Those of all calls; a layer has rows or windows in each of them."""
+def _inputs(parts: list[Tensor | Windows], dim: int) -> Tensor | Windows:
+    """Those of all calls, joined; a layer has rows or windows in each of them."""
     first, *others = parts
     if isinstance(first, Windows):
         return first.with_calls([part for part in others if isinstance(part, Windows)])
@@ -431,10 +492,21 @@ def _columns(dy: Tensor, ranges: Rows) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def _sorted_by_sample(
-    x: Tensor, dy: Tensor, index: Tensor, samples: int
-) -> tuple[Tensor, Tensor, int, Tensor]:
-    """(x, dy, samples, offsets): rows in the order of their samples, and where each sample begins."""
+def _joined(calls: list[_Call], start: int, stop: int) -> _Part:
+    """The columns `start` to `stop` of the output in calls that have them, joined along the tokens."""
+    dys = [_columns(c.dy, ((start - c.start, stop - c.start),)) for c in calls]
+    dim = 0 if calls[0].index is not None else 1
+    x = _inputs([call.x for call in calls], dim)
+    dy = dys[0] if len(dys) == 1 else torch.cat(dys, dim)
+    index = [call.index for call in calls if call.index is not None]
+    if not index or isinstance(x, Windows):
+        return _Part(x, dy, start)
+    x, dy, offsets = _sorted_by_sample(x, dy, torch.cat(index), calls[0].samples)
+    return _Part(x, dy, start, offsets)
+
+
+def _sorted_by_sample(x: Tensor, dy: Tensor, index: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, dy, offsets): rows in the order of their samples, and where each sample begins."""
     index, order = index.sort(stable=True)
     counts = torch.bincount(index, minlength=samples)
-    return x[order], dy[order], samples, torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return x[order], dy[order], torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -148,10 +148,38 @@ def lora_linear(
         _same(bias, "bias", x, "x")
         if bias.shape != (d_out,):
             raise ArgumentError(f"bias: expected shape [{d_out}] (rows of weight), got {_shape(bias)}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ArgumentError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
+    _dropout(dropout_p)
     if not adapters:
         raise ArgumentError("adapters: expected at least one, got none")
+    return _adapters(adapters, x, d_in, d_out)
+
+
+def add_low_rank(
+    y: Tensor, x: Tensor, adapters: Sequence[Adapter], residual: Tensor | None, dropout_p: float
+) -> list[int]:
+    """Everything about adapters on a given product; returns the `rows` of the ops."""
+    floating(x, "x")
+    floating(y, "y")
+    if x.dim() < 1 or y.shape[:-1] != x.shape[:-1]:
+        raise ArgumentError(f"y: expected leading shape {list(x.shape[:-1])} (of x), got {_shape(y)}")
+    d_in, d_out = x.shape[-1], y.shape[-1]
+    for name, tensor in (("y", y), ("residual", residual)):
+        if tensor is not None and tensor.device != x.device:
+            raise ArgumentError(f"{name}: expected device {x.device} (of x), got {tensor.device}")
+    if residual is not None:
+        floating(residual, "residual")
+        if residual.shape != (d_out, d_in):
+            raise ArgumentError(f"residual: expected shape {[d_out, d_in]}, got {_shape(residual)}")
+    _dropout(dropout_p)
+    return _adapters(adapters, x, d_in, d_out)
+
+
+def _dropout(dropout_p: float) -> None:
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ArgumentError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
+
+
+def _adapters(adapters: Sequence[Adapter], x: Tensor, d_in: int, d_out: int) -> list[int]:
     flat_rows: list[int] = []
     for index, (lora_a, lora_b, scale, rows) in enumerate(adapters):
         where = "" if len(adapters) == 1 else f" of adapter {index}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -234,6 +235,47 @@ def few_rows(rows: int, sharded: bool) -> dict[str, Tensor]:
     penalty.backward()
     results = {"penalty": penalty.detach(), **{key: whole(value) for key, value in ewc.fishers.items()}}
     return results | {name: whole(p.grad) for name, p in adapters.items()}
+
+
+class CrossAttention(nn.Module):
+    """x `[N, T, 6]` -> logits `[N, 3]`, by two attentions with weights of both kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.separate = nn.MultiheadAttention(6, 2, kdim=4, vdim=6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.packed(x, memory := x[:, :2].tanh(), memory, need_weights=False)[0]
+        x = x.transpose(0, 1)
+        return self.head(self.separate(x, x[..., :4], x, need_weights=False)[0].mean(0))
+
+
+def attentions_of_shards() -> None:
+    """Fishers, weights and outputs of attentions, of which some calls apply some adapters, over two tasks."""
+    torch.manual_seed(0)
+    alone = CrossAttention().double()
+    fe.inject(alone, fe.LoRAConfig(r=2, target_modules=["packed", "out_proj"]))
+    fe.inject(alone, fe.LoRAConfig(r=2, target_modules=["separate"], slices=("k", "v")))
+    for name, p in alone.named_parameters():
+        if "lora" in name:
+            nn.init.normal_(p, std=0.3)
+    model = copy.deepcopy(alone)
+    for module in (model.packed, model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    ewcs = [EWC(one, **OPTIONS) for one in (model, alone)]
+    ewcs[0].shard_()
+    x, y = torch.randn(SAMPLES, 4, 6, dtype=torch.float64), torch.arange(SAMPLES) % 3
+    for _ in range(2):
+        ewcs[0].end_task([mine(x, y)], F.cross_entropy)
+        ewcs[1].end_task([(x, y)], F.cross_entropy)
+        for key, fisher in ewcs[1].fishers.items():
+            close(ewcs[0].fishers[key], fisher)
+        for (name, p), value in zip(model.named_parameters(), alone.parameters(), strict=True):
+            if "lora" not in name:
+                close(p.detach(), value.detach())
+        close(model(x), alone(x))
 
 
 class Turned(Tiny):
@@ -537,6 +579,7 @@ CHECKS: dict[str, tuple[tuple[int, ...], Callable[[Path, Path], None]]] = {
     "gathers_have_second_derivatives": ((2, 4), lambda _, __: gathers_have_second_derivatives()),
     "groups_do_not_mix": ((2, 4), lambda _, __: groups_do_not_mix()),
     "fewer_rows_than_processes": ((3,), lambda _, __: fewer_rows_than_processes()),
+    "attentions_of_shards": ((2, 4), lambda _, __: attentions_of_shards()),
     "fisher_memory_is_divided": ((2, 4), lambda _, __: fisher_memory_is_divided()),
     "a_state_made_before_sharding_is_dealt_out": (
         (2, 4),

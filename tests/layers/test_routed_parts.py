@@ -152,6 +152,23 @@ def test_idle_parts():
         fe.EWC(model, **SAMPLE).end_task([(x, y)], F.cross_entropy)
 
 
+def test_untrained_warning(recwarn: pytest.WarningsRecorder):
+    """A part that gets no rows in a task is no sign of a bypass; that no part was trained is one."""
+    x, y = data(4)
+    for targets in ("experts", "inner"):
+        model = Mixture().double()
+        fe.inject(model, fe.LoRAConfig(r=2, target_modules=["inner", "experts"]))
+        held = [p for n, p in model.named_parameters() if "lora" in n and n.startswith(("inner", targets))]
+        optimizer = torch.optim.SGD(held, 0.1)
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        fe.EWC(model, **SAMPLE).end_task([(x, y)], F.cross_entropy)
+        told = [str(one.message) for one in recwarn if issubclass(one.category, fe.EWCLoRAWarning)]
+        expected = ["end_task: experts: lora_B is still zero"] if targets == "inner" else []
+        assert [text.partition(" although")[0] for text in told] == expected
+        recwarn.clear()
+
+
 def test_groups():
     """Groups are modules while they have parts; a module of the same name keeps the parts out."""
     model = Mixture()
@@ -166,6 +183,17 @@ def test_groups():
     model.experts.add_module("1", nn.Linear(2, 2))
     with pytest.raises(fe.TargetError, match=r"experts\.1\.gate_up_proj: it has a 1 already"):
         fe.inject(model, fe.LoRAConfig(r=2, target_modules=["1.gate_up_proj"]))
+
+
+def test_ranks():
+    """rank_pattern and alpha_pattern know a part by its own name first, then by its group, its parameter and
+    its owner."""
+    model = Mixture()
+    ranks = {"experts.1.down_proj": 5, "experts.1": 4, "experts.gate_up_proj": 3, "experts": 2}
+    fe.inject(model, fe.LoRAConfig(r=1, target_modules=["experts"], rank_pattern=ranks))
+    found = {name: layer.r for name, layer in fe.adapters(model).items()}
+    assert [found[f"experts.1.{leaf}"] for leaf in ("down_proj", "gate_up_proj")] == [5, 4]
+    assert [found[f"experts.0.{leaf}"] for leaf in ("down_proj", "gate_up_proj")] == [2, 3]
 
 
 @given(st.sets(st.integers(0, 12), min_size=1))

@@ -16,7 +16,7 @@ import fused_ewclora as fe
 D, HEADS, HIDDEN = 8, 2, 12
 X = torch.randn(3, 5, D, generator=torch.Generator().manual_seed(0))
 PADDED = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 0, 1], [0, 0, 1, 1, 1]], dtype=torch.bool)
-TARGETS = ["linear1", "linear2", "out_proj"]
+TARGETS = ["linear1", "linear2", "out_proj", "in_proj"]
 
 
 def layer(**options: object) -> nn.TransformerEncoderLayer:
@@ -112,7 +112,8 @@ class Subclass(nn.TransformerEncoderLayer):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies(copied: Callable[[nn.Module], nn.Module]):
-    """Copies, inside `nn.Transformer` and of subclasses too, stay off the fast path."""
+    """Copies, inside `nn.Transformer`, whose decoder attends to the encoder, and of subclasses too, stay off
+    the fast path."""
     model = nn.Transformer(D, HEADS, 1, 1, HIDDEN, dropout=0.0, batch_first=True)
     model.encoder.layers[0].__class__ = Subclass
     adapted(model.eval(), [*TARGETS])
@@ -126,8 +127,17 @@ def test_copies(copied: Callable[[nn.Module], nn.Module]):
     assert model.encoder.layers[0].activation_relu_or_gelu == 0
 
 
+def test_nested_inputs():
+    """Nested tensors pass through attentions with adapters, as alone."""
+    model = adapted(layer().eval(), ["self_attn"])
+    with torch.no_grad():
+        output = model(torch.nested.nested_tensor([X[0], X[1, :2]]))
+        for found, x in zip(output.unbind(), (X[0], X[1, :2]), strict=True):
+            torch.testing.assert_close(found, model(x[None])[0])
+
+
 def test_nested_refused():
-    """Nested tensors are refused in words."""
+    """Linear layers with adapters refuse nested tensors in words."""
     model = adapted(layer().eval(), ["linear1"])
     with torch.no_grad(), pytest.raises(fe.ArgumentError, match="x: expected a padded tensor, got a nested"):
         model(torch.nested.nested_tensor([X[0], X[1, :2]]))

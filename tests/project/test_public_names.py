@@ -99,6 +99,7 @@ NAMES = {
     "fused_ewclora.inject": "adapters check_mergeable disabled eject inject merge unmerge",
     "fused_ewclora.integrations": "",
     "fused_ewclora.integrations.avalanche": "EWCLoRAPlugin TRANSFORMS",
+    "fused_ewclora.integrations.open_clip": "CallingAttentionPool2d PROJECTIONS bypass_settings",
     "fused_ewclora.integrations.peft": "accelerate_ attach_ewc restore_",
     "fused_ewclora.integrations.timm": "Unpack layout_of targets",
     "fused_ewclora.integrations.torchvision": "layout_of targets",
