@@ -27,8 +27,8 @@ __all__ = ["accelerate_", "attach_ewc", "restore_"]
 
 
 def accelerate_(peft_model: nn.Module) -> Report:
-    """Run PEFT's LoRA linears on the fused op, in place; returns a table of the layers, with the reasons for
-    those that stay as they are.
+    """Run PEFT's LoRA linears and convolutions on the fused op, in place; returns a table of the layers, with
+    the reasons for those that stay as they are.
 
     peft_model: a `PeftModel`, or any model that contains layers of PEFT. Outputs and gradients equal those of
     PEFT up to rounding; dropout has the same distribution but uses other random numbers. Keys of the
@@ -131,7 +131,7 @@ def _unfit(layer: Any) -> str | None:
     fused = fused_class(layer)
     if fused is None:
         kind = type(layer)
-        return f"{kind.__module__}.{kind.__qualname__} is not PEFT's LoRA linear"
+        return f"{kind.__module__}.{kind.__qualname__} is not PEFT's LoRA linear, Conv2d or Conv1d"
     if why := fused.base_unfit(layer.base_layer):
         return why
     if layer.lora_A and all(name in layer.lora_variant for name in layer.lora_A):
