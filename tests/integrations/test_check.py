@@ -152,7 +152,7 @@ def test_torchvision_passes(name, arguments, shape, monkeypatch, capsys):
     ("name", "message"),
     [
         ("torchvision/resnet18", "fc: output head (target_modules=['fc'] adapts it all the same)"),
-        ("torchvision/squeezenet1_1", "the model has no nn.Linear"),
+        ("torchvision/squeezenet1_1", "target_modules can name them: features.0, features.3.squeeze, "),
         (
             "torchvision/vit_b_1",
             "expected a classification model of torchvision, got 'vit_b_1'; similar names:",
