@@ -453,4 +453,7 @@ def _nothing_matched(model: nn.Module, config: LoRAConfig, skipped: dict[str, li
         message += f"; {shorten(which)}: {reason}"
         if reason == HEAD:
             message += f" (target_modules={which[:MAX_NAMES]!r} adapts it all the same)"
+    convs = [name for name, module in model.named_modules() if isinstance(module, _ConvNd)]
+    if targets == ALL_LINEAR and convs:
+        message += f"; {ALL_LINEAR!r} leaves out convolutions, target_modules can name them: {shorten(convs)}"
     return f"{message}; {_available(model)}"

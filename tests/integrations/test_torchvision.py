@@ -407,6 +407,11 @@ def test_targets():
     maxvit = MaxVit((32, 32), 8, 4, [8], [1], 4, 0.0, num_classes=2)
     rows = fe.integrations.torchvision.targets(maxvit).rows
     assert rows and all(row["name"].endswith("to_qkv") and row["notes"] is None for row in rows)
+    rows = fe.integrations.torchvision.targets(small_vit()).rows
+    assert [row["name"] for row in rows] == [
+        f"encoder.layers.encoder_layer_{i}.self_attention.in_proj" for i in range(2)
+    ]
+    assert rows[0]["segments"] == ("q", "k", "v") and rows[0]["sizes"] == (D,) * 3
     model = small_swin()
     fe.inject(model, fe.LoRAConfig(r=2, target_modules=["proj"]))
     fe.inject(model, fe.LoRAConfig(r=2, target_modules=["qkv"], slices=("k", "v")))

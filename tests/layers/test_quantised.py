@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from dense_fisher import dense_fisher
 from few_bits import HIDDEN, FewBits, FewBitsMLP, LoRAFewBits, batch, quantise
+from replicas import Replicated
 from torch import nn
 
 import fused_ewclora as fe
@@ -390,3 +391,10 @@ def test_explained():
     with pytest.raises(fe.TargetError, match=r"shard_: fc1: its weight is quantised"):
         fe.EWC(model, 1.0).shard_()
     assert isinstance(model.fc1, LoRAFewBits)
+
+
+def test_data_parallel_refused():
+    """Replicas, whose copies of the weight would not be known to be quantised, are refused."""
+    model = adapted()
+    with pytest.raises(fe.TargetError, match=r"nn\.DataParallel: expected weights that are plain tensors"):
+        Replicated(model)(batch(0)[0])
