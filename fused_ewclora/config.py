@@ -154,7 +154,8 @@ class LoRAConfig:
     r: the rank, >= 1. lora_alpha: None for scale 1 (the EWC-LoRA paper), else the scale is lora_alpha / r.
     lora_dropout: the dropout probability on the input of the low-rank branch. target_modules,
     exclude_modules: a string is a regular expression that must match the whole dotted name; a list holds
-    names or dotted suffixes; `"all-linear"` selects every `nn.Linear` except the output head. slices: the
+    names or dotted suffixes; `"all-linear"` selects every `nn.Linear` except the output head, and no
+    convolution: these are adapted where a name selects them. slices: the
     segments of a packed projection that get one adapter each. layout: the `QKVLayout` of that projection.
     rank_pattern, alpha_pattern: {regular expression for the end of the dotted name: value}; one for a module
     holds for its parts, such as the input projections of an attention. modules_to_save:

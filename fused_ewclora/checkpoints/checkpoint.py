@@ -30,7 +30,7 @@ from ..layers.inject import adapters, check_plain
 from ..layers.slices import AdapterSlice, exact_part, fingerprint, fisher_key, same_weights
 from . import frozen
 from .files import ADAPTER, ADAPTER_CONFIG, MANIFEST, STATE, read_files, write_files
-from .peft_format import disk_key, model_key, own_config, peft_config, stock_shapes
+from .peft_format import as_in_peft, disk_key, model_key, own_config, peft_config, stock_shapes
 
 FORMAT = 1
 ROWS = "merged_rows."  # prefix of the keys of base weight rows that consolidation has changed
@@ -187,7 +187,7 @@ def changed_rows(layers: Mapping[str, AdaptedLinear], changed: list[str]) -> dic
         if state is not None:
             found |= {f"{ROWS}{name}{PART}{part}": tensor for part, tensor in state.items()}
             continue
-        weight = whole(layers[name].base_weight)
+        weight = layers[name].whole_weight()
         for piece in layers[name].adapter_slices:
             found[ROWS + fisher_key(name, piece)] = take_rows(weight, piece.rows)
     return found
@@ -226,7 +226,11 @@ def _adapter_file(
     except NotExactlyRepresentable as reason:
         config = own_config(str(reason))
     peft = config["peft_type"] == "LORA"
-    tensors = {disk_key(name, True, peft): tensor for name, tensor in _adapters_of(layers).items()}
+    tensors = {
+        disk_key(f"{name}.{leaf}", True, peft): as_in_peft(layer, leaf, p.detach()) if peft else p
+        for name, layer in layers.items()
+        for leaf, p in layer.named_lora_parameters()
+    }
     tensors |= {disk_key(name, False, peft): tensor for name, tensor in trained.items()}
     return tensors, config
 
@@ -330,9 +334,21 @@ def _values(
         raise CheckpointError(
             f"{ADAPTER}: the model has no {foreign[0]} ({len(foreign)} such tensors); nothing was loaded"
         )
+    for name, layer in layers.items():
+        for leaf, _ in layer.named_lora_parameters():
+            key = f"{name}.{leaf}"
+            values[key] = _reshaped(layer, leaf, required[key], values[key])
     for name, value in values.items():
         _same_kind(name, available[name], value, ADAPTER)
     return {name: (available[name], value) for name, value in values.items()}
+
+
+def _reshaped(layer: AdaptedLinear, leaf: str, target: Tensor, value: Tensor) -> Tensor:
+    """A saved parameter, a matrix or as PEFT has it, in the shape of the layer's own."""
+    if value.dim() == target.dim() or target.dim() < 2 or not layer.kernel_of(layer):
+        return value
+    shapes = [tensor.shape for tensor in (target.flatten(1), as_in_peft(layer, leaf, target))]
+    return value.reshape(target.shape) if value.shape in shapes else value
 
 
 def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -422,7 +438,7 @@ def _new_weights(layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Tensor
         keys = [fisher_key(name, piece) for piece in layer.adapter_slices]
         if not any(key in left for key in keys):
             continue
-        weight = whole(layer.base_weight.detach()).clone()
+        weight = layer.whole_weight().detach().clone()
         for key, piece in zip(keys, layer.adapter_slices, strict=True):
             if key not in left:
                 raise CheckpointError(f"{STATE}: the rows of {key} are missing; nothing was loaded")

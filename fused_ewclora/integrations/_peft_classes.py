@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ._peft_convs import FusedPeftConv1d, FusedPeftConv2d
 from ._peft_layers import FusedPeft, FusedPeftLinear
 
 
@@ -14,7 +15,8 @@ def fused_class(layer: nn.Module) -> type[FusedPeft] | None:
     if isinstance(layer, FusedPeft):
         return type(layer)
     kind = type(layer)
-    known: dict[type[Any], type[FusedPeft]] = {FusedPeftLinear.plain: FusedPeftLinear}
+    fused: tuple[type[FusedPeft], ...] = (FusedPeftLinear, FusedPeftConv2d, FusedPeftConv1d)
+    known: dict[type[Any], type[FusedPeft]] = {one.plain: one for one in fused}
     # These load the library of the weights, which a model with such layers has loaded.
     if kind.__module__ == "peft.tuners.lora.bnb":
         from . import _peft_bitsandbytes

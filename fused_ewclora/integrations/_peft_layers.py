@@ -1,4 +1,4 @@
-"""PEFT's LoRA linear as an adapted layer: the same modules, keys and methods, computed by the fused op."""
+"""PEFT's LoRA layers as adapted layers: the same modules, keys and methods, computed by the fused op."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ class FusedPeft(AdaptedLinear):
 
     plain: ClassVar[type[Any]]  # a class of PEFT
     weight_path = "base_layer.weight"
+    bases: ClassVar[tuple[type[nn.Module], ...]]  # classes of base layers that the op computes
+    factor: ClassVar[type[nn.Module]] = nn.Linear  # the class of the modules in lora_A and lora_B
 
     bound: str | None  # the adapter that the EWC of attach_ewc belongs to
     gaussian: bool  # whether a new lora_A is normal with standard deviation 1 / r
@@ -165,15 +167,16 @@ class FusedPeft(AdaptedLinear):
             return f"adapter {name!r} is a variant ({type(self.lora_variant[name]).__name__})"
         if lora_b.bias is not None:
             return f"adapter {name!r} has a bias (lora_bias)"
-        if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+        if type(lora_a) is not self.factor or type(lora_b) is not self.factor:
             kinds = f"{type(lora_a).__name__} and {type(lora_b).__name__}"
-            return f"lora_A and lora_B of adapter {name!r} are {kinds}, not nn.Linear"
+            return f"lora_A and lora_B of adapter {name!r} are {kinds}, not nn.{self.factor.__name__}"
         if _dropout(dropout) is None:
             return f"adapter {name!r} has {type(dropout).__name__} for dropout"
         for module in (self.base_layer, lora_a, lora_b, dropout):
             if _observed(module):
                 return f"{type(module).__name__} inside it has hooks, which the fused op would not call"
-        return self._dtype_unfit(name, lora_a.weight.dtype, lora_b.weight.dtype)
+        dtype, other = (cast(Tensor, factor.weight).dtype for factor in (lora_a, lora_b))
+        return self._dtype_unfit(name, dtype, other)
 
     def _dtype_unfit(self, name: str, dtype: torch.dtype, other: torch.dtype) -> str | None:
         weight = self.base_layer.weight
@@ -187,8 +190,7 @@ class FusedPeft(AdaptedLinear):
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x `[..., in_features]` -> y `[..., out_features]`; calls with further arguments (adapter_names of a
-        mixed batch) run PEFT's forward."""
+        """y of x; calls with further arguments (adapter_names of a mixed batch) run PEFT's forward."""
         if not torch.compiler.is_compiling():
             (self._original or self).__dict__["forward_calls"] += 1
         extra = bool(args) or any(value is not None for value in kwargs.values())
@@ -202,13 +204,11 @@ class FusedPeft(AdaptedLinear):
             self._check_bound()
         (name,) = self.active_names()
         dropout = self.lora_dropout[name]
-        adapter = FE.Adapter(
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
-            float(self.scaling[name]),
-            ((0, self.out_features),),
-        )
-        return self._fused_forward(x, adapter, _dropout(dropout) or 0.0, dropout.training)
+        return self._fused_forward(x, self._adapter(name), _dropout(dropout) or 0.0, dropout.training)
+
+    def _adapter(self, name: str) -> FE.Adapter:
+        lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
+        return FE.Adapter(lora_a, lora_b, float(self.scaling[name]), ((0, self.out_features),))
 
     def _plain_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's own forward."""
@@ -243,39 +243,34 @@ class FusedPeft(AdaptedLinear):
         """PEFT's own unmerge, which subtracts."""
         self.plain.unmerge(self)
 
-    @classmethod
-    def base_unfit(cls, base: nn.Module) -> str | None:
-        """The reason why calls with this base layer cannot be fused, or None."""
-        raise NotImplementedError
-
     def extra_repr(self) -> str:
         return nn.Module.extra_repr(self)
 
+    @classmethod
+    def base_unfit(cls, base: nn.Module) -> str | None:
+        """The reason why calls with this base layer cannot be fused, or None."""
+        if type(base) not in cls.bases:
+            return f"its base layer is {type(base).__name__}, not nn.{cls.bases[0].__name__}"
+        weight: Any = own_tensors(base).get("weight")
+        if weight is None:
+            return not_plain(base, "weight")
+        if type(weight) not in (nn.Parameter, Tensor):
+            return f"its base weight is {type(weight).__name__}, not a plain parameter"
+        return (
+            None if weight.is_floating_point() else f"its base weight is {weight.dtype}, not floating point"
+        )
+
 
 class FusedPeftLinear(FusedPeft, PeftLinear):
-    """`peft.tuners.lora.layer.Linear` whose plain calls are one fused op."""
+    """`peft.tuners.lora.layer.Linear`: x `[..., in_features]`, y `[..., out_features]`."""
 
     plain = PeftLinear
+    bases = (nn.Linear, Conv1D)
 
     @property
     def transposed(self) -> bool:  # type: ignore[override]
         """Whether the base layer is a Conv1D, whose weight is `[in_features, out_features]`."""
         return type(self.base_layer) is Conv1D
-
-    @classmethod
-    def base_unfit(cls, base: nn.Module) -> str | None:
-        return _base_unfit(base)
-
-
-def _base_unfit(base: nn.Module) -> str | None:
-    if type(base) not in (nn.Linear, Conv1D):
-        return f"its base layer is {type(base).__name__}, not nn.Linear"
-    weight: Any = own_tensors(base).get("weight")
-    if weight is None:
-        return not_plain(base, "weight")
-    if type(weight) not in (nn.Parameter, Tensor):
-        return f"its base weight is {type(weight).__name__}, not a plain parameter"
-    return None if weight.is_floating_point() else f"its base weight is {weight.dtype}, not floating point"
 
 
 def _dropout(module: nn.Module) -> float | None:

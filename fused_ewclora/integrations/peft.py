@@ -20,14 +20,15 @@ from ._peft_quantised import FusedPeftQuantised, check_without_residuals
 
 require("peft")
 
-from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402  (after the version check)
+from peft.tuners.lora.layer import MultiheadAttention as PeftAttention  # noqa: E402  (after the check)
+from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 
 __all__ = ["accelerate_", "attach_ewc", "restore_"]
 
 
 def accelerate_(peft_model: nn.Module) -> Report:
-    """Run PEFT's LoRA linears on the fused op, in place; returns a table of the layers, with the reasons for
-    those that stay as they are.
+    """Run PEFT's LoRA linears and convolutions on the fused op, in place; returns a table of the layers, with
+    the reasons for those that stay as they are.
 
     peft_model: a `PeftModel`, or any model that contains layers of PEFT. Outputs and gradients equal those of
     PEFT up to rounding; dropout has the same distribution but uses other random numbers. Keys of the
@@ -122,10 +123,15 @@ def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
 
 def _unfit(layer: Any) -> str | None:
     """The reason why a layer is left to PEFT whichever of its adapters is active, or None."""
+    if isinstance(layer, PeftAttention):
+        return (
+            "PEFT merges the adapters of an nn.MultiheadAttention in every forward, and some versions add "
+            "the adapter of its out_proj twice; fe.inject(model, config) adapts the plain model instead"
+        )
     fused = fused_class(layer)
     if fused is None:
         kind = type(layer)
-        return f"{kind.__module__}.{kind.__qualname__} is not PEFT's LoRA linear"
+        return f"{kind.__module__}.{kind.__qualname__} is not PEFT's LoRA linear, Conv2d or Conv1d"
     if why := fused.base_unfit(layer.base_layer):
         return why
     if layer.lora_A and all(name in layer.lora_variant for name in layer.lora_A):

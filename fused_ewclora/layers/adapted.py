@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
@@ -54,6 +54,8 @@ class AdaptedLinear(nn.Module):
     transposed: ClassVar[bool] = False  # whether `plain` stores its weight as `[in_features, out_features]`
     weight_path: ClassVar[str] = "weight"  # path of the weight below the layer
     is_part: ClassVar[bool] = False  # whether another module stores the weight, see `LoRAPart`
+    in_all: ClassVar[bool] = True  # whether "all-linear" selects modules of the class `plain`
+    stores_matrices: ClassVar[bool] = True  # whether lora_A and lora_B are parameters of two dimensions
 
     in_features: int
     out_features: int
@@ -82,11 +84,33 @@ class AdaptedLinear(nn.Module):
         """(in_features, out_features) of a module of the class `plain`."""
         return module.in_features, module.out_features  # type: ignore[return-value]
 
+    @classmethod
+    def unfit_shape(cls, module: nn.Module) -> str | None:
+        """The reason why a module of the class `plain`, with a plain weight, cannot be adapted, or None."""
+        shape, expected = list(cast(Tensor, module.weight).shape), list(cls.features(module))
+        sides = "[in_features, out_features]" if cls.transposed else "[out_features, in_features]"
+        fits = shape == (expected if cls.transposed else expected[::-1])
+        return None if fits else f"its weight has shape {shape}, not {sides}"
+
+    @classmethod
+    def kernel_of(cls, module: nn.Module) -> tuple[int, ...]:
+        """The size of the windows that a module of the class `plain` maps; () if it maps rows."""
+        return ()
+
+    @classmethod
+    def unlike_peft(cls, module: nn.Module) -> str | None:
+        """The reason why PEFT's LoRA of a module of the class `plain` computes something else, or None."""
+        return None
+
     @property
     def base_weight(self) -> Tensor:
         """The weight as `[out_features, in_features]`, to be read: a view of the parameter where its strides
         allow one, else a copy. `weight_updates` changes it."""
         return self.matrix_of(self.weight)
+
+    def whole_weight(self) -> Tensor:
+        """`base_weight`, gathered if several processes share it; each of them must call this."""
+        return whole(self.base_weight)
 
     def matrix_of(self, stored: Tensor) -> Tensor:
         """A stored weight, or some rows of one, as a matrix `[out_features, in_features]`."""
@@ -127,7 +151,7 @@ class AdaptedLinear(nn.Module):
         """The `fingerprint` of the weight as it is now; every process that holds a part of it must call
         this."""
         state = self.weight_state()
-        return fingerprint(whole(self.base_weight)) if state is None else self.fingerprint_of(state)
+        return fingerprint(self.whole_weight()) if state is None else self.fingerprint_of(state)
 
     @classmethod
     def unfit(cls, module: nn.Module) -> str | None:
@@ -139,11 +163,7 @@ class AdaptedLinear(nn.Module):
             return f"its weight is {weight.dtype}, not floating point"
         if is_traceable_wrapper_subclass(weight) and not is_dtensor(weight):
             return f"its weight is {type(weight).__name__}, which is not one that can be adapted"
-        expected = cls.features(module)
-        if tuple(weight.shape) != (expected if cls.transposed else expected[::-1]):
-            sides = "[in_features, out_features]" if cls.transposed else "[out_features, in_features]"
-            return f"its weight has shape {list(weight.shape)}, not {sides}"
-        return None
+        return cls.unfit_shape(module)
 
     def not_writable(self) -> str | None:
         """The reason why `weight_updates` cannot change the weight, or None."""
@@ -348,6 +368,14 @@ class AdaptedLinear(nn.Module):
             capture=self.fisher_capture,
         )
 
+    def row_count(self, x: Tensor) -> int:
+        """The number of rows that the linear map is applied to in a call with x."""
+        return x.numel() // max(x.shape[-1], 1)
+
+    def input_rows(self, x: Tensor) -> Iterator[Tensor]:
+        """These rows `[rows, in_features]`, in pieces of limited size where they are copies."""
+        yield x.reshape(-1, x.shape[-1])
+
     @torch.no_grad()
     def consolidated_weight(self) -> Tensor:
         """A new tensor W + B diag(s) A, summed in fp32 (fp64 for fp64) and rounded once.
@@ -462,5 +490,6 @@ class AdaptedLinear(nn.Module):
 
 # Attributes that an adapted layer has in addition to those of its plain class.
 _OWN = set(AdaptedLinear.__annotations__) - {
-    "plain", "transposed", "weight_path", "is_part", "in_features", "out_features", "weight", "bias",
+    "plain", "transposed", "weight_path", "is_part", "in_all", "stores_matrices", "in_features",
+    "out_features", "weight", "bias",
 }  # fmt: skip

@@ -9,6 +9,8 @@ from itertools import chain
 from typing import cast
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 
 from ..config import ALL_LINEAR, LoRAConfig, QKVLayout, matches
 from ..distributed.wrappers import innermost
@@ -150,14 +152,20 @@ class Plan:
 def plan(model: nn.Module, config: LoRAConfig) -> Plan:
     """Match and validate without changing anything; raises `TargetError` or `LayoutError` naming the layer.
 
-    Names are matched as in PEFT. Only modules whose class is exactly `nn.Linear`, or another one that is
-    registered, are adapted: modules of other classes are skipped with a reason, and an `nn.Linear` that the
-    targets name but that cannot be adapted raises. `"all-linear"` leaves out the modules that
-    `get_output_embeddings()`, `get_classifier()` or a rule of `register_heads` returns.
+    Names are matched as in PEFT. Only modules whose class is exactly `nn.Linear`, `nn.Conv2d`, `nn.Conv1d` or
+    another one that is registered are adapted: modules of other classes are skipped with a reason, and a
+    linear layer or convolution that the targets name but that cannot be adapted raises. `"all-linear"` leaves
+    out convolutions, and the modules that `get_output_embeddings()`, `get_classifier()` or a rule of
+    `register_heads` returns.
     """
     if config.target_modules is None:
         raise TargetError(
             f"target_modules: expected a string, names or {ALL_LINEAR!r}, got None; {_available(model)}"
+        )
+    if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
+        raise TargetError(
+            f"{lazy[0]}: has no shape yet; run the model once, which gives lazy modules their shapes, before "
+            "inject. Nothing was changed"
         )
     everything = config.target_modules == ALL_LINEAR
     load_libraries(model)
@@ -189,7 +197,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
             raise TargetError(
                 f"{name or 'model'}: has adapters already; fe.eject(model) removes them. Nothing was changed"
             )
-        elif (part is not None or is_linear(module)) and not everything:
+        elif (part is not None or _adaptable(module)) and not everything:
             raise TargetError(
                 f"{name}: {reason}; leave it out with exclude_modules=[{name!r}]. Nothing was changed"
             )
@@ -321,15 +329,23 @@ def output_heads(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is an instance of `nn.Linear` or of another class that has an adapted form."""
-    return isinstance(module, tuple(_adapted_classes))
+    """Whether the module is an instance of `nn.Linear` or of another class that has an adapted form, unless
+    it is a convolution."""
+    return isinstance(module, tuple(plain for plain, own in _adapted_classes.items() if own.in_all))
+
+
+def _adaptable(module: nn.Module) -> bool:
+    """Whether the module is a linear layer or a convolution, adaptable or not: a target that names one means
+    it."""
+    return isinstance(module, (*_adapted_classes, _ConvNd))
 
 
 def _unfit(module: nn.Module) -> str | None:
     """The reason why a module cannot be adapted in place, or None."""
     kind = type(module).__name__
-    if not is_linear(module):
-        return f"{kind} is not nn.Linear"
+    if not isinstance(module, tuple(_adapted_classes)):
+        conv = isinstance(module, _ConvNd)
+        return f"{kind} is not nn.Conv1d or nn.Conv2d" if conv else f"{kind} is not nn.Linear"
     if type(module) not in _adapted_classes:
         base = next(plain.__name__ for plain in _adapted_classes if isinstance(module, plain))
         return f"{kind} is a subclass of {base} whose behaviour would be lost"

@@ -15,6 +15,7 @@ from ..errors import ArgumentError, DtypeError
 from . import dispatch, schemas
 from .adapters import Adapter, Scale, row_ranges
 from .capture import MODES
+from .windows import Geometry
 
 _SHORT = (torch.float16, torch.bfloat16)
 _LARGEST = torch.finfo(torch.float32).max
@@ -196,6 +197,34 @@ def _adapters(adapters: Sequence[Adapter], x: Tensor, d_in: int, d_out: int) -> 
             flat_rows += (index, start, stop)
     _disjoint(flat_rows, d_out)
     return flat_rows
+
+
+def images(x: Tensor, weight: Tensor, geometry: Geometry) -> None:
+    """The input of a convolution with this weight, which has one entry of the geometry per dimension."""
+    floating(x, "x")
+    floating(weight, "weight")
+    dims = weight.dim()
+    if x.is_nested:
+        raise ArgumentError("x: expected a padded tensor, got a nested one")
+    if x.dim() not in (dims, dims - 1) or x.shape[1 - dims] != weight.shape[1]:
+        channels, spatial = weight.shape[1], "H, W" if dims == 4 else "L"
+        raise ArgumentError(
+            f"x: expected [N, {channels}, {spatial}] or [{channels}, {spatial}] (weight {_shape(weight)}), "
+            f"got shape {_shape(x)}"
+        )
+    if min(geometry.counts(tuple(x.shape[2 - dims :]))) < 1:
+        raise ArgumentError(
+            f"x: expected at least one window of {list(geometry.kernel)} (padding {list(geometry.padding)}, "
+            f"dilation {list(geometry.dilation)}), got shape {_shape(x)}"
+        )
+
+
+def lora_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], dropout_p: float
+) -> None:
+    """Everything about a LoRA convolution but the sizes of its input."""
+    rows = x.new_empty(0, weight[0].numel())  # of x as the base product has them
+    lora_linear(rows, weight.flatten(1), bias, adapters, dropout_p)
 
 
 def _disjoint(rows: list[int], d_out: int) -> None:

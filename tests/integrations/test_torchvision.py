@@ -27,7 +27,8 @@ import fused_ewclora as fe
 from fused_ewclora.integrations import torchvision as known
 
 D, HEADS = 8, 2
-BOTH = fe.LoRAConfig(r=2, target_modules=["qkv", "proj"])
+# The patch embedding of videos is an nn.Conv3d.
+BOTH = fe.LoRAConfig(r=2, target_modules=["qkv", "proj"], exclude_modules=["patch_embed.proj"])
 IMAGES, VIDEO = (2, 8, 12, D), (2, 4, 4, 6, D)
 
 # class, window, shift, shape of the input
