@@ -14,6 +14,7 @@ from typing import Any
 from . import _moved, integrations
 from .config import LoRAConfig, QKVLayout
 from .diagnostics.explain import check_bypass, explain, verify_forward
+from .diagnostics.rounding import rounding
 from .errors import (
     ArgumentError,
     BackendError,
@@ -88,6 +89,7 @@ __all__ = [
     "register_layout",
     "register_parts",
     "reset_optimizer_state_",
+    "rounding",
     "save_pretrained",
     "unmerge",
     "use_backend",

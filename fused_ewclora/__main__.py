@@ -48,9 +48,15 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _add_check(commands: Any) -> None:
-    parser = commands.add_parser("check", help="dry run of adapters in a named timm or transformers model")
-    parser.add_argument("model", help="a model of timm, or a type, config.json or folder of transformers")
-    parser.add_argument("--library", choices=("timm", "transformers"), help="default: the one that knows it")
+    parser = commands.add_parser("check", help="dry run of adapters in a named model of a model library")
+    parser.add_argument(
+        "model",
+        help="a model of timm or torchvision, or a type, config.json or folder of transformers; the library "
+        "may come first, as in torchvision/vit_b_16",
+    )
+    parser.add_argument(
+        "--library", choices=("timm", "transformers", "torchvision"), help="default: the one that knows it"
+    )
     parser.add_argument(
         "--target", nargs="+", default=[], metavar="NAME", help="target_modules; default: all linear layers"
     )

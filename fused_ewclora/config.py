@@ -13,6 +13,7 @@ import torch
 from .errors import ArgumentError, DtypeError, LayoutError
 
 ALL_LINEAR = "all-linear"
+QUANTISED_MERGES = ("requantise", "residual")
 _LARGEST = torch.finfo(torch.float32).max
 Rows = tuple[tuple[int, int], ...]
 Targets = str | Sequence[str]
@@ -69,6 +70,12 @@ def probability(value: object, name: str) -> float:
     if not 0.0 <= number <= 1.0:
         raise ArgumentError(f"{name}: expected a probability in [0, 1], got {number}")
     return number
+
+
+def checked_merge(value: object) -> None:
+    """Check a value of quantised_merge."""
+    if value is not None and value not in QUANTISED_MERGES:
+        raise ArgumentError(f"quantised_merge: expected one of {QUANTISED_MERGES} or None, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -147,12 +154,15 @@ class LoRAConfig:
     r: the rank, >= 1. lora_alpha: None for scale 1 (the EWC-LoRA paper), else the scale is lora_alpha / r.
     lora_dropout: the dropout probability on the input of the low-rank branch. target_modules,
     exclude_modules: a string is a regular expression that must match the whole dotted name; a list holds
-    names or dotted suffixes; `"all-linear"` selects every `nn.Linear` except the output head. slices: the
+    names or dotted suffixes; `"all-linear"` selects every `nn.Linear` except the output head, and no
+    convolution: these are adapted where a name selects them. slices: the
     segments of a packed projection that get one adapter each. layout: the `QKVLayout` of that projection.
     rank_pattern, alpha_pattern: {regular expression for the end of the dotted name: value}; one for a module
     holds for its parts, such as the input projections of an attention. modules_to_save:
     ends of the names of modules that are trained whole beside the adapters, such as a new head, and saved
-    with them. Raises `ArgumentError` or `DtypeError` naming the field.
+    with them. quantised_merge: what merging and consolidation do to quantised weights: "requantise" adds in
+    fp32 and quantises again, "residual" keeps the sum of all updates in bf16 beside the weight; None refuses
+    (docs/integrations/quantised.md). Raises `ArgumentError` or `DtypeError` naming the field.
 
         >>> LoRAConfig(r=10, target_modules=["qkv"], slices=("k", "v"), layout=QKVLayout(("q", "k", "v")))
     """
@@ -167,6 +177,7 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
     modules_to_save: Sequence[str] | None = None
+    quantised_merge: str | None = None
 
     def __post_init__(self) -> None:
         positive(self.r, "r")
@@ -177,6 +188,7 @@ class LoRAConfig:
             object.__setattr__(self, field, _targets(getattr(self, field), field))
         if self.modules_to_save is not None:
             object.__setattr__(self, "modules_to_save", _names(self.modules_to_save, "modules_to_save"))
+        checked_merge(self.quantised_merge)
         if self.slices is not None:
             object.__setattr__(self, "slices", segment_names(self.slices, "slices"))
         if self.layout is not None:

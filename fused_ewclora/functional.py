@@ -17,19 +17,25 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError
+from .ops import add_low_rank as _low_rank
 from .ops import checks as check
 from .ops import dispatch, memory, schemas
 from .ops import ewc_penalty as _penalty
+from .ops import lora_conv as _conv
 from .ops import lora_linear as _linear
 from .ops.adapters import Adapter, Adapters, Scale
-from .ops.capture import CallCapture
+from .ops.capture import CallCapture, FisherCapture
+from .ops.windows import Geometry
 from .reference.fisher_accumulate import sample_bounds
 
 __all__ = [
     "Adapter",
+    "Geometry",
+    "add_low_rank",
     "ewc_penalty",
     "ewc_penalty_grad_",
     "fisher_accumulate_",
+    "lora_conv_adapters",
     "lora_linear",
     "lora_linear_adapters",
     "lora_linear_slices",
@@ -131,6 +137,92 @@ def lora_linear_adapters(
     lora_as, lora_bs, scales, _ = zip(*adapters, strict=True)
     together = Adapters.of(lora_as, lora_bs, scales)
     return _linear.lora_linear(x, weight, bias, together, meta, mask_seed, capture)
+
+
+def add_low_rank(
+    y: Tensor,
+    x: Tensor,
+    adapters: Sequence[Adapter],
+    residual: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+    capture: CallCapture | None = None,
+) -> Tensor:
+    """y + x R^T + ((x A^T) * s) B^T, for a product y of x that something else has computed, such as a layer
+    with quantised weights; differentiable in y, x, lora_a, lora_b and tensor scales.
+
+    y `[..., d_out]`, x `[..., d_in]`, residual R `[d_out, d_in]` of any floating dtype, not differentiated;
+    adapters, dropout and `capture` as in `lora_linear_adapters`. Returns a new tensor in the dtype of y; sums
+    are fp32 (fp64 for fp64), with autocast too. Raises `ArgumentError` or `DtypeError` naming the argument.
+
+        >>> y = add_low_rank(model(x), x, [Adapter(lora_a, lora_b, 1.0, ((0, 768),))])
+    """
+    rows = check.add_low_rank(y, x, adapters, residual, dropout_p)
+    if dropout_p > 0.0 and not training:
+        dropout_p = 0.0
+    mask_seed = check.seed_tensor(seed, x.device) if dropout_p > 0.0 else None
+    together = Adapters.of(
+        [adapter.lora_a for adapter in adapters],
+        [adapter.lora_b for adapter in adapters],
+        [adapter.scale for adapter in adapters],
+    )
+    meta = _low_rank.AddLowRankMeta(rows, together.scale_factors, float(dropout_p))
+    return _low_rank.add_low_rank(y, x, residual, together, meta, mask_seed, capture)
+
+
+def lora_conv_adapters(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    geometry: Geometry,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    backend: str | None = None,
+    capture: FisherCapture | None = None,
+) -> Tensor:
+    """The convolution whose windows, as rows, a LoRA linear maps: y = conv(x, W) + bias + conv1x1(conv(x, A)
+    * s, B) (docs/mathematics.md, section 1.1).
+
+    x `[N, C, H, W]` or `[N, C, L]`, with or without N, weight `[d_out, C, *kernel]`, lora_a `[r, C *
+    kernel]` in the order of `weight.flatten(1)`; returns `[N, d_out, *windows]`. Disjoint windows (1 x 1, or
+    as large as the stride, without padding) are rows of `lora_linear_adapters` where that is faster, which
+    for 1 x 1 copies nothing if x has its channels last; the rest are convolutions of PyTorch, whatever the
+    backend. Dropout acts on the elements of x in the low-rank branch. Raises `ArgumentError` or `DtypeError`
+    naming the argument.
+
+        >>> geometry = Geometry(kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+        >>> y = lora_conv_adapters(x, weight, bias, [adapter], geometry)
+    """
+    check.images(x, weight, geometry)
+    if x.dim() < weight.dim():
+        options: dict[str, Any] = {"dropout_p": dropout_p, "training": training, "capture": capture}
+        return lora_conv_adapters(
+            x.unsqueeze(0), weight, bias, adapters, geometry, backend=backend, **options
+        ).squeeze(0)
+    if geometry.disjoint and (_conv.prefers_rows(x, geometry) or capture is not None):
+        last = capture is None and not geometry.pointwise and _conv.channels_last(x)
+        if last:
+            weight, adapters = _conv.with_channels_last(weight, adapters)
+        y = lora_linear_adapters(
+            geometry.rows(x, last),
+            weight.flatten(1),
+            bias,
+            adapters,
+            dropout_p=dropout_p,
+            training=training,
+            backend=backend,
+            capture=capture,
+        ).movedim(-1, 1)
+        # The memory format that PyTorch's convolution gives.
+        return y if y.dim() == 4 and _conv.channels_last(x) else y.contiguous()
+    x, weight, bias, adapters = check.autocast(x, weight, bias, adapters)
+    check.lora_conv(x, weight, bias, adapters, dropout_p)
+    meta = _conv.LoRAConvMeta(geometry, float(dropout_p) if training else 0.0)
+    return _conv.lora_conv(x, weight, bias, *_conv.together(adapters, weight.shape[0]), meta, capture)
 
 
 def _penalty_adapters(

@@ -30,11 +30,14 @@ from ..layers.inject import adapters, check_plain
 from ..layers.slices import AdapterSlice, exact_part, fingerprint, fisher_key, same_weights
 from . import frozen
 from .files import ADAPTER, ADAPTER_CONFIG, MANIFEST, STATE, read_files, write_files
-from .peft_format import disk_key, model_key, own_config, peft_config, stock_shapes
+from .peft_format import as_in_peft, disk_key, model_key, own_config, peft_config, stock_shapes
 
 FORMAT = 1
 ROWS = "merged_rows."  # prefix of the keys of base weight rows that consolidation has changed
+PART = "#"  # between the name of a layer and a tensor that determines its weight, in such keys
 BUFFERS = "buffer."  # prefix of the keys of small buffers
+# By layer: its new weight, or the tensors that determine it.
+NewWeights = Mapping[str, Tensor | Mapping[str, Tensor]]
 
 
 def save_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | None = None) -> None:
@@ -63,7 +66,7 @@ def save_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
     spread = bool(sharded(layers))
     keep = not spread or dist.get_rank() == 0
     trained = trained_tensors(model, layers)
-    now = {name: fingerprint(layer.whole_weight()) for name, layer in layers.items()}
+    now = {name: layer.weight_fingerprint() for name, layer in layers.items()}
     changed = [name for name, layer in layers.items() if _differs(layer, now[name])]
     buffers, digests = frozen.split(frozen.outside_tensors(model, layers), trained.values())
     tensors, adapter_config = _adapter_file(model, layers, trained, changed)
@@ -123,8 +126,8 @@ def load_pretrained(
     values = _values(model, layers, unpack(files, ADAPTER))
     state = unpack(files, STATE) if STATE in files else {}
     rows = _taken(state, ROWS)
-    weights = _merged_weights(layers, rows)
-    others += _other_weights(layers, weights, config["layers"])
+    new = _new_weights(layers, rows)
+    others += _other_weights(layers, new, config["layers"])
     outside = frozen.outside_tensors(model, layers)
     buffers, unfit = _buffer_updates(outside, _taken(state, BUFFERS))
     held = [target for target, _ in (*values.values(), *buffers)]
@@ -133,7 +136,7 @@ def load_pretrained(
     if ewc is None or ewc.check_finite:
         _check_finite({name: value for name, (_, value) in values.items()}, ADAPTER)
         _check_finite(rows, STATE)
-    updates = [*values.values(), *_weight_updates(layers, weights), *buffers]
+    updates = [*values.values(), *_weight_updates(layers, new), *buffers]
     parsed = None if ewc is None else parsed_ewc(ewc, state, config)
     with Transaction() as change:
         for target, value in updates:
@@ -162,12 +165,12 @@ def _layers(model: nn.Module, ewc: EWC | None) -> dict[str, AdaptedLinear]:
 
 def _origin(layer: AdaptedLinear) -> str:
     # The stored fingerprint is empty when the layer was injected on the meta device.
-    return layer.origin_fingerprint or fingerprint(layer.whole_weight())
+    return layer.origin_fingerprint or layer.weight_fingerprint()
 
 
 def is_changed(layer: AdaptedLinear) -> bool:
     """Whether the base weight is no longer the pretrained one."""
-    return layer.consolidated_tasks > 0 or _differs(layer, fingerprint(layer.whole_weight()))
+    return layer.consolidated_tasks > 0 or _differs(layer, layer.weight_fingerprint())
 
 
 def _differs(layer: AdaptedLinear, now: str) -> bool:
@@ -176,12 +179,18 @@ def _differs(layer: AdaptedLinear, now: str) -> bool:
 
 
 def changed_rows(layers: Mapping[str, AdaptedLinear], changed: list[str]) -> dict[str, Tensor]:
-    """The rows of base weights that consolidation writes, for the layers in `changed`, by key."""
-    return {
-        ROWS + fisher_key(name, piece): take_rows(layers[name].whole_weight(), piece.rows)
-        for name in changed
-        for piece in layers[name].adapter_slices
-    }
+    """The rows of base weights that consolidation writes, for the layers in `changed`, by key; of a weight
+    whose numbers are not stored as such, everything that determines them."""
+    found: dict[str, Tensor] = {}
+    for name in changed:
+        state = layers[name].weight_state()
+        if state is not None:
+            found |= {f"{ROWS}{name}{PART}{part}": tensor for part, tensor in state.items()}
+            continue
+        weight = layers[name].whole_weight()
+        for piece in layers[name].adapter_slices:
+            found[ROWS + fisher_key(name, piece)] = take_rows(weight, piece.rows)
+    return found
 
 
 def _adapters_of(layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
@@ -217,7 +226,11 @@ def _adapter_file(
     except NotExactlyRepresentable as reason:
         config = own_config(str(reason))
     peft = config["peft_type"] == "LORA"
-    tensors = {disk_key(name, True, peft): tensor for name, tensor in _adapters_of(layers).items()}
+    tensors = {
+        disk_key(f"{name}.{leaf}", True, peft): as_in_peft(layer, leaf, p.detach()) if peft else p
+        for name, layer in layers.items()
+        for leaf, p in layer.named_lora_parameters()
+    }
     tensors |= {disk_key(name, False, peft): tensor for name, tensor in trained.items()}
     return tensors, config
 
@@ -321,9 +334,21 @@ def _values(
         raise CheckpointError(
             f"{ADAPTER}: the model has no {foreign[0]} ({len(foreign)} such tensors); nothing was loaded"
         )
+    for name, layer in layers.items():
+        for leaf, _ in layer.named_lora_parameters():
+            key = f"{name}.{leaf}"
+            values[key] = _reshaped(layer, leaf, required[key], values[key])
     for name, value in values.items():
         _same_kind(name, available[name], value, ADAPTER)
     return {name: (available[name], value) for name, value in values.items()}
+
+
+def _reshaped(layer: AdaptedLinear, leaf: str, target: Tensor, value: Tensor) -> Tensor:
+    """A saved parameter, a matrix or as PEFT has it, in the shape of the layer's own."""
+    if value.dim() == target.dim() or target.dim() < 2 or not layer.kernel_of(layer):
+        return value
+    shapes = [tensor.shape for tensor in (target.flatten(1), as_in_peft(layer, leaf, target))]
+    return value.reshape(target.shape) if value.shape in shapes else value
 
 
 def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -356,13 +381,13 @@ def _check_finite(values: Mapping[str, Tensor], file: str) -> None:
 
 
 def _other_weights(
-    layers: Mapping[str, AdaptedLinear], new: Mapping[str, Tensor], saved: Mapping[str, Any]
+    layers: Mapping[str, AdaptedLinear], new: NewWeights, saved: Mapping[str, Any]
 ) -> frozen.Others:
     """The adapted weights that would not be those of the saved model, with the new ones in place."""
     entries = {canonical_name(name): entry for name, entry in saved.items()}
     others: frozen.Others = []
     for name, layer in layers.items():
-        now = fingerprint(new[name] if name in new else layer.whole_weight())
+        now = _new_fingerprint(layer, new[name]) if name in new else layer.weight_fingerprint()
         if name not in new and _differs(layer, now):
             raise _unconsolidated(name)
         others += frozen.other_weight(layer.weight_name(name), entries[name].get("weight"), exact_part(now))
@@ -379,22 +404,37 @@ def _unconsolidated(name: str) -> CheckpointError:
 def row_updates(layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Tensor]) -> Updates:
     """New base weights from the saved rows; a layer without saved rows must still have its pretrained
     weight."""
-    new = _merged_weights(layers, saved)
+    new = _new_weights(layers, saved)
     for name, layer in layers.items():
         if name not in new and is_changed(layer):
             raise _unconsolidated(name)
     return _weight_updates(layers, new)
 
 
-def _weight_updates(layers: Mapping[str, AdaptedLinear], new: Mapping[str, Tensor]) -> Updates:
-    return [update for name, weight in new.items() for update in layers[name].weight_updates(weight)]
+def _weight_updates(layers: Mapping[str, AdaptedLinear], new: NewWeights) -> Updates:
+    updates: Updates = []
+    for name, weight in new.items():
+        layer = layers[name]
+        updates += layer.weight_updates(weight) if isinstance(weight, Tensor) else layer.state_updates(weight)
+    return updates
 
 
-def _merged_weights(layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole new weights of the layers that have saved rows."""
+def _new_fingerprint(layer: AdaptedLinear, new: Tensor | Mapping[str, Tensor]) -> str:
+    """The fingerprint that the layer will have."""
+    return fingerprint(whole(new)) if isinstance(new, Tensor) else layer.fingerprint_of(new)
+
+
+def _new_weights(layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Tensor]) -> NewWeights:
+    """What the saved rows, and the saved parts of weights, make of the layers that have some."""
     left = {canonical_name(key.removeprefix(ROWS)): value for key, value in saved.items()}
-    new: dict[str, Tensor] = {}
+    new: dict[str, Tensor | Mapping[str, Tensor]] = {}
     for name, layer in layers.items():
+        state = layer.weight_state()
+        if state is not None:
+            parts = _taken(left, f"{name}{PART}")
+            if parts:
+                new[name] = _whole_state(layer, name, {k.partition(PART)[2]: v for k, v in parts.items()})
+            continue
         keys = [fisher_key(name, piece) for piece in layer.adapter_slices]
         if not any(key in left for key in keys):
             continue
@@ -409,6 +449,19 @@ def _merged_weights(layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Ten
     if left:
         raise CheckpointError(f"{STATE}: the model has no adapter {min(left)}; nothing was loaded")
     return new
+
+
+def _whole_state(layer: AdaptedLinear, name: str, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The saved parts of the weight of a layer, which fit it and are all there."""
+    expected = layer.state_like(parts)
+    for part in expected:
+        if part not in parts:
+            raise CheckpointError(f"{STATE}: {part} of the weight of {name} is missing; nothing was loaded")
+    for part, value in parts.items():
+        if part not in expected:
+            raise CheckpointError(f"{STATE}: the weight of {name} has no {part}; nothing was loaded")
+        _same_kind(f"{part} of the weight of {name}", expected[part], value, STATE)
+    return parts
 
 
 def _same_kind(name: str, target: Tensor, value: Tensor, file: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from reprlib import repr as shown  # of values from files, which may be long or deep
 from typing import Any
 
@@ -16,16 +16,26 @@ from ..layers.digest import digest
 from .files import MANIFEST
 
 BUFFER_BYTES = 1 << 16  # up to here buffers, which training may change, are saved; larger ones are tables
+HiddenRule = Callable[[nn.Module], Mapping[str, Tensor]]
+_hidden_rules: list[HiddenRule] = []
 Others = list[str]  # what a model has otherwise than the checkpoint, in words
 
 
+def register_hidden(rule: HiddenRule) -> HiddenRule:
+    """Add a rule for tensors that a module computes with and that are neither parameters nor buffers of it:
+    rule(module) -> tensors by name."""
+    _hidden_rules.append(rule)
+    return rule
+
+
 def outside_tensors(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by canonical name, except adapters and adapted weights; the names are
-    those in a model that `inject` adapted, for PEFT's layers too."""
+    """Parameters, persistent buffers and hidden tensors by canonical name, except adapters and adapted
+    weights; the names are those in a model that `inject` adapted, for PEFT's layers too."""
     found: dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
         persistent = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
-        for key, tensor in {**module._parameters, **persistent}.items():
+        hidden = {key: tensor for rule in _hidden_rules for key, tensor in rule(module).items()}
+        for key, tensor in {**module._parameters, **persistent, **hidden}.items():
             name = canonical_name(f"{prefix}.{key}" if prefix else key).replace(".base_layer.", ".")
             # PEFT keeps the module in place of which a trained copy runs.
             if tensor is not None and ".original_module." not in name and not _inside(name, layers):

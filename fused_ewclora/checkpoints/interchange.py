@@ -25,7 +25,15 @@ from ..layers.inject import adapters, check_plain, eject, inject
 from ..layers.matching import plan
 from .checkpoint import is_changed, trained_tensors
 from .files import ADAPTER, ADAPTER_CONFIG, write_plain
-from .peft_format import PREFIX, model_key, peft_config, rank_and_alpha, refuse_foreign
+from .peft_format import (
+    PREFIX,
+    as_in_peft,
+    model_key,
+    peft_config,
+    peft_shape,
+    rank_and_alpha,
+    refuse_foreign,
+)
 
 Planned = tuple[LoRAConfig, float]  # the configuration of one layer, and its exact scale
 _LORA_MATRIX = re.compile(r"(.+)\.lora_([AB])$")
@@ -53,7 +61,8 @@ def export_peft(model: nn.Module, path: str | os.PathLike[str]) -> None:
     shapes: dict[str, tuple[int, float]] = {}
     for name, layer in layers.items():
         lora_a, lora_b, scaling = _whole_layer(name, layer)
-        tensors |= {f"{PREFIX}{name}.lora_A.weight": lora_a, f"{PREFIX}{name}.lora_B.weight": lora_b}
+        for leaf, matrix in (("lora_A", lora_a), ("lora_B", lora_b)):
+            tensors[f"{PREFIX}{name}.{leaf}.weight"] = as_in_peft(layer, leaf, matrix)
         shapes[name] = (lora_a.shape[0], scaling)
     trained = trained_tensors(model, layers)
     config = peft_config(model, layers, trained, shapes)
@@ -76,7 +85,7 @@ def _whole_layer(name: str, layer: AdaptedLinear) -> tuple[Tensor, Tensor, float
         raise NotExactlyRepresentable(
             f"{name}: applies more than its lora_A and lora_B; end the training with the method's export()"
         )
-    pieces = layer.adapter_parameters()
+    pieces = [(piece, a.flatten(1), b.flatten(1)) for piece, a, b in layer.adapter_parameters()]
     scales = {layer.adapter_scale(piece) for piece, _, _ in pieces}
     if any(isinstance(scale, Tensor) for scale in scales) or len(scales) != 1:
         raise NotExactlyRepresentable(f"{name}: its adapters have learned or different scales")
@@ -198,7 +207,14 @@ def _plan(
         (match,) = plan(model, planned).matches
     except TargetError as error:
         raise NotExactlyRepresentable(f"{name}: {error}") from None
-    expected = {"A": [rank, match.in_features], "B": [match.adapters[0].row_count, rank]}
+    if why := match.adapted.unlike_peft(match.module):
+        raise NotExactlyRepresentable(f"{name}: {why}")
+    kernel = match.adapted.kernel_of(match.module)
+    matrices = {"A": (rank, match.in_features), "B": (match.adapters[0].row_count, rank)}
+    expected = {
+        letter: list(peft_shape(kernel, torch.Size(shape), letter == "A"))
+        for letter, shape in matrices.items()
+    }
     if shapes != expected:
         raise CheckpointError(
             f"{ADAPTER}: {name}: expected shapes {expected}, got {shapes}; nothing was loaded"
@@ -226,7 +242,7 @@ def _install(
             }
             values |= others
             for name, tensor in values.items():
-                change.copy_(parameters[name], tensor)
+                change.copy_(parameters[name], tensor.reshape(parameters[name].shape))
             _check_finite({name: parameters[name] for name in values})
             for name in others:
                 if isinstance(parameters[name], nn.Parameter):

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..distributed.transaction import canonical_name
 from ..errors import CheckpointError, NotExactlyRepresentable
@@ -30,6 +31,24 @@ def disk_key(name: str, adapter: bool, peft: bool) -> str:
 def model_key(key: str) -> str:
     """The inverse of `disk_key`; it also removes the prefixes of wrappers."""
     return _PEFT_KEY.sub(r".\1", canonical_name(key))
+
+
+def peft_shape(kernel: tuple[int, ...], matrix: torch.Size, is_a: bool) -> tuple[int, ...]:
+    """The shape that PEFT gives to a lora_A or lora_B of this shape: those of convolutions are kernels."""
+    if not kernel:
+        return tuple(matrix)
+    if is_a:
+        return (matrix[0], matrix[1] // math.prod(kernel), *kernel)
+    return (*matrix, *(1 for _ in kernel))
+
+
+def as_in_peft(layer: AdaptedLinear, leaf: str, tensor: Tensor) -> Tensor:
+    """A parameter of a layer, called `leaf`, as PEFT has it."""
+    kernel = layer.kernel_of(layer)
+    if not kernel:
+        return tensor
+    matrix = tensor.flatten(1)
+    return matrix.reshape(peft_shape(kernel, matrix.shape, leaf.startswith("lora_A")))
 
 
 def own_config(reason: str) -> dict[str, Any]:
@@ -107,6 +126,9 @@ def peft_config(
             raise NotExactlyRepresentable(
                 f"{name}: {kind} uses its weight without calling it, and PEFT's adapter would have no effect"
             )
+    for name, layer in layers.items():
+        if why := layer.unlike_peft(layer):
+            raise NotExactlyRepresentable(f"{name}: {why}")
     first = next(iter(layers.values()))
     if any(layer.dropout_p != first.dropout_p for layer in layers.values()):
         raise NotExactlyRepresentable("the layers have different dropout probabilities")

@@ -129,6 +129,9 @@ def _implementation(layer: AdaptedLinear, rank: int, rows: int | None) -> dict[s
         return {**row, "backend": "torch", "algorithm": f"linear ({state})", "why_not_faster": None}
     if why := layer.not_fused():
         return {**row, "backend": "torch", "algorithm": "several calls", "why_not_faster": why}
+    if layer.weight_state() is not None:
+        kind = "add_low_rank on the product of the library of its weight"
+        return {**row, "backend": "torch", "algorithm": kind, "why_not_faster": None}
     if rank == 0:
         return {**row, "backend": "torch", "algorithm": "linear (no ranks left)", "why_not_faster": None}
     answers = dispatch.explain("lora_linear", _call(layer, dtype, rank, rows))
@@ -177,7 +180,7 @@ def _measured(model: nn.Module) -> Iterator[dict[str, int]]:
     own = {name: vars(layer).get("forward") for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
-            vars(layer)["forward"] = functools.partial(_note_rows, sizes, name, layer.forward)
+            vars(layer)["forward"] = functools.partial(_note_rows, sizes, name, layer, layer.forward)
         yield sizes
     finally:
         for name, layer in layers.items():
@@ -188,10 +191,15 @@ def _measured(model: nn.Module) -> Iterator[dict[str, int]]:
 
 
 def _note_rows(
-    sizes: dict[str, int], name: str, forward: Callable[..., Tensor], *args: Any, **kwargs: Any
+    sizes: dict[str, int],
+    name: str,
+    layer: AdaptedLinear,
+    forward: Callable[..., Tensor],
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
     x = args[0] if args else kwargs["x"]
-    sizes[name] = max(sizes.get(name, 0), x.numel() // max(x.shape[-1], 1))
+    sizes[name] = max(sizes.get(name, 0), layer.row_count(x))
     return forward(*args, **kwargs)
 
 

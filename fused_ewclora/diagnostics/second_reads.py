@@ -34,7 +34,7 @@ def second_reads(
     model: nn.Module, layers: Mapping[str, AdaptedLinear], run: Run, first: list[Tensor]
 ) -> list[str]:
     """The names of the layers whose weight `run` reads outside of their calls, so that its tensors depend on
-    it. `first` is what `run` returned. Weights that are known to be tied, or sharded, are left out.
+    it. `first` is what `run` returned. Weights that are known to be tied, sharded or quantised are left out.
 
     The weights are changed in place and restored, bit for bit, also after an exception.
     """
@@ -52,6 +52,7 @@ def _testable(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> dict[str
         name: layer
         for name, layer in layers.items()
         if name not in left_out
+        and layer.weight_state() is None
         and users.get(id(layer.weight)) == 1
         and layer.weight.dtype in _BITS
         and layer.weight.layout == torch.strided

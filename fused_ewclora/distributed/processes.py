@@ -54,7 +54,7 @@ def held_part(tensor: Tensor, index: int) -> Tensor:
 
 @torch.no_grad()
 def whole_part(tensor: Tensor, index: int) -> Tensor:
-    """`tensor[index]`, from the process that holds it; all processes that share the tensor must call this."""
+    """`tensor[index]`, from the process that holds it; every process that shares it must call this."""
     if not is_dtensor(tensor):
         return tensor[index]
     dimension, chunk, coordinate = _division(tensor)

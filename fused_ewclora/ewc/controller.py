@@ -370,6 +370,9 @@ class EWC:
         """
         if self.merge_mode != "delta":
             raise ArgumentError(f"merge_mode: expected 'delta' for shard_, got {self.merge_mode!r}")
+        for name, layer in self.layers.items():
+            if layer.weight_state() is not None:
+                raise TargetError(f"shard_: {name}: its weight is quantised, and cannot be sharded by rows")
         from .sharding import ShardedPlacement  # loads torch.distributed.fsdp, which takes a second
 
         before, sharded = self._placement, ShardedPlacement(self._placement, mesh)

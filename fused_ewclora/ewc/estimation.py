@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..distributed.wrappers import unwrapped
 from .batches import (
     Batch,
     Forward,
@@ -71,13 +72,6 @@ __all__ = [
     "to_device",
     "unwrapped",
 ]
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without DDP, which would average gradients over processes, and hang when these have different
-    numbers of batches."""
-    inner = getattr(model, "_orig_mod", model)  # of torch.compile
-    return inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else model
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ..distributed.transaction import Transaction
 from ..errors import EWCLoRAError
 from ..layers.adapted import AdaptedLinear, Updates
 from ..layers.finite import check_finite
+from ..layers.quantised import warn_of_rounding
 
 
 @contextmanager
@@ -50,3 +51,4 @@ def folding(
         yield change
         for name in weights:
             layers[name].consolidated_tasks += 1
+    warn_of_rounding(action, {name: layers[name] for name in weights})

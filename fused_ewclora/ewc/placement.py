@@ -170,8 +170,8 @@ class LocalPlacement:
 
     def reset_adapters(self, change: Transaction, generator: torch.Generator | None) -> None:
         for ref in self.refs:
-            for matrix in ref.matrices():
-                change.remember(matrix)
+            for parameter in ref.parameters():
+                change.remember(parameter)
         for layer in self.layers.values():
             layer.reset_adapters(generator)
 

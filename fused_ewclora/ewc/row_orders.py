@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..distributed.wrappers import innermost
 from ..errors import FisherError
 from ..ops.capture import FisherCapture
 from ..ops.sample_order import Ends, Order, Watch, marks
@@ -63,7 +64,7 @@ class SampleCheck:
 
     def __init__(self, placement: Placement, captures: Mapping[str, FisherCapture]) -> None:
         self._placement, self._captures = placement, captures
-        self._model = _root(placement.model)
+        self._model = innermost(placement.model)
         self._looking = False
         self._checked_all: set[str] = set()
 
@@ -238,11 +239,3 @@ def _noting(calls: list[Tensor], look: Look) -> Callable[[Tensor], None]:
 
 def _ignore(x: Tensor) -> None:
     """Of a layer that is not in question."""
-
-
-def _root(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile and DDP, whose forward runs whichever of them is called."""
-    inner: Any = getattr(model, "_orig_mod", model)
-    if isinstance(inner, nn.parallel.DistributedDataParallel):
-        inner = inner.module
-    return model if inner is model else _root(inner)

@@ -60,6 +60,11 @@ class ShardedPlacement:
 
     def __init__(self, before: Placement, mesh: DeviceMesh | None) -> None:
         self.model, self.layers, self.refs = before.model, before.layers, before.refs
+        if kernels := [name for name, layer in self.layers.items() if not layer.stores_matrices]:
+            raise TargetError(
+                f"{kernels[0]}: its lora_A and lora_B are convolutions of PEFT, which cannot be sharded; "
+                "fe.inject makes adapters that can"
+            )
         reshard(self.model)
         # The parameters that FSDP keeps between runs; during a run it puts other tensors in their place.
         self._kept: dict[tuple[int, str], DTensor] = {}

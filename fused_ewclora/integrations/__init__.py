@@ -8,12 +8,16 @@ from typing import Any
 
 from ..layers.matching import register_library
 
-_MODULES = ("avalanche", "open_clip", "peft", "timm", "torchvision", "transformers")
+_MODULES = (
+    "avalanche", "bitsandbytes", "open_clip", "peft", "timm", "torchao", "torchvision", "transformers",
+)  # fmt: skip
 # Top-level packages, and the module that registers what their models need, which is loaded for them.
 _MODELS = {
+    "bitsandbytes": "bitsandbytes",
     "clip": "open_clip",
     "open_clip": "open_clip",
     "timm": "timm",
+    "torchao": "torchao",
     "torchvision": "torchvision",
     "transformers": "transformers",
 }

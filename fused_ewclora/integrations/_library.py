@@ -12,11 +12,13 @@ from ..errors import IntegrationError
 # module: (distribution, extra of this package, first supported version, first unsupported version after it).
 # The tests pass with the first supported versions, which pyproject.toml and docs/integrations name too.
 _SUPPORTED = {
-    "timm": ("timm", "timm", (1, 0, 20), (2,)),
+    "timm": ("timm", "timm", (0, 9), (2,)),
     "transformers": ("transformers", "transformers", (4, 57), (6,)),
     "torchvision": ("torchvision", "torchvision", (0, 24), (1,)),
     "accelerate": ("accelerate", "transformers", (1, 4), (2,)),
     "peft": ("peft", "peft", (0, 16), (1,)),
+    "bitsandbytes": ("bitsandbytes", "bitsandbytes", (0, 50), (1,)),
+    "torchao": ("torchao", "torchao", (0, 18), (1,)),
     "avalanche": ("avalanche-lib", "avalanche", (0, 6), (1,)),
 }
 

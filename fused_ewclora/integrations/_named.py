@@ -1,12 +1,12 @@
-"""Models by name, small enough for a dry run: a model name of timm, or a configuration file or model type of
-transformers. Weights are random; nothing is downloaded."""
+"""Models by name, small enough for a dry run: a model name of timm or torchvision, or a configuration file or
+model type of transformers. Weights are random; nothing is downloaded."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
 import os.path
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
+from . import _named_torchvision
 from ._library import require
+from ._named_torchvision import BATCH, Size
 
-BATCH = 2
 TOKENS = 8
 SMALLEST_IMAGE = 32
 LAYERS = 2  # of every stack of a shrunk transformers model
 VOCABULARY = 1024
-LIBRARIES = ("timm", "transformers")
+LIBRARIES = ("timm", "transformers", "torchvision")
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,13 @@ def build(name: str, library: str | None = None, full: bool = False) -> NamedMod
     """The model called `name` with the smallest input that it accepts; a transformers model also gets fewer
     layers and a smaller vocabulary. `full` leaves all sizes as they are.
 
-    Raises `ArgumentError` with similar names when there is no such model, and `IntegrationError` when its
-    library is not installed.
+    The name may begin with that of its library, as in "torchvision/vit_b_16"; else the first library that
+    knows it is taken. Raises `ArgumentError` with similar names when there is no such model, and
+    `IntegrationError` when its library is not installed.
     """
+    prefix, _, rest = name.partition("/")
+    if library is None and prefix in LIBRARIES and not os.path.exists(name):
+        library, name = prefix, rest
     if library is not None:
         return _BUILDERS[library](name, full)
     installed = [candidate for candidate in LIBRARIES if importlib.util.find_spec(candidate) is not None]
@@ -55,11 +60,15 @@ def _knows(library: str, name: str) -> bool:
     module = require(library)
     if library == "timm":
         return bool(module.is_model(name))
+    if library == "torchvision":
+        return name in _named_torchvision.names()
     return os.path.exists(name) or name in module.CONFIG_MAPPING
 
 
 def _names(library: str) -> Iterable[str]:
     module = require(library)
+    if library == "torchvision":
+        return _named_torchvision.names()
     return list(module.list_models()) if library == "timm" else list(module.CONFIG_MAPPING)
 
 
@@ -70,10 +79,37 @@ def _unknown(name: str, libraries: list[str]) -> ArgumentError:
         for guess in difflib.get_close_matches(name, _names(library), n=3)
     ]
     hint = f"; similar names: {', '.join(close)}" if close else ""
+    kinds = [
+        "a classification model of torchvision" if library == "torchvision" else f"a name of {library}"
+        for library in libraries
+    ]
     return ArgumentError(
-        f"model: expected a name of {' or '.join(libraries)}"
+        f"model: expected {' or '.join(kinds)}"
         f"{', or the path of a config.json' if 'transformers' in libraries else ''}, got {name!r}{hint}"
     )
+
+
+def _smallest(
+    name: str, native: Size, full: bool, make: Callable[[Size], tuple[nn.Module, Tensor]], multiple: int = 1
+) -> tuple[nn.Module, Tensor, str]:
+    """(model, images, their size in words) of the first size of images that runs: a quarter of the native
+    one, half of it, or all of it. make(size) -> model, images."""
+    parts = [tuple(side // part // multiple * multiple for side in native) for part in (4, 2)]
+    sizes = [native] if full else [*(size for size in parts if min(size) >= SMALLEST_IMAGE), native]
+    failure = ""
+    for height, width in sizes:
+        size = height, width
+        try:
+            model, images = make(size)
+            model.eval()
+            with torch.no_grad():
+                model(images)
+        except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
+            failure = f"{type(error).__name__}: {error}"
+            continue
+        instead = "" if size == native else f" instead of {_by(native)}"
+        return model, images, f"{_by(size)}{instead}"
+    raise ArgumentError(f"model: {name} does not run on images of {_by(native)} ({failure})")
 
 
 def _timm(name: str, full: bool) -> NamedModel:
@@ -83,33 +119,40 @@ def _timm(name: str, full: bool) -> NamedModel:
     config = timm.get_pretrained_cfg(name)
     channels, height, width = config.input_size if config is not None else (3, 224, 224)
     native = (height, width)
-    sizes = [native] if full else [(height // 4, width // 4), (height // 2, width // 2), native]
-    any_size: nn.Module | None = (
-        None  # built once for models that accept any size and have no argument for it
-    )
-    failure = ""
-    for size in [size for size in sizes if min(size) >= SMALLEST_IMAGE] or [native]:
-        images = torch.randn(BATCH, channels, *size)
-        try:
-            if any_size is None and size != native:
-                try:
-                    model = timm.create_model(name, pretrained=False, img_size=size)
-                except TypeError as error:
-                    if "img_size" not in str(error):
-                        raise
-                    model = any_size = timm.create_model(name, pretrained=False)
-            else:
-                model = timm.create_model(name, pretrained=False) if any_size is None else any_size
-            model.eval()
-            with torch.no_grad():
-                model(images)
-        except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
-            failure = f"{type(error).__name__}: {error}"
-            continue
-        instead = "" if size == native else f" instead of {_by(native)}"
-        built = f"timm.create_model({name!r}), images of {_by(size)}{instead}"
-        return NamedModel("timm", timm.__version__, model, {"x": images}, built)
-    raise ArgumentError(f"model: {name} does not run on images of {_by(native)} ({failure})")
+    any_size: list[nn.Module] = []  # built once for models that accept any size and have no argument for it
+
+    def make(size: Size) -> tuple[nn.Module, Tensor]:
+        if not any_size and size != native:
+            try:
+                return timm.create_model(name, pretrained=False, img_size=size), images(size)
+            except TypeError as error:
+                if "img_size" not in str(error):
+                    raise
+            any_size.append(timm.create_model(name, pretrained=False))
+        model = any_size[0] if any_size else timm.create_model(name, pretrained=False)
+        return model, images(size)
+
+    def images(size: Size) -> Tensor:
+        return torch.randn(BATCH, channels, *size)
+
+    model, x, size = _smallest(name, native, full, make)
+    built = f"timm.create_model({name!r}), images of {size}"
+    return NamedModel("timm", timm.__version__, model, {"x": x}, built)
+
+
+def _torchvision(name: str, full: bool) -> NamedModel:
+    torchvision = require("torchvision")
+    if name not in _named_torchvision.names():
+        raise _unknown(name, ["torchvision"])
+    native = _named_torchvision.native_size(name)
+
+    def make(size: Size) -> tuple[nn.Module, Tensor]:
+        return _named_torchvision.make(name, size, native=size == native)
+
+    model, x, size = _smallest(name, native, full, make, _named_torchvision.multiple_of(name))
+    frames = f"{x.shape[2]} images" if x.dim() == 5 else "images"
+    built = f"torchvision.models.get_model({name!r}), {frames} of {size}"
+    return NamedModel("torchvision", torchvision.__version__, model, {"x": x}, built)
 
 
 def _by(size: tuple[int, ...]) -> str:
@@ -187,4 +230,4 @@ def _tokens_or_images(model: Any, config: Any) -> dict[str, Tensor]:
     return sample
 
 
-_BUILDERS = {"timm": _timm, "transformers": _transformers}
+_BUILDERS = {"timm": _timm, "transformers": _transformers, "torchvision": _torchvision}

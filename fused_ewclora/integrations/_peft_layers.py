@@ -1,8 +1,8 @@
-"""PEFT's LoRA linear as an adapted layer: the same modules, keys and methods, computed by the fused op."""
+"""PEFT's LoRA layers as adapted layers: the same modules, keys and methods, computed by the fused op."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from .. import functional as FE
 from ..errors import TargetError
 from ..layers.adapted import LIVING, AdaptedLinear, Location
-from ..layers.plain import not_plain
-from ..layers.slices import AdapterSlice, fingerprint
+from ..layers.plain import not_plain, own_tensors
+from ..layers.slices import AdapterSlice
 from ._library import require
 
 require("peft")
@@ -24,16 +24,18 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _OWN = ("fisher_capture", "forward_calls", "origin_fingerprint", "consolidated_tasks", "bound", "gaussian")
 
 
-class FusedPeftLinear(AdaptedLinear, PeftLinear):
-    """`peft.tuners.lora.layer.Linear` whose plain calls (one active adapter, no variant) are one fused op.
+class FusedPeft(AdaptedLinear):
+    """Base class of PEFT's LoRA layers whose plain calls (one active adapter, no variant) are fused.
 
     The class of a layer is swapped in place, so `isinstance`, state_dict keys and all methods of PEFT keep
-    working. Calls that the op does not support run PEFT's forward; `not_fused` gives the reason.
+    working. Calls that are not fused run PEFT's forward; `not_fused` gives the reason.
     x `[..., in_features]`, y `[..., out_features]`.
     """
 
-    plain = PeftLinear
+    plain: ClassVar[type[Any]]  # a class of PEFT
     weight_path = "base_layer.weight"
+    bases: ClassVar[tuple[type[nn.Module], ...]]  # classes of base layers that the op computes
+    factor: ClassVar[type[nn.Module]] = nn.Linear  # the class of the modules in lora_A and lora_B
 
     bound: str | None  # the adapter that the EWC of attach_ewc belongs to
     gaussian: bool  # whether a new lora_A is normal with standard deviation 1 / r
@@ -50,28 +52,23 @@ class FusedPeftLinear(AdaptedLinear, PeftLinear):
     _disable_adapters: bool
 
     @classmethod
-    def accelerate_(cls, module: nn.Module) -> FusedPeftLinear:
+    def accelerate_(cls, module: nn.Module) -> FusedPeft:
         """Turn a layer whose class is exactly `plain` into this class, in place."""
         module.__class__ = cls
-        layer = cast(FusedPeftLinear, module)
+        layer = cast(FusedPeft, module)
         LIVING.add(layer)
         layer.fisher_capture, layer.bound, layer.gaussian = None, None, False
         layer.forward_calls = layer.consolidated_tasks = 0
         # A merged weight is not the pretrained one.
-        layer.origin_fingerprint = "" if layer.merged else fingerprint(layer.base_weight)
+        layer.origin_fingerprint = "" if layer.merged else layer.weight_fingerprint()
         return layer
 
     def release_(self) -> nn.Module:
         """Turn this layer back into PEFT's class, in place."""
         for name in _OWN:
             self.__dict__.pop(name, None)
-        self.__class__ = PeftLinear
+        self.__class__ = self.plain
         return self
-
-    @property
-    def transposed(self) -> bool:  # type: ignore[override]
-        """Whether the base layer is a Conv1D, whose weight is `[in_features, out_features]`."""
-        return type(self.base_layer) is Conv1D
 
     def not_plain(self) -> str | None:
         """As in `AdaptedLinear`, of the base layer and of the active adapters."""
@@ -111,7 +108,7 @@ class FusedPeftLinear(AdaptedLinear, PeftLinear):
     def parameter_locations(self, piece: AdapterSlice) -> tuple[Location, Location]:
         """Where lora_A and lora_B of an active adapter are stored; raises as `adapter_scale` does."""
         name = self._name_of(piece)
-        return (self.lora_A[name]._parameters, "weight"), (self.lora_B[name]._parameters, "weight")
+        return (own_tensors(self.lora_A[name]), "weight"), (own_tensors(self.lora_B[name]), "weight")
 
     def named_lora_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """lora_A and lora_B of the active adapters, named as in a layer that `inject` adapted."""
@@ -155,7 +152,7 @@ class FusedPeftLinear(AdaptedLinear, PeftLinear):
 
     def not_fused(self) -> str | None:
         """The reason why PEFT's own forward serves the layer at present, or None."""
-        if why := base_unfit(self.base_layer):
+        if why := self.base_unfit(self.base_layer):
             return why
         names = self.active_names()
         if not names:
@@ -170,53 +167,61 @@ class FusedPeftLinear(AdaptedLinear, PeftLinear):
             return f"adapter {name!r} is a variant ({type(self.lora_variant[name]).__name__})"
         if lora_b.bias is not None:
             return f"adapter {name!r} has a bias (lora_bias)"
-        if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+        if type(lora_a) is not self.factor or type(lora_b) is not self.factor:
             kinds = f"{type(lora_a).__name__} and {type(lora_b).__name__}"
-            return f"lora_A and lora_B of adapter {name!r} are {kinds}, not nn.Linear"
+            return f"lora_A and lora_B of adapter {name!r} are {kinds}, not nn.{self.factor.__name__}"
         if _dropout(dropout) is None:
             return f"adapter {name!r} has {type(dropout).__name__} for dropout"
         for module in (self.base_layer, lora_a, lora_b, dropout):
             if _observed(module):
                 return f"{type(module).__name__} inside it has hooks, which the fused op would not call"
-        dtype, weight = lora_a.weight.dtype, self.base_layer.weight
+        dtype, other = (cast(Tensor, factor.weight).dtype for factor in (lora_a, lora_b))
+        return self._dtype_unfit(name, dtype, other)
+
+    def _dtype_unfit(self, name: str, dtype: torch.dtype, other: torch.dtype) -> str | None:
+        weight = self.base_layer.weight
         device = weight.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         if weight.dtype == torch.float64:
             compute = torch.float64
         allowed = (compute,) if compute == torch.float64 else (compute, torch.float32)
-        if lora_b.weight.dtype != dtype or dtype not in allowed:
+        if other != dtype or dtype not in allowed:
             return f"adapter {name!r} is {dtype}, but the layer computes in {compute}"
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x `[..., in_features]` -> y `[..., out_features]`; calls with further arguments (adapter_names of a
-        mixed batch) run PEFT's forward."""
+        """y of x; calls with further arguments (adapter_names of a mixed batch) run PEFT's forward."""
         if not torch.compiler.is_compiling():
-            self.__dict__["forward_calls"] += 1
+            (self._original or self).__dict__["forward_calls"] += 1
         extra = bool(args) or any(value is not None for value in kwargs.values())
         plain = extra or self.merged or self._disable_adapters
         if plain or (why := self.not_fused()) is not None:
             if self.fisher_capture is not None:
                 why = "the layer is merged or disabled, or got arguments beside x" if plain else why
                 raise TargetError(f"a Fisher pass needs the fused op, which does not serve this call: {why}")
-            return cast(Tensor, PeftLinear.forward(self, x, *args, **kwargs))
+            return self._plain_forward(x, *args, **kwargs)
         if self.fisher_capture is not None:
             self._check_bound()
         (name,) = self.active_names()
         dropout = self.lora_dropout[name]
-        adapter = FE.Adapter(
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
-            float(self.scaling[name]),
-            ((0, self.out_features),),
-        )
+        return self._fused_forward(x, self._adapter(name), _dropout(dropout) or 0.0, dropout.training)
+
+    def _adapter(self, name: str) -> FE.Adapter:
+        lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
+        return FE.Adapter(lora_a, lora_b, float(self.scaling[name]), ((0, self.out_features),))
+
+    def _plain_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's own forward."""
+        return cast(Tensor, self.plain.forward(self, x, *args, **kwargs))
+
+    def _fused_forward(self, x: Tensor, adapter: FE.Adapter, dropout_p: float, training: bool) -> Tensor:
         return FE.lora_linear_adapters(
             x,
             self.base_weight,
             self.base_layer.bias,
             [adapter],
-            dropout_p=_dropout(dropout) or 0.0,
-            training=dropout.training,
+            dropout_p=dropout_p,
+            training=training,
             capture=self.fisher_capture,
         )
 
@@ -232,26 +237,40 @@ class FusedPeftLinear(AdaptedLinear, PeftLinear):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """PEFT's own merge."""
-        PeftLinear.merge(self, safe_merge, adapter_names)
+        self.plain.merge(self, safe_merge, adapter_names)
 
     def unmerge(self) -> None:
         """PEFT's own unmerge, which subtracts."""
-        PeftLinear.unmerge(self)
+        self.plain.unmerge(self)
 
     def extra_repr(self) -> str:
         return nn.Module.extra_repr(self)
 
+    @classmethod
+    def base_unfit(cls, base: nn.Module) -> str | None:
+        """The reason why calls with this base layer cannot be fused, or None."""
+        if type(base) not in cls.bases:
+            return f"its base layer is {type(base).__name__}, not nn.{cls.bases[0].__name__}"
+        weight: Any = own_tensors(base).get("weight")
+        if weight is None:
+            return not_plain(base, "weight")
+        if type(weight) not in (nn.Parameter, Tensor):
+            return f"its base weight is {type(weight).__name__}, not a plain parameter"
+        return (
+            None if weight.is_floating_point() else f"its base weight is {weight.dtype}, not floating point"
+        )
 
-def base_unfit(base: nn.Module) -> str | None:
-    """The reason why the fused op cannot compute a base layer, or None."""
-    if type(base) not in (nn.Linear, Conv1D):
-        return f"its base layer is {type(base).__name__}, not nn.Linear"
-    weight: Any = base._parameters.get("weight")
-    if weight is None:
-        return not_plain(base, "weight")
-    if type(weight) not in (nn.Parameter, Tensor):
-        return f"its base weight is {type(weight).__name__}, not a plain parameter"
-    return None if weight.is_floating_point() else f"its base weight is {weight.dtype}, not floating point"
+
+class FusedPeftLinear(FusedPeft, PeftLinear):
+    """`peft.tuners.lora.layer.Linear`: x `[..., in_features]`, y `[..., out_features]`."""
+
+    plain = PeftLinear
+    bases = (nn.Linear, Conv1D)
+
+    @property
+    def transposed(self) -> bool:  # type: ignore[override]
+        """Whether the base layer is a Conv1D, whose weight is `[in_features, out_features]`."""
+        return type(self.base_layer) is Conv1D
 
 
 def _dropout(module: nn.Module) -> float | None:

@@ -103,9 +103,14 @@ def _contents(ewc: EWC) -> tuple[dict[str, bytes], dict[str, Any]]:
 
 
 def _partly_saved(ewc: EWC) -> dict[str, AdaptedLinear]:
-    """The layers of PEFT. Trainer saves only their adapters, so the rows that consolidation has changed
-    belong to the EWC state; of other layers it saves everything."""
-    return {name: layer for name, layer in ewc.layers.items() if layer.weight_path != "weight"}
+    """The layers of PEFT, of which Trainer saves only the adapters, so that the rows which consolidation has
+    changed belong to the EWC state; of other layers it saves everything. So do tensors of quantised weights,
+    which a state_dict may hold but not restore."""
+    return {
+        name: layer
+        for name, layer in ewc.layers.items()
+        if layer.weight_path != "weight" or layer.weight_state() is not None
+    }
 
 
 def _resume(ewc: EWC, args: TrainingArguments, state: TrainerState, source: Source) -> None:

@@ -7,23 +7,28 @@ from typing import Any
 
 from torch import nn
 
+from ..config import checked_merge
 from ..distributed.transaction import canonical_name
+from ..distributed.wrappers import innermost
 from ..errors import TargetError
 from ..ewc.controller import EWC
 from ..report import Report
 from ._library import require
-from ._peft_layers import FusedPeftLinear, base_unfit
+from ._peft_classes import fused_class
+from ._peft_layers import FusedPeft
+from ._peft_quantised import FusedPeftQuantised, check_without_residuals
 
 require("peft")
 
-from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402  (after the version check)
+from peft.tuners.lora.layer import MultiheadAttention as PeftAttention  # noqa: E402  (after the check)
+from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 
 __all__ = ["accelerate_", "attach_ewc", "restore_"]
 
 
 def accelerate_(peft_model: nn.Module) -> Report:
-    """Run PEFT's LoRA linears on the fused op, in place; returns a table of the layers, with the reasons for
-    those that stay as they are.
+    """Run PEFT's LoRA linears and convolutions on the fused op, in place; returns a table of the layers, with
+    the reasons for those that stay as they are.
 
     peft_model: a `PeftModel`, or any model that contains layers of PEFT. Outputs and gradients equal those of
     PEFT up to rounding; dropout has the same distribution but uses other random numbers. Keys of the
@@ -43,8 +48,9 @@ def accelerate_(peft_model: nn.Module) -> Report:
     skipped = {name: why for name, layer in layers.items() if (why := _unfit(layer)) is not None}
     fused = {name: layer for name, layer in layers.items() if name not in skipped}
     for layer in fused.values():
-        if not isinstance(layer, FusedPeftLinear):
-            FusedPeftLinear.accelerate_(layer)
+        kind = fused_class(layer)
+        if kind is not None and not isinstance(layer, FusedPeft):
+            kind.accelerate_(layer)
     return _report(fused, skipped)
 
 
@@ -55,28 +61,31 @@ def restore_(peft_model: nn.Module) -> int:
 
         >>> restore_(peft_model)
     """
-    layers = [module for module in peft_model.modules() if isinstance(module, FusedPeftLinear)]
+    layers = [module for module in peft_model.modules() if isinstance(module, FusedPeft)]
+    check_without_residuals("restore_", layers)
     for layer in layers:
         layer.release_()
     return len(layers)
 
 
-def attach_ewc(peft_model: nn.Module, **ewc_kwargs: Any) -> EWC:
+def attach_ewc(peft_model: nn.Module, *, quantised_merge: str | None = None, **ewc_kwargs: Any) -> EWC:
     """An EWC over the LoRA layers of a PEFT model, which run on the fused op from then on.
 
     Fishers have the module names of the plain model. Consolidation adds scaling B A to the base weights and
     initialises the adapter anew. After that PEFT's adapter file alone no longer describes the model: save it
     with `fe.save_pretrained(path, peft_model, ewc)`, or as a plain model after
     `peft_model.merge_and_unload()`. The model must have exactly one adapter, because consolidation would
-    change what other adapters compute. ewc_kwargs are the arguments of `fe.EWC`. Raises `TargetError` for
+    change what other adapters compute. quantised_merge is that of `LoRAConfig`, for base layers with
+    quantised weights. ewc_kwargs are the arguments of `fe.EWC`. Raises `TargetError` for
     several adapters, merged ones, or layers that the fused op does not serve, and the errors of `fe.EWC`; the
     model is unchanged then.
 
         >>> ewc = attach_ewc(peft_model, ewc_lambda=1e7, fisher_mode="batch")
     """
-    before = {module for module in peft_model.modules() if isinstance(module, FusedPeftLinear)}
+    checked_merge(quantised_merge)
+    before = {module for module in peft_model.modules() if isinstance(module, FusedPeft)}
     report = accelerate_(peft_model)
-    layers = [module for module in peft_model.modules() if isinstance(module, FusedPeftLinear)]
+    layers = [module for module in peft_model.modules() if isinstance(module, FusedPeft)]
     try:
         name = _only_adapter(layers, report)
         ewc = EWC(peft_model, **ewc_kwargs)
@@ -84,13 +93,15 @@ def attach_ewc(peft_model: nn.Module, **ewc_kwargs: Any) -> EWC:
         for layer in set(layers) - before:
             layer.release_()
         raise
-    config = getattr(peft_model, "peft_config", {}).get(name)
+    config = getattr(innermost(peft_model), "peft_config", {}).get(name)
     for layer in layers:
+        if isinstance(layer, FusedPeftQuantised):
+            layer.quantised_merge = quantised_merge
         layer.bound, layer.gaussian = name, getattr(config, "init_lora_weights", True) == "gaussian"
     return ewc
 
 
-def _only_adapter(layers: list[FusedPeftLinear], report: Report) -> str:
+def _only_adapter(layers: list[FusedPeft], report: Report) -> str:
     for name, why in [*report.summary["skipped"].items(), *report.summary["not_fused"].items()]:
         raise TargetError(f"attach_ewc: {name or 'the model'}: {why}; its adapter would be unprotected")
     names = sorted({name for layer in layers for name in layer.lora_A})
@@ -112,10 +123,16 @@ def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
 
 def _unfit(layer: Any) -> str | None:
     """The reason why a layer is left to PEFT whichever of its adapters is active, or None."""
-    if type(layer) is not FusedPeftLinear.plain and not isinstance(layer, FusedPeftLinear):
+    if isinstance(layer, PeftAttention):
+        return (
+            "PEFT merges the adapters of an nn.MultiheadAttention in every forward, and some versions add "
+            "the adapter of its out_proj twice; fe.inject(model, config) adapts the plain model instead"
+        )
+    fused = fused_class(layer)
+    if fused is None:
         kind = type(layer)
-        return f"{kind.__module__}.{kind.__qualname__} is not PEFT's LoRA linear"
-    if why := base_unfit(layer.base_layer):
+        return f"{kind.__module__}.{kind.__qualname__} is not PEFT's LoRA linear, Conv2d or Conv1d"
+    if why := fused.base_unfit(layer.base_layer):
         return why
     if layer.lora_A and all(name in layer.lora_variant for name in layer.lora_A):
         return f"its adapters are variants of LoRA ({', '.join(sorted(layer.lora_A))})"

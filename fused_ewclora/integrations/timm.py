@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..config import QKVLayout
-from ..layers.bypass import register_call
+from ..layers.bypass import register_call, register_refusal
 from ..layers.matching import register_layout
 from ..report import Report
 from ._packed import packed_projections
@@ -34,9 +34,8 @@ def _gc_vit(attention: Any, rows: int) -> QKVLayout:
 
 
 def _maxvit(attention: Any, rows: int) -> QKVLayout:
-    return QKVLayout(
-        ("q", "k", "v"), (rows // 3,) * 3, interleave=attention.num_heads if attention.head_first else None
-    )
+    by_head = getattr(attention, "head_first", True)  # timm 0.6 has no other
+    return QKVLayout(("q", "k", "v"), (rows // 3,) * 3, interleave=attention.num_heads if by_head else None)
 
 
 def _by_head(*segments: str) -> Unpack:
@@ -82,6 +81,7 @@ _KNOWN: dict[tuple[str, str], tuple[str, Unpack]] = {
     ("models.hieradet_sam2", "MultiScaleAttention"): ("qkv", _QKV),
     ("models.levit", "Attention"): ("qkv.linear", _by_head("q", "k", "v")),
     ("models.levit", "AttentionDownsample"): ("kv.linear", _by_head("k", "v")),
+    ("models.levit", "AttentionSubsample"): ("kv.linear", _by_head("k", "v")),  # timm 0.6
     ("models.maxxvit", "AttentionCl"): ("qkv", _maxvit),
     ("models.metaformer", "Attention"): ("qkv", _QKV),
     ("models.mvitv2", "MultiScaleAttention"): ("qkv", _QKV),
@@ -94,6 +94,7 @@ _KNOWN: dict[tuple[str, str], tuple[str, Unpack]] = {
     ("models.tnt", "Attention"): ("qk", _QK),
     ("models.twins", "GlobalSubSampleAttn"): ("kv", _KV),
     ("models.twins", "LocallyGroupedAttn"): ("qkv", _QKV),
+    ("models.vision_transformer", "Attention"): ("qkv", _QKV),  # timm before 1.0.16
     ("models.vision_transformer", "DiffParallelScalingBlock"): ("in_proj", _parallel),
     ("models.vision_transformer", "ParallelScalingBlock"): ("in_proj", _parallel),
     ("models.vision_transformer_relpos", "RelPosAttention"): ("qkv", _QKV),
@@ -117,6 +118,7 @@ def _defined_in(parent: nn.Module) -> tuple[str, str] | None:
         return None
     owner = next(cls for cls in type(parent).__mro__ if "forward" in vars(cls))
     package, _, module = owner.__module__.partition(".")
+    module = module.replace("models.layers.", "layers.")  # where timm 0.6 has them
     return (module, owner.__qualname__) if package == "timm" else None
 
 
@@ -124,7 +126,7 @@ def _defined_in(parent: nn.Module) -> tuple[str, str] | None:
 def layout_of(parent: nn.Module, child: str) -> QKVLayout | None:
     """The layout of the packed projection that is `child` of a timm attention; None for anything else."""
     known = _KNOWN.get(_defined_in(parent) or ("", ""))
-    if known is None or known[0] != child:
+    if known is None or child not in (known[0], known[0].replace(".linear", ".c")):  # .c is that of timm 0.6
         return None
     projection = parent.get_submodule(child)
     return known[1](parent, projection.out_features) if isinstance(projection, nn.Linear) else None
@@ -133,9 +135,25 @@ def layout_of(parent: nn.Module, child: str) -> QKVLayout | None:
 @register_call
 def bypass_settings(parent: nn.Module, child: str) -> Mapping[str, Any] | None:
     """The attributes that make a timm attention call its packed projection; None if it does so already."""
-    if child != "qkv" or _defined_in(parent) not in _BYPASSING or getattr(parent, "q_bias", None) is None:
+    if child != "qkv" or not _bypasses(parent):
         return None
-    return None if getattr(parent, "qkv_bias_separate", False) else {"qkv_bias_separate": True}
+    return {"qkv_bias_separate": True} if hasattr(parent, "qkv_bias_separate") else None
+
+
+def _bypasses(parent: nn.Module) -> bool:
+    bypassing = _defined_in(parent) in _BYPASSING and getattr(parent, "q_bias", None) is not None
+    return bypassing and not getattr(parent, "qkv_bias_separate", False)
+
+
+@register_refusal
+def bypassed_for_good(parent: nn.Module, child: str) -> str | None:
+    """Why `child` of a timm attention before 1.0.8 is not adaptable: nothing makes the attention call it."""
+    if child != "qkv" or not _bypasses(parent) or hasattr(parent, "qkv_bias_separate"):
+        return None
+    return (
+        f"{type(parent).__name__} of this version of timm uses its weight without calling it; from timm "
+        "1.0.8 on it can be set to call it"
+    )
 
 
 def targets(model: nn.Module) -> Report:

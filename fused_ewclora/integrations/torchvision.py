@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..config import QKVLayout
 from ..layers.bypass import CLASS, register_call, register_refusal
-from ..layers.matching import register_layout
+from ..layers.matching import register_heads, register_layout
 from ..report import Report
 from ._library import require
 from ._packed import packed_projections
@@ -206,6 +206,23 @@ def unknown_window_attention(parent: nn.Module, child: str) -> str | None:
     if child not in ("qkv", "proj") or owner not in _CALLING or type(parent) in _CALLING:
         return None
     return f"{type(parent).__name__} inherits the forward of {owner.__name__}, which uses its weight alone"
+
+
+# The attributes of classification models that end with the layer that gives the scores of the classes.
+_CLASSIFIERS = ("fc", "classifier", "head", "heads")
+# Those of classifiers further inside, which run in training alone: of GoogLeNet and Inception.
+_AUXILIARY = ("aux1", "aux2", "AuxLogits")
+
+
+@register_heads
+def heads(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a torchvision model that give the scores of the classes."""
+    if not type(model).__module__.startswith("torchvision.models."):
+        return
+    for name in (*_CLASSIFIERS, *_AUXILIARY):
+        classifier = getattr(model, name, None)
+        layers = [] if classifier is None else [*classifier.modules()]
+        yield from [layer for layer in layers if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Conv3d))][-1:]
 
 
 def targets(model: nn.Module) -> Report:

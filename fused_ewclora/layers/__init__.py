@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import attention, torch_encoder  # noqa: F401  (they register rules for modules of PyTorch)
+from . import attention, conv, torch_encoder  # noqa: F401  (they register rules for modules of PyTorch)
 from .linear import LoRALinear
 from .slices import AdapterSlice, fingerprint, fisher_key
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import functional as FE
-from ..distributed.processes import whole
-from ..errors import ArgumentError, TargetError
+from ..distributed.processes import is_dtensor, whole
+from ..errors import ArgumentError, FisherError, TargetError
 from ..ops.capture import FisherCapture
+from .digest import digest
 from .finite import check_finite
-from .plain import not_plain
+from .plain import not_plain, own_tensors, without_numbers
 from .slices import AdapterSlice, fingerprint
 
 # Where a parameter is stored: the `_parameters` dictionary of its module, and its key there.
@@ -50,6 +54,8 @@ class AdaptedLinear(nn.Module):
     transposed: ClassVar[bool] = False  # whether `plain` stores its weight as `[in_features, out_features]`
     weight_path: ClassVar[str] = "weight"  # path of the weight below the layer
     is_part: ClassVar[bool] = False  # whether another module stores the weight, see `LoRAPart`
+    in_all: ClassVar[bool] = True  # whether "all-linear" selects modules of the class `plain`
+    stores_matrices: ClassVar[bool] = True  # whether lora_A and lora_B are parameters of two dimensions
 
     in_features: int
     out_features: int
@@ -68,11 +74,33 @@ class AdaptedLinear(nn.Module):
     base_trainable: tuple[str, ...]  # which of weight and bias required gradients before injection
     rows_before_merge: Tensor  # exists only while the adapters are merged
     composer: Composer | None = None
+    # Of a replica, which nn.DataParallel makes for every forward pass: the layer that it is a copy of, and
+    # the copies of the parameters of that by name.
+    _original: ClassVar[AdaptedLinear | None] = None
+    _former_parameters: ClassVar[dict[str, Any] | None] = None
 
     @staticmethod
     def features(module: nn.Module) -> tuple[int, int]:
         """(in_features, out_features) of a module of the class `plain`."""
         return module.in_features, module.out_features  # type: ignore[return-value]
+
+    @classmethod
+    def unfit_shape(cls, module: nn.Module) -> str | None:
+        """The reason why a module of the class `plain`, with a plain weight, cannot be adapted, or None."""
+        shape, expected = list(cast(Tensor, module.weight).shape), list(cls.features(module))
+        sides = "[in_features, out_features]" if cls.transposed else "[out_features, in_features]"
+        fits = shape == (expected if cls.transposed else expected[::-1])
+        return None if fits else f"its weight has shape {shape}, not {sides}"
+
+    @classmethod
+    def kernel_of(cls, module: nn.Module) -> tuple[int, ...]:
+        """The size of the windows that a module of the class `plain` maps; () if it maps rows."""
+        return ()
+
+    @classmethod
+    def unlike_peft(cls, module: nn.Module) -> str | None:
+        """The reason why PEFT's LoRA of a module of the class `plain` computes something else, or None."""
+        return None
 
     @property
     def base_weight(self) -> Tensor:
@@ -96,6 +124,54 @@ class AdaptedLinear(nn.Module):
         """What to write so that `base_weight` becomes `new` `[out_features, in_features]`, rounded to its
         dtype; nothing is written yet."""
         return [(self.weight, self.stored_as(self.weight, new))]
+
+    def weight_state(self) -> dict[str, Tensor] | None:
+        """The tensors that determine `base_weight`, by name, where these are not its numbers; else None."""
+        return None
+
+    def state_like(self, parts: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of the shapes and dtypes of a `weight_state` that has these parts."""
+        return self.weight_state() or {}
+
+    def state_updates(self, state: Mapping[str, Tensor]) -> Updates:
+        """What to write so that `weight_state` becomes `state`; nothing is written yet."""
+        now = self.weight_state() or {}
+        return [(now[name], value) for name, value in state.items()]
+
+    def fingerprint_of(self, state: Mapping[str, Tensor]) -> str:
+        """The fingerprint of the weight that `state` determines: a hash, the kind "parts" and a longer hash,
+        in the form of `fingerprint`; `""` on the meta device."""
+        parts = {name: digest(tensor) for name, tensor in sorted(state.items())}
+        if not all(parts.values()):
+            return ""
+        hashed = hashlib.sha256(repr(parts).encode()).hexdigest()
+        return f"{hashed[:16]}:parts:{hashed[:32]}"
+
+    def weight_fingerprint(self) -> str:
+        """The `fingerprint` of the weight as it is now; every process that holds a part of it must call
+        this."""
+        state = self.weight_state()
+        return fingerprint(self.whole_weight()) if state is None else self.fingerprint_of(state)
+
+    @classmethod
+    def unfit(cls, module: nn.Module) -> str | None:
+        """The reason why a module of the class `plain` has no weight that this class could take, or None."""
+        weight = module._parameters.get("weight")
+        if weight is None:
+            return "its weight is not a plain parameter (weight norm, pruning or another wrapper)"
+        if not weight.is_floating_point():
+            return f"its weight is {weight.dtype}, not floating point"
+        if is_traceable_wrapper_subclass(weight) and not is_dtensor(weight):
+            return f"its weight is {type(weight).__name__}, which is not one that can be adapted"
+        return cls.unfit_shape(module)
+
+    def not_writable(self) -> str | None:
+        """The reason why `weight_updates` cannot change the weight, or None."""
+        return without_numbers(self.weight)
+
+    def not_ejectable(self, merge: bool) -> str | None:
+        """The reason why the class `plain` could not hold the weight that `eject` would leave, or None."""
+        return None
 
     def weight_place(self) -> tuple[nn.Module, str]:
         """The module that stores the weight, and the name that it has there."""
@@ -191,7 +267,7 @@ class AdaptedLinear(nn.Module):
         self.fisher_capture = None
         self.forward_calls = 0
         self.consolidated_tasks = 0
-        self.origin_fingerprint = fingerprint(self.base_weight)
+        self.origin_fingerprint = self.weight_fingerprint()
         base = {name: module._parameters.get(name) for module, name in self._base_places()}
         trainable = {name: p for name, p in base.items() if p is not None and p.requires_grad}
         self.base_trainable = tuple(trainable)
@@ -232,9 +308,8 @@ class AdaptedLinear(nn.Module):
 
         The names are those of checkpoints, wherever the layer stores the parameters.
         """
-        return [
-            (name, p) for name, p in self._parameters.items() if p is not None and name.startswith("lora_")
-        ]
+        table = own_tensors(self)
+        return [(name, p) for name, p in table.items() if p is not None and name.startswith("lora_")]
 
     def adapter_parameters(self) -> list[tuple[AdapterSlice, nn.Parameter, nn.Parameter]]:
         """(slice, lora_A, lora_B) per adapter, in the order of `FisherCapture.fishers`."""
@@ -249,7 +324,8 @@ class AdaptedLinear(nn.Module):
 
     def parameter_locations(self, piece: AdapterSlice) -> tuple[Location, Location]:
         """Where lora_A and lora_B of an adapter are stored; the dictionaries live as long as the layer."""
-        return (self._parameters, piece.a_name), (self._parameters, piece.b_name)
+        table = self._former_parameters or self._parameters
+        return (table, piece.a_name), (table, piece.b_name)
 
     def composed(self) -> list[FE.Adapter]:
         """The adapters that the layer applies: those of its `composer`, else lora_A, lora_B and the scale."""
@@ -259,7 +335,7 @@ class AdaptedLinear(nn.Module):
 
     def adapter_scale(self, adapter: AdapterSlice) -> float | Tensor:
         """The scale of one adapter: its `scaling`, times the parameter `lora_scale` if it exists."""
-        learned = self._parameters.get(adapter.scale_name)
+        learned = (self._former_parameters or self._parameters).get(adapter.scale_name)
         if learned is None:
             return adapter.scaling
         return learned if adapter.scaling == 1.0 else learned * adapter.scaling
@@ -268,7 +344,7 @@ class AdaptedLinear(nn.Module):
         """The adapters of a call that begins, which is counted; None if it computes what the plain class
         computes."""
         if not torch.compiler.is_compiling():
-            self.__dict__["forward_calls"] += 1
+            (self._original or self).__dict__["forward_calls"] += 1
         if self.merged or not self.adapters_enabled:
             return None
         adapters = self.composed()
@@ -291,6 +367,14 @@ class AdaptedLinear(nn.Module):
             training=self.training,
             capture=self.fisher_capture,
         )
+
+    def row_count(self, x: Tensor) -> int:
+        """The number of rows that the linear map is applied to in a call with x."""
+        return x.numel() // max(x.shape[-1], 1)
+
+    def input_rows(self, x: Tensor) -> Iterator[Tensor]:
+        """These rows `[rows, in_features]`, in pieces of limited size where they are copies."""
+        yield x.reshape(-1, x.shape[-1])
 
     @torch.no_grad()
     def consolidated_weight(self) -> Tensor:
@@ -371,7 +455,23 @@ class AdaptedLinear(nn.Module):
 
     def _begin_anew(self) -> None:
         """The weights of a checkpoint without adapters are the base weights from now on."""
-        self.origin_fingerprint, self.consolidated_tasks = fingerprint(self.base_weight), 0
+        self.origin_fingerprint, self.consolidated_tasks = self.weight_fingerprint(), 0
+
+    def _replicate_for_data_parallel(self) -> AdaptedLinear:
+        """What `nn.DataParallel` asks every module for.
+
+        Raises `FisherError` in a Fisher pass: each replica has some samples of a batch, and the calls of one
+        forward pass are taken for calls with the same samples.
+        """
+        if self.fisher_capture is not None:
+            raise FisherError(
+                f"{self.fisher_capture.name}: a Fisher pass through the replicas of nn.DataParallel, each of "
+                "which has a part of the samples; call the model inside in the pass, model.module(x) instead "
+                "of model(x)"
+            )
+        replica: AdaptedLinear = super()._replicate_for_data_parallel()
+        vars(replica)["_original"] = self  # as a plain attribute, no child
+        return replica
 
     def __getstate__(self) -> dict[str, Any]:
         # The buffers belong to the running Fisher pass, not to copies of the layer.
@@ -390,5 +490,6 @@ class AdaptedLinear(nn.Module):
 
 # Attributes that an adapted layer has in addition to those of its plain class.
 _OWN = set(AdaptedLinear.__annotations__) - {
-    "plain", "transposed", "weight_path", "is_part", "in_features", "out_features", "weight", "bias",
+    "plain", "transposed", "weight_path", "is_part", "in_all", "stores_matrices", "in_features",
+    "out_features", "weight", "bias",
 }  # fmt: skip

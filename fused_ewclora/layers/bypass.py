@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import TargetError
 
 CallRule = Callable[[nn.Module, str], Mapping[str, Any] | None]
+ModuleRule = Callable[[nn.Module], Mapping[str, Any] | None]
 Refusal = Callable[[nn.Module, str], str | None]
 CLASS = "__class__"  # the setting that gives a parent another class
 # Attribute of a changed parent that holds the old values, as plain data, so that copies of the model have it.
@@ -19,13 +20,14 @@ OLD_VALUES = "_fused_ewclora_mended"
 
 _call_rules: list[CallRule] = []
 _outer_rules: list[CallRule] = []
+_module_rules: list[ModuleRule] = []
 _refusals: list[Refusal] = []
 
 
 @dataclass(frozen=True)
 class BypassFix:
     """Attributes to set on `parent`, the module called `name`, so that it calls its `child`; for a module
-    further up `child` is the path of the layer in it."""
+    further up `child` is the path of the layer in it, and `""` for settings of the module itself."""
 
     name: str
     parent: nn.Module
@@ -52,6 +54,14 @@ def register_outer_call(rule: CallRule) -> CallRule:
     """Add a rule as in `register_call` that is asked about every module above a layer, with the path of the
     layer in it, such as "layers.0.linear1"."""
     _outer_rules.append(rule)
+    return rule
+
+
+def register_module_settings(rule: ModuleRule) -> ModuleRule:
+    """Add a rule for modules that would change themselves in calls, such as their frozen weights:
+    rule(module) -> attributes that prevent it, or None. It is asked about all modules beside the adapted
+    layers."""
+    _module_rules.append(rule)
     return rule
 
 
@@ -96,6 +106,7 @@ def find_fixes(
         rules = (*_call_rules, *_outer_rules) if direct else _outer_rules
         if settings := next(filter(None, (rule(parent, path) for rule in rules)), None):
             fixes.append(BypassFix(name, parent, path, settings))
+    fixes += _of_modules(model, set(layers))
     for fix in fixes:
         for attribute in fix.settings:
             if not hasattr(fix.parent, attribute):
@@ -106,6 +117,14 @@ def find_fixes(
                     f"exclude_modules=[{layer!r}]. Nothing was changed"
                 )
     return tuple(fixes)
+
+
+def _of_modules(model: nn.Module, layers: set[nn.Module]) -> Iterator[BypassFix]:
+    for name, module in model.named_modules() if _module_rules else ():
+        if module in layers or OLD_VALUES in vars(module):
+            continue
+        if settings := next(filter(None, (rule(module) for rule in _module_rules)), None):
+            yield BypassFix(name, module, "", settings)
 
 
 def _places(

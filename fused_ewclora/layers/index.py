@@ -27,10 +27,18 @@ class AdapterRef:
     index: int  # of the piece in layer.adapter_slices
     locations: tuple[Location, Location]
 
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """lora_A and lora_B, looked up on every call: some `.to()` and load calls replace Parameters."""
+    def parameters(self) -> tuple[Tensor, Tensor]:
+        """lora_A and lora_B as they are stored, looked up on every call: some `.to()` and load calls replace
+        Parameters."""
         (a_table, a_name), (b_table, b_name) = self.locations
         return cast(Tensor, a_table[a_name]), cast(Tensor, b_table[b_name])
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """The same as matrices, to be read and differentiated."""
+        lora_a, lora_b = self.parameters()
+        if self.layer.stores_matrices:
+            return lora_a, lora_b
+        return lora_a.flatten(1), lora_b.flatten(1)
 
 
 def take_rows(weight: Tensor, rows: Rows) -> Tensor:
@@ -106,12 +114,13 @@ class OperandLookup:
         self._scale_places = [(ref.layer._parameters, ref.piece.scale_name) for ref in refs]
         self._factors = [ref.piece.scaling for ref in refs]
         self._none = [None] * len(refs)
+        self._views = not all(ref.layer.stores_matrices for ref in refs)
         self._found: object = None  # what `check_present` approved of
 
     @property
     def composed(self) -> bool:
-        """Whether any layer has a composer."""
-        return [layer.composer for layer in self._layers] != self._none
+        """Whether operands are computed from parameters: any layer has a composer, or stores no matrices."""
+        return self._views or [layer.composer for layer in self._layers] != self._none
 
     def __call__(self, fishers: Mapping[str, Tensor]) -> Operands:
         """Raises `TargetError` as `check_present` does."""

@@ -19,7 +19,7 @@ from .grouping import grouped_rows
 from .matching import Plan, plan, shorten
 from .memory import check_loaded, shared_weights, weights_of
 from .parts import Part
-from .plain import without_numbers
+from .quantised import QuantisedLinear, warn_of_rounding
 
 
 def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -38,12 +38,12 @@ def inject(model: nn.Module, config: LoRAConfig | Any) -> Report:
     afterwards; the table lists output heads that are frozen, with the line that lets them train.
 
     Names are matched as in PEFT. `"all-linear"` leaves out the head that `get_output_embeddings()` or
-    `get_classifier()` returns and, in transformers models, every layer outside of the base model; in a model
-    without any of these it selects every layer. A `peft.LoraConfig` is taken where it means the same. The
-    keys of the base state_dict do not change. Parents that are known to bypass a layer are set to call it,
-    and the table says so. Raises `TargetError` (nothing matches, already adapted, not adaptable),
-    `LayoutError` (slices without a layout that fits), `DtypeError` or `NotExactlyRepresentable` for another
-    configuration; nothing is changed then.
+    `get_classifier()` returns, the last layer of the classifier in torchvision models and, in transformers
+    models, every layer outside of the base model; in a model without any of these it selects every layer. A
+    `peft.LoraConfig` is taken where it means the same. The keys of the base state_dict do not change. Parents
+    that are known to bypass a layer are set to call it, and the table says so. Raises `TargetError`
+    (nothing matches, already adapted, not adaptable), `LayoutError` (slices without a layout that fits),
+    `DtypeError` or `NotExactlyRepresentable` for another configuration; nothing is changed then.
 
         >>> print(inject(model, LoRAConfig(r=10, target_modules=["attn.qkv", "fc1"])))
     """
@@ -59,6 +59,8 @@ def inject(model: nn.Module, config: LoRAConfig | Any) -> Report:
     try:
         for match in planned.matches:
             adopted.append(match.adopt_(config.lora_dropout))
+            if isinstance(adopted[-1], QuantisedLinear):
+                adopted[-1].quantised_merge = config.quantised_merge
     except BaseException:
         for layer in adopted:
             layer.release_()
@@ -81,6 +83,9 @@ def eject(model: nn.Module, merge: bool = True) -> None:
     layers = _adapted(model)
     check_plain(layers, "eject")
     _check_whole(layers)
+    for name, layer in layers.items():
+        if why := layer.not_ejectable(merge):
+            raise TargetError(f"eject: {name or 'model'}: {why}. Nothing was changed")
     if merge:
         _merge(model, layers, "eject")
     else:
@@ -170,6 +175,7 @@ def _merge(model: nn.Module, layers: dict[str, AdaptedLinear], action: str) -> N
                 raise type(error)(f"{name or 'model'}: {error}") from None
             raise
         done.append(layer)
+    warn_of_rounding(action, layers)
 
 
 def _check_whole(layers: Mapping[str, AdaptedLinear]) -> None:
@@ -205,7 +211,7 @@ def check_mergeable(model: nn.Module, action: str = "merge") -> None:
     layers = adapters(model)
     check_plain(layers, action)
     for name, layer in layers.items():
-        if why := without_numbers(layer.weight):
+        if why := layer.not_writable():
             raise TargetError(f"{action}: {name or 'model'}: {why}. Nothing was changed")
     if shared := shared_weights(model, weights_of(layers)):
         text = next(iter(shared.values()))
@@ -221,11 +227,10 @@ def _report(model: nn.Module, planned: Plan) -> Report:
         f"trainable: {trainable:,} of {total:,} parameters ({share:.3%}) in {len(planned.matches)} layers"
     ]
     notes += [f"skipped: {shorten(names)} ({reason})" for reason, names in planned.skipped.items()]
-    notes += [
-        f"set on {shorten(names)}: {setting}, or {shorten(children)} would never be called; eject restores "
-        "the old value"
-        for setting, (names, children) in _changed_parents(planned).items()
-    ]
+    for setting, (parents, children) in _changed_parents(planned).items():
+        kept = "so that calls leave it as it is"
+        reason = kept if "" in children else f"or {shorten(children)} would never be called"
+        notes.append(f"set on {shorten(parents)}: {setting}, {reason}; eject restores the old value")
     heads = freezing.frozen_heads(model)
     if heads:
         notes.append(f"frozen heads: {shorten(heads)}; to train them: {freezing.thawing_line(heads)}")

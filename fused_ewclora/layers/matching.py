@@ -9,8 +9,11 @@ from itertools import chain
 from typing import cast
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 
 from ..config import ALL_LINEAR, LoRAConfig, QKVLayout, matches
+from ..distributed.wrappers import innermost
 from ..errors import LayoutError, TargetError
 from . import bypass
 from .adapted import AdaptedLinear
@@ -18,14 +21,17 @@ from .left_out import left_out
 from .linear import LoRALinear
 from .parts import LoRAPart, Part, PartGroup, parts_of
 from .slices import AdapterSlice, plan_slices
+from .suggest import suggestion
 
 LayoutRule = Callable[[nn.Module, str], QKVLayout | None]
 HeadRule = Callable[[nn.Module], Iterable[nn.Module]]
 MAX_NAMES = 12  # in one list of an error message
+HEAD = "output head"  # the reason why "all-linear" leaves a layer out
 
 _layout_rules: list[LayoutRule] = []
 _head_rules: list[HeadRule] = []
 _adapted_classes: dict[type[nn.Module], type[AdaptedLinear]] = {nn.Linear: LoRALinear}
+_weight_classes: dict[tuple[type[nn.Module], type], type[AdaptedLinear]] = {}
 _libraries: dict[str, Callable[[], object]] = {}
 
 
@@ -54,15 +60,24 @@ def register_adapted_class(adapted: type[AdaptedLinear]) -> None:
     _adapted_classes[adapted.plain] = adapted
 
 
+def register_adapted_weight(weight: type[Tensor], adapted: type[AdaptedLinear]) -> None:
+    """Register `adapted` as the class that modules of exactly the class `adapted.plain` become when their
+    weight is of exactly the class `weight`, a subclass of tensors."""
+    _weight_classes[adapted.plain, weight] = adapted
+
+
 def register_library(name: str, load: Callable[[], object]) -> None:
     """Register `load`, which registers layouts and classes of the top-level package `name`; it is called
-    once, before the first injection into a model with modules of that package."""
+    once, before the first injection into a model with modules or parameters of classes of that package."""
     _libraries[name] = load
 
 
 def load_libraries(model: nn.Module) -> None:
-    """Call the `load` functions that are registered for the packages of the modules of `model`."""
-    for name in {type(module).__module__.partition(".")[0] for module in model.modules()} & set(_libraries):
+    """Call the `load` functions that are registered for the packages of the modules and parameters of
+    `model`."""
+    kinds: set[type] = {type(module) for module in model.modules()}
+    kinds |= {type(parameter) for parameter in model.parameters()}
+    for name in {kind.__module__.partition(".")[0] for kind in kinds} & set(_libraries):
         _libraries[name]()
         del _libraries[name]
 
@@ -136,14 +151,20 @@ class Plan:
 def plan(model: nn.Module, config: LoRAConfig) -> Plan:
     """Match and validate without changing anything; raises `TargetError` or `LayoutError` naming the layer.
 
-    Names are matched as in PEFT. Only modules whose class is exactly `nn.Linear`, or another one that is
-    registered, are adapted: modules of other classes are skipped with a reason, and an `nn.Linear` that the
-    targets name but that cannot be adapted raises. `"all-linear"` leaves out the modules that
-    `get_output_embeddings()`, `get_classifier()` or a rule of `register_heads` returns.
+    Names are matched as in PEFT. Only modules whose class is exactly `nn.Linear`, `nn.Conv2d`, `nn.Conv1d` or
+    another one that is registered are adapted: modules of other classes are skipped with a reason, and a
+    linear layer or convolution that the targets name but that cannot be adapted raises. `"all-linear"` leaves
+    out convolutions, and the modules that `get_output_embeddings()`, `get_classifier()` or a rule of
+    `register_heads` returns.
     """
     if config.target_modules is None:
         raise TargetError(
             f"target_modules: expected a string, names or {ALL_LINEAR!r}, got None; {_available(model)}"
+        )
+    if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
+        raise TargetError(
+            f"{lazy[0]}: has no shape yet; run the model once, which gives lazy modules their shapes, before "
+            "inject. Nothing was changed"
         )
     everything = config.target_modules == ALL_LINEAR
     load_libraries(model)
@@ -160,12 +181,12 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
             skipped.setdefault("in modules_to_save", []).append(name)
             continue
         if part is not None:
-            reason = "output head" if module in heads else part.unfit(module)
+            reason = HEAD if module in heads else part.unfit(module)
             if reason is None:
                 reason = bypass.refusal(parents.get(module, ()))
             adapted = isinstance(part.child_of(module), AdaptedLinear)
         else:
-            reason = "output head" if module in heads else _unfit(module)
+            reason = HEAD if module in heads else _unfit(module)
             adapted = isinstance(module, AdaptedLinear)
             if reason is None:
                 reason = bypass.refusal(parents.get(module, ()))
@@ -175,7 +196,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
             raise TargetError(
                 f"{name or 'model'}: has adapters already; fe.eject(model) removes them. Nothing was changed"
             )
-        elif (part is not None or is_linear(module)) and not everything:
+        elif (part is not None or _adaptable(module)) and not everything:
             raise TargetError(
                 f"{name}: {reason}; leave it out with exclude_modules=[{name!r}]. Nothing was changed"
             )
@@ -294,6 +315,7 @@ def _in_slices(name: str, parts: list[Candidate], config: LoRAConfig) -> list[Ca
 
 def output_heads(model: nn.Module) -> Iterator[nn.Module]:
     """The modules of the heads that the model or a rule of `register_heads` names."""
+    model = innermost(model)
     for getter in ("get_output_embeddings", "get_classifier"):
         method = getattr(model, getter, None)
         head = method() if callable(method) else None
@@ -306,15 +328,23 @@ def output_heads(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is an instance of `nn.Linear` or of another class that has an adapted form."""
-    return isinstance(module, tuple(_adapted_classes))
+    """Whether the module is an instance of `nn.Linear` or of another class that has an adapted form, unless
+    it is a convolution."""
+    return isinstance(module, tuple(plain for plain, own in _adapted_classes.items() if own.in_all))
+
+
+def _adaptable(module: nn.Module) -> bool:
+    """Whether the module is a linear layer or a convolution, adaptable or not: a target that names one means
+    it."""
+    return isinstance(module, (*_adapted_classes, _ConvNd))
 
 
 def _unfit(module: nn.Module) -> str | None:
     """The reason why a module cannot be adapted in place, or None."""
     kind = type(module).__name__
-    if not is_linear(module):
-        return f"{kind} is not nn.Linear"
+    if not isinstance(module, tuple(_adapted_classes)):
+        conv = isinstance(module, _ConvNd)
+        return f"{kind} is not nn.Conv1d or nn.Conv2d" if conv else f"{kind} is not nn.Linear"
     if type(module) not in _adapted_classes:
         base = next(plain.__name__ for plain in _adapted_classes if isinstance(module, plain))
         return f"{kind} is a subclass of {base} whose behaviour would be lost"
@@ -326,17 +356,13 @@ def _unfit(module: nn.Module) -> str | None:
         )
     if "forward" in vars(module):
         return "its forward has been replaced on the instance, so an adapter would never run"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is not a plain parameter (weight norm, pruning or another wrapper)"
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}, not floating point"
-    adapted = _adapted_classes[type(module)]
-    expected = adapted.features(module)
-    if tuple(weight.shape) != (expected if adapted.transposed else expected[::-1]):
-        sides = "[in_features, out_features]" if adapted.transposed else "[out_features, in_features]"
-        return f"its weight has shape {list(weight.shape)}, not {sides}"
-    return None
+    return _adapted_class(module).unfit(module)
+
+
+def _adapted_class(module: nn.Module) -> type[AdaptedLinear]:
+    """The class that a module becomes: by the class of its weight where that decides, else by its own."""
+    kind = _weight_classes.get((type(module), type(module._parameters.get("weight"))))
+    return _adapted_classes[type(module)] if kind is None else kind
 
 
 def _match(model: nn.Module, candidate: Candidate, config: LoRAConfig) -> Match:
@@ -344,7 +370,7 @@ def _match(model: nn.Module, candidate: Candidate, config: LoRAConfig) -> Match:
     layout, slices = config.layout, config.slices
     adapted: type[AdaptedLinear]
     if part is None:
-        adapted = _adapted_classes[type(module)]
+        adapted = _adapted_class(module)
         in_features, out_features = adapted.features(module)
         if slices is not None and layout is None:
             layout = known_layout(model, name)
@@ -358,7 +384,10 @@ def _match(model: nn.Module, candidate: Candidate, config: LoRAConfig) -> Match:
     try:
         adapters = plan_slices(out_features, config.rank_of(*names), alpha, slices, layout)
     except LayoutError as error:
-        hint = "; layers with another layout need their own call of inject" if layout is not None else ""
+        hint = "; layers with another layout need their own call of inject"
+        if layout is None:
+            parent = module if part is not None else next(ancestors(model, name), (model, ""))[0]
+            hint = suggestion(parent, in_features, out_features, slices or ())
         raise LayoutError(f"{name or 'model'}: {error}{hint}. Nothing was changed") from None
     return Match(name, module, adapted, in_features, adapters, alpha, part)
 
@@ -422,4 +451,6 @@ def _nothing_matched(model: nn.Module, config: LoRAConfig, skipped: dict[str, li
         message += f" (did you mean {' or '.join(map(repr, dict.fromkeys(close)))}?)"
     for reason, which in skipped.items():
         message += f"; {shorten(which)}: {reason}"
+        if reason == HEAD:
+            message += f" (target_modules={which[:MAX_NAMES]!r} adapts it all the same)"
     return f"{message}; {_available(model)}"

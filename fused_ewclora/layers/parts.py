@@ -264,7 +264,10 @@ class Part:
 
     def weight_in(self, owner: nn.Module) -> Tensor:
         """The weight as `owner` stores it."""
-        whole = cast(Tensor, getattr(owner, self.parameter))
+        return self.of(cast(Tensor, getattr(owner, self.parameter)))
+
+    def of(self, whole: Tensor) -> Tensor:
+        """What the part is of its parameter, or of the gradient of that."""
         return whole if self.index is None else held_part(whole, self.index)
 
     def weight_name(self, owner: str) -> str:

@@ -8,12 +8,22 @@ from torch import Tensor, nn
 from ..distributed.processes import is_dtensor
 
 
+def own_tensors(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters of a module itself by name. A replica of `nn.DataParallel` has none: of it, the copies
+    of them that gradients pass through."""
+    return vars(module).get("_former_parameters") or module._parameters
+
+
 def not_plain(module: nn.Module, name: str) -> str | None:
     """The reason why `name` is not a plain parameter of the module, and what undoes it; or None.
 
     A parameter that is None, as a bias may be, is plain.
     """
-    return None if name in module._parameters else f"its {name} {_replaced_by(module, name)}"
+    return (
+        None
+        if name in own_tensors(module) or name in module._parameters
+        else f"its {name} {_replaced_by(module, name)}"
+    )
 
 
 def without_numbers(tensor: Tensor) -> str | None:

@@ -12,6 +12,7 @@ from ..config import Rows
 from ..errors import ArgumentError
 from ..functional import Adapter
 from ..layers.adapted import AdaptedLinear
+from ..layers.plain import own_tensors
 from ..layers.slices import AdapterSlice
 
 NORMALIZATIONS = ("product", "factors")
@@ -34,7 +35,7 @@ class Directions:
     def of(layer: AdaptedLinear, piece: AdapterSlice) -> Directions:
         """The directions of an adapter, looked up on every call: some `.to()` and load calls replace
         Parameters."""
-        table, suffix = layer._parameters, suffix_of(piece)
+        table, suffix = own_tensors(layer), suffix_of(piece)
         return Directions(*(table[name + suffix] for name in NAMES))  # type: ignore[arg-type]
 
     @staticmethod

@@ -24,12 +24,13 @@ def _summing(layers: Mapping[str, AdaptedLinear]) -> Iterator[dict[str, Tensor]]
     sums: dict[str, Tensor] = {}
 
     def hook_for(name: str) -> Any:
-        def add(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def add(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = (args[0] if args else kwargs["x"]).detach()
             with torch.autocast(x.device.type, enabled=False):
-                rows = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
-                product = (rows.T @ rows).double()
-            sums[name] = product if name not in sums else sums[name].add_(product)
+                for piece in layer.input_rows(x):
+                    rows = piece.to(torch.promote_types(x.dtype, torch.float32))
+                    product = (rows.T @ rows).double()
+                    sums[name] = product if name not in sums else sums[name].add_(product)
 
         return add
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LoRAConfig
+from ..distributed.transaction import by_canonical_name
 from ..errors import ArgumentError
 from ..layers.adapted import AdaptedLinear
 from ..layers.from_peft import no_adapters
@@ -59,7 +60,7 @@ class Method:
         elif not adapters(model):
             raise ArgumentError(f"config: expected a LoRAConfig, got None; {no_adapters(model)}")
         self.model, self.group = model, group
-        self.layers: dict[str, AdaptedLinear] = adapters(model)
+        self.layers: dict[str, AdaptedLinear] = by_canonical_name(adapters(model).items())
         self.watch = TrainingWatch(self.layers)
         self.tasks = 0  # that have ended
         self._running = False

@@ -20,6 +20,7 @@ from ..errors import ArgumentError, FisherError
 from . import schemas
 from .dispatch import current_backend
 from .sample_order import Ends, Order, Watch
+from .windows import Geometry, Windows
 
 Rows = tuple[tuple[int, int], ...]
 RowsToSamples = Callable[[Tensor], Tensor]
@@ -32,7 +33,8 @@ def _inside_backward() -> bool:
 
 
 class CallCapture(Protocol):
-    """What collects the Fisher of one call: a `FisherCapture`, a `RoutedCall` or a `RowsCapture`."""
+    """What collects the Fisher of one call: a `FisherCapture`, or a `RoutedCall`, `RowsCapture` or
+    `ImagesCall` of one."""
 
     def note_forward(self, x: Tensor) -> CallIndex:
         """x of the forward; what it returns is given to `record`."""
@@ -78,12 +80,31 @@ class RoutedCall:
         self._capture.record(x, dy, index)
 
 
+class ImagesCall:
+    """The capture of one call of a convolution whose windows overlap, with images `[N, C, *S]` as x."""
+
+    __slots__ = ("_capture", "_geometry")
+
+    def __init__(self, capture: FisherCapture, geometry: Geometry) -> None:
+        self._capture, self._geometry = capture, geometry
+
+    def note_forward(self, x: Tensor) -> CallIndex:
+        """As `FisherCapture.note_forward`."""
+        self._capture.note_images(x)
+        return None
+
+    def record(self, x: Tensor, dy: Tensor, index: CallIndex = None) -> None:
+        """As `FisherCapture.record`, dy `[N, d_out, *T]`."""
+        self._capture.record_images(x, dy, self._geometry)
+
+
 @dataclass(slots=True)
 class _Call:
     """x and dy of one call: `[N, T, d]`, or `[rows, d]` where `index` `[rows]` holds the sample of each row,
-    or with mode "batch" `[1, rows, d]`. dy has the columns of the layer's output from `start` on."""
+    or with mode "batch" `[1, rows, d]`. dy has the columns of the layer's output from `start` on. The x of a
+    convolution whose windows overlap are its windows."""
 
-    x: Tensor
+    x: Tensor | Windows
     dy: Tensor
     samples: int
     index: Tensor | None = None
@@ -99,7 +120,7 @@ class _Call:
 class Term:
     """x and dy of all calls in one forward pass for some rows of a Fisher, `row` the first of them."""
 
-    x: Tensor
+    x: Tensor | Windows
     dy: Tensor
     offsets: Tensor | None
     row: int = 0
@@ -110,7 +131,7 @@ class _Part:
     """x and dy of all calls in one forward pass for the columns of the layer's output from `start` on;
     `offsets` where rows are sorted by sample."""
 
-    x: Tensor
+    x: Tensor | Windows
     dy: Tensor
     start: int = 0
     offsets: Tensor | None = None
@@ -256,7 +277,24 @@ class FisherCapture:
         call = self._call(x, dy, index)
         if start is not None:
             call.start = start
-        elif self._calls <= 1 and not self._held and index is None:  # the usual layer, called once
+        self._take(call, index is None and start is None)
+
+    def note_images(self, images: Tensor) -> None:
+        """`note_forward` of a convolution of `[N, C, *S]` whose windows overlap."""
+        if self.rows_to_samples is not None and self.mode == "sample":
+            raise FisherError(
+                f"rows_to_samples[{self.name!r}]: expected a layer whose input has rows, got a convolution "
+                "whose windows overlap"
+            )
+        self.note_forward(images.movedim(1, -1))
+
+    def record_images(self, images: Tensor, dy: Tensor, geometry: Geometry) -> None:
+        """`record` of images `[N, C, *S]` and dy `[N, d_out, *T]`."""
+        if self.look is None:
+            self._take(self._images_call(images, dy, geometry), True)
+
+    def _take(self, call: _Call, in_order: bool) -> None:
+        if self._calls <= 1 and not self._held and in_order:  # the usual layer, called once
             self._closed = True
             self._accumulate([_Part(call.x, call.dy)], call.samples)
             return
@@ -303,6 +341,20 @@ class FisherCapture:
             if isinstance(index, RoutedRows):
                 return _Call(_rows(x), _rows(dy), samples, order.sample_of(index.rows, samples))
         return _Call(_by_sample(x, samples, order), _by_sample(dy, samples, order), samples)
+
+    def _images_call(self, images: Tensor, dy: Tensor, geometry: Geometry) -> _Call:
+        shape = images.movedim(1, -1).shape  # as `note_images` saw them
+        samples = self.batch_size or self._watched_samples or self._samples_of(shape)
+        parts, order = 1, Order(0, images.shape[0])
+        if self.mode == "sample" and samples > 1 and images.numel() and dy.numel():
+            parts, order = samples, self._order_of(shape, samples)
+            if order.dim != 0:
+                raise FisherError(
+                    f"{self.name}: its samples are in dimension {order.dim + 1} of its input "
+                    f"{list(images.shape)}, where windows overlap. {ways_out(self.name)}"
+                )
+        x, dy = (order.samples_first(tensor, parts) for tensor in (images, dy))
+        return _Call(Windows(geometry, [x]), dy.movedim(2, -1).flatten(1, -2), samples)
 
     def _samples_of(self, shape: torch.Size) -> int:
         """The samples in x by its order, or its leading dimension."""
@@ -372,8 +424,10 @@ class FisherCapture:
 
     def _accumulate_into(self, fisher: Tensor, term: Term, weight: float) -> None:
         x, dy = term.x, term.dy
-        if x.shape[:-1].numel():
-            rows = fisher if dy.shape[-1] == fisher.shape[0] else fisher.narrow(0, term.row, dy.shape[-1])
+        rows = fisher if dy.shape[-1] == fisher.shape[0] else fisher.narrow(0, term.row, dy.shape[-1])
+        if isinstance(x, Windows):
+            x.accumulate_into_(rows, dy, self.mode, weight)
+        elif x.shape[:-1].numel():
             schemas.fisher_accumulate_(rows, x, dy, self.mode, weight, term.offsets, current_backend())
 
 
@@ -406,6 +460,16 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
+def _inputs(parts: list[Tensor | Windows], dim: int) -> Tensor | Windows:
+    """Those of all calls, joined; a layer has rows or windows in each of them."""
+    first, *others = parts
+    if isinstance(first, Windows):
+        return first.with_calls([part for part in others if isinstance(part, Windows)])
+    if not others:
+        return first
+    return torch.cat([first, *(part for part in others if isinstance(part, Tensor))], dim)
+
+
 def _by_sample(tensor: Tensor, samples: int, order: Order | None) -> Tensor:
     """`[N, T, d]`, a view where that is possible; other dimensions are tokens."""
     features = tensor.shape[-1]
@@ -430,12 +494,12 @@ def _columns(dy: Tensor, ranges: Rows) -> Tensor:
 
 def _joined(calls: list[_Call], start: int, stop: int) -> _Part:
     """The columns `start` to `stop` of the output in calls that have them, joined along the tokens."""
-    xs, dys = [c.x for c in calls], [_columns(c.dy, ((start - c.start, stop - c.start),)) for c in calls]
+    dys = [_columns(c.dy, ((start - c.start, stop - c.start),)) for c in calls]
     dim = 0 if calls[0].index is not None else 1
-    x = xs[0] if len(xs) == 1 else torch.cat(xs, dim)
+    x = _inputs([call.x for call in calls], dim)
     dy = dys[0] if len(dys) == 1 else torch.cat(dys, dim)
     index = [call.index for call in calls if call.index is not None]
-    if not index:
+    if not index or isinstance(x, Windows):
         return _Part(x, dy, start)
     x, dy, offsets = _sorted_by_sample(x, dy, torch.cat(index), calls[0].samples)
     return _Part(x, dy, start, offsets)

@@ -15,6 +15,7 @@ from ..errors import ArgumentError, DtypeError
 from . import dispatch, schemas
 from .adapters import Adapter, Scale, row_ranges
 from .capture import MODES
+from .windows import Geometry
 
 _SHORT = (torch.float16, torch.bfloat16)
 _LARGEST = torch.finfo(torch.float32).max
@@ -147,10 +148,38 @@ def lora_linear(
         _same(bias, "bias", x, "x")
         if bias.shape != (d_out,):
             raise ArgumentError(f"bias: expected shape [{d_out}] (rows of weight), got {_shape(bias)}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ArgumentError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
+    _dropout(dropout_p)
     if not adapters:
         raise ArgumentError("adapters: expected at least one, got none")
+    return _adapters(adapters, x, d_in, d_out)
+
+
+def add_low_rank(
+    y: Tensor, x: Tensor, adapters: Sequence[Adapter], residual: Tensor | None, dropout_p: float
+) -> list[int]:
+    """Everything about adapters on a given product; returns the `rows` of the ops."""
+    floating(x, "x")
+    floating(y, "y")
+    if x.dim() < 1 or y.shape[:-1] != x.shape[:-1]:
+        raise ArgumentError(f"y: expected leading shape {list(x.shape[:-1])} (of x), got {_shape(y)}")
+    d_in, d_out = x.shape[-1], y.shape[-1]
+    for name, tensor in (("y", y), ("residual", residual)):
+        if tensor is not None and tensor.device != x.device:
+            raise ArgumentError(f"{name}: expected device {x.device} (of x), got {tensor.device}")
+    if residual is not None:
+        floating(residual, "residual")
+        if residual.shape != (d_out, d_in):
+            raise ArgumentError(f"residual: expected shape {[d_out, d_in]}, got {_shape(residual)}")
+    _dropout(dropout_p)
+    return _adapters(adapters, x, d_in, d_out)
+
+
+def _dropout(dropout_p: float) -> None:
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ArgumentError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
+
+
+def _adapters(adapters: Sequence[Adapter], x: Tensor, d_in: int, d_out: int) -> list[int]:
     flat_rows: list[int] = []
     for index, (lora_a, lora_b, scale, rows) in enumerate(adapters):
         where = "" if len(adapters) == 1 else f" of adapter {index}"
@@ -168,6 +197,34 @@ def lora_linear(
             flat_rows += (index, start, stop)
     _disjoint(flat_rows, d_out)
     return flat_rows
+
+
+def images(x: Tensor, weight: Tensor, geometry: Geometry) -> None:
+    """The input of a convolution with this weight, which has one entry of the geometry per dimension."""
+    floating(x, "x")
+    floating(weight, "weight")
+    dims = weight.dim()
+    if x.is_nested:
+        raise ArgumentError("x: expected a padded tensor, got a nested one")
+    if x.dim() not in (dims, dims - 1) or x.shape[1 - dims] != weight.shape[1]:
+        channels, spatial = weight.shape[1], "H, W" if dims == 4 else "L"
+        raise ArgumentError(
+            f"x: expected [N, {channels}, {spatial}] or [{channels}, {spatial}] (weight {_shape(weight)}), "
+            f"got shape {_shape(x)}"
+        )
+    if min(geometry.counts(tuple(x.shape[2 - dims :]))) < 1:
+        raise ArgumentError(
+            f"x: expected at least one window of {list(geometry.kernel)} (padding {list(geometry.padding)}, "
+            f"dilation {list(geometry.dilation)}), got shape {_shape(x)}"
+        )
+
+
+def lora_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], dropout_p: float
+) -> None:
+    """Everything about a LoRA convolution but the sizes of its input."""
+    rows = x.new_empty(0, weight[0].numel())  # of x as the base product has them
+    lora_linear(rows, weight.flatten(1), bias, adapters, dropout_p)
 
 
 def _disjoint(rows: list[int], d_out: int) -> None:

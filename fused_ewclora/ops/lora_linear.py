@@ -32,7 +32,7 @@ class LoRALinearMeta:
     backend: str
 
 
-_TRANSFORMS = "a transform of torch.func, batched gradients, forward-mode differentiation or torch.jit.trace"
+TRANSFORMS = "a transform of torch.func, batched gradients, forward-mode differentiation or torch.jit.trace"
 
 
 class Captured:
@@ -60,7 +60,7 @@ class Captured:
                 "pass"
             )
         if schemas.is_transformed(dy):
-            raise FisherError(f"a Fisher pass: expected one backward of plain tensors, got {_TRANSFORMS}")
+            raise FisherError(f"a Fisher pass: expected one backward of plain tensors, got {TRANSFORMS}")
         self._followed = True
         with torch.no_grad():
             return self._capture.record(x, dy, self._index)
@@ -183,6 +183,6 @@ def eager() -> Callable[..., Tensor | None] | None:
 
 def _transformed(args: tuple[Any, ...], capture: CallCapture | None) -> Tensor:
     if capture is not None:
-        raise FisherError(f"a Fisher pass: expected plain calls of its layers, got one inside {_TRANSFORMS}")
+        raise FisherError(f"a Fisher pass: expected plain calls of its layers, got one inside {TRANSFORMS}")
     with torch.autocast(args[0].device.type, enabled=False):
         return differentiable.lora_linear(*args[:-1])

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LIBRARIES = ("timm", "transformers", "peft", "accelerate", "avalanche", "open_clip")
+LIBRARIES = (
+    "timm", "transformers", "peft", "accelerate", "avalanche", "open_clip", "bitsandbytes", "torchao",
+)  # fmt: skip
 MISSING = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
 HINT = "make test-integrations installs them"
 

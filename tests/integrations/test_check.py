@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import timm
 import torch
+import torchvision
 import transformers
 from timm_models import MODELS
 from torch import nn
+from torchvision.models import video
 
 import fused_ewclora as fe
 from fused_ewclora import __main__ as cli
 from fused_ewclora.diagnostics import check
-from fused_ewclora.integrations import _named
+from fused_ewclora.integrations import _named, _named_torchvision
 
 
 @pytest.fixture
@@ -44,6 +48,7 @@ def checked(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, An
 def test_timm_passes(name: str, capsys: pytest.CaptureFixture[str]):
     """A named timm model passes with its layouts."""
     tiny = MODELS[name]
+    tiny.skip_if_refused()
     data = checked(capsys, tiny.name, "--target", "qkv", "--slices", "k", "v", "--rank", "2")
     assert data["problems"] == []
     assert data["library"] == f"timm {timm.__version__}"
@@ -98,6 +103,73 @@ def test_transformers_passes(name, arguments, first, sizes, tmp_path, capsys):
     assert all(0 < row["gradient_error"] <= row["limit"] for row in data["layers"])
 
 
+SMALL = {
+    "swin_t": (torchvision.models.SwinTransformer, ([4, 4], 8, [2], [2], [4, 4])),
+    "swin3d_t": (video.swin_transformer.SwinTransformer3d, ([2, 4, 4], 8, [2], [2], [2, 4, 4])),
+}
+
+
+@pytest.fixture
+def tiny_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named models of torchvision are built at the size of the tests, of the same classes."""
+
+    def small(name: str, weights: None, image_size: int = 0) -> nn.Module:
+        if name.startswith("vit"):
+            return torchvision.models.VisionTransformer(image_size, int(name[-2:]), 2, 2, 16, 16)
+        kind, arguments = SMALL[name]
+        return kind(*arguments)
+
+    monkeypatch.setattr(torchvision.models, "get_model", small)
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("tiny_torchvision")
+@pytest.mark.parametrize(
+    ("name", "arguments", "shape"),
+    [
+        ("torchvision/vit_l_16", [], [2, 3, 48, 48]),
+        ("vit_h_14", ["--library", "torchvision"], [2, 3, 126, 126]),
+        ("swin_t", ["--slices", "k", "v"], [2, 3, 56, 56]),
+        ("swin3d_t", [], [2, 3, 4, 56, 56]),
+        ("vit_b_32", ["--library", "torchvision", "--full"], [2, 3, 224, 224]),
+    ],
+)
+def test_torchvision_passes(name, arguments, shape, monkeypatch, capsys):
+    """A named model of torchvision passes, with its layouts."""
+    data = checked(capsys, name, "--rank", "2", *arguments)
+    assert data["problems"] == [] and data["layers"] and data["input"]["x"] == shape
+    assert data["library"] == f"torchvision {torchvision.__version__}" and "get_model" in data["built"]
+    assert all(0 < row["gradient_error"] <= row["limit"] for row in data["layers"])
+    if "--slices" in arguments:
+        assert {tuple(row["slices"]) for row in data["layers"]} == {("k", "v")}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("torchvision/resnet18", "fc: output head (target_modules=['fc'] adapts it all the same)"),
+        ("torchvision/squeezenet1_1", "the model has no nn.Linear"),
+        (
+            "torchvision/vit_b_1",
+            "expected a classification model of torchvision, got 'vit_b_1'; similar names:",
+        ),
+        ("torchvision/fcn_resnet50", "expected a classification model of torchvision"),
+    ],
+)
+def test_nothing_to_adapt(name: str, message: str, capsys: pytest.CaptureFixture[str]):
+    """A model without linear layers, or with a head alone, is refused with what there is."""
+    assert cli.main(["check", name]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_torchvision_models():
+    """All classification models are known, of images and of videos, and the size of what they see."""
+    names = _named_torchvision.names()
+    assert {"vit_h_14", "maxvit_t", "resnet50", "mvit_v2_s", "swin3d_b"} <= set(names)
+    assert not {"fcn_resnet50", "raft_large", "quantized_resnet50"} & set(names)
+    assert all(min(_named_torchvision.native_size(name)) >= 112 for name in names)
+
+
 def test_transformers_type_name():
     """A model type of transformers is found by its name."""
     assert _named._knows("transformers", "bert") and not _named._knows("timm", "bert")
@@ -145,6 +217,39 @@ def test_wrong_gradient(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert [problem.partition(":")[0] for problem in data["problems"]] == ["blocks.1.attn.qkv"]
 
 
+def test_nudged_decisions():
+    """Noise inside of a model decides between equal inputs of a pooling anew, and is gone afterwards."""
+    model, x = nn.Sequential(nn.Identity(), nn.MaxPool1d(2, return_indices=True)), torch.ones(1, 64)
+    before = model(x)[1]
+    with check._nudged(model):
+        assert not torch.equal(model(x)[1], before)
+    assert torch.equal(model(x)[1], before)
+
+
+@pytest.mark.usefixtures("tiny_timm")
+def test_decided_by_rounding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """An error that noise in the exact model has as well is none."""
+    measure = check._measure
+    measured: list[check.Measured] = []
+
+    def wrong(model: nn.Module, sample: Any) -> check.Measured:
+        measured.append(measure(model, sample))
+        if len(measured) == 1:
+            measured[0].gradients["blocks.1.attn.qkv.lora_A"].mul_(1 + 1e-4)
+        return measured[-1]
+
+    @contextlib.contextmanager
+    def sensitive(model: nn.Module) -> Iterator[None]:
+        handle = model.blocks[1].mlp.register_forward_hook(lambda module, args, output: 1.001 * output)
+        yield
+        handle.remove()
+
+    monkeypatch.setattr(check, "_measure", wrong)
+    monkeypatch.setattr(check, "_nudged", sensitive)
+    data = checked(capsys, MODELS["vit"].name, "--target", "qkv", "--rank", "2")
+    assert data["problems"] == [] and len(measured) == 2
+
+
 @pytest.mark.usefixtures("tiny_timm")
 def test_nan_gradient(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """A gradient that is NaN is reported as a problem."""
@@ -161,6 +266,7 @@ def test_nan_gradient(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 @pytest.mark.usefixtures("tiny_timm")
 def test_unknown_bypass(monkeypatch, capsys: pytest.CaptureFixture[str]):
     """A bypass that no rule knows is reported as a problem."""
+    MODELS["beit"].skip_if_refused()
     monkeypatch.setattr(fe.integrations.timm, "_BYPASSING", set())
     data = checked(capsys, MODELS["beit"].name, "--target", "qkv", "--rank", "2")
     assert any("never ran" in problem and "qkv_bias_separate" in problem for problem in data["problems"])

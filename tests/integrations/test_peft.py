@@ -21,6 +21,7 @@ from peft_models import (
     peft_model,
     randomise,
 )
+from replicas import Replicated
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -417,3 +418,29 @@ def test_eject_restores_layers():
     fe.eject(fused, merge=False)
     assert {type(layer) for layer in layers(fused).values()} == {PeftLinear}
     assert_same_bits(plain, fused, inputs())
+
+
+@pytest.mark.parametrize("build", [MLP, Transposed])
+def test_data_parallel(build, monkeypatch: pytest.MonkeyPatch):
+    """Replicas of `nn.DataParallel` run on the fused op, with the gradients of the model alone."""
+    _, model = pair(build())
+    forward = PeftLinear.forward
+    monkeypatch.setattr(PeftLinear, "forward", lambda *args, **kwargs: pytest.fail("PEFT's own forward ran"))
+    parallel, x = Replicated(model), inputs()
+    grads = []
+    for run in (model, parallel):
+        model.zero_grad()
+        run(x).square().mean().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+    assert {layer.forward_calls for layer in layers(model).values()} == {3}
+    monkeypatch.setattr(PeftLinear, "forward", forward)
+    ewc = fe.integrations.peft.attach_ewc(parallel)
+    assert list(ewc.layers) == ["fc1", "fc2"]
+
+
+def test_gaussian_in_wrapper():
+    """The initialisation of the configuration is found in a wrapped model."""
+    model = peft_model(init_lora_weights="gaussian")
+    ewc = fe.integrations.peft.attach_ewc(Replicated(model))
+    assert all(layer.gaussian for layer in ewc.layers.values())

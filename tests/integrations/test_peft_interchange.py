@@ -310,14 +310,14 @@ def test_model_changing_settings(tmp_path, settings):
 
 
 def test_nonlinear_layers(tmp_path):
-    """Adapters of layers other than linear ones are refused."""
+    """Adapters of layers other than linear ones and convolutions are refused."""
 
     class Words(nn.Module):
         def __init__(self):
             super().__init__()
-            self.words, self.conv, self.fc1 = nn.Embedding(7, 6), nn.Conv2d(1, 1, 1), nn.Linear(6, 3)
+            self.words, self.conv, self.fc1 = nn.Embedding(7, 6), nn.Conv3d(1, 1, 1), nn.Linear(6, 3)
 
-    for targets, message in ((["words", "fc1"], "lora_embedding"), (["conv", "fc1"], "Conv2d is not")):
+    for targets, message in ((["words", "fc1"], "lora_embedding"), (["conv", "fc1"], "Conv3d is not")):
         peft.get_peft_model(Words(), lora_config(target_modules=targets)).save_pretrained(tmp_path)
         refused(Words(), tmp_path, message)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 import timm
 import torch
 from timm.models.coat import ConvRelPosEnc
+from timm_models import VERSION
 from torch import Tensor, nn
 
 import fused_ewclora as fe
@@ -64,6 +66,10 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[Any, ...]]] = {
     "models.levit.AttentionDownsample": (
         {"in_dim": D, "out_dim": D, "key_dim": 4, "num_heads": HEADS, "resolution": 4}, TOKENS, (),
     ),
+    "models.levit.AttentionSubsample": (
+        {"in_dim": D, "out_dim": D, "key_dim": 4, "num_heads": HEADS, "resolution": 4, "resolution_out": 2,
+         "act_layer": nn.Hardswish}, TOKENS, (),
+    ),
     "models.maxxvit.AttentionCl": ({"dim": D, "dim_head": 8, "head_first": True}, GRID, ()),
     "models.maxxvit.AttentionCl heads last": ({"dim": D, "dim_head": 8, "head_first": False}, GRID, ()),
     "models.metaformer.Attention": ({"dim": D, "head_dim": 8}, TOKENS, ()),
@@ -77,6 +83,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[Any, ...]]] = {
     "models.tnt.Attention": ({**DIM, "hidden_dim": 8}, TOKENS, ()),
     "models.twins.GlobalSubSampleAttn": ({**DIM, "sr_ratio": 2}, TOKENS, (SIZE,)),
     "models.twins.LocallyGroupedAttn": ({**DIM, "ws": 2}, TOKENS, (SIZE,)),
+    "models.vision_transformer.Attention": ({**DIM, "qkv_bias": True}, TOKENS, ()),
     "models.vision_transformer.DiffParallelScalingBlock": ({**DIM, "mlp_ratio": 1.5}, TOKENS, ()),
     "models.vision_transformer.ParallelScalingBlock": ({**DIM, "mlp_ratio": 1.5}, TOKENS, ()),
     "models.vision_transformer_relpos.RelPosAttention": (DIM, TOKENS, ()),
@@ -87,14 +94,41 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[Any, ...]]] = {
 }  # fmt: skip
 # Cases that older versions lack: the class, or what makes it run in fp64 or of these sizes.
 SINCE = {
+    "layers.attention.Attention": (1, 0, 16),
+    "layers.attention.AttentionRope": (1, 0, 16),
+    "layers.attention_pool.AttentionPoolLatent": (0, 9, 12),
+    "layers.attention_pool2d.AttentionPool2d": (0, 9, 0),
     "layers.attention_pool2d.RotAttentionPool2d": (1, 0, 21),
     "layers.diff_attention.DiffAttention": (1, 0, 23),
     "models.convit.GPSA": (1, 0, 21),
     "models.csatv2.SpatialTransformerBlock": (1, 0, 23),
+    "models.davit.ChannelAttention": (0, 9, 0),
+    "models.davit.ChannelAttentionV2": (1, 0, 8),
+    "models.davit.WindowAttention": (0, 9, 0),
+    "models.eva.EvaAttention": (0, 9, 0),
+    "models.fastvit.Attention": (0, 9, 12),
+    "models.hiera.MaskUnitAttention": (1, 0, 3),
+    "models.hiera.MaskUnitAttention windows": (1, 0, 3),
+    "models.hieradet_sam2.MultiScaleAttention": (1, 0, 11),
+    "models.levit.AttentionDownsample": (0, 9, 0),
+    "models.metaformer.Attention": (0, 9, 0),
+    "models.tiny_vit.Attention": (0, 9, 12),
     "models.vision_transformer.DiffParallelScalingBlock": (1, 0, 23),
+    "models.vision_transformer.ParallelScalingBlock": (0, 9, 0),
+    "models.vision_transformer_sam.Attention": (0, 9, 12),
 }
-VERSION = tuple(map(int, timm.__version__.split(".")[:3]))
+# Cases that newer versions lack, with the first of these.
+UNTIL = {
+    "models.levit.AttentionSubsample": (0, 9, 0),
+    "models.vision_transformer.Attention": (1, 0, 16),
+}
+CAN_CALL = (1, 0, 8)  # from which on no attention bypasses its projection for good
 VARIABLES = {"q": ("q", "query"), "k": ("k", "key"), "v": ("v", "value"), "mlp": ("x_mlp",)}
+
+
+def missing(case: str) -> bool:
+    """Whether this version of timm is known to lack a case."""
+    return SINCE.get(case, (0,)) > VERSION or UNTIL.get(case, (sys.maxsize,)) <= VERSION
 
 
 def key_of(case: str) -> tuple[str, str]:
@@ -107,7 +141,12 @@ def make(case: str) -> tuple[nn.Module, tuple[Any, ...]]:
     options, shape, others = CASES[case]
     torch.set_num_threads(1)  # matrices this small only wait for each other's threads
     torch.manual_seed(0)
-    attention = getattr(importlib.import_module(f"timm.{module}"), name)(**options).double()
+    kind = getattr(importlib.import_module(f"timm.{module}"), name)
+    if VERSION < (1, 0, 20):  # some options came later
+        taken = inspect.signature(kind).parameters
+        options = {key: value for key, value in options.items() if key in taken}
+        options |= {"act_layer": nn.Hardswish} if module == "models.levit" else {}
+    attention = kind(**options).double()
     attention.eval()  # returns None where timm overrides train
     others = tuple(other.double() if isinstance(other, Tensor) else other for other in others)
     return attention, (torch.randn(shape, dtype=torch.float64), *others)
@@ -140,10 +179,11 @@ def observed(attention: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]
 @pytest.mark.parametrize("case", CASES)
 def test_rows_per_segment(case: str):
     """The rows of a segment make the variable it is named after and no other."""
-    if (first := SINCE.get(case, (0,))) > VERSION:
-        pytest.skip(f"timm {timm.__version__} is older than {'.'.join(map(str, first))}")
+    if missing(case):
+        pytest.skip(f"timm {timm.__version__} does not have it")
     attention, inputs = make(case)
     path, _ = known._KNOWN[key_of(case)]
+    path = path.replace(".linear", ".c") if VERSION < (0, 9) else path
     projection = attention.get_submodule(path)
     layout = known.layout_of(attention, path)
     assert sum(layout.sizes) == projection.out_features
@@ -194,12 +234,14 @@ def test_packed_classes_known():
         for name in packed_linears(path)
     }
     assert classes <= set(known._KNOWN)
-    assert set(known._KNOWN) - classes <= {key_of(case) for case, first in SINCE.items() if first > VERSION}
+    assert set(known._KNOWN) - classes <= {key_of(case) for case in CASES if missing(case)}
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if key_of(case) in known._BYPASSING])
 def test_bypass_fixed(case: str):
     """A fixed attention computes the same and calls its projection."""
+    if missing(case) or VERSION < CAN_CALL:
+        pytest.skip(f"timm {timm.__version__} cannot call it")
     attention, inputs = make(case)
     with torch.no_grad():
         attention.q_bias.normal_()
@@ -221,15 +263,30 @@ def test_bypass_fixed(case: str):
     assert known.bypass_settings(attention, "qkv") is None, "the attribute is set already"
 
 
+def test_bypass_refused():
+    """An attention that nothing makes call its projection is refused by name."""
+    attention = importlib.import_module("timm.models.beit").Attention(D, HEADS, qkv_bias=True)
+    vars(attention).pop("qkv_bias_separate", None)  # as before timm 1.0.8
+    model = nn.ModuleDict({"attn": attention, "fc": nn.Linear(D, D)})
+    assert known.bypass_settings(attention, "qkv") is None
+    with pytest.raises(fe.TargetError, match=r"attn\.qkv: Attention of this version of timm uses its weight"):
+        fe.inject(model, fe.LoRAConfig(r=2, target_modules=["qkv"]))
+    report = fe.inject(model, fe.LoRAConfig(r=2, target_modules=["proj", "fc"]))
+    assert [row["name"] for row in report.rows] == ["attn.proj", "fc"]
+
+
 def test_no_biases():
     """An attention without biases needs no fix."""
     attention = importlib.import_module("timm.models.beit").Attention(D, HEADS, qkv_bias=False)
     assert known.bypass_settings(attention, "qkv") is None
 
 
+VIT_ATTENTION = importlib.import_module("timm.models.vision_transformer").Attention
+
+
 def test_custom_forward_unknown():
     """An attention with a forward of its own has no known layout."""
-    base = importlib.import_module("timm.layers").Attention
+    base = VIT_ATTENTION
 
     class Same(base):
         pass
@@ -250,7 +307,7 @@ def test_custom_forward_unknown():
 def test_unknown_parent_slices():
     """Slices of a layer in an unknown parent need a layout."""
 
-    class Other(importlib.import_module("timm.layers").Attention):
+    class Other(VIT_ATTENTION):
         def forward(self, x: Tensor) -> Tensor:
             return self.proj(self.qkv(x)[..., :D])
 

@@ -8,13 +8,20 @@ import pytest
 import timm
 import timm.layers
 import timm.optim
+import timm.utils
 import torch
 import torch.nn.functional as F
-from timm.utils import ModelEmaV3
+from timm.models.swin_transformer import SwinTransformer
 from timm_models import CLASSES, MODELS, adapted, randomise
 from torch import Tensor, nn
 
 import fused_ewclora as fe
+
+
+def needs(owner: object, name: str) -> pytest.MarkDecorator:
+    """Of a test of something that came to timm after the first version that is supported."""
+    return pytest.mark.skipif(not hasattr(owner, name), reason=f"timm {timm.__version__} has no {name}")
+
 
 SOME = pytest.mark.parametrize("name", ["vit", "beit", "swin"])
 
@@ -60,6 +67,7 @@ def test_new_classifier(name: str):
     ("name", "reentrant"),  # timm's BEiT hands keywords to checkpoint, which the reentrant one refuses
     [("vit", False), ("vit", True), ("beit", False), ("swin", False), ("swin", True)],
 )
+@needs(timm.layers, "use_reentrant_ckpt")
 def test_gradient_checkpointing(name: str, reentrant: bool):
     """Gradient checkpointing changes neither the gradients nor the Fisher."""
     plain, x_y = adapted(MODELS[name]), batch(name)
@@ -108,10 +116,11 @@ def test_plain_checkpoint_loads(name: str):
 
 
 @SOME
+@needs(timm.utils, "ModelEmaV3")
 def test_ema_covers_adapters(name: str):
     """The moving average covers the adapters and computes by itself."""
     model, (x, _) = adapted(MODELS[name]), batch(name)
-    ema = ModelEmaV3(model, decay=0.75)
+    ema = timm.utils.ModelEmaV3(model, decay=0.75)
     assert torch.equal(ema(x), model(x))
     start = {key: value.clone() for key, value in model.state_dict().items()}
     randomise(model)
@@ -128,16 +137,18 @@ def test_ema_covers_adapters(name: str):
     assert set(fe.adapters(model)), "the model itself keeps its adapters"
 
 
+@needs(timm.utils, "ModelEmaV3")
 def test_ema_restarts():
     """consolidate moves the adapters into the weights: an average across it would mix two bases."""
     model, (x, y) = adapted(MODELS["vit"]), batch("vit")
-    ema = ModelEmaV3(model)
+    ema = timm.utils.ModelEmaV3(model)
     ewc = fe.EWC(model, fisher_dtype=torch.float64)
     ewc.end_task([(x, y)], F.cross_entropy)
     ema.set(model)
     assert torch.equal(ema(x), model(x))
 
 
+@needs(timm.optim, "param_groups_weight_decay")
 def test_parameter_groups():
     """Parameter groups hold each trainable parameter once."""
     model = adapted(MODELS["vit"])
@@ -183,6 +194,7 @@ def test_optimizer_two_tasks():
 
 
 @SOME
+@needs(SwinTransformer, "forward_intermediates")
 def test_features_match_merged(name: str):
     """Features are those of the merged model."""
     model, (x, _) = adapted(MODELS[name]), batch(name)
@@ -197,10 +209,12 @@ def test_features_match_merged(name: str):
 
 
 @pytest.mark.parametrize("name", ["vit", "beit"])
+@needs(SwinTransformer, "forward_intermediates")
 def test_features_only_model(name: str):
     """A features-only model takes adapters."""
     tiny = MODELS[name]
     torch.manual_seed(0)
+    tiny.skip_if_refused()
     model = timm.create_model(tiny.name, features_only=True, out_indices=(0, 1), **tiny.options).double()
     model.eval()
     with torch.no_grad():

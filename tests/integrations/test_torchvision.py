@@ -12,20 +12,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from dense_fisher import dense_fisher
 from models import randomize_adapters_
 from torch import Tensor, nn
-from torchvision.models import MaxVit, SwinTransformer, VisionTransformer
+from torchvision.models import ConvNeXt, MaxVit, SwinTransformer, VisionTransformer
 from torchvision.models import swin_transformer as swin
+from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 from torchvision.models.video import swin_transformer as video_swin
-from torchvision.models.video.mvit import MultiscaleAttention
+from torchvision.models.video.mvit import MSBlockConfig, MultiscaleAttention, MViT
 
 import fused_ewclora as fe
 from fused_ewclora.integrations import torchvision as known
 
 D, HEADS = 8, 2
-BOTH = fe.LoRAConfig(r=2, target_modules=["qkv", "proj"])
+# The patch embedding of videos is an nn.Conv3d.
+BOTH = fe.LoRAConfig(r=2, target_modules=["qkv", "proj"], exclude_modules=["patch_embed.proj"])
 IMAGES, VIDEO = (2, 8, 12, D), (2, 4, 4, 6, D)
 
 # class, window, shift, shape of the input
@@ -95,19 +98,59 @@ def small_video() -> nn.Module:
     return video_swin.SwinTransformer3d([2, 4, 4], D, [2], [HEADS], [2, 2, 2], num_classes=3)
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+def small_maxvit() -> nn.Module:
+    torch.manual_seed(0)
+    return MaxVit((32, 32), 8, 4, [8], [1], 4, 0.0, num_classes=3)
+
+
+def small_convnext() -> nn.Module:
+    torch.manual_seed(0)
+    return ConvNeXt([CNBlockConfig(8, None, 2)], layer_scale=0.5, num_classes=3)
+
+
+def small_mvit() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"num_heads": 2, "kernel_q": [1, 3, 3], "kernel_kv": [1, 3, 3]}
+    steps = [([1, 1, 1], [1, 2, 2]), ([1, 2, 2], [1, 1, 1])]
+    blocks = [
+        MSBlockConfig(input_channels=8, output_channels=8, stride_q=q, stride_kv=kv, **sizes)
+        for q, kv in steps
+    ]
+    return MViT((16, 16), 4, blocks, True, True, True, True, attention_dropout=0.0, num_classes=3)
+
+
+def small_vit() -> nn.Module:
+    torch.manual_seed(0)
+    return VisionTransformer(16, 8, 2, 2, D, 16, num_classes=3)
+
+
+SWINS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "swin": (small_swin, (3, 3, 32, 32)),
     "swin v2": (lambda: small_swin(swin.SwinTransformerBlockV2), (3, 3, 32, 32)),
     "video swin": (small_video, (3, 3, 4, 16, 16)),
 }
+# Every linear layer but the head.
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
+    **{name: (*of, "head") for name, of in SWINS.items()},
+    "maxvit": (small_maxvit, (3, 3, 32, 32), "classifier.5"),
+    "convnext": (small_convnext, (3, 3, 16, 16), "classifier.2"),
+    "mvit": (small_mvit, (3, 3, 4, 16, 16), "head.1"),
+    "vit": (small_vit, (3, 3, 16, 16), "heads.head"),
+}
 
 
-@pytest.fixture(params=MODELS)
-def plain(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
-    make, shape = MODELS[request.param]
+def made(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
+    """The model with parameters large enough that every one of them shows, and its input."""
     model = make().double().eval()
-    nn.init.normal_(model.head.weight, std=0.3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
     return model, torch.randn(shape, dtype=torch.float64)
+
+
+@pytest.fixture(params=SWINS)
+def plain(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
+    return made(*SWINS[request.param])
 
 
 def test_adapters_apply(plain: tuple[nn.Module, Tensor]):
@@ -132,6 +175,65 @@ def test_adapters_apply(plain: tuple[nn.Module, Tensor]):
     fe.eject(model)
     assert [type(module) for module in model.modules()] == kinds and list(model.state_dict()) == keys
     torch.testing.assert_close(model(x), applied, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_whole_models(case: str):
+    """Over three tasks outputs and gradients are those of a dense model, and the Fisher is exact."""
+    make, shape, head = MODELS[case]
+    model, x = made(make, shape)
+    dense, y = copy.deepcopy(model), torch.tensor([0, 1, 2])
+    # Small networks that make biases of positions see no samples.
+    report = fe.inject(
+        model,
+        fe.LoRAConfig(
+            2,
+            target_modules="all-linear",
+            exclude_modules=["cpb_mlp.0", "cpb_mlp.2"] if case == "swin v2" else None,
+        ),
+    )
+    layers = fe.adapters(model)
+    assert report.summary["skipped"] == {head: "output head"}
+    ewc = fe.EWC(model, ewc_lambda=1.0, fisher_dtype=torch.float64)
+    samples = [(x[i : i + 1], y[i : i + 1]) for i in range(3)]
+    for task in range(3):
+        randomize_adapters_(model)
+        with torch.no_grad():
+            for name, layer in layers.items():
+                dense.get_submodule(name).weight.copy_(layer.consolidated_weight())
+        torch.testing.assert_close(model(x), dense(x), rtol=1e-9, atol=1e-12)
+        weights = [dense.get_submodule(name).weight.requires_grad_() for name in layers]
+        grads = torch.autograd.grad(F.cross_entropy(dense(x), y), weights)
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        for (name, layer), grad in zip(layers.items(), grads, strict=True):
+            ((_, a, b),) = layer.adapter_parameters()
+            for ours, exact in ((a.grad, b.detach().T @ grad), (b.grad, grad @ a.detach().T)):
+                assert float((ours - exact).norm()) <= 1e-9 * float(exact.norm()) + 1e-13, (name, task)
+        before = {name: fisher.clone() for name, fisher in ewc.fishers.items()}
+        expected = dense_fisher(dense, list(layers), samples, cross_entropy)
+        ewc.end_task([(x, y)], F.cross_entropy)
+        for name, fisher in ewc.fishers.items():
+            total = expected[name] + before.get(name, 0.0)
+            assert float((fisher - total).norm()) <= 1e-9 * float(total.norm()) + 1e-18, (name, task)
+
+
+HEADS_OF = {
+    "resnet18": ["fc"], "alexnet": ["classifier.6"], "densenet121": ["classifier"],
+    "mobilenet_v3_small": ["classifier.3"], "efficientnet_b0": ["classifier.1"],
+    "squeezenet1_1": ["classifier.1"], "shufflenet_v2_x0_5": ["fc"], "s3d": ["classifier.1"],
+    "googlenet": ["aux1.fc2", "aux2.fc2", "fc"], "inception_v3": ["AuxLogits.fc", "fc"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADS_OF)
+def test_heads(name: str):
+    """The last layer of every kind of classifier is its head."""
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, weights=None, **options)
+    found = set(known.heads(model))
+    assert sorted(name for name, module in model.named_modules() if module in found) == HEADS_OF[name]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

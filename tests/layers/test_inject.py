@@ -116,10 +116,12 @@ def test_all_linear_excludes_head():
 
 def test_other_classes_reported():
     """Names that match layers of other classes are reported."""
-    report = fe.inject(TinyViT(), fe.LoRAConfig(target_modules=["proj", "nothing"]))
-    assert report.summary["skipped"] == {"patch_embed.proj": "Conv1d is not nn.Linear"}
+    model = TinyViT()
+    model.act = nn.GELU()
+    report = fe.inject(model, fe.LoRAConfig(target_modules=["proj", "act", "nothing"]))
+    assert report.summary["skipped"] == {"act": "GELU is not nn.Linear"}
     assert report.summary["unmatched"] == ["nothing"]
-    assert "patch_embed.proj" in str(report) and "nothing" in str(report)
+    assert "skipped: act" in str(report) and "nothing" in str(report)
 
 
 def test_rank_alpha_patterns():

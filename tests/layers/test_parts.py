@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import randomize_adapters_
 from part_models import E, Maps, Model, data, layers, loss, pair, register
+from replicas import Replicated
 from torch import nn
 
 import fused_ewclora as fe
@@ -122,6 +123,19 @@ def test_selection():
     assert names(target_modules=["expert_1"]) == ["maps.expert_1"]
     assert names(target_modules="all-linear") == ["maps.kv", "maps.proj", "head"]
     assert len(names(target_modules=["maps"], exclude_modules=["kv"])) == 1 + E
+
+
+def test_data_parallel():
+    """Parts run in replicas, with the gradients of the model alone."""
+    model, _ = pair()
+    x, y = data(0)
+    grads = []
+    for run in (model, Replicated(model)):
+        model.zero_grad()
+        loss(run(x), y).backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert grads[0]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
 
 
 def test_unfit_parts():

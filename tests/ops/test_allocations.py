@@ -9,6 +9,7 @@ import torch
 from strategies import BACKENDS
 
 from fused_ewclora import functional as FE
+from fused_ewclora.ops import windows
 
 # The reference is plain PyTorch and materialises what its formulas say; Triton's interpreter is NumPy.
 LEAN = [name for name in BACKENDS if name == "cpu"]
@@ -117,3 +118,47 @@ def test_linear_keeps_intermediates(backend, dropout_p, threads):
     extra = peak - nbytes(x, a, b)
     assert extra <= (1 + threads) * PER_THREAD, f"{extra / MIB:.2f} MiB besides the gradients"
     assert largest < nbytes(weight) // 4, f"one allocation of {largest / MIB:.2f} MiB"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pointwise_convolution(backend, dtype):
+    """With the channels last a 1 x 1 convolution copies neither its input nor its output."""
+    torch.set_num_threads(1)
+    x = torch.randn(4, 64, 64, 64).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = torch.randn(64, 64, 1, 1).to(dtype), torch.randn(64).to(dtype)
+    a, b = torch.randn(8, 64).requires_grad_(), torch.randn(64, 8).requires_grad_()
+    geometry = FE.Geometry((1, 1), (1, 1), (0, 0), (1, 1))
+    z = 4 * 64 * 64 * 8 * 4
+
+    def run() -> torch.Tensor:
+        adapters = [FE.Adapter(a, b, 1.0, ((0, 64),))]
+        return FE.lora_conv_adapters(x, weight, bias, adapters, geometry, backend=backend)
+
+    y = run()
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    peak, _ = peak_and_largest(run)
+    assert peak - nbytes(y) - z <= PER_THREAD, f"{(peak - nbytes(y) - z) / MIB:.2f} MiB besides y and z"
+    dy = torch.randn_like(y)
+    peak, _ = peak_and_largest(lambda: torch.autograd.grad(y, (x, a, b), dy))
+    extra = peak - nbytes(x, a, b) - z
+    assert extra <= PER_THREAD, f"{extra / MIB:.2f} MiB besides the gradients"
+
+
+@pytest.mark.parametrize("mode", ["sample", "batch"])
+def test_fisher_of_windows(backend, mode, monkeypatch):
+    """Windows of 3 x 3 are never made as a whole, which would be 9 times the input."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(windows, "PIECE_BYTES", MIB)
+    x, dy = torch.randn(8, 1, 32, 32, 32), torch.randn(8, 32 * 32, 16)
+    if mode == "batch":
+        x, dy = x.movedim(1, 0), dy.flatten(0, 1)[None]
+    geometry = FE.Geometry((3, 3), (1, 1), (1, 1), (1, 1))
+    fisher = torch.zeros(16, 9 * 32)
+
+    def run() -> None:
+        windows.Windows(geometry, [x]).accumulate_into_(fisher, dy, mode, 1.0)
+
+    run()
+    peak, _ = peak_and_largest(run)
+    padded = nbytes(x) * 34**2 // 32**2 if mode == "batch" else 2 * MIB
+    assert peak <= padded + 2 * MIB + PER_THREAD, f"{peak / MIB:.2f} MiB"

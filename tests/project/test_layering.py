@@ -16,7 +16,17 @@ SOURCES = {
     for path in sorted(PACKAGE.rglob("*.py"))
     if not {"kernels", "benchmarks"} & set(path.relative_to(PACKAGE).parts[:1])  # links to other folders
 }
-MODEL_LIBRARIES = {"timm", "transformers", "peft", "avalanche", "torchvision", "diffusers"}
+MODEL_LIBRARIES = {
+    "timm",
+    "transformers",
+    "peft",
+    "avalanche",
+    "torchvision",
+    "open_clip",
+    "diffusers",
+    "bitsandbytes",
+    "torchao",
+}
 
 # Of the package, from the bottom up. A file imports its own folder and folders of lower rows; folders of one
 # row do not import each other. Files at the root are rooms of their own.

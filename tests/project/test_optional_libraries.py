@@ -13,7 +13,10 @@ from fused_ewclora.integrations._library import _SUPPORTED, require
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = {"timm": "timm", "transformers": "transformers", "accelerate": "transformers", "peft": "peft",
-          "avalanche": "avalanche", "torchvision": "torchvision"}  # fmt: skip
+          "avalanche": "avalanche", "torchvision": "torchvision",
+          "bitsandbytes": "bitsandbytes", "torchao": "torchao"}  # fmt: skip
+
+PAGES = {"bitsandbytes": "quantised", "torchao": "quantised"}  # of extras that share one
 
 
 @pytest.fixture
@@ -74,7 +77,7 @@ def test_same_versions(name):
     pins = (ROOT / "requirements-extras.txt").read_text()
     (pin,) = re.findall(rf"^{distribution}==(.*)$", pins, re.MULTILINE)
     assert first <= tuple(map(int, pin.split("."))) < beyond
-    page = (ROOT / "docs" / "integrations" / f"{extra}.md").read_text().replace("\n", " ")
+    page = (ROOT / "docs" / "integrations" / f"{PAGES.get(extra, extra)}.md").read_text().replace("\n", " ")
     library = distribution.removesuffix("-lib").replace("peft", "PEFT").replace("avalanche", "Avalanche")
     assert f"{library} {text_of(first)} and newer" in page, "the floor"
     assert re.search(rf"{library} [^|]*\b{re.escape(pin)}\b", page), "the version that is pinned"

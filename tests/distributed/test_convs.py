@@ -1,0 +1,23 @@
+"""DDP and FSDP2 of models with convolutions, with gloo on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import conv_checks
+import pytest
+from processes import Results, assert_agreed, launched
+
+WORLD = 2
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder: Path = tmp_path_factory.mktemp("convs")
+    return launched(conv_checks.__file__, WORLD, folder)
+
+
+@pytest.mark.parametrize("name", conv_checks.CHECKS)
+def test_convs_agree(results: Results, name: str):
+    """Each check of conv_checks.py, by two processes."""
+    assert_agreed(results, name)
