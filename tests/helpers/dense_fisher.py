@@ -13,10 +13,13 @@ from torch import Tensor, nn
 def dense_fisher(
     plain: nn.Module, names: Sequence[str], samples: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]
 ) -> dict[str, Tensor]:
-    """The mean over samples of (dL_n / dW)^2 for the weights of the layers called `names`; `loss(model,
-    sample)` is L_n. A weight that takes no part in the loss has the Fisher 0."""
+    """The mean over samples of (dL_n / dW)^2 for the weights of the layers, or the parameters, called
+    `names`; `loss(model, sample)` is L_n. A weight that takes no part in the loss has the Fisher 0."""
     model = copy.deepcopy(plain).double().eval().requires_grad_(False)
-    weights = [model.get_submodule(name).weight.requires_grad_(True) for name in names]
+    parameters = dict(model.named_parameters())
+    weights = [parameters[name if name in parameters else f"{name}.weight"] for name in names]
+    for weight in weights:
+        weight.requires_grad_(True)
     totals = [torch.zeros_like(weight) for weight in weights]
     count = 0
     for sample in samples:
