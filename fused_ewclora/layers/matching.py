@@ -55,9 +55,10 @@ def register_heads(rule: HeadRule) -> HeadRule:
     return rule
 
 
-def register_adapted_class(adapted: type[AdaptedLinear]) -> None:
-    """Register `adapted` as the class that modules of exactly the class `adapted.plain` become."""
-    _adapted_classes[adapted.plain] = adapted
+def register_adapted_class(adapted: type[AdaptedLinear], kind: type[nn.Module] | None = None) -> None:
+    """Register `adapted` as the class that modules of exactly the class `kind` become, by default
+    `adapted.plain`."""
+    _adapted_classes[adapted.plain if kind is None else kind] = adapted
 
 
 def register_adapted_weight(weight: type[Tensor], adapted: type[AdaptedLinear]) -> None:
