@@ -55,9 +55,10 @@ def register_heads(rule: HeadRule) -> HeadRule:
     return rule
 
 
-def register_adapted_class(adapted: type[AdaptedLinear]) -> None:
-    """Register `adapted` as the class that modules of exactly the class `adapted.plain` become."""
-    _adapted_classes[adapted.plain] = adapted
+def register_adapted_class(adapted: type[AdaptedLinear], kind: type[nn.Module] | None = None) -> None:
+    """Register `adapted` as the class that modules of exactly the class `kind` become, by default
+    `adapted.plain`."""
+    _adapted_classes[adapted.plain if kind is None else kind] = adapted
 
 
 def register_adapted_weight(weight: type[Tensor], adapted: type[AdaptedLinear]) -> None:
@@ -461,4 +462,7 @@ def _nothing_matched(model: nn.Module, config: LoRAConfig, skipped: dict[str, li
         message += f"; {shorten(which)}: {reason}"
         if reason == HEAD:
             message += f" (target_modules={which[:MAX_NAMES]!r} adapts it all the same)"
+    convs = [name for name, module in model.named_modules() if isinstance(module, _ConvNd)]
+    if targets == ALL_LINEAR and convs:
+        message += f"; {ALL_LINEAR!r} leaves out convolutions, target_modules can name them: {shorten(convs)}"
     return f"{message}; {_available(model)}"

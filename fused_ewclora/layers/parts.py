@@ -182,7 +182,7 @@ class LoRARoutedPart(LoRAPart):
 
     def skip(self) -> None:
         """To be called instead, in a forward without a graph that has no rows for it: it counts as called."""
-        self.__dict__["forward_calls"] += 1
+        (self._original or self).__dict__["forward_calls"] += 1
 
     @property
     def active_now(self) -> bool:
