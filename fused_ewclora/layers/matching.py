@@ -17,7 +17,7 @@ from ..distributed.wrappers import innermost
 from ..errors import LayoutError, TargetError
 from . import bypass
 from .adapted import AdaptedLinear
-from .left_out import left_out
+from .left_out import NOT_IN_ALL, left_out
 from .linear import LoRALinear
 from .parts import LoRAPart, Part, PartGroup, parts_of
 from .slices import AdapterSlice, plan_slices
@@ -283,8 +283,8 @@ def _part_names(owners: list[str], part: Part) -> list[str]:
 def _left_out(
     model: nn.Module, config: LoRAConfig, matched: Iterable[Candidate], covered: Iterable[nn.Module]
 ) -> dict[str, list[str]]:
-    """Reason -> parameters that may be linear maps and are asked for, but get no adapters. `covered` are
-    modules without any."""
+    """Reason -> parameters that may be linear maps, and convolutions, that are asked for but get no adapters.
+    `covered` are modules that are spoken of elsewhere."""
     targets, exclude = config.target_modules, config.exclude_modules
     everything = targets == ALL_LINEAR
 
@@ -295,7 +295,15 @@ def _left_out(
         return everything or (targets is not None and matches(targets, name))
 
     parts = {(candidate.module, candidate.part.parameter) for candidate in matched if candidate.part}
-    return left_out(model, covered, parts, wanted)
+    covered = set(covered)
+    reasons = left_out(model, covered, parts, wanted)
+    convolutions = [
+        name
+        for name, module in model.named_modules()
+        if everything and isinstance(module, _ConvNd) and not isinstance(module, AdaptedLinear)
+        if module not in covered and not (exclude is not None and matches(exclude, name))
+    ]
+    return {**reasons, f"convolutions: {NOT_IN_ALL}": convolutions} if convolutions else reasons
 
 
 def _in_slices(name: str, parts: list[Candidate], config: LoRAConfig) -> list[Candidate]:
