@@ -187,7 +187,7 @@ def changed_rows(layers: Mapping[str, AdaptedLinear], changed: list[str]) -> dic
         if state is not None:
             found |= {f"{ROWS}{name}{PART}{part}": tensor for part, tensor in state.items()}
             continue
-        weight = whole(layers[name].base_weight)
+        weight = layers[name].whole_weight()
         for piece in layers[name].adapter_slices:
             found[ROWS + fisher_key(name, piece)] = take_rows(weight, piece.rows)
     return found
@@ -438,7 +438,7 @@ def _new_weights(layers: Mapping[str, AdaptedLinear], saved: Mapping[str, Tensor
         keys = [fisher_key(name, piece) for piece in layer.adapter_slices]
         if not any(key in left for key in keys):
             continue
-        weight = whole(layer.base_weight.detach()).clone()
+        weight = layer.whole_weight().detach().clone()
         for key, piece in zip(keys, layer.adapter_slices, strict=True):
             if key not in left:
                 raise CheckpointError(f"{STATE}: the rows of {key} are missing; nothing was loaded")

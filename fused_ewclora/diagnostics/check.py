@@ -24,7 +24,7 @@ from ..integrations import _named
 from ..layers.adapted import LIVING
 from ..layers.inject import adapters, eject, inject
 from ..layers.matching import is_linear, known_layout, load_libraries, shorten
-from ..layers.parts import LoRAPart
+from ..layers.parts import LoRAPart, parts_of
 from ..ops.dispatch import use_backend
 from ..report import Report
 from .explain import explain, verify_forward
@@ -109,7 +109,10 @@ def _default_targets(model: nn.Module, slices: Sequence[str]) -> str | list[str]
     names = []
     for name, module in model.named_modules():
         layout = known_layout(model, name) if is_linear(module) else None
-        if layout is not None and set(slices) <= set(layout.segments):
+        segments = set(layout.segments if layout is not None else ())
+        for part in parts_of(module):
+            segments.update([part.segment or ""] if part.layout is None else part.layout.segments)
+        if set(slices) <= segments:
             names.append(name)
     if not names:
         raise LayoutError(f"slices: the model has no known packed projection with {list(slices)}")
@@ -144,7 +147,7 @@ def _layers(model: nn.Module, sample: Mapping[str, Tensor]) -> list[dict[str, An
     rows = []
     for served in explain(model, sample).rows:
         layer = layers[served["name"]]
-        layout = known_layout(model, served["name"])
+        layout = layer.part.layout if isinstance(layer, LoRAPart) else known_layout(model, served["name"])
         rows.append(
             {
                 "name": served["name"],

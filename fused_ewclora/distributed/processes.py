@@ -40,6 +40,44 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def held_part(tensor: Tensor, index: int) -> Tensor:
+    """`tensor[index]`; empty, `[0, ...]`, where several processes share the tensor by its first dimension and
+    another one holds this part. Makes no collective calls."""
+    if not is_dtensor(tensor):
+        return tensor[index]
+    _, chunk, coordinate = _division(tensor)
+    mine: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    if index // chunk == coordinate:
+        return mine[index - coordinate * chunk]
+    return mine.new_empty(0, *tensor.shape[2:])
+
+
+@torch.no_grad()
+def whole_part(tensor: Tensor, index: int) -> Tensor:
+    """`tensor[index]`, from the process that holds it; every process that shares it must call this."""
+    if not is_dtensor(tensor):
+        return tensor[index]
+    dimension, chunk, coordinate = _division(tensor)
+    held = held_part(tensor, index)
+    part = held.clone() if index // chunk == coordinate else held.new_empty(tensor.shape[1:])
+    if dimension is not None:
+        group = tensor.device_mesh.get_group(dimension)  # type: ignore[attr-defined]
+        dist.broadcast(part, group=group, group_src=index // chunk)
+    return part
+
+
+def _division(tensor: Any) -> tuple[int | None, int, int]:
+    """(dimension of the mesh over which a DTensor is divided by its first dimension, or None; entries of a
+    full share; which share is this process's)."""
+    divided = [i for i, place in enumerate(tensor.placements) if not place.is_replicate()]
+    if not divided:
+        return None, max(tensor.shape[0], 1), 0
+    if len(divided) > 1 or not tensor.placements[divided[0]].is_shard(0):
+        raise TargetError(f"expected a parameter sharded by its first dimension, got {tensor.placements}")
+    size = tensor.device_mesh.size(divided[0])
+    return divided[0], max(-(-tensor.shape[0] // size), 1), tensor.device_mesh.get_local_rank(divided[0])
+
+
 @torch.no_grad()
 def assign_(target: Tensor, value: Tensor) -> None:
     """target <- value; a sharded target takes its part of a whole value."""

@@ -24,7 +24,6 @@ from ..errors import TargetError
 from ..layers.adapted import AdaptedLinear, Updates
 from ..layers.index import check_present
 from ..layers.inject import check_mergeable
-from ..layers.parts import LoRAPart
 from ..ops.capture import FisherCapture, Term
 from .placement import Placement, check_inside, check_ready, fisher_buffer
 from .state import EWCState, Expected, TaskFisher, parse
@@ -67,8 +66,6 @@ class ShardedPlacement:
                 "fe.inject makes adapters that can"
             )
         reshard(self.model)
-        for name, layer in self.layers.items():
-            _check_whole_parts(name, layer)
         # The parameters that FSDP keeps between runs; during a run it puts other tensors in their place.
         self._kept: dict[tuple[int, str], DTensor] = {}
         first = self._matrices()[0][1]
@@ -80,6 +77,8 @@ class ShardedPlacement:
         dimension = next(i for i, p in enumerate(self._placements) if isinstance(p, Shard))
         self.group = self.mesh.get_group(dimension)
         self._others = [self.mesh.get_group(i) for i in range(self.mesh.ndim) if i != dimension]
+        for layer in self.layers.values():  # raises where it is sharded in a way that is not known
+            self._part_of_weight(layer)
 
     def check(self) -> None:
         check_present(self.refs)
@@ -270,6 +269,8 @@ class ShardedPlacement:
         FSDP shards the columns)."""
         everything = Share(layer.out_features, 0, 0, layer.out_features)
         weight = layer.weight
+        if weight.numel() == 0:  # one of several in a parameter, which another process holds
+            return weight, (Share(layer.out_features, 0, 0, 0), slice(None))
         if not isinstance(weight, DTensor):
             return weight, (everything, slice(None))
         share = self.share(weight.shape[0])
@@ -290,20 +291,6 @@ class ShardedPlacement:
             drawn = torch.empty(a.shape, dtype=a.dtype).uniform_(-bound, bound, generator=common)
             local(a).copy_(self.mine(drawn))
             local(b).zero_()
-
-
-def _check_whole_parts(name: str, layer: AdaptedLinear) -> None:
-    """Raises `TargetError` for a part along the dimension by which FSDP divides the parameter that it is in:
-    no process would hold rows of it, but some processes all and others none."""
-    if not isinstance(layer, LoRAPart) or layer.part.index is None:
-        return
-    owner, leaf = layer.weight_place()
-    if isinstance(owner._parameters[leaf], DTensor):
-        raise TargetError(
-            f"{name}: {layer.weight_name(name)} is sharded by the dimension that this is a part of, and "
-            "EWC needs rows of each part; leave the parameter whole (ignored_params of fully_shard), or use "
-            "DDP"
-        )
 
 
 class ShardedCapture(FisherCapture):

@@ -94,6 +94,7 @@ class EightBit:
     def stored(self, module: Any) -> dict[str, Tensor]:
         if module.weight.CB is not None:
             module.init_8bit_state()
+        if module.weight.data_ptr() != module.state.CB.data_ptr():  # as in a copy
             module.weight.data = module.state.CB
         return {CODES: module.state.CB, _SCALES: module.state.SCB}
 

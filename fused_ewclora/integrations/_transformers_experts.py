@@ -8,6 +8,7 @@ Injection gives the module another class, whose forward computes the same and ca
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 from collections.abc import Iterator, Mapping
@@ -138,7 +139,8 @@ def _known(module: nn.Module) -> bool:
     plain = module.plain if isinstance(module, CallingExperts) else type(module)
     # The forward that hands over to an implementation; of a subclass with a forward of its own nothing is
     # known.
-    dispatches = moe is not None and getattr(plain.forward, "__globals__", None) is vars(moe)
+    forward = inspect.getattr_static(plain, "forward", None)  # a scripted module has one that looks itself up
+    dispatches = moe is not None and getattr(forward, "__globals__", None) is vars(moe)
     stated = dispatches and all(hasattr(module, name) for name in _STATED)
     return stated and all(module._parameters.get(leaf) is not None for leaf in _leaves(module))
 

@@ -1,8 +1,8 @@
 """The layouts of the packed projections in the models of transformers.
 
-Every entry was taken from the forward of the model (transformers 5.23; 4.57 and 5.0 are the same). A test
-verifies it by changing the rows of one segment and comparing the operands of the attention. A class that is
-not listed has no known layout.
+Every entry was taken from the forward of the model (transformers 5.23; those that 4.57 and 5.0 have are the
+same). A test verifies it by changing the rows of one segment and comparing the operands of the attention. A
+class that is not listed has no known layout.
 """
 
 from __future__ import annotations
@@ -96,13 +96,21 @@ PACKED: Mapping[str, Rule] = {
     ),
     "deberta.DisentangledSelfAttention.in_proj": _by_head("num_attention_heads"),
     "decision_transformer.DecisionTransformerGPT2Attention.c_attn": _gpt2,
+    "deepseek_ocr2.DeepseekOcr2SamVisionAttention.qkv": _thirds,
     "dia.DiaMLP.gate_up_proj": _gate_up,
+    "ernie4_5_vl_moe.Ernie4_5_VLMoeVisionAttention.qkv": _thirds,
     "falcon.FalconAttention.query_key_value": _falcon,
     "florence2.Florence2VisionChannelAttention.qkv": _thirds,
     "florence2.Florence2VisionWindowAttention.qkv": _thirds,
     "glm.GlmMLP.gate_up_proj": _gate_up,
     "glm4.Glm4MLP.gate_up_proj": _gate_up,
+    "glm4v.Glm4vTextMLP.gate_up_proj": _gate_up,
     "glm4v.Glm4vVisionAttention.qkv": _thirds,
+    "glm4v_moe.Glm4vMoeVisionAttention.qkv": _thirds,
+    "glm_image.GlmImageTextMLP.gate_up_proj": _gate_up,
+    "glm_image.GlmImageVisionAttention.qkv": _thirds,
+    "glm_ocr.GlmOcrTextMLP.gate_up_proj": _gate_up,
+    "glm_ocr.GlmOcrVisionAttention.qkv": _thirds,
     "got_ocr2.GotOcr2VisionAttention.qkv": _thirds,
     "gpt2.GPT2Attention.c_attn": _gpt2,
     "gpt_bigcode.GPTBigCodeAttention.c_attn": _gpt_bigcode,
@@ -111,6 +119,8 @@ PACKED: Mapping[str, Rule] = {
     "hiera.HieraMaskUnitAttention.qkv": _thirds,
     "imagegpt.ImageGPTAttention.c_attn": _imagegpt,
     "instructblip.InstructBlipAttention.qkv": _thirds,
+    "instructblipvideo.InstructBlipVideoAttention.qkv": _thirds,
+    "layoutlmv2.LayoutLMv2SelfAttention.qkv_linear": _thirds,
     "mgp_str.MgpstrAttention.qkv": _thirds,
     "modernbert.ModernBertAttention.Wqkv": _thirds,
     "mpt.MptAttention.Wqkv": _thirds,
@@ -119,14 +129,19 @@ PACKED: Mapping[str, Rule] = {
     "phi3.Phi3Attention.qkv_proj": _grouped,
     "phi3.Phi3MLP.gate_up_proj": _gate_up,
     "phi4_multimodal.Phi4MultimodalAttention.qkv_proj": _grouped,
-    "phi4_multimodal.Phi4MultimodalMLP.gate_up_proj": _gate_up,
     "phi4_multimodal.Phi4MultimodalAudioMLP.gate_up_proj": _up_gate,
+    "phi4_multimodal.Phi4MultimodalMLP.gate_up_proj": _gate_up,
     "qwen2_5_vl.Qwen2_5_VLVisionAttention.qkv": _thirds,
     "qwen2_vl.VisionAttention.qkv": _thirds,
+    "qwen3_5.Qwen3_5VisionAttention.qkv": _thirds,
+    "qwen3_5_moe.Qwen3_5MoeVisionAttention.qkv": _thirds,
+    "qwen3_omni_moe.Qwen3OmniMoeVisionAttention.qkv": _thirds,
     "qwen3_vl.Qwen3VLVisionAttention.qkv": _thirds,
+    "qwen3_vl_moe.Qwen3VLMoeVisionAttention.qkv": _thirds,
     "sam.SamVisionAttention.qkv": _thirds,
     "sam.SamVisionSdpaAttention.qkv": _thirds,
     "sam2.Sam2MultiScaleAttention.qkv": _thirds,
+    "sam_hq.SamHQVisionAttention.qkv": _thirds,
     "seggpt.SegGptAttention.qkv": _thirds,
     "timesformer.TimesformerSelfAttention.qkv": _thirds,
     "vitdet.VitDetAttention.qkv": _thirds,

@@ -119,3 +119,6 @@ def scales(module: nn.Module) -> Mapping[str, Tensor]:
 _CLASSES: tuple[Any, ...] = (LoRALinear4bit, LoRALinearNF4, LoRALinearFP4, LoRALinear8bitLt)
 for _adapted in _CLASSES:
     register_adapted_class(_adapted)
+# Of a later injection; `eject` restores the classes that the modules had before the first.
+register_adapted_class(LoRALinear4bit, SteadyLinear4bit)
+register_adapted_class(LoRALinear8bitLt, SteadyLinear8bitLt)

@@ -20,7 +20,8 @@ from ._peft_quantised import FusedPeftQuantised, check_without_residuals
 
 require("peft")
 
-from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402  (after the version check)
+from peft.tuners.lora.layer import MultiheadAttention as PeftAttention  # noqa: E402  (after the check)
+from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 
 __all__ = ["accelerate_", "attach_ewc", "restore_"]
 
@@ -122,6 +123,11 @@ def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
 
 def _unfit(layer: Any) -> str | None:
     """The reason why a layer is left to PEFT whichever of its adapters is active, or None."""
+    if isinstance(layer, PeftAttention):
+        return (
+            "PEFT merges the adapters of an nn.MultiheadAttention in every forward, and some versions add "
+            "the adapter of its out_proj twice; fe.inject(model, config) adapts the plain model instead"
+        )
     fused = fused_class(layer)
     if fused is None:
         kind = type(layer)

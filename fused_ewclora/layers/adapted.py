@@ -108,6 +108,10 @@ class AdaptedLinear(nn.Module):
         allow one, else a copy. `weight_updates` changes it."""
         return self.matrix_of(self.weight)
 
+    def whole_weight(self) -> Tensor:
+        """`base_weight`, gathered if several processes share it; each of them must call this."""
+        return whole(self.base_weight)
+
     def matrix_of(self, stored: Tensor) -> Tensor:
         """A stored weight, or some rows of one, as a matrix `[out_features, in_features]`."""
         return stored.t() if self.transposed else stored
@@ -147,7 +151,7 @@ class AdaptedLinear(nn.Module):
         """The `fingerprint` of the weight as it is now; every process that holds a part of it must call
         this."""
         state = self.weight_state()
-        return fingerprint(whole(self.base_weight)) if state is None else self.fingerprint_of(state)
+        return fingerprint(self.whole_weight()) if state is None else self.fingerprint_of(state)
 
     @classmethod
     def unfit(cls, module: nn.Module) -> str | None:

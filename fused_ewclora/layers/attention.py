@@ -261,7 +261,8 @@ def unknown_attention(parent: nn.Module, child: str) -> str | None:
 def attention_by_function(parent: nn.Module, child: str) -> str | None:
     """Why a layer is not adaptable whose parent hands its weight to the function behind
     `nn.MultiheadAttention`."""
-    code = getattr(inspect.unwrap(type(parent).forward), "__code__", None)
+    forward: Any = inspect.getattr_static(type(parent), "forward", None)
+    code = getattr(inspect.unwrap(forward), "__code__", None)
     if code is None or _FUNCTION not in code.co_names or is_made_to_call(parent, child):
         return None
     steps = [instruction.argval for instruction in dis.get_instructions(code)]

@@ -17,7 +17,7 @@ from ..distributed.wrappers import innermost
 from ..errors import LayoutError, TargetError
 from . import bypass
 from .adapted import AdaptedLinear
-from .left_out import left_out
+from .left_out import NOT_IN_ALL, left_out
 from .linear import LoRALinear
 from .parts import LoRAPart, Part, PartGroup, parts_of
 from .slices import AdapterSlice, plan_slices
@@ -55,9 +55,10 @@ def register_heads(rule: HeadRule) -> HeadRule:
     return rule
 
 
-def register_adapted_class(adapted: type[AdaptedLinear]) -> None:
-    """Register `adapted` as the class that modules of exactly the class `adapted.plain` become."""
-    _adapted_classes[adapted.plain] = adapted
+def register_adapted_class(adapted: type[AdaptedLinear], kind: type[nn.Module] | None = None) -> None:
+    """Register `adapted` as the class that modules of exactly the class `kind` become, by default
+    `adapted.plain`."""
+    _adapted_classes[adapted.plain if kind is None else kind] = adapted
 
 
 def register_adapted_weight(weight: type[Tensor], adapted: type[AdaptedLinear]) -> None:
@@ -282,8 +283,8 @@ def _part_names(owners: list[str], part: Part) -> list[str]:
 def _left_out(
     model: nn.Module, config: LoRAConfig, matched: Iterable[Candidate], covered: Iterable[nn.Module]
 ) -> dict[str, list[str]]:
-    """Reason -> parameters that may be linear maps and are asked for, but get no adapters. `covered` are
-    modules without any."""
+    """Reason -> parameters that may be linear maps, and convolutions, that are asked for but get no adapters.
+    `covered` are modules that are spoken of elsewhere."""
     targets, exclude = config.target_modules, config.exclude_modules
     everything = targets == ALL_LINEAR
 
@@ -294,7 +295,15 @@ def _left_out(
         return everything or (targets is not None and matches(targets, name))
 
     parts = {(candidate.module, candidate.part.parameter) for candidate in matched if candidate.part}
-    return left_out(model, covered, parts, wanted)
+    covered = set(covered)
+    reasons = left_out(model, covered, parts, wanted)
+    convolutions = [
+        name
+        for name, module in model.named_modules()
+        if everything and isinstance(module, _ConvNd) and not isinstance(module, AdaptedLinear)
+        if module not in covered and not (exclude is not None and matches(exclude, name))
+    ]
+    return {**reasons, f"convolutions: {NOT_IN_ALL}": convolutions} if convolutions else reasons
 
 
 def _in_slices(name: str, parts: list[Candidate], config: LoRAConfig) -> list[Candidate]:
@@ -460,4 +469,7 @@ def _nothing_matched(model: nn.Module, config: LoRAConfig, skipped: dict[str, li
         message += f"; {shorten(which)}: {reason}"
         if reason == HEAD:
             message += f" (target_modules={which[:MAX_NAMES]!r} adapts it all the same)"
+    convs = [name for name, module in model.named_modules() if isinstance(module, _ConvNd)]
+    if targets == ALL_LINEAR and convs:
+        message += f"; {ALL_LINEAR!r} leaves out convolutions, target_modules can name them: {shorten(convs)}"
     return f"{message}; {_available(model)}"

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from .. import functional as FE
 from ..config import QKVLayout
+from ..distributed.processes import held_part, is_dtensor, whole_part
 from ..ops.capture import RoutedCall, Source
-from .adapted import LIVING, MERGED, AdaptedLinear
+from .adapted import LIVING, MERGED, AdaptedLinear, Updates
 from .plain import without_numbers
 from .slices import AdapterSlice
 
@@ -64,8 +65,20 @@ class LoRAPart(AdaptedLinear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight as the owner stores it, a view if that is a slice of a parameter."""
+        """The weight as the owner stores it, a view if that is a slice of a parameter; empty where another
+        process holds the slice."""
         return self.part.weight_in(self.owner)
+
+    def whole_weight(self) -> Tensor:
+        """As in `AdaptedLinear`; a slice comes from the process that holds it."""
+        if self.part.index is None:
+            return super().whole_weight()
+        return self.matrix_of(whole_part(getattr(self.owner, self.part.parameter), self.part.index))
+
+    def weight_updates(self, new: Tensor) -> Updates:
+        """As in `AdaptedLinear`; nothing where another process holds the weight."""
+        elsewhere = self.weight.numel() == 0 and new.numel() > 0
+        return [] if elsewhere else super().weight_updates(new)
 
     @property
     def bias(self) -> Tensor | None:
@@ -169,7 +182,7 @@ class LoRARoutedPart(LoRAPart):
 
     def skip(self) -> None:
         """To be called instead, in a forward without a graph that has no rows for it: it counts as called."""
-        self.__dict__["forward_calls"] += 1
+        (self._original or self).__dict__["forward_calls"] += 1
 
     @property
     def active_now(self) -> bool:
@@ -255,7 +268,7 @@ class Part:
 
     def of(self, whole: Tensor) -> Tensor:
         """What the part is of its parameter, or of the gradient of that."""
-        return whole if self.index is None else whole[self.index]
+        return whole if self.index is None else held_part(whole, self.index)
 
     def weight_name(self, owner: str) -> str:
         """The name of the parameter where the owner has the name `owner`."""
@@ -272,6 +285,8 @@ class Part:
             return f"its {self.parameter} is not a plain parameter (weight norm, pruning or another wrapper)"
         if not parameter.is_floating_point():
             return f"its {self.parameter} is {parameter.dtype}, not floating point"
+        if self.index is not None and is_dtensor(parameter):
+            return f"its {self.parameter} is sharded already; inject before fully_shard"
         if not parameter.is_meta and (why := without_numbers(parameter)):
             return why.replace("its weight", f"its {self.parameter}")
         shape = (self.out_features, self.in_features)[:: -1 if self.transposed else 1]

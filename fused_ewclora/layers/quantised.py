@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +123,13 @@ class QuantisedLinear(AdaptedLinear):
             dropout_p=self.dropout_p,
             training=self.training,
             capture=self.fisher_capture,
+        )
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        """Raises `TargetError`: replicas get copies of tensors, without what their numbers mean."""
+        raise TargetError(
+            f"nn.DataParallel: expected weights that are plain tensors, got {self.weight_kind}, whose copies "
+            "in replicas would not be known to be quantised; use DistributedDataParallel, or one device"
         )
 
     def weight_state(self) -> dict[str, Tensor]:

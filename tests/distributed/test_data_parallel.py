@@ -35,6 +35,17 @@ class Attending(nn.Module):
         return self.head(self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1))
 
 
+class Convolving(nn.Module):
+    """A convolution over pictures of one channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 4, (1, 2), bias=False), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.conv(x.reshape(len(x), 1, 2, 3))).mean((2, 3)))
+
+
 class Shared(MLP):
     """The second layer runs twice."""
 
@@ -92,6 +103,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "slices": lambda: made(config=fe.LoRAConfig(2, target_modules=["fc1"], slices=("v",), layout=LAYOUT)),
     "shared": lambda: made(Shared),
     "attention": lambda: made(Attending, fe.LoRAConfig(2, target_modules=["out_proj", "head"])),
+    "convolution": lambda: made(Convolving, fe.LoRAConfig(2, target_modules=["conv"])),
     "projections": lambda: made(Attending, fe.LoRAConfig(2, target_modules=["attention"])),
     "scaled": scaled,
     "directions": directions,

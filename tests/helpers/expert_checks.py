@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,10 +19,10 @@ from torch.distributed.fsdp import fully_shard
 from toy_experts import D, Mixture, is_known
 
 import fused_ewclora as fe
-from fused_ewclora.distributed.processes import whole
+from fused_ewclora.distributed.processes import assign_, reshard, whole
 from fused_ewclora.integrations import _transformers_experts as routed
 
-TOKENS, SAMPLES = 3, 8
+TOKENS, SAMPLES = 3, 12
 
 
 def model_of() -> Mixture:
@@ -82,41 +83,60 @@ def ddp() -> None:
     task(first, mine(*data(2)), alone=False)
     task(second, data(2), alone=True)
     same(first.fishers, second.fishers)
-    same({n: p for n, p in inner.named_parameters() if "lora" not in n},
-         {n: p for n, p in alone.named_parameters() if "lora" not in n})  # fmt: skip
+    same(plain(inner), plain(alone))
 
 
-def sharded_experts() -> None:
-    """Training works where FSDP2 divides the experts over processes, and EWC is refused by name."""
+def fsdp(kept: bool) -> None:
+    """Two tasks under FSDP2, which divides the parameters of the experts by experts or keeps them whole, and
+    a checkpoint that one process and all of them load."""
     alone, model = model_of(), model_of()
-    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    for seed in range(2):
-        same(gradients(model, mine(*data(seed))), gradients(alone, data(seed)))
-    ewc = fe.EWC(model, **OPTIONS)
-    try:
-        ewc.shard_()
-    except fe.TargetError as error:
-        assert "experts.0.gate_up_proj: experts.gate_up_proj is sharded" in str(error), error
-    else:
-        raise AssertionError("sharded experts were taken")
-
-
-def whole_experts() -> None:
-    """EWC over two tasks where FSDP2 shards everything but the parameters of the experts."""
-    alone, model = model_of(), model_of()
-    kept = {p for n, p in model.named_parameters() if "experts" in n and "lora" not in n}
-    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), ignored_params=kept)
+    ignored = {p for n, p in model.named_parameters() if kept and "experts" in n and "lora" not in n}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model, mesh=mesh, ignored_params=ignored)
     first, second = fe.EWC(model, **OPTIONS), fe.EWC(alone, **OPTIONS)
     first.shard_()
-    task(first, mine(*data(2)), alone=False)
-    task(second, data(2), alone=True)
-    same(first.fishers, second.fishers)
-    same({n: p for n, p in model.named_parameters() if "lora" not in n},
-         {n: p for n, p in alone.named_parameters() if "lora" not in n})  # fmt: skip
+    folder = Path(sys.argv[1]) / f"checkpoint-{kept}"
+    for number in range(2):
+        same(gradients(model, mine(*data(number))), gradients(alone, data(number)))
+        task(first, mine(*data(2)), alone=False)
+        task(second, data(2), alone=True)
+        same(first.fishers, second.fishers)
+        same(plain(model), plain(alone))
+        adapt(model, number)
+        adapt(alone, number)
+        torch.testing.assert_close(first.penalty(), second.penalty(), rtol=1e-5, atol=0.0)
+    with torch.no_grad():
+        model(data(0)[0])  # leaves the root's parameters whole
+    fe.save_pretrained(folder, model, first)
+    again, single = model_of(), model_of()
+    fully_shard(again, mesh=mesh)
+    for other in (again, single):
+        ewc = fe.EWC(other, **OPTIONS)
+        if other is again:
+            ewc.shard_()
+        fe.load_pretrained(folder, other, ewc)
+        same(dict(other.named_parameters()), dict(alone.named_parameters()))
+        same(ewc.fishers, second.fishers)
+
+
+def plain(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if "lora" not in name}
+
+
+@torch.no_grad()
+def adapt(model: nn.Module, seed: int) -> None:
+    """The same adapters in every process, sharded or not."""
+    generator = torch.Generator().manual_seed(seed)
+    reshard(model)
+    for name, p in model.named_parameters():
+        if "lora" in name:
+            assign_(p, 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
 
 
 CHECKS: dict[str, Callable[[], None]] = {
-    function.__name__: function for function in (ddp, sharded_experts, whole_experts)
+    "ddp": ddp,
+    "fsdp, experts divided": functools.partial(fsdp, kept=False),
+    "fsdp, experts whole": functools.partial(fsdp, kept=True),
 }
 
 

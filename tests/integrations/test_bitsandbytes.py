@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -45,6 +47,40 @@ def test_calls_change_nothing():
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     fe.eject(model, merge=False)
     assert type(model.fc1) is type(model.fc2) is bnb.nn.Linear4bit
+
+
+def eight(d_in: int, d_out: int, bias: bool = True) -> nn.Module:
+    return bnb.nn.Linear8bitLt(d_in, d_out, bias=bias, has_fp16_weights=False)
+
+
+@pytest.mark.parametrize("kind", [bnb.nn.LinearNF4, eight])
+def test_injected_later(kind):
+    """Layers that an earlier injection left without adapters get them in a later one, and eject restores the
+    classes of all."""
+    model = MLP(kind).to("cpu")
+    classes = [type(module) for module in model.modules()]
+    for name in TARGETS:
+        fe.inject(model, fe.LoRAConfig(r=4, target_modules=[name], quantised_merge="requantise"))
+    assert list(fe.adapters(model)) == TARGETS
+    trained(model, 1, size=0.5)
+    fe.EWC(model, 1.0).end_task([batch(0)], F.cross_entropy)
+    fe.eject(model)
+    assert [type(module) for module in model.modules()] == classes
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_copies_of_8_bits(called):
+    """What a merge writes is what a copy's state_dict has, whether it was called before or not."""
+    model = copy.deepcopy(adapted("int8", "requantise"))
+    if called:
+        model(batch(0)[0])
+    before = model.state_dict()["fc1.weight"].clone()
+    fe.merge(model)
+    state = model.state_dict()
+    assert torch.equal(state["fc1.weight"], model.fc1.state.CB) and not torch.equal(
+        state["fc1.weight"], before
+    )
+    assert torch.equal(state["fc1.SCB"], model.fc1.state.SCB)
 
 
 def test_resumed_elsewhere(tmp_path):
@@ -91,8 +127,7 @@ def test_unfit_weights():
         MLP(bnb.nn.Linear8bitLt).to("cpu"),
         "fc1: it keeps its weight in floating point.*has_fp16_weights=False",
     )
-    eight = MLP(lambda d_in, d_out, bias=True: bnb.nn.Linear8bitLt(d_in, d_out, bias, has_fp16_weights=False))
-    refused(eight, r"fc1: its weight is expected to be quantised to int8, and still holds torch.float32")
+    refused(MLP(eight), r"fc1: its weight is expected to be quantised to int8, and still holds torch.float32")
 
 
 def test_packed_weights():

@@ -130,6 +130,7 @@ def tiny_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
         ("torchvision/vit_l_16", [], [2, 3, 48, 48]),
         ("vit_h_14", ["--library", "torchvision"], [2, 3, 126, 126]),
         ("swin_t", ["--slices", "k", "v"], [2, 3, 56, 56]),
+        ("torchvision/vit_b_32", ["--slices", "q", "v"], [2, 3, 32, 32]),
         ("swin3d_t", [], [2, 3, 4, 56, 56]),
         ("vit_b_32", ["--library", "torchvision", "--full"], [2, 3, 224, 224]),
     ],
@@ -141,14 +142,17 @@ def test_torchvision_passes(name, arguments, shape, monkeypatch, capsys):
     assert data["library"] == f"torchvision {torchvision.__version__}" and "get_model" in data["built"]
     assert all(0 < row["gradient_error"] <= row["limit"] for row in data["layers"])
     if "--slices" in arguments:
-        assert {tuple(row["slices"]) for row in data["layers"]} == {("k", "v")}
+        names = [row["name"] for row in data["layers"]]
+        assert {tuple(row["segments"]) for row in data["layers"]} == {("q", "k", "v")}
+        packed = {"swin_t": "attn.qkv", "torchvision/vit_b_32": "self_attention.in_proj"}[name]
+        assert len(names) == 2 and all(name.endswith(packed) for name in names)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("torchvision/resnet18", "fc: output head (target_modules=['fc'] adapts it all the same)"),
-        ("torchvision/squeezenet1_1", "the model has no nn.Linear"),
+        ("torchvision/squeezenet1_1", "target_modules can name them: features.0, features.3.squeeze, "),
         (
             "torchvision/vit_b_1",
             "expected a classification model of torchvision, got 'vit_b_1'; similar names:",

@@ -187,3 +187,10 @@ def test_pool_refused(kind: type[nn.Module]):
     assert_same(before, fingerprint(pool))
     fe.inject(pool, fe.LoRAConfig(r=2, target_modules="all-linear"))
     assert [*fe.adapters(pool)] == ["fc"]
+
+
+def test_scripted_neighbour():
+    """A scripted part of a model is passed over, whichever libraries are loaded."""
+    model = nn.ModuleDict({"scripted": torch.jit.script(nn.Linear(4, 4)), "clip": clip()})
+    report = fe.inject(model, KV)
+    assert len(report.rows) == 8

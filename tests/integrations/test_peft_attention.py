@@ -102,3 +102,14 @@ def test_files_refused(tmp_path: Path):
         fe.export_peft(plain, tmp_path / "ours")
     fe.save_pretrained(tmp_path / "own", plain)
     assert '"FUSED_EWCLORA"' in (tmp_path / "own" / "adapter_config.json").read_text()
+
+
+def test_left_to_peft():
+    """The layers of PEFT stay as they are, an EWC over them is refused, and both say what to do instead."""
+    made = peft.get_peft_model(model(), peft.LoraConfig(r=2, target_modules=["attn", "fc"]))
+    report = fe.integrations.peft.accelerate_(made)
+    assert report.summary["layers"] == 2 and "fe.inject" in report.summary["skipped"]["first.attn"]
+    with pytest.raises(
+        fe.TargetError, match=r"first\.attn: .*adds? the adapter of its out_proj twice; fe\.inject"
+    ):
+        fe.integrations.peft.attach_ewc(made)

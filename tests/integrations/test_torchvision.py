@@ -193,16 +193,19 @@ def test_whole_models(case: str):
         ),
     )
     layers = fe.adapters(model)
-    assert report.summary["skipped"] == {head: "output head"}
+    places = {name: layer.weight_name(name) for name, layer in layers.items()}
+    skipped = report.summary["skipped"]
+    assert skipped.pop(head) == "output head"
+    assert all(why.startswith("convolutions") for why in skipped.values())
     ewc = fe.EWC(model, ewc_lambda=1.0, fisher_dtype=torch.float64)
     samples = [(x[i : i + 1], y[i : i + 1]) for i in range(3)]
     for task in range(3):
         randomize_adapters_(model)
         with torch.no_grad():
             for name, layer in layers.items():
-                dense.get_submodule(name).weight.copy_(layer.consolidated_weight())
+                dense.get_parameter(places[name]).copy_(layer.consolidated_weight())
         torch.testing.assert_close(model(x), dense(x), rtol=1e-9, atol=1e-12)
-        weights = [dense.get_submodule(name).weight.requires_grad_() for name in layers]
+        weights = [dense.get_parameter(places[name]).requires_grad_() for name in layers]
         grads = torch.autograd.grad(F.cross_entropy(dense(x), y), weights)
         model.zero_grad()
         F.cross_entropy(model(x), y).backward()
@@ -211,7 +214,7 @@ def test_whole_models(case: str):
             for ours, exact in ((a.grad, b.detach().T @ grad), (b.grad, grad @ a.detach().T)):
                 assert float((ours - exact).norm()) <= 1e-9 * float(exact.norm()) + 1e-13, (name, task)
         before = {name: fisher.clone() for name, fisher in ewc.fishers.items()}
-        expected = dense_fisher(dense, list(layers), samples, cross_entropy)
+        expected = dense_fisher(dense, places, samples, cross_entropy)
         ewc.end_task([(x, y)], F.cross_entropy)
         for name, fisher in ewc.fishers.items():
             total = expected[name] + before.get(name, 0.0)
@@ -266,8 +269,8 @@ def cross_entropy(model: nn.Module, sample: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(sample[0]), sample[1])
 
 
-def test_vit_out_proj():
-    """The output projections of the Vision Transformer are adapted, and their Fisher is exact."""
+def test_vit_projections():
+    """The projections of the Vision Transformer's attentions are adapted, and their Fisher is exact."""
     torch.manual_seed(0)
     model = VisionTransformer(
         image_size=16, patch_size=8, num_layers=2, num_heads=2, hidden_dim=D, mlp_dim=16, num_classes=4
@@ -275,13 +278,14 @@ def test_vit_out_proj():
     nn.init.normal_(model.heads.head.weight, std=0.3)
     original = copy.deepcopy(model.eval())
     fe.inject(model, fe.LoRAConfig(r=2, target_modules="all-linear"))
-    names = list(fe.adapters(model))
-    assert sum(name.endswith("self_attention.out_proj") for name in names) == 2
+    places = {name: layer.weight_name(name) for name, layer in fe.adapters(model).items()}
+    for projection in ("in_proj", "out_proj"):
+        assert sum(name.endswith(f"self_attention.{projection}") for name in places) == 2
     x, y = torch.randn(3, 3, 16, 16), torch.tensor([0, 1, 2])
     ewc = fe.EWC(model, ewc_lambda=1.0, fisher_mode="sample")
     ewc.end_task([(x, y)], F.cross_entropy)
     samples = [(x[i : i + 1].double(), y[i : i + 1]) for i in range(3)]
-    expected = dense_fisher(original, names, samples, cross_entropy)
+    expected = dense_fisher(original, places, samples, cross_entropy)
     for name, fisher in ewc.fishers.items():
         assert float((fisher - expected[name]).norm() / expected[name].norm()) < 1e-4, name
 
@@ -405,6 +409,11 @@ def test_targets():
     maxvit = MaxVit((32, 32), 8, 4, [8], [1], 4, 0.0, num_classes=2)
     rows = fe.integrations.torchvision.targets(maxvit).rows
     assert rows and all(row["name"].endswith("to_qkv") and row["notes"] is None for row in rows)
+    rows = fe.integrations.torchvision.targets(small_vit()).rows
+    assert [row["name"] for row in rows] == [
+        f"encoder.layers.encoder_layer_{i}.self_attention.in_proj" for i in range(2)
+    ]
+    assert rows[0]["segments"] == ("q", "k", "v") and rows[0]["sizes"] == (D,) * 3
     model = small_swin()
     fe.inject(model, fe.LoRAConfig(r=2, target_modules=["proj"]))
     fe.inject(model, fe.LoRAConfig(r=2, target_modules=["qkv"], slices=("k", "v")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_ewclora as fe
 from fused_ewclora.integrations._transformers_layouts import PACKED, layout_of
 
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 WIDTH, HEADS, KV_HEADS, SIZE = 32, 4, 2, 8
 SMALL = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "attn_implementation": "eager"}
 GROUPED = {**SMALL, "num_key_value_heads": KV_HEADS, "intermediate_size": 24, "pad_token_id": 0}
 GPT2 = {"n_embd": WIDTH, "n_head": HEADS, "attn_implementation": "eager"}
 OLD_NAMES = ("layer_id", "block_idx")  # of layer_idx: ModernBERT and DBRX in older versions
+VISION_SIZES = {"hidden_size": WIDTH, "num_heads": HEADS, "attn_implementation": "eager"}
 VISION = {"embed_dim": WIDTH, "num_heads": HEADS, "attn_implementation": "eager"}
 
 
@@ -186,7 +189,32 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], Callable[[Any], Call
     ("timesformer.TimesformerSelfAttention.qkv", "timesformer.TimesformerConfig", SMALL, {}, plain),
     ("vitdet.VitDetAttention.qkv", "vitdet.VitDetConfig",
      {**SMALL, "use_relative_position_embeddings": False}, {}, pictured),
+    *(
+        (f"{attention}.qkv", config, VISION_SIZES, {}, packed_images)
+        for attention, config in (
+            ("ernie4_5_vl_moe.Ernie4_5_VLMoeVisionAttention", "ernie4_5_vl_moe.Ernie4_5_VLMoeVisionConfig"),
+            ("glm4v_moe.Glm4vMoeVisionAttention", "glm4v_moe.Glm4vMoeVisionConfig"),
+            ("glm_image.GlmImageVisionAttention", "glm_image.GlmImageVisionConfig"),
+            ("glm_ocr.GlmOcrVisionAttention", "glm_ocr.GlmOcrVisionConfig"),
+            ("qwen3_5.Qwen3_5VisionAttention", "qwen3_5.Qwen3_5VisionConfig"),
+            ("qwen3_5_moe.Qwen3_5MoeVisionAttention", "qwen3_5_moe.Qwen3_5MoeVisionConfig"),
+            ("qwen3_omni_moe.Qwen3OmniMoeVisionAttention", "qwen3_omni_moe.Qwen3OmniMoeVisionEncoderConfig"),
+            ("qwen3_vl_moe.Qwen3VLMoeVisionAttention", "qwen3_vl_moe.Qwen3VLMoeVisionConfig"),
+        )
+    ),
+    ("deepseek_ocr2.DeepseekOcr2SamVisionAttention.qkv", "deepseek_ocr2.DeepseekOcr2SamVisionConfig",
+     {**SMALL, "use_rel_pos": False}, {"window_size": 4}, pictured),
+    ("sam_hq.SamHQVisionAttention.qkv", "sam_hq.SamHQVisionConfig",
+     {**SMALL, "use_rel_pos": False}, {"window_size": 4}, pictured),
+    ("instructblipvideo.InstructBlipVideoAttention.qkv", "instructblipvideo.InstructBlipVideoVisionConfig",
+     SMALL, {}, plain),
+    ("layoutlmv2.LayoutLMv2SelfAttention.qkv_linear", "layoutlmv2.LayoutLMv2Config",
+     {**SMALL, "fast_qkv": True, "has_relative_attention_bias": False, "has_spatial_attention_bias": False},
+     {}, masked),
     # gate and up
+    ("glm4v.Glm4vTextMLP.gate_up_proj", "glm4v.Glm4vTextConfig", GROUPED, {}, plain),
+    ("glm_image.GlmImageTextMLP.gate_up_proj", "glm_image.GlmImageTextConfig", GROUPED, {}, plain),
+    ("glm_ocr.GlmOcrTextMLP.gate_up_proj", "glm_ocr.GlmOcrTextConfig", GROUPED, {}, plain),
     ("dia.DiaMLP.gate_up_proj", "dia.DiaEncoderConfig", {**SMALL, "intermediate_size": 24}, {}, plain),
     ("glm.GlmMLP.gate_up_proj", "glm.GlmConfig", GROUPED, {}, plain),
     ("glm4.Glm4MLP.gate_up_proj", "glm4.Glm4Config", GROUPED, {}, plain),
@@ -201,6 +229,8 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], Callable[[Any], Call
 def made(entry: str, config: str, settings: dict[str, Any], arguments: dict[str, Any]) -> nn.Module:
     """The module that owns the projection, as the model would make it."""
     model, kind, _ = entry.split(".")
+    if VERSION < (5, 23) and importlib.util.find_spec(f"transformers.models.{model}") is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {model}")
     modeling = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
     first = {}
     if config:

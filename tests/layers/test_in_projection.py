@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fused_ewclora as fe
+from fused_ewclora.integrations._packed import packed_projections
 from fused_ewclora.layers.attention import CallingMultiheadAttention
 from fused_ewclora.layers.in_projection import LoRAInProjection
 
@@ -524,6 +525,14 @@ def test_injected_again():
         fe.inject(model, KV)
     with pytest.raises(fe.TargetError, match=r"attn\.in_proj"):
         ewc.end_task([(X, Y)], F.cross_entropy)
+
+
+def test_library_table():
+    """The tables of packed projections that integrations give list the input projections."""
+    report = packed_projections("a library", Attend(), lambda parent, child: None)
+    assert [(row["name"], row["segments"], row["sizes"]) for row in report.rows] == [
+        ("attn.in_proj", ("q", "k", "v"), (D, D, D))
+    ]
 
 
 def test_rows_without_adapters():

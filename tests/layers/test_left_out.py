@@ -41,6 +41,7 @@ def test_all_linear():
     left_out = {n: why for n, why in report.summary["skipped"].items() if "no known layer" in why}
     assert set(left_out) == MATRICES
     assert left_out["router.weight"] == "parameters of Router, which is no known layer"
+    assert report.summary["skipped"]["conv"].startswith("convolutions: ")
     assert all(name in str(report) for name in MATRICES)
     without = fe.LoRAConfig(r=2, target_modules="all-linear", exclude_modules=["router", "experts"])
     assert set(fe.inject(Model(), without).summary["skipped"]) & MATRICES == MATRICES - {

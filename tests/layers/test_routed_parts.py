@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from models import assert_same, fingerprint, randomize_adapters_
+from replicas import Replicated
 from torch import Tensor, nn
 from toy_experts import EXPERTS, D, Experts, Mixture, is_known
 
@@ -219,3 +220,18 @@ def test_distinct_rows():
     ]
     names = [row["name"] for row in grouped_rows(rows, ())]
     assert names == ["a.0-1.down", "a.2.down", "b.0.down", "0.down"]
+
+
+def test_data_parallel():
+    """Routed parts run in replicas, with the gradients of the model alone, and count as called there."""
+    model, (x, y) = model_of(), data(6)
+    grads = []
+    for run in (model, Replicated(model)):
+        model.zero_grad()
+        F.cross_entropy(run(x), y).backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert grads[0]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        Replicated(model)(x)
+    assert {layer.forward_calls for layer in fe.adapters(model).values()} == {5}

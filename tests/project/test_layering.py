@@ -22,6 +22,7 @@ MODEL_LIBRARIES = {
     "peft",
     "avalanche",
     "torchvision",
+    "open_clip",
     "diffusers",
     "bitsandbytes",
     "torchao",

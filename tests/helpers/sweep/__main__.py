@@ -20,6 +20,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from . import checks, listed, processes, table
 
+DISTRIBUTIONS = {"open_clip": "open_clip_torch"}
 LEAST = {"timm": 40, "transformers": 40}
 
 
@@ -52,7 +53,8 @@ def ordered(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def about() -> dict[str, Any]:
     versions = {
-        name: importlib.metadata.version(name) for name in ("timm", "transformers", "torchvision", "torch")
+        name: importlib.metadata.version(DISTRIBUTIONS.get(name, name))
+        for name in ("timm", "transformers", "open_clip", "torchvision", "torch")
     }
     return {"versions": versions, "tolerance": checks.TOLERANCE}
 

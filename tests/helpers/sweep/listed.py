@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from . import timm_models, torch_models, transformers_models
+from . import open_clip_models, timm_models, torch_models, transformers_models
 from .architecture import Architecture
 
 ARCHITECTURES: list[Architecture] = [
     *timm_models.ARCHITECTURES,
     *transformers_models.ARCHITECTURES,
+    *open_clip_models.ARCHITECTURES,
     *torch_models.ARCHITECTURES,
 ]
 
