@@ -454,9 +454,7 @@ def _convolutions(model: nn.Module) -> list[str]:
 def _nothing_matched(model: nn.Module, config: LoRAConfig, skipped: dict[str, list[str]]) -> str:
     targets = config.target_modules or ()
     kinds = "nn.Linear" if targets == ALL_LINEAR else "nn.Linear or convolution"
-    message = (
-        f"target_modules: no {kinds} matches {targets if isinstance(targets, str) else list(targets)!r}"
-    )
+    message = f"target_modules: no {kinds} matches {targets if isinstance(targets, str) else list(targets)!r}"
     if config.exclude_modules is not None:
         message += f" outside exclude_modules={config.exclude_modules!r}"
     names = [*linear_maps(model), *_convolutions(model)]

@@ -192,7 +192,7 @@ def test_methods_refused(name):
     model = accelerated(peft_model())
     before = {key: value.clone() for key, value in model.state_dict().items()}
     options = {"ewc_lambda": 1.0} if name == "EWCLoRA" else {}
-    with pytest.raises(fe.TargetError, match="stem: .*(convolutions of PEFT|another library)"):
+    with pytest.raises(fe.TargetError, match=r"stem: .*(convolutions of PEFT|another library)"):
         getattr(fe.methods, name)(model, **options)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
