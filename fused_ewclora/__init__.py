@@ -30,6 +30,7 @@ from .errors import (
 )
 from .layers.adapted import AdaptedLinear
 from .layers.bypass import register_call
+from .layers.conv import LoRAConv1d, LoRAConv2d
 from .layers.inject import adapters, disabled, eject, inject, merge, unmerge
 from .layers.linear import LoRALinear
 from .layers.matching import register_layout
@@ -64,6 +65,8 @@ __all__ = [
     "IntegrationError",
     "LayoutError",
     "LoRAConfig",
+    "LoRAConv1d",
+    "LoRAConv2d",
     "LoRALinear",
     "LoRAPart",
     "NotExactlyRepresentable",

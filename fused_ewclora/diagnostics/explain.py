@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed.wrappers import unwrapped
 from ..errors import TargetError
 from ..layers.adapted import AdaptedLinear
 from ..layers.grouping import grouped_rows
@@ -204,8 +205,9 @@ def _note_rows(
 
 
 def _run(model: nn.Module, sample: Any) -> list[Tensor]:
-    """The tensors of one run in eval mode; random numbers are the same every time, and not taken from those
-    of the caller."""
+    """The tensors of one run in eval mode, inside of DDP and `nn.DataParallel`; random numbers are the same
+    every time, and not taken from those of the caller."""
+    model = unwrapped(model)
     modes = [(module, module.training) for module in model.modules()]
     gpus = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:

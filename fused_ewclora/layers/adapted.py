@@ -292,14 +292,15 @@ class AdaptedLinear(nn.Module):
         1/sqrt(in_features)), which is Kaiming uniform with a = sqrt 5, and B = 0.
 
         A generator on another device draws on its own device and the numbers are copied, so that one seed
-        gives the same A on every device.
+        gives the same A on every device, and in every memory format.
         """
         bound = self.initial_bound
         for _, lora_a, lora_b in self.adapter_parameters():
-            if generator is None or generator.device == lora_a.device:
+            device = lora_a.device if generator is None else generator.device
+            if device == lora_a.device and lora_a.is_contiguous():
                 lora_a.uniform_(-bound, bound, generator=generator)
-            else:
-                drawn = torch.empty(lora_a.shape, dtype=lora_a.dtype, device=generator.device)
+            else:  # numbers are drawn in the order of memory
+                drawn = torch.empty(lora_a.shape, dtype=lora_a.dtype, device=device)
                 lora_a.copy_(drawn.uniform_(-bound, bound, generator=generator))
             lora_b.zero_()
 

@@ -441,18 +441,25 @@ def linear_maps(model: nn.Module) -> Iterator[str]:
 
 
 def _available(model: nn.Module) -> str:
-    names = list(linear_maps(model))
-    return f"nn.Linear layers of the model: {shorten(names)}" if names else "the model has no nn.Linear"
+    names, convs = list(linear_maps(model)), _convolutions(model)
+    text = f"nn.Linear layers of the model: {shorten(names)}" if names else "the model has no nn.Linear"
+    return f"{text}; convolutions, which names select: {shorten(convs)}" if convs else text
+
+
+def _convolutions(model: nn.Module) -> list[str]:
+    """The names of the convolutions that can be adapted."""
+    return [n for n, module in model.named_modules() if isinstance(module, _ConvNd) and not _unfit(module)]
 
 
 def _nothing_matched(model: nn.Module, config: LoRAConfig, skipped: dict[str, list[str]]) -> str:
     targets = config.target_modules or ()
+    kinds = "nn.Linear" if targets == ALL_LINEAR else "nn.Linear or convolution"
     message = (
-        f"target_modules: no nn.Linear matches {targets if isinstance(targets, str) else list(targets)!r}"
+        f"target_modules: no {kinds} matches {targets if isinstance(targets, str) else list(targets)!r}"
     )
     if config.exclude_modules is not None:
         message += f" outside exclude_modules={config.exclude_modules!r}"
-    names = list(linear_maps(model))
+    names = [*linear_maps(model), *_convolutions(model)]
     known = dict.fromkeys(part for name in names for part in (name, name.rpartition(".")[2]))
     asked = [targets] if isinstance(targets, str) else list(targets)
     close = [guess for target in asked for guess in difflib.get_close_matches(target, known, n=2)]

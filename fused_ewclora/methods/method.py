@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import LoRAConfig
 from ..distributed.transaction import by_canonical_name
-from ..errors import ArgumentError
+from ..errors import ArgumentError, TargetError
 from ..layers.adapted import AdaptedLinear
 from ..layers.from_peft import no_adapters
 from ..layers.inject import adapters, eject, inject
@@ -61,6 +61,11 @@ class Method:
             raise ArgumentError(f"config: expected a LoRAConfig, got None; {no_adapters(model)}")
         self.model, self.group = model, group
         self.layers: dict[str, AdaptedLinear] = by_canonical_name(adapters(model).items())
+        if kernels := [name for name, layer in self.layers.items() if not layer.stores_matrices]:
+            raise TargetError(
+                f"{kernels[0]}: its lora_A and lora_B are convolutions of PEFT, which methods cannot use; "
+                "fe.integrations.peft.attach_ewc makes an EWC over them, fe.inject adapters for methods"
+            )
         self.watch = TrainingWatch(self.layers)
         self.tasks = 0  # that have ended
         self._running = False

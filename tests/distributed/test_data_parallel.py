@@ -151,7 +151,8 @@ def test_calls_counted():
     parallel(X)
     fe.check_bypass(parallel)
     assert {layer.forward_calls for layer in fe.adapters(model).values()} == {2}
-    assert set(fe.verify_forward(parallel, X)) == {"module.fc1", "module.fc2"}
+    assert fe.verify_forward(parallel, X) == {"module.fc1": 1, "module.fc2": 1}  # of the model inside
+    assert [row["calls"] for row in fe.explain(parallel, X).rows] == [1, 1]
 
 
 def trained(model: nn.Module, run: nn.Module) -> tuple[fe.EWC, list[float]]:

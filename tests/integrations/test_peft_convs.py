@@ -105,9 +105,10 @@ def test_left_to_peft():
 @pytest.mark.parametrize(
     "options", [{"fisher_mode": "sample"}, {"fisher_mode": "batch"}, {"merge_mode": "factors"}]
 )
-def test_ewc(options, tmp_path):
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_ewc(options, memory_format, tmp_path):
     """Three tasks train as on an injected model, and each loads the checkpoint of the other."""
-    live = peft_model()
+    live = peft_model().to(memory_format=memory_format)
     native = adapted(base(), lora_alpha=3)
     settings = {"ewc_lambda": 20.0, "fisher_dtype": WIDE, **options}
     ewcs = []
@@ -183,6 +184,17 @@ def test_import(tmp_path):
     x, _ = images()
     torch.testing.assert_close(ours(x), model(x), **TIGHT)
     assert list(fe.adapters(ours)) == list(NAMES)
+
+
+@pytest.mark.parametrize("name", ["LoRA", "EWCLoRA", "SDLoRA", "CoDyRA", "InfLoRA"])
+def test_methods_refused(name):
+    """No method takes convolutions of PEFT, and each says so before anything changes."""
+    model = accelerated(peft_model())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    options = {"ewc_lambda": 1.0} if name == "EWCLoRA" else {}
+    with pytest.raises(fe.TargetError, match="stem: .*(convolutions of PEFT|another library)"):
+        getattr(fe.methods, name)(model, **options)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_not_representable(tmp_path):

@@ -176,6 +176,12 @@ def test_all_linear():
         fe.inject(adapted(), fe.LoRAConfig(target_modules=["point"]))
 
 
+def test_misspelt_name():
+    """What can be adapted, and names like the one that matches nothing, are said."""
+    with pytest.raises(fe.TargetError, match=r"did you mean 'shared'.*which names select: stem, shared, point"):
+        fe.inject(plain(), fe.LoRAConfig(target_modules=["shard"]))
+
+
 def test_changed_settings():
     """Strides, padding and dilation are those that the module has when it runs."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)).double()

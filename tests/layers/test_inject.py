@@ -206,7 +206,7 @@ def with_adapter(model: nn.Module) -> None:
     [
         (None, fe.LoRAConfig(), fe.TargetError, r"got None; nn.Linear layers of the model: fc1, fc2, head"),
         (None, fe.LoRAConfig(target_modules=["fcl"]), fe.TargetError, "did you mean 'fc2' or 'fc1'"),
-        (None, fe.LoRAConfig(target_modules="fc"), fe.TargetError, "no nn.Linear matches 'fc'"),
+        (None, fe.LoRAConfig(target_modules="fc"), fe.TargetError, "no nn.Linear or convolution matches 'fc'"),
         (
             None,
             fe.LoRAConfig(target_modules=["fc1"], exclude_modules="fc1"),

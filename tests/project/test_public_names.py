@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = {
     "fused_ewclora": """
         AdaptedLinear ArgumentError BackendError CheckpointError DtypeError EWC EWCLoRAError
-        EWCLoRAWarning FisherError IntegrationError LayoutError LoRAConfig LoRALinear
+        EWCLoRAWarning FisherError IntegrationError LayoutError LoRAConfig LoRAConv1d LoRAConv2d LoRALinear
         LoRAPart NotExactlyRepresentable Part QKVLayout Report TargetError adapters available_backends
         check_bypass
         convert_lambda disabled eject explain export_peft forget_tables import_peft inject integrations
@@ -92,7 +92,8 @@ NAMES = {
         leading_size limited negative_log_likelihood sample_labels to_device unwrapped
     """,
     "fused_ewclora.functional": """
-        Adapter ewc_penalty ewc_penalty_grad_ fisher_accumulate_ lora_linear lora_linear_adapters
+        Adapter Geometry ewc_penalty ewc_penalty_grad_ fisher_accumulate_ lora_conv_adapters lora_linear
+        lora_linear_adapters
         lora_linear_slices merge_ soft_threshold_
     """,
     "fused_ewclora.info": "collect render",
