@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_ewclora.layers.inject import adapters
+
 from . import fisher_pass, models, registry
 from .case import OURS, Case, Provider, Run, Target
 from .ewc_penalty import eager
@@ -20,7 +22,7 @@ from .models import Adapted, Subject
 from .place import Entry, Place
 from .shapes import TextModel
 from .workload import SMALL, Workload, model_of
-from .workloads import OF_TIMM
+from .workloads import OF_TIMM, OF_TORCHVISION
 
 OPS = ("training_step", "adapted_model", "fisher_pass")
 FROZEN = "frozen base"
@@ -38,7 +40,12 @@ def subject(workload: Workload, samples: int, place: Place) -> Subject:
     sizes = (workload.size("blocks"), samples, workload.size("tokens"), workload.size("rank"))
     if isinstance(model, TextModel):
         return models.text(model, *sizes, place.device, workload.torch_dtype)
-    make = models.of_timm if str(workload.shape["model"]).endswith(OF_TIMM) else models.vision
+    label = str(workload.shape["model"])
+    make = models.vision
+    if label.endswith(OF_TIMM):
+        make = models.of_timm
+    elif label.endswith(OF_TORCHVISION):
+        make = models.of_torchvision
     return make(model, *sizes, place.device, workload.torch_dtype)
 
 
@@ -157,10 +164,14 @@ def build_step(workload: Workload, place: Place) -> Case:
 
 
 def build_adapted(workload: Workload, place: Place) -> Case:
-    """Forward and backward of an injected model of timm, and of the same model under PEFT."""
+    """Forward and backward of an injected model of timm, and of the same model under PEFT; of torchvision,
+    and of the plain model, backward through all of its blocks. PEFT computes something else there: it adds
+    the adapter of an attention's out_proj twice."""
     base = subject(workload, workload.size("samples"), place)
     ours = models.adapted(base)
     whole = (base.x, base.labels)
+    if str(workload.shape["model"]).endswith(OF_TORCHVISION):
+        return _build_attention(workload, place, base, ours)
 
     def of_peft(batch: Batch) -> Run:
         return lambda: gradients(peft(), batch)
@@ -188,6 +199,49 @@ def build_adapted(workload: Workload, place: Place) -> Case:
         targets=[] if tiny else [Target(registry.PEFT, LIMIT, f"at most {LIMIT} x the model under PEFT")],
         product=place.product(workload.torch_dtype),
     )  # fmt: skip
+
+
+def _build_attention(workload: Workload, place: Place, base: Subject, ours: Adapted) -> Case:
+    whole = (base.x, base.labels)
+    plain = models.sharing(base.model)
+    plain.class_token.requires_grad_(True)  # the input of the first block
+    frozen = Adapted(plain, [plain.class_token])
+    entry = place.entries(workload.part)[0]
+    tiny = not str(workload.shape["model"]).startswith("ViT")
+    return Case.of(
+        workload,
+        providers=[
+            Provider(
+                OURS, lambda: gradients(ours, whole), "ours", entry.recorded, "forward and backward",
+                check=lambda: gradients(ours, few(base)),
+            ),
+            Provider(FROZEN, lambda: gradients(frozen, whole), "floor"),
+        ],
+        truth=lambda: _exact_attention(base, ours),
+        tolerance=TOLERANCES[workload.dtype],
+        targets=[] if tiny else [Target(FROZEN, LIMIT, f"at most {LIMIT} x the plain model")],
+        product=place.product(workload.torch_dtype),
+    )  # fmt: skip
+
+
+def _exact_attention(base: Subject, ours: Adapted) -> list[Tensor]:
+    """Gradients in fp64 of the plain model with W + B A in place of W, on a few samples."""
+    model, pairs = models.in_fp64(models.sharing(base.model), [p.detach() for p in ours.pairs])
+    leaves = [pair.double().requires_grad_(True) for pair in pairs]
+    weights, factors = dict(model.named_parameters()), iter(leaves)
+    for name, layer in adapters(ours.model).items():
+        key = layer.weight_name(name)
+        rows, done = [], 0
+        for piece in layer.adapter_slices:
+            ((start, stop),) = piece.rows
+            lora_a, lora_b = next(factors), next(factors)
+            rows += [weights[key][done:start], weights[key][start:stop] + piece.scaling * (lora_b @ lora_a)]
+            done = stop
+        weights[key] = torch.cat([*rows, weights[key][done:]])  # type: ignore[assignment]
+    x, labels = few(base)
+    logits = torch.func.functional_call(model, weights, x.double())
+    head = list(models.head_of(model).parameters())
+    return list(torch.autograd.grad(F.cross_entropy(logits, labels), [*leaves, *head]))
 
 
 def build(workload: Workload, place: Place) -> Case:

@@ -24,6 +24,7 @@ from .case import Run
 DISTRIBUTIONS = {  # by the name of the module
     "peft": "peft",
     "timm": "timm",
+    "torchvision": "torchvision",
     "backpack": "backpack-for-pytorch",
     "opacus": "opacus",
     "matplotlib": "matplotlib",

@@ -52,7 +52,13 @@ class Adapted:
 
     def leaves(self) -> list[Tensor]:
         """All trained parameters: the adapters and the head."""
-        return [*self.pairs, *self.model.head.parameters()]
+        return [*self.pairs, *head_of(self.model).parameters()]
+
+
+def head_of(model: Any) -> nn.Module:
+    """The classifier of a model; torchvision has another name for it."""
+    head: nn.Module = model.heads if hasattr(model, "heads") else model.head
+    return head
 
 
 def vision(
@@ -96,9 +102,29 @@ def of_timm(
     return _subject(base, fe.LoRAConfig(r=rank, target_modules=["qkv"]), x, dtype)
 
 
+def of_torchvision(
+    model: Model, blocks: int, samples: int, tokens: int, rank: int, device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Subject:  # fmt: skip
+    """torchvision's vision transformer of these sizes on images, adapters on k and v of its attentions; raises
+    `Unavailable` without torchvision."""
+    torchvision = extras.load("torchvision")
+    patch = int(model.name.partition("/")[2] or 4)
+    image = patch * round((tokens - 1) ** 0.5)
+    with torch.device(device):
+        base = torchvision.models.VisionTransformer(
+            image, patch, blocks, model.heads, model.width, model.mlp_width, num_classes=CLASSES
+        )
+        x = torch.randn(samples, 3, image, image)
+    base.heads.head.reset_parameters()  # torchvision's are 0, below which nothing has a gradient
+    return _subject(
+        base, fe.LoRAConfig(r=rank, target_modules=["self_attention"], slices=("k", "v")), x, dtype
+    )
+
+
 def _subject(base: Any, config: fe.LoRAConfig, x: Tensor, dtype: torch.dtype) -> Subject:
     base.requires_grad_(False).to(dtype)
-    base.head.requires_grad_(True).float()
+    head_of(base).requires_grad_(True).float()
     return Subject(base, config, x.to(dtype), torch.randint(0, CLASSES, (len(x),), device=x.device))
 
 
@@ -126,7 +152,7 @@ def adapted(subject: Subject, std: float = 0.02) -> Adapted:
     """The model with adapters of this library, B random: with the initial B = 0, A has no gradient."""
     model = sharing(subject.model)
     fe.inject(model, subject.config)
-    model.head.requires_grad_(True)
+    head_of(model).requires_grad_(True)
     pairs = [t for _, a, b in _pairs(model) for t in (a, b)]
     with torch.no_grad():
         for b in pairs[1::2]:

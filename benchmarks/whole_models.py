@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from .shapes import LLAMA, RELEASE, SMALL_VIT, TINY
 from .workload import SMALL, Workload
-from .workloads import OF_TIMM, adapted_model, fisher_pass, step
+from .workloads import OF_TIMM, OF_TORCHVISION, adapted_model, fisher_pass, step
 
 
 def quick() -> Iterator[Workload]:
@@ -14,12 +14,14 @@ def quick() -> Iterator[Workload]:
     yield step(TINY.name, 1, 2, TINY.tokens, 4)
     yield fisher_pass(TINY, 1, 2, 2, 4)
     yield adapted_model(TINY.name + OF_TIMM, 1, 2, TINY.tokens, 4)
+    yield adapted_model(TINY.name + OF_TORCHVISION, 1, 2, TINY.tokens, 4)
 
 
 def cpu() -> Iterator[Workload]:
     """The whole ViT-S of timm as users adapt it; of larger models, few samples and blocks."""
     small = (SMALL_VIT.name + OF_TIMM, SMALL_VIT.depth, 16, SMALL_VIT.tokens)
     yield adapted_model(*small, 16)
+    yield adapted_model("ViT-B/16" + OF_TORCHVISION, 12, 8, 197, 10)
     yield step(*small, 16, part=SMALL)
     yield step("ViT-B/16", 12, 2, 197, 10)
     yield step("ViT-L/16", 6, 2, 197, 10)

@@ -6,6 +6,7 @@ from .shapes import Model, TextModel
 from .workload import ALL_LINEARS, BOTH, WHOLE, Shape, Workload
 
 OF_TIMM = " of timm"  # suffix of the label of a model that timm builds, with adapters on all of qkv
+OF_TORCHVISION = " of torchvision"  # of one whose attentions are nn.MultiheadAttention, adapters on k and v
 
 
 def label_of(model: Model | TextModel, name: str) -> str:
@@ -88,7 +89,7 @@ def step(
 
 
 def adapted_model(model: str, blocks: int, samples: int, tokens: int, rank: int) -> Workload:
-    """Forward and backward of an adapted model of timm."""
+    """Forward and backward of an adapted model of timm or torchvision."""
     shape: Shape = {"model": model, "blocks": blocks, "samples": samples, "tokens": tokens, "rank": rank}
     return Workload("adapted_model", shape, "float32")
 
