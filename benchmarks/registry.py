@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from . import gpu_preset, whole_models
 from .shapes import LLAMA, RELEASE, T5, Model
 from .workload import COSTS, LATER, MAIN, OP, SMALL, TEXTS, VITS, Workload
-from .workloads import fisher, label_of, linear, merge, penalty, threshold
+from .workloads import OF_TORCHVISION, fisher, label_of, linear, merge, penalty, threshold
 
 OPS = tuple(COSTS)
 PRESETS = {  # for CPUs: description, and default seconds per provider and case
@@ -46,6 +46,8 @@ def peers(workload: Workload) -> tuple[str, ...]:
     """The peers of a case, or of a part of one."""
     if workload.part in (SMALL, OP):
         return SMALL_PEERS.get(workload.op, ())
+    if str(workload.shape["model"]).endswith(OF_TORCHVISION):
+        return ()  # PEFT computes something else there
     names = BATCH_MODE_PEERS if workload.shape.get("mode") == "batch" else PEERS[workload.op]
     if workload.part in (MAIN, LATER):
         return tuple(name for name in names if (name in SLOW_PEERS) == (workload.part == LATER))

@@ -253,7 +253,11 @@ def test_missing_library_recorded(tmp_path: Path, monkeypatch):
     cases = [one for one in bench.planned("quick", ["end_to_end"]) if one.workload.op == "adapted_model"]
     assert run(tmp_path, cases) == 0
     found = records.read(tmp_path / "end_to_end.jsonl")
-    assert [(r["provider"], r["failed"]) for r in found] == [(n, "Unavailable: timm") for n in (OURS, "peft")]
+    assert [(r["provider"], r["failed"]) for r in found] == [
+        (OURS, "Unavailable: timm"),
+        ("peft", "Unavailable: timm"),
+        (OURS, "Unavailable: torchvision"),
+    ]
 
 
 @pytest.mark.parametrize(("role", "status"), [("ours", 1), ("floor", 1), ("peer", 0)])
