@@ -76,7 +76,7 @@ def _built(plan: Planned) -> Case | list[Record]:
     try:
         return SUITES[plan.suite].build(plan.workload, Place())
     except (RuntimeError, MemoryError) as failure:
-        roles = {OURS: "ours", **dict.fromkeys(registry.PEERS[plan.workload.op], "peer")}
+        roles = {OURS: "ours", **dict.fromkeys(registry.peers(plan.workload), "peer")}
         return [
             {
                 **harness.common(plan.workload, name, role),

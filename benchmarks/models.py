@@ -106,8 +106,8 @@ def of_torchvision(
     model: Model, blocks: int, samples: int, tokens: int, rank: int, device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Subject:  # fmt: skip
-    """torchvision's vision transformer of these sizes on images, adapters on k and v of its attentions; raises
-    `Unavailable` without torchvision."""
+    """torchvision's vision transformer of these sizes on images, adapters on k and v of its attentions;
+    raises `Unavailable` without torchvision."""
     torchvision = extras.load("torchvision")
     patch = int(model.name.partition("/")[2] or 4)
     image = patch * round((tokens - 1) ** 0.5)
