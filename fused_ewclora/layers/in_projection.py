@@ -36,15 +36,8 @@ class LoRAInProjection(LoRAPart):
         if not adapters:
             return F.linear(x, weight, bias)
         capture = self.fisher_capture
-        return FE.lora_linear_adapters(
-            x,
-            weight,
-            bias,
-            adapters,
-            dropout_p=self.dropout_p,
-            training=self.training,
-            capture=None if capture is None else RowsCapture(capture, start),
-        )
+        call = None if capture is None else RowsCapture(capture, start)
+        return self.apply_adapters(x, weight, bias, adapters, call)
 
     def concerns(self, start: int, stop: int) -> bool:
         """Whether adapters have some of the rows from `start` to before `stop`."""

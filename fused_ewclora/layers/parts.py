@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import functional as FE
 from ..config import QKVLayout
 from ..distributed.processes import held_part, is_dtensor, whole_part
-from ..ops.capture import RoutedCall, Source
+from ..ops.capture import CallCapture, RoutedCall, Source
 from .adapted import LIVING, MERGED, AdaptedLinear, Updates
 from .plain import without_numbers
 from .slices import AdapterSlice
@@ -131,6 +131,17 @@ class LoRAPart(AdaptedLinear):
         adapters = self.active()
         if adapters is None:
             return F.linear(x, weight, bias)
+        return self.apply_adapters(x, weight, bias, adapters, self.fisher_capture)
+
+    def apply_adapters(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        adapters: list[FE.Adapter],
+        capture: CallCapture | None,
+    ) -> Tensor:
+        """The fused op, of all rows of the map or of some, as its arguments say."""
         return FE.lora_linear_adapters(
             x,
             weight,
@@ -138,7 +149,7 @@ class LoRAPart(AdaptedLinear):
             adapters,
             dropout_p=self.dropout_p,
             training=self.training,
-            capture=self.fisher_capture,
+            capture=capture,
         )
 
     def extra_repr(self) -> str:
@@ -170,15 +181,8 @@ class LoRARoutedPart(LoRAPart):
         if adapters is None:
             return F.linear(x, weight, bias)
         capture = self.fisher_capture
-        return FE.lora_linear_adapters(
-            x,
-            weight,
-            bias,
-            adapters,
-            dropout_p=self.dropout_p,
-            training=self.training,
-            capture=None if capture is None else RoutedCall(capture, source, rows),
-        )
+        call = None if capture is None else RoutedCall(capture, source, rows)
+        return self.apply_adapters(x, weight, bias, adapters, call)
 
     def skip(self) -> None:
         """To be called instead, in a forward without a graph that has no rows for it: it counts as called."""

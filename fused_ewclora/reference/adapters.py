@@ -22,6 +22,11 @@ def row_ranges(rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     return zip(rows[0::3], rows[1::3], rows[2::3], strict=True)
 
 
+def ranges_of(rows: Sequence[int], adapter: int) -> list[tuple[int, int]]:
+    """The row ranges of one adapter, in order."""
+    return [(start, stop) for index, start, stop in row_ranges(rows) if index == adapter]
+
+
 def by_kind(values: Sequence[_Value]) -> tuple[list[_Value], list[_Value], list[_Value]]:
     """What belongs to every A, every B and every s, of a list in that order."""
     count = len(values) // 3

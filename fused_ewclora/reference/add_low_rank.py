@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .adapters import as_rows, by_kind, row_ranges
+from .adapters import as_rows, by_kind, ranges_of
 from .philox import dropout
 
 
@@ -28,10 +28,6 @@ def _times(z: Tensor, scale: Tensor | None, factor: float) -> Tensor:
     if scale is None:
         return z if factor == 1.0 else z * factor
     return z * (scale.to(z.dtype) * factor)
-
-
-def _ranges(rows: Sequence[int], adapter: int) -> list[tuple[int, int]]:
-    return [(start, stop) for index, start, stop in row_ranges(rows) if index == adapter]
 
 
 def add_low_rank(
@@ -56,7 +52,7 @@ def add_low_rank(
     added: list[tuple[int, int, Tensor]] = []
     for i, (lora_a, lora_b) in enumerate(zip(lora_as, lora_bs, strict=True)):
         z = _times(F.linear(branch, lora_a.to(acc)), scales[i], scale_factors[i])
-        ranges = _ranges(rows, i)
+        ranges = ranges_of(rows, i)
         parts = F.linear(z, lora_b.to(acc)).split([stop - start for start, stop in ranges], dim=1)
         added += [(start, stop, part) for (start, stop), part in zip(ranges, parts, strict=True)]
     columns, done = [], 0
@@ -90,11 +86,11 @@ def forward(
         z = branch @ lora_a.to(acc).T
         zs.append(z)
         scaled, wide_b, first = _times(z, scales[i], scale_factors[i]), lora_b.to(acc), 0
-        if not owned and _ranges(rows, i) == [(0, total.shape[1])]:
+        if not owned and ranges_of(rows, i) == [(0, total.shape[1])]:
             total, owned = torch.addmm(total, scaled, wide_b.T), True
             continue
         total, owned = total if owned else total.clone(), True
-        for start, stop in _ranges(rows, i):
+        for start, stop in ranges_of(rows, i):
             last = first + stop - start
             total[:, start:stop].addmm_(scaled, wide_b[first:last].T)
             first = last
@@ -127,7 +123,7 @@ def backward(
     dbs: list[Tensor] = []
     dss: list[Tensor] = []
     for i, (lora_a, lora_b) in enumerate(zip(lora_as, lora_bs, strict=True)):
-        ranges, wide_a = _ranges(rows, i), lora_a.to(acc)
+        ranges, wide_a = ranges_of(rows, i), lora_a.to(acc)
         parts = [g[:, start:stop] for start, stop in ranges]
         g_i = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         p = g_i @ lora_b.to(acc)  # [M, r]

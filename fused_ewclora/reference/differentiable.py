@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from . import ewc_penalty as _penalty
 from . import lora_linear as _linear
-from .adapters import by_kind, row_ranges
+from .adapters import by_kind, ranges_of
 from .philox import dropout
 
 
@@ -51,7 +51,7 @@ def lora_linear(
     pieces: list[tuple[int, int, Tensor]] = []
     for i, (lora_a, lora_b) in enumerate(zip(lora_as, lora_bs, strict=True)):
         z = _times(F.linear(branch, lora_a.to(acc)), scales[i], scale_factors[i])
-        ranges = [(start, stop) for index, start, stop in row_ranges(rows) if index == i]
+        ranges = ranges_of(rows, i)
         parts = F.linear(z, lora_b.to(acc)).split([stop - start for start, stop in ranges], dim=-1)
         pieces += [(start, stop, part) for (start, stop), part in zip(ranges, parts, strict=True)]
     return _added(y, pieces, weight.shape[0]).to(x.dtype)

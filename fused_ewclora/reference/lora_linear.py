@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import arguments
-from .adapters import as_rows, by_kind, row_ranges
+from .adapters import as_rows, by_kind, ranges_of
 from .philox import dropout
 
 Scale = float | Tensor
@@ -72,10 +72,6 @@ def _scale(tensor: Tensor | None, factor: float, acc: torch.dtype) -> Scale:
     return factor if tensor is None else tensor.to(acc) * factor
 
 
-def _ranges(rows: Sequence[int], adapter: int) -> list[tuple[int, int]]:
-    return [(start, stop) for index, start, stop in row_ranges(rows) if index == adapter]
-
-
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -102,7 +98,7 @@ def forward(
     for i, z_i in enumerate(z.split([a.shape[0] for a in lora_as], dim=1)):
         low_rank = (z_i * _scale(scales[i], scale_factors[i], acc)) @ lora_bs[i].to(acc).T
         done = 0
-        for start, stop in _ranges(rows, i):
+        for start, stop in ranges_of(rows, i):
             y[:, start:stop] += low_rank[:, done : done + stop - start]
             done += stop - start
     return output.to(x.dtype), z
@@ -143,7 +139,7 @@ def backward(
     first = 0
     for i, (lora_a, lora_b) in enumerate(zip(lora_as, lora_bs, strict=True)):
         scale, rank = _scale(scales[i], scale_factors[i], acc), lora_a.shape[0]
-        g_i = torch.cat([g[:, start:stop] for start, stop in _ranges(rows, i)], dim=1)
+        g_i = torch.cat([g[:, start:stop] for start, stop in ranges_of(rows, i)], dim=1)
         p = g_i @ lora_b.to(acc)  # [M, r]
         z_i = None if z is None else z[:, first : first + rank]
         first += rank
