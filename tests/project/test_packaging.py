@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import statistics
 import subprocess
 import sysconfig
 import tarfile
@@ -19,7 +18,7 @@ CONTINUAL = ROOT / "benchmarks" / "continual"
 FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 LINKED = ("kernels/", "benchmarks/")  # from inside the package
 FOLDERS = ("fused_ewclora", "kernels", "benchmarks", "csrc", "tests")
-IMPORT_LIMIT_SECONDS = 0.15
+IMPORT_LIMIT = 0.1  # of the time of importing torch
 # The smallest extension that compiles: it stands for csrc, which takes minutes.
 TINY_EXTENSION = """#include <Python.h>
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
@@ -235,15 +234,17 @@ def test_extension_loads():
 
 def test_import_time():
     """Importing the package adds little to importing torch."""
-    # Time of this process on a processor: that on the clock measures what else the machine does.
+    # Beside torch in one process, and the least of several: all else measures what the machine does.
     code = """
-import time, torch
+import time
 start = time.process_time()
+import torch
+middle = time.process_time()
 import fused_ewclora
-print(time.process_time() - start)
+print((time.process_time() - middle) / (middle - start))
 """
-    seconds = [float(python("-c", code, cwd=ROOT).stdout) for _ in range(5)]
-    assert statistics.median(seconds) <= IMPORT_LIMIT_SECONDS, seconds
+    shares = [float(python("-c", code, cwd=ROOT).stdout) for _ in range(5)]
+    assert min(shares) <= IMPORT_LIMIT, shares
 
 
 def test_import_is_light():
