@@ -11,12 +11,13 @@ PyTorch on every backend (docs/mathematics.md, section 9.1).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError
+from .errors import ArgumentError, DtypeError
+from .fishers import EightBitFisher, FactoredFisher, Fisher, KroneckerFisher
 from .ops import add_low_rank as _low_rank
 from .ops import checks as check
 from .ops import dispatch, memory, schemas
@@ -225,24 +226,57 @@ def lora_conv_adapters(
     return _conv.lora_conv(x, weight, bias, *_conv.together(adapters, weight.shape[0]), meta, capture)
 
 
-def _penalty_adapters(
-    fishers: Sequence[Tensor],
+class _Penalty(NamedTuple):
+    """A penalty whose arguments have been checked."""
+
+    op: str
+    fishers: list[Tensor]  # of the op
+    adapters: Adapters
+    terms: _penalty.Terms | None
+
+
+def _checked_penalty(
+    fishers: Sequence[Fisher],
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scales: Sequence[Scale] | None,
     ewc_lambda: float,
-    checked: bool,
-) -> Adapters:
-    """The adapters of a penalty, after those checks that `_penalty.terms` has not made (`checked`)."""
+    writes: str | None = None,
+) -> _Penalty:
+    """writes: the operation, where it writes gradients in place."""
+    kinds = {Tensor if isinstance(fisher, Tensor) else type(fisher) for fisher in fishers}
+    if len(kinds) > 1:
+        names = " and ".join(sorted(kind.__name__ for kind in kinds))
+        raise ArgumentError(f"fishers: expected one kind of Fisher in a call, got {names}")
+    op, flat = "ewc_penalty", list(fishers)
+    if EightBitFisher in kinds:
+        flat = [fisher.codes for fisher in fishers]  # type: ignore[union-attr]
+    elif kinds and Tensor not in kinds:
+        if not kinds <= set(_STRUCTURED):
+            raise DtypeError(
+                f"fishers: expected tensors, EightBitFisher, FactoredFisher or KroneckerFisher, got "
+                f"{kinds.pop().__name__}"
+            )
+        op = _STRUCTURED[kinds.pop()]
+    terms = _penalty.terms(flat, lora_as, lora_bs, scales) if op == "ewc_penalty" else None  # type: ignore[arg-type]
+    if writes is not None and terms is None:  # with terms it is plain that nothing is transformed
+        check.writes(writes)
     scales = [1.0] * len(fishers) if scales is None else scales
-    if not checked:
-        check.penalty(fishers, lora_as, lora_bs, scales)
+    if op != "ewc_penalty":
+        pairs: Any = fishers
+        check.structured_penalty(pairs, lora_as, lora_bs, scales)
+        flat = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
+    elif terms is None:
+        check.penalty(flat, lora_as, lora_bs, scales)  # type: ignore[arg-type]
     check.number(ewc_lambda, "ewc_lambda", lora_as[0].dtype if lora_as else torch.float32)
-    return Adapters.of(lora_as, lora_bs, scales)
+    return _Penalty(op, flat, Adapters.of(lora_as, lora_bs, scales), terms)  # type: ignore[arg-type]
+
+
+_STRUCTURED: dict[type, str] = {FactoredFisher: "factored_penalty", KroneckerFisher: "kronecker_penalty"}
 
 
 def ewc_penalty(
-    fishers: Sequence[Tensor],
+    fishers: Sequence[Fisher],
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scales: Sequence[Scale] | None = None,
@@ -253,24 +287,24 @@ def ewc_penalty(
     """P = (lambda/2) sum_l sum_ij F_l[i,j] (B_l diag(s_l) A_l)[i,j]^2 over all adapters, one read of each F
     (EWC-LoRA, arXiv 2602.17559).
 
-    fishers `[d_out, d_in]` fp32 or bf16 (fp32 or fp64 beside fp64 adapters), not differentiated; lora_as `[r,
-    d_in]`, lora_bs `[d_out, r]`, all of one dtype and device. Returns a 0-d fp32 tensor (fp64 when all
-    adapters are fp64), a sum and not a mean, differentiable in lora_as, lora_bs and tensor scales; no
-    adapters give 0. Raises `ArgumentError` or `DtypeError` naming the entry.
+    fishers `[d_out, d_in]` fp32 or bf16 (fp32 or fp64 beside fp64 adapters), not differentiated, or all of
+    them an `EightBitFisher`, a `FactoredFisher`, whose F is never formed, or a `KroneckerFisher`, whose
+    penalty is (lambda/2) trace(outputs D inputs D^T); lora_as `[r, d_in]`, lora_bs `[d_out, r]`, all of one
+    dtype and device. Returns a 0-d fp32 tensor (fp64 when all adapters are fp64), a sum and not a mean,
+    differentiable in lora_as, lora_bs and tensor scales; no adapters give 0. Raises `ArgumentError` or
+    `DtypeError` naming the entry.
 
         >>> loss = criterion(model(x), y) + ewc_penalty(fishers, lora_as, lora_bs, ewc_lambda=1e7)
     """
-    terms = _penalty.terms(fishers, lora_as, lora_bs, scales)
-    adapters = _penalty_adapters(fishers, lora_as, lora_bs, scales, ewc_lambda, terms is not None)
+    op, flat, adapters, terms = _checked_penalty(fishers, lora_as, lora_bs, scales, ewc_lambda)
     if not fishers:
         return torch.zeros(())
-    name = dispatch.resolve(backend)
-    return _penalty.ewc_penalty(list(fishers), adapters, float(ewc_lambda), name, terms)
+    return _penalty.penalty(op, flat, adapters, float(ewc_lambda), dispatch.resolve(backend), terms)
 
 
 @torch.no_grad()
 def ewc_penalty_grad_(
-    fishers: Sequence[Tensor],
+    fishers: Sequence[Fisher],
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     scales: Sequence[Scale] | None = None,
@@ -287,19 +321,18 @@ def ewc_penalty_grad_(
 
         >>> loss.backward(); ewc_penalty_grad_(fishers, lora_as, lora_bs, ewc_lambda=1e7)
     """
-    terms = _penalty.terms(fishers, lora_as, lora_bs, scales)
-    if terms is None:  # with them it is plain that nothing is transformed
-        check.writes("ewc_penalty_grad_")
-    adapters = _penalty_adapters(fishers, lora_as, lora_bs, scales, ewc_lambda, terms is not None)
+    op, flat, adapters, terms = _checked_penalty(
+        fishers, lora_as, lora_bs, scales, ewc_lambda, "ewc_penalty_grad_"
+    )
     if not fishers:
         return torch.zeros(())
     if not isinstance(grad_scale, Tensor):
         check.number(grad_scale, "grad_scale", lora_as[0].dtype)
     name = dispatch.resolve(backend)
-    return _penalty.ewc_penalty_grad_(list(fishers), adapters, float(ewc_lambda), grad_scale, name, terms)
+    return _penalty.penalty_grad_(op, flat, adapters, float(ewc_lambda), grad_scale, name, terms)
 
 
-@torch.no_grad()
+@overload
 def fisher_accumulate_(
     fisher: Tensor,
     x: Tensor,
@@ -310,30 +343,61 @@ def fisher_accumulate_(
     cu_seqlens: Tensor | None = None,
     check_finite: bool = True,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def fisher_accumulate_(
+    fisher: FactoredFisher,
+    x: Tensor,
+    dy: Tensor,
+    *,
+    mode: str = "sample",
+    weight: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    check_finite: bool = True,
+    backend: str | None = None,
+) -> FactoredFisher: ...
+@torch.no_grad()
+def fisher_accumulate_(
+    fisher: Any,
+    x: Tensor,
+    dy: Tensor,
+    *,
+    mode: str = "sample",
+    weight: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    check_finite: bool = True,
+    backend: str | None = None,
+) -> Any:
     """F += weight * sum_n (dy_n^T x_n)^2 (`"sample"`) or F += weight * (sum_n dy_n^T x_n)^2 (`"batch"`), in
     place; returns fisher (docs/mathematics.md, section 3).
 
-    fisher `[d_out, d_in]` fp32 or bf16; x `[N, T, d_in]` or `[N, d_in]`, dy likewise with d_out, fp32, bf16
-    or fp16 (fp64 beside an fp32 or fp64 fisher). With `cu_seqlens` `[N + 1]` (int32 or int64), x and dy are
-    packed `[rows, d]` and sample n owns rows cu_seqlens[n] to cu_seqlens[n + 1]. Products and squares are
-    fp32 (fp64 for fp64). Raises `ArgumentError` or `DtypeError` naming the argument; NaN or Inf in x or dy
-    raises `ArgumentError` and leaves fisher as it was, unless `check_finite=False` (which saves a host
+    fisher `[d_out, d_in]` fp32 or bf16, or a `FactoredFisher`, of which the row and column sums are added,
+    exactly and without F; x `[N, T, d_in]` or `[N, d_in]`, dy likewise with d_out, fp32, bf16 or fp16 (fp64
+    beside an fp32 or fp64 fisher). With `cu_seqlens` `[N + 1]` (int32 or int64), x and dy are packed `[rows,
+    d]` and sample n owns rows cu_seqlens[n] to cu_seqlens[n + 1]. Products and squares are fp32 (fp64 for
+    fp64). Raises `ArgumentError` or `DtypeError` naming the argument; NaN or Inf in x or dy raises
+    `ArgumentError` and leaves fisher as it was, unless `check_finite=False` (which saves a host
     synchronisation on GPUs).
 
         >>> fisher_accumulate_(fisher, x, dy, weight=len(x) ** 2 / total)  # dy of a mean loss
     """
     check.writes("fisher_accumulate_")
-    check.fisher(fisher, x, dy, mode, cu_seqlens)
+    if isinstance(fisher, FactoredFisher):
+        check.fisher_sums(fisher, x, dy, mode, cu_seqlens)
+        written = dict(zip(("fisher.rows", "fisher.columns"), fisher, strict=True))
+    else:
+        check.fisher(fisher, x, dy, mode, cu_seqlens)
+        written = {"fisher": fisher}
     check.number(weight, "weight", x.dtype)
-    memory.check_written({"fisher": fisher}, {"x": x, "dy": dy})
+    memory.check_written(written, {"x": x, "dy": dy})
     if cu_seqlens is not None:
         check.offsets(sample_bounds(x, cu_seqlens), x.shape[0])
     if check_finite:
         check.finite(x, "x")
         check.finite(dy, "dy")
     name = dispatch.resolve(backend)
-    schemas.fisher_accumulate_(fisher, x, dy, mode, float(weight), cu_seqlens, name)
+    accumulate = schemas.fisher_accumulate_ if len(written) == 1 else schemas.fisher_sums_
+    accumulate(*written.values(), x, dy, mode, float(weight), cu_seqlens, name)
     return fisher
 
 

@@ -97,6 +97,8 @@ def _supports(op: str, call: Call) -> str | None:
 
 def candidates(op: str) -> tuple[Candidate, ...]:
     """The CUDA implementation of `op`; listed with its reason when the extension is missing."""
+    if op not in _ALGORITHMS:
+        return ()
     run = getattr(extension(), op, _missing)
     linear = _linear if op == "lora_linear" and hasattr(extension(), "linear_backend") else None
     supports = functools.partial(_supports, op)

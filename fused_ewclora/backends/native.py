@@ -57,6 +57,8 @@ def _supports(call: Call) -> str | None:
 def candidates(op: str) -> tuple[Candidate, ...]:
     """The C++ implementation of `op`; listed with its reason when the extension is missing."""
     module = extension()
+    if op not in _ALGORITHMS:
+        return ()
     run = getattr(module, op, _missing)
     linear = _linear if op == "lora_linear" and module is not None else None
     return (Candidate("cpu", _ALGORITHMS[op], _supports, run, linear=linear),)

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..errors import ArgumentError, DtypeError
+from ..fishers import FactoredFisher, KroneckerFisher
+from ..reference import arguments
 from . import dispatch, schemas
 from .adapters import Adapter, Scale, row_ranges
 from .capture import MODES
@@ -267,11 +269,45 @@ def penalty(
         return
     for i, (fisher_i, a, b, scale) in enumerate(zip(fishers, lora_as, lora_bs, scales, strict=True)):
         _factors(a, b, scale, f"[{i}]", a, f"lora_as[{i}]")
+        _same(a, f"lora_as[{i}]", lora_as[0], "lora_as[0]")
+        if fisher_i.dtype == torch.uint8:
+            arguments.codes(fisher_i, f"fishers[{i}]", a, b)
+            continue
         _accumulator(fisher_i, f"fishers[{i}]", a, f"lora_as[{i}]")
         if fisher_i.shape != (b.shape[0], a.shape[1]):
             expected = [b.shape[0], a.shape[1]]
             raise ArgumentError(f"fishers[{i}]: expected shape {expected} (of B A), got {_shape(fisher_i)}")
+
+
+def _fields(pair: tuple[Tensor, Tensor]) -> tuple[str, str]:
+    return ("outputs", "inputs") if isinstance(pair, KroneckerFisher) else ("rows", "columns")
+
+
+def structured_penalty(
+    fishers: Sequence[tuple[Tensor, Tensor]],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[Scale],
+) -> None:
+    """One pair of sums or of factors per adapter, by the names of its fields."""
+    for name, values in (("lora_as", lora_as), ("lora_bs", lora_bs), ("scales", scales)):
+        if len(values) != len(fishers):
+            raise ArgumentError(f"{name}: expected {len(fishers)} entries, one per Fisher, got {len(values)}")
+    for i, (pair, a, b, scale) in enumerate(zip(fishers, lora_as, lora_bs, scales, strict=True)):
+        _factors(a, b, scale, f"[{i}]", a, f"lora_as[{i}]")
         _same(a, f"lora_as[{i}]", lora_as[0], "lora_as[0]")
+        square = isinstance(pair, KroneckerFisher)
+        for name, part, size in zip(_fields(pair), pair, (b.shape[0], a.shape[1]), strict=True):
+            floating(part, f"fishers[{i}].{name}")
+            arguments.factor_of_fisher(part, f"fishers[{i}].{name}", size, square, a, f"lora_as[{i}]")
+
+
+def fisher_sums(pair: FactoredFisher, x: Tensor, dy: Tensor, mode: str, cu_seqlens: Tensor | None) -> None:
+    """Row sums `[d_out]` and column sums `[d_in]`."""
+    _samples(x, dy, mode, cu_seqlens)
+    for name, part, of in zip(pair._fields, pair, (dy, x), strict=True):
+        floating(part, f"fisher.{name}")
+        arguments.factor_of_fisher(part, f"fisher.{name}", of.shape[-1], False, x, "x")
 
 
 def _all_plain(
@@ -309,12 +345,21 @@ def _accumulator(fisher_: Tensor, name: str, like: Tensor, like_name: str) -> No
 
 def fisher(fisher_: Tensor, x: Tensor, dy: Tensor, mode: str, cu_seqlens: Tensor | None) -> None:
     """Shapes and dtypes of one accumulation."""
+    _samples(x, dy, mode, cu_seqlens)
+    _accumulator(fisher_, "fisher", x, "x")
+    if fisher_.shape != (dy.shape[-1], x.shape[-1]):
+        expected = [dy.shape[-1], x.shape[-1]]
+        raise ArgumentError(
+            f"fisher: expected shape {expected} (features of dy and x), got {_shape(fisher_)}"
+        )
+
+
+def _samples(x: Tensor, dy: Tensor, mode: str, cu_seqlens: Tensor | None) -> None:
     if mode not in MODES:
         raise ArgumentError(f"mode: expected one of {MODES}, got {mode!r}")
     floating(x, "x")
     floating(dy, "dy")
     _same(dy, "dy", x, "x")
-    _accumulator(fisher_, "fisher", x, "x")
     dims = (2,) if cu_seqlens is not None else (2, 3)
     if x.dim() not in dims or dy.dim() not in dims:
         raise ArgumentError(
@@ -322,11 +367,6 @@ def fisher(fisher_: Tensor, x: Tensor, dy: Tensor, mode: str, cu_seqlens: Tensor
         )
     if x.shape[:-1] != dy.shape[:-1]:
         raise ArgumentError(f"dy: expected leading shape {list(x.shape[:-1])} (of x), got {_shape(dy)}")
-    if fisher_.shape != (dy.shape[-1], x.shape[-1]):
-        expected = [dy.shape[-1], x.shape[-1]]
-        raise ArgumentError(
-            f"fisher: expected shape {expected} (features of dy and x), got {_shape(fisher_)}"
-        )
     if cu_seqlens is not None:
         if mode == "batch":
             raise ArgumentError(

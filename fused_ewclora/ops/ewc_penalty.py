@@ -1,10 +1,10 @@
-"""Autograd of the EWC penalty: gradients are computed with the loss, backward only scales them, unless a
-graph of it is made."""
+"""Autograd of the penalties (`schemas.PENALTIES`): gradients are computed with the loss, backward only scales
+them, unless a graph of it is made."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -80,21 +80,23 @@ def kinds(wanted: Sequence[bool]) -> list[bool]:
     return [any(of_kind) for of_kind in by_kind(wanted)]
 
 
-class EWCPenaltyFunction(torch.autograd.Function):
-    """P = (lambda/2) sum over adapters of sum F * (B diag(s) A)^2."""
+class PenaltyFunction(torch.autograd.Function):
+    """P = (lambda/2) sum over adapters of sum F * (B diag(s) A)^2, or the penalty of another structure of F;
+    `op` computes it."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        op: str,
         fishers: list[Tensor],
         scale_factors: list[float],
         ewc_lambda: float,
         backend: str,
         *tensors: Tensor | None,
     ) -> Tensor:
-        needs = kinds(ctx.needs_input_grad[4:])
+        needs = kinds(ctx.needs_input_grad[5:])
         lora_as, lora_bs, scales = by_kind(tensors)
-        penalty, flat = schemas.ewc_penalty(
+        penalty, flat = schemas.penalties[op](
             fishers, lora_as, lora_bs, scales, scale_factors, ewc_lambda, needs, backend
         )
         ctx.layout, ctx.inputs = layout(tensors, needs), len(tensors)
@@ -103,14 +105,14 @@ class EWCPenaltyFunction(torch.autograd.Function):
         else:
             ctx.save_for_backward(flat)
             operands = (fishers, lora_as, lora_bs, scales, scale_factors, ewc_lambda, needs)
-            ctx.operands, ctx.versions = operands, _versions([*fishers, *tensors])
+            ctx.op, ctx.operands, ctx.versions = op, operands, _versions([*fishers, *tensors])
         return penalty
 
     @staticmethod
     def backward(ctx: Any, grad_penalty: Tensor) -> tuple[Tensor | None, ...]:
         flat, *operands = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * ctx.inputs
-        wanted = ctx.needs_input_grad[4:]  # builds a tuple whenever it is read
+        wanted = ctx.needs_input_grad[5:]  # builds a tuple whenever it is read
         if torch.compiler.is_compiling():
             found = unflatten(schemas.scaled_gradients(flat, grad_penalty, operands), ctx.layout)
         elif torch.is_grad_enabled() or schemas.is_transformed(grad_penalty):
@@ -120,7 +122,7 @@ class EWCPenaltyFunction(torch.autograd.Function):
         for index, grad in zip(ctx.layout.inputs, found, strict=True):
             if wanted[index]:
                 grads[index] = grad
-        return (None, None, None, None, *grads)
+        return (None, None, None, None, None, *grads)
 
 
 def _versions(tensors: Sequence[Tensor | None]) -> int:
@@ -134,51 +136,61 @@ def _differentiable_gradients(ctx: Any, grad_penalty: Tensor) -> list[Tensor]:
     fishers, lora_as, lora_bs, scales, *_ = ctx.operands
     if ctx.versions != _versions([*fishers, *lora_as, *lora_bs, *scales]):
         raise RuntimeError(
-            "ewc_penalty: a Fisher, adapter or scale has been modified by an inplace operation since the "
+            f"{ctx.op}: a Fisher, adapter or scale has been modified by an inplace operation since the "
             "penalty was computed, so that its second derivatives cannot be; compute the penalty again"
         )
     with torch.autocast(grad_penalty.device.type, enabled=False):
-        return differentiable.ewc_penalty_backward(grad_penalty, *ctx.operands)
+        return _DIFFERENTIABLE[ctx.op][1](grad_penalty, *ctx.operands)
 
 
-def ewc_penalty(
+_DIFFERENTIABLE: dict[str, tuple[Callable[..., Tensor], Callable[..., list[Tensor]]]] = {
+    "ewc_penalty": (differentiable.ewc_penalty, differentiable.ewc_penalty_backward),
+    "factored_penalty": (differentiable.kronecker_penalty, differentiable.kronecker_penalty_backward),
+    "kronecker_penalty": (differentiable.kronecker_penalty, differentiable.kronecker_penalty_backward),
+}
+
+
+def penalty(
+    op: str,
     fishers: list[Tensor],
     adapters: Adapters,
     ewc_lambda: float,
     backend: str,
     found: Terms | None = None,
 ) -> Tensor:
-    """The penalty of arguments that have been checked; `found` are their terms."""
+    """The penalty of arguments that have been checked; `found` are the terms of an `ewc_penalty`."""
     if found is not None:
         return _of_terms(found, fishers, adapters, ewc_lambda, backend)
     tensors, graph = adapters.tensors(), torch.is_grad_enabled()
     needs = kinds([graph and t is not None and t.requires_grad for t in tensors])
     args = (fishers, *adapters, ewc_lambda, needs, backend)
-    candidate = schemas.unobserved("ewc_penalty", [*fishers, *tensors], args)
+    candidate = schemas.unobserved(op, [*fishers, *tensors], args)
     if candidate is None and schemas.is_transformed():
         with torch.autocast(fishers[0].device.type, enabled=False):
-            return differentiable.ewc_penalty(fishers, *adapters, ewc_lambda)
-    recorded = dispatch.recorded_penalty() if candidate is not None else None
+            return _DIFFERENTIABLE[op][0](fishers, *adapters, ewc_lambda)
+    recorded = dispatch.recorded_penalty() if candidate is not None and op == "ewc_penalty" else None
     if candidate is None or (recorded is None and any(needs)):
         constants = (adapters.scale_factors, ewc_lambda, backend)
-        return EWCPenaltyFunction.apply(fishers, *constants, *distinct(tensors))
+        return PenaltyFunction.apply(op, fishers, *constants, *distinct(tensors))
     with torch.no_grad():
-        penalty, flat = schemas.run(candidate, fishers[0].device.type, args)
+        value, flat = schemas.run(candidate, fishers[0].device.type, args)
     if recorded is None or not any(needs):
-        return penalty
-    return recorded(fishers, *adapters, ewc_lambda, needs, penalty, flat)
+        return value
+    return recorded(fishers, *adapters, ewc_lambda, needs, value, flat)
 
 
 def _of_terms(
     found: Terms, fishers: list[Tensor], adapters: Adapters, ewc_lambda: float, backend: str
 ) -> Tensor:
     needs = found.needs if torch.is_grad_enabled() else [False] * 3
+    args = (found.rank, fishers, adapters, ewc_lambda, needs, backend)
     with torch.no_grad():
-        penalty, flat = schemas.penalty_of_plain(found.rank, fishers, adapters, ewc_lambda, needs, backend)
-    return found.record(ewc_lambda, penalty, flat) if any(needs) else penalty
+        value, flat = schemas.penalty_of_plain("ewc_penalty", *args)
+    return found.record(ewc_lambda, value, flat) if any(needs) else value
 
 
-def ewc_penalty_grad_(
+def penalty_grad_(
+    op: str,
     fishers: list[Tensor],
     adapters: Adapters,
     ewc_lambda: float,
@@ -188,11 +200,11 @@ def ewc_penalty_grad_(
 ) -> Tensor:
     """Adds grad_scale * dP to `.grad` for arguments that have been checked, without a graph; returns P."""
     if found is not None:
-        rank, needs = found.rank, found.needs
-        value, flat = schemas.penalty_of_plain(rank, fishers, adapters, ewc_lambda, needs, backend)
+        args = (found.rank, fishers, adapters, ewc_lambda, found.needs, backend)
+        value, flat = schemas.penalty_of_plain(op, *args)
     else:
         needs = kinds([t is not None and t.requires_grad for t in adapters.tensors()])
-        value, flat = schemas.ewc_penalty(fishers, *adapters, ewc_lambda, needs, backend)
+        value, flat = schemas.penalties[op](fishers, *adapters, ewc_lambda, needs, backend)
     if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
         flat *= grad_scale
     if found is None or not found.add_gradients(flat):

@@ -3,9 +3,10 @@ when it runs.
 
 The lists of adapters are those of `adapters.Adapters`. `rows` is a flat list of triples (adapter, row_start,
 row_stop), which `adapters.row_ranges` reads. `needs` says which gradients are wanted: of
-`lora_linear_backward` those of x, weight, bias, every A, every B, every s; of `ewc_penalty` those of all A,
-of all B, of all s. Gradients come in that order, those of `ewc_penalty` in one flat tensor, so that what is
-done to them is one operation, not one per layer.
+`lora_linear_backward` those of x, weight, bias, every A, every B, every s; of a penalty those of all A, of
+all B, of all s. Gradients come in that order, those of a penalty in one flat tensor, so that what is done to
+them is one operation, not one per layer. The fishers of `factored_penalty` are the row sums of all adapters, then
+their column sums; those of `kronecker_penalty` the factors of all outputs, then those of all inputs.
 """
 
 from __future__ import annotations
@@ -26,18 +27,24 @@ from .adapters import Adapters
 from .dispatch import Candidate, are_plain, choose
 
 _ADAPTERS = "Tensor[] lora_as, Tensor[] lora_bs, Tensor?[] scales, float[] scale_factors"
+_PENALTY = f"(Tensor[] fishers, {_ADAPTERS}, float ewc_lambda, bool[] needs, str backend) -> (Tensor, Tensor)"
 SCHEMAS = {
     "lora_linear": f"(Tensor x, Tensor weight, Tensor? bias, {_ADAPTERS}, int[] rows, float dropout_p, "
     "Tensor? seed, str backend) -> (Tensor, Tensor)",
     "lora_linear_backward": f"(Tensor dy, Tensor? x, Tensor weight, Tensor? bias, Tensor? z, {_ADAPTERS}, "
     "int[] rows, float dropout_p, Tensor? seed, bool[] needs, str backend) -> Tensor[]",
-    "ewc_penalty": f"(Tensor[] fishers, {_ADAPTERS}, float ewc_lambda, bool[] needs, str backend) "
-    "-> (Tensor, Tensor)",
+    "ewc_penalty": _PENALTY,
+    "factored_penalty": _PENALTY,
+    "kronecker_penalty": _PENALTY,
     "fisher_accumulate_": "(Tensor(a!) fisher, Tensor x, Tensor dy, str squares, float weight, "
+    "Tensor? cu_seqlens, str backend) -> ()",
+    "fisher_sums_": "(Tensor(a!) rows, Tensor(b!) columns, Tensor x, Tensor dy, str squares, float weight, "
     "Tensor? cu_seqlens, str backend) -> ()",
     "merge_": f"(Tensor(a!)[] weights, {_ADAPTERS}, str backend) -> ()",
     "soft_threshold_": "(Tensor(a!)[] scales, float kappa, str backend) -> ()",
 }
+
+PENALTIES = ("ewc_penalty", "factored_penalty", "kronecker_penalty")
 
 ARGUMENTS = {
     op: [argument.name for argument in torch._C.parse_schema(op + schema).arguments]
@@ -81,7 +88,7 @@ def _lora_linear_backward_fake(
     ]
 
 
-def _ewc_penalty_fake(
+def _penalty_fake(
     fishers: Sequence[Tensor],
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
@@ -124,8 +131,8 @@ def by_name(functions: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[[
 
 # The argument whose device and dtype decide the implementation, and where it is.
 _DEFINING = {
-    "lora_linear": "x", "lora_linear_backward": "dy", "ewc_penalty": "lora_as", "fisher_accumulate_": "x",
-    "merge_": "weights", "soft_threshold_": "scales",
+    "lora_linear": "x", "lora_linear_backward": "dy", **dict.fromkeys(PENALTIES, "lora_as"),
+    "fisher_accumulate_": "x", "fisher_sums_": "x", "merge_": "weights", "soft_threshold_": "scales",
 }  # fmt: skip
 _DEFINING_PLACE = {op: ARGUMENTS[op].index(name) for op, name in _DEFINING.items()}
 
@@ -135,13 +142,13 @@ def defining(op: str, args: Sequence[Any]) -> Tensor:
     value = args[_DEFINING_PLACE[op]]
     if isinstance(value, Tensor):
         return value
-    return value[0] if op == "ewc_penalty" else _least_served(value)  # all lora_as are of one dtype
+    return value[0] if op in PENALTIES else _least_served(value)  # all lora_as are of one dtype
 
 
 _FAKES = {
     "lora_linear": _lora_linear_fake,
     "lora_linear_backward": _lora_linear_backward_fake,
-    "ewc_penalty": _ewc_penalty_fake,
+    **dict.fromkeys(PENALTIES, _penalty_fake),
 }
 
 
@@ -168,7 +175,14 @@ _SIZES = by_name(
         "ewc_penalty": lambda fishers, lora_as: {
             "rank": max(a.shape[0] for a in lora_as), "work": _work(fishers)
         },
+        "factored_penalty": lambda lora_as: {
+            "rank": max(a.shape[0] for a in lora_as), "work": _work(lora_as)
+        },
+        "kronecker_penalty": lambda fishers, lora_as: {
+            "rank": max(a.shape[0] for a in lora_as), "work": _work(fishers)
+        },
         "fisher_accumulate_": lambda x, dy: {"work": bucket(x.numel() * dy.shape[-1])},
+        "fisher_sums_": lambda x, dy: {"work": bucket(x.numel() * dy.shape[-1])},
         "merge_": lambda weights: {"work": _work(weights)},
         "soft_threshold_": lambda scales: {"work": _work(scales)},
     }
@@ -183,7 +197,7 @@ def _call(op: str, tensor: Tensor, args: Sequence[Any]) -> Call:
 
 
 def _sized(op: str, tensor: Tensor, sizes: dict[str, Any]) -> Call:
-    if tensor.dtype == torch.float32 or op == "ewc_penalty":
+    if tensor.dtype == torch.float32 or op in PENALTIES:
         sizes["precision"] = torch.get_float32_matmul_precision()
     if tensor.is_cuda:
         sizes["captured"] = torch.cuda.is_current_stream_capturing()
@@ -212,13 +226,16 @@ def _chosen(op: str, args: Sequence[Any]) -> tuple[Candidate, str]:
     return choose(op, args[-1], _call(op, tensor, args)), tensor.device.type
 
 
+WRITES = {"fisher_accumulate_": 1, "fisher_sums_": 2}  # tensors that an op writes; others write a list
+
+
 def _implementation(op: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         return run(*_chosen(op, args), args)
 
     def write(*args: Any) -> None:
         run(*_chosen(op, args), args)
-        written = [args[0]] if isinstance(args[0], Tensor) else args[0]
+        written = args[: WRITES[op]] if op in WRITES else args[0]
         # Kernels write memory that autograd does not see: what it saved of these tensors is no longer there.
         torch.autograd.graph.increment_version(written)
 
@@ -285,6 +302,7 @@ def unobserved(op: str, tensors: list[Tensor | None], args: Sequence[Any]) -> Ca
 
 
 def penalty_of_plain(
+    op: str,
     rank: int,
     fishers: list[Tensor],
     adapters: Adapters,
@@ -292,15 +310,16 @@ def penalty_of_plain(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """`ewc_penalty` of a call that nobody observes, with plain tensors; `rank` is the largest."""
+    """A penalty of a call that nobody observes, with plain tensors; `rank` is the largest."""
     like = adapters.lora_as[0]
     device = like.device.type
     if device == "cpu" and not backend.startswith("triton"):
         call = Call(device, like.dtype)
     else:
-        call = _sized("ewc_penalty", like, {"rank": rank, "work": _work(fishers)})
+        work = adapters.lora_as if op == "factored_penalty" else fishers
+        call = _sized(op, like, {"rank": rank, "work": _work(work)})
     args = (fishers, *adapters, ewc_lambda, needs, backend)
-    return run(choose("ewc_penalty", backend, call), device, args)
+    return run(choose(op, backend, call), device, args)
 
 
 def _direct(op: str) -> Callable[..., Any]:
@@ -324,30 +343,27 @@ def _direct(op: str) -> Callable[..., Any]:
     return call
 
 
-def _direct_accumulation() -> Callable[..., None]:
+def _direct_accumulation(op: str) -> Callable[..., None]:
     """The same for a Fisher, which has no lists: a pass calls it once per layer and batch."""
-    overload = torch.ops.fused_ewclora.fisher_accumulate_.default
-    implementation = _implementation("fisher_accumulate_")
+    overload = getattr(torch.ops.fused_ewclora, op).default
+    implementation = _implementation(op)
+    count = WRITES[op] + 2
 
-    def call(
-        fisher: Tensor,
-        x: Tensor,
-        dy: Tensor,
-        squares: str,
-        weight: float,
-        offsets: Tensor | None,
-        backend: str,
-    ) -> None:
-        known = _observed([fisher, x, dy] if offsets is None else [fisher, x, dy, offsets])
-        (overload if known else implementation)(fisher, x, dy, squares, weight, offsets, backend)
+    def call(*args: Any) -> None:
+        tensors: list[Tensor | None] = [*args[:count]]
+        if (offsets := args[-2]) is not None:
+            tensors.append(offsets)
+        (overload if _observed(tensors) else implementation)(*args)
 
     return call
 
 
 lora_linear = _direct("lora_linear")
 lora_linear_backward = _direct("lora_linear_backward")
-ewc_penalty = _direct("ewc_penalty")
+penalties = {op: _direct(op) for op in PENALTIES}
+ewc_penalty = penalties["ewc_penalty"]
 scaled_gradients = torch.ops.fused_ewclora.scaled_gradients.default
-fisher_accumulate_ = _direct_accumulation()
+fisher_accumulate_ = _direct_accumulation("fisher_accumulate_")
+fisher_sums_ = _direct_accumulation("fisher_sums_")
 merge_ = _direct("merge_")
 soft_threshold_ = _direct("soft_threshold_")

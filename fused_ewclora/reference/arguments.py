@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, DtypeError
 from .adapters import by_kind, row_ranges
+from .eight_bit import ALIGNMENT, row_bytes
 
 Tensors = Sequence[Tensor]
 Optionals = Sequence[Tensor | None]
@@ -61,6 +62,29 @@ def _fisher(tensor: Tensor, name: str, like: Tensor, like_name: str) -> None:
     _device(tensor, name, like, like_name)
     other = torch.float64 if like.dtype == torch.float64 else torch.bfloat16
     _dtype(tensor, name, (torch.float32, other))
+
+
+def codes(tensor: Tensor, name: str, a: Tensor, b: Tensor) -> None:
+    """A Fisher in 8 bits; its rows are read as vectors of 16 bytes."""
+    _matrix(tensor, name)
+    _device(tensor, name, a, "lora_as")
+    if tensor.shape != (b.shape[0], row_bytes(a.shape[1])):
+        expected = f"shape {[b.shape[0], row_bytes(a.shape[1])]} (8-bit codes of B A)"
+        raise _wrong(name, expected, tensor)
+    apart = tensor.stride(0) % ALIGNMENT or tensor.storage_offset() % ALIGNMENT
+    if tensor.numel() and (tensor.stride(1) != 1 or apart):
+        raise _wrong(name, "8-bit codes with contiguous rows", f"strides {tensor.stride()}")
+
+
+def factor_of_fisher(
+    tensor: Tensor, name: str, size: int, square: bool, like: Tensor, like_name: str
+) -> None:
+    """The sums `[size]`, or the factor `[size, size]`, of a structured Fisher: fp32, or fp64 beside fp64."""
+    expected = [size, size] if square else [size]
+    if list(tensor.shape) != expected:
+        raise _wrong(name, f"shape {expected} (beside {like_name})", tensor)
+    _device(tensor, name, like, like_name)
+    _dtype(tensor, name, (torch.float32, *((torch.float64,) if like.dtype == torch.float64 else ())))
 
 
 def _product(tensor: Tensor, name: str, a: Tensor, b: Tensor) -> None:
@@ -229,23 +253,63 @@ def ewc_penalty(
     for i, (fisher, a, b, scale) in enumerate(zip(fishers, lora_as, lora_bs, scales, strict=True)):
         _adapter(a, b, scale, i, a, f"lora_as[{i}]")
         _same(a, f"lora_as[{i}]", lora_as[0], "lora_as[0]")
+        if fisher.dtype == torch.uint8:
+            codes(fisher, f"fishers[{i}]", a, b)
+            continue
         _fisher(fisher, f"fishers[{i}]", a, f"lora_as[{i}]")
         _product(fisher, f"fishers[{i}]", a, b)
 
 
+def kronecker_penalty(
+    fishers: Tensors,
+    lora_as: Tensors,
+    lora_bs: Tensors,
+    scales: Optionals,
+    scale_factors: Sequence[float],
+    needs: Sequence[bool],
+) -> None:
+    """Arguments of the ops `factored_penalty` and `kronecker_penalty`."""
+    count = len(fishers) // 2
+    if not count or len(fishers) % 2:
+        raise _wrong("fishers", "two entries per adapter", len(fishers))
+    _as_many(lora_as, lora_bs, scales, scale_factors, count, "half of fishers")
+    if len(needs) != 3:
+        raise _wrong("needs", "3 entries (A, B, s)", len(needs))
+    _floating(lora_as[0], "lora_as[0]")
+    for i, (a, b, scale) in enumerate(zip(lora_as, lora_bs, scales, strict=True)):
+        _adapter(a, b, scale, i, a, f"lora_as[{i}]")
+        _same(a, f"lora_as[{i}]", lora_as[0], "lora_as[0]")
+        for j, size in ((i, b.shape[0]), (count + i, a.shape[1])):
+            square = fishers[j].dim() == 2
+            factor_of_fisher(fishers[j], f"fishers[{j}]", size, square, a, f"lora_as[{i}]")
+
+
 def fisher_accumulate(fisher: Tensor, x: Tensor, dy: Tensor, squares: str, cu_seqlens: Tensor | None) -> None:
     """Arguments of the op `fisher_accumulate_`."""
+    _samples(x, dy, squares, cu_seqlens)
+    _fisher(fisher, "fisher", x, "x")
+    if fisher.shape != (dy.shape[-1], x.shape[-1]):
+        raise _wrong("fisher", f"shape {[dy.shape[-1], x.shape[-1]]} (features of dy and x)", fisher)
+
+
+def fisher_sums(
+    rows: Tensor, columns: Tensor, x: Tensor, dy: Tensor, squares: str, cu_seqlens: Tensor | None
+) -> None:
+    """Arguments of the op `fisher_sums_`."""
+    _samples(x, dy, squares, cu_seqlens)
+    factor_of_fisher(rows, "rows", dy.shape[-1], False, dy, "dy")
+    factor_of_fisher(columns, "columns", x.shape[-1], False, x, "x")
+
+
+def _samples(x: Tensor, dy: Tensor, squares: str, cu_seqlens: Tensor | None) -> None:
     if squares not in ("sample", "batch"):
         raise _wrong("squares", "'sample' or 'batch'", repr(squares))
     _floating(x, "x")
     _same(dy, "dy", x, "x")
-    _fisher(fisher, "fisher", x, "x")
     if x.dim() != 2 and (x.dim() != 3 or cu_seqlens is not None):
         raise _wrong("x", f"{'2 or 3' if cu_seqlens is None else '2'} dimensions", x)
     if dy.dim() != x.dim() or dy.shape[:-1] != x.shape[:-1]:
         raise _wrong("dy", f"the leading shape of x {list(x.shape)}", dy)
-    if fisher.shape != (dy.shape[-1], x.shape[-1]):
-        raise _wrong("fisher", f"shape {[dy.shape[-1], x.shape[-1]]} (features of dy and x)", fisher)
     if cu_seqlens is not None:
         if squares == "batch":
             raise _wrong(

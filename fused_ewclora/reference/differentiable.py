@@ -1,20 +1,22 @@
 """The ops as differentiable PyTorch, in the arguments of `ops.schemas`: what runs where a kernel could not be
 followed. All derivatives of these are right, of any order, forward and reverse, under `torch.func` too.
 
-`lora_linear` and `ewc_penalty` stand for calls inside a transform or a trace, the two `_backward` for a
+`lora_linear` and the penalties stand for calls inside a transform or a trace, the `_backward`s for a
 backward of which a graph is made (`create_graph=True`) or whose gradients are batched or dual. csrc/autograd
-calls those two by name.
+calls them by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import ewc_penalty as _penalty
+from . import kronecker_penalty as _kronecker
 from . import lora_linear as _linear
 from .adapters import by_kind, ranges_of
 from .philox import dropout
@@ -103,6 +105,13 @@ def lora_linear_backward(
     return grads
 
 
+def _scales(
+    scales: Sequence[Tensor | None], scale_factors: Sequence[float], dtype: torch.dtype
+) -> list[float | Tensor]:
+    together = zip(scales, scale_factors, strict=True)
+    return [factor if scale is None else scale.to(dtype) * factor for scale, factor in together]
+
+
 def ewc_penalty(
     fishers: Sequence[Tensor],
     lora_as: Sequence[Tensor],
@@ -112,13 +121,37 @@ def ewc_penalty(
     ewc_lambda: float,
 ) -> Tensor:
     """P, 0-d, in the accumulation dtype."""
-    acc = _penalty.accumulate_dtype([*lora_as, *lora_bs])
-    together = zip(scales, scale_factors, strict=True)
-    products = [factor if scale is None else scale.to(acc) * factor for scale, factor in together]
+    products = _scales(scales, scale_factors, _penalty.accumulate_dtype([*lora_as, *lora_bs]))
     return _penalty.ewc_penalty(fishers, lora_as, lora_bs, products, ewc_lambda)
 
 
-def ewc_penalty_backward(
+def kronecker_penalty(
+    fishers: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    scale_factors: Sequence[float],
+    ewc_lambda: float,
+) -> Tensor:
+    """P of the ops `factored_penalty` and `kronecker_penalty`."""
+    products = _scales(scales, scale_factors, _penalty.accumulate_dtype([*lora_as, *lora_bs]))
+    return _kronecker.penalty(fishers, lora_as, lora_bs, products, ewc_lambda)
+
+
+def ewc_penalty_backward(grad: Tensor, *operands: Any) -> list[Tensor]:
+    """grad times the gradients of the kinds that `needs` = (dA, dB, ds), the last operand, asks for, every
+    dA, every dB, every ds, in the shapes and dtypes of their inputs and connected to the graphs of all
+    arguments."""
+    return _penalty_backward(_penalty.penalty_and_grads, grad, *operands)
+
+
+def kronecker_penalty_backward(grad: Tensor, *operands: Any) -> list[Tensor]:
+    """The same for the ops `factored_penalty` and `kronecker_penalty`."""
+    return _penalty_backward(_kronecker.penalty_and_grads, grad, *operands)
+
+
+def _penalty_backward(
+    penalty_and_grads: Callable[..., tuple[Tensor, Tensor]],
     grad: Tensor,
     fishers: Sequence[Tensor],
     lora_as: Sequence[Tensor],
@@ -128,12 +161,10 @@ def ewc_penalty_backward(
     ewc_lambda: float,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """grad times the gradients of the kinds that `needs` = (dA, dB, ds) asks for, every dA, every dB, every
-    ds, in the shapes and dtypes of their inputs and connected to the graphs of all arguments."""
     of_kinds = zip((lora_as, lora_bs, scales), needs, strict=True)
     wanted = [t for of_kind, need in of_kinds if need for t in of_kind if t is not None]
     if not wanted:
         return []
-    _, flat = _penalty.penalty_and_grads(fishers, lora_as, lora_bs, scales, scale_factors, ewc_lambda, needs)
+    _, flat = penalty_and_grads(fishers, lora_as, lora_bs, scales, scale_factors, ewc_lambda, needs)
     parts = (flat * grad).split([t.numel() for t in wanted])
     return [part.reshape(t.shape).to(t.dtype) for part, t in zip(parts, wanted, strict=True)]

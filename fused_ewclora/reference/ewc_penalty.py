@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import arguments
+from .eight_bit import decode
 
 Scale = float | Tensor
 
@@ -16,6 +17,11 @@ Scale = float | Tensor
 def accumulate_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """fp32, or fp64 when every tensor is fp64."""
     return torch.float64 if tensors and all(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def values(fisher: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """F `[d_out, columns]` in `dtype`; codes are decoded."""
+    return decode(fisher, columns, dtype) if fisher.dtype == torch.uint8 else fisher.to(dtype)
 
 
 def ewc_penalty(
@@ -30,7 +36,7 @@ def ewc_penalty(
     total = torch.zeros((), dtype=torch.float64, device=fishers[0].device if fishers else None)
     for i, (fisher, a, b) in enumerate(zip(fishers, lora_as, lora_bs, strict=True)):
         delta = (b.to(acc) * (1.0 if scales is None else scales[i])) @ a.to(acc)  # [d_out, d_in]
-        total = total + (fisher.to(acc) * delta.square()).sum(dtype=torch.float64)
+        total = total + (values(fisher, a.shape[1], acc) * delta.square()).sum(dtype=torch.float64)
     return (0.5 * ewc_lambda * total).to(acc)
 
 
@@ -59,7 +65,7 @@ def penalty_and_grads(
         s = factor if scale is None else scale.to(acc) * factor
         a, b = lora_a.to(acc), lora_b.to(acc)
         delta = (b * s) @ a
-        h = fisher.to(acc) * delta
+        h = values(fisher, a.shape[1], acc) * delta
         total += 0.5 * ewc_lambda * (h * delta).sum(dtype=torch.float64)
         h *= ewc_lambda  # not to F before: Inf times a delta of zero would be NaN
         h_a = h @ a.T  # [d_out, r]

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fused_ewclora import functional as FE
 from fused_ewclora.backends import native
 from fused_ewclora.ops import dispatch
-from fused_ewclora.ops.ewc_penalty import EWCPenaltyFunction
+from fused_ewclora.ops.ewc_penalty import PenaltyFunction
 from fused_ewclora.ops.lora_linear import LoRALinearFunction
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"cpu: {native.unavailable()}")
@@ -91,7 +91,7 @@ CASES = [Linear, Penalty]
 
 
 def is_in_python(y: Tensor) -> bool:
-    return isinstance(y.grad_fn, (LoRALinearFunction._backward_cls, EWCPenaltyFunction._backward_cls))
+    return isinstance(y.grad_fn, (LoRALinearFunction._backward_cls, PenaltyFunction._backward_cls))
 
 
 @pytest.mark.parametrize("make", CASES)

@@ -159,6 +159,8 @@ def candidates(op: str) -> tuple[Candidate, ...]:
         module, algorithm, supports = _OTHERS[op]
         run = plans.planned(op, _host(module, op))
         return (Candidate("triton", algorithm, supports, run, remark=plans.remark),)
+    if not op.startswith("lora_linear"):
+        return ()
     backward = op == "lora_linear_backward"
     found = []
     for key, algorithm in _ALGORITHMS.items():

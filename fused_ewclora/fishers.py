@@ -1,0 +1,100 @@
+"""Fishers that need less memory than one number per weight, as values of the operations in `functional`.
+
+A dense Fisher is a tensor `[d_out, d_in]`. What stands for one in its place says what it approximates, and
+what is exact about it (docs/mathematics.md, section 10).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError, DtypeError
+from .reference import eight_bit
+
+__all__ = ["EightBitFisher", "FactoredFisher", "Fisher", "KroneckerFisher"]
+
+
+class FactoredFisher(NamedTuple):
+    """F = rows columns^T / sum(columns): the rank-one matrix with the row and column sums of a Fisher.
+
+    rows `[d_out]` are its row sums, columns `[d_in]` its column sums, fp32 (fp64 beside fp64 adapters), both
+    additive over samples, batches, tasks and processes. Of part of the rows, `columns` is that of all rows.
+
+        >>> fisher = FactoredFisher(dense.sum(1), dense.sum(0))
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def dense(self) -> Tensor:
+        """`[d_out, d_in]`, a new tensor; zeros where the sums are zero.
+
+        >>> difference = fisher.dense() - exact
+        """
+        total = self.columns.sum()
+        share = torch.where(total > 0.0, self.columns / total, torch.zeros_like(self.columns))
+        return self.rows.unsqueeze(1) * share
+
+
+class KroneckerFisher(NamedTuple):
+    """The Fisher, off-diagonal entries too, as outputs (x) inputs (K-FAC, arXiv 1503.05671): the penalty is
+    (lambda/2) trace(outputs D inputs D^T) of D = B diag(s) A.
+
+    outputs `[d_out, d_out]` and inputs `[d_in, d_in]` are symmetric positive semidefinite, fp32 (fp64 beside
+    fp64 adapters); only their product has a meaning.
+
+        >>> fisher = KroneckerFisher(dy.T @ dy, x.T @ x / len(x))
+    """
+
+    outputs: Tensor
+    inputs: Tensor
+
+    def dense(self) -> Tensor:
+        """Its diagonal as a matrix `[d_out, d_in]`, a new tensor.
+
+        >>> difference = fisher.dense() - exact
+        """
+        return self.outputs.diagonal().unsqueeze(1) * self.inputs.diagonal()
+
+
+class EightBitFisher(NamedTuple):
+    """A dense Fisher in 8 bits, with a bf16 scale for every 32 values of a row: at most 1.07 bytes per value
+    where d_in is a multiple of 256.
+
+    codes uint8 `[d_out, bytes]`, columns = d_in. Code c of a block with scale s is s c^2.
+
+        >>> fisher = EightBitFisher.encode(dense)
+    """
+
+    codes: Tensor
+    columns: int
+
+    @classmethod
+    def encode(cls, fisher: Tensor, seed: int | None = None, first_row: int = 0) -> EightBitFisher:
+        """The nearest levels to a Fisher `[d_out, d_in]` of values >= 0; with a seed one of the two levels
+        beside each value, whose expectation is the value.
+
+        The random choice depends on the seed and the place of a value alone; first_row is the place of the
+        first row, of part of a Fisher. Blocks with NaN or Inf become NaN. Raises `ArgumentError` for another
+        shape, `DtypeError` for integers.
+
+            >>> codes = EightBitFisher.encode(dense, seed=tasks).codes
+        """
+        if fisher.dim() != 2:
+            raise ArgumentError(f"fisher: expected a matrix, got shape {list(fisher.shape)}")
+        if not fisher.is_floating_point():
+            raise DtypeError(f"fisher: expected a floating-point tensor, got {fisher.dtype}")
+        return cls(eight_bit.encode(fisher, seed, first_row), fisher.shape[1])
+
+    def dense(self) -> Tensor:
+        """`[d_out, d_in]` fp32, a new tensor.
+
+        >>> difference = fisher.dense() - exact
+        """
+        return eight_bit.decode(self.codes, self.columns)
+
+
+Fisher = Tensor | EightBitFisher | FactoredFisher | KroneckerFisher
