@@ -5,8 +5,8 @@ The lists of adapters are those of `adapters.Adapters`. `rows` is a flat list of
 row_stop), which `adapters.row_ranges` reads. `needs` says which gradients are wanted: of
 `lora_linear_backward` those of x, weight, bias, every A, every B, every s; of a penalty those of all A, of
 all B, of all s. Gradients come in that order, those of a penalty in one flat tensor, so that what is done to
-them is one operation, not one per layer. The fishers of `factored_penalty` are the row sums of all adapters, then
-their column sums; those of `kronecker_penalty` the factors of all outputs, then those of all inputs.
+them is one operation, not one per layer. The fishers of `factored_penalty` are the row sums of all adapters,
+then their column sums; those of `kronecker_penalty` the factors of all outputs, then those of all inputs.
 """
 
 from __future__ import annotations
