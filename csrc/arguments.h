@@ -103,6 +103,35 @@ inline void fisher_matrix(const at::Tensor& t, const Name& name, const at::Tenso
                    ": expected torch.float32 or torch.bfloat16, got ", described(t.scalar_type()));
 }
 
+// Fishers in 8 bits (reference/eight_bit.py): the bytes of a row of so many values, and whether rows can be read as vectors of 16 bytes.
+constexpr int64_t CODE_ALIGNMENT = 16;
+inline int64_t code_bytes(int64_t columns) {
+  constexpr int64_t BLOCK = 32;
+  const int64_t bytes = (columns + BLOCK - 1) / BLOCK * (BLOCK + 2);
+  return (bytes + CODE_ALIGNMENT - 1) / CODE_ALIGNMENT * CODE_ALIGNMENT;
+}
+inline bool has_rows_of_codes(const at::Tensor& t) {
+  if (t.numel() == 0) return true;
+  return t.stride(1) == 1 && t.stride(0) % CODE_ALIGNMENT == 0 && t.storage_offset() % CODE_ALIGNMENT == 0;
+}
+
+// A Fisher of the product of an adapter, as codes in 8 bits.
+inline void fisher_codes(const at::Tensor& t, const Name& name, const at::Tensor& lora_a, const Name& like_name, int64_t d_out) {
+  matrix(t, name);
+  same_device(t, name, lora_a, like_name);
+  shape(t, name, {d_out, code_bytes(lora_a.size(1))}, "8-bit codes of B A");
+  TORCH_CHECK_VALUE(has_rows_of_codes(t), name, ": expected 8-bit codes with contiguous rows, got strides ", t.strides());
+}
+
+// A factor of a structured Fisher beside `like`.
+inline void fisher_factor(const at::Tensor& t, const Name& name, at::IntArrayRef expected, const char* why, const at::Tensor& like,
+                          const Name& like_name) {
+  present(t, name);
+  shape(t, name, expected, why);
+  same_device(t, name, like, like_name);
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat, name, ": expected torch.float32, got ", described(t.scalar_type()));
+}
+
 inline void adapter(const at::Tensor& lora_a, const at::Tensor& lora_b, const at::Tensor* scale, int64_t i, const at::Tensor& like,
                     const Name& like_name) {
   const Name name_a{"lora_as", i}, name_b{"lora_bs", i}, name_s{"scales", i};
@@ -216,9 +245,10 @@ inline void lora_linear_backward(at::DeviceType device, const at::Tensor& dy, co
   }
 }
 
+// codes: whether the kernels read Fishers in 8 bits.
 template <class Scales>
 void ewc_penalty(at::DeviceType device, const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs, const Scales& scales,
-                 const std::vector<double>& factors, const std::vector<bool>& needs) {
+                 const std::vector<double>& factors, const std::vector<bool>& needs, bool codes = false) {
   TORCH_CHECK_VALUE(!fishers.empty(), "fishers: expected at least one adapter, got none");
   adapter_lists(lora_as, lora_bs, scales, factors, fishers.size(), "fishers");
   TORCH_CHECK_VALUE(needs.size() == 3, "needs: expected 3 entries (A, B, s), got ", needs.size());
@@ -228,30 +258,66 @@ void ewc_penalty(at::DeviceType device, const Tensors& fishers, const Tensors& l
     const at::Tensor& lora_a = lora_as[k];
     adapter(lora_a, lora_bs[k], pointer(scales[k]), i, lora_a, {"lora_as", i});
     same(lora_a, {"lora_as", i}, lora_as[0], {"lora_as", 0});
+    if (codes && fishers[k].defined() && fishers[k].scalar_type() == at::kByte) {
+      fisher_codes(fishers[k], {"fishers", i}, lora_a, {"lora_as", i}, lora_bs[k].size(0));
+      continue;
+    }
     fisher_matrix(fishers[k], {"fishers", i}, lora_a, {"lora_as", i});
     shape(fishers[k], {"fishers", i}, {lora_bs[k].size(0), lora_a.size(1)}, "of B A");
   }
 }
 
-inline void fisher_accumulate(at::DeviceType device, const at::Tensor& fisher, const at::Tensor& x, const at::Tensor& dy,
-                              const std::string& squares, const std::optional<at::Tensor>& cu_seqlens) {
+// Fishers are the row sums of all adapters, then their column sums.
+template <class Scales>
+void factored_penalty(at::DeviceType device, const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs, const Scales& scales,
+                      const std::vector<double>& factors, const std::vector<bool>& needs) {
+  const size_t adapters = fishers.size() / 2;
+  TORCH_CHECK_VALUE(adapters > 0 && fishers.size() % 2 == 0, "fishers: expected two entries per adapter, got ", fishers.size());
+  adapter_lists(lora_as, lora_bs, scales, factors, adapters, "half of fishers");
+  TORCH_CHECK_VALUE(needs.size() == 3, "needs: expected 3 entries (A, B, s), got ", needs.size());
+  defining(lora_as[0], {"lora_as", 0}, device);
+  for (size_t k = 0; k < adapters; ++k) {
+    const int64_t i = int64_t(k);
+    const at::Tensor& lora_a = lora_as[k];
+    adapter(lora_a, lora_bs[k], pointer(scales[k]), i, lora_a, {"lora_as", i});
+    same(lora_a, {"lora_as", i}, lora_as[0], {"lora_as", 0});
+    fisher_factor(fishers[k], {"fishers", i}, {lora_bs[k].size(0)}, "rows of B", lora_a, {"lora_as", i});
+    fisher_factor(fishers[adapters + k], {"fishers", int64_t(adapters + k)}, {lora_a.size(1)}, "columns of A", lora_a, {"lora_as", i});
+  }
+}
+
+// The inputs and gradients of samples.
+inline void samples(at::DeviceType device, const at::Tensor& x, const at::Tensor& dy, const std::string& squares,
+                    const std::optional<at::Tensor>& cu_seqlens) {
   TORCH_CHECK_VALUE(squares == "sample" || squares == "batch", "squares: expected 'sample' or 'batch', got '", squares, "'");
   defining(x, {"x"}, device);
   present(dy, {"dy"});
   same(dy, {"dy"}, x, {"x"});
-  fisher_matrix(fisher, {"fisher"}, x, {"x"});
   const at::Tensor* offsets = pointer(cu_seqlens);
   TORCH_CHECK_VALUE(x.dim() == 2 || (x.dim() == 3 && offsets == nullptr), "x: expected ", offsets ? "2" : "2 or 3",
                     " dimensions, got shape ", x.sizes());
   TORCH_CHECK_VALUE(dy.dim() == x.dim() && dy.sizes().slice(0, dy.dim() - 1) == x.sizes().slice(0, x.dim() - 1),
                     "dy: expected the leading shape of x ", x.sizes(), ", got shape ", dy.sizes());
-  shape(fisher, {"fisher"}, {dy.size(-1), x.size(-1)}, "features of dy and x");
   if (offsets == nullptr) return;
   TORCH_CHECK_VALUE(squares == "sample", "cu_seqlens: expected None for squares 'batch', which does not tell samples apart, got a tensor");
   TORCH_CHECK_TYPE(offsets->scalar_type() == at::kInt || offsets->scalar_type() == at::kLong,
                    "cu_seqlens: expected torch.int32 or torch.int64, got ", described(offsets->scalar_type()));
   TORCH_CHECK_VALUE(offsets->dim() == 1, "cu_seqlens: expected shape [N + 1], got ", offsets->sizes());
   same_device(*offsets, {"cu_seqlens"}, x, {"x"});
+}
+
+inline void fisher_accumulate(at::DeviceType device, const at::Tensor& fisher, const at::Tensor& x, const at::Tensor& dy,
+                              const std::string& squares, const std::optional<at::Tensor>& cu_seqlens) {
+  samples(device, x, dy, squares, cu_seqlens);
+  fisher_matrix(fisher, {"fisher"}, x, {"x"});
+  shape(fisher, {"fisher"}, {dy.size(-1), x.size(-1)}, "features of dy and x");
+}
+
+inline void fisher_sums(at::DeviceType device, const at::Tensor& rows, const at::Tensor& columns, const at::Tensor& x, const at::Tensor& dy,
+                        const std::string& squares, const std::optional<at::Tensor>& cu_seqlens) {
+  samples(device, x, dy, squares, cu_seqlens);
+  fisher_factor(rows, {"rows"}, {dy.size(-1)}, "features of dy", x, {"x"});
+  fisher_factor(columns, {"columns"}, {x.size(-1)}, "features of x", x, {"x"});
 }
 
 inline void merge(at::DeviceType device, const Tensors& weights, const Tensors& lora_as, const Tensors& lora_bs,
