@@ -9,6 +9,7 @@ namespace fe::FE_ISA {
 constexpr int64_t WIDTH = TILE_COLUMNS * L;
 constexpr int64_t MAX_TOKENS = 320;  // tokens packed at a time: x panel 40 KiB, streamed; longer samples carry their sum in cache
 constexpr int64_t FISHER_BLOCK = 384;
+constexpr int64_t LINE_FLOATS = 16;  // of a cache line
 
 struct FisherLayout {
   int64_t row_tiles, column_tiles, tokens, tile_floats;
@@ -107,8 +108,9 @@ inline void keep_tile(const float* dy, const float* x, int64_t tokens, const flo
   });
 }
 
-// Adds the squares to `out`.
+// Adds the squares to `out`, which comes from the second-level cache while the products are computed.
 inline void add_squares(const float* dy, const float* x, int64_t tokens, const float* carry, float* out) {
+  for (int64_t at = 0; at < TILE_ROWS * WIDTH; at += LINE_FLOATS) __builtin_prefetch(out + at);
   fisher_tile(dy, x, tokens, carry, [=](auto& acc) __attribute__((always_inline)) {
     over_tile(acc, [=](int i, int v, vfloat g) __attribute__((always_inline)) {
       float* to = out + i * WIDTH + v * L;
@@ -151,6 +153,13 @@ inline void add_block(const FisherBlock& p, const FisherLayout& f, const float* 
   }
 }
 
+// Columns [c0, c1) of rows [t0, t1) on their way into the second-level cache.
+inline void prefetch_rows(const Matrix& source, int64_t t0, int64_t t1, int64_t c0, int64_t c1) {
+  const int64_t step = LINE_FLOATS * 4 / bytes_of(source.dtype);
+  for (int64_t t = t0; t < t1; ++t)
+    for (int64_t c = c0; c < c1; c += step) __builtin_prefetch(at(source, t, c), 0, 2);
+}
+
 inline void write_sums(const FisherBlock& p, const FisherLayout& f, const float* sums) {
   sum_lanes(sums, p.i1 - p.i0, p.row_sums);
   std::memcpy(p.column_sums, sums + f.row_tiles * TILE_ROWS * L, (p.j1 - p.j0) * sizeof(float));
@@ -168,6 +177,7 @@ inline void fisher(const FisherBlock& p, float* scratch) {
     for (int64_t t = p.bounds[n]; t < p.bounds[n + 1];) {
       const int64_t left = p.bounds[n + 1] - t, tokens = left < f.tokens ? left : f.tokens;
       const bool first = t == p.bounds[n], last = tokens == left;
+      const int64_t rest = p.bounds[p.samples] - t - tokens, coming = rest < tokens ? rest : tokens;
       pack_tokens<TILE_ROWS>(p.dy, t, tokens, p.i0, p.i1, p.square_inputs, dy_panel);
       pack_tokens<WIDTH>(p.x, t, tokens, p.j0, p.j1, p.square_inputs, x_panel);
       for (int64_t ct = 0; ct < f.column_tiles; ++ct)
@@ -175,6 +185,11 @@ inline void fisher(const FisherBlock& p, float* scratch) {
           const int64_t tile = (rt * f.column_tiles + ct) * f.tile_floats;
           const float *dy = dy_panel + rt * tokens * TILE_ROWS, *x = x_panel + ct * tokens * WIDTH;
           const float* before = first ? nullptr : carry + tile;
+          // The tokens after these, a share of them with every tile.
+          const int64_t done = ct * f.row_tiles + rt, tiles = f.row_tiles * f.column_tiles;
+          const int64_t from = t + tokens + done * coming / tiles, to = t + tokens + (done + 1) * coming / tiles;
+          prefetch_rows(p.x, from, to, p.j0, p.j1);
+          prefetch_rows(p.dy, from, to, p.i0, p.i1);
           if (p.square_inputs)  // the products are sums already, to which every part adds
             keep_tile(dy, x, tokens, sums + tile, sums + tile);
           else if (!last)
