@@ -97,6 +97,16 @@ def _finish_loss(work, loss, n_items, ewc_lambda, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _decoded(codes, scales, SHARED: tl.constexpr):
+    """scale times the square of the code, for codes [.., .., WIDTH] and scales [.., .., WIDTH // SHARED]; both
+    products are exact. A number in the last bits of 2^23 is converted by a subtraction: conversions are slow."""
+    root = (codes.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    rows: tl.constexpr = scales.shape[1]
+    several = scales[:, :, :, None].broadcast_to(scales.shape[0], rows, scales.shape[2], SHARED)
+    return several.reshape(codes.shape) * (root * root)
+
+
+@triton.jit
 def _as_operand(h, PERMUTED: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
     """`h` [SLICES, BLOCK_M, WIDTH] with its columns in the order in which a product takes them from the
     threads that hold them: of eight columns, thread t of four has 2 t and 2 t + 1 of a result, but t and
@@ -172,7 +182,8 @@ def ewc_penalty_kernel(
     its scale) and bs^T h (dA). What is complete only when its neighbours are done goes to `work`, and the
     last of them, found by a counter, adds it up in the order of the items: no result depends on which that
     was. `counters` are 0 before and after. UNIT: rows of F are contiguous, start at multiples of 16 bytes,
-    and are multiples of 8 long.
+    and are multiples of 8 long. An F of FISHER_TYPE uint8 has rows of codes, in blocks of 32, and behind them
+    the scales of the blocks (`reference/eight_bit.py`): UNIT always holds for it.
     """
     pid = tl.program_id(0)
     entry = table + tl.load(items + 3 * pid) * FIELDS
@@ -193,7 +204,22 @@ def ewc_penalty_kernel(
     # Offsets inside a tile are 32 bits wide and do not change from tile to tile.
     fisher = tl.load(entry + FISHER).to(tl.pointer_type(FISHER_TYPE))
     fisher_0, fisher_1 = tl.load(entry + FISHER_0), tl.load(entry + FISHER_1)
-    if UNIT:
+    CODES: tl.constexpr = FISHER_TYPE == tl.uint8
+    if CODES:
+        # Codes behind the last column are 0, and so is A there: only rows and whole blocks are masked.
+        padded = tl.multiple_of(tl.cdiv(d_in, 32) * 32, 32)
+        fisher, fisher_0 = tl.multiple_of(fisher, 16), tl.multiple_of(fisher_0, 16)
+        inside = left + jj < padded
+        tile = i[None, :, None] * fisher_0.to(tl.int32) + jj
+        SHARED: tl.constexpr = min(WIDTH, 32)
+        q = (tl.arange(0, SLICES) * WIDTH)[:, None, None]
+        q += (tl.arange(0, WIDTH // SHARED) * SHARED)[None, None, :]
+        scaled = left + q < padded
+        scales = (tl.load(entry + FISHER) + padded + left // 16).to(tl.pointer_type(tl.bfloat16))
+        scales_0 = tl.multiple_of(fisher_0 // 2, 8)
+        scale_tile = i[None, :, None] * scales_0.to(tl.int32) + q // 32
+        fisher += left
+    elif UNIT:
         # Without the hint on d_in, the mask would keep loads from being wide.
         fisher, fisher_0 = tl.multiple_of(fisher, 16), tl.multiple_of(fisher_0, 8)
         columns = left + jj < tl.multiple_of(d_in, 8)
@@ -217,7 +243,14 @@ def ewc_penalty_kernel(
     b = tl.load(lora_b + first * b_0 + b_tile, mask=rows[:, None] & ranks[None, :], other=0.0)
     for start in range(first, stop, BLOCK_M):
         rows = i < (stop - start).to(tl.int32)
-        f = tl.load(fisher + start * fisher_0 + tile, mask=rows[None, :, None] & columns, other=0.0)
+        if CODES:
+            f = tl.load(fisher + start * fisher_0 + tile, mask=rows[None, :, None] & inside, other=0)
+            block_scales = tl.load(
+                scales + start * scales_0 + scale_tile, mask=rows[None, :, None] & scaled, other=0.0
+            )
+            f = _decoded(f, block_scales.to(tl.float32), SHARED)
+        else:
+            f = tl.load(fisher + start * fisher_0 + tile, mask=rows[None, :, None] & columns, other=0.0)
         b = as_fp32(b.to(tl.float32), B_TYPE, PRECISION)
         bs = rounded((b * s[None, :])[None, :, :].broadcast_to(SLICES, BLOCK_M, RP), PRECISION)
         delta = _product(bs, a, tl.zeros([SLICES, BLOCK_M, WIDTH], tl.float32), PRECISION)

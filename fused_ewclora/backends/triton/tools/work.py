@@ -62,8 +62,9 @@ def _ahead(arguments: Arguments, per_trip: float) -> float:
 
 
 def _penalty(a: Arguments, blocks: int, call: Sequence[Any]) -> Work:
-    fishers, lora_as = call[0], call[1]
-    elements, size = sum(f.numel() for f in fishers), _size(fishers[0])
+    fishers, lora_as, lora_bs = call[:3]
+    elements = sum(a.shape[1] * b.shape[0] for a, b in zip(lora_as, lora_bs, strict=True))
+    size = sum(f.numel() * _size(f) for f in fishers) / elements  # of codes with their scales: more than one
     m, n, rp = a["BLOCK_M"], a["BLOCK_N"], a["RP"]
     trips = elements / (m * n) / blocks
     per_trip = m * n * size + m * rp * (_size(lora_as[0]) + 4)
@@ -72,7 +73,7 @@ def _penalty(a: Arguments, blocks: int, call: Sequence[Any]) -> Work:
         blocks, (1, trips), elements * size + 2 * parts, trips * per_trip + 2 * 4 * rp * n,
         _ahead(a, m * n * size), floor_bytes=elements * size, floor_name=READ_F,
         # The last of a row or column of blocks adds up.
-        rare=max(m * trips / fishers[0].shape[0], n / fishers[0].shape[1]),
+        rare=max(m * trips / lora_bs[0].shape[0], n / lora_as[0].shape[1]),
     )  # fmt: skip
 
 

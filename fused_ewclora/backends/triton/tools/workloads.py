@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ....reference import eight_bit
 from ...candidate import Call, Candidate, LinearShape
 from .. import candidates, cost_model, has_penalty, launch, tables
 
@@ -53,6 +54,12 @@ class Make:
 
     def fisher(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.normal(*shape, dtype=dtype).abs_()
+
+    def codes(self, rows: int, columns: int) -> Tensor:
+        """A Fisher in 8 bits."""
+        if self.generator is None:
+            return torch.empty(rows, eight_bit.row_bytes(columns), dtype=torch.uint8, device=self.device)
+        return eight_bit.encode(self.fisher(rows, columns))
 
     def integers(self, values: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(self.device)
@@ -220,7 +227,11 @@ def _penalties(dtype: torch.dtype, rank: int, precision: str, sizes: Sizes) -> I
     ) -> Callable[[Make], tuple[Any, ...]]:
         def make(make: Make) -> tuple[Any, ...]:
             pairs = [_adapter(make, rank, width, width, dtype) for _ in range(sizes.layers)]
-            fishers = [make.fisher(width, width, dtype=fisher_dtype) for _ in pairs]
+            coded = fisher_dtype == torch.uint8
+            fishers = [
+                make.codes(width, width) if coded else make.fisher(width, width, dtype=fisher_dtype)
+                for _ in pairs
+            ]
             scales = [make.normal(rank, dtype=dtype) if scaled else None for _ in pairs]
             lora_as, lora_bs = [a for a, _ in pairs], [b for _, b in pairs]
             return (fishers, lora_as, lora_bs, scales, [1.0] * sizes.layers, 2.0, list(needs))
@@ -233,7 +244,10 @@ def _penalties(dtype: torch.dtype, rank: int, precision: str, sizes: Sizes) -> I
         "fp32 F, scales": penalty(wide, torch.float32, True, (True, True, True)),
         "bf16 F": penalty(wide, torch.bfloat16, False, (True, True, False)),
         "value only": penalty(wide, torch.float32, False, (False, False, False)),
+        "8-bit F": penalty(wide, torch.uint8, False, (True, True, False)),
+        "8-bit F, scales": penalty(wide, torch.uint8, True, (True, True, True)),
         "odd widths": penalty(odd, torch.float32, False, (True, True, False)),
+        "8-bit F, odd widths": penalty(odd, torch.uint8, False, (True, True, False)),
     }
     for kind, make in kinds.items():
         yield Workload("ewc_penalty", kind, dtype, rank, make, precision)
