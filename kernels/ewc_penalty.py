@@ -8,7 +8,7 @@ columns.
 import triton
 import triton.language as tl
 
-from .tiles import as_fp32, dot_rounded, rounded
+from .tiles import as_fp32, over_slices, rounded, sliced_product
 from .tiles import last as _last
 
 FIELDS = tl.constexpr(28)
@@ -136,38 +136,6 @@ def _factors(
     return a, at.reshape(SLICES, BLOCK_N // SLICES, RP)
 
 
-@triton.jit
-def _product(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b for every slice. One of several belongs to a warp; a single one is shared by all warps, which
-    Triton does for matrices only."""
-    if a.shape[0] == 1:
-        m: tl.constexpr = a.shape[1]
-        k: tl.constexpr = a.shape[2]
-        n: tl.constexpr = b.shape[2]
-        a, b, acc = a.reshape(m, k), b.reshape(k, n), acc.reshape(m, n)
-        acc = dot_rounded(a, b, acc, PRECISION).reshape(1, m, n)
-    else:
-        acc = dot_rounded(a, b, acc, PRECISION)
-    return acc
-
-
-@triton.jit
-def _over_slices(parts, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, RP: tl.constexpr):
-    """Sum of `parts` [SLICES, BLOCK_M, RP] over the first dimension, in pairs. `tl.sum` over warps would pass
-    shared memory one number at a time."""
-    tl.static_assert(SLICES <= 8)
-    if SLICES == 1:
-        total = parts.reshape(BLOCK_M, RP)
-    else:
-        left, right = parts.permute(1, 2, 0).reshape(BLOCK_M, RP, SLICES // 2, 2).split()
-        if SLICES > 2:
-            left, right = (left + right).reshape(BLOCK_M, RP, SLICES // 4, 2).split()
-        if SLICES > 4:
-            left, right = (left + right).reshape(BLOCK_M, RP, SLICES // 8, 2).split()
-        total = (left + right).reshape(BLOCK_M, RP)
-    return total
-
-
 @triton.jit(do_not_specialize=["n_items"])
 def ewc_penalty_kernel(
     table, factors, items, work, counters, loss, grads, n_items, ewc_lambda,
@@ -253,15 +221,15 @@ def ewc_penalty_kernel(
             f = tl.load(fisher + start * fisher_0 + tile, mask=rows[None, :, None] & columns, other=0.0)
         b = as_fp32(b.to(tl.float32), B_TYPE, PRECISION)
         bs = rounded((b * s[None, :])[None, :, :].broadcast_to(SLICES, BLOCK_M, RP), PRECISION)
-        delta = _product(bs, a, tl.zeros([SLICES, BLOCK_M, WIDTH], tl.float32), PRECISION)
+        delta = sliced_product(bs, a, tl.zeros([SLICES, BLOCK_M, WIDTH], tl.float32), PRECISION)
         h = as_fp32(f.to(tl.float32) * delta, FISHER_TYPE, PRECISION)
         # Sums of eighths of a row, which stay in their threads.
         value += tl.sum((h * delta).reshape(SLICES, BLOCK_M, WIDTH // 8, 8), 2)
         h = rounded(h, PRECISION)
         if NEED_B or NEED_S:
             ht = _as_operand(h, PERMUTED, SLICES, BLOCK_M, WIDTH)
-            ha = _product(ht, at, tl.zeros([SLICES, BLOCK_M, RP], tl.float32), PRECISION)
-            ha = _over_slices(ha, SLICES, BLOCK_M, RP)
+            ha = sliced_product(ht, at, tl.zeros([SLICES, BLOCK_M, RP], tl.float32), PRECISION)
+            ha = over_slices(ha, SLICES, BLOCK_M, RP)
             if NEED_B:
                 tl.store(
                     part_b + start * rank + part_tile, ha * s[None, :], mask=rows[:, None] & ranks[None, :]
@@ -269,7 +237,7 @@ def ewc_penalty_kernel(
             if NEED_S:
                 ds += ha * b
         if NEED_A:
-            da = _product(bs.permute(0, 2, 1), h, da, PRECISION)
+            da = sliced_product(bs.permute(0, 2, 1), h, da, PRECISION)
         # The next rows of B are on their way meanwhile. Triton's own copies to shared memory, which are for
         # operands of products, would be four bytes wide and collide.
         below = i < (stop - start - BLOCK_M).to(tl.int32)
