@@ -187,14 +187,17 @@ def factored_penalty_kernel(
                 BLOCK, BLOCK_R, SLICES, True,
             )  # fmt: skip
             s_l = _scales(entry, factor, second + i, SCALE_TYPE)
-            ds += tl.sum(m * n * s_l[None, :], 1)
+            # A sum of bare products over lanes: each would add its own unrounded, and they would disagree
+            # about the last bit of what all of them hold.
+            inside = (k < rank)[:, None] & (second + i < rank)[None, :]
+            ds += tl.sum(tl.where(inside, m * n * s_l[None, :], 0.0), 1)
             at = k[:, None] * RP + (second + i)[None, :]
             both = s_k[:, None] * s_l[None, :]
             if NEED_A:
                 tl.store(of_a + at, m * both)
             if NEED_B:
                 tl.store(of_b + at, n * both)
-        value += ds * s_k
+        value += tl.where(k < rank, ds * s_k, 0.0)
         if NEED_S:
             tl.store(of_s + k, ds)
     tl.store(work + tl.program_id(0), tl.sum(value))

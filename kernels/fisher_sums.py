@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .fisher_accumulate import place, squares_of_samples
+from .tiles import add_parts
 
 
 @triton.jit(do_not_specialize=["samples", "tokens", "splits"])
@@ -37,10 +38,7 @@ def _add(sums, stride, parts, count, size, weight, block, BLOCK: tl.constexpr):
     """sums += weight times the sum of `count` parts, in order, of one block."""
     i = block * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
-    total = tl.zeros([BLOCK], tl.float32)
-    for _ in range(count):
-        total += tl.load(parts + i, mask=inside, other=0.0)
-        parts += size
+    total = add_parts(parts + i, inside, count, size, 8)
     at = sums + i.to(tl.int64) * stride
     tl.store(at, tl.load(at, mask=inside, other=0.0) + weight * total, mask=inside)
 

@@ -114,7 +114,7 @@ def noted(workload: Workload, arch: str) -> list[tuple[Candidate, list[launch.La
     for candidate in workload.candidates():
         arguments = workload.make(Make("meta"))
         with workload.precision_set(), launch.noting(arch) as launches, tables.watching() as keys:
-            if workload.op == "ewc_penalty" and not has_penalty(workload.rank, arch):
+            if workload.op.endswith("_penalty") and not has_penalty(workload.rank, arch, workload.op):
                 continue
             candidate.run(*arguments)
         found.append((candidate, launches, keys))
@@ -131,8 +131,10 @@ def workloads(
             for rank in ranks:
                 found += _linears(dtype, rank, precision, sizes)
                 found += _penalties(dtype, rank, precision, sizes)
+                found += _factored_penalties(dtype, rank, precision, sizes)
                 found += _merges(dtype, rank, precision, sizes)
             found += _fishers(dtype, precision, sizes)
+            found += _fisher_sums(dtype, precision, sizes)
         found += _thresholds(dtype)
     return found
 
@@ -251,6 +253,40 @@ def _penalties(dtype: torch.dtype, rank: int, precision: str, sizes: Sizes) -> I
     }
     for kind, make in kinds.items():
         yield Workload("ewc_penalty", kind, dtype, rank, make, precision)
+
+
+def _factored_penalties(
+    dtype: torch.dtype, rank: int, precision: str, sizes: Sizes
+) -> Iterator[Workload]:
+    def penalty(width: int, scaled: bool, needs: tuple[bool, bool, bool]) -> Callable[[Make], tuple[Any, ...]]:
+        def make(make: Make) -> tuple[Any, ...]:
+            pairs = [_adapter(make, rank, width, width, dtype) for _ in range(sizes.layers)]
+            sums = [make.normal(width, dtype=torch.float32).abs_() for _ in range(2 * sizes.layers)]
+            scales = [make.normal(rank, dtype=dtype) if scaled else None for _ in pairs]
+            lora_as, lora_bs = [a for a, _ in pairs], [b for _, b in pairs]
+            return (sums, lora_as, lora_bs, scales, [1.0] * sizes.layers, 2.0, list(needs))
+
+        return make
+
+    kinds = {
+        "gradients": penalty(sizes.width, False, (True, True, False)),
+        "scales": penalty(sizes.width, True, (True, True, True)),
+        "value only": penalty(sizes.width, False, (False, False, False)),
+        "odd widths": penalty(sizes.width - 1, False, (True, True, False)),
+    }
+    for kind, make in kinds.items():
+        yield Workload("factored_penalty", kind, dtype, rank, make, precision)
+
+
+def _fisher_sums(dtype: torch.dtype, precision: str, sizes: Sizes) -> Iterator[Workload]:
+    """The calls of `fisher_accumulate_`, with sums in the place of F."""
+    for workload in _fishers(dtype, precision, sizes):
+
+        def make(make: Make, of_fisher: Callable[[Make], tuple[Any, ...]] = workload.make) -> tuple[Any, ...]:
+            fisher, *rest = of_fisher(make)
+            return (fisher.sum(1), fisher.sum(0), *rest)
+
+        yield Workload("fisher_sums_", workload.kind, dtype, 0, make, precision)
 
 
 def _fishers(dtype: torch.dtype, precision: str, sizes: Sizes) -> Iterator[Workload]:
