@@ -385,6 +385,7 @@ def fisher_accumulate_(
     if isinstance(fisher, FactoredFisher):
         check.fisher_sums(fisher, x, dy, mode, cu_seqlens)
         written = dict(zip(("fisher.rows", "fisher.columns"), fisher, strict=True))
+        memory.check_written({"fisher.rows": fisher.rows}, {"fisher.columns": fisher.columns})
     else:
         check.fisher(fisher, x, dy, mode, cu_seqlens)
         written = {"fisher": fisher}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from ..distributed.processes import check_same
 from ..distributed.transaction import Transaction, by_canonical_name
 from ..errors import ArgumentError, FisherError, TargetError, warn
+from ..fishers import Fisher
 from ..layers.adapted import AdaptedLinear
 from ..layers.from_peft import no_adapters
 from ..layers.index import checked_fisher_dtype, devices
@@ -27,7 +28,9 @@ from .fisher_pass import FisherPass
 from .placement import LocalPlacement, Placement
 from .restoring import Undo
 from .settings import FISHER_MODES, MERGE_MODES, UPDATES, checked_lambda, number, one_of
-from .state import EWCState, Expected, TaskFisher, TaskRecord, dump
+from .state import EWCState, Expected, TaskFisher, TaskRecord, by_fisher, dump
+from .structures import Structure, structure_of
+from .structures.dense import Dense
 from .untrained import untrained_message
 
 if TYPE_CHECKING:
@@ -46,8 +49,8 @@ class EWC:
         gamma: decay of the Fishers of earlier tasks, in [0, 1]; 1 is the published value, 0 forgets them.
         fisher_mode: "sample", the mean of squared per-sample gradients, or "batch", n times the squared mean
             gradient of a batch of n, averaged over samples (the official code).
-        fisher_dtype: of the cumulative Fisher, fp32 or bf16 (fp64 beside fp64 adapters); a task's Fisher is
-            accumulated in fp32.
+        fisher_dtype: of the cumulative Fisher, fp32 or bf16 (fp64 beside fp64 adapters), or "8bit" with a
+            scale for every 32 numbers; a task's Fisher is accumulated in fp32.
         merge_mode: "delta", W + s B A, or "factors", W0 + s (sum B)(sum A) with the cross terms of the
             official code; it keeps the original rows W0.
         check_finite: refuse NaN and Inf in Fishers and weights (one host synchronisation per task).
@@ -55,6 +58,8 @@ class EWC:
             F_task.
         generator: source of the A of each new task; None is the default generator. Processes that call
             `reduce_fisher_` or `shard_` draw the same A.
+        fisher: how F is kept (docs/fishers.md): "dense", one number per weight; "factored", its row and
+            column sums; "kronecker", K-FAC, with mode "sample"; "uniform", its mean; or a `Structure`.
 
     Consolidation resets lora_A and lora_B in place; an optimizer must forget their moments, which
     `reset_optimizer_state_` does. The state follows the model to other devices; a copy or pickle of an EWC
@@ -76,16 +81,23 @@ class EWC:
         ewc_lambda: float | None = None,
         gamma: float = 1.0,
         fisher_mode: str = "sample",
-        fisher_dtype: torch.dtype = torch.float32,
+        fisher_dtype: torch.dtype | Literal["8bit"] = torch.float32,
         merge_mode: str = "delta",
         check_finite: bool = True,
         update: str = "sum",
         generator: torch.Generator | None = None,
+        fisher: str | Structure = "dense",
     ) -> None:
         self.model = model
         self.ewc_lambda = ewc_lambda
         self.gamma = number("gamma", gamma, 0.0, 1.0)
+        self.structure = structure_of(fisher, fisher_dtype)
         self.fisher_mode = one_of("fisher_mode", fisher_mode, FISHER_MODES)
+        if fisher_mode not in self.structure.modes:
+            raise ArgumentError(
+                f"fisher_mode: expected one of {self.structure.modes} with fisher={self.structure.name!r}, "
+                f"which has no exact meaning otherwise, got {fisher_mode!r}"
+            )
         self.merge_mode = one_of("merge_mode", merge_mode, MERGE_MODES)
         self.update = one_of("update", update, UPDATES)
         self.check_finite, self.generator = bool(check_finite), generator
@@ -97,7 +109,16 @@ class EWC:
         self._placement: Placement = LocalPlacement(model, self.layers)
         self._state = EWCState()
         self._common_generator: torch.Generator | None = None  # of the next A, after reduce_fisher_
-        self.fisher_dtype = checked_fisher_dtype(self._placement.refs, fisher_dtype)
+        self.fisher_dtype = self._kept_dtype(fisher_dtype)
+        self._values: tuple[Any, dict[str, Fisher]] = (None, {})
+
+    def _kept_dtype(self, fisher_dtype: torch.dtype | str) -> torch.dtype:
+        """The dtype of kept numbers; of codes there are none."""
+        if isinstance(fisher_dtype, str):
+            return torch.float32
+        return checked_fisher_dtype(
+            self._placement.refs, fisher_dtype, self.structure.dtypes, self.structure.name
+        )
 
     @property
     def ewc_lambda(self) -> float | None:
@@ -113,12 +134,22 @@ class EWC:
         if "ewc_lambda" in state:  # of an earlier version
             self._lambda = vars(self).pop("ewc_lambda")
             self.watch = TrainingWatch(self.layers)
+        if "structure" not in state:
+            self.structure = structure_of("dense", torch.float32)
+        self._values = (None, {})
 
     @property
-    def fishers(self) -> dict[str, Tensor]:
+    def fishers(self) -> dict[str, Fisher]:
         """The cumulative Fisher `[rows of the adapter, d_in]` by module name, with ".k" etc. for slices;
-        empty before the first task. Sharded Fishers are DTensors."""
-        return self._placement.wrapped(self._state.fishers)
+        empty before the first task. Of other structures than dense ones an `EightBitFisher`, `FactoredFisher`
+        or `KroneckerFisher`. Tensors that are sharded by rows are DTensors."""
+        return self._as_values(self._placement.wrapped(self._state.fishers))
+
+    def _as_values(self, tensors: Mapping[str, Tensor]) -> dict[str, Fisher]:
+        if type(self.structure) is Dense:
+            return dict(tensors)
+        columns = {ref.key: ref.layer.in_features for ref in self._placement.refs}
+        return {key: self.structure.value(parts, columns[key]) for key, parts in by_fisher(tensors).items()}
 
     @property
     def tasks(self) -> int:
@@ -143,11 +174,14 @@ class EWC:
         """Moves the state to the devices of the layers."""
         self._state = self._state.moved(devices(self._placement.refs), self.fisher_dtype)
 
-    def _fishers_in_place(self) -> dict[str, Tensor]:
+    def _fishers_in_place(self) -> dict[str, Fisher]:
         """The Fishers on the devices of the layers."""
         if next(iter(self._state.fishers.values())).device != self._device:
             self._follow()
-        return self._state.fishers
+        tensors = self._state.fishers
+        if self._values[0] is not tensors:
+            self._values = (tensors, self._as_values(tensors))
+        return self._values[1]
 
     def _given_lambda(self) -> float:
         """The strength of the penalty; raises `ArgumentError` when there is none."""
@@ -217,7 +251,7 @@ class EWC:
         self._check()
         self._note_gradients()
         options = (reduction, batch_size, loss_scale, check_samples, rows_to_samples)
-        running = FisherPass(self._placement, self.fisher_mode, *options)
+        running = FisherPass(self._placement, self.structure, self.fisher_mode, *options)
         running.allow_empty = allow_empty
         undo = Undo()
         with self._naming_lambda():
@@ -320,6 +354,7 @@ class EWC:
         self._note_gradients()
         running = FisherPass(
             self._placement,
+            self.structure,
             self.fisher_mode,
             policy.backward_reduction,
             check_samples=check_samples,
@@ -375,7 +410,7 @@ class EWC:
                 raise TargetError(f"shard_: {name}: its weight is quantised, and cannot be sharded by rows")
         from .sharding import ShardedPlacement  # loads torch.distributed.fsdp, which takes a second
 
-        before, sharded = self._placement, ShardedPlacement(self._placement, mesh)
+        before, sharded = self._placement, ShardedPlacement(self._placement, mesh, self.structure)
         check_same(self._described())
         self._state = self._state.mapped_by_key(lambda fishers: sharded.taken(before.wrapped(fishers)))
         self._placement = sharded
@@ -398,6 +433,7 @@ class EWC:
             self._state = consolidate(
                 self._state,
                 self._placement,
+                self.structure,
                 gamma=gamma,
                 update=self.update,
                 merge_mode=self.merge_mode,
@@ -453,7 +489,12 @@ class EWC:
         return {**shapes, **self._settings(), "gamma": self.gamma, "ewc_lambda": self.ewc_lambda}
 
     def _settings(self) -> dict[str, str]:
-        return {"fisher_mode": self.fisher_mode, "merge_mode": self.merge_mode, "update": self.update}
+        return {
+            "fisher": self.structure.name,
+            "fisher_mode": self.fisher_mode,
+            "merge_mode": self.merge_mode,
+            "update": self.update,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """{"tensors": Fishers and, with merge_mode "factors", the sums of A and of B; "config": how they were
@@ -469,7 +510,8 @@ class EWC:
         shapes = {
             ref.key: (ref.piece.row_count, ref.piece.r, ref.layer.in_features) for ref in self._placement.refs
         }
-        return self._placement.parsed(saved, Expected(shapes, self._settings(), self.check_finite))
+        expected = Expected(shapes, self._settings(), self.check_finite, self.structure)
+        return self._placement.parsed(saved, expected)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Takes over a `state_dict()` of an EWC with the same settings and adapters; nothing changes unless

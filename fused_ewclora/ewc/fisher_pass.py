@@ -18,7 +18,8 @@ from ..ops.capture import FisherCapture, RowsToSamples
 from .placement import Placement
 from .restoring import Undo
 from .row_orders import SampleCheck
-from .state import TaskFisher
+from .state import TaskFisher, flat
+from .structures import Parts, Structure
 
 
 def eager() -> AbstractContextManager[Any]:
@@ -39,6 +40,7 @@ class FisherPass:
     def __init__(
         self,
         placement: Placement,
+        structure: Structure,
         mode: str,
         reduction: str = "mean",
         batch_size: int | None = None,
@@ -48,7 +50,8 @@ class FisherPass:
     ) -> None:
         if not (isinstance(loss_scale, (int, float)) and math.isfinite(loss_scale) and loss_scale > 0):
             raise ArgumentError(f"loss_scale: expected a finite number > 0, got {loss_scale!r}")
-        self.placement, self._layers = placement, placement.layers
+        self.placement, self.structure, self._layers = placement, structure, placement.layers
+        self._parts: dict[str, list[Parts]] = {}  # sums by layer and adapter
         self.mode, self._reduction, self._loss_scale = mode, reduction, float(loss_scale)
         self._batch_size: int | None = None
         self._largest = 0
@@ -101,7 +104,8 @@ class FisherPass:
         leaders: dict[str, FisherCapture] = {}
         for name, layer in self._layers.items():
             source = self._sources[name]
-            capture = self.placement.capture(layer, *options, source, self._rows_to_samples.get(source))
+            more = (source, self._rows_to_samples.get(source))
+            capture, self._parts[name] = self.placement.capture(self.structure, layer, *options, *more)
             capture.leader = leaders.get(source)
             leaders.setdefault(source, capture)
             self._captures[name] = capture
@@ -165,9 +169,9 @@ class FisherPass:
         return TaskFisher(buffers, samples, self._largest or math.ceil(samples / batches), (labels,))
 
     def _buffers(self) -> dict[str, Tensor]:
-        """By Fisher key."""
-        captures = {self._layers[name]: capture for name, capture in self._captures.items()}
-        return {ref.key: captures[ref.layer].fishers[ref.index] for ref in self.placement.refs}
+        """By Fisher key and part."""
+        parts = {self._layers[name]: own for name, own in self._parts.items()}
+        return flat({ref.key: parts[ref.layer][ref.index] for ref in self.placement.refs})
 
     def _check_reached(self) -> None:
         missed = [name for name, capture in self._captures.items() if capture.batches == 0]

@@ -109,6 +109,25 @@ def ewc_penalty(
     return value, grads
 
 
+def kronecker_penalty(
+    factors: Sequence[tuple[Tensor, Tensor]],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[Scale],
+    ewc_lambda: float,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+    """P = lambda/2 sum D * (G D C) and (dA, dB, ds `[r]`) of every adapter, D = B diag(s) A."""
+    value, grads = torch.zeros((), dtype=torch.float64), []
+    for (outputs, inputs), a, b, scale in zip(factors, lora_as, lora_bs, scales, strict=True):
+        s = torch.diag(per_rank(scale, a.shape[0]))
+        a, b = exact(a), exact(b)
+        delta = b @ s @ a
+        h = ewc_lambda * (exact(outputs) @ delta @ exact(inputs))
+        value += 0.5 * (h * delta).sum()
+        grads.append((s @ b.T @ h, h @ a.T @ s, (b * (h @ a.T)).sum(0)))
+    return value, grads
+
+
 def fisher(samples: Sequence[tuple[Tensor, Tensor]], mode: str = "sample") -> Tensor:
     """sum_n (dy_n^T x_n)^2 or, in mode "batch", (sum_n dy_n^T x_n)^2; samples are (x_n, dy_n)."""
     products = []
