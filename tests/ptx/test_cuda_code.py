@@ -23,7 +23,7 @@ CHOSEN = (
     "fisher_accumulate_, cu_seqlens",
     "fisher_accumulate_, in splits",
     "fisher_accumulate_, T=1",
-    "fisher_sums_, cu_seqlens",
+    "fisher_sums_, in splits",
     "fisher_sums_, T=1",
     "merge_, bfloat16",
     "soft_threshold_, float32",

@@ -48,7 +48,7 @@ MUTATIONS: dict[str, tuple[str, str, Callable[[str], str], set[str]]] = {
         CODES, "ewc_penalty_kernel", without(r"bar\.warp\.sync"), {"race", "too early"},
     ),
     "no fences around the atomics of sums": (
-        "fisher_sums_, cu_seqlens", "fisher_sums_kernel", without(r"membar\.gl"), {"race"},
+        cuda_cases.SPLIT_SUMS.name, "fisher_sums_kernel", without(r"membar\.gl"), {"race"},
     ),
     "products of the factored penalty not waited for": (
         FACTORED, "factored_penalty_kernel", instead(r"ld\.acquire", "ld.relaxed"), {"race"},
