@@ -107,8 +107,8 @@ def _compiled(op: str, call: Call) -> str | None:
 def candidates(op: str) -> tuple[Candidate, ...]:
     """The CUDA implementation of `op`; listed with its reason when the extension is missing."""
     if op == "kronecker_penalty":  # products of whole matrices alone
-        run = kronecker_penalty.penalty_and_grads
-        return (Candidate("cuda", "plain PyTorch, products by BLAS", _supports, run),)
+        plain = kronecker_penalty.penalty_and_grads
+        return (Candidate("cuda", "plain PyTorch, products by BLAS", _supports, plain),)
     if op not in _ALGORITHMS:
         return ()
     run = getattr(extension(), op, _missing)
