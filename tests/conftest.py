@@ -35,7 +35,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"CUDA kernels were not tested in the emulator: {NOT_EMULATED}")
 
 
-# The files that take longest, from a minute on: first, so that no process works on one of them at the end alone.
+# The files that take longest: first, so that no process works on one of them at the end alone.
 LONGEST = (
     "ptx/test_cuda_code.py", "ptx/test_mutations.py", "ptx/test_triton_code.py",
     "benchmarks/test_gpu_check_driver.py", "project/test_packaging.py", "ops/test_lora_linear.py",
