@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..distributed.transaction import canonical_name
 from ..errors import FisherError
+from ..fishers import EightBitFisher
 from ..layers.finite import nonfinite
-from ..reference import eight_bit
 from .structures import Extent, Parts, Structure, part_key, split_key
 
 FORMAT = 1  # of state_dict
@@ -81,7 +81,9 @@ def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def numbers_in(fishers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Kept parts as numbers of which all have to be finite: of codes their scales."""
-    return {name: t if t.is_floating_point() else eight_bit.scales(t) for name, t in fishers.items()}
+    return {
+        name: t if t.is_floating_point() else EightBitFisher(t, 0).scales() for name, t in fishers.items()
+    }
 
 
 def as_packed(tensor: Tensor) -> Tensor:

@@ -25,10 +25,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # Every module path, and the names that users of the module import from it.
 NAMES = {
     "fused_ewclora": """
-        AdaptedLinear ArgumentError BackendError CheckpointError DtypeError EWC EWCLoRAError
-        EWCLoRAWarning FisherError IntegrationError LayoutError LoRAConfig LoRAConv1d LoRAConv2d LoRALinear
-        LoRAPart NotExactlyRepresentable Part QKVLayout Report TargetError adapters available_backends
-        check_bypass
+        AdaptedLinear ArgumentError BackendError CheckpointError DtypeError EWC EWCLoRAError EWCLoRAWarning
+        EightBitFisher FactoredFisher FisherError IntegrationError KroneckerFisher LayoutError LoRAConfig
+        LoRAConv1d LoRAConv2d LoRALinear LoRAPart NotExactlyRepresentable Part QKVLayout Report Structure
+        TargetError adapters available_backends check_bypass
         convert_lambda disabled eject explain export_peft forget_tables import_peft inject integrations
         load_pretrained merge register_call register_layout register_parts
         reset_optimizer_state_ save_pretrained

@@ -15,8 +15,14 @@ int padded(int64_t rank) {
   return rank <= 16 ? 16 : rank <= 32 ? 32 : 64;
 }
 
+bool coded(const at::Tensor& fisher) {
+  return fisher.scalar_type() == at::kByte;
+}
+
 FisherLoads loads_of(const at::Tensor& fisher, int64_t rank) {
-  if (rank > PENALTY_CHUNK || !wide(fisher) || fisher.stride(0) > INT32_MAX) return FisherLoads::elements;
+  if (rank > PENALTY_CHUNK || fisher.stride(0) > INT32_MAX) return FisherLoads::elements;
+  if (coded(fisher)) return FisherLoads::codes;
+  if (!wide(fisher)) return FisherLoads::elements;
   switch (dtype_of(fisher)) {
     case Dtype::f32:
       return FisherLoads::f32;
@@ -57,7 +63,7 @@ void PenaltyTable::add(const PenaltyArguments& a, size_t i) {
   const at::Tensor &fisher = a.fishers[i], &lora_a = a.lora_as[i], &lora_b = a.lora_bs[i];
   const bool scaled = a.scales[i].defined();
   const Scale scale = scale_of(scaled ? std::optional(a.scales[i]) : std::nullopt, a.factors[i]);
-  const int64_t d_out = fisher.size(0), d_in = fisher.size(1), rank = lora_a.size(0);
+  const int64_t d_out = lora_b.size(0), d_in = lora_a.size(1), rank = lora_a.size(0);
   TORCH_CHECK_VALUE(d_out <= INT32_MAX / 2 && d_in <= INT32_MAX / 2, "ewc_penalty: fishers[", i, "] of ", described(fisher),
                     " is too large");
   PenaltyAdapter p{};
@@ -65,7 +71,12 @@ void PenaltyTable::add(const PenaltyArguments& a, size_t i) {
   p.fisher_row = fisher.stride(0), p.fisher_column = fisher.stride(1);
   p.a_row = lora_a.stride(0), p.a_column = lora_a.stride(1), p.b_row = lora_b.stride(0), p.b_column = lora_b.stride(1);
   p.scale_stride = scale.stride, p.scale_dtype = scale.dtype, p.factor = scale.factor, p.scalar = scaled && a.scales[i].dim() == 0;
-  p.fisher_dtype = dtype_of(fisher), p.a_dtype = dtype_of(lora_a), p.b_dtype = dtype_of(lora_b);
+  static_assert(PENALTY_COLUMNS == arguments::CODES_OF_A_SCALE);
+  if (coded(fisher))
+    p.block_scales = int32_t(ceil_div(d_in, PENALTY_COLUMNS) * PENALTY_COLUMNS);
+  else
+    p.fisher_dtype = dtype_of(fisher);
+  p.a_dtype = dtype_of(lora_a), p.b_dtype = dtype_of(lora_b);
   p.d_out = int32_t(d_out), p.d_in = int32_t(d_in), p.rank = int32_t(rank);
   p.grad_a = next_a_, next_a_ += rank * d_in;
   p.grad_b = next_b_, next_b_ += d_out * rank;
