@@ -65,9 +65,9 @@ def learned(run: Run, problem: Problem) -> Stream:
     lora_bs: list[Tensor] = []
     for number, task in enumerate(problem.stream.tasks):
         _train(state, number, task)
-        parts = [part for layer in fe.adapters(state.model).values() for part in layer.parts.values()]
-        lora_as = [part.lora_a.detach().clone() for part in parts]
-        lora_bs = [part.lora_b.detach().clone() for part in parts]
+        adapters = [one for layer in fe.adapters(state.model).values() for one in layer.composed()]
+        lora_as = [one.lora_a.detach().clone() for one in adapters]
+        lora_bs = [one.lora_b.detach() * one.scale for one in adapters]
         method.end_task(loader(task.train, run.training.batch_size), F.cross_entropy)
         now = {name: fisher.clone() for name, fisher in method.ewc.fishers.items()}
         fishers.append([fisher - sums[name] if sums else fisher for name, fisher in now.items()])
