@@ -1,4 +1,4 @@
-"""Penalties and sums of Fishers that take less memory than F, beside the same work on a dense F in one case."""
+"""Penalties and sums of structured Fishers, beside the same work on a dense F in one case."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from . import ewc_penalty, fisher_accumulate, registry
 from .case import Case, Provider, Run
 from .ewc_penalty import EWC_LAMBDA
 from .place import Entry, Place, turns
-from .workload import EIGHT_BIT, FACTORED, Workload, matrices
+from .workload import EIGHT_BIT, FACTORED, Workload
 
 OPS = ("structured_penalty", "fisher_sums")
 TOLERANCE = 2e-5  # of sums of products in fp32
@@ -44,7 +44,7 @@ def structured(dense: Tensor, kind: str) -> Fisher:
 
 
 def products(fisher: Fisher, a: Tensor, b: Tensor) -> Tensor:
-    """sum F (B A)^2, or its Kronecker form, of one matrix, in few operations of PyTorch and in their dtype."""
+    """sum F (B A)^2, or its Kronecker form, of one matrix, in few operations of PyTorch."""
     if isinstance(fisher, FactoredFisher):
         rows, columns = (sums.to(a.dtype) for sums in fisher)
         return ((b.T * rows @ b) * (a * columns @ a.T)).sum() / columns.sum()
