@@ -15,7 +15,7 @@ from fused_ewclora.ops import dispatch
 from fused_ewclora.ops.dispatch import Call
 
 from . import ewc_penalty, fisher_accumulate, registry
-from .case import Case, Provider, Run
+from .case import OURS, Case, Provider, Run
 from .ewc_penalty import EWC_LAMBDA
 from .place import Entry, Place, turns
 from .workload import EIGHT_BIT, FACTORED, Workload
@@ -87,13 +87,17 @@ def exact(inputs: Inputs) -> list[Tensor]:
 
 
 def serving(op: str, workload: Workload, place: Place) -> list[Entry]:
-    """Our backends that have an implementation of the op of this name; on a CPU the one that is chosen."""
+    """Our backends that have an implementation of the op of this name, the first as ours; on a CPU the one
+    that is chosen, on a GPU without any the reference."""
     entries = place.entries(workload.part)
-    call = Call("cuda" if place.device == "cuda" else "cpu", torch.float32)
     if not place.gpu:
+        call = Call("cpu", torch.float32)
         return [entry._replace(recorded=dispatch.choose(op, "auto", call).backend) for entry in entries]
     serve = {candidate.backend for candidate in dispatch.candidates(op)}
-    return [entry for entry in entries if entry.recorded in serve]
+    first, *others = [entry for entry in entries if entry.recorded in serve] or [
+        Entry(OURS, "ours", "reference", "reference")
+    ]
+    return [first._replace(name=OURS, role="ours"), *others]
 
 
 def _op_of(workload: Workload) -> str:
