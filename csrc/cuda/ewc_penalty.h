@@ -38,8 +38,9 @@ struct Penalty {
 };
 
 // How Fisher matrices are read: 16 bytes at a time, as blocks of 8-bit codes, or element by element with strides of both dimensions and any
-// dtype.
-enum class FisherLoads : int32_t { f32, bf16, codes, elements };
+// dtype. The first three are for ranks up to 64, and the others for any.
+enum class FisherLoads : int32_t { f32, bf16, codes, codes_of_any_rank, elements };
+constexpr int64_t PENALTY_CODES_APART = INT32_MAX / 16;  // bytes between rows of `codes`, at most
 
 constexpr int PENALTY_ROWS = 16;     // of a strip of a region
 constexpr int PENALTY_COLUMNS = 32;  // of a warp
@@ -79,11 +80,11 @@ template <Precision P, int RP, FisherLoads L>
 struct PenaltyLayout {
   static constexpr int WARPS = penalty_warps(RP), THREADS = 32 * WARPS, WIDTH = WARPS * PENALTY_COLUMNS;
   static constexpr int BLOCKS = penalty_blocks(P, RP), STAGES = penalty_stages(P, RP, L);
-  static constexpr int TILE = PENALTY_ROWS * PENALTY_COLUMNS;         // a warp's numbers of a strip
-  static constexpr int SQUARES = PENALTY_ROWS * RP;                   // tiles of 16 x 16, see penalty_tiles.cuh
-  static constexpr int LDA = WIDTH + 4;                               // four even rows of a column lie in different banks
-  static constexpr int F = 0;                                         // [warps][stages][strip]
-  static constexpr int H = F + WARPS * STAGES * penalty_strip(L);     // [warps][tile]; not for bf16, which is transposed in registers
+  static constexpr int TILE = PENALTY_ROWS * PENALTY_COLUMNS;      // a warp's numbers of a strip
+  static constexpr int SQUARES = PENALTY_ROWS * RP;                // tiles of 16 x 16, see penalty_tiles.cuh
+  static constexpr int LDA = WIDTH + 4;                            // four even rows of a column lie in different banks
+  static constexpr int F = 0;                                      // [warps][stages][strip]
+  static constexpr int H = F + WARPS * STAGES * penalty_strip(L);  // [warps][tile]; not for bf16, which is transposed in registers
   static constexpr int SCALED = H + (P == Precision::bf16 ? 0 : WARPS * TILE);  // [2][squares]: B s, as left operand
   static constexpr int TURNED = SCALED + 2 * SQUARES;                           // [2][squares]: the same, as right operand
   static constexpr int PARTS = TURNED + 2 * SQUARES;                            // [2][warps][squares]: A H^T
@@ -92,7 +93,7 @@ struct PenaltyLayout {
   static constexpr int BYTES = (SCRATCH + 36) * 4;
 };
 
-// Launches all items; adapters have ranks up to `rp` (16, 32, 64), or any rank with rp = 64 and `elements`.
+// Launches all items; adapters have ranks up to `rp` (16, 32, 64), or any rank with rp = 64, `elements` and `codes_of_any_rank`.
 cudaError_t launch_ewc_penalty(const Penalty& penalty, int rp, Precision precision, FisherLoads loads, cudaStream_t stream);
 
 }  // namespace fe::cuda

@@ -186,28 +186,29 @@ struct NearCodes : CodesFisher {
 // STAGES strips ahead, in shared memory: a lane fetches half of a block, and 16 of them the word that a row's scale is in.
 template <int STAGES>
 struct FarCodes : CodesFisher {
-  static constexpr int STRIP = penalty_strip(FisherLoads::codes) * 4, WORDS = ROWS * PENALTY_COLUMNS;  // bytes of the warp, and of its codes
-  const char *at, *word_at;  // what the lane fetches next
-  int64_t row;
+  static constexpr int STRIP = penalty_strip(FisherLoads::codes) * 4,
+                       WORDS = ROWS * PENALTY_COLUMNS;  // bytes of the warp, and of its codes
+  const char* at;                                       // what the lane fetches next
+  int row, word;                                        // bytes between rows, and from there to the lane's word
   char* strips;
   bool inside, high;  // whether the scale is the word's high half
   int stage = 0;
 
   FE_DEVICE FarCodes(const PenaltyAdapter& p, int first, int column, float* shared)
-      : row(p.fisher_row),
+      : row(int(p.fisher_row)),
         strips(reinterpret_cast<char*>(shared) + warp() * STAGES * STRIP),
         inside(column < p.d_in),
         high(column / PENALTY_COLUMNS % 2) {
-    const char* codes = static_cast<const char*>(p.fisher) + first * row;
-    at = codes + lane() / 2 * row + column + lane() % 2 * 16;
-    word_at = codes + lane() % ROWS * row + p.block_scales + column / (2 * PENALTY_COLUMNS) * 4;
+    const int codes = column + lane() % 2 * 16;
+    at = static_cast<const char*>(p.fisher) + int64_t(first + lane() / 2) * row + codes;
+    word = (lane() % ROWS - lane() / 2) * row + p.block_scales + column / (2 * PENALTY_COLUMNS) * 4 - codes;
   }
   FE_DEVICE void fetch(int rows) {
     char* strip = strips + stage * STRIP;
     copy_async(strip + lane() * 16, at, lane() / 2 < rows && inside ? 16 : 0);
-    if (lane() < ROWS) copy_async_word(strip + WORDS + lane() * 4, word_at, lane() < rows && inside);
+    if (lane() < ROWS) copy_async_word(strip + WORDS + lane() * 4, at + word, lane() < rows && inside);
     copy_async_commit();
-    at += ROWS * row, word_at += ROWS * row;
+    at += int64_t(ROWS) * row;
     stage = (stage + 1) % STAGES;
   }
   FE_DEVICE void start(int rows) { FE_UNROLL for (int i = 0; i < STAGES; ++i) fetch(rows - i * ROWS); }
@@ -235,17 +236,12 @@ struct ElementFisher {
 
   FE_DEVICE ElementFisher(const PenaltyAdapter& p, int first, int column, float*)
       : p(p), row(first + lane() / 4), column(column + lane() % 4 * 2) {}
-  FE_DEVICE float at(int64_t m, int64_t n) const {
-    if (p.block_scales == 0) return load_number(p.fisher, p.fisher_dtype, m * p.fisher_row + n * p.fisher_column);
-    const uint8_t* codes = static_cast<const uint8_t*>(p.fisher) + m * p.fisher_row;
-    return decoded(codes[n], to_float(reinterpret_cast<const bf16*>(codes + p.block_scales)[n / PENALTY_COLUMNS]));
-  }
   FE_DEVICE void start(int rows) {
     FE_UNROLL for (int tile = 0; tile < TILES; ++tile) {
       FE_UNROLL for (int i = 0; i < 4; ++i) {
         const int64_t m = row + i / 2 * 8, n = column + tile * 8 + i % 2;
         const bool there = lane() / 4 + i / 2 * 8 < rows && n < p.d_in;
-        value[tile][i] = there ? at(m, n) : 0.f;
+        value[tile][i] = there ? load_number(p.fisher, p.fisher_dtype, m * p.fisher_row + n * p.fisher_column) : 0.f;
       }
     }
     row += ROWS;

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Every kernel is one or the other, so that a new one is not forgotten.
-MATRIX = {"ewc_penalty_kernel", "fisher_kernel", "expand_kernel", "walk_kernel"}
+MATRIX = {"ewc_penalty_kernel", "fisher_kernel", "fisher_sums_kernel", "expand_kernel", "walk_kernel"}
 OTHERS = {
     "fisher_square_elements_kernel", "fisher_square_kernel", "finish_kernel", "pack_kernel", "merge_kernel",
-    "soft_threshold_kernel",
+    "soft_threshold_kernel", "fisher_norms_kernel", "fisher_single_sums_kernel", "factored_penalty_kernel",
 }  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc" / "cuda"
