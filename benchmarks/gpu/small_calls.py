@@ -163,6 +163,7 @@ PENALTIES: dict[str, dict[str, Any]] = {
     "one": {"shapes": ((48, 64, 16),)},
     "many, rank 70": {"shapes": ((33, 70, 70), *((17, 40, 3),) * 20)},
     "F in 8 bits": {"fisher": "8 bits"},
+    "F in 8 bits, adapters in bf16": {"fisher": "8 bits", "dtype": BF16},
     "F in 8 bits, rank 70": {"fisher": "8 bits", "shapes": ((33, 70, 70), (50, 300, 30))},
 }
 FACTORED: dict[str, dict[str, Any]] = {
