@@ -1,4 +1,4 @@
-"""Penalties and sums of Fishers that take less memory than F, beside the same work on a dense F in one case."""
+"""Penalties and sums of structured Fishers, beside the same work on a dense F in one case."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fused_ewclora.ops import dispatch
 from fused_ewclora.ops.dispatch import Call
 
 from . import ewc_penalty, fisher_accumulate, registry
-from .case import Case, Provider, Run
+from .case import OURS, Case, Provider, Run
 from .ewc_penalty import EWC_LAMBDA
 from .place import Entry, Place, turns
-from .workload import EIGHT_BIT, FACTORED, Workload, matrices
+from .workload import EIGHT_BIT, FACTORED, Workload
 
 OPS = ("structured_penalty", "fisher_sums")
 TOLERANCE = 2e-5  # of sums of products in fp32
@@ -44,7 +44,7 @@ def structured(dense: Tensor, kind: str) -> Fisher:
 
 
 def products(fisher: Fisher, a: Tensor, b: Tensor) -> Tensor:
-    """sum F (B A)^2, or its Kronecker form, of one matrix, in few operations of PyTorch and in their dtype."""
+    """sum F (B A)^2, or its Kronecker form, of one matrix, in few operations of PyTorch."""
     if isinstance(fisher, FactoredFisher):
         rows, columns = (sums.to(a.dtype) for sums in fisher)
         return ((b.T * rows @ b) * (a * columns @ a.T)).sum() / columns.sum()
@@ -87,13 +87,17 @@ def exact(inputs: Inputs) -> list[Tensor]:
 
 
 def serving(op: str, workload: Workload, place: Place) -> list[Entry]:
-    """Our backends that have an implementation of the op of this name; on a CPU the one that is chosen."""
+    """Our backends that have an implementation of the op of this name, the first as ours; on a CPU the one
+    that is chosen, on a GPU without any the reference."""
     entries = place.entries(workload.part)
-    call = Call("cuda" if place.device == "cuda" else "cpu", torch.float32)
     if not place.gpu:
+        call = Call("cpu", torch.float32)
         return [entry._replace(recorded=dispatch.choose(op, "auto", call).backend) for entry in entries]
     serve = {candidate.backend for candidate in dispatch.candidates(op)}
-    return [entry for entry in entries if entry.recorded in serve]
+    first, *others = [entry for entry in entries if entry.recorded in serve] or [
+        Entry(OURS, "ours", "reference", "reference")
+    ]
+    return [first._replace(name=OURS, role="ours"), *others]
 
 
 def _op_of(workload: Workload) -> str:

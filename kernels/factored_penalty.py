@@ -99,17 +99,18 @@ def _gradient(
     """to[k, d] = share sums[d] sum_l products[k, l] X[d, l] of X = A^T (ALONG), or to[d, k] of B. `products`
     [RP, RP] are symmetric."""
     WIDTH: tl.constexpr = BLOCK // SLICES
+    ranks = RP if RP == BLOCK_R else rank
     i = tl.arange(0, BLOCK_R)
     for start in range(0, size, BLOCK):
         d = start + tl.arange(0, BLOCK)
         w = tl.load(sums + d * sums_0, mask=d < size, other=0.0) * share
-        for first in range(0, RP, BLOCK_R):
+        for first in range(0, ranks, BLOCK_R):
             k = first + i
             if ALONG:
                 total = tl.zeros([SLICES, BLOCK_R, WIDTH], tl.float32)
             else:
                 total = tl.zeros([SLICES, WIDTH, BLOCK_R], tl.float32)
-            for second in range(0, RP, BLOCK_R):
+            for second in range(0, ranks, BLOCK_R):
                 p = rounded(tl.load(products + k[:, None] * RP + (second + i)[None, :]), PRECISION)
                 p = p[None, :, :].broadcast_to(SLICES, BLOCK_R, BLOCK_R)
                 x = _factor(
@@ -171,13 +172,14 @@ def factored_penalty_kernel(
     of_a, of_b = work + tl.load(entry + PART_A), work + tl.load(entry + PART_B)
     of_s = work + tl.load(entry + PART_S)
 
+    ranks = RP if RP == BLOCK_R else rank  # no loop where one block has them all
     i = tl.arange(0, BLOCK_R)
     value = tl.zeros([BLOCK_R], tl.float32)
-    for first in range(0, RP, BLOCK_R):
+    for first in range(0, ranks, BLOCK_R):
         k = first + i
         s_k = _scales(entry, factor, k, SCALE_TYPE)
         ds = tl.zeros([BLOCK_R], tl.float32)
-        for second in range(0, RP, BLOCK_R):
+        for second in range(0, ranks, BLOCK_R):
             m = _gram(
                 lora_b, b_0, b_1, rows, rows_0, 1.0, d_out, rank, first, second, B_TYPE, PRECISION, BLOCK,
                 BLOCK_R, SLICES, False,
@@ -215,10 +217,10 @@ def factored_penalty_kernel(
     if NEED_S:
         if tl.load(entry + GRAD_S) >= 0:
             k = tl.arange(0, RP)
-            ds = tl.load(of_s + k) * (factor * ewc_lambda)
+            ds = tl.load(of_s + k, mask=k < rank, other=0.0) * (factor * ewc_lambda)
             to = grads + tl.load(entry + GRAD_S)
             if tl.load(entry + SCALAR) != 0:
-                tl.store(to, tl.sum(tl.where(k < rank, ds, 0.0)))
+                tl.store(to, tl.sum(tl.where(k < rank, ds, 0.0)))  # no bare products, as above
             else:
                 tl.store(to + k, ds, mask=k < rank)
     if last(counters, adapters):

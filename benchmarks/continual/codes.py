@@ -65,9 +65,9 @@ def learned(run: Run, problem: Problem) -> Stream:
     lora_bs: list[Tensor] = []
     for number, task in enumerate(problem.stream.tasks):
         _train(state, number, task)
-        parts = [part for layer in fe.adapters(state.model).values() for part in layer.parts.values()]
-        lora_as = [part.lora_a.detach().clone() for part in parts]
-        lora_bs = [part.lora_b.detach().clone() for part in parts]
+        adapters = [one for layer in fe.adapters(state.model).values() for one in layer.composed()]
+        lora_as = [one.lora_a.detach().clone() for one in adapters]
+        lora_bs = [one.lora_b.detach() * one.scale for one in adapters]
         method.end_task(loader(task.train, run.training.batch_size), F.cross_entropy)
         now = {name: fisher.clone() for name, fisher in method.ewc.fishers.items()}
         fishers.append([fisher - sums[name] if sums else fisher for name, fisher in now.items()])
@@ -148,8 +148,13 @@ def added(stream: Stream, code: Rounding, seed: int | None) -> list[Tensor]:
 
 def exact_sum(stream: Stream) -> list[Tensor]:
     """The same sum in fp64."""
-    times = [len(range(start, ADDITIONS, len(stream.fishers))) for start in range(len(stream.fishers))]
-    return [sum(n * f.double() for n, f in zip(times, of, strict=True)) for of in zip(*stream.fishers, strict=True)]  # type: ignore[misc]  # fmt: skip
+    count = len(stream.fishers)
+    times = [len(range(start, ADDITIONS, count)) for start in range(count)]
+    sums = [torch.zeros_like(fisher, dtype=torch.float64) for fisher in stream.fishers[0]]
+    for often, of_task in zip(times, stream.fishers, strict=True):
+        for total, fisher in zip(sums, of_task, strict=True):
+            total += often * fisher.double()
+    return sums
 
 
 def total_error(fishers: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
@@ -162,7 +167,7 @@ def measured(stream: Stream) -> dict[str, Record]:
     """By code: errors of one rounding to the nearest level, and after many additions. The latter are rounded
     without bias REPEATS times with other seeds ("unbiased", the largest errors; "bias", mean and standard
     error of that of the total), and once to the nearest level."""
-    once = [sum(of) for of in zip(*stream.fishers, strict=True)]
+    once = [torch.stack(of).sum(0) for of in zip(*stream.fishers, strict=True)]
     whole = exact_sum(stream)
     found: dict[str, Record] = {}
     for name, code in CODES.items():
@@ -171,7 +176,7 @@ def measured(stream: Stream) -> dict[str, Record]:
         totals = [total_error(run, whole) for run in runs]
         nearest = added(stream, code, None)
         found[name] = {
-            "once": errors([code(f, None) for f in once], once, stream),  # type: ignore[arg-type]
+            "once": errors([code(f, None) for f in once], once, stream),
             "unbiased": {key: max(one[key] for one in of_runs) for key in of_runs[0]},
             "bias": statistics.fmean(totals),
             "bias_error": statistics.stdev(totals) / REPEATS**0.5,

@@ -87,9 +87,9 @@ def _fisher(values: Values, m: int, n: int, kind: torch.dtype | str) -> Fisher:
         return KroneckerFisher(*(root @ root.T for root in roots))
     if isinstance(kind, torch.dtype):
         return values(m, n, dtype=kind).abs()
-    dense = values(m, n).abs()
-    codes, columns = EightBitFisher.encode(dense.float().cpu())  # a GPU may round to other codes
-    return EightBitFisher(codes.to(dense.device), columns)
+    # The same codes on every device: a GPU may round to others.
+    found = EightBitFisher.encode(torch.randn(m, n, generator=values.generator).abs())
+    return found._replace(codes=found.codes.to(values.device))
 
 
 def penalty(
@@ -163,6 +163,7 @@ PENALTIES: dict[str, dict[str, Any]] = {
     "one": {"shapes": ((48, 64, 16),)},
     "many, rank 70": {"shapes": ((33, 70, 70), *((17, 40, 3),) * 20)},
     "F in 8 bits": {"fisher": "8 bits"},
+    "F in 8 bits, adapters in bf16": {"fisher": "8 bits", "dtype": BF16},
     "F in 8 bits, rank 70": {"fisher": "8 bits", "shapes": ((33, 70, 70), (50, 300, 30))},
 }
 FACTORED: dict[str, dict[str, Any]] = {

@@ -50,6 +50,10 @@ class Dense(Structure):
         """F."""
         return {"": fisher}
 
+    def packed(self, sums: Mapping[str, Tensor], extent: Extent, dtype: torch.dtype, seed: int) -> Parts:
+        """In bf16 where F is kept in it."""
+        return {"": sums[""].to(dtype) if dtype.itemsize < sums[""].dtype.itemsize else sums[""]}
+
 
 class EightBit(Dense):
     """The same in 8 bits with a scale for every 32 of a row (`fishers.EightBitFisher`). Sums of a task are
@@ -88,6 +92,18 @@ class EightBit(Dense):
     def of_dense(self, fisher: Tensor, extent: Extent) -> Parts:
         """The nearest codes."""
         return {"": EightBitFisher.encode(fisher).codes}
+
+    def packed_shapes(self, extent: Extent) -> dict[str, tuple[int, ...]]:
+        """Those of codes."""
+        return self.kept_shapes(extent)
+
+    def packed(self, sums: Mapping[str, Tensor], extent: Extent, dtype: torch.dtype, seed: int) -> Parts:
+        """Codes, rounded without bias."""
+        return {"": EightBitFisher.encode(sums[""], seed, extent.first).codes}
+
+    def unpacked(self, parts: Mapping[str, Tensor], extent: Extent, dtype: torch.dtype) -> Parts:
+        """The values of codes."""
+        return {"": EightBitFisher(parts[""], extent.columns).dense().to(dtype)}
 
     def numbers(self, parts: Mapping[str, Tensor], extent: Extent) -> Parts:
         """The scales."""

@@ -22,7 +22,7 @@ needs_cuobjdump = pytest.mark.skipif(nvcc.cuobjdump() is None, reason="cuobjdump
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, dict[str, tuple[Path, str]]]:
-    return nvcc.all_compiled(ARCHS)
+    return nvcc.all_compiled(ARCHS, nvcc.compiled if LONG else nvcc.assembled)
 
 
 def spills_allowed(kernel: nvcc.Kernel) -> int:
