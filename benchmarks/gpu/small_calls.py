@@ -79,34 +79,26 @@ def linear(
     return [y, *torch.autograd.grad(y, leaves, values(rows, d_out, dtype=dtype))]
 
 
-def dense(values: Values, rows: int, columns: int, dtype: torch.dtype = FP32) -> Tensor:
-    """A Fisher, a number per weight."""
-    return values(rows, columns, dtype=dtype).abs()
-
-
-def eight_bit(values: Values, rows: int, columns: int) -> Fisher:
-    """The same codes on every device."""
-    found = EightBitFisher.encode(torch.randn(rows, columns, generator=values.generator).abs())
+def _fisher(values: Values, m: int, n: int, kind: torch.dtype | str) -> Fisher:
+    if kind == "factored":
+        return FactoredFisher(values(m).abs(), values(n).abs())
+    if kind == "kronecker":
+        roots = values(m, m), values(n, n)
+        return KroneckerFisher(*(root @ root.T for root in roots))
+    if isinstance(kind, torch.dtype):
+        return values(m, n, dtype=kind).abs()
+    # The same codes on every device: a GPU may round to others.
+    found = EightBitFisher.encode(torch.randn(m, n, generator=values.generator).abs())
     return found._replace(codes=found.codes.to(values.device))
-
-
-def factored(values: Values, rows: int, columns: int) -> Fisher:
-    """Row and column sums."""
-    return FactoredFisher(values(rows).abs(), values(columns).abs())
-
-
-def kronecker(values: Values, rows: int, columns: int) -> Fisher:
-    """Two positive semidefinite factors."""
-    roots = [values(size, size, std=size**-0.5) for size in (rows, columns)]
-    return KroneckerFisher(*((root.double() @ root.double().T).to(root.dtype) for root in roots))
 
 
 def penalty(
     values: Values, backend: str, shapes: Sequence[tuple[int, int, int]] = RAGGED,
-    dtype: torch.dtype = FP32, fisher: Callable[[Values, int, int], Fisher] = dense,
+    dtype: torch.dtype = FP32, fisher: torch.dtype | str = FP32,
 ) -> list[Tensor]:  # fmt: skip
-    """The loss and all gradients; every second adapter has a scale per rank."""
-    fishers = [fisher(values, m, n) for m, n, _ in shapes]
+    """The loss and all gradients; every second adapter has a scale per rank. `fisher`: the dtype of dense
+    Fishers, or "8 bits", "factored" or "kronecker"."""
+    fishers = [_fisher(values, m, n, fisher) for m, n, _ in shapes]
     lora_as = [values.leaf(r, n, dtype=dtype, std=n**-0.5) for _, n, r in shapes]
     lora_bs = [values.leaf(m, r, dtype=dtype, std=0.3) for m, _, r in shapes]
     scales = [values.leaf(r, dtype=dtype) if i % 2 else 0.5 for i, (_, _, r) in enumerate(shapes)]
@@ -118,28 +110,16 @@ def penalty(
 def fisher(
     values: Values, backend: str, samples: int = 3, tokens: int = 21, d_in: int = 61, d_out: int = 45,
     dtype: torch.dtype = BF16, mode: str = "sample", packed: Sequence[int] = (), flat: bool = False,
+    factored: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """F after one call, starting from random values; `packed` are lengths of samples, `flat` means one token
-    without a dimension for it."""
-    start = values(d_out, d_in).abs()
+    """F, or its row and column sums, after one call, starting from random values; `packed` are lengths of
+    samples, `flat` means one token without a dimension for it."""
+    start = FactoredFisher(values(d_out).abs(), values(d_in).abs()) if factored else values(d_out, d_in).abs()
     leading = (sum(packed),) if packed else (samples,) if flat else (samples, tokens)
     x, dy = values(*leading, d_in, dtype=dtype), values(*leading, d_out, dtype=dtype)
     bounds = torch.tensor([0, *packed], device=x.device).cumsum(0) if packed else None
     FE.fisher_accumulate_(start, x, dy, mode=mode, weight=0.5, cu_seqlens=bounds, backend=backend)
-    return [start]
-
-
-def sums(values: Values, backend: str, d_in: int = 61, d_out: int = 45, **options: Any) -> list[Tensor]:
-    """Row and column sums after one call; `options` as of `fisher`."""
-    of_rows, of_columns = values(d_out).abs(), values(d_in).abs()
-    leading, dtype, packed = options["leading"], options.get("dtype", BF16), options.get("packed", ())
-    x, dy = values(*leading, d_in, dtype=dtype), values(*leading, d_out, dtype=dtype)
-    bounds = torch.tensor([0, *packed], device=x.device).cumsum(0) if packed else None
-    mode = options.get("mode", "sample")
-    FE.fisher_accumulate_(
-        FactoredFisher(of_rows, of_columns), x, dy, mode=mode, weight=0.5, cu_seqlens=bounds, backend=backend
-    )
-    return [of_rows, of_columns]
+    return [start] if isinstance(start, Tensor) else [start.rows, start.columns]
 
 
 def merge(values: Values, backend: str, dtype: torch.dtype = FP32) -> list[Tensor]:
@@ -179,15 +159,17 @@ LINEARS: dict[str, dict[str, Any]] = {
 }
 PENALTIES: dict[str, dict[str, Any]] = {
     "adapters in bf16": {"dtype": BF16},
-    "F in bf16": {"fisher": functools.partial(dense, dtype=BF16)},
-    "F in 8 bits": {"fisher": eight_bit},
-    "F in 8 bits, adapters in bf16": {"fisher": eight_bit, "dtype": BF16},
-    "factored": {"fisher": factored},
-    "factored, adapters in bf16": {"fisher": factored, "dtype": BF16},
-    "factored, rank 70": {"fisher": factored, "shapes": ((33, 70, 70), *((17, 40, 3),) * 20)},
-    "Kronecker": {"fisher": kronecker},
+    "F in bf16": {"fisher": BF16},
     "one": {"shapes": ((48, 64, 16),)},
     "many, rank 70": {"shapes": ((33, 70, 70), *((17, 40, 3),) * 20)},
+    "F in 8 bits": {"fisher": "8 bits"},
+    "F in 8 bits, adapters in bf16": {"fisher": "8 bits", "dtype": BF16},
+    "F in 8 bits, rank 70": {"fisher": "8 bits", "shapes": ((33, 70, 70), (50, 300, 30))},
+}
+FACTORED: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "adapters in bf16": {"dtype": BF16},
+    "many, rank 70": {"shapes": ((33, 700, 70), *((17, 40, 3),) * 20)},
 }
 FISHERS: dict[str, dict[str, Any]] = {
     "bf16": {},
@@ -201,16 +183,7 @@ FISHERS: dict[str, dict[str, Any]] = {
     "batch": {"mode": "batch"},
     "batch, fp32": {"mode": "batch", "dtype": FP32},
 }
-
-
-SUMS: dict[str, dict[str, Any]] = {
-    "bf16": {"leading": (3, 21)},
-    "fp32": {"leading": (3, 21), "dtype": FP32},
-    "aligned": {"leading": (3, 64), "d_in": 128, "d_out": 128},
-    "T=1": {"leading": (50, 1)},
-    "cu_seqlens": {"leading": (39,), "packed": (5, 0, 33, 1)},
-    "batch": {"leading": (3, 21), "mode": "batch"},
-}
+SUMS = ("bf16", "fp16", "fp32", "aligned", "T=1", "cu_seqlens", "batch")
 
 
 def calls() -> Iterator[Call]:
@@ -225,12 +198,17 @@ def calls() -> Iterator[Call]:
     for name, options in PENALTIES.items():
         tolerance = max(PRECISIONS["high"], TOLERANCES[options.get("dtype", FP32)])
         yield Call(f"ewc_penalty, {name}", functools.partial(penalty, **options), tolerance, "high")
+    for name, options in FACTORED.items():
+        method = functools.partial(penalty, fisher="factored", **options)
+        yield Call(f"factored_penalty, {name}", method, TOLERANCES[options.get("dtype", FP32)])
+    method = functools.partial(penalty, fisher="kronecker")
+    yield Call("kronecker_penalty, fp32", method, TOLERANCES[FP32])
     for name, options in FISHERS.items():
         tolerance = TOLERANCES[options.get("dtype", BF16)]
         yield Call(f"fisher_accumulate_, {name}", functools.partial(fisher, **options), tolerance)
-    for name, options in SUMS.items():
-        tolerance = TOLERANCES[options.get("dtype", BF16)]
-        yield Call(f"fisher_sums_, {name}", functools.partial(sums, **options), tolerance)
+    for name in SUMS:
+        method = functools.partial(fisher, factored=True, **FISHERS[name])
+        yield Call(f"fisher_sums_, {name}", method, TOLERANCES[FISHERS[name].get("dtype", BF16)])
     for name, method in (("merge_", merge), ("soft_threshold_", threshold)):
         for dtype in (FP32, BF16, FP16):
             label = f"{name}, {str(dtype).removeprefix('torch.')}"

@@ -232,7 +232,9 @@ def _plan(
     captured = kept.capturing(like.device)  # what it allocates is the graph's
     once = captured or like.is_meta or any(a is not b for a, b in zip(given, near, strict=True))
     place = kept.by_value if captured else Tensor.to if once else kept.copied
-    plan = _prepare(structure, near_fs, near_as, near_bs, scales, needs, lambda host: place(host, like.device))
+    plan = _prepare(
+        structure, near_fs, near_as, near_bs, scales, needs, lambda host: place(host, like.device)
+    )
     if once:
         plan.copies, plan.once = near, True
         return plan
@@ -293,9 +295,7 @@ def _prepare(
     for index, adapter in enumerate(of_adapters):
         member = Member(*adapter)
         groups.setdefault(member.types(), {})[index] = member
-    made = tuple(
-        structure.group(tuple(group), tuple(group.values()), place) for group in groups.values()
-    )
+    made = tuple(structure.group(tuple(group), tuple(group.values()), place) for group in groups.values())
     return Plan(made, length, any(0 in fisher.shape for fisher in fishers))
 
 

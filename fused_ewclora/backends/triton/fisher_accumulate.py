@@ -51,7 +51,9 @@ class SampleLaunch(NamedTuple):
     strides: tuple[int, ...]
 
 
-def sample_launch(kernel: str, x: Tensor, dy: Tensor, cu_seqlens: Tensor | None, wide: bool = True) -> SampleLaunch:
+def sample_launch(
+    kernel: str, x: Tensor, dy: Tensor, cu_seqlens: Tensor | None, wide: bool = True
+) -> SampleLaunch:
     """For `kernel`, made of `squares_of_samples`; `wide`: whether vectors can address what else it reads."""
     precision = _precision() if x.dtype == torch.float32 else "ieee"  # 16-bit products are exact
     arch = launch.arch(x)

@@ -13,7 +13,13 @@ from .launch import cdiv
 
 
 def fisher_sums_(
-    rows: Tensor, columns: Tensor, x: Tensor, dy: Tensor, squares: str, weight: float, cu_seqlens: Tensor | None
+    rows: Tensor,
+    columns: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    squares: str,
+    weight: float,
+    cu_seqlens: Tensor | None,
 ) -> None:
     """rows += weight * row sums, columns += weight * column sums of sum_n (dy_n^T x_n)^2 or, for `squares`
     "batch", of (sum_n dy_n^T x_n)^2, in place. Temporaries are sums of tiles."""

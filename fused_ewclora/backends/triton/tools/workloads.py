@@ -255,10 +255,10 @@ def _penalties(dtype: torch.dtype, rank: int, precision: str, sizes: Sizes) -> I
         yield Workload("ewc_penalty", kind, dtype, rank, make, precision)
 
 
-def _factored_penalties(
-    dtype: torch.dtype, rank: int, precision: str, sizes: Sizes
-) -> Iterator[Workload]:
-    def penalty(width: int, scaled: bool, needs: tuple[bool, bool, bool]) -> Callable[[Make], tuple[Any, ...]]:
+def _factored_penalties(dtype: torch.dtype, rank: int, precision: str, sizes: Sizes) -> Iterator[Workload]:
+    def penalty(
+        width: int, scaled: bool, needs: tuple[bool, bool, bool]
+    ) -> Callable[[Make], tuple[Any, ...]]:
         def make(make: Make) -> tuple[Any, ...]:
             pairs = [_adapter(make, rank, width, width, dtype) for _ in range(sizes.layers)]
             sums = [make.normal(width, dtype=torch.float32).abs_() for _ in range(2 * sizes.layers)]
