@@ -34,8 +34,44 @@ def _scales(entry, factor, k, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _inverse_sum(sums, stride, count, BLOCK: tl.constexpr):
-    """1 over the sum of `count` numbers; 0 where that is 0."""
+def _factor(
+    pointer, stride_d, stride_r, start, first, size, rank, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, ALONG: tl.constexpr,
+):  # fmt: skip
+    """Columns `start` and on of A, ranks `first` and on: [BLOCK_R, BLOCK] with ALONG, as memory has A; of B,
+    whose rows are meant, [BLOCK, BLOCK_R]. Beyond `size` and `rank` it is 0."""
+    # Offsets inside a tile are 32 bits wide, and compared with what is left.
+    d, k = tl.arange(0, BLOCK), tl.arange(0, BLOCK_R)
+    left_d, left_k = (size - start).to(tl.int32), (rank - first).to(tl.int32)
+    step_d, step_k = stride_d.to(tl.int32), stride_r.to(tl.int32)
+    corner = pointer + start * stride_d + first * stride_r
+    if ALONG:
+        inside = (k < left_k)[:, None] & (d < left_d)[None, :]
+        at = k[:, None] * step_k + d[None, :] * step_d
+    else:
+        inside = (d < left_d)[:, None] & (k < left_k)[None, :]
+        at = d[:, None] * step_d + k[None, :] * step_k
+    return as_fp32(tl.load(corner + at, mask=inside, other=0.0).to(tl.float32), TYPE, PRECISION)
+
+
+@triton.jit
+def _described(entry, ALONG: tl.constexpr):
+    """(size, rank, stride along the size, stride along the rank, sums, their stride) of A (ALONG) or B. Read
+    where it is used: what follows from it would otherwise be computed ahead of all loops, and be kept there."""
+    if ALONG:
+        size, stride_d, stride_r = tl.load(entry + D_IN), tl.load(entry + A_1), tl.load(entry + A_0)
+        sums, sums_0 = tl.load(entry + COLUMN_SUMS), tl.load(entry + COLUMN_SUMS_0)
+    else:
+        size, stride_d, stride_r = tl.load(entry + D_OUT), tl.load(entry + B_0), tl.load(entry + B_1)
+        sums, sums_0 = tl.load(entry + ROW_SUMS), tl.load(entry + ROW_SUMS_0)
+    sums = sums.to(tl.pointer_type(tl.float32))
+    return size, tl.load(entry + RANK), stride_d, stride_r, sums, sums_0
+
+
+@triton.jit
+def _inverse_sum(entry, BLOCK: tl.constexpr):
+    """1 over the sum of the column sums; 0 where that is 0."""
+    count, _, _, _, sums, stride = _described(entry, True)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -45,40 +81,24 @@ def _inverse_sum(sums, stride, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _factor(
-    pointer, stride_d, stride_r, start, first, size, rank, TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, ALONG: tl.constexpr,
-):  # fmt: skip
-    """Columns `start` and on of A, ranks `first` and on: [BLOCK_R, BLOCK] with ALONG, as memory has A; of B,
-    whose rows are meant, [BLOCK, BLOCK_R]. Beyond `size` and `rank` it is 0."""
-    d, k = start + tl.arange(0, BLOCK), first + tl.arange(0, BLOCK_R)
-    if ALONG:
-        inside = (k < rank)[:, None] & (d < size)[None, :]
-        at = k[:, None] * stride_r + d[None, :] * stride_d
-    else:
-        inside = (d < size)[:, None] & (k < rank)[None, :]
-        at = d[:, None] * stride_d + k[None, :] * stride_r
-    return as_fp32(tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32), TYPE, PRECISION)
-
-
-@triton.jit
 def _gram(
-    pointer, stride_d, stride_r, sums, sums_0, share, size, rank, first, second, TYPE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, SLICES: tl.constexpr,
-    ALONG: tl.constexpr,
+    entry, factors, share, first, second, TYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr, SLICES: tl.constexpr, ALONG: tl.constexpr,
 ):  # fmt: skip
     """sum_d share sums[d] X[d, first + k] X[d, second + l], [BLOCK_R, BLOCK_R], of X = A^T (ALONG) or B. A
     warp has a slice of d, which it multiplies by itself."""
     WIDTH: tl.constexpr = BLOCK // SLICES
+    size, rank, stride_d, stride_r, sums, sums_0 = _described(entry, ALONG)
     total = tl.zeros([SLICES, BLOCK_R, BLOCK_R], tl.float32)
+    d = tl.arange(0, BLOCK)
     for start in range(0, size, BLOCK):
-        d = start + tl.arange(0, BLOCK)
-        w = tl.load(sums + d * sums_0, mask=d < size, other=0.0) * share
+        within = d < (size - start).to(tl.int32)
+        w = tl.load(sums + start * sums_0 + d * sums_0.to(tl.int32), mask=within, other=0.0) * share
         left = _factor(
-            pointer, stride_d, stride_r, start, first, size, rank, TYPE, PRECISION, BLOCK, BLOCK_R, ALONG
+            factors, stride_d, stride_r, start, first, size, rank, TYPE, PRECISION, BLOCK, BLOCK_R, ALONG
         )
         right = _factor(
-            pointer, stride_d, stride_r, start, second, size, rank, TYPE, PRECISION, BLOCK, BLOCK_R, ALONG
+            factors, stride_d, stride_r, start, second, size, rank, TYPE, PRECISION, BLOCK, BLOCK_R, ALONG
         )
         if ALONG:
             left = rounded(left * w[None, :], PRECISION).reshape(BLOCK_R, SLICES, WIDTH).permute(1, 0, 2)
@@ -92,29 +112,30 @@ def _gram(
 
 @triton.jit
 def _gradient(
-    pointer, stride_d, stride_r, sums, sums_0, share, size, rank, products, to, TYPE: tl.constexpr,
-    PRECISION: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
-    SLICES: tl.constexpr, ALONG: tl.constexpr,
+    entry, factors, share, products, to, TYPE: tl.constexpr, PRECISION: tl.constexpr, RP: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, SLICES: tl.constexpr, ALONG: tl.constexpr,
 ):  # fmt: skip
     """to[k, d] = share sums[d] sum_l products[k, l] X[d, l] of X = A^T (ALONG), or to[d, k] of B. `products`
     [RP, RP] are symmetric."""
     WIDTH: tl.constexpr = BLOCK // SLICES
-    ranks = RP if RP == BLOCK_R else rank
-    i = tl.arange(0, BLOCK_R)
-    for start in range(0, size, BLOCK):
-        d = start + tl.arange(0, BLOCK)
-        w = tl.load(sums + d * sums_0, mask=d < size, other=0.0) * share
-        for first in range(0, ranks, BLOCK_R):
-            k = first + i
+    ranks = RP if RP == BLOCK_R else tl.load(entry + RANK)
+    i, d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK)
+    for first in range(0, ranks, BLOCK_R):
+        size, rank, stride_d, stride_r, sums, sums_0 = _described(entry, ALONG)
+        inside = i < (rank - first).to(tl.int32)
+        for start in range(0, size, BLOCK):
+            within = d < (size - start).to(tl.int32)
+            w = tl.load(sums + start * sums_0 + d * sums_0.to(tl.int32), mask=within, other=0.0) * share
             if ALONG:
                 total = tl.zeros([SLICES, BLOCK_R, WIDTH], tl.float32)
             else:
                 total = tl.zeros([SLICES, WIDTH, BLOCK_R], tl.float32)
             for second in range(0, ranks, BLOCK_R):
-                p = rounded(tl.load(products + k[:, None] * RP + (second + i)[None, :]), PRECISION)
+                p = tl.load(products + first * RP + second + i[:, None] * RP + i[None, :])
+                p = rounded(p, PRECISION)
                 p = p[None, :, :].broadcast_to(SLICES, BLOCK_R, BLOCK_R)
                 x = _factor(
-                    pointer, stride_d, stride_r, start, second, size, rank, TYPE, PRECISION, BLOCK, BLOCK_R,
+                    factors, stride_d, stride_r, start, second, size, rank, TYPE, PRECISION, BLOCK, BLOCK_R,
                     ALONG,
                 )  # fmt: skip
                 if ALONG:
@@ -125,12 +146,12 @@ def _gradient(
                     total = sliced_product(x, p.permute(0, 2, 1), total, PRECISION)
             if ALONG:
                 grad = total.permute(1, 0, 2).reshape(BLOCK_R, BLOCK) * w[None, :]
-                inside = (k < rank)[:, None] & (d < size)[None, :]
-                tl.store(to + k[:, None] * size + d[None, :], grad, mask=inside)
+                at = i[:, None] * size.to(tl.int32) + d[None, :]
+                tl.store(to + first * size + start + at, grad, mask=inside[:, None] & within[None, :])
             else:
                 grad = total.reshape(BLOCK, BLOCK_R) * w[:, None]
-                inside = (d < size)[:, None] & (k < rank)[None, :]
-                tl.store(to + d[:, None] * rank + k[None, :], grad, mask=inside)
+                at = d[:, None] * rank.to(tl.int32) + i[None, :]
+                tl.store(to + start * rank + first + at, grad, mask=within[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -160,15 +181,10 @@ def factored_penalty_kernel(
     index = tl.load(items + tl.program_id(0))
     entry = table + index * FIELDS
     factor = tl.load(factors + index)
-    d_out, d_in, rank = tl.load(entry + D_OUT), tl.load(entry + D_IN), tl.load(entry + RANK)
+    rank = tl.load(entry + RANK)
     lora_a = tl.load(entry + LORA_A).to(tl.pointer_type(A_TYPE))
     lora_b = tl.load(entry + LORA_B).to(tl.pointer_type(B_TYPE))
-    a_0, a_1 = tl.load(entry + A_0), tl.load(entry + A_1)
-    b_0, b_1 = tl.load(entry + B_0), tl.load(entry + B_1)
-    rows = tl.load(entry + ROW_SUMS).to(tl.pointer_type(tl.float32))
-    columns = tl.load(entry + COLUMN_SUMS).to(tl.pointer_type(tl.float32))
-    rows_0, columns_0 = tl.load(entry + ROW_SUMS_0), tl.load(entry + COLUMN_SUMS_0)
-    share = _inverse_sum(columns, columns_0, d_in, BLOCK)
+    share = _inverse_sum(entry, BLOCK)
     of_a, of_b = work + tl.load(entry + PART_A), work + tl.load(entry + PART_B)
     of_s = work + tl.load(entry + PART_S)
 
@@ -180,14 +196,8 @@ def factored_penalty_kernel(
         s_k = _scales(entry, factor, k, SCALE_TYPE)
         ds = tl.zeros([BLOCK_R], tl.float32)
         for second in range(0, ranks, BLOCK_R):
-            m = _gram(
-                lora_b, b_0, b_1, rows, rows_0, 1.0, d_out, rank, first, second, B_TYPE, PRECISION, BLOCK,
-                BLOCK_R, SLICES, False,
-            )  # fmt: skip
-            n = _gram(
-                lora_a, a_1, a_0, columns, columns_0, share, d_in, rank, first, second, A_TYPE, PRECISION,
-                BLOCK, BLOCK_R, SLICES, True,
-            )  # fmt: skip
+            m = _gram(entry, lora_b, 1.0, first, second, B_TYPE, PRECISION, BLOCK, BLOCK_R, SLICES, False)
+            n = _gram(entry, lora_a, share, first, second, A_TYPE, PRECISION, BLOCK, BLOCK_R, SLICES, True)
             s_l = _scales(entry, factor, second + i, SCALE_TYPE)
             # A sum of bare products over lanes: each would add its own unrounded, and they would disagree
             # about the last bit of what all of them hold.
@@ -206,13 +216,13 @@ def factored_penalty_kernel(
     tl.debug_barrier()  # the threads of this program read what others of it have stored
     if NEED_A:
         _gradient(
-            lora_a, a_1, a_0, columns, columns_0, share * ewc_lambda, d_in, rank, of_a,
-            grads + tl.load(entry + GRAD_A), A_TYPE, PRECISION, RP, BLOCK, BLOCK_R, SLICES, True,
+            entry, lora_a, share * ewc_lambda, of_a, grads + tl.load(entry + GRAD_A), A_TYPE, PRECISION, RP,
+            BLOCK, BLOCK_R, SLICES, True,
         )  # fmt: skip
     if NEED_B:
         _gradient(
-            lora_b, b_0, b_1, rows, rows_0, ewc_lambda, d_out, rank, of_b,
-            grads + tl.load(entry + GRAD_B), B_TYPE, PRECISION, RP, BLOCK, BLOCK_R, SLICES, False,
+            entry, lora_b, ewc_lambda, of_b, grads + tl.load(entry + GRAD_B), B_TYPE, PRECISION, RP, BLOCK,
+            BLOCK_R, SLICES, False,
         )  # fmt: skip
     if NEED_S:
         if tl.load(entry + GRAD_S) >= 0:
