@@ -2,8 +2,9 @@
 measured part of docs/fishers.md, and its picture, from committed records. `--check` writes nothing, as for
 `benchmarks.continual.page`.
 
-`python -m fused_ewclora demo --suite fishers-vision fishers-language` runs the streams, `python -m
-benchmarks.continual.fishers --costs` times the steps, `python -m benchmarks.continual.codes` compares codes.
+The streams are the configurations fishers-vision and fishers-language. Their runs with a lambda in the name
+are for the choice of lambda, and come first; `--choose` writes what they choose into the configurations.
+`--costs` times steps; `python -m benchmarks.continual.codes` compares codes.
 """
 
 from __future__ import annotations
@@ -126,6 +127,8 @@ def kibibytes(count: int) -> str:
 def of_stream(records: Sequence[Record], ratios: Mapping[str, float]) -> list[str]:
     """The table of one stream. ratios: of the time of a step with a penalty over one without."""
     rows, kept = [], reported(records)
+    if not kept:
+        return ["Not measured: there are only runs on which lambda is chosen.", ""]
     dense = kept.get(DENSE)
     for name, own in kept.items():
         against = [paired(own, dense, m) for m in (A_LAST, BWT)] if dense and name != DENSE else [None, None]
@@ -199,10 +202,10 @@ def verdicts(found: Sequence[Record]) -> list[str]:
 
 def recommendation(streams: Mapping[str, Sequence[Record]]) -> list[str]:
     """What follows from the tables: the structure with the smallest F that loses nothing on any stream."""
-    kept = {name: reported(records) for name, records in streams.items()}
+    kept = {name: of for name, records in streams.items() if DENSE in (of := reported(records))}
     lines, equal = [], []
     for name in OPTIONS:
-        if name == DENSE or not all({name, DENSE} <= set(of) for of in kept.values()):
+        if name == DENSE or not kept or not all(name in of for of in kept.values()):
             continue
         losses = {s: paired(of[name], of[DENSE], A_LAST) for s, of in kept.items()}
         shares = [of[name].fisher_bytes / of[DENSE].fisher_bytes for of in kept.values()]
@@ -334,6 +337,18 @@ def check(results: Path, output: Path) -> str | None:
     )
 
 
+def choose(results: Path, folder: Path = configuration.FOLDER) -> None:
+    """Writes the lambdas that the development runs chose into the configurations of the streams."""
+    for suite_name in codes.SUITES:
+        picked = chosen(r for r in recorded.runs(recorded.load(results)) if r["suite"] == suite_name)
+        file = folder / f"{suite_name}.json"
+        data = json.loads(file.read_text())
+        for entry in data["methods"]:
+            if entry["name"] in picked:
+                entry["options"]["ewc_lambda"] = picked[entry["name"]]
+        replace_text(file, json.dumps(data, indent=2) + "\n")
+
+
 def time_steps(results: Path) -> None:
     """Appends a record of costs for every structure: a step with the penalty and one without, in turns."""
     torch.set_num_threads(1)
@@ -346,12 +361,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; exit status 1 when the page is out of date, 2 when records cannot be used."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if the text is out of date")
+    parser.add_argument("--choose", action="store_true", help="write the chosen lambdas into configurations")
     parser.add_argument("--costs", action="store_true", help="time steps, and append the records")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the page; its picture goes to images/")
     args = parser.parse_args(argv)
     try:
-        if args.costs:
+        if args.choose:
+            choose(args.results)
+        elif args.costs:
             time_steps(args.results)
         elif args.check:
             if wrong := check(args.results, args.output):
