@@ -6,8 +6,18 @@ from collections.abc import Callable, Iterator
 
 from . import gpu_preset, whole_models
 from .shapes import LLAMA, RELEASE, T5, Model
-from .workload import COSTS, LATER, MAIN, OP, SMALL, TEXTS, VITS, Workload
-from .workloads import OF_TORCHVISION, fisher, label_of, linear, merge, penalty, threshold
+from .workload import COSTS, LATER, MAIN, OP, SMALL, STRUCTURES, TEXTS, VITS, Workload
+from .workloads import (
+    OF_TORCHVISION,
+    fisher,
+    fisher_sums,
+    label_of,
+    linear,
+    merge,
+    penalty,
+    structured_penalty,
+    threshold,
+)
 
 OPS = tuple(COSTS)
 PRESETS = {  # for CPUs: description, and default seconds per provider and case
@@ -24,10 +34,13 @@ COMPILED_COMPOSITION = "torch.compile of the composition"
 EXPLICIT, LOOP = "explicit deltaW, eager penalty", "batch size 1"
 COMPOSITION, ADDMM, UNSLOTH = "composition", "addmm", "addmm in Unsloth's order"
 FROZEN, WITHOUT = "frozen linear", "LoRA without EWC"
+DENSE = "dense F, fp32"  # floor of structured Fishers: this library with what they stand for
 
 # Peers of every case of an op; ours and floors are not listed and always run.
 PEERS: dict[str, tuple[str, ...]] = {
     "ewc_penalty": ("eager autograd", COMPILED, STACKED),
+    "structured_penalty": ("eager autograd", COMPILED),
+    "fisher_sums": ("einsum", LOOP),
     "fisher_accumulate": ("einsum", "torch.func vmap(grad)", LOOP, BACKPACK, OPACUS),
     "lora_linear": (COMPOSITION, ADDMM, UNSLOTH, COMPILED_COMPOSITION, PEFT),
     "lora_linear_slices": (COMPOSITION, "added to slices in place", COMPILED_COMPOSITION),
@@ -63,7 +76,10 @@ def quick() -> Iterator[Workload]:
     """One image or two, full width."""
     d = RELEASE.base.width
     yield penalty("ViT-B k,v", (d, d), 4, 10)
+    for kind in STRUCTURES:
+        yield structured_penalty("ViT-B k,v", (d, d), 4, 10, kind)
     yield fisher("ViT-B k", 2, 197, (d, d))
+    yield fisher_sums("ViT-B k", 2, 197, (d, d))
     yield linear("ViT-B proj, one image", 197, (d, d), 10)
     yield linear("ViT-B qkv, slices k,v", 197, (d, 3 * d), 10, slices=True)
     yield merge("ViT-B k,v", (d, d), 4, 10)
@@ -79,11 +95,15 @@ def cpu() -> Iterator[Workload]:
     for rank in (10, 4, 30, 64):
         yield penalty("ViT-L k,v", (l, l), 12, rank)
     yield penalty("ViT-L k,v", (l, l), 12, 10, "bfloat16")
+    for kind in STRUCTURES:
+        yield structured_penalty("ViT-L k,v", (l, l), 12, 10, kind)
     yield fisher("ViT-B k", 16, 197, (b, b))
     yield fisher("ViT-B k", 16, 197, (b, b), "batch")
     yield fisher("ViT-B fc1", 16, 197, (b, 4 * b))
     yield fisher("ViT-L k", 16, 197, (l, l))
     yield fisher("ViT-B head, one token", 256, 1, (b, b))
+    yield fisher_sums("ViT-L k", 16, 197, (l, l))
+    yield fisher_sums("ViT-B head, one token", 256, 1, (b, b))
     for name in ("proj", "fc1", "fc2"):
         yield linear(f"ViT-B {name}", rows, RELEASE.base.linears()[name], 10)
     yield linear("ViT-L proj", rows, (l, l), 10)
@@ -117,6 +137,7 @@ def full() -> Iterator[Workload]:
                 for batch in batches:
                     for mode in ("sample", "batch"):
                         yield fisher(label, batch, model.tokens, sizes, mode, dtype)
+                    yield fisher_sums(label, batch, model.tokens, sizes, dtype)
         if isinstance(model, Model):
             yield from _kv_of_qkv(model)
     yield threshold("one long vector", 1, 1 << 16)
@@ -129,6 +150,9 @@ def _kv_of_qkv(model: Model) -> Iterator[Workload]:
     for dtype in DTYPES:
         for rank in RANKS:
             yield penalty(label_of(model, "k,v"), (d, d), 2 * model.depth, rank, dtype)
+            if dtype == "float32":
+                for kind in STRUCTURES:
+                    yield structured_penalty(label_of(model, "k,v"), (d, d), 2 * model.depth, rank, kind)
             for batch in BATCHES:
                 label = label_of(model, "qkv, slices k,v")
                 yield linear(label, batch * model.tokens, (d, 3 * d), rank, dtype, slices=True)

@@ -14,6 +14,7 @@ from . import (
     lora_linear,
     merge,
     registry,
+    structured,
 )
 from .case import Case
 from .harness import Record
@@ -32,13 +33,20 @@ class Suite(NamedTuple):
     share: float = 1.0
 
 
-def _of_registry(module: Any, **more: Any) -> Suite:
-    return Suite(module.OPS, lambda preset: registry.workloads(module.OPS, preset), module.build, **more)
+def _of_registry(module: Any, *of_others: str, **more: Any) -> Suite:
+    """The suite of a module, and of these operations of `structured`."""
+    ops = (*module.OPS, *of_others)
+
+    def build(workload: Workload, place: Place) -> Case:
+        case: Case = (structured if workload.op in of_others else module).build(workload, place)
+        return case
+
+    return Suite(ops, lambda preset: registry.workloads(ops, preset), build, **more)
 
 
 SUITES: dict[str, Suite] = {
-    "ewc_penalty": _of_registry(ewc_penalty),
-    "fisher_accumulate": _of_registry(fisher_accumulate),
+    "ewc_penalty": _of_registry(ewc_penalty, "structured_penalty"),
+    "fisher_accumulate": _of_registry(fisher_accumulate, "fisher_sums"),
     "lora_linear": _of_registry(lora_linear),
     "merge": _of_registry(merge),
     "end_to_end": _of_registry(end_to_end, after=breakdowns.add),

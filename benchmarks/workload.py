@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from fused_ewclora.reference.eight_bit import row_bytes
+
 from .shapes import GIANT, LLAMA, RELEASE, SMALL_VIT, T5, TINY, Model, TextModel
 
 Shape = dict[str, int | str]
@@ -22,6 +24,8 @@ MODELS: dict[str, Model | TextModel] = {
 }
 BOTH = "forward+backward"
 ALL_LINEARS = "all"  # value of "linears" in the shape of a penalty on every linear of a model
+EIGHT_BIT, FACTORED, KRONECKER = "8-bit", "factored", "kronecker"  # values of "fisher" in a shape
+STRUCTURES = (EIGHT_BIT, FACTORED, KRONECKER)
 
 # Parts of a plan. Peers that take long to prepare, such as compiled ones, must not delay the other cases of a
 # GPU: they are measured LATER, and their records belong to the same case. SMALL cases have few providers. The
@@ -110,6 +114,32 @@ def _penalty(workload: Workload) -> Work:
     return Work(6.0 * rank * elements, float(workload.torch_dtype.itemsize * elements + 4 * 2 * factors))
 
 
+def _structured(workload: Workload) -> Work:
+    """In 8 bits as dense. Otherwise G B and A C, of which those of diagonals are no products, and four
+    products of r x r matrices with them; both factors are read once."""
+    kind, rank = str(workload.shape["fisher"]), workload.size("rank")
+    flops = moved = 0.0
+    for d_out, d_in in matrices(workload):
+        moved += 4 * 2 * rank * (d_out + d_in)
+        if kind == EIGHT_BIT:
+            flops += 6.0 * rank * d_out * d_in
+            moved += d_out * row_bytes(d_in)
+            continue
+        flops += 4.0 * rank**2 * (d_out + d_in)
+        power = 2 if kind == KRONECKER else 1
+        moved += 4 * (d_out**power + d_in**power)
+        flops += 2.0 * rank * (d_out**2 + d_in**2) if kind == KRONECKER else 0.0
+    return Work(flops, moved)
+
+
+def _sums(workload: Workload) -> Work:
+    """As the dense Fisher, whose row and column sums are all that is read and written; of one token two
+    products with a vector, of dy^2 and of x^2."""
+    n, t, d_in, d_out = (workload.size(name) for name in ("samples", "tokens", "d_in", "d_out"))
+    moved = workload.torch_dtype.itemsize * n * t * (d_in + d_out) + 8 * (d_in + d_out)
+    return Work(2.0 * n * (t * d_in * d_out if t > 1 else d_in + d_out), float(moved))
+
+
 def _fisher(workload: Workload) -> Work:
     """One product dy_n^T x_n per sample; F, fp32, is read and written."""
     n, t, d_in, d_out = (workload.size(name) for name in ("samples", "tokens", "d_in", "d_out"))
@@ -162,7 +192,9 @@ COSTS: dict[str, Callable[[Workload], Work]] = {
     "lora_linear": lambda workload: _linear(workload, 1, workload.size("d_out")),
     "lora_linear_slices": lambda workload: _linear(workload, 2, workload.size("d_out") // 3),
     "ewc_penalty": _penalty,
+    "structured_penalty": _structured,
     "fisher_accumulate": _fisher,
+    "fisher_sums": _sums,
     "merge": _merge,
     "soft_threshold": _threshold,
     "training_step": _step,

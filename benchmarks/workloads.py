@@ -48,6 +48,24 @@ def penalty_of_all_linears(model: Model, rank: int, dtype: str, precision: str, 
     return workload
 
 
+def structured_penalty(
+    label: str, sizes: tuple[int, int], adapters: int, rank: int, kind: str, part: str = WHOLE
+) -> Workload:
+    """The penalty of Fishers of a kind of `workload.STRUCTURES`."""
+    workload = penalty(label, sizes, adapters, rank, part=part)
+    return Workload("structured_penalty", {**workload.shape, "fisher": kind}, workload.dtype, part)
+
+
+def fisher_sums(
+    label: str, samples: int, tokens: int, sizes: tuple[int, int], dtype: str = "float32", part: str = WHOLE
+) -> Workload:
+    """Row and column sums of the Fisher of single samples of one layer."""
+    shape: Shape = {
+        "model": label, "samples": samples, "tokens": tokens, "d_in": sizes[0], "d_out": sizes[1]
+    }  # fmt: skip
+    return Workload("fisher_sums", shape, dtype, part)
+
+
 def fisher(
     label: str, samples: int, tokens: int, sizes: tuple[int, int], mode: str = "sample",
     dtype: str = "float32", part: str = WHOLE,

@@ -36,6 +36,8 @@ inline std::string described(at::ScalarType dtype) {
       return "torch.float16";
     case at::kDouble:
       return "torch.float64";
+    case at::kByte:
+      return "torch.uint8";
     case at::kInt:
       return "torch.int32";
     case at::kLong:
@@ -103,31 +105,29 @@ inline void fisher_matrix(const at::Tensor& t, const Name& name, const at::Tenso
                    ": expected torch.float32 or torch.bfloat16, got ", described(t.scalar_type()));
 }
 
-// Fishers in 8 bits (reference/eight_bit.py): the bytes of a row of so many values, and whether rows can be read as vectors of 16 bytes.
-constexpr int64_t CODE_ALIGNMENT = 16;
-inline int64_t code_bytes(int64_t columns) {
-  constexpr int64_t BLOCK = 32;
-  const int64_t bytes = (columns + BLOCK - 1) / BLOCK * (BLOCK + 2);
-  return (bytes + CODE_ALIGNMENT - 1) / CODE_ALIGNMENT * CODE_ALIGNMENT;
+// A Fisher [rows, columns] in 8 bits, beside the tensors that it is weighted with; its rows are read as vectors of 16 bytes. The format:
+// fused_ewclora/reference/eight_bit.py.
+constexpr int64_t CODES_OF_A_SCALE = 32, CODES_ALIGNMENT = 16;
+inline int64_t row_bytes(int64_t columns) {
+  const int64_t blocks = (columns + CODES_OF_A_SCALE - 1) / CODES_OF_A_SCALE;
+  return (blocks * (CODES_OF_A_SCALE + 2) + CODES_ALIGNMENT - 1) / CODES_ALIGNMENT * CODES_ALIGNMENT;
 }
 inline bool has_rows_of_codes(const at::Tensor& t) {
-  if (t.numel() == 0) return true;
-  return t.stride(1) == 1 && t.stride(0) % CODE_ALIGNMENT == 0 && t.storage_offset() % CODE_ALIGNMENT == 0;
+  const bool apart = t.stride(0) % CODES_ALIGNMENT != 0 || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % CODES_ALIGNMENT != 0;
+  return t.numel() == 0 || (t.stride(1) == 1 && !apart);
 }
-
-// A Fisher of the product of an adapter, as codes in 8 bits.
-inline void fisher_codes(const at::Tensor& t, const Name& name, const at::Tensor& lora_a, const Name& like_name, int64_t d_out) {
+inline void codes(const at::Tensor& t, const Name& name, int64_t rows, int64_t columns, const at::Tensor& like, const Name& like_name) {
   matrix(t, name);
-  same_device(t, name, lora_a, like_name);
-  shape(t, name, {d_out, code_bytes(lora_a.size(1))}, "8-bit codes of B A");
-  TORCH_CHECK_VALUE(has_rows_of_codes(t), name, ": expected 8-bit codes with contiguous rows, got strides ", t.strides());
+  same_device(t, name, like, like_name);
+  shape(t, name, {rows, row_bytes(columns)}, "8-bit codes of B A");
+  TORCH_CHECK_VALUE(has_rows_of_codes(t), name, ": expected 8-bit codes with contiguous rows at multiples of 16 bytes, got strides ",
+                    t.strides());
 }
 
-// A factor of a structured Fisher beside `like`.
-inline void fisher_factor(const at::Tensor& t, const Name& name, at::IntArrayRef expected, const char* why, const at::Tensor& like,
-                          const Name& like_name) {
+// The row or column sums [size] of a factored Fisher.
+inline void sums(const at::Tensor& t, const Name& name, int64_t size, const at::Tensor& like, const Name& like_name) {
   present(t, name);
-  shape(t, name, expected, why);
+  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == size, name, ": expected shape [", size, "] (beside ", like_name, "), got ", t.sizes());
   same_device(t, name, like, like_name);
   TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat, name, ": expected torch.float32, got ", described(t.scalar_type()));
 }
@@ -245,10 +245,9 @@ inline void lora_linear_backward(at::DeviceType device, const at::Tensor& dy, co
   }
 }
 
-// codes: whether the kernels read Fishers in 8 bits.
 template <class Scales>
 void ewc_penalty(at::DeviceType device, const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs, const Scales& scales,
-                 const std::vector<double>& factors, const std::vector<bool>& needs, bool codes = false) {
+                 const std::vector<double>& factors, const std::vector<bool>& needs) {
   TORCH_CHECK_VALUE(!fishers.empty(), "fishers: expected at least one adapter, got none");
   adapter_lists(lora_as, lora_bs, scales, factors, fishers.size(), "fishers");
   TORCH_CHECK_VALUE(needs.size() == 3, "needs: expected 3 entries (A, B, s), got ", needs.size());
@@ -258,8 +257,9 @@ void ewc_penalty(at::DeviceType device, const Tensors& fishers, const Tensors& l
     const at::Tensor& lora_a = lora_as[k];
     adapter(lora_a, lora_bs[k], pointer(scales[k]), i, lora_a, {"lora_as", i});
     same(lora_a, {"lora_as", i}, lora_as[0], {"lora_as", 0});
-    if (codes && fishers[k].defined() && fishers[k].scalar_type() == at::kByte) {
-      fisher_codes(fishers[k], {"fishers", i}, lora_a, {"lora_as", i}, lora_bs[k].size(0));
+    present(fishers[k], {"fishers", i});
+    if (fishers[k].scalar_type() == at::kByte) {
+      codes(fishers[k], {"fishers", i}, lora_bs[k].size(0), lora_a.size(1), lora_a, {"lora_as", i});
       continue;
     }
     fisher_matrix(fishers[k], {"fishers", i}, lora_a, {"lora_as", i});
@@ -267,26 +267,26 @@ void ewc_penalty(at::DeviceType device, const Tensors& fishers, const Tensors& l
   }
 }
 
-// Fishers are the row sums of all adapters, then their column sums.
 template <class Scales>
 void factored_penalty(at::DeviceType device, const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs, const Scales& scales,
                       const std::vector<double>& factors, const std::vector<bool>& needs) {
   const size_t adapters = fishers.size() / 2;
-  TORCH_CHECK_VALUE(adapters > 0 && fishers.size() % 2 == 0, "fishers: expected two entries per adapter, got ", fishers.size());
+  TORCH_CHECK_VALUE(adapters > 0 && fishers.size() % 2 == 0, "fishers: expected two entries per adapter, at least one adapter, got ",
+                    fishers.size());
   adapter_lists(lora_as, lora_bs, scales, factors, adapters, "half of fishers");
   TORCH_CHECK_VALUE(needs.size() == 3, "needs: expected 3 entries (A, B, s), got ", needs.size());
   defining(lora_as[0], {"lora_as", 0}, device);
   for (size_t k = 0; k < adapters; ++k) {
     const int64_t i = int64_t(k);
-    const at::Tensor& lora_a = lora_as[k];
-    adapter(lora_a, lora_bs[k], pointer(scales[k]), i, lora_a, {"lora_as", i});
-    same(lora_a, {"lora_as", i}, lora_as[0], {"lora_as", 0});
-    fisher_factor(fishers[k], {"fishers", i}, {lora_bs[k].size(0)}, "rows of B", lora_a, {"lora_as", i});
-    fisher_factor(fishers[adapters + k], {"fishers", int64_t(adapters + k)}, {lora_a.size(1)}, "columns of A", lora_a, {"lora_as", i});
+    const Name like_name{"lora_as", i};
+    adapter(lora_as[k], lora_bs[k], pointer(scales[k]), i, lora_as[k], like_name);
+    same(lora_as[k], like_name, lora_as[0], {"lora_as", 0});
+    sums(fishers[k], {"fishers", i}, lora_bs[k].size(0), lora_as[k], like_name);
+    sums(fishers[adapters + k], {"fishers", int64_t(adapters + k)}, lora_as[k].size(1), lora_as[k], like_name);
   }
 }
 
-// The inputs and gradients of samples.
+// The samples of a Fisher.
 inline void samples(at::DeviceType device, const at::Tensor& x, const at::Tensor& dy, const std::string& squares,
                     const std::optional<at::Tensor>& cu_seqlens) {
   TORCH_CHECK_VALUE(squares == "sample" || squares == "batch", "squares: expected 'sample' or 'batch', got '", squares, "'");
@@ -316,8 +316,8 @@ inline void fisher_accumulate(at::DeviceType device, const at::Tensor& fisher, c
 inline void fisher_sums(at::DeviceType device, const at::Tensor& rows, const at::Tensor& columns, const at::Tensor& x, const at::Tensor& dy,
                         const std::string& squares, const std::optional<at::Tensor>& cu_seqlens) {
   samples(device, x, dy, squares, cu_seqlens);
-  fisher_factor(rows, {"rows"}, {dy.size(-1)}, "features of dy", x, {"x"});
-  fisher_factor(columns, {"columns"}, {x.size(-1)}, "features of x", x, {"x"});
+  sums(rows, {"rows"}, dy.size(-1), dy, {"dy"});
+  sums(columns, {"columns"}, x.size(-1), x, {"x"});
 }
 
 inline void merge(at::DeviceType device, const Tensors& weights, const Tensors& lora_as, const Tensors& lora_bs,

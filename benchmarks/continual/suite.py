@@ -55,9 +55,10 @@ class Place:
 
 
 def outstanding(runs: Iterable[Run], place: Place) -> list[Run]:
-    """The runs without a record. Raises `ArgumentError` when a record was made with another configuration:
-    the results of both would be averaged."""
-    left = []
+    """The runs without a record, those with the same problem and seed one after the other, so that it is
+    loaded once. Raises `ArgumentError` when a record was made with another configuration: the results of both
+    would be averaged."""
+    left: list[Run] = []
     for run in runs:
         file = place.records(run.suite)
         previous = [r for r in read(file) if (r["method"], r["seed"]) == (run.method, run.seed)]
@@ -68,7 +69,8 @@ def outstanding(runs: Iterable[Run], place: Place) -> list[Run]:
                 f"{file}: {run.method}, seed {run.seed}, was run with another configuration; "
                 "remove those lines, or name another folder with --out"
             )
-    return left
+    order = list(dict.fromkeys(run.suite for run in left))
+    return sorted(left, key=lambda run: (order.index(run.suite), run.seed))
 
 
 def run_all(runs: Sequence[Run], place: Place, progress: Callable[[str], None], command: str) -> list[str]:

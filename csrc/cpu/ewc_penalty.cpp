@@ -41,7 +41,7 @@ Cut cut_at(const std::vector<Adapter>& adapters, double total, int64_t part, int
 std::tuple<at::Tensor, at::Tensor> ewc_penalty(const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs,
                                                const OptionalTensors& scales, const std::vector<double>& factors, double ewc_lambda,
                                                const std::vector<bool>& needs) {
-  arguments::ewc_penalty(DEVICE, fishers, lora_as, lora_bs, scales, factors, needs, /*codes=*/true);
+  arguments::ewc_penalty(DEVICE, fishers, lora_as, lora_bs, scales, factors, needs);
   std::vector<Adapter> adapters(fishers.size());
   int64_t ranks = 0, scratch = 0, widest = 0;
   double total = 0.0;

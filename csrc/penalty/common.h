@@ -37,7 +37,7 @@ struct Common {
   bool fisher(const at::Tensor& t, int64_t d_out, int64_t d_in) const {
     const auto found = t.scalar_type();
     if (t.dim() != 2 || t.device() != device || t.size(0) != d_out) return false;
-    if (found == at::kByte) return t.size(1) == arguments::code_bytes(d_in) && arguments::has_rows_of_codes(t);
+    if (found == at::kByte) return t.size(1) == arguments::row_bytes(d_in) && arguments::has_rows_of_codes(t);
     return t.size(1) == d_in && (found == at::kFloat || found == (wide ? at::kDouble : at::kBFloat16));
   }
   // The sums [size], or the factor [size, size], of a structured Fisher: fp32, beside fp64 adapters also fp64.

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
 
 from ..distributed.transaction import Transaction
 from ..errors import ArgumentError, TargetError
+from ..fishers import Fisher
 from ..functional import Adapter
 from ..layers.adapted import AdaptedLinear, Updates
 from ..layers.index import Operands, check_present
@@ -30,7 +30,7 @@ class AnchoredPlacement(LocalPlacement):
     def check_foldable(self, action: str) -> None:
         check_ready(self.layers, action)
 
-    def operands(self, fishers: Mapping[str, Tensor]) -> Operands:
+    def operands(self, fishers: Mapping[str, Fisher]) -> Operands:
         """Those of the penalty on Delta - Delta_0."""
         check_present(self.refs)
         changes: list[Adapter] = []

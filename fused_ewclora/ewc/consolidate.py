@@ -11,25 +11,40 @@ from ..errors import ArgumentError, FisherError
 from ..layers.adapted import AdaptedLinear, Updates
 from ..layers.index import AdapterRef, put_rows, take_rows
 from .fold import folding
+from .packing import Packing
 from .placement import Placement
-from .state import AdapterSums, EWCState, TaskFisher, TaskRecord
+from .state import AdapterSums, EWCState, TaskFisher, TaskRecord, by_fisher, numbers_in, stored
+from .structures import Structure, Weights, part_key
 
 
 @torch.no_grad()
-def new_fisher(
-    old: Tensor | None, task: TaskFisher, key: str, gamma: float, update: str, dtype: torch.dtype
-) -> Tensor:
-    """gamma F + F_task ("sum") or gamma F + (1 - gamma) F_task ("convex"), F_task = buffer / samples; one
-    rounding to `dtype`.
+def new_fishers(
+    state: EWCState,
+    task: TaskFisher,
+    placement: Placement,
+    structure: Structure,
+    gamma: float,
+    update: str,
+    dtype: torch.dtype,
+) -> tuple[dict[str, Tensor], float]:
+    """gamma F + F_task ("sum") or gamma F + (1 - gamma) F_task ("convex"), F_task = sums / samples, with one
+    rounding to `dtype`, and the largest relative error of joining them in the structure.
 
     gamma = 0 copies F_task, so that an Inf in the old F does not survive as 0 * Inf; so does the first task.
     """
-    fresh = task.buffers[key] / task.samples
-    if old is not None and gamma != 0.0:
-        if update == "convex":
-            fresh.mul_(1.0 - gamma)
-        fresh.add_(old.to(fresh.dtype), alpha=gamma)
-    return fresh.to(dtype)
+    old, new, largest = by_fisher(state.fishers), by_fisher(task.buffers), 0.0
+    share = 1.0 - gamma if update == "convex" and old and gamma != 0.0 else 1.0
+    weights = Weights(gamma if old else 0.0, share, task.samples, len(state.history), placement.over_rows)
+    packing = Packing(placement, structure, dtype, len(state.history))
+    fishers: dict[str, Tensor] = {}
+    for ref in placement.refs:
+        extent = placement.extent(ref.piece.row_count, ref.layer.in_features)
+        parts, error = structure.joined(
+            old.get(ref.key), packing.sums(task, new[ref.key], ref), weights, extent
+        )
+        fishers |= {part_key(ref.key, part): stored(tensor, dtype) for part, tensor in parts.items()}
+        largest = max(largest, error)
+    return fishers, largest
 
 
 @torch.no_grad()
@@ -64,6 +79,7 @@ def weights_of_sums(
 def consolidate(
     state: EWCState,
     placement: Placement,
+    structure: Structure,
     *,
     gamma: float,
     update: str,
@@ -84,24 +100,21 @@ def consolidate(
             "have some, or estimate_fisher with a loader that is not empty"
         )
     refs = placement.refs
-    fishers = {
-        ref.key: new_fisher(state.fishers.get(ref.key), task, ref.key, gamma, update, fisher_dtype)
-        for ref in refs
-    }
+    fishers, error = new_fishers(state, task, placement, structure, gamma, update, fisher_dtype)
     if merge_mode == "factors":
         _check_one_scale(refs)
         sums = new_sums(refs, state.sums)
         weights = weights_of_sums(placement.layers, refs, sums)
     else:
         sums, weights = {}, placement.new_weights()
-    record = TaskRecord("+".join(task.labels), task.samples, task.batch_size, gamma)
+    record = TaskRecord("+".join(task.labels), task.samples, task.batch_size, gamma, error)
     with folding(
         placement.layers,
         weights,
         action="consolidate",
         error=FisherError,
         agree=placement.agree,
-        others={f"Fisher of {key}": fisher for key, fisher in fishers.items()},
+        others={f"Fisher of {name}": tensor for name, tensor in numbers_in(fishers).items()},
         finite=check_finite,
     ) as change:
         for key, old in state.fishers.items():

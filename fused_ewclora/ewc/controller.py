@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from ..distributed.processes import check_same
 from ..distributed.transaction import Transaction, by_canonical_name
 from ..errors import ArgumentError, FisherError, TargetError, warn
+from ..fishers import Fisher
 from ..layers.adapted import AdaptedLinear
 from ..layers.from_peft import no_adapters
 from ..layers.index import checked_fisher_dtype, devices
@@ -21,13 +22,18 @@ from ..layers.inject import adapters, check_plain
 from ..layers.watch import TrainingWatch
 from ..ops.capture import RowsToSamples
 from . import estimation as passes
+from . import several_passes
 from .consolidate import consolidate
+from .conversion import check_convertible, converted
 from .divergence import CHOOSE_LAMBDA, divergence
 from .fisher_pass import FisherPass
+from .packing import Packing
 from .placement import LocalPlacement, Placement
 from .restoring import Undo
 from .settings import FISHER_MODES, MERGE_MODES, UPDATES, checked_lambda, number, one_of
-from .state import EWCState, Expected, TaskFisher, TaskRecord, dump
+from .state import EWCState, Expected, TaskFisher, TaskRecord, by_fisher, dump
+from .structures import Structure, check_mode, structure_of
+from .structures.dense import Dense
 from .untrained import untrained_message
 
 if TYPE_CHECKING:
@@ -46,8 +52,8 @@ class EWC:
         gamma: decay of the Fishers of earlier tasks, in [0, 1]; 1 is the published value, 0 forgets them.
         fisher_mode: "sample", the mean of squared per-sample gradients, or "batch", n times the squared mean
             gradient of a batch of n, averaged over samples (the official code).
-        fisher_dtype: of the cumulative Fisher, fp32 or bf16 (fp64 beside fp64 adapters); a task's Fisher is
-            accumulated in fp32.
+        fisher_dtype: of the cumulative Fisher, fp32 or bf16 (fp64 beside fp64 adapters), or "8bit" with a
+            scale for every 32 numbers; a task's Fisher is accumulated in fp32.
         merge_mode: "delta", W + s B A, or "factors", W0 + s (sum B)(sum A) with the cross terms of the
             official code; it keeps the original rows W0.
         check_finite: refuse NaN and Inf in Fishers and weights (one host synchronisation per task).
@@ -55,6 +61,8 @@ class EWC:
             F_task.
         generator: source of the A of each new task; None is the default generator. Processes that call
             `reduce_fisher_` or `shard_` draw the same A.
+        fisher: how F is kept (docs/fishers.md): "dense", one number per weight; "factored", its row and
+            column sums; "kronecker", K-FAC, with mode "sample"; "uniform", its mean; or a `Structure`.
 
     Consolidation resets lora_A and lora_B in place; an optimizer must forget their moments, which
     `reset_optimizer_state_` does. The state follows the model to other devices; a copy or pickle of an EWC
@@ -76,16 +84,19 @@ class EWC:
         ewc_lambda: float | None = None,
         gamma: float = 1.0,
         fisher_mode: str = "sample",
-        fisher_dtype: torch.dtype = torch.float32,
+        fisher_dtype: torch.dtype | Literal["8bit"] = torch.float32,
         merge_mode: str = "delta",
         check_finite: bool = True,
         update: str = "sum",
         generator: torch.Generator | None = None,
+        fisher: str | Structure = "dense",
     ) -> None:
         self.model = model
         self.ewc_lambda = ewc_lambda
         self.gamma = number("gamma", gamma, 0.0, 1.0)
+        self.structure = structure_of(fisher, fisher_dtype)
         self.fisher_mode = one_of("fisher_mode", fisher_mode, FISHER_MODES)
+        check_mode(self.structure, fisher_mode)
         self.merge_mode = one_of("merge_mode", merge_mode, MERGE_MODES)
         self.update = one_of("update", update, UPDATES)
         self.check_finite, self.generator = bool(check_finite), generator
@@ -97,7 +108,14 @@ class EWC:
         self._placement: Placement = LocalPlacement(model, self.layers)
         self._state = EWCState()
         self._common_generator: torch.Generator | None = None  # of the next A, after reduce_fisher_
-        self.fisher_dtype = checked_fisher_dtype(self._placement.refs, fisher_dtype)
+        self.fisher_dtype = self._kept_dtype(self.structure, fisher_dtype)
+        self._values: tuple[Any, dict[str, Fisher]] = (None, {})
+
+    def _kept_dtype(self, structure: Structure, fisher_dtype: torch.dtype | str) -> torch.dtype:
+        """The dtype of kept numbers; of codes there are none."""
+        if isinstance(fisher_dtype, str):
+            return torch.float32
+        return checked_fisher_dtype(self._placement.refs, fisher_dtype, structure.dtypes, structure.name)
 
     @property
     def ewc_lambda(self) -> float | None:
@@ -113,12 +131,22 @@ class EWC:
         if "ewc_lambda" in state:  # of an earlier version
             self._lambda = vars(self).pop("ewc_lambda")
             self.watch = TrainingWatch(self.layers)
+        if "structure" not in state:
+            self.structure = structure_of("dense", torch.float32)
+        self._values = (None, {})
 
     @property
-    def fishers(self) -> dict[str, Tensor]:
+    def fishers(self) -> dict[str, Fisher]:
         """The cumulative Fisher `[rows of the adapter, d_in]` by module name, with ".k" etc. for slices;
-        empty before the first task. Sharded Fishers are DTensors."""
-        return self._placement.wrapped(self._state.fishers)
+        empty before the first task. Of other structures than dense ones an `EightBitFisher`, `FactoredFisher`
+        or `KroneckerFisher`. Tensors that are sharded by rows are DTensors."""
+        return self._as_values(self._placement.wrapped(self._state.fishers))
+
+    def _as_values(self, tensors: Mapping[str, Tensor]) -> dict[str, Fisher]:
+        if type(self.structure) is Dense:
+            return dict(tensors)
+        columns = {ref.key: ref.layer.in_features for ref in self._placement.refs}
+        return {key: self.structure.value(parts, columns[key]) for key, parts in by_fisher(tensors).items()}
 
     @property
     def tasks(self) -> int:
@@ -143,11 +171,14 @@ class EWC:
         """Moves the state to the devices of the layers."""
         self._state = self._state.moved(devices(self._placement.refs), self.fisher_dtype)
 
-    def _fishers_in_place(self) -> dict[str, Tensor]:
+    def _fishers_in_place(self) -> dict[str, Fisher]:
         """The Fishers on the devices of the layers."""
         if next(iter(self._state.fishers.values())).device != self._device:
             self._follow()
-        return self._state.fishers
+        tensors = self._state.fishers
+        if self._values[0] is not tensors:
+            self._values = (tensors, self._as_values(tensors))
+        return self._values[1]
 
     def _given_lambda(self) -> float:
         """The strength of the penalty; raises `ArgumentError` when there is none."""
@@ -217,7 +248,7 @@ class EWC:
         self._check()
         self._note_gradients()
         options = (reduction, batch_size, loss_scale, check_samples, rows_to_samples)
-        running = FisherPass(self._placement, self.fisher_mode, *options)
+        running = FisherPass(self._placement, self.structure, self.fisher_mode, *options)
         running.allow_empty = allow_empty
         undo = Undo()
         with self._naming_lambda():
@@ -269,7 +300,12 @@ class EWC:
 
     def _add(self, fisher: TaskFisher) -> None:
         old = self._state
-        self._state = replace(old, task=fisher if old.task is None else fisher.plus(old.task))
+        task = fisher if old.task is None else self._packing.plus(fisher, old.task)
+        self._state = replace(old, task=task)
+
+    @property
+    def _packing(self) -> Packing:
+        return Packing(self._placement, self.structure, self.fisher_dtype, self.tasks)
 
     def estimate_fisher(
         self,
@@ -287,6 +323,7 @@ class EWC:
         check_samples: bool = True,
         rows_to_samples: Mapping[str, RowsToSamples] | None = None,
         allow_empty: bool = False,
+        max_bytes: int | None = None,
     ) -> None:
         """Adds the Fisher of the data in `loader` to the current task's, in eval mode; modes and gradients
         are restored.
@@ -297,7 +334,9 @@ class EWC:
         "mean"); None takes -log p(y), summed over the targets of a sample, unless the model has a loss that
         is something else. labels: "empirical"; "sampled", y ~ softmax(logits_fn(output)) with `generator`;
         "exact", the expectation over classes of -log p, one backward per class, without loss_fn.
-        allow_empty: a loader without samples adds zero, for one process of several.
+        allow_empty: a loader without samples adds zero, for one process of several. max_bytes: of the sums
+        that are gathered at a time; the loader, which has to give the same batches every time, is passed over
+        once for every group of layers that fits, and the sums of a group wait in what F is kept in.
 
         With fisher_mode "sample" the pass runs the first and the last sample of the first batch alone, to
         find which rows of each layer's input belong to which sample; with both modes it compares losses that
@@ -314,24 +353,55 @@ class EWC:
         >>> ewc.estimate_fisher(loader, torch.nn.functional.cross_entropy, labels="sampled")
         """
         passes.check_labels(labels, self.fisher_mode)
-        policy = passes.LabelPolicy(labels, loss_fn, reduction, logits_fn, generator, check_samples)
+        options = (labels, loss_fn, reduction, logits_fn, generator, check_samples)
+        policy = passes.LabelPolicy(*options)
         data = passes.Data(loader, self._device, forward, batch_size_fn, max_batches, progress)
         self._check()
+        if max_bytes is None:
+            self._note_gradients()
+            self._add(self._passed(data, policy, None, allow_empty, rows_to_samples))
+            return
+        groups = several_passes.groups(self._placement, self.structure, max_bytes)
+        several_passes.check_repeatable(loader)
         self._note_gradients()
+        rewind = several_passes.Rewind(self._placement, loader, generator)
+        found: list[TaskFisher] = []
+        for turn, layers in enumerate(groups):
+            if turn:
+                rewind()
+                policy = passes.LabelPolicy(*options)
+            fisher = self._passed(data, policy, layers, allow_empty, rows_to_samples, warn=not turn)
+            found.append(self._packing.packed(fisher))
+            del fisher
+        self._add(several_passes.joined(found))
+
+    def _passed(
+        self,
+        data: passes.Data,
+        policy: passes.LabelPolicy,
+        layers: dict[str, AdaptedLinear] | None,
+        allow_empty: bool,
+        rows_to_samples: Mapping[str, RowsToSamples] | None,
+        warn: bool = True,
+    ) -> TaskFisher:
+        """The Fisher of one pass over the data, of these layers (None: all)."""
         running = FisherPass(
             self._placement,
+            self.structure,
             self.fisher_mode,
             policy.backward_reduction,
-            check_samples=check_samples,
+            check_samples=policy.check_samples,
             rows_to_samples=rows_to_samples,
+            layers=layers,
         )
         running.samples, running.allow_empty = 0, allow_empty
         undo = Undo()
         with self._naming_lambda(), torch.inference_mode(False), undo, undo:
             checks = passes.run(self.model, data, policy, running, undo, self.check_finite, self._begin)
-            fisher = running.result(labels, self.check_finite)
-            checks.warn()
-        self._add(fisher)
+            fisher = running.result(policy.labels, self.check_finite)
+            if warn:
+                checks.warn()
+        return fisher
 
     def reduce_fisher_(self, group: ProcessGroup | None = None) -> None:
         """Sums the Fisher of the current task, and its number of samples, over the processes of `group`.
@@ -347,7 +417,7 @@ class EWC:
         """
         if self._state.task is None:
             raise FisherError("reduce_fisher_: this task has no Fisher yet; call estimate_fisher first")
-        task = self._placement.reduced(self._state.task, self._described(), group)
+        task = self._packing.reduced(self._state.task, self._described(), group)
         if task.samples == 0:
             raise FisherError(
                 "reduce_fisher_: the loaders of all processes were empty; no process has samples"
@@ -375,10 +445,44 @@ class EWC:
                 raise TargetError(f"shard_: {name}: its weight is quantised, and cannot be sharded by rows")
         from .sharding import ShardedPlacement  # loads torch.distributed.fsdp, which takes a second
 
-        before, sharded = self._placement, ShardedPlacement(self._placement, mesh)
+        before, sharded = self._placement, ShardedPlacement(self._placement, mesh, self.structure)
         check_same(self._described())
         self._state = self._state.mapped_by_key(lambda fishers: sharded.taken(before.wrapped(fishers)))
         self._placement = sharded
+
+    def convert_fisher_(
+        self,
+        fisher: str | Structure,
+        fisher_dtype: torch.dtype | Literal["8bit"] = torch.float32,
+    ) -> dict[str, float]:
+        """From now on keeps F as `EWC(fisher=, fisher_dtype=)` names it, and converts what is kept of earlier
+        tasks; returns for each adapter the relative error in the Frobenius norm that this made of F.
+
+        To be called between tasks. Dense Fishers, in 8 bits too, become any other ("kronecker" keeps their
+        row and column sums as diagonal factors), factored ones "uniform". Captured graphs of the penalty must
+        be captured anew. Raises `ArgumentError` or `DtypeError` as the constructor does, `FisherError` from
+        structures whose single numbers are lost, during a task that has a Fisher, after `shard_` and for
+        values that are not finite; nothing has changed then.
+
+            >>> errors = ewc.convert_fisher_("dense", "8bit")
+        """
+        structure = structure_of(fisher, fisher_dtype)
+        check_mode(structure, self.fisher_mode)
+        dtype = self._kept_dtype(structure, fisher_dtype)
+        if not isinstance(self._placement, LocalPlacement):
+            raise FisherError("convert_fisher_: the Fishers are sharded by rows; convert before shard_")
+        if self._state.task is not None:
+            raise FisherError(
+                "convert_fisher_: this task has a Fisher already, gathered for the present structure; "
+                "call consolidate first"
+            )
+        check_convertible(self.structure, structure)
+        self._check()
+        options = (self._placement.refs, self.structure, structure, dtype, self.check_finite)
+        fishers, errors = converted(self._state, *options)
+        self._state = replace(self._state, fishers=fishers)
+        self.structure, self.fisher_dtype, self._values = structure, dtype, (None, {})
+        return errors
 
     def consolidate(self, gamma: float | None = None) -> None:
         """Ends a task: F <- gamma F + F_task, W <- W + B diag(s) A (fp32 sum, one rounding), A and B reset;
@@ -398,6 +502,7 @@ class EWC:
             self._state = consolidate(
                 self._state,
                 self._placement,
+                self.structure,
                 gamma=gamma,
                 update=self.update,
                 merge_mode=self.merge_mode,
@@ -453,7 +558,12 @@ class EWC:
         return {**shapes, **self._settings(), "gamma": self.gamma, "ewc_lambda": self.ewc_lambda}
 
     def _settings(self) -> dict[str, str]:
-        return {"fisher_mode": self.fisher_mode, "merge_mode": self.merge_mode, "update": self.update}
+        return {
+            "fisher": self.structure.name,
+            "fisher_mode": self.fisher_mode,
+            "merge_mode": self.merge_mode,
+            "update": self.update,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """{"tensors": Fishers and, with merge_mode "factors", the sums of A and of B; "config": how they were
@@ -469,7 +579,8 @@ class EWC:
         shapes = {
             ref.key: (ref.piece.row_count, ref.piece.r, ref.layer.in_features) for ref in self._placement.refs
         }
-        return self._placement.parsed(saved, Expected(shapes, self._settings(), self.check_finite))
+        expected = Expected(shapes, self._settings(), self.check_finite, self.structure)
+        return self._placement.parsed(saved, expected)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Takes over a `state_dict()` of an EWC with the same settings and adapters; nothing changes unless

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EWCLoRAError
+from ..fishers import EightBitFisher, Fisher, KroneckerFisher
 from ..layers.finite import nonfinite
 from ..layers.watch import local
 from .placement import LocalPlacement, Placement
@@ -21,7 +22,7 @@ CHOOSE_LAMBDA = (
 
 
 def divergence(
-    placement: Placement, fishers: Mapping[str, Tensor], ewc_lambda: float, fisher_mode: str
+    placement: Placement, fishers: Mapping[str, Fisher], ewc_lambda: float, fisher_mode: str
 ) -> str | None:
     """A sentence about lambda when adapters hold NaN or Inf, or the penalty is not finite, else None.
 
@@ -35,7 +36,7 @@ def divergence(
     bad, size = nonfinite(adapters), _size_of_penalty(placement, fishers, ewc_lambda)
     if not bad and math.isfinite(size):
         return None
-    largest = max((float(f.max()) for f in fishers.values() if f.numel()), default=0.0)
+    largest = max(map(_largest, fishers.values()), default=0.0)
     place = f"{bad[0]} holds NaN or Inf: the training has diverged. " if bad else ""
     return (
         f"{place}The penalty is {size:g} with ewc_lambda={ewc_lambda:g} and fisher_mode={fisher_mode!r}, "
@@ -44,8 +45,21 @@ def divergence(
     )
 
 
+def _largest(fisher: Fisher) -> float:
+    """The largest entry of F."""
+    if isinstance(fisher, EightBitFisher):
+        return fisher.largest()
+    if isinstance(fisher, Tensor):
+        return float(fisher.max()) if fisher.numel() else 0.0
+    if not (fisher[0].numel() and fisher[1].numel()):
+        return 0.0
+    if isinstance(fisher, KroneckerFisher):
+        return float(fisher.outputs.diagonal().max() * fisher.inputs.diagonal().max())
+    return float(fisher.rows.max() * fisher.columns.max() / fisher.columns.sum())
+
+
 @torch.no_grad()
-def _size_of_penalty(placement: Placement, fishers: Mapping[str, Tensor], ewc_lambda: float) -> float:
+def _size_of_penalty(placement: Placement, fishers: Mapping[str, Fisher], ewc_lambda: float) -> float:
     """The penalty of this process, NaN where it cannot be computed."""
     if not isinstance(placement, LocalPlacement):
         return math.nan

@@ -17,11 +17,14 @@ from ..distributed.processes import sharded
 from ..distributed.reduce import reduced
 from ..distributed.transaction import Transaction
 from ..errors import FisherError, TargetError
+from ..fishers import Fisher
 from ..layers.adapted import AdaptedLinear, Updates
 from ..layers.index import AdapterRef, OperandLookup, Operands, adapter_refs, check_present, operands
 from ..layers.inject import check_mergeable, check_plain
 from ..ops.capture import FisherCapture
 from .state import EWCState, Expected, TaskFisher, parse
+from .structures import Extent, Parts, Structure
+from .structures.structure import zeros
 
 Result = TypeVar("Result")
 
@@ -58,17 +61,28 @@ class Placement(Protocol):
         """This process's part of a saved state; raises `FisherError` as `parse` does. `expected` has the
         shapes of whole tensors."""
 
-    def penalty(self, fishers: Mapping[str, Tensor], ewc_lambda: float) -> Tensor:
+    def penalty(self, fishers: Mapping[str, Fisher], ewc_lambda: float) -> Tensor:
         """(lambda/2) sum F (B diag(s) A)^2 over all rows, 0-d and differentiable."""
 
     def add_penalty_grad_(
-        self, fishers: Mapping[str, Tensor], ewc_lambda: float, grad_scale: float | Tensor
+        self, fishers: Mapping[str, Fisher], ewc_lambda: float, grad_scale: float | Tensor
     ) -> Tensor:
         """Adds the gradients of the penalty, times grad_scale, to `.grad`; returns the unscaled penalty."""
 
-    def capture(self, layer: AdaptedLinear, *options: Any) -> FisherCapture:
-        """A capture with empty buffers for the Fishers of a layer; options are those of `FisherCapture` after
-        the rows."""
+    def extent(self, rows: int, columns: int) -> Extent:
+        """The rows that this process holds of a Fisher."""
+
+    def largest_extent(self, rows: int, columns: int) -> Extent:
+        """Rows of a Fisher as many as a process holds at most."""
+
+    def over_rows(self, value: Tensor) -> Tensor:
+        """The sum of a value over the processes that hold the rows of a Fisher."""
+
+    def capture(
+        self, structure: Structure, layer: AdaptedLinear, *options: Any
+    ) -> tuple[FisherCapture, list[Parts]]:
+        """A capture that adds to new sums for the Fishers of a layer, and these sums, by adapter; options are
+        those of `FisherCapture` after the rows."""
 
     def totals(self, samples: int, batch_size: int) -> tuple[int, int]:
         """The samples of all processes, and the largest of their batch sizes."""
@@ -119,7 +133,7 @@ class LocalPlacement:
     def parsed(self, saved: Any, expected: Expected) -> EWCState:
         return parse(saved, expected)
 
-    def operands(self, fishers: Mapping[str, Tensor]) -> Operands:
+    def operands(self, fishers: Mapping[str, Fisher]) -> Operands:
         """The operands of `ewc_penalty`."""
         if torch.compiler.is_compiling():  # what a graph guards on is what it looks at
             check_present(self.refs)
@@ -130,11 +144,11 @@ class LocalPlacement:
     def _lookup(self) -> OperandLookup:
         return OperandLookup(self.refs)
 
-    def penalty(self, fishers: Mapping[str, Tensor], ewc_lambda: float) -> Tensor:
+    def penalty(self, fishers: Mapping[str, Fisher], ewc_lambda: float) -> Tensor:
         return FE.ewc_penalty(*self.operands(fishers), ewc_lambda)
 
     def add_penalty_grad_(
-        self, fishers: Mapping[str, Tensor], ewc_lambda: float, grad_scale: float | Tensor
+        self, fishers: Mapping[str, Fisher], ewc_lambda: float, grad_scale: float | Tensor
     ) -> Tensor:
         terms = self.operands(fishers)
         if not self._lookup.composed:
@@ -145,10 +159,23 @@ class LocalPlacement:
         penalty.backward(penalty.detach().new_ones(()) * grad_scale)
         return penalty.detach()
 
-    def capture(self, layer: AdaptedLinear, *options: Any) -> FisherCapture:
+    def extent(self, rows: int, columns: int) -> Extent:
+        return Extent.whole(rows, columns)
+
+    largest_extent = extent
+
+    def over_rows(self, value: Tensor) -> Tensor:
+        return value
+
+    def capture(
+        self, structure: Structure, layer: AdaptedLinear, *options: Any
+    ) -> tuple[FisherCapture, list[Parts]]:
         pieces = layer.adapter_slices
-        buffers = [fisher_buffer(layer, piece.row_count) for piece in pieces]
-        return FisherCapture(buffers, [piece.rows for piece in pieces], *options)
+        parts = [
+            new_sums(structure, layer, self.extent(piece.row_count, layer.in_features)) for piece in pieces
+        ]
+        sums = [structure.sums(own) for own in parts]
+        return FisherCapture(sums, [piece.rows for piece in pieces], *options), parts
 
     def totals(self, samples: int, batch_size: int) -> tuple[int, int]:
         return samples, batch_size
@@ -201,7 +228,11 @@ def check_ready(layers: Mapping[str, AdaptedLinear], action: str) -> None:
             raise FisherError(f"{name}: a Fisher pass is active; leave its block before {action}")
 
 
-def fisher_buffer(layer: AdaptedLinear, rows: int) -> Tensor:
-    """Zeros `[rows, in_features]` to accumulate a Fisher in: fp32, beside fp64 weights fp64."""
-    dtype = torch.promote_types(layer.dtype, torch.float32)
-    return torch.zeros(rows, layer.in_features, dtype=dtype, device=layer.weight.device)
+def new_sums(structure: Structure, layer: AdaptedLinear, extent: Extent) -> Parts:
+    """Zeros to accumulate a Fisher in."""
+    return zeros(structure.sum_shapes(extent), sums_dtype(layer), layer.weight.device)
+
+
+def sums_dtype(layer: AdaptedLinear) -> torch.dtype:
+    """That of the sums of a task: fp32, beside fp64 weights fp64."""
+    return torch.promote_types(layer.dtype, torch.float32)

@@ -226,7 +226,7 @@ class SampleCheck:
         return Seen(calls, output, random)
 
     def _devices(self) -> list[int]:
-        devices = {capture.fishers[0].device for capture in self._captures.values()}
+        devices = {layer.weight.device for layer in self._placement.layers.values()}
         return sorted({device.index or 0 for device in devices if device.type == "cuda"})
 
     def _random_states(self) -> list[Tensor]:

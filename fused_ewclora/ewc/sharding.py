@@ -21,12 +21,15 @@ from ..distributed.gather import SumOverProcesses, gathered
 from ..distributed.processes import common_generator, reshard, together
 from ..distributed.transaction import Transaction
 from ..errors import TargetError
+from ..fishers import Fisher, KroneckerFisher
 from ..layers.adapted import AdaptedLinear, Updates
 from ..layers.index import check_present
 from ..layers.inject import check_mergeable
-from ..ops.capture import FisherCapture, Term
-from .placement import Placement, check_inside, check_ready, fisher_buffer
+from ..ops.capture import FisherCapture
+from ..ops.sums import Term
+from .placement import Placement, check_inside, check_ready, new_sums
 from .state import EWCState, Expected, TaskFisher, parse
+from .structures import Extent, Parts, Structure, split_key
 
 Result = TypeVar("Result")
 
@@ -54,11 +57,13 @@ class Share:
 class ShardedPlacement:
     """`Placement` of adapters whose matrices FSDP2 shards by rows.
 
-    before: the placement before sharding. mesh: that of the parameters, which None takes. Raises
+    before: the placement before sharding. mesh: that of the parameters, which None takes. structure: of the
+    Fishers. Raises
     `TargetError` naming the adapter when its matrices are not sharded by rows over `mesh`.
     """
 
-    def __init__(self, before: Placement, mesh: DeviceMesh | None) -> None:
+    def __init__(self, before: Placement, mesh: DeviceMesh | None, structure: Structure) -> None:
+        self._structure = structure
         self.model, self.layers, self.refs = before.model, before.layers, before.refs
         if kernels := [name for name, layer in self.layers.items() if not layer.stores_matrices]:
             raise TargetError(
@@ -153,14 +158,30 @@ class ShardedPlacement:
             scales.append(factor if scale is None else rest.pop(0) * factor)
         return lora_as, rest if with_b else [local(b) for _, b in matrices], scales
 
-    def penalty(self, fishers: Mapping[str, Tensor], ewc_lambda: float) -> Tensor:
+    def penalty(self, fishers: Mapping[str, Fisher], ewc_lambda: float) -> Tensor:
         """Its gradients with respect to the shards are not averaged over processes."""
-        lora_as, lora_bs, scales = self.whole(with_b=False)
-        part = FE.ewc_penalty(list(fishers.values()), lora_as, lora_bs, scales, ewc_lambda)
+        values = list(fishers.values())
+        if isinstance(values[0], KroneckerFisher):
+            part = self._kronecker_penalty(cast(list[KroneckerFisher], values), ewc_lambda)
+        else:
+            lora_as, lora_bs, scales = self.whole(with_b=False)
+            part = FE.ewc_penalty(values, lora_as, lora_bs, scales, ewc_lambda)
         return cast(Tensor, SumOverProcesses.apply(part, self.group))
 
+    def _kronecker_penalty(self, fishers: list[KroneckerFisher], ewc_lambda: float) -> Tensor:
+        """That of this process's rows of G: they meet all rows of B."""
+        lora_as, lora_bs, scales = self.whole(with_b=True)
+        total = lora_as[0].new_zeros((), dtype=torch.float64)
+        for fisher, a, b, scale in zip(fishers, lora_as, lora_bs, scales, strict=True):
+            share, acc = self.share(b.shape[0]), fisher.outputs.dtype
+            scaled, wide = b.to(acc) * scale, a.to(acc)
+            of_outputs = scaled[share.start : share.stop].T @ (fisher.outputs @ scaled)
+            of_inputs = (wide @ fisher.inputs) @ wide.T
+            total = total + (of_outputs * of_inputs).sum(dtype=torch.float64)
+        return (0.5 * ewc_lambda * total).to(fishers[0].outputs.dtype)
+
     def add_penalty_grad_(
-        self, fishers: Mapping[str, Tensor], ewc_lambda: float, grad_scale: float | Tensor
+        self, fishers: Mapping[str, Fisher], ewc_lambda: float, grad_scale: float | Tensor
     ) -> Tensor:
         with torch.enable_grad():
             value = self.penalty(fishers, ewc_lambda)
@@ -168,20 +189,26 @@ class ShardedPlacement:
         return value.detach()
 
     def wrapped(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """DTensors, sharded as lora_B is."""
+        """DTensors, sharded as lora_B is; what every process has as a whole stays a tensor."""
+        rows = {ref.key: b.shape[0] for ref, (_, b) in zip(self.refs, self._matrices(), strict=True)}
         wrapped: dict[str, Tensor] = {}
-        for ref, (_, b) in zip(self.refs, self._matrices(), strict=True):
-            if ref.key in tensors:
-                shape = torch.Size((b.shape[0], ref.layer.in_features))
-                wrapped[ref.key] = DTensor.from_local(
-                    tensors[ref.key], self.mesh, self._placements, run_check=False, shape=shape,
-                    stride=(shape[1], 1),
-                )  # fmt: skip
+        for name, tensor in tensors.items():
+            key, part = split_key(name)
+            if part in self._structure.by_rows:
+                shape = torch.Size((rows[key], *tensor.shape[1:]))
+                stride = (shape[1], 1) if len(shape) == 2 else (1,)
+                tensor = DTensor.from_local(
+                    tensor, self.mesh, self._placements, run_check=False, shape=shape, stride=stride
+                )
+            wrapped[name] = tensor
         return wrapped
 
     def taken(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of this process's rows of whole tensors or DTensors."""
-        return {key: self.mine(tensor).clone() for key, tensor in tensors.items()}
+        """Copies of this process's rows of whole tensors or DTensors; of those not divided by rows, whole."""
+        return {name: self._mine_of(name, tensor).clone() for name, tensor in tensors.items()}
+
+    def _mine_of(self, name: str, tensor: Tensor) -> Tensor:
+        return self.mine(tensor) if split_key(name)[1] in self._structure.by_rows else tensor
 
     def mine(self, tensor: Tensor) -> Tensor:
         """This process's rows of a whole tensor, or of a DTensor."""
@@ -192,20 +219,19 @@ class ShardedPlacement:
 
     def parsed(self, saved: Any, expected: Expected) -> EWCState:
         saved = self._rows_of_state(saved)
-        shapes = {key: (self.share(rows).count, r, d_in) for key, (rows, r, d_in) in expected.shapes.items()}
-        return together(lambda: parse(saved, replace(expected, shapes=shapes)))
+        return together(lambda: parse(saved, replace(expected, extent=self.extent)))
 
     def _rows_of_state(self, saved: Any) -> Any:
         """A saved state with this process's rows of its whole tensors or DTensors; anything that is no state
         unchanged."""
 
-        def mine(value: Any) -> Any:
-            return self.mine(value) if isinstance(value, Tensor) and value.dim() > 0 else value
+        def mine(name: Any, value: Any) -> Any:
+            return self._mine_of(str(name), value) if isinstance(value, Tensor) and value.dim() > 0 else value
 
         tensors = saved.get("tensors") if isinstance(saved, Mapping) else None
         if not isinstance(tensors, Mapping):
             return saved
-        return {**saved, "tensors": {name: mine(value) for name, value in tensors.items()}}
+        return {**saved, "tensors": {name: mine(name, value) for name, value in tensors.items()}}
 
     def totals(self, samples: int, batch_size: int) -> tuple[int, int]:
         return self._reduced(samples, dist.ReduceOp.SUM), self._reduced(batch_size, dist.ReduceOp.MAX)
@@ -232,14 +258,29 @@ class ShardedPlacement:
     def _device(self) -> torch.device:
         return self.refs[0].layer.weight.device
 
-    def capture(self, layer: AdaptedLinear, *options: Any) -> FisherCapture:
-        """Its Fishers are this process's rows, summed over processes batch by batch."""
-        pieces = layer.adapter_slices
-        shares = [self.share(piece.row_count) for piece in pieces]
-        buffers = [fisher_buffer(layer, share.count) for share in shares]
-        capture = ShardedCapture(buffers, [piece.rows for piece in pieces], *options)
-        capture.shares, capture.group, capture.others = shares, self.group, self._others
-        return capture
+    def extent(self, rows: int, columns: int) -> Extent:
+        share = self.share(rows)
+        return Extent(rows, columns, share.start, share.count)
+
+    def largest_extent(self, rows: int, columns: int) -> Extent:
+        return Extent(rows, columns, 0, min(self.share(rows).chunk, rows))
+
+    def over_rows(self, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def capture(
+        self, structure: Structure, layer: AdaptedLinear, *options: Any
+    ) -> tuple[FisherCapture, list[Parts]]:
+        """Its sums are those of this process's rows, summed over processes batch by batch."""
+        pieces, columns = layer.adapter_slices, layer.in_features
+        parts = [new_sums(structure, layer, self.extent(piece.row_count, columns)) for piece in pieces]
+        capture = ShardedCapture([structure.sums(own) for own in parts], [p.rows for p in pieces], *options)
+        capture.parts, capture.structure, capture.columns = parts, structure, columns
+        capture.shares = [self.share(piece.row_count) for piece in pieces]
+        capture.group, capture.others = self.group, self._others
+        return capture, parts
 
     @torch.no_grad()
     def new_weights(self) -> dict[str, Updates]:
@@ -301,17 +342,42 @@ class ShardedCapture(FisherCapture):
     """
 
     shares: list[Share]
+    parts: list[Parts]
+    structure: Structure
+    columns: int
     group: dist.ProcessGroup
     others: list[dist.ProcessGroup]
 
     def _add(self, index: int, terms: list[Term], weight: float) -> None:
-        fisher, share = self.fishers[index], self.shares[index]
-        columns = fisher.shape[1]
-        everything = fisher.new_zeros(share.chunk * self.group.size(), columns)
+        share, parts = self.shares[index], self.parts[index]
+        everything = self._workspace(share, parts)
+        whole = {
+            part: tensor[: share.rows] if part in self.structure.by_rows else tensor
+            for part, tensor in everything.items()
+        }
+        sums = self.structure.sums(whole)
         for term in terms:
-            self._accumulate_into(everything[: share.rows], term, weight)
-        mine = everything.new_empty(share.chunk, columns)
-        dist.reduce_scatter_tensor(mine, everything, group=self.group)
+            sums.add(term, self.mode, weight)
+        for part, total in parts.items():
+            total.add_(self._summed(everything[part], part in self.structure.by_rows)[: len(total)])
+
+    def _workspace(self, share: Share, parts: Parts) -> Parts:
+        """Zeros for the sums of all rows, padded to equal shares."""
+        shapes = self.structure.sum_shapes(Extent.whole(share.rows, self.columns))
+        padded = share.chunk * self.group.size()
+        return {
+            part: parts[part].new_zeros((padded, *shape[1:]) if part in self.structure.by_rows else shape)
+            for part, shape in shapes.items()
+        }
+
+    def _summed(self, tensor: Tensor, by_rows: bool) -> Tensor:
+        """The sum over processes: this process's rows, or the whole."""
+        if by_rows:
+            mine = tensor.new_empty((tensor.shape[0] // self.group.size(), *tensor.shape[1:]))
+            dist.reduce_scatter_tensor(mine, tensor, group=self.group)
+        else:
+            mine = tensor
+            dist.all_reduce(mine, group=self.group)
         for group in self.others:
             dist.all_reduce(mine, group=group)
-        fisher.add_(mine[: share.count])
+        return mine

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from reprlib import repr as shown  # of values that anybody may have written: short, and not too deep
 from typing import Any
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..distributed.transaction import canonical_name
 from ..errors import FisherError
+from ..fishers import EightBitFisher
 from ..layers.finite import nonfinite
+from .structures import Extent, Parts, Structure, part_key, split_key
 
 FORMAT = 1  # of state_dict
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -20,12 +22,14 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass
 class TaskFisher:
-    """The Fisher of the current task so far: unnormalised sums by Fisher key, and how they were made."""
+    """The Fisher of the current task so far: unnormalised sums by Fisher key and part, and how they were
+    made; packed as `Structure.packed` does or as they were added up."""
 
     buffers: dict[str, Tensor]
     samples: int
     batch_size: int
     labels: tuple[str, ...]
+    packed: bool = False
 
     def plus(self, other: TaskFisher) -> TaskFisher:
         """The sum with an earlier pass, in the buffers of this one."""
@@ -44,6 +48,7 @@ class TaskRecord:
     samples: int
     batch_size: int
     gamma: float
+    error: float = 0.0  # relative, of joining it to earlier tasks in the structure of the Fisher
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,46 @@ class AdapterSums:
     base: Tensor
 
 
+def by_fisher(tensors: Mapping[str, Tensor]) -> dict[str, Parts]:
+    """The parts of each Fisher."""
+    grouped: dict[str, Parts] = {}
+    for name, tensor in tensors.items():
+        key, part = split_key(name)
+        grouped.setdefault(key, {})[part] = tensor
+    return grouped
+
+
+def flat(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The inverse of `by_fisher`."""
+    return {part_key(key, part): tensor for key, own in parts.items() for part, tensor in own.items()}
+
+
+def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A part of a Fisher as it is kept: numbers in `dtype`, codes as they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def numbers_in(fishers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Kept parts as numbers of which all have to be finite: of codes their scales."""
+    return {
+        name: t if t.is_floating_point() else EightBitFisher(t, 0).scales() for name, t in fishers.items()
+    }
+
+
+def as_packed(tensor: Tensor) -> Tensor:
+    """Packed sums, as they are."""
+    return tensor
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Sums of a task, in fp32 or fp64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 @dataclass(frozen=True)
 class EWCState:
     """What an EWC keeps between tasks. It is replaced as a whole, so that it is never half updated; only the
-    cumulative Fishers in it are updated in place."""
+    cumulative Fishers in it are updated in place. Fishers are by key and part (`structures.part_key`)."""
 
     fishers: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, AdapterSums] = field(default_factory=dict)
@@ -66,31 +107,31 @@ class EWCState:
     task: TaskFisher | None = None
 
     def copied(self, devices: Mapping[str, torch.device], dtype: torch.dtype) -> EWCState:
-        """A copy with the Fishers in `dtype`, on these devices and in their order."""
+        """A copy with the Fishers in `dtype` (codes as they are), on these devices and in their order."""
 
         def put(tensor: Tensor, key: str) -> Tensor:
             return tensor.detach().to(devices[key], copy=True)
 
-        fishers = {key: put(self.fishers[key], key).to(dtype) for key in devices if self.fishers}
+        def moved(tensors: dict[str, Tensor], kept: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+            grouped = by_fisher(tensors)
+            return flat(
+                {k: {part: kept(put(t, k)) for part, t in grouped[k].items()} for k in devices if grouped}
+            )
+
+        fishers = moved(self.fishers, lambda tensor: stored(tensor, dtype))
         sums = {
             key: AdapterSums(*(put(tensor, key) for tensor in (own.lora_a, own.lora_b, own.base)))
             for key, own in self.sums.items()
         }
         task = self.task
         if task is not None:
-            buffers = {
-                key: put(task.buffers[key], key).to(
-                    torch.promote_types(task.buffers[key].dtype, torch.float32)
-                )
-                for key in devices
-            }
-            task = TaskFisher(buffers, task.samples, task.batch_size, task.labels)
+            task = replace(task, buffers=moved(task.buffers, as_packed if task.packed else wide))
         return EWCState(fishers, sums, self.history, task)
 
     def moved(self, devices: Mapping[str, torch.device], dtype: torch.dtype) -> EWCState:
         """This state where all Fishers are on these devices already, else a copy there."""
         tensors = self.fishers if self.task is None else {**self.task.buffers, **self.fishers}
-        placed = all(tensor.device == devices[key] for key, tensor in tensors.items())
+        placed = all(tensor.device == devices[split_key(name)[0]] for name, tensor in tensors.items())
         return self if placed else self.copied(devices, dtype)
 
     def mapped_by_key(self, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> EWCState:
@@ -109,6 +150,9 @@ class Expected:
     shapes: dict[str, tuple[int, int, int]]
     settings: dict[str, str]
     check_finite: bool
+    structure: Structure
+    # Of the Fisher with so many rows and columns, the rows of this process.
+    extent: Callable[[int, int], Extent] = Extent.whole
 
 
 def dump(state: EWCState, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,6 +170,8 @@ def dump(state: EWCState, settings: Mapping[str, Any]) -> dict[str, Any]:
         config["task"] = {k: getattr(state.task, k) for k in ("samples", "batch_size")} | {
             "labels": list(state.task.labels)
         }
+        if state.task.packed:
+            config["task"]["packed"] = True
     return {"tensors": tensors, "config": config}
 
 
@@ -140,7 +186,13 @@ def parse(saved: Any, expected: Expected) -> EWCState:
     if type(config.get("format")) is not int or config["format"] != FORMAT:
         raise FisherError(f"state: expected format {FORMAT}, got {shown(config.get('format'))}")
     for name, value in expected.settings.items():
-        if not isinstance(saved_value := config.get(name), str) or saved_value != value:
+        saved_value = config.get(name, "dense" if name == "fisher" else None)  # earlier versions had no other
+        if not isinstance(saved_value, str) or saved_value != value:
+            if name == "fisher":
+                raise FisherError(
+                    f"fisher: the state has the structure {shown(saved_value)}, this EWC has {value!r}; load "
+                    "it into an EWC with that structure, and convert it there: ewc.convert_fisher_"
+                )
             raise FisherError(
                 f"{name}: the state was made with {shown(saved_value)}, this EWC has {value!r}; construct "
                 "it with the same (ewc_lambda means nothing without it, see convert_lambda)"
@@ -150,9 +202,7 @@ def parse(saved: Any, expected: Expected) -> EWCState:
     task = _task(config.get("task"), grouped.get("task", {}), expected)
     fishers = grouped.get("fisher", {})
     if fishers or history:
-        _check_group(
-            "fisher", fishers, {k: (rows, cols) for k, (rows, _, cols) in expected.shapes.items()}, expected
-        )
+        _check_fishers("fisher", fishers, expected)
     if bool(fishers) != bool(history):
         raise FisherError(
             "state: expected a Fisher exactly when tasks were consolidated; fisher and history disagree"
@@ -174,7 +224,11 @@ def _group(tensors: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
 
 
 def _check_group(
-    kind: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], expected: Expected
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    expected: Expected,
+    codes: Collection[str] = (),
 ) -> None:
     missing, foreign = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
     if missing or foreign:
@@ -184,16 +238,37 @@ def _check_group(
         )
     for key, shape in shapes.items():
         tensor = tensors[key]
-        usable = tensor.dtype in _DTYPES and tensor.layout == torch.strided and not tensor.is_meta
+        allowed = (torch.uint8,) if key in codes else _DTYPES
+        usable = tensor.dtype in allowed and tensor.layout == torch.strided and not tensor.is_meta
         if tuple(tensor.shape) != shape or not usable:
             got = f"{list(tensor.shape)} {tensor.dtype}, {tensor.layout}, on {tensor.device}"
-            raise FisherError(f"state: {kind} of {key}: expected a floating-point {list(shape)}, got {got}")
-    if expected.check_finite and (bad := nonfinite(tensors)):
+            sort = "8-bit codes" if key in codes else "a floating-point"
+            raise FisherError(f"state: {kind} of {key}: expected {sort} {list(shape)}, got {got}")
+    if expected.check_finite and (bad := nonfinite(numbers_in(tensors) if codes else tensors)):
         raise FisherError(f"state: {kind} of {bad[0]}: expected finite values, got NaN or Inf")
-    if kind in ("fisher", "task") and (
-        negative := [key for key, tensor in tensors.items() if bool((tensor < 0).any())]
-    ):
-        raise FisherError(f"state: {kind} of {negative[0]}: expected squares, got negative values")
+
+
+def _check_fishers(
+    kind: str, tensors: Mapping[str, Tensor], expected: Expected, packed: bool = False
+) -> None:
+    """The kept parts ("fisher") or the sums of a task ("task"), as they are or packed, of all Fishers."""
+    structure, kept = expected.structure, kind == "fisher"
+    shapes_of = structure.kept_shapes if kept else structure.sum_shapes
+    shapes_of = structure.packed_shapes if packed else shapes_of
+    extents = {key: expected.extent(rows, columns) for key, (rows, _, columns) in expected.shapes.items()}
+    shapes = {
+        part_key(key, part): shape
+        for key, extent in extents.items()
+        for part, shape in shapes_of(extent).items()
+    }
+    codes = {name for name in shapes if (kept or packed) and split_key(name)[1] in structure.codes}
+    _check_group(kind, tensors, shapes, expected, codes)
+    for key, parts in by_fisher(tensors).items():
+        coded = kept or bool(codes)
+        for part, values in structure.numbers(parts, extents[key]).items() if coded else parts.items():
+            name = part_key(key, part)
+            if (kept or not part) and bool((values < 0).any()):
+                raise FisherError(f"state: {kind} of {name}: expected squares, got negative values")
 
 
 def _sums(
@@ -223,14 +298,16 @@ def _task(config: Any, buffers: dict[str, Tensor], expected: Expected) -> TaskFi
         if buffers:
             raise FisherError("state: buffers of a task without its record")
         return None
-    _check_group(
-        "task", buffers, {k: (rows, cols) for k, (rows, _, cols) in expected.shapes.items()}, expected
-    )
+    packed = config.get("packed", False) if isinstance(config, Mapping) else False
+    if not isinstance(packed, bool):
+        raise FisherError(f"state: expected True or False for packed, got {shown(packed)}")
+    _check_fishers("task", buffers, expected, packed)
     labels = _list(config, "labels")
     if wrong := [label for label in labels if not isinstance(label, str)]:
         raise FisherError(f"state: expected labels to be strings, got {shown(wrong[0])}")
     # A process whose loader was empty has no samples of its own.
-    return TaskFisher(buffers, _count(config, "samples", 0), _count(config, "batch_size", 0), tuple(labels))
+    counts = _count(config, "samples", 0), _count(config, "batch_size", 0)
+    return TaskFisher(buffers, *counts, tuple(labels), packed)
 
 
 def _record(entry: Any) -> TaskRecord:
@@ -239,7 +316,11 @@ def _record(entry: Any) -> TaskRecord:
     gamma = entry.get("gamma")
     if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0 <= gamma <= 1:
         raise FisherError(f"state: expected gamma in [0, 1] in the record of a task, got {shown(gamma)}")
-    return TaskRecord(entry["labels"], _count(entry, "samples"), _count(entry, "batch_size"), float(gamma))
+    error = entry.get("error", 0.0)
+    if isinstance(error, bool) or not isinstance(error, (int, float)) or not 0.0 <= error <= 1.0:
+        raise FisherError(f"state: expected an error in [0, 1] in the record of a task, got {shown(error)}")
+    counts = _count(entry, "samples"), _count(entry, "batch_size")
+    return TaskRecord(entry["labels"], *counts, float(gamma), float(error))
 
 
 def _count(entry: Any, name: str, least: int = 1) -> int:

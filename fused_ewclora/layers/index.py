@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..config import Rows
 from ..errors import DtypeError, TargetError
+from ..fishers import Fisher
 from .adapted import AdaptedLinear, Location
 from .slices import AdapterSlice, fisher_key
 
-Operands = tuple[list[Tensor], list[Tensor], list[Tensor], list[float | Tensor]]
+Operands = tuple[list[Fisher], list[Tensor], list[Tensor], list[float | Tensor]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def adapter_refs(layers: Mapping[str, AdaptedLinear]) -> list[AdapterRef]:
     ]
 
 
-def operands(refs: Sequence[AdapterRef], fishers: Mapping[str, Tensor]) -> Operands:
+def operands(refs: Sequence[AdapterRef], fishers: Mapping[str, Fisher]) -> Operands:
     """The operands of the penalty: Fishers, and lora_As, lora_Bs and scales as the layers run them."""
     if all(ref.layer.composer is None for ref in refs):
         matrices = [ref.matrices() for ref in refs]
@@ -122,7 +123,7 @@ class OperandLookup:
         """Whether operands are computed from parameters: any layer has a composer, or stores no matrices."""
         return self._views or [layer.composer for layer in self._layers] != self._none
 
-    def __call__(self, fishers: Mapping[str, Tensor]) -> Operands:
+    def __call__(self, fishers: Mapping[str, Fisher]) -> Operands:
         """Raises `TargetError` as `check_present` does."""
         layers = self._layers
         kinds: list[type[AdaptedLinear]] = [*map(type, layers)]
@@ -144,11 +145,15 @@ def devices(refs: Iterable[AdapterRef]) -> dict[str, torch.device]:
     return {ref.key: ref.layer.weight.device for ref in refs}
 
 
-def checked_fisher_dtype(refs: Iterable[AdapterRef], dtype: torch.dtype) -> torch.dtype:
-    """`dtype` itself; raises `DtypeError` unless it is fp32 or bf16, or, beside fp64 layers, fp32 or fp64."""
+def checked_fisher_dtype(
+    refs: Iterable[AdapterRef], dtype: torch.dtype, kept: tuple[torch.dtype, ...], structure: str
+) -> torch.dtype:
+    """`dtype` itself; raises `DtypeError` unless it is one that the structure keeps, or, beside fp64 layers,
+    fp32 or fp64."""
     wide = [ref.key for ref in refs if ref.layer.dtype == torch.float64]
-    allowed = (torch.float32, torch.float64) if wide else (torch.float32, torch.bfloat16)
+    allowed = (torch.float32, torch.float64) if wide else kept
     if dtype not in allowed:
         beside = f" beside fp64 layers ({wide[0]})" if wide else ""
-        raise DtypeError(f"fisher_dtype: expected one of {allowed}{beside}, got {dtype}")
+        of = "" if structure == "dense" else f" for fisher={structure!r}"
+        raise DtypeError(f"fisher_dtype: expected one of {allowed}{of}{beside}, got {dtype}")
     return dtype

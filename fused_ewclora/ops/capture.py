@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, FisherError
-from . import schemas
-from .dispatch import current_backend
 from .sample_order import Ends, Order, Watch
+from .sums import Sums, Term, sums_of
 from .windows import Geometry, Windows
 
 Rows = tuple[tuple[int, int], ...]
@@ -117,16 +116,6 @@ class _Call:
 
 
 @dataclass(slots=True)
-class Term:
-    """x and dy of all calls in one forward pass for some rows of a Fisher, `row` the first of them."""
-
-    x: Tensor | Windows
-    dy: Tensor
-    offsets: Tensor | None
-    row: int = 0
-
-
-@dataclass(slots=True)
 class _Part:
     """x and dy of all calls in one forward pass for the columns of the layer's output from `start` on;
     `offsets` where rows are sorted by sample."""
@@ -157,7 +146,7 @@ class FisherCapture:
 
     Args:
         fishers: one buffer `[rows of the adapter, d_in]` per adapter, fp32 (fp64 for fp64 layers), in the
-            order of the adapters.
+            order of the adapters, or the `Sums` of another structure.
         rows: output row ranges of each adapter, in the same order.
         mode: `"sample"` adds sum_n g_n^2 with g_n the gradient of the loss of sample n; `"batch"` adds
             n_b * (mean of g_n)^2. The caller divides by the number of samples at the end.
@@ -177,7 +166,7 @@ class FisherCapture:
 
     def __init__(
         self,
-        fishers: list[Tensor],
+        fishers: Sequence[Tensor | Sums],
         rows: list[Rows],
         mode: str = "sample",
         reduction: str = "mean",
@@ -193,6 +182,7 @@ class FisherCapture:
         if len(fishers) != len(rows):
             raise ArgumentError(f"rows: expected {len(fishers)} entries, one per Fisher, got {len(rows)}")
         self.fishers, self.rows, self.name = fishers, rows, name or "a layer"
+        self._sums = [sums_of(fisher) for fisher in fishers]
         self.mode, self.reduction, self.loss_scale, self.batch_size = mode, reduction, loss_scale, batch_size
         self.rows_to_samples = rows_to_samples
         self.leader: FisherCapture | None = None
@@ -420,15 +410,7 @@ class FisherCapture:
 
     def _add(self, index: int, terms: list[Term], weight: float) -> None:
         for term in terms:
-            self._accumulate_into(self.fishers[index], term, weight)
-
-    def _accumulate_into(self, fisher: Tensor, term: Term, weight: float) -> None:
-        x, dy = term.x, term.dy
-        rows = fisher if dy.shape[-1] == fisher.shape[0] else fisher.narrow(0, term.row, dy.shape[-1])
-        if isinstance(x, Windows):
-            x.accumulate_into_(rows, dy, self.mode, weight)
-        elif x.shape[:-1].numel():
-            schemas.fisher_accumulate_(rows, x, dy, self.mode, weight, term.offsets, current_backend())
+            self._sums[index].add(term, self.mode, weight)
 
 
 class RowsCapture:

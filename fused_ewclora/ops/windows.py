@@ -92,22 +92,48 @@ class Windows:
     def accumulate_into_(self, fisher: Tensor, dy: Tensor, mode: str, weight: float) -> None:
         """`fisher_accumulate_` of the windows and dy `[N, windows, d_out]`, exactly; fisher `[d_out,
         columns]` is contiguous and its columns have the order (C, *kernel)."""
-        if not dy.numel():
-            return
         backend = current_backend()
         targets = fisher.view(fisher.shape[0], -1, *self._geometry.kernel)
+        for x, part, index in self._parts(dy):
+            target = fisher if index is None else targets[(slice(None), *index)]
+            schemas.fisher_accumulate_(target, x, part, mode, weight, None, backend)
+
+    @torch.no_grad()
+    def add_sums_into_(self, rows: Tensor, columns: Tensor, dy: Tensor, mode: str, weight: float) -> None:
+        """`fisher_sums_` of the windows and dy `[N, windows, d_out]`, exactly; columns `[d_in]` is contiguous
+        and has the order (C, *kernel)."""
+        backend = current_backend()
+        targets = columns.view(-1, *self._geometry.kernel)
+        for x, part, index in self._parts(dy):
+            target = columns if index is None else torch.zeros_like(targets[index])
+            schemas.fisher_sums_(rows, target, x, part, mode, weight, None, backend)
+            if index is not None:
+                targets[index] += target
+
+    def pieces(self, dy: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Whole windows and dy of some samples at a time, all of them together."""
+        if not dy.numel():
+            return
+        columns = self._channel_count * torch.Size(self._geometry.kernel).numel()
+        step = max(1, PIECE_BYTES // (dy.shape[1] * columns * dy.element_size()))
+        for first in range(0, dy.shape[0], step):
+            samples = slice(first, first + step)
+            yield self._wholes([self._padded(images[samples]) for images in self._images]), dy[samples]
+
+    def _parts(self, dy: Tensor) -> Iterator[tuple[Tensor, Tensor, tuple[Any, ...] | None]]:
+        """(x, dy, columns): some samples and either all columns (None), or those of some channels at one
+        place of the window, as an index of `[C, *kernel]`; each column of each sample once."""
+        if not dy.numel():
+            return
         for samples, whole in self._chunks(dy):
             padded = [self._padded(images[samples]) for images in self._images]
             if whole:
-                x = self._wholes(padded)
-                schemas.fisher_accumulate_(fisher, x, dy[samples], mode, weight, None, backend)
+                yield self._wholes(padded), dy[samples], None
                 continue
             for channels in self._channels(dy[samples]):
                 narrow = [images[..., channels] for images in padded]
                 for place in self._places():
-                    index: tuple[Any, ...] = (slice(None), channels, *place)
-                    target, x = targets[index], self._at(narrow, place)
-                    schemas.fisher_accumulate_(target, x, dy[samples], mode, weight, None, backend)
+                    yield self._at(narrow, place), dy[samples], (channels, *place)
 
     @property
     def _channel_count(self) -> int:

@@ -91,6 +91,11 @@ def decode(codes: Tensor, columns: int, dtype: torch.dtype = torch.float32) -> T
     if not codes.numel():
         return codes.new_zeros(codes.shape[0], columns, dtype=dtype)
     blocks = _blocks(columns)
-    scales = codes[:, blocks * BLOCK : blocks * (BLOCK + 2)].contiguous().view(torch.bfloat16)
     values = codes[:, : blocks * BLOCK].to(torch.float32).square_().unflatten(1, (blocks, BLOCK))
-    return values.mul_(scales.float().unsqueeze(-1)).flatten(1)[:, :columns].to(dtype)
+    return values.mul_(scales(codes).float().unsqueeze(-1)).flatten(1)[:, :columns].to(dtype)
+
+
+def scales(codes: Tensor) -> Tensor:
+    """The bf16 scales `[rows, blocks]` of codes."""
+    blocks = codes.shape[1] // (BLOCK + 2)  # the padding of a row is shorter than a block
+    return codes[:, blocks * BLOCK : blocks * (BLOCK + 2)].contiguous().view(torch.bfloat16)

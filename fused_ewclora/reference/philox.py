@@ -1,5 +1,5 @@
 """Counter-based dropout mask: Philox4x32-10 (Salmon et al., SC'11) on PyTorch integers (docs/mathematics.md,
-section 10).
+section 11).
 
 Element (row m, column j) of a mask uses word `j % 4` of the block with counter
 `(j // 4, m mod 2^32, m div 2^32, 0)` and key `(seed mod 2^32, seed div 2^32)`. Every backend uses this map,

@@ -121,6 +121,19 @@ def test_runs_recorded_once(jobs: int, tmp_path: Path) -> None:
         suite.outstanding([replace(runs[0], options={"x": 1})], place)
 
 
+def test_order_of_runs(tmp_path: Path) -> None:
+    """Runs that share a problem follow each other, suites stay in their order."""
+    runs = configuration.parse(
+        {**DIGITS, "methods": [DIGITS["methods"][0], {**DIGITS["methods"][0], "name": "again"}]}
+    ).runs
+    other = [replace(run, suite="a") for run in runs]
+    left = suite.outstanding([*runs, *other], suite.Place(tmp_path, tmp_path))
+    expected = [("LoRA", 0), ("again", 0), ("LoRA", 1), ("again", 1)]
+    assert [(run.suite, run.method, run.seed) for run in left] == [
+        (name, *which) for name in ("digits", "a") for which in expected
+    ]
+
+
 def test_truncated_line(tmp_path: Path) -> None:
     """A line that was cut off does not spoil the file."""
     file = tmp_path / "x.jsonl"

@@ -22,11 +22,13 @@ from benchmarks import (
     registry,
     shapes,
     table,
+    workload,
     workloads,
 )
 from benchmarks.case import OURS, Case, Provider, Target
 from benchmarks.place import Place
 from benchmarks.workload import Workload
+from fused_ewclora.ops.dispatch import Call, explain
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,6 +44,8 @@ def few_rounds_without_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 def small(op: str) -> Workload:
     return {
         "ewc_penalty": workloads.penalty("m", (6, 4), 2, 3),
+        "structured_penalty": workloads.structured_penalty("m", (6, 4), 2, 3, "factored"),
+        "fisher_sums": workloads.fisher_sums("m", 3, 5, (6, 4)),
         "fisher_accumulate": workloads.fisher("m", 3, 5, (6, 4)),
         "lora_linear": workloads.linear("m", 7, (6, 4), 2),
         "lora_linear_slices": workloads.linear("m", 7, (6, 12), 2, slices=True),
@@ -91,6 +95,20 @@ def test_penalty_flops():
     assert small("ewc_penalty").work == (flops, 2 * (4 * 4 * 6 + 2 * 4 * factors))
     half = workloads.penalty("m", (6, 4), 2, 3, "bfloat16")
     assert small("ewc_penalty").work.bytes - half.work.bytes == 2 * 4 * 6 * 2
+
+
+def test_structured_flops():
+    """Structured penalties read their factors once, and multiply nothing as large as F but codes."""
+    factors = 3 * 6 + 4 * 3
+    small_products = 2 * (product(3, 4, 3) + product(3, 6, 3))  # M and dB, N and dA
+    found = {k: workloads.structured_penalty("m", (6, 4), 2, 3, k).work for k in workload.STRUCTURES}
+    assert found["8-bit"] == (small("ewc_penalty").work.flops, 2 * (4 * 48 + 8 * factors))
+    assert found["factored"] == (2 * small_products, 2 * (4 * (4 + 6) + 8 * factors))
+    of_factors = product(4, 4, 3) + product(6, 6, 3)
+    assert found["kronecker"] == (2 * (small_products + of_factors), 2 * (4 * (16 + 36) + 8 * factors))
+    sums = small("fisher_sums").work
+    assert sums == (3 * product(4, 5, 6), 4 * (3 * 5 * 6 + 3 * 5 * 4) + 8 * (6 + 4))
+    assert workloads.fisher_sums("m", 3, 1, (6, 4)).work.flops == 2 * 3 * (6 + 4)
 
 
 def test_fisher_flops():
@@ -147,6 +165,18 @@ def test_peers_correct(op: str):
             assert record["provider"] in extras.DISTRIBUTIONS and "Unavailable" in record["failed"]
         else:
             assert record["peak_bytes"] is not None
+
+
+@pytest.mark.parametrize("kind", workload.STRUCTURES)
+def test_structured_beside_dense(kind: str):
+    """Every structure is right, and timed beside the dense F in one case."""
+    case, found = measured(workloads.structured_penalty("m", (40, 6), 2, 3, kind))
+    assert [p.name for p in case.providers] == [OURS, registry.DENSE, *registry.PEERS["structured_penalty"]]
+    assert not [r for r in found if "failed" in r]
+    ours = found[0]
+    op = "ewc_penalty" if kind == "8-bit" else f"{kind}_penalty"
+    served = {backend for backend, _, reason in explain(op, Call("cpu", torch.float32)) if reason is None}
+    assert ours["backend"] in served and ours["algorithm"] == f"{kind} F"
 
 
 def test_targets_match_cases():

@@ -33,6 +33,7 @@ MODEL_LIBRARIES = {
 ROWS = (
     ("errors",),
     ("config", "metrics", "report", "reference", "kernels", "_C", "_C_cuda"),
+    ("fishers",),
     ("backends",),
     ("ops",),
     ("functional", "profiling", "distributed"),
@@ -46,7 +47,7 @@ ROWS = (
 )
 LEVELS = {room: level for level, row in enumerate(ROWS) for room in row}
 # Inside ops/, where the order of files is the path of a call.
-OPS = ("capture", "schemas", "dispatch")  # each imports those to its right
+OPS = ("capture", "sums", "schemas", "dispatch")  # each imports those to its right
 IMPLEMENTATIONS = ("backends", "reference", "kernels", "_C", "_C_cuda")
 # These report on implementations, and so look at them.
 REPORTERS = ("fused_ewclora.diagnostics.info", "fused_ewclora.__main__")
