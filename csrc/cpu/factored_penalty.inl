@@ -39,13 +39,13 @@ struct FactoredScratch {
         panel(scratch + f.panel) {}
 };
 
-// The panel of A diag(c / sum(c)), of zeros where all of c is.
+// The panel of A diag(c / sum(c)), of zeros where sum(c) is not positive; NaN stays.
 inline void weigh_a(const FactoredAdapter& p, const FactoredScratch& s) {
   vfloat sums{};
   over_vectors(p.d_in, [&](int64_t j, auto extent) { sums += load(p.columns + j, extent); });
   const float total = sum(sums);
   over_vectors(p.d_in,
-               [&](int64_t j, auto extent) { store(s.shares + j, total == 0.f ? vfloat{} : load(p.columns + j, extent) / splat(total)); });
+               [&](int64_t j, auto extent) { store(s.shares + j, total <= 0.f ? vfloat{} : load(p.columns + j, extent) / splat(total)); });
   pack_panel({const_cast<float*>(p.a), p.d_in, Dtype::f32}, p.rank, p.d_in, {s.a_panel, p.rank, L});
   for (int64_t j = 0; j < p.d_in; j += L) {
     const vfloat share = load(s.shares + j);
