@@ -144,7 +144,8 @@ def _host(module: str, function: str) -> Callable[..., Any]:
 
 _OTHERS = {
     "ewc_penalty": (
-        "ewc_penalty", "Triton, one launch, one pass over F", functools.partial(_cannot_penalty, "ewc_penalty")
+        "ewc_penalty", "Triton, one launch, one pass over F",
+        functools.partial(_cannot_penalty, "ewc_penalty"),
     ),
     "factored_penalty": (
         "factored_penalty", "Triton, one launch, a program per adapter",
