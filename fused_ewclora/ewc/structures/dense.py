@@ -99,11 +99,11 @@ class EightBit(Dense):
 
     def packed(self, sums: Mapping[str, Tensor], extent: Extent, dtype: torch.dtype, seed: int) -> Parts:
         """Codes, rounded without bias."""
-        return {"": eight_bit.encode(sums[""], seed, extent.first)}
+        return {"": EightBitFisher.encode(sums[""], seed, extent.first).codes}
 
     def unpacked(self, parts: Mapping[str, Tensor], extent: Extent, dtype: torch.dtype) -> Parts:
         """The values of codes."""
-        return {"": eight_bit.decode(parts[""], extent.columns, dtype)}
+        return {"": EightBitFisher(parts[""], extent.columns).dense().to(dtype)}
 
     def numbers(self, parts: Mapping[str, Tensor], extent: Extent) -> Parts:
         """The scales."""
