@@ -112,13 +112,16 @@ inline int64_t row_bytes(int64_t columns) {
   const int64_t blocks = (columns + CODES_OF_A_SCALE - 1) / CODES_OF_A_SCALE;
   return (blocks * (CODES_OF_A_SCALE + 2) + CODES_ALIGNMENT - 1) / CODES_ALIGNMENT * CODES_ALIGNMENT;
 }
+inline bool has_rows_of_codes(const at::Tensor& t) {
+  const bool apart = t.stride(0) % CODES_ALIGNMENT != 0 || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % CODES_ALIGNMENT != 0;
+  return t.numel() == 0 || (t.stride(1) == 1 && !apart);
+}
 inline void codes(const at::Tensor& t, const Name& name, int64_t rows, int64_t columns, const at::Tensor& like, const Name& like_name) {
   matrix(t, name);
   same_device(t, name, like, like_name);
   shape(t, name, {rows, row_bytes(columns)}, "8-bit codes of B A");
-  const bool apart = t.stride(0) % CODES_ALIGNMENT != 0 || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % CODES_ALIGNMENT != 0;
-  TORCH_CHECK_VALUE(t.numel() == 0 || (t.stride(1) == 1 && !apart), name,
-                    ": expected 8-bit codes with contiguous rows at multiples of 16 bytes, got strides ", t.strides());
+  TORCH_CHECK_VALUE(has_rows_of_codes(t), name, ": expected 8-bit codes with contiguous rows at multiples of 16 bytes, got strides ",
+                    t.strides());
 }
 
 // The row or column sums [size] of a factored Fisher.

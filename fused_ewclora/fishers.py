@@ -35,7 +35,7 @@ class FactoredFisher(NamedTuple):
         >>> difference = fisher.dense() - exact
         """
         total = self.columns.sum()
-        share = torch.where(total > 0.0, self.columns / total, torch.zeros_like(self.columns))
+        share = torch.where(total == 0.0, torch.zeros_like(self.columns), self.columns / total)
         return self.rows.unsqueeze(1) * share
 
 
