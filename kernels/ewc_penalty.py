@@ -98,8 +98,11 @@ def _finish_loss(work, loss, n_items, ewc_lambda, BLOCK: tl.constexpr):
 
 @triton.jit
 def _decoded(codes, scales, SHARED: tl.constexpr):
-    """scale times the square of the code, for codes [.., .., WIDTH] and scales [.., .., WIDTH // SHARED]; both
-    products are exact. A number in the last bits of 2^23 is converted by a subtraction: conversions are slow."""
+    """scale times the square of the code, for codes [.., .., WIDTH] and scales [.., .., WIDTH // SHARED].
+
+    Both products are exact. A number in the last bits of 2^23 becomes fp32 by a subtraction: conversions are
+    slow.
+    """
     root = (codes.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
     rows: tl.constexpr = scales.shape[1]
     several = scales[:, :, :, None].broadcast_to(scales.shape[0], rows, scales.shape[2], SHARED)

@@ -1,8 +1,8 @@
 """The penalty of factored Fishers F = r c^T / sum(c) of all adapters of a model, with its gradients, in one
 launch that reads nothing as large as F.
 
-docs/mathematics.md, section 10. The adapters come as a table of pointers and sizes, `table` [adapters, FIELDS]
-(int64, columns as named below).
+docs/mathematics.md, section 10. The adapters come as a table of pointers and sizes, `table`
+[adapters, FIELDS] (int64, columns as named below).
 """
 
 import triton
@@ -56,8 +56,10 @@ def _factor(
 
 @triton.jit
 def _described(entry, ALONG: tl.constexpr):
-    """(size, rank, stride along the size, stride along the rank, sums, their stride) of A (ALONG) or B. Read
-    where it is used: what follows from it would otherwise be computed ahead of all loops, and be kept there."""
+    """(size, rank, stride along the size, stride along the rank, sums, their stride) of A (ALONG) or B.
+
+    Read where it is used: what follows from it would otherwise be computed ahead of all loops, and be kept.
+    """
     if ALONG:
         size, stride_d, stride_r = tl.load(entry + D_IN), tl.load(entry + A_1), tl.load(entry + A_0)
         sums, sums_0 = tl.load(entry + COLUMN_SUMS), tl.load(entry + COLUMN_SUMS_0)
@@ -176,7 +178,8 @@ def factored_penalty_kernel(
 
     A program has one adapter, the one that `items` names: it makes M and N, BLOCK_R x BLOCK_R of them at a
     time, puts s M s and s N s into `work`, and multiplies A and B by them in a second pass, which finds both
-    in the second-level cache. The last program adds up the losses, in order. `counters` are 0 before and after.
+    in the second-level cache. The last program adds up the losses, in order. `counters` are 0 before and
+    after.
     """
     index = tl.load(items + tl.program_id(0))
     entry = table + index * FIELDS

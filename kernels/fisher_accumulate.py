@@ -68,11 +68,10 @@ def squares_of_samples(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The tile [BLOCK_M, BLOCK_N] at (row, column) of sum_n (dy_n^T x_n)^2 over part `split` of the samples, in
-    order.
+    """The tile [BLOCK_M, BLOCK_N] at (row, column) of sum_n (dy_n^T x_n)^2 over part `split` of the samples.
 
     Two fp32 tiles are kept: the product of the current sample, summed over tokens in order, and the sum of
-    squares. Tokens past the end of a sample read as zero.
+    squares, over samples in order. Tokens past the end of a sample read as zero.
     """
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # One loop over the tokens of all samples: the tiles of the next sample are fetched during the products of

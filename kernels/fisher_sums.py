@@ -48,8 +48,10 @@ def fisher_sums_add_kernel(
     rows, columns, row_parts, column_parts, row_count, column_count, d_out, d_in, weight,
     stride_rows, stride_columns, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """rows [d_out] += weight times the sum of `row_count` parts [d_out], and columns [d_in] likewise; programs
-    of blocks of rows come first."""
+    """rows [d_out] += weight times the sum of `row_count` parts [d_out], and columns [d_in] likewise.
+
+    Programs of blocks of rows come first.
+    """
     block, blocks = tl.program_id(0), tl.cdiv(d_out, BLOCK)
     if block < blocks:
         _add(rows, stride_rows, row_parts, row_count, d_out, weight, block, BLOCK)

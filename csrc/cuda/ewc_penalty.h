@@ -40,7 +40,6 @@ struct Penalty {
 // How Fisher matrices are read: 16 bytes at a time, as blocks of 8-bit codes, or element by element with strides of both dimensions and any
 // dtype. The first three are for ranks up to 64, and the others for any.
 enum class FisherLoads : int32_t { f32, bf16, codes, codes_of_any_rank, elements };
-constexpr int64_t PENALTY_CODES_APART = INT32_MAX / 16;  // bytes between rows of `codes`, at most
 
 constexpr int PENALTY_ROWS = 16;     // of a strip of a region
 constexpr int PENALTY_COLUMNS = 32;  // of a warp

@@ -183,44 +183,43 @@ struct NearCodes : CodesFisher {
   }
 };
 
-// STAGES strips ahead, in shared memory: a lane fetches half of a block, and 16 of them the word that a row's scale is in.
+// STAGES strips ahead, in shared memory: a lane fetches half of a block, and every second one the word that the row's scale is in.
 template <int STAGES>
 struct FarCodes : CodesFisher {
-  static constexpr int STRIP = penalty_strip(FisherLoads::codes) * 4,
-                       WORDS = ROWS * PENALTY_COLUMNS;  // bytes of the warp, and of its codes
-  const char* at;                                       // what the lane fetches next
-  int row, word;                                        // bytes between rows, and from there to the lane's word
+  static constexpr int STRIP = penalty_strip(FisherLoads::codes) * 4;  // bytes of the warp
+  static constexpr int WORDS = ROWS * PENALTY_COLUMNS;                 // and of its codes
+  const PenaltyAdapter& p;
+  const char* at;  // what the lane fetches next
+  int word;        // bytes from a block to its word
+  int own;         // the lane's row of a strip; beyond all where there are no columns
   char* strips;
-  bool inside, high;  // whether the scale is the word's high half
+  int scale;  // place of the scale of the row that the lane reads
   int stage = 0;
 
   FE_DEVICE FarCodes(const PenaltyAdapter& p, int first, int column, float* shared)
-      : row(int(p.fisher_row)),
+      : p(p),
+        word(p.block_scales + column / (2 * PENALTY_COLUMNS) * 4 - column),
+        own(column < p.d_in ? lane() / 2 : INT32_MAX),
         strips(reinterpret_cast<char*>(shared) + warp() * STAGES * STRIP),
-        inside(column < p.d_in),
-        high(column / PENALTY_COLUMNS % 2) {
-    const int codes = column + lane() % 2 * 16;
-    at = static_cast<const char*>(p.fisher) + int64_t(first + lane() / 2) * row + codes;
-    word = (lane() % ROWS - lane() / 2) * row + p.block_scales + column / (2 * PENALTY_COLUMNS) * 4 - codes;
+        scale(WORDS + lane() / 4 * 4 + column / PENALTY_COLUMNS % 2 * 2) {
+    at = static_cast<const char*>(p.fisher) + (first + lane() / 2) * p.fisher_row + column + lane() % 2 * 16;
   }
   FE_DEVICE void fetch(int rows) {
     char* strip = strips + stage * STRIP;
-    copy_async(strip + lane() * 16, at, lane() / 2 < rows && inside ? 16 : 0);
-    if (lane() < ROWS) copy_async_word(strip + WORDS + lane() * 4, at + word, lane() < rows && inside);
+    copy_async(strip + lane() * 16, at, own < rows ? 16 : 0);
+    if (lane() % 2 == 0) copy_async_word(strip + WORDS + lane() * 2, at + word, own < rows);
     copy_async_commit();
-    at += int64_t(ROWS) * row;
+    at += ROWS * p.fisher_row;  // read anew, not kept: registers are short
     stage = (stage + 1) % STAGES;
   }
   FE_DEVICE void start(int rows) { FE_UNROLL for (int i = 0; i < STAGES; ++i) fetch(rows - i * ROWS); }
   FE_DEVICE void next(float (&f)[TILES][4], int rows) {
     copy_async_wait<STAGES - 1>();
     sync_warp();
-    const char* own = strips + stage * STRIP + lane() / 4 * PENALTY_COLUMNS + lane() % 4 * V;
-    const char* word = strips + stage * STRIP + WORDS + lane() / 4 * 4;
+    const char* strip = strips + stage * STRIP;
     FE_UNROLL for (int half = 0; half < 2; ++half) {
-      const uint32_t two = *reinterpret_cast<const uint32_t*>(word + 8 * half * 4);
-      place_in(f, half, load_pair(reinterpret_cast<const float*>(own + 8 * half * PENALTY_COLUMNS)),
-               float_of(high ? two & 0xffff0000u : two << 16));
+      const Pair codes = load_pair(reinterpret_cast<const float*>(strip + lane() * V + 8 * half * PENALTY_COLUMNS));
+      place_in(f, half, codes, to_float(*reinterpret_cast<const bf16*>(strip + scale + 8 * half * 4)));
     }
     sync_warp();  // all lanes have read the strip that is overwritten
     fetch(rows - STAGES * ROWS);

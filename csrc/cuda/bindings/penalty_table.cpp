@@ -16,8 +16,7 @@ bool coded(const at::Tensor& fisher) {
 }
 
 FisherLoads loads_of(const at::Tensor& fisher, int64_t rank) {
-  if (coded(fisher))
-    return rank > PENALTY_CHUNK || fisher.stride(0) > PENALTY_CODES_APART ? FisherLoads::codes_of_any_rank : FisherLoads::codes;
+  if (coded(fisher)) return rank > PENALTY_CHUNK ? FisherLoads::codes_of_any_rank : FisherLoads::codes;
   if (rank > PENALTY_CHUNK || !wide(fisher) || fisher.stride(0) > INT32_MAX) return FisherLoads::elements;
   switch (dtype_of(fisher)) {
     case Dtype::f32:

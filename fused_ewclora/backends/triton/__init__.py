@@ -142,9 +142,10 @@ def _host(module: str, function: str) -> Callable[..., Any]:
     return run
 
 
-_OTHERS = {
+_OTHERS: dict[str, tuple[str, str, Callable[[Call], str | None]]] = {
     "ewc_penalty": (
-        "ewc_penalty", "Triton, one launch, one pass over F", functools.partial(_cannot_penalty, "ewc_penalty")
+        "ewc_penalty", "Triton, one launch, one pass over F",
+        functools.partial(_cannot_penalty, "ewc_penalty"),
     ),
     "factored_penalty": (
         "factored_penalty", "Triton, one launch, a program per adapter",

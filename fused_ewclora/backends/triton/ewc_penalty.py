@@ -288,7 +288,7 @@ def _prepare(
             length += max(size, 0)
     groups: dict[Any, dict[int, Member]] = {}
     count = len(lora_as)
-    columns = fishers[count:] or [None] * count
+    columns: Sequence[Tensor | None] = fishers[count:] or [None] * count
     of_adapters = zip(
         fishers[:count], lora_as, lora_bs, scales, zip(*places, strict=True), columns, strict=True
     )

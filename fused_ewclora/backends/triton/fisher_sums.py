@@ -31,7 +31,8 @@ def fisher_sums_(
     elif cu_seqlens is None and (x.dim() == 2 or x.shape[1] == 1):
         _add(rows, columns, *_single_tokens(*(t.flatten(0, -2) for t in (x, dy))), weight)
         return
-    parts = _samples(*(fisher_accumulate.addressable(t) for t in (x, dy)), cu_seqlens)
+    near_x, near_dy = fisher_accumulate.addressable(x), fisher_accumulate.addressable(dy)
+    parts = _samples(near_x, near_dy, cu_seqlens)
     _add(rows, columns, *parts, weight)
 
 
