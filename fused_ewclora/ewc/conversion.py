@@ -16,7 +16,7 @@ from .structures.factored import Factored, Uniform
 
 def check_convertible(old: Structure, new: Structure) -> None:
     """Raises `FisherError` where the old structure has lost what the new one needs."""
-    exact = type(old) is Factored and isinstance(new, Uniform)
+    exact = type(old) is type(new) or (type(old) is Factored and isinstance(new, Uniform))
     if not isinstance(old, Dense) and not exact:
         others = "'uniform' alone can" if type(old) is Factored else "nothing can"
         raise FisherError(
@@ -26,6 +26,8 @@ def check_convertible(old: Structure, new: Structure) -> None:
 
 
 def _of_one(old: Structure, new: Structure, parts: Parts, extent: Extent) -> Parts:
+    if type(old) is type(new):
+        return parts
     if isinstance(new, Uniform) and not isinstance(old, Dense):
         return new.levelled(parts, extent)
     return new.of_dense(_dense(old, parts, extent), extent)
