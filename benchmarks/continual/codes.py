@@ -213,9 +213,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUTPUT, help="the file of the records")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    found = [record(suite, args.data_root) for suite in SUITES]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(args.out, json.dumps(found, indent=1) + "\n")
+    found: list[Record] = []
+    for suite in SUITES:
+        found.append(record(suite, args.data_root))
+        replace_text(args.out, json.dumps(found, indent=1) + "\n")
     return 0
 
 

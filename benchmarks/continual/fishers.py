@@ -2,9 +2,9 @@
 measured part of docs/fishers.md, and its picture, from committed records. `--check` writes nothing, as for
 `benchmarks.continual.page`.
 
-The streams are the configurations fishers-vision and fishers-language. Their runs with a lambda in the name
-are for the choice of lambda, and come first; `--choose` writes what they choose into the configurations.
-`--costs` times steps; `python -m benchmarks.continual.codes` compares codes.
+`--run` makes the runs of the configurations fishers-vision and fishers-language that have no record. Those
+with a lambda in their name come first; what they choose is written into the configurations. `--costs` times
+steps; `python -m benchmarks.continual.codes` compares codes.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     DENSE: {}, "8-bit": {"fisher_dtype": "8bit"}, "factored": {"fisher": "factored"},
     "Kronecker": {"fisher": "kronecker"}, "uniform": {"fisher": "uniform"},
 }  # fmt: skip
+SEEDS = 5  # reported ones, at least
 DEVELOPMENT = (100, 101)  # seeds on which lambda is chosen, and which are not reported
 A_LAST, A_AVG, BWT = "A_last_sample_weighted", "A_avg_sample_weighted", "bwt"
 SINGLE, ADDED = 5e-3, 2e-2  # targets of 8-bit codes: one rounding, 100 additions
@@ -102,6 +103,12 @@ def reported(records: Sequence[Record]) -> dict[str, Kept]:
                 first["run"]["options"].get("ewc_lambda", 0.0), tuple(own[seed] for seed in sorted(own))
             )
     return found
+
+
+def complete(kept: Mapping[str, Kept]) -> bool:
+    """Whether every structure ran on the same seeds, as many as are asked for."""
+    seeds = {tuple(r["seed"] for r in kept[name].records) for name in OPTIONS if name in kept}
+    return set(OPTIONS) <= set(kept) and len(seeds) == 1 and len(seeds.pop()) >= SEEDS
 
 
 def paired(one: Kept, other: Kept, name: str) -> Spread | None:
@@ -202,10 +209,11 @@ def verdicts(found: Sequence[Record]) -> list[str]:
 
 def recommendation(streams: Mapping[str, Sequence[Record]]) -> list[str]:
     """What follows from the tables: the structure with the smallest F that loses nothing on any stream."""
-    kept = {name: of for name, records in streams.items() if DENSE in (of := reported(records))}
+    kept = {name: of for name, records in streams.items() if complete(of := reported(records))}
+    missing = [f"Some runs of {name} are not made yet." for name in codes.SUITES if name not in kept]
     lines, equal = [], []
     for name in OPTIONS:
-        if name == DENSE or not kept or not all(name in of for of in kept.values()):
+        if name == DENSE or not kept:
             continue
         losses = {s: paired(of[name], of[DENSE], A_LAST) for s, of in kept.items()}
         shares = [of[name].fisher_bytes / of[DENSE].fisher_bytes for of in kept.values()]
@@ -215,7 +223,7 @@ def recommendation(streams: Mapping[str, Sequence[Record]]) -> list[str]:
         if worst >= -SAME and max(shares) < 1.0:
             equal.append((max(shares), name))
     if not lines:
-        return ["Nothing is measured yet.", ""]
+        return [*missing, "Nothing can be recommended yet.", ""]
     if equal:
         best = min(equal)[1]
         advice = (
@@ -227,7 +235,15 @@ def recommendation(streams: Mapping[str, Sequence[Record]]) -> list[str]:
             "No smaller structure stays within "
             f"{SAME:g} point of the A_last of a dense F on every stream: **dense**."
         )
-    return [*lines, "", advice, ""]
+    return [*lines, "", *missing, advice, ""]
+
+
+def by_stream(results: Path) -> dict[str, list[Record]]:
+    """The records of runs by the name of their configuration."""
+    streams: dict[str, list[Record]] = {}
+    for record in recorded.runs(recorded.load(results)):
+        streams.setdefault(record["suite"], []).append(record)
+    return streams
 
 
 def measured(results: Path) -> str:
@@ -240,11 +256,10 @@ def measured(results: Path) -> str:
     )
     timed = {r["method"]: r for r in recorded.costs(records)}
     ratios = {name: record["ratio_to_first"][-1] for name, record in timed.items()}
-    streams: dict[str, list[Record]] = {}
-    for record in recorded.runs(records):
-        streams.setdefault(record["suite"], []).append(record)
+    streams = by_stream(results)
     lines = [BEGIN, "", "### Recommendation", "", *recommendation(streams)]
-    lines += [f"![Differences to the dense Fisher]({IMAGES}/{PICTURE}.png)", ""] if streams else []
+    drawn = [of for of in streams.values() if complete(reported(of))]
+    lines += [f"![Differences to the dense Fisher]({IMAGES}/{PICTURE}.png)", ""] if drawn else []
     for name, of in streams.items():
         lines += [f"### Stream {name.removeprefix('fishers-')}", "", *_about(name), *of_stream(of, ratios)]
         lines += [f"Seeds {' and '.join(map(str, DEVELOPMENT))}, on which lambda was chosen (*):", ""]
@@ -323,9 +338,7 @@ def write(results: Path, output: Path) -> None:
     from ..plots import style
 
     replace_text(output, page(results, output.read_text(encoding="utf-8")))
-    streams: dict[str, list[Record]] = {}
-    for record in recorded.runs(recorded.load(results)):
-        streams.setdefault(record["suite"], []).append(record)
+    streams = {name: of for name, of in by_stream(results).items() if complete(reported(of))}
     if streams:
         style.save(picture(streams), output.parent / IMAGES, PICTURE, ("png",))
 
@@ -335,6 +348,25 @@ def check(results: Path, output: Path) -> str | None:
     return difference(
         page(results, output.read_text(encoding="utf-8")).rstrip("\n"), results, output, COMMAND
     )
+
+
+def run_streams(results: Path, root: Path) -> list[str]:
+    """Makes all runs of both streams that have no record, in this process: those on which lambda is chosen,
+    then, with the chosen lambdas in the configurations, the others. Returns what failed."""
+    failures: list[str] = []
+    place = suite.Place(results, root)
+    results.mkdir(parents=True, exist_ok=True)
+    for name in codes.SUITES:
+        for development in (True, False):
+            planned = configuration.load(configuration.find(name)).runs
+            wanted = [run for run in planned if (run.seed in DEVELOPMENT) == development]
+            left = suite.outstanding(wanted, place)
+            failures += suite.run_all(
+                left, place, lambda line: print(line, file=sys.stderr, flush=True), f"{COMMAND} --run"
+            )
+            if development:
+                choose(results)
+    return failures
 
 
 def choose(results: Path, folder: Path = configuration.FOLDER) -> None:
@@ -361,15 +393,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; exit status 1 when the page is out of date, 2 when records cannot be used."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if the text is out of date")
-    parser.add_argument("--choose", action="store_true", help="write the chosen lambdas into configurations")
+    parser.add_argument("--run", action="store_true", help="make the runs without a record, choose lambdas")
+    parser.add_argument("--data-root", type=Path, default=Path("data"), help="data; fetched where possible")
     parser.add_argument("--costs", action="store_true", help="time steps, and append the records")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the page; its picture goes to images/")
     args = parser.parse_args(argv)
     try:
-        if args.choose:
-            choose(args.results)
-        elif args.costs:
+        if args.run:
+            for failure in (failures := run_streams(args.results, args.data_root)):
+                print(f"fishers: FAILED: {failure}", file=sys.stderr)
+            return int(bool(failures))
+        if args.costs:
             time_steps(args.results)
         elif args.check:
             if wrong := check(args.results, args.output):
