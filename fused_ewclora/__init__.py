@@ -45,6 +45,7 @@ _moved.install(__name__)
 _LAZY = {
     "EWC": "ewc.controller",
     "Structure": "ewc.structures",
+    "memory": "diagnostics.fisher_memory",
     "convert_lambda": "ewc.settings",
     "save_pretrained": "checkpoints.checkpoint",
     "load_pretrained": "checkpoints.checkpoint",
@@ -93,6 +94,7 @@ __all__ = [
     "inject",
     "integrations",
     "load_pretrained",
+    "memory",
     "merge",
     "register_call",
     "register_layout",

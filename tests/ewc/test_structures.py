@@ -281,6 +281,30 @@ def test_decays():
         torch.testing.assert_close(fisher.rows, expected, rtol=1e-9, atol=0.0)
 
 
+@OTHERS
+def test_compiled_step(name: str):
+    """A step with the penalty compiles as one graph, and kept parts stay where they are over tasks."""
+    model, ewc, _ = after_tasks(name, 1)
+    places = {part: tensor.data_ptr() for part, tensor in ewc._state.fishers.items()}
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model(x), y) + ewc.penalty()
+
+    x, y = data(3, seed=4)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for task in (1, 2):
+        parameters = [p for ref in ewc._placement.refs for p in ref.parameters()]
+        found, expected = compiled(x, y), step(x, y)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        pairs = (torch.autograd.grad(loss, parameters) for loss in (found, expected))
+        for gradient, wanted in zip(*pairs, strict=True):
+            torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-9)
+        end(model, ewc, task)
+        train(model, ewc, task)
+    assert places == {part: tensor.data_ptr() for part, tensor in ewc._state.fishers.items()}
+    torch.compiler.reset()
+
+
 def test_drift():
     """After 100 tasks in 8 bits the Fisher has no bias, and the penalty is within 2 %."""
     generator = torch.Generator().manual_seed(0)

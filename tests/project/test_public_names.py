@@ -30,7 +30,7 @@ NAMES = {
         LoRAConv1d LoRAConv2d LoRALinear LoRAPart NotExactlyRepresentable Part QKVLayout Report Structure
         TargetError adapters available_backends check_bypass
         convert_lambda disabled eject explain export_peft forget_tables import_peft inject integrations
-        load_pretrained merge register_call register_layout register_parts
+        load_pretrained memory merge register_call register_layout register_parts
         reset_optimizer_state_ save_pretrained
         unmerge use_backend verify_forward
     """,
