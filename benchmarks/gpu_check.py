@@ -32,7 +32,8 @@ PARTIAL = "partial"  # a test run without failures that ran out of time
 # Test files, by their paths in tests/. Those of the kernels are these, and all of backends/.
 KERNELS = (
     "ops/test_lora_linear.py", "ops/test_ewc_penalty.py", "ops/test_ewc_penalty_grad.py",
-    "ops/test_fisher_accumulate.py", "ops/test_merge_weights.py", "ops/test_merge_grouped.py",
+    "ops/test_fisher_accumulate.py", "ops/test_structured_penalty.py", "ops/test_fisher_sums.py",
+    "ops/test_merge_weights.py", "ops/test_merge_grouped.py",
     "ops/test_dropout.py", "reference/test_philox.py", "ops/test_compile.py", "ops/test_autocast.py",
 )  # fmt: skip
 REQUIRED = ("pytest", "hypothesis")  # by the tests

@@ -36,6 +36,8 @@ inline std::string described(at::ScalarType dtype) {
       return "torch.float16";
     case at::kDouble:
       return "torch.float64";
+    case at::kByte:
+      return "torch.uint8";
     case at::kInt:
       return "torch.int32";
     case at::kLong:
@@ -101,6 +103,33 @@ inline void fisher_matrix(const at::Tensor& t, const Name& name, const at::Tenso
   same_device(t, name, like, like_name);
   TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16, name,
                    ": expected torch.float32 or torch.bfloat16, got ", described(t.scalar_type()));
+}
+
+// A Fisher [rows, columns] in 8 bits, beside the tensors that it is weighted with; its rows are read as vectors of 16 bytes. The format:
+// fused_ewclora/reference/eight_bit.py.
+constexpr int64_t CODES_OF_A_SCALE = 32, CODES_ALIGNMENT = 16;
+inline int64_t row_bytes(int64_t columns) {
+  const int64_t blocks = (columns + CODES_OF_A_SCALE - 1) / CODES_OF_A_SCALE;
+  return (blocks * (CODES_OF_A_SCALE + 2) + CODES_ALIGNMENT - 1) / CODES_ALIGNMENT * CODES_ALIGNMENT;
+}
+inline bool has_rows_of_codes(const at::Tensor& t) {
+  const bool apart = t.stride(0) % CODES_ALIGNMENT != 0 || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % CODES_ALIGNMENT != 0;
+  return t.numel() == 0 || (t.stride(1) == 1 && !apart);
+}
+inline void codes(const at::Tensor& t, const Name& name, int64_t rows, int64_t columns, const at::Tensor& like, const Name& like_name) {
+  matrix(t, name);
+  same_device(t, name, like, like_name);
+  shape(t, name, {rows, row_bytes(columns)}, "8-bit codes of B A");
+  TORCH_CHECK_VALUE(has_rows_of_codes(t), name, ": expected 8-bit codes with contiguous rows at multiples of 16 bytes, got strides ",
+                    t.strides());
+}
+
+// The row or column sums [size] of a factored Fisher.
+inline void sums(const at::Tensor& t, const Name& name, int64_t size, const at::Tensor& like, const Name& like_name) {
+  present(t, name);
+  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == size, name, ": expected shape [", size, "] (beside ", like_name, "), got ", t.sizes());
+  same_device(t, name, like, like_name);
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat, name, ": expected torch.float32, got ", described(t.scalar_type()));
 }
 
 inline void adapter(const at::Tensor& lora_a, const at::Tensor& lora_b, const at::Tensor* scale, int64_t i, const at::Tensor& like,
@@ -228,30 +257,67 @@ void ewc_penalty(at::DeviceType device, const Tensors& fishers, const Tensors& l
     const at::Tensor& lora_a = lora_as[k];
     adapter(lora_a, lora_bs[k], pointer(scales[k]), i, lora_a, {"lora_as", i});
     same(lora_a, {"lora_as", i}, lora_as[0], {"lora_as", 0});
+    present(fishers[k], {"fishers", i});
+    if (fishers[k].scalar_type() == at::kByte) {
+      codes(fishers[k], {"fishers", i}, lora_bs[k].size(0), lora_a.size(1), lora_a, {"lora_as", i});
+      continue;
+    }
     fisher_matrix(fishers[k], {"fishers", i}, lora_a, {"lora_as", i});
     shape(fishers[k], {"fishers", i}, {lora_bs[k].size(0), lora_a.size(1)}, "of B A");
   }
 }
 
-inline void fisher_accumulate(at::DeviceType device, const at::Tensor& fisher, const at::Tensor& x, const at::Tensor& dy,
-                              const std::string& squares, const std::optional<at::Tensor>& cu_seqlens) {
+template <class Scales>
+void factored_penalty(at::DeviceType device, const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs, const Scales& scales,
+                      const std::vector<double>& factors, const std::vector<bool>& needs) {
+  const size_t adapters = fishers.size() / 2;
+  TORCH_CHECK_VALUE(adapters > 0 && fishers.size() % 2 == 0, "fishers: expected two entries per adapter, at least one adapter, got ",
+                    fishers.size());
+  adapter_lists(lora_as, lora_bs, scales, factors, adapters, "half of fishers");
+  TORCH_CHECK_VALUE(needs.size() == 3, "needs: expected 3 entries (A, B, s), got ", needs.size());
+  defining(lora_as[0], {"lora_as", 0}, device);
+  for (size_t k = 0; k < adapters; ++k) {
+    const int64_t i = int64_t(k);
+    const Name like_name{"lora_as", i};
+    adapter(lora_as[k], lora_bs[k], pointer(scales[k]), i, lora_as[k], like_name);
+    same(lora_as[k], like_name, lora_as[0], {"lora_as", 0});
+    sums(fishers[k], {"fishers", i}, lora_bs[k].size(0), lora_as[k], like_name);
+    sums(fishers[adapters + k], {"fishers", int64_t(adapters + k)}, lora_as[k].size(1), lora_as[k], like_name);
+  }
+}
+
+// The samples of a Fisher.
+inline void samples(at::DeviceType device, const at::Tensor& x, const at::Tensor& dy, const std::string& squares,
+                    const std::optional<at::Tensor>& cu_seqlens) {
   TORCH_CHECK_VALUE(squares == "sample" || squares == "batch", "squares: expected 'sample' or 'batch', got '", squares, "'");
   defining(x, {"x"}, device);
   present(dy, {"dy"});
   same(dy, {"dy"}, x, {"x"});
-  fisher_matrix(fisher, {"fisher"}, x, {"x"});
   const at::Tensor* offsets = pointer(cu_seqlens);
   TORCH_CHECK_VALUE(x.dim() == 2 || (x.dim() == 3 && offsets == nullptr), "x: expected ", offsets ? "2" : "2 or 3",
                     " dimensions, got shape ", x.sizes());
   TORCH_CHECK_VALUE(dy.dim() == x.dim() && dy.sizes().slice(0, dy.dim() - 1) == x.sizes().slice(0, x.dim() - 1),
                     "dy: expected the leading shape of x ", x.sizes(), ", got shape ", dy.sizes());
-  shape(fisher, {"fisher"}, {dy.size(-1), x.size(-1)}, "features of dy and x");
   if (offsets == nullptr) return;
   TORCH_CHECK_VALUE(squares == "sample", "cu_seqlens: expected None for squares 'batch', which does not tell samples apart, got a tensor");
   TORCH_CHECK_TYPE(offsets->scalar_type() == at::kInt || offsets->scalar_type() == at::kLong,
                    "cu_seqlens: expected torch.int32 or torch.int64, got ", described(offsets->scalar_type()));
   TORCH_CHECK_VALUE(offsets->dim() == 1, "cu_seqlens: expected shape [N + 1], got ", offsets->sizes());
   same_device(*offsets, {"cu_seqlens"}, x, {"x"});
+}
+
+inline void fisher_accumulate(at::DeviceType device, const at::Tensor& fisher, const at::Tensor& x, const at::Tensor& dy,
+                              const std::string& squares, const std::optional<at::Tensor>& cu_seqlens) {
+  samples(device, x, dy, squares, cu_seqlens);
+  fisher_matrix(fisher, {"fisher"}, x, {"x"});
+  shape(fisher, {"fisher"}, {dy.size(-1), x.size(-1)}, "features of dy and x");
+}
+
+inline void fisher_sums(at::DeviceType device, const at::Tensor& rows, const at::Tensor& columns, const at::Tensor& x, const at::Tensor& dy,
+                        const std::string& squares, const std::optional<at::Tensor>& cu_seqlens) {
+  samples(device, x, dy, squares, cu_seqlens);
+  sums(rows, {"rows"}, dy.size(-1), dy, {"dy"});
+  sums(columns, {"columns"}, x.size(-1), x, {"x"});
 }
 
 inline void merge(at::DeviceType device, const Tensors& weights, const Tensors& lora_as, const Tensors& lora_bs,

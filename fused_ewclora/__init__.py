@@ -28,6 +28,7 @@ from .errors import (
     NotExactlyRepresentable,
     TargetError,
 )
+from .fishers import EightBitFisher, FactoredFisher, KroneckerFisher
 from .layers.adapted import AdaptedLinear
 from .layers.bypass import register_call
 from .layers.conv import LoRAConv1d, LoRAConv2d
@@ -43,6 +44,7 @@ _moved.install(__name__)
 # Names that few programs need or that are slow to import are loaded on first use. Name -> defining module.
 _LAZY = {
     "EWC": "ewc.controller",
+    "Structure": "ewc.structures",
     "convert_lambda": "ewc.settings",
     "save_pretrained": "checkpoints.checkpoint",
     "load_pretrained": "checkpoints.checkpoint",
@@ -61,8 +63,11 @@ __all__ = [
     "DtypeError",
     "EWCLoRAError",
     "EWCLoRAWarning",
+    "EightBitFisher",
+    "FactoredFisher",
     "FisherError",
     "IntegrationError",
+    "KroneckerFisher",
     "LayoutError",
     "LoRAConfig",
     "LoRAConv1d",
@@ -73,6 +78,7 @@ __all__ = [
     "Part",
     "QKVLayout",
     "Report",
+    "Structure",
     "TargetError",
     "adapters",
     "available_backends",

@@ -148,6 +148,7 @@ BENCHMARK_COMMANDS = {
     ("demo", SUITE): "continual.__main__",
     ("bench", "compare"): "compare",
     ("bench", "host"): "host.__main__",
+    ("bench", "large"): "large_model",
     ("bench", "report"): "report",
     ("bench",): "__main__",
     ("plot",): "plot",

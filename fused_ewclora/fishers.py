@@ -35,7 +35,7 @@ class FactoredFisher(NamedTuple):
         >>> difference = fisher.dense() - exact
         """
         total = self.columns.sum()
-        share = torch.where(total > 0.0, self.columns / total, torch.zeros_like(self.columns))
+        share = torch.where(total <= 0.0, torch.zeros_like(self.columns), self.columns / total)
         return self.rows.unsqueeze(1) * share
 
 
@@ -88,6 +88,30 @@ class EightBitFisher(NamedTuple):
         if not fisher.is_floating_point():
             raise DtypeError(f"fisher: expected a floating-point tensor, got {fisher.dtype}")
         return cls(eight_bit.encode(fisher, seed, first_row), fisher.shape[1])
+
+    @staticmethod
+    def row_bytes(columns: int) -> int:
+        """Bytes of a row of codes with its scales.
+
+        >>> EightBitFisher.row_bytes(1024)
+        1088
+        """
+        return eight_bit.row_bytes(columns)
+
+    def scales(self) -> Tensor:
+        """The bf16 scales `[d_out, blocks]`, a new tensor; NaN of blocks that are not finite.
+
+        >>> finite = fisher.scales().isfinite().all()
+        """
+        return eight_bit.scales(self.codes)
+
+    def largest(self) -> float:
+        """The last level of the largest block, which no value exceeds; 0 without values.
+
+        >>> steepest = ewc_lambda * fisher.largest()
+        """
+        scales = self.scales().float()
+        return float(scales.max()) * eight_bit.LEVELS**2 if scales.numel() else 0.0
 
     def dense(self) -> Tensor:
         """`[d_out, d_in]` fp32, a new tensor.

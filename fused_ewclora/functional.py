@@ -249,8 +249,9 @@ def _checked_penalty(
         names = " and ".join(sorted(kind.__name__ for kind in kinds))
         raise ArgumentError(f"fishers: expected one kind of Fisher in a call, got {names}")
     op, flat = "ewc_penalty", list(fishers)
+    pairs: Any = fishers
     if EightBitFisher in kinds:
-        flat = [fisher.codes for fisher in fishers]  # type: ignore[union-attr]
+        flat = [fisher.codes for fisher in pairs]
     elif kinds and Tensor not in kinds:
         if not kinds <= set(_STRUCTURED):
             raise DtypeError(
@@ -258,14 +259,13 @@ def _checked_penalty(
                 f"{kinds.pop().__name__}"
             )
         op = _STRUCTURED[kinds.pop()]
-    terms = _penalty.terms(flat, lora_as, lora_bs, scales) if op == "ewc_penalty" else None  # type: ignore[arg-type]
+        flat = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
+    terms = _penalty.terms(op, flat, lora_as, lora_bs, scales)  # type: ignore[arg-type]
     if writes is not None and terms is None:  # with terms it is plain that nothing is transformed
         check.writes(writes)
     scales = [1.0] * len(fishers) if scales is None else scales
-    if op != "ewc_penalty":
-        pairs: Any = fishers
+    if terms is None and op != "ewc_penalty":
         check.structured_penalty(pairs, lora_as, lora_bs, scales)
-        flat = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
     elif terms is None:
         check.penalty(flat, lora_as, lora_bs, scales)  # type: ignore[arg-type]
     check.number(ewc_lambda, "ewc_lambda", lora_as[0].dtype if lora_as else torch.float32)

@@ -8,7 +8,7 @@ columns.
 import triton
 import triton.language as tl
 
-from .tiles import as_fp32, dot_rounded, rounded
+from .tiles import as_fp32, over_slices, rounded, sliced_product
 from .tiles import last as _last
 
 FIELDS = tl.constexpr(28)
@@ -97,6 +97,19 @@ def _finish_loss(work, loss, n_items, ewc_lambda, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _decoded(codes, scales, SHARED: tl.constexpr):
+    """scale times the square of the code, for codes [.., .., WIDTH] and scales [.., .., WIDTH // SHARED].
+
+    Both products are exact. A number in the last bits of 2^23 becomes fp32 by a subtraction: conversions are
+    slow.
+    """
+    root = (codes.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    rows: tl.constexpr = scales.shape[1]
+    several = scales[:, :, :, None].broadcast_to(scales.shape[0], rows, scales.shape[2], SHARED)
+    return several.reshape(codes.shape) * (root * root)
+
+
+@triton.jit
 def _as_operand(h, PERMUTED: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
     """`h` [SLICES, BLOCK_M, WIDTH] with its columns in the order in which a product takes them from the
     threads that hold them: of eight columns, thread t of four has 2 t and 2 t + 1 of a result, but t and
@@ -126,38 +139,6 @@ def _factors(
     return a, at.reshape(SLICES, BLOCK_N // SLICES, RP)
 
 
-@triton.jit
-def _product(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b for every slice. One of several belongs to a warp; a single one is shared by all warps, which
-    Triton does for matrices only."""
-    if a.shape[0] == 1:
-        m: tl.constexpr = a.shape[1]
-        k: tl.constexpr = a.shape[2]
-        n: tl.constexpr = b.shape[2]
-        a, b, acc = a.reshape(m, k), b.reshape(k, n), acc.reshape(m, n)
-        acc = dot_rounded(a, b, acc, PRECISION).reshape(1, m, n)
-    else:
-        acc = dot_rounded(a, b, acc, PRECISION)
-    return acc
-
-
-@triton.jit
-def _over_slices(parts, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, RP: tl.constexpr):
-    """Sum of `parts` [SLICES, BLOCK_M, RP] over the first dimension, in pairs. `tl.sum` over warps would pass
-    shared memory one number at a time."""
-    tl.static_assert(SLICES <= 8)
-    if SLICES == 1:
-        total = parts.reshape(BLOCK_M, RP)
-    else:
-        left, right = parts.permute(1, 2, 0).reshape(BLOCK_M, RP, SLICES // 2, 2).split()
-        if SLICES > 2:
-            left, right = (left + right).reshape(BLOCK_M, RP, SLICES // 4, 2).split()
-        if SLICES > 4:
-            left, right = (left + right).reshape(BLOCK_M, RP, SLICES // 8, 2).split()
-        total = (left + right).reshape(BLOCK_M, RP)
-    return total
-
-
 @triton.jit(do_not_specialize=["n_items"])
 def ewc_penalty_kernel(
     table, factors, items, work, counters, loss, grads, n_items, ewc_lambda,
@@ -172,7 +153,8 @@ def ewc_penalty_kernel(
     its scale) and bs^T h (dA). What is complete only when its neighbours are done goes to `work`, and the
     last of them, found by a counter, adds it up in the order of the items: no result depends on which that
     was. `counters` are 0 before and after. UNIT: rows of F are contiguous, start at multiples of 16 bytes,
-    and are multiples of 8 long.
+    and are multiples of 8 long. An F of FISHER_TYPE uint8 has rows of codes, in blocks of 32, and behind them
+    the scales of the blocks (`reference/eight_bit.py`): UNIT always holds for it.
     """
     pid = tl.program_id(0)
     entry = table + tl.load(items + 3 * pid) * FIELDS
@@ -193,7 +175,22 @@ def ewc_penalty_kernel(
     # Offsets inside a tile are 32 bits wide and do not change from tile to tile.
     fisher = tl.load(entry + FISHER).to(tl.pointer_type(FISHER_TYPE))
     fisher_0, fisher_1 = tl.load(entry + FISHER_0), tl.load(entry + FISHER_1)
-    if UNIT:
+    CODES: tl.constexpr = FISHER_TYPE == tl.uint8
+    if CODES:
+        # Codes behind the last column are 0, and so is A there: only rows and whole blocks are masked.
+        padded = tl.multiple_of(tl.cdiv(d_in, 32) * 32, 32)
+        fisher, fisher_0 = tl.multiple_of(fisher, 16), tl.multiple_of(fisher_0, 16)
+        inside = left + jj < padded
+        tile = i[None, :, None] * fisher_0.to(tl.int32) + jj
+        SHARED: tl.constexpr = min(WIDTH, 32)
+        q = (tl.arange(0, SLICES) * WIDTH)[:, None, None]
+        q += (tl.arange(0, WIDTH // SHARED) * SHARED)[None, None, :]
+        scaled = left + q < padded
+        scales = (tl.load(entry + FISHER) + padded + left // 16).to(tl.pointer_type(tl.bfloat16))
+        scales_0 = tl.multiple_of(fisher_0 // 2, 8)
+        scale_tile = i[None, :, None] * scales_0.to(tl.int32) + q // 32
+        fisher += left
+    elif UNIT:
         # Without the hint on d_in, the mask would keep loads from being wide.
         fisher, fisher_0 = tl.multiple_of(fisher, 16), tl.multiple_of(fisher_0, 8)
         columns = left + jj < tl.multiple_of(d_in, 8)
@@ -217,18 +214,25 @@ def ewc_penalty_kernel(
     b = tl.load(lora_b + first * b_0 + b_tile, mask=rows[:, None] & ranks[None, :], other=0.0)
     for start in range(first, stop, BLOCK_M):
         rows = i < (stop - start).to(tl.int32)
-        f = tl.load(fisher + start * fisher_0 + tile, mask=rows[None, :, None] & columns, other=0.0)
+        if CODES:
+            f = tl.load(fisher + start * fisher_0 + tile, mask=rows[None, :, None] & inside, other=0)
+            block_scales = tl.load(
+                scales + start * scales_0 + scale_tile, mask=rows[None, :, None] & scaled, other=0.0
+            )
+            f = _decoded(f, block_scales.to(tl.float32), SHARED)
+        else:
+            f = tl.load(fisher + start * fisher_0 + tile, mask=rows[None, :, None] & columns, other=0.0)
         b = as_fp32(b.to(tl.float32), B_TYPE, PRECISION)
         bs = rounded((b * s[None, :])[None, :, :].broadcast_to(SLICES, BLOCK_M, RP), PRECISION)
-        delta = _product(bs, a, tl.zeros([SLICES, BLOCK_M, WIDTH], tl.float32), PRECISION)
+        delta = sliced_product(bs, a, tl.zeros([SLICES, BLOCK_M, WIDTH], tl.float32), PRECISION)
         h = as_fp32(f.to(tl.float32) * delta, FISHER_TYPE, PRECISION)
         # Sums of eighths of a row, which stay in their threads.
         value += tl.sum((h * delta).reshape(SLICES, BLOCK_M, WIDTH // 8, 8), 2)
         h = rounded(h, PRECISION)
         if NEED_B or NEED_S:
             ht = _as_operand(h, PERMUTED, SLICES, BLOCK_M, WIDTH)
-            ha = _product(ht, at, tl.zeros([SLICES, BLOCK_M, RP], tl.float32), PRECISION)
-            ha = _over_slices(ha, SLICES, BLOCK_M, RP)
+            ha = sliced_product(ht, at, tl.zeros([SLICES, BLOCK_M, RP], tl.float32), PRECISION)
+            ha = over_slices(ha, SLICES, BLOCK_M, RP)
             if NEED_B:
                 tl.store(
                     part_b + start * rank + part_tile, ha * s[None, :], mask=rows[:, None] & ranks[None, :]
@@ -236,7 +240,7 @@ def ewc_penalty_kernel(
             if NEED_S:
                 ds += ha * b
         if NEED_A:
-            da = _product(bs.permute(0, 2, 1), h, da, PRECISION)
+            da = sliced_product(bs.permute(0, 2, 1), h, da, PRECISION)
         # The next rows of B are on their way meanwhile. Triton's own copies to shared memory, which are for
         # operands of products, would be four bytes wide and collide.
         below = i < (stop - start - BLOCK_M).to(tl.int32)

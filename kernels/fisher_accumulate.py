@@ -12,7 +12,7 @@ from .tiles import cast, dot, grouped_tile, load_tile
 
 
 @triton.jit
-def _place(index, d_out, d_in, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def place(index, d_out, d_in, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """(split, first row, first column) of index `index`, split after split."""
     tiles_m, tiles_n = tl.cdiv(d_out, BLOCK_M), tl.cdiv(d_in, BLOCK_N)
     row, column = grouped_tile(index % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
@@ -61,21 +61,18 @@ def _add(
         tl.atomic_add(lock, tl.where(split == splits - 1, -split, 1), sem="release")
 
 
-@triton.jit(do_not_specialize=["samples", "tokens", "splits"])
-def fisher_sample_kernel(
-    fisher, x, dy, cu_seqlens, locks, samples, tokens, splits, d_out, d_in, weight,
-    stride_f0, stride_f1, stride_xn, stride_xt, stride_xd, stride_yn, stride_yt, stride_yd,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, GROUP_M: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def squares_of_samples(
+    x, dy, cu_seqlens, samples, tokens, split, splits, row, column, d_out, d_in,
+    stride_xn, stride_xt, stride_xd, stride_yn, stride_yt, stride_yd,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """F += weight sum_n (dy_n^T x_n)^2, elementwise squares, samples in order.
+    """The tile [BLOCK_M, BLOCK_N] at (row, column) of sum_n (dy_n^T x_n)^2 over part `split` of the samples.
 
-    A program owns BLOCK_M x BLOCK_N elements of F and one of `splits` parts of the samples. It keeps two fp32
-    tiles: the product of the current sample, summed over tokens in order, and the sum of squares. Tokens past
-    the end of a sample read as zero.
+    Two fp32 tiles are kept: the product of the current sample, summed over tokens in order, and the sum of
+    squares, over samples in order. Tokens past the end of a sample read as zero.
     """
-    index = _index(locks)
-    split, row, column = _place(index, d_out, d_in, BLOCK_M, BLOCK_N, GROUP_M)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # One loop over the tokens of all samples: the tiles of the next sample are fetched during the products of
     # this one. A sample without tokens has no turn in such a loop, so packed samples keep two loops.
@@ -103,6 +100,26 @@ def fisher_sample_kernel(
                 right = load_tile(x_n, t, column, count, d_in, stride_xt, stride_xd, BLOCK_T, BLOCK_N, False)
             product = dot(left, right, product, PRECISION)
         total += product * product
+    return total
+
+
+@triton.jit(do_not_specialize=["samples", "tokens", "splits"])
+def fisher_sample_kernel(
+    fisher, x, dy, cu_seqlens, locks, samples, tokens, splits, d_out, d_in, weight,
+    stride_f0, stride_f1, stride_xn, stride_xt, stride_xd, stride_yn, stride_yt, stride_yd,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, GROUP_M: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """F += weight sum_n (dy_n^T x_n)^2, elementwise squares, samples in order.
+
+    A program owns BLOCK_M x BLOCK_N elements of F and one of `splits` parts of the samples.
+    """
+    index = _index(locks)
+    split, row, column = place(index, d_out, d_in, BLOCK_M, BLOCK_N, GROUP_M)
+    total = squares_of_samples(
+        x, dy, cu_seqlens, samples, tokens, split, splits, row, column, d_out, d_in, stride_xn, stride_xt,
+        stride_xd, stride_yn, stride_yt, stride_yd, BLOCK_M, BLOCK_N, BLOCK_T, TMA, PRECISION,
+    )  # fmt: skip
     _add(
         fisher, weight * total, row, column, d_out, d_in, stride_f0, stride_f1,
         locks, index, split, splits, BLOCK_M, BLOCK_N,
@@ -119,7 +136,7 @@ def fisher_token_kernel(
     """F += weight (dy^2)^T (x^2): samples of one token. x [N, d_in] and dy [N, d_out] are squared in fp32;
     samples are summed in order, `splits` parts one after the other."""
     index = _index(locks)
-    split, row, column = _place(index, d_out, d_in, BLOCK_M, BLOCK_N, GROUP_M)
+    split, row, column = place(index, d_out, d_in, BLOCK_M, BLOCK_N, GROUP_M)
     stop = _part(samples, split + 1, splits)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for n in range(_part(samples, split, splits), stop, BLOCK_T):
@@ -141,7 +158,7 @@ def fisher_square_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """F += weight G^2 for G [d_out, d_in] in fp32, rows contiguous."""
-    _, row, column = _place(tl.program_id(0), d_out, d_in, BLOCK_M, BLOCK_N, 1)
+    _, row, column = place(tl.program_id(0), d_out, d_in, BLOCK_M, BLOCK_N, 1)
     g = load_tile(gradient, row, column, d_out, d_in, stride_g, 1, BLOCK_M, BLOCK_N, False)
     _add(
         fisher, weight * (g * g), row, column, d_out, d_in, stride_f0, stride_f1,

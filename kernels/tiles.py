@@ -108,6 +108,38 @@ def dot_rounded(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def sliced_product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b for every slice. One of several belongs to a warp; a single one is shared by all warps, which
+    Triton does for matrices only."""
+    if a.shape[0] == 1:
+        m: tl.constexpr = a.shape[1]
+        k: tl.constexpr = a.shape[2]
+        n: tl.constexpr = b.shape[2]
+        a, b, acc = a.reshape(m, k), b.reshape(k, n), acc.reshape(m, n)
+        acc = dot_rounded(a, b, acc, PRECISION).reshape(1, m, n)
+    else:
+        acc = dot_rounded(a, b, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def over_slices(parts, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, RP: tl.constexpr):
+    """Sum of `parts` [SLICES, BLOCK_M, RP] over the first dimension, in pairs. `tl.sum` over warps would pass
+    shared memory one number at a time."""
+    tl.static_assert(SLICES <= 8)
+    if SLICES == 1:
+        total = parts.reshape(BLOCK_M, RP)
+    else:
+        left, right = parts.permute(1, 2, 0).reshape(BLOCK_M, RP, SLICES // 2, 2).split()
+        if SLICES > 2:
+            left, right = (left + right).reshape(BLOCK_M, RP, SLICES // 4, 2).split()
+        if SLICES > 4:
+            left, right = (left + right).reshape(BLOCK_M, RP, SLICES // 8, 2).split()
+        total = (left + right).reshape(BLOCK_M, RP)
+    return total
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b in fp32. PRECISION is how fp32 operands pass the matrix units: "tf32", "tf32x3", or "bf16"
     to round them; narrower operands are exact."""

@@ -35,6 +35,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"CUDA kernels were not tested in the emulator: {NOT_EMULATED}")
 
 
+# The files that take longest: first, so that no process works on one of them at the end alone.
+LONGEST = (
+    "ptx/test_cuda_code.py", "ptx/test_mutations.py", "ptx/test_triton_code.py",
+    "benchmarks/test_gpu_check_driver.py", "project/test_packaging.py", "ops/test_lora_linear.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a run of everything; whoever names files has an order in mind."""
+    if config.args == config.getini("testpaths"):
+        names = [str(ROOT / "tests" / name) for name in LONGEST]
+        items.sort(key=lambda item: names.index(str(item.path)) if str(item.path) in names else len(names))
+
+
 # Fresh inputs on every run find more than the same ones forever; a failure prints how to reproduce it.
 settings.register_profile(
     "default",

@@ -30,8 +30,9 @@ TOOLS = {
 }
 BACKENDS = ("cuda", "triton")
 FOLLOWED = {  # Triton kernels whose accesses to shared memory racecheck sees: no wgmma, no bulk copies
-    "ewc_penalty_kernel", "fisher_square_kernel", "fisher_token_kernel", "lowrank_pack_kernel",
-    "lowrank_sum_kernel", "merge_kernel", "soft_threshold_kernel",
+    "ewc_penalty_kernel", "factored_penalty_kernel", "fisher_square_kernel", "fisher_sums_add_kernel",
+    "fisher_token_kernel", "lowrank_pack_kernel", "lowrank_sum_kernel", "merge_kernel",
+    "soft_threshold_kernel",
 }  # fmt: skip
 FOUND = 86  # exit status of a tool that reports errors
 RESERVE = 5.0  # seconds of the budget for the work after the tools

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fused_ewclora import available_backends
 from fused_ewclora import functional as FE
+from fused_ewclora.fishers import EightBitFisher, FactoredFisher, Fisher, KroneckerFisher
 
 from ..harness import error_to_truth, matmul_precision
 from ..steps import SKIP
@@ -78,12 +79,26 @@ def linear(
     return [y, *torch.autograd.grad(y, leaves, values(rows, d_out, dtype=dtype))]
 
 
+def _fisher(values: Values, m: int, n: int, kind: torch.dtype | str) -> Fisher:
+    if kind == "factored":
+        return FactoredFisher(values(m).abs(), values(n).abs())
+    if kind == "kronecker":
+        roots = values(m, m), values(n, n)
+        return KroneckerFisher(*(root @ root.T for root in roots))
+    if isinstance(kind, torch.dtype):
+        return values(m, n, dtype=kind).abs()
+    # The same codes on every device: a GPU may round to others.
+    found = EightBitFisher.encode(torch.randn(m, n, generator=values.generator).abs())
+    return found._replace(codes=found.codes.to(values.device))
+
+
 def penalty(
     values: Values, backend: str, shapes: Sequence[tuple[int, int, int]] = RAGGED,
-    dtype: torch.dtype = FP32, fisher: torch.dtype = FP32,
+    dtype: torch.dtype = FP32, fisher: torch.dtype | str = FP32,
 ) -> list[Tensor]:  # fmt: skip
-    """The loss and all gradients; every second adapter has a scale per rank."""
-    fishers = [values(m, n, dtype=fisher).abs() for m, n, _ in shapes]
+    """The loss and all gradients; every second adapter has a scale per rank. `fisher`: the dtype of dense
+    Fishers, or "8 bits", "factored" or "kronecker"."""
+    fishers = [_fisher(values, m, n, fisher) for m, n, _ in shapes]
     lora_as = [values.leaf(r, n, dtype=dtype, std=n**-0.5) for _, n, r in shapes]
     lora_bs = [values.leaf(m, r, dtype=dtype, std=0.3) for m, _, r in shapes]
     scales = [values.leaf(r, dtype=dtype) if i % 2 else 0.5 for i, (_, _, r) in enumerate(shapes)]
@@ -95,15 +110,16 @@ def penalty(
 def fisher(
     values: Values, backend: str, samples: int = 3, tokens: int = 21, d_in: int = 61, d_out: int = 45,
     dtype: torch.dtype = BF16, mode: str = "sample", packed: Sequence[int] = (), flat: bool = False,
+    factored: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """F after one call, starting from random values; `packed` are lengths of samples, `flat` means one token
-    without a dimension for it."""
-    start = values(d_out, d_in).abs()
+    """F, or its row and column sums, after one call, starting from random values; `packed` are lengths of
+    samples, `flat` means one token without a dimension for it."""
+    start = FactoredFisher(values(d_out).abs(), values(d_in).abs()) if factored else values(d_out, d_in).abs()
     leading = (sum(packed),) if packed else (samples,) if flat else (samples, tokens)
     x, dy = values(*leading, d_in, dtype=dtype), values(*leading, d_out, dtype=dtype)
     bounds = torch.tensor([0, *packed], device=x.device).cumsum(0) if packed else None
     FE.fisher_accumulate_(start, x, dy, mode=mode, weight=0.5, cu_seqlens=bounds, backend=backend)
-    return [start]
+    return [start] if isinstance(start, Tensor) else [start.rows, start.columns]
 
 
 def merge(values: Values, backend: str, dtype: torch.dtype = FP32) -> list[Tensor]:
@@ -146,6 +162,14 @@ PENALTIES: dict[str, dict[str, Any]] = {
     "F in bf16": {"fisher": BF16},
     "one": {"shapes": ((48, 64, 16),)},
     "many, rank 70": {"shapes": ((33, 70, 70), *((17, 40, 3),) * 20)},
+    "F in 8 bits": {"fisher": "8 bits"},
+    "F in 8 bits, adapters in bf16": {"fisher": "8 bits", "dtype": BF16},
+    "F in 8 bits, rank 70": {"fisher": "8 bits", "shapes": ((33, 70, 70), (50, 300, 30))},
+}
+FACTORED: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "adapters in bf16": {"dtype": BF16},
+    "many, rank 70": {"shapes": ((33, 700, 70), *((17, 40, 3),) * 20)},
 }
 FISHERS: dict[str, dict[str, Any]] = {
     "bf16": {},
@@ -159,6 +183,7 @@ FISHERS: dict[str, dict[str, Any]] = {
     "batch": {"mode": "batch"},
     "batch, fp32": {"mode": "batch", "dtype": FP32},
 }
+SUMS = ("bf16", "fp16", "fp32", "aligned", "T=1", "cu_seqlens", "batch")
 
 
 def calls() -> Iterator[Call]:
@@ -173,9 +198,17 @@ def calls() -> Iterator[Call]:
     for name, options in PENALTIES.items():
         tolerance = max(PRECISIONS["high"], TOLERANCES[options.get("dtype", FP32)])
         yield Call(f"ewc_penalty, {name}", functools.partial(penalty, **options), tolerance, "high")
+    for name, options in FACTORED.items():
+        method = functools.partial(penalty, fisher="factored", **options)
+        yield Call(f"factored_penalty, {name}", method, TOLERANCES[options.get("dtype", FP32)])
+    method = functools.partial(penalty, fisher="kronecker")
+    yield Call("kronecker_penalty, fp32", method, TOLERANCES[FP32])
     for name, options in FISHERS.items():
         tolerance = TOLERANCES[options.get("dtype", BF16)]
         yield Call(f"fisher_accumulate_, {name}", functools.partial(fisher, **options), tolerance)
+    for name in SUMS:
+        method = functools.partial(fisher, factored=True, **FISHERS[name])
+        yield Call(f"fisher_sums_, {name}", method, TOLERANCES[FISHERS[name].get("dtype", BF16)])
     for name, method in (("merge_", merge), ("soft_threshold_", threshold)):
         for dtype in (FP32, BF16, FP16):
             label = f"{name}, {str(dtype).removeprefix('torch.')}"

@@ -1,7 +1,9 @@
-// The EWC penalty on autograd's tape, whichever backend computed it: its gradients are there with the loss, and backward deals them out,
+// A penalty on autograd's tape, whichever backend computed it: its gradients are there with the loss, and backward deals them out,
 // hundreds of them in a step.
 #pragma once
 #include <ATen/ops/as_strided_native.h>
+
+#include <string>
 
 #include "../plain.h"
 #include "tape.h"
@@ -11,11 +13,16 @@ namespace fe::recorded {
 // What a penalty was computed from, for its second derivatives. These are no outputs, so that no cycle keeps a graph alive, and outlive the
 // step anyway: a saved variable for each would cost more than all of the rest.
 struct PenaltyOperands {
-  variable_list fishers, tensors;  // tensors: every A, every B, every s that there is
+  std::string op;
+  variable_list fishers, tensors;  // fishers: of the op; tensors: every A, every B, every s that there is
   std::vector<int64_t> slots;
   std::vector<double> scale_factors;
   double ewc_lambda;
   std::vector<bool> needs;
+
+  size_t adapters() const { return scale_factors.size(); }
+  // Whether the gradients of tensor i are wanted, as those of all A, all B or all s are.
+  bool needed(size_t i) const { return needs[slots[i] / adapters()]; }
 
   // Versions only grow, so that their sum tells whether one of the tensors has been written.
   int64_t versions() const {
@@ -36,7 +43,7 @@ struct PenaltyOperands {
   }
   static const PenaltyOperands& of(const at::Tensor& owner) {
     const auto* operands = owner.storage().data_ptr().cast_context<PenaltyOperands>(&forget);
-    TORCH_CHECK(operands, "ewc_penalty: hooks on saved tensors replaced what its second derivatives are computed from");
+    TORCH_CHECK(operands, "a penalty: hooks on saved tensors replaced what its second derivatives are computed from");
     return *operands;
   }
 };
@@ -95,7 +102,7 @@ struct EWCPenalty : torch::autograd::Function<EWCPenalty> {
     std::vector<int64_t> found{int64_t(operands.tensors.size())};
     found.reserve(1 + 5 * operands.tensors.size());
     for (size_t i = 0; i < operands.slots.size(); ++i) {
-      if (!operands.needs[operands.slots[i] / operands.fishers.size()]) continue;
+      if (!operands.needed(i)) continue;
       const at::Tensor& t = operands.tensors[i];
       found.insert(found.end(), {int64_t(i), int64_t(t.scalar_type()), t.dim()});
       found.insert(found.end(), t.sizes().begin(), t.sizes().end());
@@ -106,25 +113,26 @@ struct EWCPenalty : torch::autograd::Function<EWCPenalty> {
   // The gradients as tensors with a graph, in the order of `flat`.
   static variable_list differentiated(AutogradContext* ctx, const at::Tensor& owner, const at::Tensor& gradient) {
     const PenaltyOperands& operands = PenaltyOperands::of(owner);
-    TORCH_CHECK(ctx->saved_data["versions"].toInt() == operands.versions(),
-                "ewc_penalty: a Fisher, adapter or scale has been modified by an inplace operation since the penalty was computed, so that "
+    TORCH_CHECK(ctx->saved_data["versions"].toInt() == operands.versions(), operands.op,
+                ": a Fisher, adapter or scale has been modified by an inplace operation since the penalty was computed, so that "
                 "its second derivatives cannot be; compute the penalty again");
-    const size_t adapters = operands.fishers.size();
+    const size_t adapters = operands.adapters();
     const variable_list all = spread(operands.tensors, operands.slots, int64_t(3 * adapters));
     const auto of_kind = [&](size_t kind) { return at::TensorList(all).slice(kind * adapters, adapters).vec(); };
     Optionals scales;
     for (const at::Tensor& s : of_kind(2)) scales.push_back(given(s));
-    return differentiable("ewc_penalty_backward", gradient, operands.fishers, of_kind(0), of_kind(1), scales, operands.scale_factors,
-                          operands.ewc_lambda, operands.needs);
+    const char* const function = operands.op == "ewc_penalty" ? "ewc_penalty_backward" : "kronecker_penalty_backward";
+    return differentiable(function, gradient, operands.fishers, of_kind(0), of_kind(1), scales, operands.scale_factors, operands.ewc_lambda,
+                          operands.needs);
   }
 
   // What Python calls: the penalty, differentiable in the tensors of its adapters.
-  static at::Tensor call(const variable_list& fishers, const variable_list& lora_as, const variable_list& lora_bs, const Optionals& scales,
-                         const std::vector<double>& scale_factors, double ewc_lambda, const std::vector<bool>& needs,
-                         const at::Tensor& penalty, const at::Tensor& flat) {
+  static at::Tensor call(const std::string& op, const variable_list& fishers, const variable_list& lora_as, const variable_list& lora_bs,
+                         const Optionals& scales, const std::vector<double>& scale_factors, double ewc_lambda,
+                         const std::vector<bool>& needs, const at::Tensor& penalty, const at::Tensor& flat) {
     Inputs inputs;
     inputs.add(lora_as, lora_bs, scales);
-    return record({fishers, std::move(inputs.tensors), std::move(inputs.slots), scale_factors, ewc_lambda, needs}, penalty, flat);
+    return record({op, fishers, std::move(inputs.tensors), std::move(inputs.slots), scale_factors, ewc_lambda, needs}, penalty, flat);
   }
 };
 

@@ -15,7 +15,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("lora_linear_backward", &fe::lora_linear_backward, Unlocked());
   m.def("ewc_penalty", &fe::ewc_penalty, Unlocked());
   m.def("ewc_penalty_recorded", &fe::recorded::EWCPenalty::call, Unlocked());
+  m.def("factored_penalty", &fe::factored_penalty, Unlocked());
   m.def("fisher_accumulate_", &fe::fisher_accumulate, Unlocked());
+  m.def("fisher_sums_", &fe::fisher_sums, Unlocked());
   m.def("merge_", &fe::merge, Unlocked());
   m.def("soft_threshold_", &fe::soft_threshold, Unlocked());
   fe::plans::bind(m);

@@ -1,12 +1,11 @@
 // EWC penalty of all adapters of a model in one parallel region.
-#include "tensors.h"
+#include "flat_gradients.h"
 
 namespace fe {
 namespace {
 
 struct Adapter {
-  at::Tensor a, b, fisher;                        // fp32; kept alive for the pointers in `kernel`
-  int64_t place_a = 0, place_b = 0, place_s = 0;  // of its gradients in the flat result
+  at::Tensor a, b, fisher;  // kept alive for the pointers in `kernel`
   float* grad_a = nullptr;
   std::vector<float> scale;
   int64_t first_rank = 0;
@@ -44,17 +43,19 @@ std::tuple<at::Tensor, at::Tensor> ewc_penalty(const Tensors& fishers, const Ten
                                                const std::vector<bool>& needs) {
   arguments::ewc_penalty(DEVICE, fishers, lora_as, lora_bs, scales, factors, needs);
   std::vector<Adapter> adapters(fishers.size());
-  int64_t ranks = 0, scratch = 0, widest = 0, length = 0;
+  int64_t ranks = 0, scratch = 0, widest = 0;
   double total = 0.0;
   bool holes = false;  // an F without elements: no part computes its gradients
   for (size_t i = 0; i < adapters.size(); ++i) {
     Adapter& a = adapters[i];
     a.a = as_float(lora_as[i]);
     a.b = as_float(lora_bs[i]);
-    a.fisher = as_rows(fishers[i]);
+    const bool codes = fishers[i].scalar_type() == at::kByte;
+    a.fisher = codes ? fishers[i] : as_rows(fishers[i]);
     PenaltyAdapter& k = a.kernel;
     k.rows = a.b.size(0), k.d_in = a.a.size(1), k.rank = a.a.size(0);
-    k.fisher = matrix(a.fisher);
+    k.codes = codes;
+    k.fisher = codes ? Matrix{a.fisher.data_ptr(), a.fisher.stride(0), Dtype::f32} : matrix(a.fisher);
     k.a = a.a.data_ptr<float>(), k.b = a.b.data_ptr<float>();
     a.scale = scale_of(scales[i], factors[i], k.rank);
     const bool unit = std::all_of(a.scale.begin(), a.scale.end(), [](float s) { return s == 1.f; });
@@ -63,19 +64,17 @@ std::tuple<at::Tensor, at::Tensor> ewc_penalty(const Tensors& fishers, const Ten
     k.need_a = needs[0], k.need_b = needs[1], k.need_s = needs[2] && scales[i];
     a.first_rank = ranks, ranks += k.rank;
     a.cost = total, total += row_cost(k) * k.rows;
-    holes = holes || fishers[i].numel() == 0;
+    holes = holes || k.rows * k.d_in == 0;
     scratch = std::max(scratch, kernels().penalty_scratch(k.rank, k.d_in));
     widest = std::max(widest, k.rank * k.d_in);
   }
 
-  for (Adapter& a : adapters) a.place_a = length, length += a.kernel.need_a ? a.kernel.rank * a.kernel.d_in : 0;
-  for (Adapter& a : adapters) a.place_b = length, length += a.kernel.need_b ? a.kernel.rows * a.kernel.rank : 0;
-  for (size_t i = 0; i < adapters.size(); ++i) adapters[i].place_s = length, length += adapters[i].kernel.need_s ? scales[i]->numel() : 0;
-  at::Tensor grads = holes ? at::zeros({length}, at::kFloat) : floats(length);
+  const FlatGradients flat(lora_as, lora_bs, scales, needs);
+  at::Tensor grads = holes ? at::zeros({flat.length}, at::kFloat) : floats(flat.length);
   if (total == 0.0) return {at::zeros({}, at::kFloat), grads};
-  for (Adapter& a : adapters) {
-    a.grad_a = grads.data_ptr<float>() + a.place_a;
-    if (a.kernel.need_b) a.kernel.grad_b = grads.data_ptr<float>() + a.place_b;
+  for (size_t i = 0; i < adapters.size(); ++i) {
+    adapters[i].grad_a = grads.data_ptr<float>() + flat.a[i];
+    if (needs[1]) adapters[i].kernel.grad_b = grads.data_ptr<float>() + flat.b[i];
   }
 
   // A part may begin inside one adapter only, its first: that one's dA goes to the part's spill, every other straight to the output.
@@ -109,15 +108,8 @@ std::tuple<at::Tensor, at::Tensor> ewc_penalty(const Tensors& fishers, const Ten
   for (size_t i = 0; i < adapters.size(); ++i) {
     const Adapter& a = adapters[i];
     if (!a.kernel.need_s) continue;
-    const float* ds = grad_s.data_ptr<float>() + a.first_rank;
-    float* to = grads.data_ptr<float>() + a.place_s;
-    if (scales[i]->dim() == 0) *to = 0.f;
-    for (int64_t k = 0; k < a.kernel.rank; ++k) {
-      if (scales[i]->dim() == 0)
-        *to += ds[k] * float(factors[i]);
-      else
-        to[k] = ds[k] * float(factors[i]);
-    }
+    write_scale_gradient(*scales[i], factors[i], grad_s.data_ptr<float>() + a.first_rank, a.kernel.rank,
+                         grads.data_ptr<float>() + flat.s[i]);
   }
   return {at::scalar_tensor(float(value), at::kFloat), grads};  // Inf beyond fp32, which a conversion by PyTorch would refuse
 }

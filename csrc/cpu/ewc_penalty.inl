@@ -13,16 +13,55 @@ inline int64_t penalty_scratch(int64_t rank, int64_t d_in) {
   return 2 * F_ROWS * F_COLUMNS + aligned(F_ROWS * rank) + F_ROWS * rank * L + 2 * rank * round_up(d_in, L);
 }
 
-// Writes H of one tile and adds H * D to `loss`. fisher is fp32 with the given stride.
-inline void penalty_tile(const float* fisher, int64_t stride, int64_t rows, int64_t columns, const float* sb, const float* panel, int64_t r,
-                         float* h, vfloat& loss) {
+// A tile of F in fp32, from its first row and column on.
+struct FisherValues {
+  const float* first;
+  int64_t stride;
+
+  template <class Extent>
+  inline __attribute__((always_inline)) vfloat at(int64_t row, int64_t column, Extent extent) const {
+    return load(first + row * stride + column, extent);
+  }
+  // Strips are too short along a row for the hardware prefetcher to detect them. Into L2: a strip is as large as L1.
+  inline __attribute__((always_inline)) void prefetch(int64_t row, int64_t column, int) const {
+    __builtin_prefetch(first + (row + F_ROWS) * stride + column, 0, 2);
+  }
+};
+
+constexpr int64_t CODE_BLOCK = 32;  // codes that share a scale; a vector has no more, and tiles begin at multiples of it
+typedef uint8_t vcodes __attribute__((vector_size(L)));
+
+// A tile of F as codes: code c of a block with scale s, a bf16 number, is s c^2. Codes and scales of a row are padded to whole blocks.
+struct FisherCodes {
+  const uint8_t *codes, *scales;
+  int64_t stride;  // bytes
+
+  template <class Extent>
+  inline __attribute__((always_inline)) vfloat at(int64_t row, int64_t column, Extent) const {
+    vcodes code;
+    std::memcpy(&code, codes + row * stride + column, L);
+    uint16_t high;
+    std::memcpy(&high, scales + row * stride + uint64_t(column) / CODE_BLOCK * sizeof high, sizeof high);
+    const uint32_t bits = uint32_t(high) << 16;
+    float scale;
+    std::memcpy(&scale, &bits, sizeof scale);
+    const vfloat value = __builtin_convertvector(__builtin_convertvector(code, vint), vfloat);
+    return value * value * splat(scale);
+  }
+  inline __attribute__((always_inline)) void prefetch(int64_t row, int64_t column, int v) const {
+    if (v == 0) __builtin_prefetch(codes + (row + F_ROWS) * stride + column, 0, 2);  // a line of codes is several vectors of values
+  }
+};
+
+// Writes H of one tile and adds H * D to `loss`.
+template <class Fisher>
+inline void penalty_tile(const Fisher& fisher, int64_t rows, int64_t columns, const float* sb, const float* panel, int64_t r, float* h,
+                         vfloat& loss) {
   vfloat sums[COLUMNS] = {};
   vfloat* total = sums;
   expand(sb, r, rows, panel, r, columns, [=](int64_t row, int64_t column, int v, vfloat d, auto extent) __attribute__((always_inline)) {
-    const float* f = fisher + row * stride + column;
-    const vfloat value = load(f, extent) * d;
-    // Strips are too short along a row for the hardware prefetcher to detect them. Into L2: a strip is as large as L1.
-    __builtin_prefetch(f + F_ROWS * stride, 0, 2);
+    const vfloat value = fisher.at(row, column, extent) * d;
+    fisher.prefetch(row, column, v);
     total[v] += value * d;
     store(h + row * F_COLUMNS + column, value);
   });
@@ -56,15 +95,18 @@ inline float penalty_strip(const PenaltyAdapter& p, const PenaltyScratch& s, int
   if (need_h_a) std::memset(s.lanes, 0, rows * r * L * sizeof(float));
   for (int64_t j = 0; j < p.d_in; j += F_COLUMNS) {
     const int64_t columns = p.d_in - j < F_COLUMNS ? p.d_in - j : F_COLUMNS;
-    const float *f = s.converted, *a = s.panel + j * r;  // F_COLUMNS is a multiple of L
-    int64_t stride = F_COLUMNS;
-    if (p.fisher.dtype == Dtype::f32) {
-      f = static_cast<const float*>(at(p.fisher, i, j));
-      stride = p.fisher.stride;
+    const float* a = s.panel + j * r;  // F_COLUMNS is a multiple of L
+    if (p.codes) {
+      const uint8_t* row = static_cast<const uint8_t*>(p.fisher.data) + i * p.fisher.stride;
+      const uint8_t* scales = row + round_up(p.d_in, CODE_BLOCK) + j / CODE_BLOCK * sizeof(uint16_t);
+      penalty_tile(FisherCodes{row + j, scales, p.fisher.stride}, rows, columns, sb, a, r, s.h, loss);
+    } else if (p.fisher.dtype == Dtype::f32) {
+      const FisherValues values{static_cast<const float*>(at(p.fisher, i, j)), p.fisher.stride};
+      penalty_tile(values, rows, columns, sb, a, r, s.h, loss);
     } else {
       for (int64_t q = 0; q < rows; ++q) to_float(at(p.fisher, i + q, j), p.fisher.dtype, columns, s.converted + q * F_COLUMNS);
+      penalty_tile(FisherValues{s.converted, F_COLUMNS}, rows, columns, sb, a, r, s.h, loss);
     }
-    penalty_tile(f, stride, rows, columns, sb, a, r, s.h, loss);
     if (need_h_a) dot(s.h, F_COLUMNS, rows, columns, a, r, s.lanes, r);
     if (p.need_a) reduce(sb, r, s.h, F_COLUMNS, rows, columns, s.grad_panel + j * r, r);
   }

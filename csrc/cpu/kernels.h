@@ -76,7 +76,8 @@ struct LoraBackward {
 };
 
 struct PenaltyAdapter {
-  Matrix fisher;  // [rows, d_in], f32 or bf16
+  Matrix fisher;       // [rows, d_in], f32 or bf16
+  bool codes = false;  // fisher has rows of codes in 8 bits (reference/eight_bit.py), its stride is in bytes
   int64_t rows = 0, d_in = 0, rank = 0;
   const float* a = nullptr;      // [r, d_in]
   const float* b = nullptr;      // [rows, r]
@@ -86,6 +87,18 @@ struct PenaltyAdapter {
   float* grad_b = nullptr;  // [rows, r]
 };
 
+// A penalty of F = r c^T / sum(c), of all rows of an adapter.
+struct FactoredAdapter {
+  const float *rows = nullptr, *columns = nullptr;  // r [d_out], c [d_in]
+  int64_t d_out = 0, d_in = 0, rank = 0;
+  const float* a = nullptr;      // [r, d_in]
+  const float* b = nullptr;      // [d_out, r]
+  const float* scale = nullptr;  // [r]
+  float lambda = 0.f;
+  float *grad_a = nullptr, *grad_b = nullptr;  // as a and b, null where not wanted
+  float* grad_s = nullptr;                     // [r]
+};
+
 struct FisherBlock {
   Matrix x, dy, fisher;             // x [rows, d_in], dy [rows, d_out]
   const int64_t* bounds = nullptr;  // [samples + 1] row offsets
@@ -93,6 +106,9 @@ struct FisherBlock {
   bool square_inputs = false;  // one token per sample: (dy^2)^T (x^2) over all rows of a segment, not squared again
   float weight = 1.f;
   int64_t i0 = 0, i1 = 0, j0 = 0, j1 = 0;  // the block of F this call owns
+  // Where given, they are overwritten by the sums of the block's rows (from i0 on) and columns (from j0 on), without the weight, and
+  // `fisher` is left alone.
+  float *row_sums = nullptr, *column_sums = nullptr;
 };
 
 struct Kernels {
@@ -111,6 +127,8 @@ struct Kernels {
   int64_t penalty_rows;                                    // row ranges that start at multiples of this waste nothing
   // Rows [row0, row1): returns their loss, overwrites grad_a [r, d_in], adds to grad_s [r].
   double (*penalty)(const PenaltyAdapter&, int64_t row0, int64_t row1, float* grad_a, float* grad_s, float* scratch);
+  int64_t (*factored_scratch)(int64_t rank, int64_t d_out, int64_t d_in);
+  double (*factored)(const FactoredAdapter&, float* scratch);  // returns the loss, overwrites the gradients
   int64_t (*fisher_scratch)(const FisherBlock&);
   int64_t fisher_block;                           // largest side of a block that keeps the scratch of one thread in its cache
   int64_t fisher_tile_rows, fisher_tile_columns;  // blocks whose sides are multiples of these waste nothing

@@ -1,6 +1,7 @@
 // The table of kernels of one instruction set; included last by each isa_*.cpp.
 #pragma once
 #include "ewc_penalty.inl"
+#include "factored_penalty.inl"
 #include "fisher_accumulate.inl"
 #include "lora_linear.inl"
 #include "merge.inl"
@@ -24,6 +25,8 @@ const Kernels table = {
     .penalty_scratch = penalty_scratch,
     .penalty_rows = F_ROWS,
     .penalty = penalty,
+    .factored_scratch = factored_scratch,
+    .factored = factored,
     .fisher_scratch = fisher_scratch,
     .fisher_block = FISHER_BLOCK,
     .fisher_tile_rows = TILE_ROWS,

@@ -106,8 +106,13 @@ Tensors lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tenso
 std::tuple<at::Tensor, at::Tensor> ewc_penalty(const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs,
                                                const OptionalTensors& scales, const std::vector<double>& factors, double ewc_lambda,
                                                const std::vector<bool>& needs);
+std::tuple<at::Tensor, at::Tensor> factored_penalty(const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs,
+                                                    const OptionalTensors& scales, const std::vector<double>& factors, double ewc_lambda,
+                                                    const std::vector<bool>& needs);
 void fisher_accumulate(at::Tensor fisher, const at::Tensor& x, const at::Tensor& dy, const std::string& squares, double weight,
                        const std::optional<at::Tensor>& cu_seqlens);
+void fisher_sums(at::Tensor rows, at::Tensor columns, const at::Tensor& x, const at::Tensor& dy, const std::string& squares, double weight,
+                 const std::optional<at::Tensor>& cu_seqlens);
 void merge(const Tensors& weights, const Tensors& lora_as, const Tensors& lora_bs, const OptionalTensors& scales,
            const std::vector<double>& factors);
 void soft_threshold(const Tensors& scales, double kappa);

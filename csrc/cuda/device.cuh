@@ -181,6 +181,10 @@ FE_DEVICE uint32_t shared_address(const void* address) {
 FE_DEVICE void copy_async(void* shared, const void* source, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(source), "r"(bytes) : "memory");
 }
+// The same for 4 bytes, or zeros where there are none.
+FE_DEVICE void copy_async_word(void* shared, const void* source, bool there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(source), "r"(there ? 4 : 0) : "memory");
+}
 FE_DEVICE void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

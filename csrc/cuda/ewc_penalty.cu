@@ -328,6 +328,12 @@ cudaError_t start(const Penalty& penalty, int rp, FisherLoads loads, cudaStream_
       return rp == 16   ? start<P, 16, FisherLoads::bf16>(penalty, stream)
              : rp == 32 ? start<P, 32, FisherLoads::bf16>(penalty, stream)
                         : start<P, 64, FisherLoads::bf16>(penalty, stream);
+    case FisherLoads::codes:
+      return rp == 16   ? start<P, 16, FisherLoads::codes>(penalty, stream)
+             : rp == 32 ? start<P, 32, FisherLoads::codes>(penalty, stream)
+                        : start<P, 64, FisherLoads::codes>(penalty, stream);
+    case FisherLoads::codes_of_any_rank:
+      return start<P, 64, FisherLoads::codes, true>(penalty, stream);
     default:
       return start<P, 64, FisherLoads::elements, true>(penalty, stream);
   }

@@ -17,6 +17,7 @@ struct PenaltyAdapter {
   int32_t height, regions, blocks, chunks;  // rows of a region, and how many regions of rows, blocks of columns, chunks of ranks
   int32_t count_a, count_b, count_s;        // places of its counters
   int32_t scalar;                           // the scale is one number for all ranks
+  int32_t block_scales;                     // of a Fisher in 8 bits: bytes from a row's codes to its scales; 0: F is numbers
 };
 
 // What one thread block does: a region of rows of a block of columns, gradients for a chunk of the ranks.
@@ -36,8 +37,9 @@ struct Penalty {
   bool need_a, need_b, need_s;
 };
 
-// How Fisher matrices are read: 16 bytes at a time, or element by element with strides of both dimensions and any dtype.
-enum class FisherLoads : int32_t { f32, bf16, elements };
+// How Fisher matrices are read: 16 bytes at a time, as blocks of 8-bit codes, or element by element with strides of both dimensions and any
+// dtype. The first three are for ranks up to 64, and the others for any.
+enum class FisherLoads : int32_t { f32, bf16, codes, codes_of_any_rank, elements };
 
 constexpr int PENALTY_ROWS = 16;     // of a strip of a region
 constexpr int PENALTY_COLUMNS = 32;  // of a warp
@@ -63,7 +65,13 @@ constexpr bool penalty_holds_a(int rp) {
 // Strips of F that are on their way to shared memory; 0: one strip, to registers, where other things take the room.
 constexpr int penalty_stages(Precision precision, int rp, FisherLoads loads) {
   const int floats = rp <= 16 ? 1024 : rp <= 32 && precision == Precision::bf16 ? 512 : 0;  // of a warp
-  return loads == FisherLoads::elements ? 0 : floats / (PENALTY_ROWS * PENALTY_COLUMNS) * (loads == FisherLoads::bf16 ? 2 : 1);
+  return loads == FisherLoads::elements ? 0 : floats / (PENALTY_ROWS * PENALTY_COLUMNS) * (loads == FisherLoads::f32 ? 1 : 2);
+}
+
+// Floats of a warp's strip as it comes: of codes a block of 32 in each row, then a word with the scale of each.
+constexpr int penalty_strip(FisherLoads loads) {
+  constexpr int NUMBERS = PENALTY_ROWS * PENALTY_COLUMNS;
+  return loads == FisherLoads::f32 ? NUMBERS : loads == FisherLoads::codes ? NUMBERS / 4 + PENALTY_ROWS : NUMBERS / 2;
 }
 
 // Shared memory of a block in floats, for adapters of up to RP ranks (16, 32, 64).
@@ -71,12 +79,11 @@ template <Precision P, int RP, FisherLoads L>
 struct PenaltyLayout {
   static constexpr int WARPS = penalty_warps(RP), THREADS = 32 * WARPS, WIDTH = WARPS * PENALTY_COLUMNS;
   static constexpr int BLOCKS = penalty_blocks(P, RP), STAGES = penalty_stages(P, RP, L);
-  static constexpr int TILE = PENALTY_ROWS * PENALTY_COLUMNS;            // a warp's numbers of a strip
-  static constexpr int STRIP = L == FisherLoads::f32 ? TILE : TILE / 2;  // in floats, as they come
-  static constexpr int SQUARES = PENALTY_ROWS * RP;                      // tiles of 16 x 16, see penalty_tiles.cuh
-  static constexpr int LDA = WIDTH + 4;                                  // four even rows of a column lie in different banks
-  static constexpr int F = 0;                                            // [warps][stages][strip]
-  static constexpr int H = F + WARPS * STAGES * STRIP;                   // [warps][tile]; not for bf16, which is transposed in registers
+  static constexpr int TILE = PENALTY_ROWS * PENALTY_COLUMNS;      // a warp's numbers of a strip
+  static constexpr int SQUARES = PENALTY_ROWS * RP;                // tiles of 16 x 16, see penalty_tiles.cuh
+  static constexpr int LDA = WIDTH + 4;                            // four even rows of a column lie in different banks
+  static constexpr int F = 0;                                      // [warps][stages][strip]
+  static constexpr int H = F + WARPS * STAGES * penalty_strip(L);  // [warps][tile]; not for bf16, which is transposed in registers
   static constexpr int SCALED = H + (P == Precision::bf16 ? 0 : WARPS * TILE);  // [2][squares]: B s, as left operand
   static constexpr int TURNED = SCALED + 2 * SQUARES;                           // [2][squares]: the same, as right operand
   static constexpr int PARTS = TURNED + 2 * SQUARES;                            // [2][warps][squares]: A H^T
@@ -85,7 +92,7 @@ struct PenaltyLayout {
   static constexpr int BYTES = (SCRATCH + 36) * 4;
 };
 
-// Launches all items; adapters have ranks up to `rp` (16, 32, 64), or any rank with rp = 64 and `elements`.
+// Launches all items; adapters have ranks up to `rp` (16, 32, 64), or any rank with rp = 64, `elements` and `codes_of_any_rank`.
 cudaError_t launch_ewc_penalty(const Penalty& penalty, int rp, Precision precision, FisherLoads loads, cudaStream_t stream);
 
 }  // namespace fe::cuda

@@ -5,21 +5,6 @@
 namespace fe::cuda {
 namespace fisher {
 
-constexpr int GROUP = 8;  // rows of tiles that share columns of x in the second-level cache
-
-struct Place {
-  int row, column, tile, split;  // of the block: first row and column of its tile of F
-};
-
-// Tiles by columns inside groups of GROUP rows of tiles, split after split: blocks that run side by side share operands, and earlier splits
-// have lower indices.
-FE_DEVICE Place place_of(const FisherProducts& p, int index) {
-  const int down = int(ceil_div(p.d_out, TILE)), across = int(ceil_div(p.d_in, TILE));
-  const int tile = index % (down * across), first = tile / (GROUP * across) * GROUP;
-  const int rows = down - first < GROUP ? down - first : GROUP, inside = tile % (GROUP * across);
-  return {(first + inside % rows) * TILE, inside / rows * TILE, tile, index / (down * across)};
-}
-
 // ---- additions to F
 
 // F += sums, a tile; neighbouring threads take neighbouring elements of F.
@@ -49,68 +34,20 @@ FE_DEVICE void add(const FisherProducts& p, const float* sums, const Place& plac
   }
 }
 
-// A block owns a tile of F and one part of the samples. It keeps two fp32 tiles in registers: the product of the current sample, summed over
-// tokens in order, and the sum of squares. The steps of all its samples are one sequence of fetches, so that the next sample is on its way
-// while this one is multiplied.
 template <class T, Precision P, bool SINGLE, bool WIDE>
 FE_KERNEL(THREADS, 1)
 fisher_kernel(FE_PARAMETER FisherProducts p) {
   using L = Layout<T, P, SINGLE>;
-  using Unit = Operands<T, P, L::PITCH, SINGLE, L::PACKED>;
-  T* tiles = reinterpret_cast<T*>(shared_memory());  // [FISHER_STAGES][dy, x][TOKENS][PITCH]
-  uint32_t* words = reinterpret_cast<uint32_t*>(shared_memory() + L::BYTES - 4 * (FISHER_STAGES + 1));  // of the step in each stage
-  uint32_t* ticket = words + FISHER_STAGES;
-  const int row = warp() / WARPS_ACROSS * (16 * DOWN), column = warp() % WARPS_ACROSS * (8 * ACROSS);
-
+  uint32_t* ticket = words_of_stages<L>() + FISHER_STAGES;
   if (p.splits > 1) draw_ticket(p.locks, uint32_t(blocks_x()), ticket);
   // Read anew where it is needed: every register of the loop is taken.
   const auto find_place = [&] { return place_of(p, p.splits > 1 ? int(*ticket) : block_x()); };
-  const Place start = find_place();
-  Steps<T, L, SINGLE, WIDE> steps(p, start.split, start.row, start.column);
-  const auto fetch = [&](uint32_t stage) {
-    const uint32_t word = steps.fetch(p, tiles + stage * 2 * L::NUMBERS);
-    if (thread() == 0) words[stage] = word;
-    copy_async_commit();
-  };
-  const T *dy = tiles + row + Unit::place_dy(), *x = tiles + L::NUMBERS + column + Unit::place_x();
-  const auto load = [&](Unit& unit, uint32_t stage, int token) {
-    const uint32_t from = stage * 2 * L::NUMBERS + token * L::PITCH;
-    unit.load(dy + from, x + from);
-  };
-  for (uint32_t stage = 0; stage < FISHER_STAGES; ++stage) fetch(stage);
-  copy_async_wait<FISHER_STAGES - 1>();
-  sync_block();
-
   Product total = {};
-  Unit unit, second;
-  uint32_t stage = 0;
-  load(unit, stage, 0);
-  for (uint32_t word = words[stage]; word != 0;) {
-    Product product = {};
-    for (bool last = false; !last;) {
-      last = word & LAST;
-      const bool both = L::UNITS == 2 && int(word & (LAST - 1)) > UNIT;
-      if (L::UNITS == 2) load(second, stage, UNIT);
-      unit.multiply(product);
-      // All of this stage is in registers, and the next one has landed: its first operands come before the products of the second ones.
-      copy_async_wait<FISHER_STAGES - 2>();
-      sync_block();
-      fetch(stage);
-      stage = (stage + 1) % FISHER_STAGES;
-      word = words[stage];
-      load(unit, stage, 0);
-      if (both) second.multiply(product);
-    }
-    FE_UNROLL for (int i = 0; i < DOWN; ++i) FE_UNROLL for (int j = 0; j < ACROSS; ++j) FE_UNROLL for (int k = 0; k < 4; ++k) {
-      const float g = product[i][j][k];
-      total[i][j][k] = SINGLE ? g : total[i][j][k] + g * g;
-    }
-  }
+  add_samples<T, P, SINGLE, WIDE>(p, find_place(), total);
 
-  sync_block();                                             // the fragments read ahead are not used, but the reads must be over
   float* sums = reinterpret_cast<float*>(shared_memory());  // where tiles were
   FE_UNROLL for (int i = 0; i < DOWN; ++i) FE_UNROLL for (int j = 0; j < ACROSS; ++j) FE_UNROLL for (int k = 0; k < 4; ++k) {
-    const int m = row + 16 * i + 8 * (k / 2) + lane() / 4, n = column + 8 * j + lane() % 4 * 2 + k % 2;
+    const int m = warp_row() + 16 * i + 8 * (k / 2) + lane() / 4, n = warp_column() + 8 * j + lane() % 4 * 2 + k % 2;
     sums[m * FISHER_PITCH + n] = p.weight * total[i][j][k];
   }
   const Place place = find_place();

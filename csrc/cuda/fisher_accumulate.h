@@ -11,11 +11,10 @@ struct FisherTokens {
   int64_t sample, token, column;
 };
 
-struct FisherProducts {
-  Matrix fisher;  // any strides; several splits need fp32
+// Samples, cut into parts that blocks share.
+struct FisherSamples {
   FisherTokens x, dy;
   const void* cu_seqlens;  // samples + 1 offsets of rows, contiguous; or null
-  uint32_t* locks;         // for more than one split: a counter of tickets, then one per tile of F; 0 before and after
   int64_t samples, tokens;
   int32_t d_out, d_in, splits;
   float weight;
@@ -23,6 +22,11 @@ struct FisherProducts {
   Precision precision;  // of fp32 operands: tf32x3 or tf32
   bool long_offsets;    // cu_seqlens is int64
   bool wide;            // x and dy may be read 16 bytes at a time: contiguous columns, rows that begin and end at multiples of 16 bytes
+};
+
+struct FisherProducts : FisherSamples {
+  Matrix fisher;    // any strides; several splits need fp32
+  uint32_t* locks;  // for more than one split: a counter of tickets, then one per tile of F; 0 before and after
 };
 
 constexpr int FISHER_TILE = 128;  // rows and columns of F that a block owns

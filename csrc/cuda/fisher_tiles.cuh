@@ -1,4 +1,5 @@
-// What the Fisher kernel multiplies: operands in shared memory as fragments, and the order in which they are fetched.
+// What the Fisher kernels multiply: operands in shared memory as fragments, the order in which they are fetched, and the sum of squares of a
+// tile.
 #pragma once
 #include "fisher_accumulate.h"
 #include "fragments.cuh"
@@ -133,15 +134,15 @@ struct Steps {
   int64_t sample, stop;  // the sample of the next step, the end of the part
   int64_t left;          // its tokens
 
-  FE_DEVICE static int64_t offset(const FisherProducts& p, int64_t n) {
+  FE_DEVICE static int64_t offset(const FisherSamples& p, int64_t n) {
     return p.long_offsets ? static_cast<const int64_t*>(p.cu_seqlens)[n] : static_cast<const int32_t*>(p.cu_seqlens)[n];
   }
-  FE_DEVICE void seek(const FisherProducts& p, int64_t begin, int64_t end) {
+  FE_DEVICE void seek(const FisherSamples& p, int64_t begin, int64_t end) {
     left = end - begin;
     dy.seek(p.dy, sample, begin), x.seek(p.x, sample, begin);
   }
   // Goes to `sample`, or to the next one that has tokens.
-  FE_DEVICE void open(const FisherProducts& p) {
+  FE_DEVICE void open(const FisherSamples& p) {
     for (; sample < stop; ++sample) {
       if (p.cu_seqlens == nullptr) return seek(p, 0, p.tokens);
       const int64_t begin = offset(p, sample), end = offset(p, sample + 1);
@@ -149,7 +150,7 @@ struct Steps {
     }
     left = 0;
   }
-  FE_DEVICE Steps(const FisherProducts& p, int split, int row, int column)
+  FE_DEVICE Steps(const FisherSamples& p, int split, int row, int column)
       : dy(Column<T, L, WIDE>::of(p.dy, row, p.d_out)), x(Column<T, L, WIDE>::of(p.x, column, p.d_in)) {
     if constexpr (SINGLE) {
       sample = 0, stop = 1;
@@ -160,7 +161,7 @@ struct Steps {
     }
   }
   // Starts to fetch the next step. Returns its tokens, beside LAST of a sample, or 0 at the end.
-  FE_DEVICE uint32_t fetch(const FisherProducts& p, T* to) {
+  FE_DEVICE uint32_t fetch(const FisherSamples& p, T* to) {
     if (left <= 0) return 0;
     const int count = left < L::TOKENS ? int(left) : L::TOKENS;
     dy.fetch(to, p.dy, count), x.fetch(to + L::NUMBERS, p.x, count);
@@ -171,6 +172,89 @@ struct Steps {
     return count | LAST;
   }
 };
+
+// ---- tiles of F
+
+constexpr int GROUP = 8;  // rows of tiles that share columns of x in the second-level cache
+
+struct Place {
+  int row, column, tile, split;  // of the block: first row and column of its tile of F
+};
+
+// Tiles by columns inside groups of GROUP rows of tiles, split after split: blocks that run side by side share operands, and earlier splits
+// have lower indices.
+FE_DEVICE Place place_of(const FisherSamples& p, int index) {
+  const int down = int(ceil_div(p.d_out, TILE)), across = int(ceil_div(p.d_in, TILE));
+  const int tile = index % (down * across), first = tile / (GROUP * across) * GROUP;
+  const int rows = down - first < GROUP ? down - first : GROUP, inside = tile % (GROUP * across);
+  return {(first + inside % rows) * TILE, inside / rows * TILE, tile, index / (down * across)};
+}
+
+// The warp's first row and column in a tile.
+FE_DEVICE int warp_row() {
+  return warp() / WARPS_ACROSS * (16 * DOWN);
+}
+FE_DEVICE int warp_column() {
+  return warp() % WARPS_ACROSS * (8 * ACROSS);
+}
+
+// Behind the tiles in shared memory: a word about the step in each stage, and one that is the kernel's own.
+template <class L>
+FE_DEVICE uint32_t* words_of_stages() {
+  return reinterpret_cast<uint32_t*>(shared_memory() + L::BYTES - 4 * (FISHER_STAGES + 1));
+}
+
+// Adds the block's share of the samples to a tile of zeros. It keeps two fp32 tiles in registers: the product of the current sample, summed
+// over tokens in order, and the sum of squares. The steps of all its samples are one sequence of fetches, so that the next sample is on its
+// way while this one is multiplied. Shared memory is free afterwards.
+template <class T, Precision P, bool SINGLE, bool WIDE>
+FE_DEVICE void add_samples(const FisherSamples& p, const Place& place, Product& total) {
+  using L = Layout<T, P, SINGLE>;
+  using Unit = Operands<T, P, L::PITCH, SINGLE, L::PACKED>;
+  T* tiles = reinterpret_cast<T*>(shared_memory());  // [FISHER_STAGES][dy, x][TOKENS][PITCH]
+  uint32_t* words = words_of_stages<L>();
+  const int row = warp_row(), column = warp_column();
+  Steps<T, L, SINGLE, WIDE> steps(p, place.split, place.row, place.column);
+  const auto fetch = [&](uint32_t stage) {
+    const uint32_t word = steps.fetch(p, tiles + stage * 2 * L::NUMBERS);
+    if (thread() == 0) words[stage] = word;
+    copy_async_commit();
+  };
+  const T *dy = tiles + row + Unit::place_dy(), *x = tiles + L::NUMBERS + column + Unit::place_x();
+  const auto load = [&](Unit& unit, uint32_t stage, int token) {
+    const uint32_t from = stage * 2 * L::NUMBERS + token * L::PITCH;
+    unit.load(dy + from, x + from);
+  };
+  for (uint32_t stage = 0; stage < FISHER_STAGES; ++stage) fetch(stage);
+  copy_async_wait<FISHER_STAGES - 1>();
+  sync_block();
+
+  Unit unit, second;
+  uint32_t stage = 0;
+  load(unit, stage, 0);
+  for (uint32_t word = words[stage]; word != 0;) {
+    Product product = {};
+    for (bool last = false; !last;) {
+      last = word & LAST;
+      const bool both = L::UNITS == 2 && int(word & (LAST - 1)) > UNIT;
+      if (L::UNITS == 2) load(second, stage, UNIT);
+      unit.multiply(product);
+      // All of this stage is in registers, and the next one has landed: its first operands come before the products of the second ones.
+      copy_async_wait<FISHER_STAGES - 2>();
+      sync_block();
+      fetch(stage);
+      stage = (stage + 1) % FISHER_STAGES;
+      word = words[stage];
+      load(unit, stage, 0);
+      if (both) second.multiply(product);
+    }
+    FE_UNROLL for (int i = 0; i < DOWN; ++i) FE_UNROLL for (int j = 0; j < ACROSS; ++j) FE_UNROLL for (int k = 0; k < 4; ++k) {
+      const float g = product[i][j][k];
+      total[i][j][k] = SINGLE ? g : total[i][j][k] + g * g;
+    }
+  }
+  sync_block();  // the fragments read ahead are not used, but the reads must be over
+}
 
 }  // namespace fisher
 }  // namespace fe::cuda

@@ -142,6 +142,90 @@ struct FarFisher : WideFisher<T> {
   }
 };
 
+// 8-bit codes: a warp's columns are one block, with one scale in each row. Code c of a block with scale s stands for s c^2.
+FE_DEVICE float decoded(uint32_t code, float scale) {
+  const float c = float_of(0x4b000000u | code) - 8388608.f;  // code + 2^23, exactly, and without it
+  return c * c * scale;
+}
+struct CodesFisher {
+  static constexpr int V = 8;  // codes of a lane in a row
+
+  FE_DEVICE static void place_in(float (&f)[TILES][4], int half, Pair codes, float scale) {
+    const uint32_t words[2] = {bits_of(codes.low), bits_of(codes.high)};
+    FE_UNROLL for (int i = 0; i < V; ++i) f[i / 2][2 * half + i % 2] = decoded(words[i / 4] >> i % 4 * 8 & 255, scale);
+  }
+};
+
+// One strip ahead, in registers.
+struct NearCodes : CodesFisher {
+  const char *at, *scale_at;  // the lane's codes of the next strip, and their scale
+  int64_t row;                // bytes
+  bool inside;
+  Pair raw[2];
+  float scale[2];
+
+  FE_DEVICE NearCodes(const PenaltyAdapter& p, int first, int column, float*) : row(p.fisher_row), inside(column < p.d_in) {
+    const char* own = static_cast<const char*>(p.fisher) + (first + lane() / 4) * row;
+    at = own + column + lane() % 4 * V;
+    scale_at = own + p.block_scales + column / PENALTY_COLUMNS * sizeof(bf16);
+  }
+  FE_DEVICE void start(int rows) {
+    FE_UNROLL for (int half = 0; half < 2; ++half) {
+      const bool there = lane() / 4 + 8 * half < rows && inside;
+      raw[half] = there ? load_pair(reinterpret_cast<const float*>(at + 8 * half * row)) : Pair{};
+      scale[half] = there ? to_float(*reinterpret_cast<const bf16*>(scale_at + 8 * half * row)) : 0.f;
+    }
+    at += ROWS * row, scale_at += ROWS * row;
+  }
+  FE_DEVICE void next(float (&f)[TILES][4], int rows) {
+    FE_UNROLL for (int half = 0; half < 2; ++half) place_in(f, half, raw[half], scale[half]);
+    start(rows - ROWS);
+  }
+};
+
+// STAGES strips ahead, in shared memory: a lane fetches half of a block, and every second one the word that the row's scale is in.
+template <int STAGES>
+struct FarCodes : CodesFisher {
+  static constexpr int STRIP = penalty_strip(FisherLoads::codes) * 4;  // bytes of the warp
+  static constexpr int WORDS = ROWS * PENALTY_COLUMNS;                 // and of its codes
+  const PenaltyAdapter& p;
+  const char* at;  // what the lane fetches next
+  int word;        // bytes from a block to its word
+  int own;         // the lane's row of a strip; beyond all where there are no columns
+  char* strips;
+  int scale;  // place of the scale of the row that the lane reads
+  int stage = 0;
+
+  FE_DEVICE FarCodes(const PenaltyAdapter& p, int first, int column, float* shared)
+      : p(p),
+        word(p.block_scales + column / (2 * PENALTY_COLUMNS) * 4 - column),
+        own(column < p.d_in ? lane() / 2 : INT32_MAX),
+        strips(reinterpret_cast<char*>(shared) + warp() * STAGES * STRIP),
+        scale(WORDS + lane() / 4 * 4 + column / PENALTY_COLUMNS % 2 * 2) {
+    at = static_cast<const char*>(p.fisher) + (first + lane() / 2) * p.fisher_row + column + lane() % 2 * 16;
+  }
+  FE_DEVICE void fetch(int rows) {
+    char* strip = strips + stage * STRIP;
+    copy_async(strip + lane() * 16, at, own < rows ? 16 : 0);
+    if (lane() % 2 == 0) copy_async_word(strip + WORDS + lane() * 2, at + word, own < rows);
+    copy_async_commit();
+    at += ROWS * p.fisher_row;  // read anew, not kept: registers are short
+    stage = (stage + 1) % STAGES;
+  }
+  FE_DEVICE void start(int rows) { FE_UNROLL for (int i = 0; i < STAGES; ++i) fetch(rows - i * ROWS); }
+  FE_DEVICE void next(float (&f)[TILES][4], int rows) {
+    copy_async_wait<STAGES - 1>();
+    sync_warp();
+    const char* strip = strips + stage * STRIP;
+    FE_UNROLL for (int half = 0; half < 2; ++half) {
+      const Pair codes = load_pair(reinterpret_cast<const float*>(strip + lane() * V + 8 * half * PENALTY_COLUMNS));
+      place_in(f, half, codes, to_float(*reinterpret_cast<const bf16*>(strip + scale + 8 * half * 4)));
+    }
+    sync_warp();  // all lanes have read the strip that is overwritten
+    fetch(rows - STAGES * ROWS);
+  }
+};
+
 // Any dtype and strides.
 struct ElementFisher {
   static constexpr int V = 2;
@@ -173,6 +257,10 @@ template <FisherLoads L, int STAGES>
 struct Fishers {
   using T = std::conditional_t<L == FisherLoads::f32, float, bf16>;
   using Type = std::conditional_t<STAGES == 0, NearFisher<T>, FarFisher<T, STAGES == 0 ? 1 : STAGES>>;
+};
+template <int STAGES>
+struct Fishers<FisherLoads::codes, STAGES> {
+  using Type = std::conditional_t<STAGES == 0, NearCodes, FarCodes<STAGES == 0 ? 1 : STAGES>>;
 };
 template <int STAGES>
 struct Fishers<FisherLoads::elements, STAGES> {

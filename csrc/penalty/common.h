@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 
+#include "../arguments.h"
 #include "../plain_objects.h"
 
 namespace fe::penalty {
@@ -32,10 +33,18 @@ struct Common {
   bool wide = dtype == at::kDouble;
 
   bool floating() const { return wide || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf; }
-  // A Fisher is fp32 or bf16, beside fp64 adapters fp64 or fp32.
-  bool fisher(const at::Tensor& t) const {
+  // A Fisher is fp32 or bf16, beside fp64 adapters fp64 or fp32, or codes in 8 bits.
+  bool fisher(const at::Tensor& t, int64_t d_out, int64_t d_in) const {
     const auto found = t.scalar_type();
-    return t.dim() == 2 && t.device() == device && (found == at::kFloat || found == (wide ? at::kDouble : at::kBFloat16));
+    if (t.dim() != 2 || t.device() != device || t.size(0) != d_out) return false;
+    if (found == at::kByte) return t.size(1) == arguments::row_bytes(d_in) && arguments::has_rows_of_codes(t);
+    return t.size(1) == d_in && (found == at::kFloat || found == (wide ? at::kDouble : at::kBFloat16));
+  }
+  // The sums [size], or the factor [size, size], of a structured Fisher: fp32, beside fp64 adapters also fp64.
+  bool fisher_factor(const at::Tensor& t, int64_t dims, int64_t size) const {
+    const auto found = t.scalar_type();
+    if (t.dim() != dims || t.device() != device || !(found == at::kFloat || (wide && found == at::kDouble))) return false;
+    return t.size(0) == size && t.size(dims - 1) == size;
   }
   // B and scales have the dtype of A, or are fp32 beside 16 bits.
   bool factor(const at::Tensor& t) const {

@@ -18,7 +18,7 @@ struct Gradients {
     if (!is_plain(flat)) return false;
     int64_t start = 0;
     for (size_t i = 0; i < operands.slots.size(); ++i) {
-      if (!operands.needs[operands.slots[i] / operands.fishers.size()]) continue;
+      if (!operands.needed(i)) continue;
       const at::Tensor& t = operands.tensors[i];
       if (t.requires_grad() && !add(t, flat, start)) return false;
       start += t.numel();
@@ -59,14 +59,38 @@ struct Gradients {
   }
 };
 
+// The Fishers of an op, whose entries for an adapter fit its product.
+struct Fishers {
+  const Sequence& all;
+  const Common& common;
+  Py_ssize_t count;  // of adapters
+  enum { DENSE, FACTORED, KRONECKER } kind;
+
+  // Adds those of adapter i, a matrix [d_out, d_in] or a factor of the outputs and one of the inputs; false where they do not fit.
+  bool add(Py_ssize_t i, int64_t d_out, int64_t d_in, variable_list& to) const {
+    if (kind == DENSE) {
+      const at::Tensor* f = plain_tensor(all[i]);
+      if (!f || !common.fisher(*f, d_out, d_in)) return false;
+      to[i] = *f;
+      return true;
+    }
+    const at::Tensor *outputs = plain_tensor(all[i]), *inputs = plain_tensor(all[count + i]);
+    const int64_t dims = kind == KRONECKER ? 2 : 1;
+    if (!outputs || !inputs || !common.fisher_factor(*outputs, dims, d_out) || !common.fisher_factor(*inputs, dims, d_in)) return false;
+    to[i] = *outputs, to[count + i] = *inputs;
+    return true;
+  }
+};
+
 }  // namespace
 
-std::shared_ptr<Terms> Terms::of(const pybind11::handle& fishers, const pybind11::handle& lora_as, const pybind11::handle& lora_bs,
-                                 const pybind11::handle& scales) {
+std::shared_ptr<Terms> Terms::of(const std::string& op, const pybind11::handle& fishers, const pybind11::handle& lora_as,
+                                 const pybind11::handle& lora_bs, const pybind11::handle& scales) {
   const Sequence fs{fishers.ptr()}, as{lora_as.ptr()}, bs{lora_bs.ptr()}, ss{scales.ptr()};
-  const bool ones = scales.is_none();
-  if (!alike({fs, as, bs}) || !(ones || alike({fs, ss}))) return nullptr;
-  const Py_ssize_t count = fs.size();
+  const bool ones = scales.is_none(), dense = op == "ewc_penalty";
+  if (!fs.given() || !alike({as, bs}) || !(ones || alike({as, ss}))) return nullptr;
+  const Py_ssize_t count = as.size();
+  if (fs.size() != (dense ? count : 2 * count)) return nullptr;
   const at::Tensor* first = plain_tensor(as[0]);
   if (!first) return nullptr;
   const Common common{first->scalar_type(), first->device()};
@@ -76,21 +100,22 @@ std::shared_ptr<Terms> Terms::of(const pybind11::handle& fishers, const pybind11
   recorded::PenaltyOperands& to = terms->operands;
   std::vector<at::Tensor> bs_found, ss_found;
   std::vector<int64_t> with_scale;
-  to.fishers.reserve(count);
+  to.op = op;
+  to.fishers.resize(fs.size());
   to.tensors.reserve(2 * count);
   bs_found.reserve(count);
   to.scale_factors.reserve(count);
   to.needs.assign(3, false);
+  const Fishers found{fs, common, count, dense ? Fishers::DENSE : op == "factored_penalty" ? Fishers::FACTORED : Fishers::KRONECKER};
   for (Py_ssize_t i = 0; i < count; ++i) {
-    const at::Tensor *f = plain_tensor(fs[i]), *a = plain_tensor(as[i]), *b = plain_tensor(bs[i]);
-    if (!f || !a || !b || a->dim() != 2 || b->dim() != 2) return nullptr;
-    if (!common.fisher(*f) || a->scalar_type() != common.dtype || a->device() != common.device || !common.factor(*b)) return nullptr;
+    const at::Tensor *a = plain_tensor(as[i]), *b = plain_tensor(bs[i]);
+    if (!a || !b || a->dim() != 2 || b->dim() != 2) return nullptr;
+    if (a->scalar_type() != common.dtype || a->device() != common.device || !common.factor(*b)) return nullptr;
     const int64_t rank = a->size(0);
-    if (rank < 1 || b->size(1) != rank || f->size(0) != b->size(0) || f->size(1) != a->size(1)) return nullptr;
+    if (rank < 1 || b->size(1) != rank || !found.add(i, b->size(0), a->size(1), to.fishers)) return nullptr;
     std::optional<at::Tensor> scale;
     double factor;
     if (!read_scale(ones ? nullptr : ss[i], common, rank, scale, factor)) return nullptr;
-    to.fishers.push_back(*f);
     to.tensors.push_back(*a);
     bs_found.push_back(*b);
     to.scale_factors.push_back(factor);

@@ -17,10 +17,10 @@ struct Terms {
   int64_t rank = 0;     // the largest
   bool numbers = true;  // whether every scale is a number
 
-  // The terms of lists or tuples of equal lengths, if everything has the common form, which fits together by the rules of
+  // The terms of lists or tuples as an op takes them, if everything has the common form, which fits together by the rules of
   // fused_ewclora/ops/checks.py; None where those rules have to be asked, in whose words errors come.
-  static std::shared_ptr<Terms> of(const pybind11::handle& fishers, const pybind11::handle& lora_as, const pybind11::handle& lora_bs,
-                                   const pybind11::handle& scales);
+  static std::shared_ptr<Terms> of(const std::string& op, const pybind11::handle& fishers, const pybind11::handle& lora_as,
+                                   const pybind11::handle& lora_bs, const pybind11::handle& scales);
 
   // The penalty on autograd's tape; `flat` has the gradients of the kinds that the operands need.
   at::Tensor record(double ewc_lambda, const at::Tensor& penalty, const at::Tensor& flat);

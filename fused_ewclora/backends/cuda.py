@@ -13,6 +13,7 @@ import warnings
 
 import torch
 
+from ..reference import kronecker_penalty
 from .candidate import Call, Candidate, forget_choices
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,7 +26,9 @@ _ALGORITHMS = {
     "lora_linear": "CUDA low-rank passes around cuBLAS",
     "lora_linear_backward": "CUDA low-rank passes around cuBLAS",
     "ewc_penalty": "CUDA, one launch, one pass over F",
+    "factored_penalty": "CUDA, one launch, rank by rank",
     "fisher_accumulate_": "CUDA, squared in registers",
+    "fisher_sums_": "CUDA, squares summed in registers",
     "merge_": "CUDA, one pass over W",
     "soft_threshold_": "CUDA, in place",
 }
@@ -80,7 +83,7 @@ def unavailable() -> str | None:
     return None if torch.cuda.is_available() else "no GPU"
 
 
-def _supports(op: str, call: Call) -> str | None:
+def _supports(call: Call) -> str | None:
     if (reason := unavailable()) is not None:
         return reason
     if call.device != ("cpu" if emulating() else "cuda"):
@@ -92,16 +95,25 @@ def _supports(op: str, call: Call) -> str | None:
         return f"{arch} is not a GPU of NVIDIA"
     if arch and int(arch[3:]) < MIN_CAPABILITY:
         return f"compute capability {arch[3:-1]}.{arch[-1]}, 8.0 or newer is needed"
+    return None
+
+
+def _compiled(op: str, call: Call) -> str | None:
+    if (reason := _supports(call)) is not None:
+        return reason
     return None if hasattr(extension(), op) else f"{op} is not in the extension that was built"
 
 
 def candidates(op: str) -> tuple[Candidate, ...]:
     """The CUDA implementation of `op`; listed with its reason when the extension is missing."""
+    if op == "kronecker_penalty":  # products of whole matrices alone
+        plain = kronecker_penalty.penalty_and_grads
+        return (Candidate("cuda", "plain PyTorch, products by BLAS", _supports, plain),)
     if op not in _ALGORITHMS:
         return ()
     run = getattr(extension(), op, _missing)
     linear = _linear if op == "lora_linear" and hasattr(extension(), "linear_backend") else None
-    supports = functools.partial(_supports, op)
+    supports = functools.partial(_compiled, op)
     return (Candidate("cuda", _ALGORITHMS[op], supports, run, linear=linear),)
 
 

@@ -9,6 +9,7 @@ import warnings
 
 import torch
 
+from ..reference import kronecker_penalty
 from .candidate import Call, Candidate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -16,7 +17,9 @@ _ALGORITHMS = {
     "lora_linear": "C++ prologue into BLAS addmm",
     "lora_linear_backward": "C++ row passes around BLAS addmm",
     "ewc_penalty": "C++ one pass over F",
+    "factored_penalty": "C++, products of rank columns",
     "fisher_accumulate_": "C++ tiled product, squared in cache",
+    "fisher_sums_": "C++ tiled product, squares summed in registers",
     "merge_": "C++ one pass over W",
     "soft_threshold_": "C++ in place",
 }
@@ -57,6 +60,8 @@ def _supports(call: Call) -> str | None:
 def candidates(op: str) -> tuple[Candidate, ...]:
     """The C++ implementation of `op`; listed with its reason when the extension is missing."""
     module = extension()
+    if op == "kronecker_penalty":  # a pass over two matrices by BLAS, which nothing beats
+        return (Candidate("cpu", "BLAS products", _supports, kronecker_penalty.penalty_and_grads),)
     if op not in _ALGORITHMS:
         return ()
     run = getattr(module, op, _missing)

@@ -11,6 +11,7 @@ from ..errors import ArgumentError, FisherError
 from ..layers.adapted import AdaptedLinear, Updates
 from ..layers.index import AdapterRef, put_rows, take_rows
 from .fold import folding
+from .packing import Packing
 from .placement import Placement
 from .state import AdapterSums, EWCState, TaskFisher, TaskRecord, by_fisher, numbers_in, stored
 from .structures import Structure, Weights, part_key
@@ -34,10 +35,13 @@ def new_fishers(
     old, new, largest = by_fisher(state.fishers), by_fisher(task.buffers), 0.0
     share = 1.0 - gamma if update == "convex" and old and gamma != 0.0 else 1.0
     weights = Weights(gamma if old else 0.0, share, task.samples, len(state.history), placement.over_rows)
+    packing = Packing(placement, structure, dtype, len(state.history))
     fishers: dict[str, Tensor] = {}
     for ref in placement.refs:
         extent = placement.extent(ref.piece.row_count, ref.layer.in_features)
-        parts, error = structure.joined(old.get(ref.key), new[ref.key], weights, extent)
+        parts, error = structure.joined(
+            old.get(ref.key), packing.sums(task, new[ref.key], ref), weights, extent
+        )
         fishers |= {part_key(ref.key, part): stored(tensor, dtype) for part, tensor in parts.items()}
         largest = max(largest, error)
     return fishers, largest

@@ -22,14 +22,17 @@ from ..layers.inject import adapters, check_plain
 from ..layers.watch import TrainingWatch
 from ..ops.capture import RowsToSamples
 from . import estimation as passes
+from . import several_passes
 from .consolidate import consolidate
+from .conversion import check_convertible, converted
 from .divergence import CHOOSE_LAMBDA, divergence
 from .fisher_pass import FisherPass
+from .packing import Packing
 from .placement import LocalPlacement, Placement
 from .restoring import Undo
 from .settings import FISHER_MODES, MERGE_MODES, UPDATES, checked_lambda, number, one_of
 from .state import EWCState, Expected, TaskFisher, TaskRecord, by_fisher, dump
-from .structures import Structure, structure_of
+from .structures import Structure, check_mode, structure_of
 from .structures.dense import Dense
 from .untrained import untrained_message
 
@@ -93,11 +96,7 @@ class EWC:
         self.gamma = number("gamma", gamma, 0.0, 1.0)
         self.structure = structure_of(fisher, fisher_dtype)
         self.fisher_mode = one_of("fisher_mode", fisher_mode, FISHER_MODES)
-        if fisher_mode not in self.structure.modes:
-            raise ArgumentError(
-                f"fisher_mode: expected one of {self.structure.modes} with fisher={self.structure.name!r}, "
-                f"which has no exact meaning otherwise, got {fisher_mode!r}"
-            )
+        check_mode(self.structure, fisher_mode)
         self.merge_mode = one_of("merge_mode", merge_mode, MERGE_MODES)
         self.update = one_of("update", update, UPDATES)
         self.check_finite, self.generator = bool(check_finite), generator
@@ -109,16 +108,14 @@ class EWC:
         self._placement: Placement = LocalPlacement(model, self.layers)
         self._state = EWCState()
         self._common_generator: torch.Generator | None = None  # of the next A, after reduce_fisher_
-        self.fisher_dtype = self._kept_dtype(fisher_dtype)
+        self.fisher_dtype = self._kept_dtype(self.structure, fisher_dtype)
         self._values: tuple[Any, dict[str, Fisher]] = (None, {})
 
-    def _kept_dtype(self, fisher_dtype: torch.dtype | str) -> torch.dtype:
+    def _kept_dtype(self, structure: Structure, fisher_dtype: torch.dtype | str) -> torch.dtype:
         """The dtype of kept numbers; of codes there are none."""
         if isinstance(fisher_dtype, str):
             return torch.float32
-        return checked_fisher_dtype(
-            self._placement.refs, fisher_dtype, self.structure.dtypes, self.structure.name
-        )
+        return checked_fisher_dtype(self._placement.refs, fisher_dtype, structure.dtypes, structure.name)
 
     @property
     def ewc_lambda(self) -> float | None:
@@ -303,7 +300,12 @@ class EWC:
 
     def _add(self, fisher: TaskFisher) -> None:
         old = self._state
-        self._state = replace(old, task=fisher if old.task is None else fisher.plus(old.task))
+        task = fisher if old.task is None else self._packing.plus(fisher, old.task)
+        self._state = replace(old, task=task)
+
+    @property
+    def _packing(self) -> Packing:
+        return Packing(self._placement, self.structure, self.fisher_dtype, self.tasks)
 
     def estimate_fisher(
         self,
@@ -321,6 +323,7 @@ class EWC:
         check_samples: bool = True,
         rows_to_samples: Mapping[str, RowsToSamples] | None = None,
         allow_empty: bool = False,
+        max_bytes: int | None = None,
     ) -> None:
         """Adds the Fisher of the data in `loader` to the current task's, in eval mode; modes and gradients
         are restored.
@@ -331,7 +334,9 @@ class EWC:
         "mean"); None takes -log p(y), summed over the targets of a sample, unless the model has a loss that
         is something else. labels: "empirical"; "sampled", y ~ softmax(logits_fn(output)) with `generator`;
         "exact", the expectation over classes of -log p, one backward per class, without loss_fn.
-        allow_empty: a loader without samples adds zero, for one process of several.
+        allow_empty: a loader without samples adds zero, for one process of several. max_bytes: of the sums
+        that are gathered at a time; the loader, which has to give the same batches every time, is passed over
+        once for every group of layers that fits, and the sums of a group wait in what F is kept in.
 
         With fisher_mode "sample" the pass runs the first and the last sample of the first batch alone, to
         find which rows of each layer's input belong to which sample; with both modes it compares losses that
@@ -348,25 +353,55 @@ class EWC:
         >>> ewc.estimate_fisher(loader, torch.nn.functional.cross_entropy, labels="sampled")
         """
         passes.check_labels(labels, self.fisher_mode)
-        policy = passes.LabelPolicy(labels, loss_fn, reduction, logits_fn, generator, check_samples)
+        options = (labels, loss_fn, reduction, logits_fn, generator, check_samples)
+        policy = passes.LabelPolicy(*options)
         data = passes.Data(loader, self._device, forward, batch_size_fn, max_batches, progress)
         self._check()
+        if max_bytes is None:
+            self._note_gradients()
+            self._add(self._passed(data, policy, None, allow_empty, rows_to_samples))
+            return
+        groups = several_passes.groups(self._placement, self.structure, max_bytes)
+        several_passes.check_repeatable(loader)
         self._note_gradients()
+        rewind = several_passes.Rewind(self._placement, loader, generator)
+        found: list[TaskFisher] = []
+        for turn, layers in enumerate(groups):
+            if turn:
+                rewind()
+                policy = passes.LabelPolicy(*options)
+            fisher = self._passed(data, policy, layers, allow_empty, rows_to_samples, warn=not turn)
+            found.append(self._packing.packed(fisher))
+            del fisher
+        self._add(several_passes.joined(found))
+
+    def _passed(
+        self,
+        data: passes.Data,
+        policy: passes.LabelPolicy,
+        layers: dict[str, AdaptedLinear] | None,
+        allow_empty: bool,
+        rows_to_samples: Mapping[str, RowsToSamples] | None,
+        warn: bool = True,
+    ) -> TaskFisher:
+        """The Fisher of one pass over the data, of these layers (None: all)."""
         running = FisherPass(
             self._placement,
             self.structure,
             self.fisher_mode,
             policy.backward_reduction,
-            check_samples=check_samples,
+            check_samples=policy.check_samples,
             rows_to_samples=rows_to_samples,
+            layers=layers,
         )
         running.samples, running.allow_empty = 0, allow_empty
         undo = Undo()
         with self._naming_lambda(), torch.inference_mode(False), undo, undo:
             checks = passes.run(self.model, data, policy, running, undo, self.check_finite, self._begin)
-            fisher = running.result(labels, self.check_finite)
-            checks.warn()
-        self._add(fisher)
+            fisher = running.result(policy.labels, self.check_finite)
+            if warn:
+                checks.warn()
+        return fisher
 
     def reduce_fisher_(self, group: ProcessGroup | None = None) -> None:
         """Sums the Fisher of the current task, and its number of samples, over the processes of `group`.
@@ -382,7 +417,7 @@ class EWC:
         """
         if self._state.task is None:
             raise FisherError("reduce_fisher_: this task has no Fisher yet; call estimate_fisher first")
-        task = self._placement.reduced(self._state.task, self._described(), group)
+        task = self._packing.reduced(self._state.task, self._described(), group)
         if task.samples == 0:
             raise FisherError(
                 "reduce_fisher_: the loaders of all processes were empty; no process has samples"
@@ -414,6 +449,40 @@ class EWC:
         check_same(self._described())
         self._state = self._state.mapped_by_key(lambda fishers: sharded.taken(before.wrapped(fishers)))
         self._placement = sharded
+
+    def convert_fisher_(
+        self,
+        fisher: str | Structure,
+        fisher_dtype: torch.dtype | Literal["8bit"] = torch.float32,
+    ) -> dict[str, float]:
+        """From now on keeps F as `EWC(fisher=, fisher_dtype=)` names it, and converts what is kept of earlier
+        tasks; returns for each adapter the relative error in the Frobenius norm that this made of F.
+
+        To be called between tasks. Dense Fishers, in 8 bits too, become any other ("kronecker" keeps their
+        row and column sums as diagonal factors), factored ones "uniform". Captured graphs of the penalty must
+        be captured anew. Raises `ArgumentError` or `DtypeError` as the constructor does, `FisherError` from
+        structures whose single numbers are lost, during a task that has a Fisher, after `shard_` and for
+        values that are not finite; nothing has changed then.
+
+            >>> errors = ewc.convert_fisher_("dense", "8bit")
+        """
+        structure = structure_of(fisher, fisher_dtype)
+        check_mode(structure, self.fisher_mode)
+        dtype = self._kept_dtype(structure, fisher_dtype)
+        if not isinstance(self._placement, LocalPlacement):
+            raise FisherError("convert_fisher_: the Fishers are sharded by rows; convert before shard_")
+        if self._state.task is not None:
+            raise FisherError(
+                "convert_fisher_: this task has a Fisher already, gathered for the present structure; "
+                "call consolidate first"
+            )
+        check_convertible(self.structure, structure)
+        self._check()
+        options = (self._placement.refs, self.structure, structure, dtype, self.check_finite)
+        fishers, errors = converted(self._state, *options)
+        self._state = replace(self._state, fishers=fishers)
+        self.structure, self.fisher_dtype, self._values = structure, dtype, (None, {})
+        return errors
 
     def consolidate(self, gamma: float | None = None) -> None:
         """Ends a task: F <- gamma F + F_task, W <- W + B diag(s) A (fp32 sum, one rounding), A and B reset;

@@ -12,7 +12,6 @@ from ..errors import EWCLoRAError
 from ..fishers import EightBitFisher, Fisher, KroneckerFisher
 from ..layers.finite import nonfinite
 from ..layers.watch import local
-from ..reference import eight_bit
 from .placement import LocalPlacement, Placement
 
 CHOOSE_LAMBDA = (
@@ -49,8 +48,7 @@ def divergence(
 def _largest(fisher: Fisher) -> float:
     """The largest entry of F."""
     if isinstance(fisher, EightBitFisher):
-        scales = eight_bit.scales(fisher.codes).float()
-        return float(scales.max()) * eight_bit.LEVELS**2 if scales.numel() else 0.0
+        return fisher.largest()
     if isinstance(fisher, Tensor):
         return float(fisher.max()) if fisher.numel() else 0.0
     if not (fisher[0].numel() and fisher[1].numel()):

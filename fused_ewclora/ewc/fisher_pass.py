@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, FisherError, TargetError
+from ..layers.adapted import AdaptedLinear
 from ..layers.finite import nonfinite
 from ..ops.capture import FisherCapture, RowsToSamples
 from .placement import Placement
@@ -31,7 +32,7 @@ def eager() -> AbstractContextManager[Any]:
 
 class FisherPass:
     """Between `start` and the end of its `Undo` every backward pass through the adapted layers adds to fresh
-    buffers.
+    buffers. `layers` are those that it is for (None: all).
 
     `batch_size` may be set before a batch: the number of samples in it. None takes the leading dimension of
     the model's first argument, or without a check of the samples of each layer's input.
@@ -47,16 +48,18 @@ class FisherPass:
         loss_scale: float = 1.0,
         check_samples: bool = True,
         rows_to_samples: Mapping[str, RowsToSamples] | None = None,
+        layers: dict[str, AdaptedLinear] | None = None,
     ) -> None:
         if not (isinstance(loss_scale, (int, float)) and math.isfinite(loss_scale) and loss_scale > 0):
             raise ArgumentError(f"loss_scale: expected a finite number > 0, got {loss_scale!r}")
-        self.placement, self.structure, self._layers = placement, structure, placement.layers
+        self.placement, self.structure = placement, structure
+        self._layers = placement.layers if layers is None else layers
         self._parts: dict[str, list[Parts]] = {}  # sums by layer and adapter
         self.mode, self._reduction, self._loss_scale = mode, reduction, float(loss_scale)
         self._batch_size: int | None = None
         self._largest = 0
         # What rows of an input are known by: a layer, or a module that hands its rows on to several.
-        self._sources = {name: layer.rows_of(name) for name, layer in self._layers.items()}
+        self._sources = {name: layer.rows_of(name) for name, layer in placement.layers.items()}
         self._rows_to_samples = checked_functions(rows_to_samples, self._sources)
         if not isinstance(check_samples, bool):
             raise ArgumentError(f"check_samples: expected True or False, got {check_samples!r}")
@@ -88,7 +91,7 @@ class FisherPass:
 
     def start(self, undo: Undo) -> None:
         """Puts a capture on every layer, until `undo` runs."""
-        for name, layer in self._layers.items():
+        for name, layer in self.placement.layers.items():
             if layer.fisher_capture is not None:
                 raise FisherError(
                     f"{name}: another Fisher pass is active on this layer; end it first, or call "
@@ -171,7 +174,8 @@ class FisherPass:
     def _buffers(self) -> dict[str, Tensor]:
         """By Fisher key and part."""
         parts = {self._layers[name]: own for name, own in self._parts.items()}
-        return flat({ref.key: parts[ref.layer][ref.index] for ref in self.placement.refs})
+        refs = [ref for ref in self.placement.refs if ref.layer in parts]
+        return flat({ref.key: parts[ref.layer][ref.index] for ref in refs})
 
     def _check_reached(self) -> None:
         missed = [name for name, capture in self._captures.items() if capture.batches == 0]

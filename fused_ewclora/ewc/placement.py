@@ -72,6 +72,9 @@ class Placement(Protocol):
     def extent(self, rows: int, columns: int) -> Extent:
         """The rows that this process holds of a Fisher."""
 
+    def largest_extent(self, rows: int, columns: int) -> Extent:
+        """Rows of a Fisher as many as a process holds at most."""
+
     def over_rows(self, value: Tensor) -> Tensor:
         """The sum of a value over the processes that hold the rows of a Fisher."""
 
@@ -159,6 +162,8 @@ class LocalPlacement:
     def extent(self, rows: int, columns: int) -> Extent:
         return Extent.whole(rows, columns)
 
+    largest_extent = extent
+
     def over_rows(self, value: Tensor) -> Tensor:
         return value
 
@@ -224,6 +229,10 @@ def check_ready(layers: Mapping[str, AdaptedLinear], action: str) -> None:
 
 
 def new_sums(structure: Structure, layer: AdaptedLinear, extent: Extent) -> Parts:
-    """Zeros to accumulate a Fisher in: fp32, beside fp64 weights fp64."""
-    dtype = torch.promote_types(layer.dtype, torch.float32)
-    return zeros(structure.sum_shapes(extent), dtype, layer.weight.device)
+    """Zeros to accumulate a Fisher in."""
+    return zeros(structure.sum_shapes(extent), sums_dtype(layer), layer.weight.device)
+
+
+def sums_dtype(layer: AdaptedLinear) -> torch.dtype:
+    """That of the sums of a task: fp32, beside fp64 weights fp64."""
+    return torch.promote_types(layer.dtype, torch.float32)

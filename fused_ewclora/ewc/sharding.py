@@ -262,6 +262,9 @@ class ShardedPlacement:
         share = self.share(rows)
         return Extent(rows, columns, share.start, share.count)
 
+    def largest_extent(self, rows: int, columns: int) -> Extent:
+        return Extent(rows, columns, 0, min(self.share(rows).chunk, rows))
+
     def over_rows(self, value: Tensor) -> Tensor:
         total = value.clone()
         dist.all_reduce(total, group=self.group)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..distributed.transaction import canonical_name
 from ..errors import FisherError
+from ..fishers import EightBitFisher
 from ..layers.finite import nonfinite
-from ..reference import eight_bit
 from .structures import Extent, Parts, Structure, part_key, split_key
 
 FORMAT = 1  # of state_dict
@@ -22,12 +22,14 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass
 class TaskFisher:
-    """The Fisher of the current task so far: unnormalised sums by Fisher key, and how they were made."""
+    """The Fisher of the current task so far: unnormalised sums by Fisher key and part, and how they were
+    made; packed as `Structure.packed` does or as they were added up."""
 
     buffers: dict[str, Tensor]
     samples: int
     batch_size: int
     labels: tuple[str, ...]
+    packed: bool = False
 
     def plus(self, other: TaskFisher) -> TaskFisher:
         """The sum with an earlier pass, in the buffers of this one."""
@@ -79,7 +81,14 @@ def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def numbers_in(fishers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Kept parts as numbers of which all have to be finite: of codes their scales."""
-    return {name: t if t.is_floating_point() else eight_bit.scales(t) for name, t in fishers.items()}
+    return {
+        name: t if t.is_floating_point() else EightBitFisher(t, 0).scales() for name, t in fishers.items()
+    }
+
+
+def as_packed(tensor: Tensor) -> Tensor:
+    """Packed sums, as they are."""
+    return tensor
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -116,7 +125,7 @@ class EWCState:
         }
         task = self.task
         if task is not None:
-            task = TaskFisher(moved(task.buffers, wide), task.samples, task.batch_size, task.labels)
+            task = replace(task, buffers=moved(task.buffers, as_packed if task.packed else wide))
         return EWCState(fishers, sums, self.history, task)
 
     def moved(self, devices: Mapping[str, torch.device], dtype: torch.dtype) -> EWCState:
@@ -161,6 +170,8 @@ def dump(state: EWCState, settings: Mapping[str, Any]) -> dict[str, Any]:
         config["task"] = {k: getattr(state.task, k) for k in ("samples", "batch_size")} | {
             "labels": list(state.task.labels)
         }
+        if state.task.packed:
+            config["task"]["packed"] = True
     return {"tensors": tensors, "config": config}
 
 
@@ -237,19 +248,24 @@ def _check_group(
         raise FisherError(f"state: {kind} of {bad[0]}: expected finite values, got NaN or Inf")
 
 
-def _check_fishers(kind: str, tensors: Mapping[str, Tensor], expected: Expected) -> None:
-    """The kept parts ("fisher") or the sums of a task ("task") of all Fishers."""
+def _check_fishers(
+    kind: str, tensors: Mapping[str, Tensor], expected: Expected, packed: bool = False
+) -> None:
+    """The kept parts ("fisher") or the sums of a task ("task"), as they are or packed, of all Fishers."""
     structure, kept = expected.structure, kind == "fisher"
+    shapes_of = structure.kept_shapes if kept else structure.sum_shapes
+    shapes_of = structure.packed_shapes if packed else shapes_of
     extents = {key: expected.extent(rows, columns) for key, (rows, _, columns) in expected.shapes.items()}
     shapes = {
         part_key(key, part): shape
         for key, extent in extents.items()
-        for part, shape in (structure.kept_shapes if kept else structure.sum_shapes)(extent).items()
+        for part, shape in shapes_of(extent).items()
     }
-    codes = {name for name in shapes if kept and split_key(name)[1] in structure.codes}
+    codes = {name for name in shapes if (kept or packed) and split_key(name)[1] in structure.codes}
     _check_group(kind, tensors, shapes, expected, codes)
     for key, parts in by_fisher(tensors).items():
-        for part, values in structure.numbers(parts, extents[key]).items() if kept else parts.items():
+        coded = kept or bool(codes)
+        for part, values in structure.numbers(parts, extents[key]).items() if coded else parts.items():
             name = part_key(key, part)
             if (kept or not part) and bool((values < 0).any()):
                 raise FisherError(f"state: {kind} of {name}: expected squares, got negative values")
@@ -282,12 +298,16 @@ def _task(config: Any, buffers: dict[str, Tensor], expected: Expected) -> TaskFi
         if buffers:
             raise FisherError("state: buffers of a task without its record")
         return None
-    _check_fishers("task", buffers, expected)
+    packed = config.get("packed", False) if isinstance(config, Mapping) else False
+    if not isinstance(packed, bool):
+        raise FisherError(f"state: expected True or False for packed, got {shown(packed)}")
+    _check_fishers("task", buffers, expected, packed)
     labels = _list(config, "labels")
     if wrong := [label for label in labels if not isinstance(label, str)]:
         raise FisherError(f"state: expected labels to be strings, got {shown(wrong[0])}")
     # A process whose loader was empty has no samples of its own.
-    return TaskFisher(buffers, _count(config, "samples", 0), _count(config, "batch_size", 0), tuple(labels))
+    counts = _count(config, "samples", 0), _count(config, "batch_size", 0)
+    return TaskFisher(buffers, *counts, tuple(labels), packed)
 
 
 def _record(entry: Any) -> TaskRecord:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..ewc.estimation import check_labels
 from ..ewc.placement import LocalPlacement
 from ..ewc.settings import FISHER_MODES, checked_lambda, number, one_of
 from ..ewc.state import EWCState
+from ..ewc.structures import Structure
 from ..layers.inject import adapters, eject
 from ..report import Report
 from ._gates import add_gates, check_ungated, prune_, whole_ranks
@@ -52,8 +53,8 @@ class CoDyRA(Method):
     dense ones.
     generator: draws new gates, then new A. group: as in `Method`.
     ewc_lambda: adds the EWC penalty of EWC-LoRA on B diag(w) A, with gradients for w; gamma, fisher_mode,
-    fisher_dtype are those of `EWC`, labels the policy of its Fisher. This combination is ours, in no paper.
-    None: no penalty, and `end_task` does not look at its loader.
+    fisher_dtype and fisher are those of `EWC`, labels the policy of its Fisher. This combination is ours, in
+    no paper. None: no penalty, and `end_task` does not look at its loader.
 
     Adapters are those of `inject`, not sharded. Raises `ArgumentError` for values out of range, and
     `TargetError` for adapters that have gates or another method already, before anything is changed.
@@ -76,9 +77,10 @@ class CoDyRA(Method):
         ewc_lambda: float | None = None,
         gamma: float = 1.0,
         fisher_mode: str = "sample",
-        fisher_dtype: torch.dtype = torch.float32,
+        fisher_dtype: torch.dtype | Literal["8bit"] = torch.float32,
         labels: str = "empirical",
         group: ProcessGroup | None = None,
+        fisher: str | Structure = "dense",
     ) -> None:
         self.kappa_max = number("kappa_max", kappa_max, 0.0, math.inf)
         self.dense_fraction = number("dense_fraction", dense_fraction, 0.0, 1.0)
@@ -96,8 +98,9 @@ class CoDyRA(Method):
         self.ewc: EWC | None = None
         if ewc_lambda is not None:
             try:
-                self.ewc = EWC(model, ewc_lambda, gamma, fisher_mode, fisher_dtype, generator=generator)
-            except EWCLoRAError:  # a fisher_dtype that does not go with the layers
+                options = (ewc_lambda, gamma, fisher_mode, fisher_dtype)
+                self.ewc = EWC(model, *options, generator=generator, fisher=fisher)
+            except EWCLoRAError:  # a Fisher that does not go with the layers or the mode
                 if not before:
                     eject(model, merge=False)
                 raise

@@ -106,14 +106,14 @@ def extension() -> Any:
 @functools.cache
 def recorded_penalty() -> Callable[..., Tensor] | None:
     """What puts a penalty and its gradients, whichever backend computed them, on autograd's tape in C++:
-    (lora_as, lora_bs, scales, penalty, flat gradients, needs) -> penalty. None without the C++ extension."""
+    (op, fishers, adapters, lambda, needs, penalty, flat gradients) -> penalty. None without the extension."""
     return getattr(extension(), "ewc_penalty_recorded", None)
 
 
 @functools.cache
 def penalty_terms() -> Callable[..., Any] | None:
-    """What checks the arguments of a penalty in C++: (fishers, lora_as, lora_bs, scales) -> their terms, None
-    where they have not the common form. None without the C++ extension."""
+    """What checks the arguments of a penalty in C++: (op, fishers, lora_as, lora_bs, scales) -> their terms,
+    None where they have not the common form. None without the C++ extension."""
     terms = getattr(extension(), "PenaltyTerms", None)
     return None if terms is None else terms.of
 

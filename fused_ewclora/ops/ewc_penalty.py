@@ -32,6 +32,7 @@ class Terms(Protocol):
 
 
 def terms(
+    op: str,
     fishers: Sequence[Tensor],
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
@@ -42,7 +43,7 @@ def terms(
     if torch.compiler.is_compiling():
         return None
     of = dispatch.penalty_terms()
-    found = None if of is None else of(fishers, lora_as, lora_bs, scales)
+    found = None if of is None else of(op, fishers, lora_as, lora_bs, scales)
     return found if found is not None and schemas.unwatched() else None
 
 
@@ -158,9 +159,9 @@ def penalty(
     backend: str,
     found: Terms | None = None,
 ) -> Tensor:
-    """The penalty of arguments that have been checked; `found` are the terms of an `ewc_penalty`."""
+    """The penalty of arguments that have been checked; `found` are their terms."""
     if found is not None:
-        return _of_terms(found, fishers, adapters, ewc_lambda, backend)
+        return _of_terms(op, found, fishers, adapters, ewc_lambda, backend)
     tensors, graph = adapters.tensors(), torch.is_grad_enabled()
     needs = kinds([graph and t is not None and t.requires_grad for t in tensors])
     args = (fishers, *adapters, ewc_lambda, needs, backend)
@@ -168,7 +169,7 @@ def penalty(
     if candidate is None and schemas.is_transformed():
         with torch.autocast(fishers[0].device.type, enabled=False):
             return _DIFFERENTIABLE[op][0](fishers, *adapters, ewc_lambda)
-    recorded = dispatch.recorded_penalty() if candidate is not None and op == "ewc_penalty" else None
+    recorded = dispatch.recorded_penalty() if candidate is not None else None
     if candidate is None or (recorded is None and any(needs)):
         constants = (adapters.scale_factors, ewc_lambda, backend)
         return PenaltyFunction.apply(op, fishers, *constants, *distinct(tensors))
@@ -176,16 +177,16 @@ def penalty(
         value, flat = schemas.run(candidate, fishers[0].device.type, args)
     if recorded is None or not any(needs):
         return value
-    return recorded(fishers, *adapters, ewc_lambda, needs, value, flat)
+    return recorded(op, fishers, *adapters, ewc_lambda, needs, value, flat)
 
 
 def _of_terms(
-    found: Terms, fishers: list[Tensor], adapters: Adapters, ewc_lambda: float, backend: str
+    op: str, found: Terms, fishers: list[Tensor], adapters: Adapters, ewc_lambda: float, backend: str
 ) -> Tensor:
     needs = found.needs if torch.is_grad_enabled() else [False] * 3
     args = (found.rank, fishers, adapters, ewc_lambda, needs, backend)
     with torch.no_grad():
-        value, flat = schemas.penalty_of_plain("ewc_penalty", *args)
+        value, flat = schemas.penalty_of_plain(op, *args)
     return found.record(ewc_lambda, value, flat) if any(needs) else value
 
 

@@ -28,7 +28,7 @@ def of_inputs(factor: Tensor, a: Tensor) -> Tensor:
     if factor.dim() == 2:
         return a @ wide
     total = wide.sum()
-    return a * torch.where(total > 0.0, wide / total, torch.zeros_like(wide))
+    return a * torch.where(total <= 0.0, torch.zeros_like(wide), wide / total)  # NaN stays
 
 
 def penalty(

@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 from strategies import BACKENDS, device_of
+from structured_cases import reads
 from torch import Tensor
 
 from fused_ewclora.ops.dispatch import candidates
 
-HALF, DOUBLE, INT = torch.float16, torch.float64, torch.int32
+HALF, DOUBLE, INT, BYTE = torch.float16, torch.float64, torch.int32, torch.uint8
 META = torch.device("meta")
 
 
 def T(*shape: int, **options: Any) -> Tensor:
-    return torch.full(shape, 0.5 if options.get("dtype") != INT else 1, **options)
+    return torch.full(shape, 1 if options.get("dtype") in (INT, BYTE) else 0.5, **options)
 
 
 def adapters() -> dict[str, Any]:
@@ -49,6 +50,20 @@ def penalty() -> dict[str, Any]:
     return {"fishers": [T(4, 5), T(3, 5)], **adapters(), "ewc_lambda": 1.0, "needs": [True] * 3}
 
 
+def codes() -> dict[str, Any]:
+    return {**penalty(), "fishers": [T(4, 48, dtype=BYTE), T(3, 48, dtype=BYTE)]}
+
+
+def factored() -> dict[str, Any]:
+    return {**penalty(), "fishers": [T(4), T(3), T(5), T(5)]}
+
+
+def sums() -> dict[str, Any]:
+    samples = fisher()
+    samples.pop("fisher")
+    return {"rows": T(7), "columns": T(5), **samples}
+
+
 def fisher() -> dict[str, Any]:
     return {"fisher": T(7, 5), "x": T(3, 4, 5), "dy": T(3, 4, 7), "squares": "sample", "weight": 1.0,
             "cu_seqlens": None}  # fmt: skip
@@ -72,6 +87,9 @@ GOOD = {
     "lora_linear": linear,
     "lora_linear_backward": linear_backward,
     "ewc_penalty": penalty,
+    "ewc_penalty in 8 bits": codes,
+    "factored_penalty": factored,
+    "fisher_sums_": sums,
     "fisher_accumulate_": fisher,
     "fisher_accumulate_ packed": packed,
     "merge_": merge,
@@ -149,6 +167,36 @@ TABLE: dict[str, list[Row]] = {
         ("fishers[1]", T(3, 5, device=META), ValueError, ["device", "meta"]),
         ("needs", [True] * 2, ValueError, ["3", "2"]),
     ],
+    "ewc_penalty in 8 bits": [
+        *ADAPTERS,
+        ("fishers[1]", T(3, 32, dtype=BYTE), ValueError, ["[3, 48]", "[3, 32]"]),
+        ("fishers[1]", T(4, 48, dtype=BYTE), ValueError, ["[3, 48]", "[4, 48]"]),
+        ("fishers[1]", T(144, dtype=BYTE), ValueError, ["matrix", "[144]"]),
+        ("fishers[1]", T(3, 96, dtype=BYTE)[:, ::2], ValueError, ["contiguous rows", "96, 2"]),
+        ("fishers[1]", T(3, 56, dtype=BYTE)[:, :48], ValueError, ["contiguous rows", "56, 1"]),
+        ("fishers[1]", T(3, 48, dtype=BYTE, device=META), ValueError, ["device", "meta"]),
+    ],
+    "factored_penalty": [
+        *ADAPTERS,
+        ("fishers", [T(4), T(3), T(5)], ValueError, ["two", "3"]),
+        ("fishers", [], ValueError, ["two", "0"]),
+        ("fishers[1]", T(4), ValueError, ["[3]", "[4]"]),
+        ("fishers[3]", T(4), ValueError, ["[5]", "[4]"]),
+        ("fishers[1]", T(3, 1), ValueError, ["[3", "[3, 1]"]),
+        ("fishers[3]", T(5, dtype=HALF), TypeError, ["float32", "float16"]),
+        ("fishers[3]", T(5, dtype=DOUBLE), TypeError, ["float32", "float64"]),
+        ("fishers[1]", T(3, device=META), ValueError, ["device", "meta"]),
+        ("needs", [True] * 2, ValueError, ["3", "2"]),
+    ],
+    "fisher_sums_": [
+        ("rows", T(5), ValueError, ["[7]", "[5]"]),
+        ("columns", T(7), ValueError, ["[5]", "[7]"]),
+        ("columns", T(5, 1), ValueError, ["[5]", "[5, 1]"]),
+        ("rows", T(7, dtype=HALF), TypeError, ["float32", "float16"]),
+        ("rows", T(7, device=META), ValueError, ["device", "meta"]),
+        ("dy", T(3, 6, 7), ValueError, ["[3, 4, 5]", "[3, 6, 7]"]),
+        ("squares", "mean", ValueError, ["sample", "'mean'"]),
+    ],
     "fisher_accumulate_": [
         ("fisher", T(5, 7), ValueError, ["[7, 5]", "[5, 7]"]),
         ("fisher", T(35), ValueError, ["matrix", "[35]"]),
@@ -182,13 +230,16 @@ TABLE: dict[str, list[Row]] = {
         ("scales[1]", T(2, device=META), ValueError, ["device", "meta"]),
     ],
 }  # fmt: skip
-# In Python a check of every adapter takes as long as preparing a launch: Triton's LoRA linear, which every
-# layer of a step calls, relies on the checks of `functional`.
-CHECKED = [
+CASES = [
     (case, backend)
     for case in GOOD
     for backend in BACKENDS
-    if not (backend == "triton" and case.startswith("lora_linear"))
+    if not (case.endswith("8 bits") and not reads(backend, "8 bits"))
+]
+# In Python a check of every adapter takes as long as preparing a launch: Triton's LoRA linear, which every
+# layer of a step calls, relies on the checks of `functional`.
+CHECKED = [
+    (case, backend) for case, backend in CASES if not (backend == "triton" and case.startswith("lora_linear"))
 ]
 WRONG = [(case, backend, *row) for case, backend in CHECKED for row in TABLE[case]]
 
@@ -225,8 +276,7 @@ def spoiled(case: str, argument: str, value: Any, device: str) -> list[Any]:
     return there(list(arguments.values()), device)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", GOOD)
+@pytest.mark.parametrize(("case", "backend"), CASES)
 def test_right_arguments_are_served(case: str, backend: str) -> None:
     for run in implementations(case, backend):
         result = run(*there(list(GOOD[case]().values()), device_of(backend)))

@@ -314,4 +314,4 @@ def test_own_structure():
     ewc = EWC(model, 2.0, fisher=Columns(), fisher_dtype=torch.float64)
     end(model, ewc, 0)
     train(model, ewc, 1)
-    assert float(ewc.penalty()) > 0.0 and ewc.state_dict()["config"]["fisher"] == "columns"
+    assert ewc.penalty().item() > 0.0 and ewc.state_dict()["config"]["fisher"] == "columns"

@@ -5,6 +5,7 @@ Results are kept in build/nvcc until a source changes.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import re
@@ -19,17 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Every kernel is one or the other, so that a new one is not forgotten.
-MATRIX = {"ewc_penalty_kernel", "fisher_kernel", "expand_kernel", "walk_kernel"}
+MATRIX = {"ewc_penalty_kernel", "fisher_kernel", "fisher_sums_kernel", "expand_kernel", "walk_kernel"}
 OTHERS = {
     "fisher_square_elements_kernel", "fisher_square_kernel", "finish_kernel", "pack_kernel", "merge_kernel",
-    "soft_threshold_kernel",
+    "soft_threshold_kernel", "fisher_norms_kernel", "fisher_single_sums_kernel", "factored_penalty_kernel",
 }  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc" / "cuda"
 FOLDER = ROOT / "build" / "nvcc"
+LEAST = "sm_80"  # architecture
 # As setup.py and PyTorch's BuildExtension give them.
 _LANGUAGE = ["-std=c++17", "--expt-relaxed-constexpr", "-O3"]
 FLAGS = [*_LANGUAGE, "-lineinfo", "-Xptxas=-v"]
+_ELSE = re.compile(r"^#(ifndef FE_EMULATED|else)", re.MULTILINE)
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for")
 _NUMBERS = {
     "stack": re.compile(r"(\d+) bytes stack frame"),
@@ -71,13 +74,15 @@ def cuobjdump() -> str | None:
 
 
 def kept(result: Path, make: Callable[[], None]) -> Path:
-    """`result`, made anew if a source was written since."""
-    newest = max(path.stat().st_mtime for path in [Path(__file__), *CSRC.rglob("*")] if path.is_file())
-    if not result.exists() or result.stat().st_mtime <= newest:
-        started = time.time()
-        result.parent.mkdir(parents=True, exist_ok=True)
-        make()
-        os.utime(result, (started, started))
+    """`result`, made anew if a source was written since; others that want it wait."""
+    result.parent.mkdir(parents=True, exist_ok=True)
+    with result.with_name(f"{result.name}.making").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        newest = max(path.stat().st_mtime for path in [Path(__file__), *CSRC.rglob("*")] if path.is_file())
+        if not result.exists() or result.stat().st_mtime <= newest:
+            started = time.time()
+            make()
+            os.utime(result, (started, started))
     return result
 
 
@@ -100,6 +105,22 @@ def compiled(source: Path, arch: str) -> tuple[Path, str]:
     return cubin, told.read_text()
 
 
+def assembled(source: Path, arch: str) -> tuple[Path, str]:
+    """The same of the PTX for the least architecture, which the tests that execute PTX compile anyway: it is
+    what a later architecture runs, but for what CUDA's headers do there in other instructions."""
+    cubin = FOLDER / f"{source.stem}.{LEAST}.{arch}.cubin"
+    told = cubin.with_suffix(".txt")
+    home = toolkit()
+    assert home is not None
+
+    def make() -> None:
+        command = [home / "bin" / "ptxas", "-v", "-m64", f"-arch={arch}", ptx(source, LEAST), "-o", cubin]
+        told.write_text(_run(command))
+
+    kept(cubin, make)
+    return cubin, told.read_text()
+
+
 def ptx(source: Path, arch: str) -> Path:
     """The PTX of a file."""
     result = FOLDER / f"{source.stem}.{arch}.ptx"
@@ -111,11 +132,13 @@ def ptx(source: Path, arch: str) -> Path:
     return kept(result, make)
 
 
-def all_compiled(archs: tuple[str, ...]) -> dict[str, dict[str, tuple[Path, str]]]:
+def all_compiled(
+    archs: tuple[str, ...], one: Callable[[Path, str], tuple[Path, str]] = compiled
+) -> dict[str, dict[str, tuple[Path, str]]]:
     """Architecture -> file -> machine code and ptxas output; as many compilers as there are cores."""
     files = sorted(CSRC.glob("*.cu"), key=lambda path: -path.stat().st_size)  # largest first
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = {(arch, f.name): pool.submit(compiled, f, arch) for f in files for arch in archs}
+        found = {(arch, f.name): pool.submit(one, f, arch) for f in files for arch in archs}
         return {arch: {f.name: found[arch, f.name].result() for f in files} for arch in archs}
 
 
@@ -153,8 +176,8 @@ def instructions(cubin: Path, *words: str) -> dict[str, dict[str, int]]:
 
 def check_bindings(every: bool) -> list[Path]:
     """Checks the syntax of the bindings as nvcc's host compiler sees them: with CUDA's headers, and against
-    the PyTorch that is installed, whatever its build. Returns the files: those of which the emulator compiles
-    another text, or all."""
+    the PyTorch that is installed, whatever its build. Returns the files: all, each on its own, or those with
+    text that the emulator never compiles, after one another, so that PyTorch's headers are read once."""
     from torch.utils.cpp_extension import include_paths
 
     home = toolkit()
@@ -165,12 +188,16 @@ def check_bindings(every: bool) -> list[Path]:
     flags += ["-DTORCH_API_INCLUDE_EXTENSION_H", *(f"-isystem{path}" for path in system)]
     files = sorted((CSRC / "bindings").glob("*.cpp"))
     if not every:
-        files = [file for file in files if "FE_EMULATED" in file.read_text()]
+        files = [file for file in files if _ELSE.search(file.read_text())]
     stamp = FOLDER / ("bindings.txt" if every else "emulated_bindings.txt")
 
     def check_all() -> None:
+        checked = files
+        if not every:
+            checked = [FOLDER / "bindings.cpp"]
+            checked[0].write_text("".join(f'#include "bindings/{file.name}"\n' for file in files))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda file: _run([*compiler, *flags, file]), files))
+            list(pool.map(lambda file: _run([*compiler, *flags, file]), checked))
         stamp.write_text(f"checked by Python {sys.version}\n")
 
     kept(stamp, check_all)

@@ -26,7 +26,10 @@ COMMON = [
 ]  # fmt: skip
 EMULATOR = [
     "tests/backends/test_zero_sizes.py",
-    *(f"tests/backends/cuda/test_{name}.py" for name in ("fisher", "linear", "merge", "penalty")),
+    *(
+        f"tests/backends/cuda/test_{name}.py"
+        for name in ("fisher", "linear", "merge", "penalty", "structured")
+    ),
 ]
 LIBRARIES = {"address": "libasan.so", "thread": "libtsan.so"}
 # Leaks: Python's own objects at exit. Modules that are not instrumented: PyTorch and NumPy, whose threads and

@@ -164,6 +164,15 @@ def test_not_a_number(backend):
     assert value.isnan() and db[2].isnan().all() and db[[0, 1, 3]].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", [backend for backend, kind in SERVED if kind == "factored"])
+def test_sums_not_a_number(backend):
+    """One sum that is not a number makes the penalty so."""
+    for part in (0, 1):
+        case = make_structured("factored", Values(2, backend), [(7, 33, 3)], backend)
+        case.fishers[0][part][5] = math.nan
+        assert case.run().isnan()
+
+
 def dense(case: Case, tensors: tuple[Tensor, ...]) -> Tensor:
     """The penalty in differentiable fp64."""
     total = torch.zeros((), dtype=torch.float64)

@@ -243,7 +243,9 @@ middle = time.process_time()
 import fused_ewclora
 print((time.process_time() - middle) / (middle - start))
 """
-    shares = [float(python("-c", code, cwd=ROOT).stdout) for _ in range(5)]
+    shares: list[float] = []
+    while not shares or (min(shares) > IMPORT_LIMIT and len(shares) < 5):
+        shares.append(float(python("-c", code, cwd=ROOT).stdout))
     assert min(shares) <= IMPORT_LIMIT, shares
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import pickle
 import subprocess
 import sys
@@ -24,10 +25,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # Every module path, and the names that users of the module import from it.
 NAMES = {
     "fused_ewclora": """
-        AdaptedLinear ArgumentError BackendError CheckpointError DtypeError EWC EWCLoRAError
-        EWCLoRAWarning FisherError IntegrationError LayoutError LoRAConfig LoRAConv1d LoRAConv2d LoRALinear
-        LoRAPart NotExactlyRepresentable Part QKVLayout Report TargetError adapters available_backends
-        check_bypass
+        AdaptedLinear ArgumentError BackendError CheckpointError DtypeError EWC EWCLoRAError EWCLoRAWarning
+        EightBitFisher FactoredFisher FisherError IntegrationError KroneckerFisher LayoutError LoRAConfig
+        LoRAConv1d LoRAConv2d LoRALinear LoRAPart NotExactlyRepresentable Part QKVLayout Report Structure
+        TargetError adapters available_backends check_bypass
         convert_lambda disabled eject explain export_peft forget_tables import_peft inject integrations
         load_pretrained merge register_call register_layout register_parts
         reset_optimizer_state_ save_pretrained
@@ -165,11 +166,68 @@ def top_level(path: Path) -> set[str]:
     return names
 
 
-def fresh(code: str) -> None:
-    """Run `code` in a new interpreter, where a warning about a module of the package is an error."""
+FUNCTIONS = "assert type(fe.inject) is type(fe.explain) is type(lambda: 0)"
+AS_FUNCTIONS = [
+    "\n".join((*lines, "import fused_ewclora as fe", FUNCTIONS))
+    for lines in (
+        ("import fused_ewclora.inject", "import fused_ewclora.explain", "import fused_ewclora as fe"),
+        ("from fused_ewclora import explain, inject", "assert callable(inject) and callable(explain)"),
+        ("from fused_ewclora.inject import adapters", "from fused_ewclora.explain import check_bypass"),
+        ("import fused_ewclora.layers.inject", "import fused_ewclora.diagnostics.explain"),
+        ("import fused_ewclora as fe", FUNCTIONS, "import fused_ewclora.inject, fused_ewclora.explain"),
+        ("import fused_ewclora.checkpoint, fused_ewclora.info, fused_ewclora.fisher, fused_ewclora.check",),
+        (
+            "import importlib, fused_ewclora",
+            "importlib.import_module('fused_ewclora.inject').adapters",
+            "importlib.import_module('fused_ewclora.explain').bypassed",
+        ),
+    )
+]
+AS_MODULES = """
+import sys, fused_ewclora.inject, fused_ewclora.explain
+from fused_ewclora.layers import inject
+from fused_ewclora.diagnostics import explain
+assert sys.modules['fused_ewclora.inject'] is inject
+assert sys.modules['fused_ewclora.explain'] is explain
+"""
+OLD_PATHS = "\n".join(
+    f"import fused_ewclora.{old}"
+    for old, new in sorted(_moved.MOVED.items())
+    if not old.startswith("backends") and "tools" not in new
+)
+PROGRAMS = [*AS_FUNCTIONS, AS_MODULES, OLD_PATHS]
+# Runs programs, each in a process of its own that has PyTorch and nothing of this package, and prints their
+# exit statuses.
+FORKS = """
+import json, os, sys, traceback
+import torch
+statuses = []
+for code in json.load(sys.stdin):
+    if not (child := os.fork()):
+        try:
+            exec(code, {"__name__": "__main__"})
+        except BaseException:
+            print(code, file=sys.stderr)
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        os._exit(0)
+    statuses.append(os.waitpid(child, 0)[1])
+json.dump(statuses, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def failures() -> dict[str, str]:
+    """Programs that failed, with what they wrote; a warning about a module of the package is an error."""
     options = ["-W", "error::DeprecationWarning", "-W", "error::ImportWarning"]
-    done = subprocess.run([sys.executable, *options, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, f"{code}\n{done.stderr}"
+    done = subprocess.run(
+        [sys.executable, *options, "-c", FORKS], cwd=ROOT, input=json.dumps(PROGRAMS), text=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    statuses = json.loads(done.stdout)
+    return {code: done.stderr for code, status in zip(PROGRAMS, statuses, strict=True) if status}
 
 
 @pytest.mark.parametrize("path", NAMES)
@@ -202,48 +260,20 @@ def test_old_paths_same_module(old: str):
     assert module is importlib.import_module(f"fused_ewclora.{_moved.MOVED[old]}")
 
 
-FUNCTIONS = "assert type(fe.inject) is type(fe.explain) is type(lambda: 0)"
-
-
-@pytest.mark.parametrize(
-    "lines",
-    [
-        ("import fused_ewclora.inject", "import fused_ewclora.explain", "import fused_ewclora as fe"),
-        ("from fused_ewclora import explain, inject", "assert callable(inject) and callable(explain)"),
-        ("from fused_ewclora.inject import adapters", "from fused_ewclora.explain import check_bypass"),
-        ("import fused_ewclora.layers.inject", "import fused_ewclora.diagnostics.explain"),
-        ("import fused_ewclora as fe", FUNCTIONS, "import fused_ewclora.inject, fused_ewclora.explain"),
-        ("import fused_ewclora.checkpoint, fused_ewclora.info, fused_ewclora.fisher, fused_ewclora.check",),
-        (
-            "import importlib, fused_ewclora",
-            "importlib.import_module('fused_ewclora.inject').adapters",
-            "importlib.import_module('fused_ewclora.explain').bypassed",
-        ),
-    ],
-    ids=lambda lines: lines[0],
-)
-def test_functions_not_hidden(lines: tuple[str, ...]):
+@pytest.mark.parametrize("code", AS_FUNCTIONS, ids=lambda code: code.splitlines()[0])
+def test_functions_not_hidden(code: str, failures: dict[str, str]):
     """Inject and explain are functions whatever is imported."""
-    fresh("\n".join((*lines, "import fused_ewclora as fe", FUNCTIONS)))
+    assert code not in failures, failures[code]
 
 
-def test_modules_named_like_functions():
+def test_modules_named_like_functions(failures: dict[str, str]):
     """Modules named like functions are found by their paths."""
-    fresh(
-        "import sys, fused_ewclora.inject, fused_ewclora.explain\n"
-        "from fused_ewclora.layers import inject\n"
-        "from fused_ewclora.diagnostics import explain\n"
-        "assert sys.modules['fused_ewclora.inject'] is inject\n"
-        "assert sys.modules['fused_ewclora.explain'] is explain\n"
-    )
+    assert AS_MODULES not in failures, failures[AS_MODULES]
 
 
-def test_old_paths_silent():
+def test_old_paths_silent(failures: dict[str, str]):
     """Old paths of a fresh program warn about nothing."""
-    moved = [old for old in _moved.MOVED if not old.startswith("backends")]
-    fresh(
-        "\n".join(f"import fused_ewclora.{old}" for old in sorted(moved) if "tools" not in _moved.MOVED[old])
-    )
+    assert OLD_PATHS not in failures, failures[OLD_PATHS]
 
 
 def test_old_pickles(monkeypatch: pytest.MonkeyPatch):

@@ -18,9 +18,13 @@ CHOSEN = (
     "ewc_penalty, high",
     "ewc_penalty, F in bf16",
     "ewc_penalty, one",
+    "ewc_penalty, F in 8 bits",
+    "factored_penalty, fp32",
     "fisher_accumulate_, cu_seqlens",
     "fisher_accumulate_, in splits",
     "fisher_accumulate_, T=1",
+    "fisher_sums_, in splits",
+    "fisher_sums_, T=1",
     "merge_, bfloat16",
     "soft_threshold_, float32",
 )

@@ -64,7 +64,7 @@ def test_masks(backend, seed, shape):
 @pytest.mark.parametrize("backend", DROPOUT_BACKENDS)
 def test_threshold_of_p(backend):
     """A word between p rounded to fp32 and p tells the two thresholds apart; this one was found by search."""
-    seed, row, column, p = 123, 39, 2717, 0.7
+    seed, row, column, p = 2549570, 3, 4, 0.9
     word = oracles.dropout_word(seed, row, column)
     assert float(torch.tensor(p)) * 2**32 <= word < p * 2**32
     block = 4 * (column // 4 + 1)

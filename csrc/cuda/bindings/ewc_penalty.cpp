@@ -1,4 +1,4 @@
-// The op ewc_penalty: finds the table of an earlier call with the same tensors, or makes one.
+// The ops ewc_penalty and factored_penalty: find the table of an earlier call with the same tensors, or make one.
 //
 // Every training step calls it with the same hundreds of tensors. They are compared in Python's own lists: converting those to C++ vectors
 // would cost more than the launch.
@@ -6,8 +6,10 @@
 
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <array>
 #include <list>
 
+#include "factored_table.h"
 #include "kept.h"
 #include "penalty_table.h"
 
@@ -46,6 +48,7 @@ struct Call {
     for (const py::handle factor : factors) values.push_back(factor.cast<double>());
     return values;
   }
+  std::array<size_t, 4> lengths() const { return {lists[0].size(), lists[1].size(), lists[2].size(), lists[3].size()}; }
   template <class F>
   bool each(const F& f) const {
     for (const py::list& list : lists)
@@ -55,11 +58,13 @@ struct Call {
   }
 };
 
+template <class Table>
 struct Entry {
   std::vector<Seen> seen;
+  std::array<size_t, 4> lengths;  // of the lists
   std::vector<bool> needs;
   at::Float32MatmulPrecision precision;
-  PenaltyTable table;
+  Table table;
 
   static PenaltyArguments arguments(const Call& call) {
     PenaltyArguments a;
@@ -70,45 +75,46 @@ struct Entry {
     a.needs = call.needs;
     return a;
   }
-  explicit Entry(const Call& call) : needs(call.needs), precision(at::globalContext().float32MatmulPrecision()), table(arguments(call)) {
+  explicit Entry(const Call& call)
+      : lengths(call.lengths()), needs(call.needs), precision(at::globalContext().float32MatmulPrecision()), table(arguments(call)) {
     call.each([&](const at::Tensor* t) { return seen.push_back(t ? Seen(*t) : Seen()), true; });
   }
 
   bool serves(const Call& call) const {
     if (needs != call.needs || precision != at::globalContext().float32MatmulPrecision()) return false;
-    size_t tensors = 0;
-    for (const py::list& list : call.lists) tensors += list.size();
-    if (seen.size() != tensors) return false;
     size_t i = 0;
-    return call.factors.size() == call.lists[0].size() &&
+    return lengths == call.lengths() && call.factors.size() == call.lists[1].size() &&
            call.each([&](const at::Tensor* t) { return seen[i++] == (t ? Seen(*t) : Seen()); });
   }
 };
 
 // The most recently used first. Calls hold the interpreter's lock, but for a moment while they make an entry: hence shared ownership.
-std::list<std::shared_ptr<Entry>>& entries() {
-  static auto* kept = new std::list<std::shared_ptr<Entry>>;  // never destroyed: CUDA is gone by the time static objects are
+template <class Table>
+std::list<std::shared_ptr<Entry<Table>>>& entries() {
+  static auto* kept = new std::list<std::shared_ptr<Entry<Table>>>;  // never destroyed: CUDA is gone by the time static objects are
   return *kept;
 }
 
-std::shared_ptr<Entry> entry_of(const Call& call) {
-  auto& kept = entries();
+template <class Table>
+std::shared_ptr<Entry<Table>> entry_of(const Call& call) {
+  auto& kept = entries<Table>();
   for (auto entry = kept.begin(); entry != kept.end(); ++entry) {
     if (!(*entry)->serves(call)) continue;
     kept.splice(kept.begin(), kept, entry);
     return kept.front();
   }
-  auto made = std::make_shared<Entry>(call);
+  auto made = std::make_shared<Entry<Table>>(call);
   if (made->table.once()) return made;  // its memory is the graph's
   kept.push_front(made);
   while (kept.size() > KEPT) kept.pop_back();
   return made;
 }
 
-std::tuple<at::Tensor, at::Tensor> ewc_penalty(py::list fishers, py::list lora_as, py::list lora_bs, py::list scales, py::list factors,
-                                               double ewc_lambda, const std::vector<bool>& needs) {
+template <class Table>
+std::tuple<at::Tensor, at::Tensor> penalty(py::list fishers, py::list lora_as, py::list lora_bs, py::list scales, py::list factors,
+                                           double ewc_lambda, const std::vector<bool>& needs) {
   const Call call{{std::move(fishers), std::move(lora_as), std::move(lora_bs), std::move(scales)}, std::move(factors), needs};
-  return entry_of(call)->table.run(call.numbers(), ewc_lambda);
+  return entry_of<Table>(call)->table.run(call.numbers(), ewc_lambda);
 }
 
 // As a Python object: with the factors that it was made with.
@@ -133,11 +139,13 @@ void bind_ewc_penalty(py::module& m) {
           "run", [](PreparedCall& call, double ewc_lambda) { return call.table.run(call.factors, ewc_lambda); }, py::arg("ewc_lambda"),
           "Penalty (0-d) and flat gradients, fp32.")
       .def_property_readonly("items", [](const PreparedCall& call) { return call.table.items(); }, "Thread blocks of a launch.");
-  m.def("ewc_penalty", &ewc_penalty);
+  m.def("ewc_penalty", &penalty<PenaltyTable>);
+  m.def("factored_penalty", &penalty<FactoredTable>);
   m.def(
       "forget_penalty_tables",
       [] {
-        entries().clear();
+        entries<PenaltyTable>().clear();
+        entries<FactoredTable>().clear();
         kept::forget();
       },
       "Frees the tables that are kept for calls with the same tensors, and those of captured graphs.");

@@ -15,6 +15,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("lora_linear_backward", &fe::cuda::lora_linear_backward, Unlocked());
   m.def("linear_backend", &fe::recorded::LinearFunctions<&fe::cuda::lora_linear, &fe::cuda::lora_linear_backward>::address);
   m.def("fisher_accumulate_", &fe::cuda::fisher_accumulate, Unlocked());
+  m.def("fisher_sums_", &fe::cuda::fisher_sums, Unlocked());
   m.def("merge_", &fe::cuda::merge, Unlocked());
   m.def("soft_threshold_", &fe::cuda::soft_threshold, Unlocked());
   fe::cuda::bind_ewc_penalty(m);

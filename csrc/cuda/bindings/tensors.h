@@ -105,6 +105,8 @@ Tensors lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tenso
                              const std::vector<bool>& needs);
 void fisher_accumulate(at::Tensor fisher, const at::Tensor& x, const at::Tensor& dy, const std::string& squares, double weight,
                        const std::optional<at::Tensor>& cu_seqlens);
+void fisher_sums(at::Tensor rows, at::Tensor columns, const at::Tensor& x, const at::Tensor& dy, const std::string& squares, double weight,
+                 const std::optional<at::Tensor>& cu_seqlens);
 void merge(const Tensors& weights, const Tensors& lora_as, const Tensors& lora_bs, const OptionalTensors& scales,
            const std::vector<double>& factors);
 void soft_threshold(const Tensors& scales, double kappa);

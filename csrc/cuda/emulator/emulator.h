@@ -42,7 +42,7 @@ void wait_for_another_block();  // returns when other blocks have had a chance t
 using Together = void (*)(void* const* arguments);
 void wait_for_warp(Together together, void* argument);
 [[noreturn]] void fail(const char* format, ...);
-void copy_later(void* to, const void* from, int bytes);
+void copy_later(void* to, const void* from, int bytes, int size);  // zeros behind the bytes
 void commit_copies();
 void finish_copies(int but);
 
@@ -62,8 +62,8 @@ std::function<void(const Handed&)>& taker();  // empty: none
 float half_to_float(uint16_t bits);
 uint16_t float_to_half(float value);
 
-inline void aligned(const void* address) {
-  if (reinterpret_cast<uintptr_t>(address) % 16) fail("16-byte access at %p, which is not a multiple of 16", address);
+inline void aligned(const void* address, int size = 16) {
+  if (reinterpret_cast<uintptr_t>(address) % size) fail("%d-byte access at %p, which is not a multiple of %d", size, address, size);
 }
 inline void in_shared(const void* address, size_t bytes) {
   const char* first = block_memory();
@@ -235,13 +235,17 @@ inline float load_shared_by_blocks(const float* address) {
   emulator::in_global(address);
   return *address;
 }
-inline void copy_async(void* shared, const void* source, int bytes) {
-  emulator::aligned(shared);
-  emulator::aligned(source);
-  emulator::in_shared(shared, 16);
+template <int SIZE = 16>
+void copy_async(void* shared, const void* source, int bytes) {
+  emulator::aligned(shared, SIZE);
+  emulator::aligned(source, SIZE);
+  emulator::in_shared(shared, SIZE);
   if (bytes != 0) emulator::in_global(source);  // a copy of nothing reads nothing, wherever it points
-  if (bytes < 0 || bytes > 16) emulator::fail("a copy of %d of 16 bytes", bytes);
-  emulator::copy_later(shared, source, bytes);
+  if (bytes < 0 || bytes > SIZE) emulator::fail("a copy of %d of %d bytes", bytes, SIZE);
+  emulator::copy_later(shared, source, bytes, SIZE);
+}
+inline void copy_async_word(void* shared, const void* source, bool there) {
+  copy_async<4>(shared, source, there ? 4 : 0);
 }
 inline void copy_async_commit() {
   emulator::commit_copies();

@@ -55,7 +55,7 @@ enum class State { ready, at_block, at_warp, elsewhere, done };  // elsewhere: w
 struct Copy {
   void* to;
   const void* from;
-  int bytes;
+  int bytes, size;
 };
 
 struct Fiber {
@@ -284,8 +284,8 @@ void fail(const char* format, ...) {
   throw Failed();
 }
 
-void copy_later(void* to, const void* from, int bytes) {
-  machine.running->open.push_back({to, from, bytes});
+void copy_later(void* to, const void* from, int bytes, int size) {
+  machine.running->open.push_back({to, from, bytes, size});
 }
 void commit_copies() {
   Fiber& fiber = *machine.running;
@@ -297,7 +297,7 @@ void finish_copies(int but) {
   while (int(groups.size()) > but) {
     for (const Copy& copy : groups.front()) {
       std::memcpy(copy.to, copy.from, copy.bytes);
-      std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, 16 - copy.bytes);
+      std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.size - copy.bytes);
     }
     groups.erase(groups.begin());
   }

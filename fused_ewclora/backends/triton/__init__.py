@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ...errors import BackendError
+from ...reference import kronecker_penalty
 from .. import candidate
 from ..candidate import Call, Candidate, pretended, remembers_choices
 from . import cost_model, kept, launch, plans, tables
@@ -24,7 +25,9 @@ from . import cost_model, kept, launch, plans, tables
 MIN_VERSION = (3, 6)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = 80  # bf16 and tf32 matrix units, asynchronous copies
-KERNELS = ("ewc_penalty", "fisher_accumulate", "lora_linear", "lowrank", "merge")  # modules of kernels
+KERNELS = (  # modules of kernels
+    "ewc_penalty", "factored_penalty", "fisher_accumulate", "fisher_sums", "lora_linear", "lowrank", "merge"
+)  # fmt: skip
 MAX_PENALTY_RANK = 128  # dA of a block of columns stays in registers
 
 
@@ -98,21 +101,21 @@ def _cannot(call: Call) -> str | None:
     return None
 
 
-def has_penalty(rank: int, arch: str) -> bool:
-    """Whether the penalty has a configuration for `rank`: where every block size would spill registers, none
+def has_penalty(rank: int, arch: str, op: str = "ewc_penalty") -> bool:
+    """Whether a penalty has a configuration for `rank`: where every block size would spill registers, none
     is shipped."""
-    kernel = f"ewc_penalty_kernel:{launch.precision()}"
+    kernel = f"{op}_kernel:{launch.precision()}"
     return tables.has(kernel, arch, torch.float32, 1 << (rank - 1).bit_length())
 
 
-def _cannot_penalty(call: Call) -> str | None:
+def _cannot_penalty(op: str, call: Call) -> str | None:
     if (reason := _cannot(call)) is not None:
         return reason
     rank = call.rank or 1
     if rank > MAX_PENALTY_RANK:
         return f"rank {rank} > {MAX_PENALTY_RANK}"
     arch = launch.INTERPRETED if interpreting() else str(call.arch)
-    if not has_penalty(rank, arch):
+    if not has_penalty(rank, arch, op):
         return f"no configuration for rank {rank} at matmul precision {call.precision!r} on {arch}"
     return None
 
@@ -139,12 +142,20 @@ def _host(module: str, function: str) -> Callable[..., Any]:
     return run
 
 
-_OTHERS = {
-    "ewc_penalty": ("ewc_penalty", "Triton, one launch, one pass over F", _cannot_penalty),
+_OTHERS: dict[str, tuple[str, str, Callable[[Call], str | None]]] = {
+    "ewc_penalty": (
+        "ewc_penalty", "Triton, one launch, one pass over F",
+        functools.partial(_cannot_penalty, "ewc_penalty"),
+    ),
+    "factored_penalty": (
+        "factored_penalty", "Triton, one launch, a program per adapter",
+        functools.partial(_cannot_penalty, "factored_penalty"),
+    ),
     "fisher_accumulate_": ("fisher_accumulate", "Triton, squared in registers", _cannot),
+    "fisher_sums_": ("fisher_sums", "Triton, squared and summed in registers", _cannot),
     "merge_": ("merge", "Triton, one pass over W", _cannot),
     "soft_threshold_": ("merge", "Triton, in place", _cannot),
-}
+}  # fmt: skip
 _ALGORITHMS = {
     "full": "Triton, z in the K loop of the product",
     "prologue": "Triton, product on top of the low-rank term",
@@ -159,8 +170,9 @@ def candidates(op: str) -> tuple[Candidate, ...]:
         module, algorithm, supports = _OTHERS[op]
         run = plans.planned(op, _host(module, op))
         return (Candidate("triton", algorithm, supports, run, remark=plans.remark),)
-    if not op.startswith("lora_linear"):
-        return ()
+    if op == "kronecker_penalty":
+        run = kronecker_penalty.penalty_and_grads
+        return (Candidate("triton", "PyTorch, products by BLAS", _cannot, run),)
     backward = op == "lora_linear_backward"
     found = []
     for key, algorithm in _ALGORITHMS.items():

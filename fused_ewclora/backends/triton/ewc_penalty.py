@@ -1,4 +1,4 @@
-"""EWC penalty on Triton: one launch over a table of all adapters, prepared once and kept while pointers stay.
+"""Penalties on Triton: one launch over a table of all adapters, prepared once and kept while pointers stay.
 
 Host work of a step does not grow with a launch per layer: it looks the table up, allocates the loss, the flat
 gradients and a workspace, and launches. Factors may change from step to step; they are written to device
@@ -21,6 +21,7 @@ from torch import Tensor
 from fused_ewclora.kernels import ewc_penalty as kernels
 
 from ...reference import arguments
+from ...reference.eight_bit import ALIGNMENT
 from . import kept, tables
 from .launch import addressable, arch, cdiv, launch, multiprocessors, precision, recorded
 from .plans import NotPlannable
@@ -34,7 +35,9 @@ _FIELDS = {  # column of the table by name
     for name, value in vars(kernels).items()
     if name.isupper() and name != "FIELDS" and isinstance(value, tl.constexpr)
 }
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TYPES = {
+    torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.uint8: tl.uint8
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,30 @@ def ewc_penalty(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """Loss (0-d) and flat gradients, fp32; see `ops.schemas`."""
-    plan = _plan(fishers, lora_as, lora_bs, scales, scale_factors, needs)
+    return penalty(_DIAGONAL, fishers, lora_as, lora_bs, scales, scale_factors, ewc_lambda, needs)
+
+
+class Structure(NamedTuple):
+    """What differs between the penalties of several structures of F."""
+
+    kernel: Any
+    check: Callable[..., None]  # of the arguments without lambda
+    group: Callable[[tuple[int, ...], Sequence[Member], Callable[[Tensor], Tensor]], Group]
+    columns: bool = False  # behind the Fishers of all adapters come as many others
+
+
+def penalty(
+    structure: Structure,
+    fishers: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    scale_factors: Sequence[float],
+    ewc_lambda: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """Loss (0-d) and flat gradients, fp32, of one structure."""
+    plan = _plan(structure, fishers, lora_as, lora_bs, scales, scale_factors, needs)
     if plan.once and recorded():
         raise NotPlannable("its table has addresses of copies, which are elsewhere in every call")
     like = lora_as[0]
@@ -168,7 +194,7 @@ def ewc_penalty(
         for i, group in enumerate(plan.groups):
             work = like.new_empty(group.workspace, dtype=torch.float32)
             launch(
-                kernels.ewc_penalty_kernel, (group.items.shape[0],), group.table, own.factors[i],
+                structure.kernel, (group.items.shape[0],), group.table, own.factors[i],
                 group.items, work, own.counters[i], losses[i], grads, group.items.shape[0],
                 ewc_lambda, NEED_A=needs[0], NEED_B=needs[1], **group.options,
             )  # fmt: skip
@@ -182,6 +208,7 @@ def _described(tensor: Tensor | None) -> Any:
 
 
 def _plan(
+    structure: Structure,
     fishers: Sequence[Tensor],
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
@@ -190,26 +217,36 @@ def _plan(
     needs: Sequence[bool],
 ) -> Plan:
     """The prepared tables of this call: kept from an earlier one with the same tensors, or made."""
-    if not fishers or len(lora_as) != len(fishers):
-        arguments.ewc_penalty(fishers, lora_as, lora_bs, scales, scale_factors, needs)  # says so
+    count = len(fishers) // 2 if structure.columns else len(fishers)
+    if not count or len(lora_as) != count:
+        structure.check(fishers, lora_as, lora_bs, scales, scale_factors, needs)  # says so
     tensors = tuple(map(_described, (*fishers, *lora_as, *lora_bs, *scales)))
     like, where = lora_as[0], (arch(lora_as[0]), precision(), tables.overriding())
-    key = (tensors, len(scale_factors), tuple(needs), like.device, where)
+    key = (structure.columns, tensors, len(scale_factors), tuple(needs), like.device, where)
     found = _plans.find(key)
     if found is not None:
         return found
-    arguments.ewc_penalty(fishers, lora_as, lora_bs, scales, scale_factors, needs)
-    near_fs, near_as, near_bs = ([addressable(t) for t in group] for group in (fishers, lora_as, lora_bs))
+    structure.check(fishers, lora_as, lora_bs, scales, scale_factors, needs)
+    near_fs, near_as, near_bs = ([_near(t) for t in group] for group in (fishers, lora_as, lora_bs))
     given, near = (*fishers, *lora_as, *lora_bs), (*near_fs, *near_as, *near_bs)
     captured = kept.capturing(like.device)  # what it allocates is the graph's
     once = captured or like.is_meta or any(a is not b for a, b in zip(given, near, strict=True))
     place = kept.by_value if captured else Tensor.to if once else kept.copied
-    plan = _prepare(near_fs, near_as, near_bs, scales, needs, lambda host: place(host, like.device))
+    plan = _prepare(
+        structure, near_fs, near_as, near_bs, scales, needs, lambda host: place(host, like.device)
+    )
     if once:
         plan.copies, plan.once = near, True
         return plan
     _plans.add(key, plan)
     return plan
+
+
+def _near(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy that kernels can address: rows of codes are read as aligned vectors."""
+    if tensor.dtype == torch.uint8 and tensor.data_ptr() % ALIGNMENT:
+        return tensor.clone()
+    return addressable(tensor)
 
 
 class Member(NamedTuple):
@@ -220,12 +257,19 @@ class Member(NamedTuple):
     b: Tensor
     scale: Tensor | None
     places: tuple[int, ...]
+    columns: Tensor | None = None  # column sums, where `fisher` are row sums
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of F; its codes have another."""
+        return self.b.shape[0], self.a.shape[1]
 
     def types(self) -> tuple[torch.dtype, ...]:
         return self.fisher.dtype, self.a.dtype, self.b.dtype, getattr(self.scale, "dtype", torch.float32)
 
 
 def _prepare(
+    structure: Structure,
     fishers: Sequence[Tensor],
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
@@ -243,12 +287,22 @@ def _prepare(
             places[-1].append(length if size >= 0 else -1)
             length += max(size, 0)
     groups: dict[Any, dict[int, Member]] = {}
-    of_adapters = zip(fishers, lora_as, lora_bs, scales, zip(*places, strict=True), strict=True)
+    count = len(lora_as)
+    columns: Sequence[Tensor | None] = fishers[count:] or [None] * count
+    of_adapters = zip(
+        fishers[:count], lora_as, lora_bs, scales, zip(*places, strict=True), columns, strict=True
+    )
     for index, adapter in enumerate(of_adapters):
         member = Member(*adapter)
         groups.setdefault(member.types(), {})[index] = member
-    made = tuple(_group(tuple(group), tuple(group.values()), place) for group in groups.values())
-    return Plan(made, length, any(fisher.numel() == 0 for fisher in fishers))
+    made = tuple(structure.group(tuple(group), tuple(group.values()), place) for group in groups.values())
+    return Plan(made, length, any(0 in fisher.shape for fisher in fishers))
+
+
+def type_options(member: Member) -> dict[str, Any]:
+    """Constexpr arguments that name the dtypes of a group's tensors."""
+    names = ("FISHER_TYPE", "A_TYPE", "B_TYPE", "SCALE_TYPE")
+    return dict(zip(names, (_TYPES[dtype] for dtype in member.types()), strict=True))
 
 
 def _group(indices: tuple[int, ...], members: Sequence[Member], place: Callable[[Tensor], Tensor]) -> Group:
@@ -261,8 +315,7 @@ def _group(indices: tuple[int, ...], members: Sequence[Member], place: Callable[
     slots = multiprocessors(like) * max(WARPS_PER_MULTIPROCESSOR // config["num_warps"], 1)
     rows = _rows(members, config["BLOCK_M"], config["BLOCK_N"], slots)
     table, items, floats, counters = _layout(members, rows, config["BLOCK_M"], config["BLOCK_N"], rp)
-    names = ("FISHER_TYPE", "A_TYPE", "B_TYPE", "SCALE_TYPE")
-    options = {**config, **dict(zip(names, (_TYPES[t] for t in types), strict=True)), "RP": rp}
+    options = {**config, **type_options(members[0]), "RP": rp}
     options |= {"NEED_S": need_s, "PRECISION": precision(), "UNIT": all(_unit(m.fisher) for m in members)}
     return Group(indices, place(table), place(items), floats, counters, options)
 
@@ -275,7 +328,7 @@ def _height(d_out: int, rows: int, m: int) -> int:
 def _rows(members: Sequence[Member], m: int, n: int, slots: int) -> int:
     """Rows of a region for the shortest time: `slots` programs run side by side, and a last round of few
     programs takes as long as a full one. Short regions cost more starts, and more partial sums of dA."""
-    shapes = [member.fisher.shape for member in members]
+    shapes = [member.shape for member in members]
     total = sum(d_out * d_in for d_out, d_in in shapes)
 
     def time(rows: int) -> int:
@@ -293,14 +346,14 @@ def _layout(members: Sequence[Member], rows: int, m: int, n: int, rp: int) -> tu
     items: list[tuple[int, int, int]] = []
     sizes: list[dict[str, int]] = []
     for index, member in enumerate(members):
-        d_out, d_in = member.fisher.shape
+        d_out, d_in = member.shape
         height = _height(d_out, rows, m)
         regions, blocks = cdiv(d_out, height), cdiv(d_in, n)
         sizes.append({"ROWS": height, "REGIONS": regions, "BLOCKS": blocks, "FIRST_ITEM": len(items)})
         items += [(index, region, block) for region in range(regions) for block in range(blocks)]
     floats, counters = len(items), 1  # a partial loss per item and its counter come first
     for row, member, fields in zip(table, members, sizes, strict=True):
-        (d_out, d_in), rank = member.fisher.shape, member.a.shape[0]
+        (d_out, d_in), rank = member.shape, member.a.shape[0]
         regions, blocks = fields["REGIONS"], fields["BLOCKS"]
         parts = {
             "PART_A": regions * rank * d_in,
@@ -318,11 +371,11 @@ def _layout(members: Sequence[Member], rows: int, m: int, n: int, rp: int) -> tu
 
 def _addresses(member: Member) -> dict[str, int]:
     """Pointers, sizes, strides and the places of the gradients of one adapter."""
-    fisher, a, b, s, place = member
+    fisher, a, b, s, place, _ = member
     return {
         "FISHER": fisher.data_ptr(), "LORA_A": a.data_ptr(), "LORA_B": b.data_ptr(),
         "SCALE": 0 if s is None else s.data_ptr(),
-        "D_OUT": fisher.shape[0], "D_IN": fisher.shape[1], "RANK": a.shape[0],
+        "D_OUT": b.shape[0], "D_IN": a.shape[1], "RANK": a.shape[0],
         "FISHER_0": fisher.stride(0), "FISHER_1": fisher.stride(1), "A_0": a.stride(0), "A_1": a.stride(1),
         "B_0": b.stride(0), "B_1": b.stride(1), "SCALE_0": 0 if s is None or s.dim() == 0 else s.stride(0),
         "SCALAR": int(s is not None and s.dim() == 0),
@@ -331,6 +384,10 @@ def _addresses(member: Member) -> dict[str, int]:
 
 
 def _unit(fisher: Tensor) -> bool:
-    """Whether rows are contiguous and 16-byte loads of them are aligned and never cross the end."""
+    """Whether rows are contiguous and 16-byte loads of them are aligned and never cross the end; so it is of
+    codes."""
     aligned = fisher.data_ptr() % 16 == 0 and fisher.stride(0) % 8 == 0 == fisher.shape[1] % 8
     return fisher.stride(1) == 1 and aligned
+
+
+_DIAGONAL = Structure(kernels.ewc_penalty_kernel, arguments.ewc_penalty, _group)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,33 +33,56 @@ def fisher_accumulate_(
     if squares == "batch":
         _batch(fisher, x, dy, weight)
     elif cu_seqlens is None and (x.dim() == 2 or x.shape[1] == 1):
-        x, dy = (_addressable(t if t.dim() == 2 else t[:, 0]) for t in (x, dy))
+        x, dy = (addressable(t if t.dim() == 2 else t[:, 0]) for t in (x, dy))
         _single_tokens(fisher, x, dy, weight)
     else:
-        _samples(fisher, _addressable(x), _addressable(dy), weight, cu_seqlens)
+        _samples(fisher, addressable(x), addressable(dy), weight, cu_seqlens)
 
 
-def _samples(fisher: Tensor, x: Tensor, dy: Tensor, weight: float, cu_seqlens: Tensor | None) -> None:
+class SampleLaunch(NamedTuple):
+    """How a kernel reads the tokens of samples."""
+
+    config: dict[str, Any]
+    precision: str
+    sources: list[Any]  # x and dy, by tensor descriptor or by pointer
+    cu_seqlens: Tensor | None
+    samples: int
+    tokens: int  # of a sample, on average
+    strides: tuple[int, ...]
+
+
+def sample_launch(
+    kernel: str, x: Tensor, dy: Tensor, cu_seqlens: Tensor | None, wide: bool = True
+) -> SampleLaunch:
+    """For `kernel`, made of `squares_of_samples`; `wide`: whether vectors can address what else it reads."""
     precision = _precision() if x.dtype == torch.float32 else "ieee"  # 16-bit products are exact
     arch = launch.arch(x)
-    config = dict(tables.lookup(_variant("fisher_sample_kernel", precision), arch, x.dtype))
+    config = dict(tables.lookup(_variant(kernel, precision), arch, x.dtype))
     shapes = [(1, config["BLOCK_T"], config[name]) for name in ("BLOCK_N", "BLOCK_M")]
     tma = config["TMA"] and cu_seqlens is None
     tma = tma and all(launch.tileable(t, shape) for t, shape in zip((x, dy), shapes, strict=True))
-    if not (1 in fisher.stride() and (tma or launch.wide(x, dy))):
+    if not (wide and (tma or launch.wide(x, dy))):
         tma = False
-        config = dict(tables.lookup("fisher_sample_kernel:odd", arch, x.dtype))
+        config = dict(tables.lookup(f"{kernel}:odd", arch, x.dtype))
     strides: tuple[int, ...] = (*x.stride(), *dy.stride())
     samples, tokens = x.shape[:2]
     if cu_seqlens is not None:
         samples, cu_seqlens = cu_seqlens.numel() - 1, cu_seqlens.contiguous()
         tokens, strides = cdiv(x.shape[0], samples), (0, *x.stride(), 0, *dy.stride())
-    tiles, splits, locks = _grid(fisher, config, samples, cdiv(tokens, config["BLOCK_T"]) * config["BLOCK_T"])
     sources = [launch.tiles(t, shape) if tma else t for t, shape in zip((x, dy), shapes, strict=True)]
+    return SampleLaunch({**config, "TMA": tma}, precision, sources, cu_seqlens, samples, tokens, strides)
+
+
+def _samples(fisher: Tensor, x: Tensor, dy: Tensor, weight: float, cu_seqlens: Tensor | None) -> None:
+    chosen = sample_launch("fisher_sample_kernel", x, dy, cu_seqlens, 1 in fisher.stride())
+    config, tokens = chosen.config, chosen.tokens
+    tiles, splits, locks = _grid(
+        fisher, config, chosen.samples, cdiv(tokens, config["BLOCK_T"]) * config["BLOCK_T"]
+    )
     launch.launch(
-        kernels.fisher_sample_kernel, (tiles * splits,), fisher, *sources, cu_seqlens, locks,
-        samples, tokens, splits, *fisher.shape, weight, *fisher.stride(), *strides,
-        PRECISION=precision, **{**config, "TMA": tma},
+        kernels.fisher_sample_kernel, (tiles * splits,), fisher, *chosen.sources, chosen.cu_seqlens, locks,
+        chosen.samples, tokens, splits, *fisher.shape, weight, *fisher.stride(), *chosen.strides,
+        PRECISION=chosen.precision, **config,
     )  # fmt: skip
 
 
@@ -102,7 +125,7 @@ def _precision() -> str:
     return "tf32" if precision == "bf16" else precision
 
 
-def _addressable(tensor: Tensor) -> Tensor:
+def addressable(tensor: Tensor) -> Tensor:
     """`tensor`, or a contiguous copy when offsets inside a tile of tokens could pass 2^31."""
     return tensor if max(tensor.stride()[-2:]) < MAX_STRIDE else tensor.contiguous()
 

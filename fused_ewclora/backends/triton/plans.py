@@ -22,8 +22,11 @@ from ..candidate import remembers_choices
 from . import launch, overlap, specialisation
 
 # Numbers that kernels take as they are, by host: plans do not depend on their values.
-NUMBERS = {"ewc_penalty": (5,), "fisher_accumulate_": (4,), "soft_threshold_": (1,)}
-BY_ADDRESS = ("ewc_penalty",)  # hosts that put addresses into tables
+NUMBERS = {
+    "ewc_penalty": (5,), "factored_penalty": (5,), "fisher_sums_": (5,), "fisher_accumulate_": (4,),
+    "soft_threshold_": (1,),
+}  # fmt: skip
+BY_ADDRESS = ("ewc_penalty", "factored_penalty")  # hosts that put addresses into tables
 # Hosts that decide by which of their first arguments share memory, and the place of these in a call.
 IN_GROUPS = {"merge_": 0, "soft_threshold_": 0}
 
@@ -107,7 +110,7 @@ def planned(name: str, host: Callable[..., Any]) -> Callable[..., Any]:
         extension = native.extension()
         assert extension is not None
         plans = extension.plan_host(name, name in BY_ADDRESS)
-        if name == "ewc_penalty":
+        if name in BY_ADDRESS:
             arguments = extension.penalty_arguments(*given)
         else:
             tensors, decisions, values = describe(given, numbers)

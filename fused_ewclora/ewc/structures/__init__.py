@@ -22,6 +22,15 @@ _BY_NAME: dict[str, type[Structure]] = {
 NAMES = tuple(name for name in _BY_NAME if name != EightBit.name)
 
 
+def check_mode(structure: Structure, fisher_mode: str) -> None:
+    """Raises `ArgumentError` for a mode in which the structure has no meaning."""
+    if fisher_mode not in structure.modes:
+        raise ArgumentError(
+            f"fisher_mode: expected one of {structure.modes} with fisher={structure.name!r}, which has no "
+            f"exact meaning otherwise, got {fisher_mode!r}"
+        )
+
+
 def structure_of(fisher: str | Structure, fisher_dtype: torch.dtype | str) -> Structure:
     """The structure that the arguments of `EWC` name; raises `ArgumentError` or `DtypeError`."""
     if isinstance(fisher, Structure):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ...fishers import EightBitFisher, Fisher
 from ...ops.sums import DenseSums
-from ...reference import eight_bit
 from .structure import Extent, Parts, Structure, Weights, added
 
 CHUNK = 1 << 22  # values that are fp32 at once while codes are made
@@ -51,6 +50,10 @@ class Dense(Structure):
         """F."""
         return {"": fisher}
 
+    def packed(self, sums: Mapping[str, Tensor], extent: Extent, dtype: torch.dtype, seed: int) -> Parts:
+        """In bf16 where F is kept in it."""
+        return {"": sums[""].to(dtype) if dtype.itemsize < sums[""].dtype.itemsize else sums[""]}
+
 
 class EightBit(Dense):
     """The same in 8 bits with a scale for every 32 of a row (`fishers.EightBitFisher`). Sums of a task are
@@ -62,7 +65,7 @@ class EightBit(Dense):
 
     def kept_shapes(self, extent: Extent) -> dict[str, tuple[int, ...]]:
         """Rows of codes and scales."""
-        return {"": (extent.count, eight_bit.row_bytes(extent.columns))}
+        return {"": (extent.count, EightBitFisher.row_bytes(extent.columns))}
 
     def joined(
         self,
@@ -77,9 +80,9 @@ class EightBit(Dense):
         step = max(CHUNK // max(extent.columns, 1), 1)
         for first in range(0, extent.count, step):
             rows = slice(first, first + step)
-            kept = None if before is None else eight_bit.decode(before[rows], extent.columns)
+            kept = None if before is None else EightBitFisher(before[rows], extent.columns).dense()
             total = added(kept, squares[rows].float(), weights)
-            codes[rows] = eight_bit.encode(total, weights.tasks, extent.first + first)
+            codes[rows] = EightBitFisher.encode(total, weights.tasks, extent.first + first).codes
         return {"": codes}, 0.0
 
     def value(self, parts: Mapping[str, Tensor], columns: int) -> Fisher:
@@ -88,8 +91,20 @@ class EightBit(Dense):
 
     def of_dense(self, fisher: Tensor, extent: Extent) -> Parts:
         """The nearest codes."""
-        return {"": eight_bit.encode(fisher.float())}
+        return {"": EightBitFisher.encode(fisher).codes}
+
+    def packed_shapes(self, extent: Extent) -> dict[str, tuple[int, ...]]:
+        """Those of codes."""
+        return self.kept_shapes(extent)
+
+    def packed(self, sums: Mapping[str, Tensor], extent: Extent, dtype: torch.dtype, seed: int) -> Parts:
+        """Codes, rounded without bias."""
+        return {"": EightBitFisher.encode(sums[""], seed, extent.first).codes}
+
+    def unpacked(self, parts: Mapping[str, Tensor], extent: Extent, dtype: torch.dtype) -> Parts:
+        """The values of codes."""
+        return {"": EightBitFisher(parts[""], extent.columns).dense().to(dtype)}
 
     def numbers(self, parts: Mapping[str, Tensor], extent: Extent) -> Parts:
         """The scales."""
-        return {"": eight_bit.scales(parts[""])}
+        return {"": EightBitFisher(parts[""], extent.columns).scales()}

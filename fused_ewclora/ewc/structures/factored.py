@@ -64,13 +64,14 @@ class Uniform(Factored):
         extent: Extent,
     ) -> tuple[Parts, float]:
         """The mean of the joint F, exactly."""
-        return super().joined(old, self._levelled(task, extent), weights, extent)
+        return super().joined(old, self.levelled(task, extent), weights, extent)
 
     def of_dense(self, fisher: Tensor, extent: Extent) -> Parts:
         """Its mean."""
-        return self._levelled(super().of_dense(fisher, extent), extent)
+        return self.levelled(super().of_dense(fisher, extent), extent)
 
-    def _levelled(self, sums: Mapping[str, Tensor], extent: Extent) -> Parts:
+    def levelled(self, sums: Mapping[str, Tensor], extent: Extent) -> Parts:
+        """Those of the mean that a Fisher with these sums has."""
         total = sums["columns"].sum()
         sizes = {"rows": max(extent.rows, 1), "columns": max(extent.columns, 1)}
         return {part: torch.ones_like(sums[part]) * (total / size) for part, size in sizes.items()}

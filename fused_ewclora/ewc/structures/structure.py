@@ -105,6 +105,19 @@ class Structure(ABC):
     def of_dense(self, fisher: Tensor, extent: Extent) -> Parts:
         """What is kept of a dense Fisher that is whole."""
 
+    def packed_shapes(self, extent: Extent) -> dict[str, tuple[int, ...]]:
+        """The shapes of packed sums, by part; those of `codes` are uint8."""
+        return self.sum_shapes(extent)
+
+    def packed(self, sums: Mapping[str, Tensor], extent: Extent, dtype: torch.dtype, seed: int) -> Parts:
+        """The sums of a task in what takes less memory while other layers are gathered, where the structure
+        keeps less (numbers in `dtype`); otherwise as they are. Rounding without bias depends on the seed."""
+        return dict(sums)
+
+    def unpacked(self, parts: Mapping[str, Tensor], extent: Extent, dtype: torch.dtype) -> Parts:
+        """The sums that were packed, in `dtype`, to its rounding."""
+        return {part: tensor.to(dtype) for part, tensor in parts.items()}
+
     def numbers(self, parts: Mapping[str, Tensor], extent: Extent) -> Parts:
         """Those values of the kept parts of which none is negative."""
         return dict(parts)

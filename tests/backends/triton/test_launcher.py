@@ -35,7 +35,9 @@ HOSTS = (
     "fisher_accumulate_ sample, bfloat16", "fisher_accumulate_ sample, cu_seqlens, in splits, bfloat16",
     "fisher_accumulate_ sample, one token, bfloat16", "fisher_accumulate_ batch, bfloat16",
     "merge_ scales, r 10, bfloat16", "merge_ several layers, r 10, bfloat16",
-    "soft_threshold_ gates, bfloat16",
+    "soft_threshold_ gates, bfloat16", "ewc_penalty 8-bit F, r 10, bfloat16",
+    "factored_penalty scales, r 10, bfloat16", "fisher_sums_ sample, bfloat16",
+    "fisher_sums_ sample, one token, bfloat16",
 )  # fmt: skip
 # What is compared beside sm_90, and what is executed.
 OTHERS = {"sm_80": (*USERS, HOSTS[2], HOSTS[10]), "sm_100": (HOSTS[0], HOSTS[5], HOSTS[7])}

@@ -25,7 +25,7 @@ from .machine import Report
 # Rows, tokens and widths that no block size divides; widths that vector loads and tensor maps can address.
 SMALL = Sizes(samples=3, tokens=53, width=176, hidden=208, layers=3)
 MANY_SAMPLES = SMALL._replace(samples=40, tokens=21)  # so many that the Fisher splits them
-IN_PLACE = {"fisher_accumulate_": (0,), "merge_": (0,), "soft_threshold_": (0,)}
+IN_PLACE = {"fisher_accumulate_": (0,), "fisher_sums_": (0, 1), "merge_": (0,), "soft_threshold_": (0,)}
 # Relative error in norm: products of rounded operands, results rounded once.
 TOLERANCES = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 PRECISIONS = {"highest": 2e-6, "high": 1e-3, "medium": 8e-3}
@@ -70,7 +70,7 @@ class Case:
     def allowed(self) -> float:
         dtype = self.workload.dtype
         fine = PRECISIONS[self.workload.precision] if dtype == torch.float32 else TOLERANCES[dtype]
-        if self.workload.op == "ewc_penalty":  # fp32 inside, by the matmul precision
+        if self.workload.op.endswith("_penalty"):  # fp32 inside, by the matmul precision
             fine = PRECISIONS[self.workload.precision]
         return fine
 
@@ -116,7 +116,7 @@ def cases(
     ]
     for workload in [*workloads(dtypes, ranks, sizes), *split]:
         with workload.precision_set():
-            if workload.op == "ewc_penalty" and not has_penalty(workload.rank, arch):
+            if workload.op.endswith("_penalty") and not has_penalty(workload.rank, arch, workload.op):
                 continue
         for candidate in workload.candidates():
             yield Case(workload, candidate)

@@ -15,15 +15,20 @@ from benchmarks.harness import error_to_truth, matmul_precision
 
 from .cuda_launches import Session, executing
 
-# Whose samples blocks share, which take turns at F.
+# Whose samples blocks share, which take turns at F, or add up sums of several tiles.
 SPLIT = small_calls.Call(
     "fisher_accumulate_, in splits", functools.partial(small_calls.fisher, samples=32, tokens=60), 2e-2
+)
+SPLIT_SUMS = small_calls.Call(
+    "fisher_sums_, in splits",
+    functools.partial(small_calls.fisher, factored=True, samples=8, tokens=60, d_in=140),
+    2e-2,
 )
 
 
 def calls() -> list[small_calls.Call]:
     """All calls."""
-    return [*small_calls.calls(), SPLIT]
+    return [*small_calls.calls(), SPLIT, SPLIT_SUMS]
 
 
 @dataclass

@@ -11,6 +11,8 @@ from .cuda_launches import Session
 
 SEEDS = 4  # interleavings, in one of which it has to be found
 PENALTY = "ewc_penalty, high"
+CODES = "ewc_penalty, F in 8 bits"
+FACTORED = "factored_penalty, fp32"
 SPLIT = cuda_cases.SPLIT.name
 
 MUTATIONS: dict[str, tuple[str, str, Callable[[str], str], set[str]]] = {
@@ -41,6 +43,15 @@ MUTATIONS: dict[str, tuple[str, str, Callable[[str], str], set[str]]] = {
     ),
     "copies of the Fisher not waited for": (
         "fisher_accumulate_, aligned", "fisher_kernel", without(r"cp\.async\.wait_group"), {"too early"},
+    ),
+    "lanes do not wait for codes that others fetch": (
+        CODES, "ewc_penalty_kernel", without(r"bar\.warp\.sync"), {"race", "too early"},
+    ),
+    "no fences around the atomics of sums": (
+        cuda_cases.SPLIT_SUMS.name, "fisher_sums_kernel", without(r"membar\.gl"), {"race"},
+    ),
+    "products of the factored penalty not waited for": (
+        FACTORED, "factored_penalty_kernel", instead(r"ld\.acquire", "ld.relaxed"), {"race"},
     ),
     "no barriers in the walk": (
         "lora_linear, bf16", "walk_kernel", without(r"bar\.sync"), {"race"},

@@ -17,6 +17,7 @@ from .launches import Session
 
 SEEDS = 4  # interleavings, in one of which it has to be found
 PENALTY = "ewc_penalty fp32 F, r 10, float32, high"
+FACTORED = "factored_penalty gradients, r 10, float32, high"
 LINEAR = "lora_linear fc1, r 10, bfloat16 by full"
 FISHER = "fisher_accumulate_ sample, in splits, bfloat16"
 
@@ -33,6 +34,9 @@ MUTATIONS: dict[str, tuple[str, str, str, Callable[[str], str], set[str]]] = {
     ),
     "no barrier before the penalty's atomic": (
         "sm_90", PENALTY, "ewc_penalty_kernel", before(r"atom\.global", r"bar\.sync"), {"race"},
+    ),
+    "no barriers in the factored penalty": (
+        "sm_90", FACTORED, "factored_penalty_kernel", without(r"bar\.sync"), {"race", "too early"},
     ),
     "turnstile of the Fisher released too weakly": (
         "sm_80", FISHER, "fisher_sample_kernel", instead(r"gpu\.release", "gpu.relaxed"), {"race"},

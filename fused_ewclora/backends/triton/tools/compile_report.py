@@ -34,8 +34,9 @@ MATRIX_KERNELS = (
     "lowrank_columns_kernel",
     "fisher_sample_kernel",
     "fisher_token_kernel",
+    "fisher_sums_kernel",
 )
-NO_SPILLS_ON_AMD = ("ewc_penalty_kernel",)
+NO_SPILLS_ON_AMD = ("ewc_penalty_kernel", "factored_penalty_kernel")
 # Kernel -> (bytes that may spill, why). Aligned calls never spill.
 SPILLS_OF_UNALIGNED: dict[str, tuple[int, str]] = {}
 HALF = ("bfloat16", "float16")

@@ -62,8 +62,9 @@ def _ahead(arguments: Arguments, per_trip: float) -> float:
 
 
 def _penalty(a: Arguments, blocks: int, call: Sequence[Any]) -> Work:
-    fishers, lora_as = call[0], call[1]
-    elements, size = sum(f.numel() for f in fishers), _size(fishers[0])
+    fishers, lora_as, lora_bs = call[:3]
+    elements = sum(a.shape[1] * b.shape[0] for a, b in zip(lora_as, lora_bs, strict=True))
+    size = sum(f.numel() * _size(f) for f in fishers) / elements  # of codes with their scales: more than one
     m, n, rp = a["BLOCK_M"], a["BLOCK_N"], a["RP"]
     trips = elements / (m * n) / blocks
     per_trip = m * n * size + m * rp * (_size(lora_as[0]) + 4)
@@ -72,7 +73,7 @@ def _penalty(a: Arguments, blocks: int, call: Sequence[Any]) -> Work:
         blocks, (1, trips), elements * size + 2 * parts, trips * per_trip + 2 * 4 * rp * n,
         _ahead(a, m * n * size), floor_bytes=elements * size, floor_name=READ_F,
         # The last of a row or column of blocks adds up.
-        rare=max(m * trips / fishers[0].shape[0], n / fishers[0].shape[1]),
+        rare=max(m * trips / lora_bs[0].shape[0], n / lora_as[0].shape[1]),
     )  # fmt: skip
 
 
@@ -155,6 +156,39 @@ def _fisher_token(a: Arguments, blocks: int, call: Sequence[Any]) -> Work:
     return replace(found, floor_bytes=found.memory_bytes, floor_name=COPY)  # F itself is most of the work
 
 
+def _factored(a: Arguments, blocks: int, call: Sequence[Any]) -> Work:
+    """A program reads A and B twice and writes gradients once; a trip is a block of one of them."""
+    sums, lora_as, lora_bs = call[:3]
+    factors = sum(t.numel() * _size(t) for t in (*lora_as, *lora_bs)) + sum(t.numel() * 4 for t in sums)
+    written = 4 * a["grads"].numel()
+    d = (lora_as[0].shape[1] + lora_bs[0].shape[0]) / 2
+    again = (a["RP"] // a["BLOCK_R"]) ** 2  # products of every two blocks of ranks
+    per_trip = 2 * a["BLOCK"] * a["BLOCK_R"] * _size(lora_as[0])
+    trips = cdiv(int(d), a["BLOCK"])
+    return Work(
+        blocks, (again, trips), factors + written, (2 * again * factors + factors + written) / blocks,
+        _ahead(a, per_trip), floor_bytes=factors + written,
+    )  # fmt: skip
+
+
+def _fisher_sums(a: Arguments, blocks: int, call: Sequence[Any]) -> Work:
+    found = _fisher_sample({**a, "fisher": a["row_parts"]}, blocks, call)
+    d_out, d_in = a["d_out"], a["d_in"]
+    parts = 4 * (a["row_parts"].numel() + a["column_parts"].numel())
+    f = 8 * a["splits"] * d_out * d_in  # of F, which is not there
+    return replace(
+        found, memory_bytes=found.memory_bytes - f + parts,
+        cache_bytes=found.cache_bytes + (parts - f) / blocks,
+    )  # fmt: skip
+
+
+def _fisher_sums_add(a: Arguments, blocks: int, call: Sequence[Any]) -> Work:
+    parts = (a["row_parts"], a["column_parts"])
+    moved = sum(4 * (t.numel() + 2 * t.shape[1]) for t in parts)
+    trips = max(a["row_count"], a["column_count"])
+    return Work(blocks, (1, trips), moved, moved / blocks, 4 * a["BLOCK"], floor_bytes=moved)
+
+
 def _fisher_square(a: Arguments, blocks: int, call: Sequence[Any]) -> Work:
     moved = a["d_out"] * a["d_in"] * (2 * _size(a["fisher"]) + 4)
     return Work(blocks, (), moved, moved / blocks, moved / blocks, floor_bytes=moved)
@@ -174,6 +208,7 @@ def _merge(a: Arguments, blocks: int, call: Sequence[Any]) -> Work:
 
 _KERNELS: dict[str, Callable[[Arguments, int, Sequence[Any]], Work]] = {
     "ewc_penalty_kernel": _penalty,
+    "factored_penalty_kernel": _factored,
     "lora_linear_kernel": _linear,
     "lowrank_rows_kernel": _rows,
     "lowrank_columns_kernel": _columns,
@@ -181,5 +216,7 @@ _KERNELS: dict[str, Callable[[Arguments, int, Sequence[Any]], Work]] = {
     "fisher_sample_kernel": _fisher_sample,
     "fisher_token_kernel": _fisher_token,
     "fisher_square_kernel": _fisher_square,
+    "fisher_sums_kernel": _fisher_sums,
+    "fisher_sums_add_kernel": _fisher_sums_add,
     "merge_kernel": _merge,
 }

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ....reference import eight_bit
 from ...candidate import Call, Candidate, LinearShape
 from .. import candidates, cost_model, has_penalty, launch, tables
 
@@ -53,6 +54,12 @@ class Make:
 
     def fisher(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.normal(*shape, dtype=dtype).abs_()
+
+    def codes(self, rows: int, columns: int) -> Tensor:
+        """A Fisher in 8 bits."""
+        if self.generator is None:
+            return torch.empty(rows, eight_bit.row_bytes(columns), dtype=torch.uint8, device=self.device)
+        return eight_bit.encode(self.fisher(rows, columns))
 
     def integers(self, values: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(self.device)
@@ -107,7 +114,7 @@ def noted(workload: Workload, arch: str) -> list[tuple[Candidate, list[launch.La
     for candidate in workload.candidates():
         arguments = workload.make(Make("meta"))
         with workload.precision_set(), launch.noting(arch) as launches, tables.watching() as keys:
-            if workload.op == "ewc_penalty" and not has_penalty(workload.rank, arch):
+            if workload.op.endswith("_penalty") and not has_penalty(workload.rank, arch, workload.op):
                 continue
             candidate.run(*arguments)
         found.append((candidate, launches, keys))
@@ -124,8 +131,10 @@ def workloads(
             for rank in ranks:
                 found += _linears(dtype, rank, precision, sizes)
                 found += _penalties(dtype, rank, precision, sizes)
+                found += _factored_penalties(dtype, rank, precision, sizes)
                 found += _merges(dtype, rank, precision, sizes)
             found += _fishers(dtype, precision, sizes)
+            found += _fisher_sums(dtype, precision, sizes)
         found += _thresholds(dtype)
     return found
 
@@ -220,7 +229,11 @@ def _penalties(dtype: torch.dtype, rank: int, precision: str, sizes: Sizes) -> I
     ) -> Callable[[Make], tuple[Any, ...]]:
         def make(make: Make) -> tuple[Any, ...]:
             pairs = [_adapter(make, rank, width, width, dtype) for _ in range(sizes.layers)]
-            fishers = [make.fisher(width, width, dtype=fisher_dtype) for _ in pairs]
+            coded = fisher_dtype == torch.uint8
+            fishers = [
+                make.codes(width, width) if coded else make.fisher(width, width, dtype=fisher_dtype)
+                for _ in pairs
+            ]
             scales = [make.normal(rank, dtype=dtype) if scaled else None for _ in pairs]
             lora_as, lora_bs = [a for a, _ in pairs], [b for _, b in pairs]
             return (fishers, lora_as, lora_bs, scales, [1.0] * sizes.layers, 2.0, list(needs))
@@ -233,10 +246,47 @@ def _penalties(dtype: torch.dtype, rank: int, precision: str, sizes: Sizes) -> I
         "fp32 F, scales": penalty(wide, torch.float32, True, (True, True, True)),
         "bf16 F": penalty(wide, torch.bfloat16, False, (True, True, False)),
         "value only": penalty(wide, torch.float32, False, (False, False, False)),
+        "8-bit F": penalty(wide, torch.uint8, False, (True, True, False)),
+        "8-bit F, scales": penalty(wide, torch.uint8, True, (True, True, True)),
         "odd widths": penalty(odd, torch.float32, False, (True, True, False)),
+        "8-bit F, odd widths": penalty(odd, torch.uint8, False, (True, True, False)),
     }
     for kind, make in kinds.items():
         yield Workload("ewc_penalty", kind, dtype, rank, make, precision)
+
+
+def _factored_penalties(dtype: torch.dtype, rank: int, precision: str, sizes: Sizes) -> Iterator[Workload]:
+    def penalty(
+        width: int, scaled: bool, needs: tuple[bool, bool, bool]
+    ) -> Callable[[Make], tuple[Any, ...]]:
+        def make(make: Make) -> tuple[Any, ...]:
+            pairs = [_adapter(make, rank, width, width, dtype) for _ in range(sizes.layers)]
+            sums = [make.normal(width, dtype=torch.float32).abs_() for _ in range(2 * sizes.layers)]
+            scales = [make.normal(rank, dtype=dtype) if scaled else None for _ in pairs]
+            lora_as, lora_bs = [a for a, _ in pairs], [b for _, b in pairs]
+            return (sums, lora_as, lora_bs, scales, [1.0] * sizes.layers, 2.0, list(needs))
+
+        return make
+
+    kinds = {
+        "gradients": penalty(sizes.width, False, (True, True, False)),
+        "scales": penalty(sizes.width, True, (True, True, True)),
+        "value only": penalty(sizes.width, False, (False, False, False)),
+        "odd widths": penalty(sizes.width - 1, False, (True, True, False)),
+    }
+    for kind, make in kinds.items():
+        yield Workload("factored_penalty", kind, dtype, rank, make, precision)
+
+
+def _fisher_sums(dtype: torch.dtype, precision: str, sizes: Sizes) -> Iterator[Workload]:
+    """The calls of `fisher_accumulate_`, with sums in the place of F."""
+    for workload in _fishers(dtype, precision, sizes):
+
+        def make(make: Make, of_fisher: Callable[[Make], tuple[Any, ...]] = workload.make) -> tuple[Any, ...]:
+            fisher, *rest = of_fisher(make)
+            return (fisher.sum(1), fisher.sum(0), *rest)
+
+        yield Workload("fisher_sums_", workload.kind, dtype, 0, make, precision)
 
 
 def _fishers(dtype: torch.dtype, precision: str, sizes: Sizes) -> Iterator[Workload]:
