@@ -224,18 +224,51 @@ def recommendation(streams: Mapping[str, Sequence[Record]]) -> list[str]:
             equal.append((max(shares), name))
     if not lines:
         return [*missing, "Nothing can be recommended yet.", ""]
-    if equal:
-        best = min(equal)[1]
-        advice = (
-            f"Of the structures smaller than a dense F and within {SAME:g} point of its A_last on every "
-            f"stream, {best} is the smallest: **{best}** where memory counts, **dense** otherwise."
+    for name, of in kept.items():
+        lines += [*without_penalty(name, of), *edges(name, streams[name])]
+    return [*lines, "", *missing, advice(equal), ""]
+
+
+def advice(equal: Sequence[tuple[float, str]]) -> str:
+    """The structure to use. equal: shares of the memory, and names, of structures that lose nothing."""
+    if not equal:
+        return (
+            f"No smaller structure stays within {SAME:g} point of the A_last of a dense F on every stream: "
+            "**dense**."
         )
-    else:
-        advice = (
-            "No smaller structure stays within "
-            f"{SAME:g} point of the A_last of a dense F on every stream: **dense**."
+    best = min(equal, key=lambda one: one[0])[1]  # of equal ones the one that knows more, which comes first
+    text = (
+        f"Of the structures smaller than a dense F and within {SAME:g} point of its A_last on every stream, "
+        f"{best} is the smallest: **{best}** where memory counts, **dense** otherwise."
+    )
+    if "uniform" in [name for _, name in equal]:
+        text += (
+            f" Uniform is within {SAME:g} point as well: on these streams it cannot be measured that a "
+            "penalty gains from knowing which weights of an adapter matter."
         )
-    return [*lines, "", *missing, advice, ""]
+    return text
+
+
+def without_penalty(stream: str, kept: Mapping[str, Kept]) -> list[str]:
+    """LoRA against the dense Fisher on one stream."""
+    if "LoRA" not in kept:
+        return []
+    last, transfer = (signed(paired(kept["LoRA"], kept[DENSE], metric)) for metric in (A_LAST, BWT))
+    name = stream.removeprefix("fishers-")
+    return [f"- LoRA, without a penalty, on {name}: A_last minus dense {last}, BWT minus dense {transfer}."]
+
+
+def edges(stream: str, records: Sequence[Record]) -> list[str]:
+    """Says so where a lambda was chosen at an end of what was tried."""
+    development = [r for r in records if structure(r) and r["seed"] in DEVELOPMENT]
+    tried = [r["run"]["options"]["ewc_lambda"] for r in development]
+    ends = [name for name, value in chosen(records).items() if value in (min(tried), max(tried))]
+    if not ends:
+        return []
+    return [
+        f"- On {stream.removeprefix('fishers-')} lambda is at an end of those tried for {', '.join(ends)}: "
+        "a better one may lie beyond."
+    ]
 
 
 def by_stream(results: Path) -> dict[str, list[Record]]:

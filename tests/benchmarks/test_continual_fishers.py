@@ -87,7 +87,9 @@ def test_advice_follows() -> None:
     def advice(records: list[dict]) -> str:
         return "\n".join(fishers.recommendation({"fishers-vision": records}))
 
-    assert "**factored** where memory counts" in advice(found())
+    assert "**factored** where memory counts" in advice(found()) and "Uniform is" not in advice(found())
+    assert "LoRA, without a penalty, on vision: A_last minus dense" in advice(found())
+    assert "at an end of those tried for factored:" in advice(found())
     assert "**8-bit** where memory counts" in advice(found(factored=12.0))
     worse = [r for r in found(factored=12.0) if r["method"] != "8-bit"] + [
         of("8-bit", 600, seed, 12.0) for seed in range(5)
