@@ -62,7 +62,7 @@ def _collected(inputs: Inputs, run: Run) -> list[Tensor]:
     captures = [layer.fisher_capture for layer in fe.adapters(inputs.model).values()]
     for capture in captures:
         capture.finish()
-    return [fisher for capture in captures for fisher in capture.fishers]
+    return [sums.fisher for capture in captures for sums in capture.fishers]
 
 
 @contextlib.contextmanager
