@@ -357,23 +357,26 @@ class EWC:
         policy = passes.LabelPolicy(*options)
         data = passes.Data(loader, self._device, forward, batch_size_fn, max_batches, progress)
         self._check()
-        if max_bytes is None:
-            self._note_gradients()
-            self._add(self._passed(data, policy, None, allow_empty, rows_to_samples))
-            return
-        groups = several_passes.groups(self._placement, self.structure, max_bytes)
-        several_passes.check_repeatable(loader)
+        groups: list[dict[str, AdaptedLinear]] | None = None
+        if max_bytes is not None:
+            groups = several_passes.groups(self._placement, self.structure, max_bytes)
+            several_passes.check_repeatable(loader)
         self._note_gradients()
-        rewind = several_passes.Rewind(self._placement, loader, generator)
-        found: list[TaskFisher] = []
-        for turn, layers in enumerate(groups):
-            if turn:
-                rewind()
-                policy = passes.LabelPolicy(*options)
-            fisher = self._passed(data, policy, layers, allow_empty, rows_to_samples, warn=not turn)
-            found.append(self._packing.packed(fisher))
-            del fisher
-        self._add(several_passes.joined(found))
+        if groups is None:
+            found = self._passed(data, policy, None, allow_empty, rows_to_samples)
+        else:
+            rewind, passed = several_passes.Rewind(self._placement, loader, generator), []
+            for turn, layers in enumerate(groups):
+                if turn:
+                    rewind()
+                    policy = passes.LabelPolicy(*options)
+                passed.append(
+                    self._packing.packed(
+                        self._passed(data, policy, layers, allow_empty, rows_to_samples, warn=not turn)
+                    )
+                )
+            found = several_passes.joined(passed)
+        self._add(found)  # last: after an interrupt nothing of this call is there
 
     def _passed(
         self,

@@ -44,14 +44,16 @@ def operands(dtype: torch.dtype = torch.float32) -> Arguments:
 def test_taken(dtype):
     """The common form is taken, with its rank, scales and needs."""
     fishers, lora_as, lora_bs, scales = operands(dtype)
-    found = op.terms(fishers, lora_as, lora_bs, scales)
+    found = op.terms("ewc_penalty", fishers, lora_as, lora_bs, scales)
     assert found is not None and (found.rank, found.numbers) == (3, False)
     assert found.needs == [True, True, False]
     for of in (list, tuple):
-        assert op.terms(of(fishers), of(lora_as), of(lora_bs), None).numbers
+        assert op.terms("ewc_penalty", of(fishers), of(lora_as), of(lora_bs), None).numbers
     half = torch.bfloat16 if dtype != torch.float64 else torch.float32
-    assert op.terms([f.to(half) for f in fishers], lora_as, lora_bs, scales) is not None
-    assert dtype == torch.float64 or op.terms(fishers, lora_as, [b.float() for b in lora_bs], scales)
+    assert op.terms("ewc_penalty", [f.to(half) for f in fishers], lora_as, lora_bs, scales) is not None
+    assert dtype == torch.float64 or op.terms(
+        "ewc_penalty", fishers, lora_as, [b.float() for b in lora_bs], scales
+    )
 
 
 OTHERS: dict[str, tuple[int, int, Callable[[Any], Any]]] = {
@@ -83,7 +85,7 @@ def test_left_to_python(name):
     argument, entry, change = OTHERS[name]
     given, messages = operands(), []
     given[argument][entry] = change(given[argument][entry])
-    assert op.terms(*given) is None
+    assert op.terms("ewc_penalty", *given) is None
 
     def run() -> str:
         try:
@@ -102,10 +104,10 @@ def test_left_to_python(name):
 def test_lengths():
     """Lists of different lengths, none at all and other sequences are left to Python."""
     fishers, lora_as, lora_bs, scales = operands()
-    assert op.terms(fishers[1:], lora_as, lora_bs, scales) is None
-    assert op.terms(fishers, lora_as, lora_bs, scales[1:]) is None
-    assert op.terms([], [], [], []) is None
-    assert op.terms(nn.ParameterList(fishers), lora_as, lora_bs, scales) is None
+    assert op.terms("ewc_penalty", fishers[1:], lora_as, lora_bs, scales) is None
+    assert op.terms("ewc_penalty", fishers, lora_as, lora_bs, scales[1:]) is None
+    assert op.terms("ewc_penalty", [], [], [], []) is None
+    assert op.terms("ewc_penalty", nn.ParameterList(fishers), lora_as, lora_bs, scales) is None
 
 
 @compiled
