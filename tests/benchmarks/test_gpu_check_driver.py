@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import budgets
 import pytest
 import torch
 
@@ -189,6 +190,7 @@ def check_that_every_tool_reads(out: Path, tmp_path: Path) -> None:
     assert compare.compare(kept, kept).status == 0
 
 
+@pytest.mark.skipif(not budgets.LONG, reason="two minutes; each step has tests of its own")
 def test_full_rehearsal(tmp_path: Path):
     """The whole driver in a copy of the sources, where nothing was built."""
     copy, out = tmp_path / "checkout", tmp_path / "out"
