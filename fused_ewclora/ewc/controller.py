@@ -175,7 +175,11 @@ class EWC:
         """The Fishers on the devices of the layers."""
         if next(iter(self._state.fishers.values())).device != self._device:
             self._follow()
-        tensors = self._state.fishers
+        tensors: dict[str, Any] = self._state.fishers
+        if type(self.structure) is Dense:
+            return tensors
+        if torch.compiler.is_compiling():  # a graph guards on what it changes, and would be made again
+            return self._as_values(tensors)
         if self._values[0] is not tensors:
             self._values = (tensors, self._as_values(tensors))
         return self._values[1]
