@@ -204,7 +204,7 @@ setup(
         "fused_ewclora.backends": ["*.json"],
         "fused_ewclora.backends.triton": ["configs/*.json"],
         "fused_ewclora.kernels": ["py.typed"],
-        "fused_ewclora.benchmarks": ["record_schema.json"],
+        "fused_ewclora.benchmarks": ["*_schema.json"],
         "fused_ewclora.benchmarks.continual": ["record_schema.json", "configurations/**/*.json"],
     },
     **build_options(os.environ.get("FUSED_EWCLORA_BUILD", "auto")),

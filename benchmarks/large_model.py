@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import fused_ewclora as fe
 from fused_ewclora.demo.environment import timestamp
 
-from . import extras, machine
+from . import extras, machine, records
 
 SHAPES = {
     "llama-3.2-1b": {
@@ -50,6 +50,7 @@ STRUCTURES: dict[str, dict[str, Any]] = {
 FITS = ("factored", "8bit")  # in the memory that is the default
 LIMIT_BYTES = 12 << 30
 RESULT = "result: "
+SCHEMA = json.loads((Path(__file__).parent / "large_model_schema.json").read_text())
 
 
 def model_of(name: str) -> nn.Module:
@@ -178,6 +179,11 @@ def measured(structure: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
+def violations(record: Any) -> Iterator[str]:
+    """How a record violates large_model_schema.json, in words."""
+    yield from records.violations(record, SCHEMA)
+
+
 def _described(record: dict[str, Any]) -> str:
     outcome = record.get("failed", "fits")
     total = sum(record["seconds"].values())
@@ -207,11 +213,13 @@ def main(argv: Sequence[str] | None = None, measure: Callable[..., dict[str, Any
     arguments.out.mkdir(parents=True, exist_ok=True)
     for structure in arguments.structures:
         record = measure(structure, arguments)
+        whole = {**record, "environment": environment, "time": timestamp()}
+        if wrong := next(violations(whole), None):
+            raise RuntimeError(f"{structure}: {wrong}")
         print(_described(record), flush=True)
         missed = missed or (structure in FITS and "failed" in record)
-        line = json.dumps({**record, "environment": environment, "time": timestamp()})
         with (arguments.out / "large_model.jsonl").open("a") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(whole) + "\n")
     return int(missed)
 
 

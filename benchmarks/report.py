@@ -18,7 +18,8 @@ from .collection import CaseRecords, Record, Unusable, digits, time_text, verdic
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, OUTPUT = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
 IMAGES = "images"  # beside the output
-CONTINUAL = "continual"  # records of another kind, with a page of their own: benchmarks/continual/page.py
+# Folders with records of another kind and pages of their own: docs/continual.md and docs/fishers.md.
+OTHER_PAGES = ("continual", "large_model")
 DASH = "–"
 VERSIONS = ("fused_ewclora", "torch", "triton", "cuda", "python")
 UNITS = {"copy": ("GB/s, read plus written", 1e9)}  # of ceilings; the others are products
@@ -283,7 +284,7 @@ def section(machine: str, records: Sequence[Record], folder: str) -> list[str]:
 def _folders(results: Path) -> list[Path]:
     if not results.is_dir():
         raise Unusable(f"{results}: no such folder")
-    folders = [path for path in sorted(results.iterdir()) if path.is_dir() and path.name != CONTINUAL]
+    folders = [path for path in sorted(results.iterdir()) if path.is_dir() and path.name not in OTHER_PAGES]
     return [path for path in folders if any(path.glob("*.jsonl"))]
 
 

@@ -12,7 +12,10 @@ from fused_ewclora.benchmarks import large_model
 
 
 def record(structure: str, failed: str | None = None) -> dict:
-    found = {"structure": structure, "seconds": {"model": 1.0}, "peak_bytes": 3 << 30}
+    found = {
+        "model": "tiny", "structure": structure, "samples": 2, "tokens": 8, "rank": 2,
+        "seconds": {"model": 1.0}, "peak_bytes": 3 << 30, "limit_bytes": 4 << 30,
+    }  # fmt: skip
     return found if failed is None else {**found, "failed": failed}
 
 
@@ -30,6 +33,13 @@ def test_status_and_records(tmp_path: Path, capsys, failing: str | None, status:
     assert all("environment" in json.loads(line) for line in lines)
     text = capsys.readouterr().out
     assert text.count("fits") == 3 - (failing is not None) and "peak 3.00 GiB" in text
+
+
+def test_bad_record_refused(tmp_path: Path):
+    """What does not follow the schema is not written."""
+    with pytest.raises(RuntimeError, match="peak_bytes"):
+        large_model.main(["--out", str(tmp_path)], lambda *_: {**record("dense"), "peak_bytes": "3 GiB"})
+    assert not list(tmp_path.iterdir())
 
 
 def test_names_checked(tmp_path: Path, capsys):

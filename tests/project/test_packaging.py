@@ -110,7 +110,8 @@ def test_pure_wheel(pure_wheel: Path):
     assert modules <= set(files)
     linked = [path for name in LINKED for path in (ROOT / name).rglob("*.py")]
     tools = {f"fused_ewclora/{path.relative_to(ROOT)}" for path in linked}
-    assert {*tools, "fused_ewclora/benchmarks/record_schema.json"} <= set(files)
+    schemas = {f"fused_ewclora/benchmarks/{name}_schema.json" for name in ("record", "large_model")}
+    assert {*tools, *schemas} <= set(files)
     data = {f"fused_ewclora/{path.relative_to(ROOT)}" for path in CONTINUAL.rglob("*.json")}
     assert {"record_schema.json", "language.json", "vision.json"} <= {Path(name).name for name in data}
     assert data <= set(files)
