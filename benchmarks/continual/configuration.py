@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import fused_ewclora as fe
 from fused_ewclora import methods
 from fused_ewclora.errors import ArgumentError
 
 FOLDER = Path(__file__).parent / "configurations"
-METHODS = {name: getattr(methods, name) for name in ("LoRA", "EWCLoRA", "SDLoRA", "CoDyRA", "InfLoRA")}
+NAMES = ("LoRA", "EWCLoRA", "SDLoRA", "CoDyRA", "InfLoRA")
+METHODS: dict[str, type[methods.Method]] = {name: getattr(methods, name) for name in NAMES}
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "multistep")
 _KEYS = {"name", "about", "problem", "adapters", "training", "seeds", "methods"}
@@ -27,7 +31,8 @@ class Training:
     lr is the rate of the adapters, head_lr that of the newest head. iterations, if set, is the number of
     steps of a task of any size, instead of epochs. schedule: "cosine" to 0 and "multistep" (times decay at
     each of milestones) change rates after every epoch; "cosine" after every step where iterations are set.
-    fisher_batch_size is that of the passes over the data after a task; None: batch_size.
+    fisher_batch_size is that of the passes over the data after a task; None: batch_size. Accuracies are taken
+    after the task has ended, or before, with the adapters not yet merged (evaluate_before_end).
     """
 
     lr: float
@@ -45,6 +50,7 @@ class Training:
     fisher_batch_size: int | None = None
     test_batch_size: int = 500
     workers: int = 0
+    evaluate_before_end: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,10 @@ class Run:
 
     suite: str
     method: str  # as tables name it
-    kind: str  # of METHODS
+    kind: str  # of METHODS, or "package.module:Class"
     seed: int
     problem: dict[str, Any]
-    adapters: dict[str, Any]
+    adapters: dict[str, Any] | list[dict[str, Any]]
     training: Training
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -70,12 +76,10 @@ class Run:
         decisive = {k: v for k, v in self.to_dict().items() if k not in ("suite", "method")}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
-    def lora_config(self) -> fe.LoRAConfig:
-        """The adapters; "segments" are those of a packed projection whose layout is not registered."""
-        options = dict(self.adapters)
-        if (segments := options.pop("segments", None)) is not None:
-            options["layout"] = fe.QKVLayout(tuple(segments))
-        return fe.LoRAConfig(**options)
+    def lora_configs(self) -> list[fe.LoRAConfig]:
+        """The adapters, in the order in which they are injected."""
+        groups = self.adapters if isinstance(self.adapters, list) else [self.adapters]
+        return [_lora_config(group) for group in groups]
 
 
 @dataclass(frozen=True)
@@ -83,15 +87,55 @@ class Configuration:
     """A file of `configurations/`, or one of the same form.
 
     Keys: "name", "about" (its source, and the differences from it), "problem" ("kind" and the
-    keywords of its loader), "adapters" (keywords of `LoRAConfig`, and "segments"), "training" (`Training`),
-    "seeds", and "methods": a list of {"name", "kind", and optionally "options" of the method, "adapters",
-    "training", "seeds", which override those of the file}. "quick", optional, defines a short version: the
-    same keys with the changed values, and "methods", a list of names.
+    keywords of its loader), "adapters" (keywords of `LoRAConfig`, and "segments", those of a packed
+    projection whose layout is not registered; or a list of such objects for different layers), "training"
+    (`Training`), "seeds", and "methods": a list of {"name", "kind", and optionally "options" of the method,
+    "adapters", "training", "seeds", which override those of the file}. A kind is one of `METHODS` or the
+    dotted path "package.module:Class" of another `Method`; that of a problem is one of `problems.KINDS` or
+    the path of a function. "quick", optional, defines a short version: the same keys with the changed values,
+    and "methods", a list of names.
     """
 
     name: str
     about: str
     runs: tuple[Run, ...]
+
+
+def named(path: str, what: str) -> Any:
+    """The object with a dotted path "package.module:name"; raises `ArgumentError` that begins with `what`."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ArgumentError(f"{what}: {path!r} cannot be imported: {error}") from error
+
+
+def method_class(kind: str) -> type[methods.Method]:
+    """The class of a kind; raises `ArgumentError` for anything else."""
+    if kind in METHODS:
+        return METHODS[kind]
+    if not isinstance(kind, str) or ":" not in kind:
+        known = ", ".join(METHODS)
+        raise ArgumentError(f'kind: expected one of {known} or "package.module:Class", got {kind!r}')
+    found = named(kind, "kind")
+    if not (isinstance(found, type) and issubclass(found, methods.Method)):
+        raise ArgumentError(f"kind: {kind}: expected a subclass of methods.Method, got {found!r}")
+    return found
+
+
+def check_options(kind: str, options: Any) -> None:
+    """Raises `ArgumentError` for options that the method would refuse, before anything is trained.
+
+    They are tried on the smallest model; what a method demands of its layers shows on the real one.
+    """
+    _mapping(options, "options", set(), set(options) if isinstance(options, Mapping) else set())
+    method, model = method_class(kind), nn.Sequential(nn.Linear(2, 2))
+    try:
+        method(model, fe.LoRAConfig(r=1, target_modules=["0"]), **options)
+    except TypeError as error:
+        raise ArgumentError(f"options: {error}") from error
+    except fe.TargetError:
+        pass
 
 
 def available() -> list[str]:
@@ -133,8 +177,10 @@ def parse(data: Any, quick: bool = False) -> Configuration:
     runs: list[Run] = []
     for entry in data["methods"]:
         where = f"methods: {entry['name']}"
-        if entry["kind"] not in METHODS:
-            raise ArgumentError(f"{where}: kind: expected one of {', '.join(METHODS)}, got {entry['kind']!r}")
+        try:
+            check_options(entry["kind"], entry.get("options", {}))
+        except ArgumentError as error:
+            raise ArgumentError(f"{where}: {error}") from error
         for seed in entry.get("seeds", data["seeds"]):
             run = Run(
                 suite=data["name"],
@@ -142,11 +188,11 @@ def parse(data: Any, quick: bool = False) -> Configuration:
                 kind=entry["kind"],
                 seed=_seed(seed),
                 problem=data["problem"],
-                adapters={**data["adapters"], **entry.get("adapters", {})},
+                adapters=_overridden(data["adapters"], entry.get("adapters", {})),
                 training=_training({**data["training"], **entry.get("training", {})}, where),
                 options=entry.get("options", {}),
             )
-            run.lora_config()  # raises for wrong values before the first run
+            run.lora_configs()  # raises for wrong values before the first run
             runs.append(run)
     names = [(run.method, run.seed) for run in runs]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -163,7 +209,8 @@ def _shortened(data: dict[str, Any]) -> dict[str, Any]:
     named = {entry["name"]: entry for entry in data["methods"]}
     if unknown := [name for name in wanted if name not in named]:
         raise ArgumentError(f"quick: methods: no method is called {unknown[0]!r}")
-    merged = {name: {**data[name], **change.get(name, {})} for name in ("problem", "adapters", "training")}
+    merged = {name: {**data[name], **change.get(name, {})} for name in ("problem", "training")}
+    merged["adapters"] = _overridden(data["adapters"], change.get("adapters", {}))
     # Values of the short version override those of a method.
     entries = [
         {
@@ -184,6 +231,23 @@ def with_seeds(configuration: Configuration, seeds: list[int]) -> Configuration:
     first = {run.method: run for run in reversed(configuration.runs)}
     order = list(dict.fromkeys(run.method for run in configuration.runs))
     return replace(configuration, runs=tuple(replace(first[name], seed=s) for name in order for s in seeds))
+
+
+def _lora_config(values: dict[str, Any]) -> fe.LoRAConfig:
+    options = dict(values)
+    if (segments := options.pop("segments", None)) is not None:
+        options["layout"] = fe.QKVLayout(tuple(segments))
+    try:
+        return fe.LoRAConfig(**options)
+    except TypeError as error:
+        raise ArgumentError(f"adapters: {error}") from error
+
+
+def _overridden(adapters: Any, changes: Any) -> Any:
+    """Adapters with the changes of a method; a list takes the place of what the file has."""
+    if isinstance(adapters, Mapping) and isinstance(changes, Mapping):
+        return {**adapters, **changes}
+    return changes or adapters
 
 
 def _mapping(value: Any, where: str, required: set[str], optional: set[str]) -> dict[str, Any]:
