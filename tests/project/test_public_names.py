@@ -119,7 +119,7 @@ NAMES = {
     "fused_ewclora.methods.lora": "LoRA",
     "fused_ewclora.methods.method": "Loader Loss Method",
     "fused_ewclora.methods.sd_lora": "Ranks SDLoRA",
-    "fused_ewclora.metrics": "AVERAGES ContinualMetrics PROTOCOLS",
+    "fused_ewclora.metrics": "AVERAGES ContinualMetrics PROTOCOLS TransferMetrics",
     "fused_ewclora.ops": "",
     "fused_ewclora.ops.capture": "",
     "fused_ewclora.ops.ewc_penalty": "",
