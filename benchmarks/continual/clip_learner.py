@@ -52,7 +52,10 @@ class ImageText(Learner):
 
     Images are compared with the classes of the current task alone: earlier ones are masked. The second term
     is the mean over all classes so far of -sum_n 1[y_n = k] log softmax_n(logits[:, k]), of which those of
-    earlier tasks have no image in the batch and so no part; text_loss=False leaves it out.
+    earlier tasks have no image in the batch and so no part; text_loss=False leaves it out. It has no share
+    for every image, and is no part of -log p(class | image), so that evaluation mode leaves it out as well:
+    Fishers are of the first term. Rows of the text tower belong to classes and to no image: Fishers of its
+    adapters are those of mode "batch", and mode "sample" refuses them.
 
     prompts: token rows `[T]` int64 of the prompt of every class of the stream, by the name of the class, as
     tasks have it. rivals: what images are compared with when accuracies on every task are taken, "all"
@@ -66,10 +69,7 @@ class ImageText(Learner):
         self, backbone: Towers, prompts: Mapping[str, Tensor], rivals: str = "all", text_loss: bool = True
     ) -> None:
         super().__init__()
-        if rivals not in RIVALS:
-            raise DataError(f"rivals: expected one of {', '.join(RIVALS)}, got {rivals!r}")
-        if not isinstance(text_loss, bool):
-            raise DataError(f"text_loss: expected true or false, got {text_loss!r}")
+        check_options(rivals, text_loss)
         self.backbone: Towers = backbone
         self.rivals, self.text_loss = rivals, text_loss
         self._places = {name: place for place, name in enumerate(prompts)}
@@ -90,7 +90,7 @@ class ImageText(Learner):
     def loss(self, outputs: Any, labels: Tensor) -> Tensor:
         """Of logits `[N, K]` and labels `[N]`, positions in the classes of the task."""
         of_images = F.cross_entropy(outputs, labels)
-        if not self.text_loss:
+        if not (self.text_loss and self.training):
             return of_images
         return of_images + classes_to_images(outputs, labels, self._earlier)
 
@@ -140,3 +140,11 @@ def classes_to_images(logits: Tensor, labels: Tensor, earlier: int = 0) -> Tenso
     class the sum over its images of -log softmax over images; the mean over K + earlier classes."""
     targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
     return -(targets * logits.log_softmax(0)).sum() / (logits.shape[1] + earlier)
+
+
+def check_options(rivals: Any, text_loss: Any) -> None:
+    """Raises `DataError` for options that `ImageText` does not have."""
+    if rivals not in RIVALS:
+        raise DataError(f"rivals: expected one of {', '.join(RIVALS)}, got {rivals!r}")
+    if not isinstance(text_loss, bool):
+        raise DataError(f"text_loss: expected true or false, got {text_loss!r}")

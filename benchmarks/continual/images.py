@@ -92,7 +92,7 @@ def _decoded(image: Path | np.ndarray) -> Any:
     from PIL import Image
 
     if isinstance(image, np.ndarray):
-        return Image.fromarray(image)
+        return Image.fromarray(image).convert("RGB")
     try:
         with Image.open(image) as file:
             return file.convert("RGB")
