@@ -33,13 +33,13 @@ def load(
     flip: bool = False,
     interpolation: str = "bicubic",
 ) -> Problem:
-    """A task for each of the image sets in `root`, whose files `domains` describes, with all of its classes.
+    """A task for each of the image sets in `root`, whose files `domains` describes, with all its classes.
 
-    datasets: one of `domains.ORDERS` ("x-tail", "mtil-1", "mtil-2") or names of `domains.DOMAINS` in the order
-    in which they are learned. shots: training images of every class, drawn with the seed; None: all.
-    rivals, text_loss: see `ImageText`; library, model, pretrained: see `clip_models.make`. spaces: underscores
-    in names of classes become spaces. crop_scale and flip are for training images, interpolation for test
-    images as well. Classes are named "<image set>: <class>". Raises `DataError`.
+    datasets: one of `domains.ORDERS` ("x-tail", "mtil-1", "mtil-2") or names of `domains.DOMAINS` in the
+    order in which they are learned. shots: training images of every class, drawn with the seed; None: all.
+    rivals, text_loss: see `ImageText`; library, model, pretrained: see `clip_models.make`. spaces:
+    underscores in names of classes become spaces. crop_scale and flip are for training images, interpolation
+    for test images as well. Classes are named "<image set>: <class>". Raises `DataError`.
 
         >>> load(root, 8, "cuda", datasets="x-tail", shots=16)
     """

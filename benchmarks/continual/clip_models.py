@@ -35,7 +35,7 @@ class Model:
 
 
 class OpenClip(Towers):
-    """A model of open_clip; linear layers have its names, as `network.visual.transformer.resblocks.0.attn`."""
+    """A model of open_clip; layers have its names, as `network.visual.transformer.resblocks.0.attn`."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
@@ -86,9 +86,9 @@ def make(root: Path, library: str, model: str, pretrained: bool | str, seed: int
 
     open_clip: model is a name that it knows, or a folder in `root` with its open_clip_config.json, and
     pretrained a tag that it downloads ("openai"), the path of a checkpoint, relative to `root`, or False for
-    random weights, drawn with the seed. transformers: model is a folder in `root`, or a name on the model hub,
-    with config.json, preprocessor_config.json and the files of the tokenizer, and pretrained true for its
-    weights or false for random ones. Raises `DataError`.
+    random weights, drawn with the seed. transformers: model is a folder in `root`, or a name on the model
+    hub, with config.json, preprocessor_config.json and the files of the tokenizer, and pretrained true for
+    its weights or false for random ones. Raises `DataError`.
     """
     if library not in LIBRARIES:
         raise DataError(f"library: expected one of {', '.join(LIBRARIES)}, got {library!r}")
@@ -117,8 +117,7 @@ def imported(library: str) -> Any:
 def _open_clip(module: Any, root: Path, model: str, pretrained: bool | str) -> Model:
     if pretrained is True or not isinstance(pretrained, (bool, str)):
         raise DataError(
-            "pretrained: expected a tag of open_clip, the path of a checkpoint or false, "
-            f"got {pretrained!r}"
+            f"pretrained: expected a tag of open_clip, the path of a checkpoint or false, got {pretrained!r}"
         )
     name = model
     if (root / model / OPEN_CLIP_CONFIGURATION).is_file():

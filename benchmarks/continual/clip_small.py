@@ -1,4 +1,4 @@
-"""A small CLIP, trained here on few images and their captions, that learns five domains one after the other."""
+"""A small CLIP, trained here on few images and their captions, learns five domains one after the other."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ DOMAINS = {
 
 @dataclass(frozen=True)
 class Part:
-    """Images `[N, 3, 28, 28]` in -1..1 and labels of a domain, for each purpose; no image is in two of them."""
+    """Images `[N, 3, 28, 28]` in -1..1 and labels of a domain, for each purpose; none is in two of them."""
 
     before: Arrays
     train: Arrays
@@ -85,10 +85,10 @@ def load(
     Fashion-MNIST upside down; files as `vision.load` finds or downloads them.
 
     The model has the towers of open_clip's CLIP, of `depth` blocks of `width`, and words for tokens. It is
-    trained base_steps steps on base_per_class images of every class, with the prompts of all 50 classes, so that it names classes it has hardly seen, as CLIP does. Training images
-    are drawn with the seed from the other ones; test images are the first of each class, at most
-    test_per_class. rivals, text_loss: see `ImageText`. The global random state stays as it is. Raises
-    `DataError`.
+    trained base_steps steps on base_per_class images of every class, with the prompts of all 50 classes, so
+    that it names classes that it has hardly seen, as CLIP does. Training images are drawn with the seed from
+    the other ones; test images are the first of each class, at most test_per_class. rivals, text_loss: see
+    `ImageText`. The global random state stays as it is. Raises `DataError`.
 
         >>> load(Path("data"), seed=0, device="cpu").backbone.network.visual.transformer.resblocks[0].attn
     """
@@ -160,9 +160,7 @@ def _parts(root: Path, seed: int, before: int, train: int, test: int) -> dict[st
     }
 
 
-def _part(
-    domain: Domain, images: ImageSet, sizes: tuple[int, int, int], generator: torch.Generator
-) -> Part:
+def _part(domain: Domain, images: ImageSet, sizes: tuple[int, int, int], generator: torch.Generator) -> Part:
     before, train, test = sizes
     chosen: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for label in range(images.classes):
@@ -188,9 +186,7 @@ def _part(
 
     learning = images.train_images, images.train_labels
     testing = images.test_images, images.test_labels
-    return Part(
-        arrays(*learning, chosen[0]), arrays(*learning, chosen[1]), arrays(*testing, chosen[2])
-    )
+    return Part(arrays(*learning, chosen[0]), arrays(*learning, chosen[1]), arrays(*testing, chosen[2]))
 
 
 def _half(places: Tensor, half: int | None) -> Tensor:
@@ -216,7 +212,8 @@ def _base(
 def small(tokens: Tensor, width: int, depth: int) -> OpenClip:
     """Towers for images `[N, 3, 28, 28]` and for these tokens, with random weights."""
     image = {
-        "layers": depth, "width": width, "head_width": width // HEADS, "patch_size": PATCH, "image_size": SIDE,
+        "layers": depth, "width": width, "head_width": width // HEADS, "patch_size": PATCH,
+        "image_size": SIDE,
     }  # fmt: skip
     text = {
         "layers": depth, "width": width, "heads": HEADS, "context_length": tokens.shape[1],

@@ -104,7 +104,9 @@ def _split_file(name: str, folder: Path, domain: Domain) -> Collection:
             where = f"{file}: {split}[{number}]"
             path, label, class_name = _entry(entry, where)
             if (known := names.setdefault(label, class_name)) != class_name:
-                raise DataError(f"{where}: label {label} is class {class_name!r} here and {known!r} elsewhere")
+                raise DataError(
+                    f"{where}: label {label} is class {class_name!r} here and {known!r} elsewhere"
+                )
             paths.append(files.found(path, where))
             labels.append(label)
         splits.append(Examples(paths, np.array(labels, np.int64)))

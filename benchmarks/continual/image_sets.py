@@ -31,7 +31,8 @@ DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 
 @dataclass(frozen=True)
 class Examples:
-    """Images, as files or as uint8 `[N, H, W, 3]` or `[N, H, W]`, and labels `[N]` int64, positions in the classes."""
+    """Images, as files or as uint8 `[N, H, W, 3]` or `[N, H, W]`, and labels `[N]` int64, positions in the
+    classes."""
 
     images: Sequence[Path] | np.ndarray
     labels: np.ndarray
