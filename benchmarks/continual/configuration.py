@@ -36,7 +36,8 @@ class Training:
     steps of a task of any size, instead of epochs. schedule: "cosine" to 0 and "multistep" (times decay at
     each of milestones) change rates after every epoch; "cosine" after every step where iterations are set.
     fisher_batch_size is that of the passes over the data after a task; None: batch_size. Accuracies are taken
-    after the task has ended, or before, with the adapters not yet merged (evaluate_before_end).
+    after the task has ended, or before, with the adapters not yet merged (evaluate_before_end). first_lr and
+    first_head_lr, if set, are the rates of the first task.
     """
 
     lr: float
@@ -55,6 +56,16 @@ class Training:
     test_batch_size: int = 500
     workers: int = 0
     evaluate_before_end: bool = False
+    first_lr: float | None = None
+    first_head_lr: float | None = None
+
+    def of_task(self, number: int) -> Training:
+        """How task `number`, counted from 0, is trained."""
+        if number:
+            return self
+        lr = self.lr if self.first_lr is None else self.first_lr
+        head_lr = self.head_lr if self.first_head_lr is None else self.first_head_lr
+        return replace(self, lr=lr, head_lr=head_lr)
 
 
 @dataclass(frozen=True)
@@ -340,11 +351,10 @@ def _training(values: dict[str, Any], where: str) -> Training:
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if not whole and not (optional and value is None):
             raise ArgumentError(f"{where}: training: {name}: expected an integer >= 1, got {value!r}")
-    for name in ("lr", "head_lr"):
-        if not isinstance(getattr(training, name), (int, float)) or not 0 < getattr(training, name) < float(
-            "inf"
-        ):
-            raise ArgumentError(
-                f"{where}: training: {name}: expected a number > 0, got {getattr(training, name)!r}"
-            )
+    for name in ("lr", "head_lr", "first_lr", "first_head_lr"):
+        value = getattr(training, name)
+        if value is None and name.startswith("first_"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise ArgumentError(f"{where}: training: {name}: expected a number > 0, got {value!r}")
     return training

@@ -136,8 +136,8 @@ def execute(
 def learn(state: State, number: int, loggers: Loggers | None = None) -> tuple[dict[str, Any], Scores]:
     """Trains one task and ends it; returns its times and the sizes of the method's state afterwards, and the
     accuracies, which are those before the end of the task where the configuration asks for it."""
-    training, device, method, model = state.run.training, state.device, state.method, state.model
-    task = state.tasks[number]
+    training, device = state.run.training.of_task(number), state.device
+    method, model, task = state.method, state.model, state.tasks[number]
     model.begin_task(task)
     batches = loader(task.train, training.batch_size, state.order, training.workers)
     # The passes over all examples before and after training; the methods move batches themselves. Shuffled,

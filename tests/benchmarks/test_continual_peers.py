@@ -57,7 +57,8 @@ def test_online_ewc_formulas() -> None:
             if expected
             else torch.zeros((), dtype=torch.float64)
         )
-        assert method.penalty().item() == pytest.approx(LAMBDA * float(torch.as_tensor(total).detach()), rel=1e-12)
+        wanted = LAMBDA * torch.as_tensor(total).item()
+        assert method.penalty().item() == pytest.approx(wanted, rel=1e-12)
         fresh = literal(model, names, data(task))
         method.end_task(loader(data(task), 3, torch.Generator().manual_seed(1)), F.cross_entropy)
         for name in names:
