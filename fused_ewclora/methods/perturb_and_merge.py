@@ -106,7 +106,7 @@ class PerturbAndMerge(Method):
         return Report("Coefficients of task vectors", rows, summary={"solutions": solutions})
 
     def _begin(self) -> None:
-        self._check_whole()
+        self._check_own("begin_task")
         generator = self._drawing(self.generator)
         device = None if generator is None else generator.device
         seed = torch.randint(2**62, (), generator=generator, device=device)
@@ -121,13 +121,18 @@ class PerturbAndMerge(Method):
     def _after_step(self, step: int, total_steps: int) -> None:
         self._perturb()
 
-    def _check_whole(self) -> None:
+    def _check_own(self, what: str) -> None:
+        if self.ewc.tasks != self.tasks:
+            raise ArgumentError(
+                f"{what}: expected an EWC of {self.tasks} tasks, the method's own, got one of {self.ewc.tasks}; "
+                "a PerturbAndMerge is resumed by its own load_state_dict()"
+            )
         if names := sharded(self.layers):
             raise TargetError(f"{names[0]}: its parameters are sharded, which cannot be merged by a share")
 
     def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
         check_ready(self.layers, "end_task")
-        self._check_whole()
+        self._check_own("end_task")
         with self.ewc.restored_on_error():
             estimate(self.ewc, loader, loss_fn, self.labels, self.group)
             found, curvature = self._merged()

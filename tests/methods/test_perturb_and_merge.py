@@ -241,6 +241,9 @@ def test_bad_state_unchanged():
     refused("for 2 tasks, got 1", coefficients=[nan, good["config"]["coefficients"][1]])
     refused("method: expected 'PerturbAndMerge'", method="LoRA")
     assert_same(everything(target), before)
+    target.ewc.load_state_dict(method.ewc.state_dict())
+    with pytest.raises(fe.ArgumentError, match="begin_task: expected an EWC of 1 tasks, the method's own"):
+        target.begin_task(1)
 
 
 @pytest.mark.parametrize("cause", ["adapter", "loader", "data", "merged", "weight"])
