@@ -24,6 +24,7 @@ from ..layers.adapted import AdaptedLinear
 from ..layers.inject import adapters, eject
 from ..layers.slices import AdapterSlice, fisher_key, same_weights
 from ..report import Report
+from ._gates import check_ungated
 from ._pretrained import PretrainedFisher
 from ._resume import dump, parse, take_over
 from ._shares import estimate, in_all
@@ -58,7 +59,7 @@ class Composed(Method):
         if variant == "official" and type(structure_of(fisher, fisher_dtype)) is not Dense:
             raise ArgumentError(f"fisher: expected 'dense' for variant 'official', got {fisher!r}")
         before = bool(adapters(model))
-        _check_plain_adapters(model)
+        check_ungated(adapters(model))
         super().__init__(model, config, group=group)
         try:
             self._ewc = PretrainedFisher(
@@ -301,17 +302,6 @@ def _new_a(layer: AdaptedLinear, like: Tensor, generator: torch.Generator | None
     lora_a = torch.empty(like.shape, dtype=like.dtype, device=device)
     lora_a.uniform_(-layer.initial_bound, layer.initial_bound, generator=generator)
     return lora_a.to(like.device)
-
-
-def _check_plain_adapters(model: nn.Module) -> None:
-    for name, layer in adapters(model).items():
-        if layer.composer is not None:
-            raise TargetError(f"{name}: expected plain adapters, found those of another method")
-        if type(layer).parameter_locations is not AdaptedLinear.parameter_locations:
-            raise TargetError(f"{name}: expected adapters of fe.inject, got those of another library")
-        for piece in layer.adapter_slices:
-            if piece.scale_name in layer._parameters:
-                raise TargetError(f"{name}: expected no {piece.scale_name}, found one")
 
 
 def _parsed(

@@ -40,7 +40,7 @@ class IEL(Composed):
 
     Heads are the caller's, with any penalty on them. `compose` chooses tasks. Parameters are replaced by
     `end_task`. Raises the errors of `Method`, `ArgumentError` for bad values and `TargetError` for adapters
-    that another method or library manages or that are sharded.
+    that another method or library manages, that have learned scales or that are sharded.
 
         >>> method = IEL(model, LoRAConfig(r=16, target_modules=["qkv", "proj", "fc1", "fc2"]), beta=0.5)
     """

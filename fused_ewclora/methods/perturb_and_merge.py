@@ -20,6 +20,7 @@ from ..ewc.settings import number
 from ..layers.inject import adapters, eject
 from ..report import Report
 from ._coefficients import Coefficients, Curvature, Scaled, TaskEWC
+from ._gates import check_ungated
 from ._resume import dump, parse, take_over
 from ._shares import estimate, in_all
 from .method import Loader, Loss, Method
@@ -39,7 +40,7 @@ class PerturbAndMerge(Method):
 
     In training the layers compute with W + (1 + e) D, e drawn anew for every step from 0, epsilon, -epsilon:
     the mean of that loss is the loss plus a multiple of <H D, D>. In eval mode there is no perturbation.
-    `after_step` draws the next one. epsilon 0: merging alone.
+    `after_step` draws the next one; a CUDA graph keeps that of its capture. epsilon 0: merging alone.
 
     epsilon: size of the perturbations. probabilities: of 0, epsilon and -epsilon.
     per_module: a coefficient for every adapter, its sums over that adapter, instead of one for all.
@@ -49,7 +50,7 @@ class PerturbAndMerge(Method):
     Besides the sum of all F_i one more matrix of that size is kept, however many tasks there are. Heads are
     the caller's and are not merged. `ewc` is the controller of the Fishers; there is no penalty. Raises the
     errors of `Method` and `EWC`, `ArgumentError` for bad values and `TargetError` for adapters of another
-    method and sharded ones.
+    method or library, with learned scales, and sharded ones.
 
         >>> method = PerturbAndMerge(model, LoRAConfig(r=10, target_modules=["qkv"]))
     """
@@ -72,10 +73,8 @@ class PerturbAndMerge(Method):
         self.per_module, self.labels, self.generator = bool(per_module), labels, generator
         if not isinstance(fisher_dtype, torch.dtype):
             raise ArgumentError(f"fisher_dtype: expected a torch.dtype, got {fisher_dtype!r}")
-        before = adapters(model)
-        for name, layer in before.items():
-            if layer.composer is not None:
-                raise TargetError(f"{name}: expected plain adapters, found those of another method")
+        before = bool(adapters(model))
+        check_ungated(adapters(model))
         super().__init__(model, config, group=group)
         try:
             self.ewc = TaskEWC(model, fisher_dtype=fisher_dtype, generator=generator)
@@ -124,7 +123,7 @@ class PerturbAndMerge(Method):
     def _check_own(self, what: str) -> None:
         if self.ewc.tasks != self.tasks:
             raise ArgumentError(
-                f"{what}: expected an EWC of {self.tasks} tasks, the method's own, got one of {self.ewc.tasks}; "
+                f"{what}: expected an EWC of {self.tasks} tasks, the method's own, got {self.ewc.tasks}; "
                 "a PerturbAndMerge is resumed by its own load_state_dict()"
             )
         if names := sharded(self.layers):

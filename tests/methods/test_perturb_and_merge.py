@@ -307,6 +307,22 @@ def test_low_precision(dtype):
     assert torch.equal(plain(x), y), "adapters that have been reset add nothing"
 
 
+def test_compiled_perturbations():
+    """A compiled model has the perturbation of every step."""
+    model = fresh()
+    method = made(model, probabilities=(0.2, 0.4, 0.4))
+    method.begin_task(0)
+    train(method, 0)
+    compiled, seen = torch.compile(model, backend="eager", fullgraph=True), set()
+    x, _ = data(4)
+    for step in range(12):
+        y = model.train()(x)
+        seen.add(float(y.detach().sum()))
+        torch.testing.assert_close(compiled(x), y, rtol=1e-12, atol=1e-12)
+        method.after_step(step, 12)
+    assert len(seen) == 3
+
+
 def test_no_dense_temporary():
     """A training step allocates nothing as large as a weight."""
     torch.manual_seed(0)

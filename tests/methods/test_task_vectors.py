@@ -134,7 +134,7 @@ def test_compose_tasks(kind):
 
 
 def test_one_call_per_layer(monkeypatch):
-    """A layer makes one call of the LoRA linear, whatever the number of tasks."""
+    """A layer makes one call of the LoRA linear, and a step one of the penalty, whatever the number of tasks."""
     model = fresh()
     method = made(IEL, model)
     run(method, range(3))
@@ -144,9 +144,18 @@ def test_one_call_per_layer(monkeypatch):
         "lora_linear_adapters",
         lambda *args, **more: counts.append([a.lora_a.shape[0] for a in args[3]]) or original(*args, **more),
     )
+    penalties, penalty = [], fe.functional.ewc_penalty
     method.begin_task(3)
+    method.prepare([data(2)])
+    counts.clear()
+    monkeypatch.setattr(
+        fe.functional,
+        "ewc_penalty",
+        lambda *args: penalties.append([a.shape[0] for a in args[1]]) or penalty(*args),
+    )
     model(data(2)[0])
-    assert counts == [[8, 8], [8]]
+    method.penalty().backward()
+    assert counts == [[8, 8], [8]] and penalties == [[8, 8, 8]]
 
 
 @pytest.mark.parametrize(("kind", "variant"), BOTH)
