@@ -134,7 +134,7 @@ def test_compose_tasks(kind):
 
 
 def test_one_call_per_layer(monkeypatch):
-    """A layer makes one call of the LoRA linear, and a step one of the penalty, whatever the number of tasks."""
+    """A layer makes one call of the LoRA linear and a step one of the penalty, for any number of tasks."""
     model = fresh()
     method = made(IEL, model)
     run(method, range(3))
