@@ -28,7 +28,7 @@ from ._gates import check_ungated
 from ._pretrained import PretrainedFisher
 from ._resume import dump, parse, take_over
 from ._shares import estimate, in_all
-from ._vectors import NAMES, Mean, Vectors
+from ._vectors import STORED, Mean, Vectors, new_a, parsed
 from .method import Loader, Loss, Method
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ class Composed(Method):
             if not same_weights(kept, layer.origin_fingerprint):
                 raise CheckpointError(f"state: {name}: it belongs to other base weights")
         found = [
-            (layer, piece, _parsed(tensors, key, piece, now, config["tasks"]))
+            (layer, piece, parsed(tensors, key, piece, now, config["tasks"]))
             for key, layer, piece, now in self._vectors()
         ]
         named = {f"{key}.{name}" for key, *_ in self._vectors() for name in STORED}
@@ -258,7 +258,7 @@ class Composed(Method):
         in_all(self._check_finite, self.group)
         generator = self._drawing(self.generator)
         ended = [
-            (layer, piece, now.ended(_new_a(layer, now.lora_A, generator), piece.scaling))
+            (layer, piece, now.ended(new_a(layer, now.lora_A, generator), piece.scaling))
             for _, layer, piece, now in self._vectors()
         ]
         self._take_in_last()
@@ -292,31 +292,3 @@ class Composed(Method):
 
     def _take_in_last(self) -> None:
         """The same after training."""
-
-
-STORED = tuple(name for name in NAMES if name != "lora_past_scale")
-
-
-def _new_a(layer: AdaptedLinear, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = like.device if generator is None else generator.device
-    lora_a = torch.empty(like.shape, dtype=like.dtype, device=device)
-    lora_a.uniform_(-layer.initial_bound, layer.initial_bound, generator=generator)
-    return lora_a.to(like.device)
-
-
-def _parsed(
-    tensors: Mapping[str, Tensor], key: str, piece: AdapterSlice, now: Vectors, tasks: int
-) -> Vectors:
-    """The saved factors of one adapter; raises `CheckpointError`."""
-    rows, r, columns = piece.row_count, piece.r, now.lora_A.shape[1]
-    shapes = ((r, columns), (rows, r), (tasks * r, columns), (rows, tasks * r))
-    values = []
-    for name, shape in zip(STORED, shapes, strict=True):
-        value = tensors.get(f"{key}.{name}")
-        if not isinstance(value, Tensor) or tuple(value.shape) != shape or not value.is_floating_point():
-            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise CheckpointError(f"state: {key}.{name}: expected shape {list(shape)}, got {got}")
-        if not bool(torch.isfinite(value).all()):
-            raise CheckpointError(f"state: {key}.{name}: expected finite values, got NaN or Inf")
-        values.append(value.detach().to(now.lora_A.device, now.lora_A.dtype, copy=True))
-    return Vectors.stacked(piece.scaling, *values)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, CheckpointError
 from ..functional import Adapter
 from ..layers.adapted import AdaptedLinear
 from ..layers.plain import own_tensors
@@ -98,6 +99,33 @@ class Vectors:
 
 NAMES = tuple(field.name for field in fields(Vectors))
 TRAINED = ("lora_A", "lora_B")
+STORED = tuple(
+    name for name in NAMES if name != "lora_past_scale"
+)  # the rest follows from it
+
+
+def new_a(layer: AdaptedLinear, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The A of a new task, as `AdaptedLinear.reset_adapters` draws it."""
+    device = like.device if generator is None else generator.device
+    lora_a = torch.empty(like.shape, dtype=like.dtype, device=device)
+    lora_a.uniform_(-layer.initial_bound, layer.initial_bound, generator=generator)
+    return lora_a.to(like.device)
+
+
+def parsed(tensors: Mapping[str, Tensor], key: str, piece: AdapterSlice, now: Vectors, tasks: int) -> Vectors:
+    """The saved factors of one adapter; raises `CheckpointError`."""
+    rows, r, columns = piece.row_count, piece.r, now.lora_A.shape[1]
+    shapes = ((r, columns), (rows, r), (tasks * r, columns), (rows, tasks * r))
+    values = []
+    for name, shape in zip(STORED, shapes, strict=True):
+        value = tensors.get(f"{key}.{name}")
+        if not isinstance(value, Tensor) or tuple(value.shape) != shape or not value.is_floating_point():
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise CheckpointError(f"state: {key}.{name}: expected shape {list(shape)}, got {got}")
+        if not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"state: {key}.{name}: expected finite values, got NaN or Inf")
+        values.append(value.detach().to(now.lora_A.device, now.lora_A.dtype, copy=True))
+    return Vectors.stacked(piece.scaling, *values)
 
 
 class Mean:
