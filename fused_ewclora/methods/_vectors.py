@@ -99,9 +99,7 @@ class Vectors:
 
 NAMES = tuple(field.name for field in fields(Vectors))
 TRAINED = ("lora_A", "lora_B")
-STORED = tuple(
-    name for name in NAMES if name != "lora_past_scale"
-)  # the rest follows from it
+STORED = tuple(name for name in NAMES if name != "lora_past_scale")  # the rest follows from it
 
 
 def new_a(layer: AdaptedLinear, like: Tensor, generator: torch.Generator | None) -> Tensor:
