@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -117,6 +117,7 @@ def test_official_loss(begun: int) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
+@settings(max_examples=25)
 @given(st.integers(1, 6), st.integers(1, 7), st.integers(0, 5), st.integers(0, 2**31))
 def test_text_loss(classes: int, images: int, earlier: int, seed: int) -> None:
     """The loss of texts is the cross entropy with the images of each class as targets, at any size."""
@@ -264,6 +265,7 @@ def test_orders() -> None:
     assert set(domains.ORDERS["mtil-2"]) == set(domains.DOMAINS) == {*domains.ORDERS["x-tail"], "CIFAR100"}
 
 
+@settings(max_examples=25)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(1, 8), st.integers(0, 2**31))
 def test_few_shots(counts: list[int], shots: int, seed: int) -> None:
     """Each class gets its number of images, none twice where there are enough; the seed decides them."""
@@ -327,7 +329,7 @@ def test_missing_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("options", "words"),
     [
         ({"datasets": "order"}, "datasets: expected one of x-tail, mtil-1, mtil-2"),
         ({"datasets": []}, "datasets: expected a list"),
@@ -341,23 +343,23 @@ def test_missing_files(tmp_path: Path) -> None:
         ({"templates": {}}, "templates"),
     ],
 )
-def test_wrong_settings(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_wrong_settings(options: dict[str, Any], words: str, tmp_path: Path) -> None:
     """Wrong settings are refused before data and models are looked for."""
     with pytest.raises(DataError, match=words):
-        problems.load({"kind": "clip", **settings}, tmp_path, 0, "cpu")
+        problems.load({"kind": "clip", **options}, tmp_path, 0, "cpu")
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("options", "words"),
     [
         ({"rivals": "some"}, "rivals"), ({"base_steps": 0}, "base_steps: expected an integer >= 1"),
         ({"width": 30}, "multiple of 4"), ({"depth": True}, "depth"),
     ],
 )  # fmt: skip
-def test_wrong_small_settings(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_wrong_small_settings(options: dict[str, Any], words: str, tmp_path: Path) -> None:
     """So are those of the small problem."""
     with pytest.raises(DataError, match=words):
-        problems.load({"kind": "clip-small", **settings}, tmp_path, 0, "cpu")
+        problems.load({"kind": "clip-small", **options}, tmp_path, 0, "cpu")
 
 
 def test_published_configurations() -> None:
