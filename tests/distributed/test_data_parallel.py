@@ -69,11 +69,11 @@ def scaled() -> nn.Module:
     return model
 
 
-def directions() -> nn.Module:
+def directions(magnitudes: str = "per_adapter") -> nn.Module:
     """The second task of SD-LoRA."""
     torch.manual_seed(0)
     model = MLP().double()
-    method = fe.methods.SDLoRA(model, WHOLE)
+    method = fe.methods.SDLoRA(model, WHOLE, magnitudes=magnitudes)
     for task in range(2):
         method.begin_task(task)
         randomize_adapters_(model)
@@ -107,6 +107,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "projections": lambda: made(Attending, fe.LoRAConfig(2, target_modules=["attention"])),
     "scaled": scaled,
     "directions": directions,
+    "directions with shared magnitudes": lambda: directions("shared"),
     "gated": gated,
     "merged": merged,
 }

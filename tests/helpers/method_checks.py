@@ -253,6 +253,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "sd_lora": case(SDLoRA, {"ranks": (2, 3)}),
     "sd_lora_kd": case(SDLoRA, {"kd_threshold": 0.9, "normalization": "factors"}),
     "sd_lora_ewc": case(SDLoRA, EWC),
+    "sd_lora_shared": case(SDLoRA, {"magnitudes": "shared", "kd_threshold": 0.999, **EWC}),
     "codyra": case(CoDyRA, GATES, keep_wrapper=True),
     "codyra_compact": case(CoDyRA, GATES, True),
     "codyra_ewc": case(CoDyRA, {**GATES, **EWC}),

@@ -14,6 +14,14 @@ import fused_ewclora as fe
 from fused_ewclora.methods import SDLoRA
 from fused_ewclora.methods._directions import Directions
 
+# The options of the official code.
+OFFICIAL = {
+    "normalization": "factors",
+    "magnitudes": "shared",
+    "alpha_init": 0.8,
+    "reset_alphas": True,
+}
+
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.5)

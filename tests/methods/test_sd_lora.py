@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sd_literal import Literal, directions, optimizer_of, run, train
+from sd_literal import OFFICIAL, Literal, directions, optimizer_of, run, train
 from strategies import seeds
 from tiny_models import KEYS, WIDTH, adapted, batches, data
 from torch import Tensor
@@ -23,12 +23,6 @@ from fused_ewclora.methods._directions import Directions, inverse_norm
 from fused_ewclora.methods._freezing import freeze, measure
 
 ROWS = ((0, WIDTH),)
-OFFICIAL = {
-    "normalization": "factors",
-    "magnitudes": "shared",
-    "alpha_init": 0.8,
-    "reset_alphas": True,
-}
 
 
 def dense(adapter: FE.Adapter) -> Tensor:
