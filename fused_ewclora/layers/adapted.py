@@ -354,7 +354,8 @@ class AdaptedLinear(nn.Module):
             (self._original or self).__dict__["forward_calls"] += 1
         if self.merged or not self.adapters_enabled:
             return None
-        adapters = self.terms() if terms else self.composed()
+        apart = terms and self.composer is not None
+        adapters = self.terms() if apart else self.composed()
         if not adapters and self.fisher_capture is not None:
             # The op collects the Fisher in its backward, and it runs only with an adapter.
             adapters = [FE.Adapter(a, b, 0.0, s.rows) for s, a, b in self.adapter_parameters()]
