@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from .codyra import CoDyRA
 from .ewc_lora import EWCLoRA
+from .iel import IEL
 from .inflora import InfLoRA
+from .ita import ITA
 from .lora import LoRA
 from .method import Method
+from .perturb_and_merge import PerturbAndMerge
 from .sd_lora import SDLoRA
 
-__all__ = ["CoDyRA", "EWCLoRA", "InfLoRA", "LoRA", "Method", "SDLoRA"]
+__all__ = ["IEL", "ITA", "CoDyRA", "EWCLoRA", "InfLoRA", "LoRA", "Method", "PerturbAndMerge", "SDLoRA"]
