@@ -63,8 +63,8 @@ def candidates(op: str) -> tuple[Candidate, ...]:
     if op == "kronecker_penalty":  # a pass over two matrices by BLAS, which nothing beats
         return (Candidate("cpu", "BLAS products", _supports, kronecker_penalty.penalty_and_grads),)
     if op == "l1_penalty":
-        run = l1_penalty.penalty_and_grads_in_blocks
-        return (Candidate("cpu", "PyTorch, blocks of rows in cache", _supports, run),)
+        blocks = l1_penalty.penalty_and_grads_in_blocks
+        return (Candidate("cpu", "PyTorch, blocks of rows in cache", _supports, blocks),)
     if op not in _ALGORITHMS:
         return ()
     run = getattr(module, op, _missing)

@@ -12,7 +12,7 @@ from . import arguments
 from .ewc_penalty import Scale, accumulate_dtype
 
 # Of B diag(s) A at once: on CPUs what a cache holds, on GPUs what keeps launches few.
-BLOCK_BYTES = {"cpu": 2**20}
+BLOCK_BYTES = {"cpu": 2**19}
 LARGE_BLOCK_BYTES = 2**24
 
 
