@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 Tasks = Sequence[tuple[Tensor, Tensor]]  # (A, B) of every task
-BLOCK_BYTES = 2**22  # of fp32 elements of all B A together
+BLOCK_BYTES = 2**21  # of fp32 elements of all B A together
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ PAST = tuple(name for name in NAMES if name not in TRAINED)
 
 class Stacked(Method):
     """y = x W0^T + bias + s sum_t x (B_t A_t)^T over the tasks so far, in one call of the LoRA linear; s is
-    the scale of the adapters, lora_alpha / r or 1. The current A and B are trained, and a penalty shapes them.
+    the scale of the adapters, lora_alpha / r or 1. The current A and B are trained, under a penalty.
 
     Between tasks nothing is folded in, W0 stays; `export` folds the whole sum in. All tasks have the rank of
     the adapters.
