@@ -392,10 +392,10 @@ def test_factors_mode():
 
 
 def test_methods_consolidate():
-    """Methods fold their adapters into quantised weights as well, CoDyRA at the end of a task, SD-LoRA at the
-    end of all."""
+    """Methods fold their adapters into quantised weights as well, CoDyRA at the end of a task, SD-LoRA and
+    O-LoRA at the end of all."""
     x, y = batch(1)
-    for method in (fe.methods.CoDyRA, fe.methods.SDLoRA):
+    for method in (fe.methods.CoDyRA, fe.methods.SDLoRA, fe.methods.OLoRA):
         model = FewBitsMLP()
         running = method(model, fe.LoRAConfig(r=2, target_modules=TARGETS, quantised_merge="residual"))
         running.begin_task(0)
