@@ -247,12 +247,19 @@ def test_export_plain(kind, options):
     method = run(kind(model, **options), range(4))
     x, _ = data(4)
     expected = model(x)
-    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
     with pytest.raises(fe.CheckpointError, match=rf"saved and loaded by state_dict\(\) of {kind.__name__}"):
         fe.save_pretrained("unused", model)
     assert method.export() is model
     assert model.state_dict().keys() == Tiny().state_dict().keys() and type(model.qkv) is nn.Linear
     torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_compiles():
+    """The model is one graph."""
+    model = run(OLoRA(adapted()), range(2)).model
+    x, _ = data(4)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES)
