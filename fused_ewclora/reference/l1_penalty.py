@@ -11,9 +11,7 @@ from torch import Tensor
 from . import arguments
 from .ewc_penalty import Scale, accumulate_dtype
 
-# Of B diag(s) A at once: on CPUs what a cache holds, on GPUs what keeps launches few.
-BLOCK_BYTES = {"cpu": 2**19}
-LARGE_BLOCK_BYTES = 2**24
+CPU_BLOCK, GPU_BLOCK = 2**19, 2**24  # bytes of B diag(s) A: what a cache holds, what keeps launches few
 
 
 def penalty(
@@ -60,7 +58,7 @@ def penalty_and_grads_in_blocks(
 
 def rows_of_block(a: Tensor) -> int:
     """How many rows of B A, in the dtype of A, fill a block; at least one."""
-    size = BLOCK_BYTES.get(a.device.type, LARGE_BLOCK_BYTES)
+    size = CPU_BLOCK if a.device.type == "cpu" else GPU_BLOCK
     return max(size // max(a.shape[1] * a.element_size(), 1), 1)
 
 
