@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import functional as FE
 from ..config import LoRAConfig
 from ..errors import TargetError
-from ..ewc.settings import LARGEST, number, one_of
+from ..ewc.settings import checked_lambda, number, one_of
 from ..report import Report
 from ._factors import Factors
 from ._overlap import collisions, overlaps
@@ -53,7 +53,7 @@ class NLoRA(Stacked):
         generator: torch.Generator | None = None,
         group: ProcessGroup | None = None,
     ) -> None:
-        self.lambda_1 = number("lambda_1", lambda_1, 0.0, LARGEST)
+        self.lambda_1 = checked_lambda(lambda_1, "lambda_1")
         self.variant = one_of("variant", variant, VARIANTS)
         super().__init__(model, config, generator=generator, group=group)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LoRAConfig
-from ..ewc.settings import LARGEST, number, one_of
+from ..ewc.settings import checked_lambda, one_of
 from ..report import Report
 from ._overlap import overlaps
 from ._stacked import Stacked
@@ -49,8 +49,8 @@ class OLoRA(Stacked):
         generator: torch.Generator | None = None,
         group: ProcessGroup | None = None,
     ) -> None:
-        self.lambda_1 = number("lambda_1", lambda_1, 0.0, LARGEST)
-        self.lambda_2 = number("lambda_2", lambda_2, 0.0, LARGEST)
+        self.lambda_1 = checked_lambda(lambda_1, "lambda_1")
+        self.lambda_2 = checked_lambda(lambda_2, "lambda_2")
         self.variant = one_of("variant", variant, VARIANTS)
         super().__init__(model, config, generator=generator, group=group)
 

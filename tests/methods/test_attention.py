@@ -18,6 +18,8 @@ METHODS = {
     "InfLoRA": {"total_tasks": 3},
     "OLoRA": {"lambda_2": 0.1},
     "NLoRA": {"lambda_1": 0.01},
+    "IEL": {"beta": 5.0},
+    "PerturbAndMerge": {},
 }
 
 

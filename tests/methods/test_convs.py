@@ -21,6 +21,9 @@ METHODS = {
     "InfLoRA": {"total_tasks": 3},
     "OLoRA": {"lambda_2": 0.1},
     "NLoRA": {"lambda_1": 0.01},
+    "IEL": {"beta": 5.0, "fisher_dtype": torch.float64},
+    "ITA": {"alpha": 5.0, "fisher_dtype": torch.float64},
+    "PerturbAndMerge": {"fisher_dtype": torch.float64},
 }
 NAMES = ["first", "second", "third"]
 WIDE = torch.float64
