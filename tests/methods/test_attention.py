@@ -16,6 +16,8 @@ METHODS = {
     "SDLoRA": {},
     "CoDyRA": {"ewc_lambda": 5.0},
     "InfLoRA": {"total_tasks": 3},
+    "OLoRA": {"lambda_2": 0.1},
+    "NLoRA": {"lambda_1": 0.01},
     "IEL": {"beta": 5.0},
     "PerturbAndMerge": {},
 }

@@ -19,6 +19,8 @@ METHODS = {
     "SDLoRA-ranks": {"ranks": (2, 1), "kd_threshold": 1e-3},
     "CoDyRA": {"ewc_lambda": 5.0},
     "InfLoRA": {"total_tasks": 3},
+    "OLoRA": {"lambda_2": 0.1},
+    "NLoRA": {"lambda_1": 0.01},
     "IEL": {"beta": 5.0, "fisher_dtype": torch.float64},
     "ITA": {"alpha": 5.0, "fisher_dtype": torch.float64},
     "PerturbAndMerge": {"fisher_dtype": torch.float64},
