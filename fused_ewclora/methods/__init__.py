@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from .codyra import CoDyRA
 from .ewc_lora import EWCLoRA
+from .factor_ewc import FactorEWC
 from .inflora import InfLoRA
 from .lora import LoRA
 from .method import Method
 from .sd_lora import SDLoRA
 
-__all__ = ["CoDyRA", "EWCLoRA", "InfLoRA", "LoRA", "Method", "SDLoRA"]
+__all__ = ["CoDyRA", "EWCLoRA", "FactorEWC", "InfLoRA", "LoRA", "Method", "SDLoRA"]

@@ -70,7 +70,20 @@ def end_task(ewc: EWC, loader: Iterable[Any], loss_fn: Any, labels: str, group: 
     """
     many = several(group)
     with ewc.restored_on_error():
-        in_all(lambda: ewc.estimate_fisher(loader, loss_fn, labels=labels, allow_empty=many), group)
+        if ewc.gathers:
+            in_all(lambda: ewc.estimate_fisher(loader, loss_fn, labels=labels, allow_empty=many), group)
         if many:
             ewc.reduce_fisher_(group)
         ewc.consolidate()
+
+
+def estimate_prior(
+    ewc: EWC, loader: Iterable[Any], loss_fn: Any, labels: str, group: ProcessGroup | None
+) -> None:
+    """`ewc.consolidate_prior` with the Fisher of the data of all processes of `group`, as in `end_task`."""
+    many = several(group)
+    with ewc.restored_on_error():
+        in_all(lambda: ewc.estimate_fisher(loader, loss_fn, labels=labels, allow_empty=many), group)
+        if many:
+            ewc.reduce_fisher_(group)
+        ewc.consolidate_prior()
