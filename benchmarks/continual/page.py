@@ -53,6 +53,10 @@ and `--suite costs` measures steps over tasks. An interrupted command continues 
 run again. Records are written to the folder `--out`, one line each, in the format of
 benchmarks/continual/record_schema.json. Once they are copied to benchmarks/results/continual,
 `{COMMAND}` writes this page again.
+
+`python -m fused_ewclora.benchmarks.continual.path` draws the losses on the straight lines between the weights
+after one task and after the next, with the height of the barrier between them; `--suite` takes any
+configuration whose tasks have a head each.
 """
 COSTS = (
     "One model per task, with the history of that task, all timed in turns: medians, and the median over "

@@ -44,6 +44,7 @@ from ..plot import MISSING
 from ..report import table
 from . import configuration, problems
 from .configuration import Run, Training
+from .learner import Heads
 from .run import State, learn
 from .stream import Problem, Task, loader
 
@@ -104,11 +105,17 @@ def way(
 
 
 def follow(run: Run, problem: Problem, device: torch.device, points: int = POINTS) -> list[dict[str, Any]]:
-    """Learns the stream; the ways between its tasks, in order."""
+    """Learns the stream; the ways between its tasks, in order. Raises `ArgumentError` for a problem whose
+    tasks share a head."""
     state, ways = State(run, problem, device), []
+    if not isinstance(state.model, Heads):
+        raise ArgumentError(
+            f"{run.suite}: expected a problem whose tasks have a head each, got one that is learned by "
+            f"{type(state.model).__name__}: its tasks have no losses apart"
+        )
     before: Weights | None = None
-    for number, task in enumerate(problem.stream.tasks):
-        learn(state, number, task)
+    for number in range(len(problem.stream.tasks)):
+        learn(state, number)
         after = weights_of(state)
         if before is not None:
             # Loaders draw from the global random state, from which the next task draws its adapters.

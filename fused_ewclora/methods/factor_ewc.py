@@ -53,7 +53,7 @@ class FactorEWC(Method):
     (docs/mathematics.md, section 12). The paper does not say how its separate F_A and F_B go with merging;
     this is the reading in which they have a meaning. Between tasks nothing is folded into the base weights
     and A and B are not drawn anew, because A* and B* would belong to other parameters; `export` folds them
-    in. ewc_lambda means something else than in `EWCLoRA`: F_A and F_B depend on the scale of B and of A.
+    in. ewc_lambda has the unit of that of `EWCLoRA`, but the two penalties leave out different cross terms.
 
     fisher_mode, gamma: as in `EWC`; labels, group: as in `EWCLoRA`. Raises `ArgumentError` for values out of
     range and `TargetError` for sharded parameters, adapters of another method and a lora_scale that is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 
 from benchmarks.continual import configuration, path, path_figure, problems
 from benchmarks.continual.configuration import Run, Training
+from benchmarks.continual.learner import Learner
 from benchmarks.continual.run import State, learn
 from benchmarks.continual.stream import Arrays, Problem, Stream, Task
+from fused_ewclora.errors import ArgumentError
 
 CPU, POINTS = torch.device("cpu"), 3
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -78,8 +81,8 @@ def test_ends_are_the_models(method: str):
     ways = path.follow(a_run(method), made, CPU, POINTS)
     assert [(way["from"], way["to"]) for way in ways] == [(0, 1), (1, 2)]
     state, weights = State(a_run(method), made, CPU), []
-    for number, task in enumerate(tasks):
-        learn(state, number, task)
+    for number in range(len(tasks)):
+        learn(state, number)
         state.model.eval()
         weights.append({name: layer.consolidated_weight() for name, layer in state.method.layers.items()})
         for split in path.SPLITS:
@@ -135,6 +138,18 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     for wrong, words in ((["--points", "1"], "--points"), (["--methods", "none"], "expected some of")):
         assert path.main([*arguments, *wrong]) == 1
         assert words in capsys.readouterr().err
+
+
+def test_shared_head_refused():
+    """Where tasks share what they are learned with, there are no losses apart."""
+
+    class Other(Learner):
+        def __init__(self, backbone: nn.Module) -> None:
+            super().__init__()
+            self.backbone = backbone
+
+    with pytest.raises(ArgumentError, match="learned by Other"):
+        path.follow(a_run("LoRA"), replace(problem(), learner=Other), CPU, 2)
 
 
 def test_configuration():
