@@ -5,9 +5,14 @@ from __future__ import annotations
 from .codyra import CoDyRA
 from .ewc_lora import EWCLoRA
 from .factor_ewc import FactorEWC
+from .iel import IEL
 from .inflora import InfLoRA
+from .ita import ITA
 from .lora import LoRA
 from .method import Method
+from .perturb_and_merge import PerturbAndMerge
 from .sd_lora import SDLoRA
 
-__all__ = ["CoDyRA", "EWCLoRA", "FactorEWC", "InfLoRA", "LoRA", "Method", "SDLoRA"]
+__all__ = [
+    "IEL", "ITA", "CoDyRA", "EWCLoRA", "FactorEWC", "InfLoRA", "LoRA", "Method", "PerturbAndMerge", "SDLoRA",
+]  # fmt: skip

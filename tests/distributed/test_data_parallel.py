@@ -242,7 +242,10 @@ def test_injected_inside():
     assert type(model.fc1) is nn.Linear
 
 
-@pytest.mark.parametrize("name", ["InfLoRA", "EWCLoRA", "FactorEWC", "SDLoRA", "CoDyRA"])
+METHODS = ["InfLoRA", "EWCLoRA", "FactorEWC", "SDLoRA", "CoDyRA", "IEL", "ITA", "PerturbAndMerge"]
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_methods(name: str):
     """Methods on a wrapped model learn what they learn on the model alone."""
     method, outputs = getattr(fe.methods, name), []
@@ -250,7 +253,8 @@ def test_methods(name: str):
         torch.manual_seed(0)
         model = MLP().double()
         run = wrap(model)
-        options = {"ewc_lambda": 1.0} if name in ("EWCLoRA", "FactorEWC") else {}
+        penalised = {name: {"ewc_lambda": 1.0} for name in ("EWCLoRA", "FactorEWC")}
+        options = {**penalised, "IEL": {"beta": 1.0}, "ITA": {"alpha": 1.0}}.get(name, {})
         learning = method(run, WHOLE, **options)
         for task in range(2):
             learning.begin_task(task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -185,3 +186,14 @@ def test_method():
         train(net, one, 0)
         one.end_task(loader(50), F.cross_entropy)
     assert_same(whole(method.model, method.ewc), whole(model, ewc))
+
+
+def test_saved_with_adapters(tmp_path: Path):
+    """A prior is saved and loaded with the adapters, before any task."""
+    model, ewc = with_prior()
+    fe.save_pretrained(tmp_path / "saved", model, ewc)
+    other = fresh()
+    loaded = controller(other)
+    fe.load_pretrained(tmp_path / "saved", other, loaded)
+    assert loaded.history == ewc.history and loaded.tasks == 0
+    assert_same(dict(ewc.fishers), dict(loaded.fishers))

@@ -17,6 +17,8 @@ METHODS = {
     "SDLoRA": {},
     "CoDyRA": {"ewc_lambda": 5.0},
     "InfLoRA": {"total_tasks": 3},
+    "IEL": {"beta": 5.0},
+    "PerturbAndMerge": {},
 }
 
 

@@ -21,6 +21,9 @@ METHODS = {
     "SDLoRA-ranks": {"ranks": (2, 1), "kd_threshold": 1e-3},
     "CoDyRA": {"ewc_lambda": 5.0},
     "InfLoRA": {"total_tasks": 3},
+    "IEL": {"beta": 5.0, "fisher_dtype": torch.float64},
+    "ITA": {"alpha": 5.0, "fisher_dtype": torch.float64},
+    "PerturbAndMerge": {"fisher_dtype": torch.float64},
 }
 NAMES = ["first", "second", "third"]
 WIDE = torch.float64

@@ -16,6 +16,9 @@ METHODS = {
     "SDLoRA-EWC": {"ewc_lambda": 5.0},
     "CoDyRA": {"ewc_lambda": 5.0},
     "InfLoRA": {"total_tasks": 3},
+    "IEL": {"beta": 5.0, "labels": "sampled", "fisher_dtype": torch.float64},
+    "ITA": {"alpha": 5.0, "labels": "sampled", "fisher_dtype": torch.float64},
+    "PerturbAndMerge": {"fisher_dtype": torch.float64},
 }
 
 

@@ -112,13 +112,16 @@ NAMES = {
         HeadRule LayoutRule Match Plan ancestors is_linear known_layout load_libraries plan
         register_adapted_class register_heads register_layout register_library shorten
     """,
-    "fused_ewclora.methods": "CoDyRA EWCLoRA FactorEWC InfLoRA LoRA Method SDLoRA",
+    "fused_ewclora.methods": "CoDyRA EWCLoRA FactorEWC IEL ITA InfLoRA LoRA Method PerturbAndMerge SDLoRA",
     "fused_ewclora.methods.codyra": "CoDyRA GATE_INITS SCHEDULES STAIRS THRESHOLDS dead_zone_",
     "fused_ewclora.methods.ewc_lora": "EWCLoRA",
     "fused_ewclora.methods.factor_ewc": "FactorEWC",
+    "fused_ewclora.methods.iel": "IEL",
     "fused_ewclora.methods.inflora": "InfLoRA",
+    "fused_ewclora.methods.ita": "ITA",
     "fused_ewclora.methods.lora": "LoRA",
     "fused_ewclora.methods.method": "Loader Loss Method",
+    "fused_ewclora.methods.perturb_and_merge": "PerturbAndMerge",
     "fused_ewclora.methods.sd_lora": "Ranks SDLoRA",
     "fused_ewclora.metrics": "AVERAGES ContinualMetrics PROTOCOLS",
     "fused_ewclora.ops": "",
