@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .codyra import CoDyRA
 from .ewc_lora import EWCLoRA
+from .factor_ewc import FactorEWC
 from .iel import IEL
 from .inflora import InfLoRA
 from .ita import ITA
@@ -19,6 +20,7 @@ __all__ = [
     "ITA",
     "CoDyRA",
     "EWCLoRA",
+    "FactorEWC",
     "InfLoRA",
     "LoRA",
     "Method",

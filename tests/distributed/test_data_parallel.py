@@ -245,11 +245,23 @@ def test_injected_inside():
 
 OPTIONS = {
     "EWCLoRA": {"ewc_lambda": 1.0},
+    "FactorEWC": {"ewc_lambda": 1.0},
     "NLoRA": {"lambda_1": 0.01},
     "IEL": {"beta": 1.0},
     "ITA": {"alpha": 1.0},
 }
-METHODS = ("InfLoRA", "EWCLoRA", "SDLoRA", "CoDyRA", "OLoRA", "NLoRA", "IEL", "ITA", "PerturbAndMerge")
+METHODS = (
+    "InfLoRA",
+    "EWCLoRA",
+    "FactorEWC",
+    "SDLoRA",
+    "CoDyRA",
+    "OLoRA",
+    "NLoRA",
+    "IEL",
+    "ITA",
+    "PerturbAndMerge",
+)
 
 
 @pytest.mark.parametrize("name", METHODS)

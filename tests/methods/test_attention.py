@@ -13,6 +13,7 @@ import fused_ewclora as fe
 D, HEADS, CLASSES = 8, 2, 3
 METHODS = {
     "EWCLoRA": {"ewc_lambda": 5.0},
+    "FactorEWC": {"ewc_lambda": 5.0},
     "SDLoRA": {},
     "CoDyRA": {"ewc_lambda": 5.0},
     "InfLoRA": {"total_tasks": 3},

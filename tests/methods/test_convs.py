@@ -14,6 +14,8 @@ METHODS = {
     "LoRA": {},
     "EWCLoRA": {"ewc_lambda": 5.0},
     "EWCLoRA-factors": {"ewc_lambda": 5.0, "merge_mode": "factors"},
+    "FactorEWC": {"ewc_lambda": 5.0},
+    "FactorEWC-batch": {"ewc_lambda": 5.0, "fisher_mode": "batch"},
     "SDLoRA": {},
     "SDLoRA-EWC": {"ewc_lambda": 5.0},
     "SDLoRA-ranks": {"ranks": (2, 1), "kd_threshold": 1e-3},

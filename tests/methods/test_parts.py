@@ -11,6 +11,7 @@ import fused_ewclora as fe
 METHODS = {
     "LoRA": {},
     "EWCLoRA": {"ewc_lambda": 5.0},
+    "FactorEWC": {"ewc_lambda": 5.0},
     "SDLoRA": {},
     "SDLoRA-EWC": {"ewc_lambda": 5.0},
     "CoDyRA": {"ewc_lambda": 5.0},

@@ -113,10 +113,11 @@ NAMES = {
         register_adapted_class register_heads register_layout register_library shorten
     """,
     "fused_ewclora.methods": """
-        CoDyRA EWCLoRA IEL ITA InfLoRA LoRA Method NLoRA OLoRA PerturbAndMerge SDLoRA
+        CoDyRA EWCLoRA FactorEWC IEL ITA InfLoRA LoRA Method NLoRA OLoRA PerturbAndMerge SDLoRA
     """,
     "fused_ewclora.methods.codyra": "CoDyRA GATE_INITS SCHEDULES STAIRS THRESHOLDS dead_zone_",
     "fused_ewclora.methods.ewc_lora": "EWCLoRA",
+    "fused_ewclora.methods.factor_ewc": "FactorEWC",
     "fused_ewclora.methods.iel": "IEL",
     "fused_ewclora.methods.inflora": "InfLoRA",
     "fused_ewclora.methods.ita": "ITA",
