@@ -42,7 +42,8 @@ class EncoderDecoder(nn.Module):
 
     def read(self, prompt: Tensor, mask: Tensor) -> Any:
         """What serves several answers to the same prompts."""
-        return self.network.get_encoder()(input_ids=prompt, attention_mask=mask.long())  # type: ignore[operator]
+        encoder = self.network.get_encoder()  # type: ignore[operator]
+        return encoder(input_ids=prompt, attention_mask=mask.long())
 
     def logits(self, read: Any, mask: Tensor, given: Tensor) -> Tensor:
         """Logits of the next token after each of the given ones."""
@@ -72,26 +73,44 @@ class DecoderOnly(nn.Module):
 
     def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         prompt, mask, given = inputs
-        return self.logits(prompt, mask, given)
-
-    def read(self, prompt: Tensor, mask: Tensor) -> Tensor:
-        """The prompts themselves, which the model reads again with every answer."""
-        return prompt
-
-    def logits(self, read: Tensor, mask: Tensor, given: Tensor) -> Tensor:
-        """Logits of the next token after each of the given ones, the first of which ends the prompt."""
-        tokens = torch.cat([read, given[:, 1:]], 1)
-        seen = torch.cat([mask, torch.ones_like(given[:, 1:], dtype=torch.bool)], 1).long()
-        places = (seen.cumsum(1) - 1).clamp(min=0)
+        tokens, seen = torch.cat([prompt, given[:, 1:]], 1), _longer(mask, given)
         out = self.network(
             input_ids=tokens,
             attention_mask=seen,
-            position_ids=places,
+            position_ids=_places(seen),
             use_cache=False,
             logits_to_keep=given.shape[1],
         )
         logits: Tensor = out.logits
         return logits
+
+    def read(self, prompt: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
+        """What serves several answers to the same prompts: keys and values, logits of first tokens."""
+        seen = mask.long()
+        out = self.network(
+            input_ids=prompt,
+            attention_mask=seen,
+            position_ids=_places(seen),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.past_key_values, out.logits
+
+    def logits(self, read: tuple[Any, Tensor], mask: Tensor, given: Tensor) -> Tensor:
+        """Logits of the next token after each of the given ones, the first of which ends the prompt."""
+        cache, first = read
+        if given.shape[1] == 1:
+            return first
+        seen = _longer(mask, given)
+        out = self.network(
+            input_ids=given[:, 1:],
+            attention_mask=seen,
+            position_ids=_places(seen)[:, mask.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache.crop(1 - given.shape[1])  # of its end, so that the next answer follows the same prompts
+        return torch.cat([first, out.logits], 1)
 
     def given(self, answer: Sequence[int]) -> list[int]:
         """The tokens before each of an answer; the first one is the last of the prompt, and not read here."""
@@ -103,6 +122,16 @@ class DecoderOnly(nn.Module):
 
 
 Writer = EncoderDecoder | DecoderOnly
+
+
+def _longer(mask: Tensor, given: Tensor) -> Tensor:
+    """The mask of prompts and of what is given after them."""
+    return torch.cat([mask, torch.ones_like(given[:, 1:], dtype=torch.bool)], 1).long()
+
+
+def _places(seen: Tensor) -> Tensor:
+    """Positions of tokens, which padding on the left does not shift."""
+    return (seen.cumsum(1) - 1).clamp(min=0)
 
 
 class Answers(Learner):

@@ -86,8 +86,8 @@ class File:
         sizes = {F32: 4 * count, F16: 2 * count, Q4_1: count // BLOCK * 20, Q8_0: count // BLOCK * 34}
         if place.kind not in sizes or (place.kind in (Q4_1, Q8_0) and place.shape[-1] % BLOCK):
             raise DataError(
-                f"{self._name}: {name}: expected F32, F16, Q4_1 or Q8_0 (types {F32}, {F16}, {Q4_1}, {Q8_0}), "
-                f"got type {place.kind} of shape {list(place.shape)}"
+                f"{self._name}: {name}: expected F32, F16, Q4_1 or Q8_0 (types "
+                f"{F32}, {F16}, {Q4_1}, {Q8_0}), got type {place.kind} of shape {list(place.shape)}"
             )
         start = self._start + place.offset
         data = self._data[start : start + sizes[place.kind]]

@@ -107,7 +107,8 @@ class Vocabulary:
         return tokens
 
     def answer(self, word: str) -> list[int]:
-        """The tokens of an answer, the last one of which ends it; raises `DataError` for a word without any."""
+        """The tokens of an answer, the last one of which ends it; raises `DataError` for a word that
+        they do not spell."""
         tokens = [*self.tokenizer.encode(self.separator + word, add_special_tokens=False).ids, self.end]
         if len(tokens) < 2 or normalised(self.text(tokens)) != normalised(word) or not normalised(word):
             raise DataError(

@@ -92,7 +92,8 @@ def cl_benchmark(name: str, task: TextTask, root: Path) -> TextSet:
 
 
 def csv_release(name: str, task: TextTask, root: Path) -> TextSet:
-    """The release with "Character-level Convolutional Networks for Text Classification" (arXiv 1509.01626)."""
+    """The release of "Character-level Convolutional Networks for Text Classification"
+    (arXiv 1509.01626)."""
     if task.csv is None:
         known = ", ".join(key for key, value in TASKS.items() if value.csv is not None)
         raise DataError(f"layout: csv: sets of this release are {known}, got {name!r}")

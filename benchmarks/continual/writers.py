@@ -47,8 +47,8 @@ def load(root: Path, model: str, dtype: str = "float32", separator: str = "") ->
     for file in FILES:
         if not (folder / file).is_file():
             raise DataError(
-                f"model: {folder}: expected config.json, tokenizer.json and *.safetensors of a language model, "
-                f"found no {file}; download them on a machine with network access"
+                f"model: {folder}: expected config.json, tokenizer.json and *.safetensors of a language "
+                f"model, found no {file}; download them on a machine with network access"
             )
     try:
         settings = library.AutoConfig.from_pretrained(folder, local_files_only=True)
