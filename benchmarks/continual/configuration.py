@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ METHODS: dict[str, type[methods.Method]] = {name: getattr(methods, name) for nam
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "multistep")
 _KEYS = {"name", "about", "problem", "adapters", "training", "seeds", "methods"}
+_OPTIONAL = {"quick", "development"}
+_OF_METHOD = {"options", "adapters", "training", "seeds", "grid"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class Training:
     steps of a task of any size, instead of epochs. schedule: "cosine" to 0 and "multistep" (times decay at
     each of milestones) change rates after every epoch; "cosine" after every step where iterations are set.
     fisher_batch_size is that of the passes over the data after a task; None: batch_size. Accuracies are taken
-    after the task has ended, or before, with the adapters not yet merged (evaluate_before_end).
+    after the task has ended, or before, with the adapters not yet merged (evaluate_before_end). first_lr and
+    first_head_lr, if set, are the rates of the first task.
     """
 
     lr: float
@@ -51,6 +56,16 @@ class Training:
     test_batch_size: int = 500
     workers: int = 0
     evaluate_before_end: bool = False
+    first_lr: float | None = None
+    first_head_lr: float | None = None
+
+    def of_task(self, number: int) -> Training:
+        """How task `number`, counted from 0, is trained."""
+        if number:
+            return self
+        lr = self.lr if self.first_lr is None else self.first_lr
+        head_lr = self.head_lr if self.first_head_lr is None else self.first_head_lr
+        return replace(self, lr=lr, head_lr=head_lr)
 
 
 @dataclass(frozen=True)
@@ -93,12 +108,15 @@ class Configuration:
     "adapters", "training", "seeds", which override those of the file}. A kind is one of `METHODS` or the
     dotted path "package.module:Class" of another `Method`; that of a problem is one of `problems.KINDS` or
     the path of a function. "quick", optional, defines a short version: the same keys with the changed values,
-    and "methods", a list of names.
+    and "methods", a list of names. "development", optional, is a list of seeds, on which every method is run
+    with all values of its "grid", {"training.lr": [...], "options.ewc_lambda": [...]}; the file itself has
+    those that were best (`development`).
     """
 
     name: str
     about: str
     runs: tuple[Run, ...]
+    methods: tuple[str, ...]  # as the file names them
 
 
 def named(path: str, what: str) -> Any:
@@ -152,26 +170,32 @@ def find(name: str) -> Path:
     raise ArgumentError(f"suite: expected a file or one of {', '.join(available())}, got {name!r}")
 
 
-def load(path: Path, quick: bool = False) -> Configuration:
-    """Reads and checks a configuration; raises `ArgumentError` that names the file and the error in it."""
+def load(path: Path, quick: bool = False, develop: bool = False) -> Configuration:
+    """Reads and checks a configuration, or its short version, or its runs on development seeds; raises
+    `ArgumentError` that names the file and the error in it."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ArgumentError(f"{path}: not readable as JSON: {error}") from error
     try:
-        return parse(data, quick)
+        return parse(data, quick, develop)
     except ArgumentError as error:
         raise ArgumentError(f"{path}: {error}") from error
 
 
-def parse(data: Any, quick: bool = False) -> Configuration:
+def parse(data: Any, quick: bool = False, develop: bool = False) -> Configuration:
     """The runs of a configuration; see `Configuration` for its form."""
-    data = _mapping(data, "configuration", _KEYS, {"quick"})
+    data = _mapping(data, "configuration", _KEYS, _OPTIONAL)
     entries = [
-        _mapping(entry, f"methods[{number}]", {"name", "kind"}, {"options", "adapters", "training", "seeds"})
+        _mapping(entry, f"methods[{number}]", {"name", "kind"}, _OF_METHOD)
         for number, entry in enumerate(data["methods"])
     ]
     data["methods"] = entries
+    names = tuple(entry["name"] for entry in entries)
+    for entry in entries:
+        _check_grid(data, entry)
+    if develop:
+        data = _developed(data)
     if quick:
         data = _shortened(data)
     runs: list[Run] = []
@@ -194,10 +218,57 @@ def parse(data: Any, quick: bool = False) -> Configuration:
             )
             run.lora_configs()  # raises for wrong values before the first run
             runs.append(run)
-    names = [(run.method, run.seed) for run in runs]
-    if twice := [name for name in names if names.count(name) > 1]:
+    pairs = [(run.method, run.seed) for run in runs]
+    if twice := [pair for pair in pairs if pairs.count(pair) > 1]:
         raise ArgumentError(f"methods: {twice[0][0]}, seed {twice[0][1]}: expected once, found again")
-    return Configuration(data["name"], data["about"], tuple(runs))
+    return Configuration(data["name"], data["about"], tuple(runs), names)
+
+
+def value_of(data: Mapping[str, Any], entry: Mapping[str, Any], key: str) -> Any:
+    """What a method has for a key of its grid, as "training.lr"; None where it is not set."""
+    part, _, name = key.partition(".")
+    return {**data.get(part, {}), **entry.get(part, {})}.get(name)
+
+
+def points(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every combination of the values of a grid."""
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def label(name: str, point: Mapping[str, Any]) -> str:
+    """The name of a method with these values of its grid."""
+    return ", ".join([name, *(f"{key.partition('.')[2]} {value:g}" for key, value in point.items())])
+
+
+def _check_grid(data: Mapping[str, Any], entry: Mapping[str, Any]) -> None:
+    where = f"methods: {entry['name']}: grid"
+    grid = _mapping(entry.get("grid", {}), where, set(), set(entry.get("grid", {})))
+    for key, values in grid.items():
+        part, _, name = key.partition(".")
+        if part not in ("training", "options", "adapters") or not name:
+            raise ArgumentError(f"{where}: expected keys like training.lr or options.ewc_lambda, got {key!r}")
+        if not isinstance(values, list) or not values:
+            raise ArgumentError(f"{where}: {key}: expected a list of values, got {values!r}")
+        if (own := value_of(data, entry, key)) not in values:
+            raise ArgumentError(f"{where}: {key}: expected that of the method, {own!r}, among {values}")
+
+
+def _developed(data: dict[str, Any]) -> dict[str, Any]:
+    """The runs on development seeds, under a name of their own."""
+    if not data.get("development"):
+        raise ArgumentError(f"development: {data['name']} has no development seeds")
+    if shared := sorted(set(data["development"]) & set(data["seeds"])):
+        raise ArgumentError(f"development: expected seeds that are not reported, got {shared}")
+    entries = []
+    for entry in data["methods"]:
+        for point in points(entry.get("grid", {})):
+            changed = {**copy.deepcopy(entry), "name": label(entry["name"], point)}
+            changed.pop("seeds", None)
+            for key, value in point.items():
+                part, _, name = key.partition(".")
+                changed[part] = {**changed.get(part, {}), name: value}
+            entries.append(changed)
+    return {**data, "name": f"{data['name']}-development", "seeds": data["development"], "methods": entries}
 
 
 def _shortened(data: dict[str, Any]) -> dict[str, Any]:
@@ -280,11 +351,10 @@ def _training(values: dict[str, Any], where: str) -> Training:
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if not whole and not (optional and value is None):
             raise ArgumentError(f"{where}: training: {name}: expected an integer >= 1, got {value!r}")
-    for name in ("lr", "head_lr"):
-        if not isinstance(getattr(training, name), (int, float)) or not 0 < getattr(training, name) < float(
-            "inf"
-        ):
-            raise ArgumentError(
-                f"{where}: training: {name}: expected a number > 0, got {getattr(training, name)!r}"
-            )
+    for name in ("lr", "head_lr", "first_lr", "first_head_lr"):
+        value = getattr(training, name)
+        if value is None and name.startswith("first_"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise ArgumentError(f"{where}: training: {name}: expected a number > 0, got {value!r}")
     return training

@@ -26,6 +26,7 @@ from fused_ewclora.metrics import ContinualMetrics
 from . import accounting
 from .configuration import Run, Training, method_class
 from .learner import Heads, Learner, Scores
+from .loggers import Loggers
 from .stream import Problem, Task, loader, size
 
 Progress = Callable[[str], None]
@@ -98,6 +99,7 @@ def execute(
     device: torch.device,
     checkpoint: Path | None = None,
     progress: Progress = lambda text: None,
+    loggers: Loggers | None = None,
 ) -> dict[str, Any]:
     """Learns the whole stream; returns the part of the record that depends on it (record_schema.json).
 
@@ -116,8 +118,10 @@ def execute(
     if state.model.every_task and not results.every_task:
         results.every_task.append(evaluate(state.model, tasks, 0, run.training, device)["every_task"])
     for number in range(len(results.tasks), len(tasks)):
-        row, scores = learn(state, number)
+        row, scores = learn(state, number, loggers)
         results.tasks.append(row)
+        if loggers:
+            loggers.task(number, row, scores)  # type: ignore[arg-type]
         for protocol, values in scores.items():
             getattr(results, protocol).append(values)
         report = getattr(state.method, "report", None)
@@ -129,11 +133,11 @@ def execute(
     return _record(problem, results)
 
 
-def learn(state: State, number: int) -> tuple[dict[str, Any], Scores]:
+def learn(state: State, number: int, loggers: Loggers | None = None) -> tuple[dict[str, Any], Scores]:
     """Trains one task and ends it; returns its times and the sizes of the method's state afterwards, and the
     accuracies, which are those before the end of the task where the configuration asks for it."""
-    training, device, method, model = state.run.training, state.device, state.method, state.model
-    task = state.tasks[number]
+    training, device = state.run.training.of_task(number), state.device
+    method, model, task = state.method, state.model, state.tasks[number]
     model.begin_task(task)
     batches = loader(task.train, training.batch_size, state.order, training.workers)
     # The passes over all examples before and after training; the methods move batches themselves. Shuffled,
@@ -161,6 +165,9 @@ def learn(state: State, number: int) -> tuple[dict[str, Any], Scores]:
             schedule.step()
         _finished(device)
         step_seconds.append(time.perf_counter() - start)
+        if loggers:
+            values = {"loss": loss.item(), "penalty": penalty.item(), "lr": optimizer.param_groups[0]["lr"]}
+            loggers.step(number, step, values)
     # Before the task ends, when some methods add a direction for the next one.
     held, trained = accounting.adapter_parameters(method), accounting.trained_parameters(method)
     scores: Scores = {}
