@@ -22,8 +22,8 @@ LONGEST_SPAN = 4
 class Recipe:
     """Sizes of the model and of its training; `steps` batches are half spans and half subjects."""
 
-    steps: int = 600
-    batch_size: int = 48
+    steps: int = 250
+    batch_size: int = 32
     lr: float = 3e-3
     tokens: int = 4096  # at most, in the vocabulary
     dim: int = 128
@@ -35,7 +35,7 @@ def pretrain(texts: Sequence[str], subjects: Sequence[str], form: Template, reci
     """(network, tokenizer, loss) of a T5 that has read texts, each of which has a subject; loss: the mean of
     the last tenth of the steps. The global random state stays as it is."""
     library = writers.transformers()
-    tokens = tokenizer(texts, recipe.tokens)
+    tokens = tokenizer([form.of(text) for text in texts], recipe.tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = library.T5ForConditionalGeneration(settings(library, tokens.get_vocab_size(), recipe))

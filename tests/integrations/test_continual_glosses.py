@@ -24,7 +24,7 @@ SIZES: dict[str, Any] = {
     "classes_per_task": 2,
     "train_per_class": 8,
     "test_per_class": 4,
-    "max_length": 20,
+    "max_length": 40,
 }
 CONFIGURED = {"t5": "language-seq2seq", "smollm2": "language-causal"}
 
@@ -170,20 +170,20 @@ def test_left_out() -> None:
 def test_t5_learns() -> None:
     """Pretraining lowers the loss below that of guessing."""
     texts = [f"{word} {n % 7}" for n in range(70) for word in ("ba", "be")]
-    recipe = denoising.Recipe(steps=60, batch_size=16, tokens=280, dim=32, blocks=1, longest=12)
+    recipe = denoising.Recipe(steps=40, batch_size=16, tokens=280, dim=32, blocks=1, longest=12)
     *_, loss = denoising.pretrain(texts, [text[:2] for text in texts], glosses.FORM, recipe, 0)
-    assert loss < 2.0 < math.log(280)
+    assert loss < 3.0 < math.log(280)  # that of guessing
 
 
 @pytest.mark.parametrize("model", glosses.MODELS)
 def test_configured_methods_learn(model: str, root: Path) -> None:
-    """Every method of the configuration learns two tasks; its settings are those of the loader."""
+    """Every kind of method of the configuration learns two tasks; its settings are those of the loader."""
     loaded = configuration.load(configuration.find(CONFIGURED[model]))
     quick = configuration.load(configuration.find(CONFIGURED[model]), quick=True)
     for one in (loaded, quick):
         settings = {**one.runs[0].problem, **SIZES, **({"steps": 2} if model == "t5" else {"blocks": 1})}
         problem = problems.load(settings, root, 0, "cpu")
-    for run in {run.method: run for run in loaded.runs}.values():
+    for run in {run.kind: run for run in loaded.runs}.values():
         short = replace(run.training, epochs=1, batch_size=8)
         options = {**run.options, **({"total_tasks": 2} if "total_tasks" in run.options else {})}
         record = execute(replace(run, training=short, options=options), problem, torch.device("cpu"))
