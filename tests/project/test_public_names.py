@@ -127,7 +127,7 @@ NAMES = {
     "fused_ewclora.methods.o_lora": "OLoRA VARIANTS",
     "fused_ewclora.methods.perturb_and_merge": "PerturbAndMerge",
     "fused_ewclora.methods.sd_lora": "Ranks SDLoRA",
-    "fused_ewclora.metrics": "AVERAGES ContinualMetrics PROTOCOLS",
+    "fused_ewclora.metrics": "AVERAGES ContinualMetrics PROTOCOLS TransferMetrics",
     "fused_ewclora.ops": "",
     "fused_ewclora.ops.capture": "",
     "fused_ewclora.ops.ewc_penalty": "",
