@@ -50,7 +50,7 @@ class FactorEWC(Method):
     themselves, each regardless of the other: F <- gamma F + F_task.
 
     It is the ablation that EWC-LoRA is compared with, whose F is that of the product B A
-    (docs/mathematics.md, section 12). The paper does not say how its separate F_A and F_B go with merging;
+    (docs/mathematics.md, section 14). The paper does not say how its separate F_A and F_B go with merging;
     this is the reading in which they have a meaning. Between tasks nothing is folded into the base weights
     and A and B are not drawn anew, because A* and B* would belong to other parameters; `export` folds them
     in. ewc_lambda has the unit of that of `EWCLoRA`, but the two penalties leave out different cross terms.
