@@ -5,8 +5,9 @@ from __future__ import annotations
 from .codyra import CoDyRA
 from .ewc_lora import EWCLoRA
 from .inflora import InfLoRA
+from .keep_lora import KeepLoRA
 from .lora import LoRA
 from .method import Method
 from .sd_lora import SDLoRA
 
-__all__ = ["CoDyRA", "EWCLoRA", "InfLoRA", "LoRA", "Method", "SDLoRA"]
+__all__ = ["CoDyRA", "EWCLoRA", "InfLoRA", "KeepLoRA", "LoRA", "Method", "SDLoRA"]
