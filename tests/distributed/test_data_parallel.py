@@ -242,7 +242,7 @@ def test_injected_inside():
     assert type(model.fc1) is nn.Linear
 
 
-@pytest.mark.parametrize("name", ["InfLoRA", "EWCLoRA", "SDLoRA", "CoDyRA"])
+@pytest.mark.parametrize("name", ["InfLoRA", "KeepLoRA", "EWCLoRA", "SDLoRA", "CoDyRA"])
 def test_methods(name: str):
     """Methods on a wrapped model learn what they learn on the model alone."""
     method, outputs = getattr(fe.methods, name), []

@@ -39,7 +39,7 @@ def found_in(model: Tiny, loader, loss_fn=F.cross_entropy, **options) -> tuple[d
     seed=st.integers(0, 2**20),
 )
 def test_any_batching(samples, size, calls, alpha, seed):
-    """The sum of the gradients of samples, for any batches, slices of qkv and layers that run several times."""
+    """The sum of gradients of samples, for any batches, slices of qkv and layers that run several times."""
     model, (x, y) = adapted(seed, calls=calls, lora_alpha=alpha), data(samples, seed + 1)
     found, count = found_in(model, batches(x, y, size))
     assert count == samples and list(found) == list(KEYS)

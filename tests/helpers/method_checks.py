@@ -16,11 +16,12 @@ from tiny_models import adapted, batches, data, randomise
 from torch import Tensor, nn
 
 import fused_ewclora as fe
-from fused_ewclora.methods import CoDyRA, EWCLoRA, InfLoRA, LoRA, Method, SDLoRA
+from fused_ewclora.methods import CoDyRA, EWCLoRA, InfLoRA, KeepLoRA, LoRA, Method, SDLoRA
 
 SAMPLES, STEPS, TASKS = 12, 3, 3
 DDP = nn.parallel.DistributedDataParallel
 EWC: dict[str, Any] = {"ewc_lambda": 20.0, "fisher_dtype": torch.float64}
+KEEP: dict[str, Any] = {"epsilon_w": 0.4, "epsilon_f": 0.6}
 GATES: dict[str, Any] = {"gate_init": "normal", "kappa_max": 0.4, "dense_fraction": 0.0}
 
 
@@ -109,7 +110,7 @@ def equals_one_process(
     whole = kind(at_start(), group=alone(), **options)
     method = kind(at_start(), **options)
     torch.manual_seed(dist.get_rank())  # what each process draws for itself differs
-    chosen = kind is InfLoRA  # A follows from the data
+    chosen = kind in (InfLoRA, KeepLoRA)  # A follows from the data
     wrapped = None
     for task in range(TASKS):
         for one in (method, whole):
@@ -142,7 +143,7 @@ def equals_one_process(
         assert 0 < sum(method._survivors[-1].values()) < 6, "gates have died, not all of them"
     if isinstance(method, SDLoRA):
         assert method.report().summary == whole.report().summary
-    if isinstance(method, InfLoRA):
+    if isinstance(method, (InfLoRA, KeepLoRA)):
         used = [subspace.rank for subspace in method.subspaces.values()]
         assert used == [subspace.rank for subspace in whole.subspaces.values()] and min(used) > 0
 
@@ -195,6 +196,13 @@ def bad_data_of_one_process_is_an_error_in_all() -> None:
         others = SAMPLES - len(range(1, SAMPLES, dist.get_world_size()))
         assert method.tasks == 1 and method.ewc.history[0].samples == others
         identical(method)
+    method = KeepLoRA(at_start(), **KEEP)
+    method.begin_task(0)
+    errors_in_all(method, functools.partial(method.prepare, bad), fe.FisherError, "NaN")
+    method.prepare(none)
+    errors_in_all(method, functools.partial(method.end_task, bad), fe.ArgumentError, "NaN")
+    method.end_task([(x, y)])
+    identical(method)
     method = InfLoRA(at_start())
     method.begin_task(0)
     for loader, words in ((bad, "NaN"), (none, "expected at least one batch")):
@@ -203,6 +211,28 @@ def bad_data_of_one_process_is_an_error_in_all() -> None:
     errors_in_all(method, functools.partial(method.end_task, bad), fe.ArgumentError, "NaN")
     method.end_task([(x, y)])
     identical(method)
+
+
+def official_keep_lora_adds_the_batches_of_all() -> None:
+    """As one process that has the batches of all; batches of another size are an error in all."""
+    options = {**KEEP, "variant": "official"}
+    method, whole = KeepLoRA(at_start(), **options), KeepLoRA(at_start(), group=alone(), **options)
+    x, y = data(SAMPLES)
+    world = dist.get_world_size()
+    shares = [batches(x[rank::world], y[rank::world], 3) for rank in range(world)]
+    loaders = shares[dist.get_rank()], [batch for share in shares for batch in share]
+    for one, loader in zip((method, whole), loaders, strict=True):
+        one.begin_task(0)
+        one.prepare(loader)
+    identical(method)
+    close(method, whole, False)
+    assert all(b.any() for layer in method.layers.values() for _, _, b in layer.adapter_parameters())
+    other = batches(*mine(x, y), 3 if dist.get_rank() else 2)
+    errors_in_all(method, functools.partial(method.end_task, other), fe.TargetError, "rows of a batch of qkv")
+    for one, loader in zip((method, whole), loaders, strict=True):
+        one.end_task(loader)
+    identical(method)
+    close(method, whole, False)
 
 
 def decisions_that_differ_are_an_error_in_all() -> None:
@@ -250,6 +280,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     "ewc_lora_decaying": case(EWCLoRA, {**EWC, "gamma": 0.7}),
     "inflora": case(InfLoRA, {"epsilon": 0.6}, keep_wrapper=True),
     "inflora_official": case(InfLoRA, {"epsilon": 0.6, "variant": "official"}),
+    "keep_lora_official": official_keep_lora_adds_the_batches_of_all,
+    "keep_lora": case(KeepLoRA, KEEP, keep_wrapper=True),
     "sd_lora": case(SDLoRA, {"ranks": (2, 3)}),
     "sd_lora_kd": case(SDLoRA, {"kd_threshold": 0.9, "normalization": "factors"}),
     "sd_lora_ewc": case(SDLoRA, EWC),

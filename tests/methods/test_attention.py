@@ -16,6 +16,7 @@ METHODS = {
     "SDLoRA": {},
     "CoDyRA": {"ewc_lambda": 5.0},
     "InfLoRA": {"total_tasks": 3},
+    "KeepLoRA": {"epsilon_w": 0.3, "epsilon_f": 0.6},
 }
 
 

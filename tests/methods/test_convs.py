@@ -19,6 +19,7 @@ METHODS = {
     "SDLoRA-ranks": {"ranks": (2, 1), "kd_threshold": 1e-3},
     "CoDyRA": {"ewc_lambda": 5.0},
     "InfLoRA": {"total_tasks": 3},
+    "KeepLoRA": {"epsilon_w": 0.5, "epsilon_f": 0.6},
 }
 NAMES = ["first", "second", "third"]
 WIDE = torch.float64
