@@ -112,10 +112,11 @@ NAMES = {
         HeadRule LayoutRule Match Plan ancestors is_linear known_layout load_libraries plan
         register_adapted_class register_heads register_layout register_library shorten
     """,
-    "fused_ewclora.methods": "CoDyRA EWCLoRA InfLoRA LoRA Method SDLoRA",
+    "fused_ewclora.methods": "CoDyRA EWCLoRA InfLoRA KeepLoRA LoRA Method SDLoRA",
     "fused_ewclora.methods.codyra": "CoDyRA GATE_INITS SCHEDULES STAIRS THRESHOLDS dead_zone_",
     "fused_ewclora.methods.ewc_lora": "EWCLoRA",
     "fused_ewclora.methods.inflora": "InfLoRA",
+    "fused_ewclora.methods.keep_lora": "KeepLoRA",
     "fused_ewclora.methods.lora": "LoRA",
     "fused_ewclora.methods.method": "Loader Loss Method",
     "fused_ewclora.methods.sd_lora": "Ranks SDLoRA",
