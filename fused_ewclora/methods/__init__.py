@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .cl_lora import CLLoRA
 from .codyra import CoDyRA
 from .ewc_lora import EWCLoRA
 from .inflora import InfLoRA
@@ -10,4 +11,4 @@ from .lora import LoRA
 from .method import Method
 from .sd_lora import SDLoRA
 
-__all__ = ["CoDyRA", "EWCLoRA", "InfLoRA", "KeepLoRA", "LoRA", "Method", "SDLoRA"]
+__all__ = ["CLLoRA", "CoDyRA", "EWCLoRA", "InfLoRA", "KeepLoRA", "LoRA", "Method", "SDLoRA"]
