@@ -130,10 +130,3 @@ def orthonormal_rows(lora_a: Tensor, generator: torch.Generator | None) -> Tenso
     device = None if generator is None else generator.device
     drawn = torch.rand(width, rank, dtype=torch.float64, generator=generator, device=device)
     return torch.linalg.qr(drawn.cpu()).Q.T.to(lora_a.device, lora_a.dtype)
-
-
-def importance(teacher: Tensor) -> Tensor:
-    """||row i of B|| over its mean over rows, `[rows]`; 1 for a B of 0."""
-    norms = torch.linalg.vector_norm(teacher.detach(), dim=1)
-    total = norms.sum()
-    return torch.where(total > 0.0, norms * (len(norms) / total), torch.ones_like(norms))

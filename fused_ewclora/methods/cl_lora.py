@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import LoRAConfig, checked_targets, matches
 from ..distributed.processes import several, sharded
 from ..errors import ArgumentError, EWCLoRAError, TargetError
 from ..ewc.settings import number, one_of
-from ..layers.adapted import AdaptedLinear
 from ..layers.finite import check_finite
 from ..layers.index import AdapterRef, adapter_refs
 from ..layers.inject import adapters, eject
@@ -24,6 +22,7 @@ from ..layers.plain import own_tensors
 from ..report import Report
 from . import _task_adapters as parts
 from ._cl_state import dump_tensors, parse_tensors
+from ._cl_terms import distilled, importance, mean_cosine
 from ._gates import check_ungated
 from ._resume import dump, parse, take_over
 from ._shares import in_all
@@ -65,9 +64,9 @@ class CLLoRA(Method):
     "official", whose distillation also has the gradient of the head through the teacher's logits.
     generator: draws A and block weights. group: as in `Method`.
 
-    `begin_task` and `end_task` replace parameters: make the optimizer, and DistributedDataParallel, anew for
-    each task. Raises `ArgumentError` for bad values, ranks above the width and adapters that are trained
-    already, `TargetError` for those that have scales, another method or another library, or are sharded.
+    Make the optimizer, and DistributedDataParallel, anew for each task, because what a layer has grows.
+    Raises `ArgumentError` for bad values, ranks above the width and adapters that are trained already,
+    `TargetError` for those that have scales, another method or another library, or are sharded.
 
         >>> method = CLLoRA(model, LoRAConfig(r=8, target_modules=["qkv"], slices=("q", "v")),
         ...     shared=r"blocks\\.[0-5]\\..*")
@@ -106,12 +105,12 @@ class CLLoRA(Method):
         self._specific = {name: layer for name, layer in self.layers.items() if name not in self._shared}
         self._choice = parts.Choice()
         self._distilled = False  # whether gradients of a distillation wait for reassign_
-        for ref in self._refs(self._shared):
+        for ref in adapter_refs(self._shared):
             lora_a, lora_b = ref.parameters()
             lora_a.requires_grad_(False)
             parts.put(ref.layer, parts.TEACHER + parts.suffix(ref.piece), torch.zeros_like(lora_b))
             ref.layer.composer = parts.Shared(self._choice)
-        for ref in self._refs(self._specific):
+        for ref in adapter_refs(self._specific):
             like = ref.parameters()[0]
             parts.put(ref.layer, ref.piece.scale_name, like.new_ones(()), trained=True)
             parts.put_past(ref.layer, ref.piece, parts.no_past(ref.layer, ref.piece, like))
@@ -132,10 +131,6 @@ class CLLoRA(Method):
                 raise ArgumentError(
                     f"{ref.key}: expected a lora_B of 0, got a trained one, whose A would be drawn anew"
                 )
-
-    @staticmethod
-    def _refs(layers: Mapping[str, AdaptedLinear]) -> list[AdapterRef]:
-        return adapter_refs(layers)
 
     def _check_unmerged(self) -> None:
         if merged := [name for name, layer in self.layers.items() if layer.merged]:
@@ -171,12 +166,9 @@ class CLLoRA(Method):
         student = early_exit(x)
         with self._choice.set(None, True), torch.set_grad_enabled(self.variant == "official"):
             teacher = early_exit(x)
-        if student.dim() != 2 or student.shape != teacher.shape:
-            raise ArgumentError(f"early_exit: expected logits [N, C], got {list(student.shape)}")
-        log_p = F.log_softmax(student / self.temperature, dim=1)
-        target = F.softmax(teacher / self.temperature, dim=1)
+        loss = self.kd_weight * distilled(student, teacher, self.temperature)
         self._distilled = True
-        return -(self.kd_weight / student.shape[0]) * (target * log_p).sum()
+        return loss
 
     @torch.no_grad()
     def reassign_(self) -> None:
@@ -190,20 +182,27 @@ class CLLoRA(Method):
         """
         if not self._distilled:
             raise ArgumentError("reassign_: expected gradients of a distillation; call it and backward first")
-        refs = self._refs(self._shared)
+        refs = adapter_refs(self._shared)
         if missed := [ref.key for ref in refs if ref.parameters()[1].grad is None]:
             raise ArgumentError(
                 f"{missed[0]}: the gradient of the distillation did not reach it ({len(missed)} such "
                 "adapters); early_exit must run every shared layer"
             )
-        for ref in refs:
-            gradient = ref.parameters()[1].grad
-            assert gradient is not None
-            if several(self.group):
-                dist.all_reduce(gradient, group=self.group)
-                gradient /= dist.get_world_size(self.group)
-            gradient *= parts.importance(self._teacher(ref))[:, None]
+        gradients = [gradient for ref in refs if (gradient := ref.parameters()[1].grad) is not None]
+        if several(self.group):
+            self._average(gradients)
+        for ref, gradient in zip(refs, gradients, strict=True):
+            gradient *= importance(self._teacher(ref))[:, None]
         self._distilled = False
+
+    def _average(self, gradients: list[Tensor]) -> None:
+        """Their means over processes, in one call."""
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat, group=self.group)
+        flat /= dist.get_world_size(self.group)
+        means = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, mean in zip(gradients, means, strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def _teacher(self, ref: AdapterRef) -> Tensor:
         found = own_tensors(ref.layer)[parts.TEACHER + parts.suffix(ref.piece)]
@@ -213,7 +212,9 @@ class CLLoRA(Method):
     def block_weights(self) -> dict[str, Tensor]:
         """w of every adapter of the task that runs, or ran last, 0-d, by module name, with ".k" etc. for
         slices."""
-        table = {ref.key: own_tensors(ref.layer)[ref.piece.scale_name] for ref in self._refs(self._specific)}
+        table = {
+            ref.key: own_tensors(ref.layer)[ref.piece.scale_name] for ref in adapter_refs(self._specific)
+        }
         return {key: scale for key, scale in table.items() if scale is not None}
 
     def penalty(self) -> Tensor:
@@ -223,12 +224,11 @@ class CLLoRA(Method):
             return super().penalty()
         now = torch.stack([weight.to(torch.float64) for weight in self.block_weights().values()])
         earlier = torch.stack(
-            [parts.past(ref.layer, ref.piece)[2].to(now) for ref in self._refs(self._specific)], dim=1
+            [parts.past(ref.layer, ref.piece)[2].to(now) for ref in adapter_refs(self._specific)], dim=1
         )
-        tiny = 1e-8  # of the official code, against weights of 0
-        earlier = earlier / (torch.linalg.vector_norm(earlier, dim=1, keepdim=True) + tiny)
-        cosines = earlier @ (now / (torch.linalg.vector_norm(now) + tiny))
-        return (self.orthogonality * cosines.abs().mean()).to(next(iter(self.block_weights().values())).dtype)
+        return (self.orthogonality * mean_cosine(now, earlier)).to(
+            next(iter(self.block_weights().values())).dtype
+        )
 
     def report(self) -> Report:
         """Per adapter: whether it is shared, and its block weights by task; printable.
@@ -237,12 +237,12 @@ class CLLoRA(Method):
         """
         rows: list[dict[str, Any]] = [
             {"adapter": ref.key, "r": ref.piece.r, "shared": True, "weights": ()}
-            for ref in self._refs(self._shared)
+            for ref in adapter_refs(self._shared)
         ]
-        for ref in self._refs(self._specific):
+        for ref in adapter_refs(self._specific):
             weights = tuple(parts.past(ref.layer, ref.piece)[2].tolist())
             rows.append({"adapter": ref.key, "r": ref.piece.r, "shared": False, "weights": weights})
-        totals = {"shared": len(self._refs(self._shared)), "specific": len(self._refs(self._specific))}
+        totals = {"shared": len(adapter_refs(self._shared)), "specific": len(adapter_refs(self._specific))}
         return Report("CL-LoRA adapters", rows, summary=totals)
 
     def export(self, task: int | None = None) -> nn.Module:
@@ -271,11 +271,11 @@ class CLLoRA(Method):
         generator = self._drawing(self.generator)
         self._choice.task, self._distilled = None, False
         with torch.no_grad():
-            for ref in self._refs(self._shared if self.tasks == 0 else {}):
+            for ref in adapter_refs(self._shared if self.tasks == 0 else {}):
                 ref.parameters()[0].copy_(parts.orthonormal_rows(ref.parameters()[0], generator))
             weights = list(self.block_weights().values())
             drawn = self._new_weights(len(weights), generator)
-            for ref, weight, value in zip(self._refs(self._specific), weights, drawn, strict=True):
+            for ref, weight, value in zip(adapter_refs(self._specific), weights, drawn, strict=True):
                 lora_a, lora_b = ref.parameters()
                 lora_a.copy_(parts.orthonormal_rows(lora_a, generator))
                 lora_b.zero_()
@@ -296,15 +296,15 @@ class CLLoRA(Method):
         self._check_unmerged()
         values = {
             f"{name} of {ref.key}": tensor
-            for ref in self._refs(self.layers)
+            for ref in adapter_refs(self.layers)
             for name, tensor in zip(("lora_A", "lora_B"), ref.parameters(), strict=True)
         }
         values |= {f"block weight of {key}": weight for key, weight in self.block_weights().items()}
         in_all(lambda: check_finite(values, "end_task", ArgumentError), self.group)
-        joined = [(ref, parts.with_current(ref.layer, ref.piece)) for ref in self._refs(self._specific)]
+        joined = [(ref, parts.with_current(ref.layer, ref.piece)) for ref in adapter_refs(self._specific)]
         for ref, tensors in joined:
             parts.put_past(ref.layer, ref.piece, tensors)
-        for ref in self._refs(self._shared):
+        for ref in adapter_refs(self._shared):
             self._teacher(ref).copy_(ref.parameters()[1])
         self._choice.task = self.tasks
         self._distilled = False
@@ -315,8 +315,8 @@ class CLLoRA(Method):
 
         >>> torch.save([method.state_dict(), model.state_dict()], "task3.pt")
         """
-        shared = list(self._shared)
-        return dump(self, dump_tensors(self._shared, self._specific), variant=self.variant, shared=shared)
+        tensors = dump_tensors(self._shared, self._specific)
+        return dump(self, tensors, variant=self.variant, shared=list(self._shared))
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Takes over a `state_dict()` of a CLLoRA with the same shared layers, which may be freshly injected;

@@ -242,7 +242,7 @@ def test_injected_inside():
     assert type(model.fc1) is nn.Linear
 
 
-@pytest.mark.parametrize("name", ["InfLoRA", "KeepLoRA", "EWCLoRA", "SDLoRA", "CoDyRA"])
+@pytest.mark.parametrize("name", ["InfLoRA", "KeepLoRA", "EWCLoRA", "SDLoRA", "CoDyRA", "CLLoRA"])
 def test_methods(name: str):
     """Methods on a wrapped model learn what they learn on the model alone."""
     method, outputs = getattr(fe.methods, name), []
@@ -250,7 +250,7 @@ def test_methods(name: str):
         torch.manual_seed(0)
         model = MLP().double()
         run = wrap(model)
-        options = {"ewc_lambda": 1.0} if method is fe.methods.EWCLoRA else {}
+        options = {"EWCLoRA": {"ewc_lambda": 1.0}, "CLLoRA": {"shared": ["fc1"]}}.get(name, {})
         learning = method(run, WHOLE, **options)
         for task in range(2):
             learning.begin_task(task)

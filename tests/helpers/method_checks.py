@@ -16,7 +16,7 @@ from tiny_models import adapted, batches, data, randomise
 from torch import Tensor, nn
 
 import fused_ewclora as fe
-from fused_ewclora.methods import CoDyRA, EWCLoRA, InfLoRA, KeepLoRA, LoRA, Method, SDLoRA
+from fused_ewclora.methods import CLLoRA, CoDyRA, EWCLoRA, InfLoRA, KeepLoRA, LoRA, Method, SDLoRA
 
 SAMPLES, STEPS, TASKS = 12, 3, 3
 DDP = nn.parallel.DistributedDataParallel
@@ -235,6 +235,36 @@ def official_keep_lora_adds_the_batches_of_all() -> None:
     close(method, whole, False)
 
 
+def cl_lora_distils_the_data_of_all() -> None:
+    """Two tasks with distillation are those of one process with all the data."""
+    options = {"shared": ["qkv"], "orthogonality": 0.3}
+    method, whole = CLLoRA(at_start(), **options), CLLoRA(at_start(), group=alone(), **options)
+    torch.manual_seed(dist.get_rank())
+    for task in range(2):
+        for one in (method, whole):
+            one.begin_task(task)
+        take_drawn(whole, method)
+        wrapped = DDP(method.model)
+        for one, model, share in ((method, wrapped, mine), (whole, whole.model, lambda *both: both)):
+            optimizer = torch.optim.SGD([p for p in one.model.parameters() if p.requires_grad], lr=0.1)
+            for step in range(STEPS):
+                x, y = share(*data(SAMPLES, seed=10 * task + step))
+                optimizer.zero_grad()
+                if task:
+                    inner = one.model
+                    one.distillation(
+                        x, lambda x, inner=inner: inner.head(inner.qkv(x)[..., 6:12].mean(1))
+                    ).backward()
+                    one.reassign_()
+                (F.cross_entropy(model(x), y) + one.penalty()).backward()
+                optimizer.step()
+                one.after_step(step, STEPS)
+        for one in (method, whole):
+            one.end_task([])
+        identical(method)
+        close(method, whole, False)
+
+
 def decisions_that_differ_are_an_error_in_all() -> None:
     """Parameters that no DDP kept equal."""
     gated = CoDyRA(adapted())
@@ -282,6 +312,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     "inflora_official": case(InfLoRA, {"epsilon": 0.6, "variant": "official"}),
     "keep_lora_official": official_keep_lora_adds_the_batches_of_all,
     "keep_lora": case(KeepLoRA, KEEP, keep_wrapper=True),
+    "cl_lora": case(CLLoRA, {"shared": ["qkv"], "orthogonality": 0.3}),
+    "cl_lora_distillation": cl_lora_distils_the_data_of_all,
     "sd_lora": case(SDLoRA, {"ranks": (2, 3)}),
     "sd_lora_kd": case(SDLoRA, {"kd_threshold": 0.9, "normalization": "factors"}),
     "sd_lora_ewc": case(SDLoRA, EWC),

@@ -8,22 +8,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense_tiny import Dense, close
-from tiny_models import Tiny, adapted, assert_same, data, fresh, snapshot
+from tiny_models import KEYS, Tiny, adapted, assert_same, data, fresh, snapshot
 from torch import Tensor, nn
 
 import fused_ewclora as fe
 from fused_ewclora.methods import CLLoRA
 
-SHARED = ("qkv.k", "qkv.v")
 OPTIONS = {"shared": ["qkv"], "orthogonality": 0.3}  # more than is published, so that an error would show
 
 
-def early_exit(model: Tiny):
-    """The attention, whose layer is shared, and the head."""
+def attention(qkv: Tensor, x: Tensor) -> Tensor:
+    q, k, v = qkv.chunk(3, dim=-1)
+    return x + F.scaled_dot_product_attention(q, k, v)
+
+
+def early_exit(model: Tiny, shared: str = "qkv"):
+    """The shared layer alone, and the head."""
 
     def run(x: Tensor) -> Tensor:
-        q, k, v = model.qkv(x).chunk(3, dim=-1)
-        return model.head((x + F.scaled_dot_product_attention(q, k, v)).mean(1))
+        y = attention(model.qkv(x), x) if shared == "qkv" else x + torch.tanh(model.fc(x))
+        return model.head(y.mean(1))
 
     return run
 
@@ -31,21 +35,25 @@ def early_exit(model: Tiny):
 class Literal(Dense):
     """The algorithm with explicit weights: `b` of shared adapters goes on, `old` is that of the last task."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, shared: str) -> None:
         super().__init__(model)
+        self.layer = shared
+        self.shared = [key for key in KEYS if key.startswith(shared)]
+        self.specific = [key for key in KEYS if key not in self.shared]
         self.old: dict[str, Tensor] = {}
-        self.past: list[dict[str, tuple[Tensor, Tensor, Tensor]]] = []
+        self.past: list[list[tuple[Tensor, Tensor, Tensor]]] = []
 
     def delta(self, key: str) -> Tensor:
         return self.w.get(key, 1.0) * (self.b[key] @ self.a[key])
 
     def of_exit(self, x: Tensor, b: dict[str, Tensor]) -> Tensor:
         """The logits of the early exit, with these B in the place of the shared ones."""
-        k, v = (b[key] @ self.a[key] for key in SHARED)
-        weight = self.weights["qkv"] + torch.cat([torch.zeros_like(k), k, v])
-        q, k, v = (x @ weight.T + self.constant["qkv.bias"]).chunk(3, dim=-1)
-        features = (x + F.scaled_dot_product_attention(q, k, v)).mean(1)
-        return features @ self.head["head.weight"].T + self.head["head.bias"]
+        changes = [b[key] @ self.a[key] for key in self.shared]
+        if self.layer == "qkv":
+            changes = [torch.zeros_like(changes[0]), *changes]  # of q
+        y = x @ (self.weights[self.layer] + torch.cat(changes)).T + self.constant[f"{self.layer}.bias"]
+        y = attention(y, x) if self.layer == "qkv" else x + torch.tanh(y)
+        return y.mean(1) @ self.head["head.weight"].T + self.head["head.bias"]
 
     def distill(self, x: Tensor, detached: bool) -> None:
         """Gradients of the distillation, reassigned."""
@@ -53,31 +61,34 @@ class Literal(Dense):
         teacher = teacher.detach() if detached else teacher
         log_p, p = torch.log_softmax(student / 2, 1), torch.softmax(teacher / 2, 1)
         (5 * -(p * log_p).sum() / len(x)).backward()
-        for key in SHARED:
+        for key in self.shared:
             norms = torch.stack([row.norm() for row in self.old[key]])
             self.b[key].grad *= (len(norms) * norms / norms.sum())[:, None]
 
     def orthogonality(self) -> Tensor:
-        """Of the block weight of fc, the only one: its vector has one entry."""
+        """The mean cosine of all block weights with those of earlier tasks."""
         total = torch.zeros((), dtype=torch.float64)
-        now = self.w["fc"].reshape(1)
+        now = torch.stack([self.w[key] for key in self.specific])
         for task in self.past:
-            old = task["fc"][2].reshape(1)
+            old = torch.stack([w for _, _, w in task])
             total = total + (old / (old.norm() + 1e-8) * now / (now.norm() + 1e-8)).sum().abs()
         return total / max(len(self.past), 1)
 
+    def _now(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return [(self.a[key], self.b[key], self.w[key]) for key in self.specific]
+
     def end(self) -> None:
-        self.past.append(
-            {"fc": tuple(t[key].detach().clone() for t in (self.a, self.b, self.w) for key in ["fc"])}
-        )
-        self.old = {key: self.b[key].detach().clone() for key in SHARED}
+        self.past.append([tuple(t.detach().clone() for t in now) for now in self._now()])
+        self.old = {key: self.b[key].detach().clone() for key in self.shared}
 
     def model_of(self, task: int, x: Tensor) -> Tensor:
         """The logits of a task that has ended."""
-        held = self.a["fc"], self.b["fc"], self.w["fc"]
-        self.a["fc"], self.b["fc"], self.w["fc"] = self.past[task]["fc"]
-        found = self.logits(x).detach()
-        self.a["fc"], self.b["fc"], self.w["fc"] = held
+        held = self._now()
+        for tensors, keep in ((self.past[task], False), (held, True)):
+            for key, (a, b, w) in zip(self.specific, tensors, strict=True):
+                self.a[key], self.b[key], self.w[key] = a, b, w
+            if not keep:
+                found = self.logits(x).detach()
         return found
 
 
@@ -85,19 +96,21 @@ def optimizer_of(parameters) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.2, momentum=0.5, weight_decay=0.01)
 
 
-@pytest.mark.parametrize("steps", [1, 2], ids=["one step", "two steps"])
-@pytest.mark.parametrize("variant", ["paper", "official"])
-def test_literal_three_tasks(variant, steps):
-    """Three tasks are those of the literal algorithm, and the models of all tasks after each."""
+@pytest.mark.parametrize(
+    ("shared", "variant", "steps"), [("qkv", "paper", 1), ("qkv", "official", 2), ("fc", "paper", 2)]
+)
+def test_literal_three_tasks(shared, variant, steps):
+    """Three tasks are those of the literal algorithm, with one step or two per batch, and so are the models
+    of all tasks after each."""
     model = fresh()
-    method = CLLoRA(model, variant=variant, **OPTIONS)
-    dense = Literal(model)
+    method = CLLoRA(model, variant=variant, **{**OPTIONS, "shared": [shared]})
+    dense = Literal(model, shared)
     for task in range(3):
         method.begin_task(task)
-        shared = {key: dense.b[key] for key in SHARED} if task else {}
+        going_on = {key: dense.b[key] for key in dense.shared} if task else {}
         dense.read_adapters(model)
-        dense.b |= shared  # goes on
-        for key in SHARED:
+        dense.b |= going_on
+        for key in dense.shared:
             dense.a[key].requires_grad_(False)
         trained = [t for table in (dense.a, dense.b, dense.w, dense.head) for t in table.values()]
         literal = optimizer_of([t for t in trained if t.requires_grad])
@@ -107,7 +120,7 @@ def test_literal_three_tasks(variant, steps):
             optimizer.zero_grad()
             literal.zero_grad()
             if task:
-                loss = method.distillation(x, early_exit(model))
+                loss = method.distillation(x, early_exit(model, shared))
                 loss.backward()
                 method.reassign_()
                 dense.distill(x, detached=variant == "paper")
@@ -229,7 +242,7 @@ def test_resume_fresh_model(after, tmp_path):
         assert_same(before, snapshot(other.model))
 
 
-def test_refused():
+def test_refused(tmp_path):
     """Bad values and wrong orders are refused before anything is changed."""
     bad = [{"shared": "nothing"}, {"shared": 3}, {"kd_weight": -1.0}, {"temperature": 0.0},
            {"orthogonality": float("nan")}, {"variant": "mine"}]  # fmt: skip
@@ -265,6 +278,7 @@ def test_refused():
         method.reassign_()
     loss.backward()
     method.reassign_()
+    method.model.zero_grad()
     with torch.no_grad():
         method.model.fc.lora_scale.fill_(torch.nan)
     before = snapshot(method.model)
@@ -280,6 +294,8 @@ def test_refused():
     fe.unmerge(method.model)
     with pytest.raises(fe.TargetError, match="another method"):
         CLLoRA(method.model, shared="qkv")
+    with pytest.raises(fe.CheckpointError, match=r"state_dict\(\) of CLLoRA"):
+        fe.save_pretrained(tmp_path / "saved", method.model)
 
 
 def test_no_temporary():

@@ -112,7 +112,8 @@ NAMES = {
         HeadRule LayoutRule Match Plan ancestors is_linear known_layout load_libraries plan
         register_adapted_class register_heads register_layout register_library shorten
     """,
-    "fused_ewclora.methods": "CoDyRA EWCLoRA InfLoRA KeepLoRA LoRA Method SDLoRA",
+    "fused_ewclora.methods": "CLLoRA CoDyRA EWCLoRA InfLoRA KeepLoRA LoRA Method SDLoRA",
+    "fused_ewclora.methods.cl_lora": "CLLoRA VARIANTS",
     "fused_ewclora.methods.codyra": "CoDyRA GATE_INITS SCHEDULES STAIRS THRESHOLDS dead_zone_",
     "fused_ewclora.methods.ewc_lora": "EWCLoRA",
     "fused_ewclora.methods.inflora": "InfLoRA",
