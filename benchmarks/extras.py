@@ -27,6 +27,7 @@ DISTRIBUTIONS = {  # by the name of the module
     "torchvision": "torchvision",
     "backpack": "backpack-for-pytorch",
     "opacus": "opacus",
+    "avalanche": "avalanche-lib",
     "matplotlib": "matplotlib",
 }
 INSTALL = "pip install --no-deps -r requirements-extras.txt"

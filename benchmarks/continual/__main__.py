@@ -21,6 +21,7 @@ from ..plot import MISSING
 from ..steps import INTERRUPTED
 from . import configuration, costs, pictures, suite, summary
 from .configuration import Run
+from .loggers import LOGGERS
 
 SUITES = ("language", "vision")
 COSTS = "costs"
@@ -38,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--list", action="store_true", help="show the configurations and their methods")
     command.add_argument("--quick", action="store_true", help="the configurations' short versions: minutes")
     command.add_argument(
+        "--develop", action="store_true", help="every value of each method's grid, on the development seeds"
+    )
+    command.add_argument(
         "--methods", nargs="+", metavar="NAME", help="of the configurations, or of the costs; default: all"
     )
     command.add_argument(
@@ -54,6 +58,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--threads", type=int, default=1, help="CPU threads of each run; 1 repeats exactly (1)"
     )
+    command.add_argument(
+        "--log",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f'every step and task: {", ".join(LOGGERS)} or "package.module:Class"; in <out>/logs',
+    )
     command.add_argument("--json", action="store_true", help="print records to stdout instead of tables")
     return command
 
@@ -66,14 +77,19 @@ def chosen(args: argparse.Namespace) -> list[Run]:
         if name == COSTS:
             known += costs.NAMES
             continue
-        loaded = configuration.load(configuration.find(name), args.quick)
-        known += [run.method for run in loaded.runs]
+        loaded = configuration.load(configuration.find(name), args.quick, args.develop)
+        known += loaded.methods
         if args.seeds:
             loaded = configuration.with_seeds(loaded, args.seeds)
-        runs += [run for run in loaded.runs if not args.methods or run.method in args.methods]
+        runs += [run for run in loaded.runs if not args.methods or _is_of(run, args.methods, args.develop)]
     if args.methods and (unknown := [name for name in args.methods if name not in known]):
         raise ArgumentError(f"--methods: expected some of {sorted(set(known))}, got {unknown[0]!r}")
     return runs
+
+
+def _is_of(run: Run, methods: Sequence[str], develop: bool) -> bool:
+    """Whether it is a run of one of these methods; on development seeds a name is followed by values."""
+    return any(run.method == name or (develop and run.method.startswith(f"{name}, ")) for name in methods)
 
 
 def listing() -> str:
@@ -108,7 +124,7 @@ def _run(args: argparse.Namespace, command: str) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         raise ArgumentError(MISSING)
     device_of(args.device)
-    place = suite.Place(args.out, args.data_root, args.device, _jobs(args), args.threads)
+    place = suite.Place(args.out, args.data_root, args.device, _jobs(args), args.threads, tuple(args.log))
     runs = chosen(args)
     left = suite.outstanding(runs, place)
     place = replace(place, jobs=min(place.jobs, max(len(left), 1)))
@@ -142,7 +158,7 @@ def _jobs(args: argparse.Namespace) -> int:
 
 
 def _tasks(run: Run) -> int:
-    tasks = run.problem["tasks"]
+    tasks = run.problem.get("tasks", 1)
     return tasks if isinstance(tasks, int) else len(tasks)
 
 

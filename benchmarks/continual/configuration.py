@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import importlib
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 import fused_ewclora as fe
 from fused_ewclora import methods
 from fused_ewclora.errors import ArgumentError
 
 FOLDER = Path(__file__).parent / "configurations"
-METHODS = {name: getattr(methods, name) for name in ("LoRA", "EWCLoRA", "SDLoRA", "CoDyRA", "InfLoRA")}
+NAMES = ("LoRA", "EWCLoRA", "SDLoRA", "CoDyRA", "InfLoRA")
+METHODS: dict[str, type[methods.Method]] = {name: getattr(methods, name) for name in NAMES}
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "multistep")
 _KEYS = {"name", "about", "problem", "adapters", "training", "seeds", "methods"}
+_OPTIONAL = {"quick", "development"}
+_OF_METHOD = {"options", "adapters", "training", "seeds", "grid"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,9 @@ class Training:
     lr is the rate of the adapters, head_lr that of the newest head. iterations, if set, is the number of
     steps of a task of any size, instead of epochs. schedule: "cosine" to 0 and "multistep" (times decay at
     each of milestones) change rates after every epoch; "cosine" after every step where iterations are set.
-    fisher_batch_size is that of the passes over the data after a task; None: batch_size.
+    fisher_batch_size is that of the passes over the data after a task; None: batch_size. Accuracies are taken
+    after the task has ended, or before, with the adapters not yet merged (evaluate_before_end). first_lr and
+    first_head_lr, if set, are the rates of the first task.
     """
 
     lr: float
@@ -45,6 +55,17 @@ class Training:
     fisher_batch_size: int | None = None
     test_batch_size: int = 500
     workers: int = 0
+    evaluate_before_end: bool = False
+    first_lr: float | None = None
+    first_head_lr: float | None = None
+
+    def of_task(self, number: int) -> Training:
+        """How task `number`, counted from 0, is trained."""
+        if number:
+            return self
+        lr = self.lr if self.first_lr is None else self.first_lr
+        head_lr = self.head_lr if self.first_head_lr is None else self.first_head_lr
+        return replace(self, lr=lr, head_lr=head_lr)
 
 
 @dataclass(frozen=True)
@@ -53,10 +74,10 @@ class Run:
 
     suite: str
     method: str  # as tables name it
-    kind: str  # of METHODS
+    kind: str  # of METHODS, or "package.module:Class"
     seed: int
     problem: dict[str, Any]
-    adapters: dict[str, Any]
+    adapters: dict[str, Any] | list[dict[str, Any]]
     training: Training
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -70,12 +91,10 @@ class Run:
         decisive = {k: v for k, v in self.to_dict().items() if k not in ("suite", "method")}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
-    def lora_config(self) -> fe.LoRAConfig:
-        """The adapters; "segments" are those of a packed projection whose layout is not registered."""
-        options = dict(self.adapters)
-        if (segments := options.pop("segments", None)) is not None:
-            options["layout"] = fe.QKVLayout(tuple(segments))
-        return fe.LoRAConfig(**options)
+    def lora_configs(self) -> list[fe.LoRAConfig]:
+        """The adapters, in the order in which they are injected."""
+        groups = self.adapters if isinstance(self.adapters, list) else [self.adapters]
+        return [_lora_config(group) for group in groups]
 
 
 @dataclass(frozen=True)
@@ -83,15 +102,58 @@ class Configuration:
     """A file of `configurations/`, or one of the same form.
 
     Keys: "name", "about" (its source, and the differences from it), "problem" ("kind" and the
-    keywords of its loader), "adapters" (keywords of `LoRAConfig`, and "segments"), "training" (`Training`),
-    "seeds", and "methods": a list of {"name", "kind", and optionally "options" of the method, "adapters",
-    "training", "seeds", which override those of the file}. "quick", optional, defines a short version: the
-    same keys with the changed values, and "methods", a list of names.
+    keywords of its loader), "adapters" (keywords of `LoRAConfig`, and "segments", those of a packed
+    projection whose layout is not registered; or a list of such objects for different layers), "training"
+    (`Training`), "seeds", and "methods": a list of {"name", "kind", and optionally "options" of the method,
+    "adapters", "training", "seeds", which override those of the file}. A kind is one of `METHODS` or the
+    dotted path "package.module:Class" of another `Method`; that of a problem is one of `problems.KINDS` or
+    the path of a function. "quick", optional, defines a short version: the same keys with the changed values,
+    and "methods", a list of names. "development", optional, is a list of seeds, on which every method is run
+    with all values of its "grid", {"training.lr": [...], "options.ewc_lambda": [...]}; the file itself has
+    those that were best (`development`).
     """
 
     name: str
     about: str
     runs: tuple[Run, ...]
+    methods: tuple[str, ...]  # as the file names them
+
+
+def named(path: str, what: str) -> Any:
+    """The object with a dotted path "package.module:name"; raises `ArgumentError` that begins with `what`."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ArgumentError(f"{what}: {path!r} cannot be imported: {error}") from error
+
+
+def method_class(kind: str) -> type[methods.Method]:
+    """The class of a kind; raises `ArgumentError` for anything else."""
+    if kind in METHODS:
+        return METHODS[kind]
+    if not isinstance(kind, str) or ":" not in kind:
+        known = ", ".join(METHODS)
+        raise ArgumentError(f'kind: expected one of {known} or "package.module:Class", got {kind!r}')
+    found = named(kind, "kind")
+    if not (isinstance(found, type) and issubclass(found, methods.Method)):
+        raise ArgumentError(f"kind: {kind}: expected a subclass of methods.Method, got {found!r}")
+    return found
+
+
+def check_options(kind: str, options: Any) -> None:
+    """Raises `ArgumentError` for options that the method would refuse, before anything is trained.
+
+    They are tried on the smallest model; what a method demands of its layers shows on the real one.
+    """
+    _mapping(options, "options", set(), set(options) if isinstance(options, Mapping) else set())
+    method, model = method_class(kind), nn.Sequential(nn.Linear(2, 2))
+    try:
+        method(model, fe.LoRAConfig(r=1, target_modules=["0"]), **options)
+    except TypeError as error:
+        raise ArgumentError(f"options: {error}") from error
+    except fe.TargetError:
+        pass
 
 
 def available() -> list[str]:
@@ -108,33 +170,41 @@ def find(name: str) -> Path:
     raise ArgumentError(f"suite: expected a file or one of {', '.join(available())}, got {name!r}")
 
 
-def load(path: Path, quick: bool = False) -> Configuration:
-    """Reads and checks a configuration; raises `ArgumentError` that names the file and the error in it."""
+def load(path: Path, quick: bool = False, develop: bool = False) -> Configuration:
+    """Reads and checks a configuration, or its short version, or its runs on development seeds; raises
+    `ArgumentError` that names the file and the error in it."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ArgumentError(f"{path}: not readable as JSON: {error}") from error
     try:
-        return parse(data, quick)
+        return parse(data, quick, develop)
     except ArgumentError as error:
         raise ArgumentError(f"{path}: {error}") from error
 
 
-def parse(data: Any, quick: bool = False) -> Configuration:
+def parse(data: Any, quick: bool = False, develop: bool = False) -> Configuration:
     """The runs of a configuration; see `Configuration` for its form."""
-    data = _mapping(data, "configuration", _KEYS, {"quick"})
+    data = _mapping(data, "configuration", _KEYS, _OPTIONAL)
     entries = [
-        _mapping(entry, f"methods[{number}]", {"name", "kind"}, {"options", "adapters", "training", "seeds"})
+        _mapping(entry, f"methods[{number}]", {"name", "kind"}, _OF_METHOD)
         for number, entry in enumerate(data["methods"])
     ]
     data["methods"] = entries
+    names = tuple(entry["name"] for entry in entries)
+    for entry in entries:
+        _check_grid(data, entry)
+    if develop:
+        data = _developed(data)
     if quick:
         data = _shortened(data)
     runs: list[Run] = []
     for entry in data["methods"]:
         where = f"methods: {entry['name']}"
-        if entry["kind"] not in METHODS:
-            raise ArgumentError(f"{where}: kind: expected one of {', '.join(METHODS)}, got {entry['kind']!r}")
+        try:
+            check_options(entry["kind"], entry.get("options", {}))
+        except ArgumentError as error:
+            raise ArgumentError(f"{where}: {error}") from error
         for seed in entry.get("seeds", data["seeds"]):
             run = Run(
                 suite=data["name"],
@@ -142,16 +212,63 @@ def parse(data: Any, quick: bool = False) -> Configuration:
                 kind=entry["kind"],
                 seed=_seed(seed),
                 problem=data["problem"],
-                adapters={**data["adapters"], **entry.get("adapters", {})},
+                adapters=_overridden(data["adapters"], entry.get("adapters", {})),
                 training=_training({**data["training"], **entry.get("training", {})}, where),
                 options=entry.get("options", {}),
             )
-            run.lora_config()  # raises for wrong values before the first run
+            run.lora_configs()  # raises for wrong values before the first run
             runs.append(run)
-    names = [(run.method, run.seed) for run in runs]
-    if twice := [name for name in names if names.count(name) > 1]:
+    pairs = [(run.method, run.seed) for run in runs]
+    if twice := [pair for pair in pairs if pairs.count(pair) > 1]:
         raise ArgumentError(f"methods: {twice[0][0]}, seed {twice[0][1]}: expected once, found again")
-    return Configuration(data["name"], data["about"], tuple(runs))
+    return Configuration(data["name"], data["about"], tuple(runs), names)
+
+
+def value_of(data: Mapping[str, Any], entry: Mapping[str, Any], key: str) -> Any:
+    """What a method has for a key of its grid, as "training.lr"; None where it is not set."""
+    part, _, name = key.partition(".")
+    return {**data.get(part, {}), **entry.get(part, {})}.get(name)
+
+
+def points(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every combination of the values of a grid."""
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def label(name: str, point: Mapping[str, Any]) -> str:
+    """The name of a method with these values of its grid."""
+    return ", ".join([name, *(f"{key.partition('.')[2]} {value:g}" for key, value in point.items())])
+
+
+def _check_grid(data: Mapping[str, Any], entry: Mapping[str, Any]) -> None:
+    where = f"methods: {entry['name']}: grid"
+    grid = _mapping(entry.get("grid", {}), where, set(), set(entry.get("grid", {})))
+    for key, values in grid.items():
+        part, _, name = key.partition(".")
+        if part not in ("training", "options", "adapters") or not name:
+            raise ArgumentError(f"{where}: expected keys like training.lr or options.ewc_lambda, got {key!r}")
+        if not isinstance(values, list) or not values:
+            raise ArgumentError(f"{where}: {key}: expected a list of values, got {values!r}")
+        if (own := value_of(data, entry, key)) not in values:
+            raise ArgumentError(f"{where}: {key}: expected that of the method, {own!r}, among {values}")
+
+
+def _developed(data: dict[str, Any]) -> dict[str, Any]:
+    """The runs on development seeds, under a name of their own."""
+    if not data.get("development"):
+        raise ArgumentError(f"development: {data['name']} has no development seeds")
+    if shared := sorted(set(data["development"]) & set(data["seeds"])):
+        raise ArgumentError(f"development: expected seeds that are not reported, got {shared}")
+    entries = []
+    for entry in data["methods"]:
+        for point in points(entry.get("grid", {})):
+            changed = {**copy.deepcopy(entry), "name": label(entry["name"], point)}
+            changed.pop("seeds", None)
+            for key, value in point.items():
+                part, _, name = key.partition(".")
+                changed[part] = {**changed.get(part, {}), name: value}
+            entries.append(changed)
+    return {**data, "name": f"{data['name']}-development", "seeds": data["development"], "methods": entries}
 
 
 def _shortened(data: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +280,8 @@ def _shortened(data: dict[str, Any]) -> dict[str, Any]:
     named = {entry["name"]: entry for entry in data["methods"]}
     if unknown := [name for name in wanted if name not in named]:
         raise ArgumentError(f"quick: methods: no method is called {unknown[0]!r}")
-    merged = {name: {**data[name], **change.get(name, {})} for name in ("problem", "adapters", "training")}
+    merged = {name: {**data[name], **change.get(name, {})} for name in ("problem", "training")}
+    merged["adapters"] = _overridden(data["adapters"], change.get("adapters", {}))
     # Values of the short version override those of a method.
     entries = [
         {
@@ -184,6 +302,23 @@ def with_seeds(configuration: Configuration, seeds: list[int]) -> Configuration:
     first = {run.method: run for run in reversed(configuration.runs)}
     order = list(dict.fromkeys(run.method for run in configuration.runs))
     return replace(configuration, runs=tuple(replace(first[name], seed=s) for name in order for s in seeds))
+
+
+def _lora_config(values: dict[str, Any]) -> fe.LoRAConfig:
+    options = dict(values)
+    if (segments := options.pop("segments", None)) is not None:
+        options["layout"] = fe.QKVLayout(tuple(segments))
+    try:
+        return fe.LoRAConfig(**options)
+    except TypeError as error:
+        raise ArgumentError(f"adapters: {error}") from error
+
+
+def _overridden(adapters: Any, changes: Any) -> Any:
+    """Adapters with the changes of a method; a list takes the place of what the file has."""
+    if isinstance(adapters, Mapping) and isinstance(changes, Mapping):
+        return {**adapters, **changes}
+    return changes or adapters
 
 
 def _mapping(value: Any, where: str, required: set[str], optional: set[str]) -> dict[str, Any]:
@@ -216,11 +351,10 @@ def _training(values: dict[str, Any], where: str) -> Training:
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if not whole and not (optional and value is None):
             raise ArgumentError(f"{where}: training: {name}: expected an integer >= 1, got {value!r}")
-    for name in ("lr", "head_lr"):
-        if not isinstance(getattr(training, name), (int, float)) or not 0 < getattr(training, name) < float(
-            "inf"
-        ):
-            raise ArgumentError(
-                f"{where}: training: {name}: expected a number > 0, got {getattr(training, name)!r}"
-            )
+    for name in ("lr", "head_lr", "first_lr", "first_head_lr"):
+        value = getattr(training, name)
+        if value is None and name.startswith("first_"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise ArgumentError(f"{where}: training: {name}: expected a number > 0, got {value!r}")
     return training

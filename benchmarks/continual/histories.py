@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_ewclora as fe
-from fused_ewclora.demo.vit import Classifier, VisionTransformer, key_value_config
+from fused_ewclora.demo.vit import VisionTransformer, key_value_config
 from fused_ewclora.errors import ArgumentError, EWCLoRAError
 from fused_ewclora.methods import Method, SDLoRA
 
 from . import accounting, looped
 from .configuration import METHODS, Training
+from .learner import Heads
 from .run import make_optimizer
 
 Batch = tuple[Tensor, Tensor]
@@ -55,11 +56,9 @@ class Network:
             "rank": self.rank,
         }
 
-    def classifier(self) -> Classifier:
+    def classifier(self) -> Heads:
         """Without adapters and heads."""
-        return Classifier(
-            VisionTransformer(self.side, self.patch, CHANNELS, self.dim, self.depth, self.num_heads)
-        )
+        return Heads(VisionTransformer(self.side, self.patch, CHANNELS, self.dim, self.depth, self.num_heads))
 
     def config(self) -> fe.LoRAConfig:
         return key_value_config(self.dim, self.rank)

@@ -5,14 +5,20 @@ Only CIFAR-100 is decoded here, whose images are arrays in one file. Expected la
     cifar-100-python/{train,test,meta}            the archive "CIFAR-100 python version", extracted
     imagenet-r/<wnid>/*, imagenet-a/<wnid>/*      as released, or split as train/<wnid>/*, test/<wnid>/*
     domainnet/<domain>/<class>/*                  six domains, and <domain>_train.txt, <domain>_test.txt
+
+Images of your own: "folder:<path>", a folder of images per class as ImageFolder of torchvision reads it,
+split as train/<class>/* and test/<class>/* (or val/<class>/*) or not at all; "datasets:<path or name>",
+images of the package datasets (`hub_images`).
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,9 +37,10 @@ DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 
 @dataclass(frozen=True)
 class Examples:
-    """Images, as files or as uint8 `[N, H, W, 3]`, and labels `[N]` int64, positions in the classes."""
+    """Images, as files, uint8 `[N, H, W, 3]` or images of PIL, and labels `[N]` int64, positions in the
+    classes."""
 
-    images: Sequence[Path] | np.ndarray
+    images: Sequence[Any] | np.ndarray
     labels: np.ndarray
 
     def of(self, classes: Sequence[int]) -> Examples:
@@ -43,7 +50,20 @@ class Examples:
         labels = np.array([positions[label] for label in self.labels[index].tolist()], np.int64)
         if isinstance(self.images, np.ndarray):
             return Examples(self.images[index], labels)
-        return Examples([self.images[i] for i in index.tolist()], labels)
+        return Examples(_Chosen(self.images, index.tolist()), labels)
+
+
+class _Chosen(Sequence[Any]):
+    """Some of the images, read on access."""
+
+    def __init__(self, images: Sequence[Any], index: list[int]) -> None:
+        self.images, self.index = images, index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, position: Any) -> Any:
+        return self.images[self.index[position]]
 
 
 @dataclass(frozen=True)
@@ -74,15 +94,22 @@ class Collection:
 
 
 def read(dataset: str, root: Path, split_seed: int = 0) -> Collection:
-    """One of `READERS`, from the data folder `root`; split_seed: for sets without a published split.
+    """One of `READERS`, or images of your own, from the data folder `root`; split_seed: for sets without a
+    split.
 
     Raises `DataError` that names the files it expects.
 
         >>> read("cifar100", Path("data")).classes[:2]
         ('apple', 'aquarium_fish')
     """
+    kind, _, rest = str(dataset).partition(":")
+    if kind == "folder" and rest:
+        return folders(rest, "a folder of images")(root, split_seed)
+    if kind == "datasets" and rest:
+        return hub_images(rest, root)
     if dataset not in READERS:
-        raise DataError(f"dataset: expected one of {', '.join(READERS)}, got {dataset!r}")
+        known = ", ".join(READERS)
+        raise DataError(f"dataset: expected one of {known}, folder:PATH or datasets:NAME, got {dataset!r}")
     return READERS[dataset](root, split_seed)
 
 
@@ -118,7 +145,7 @@ def folders(name: str, official: str) -> Callable[[Path, int], Collection]:
                 f"{folder}: expected {official}, one folder of images per class, or already split as "
                 "train/<class>/* and test/<class>/*; found no such folder"
             )
-        if (folder / "train").is_dir() or (folder / "test").is_dir():
+        if (folder / "train").is_dir() or (folder / "test").is_dir() or (folder / "val").is_dir():
             return _split_folders(name, folder)
         return _unsplit_folders(name, folder, split_seed)
 
@@ -158,6 +185,52 @@ def domainnet(root: Path, split_seed: int) -> Collection:
     return Collection("domainnet", tuple(names[label] for label in sorted(names)), train, test)
 
 
+def hub_images(name: str, root: Path) -> Collection:
+    """A data set of the package datasets, by its name on the hub or the path of `save_to_disk` below root.
+
+    Splits "train" and "test" (or "validation"); a column of images, "image" or "img", and one of class
+    labels, "label" or "fine_label".
+    """
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise DataError(f"dataset: datasets:{name}: pip install datasets ({error})") from error
+    where, local = f"datasets:{name}", root / name
+    try:
+        found = datasets.load_from_disk(str(local)) if local.is_dir() else datasets.load_dataset(name)
+    except Exception as error:  # of the hub client, HTTP or files
+        raise DataError(f"{where}: cannot be loaded: {type(error).__name__}: {error}") from error
+    held_out = "test" if "test" in found else "validation"
+    if missing := [split for split in ("train", held_out) if split not in found]:
+        raise DataError(f"{where}: expected splits train and test, found no {missing[0]} in {sorted(found)}")
+    columns = found["train"].features
+    image, label = (
+        next((column for column in names if column in columns), None)
+        for names in (("image", "img"), ("label", "fine_label"))
+    )
+    if image is None or label is None or not hasattr(columns[label], "names"):
+        raise DataError(f"{where}: expected columns image and label (of classes), got {sorted(columns)}")
+
+    def examples(split: str) -> Examples:
+        data = found[split]
+        return Examples(_Column(data, image), np.asarray(data[label], np.int64))
+
+    return Collection(name, tuple(columns[label].names), examples("train"), examples(held_out))
+
+
+class _Column(Sequence[Any]):
+    """The images of a data set, decoded on access."""
+
+    def __init__(self, data: Any, column: str) -> None:
+        self.data, self.column = data, column
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.data[int(index)][self.column]
+
+
 READERS: dict[str, Callable[[Path, int], Collection]] = {
     "cifar100": cifar100,
     "imagenet-r": folders("imagenet-r", "ImageNet-R (its archive imagenet-r.tar, extracted)"),
@@ -180,11 +253,12 @@ def _examples(files: Sequence[Sequence[Path]]) -> Examples:
 
 
 def _split_folders(name: str, folder: Path) -> Collection:
-    classes, tested = class_folders(folder / "train"), class_folders(folder / "test")
+    held_out = "val" if (folder / "val").is_dir() and not (folder / "test").is_dir() else "test"
+    classes, tested = class_folders(folder / "train"), class_folders(folder / held_out)
     if differing := sorted(set(classes) ^ set(tested)):
-        where, lacking = ("train", "test") if differing[0] in classes else ("test", "train")
+        where, lacking = ("train", held_out) if differing[0] in classes else (held_out, "train")
         raise DataError(f"{folder}: class {differing[0]} is in {where} and not in {lacking}")
-    train, test = (_examples([_images(folder / split / c) for c in classes]) for split in ("train", "test"))
+    train, test = (_examples([_images(folder / split / c) for c in classes]) for split in ("train", held_out))
     return Collection(name, tuple(classes), train, test)
 
 

@@ -1,4 +1,4 @@
-"""Published image protocols: CIFAR-100, ImageNet-R, ImageNet-A and DomainNet on pretrained transformers."""
+"""Image sets, published ones and your own, on pretrained vision transformers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def load(
     normalize: Any = None,
     split_seed: int = 0,
 ) -> Problem:
-    """Images `[N, 3, image_size, image_size]` fp32 of a set in `root`, whose files `image_sets` describes.
+    """Images `[N, 3, image_size, image_size]` fp32 of a set in `root`, whose files `image_sets` describes;
+    your own are "folder:PATH" or "datasets:NAME".
 
     model, pretrained: see `backbones.make`. shuffle: the order of classes is drawn with the seed, by the
     generator of PyCIL, PILOT and code derived from them, so that equal seeds give equal orders; otherwise it
@@ -88,11 +89,13 @@ def _ordered(classes: Sequence[str], seed: int | None) -> list[str]:
     return [classes[i] for i in np.random.RandomState(seed).permutation(len(classes))]
 
 
-def _decoded(image: Path | np.ndarray) -> Any:
+def _decoded(image: Any) -> Any:
     from PIL import Image
 
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
     try:
         with Image.open(image) as file:
             return file.convert("RGB")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fused_ewclora.demo.formats import DataError
 
+from .configuration import named
 from .stream import Problem
 
 # kind -> module with `load(root, seed, device, **settings) -> Problem`
@@ -24,14 +26,29 @@ def load(settings: dict[str, Any], root: Path, seed: int, device: str) -> Proble
 
     root: folder of the data; data sets that a package index has are downloaded into it.
     """
+    function, options = checked(settings, root, seed, device)
+    problem = function(root, seed, device, **options)
+    if not isinstance(problem, Problem):
+        raise DataError(f"problem: {settings['kind']}: expected a Problem, got {problem!r}")
+    return problem
+
+
+def checked(
+    settings: dict[str, Any], root: Path, seed: int, device: str
+) -> tuple[Callable[..., Problem], dict[str, Any]]:
+    """The function that loads a problem, and its keywords; raises `DataError` for an unknown kind and for
+    keywords that it does not take."""
     options = dict(settings)
     kind = options.pop("kind", None)
-    if kind not in KINDS:
-        raise DataError(f"problem: kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    module = importlib.import_module(f".{KINDS[kind]}", __package__)
+    if kind in KINDS:
+        function = importlib.import_module(f".{KINDS[kind]}", __package__).load
+    elif isinstance(kind, str) and ":" in kind:
+        function = named(kind, "problem: kind")
+    else:
+        known = ", ".join(KINDS)
+        raise DataError(f'problem: kind: expected one of {known} or "package.module:function", got {kind!r}')
     try:
-        inspect.signature(module.load).bind(root, seed, device, **options)
+        inspect.signature(function).bind(root, seed, device, **options)
     except TypeError as error:
         raise DataError(f"problem: {kind}: {error}") from error
-    problem: Problem = module.load(root, seed, device, **options)
-    return problem
+    return function, options

@@ -48,6 +48,9 @@ def _of_run(record: Record) -> Iterator[str]:
         if len(values) != tasks:
             yield f"record.{name}: expected {tasks} entries, one per task, got {len(values)}"
             return
+    every = matrices.get("every_task")
+    if every is not None and [len(row) for row in every] != [tasks] * (tasks + 1):
+        yield f"record.matrices.every_task: expected {tasks + 1} rows of {tasks} accuracies"
     rows = {f"{name}[{t}]": (row, t) for name in PROTOCOLS for t, row in enumerate(matrices[name])}
     wrong = [
         f"record.matrices.{name}: expected {t + 1} accuracies, of task 0 to {t}, got {len(row)}"

@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, MultiStepLR
 from torch.utils.data import DataLoader
 
 import fused_ewclora as fe
-from fused_ewclora.demo.evaluation import PERCENT, accuracies, check_finite
+from fused_ewclora.demo.evaluation import PERCENT, check_finite
 from fused_ewclora.demo.files import temporary_name
-from fused_ewclora.demo.vit import Classifier
 from fused_ewclora.ewc.estimation import to_device
 from fused_ewclora.methods import Method
 from fused_ewclora.metrics import ContinualMetrics
 
 from . import accounting
-from .configuration import METHODS, Run, Training
+from .configuration import Run, Training, method_class
+from .learner import Heads, Learner, Scores
+from .loggers import Loggers
 from .stream import Problem, Task, loader, size
 
 Progress = Callable[[str], None]
@@ -34,10 +34,12 @@ Progress = Callable[[str], None]
 
 @dataclass
 class Results:
-    """Results of a run so far, one entry per finished task; accuracies in percent."""
+    """Results of a run so far, one entry per finished task; accuracies in percent. every_task, of learners
+    that have it, begins with the accuracies before the first task."""
 
     class_incremental: list[list[float]] = field(default_factory=list)
     task_aware: list[list[float]] = field(default_factory=list)
+    every_task: list[list[float]] = field(default_factory=list)
     tasks: list[dict[str, Any]] = field(default_factory=list)
     report: dict[str, Any] | None = None  # of the method after its last task
 
@@ -49,16 +51,18 @@ class State:
         torch.manual_seed(run.seed)
         self.order = torch.Generator().manual_seed(run.seed)  # of the examples
         self.run, self.device, self.results = run, device, Results()
+        self.tasks = problem.stream.tasks
         # Heads are added later, so that configurations may target every linear layer.
-        self.model = Classifier(copy.deepcopy(problem.backbone)).to(device)  # type: ignore[arg-type]
-        self.method: Method = METHODS[run.kind](self.model, run.lora_config(), **run.options)
+        self.model: Learner = (problem.learner or Heads)(copy.deepcopy(problem.backbone)).to(device)  # type: ignore[arg-type]
+        for config in run.lora_configs():
+            fe.inject(self.model, config)
+        self.method: Method = method_class(run.kind)(self.model, None, **run.options)
 
     def save(self, file: Path) -> None:
         """Writes the state between tasks. An interruption leaves the old file or the new one."""
         held = {
             "fingerprint": self.run.fingerprint(),
             "results": asdict(self.results),
-            "heads": [head.out_features for head in self.model.heads],
             "model": self.model.state_dict(),
             "method": self.method.state_dict(),
             "order": self.order.get_state(),
@@ -78,11 +82,11 @@ class State:
             raise fe.CheckpointError(f"{file}: cannot be read, remove it to start anew: {error}") from error
         if held.get("fingerprint") != self.run.fingerprint():
             raise fe.CheckpointError(f"{file}: belongs to another run; remove it to start anew")
-        for classes in held["heads"]:
-            self.model.add_head(classes).to(self.device)
+        self.results = Results(**held["results"])
+        for task in self.tasks[: len(self.results.tasks)]:
+            self.model.begin_task(task)
         self.method.load_state_dict(held["method"])  # first: ranks may change
         self.model.load_state_dict(held["model"])
-        self.results = Results(**held["results"])
         self.order.set_state(held["order"])
         torch.set_rng_state(held["random"])
         if "random_cuda" in held:
@@ -95,6 +99,7 @@ def execute(
     device: torch.device,
     checkpoint: Path | None = None,
     progress: Progress = lambda text: None,
+    loggers: Loggers | None = None,
 ) -> dict[str, Any]:
     """Learns the whole stream; returns the part of the record that depends on it (record_schema.json).
 
@@ -110,28 +115,36 @@ def execute(
         for number in range(len(state.results.tasks)):
             progress(f"task {number + 1}/{len(tasks)}: done before the interruption")
     results = state.results
+    if state.model.every_task and not results.every_task:
+        results.every_task.append(evaluate(state.model, tasks, 0, run.training, device)["every_task"])
     for number in range(len(results.tasks), len(tasks)):
-        row = learn(state, number, tasks[number])
-        class_incremental, task_aware = evaluate(state.model, tasks[: number + 1], run.training, device)
+        row, scores = learn(state, number, loggers)
         results.tasks.append(row)
-        results.class_incremental.append(class_incremental)
-        results.task_aware.append(task_aware)
+        if loggers:
+            loggers.task(number, row, scores)  # type: ignore[arg-type]
+        for protocol, values in scores.items():
+            getattr(results, protocol).append(values)
         report = getattr(state.method, "report", None)
         results.report = None if report is None else report().to_dict()
         if checkpoint is not None:
             state.save(checkpoint)
-        seen = statistics.fmean(class_incremental)
+        seen = statistics.fmean(scores["class_incremental"])
         progress(f"task {number + 1}/{len(tasks)}: {seen:.1f} % of all classes")
     return _record(problem, results)
 
 
-def learn(state: State, number: int, task: Task) -> dict[str, Any]:
-    """Trains one task and ends it; returns its times, and the sizes of the method's state afterwards."""
-    training, device, method, model = state.run.training, state.device, state.method, state.model
-    model.add_head(len(task.classes)).to(device)
+def learn(state: State, number: int, loggers: Loggers | None = None) -> tuple[dict[str, Any], Scores]:
+    """Trains one task and ends it; returns its times and the sizes of the method's state afterwards, and the
+    accuracies, which are those before the end of the task where the configuration asks for it."""
+    training, device = state.run.training.of_task(number), state.device
+    method, model, task = state.method, state.model, state.tasks[number]
+    model.begin_task(task)
     batches = loader(task.train, training.batch_size, state.order, training.workers)
-    # The passes over all examples before and after training; the methods move batches themselves.
-    passes = loader(task.train, training.fisher_batch_size or training.batch_size, workers=training.workers)
+    # The passes over all examples before and after training; the methods move batches themselves. Shuffled,
+    # as in the official codes: the Fisher of batches of a single class would be several times too large.
+    passes = loader(
+        task.train, training.fisher_batch_size or training.batch_size, state.order, training.workers
+    )
     method.begin_task(number)
     prepare_seconds = timed(lambda: method.prepare(passes), device)
     optimizer = make_optimizer(model, training)
@@ -144,7 +157,7 @@ def learn(state: State, number: int, task: Task) -> dict[str, Any]:
         start = time.perf_counter()
         x, y = to_device(inputs, device), labels.to(device)
         optimizer.zero_grad()
-        loss, penalty = F.cross_entropy(model(x), y), method.penalty()
+        loss, penalty = model.loss(model(x), y), method.penalty()
         (loss + penalty).backward()
         optimizer.step()
         method.after_step(step, steps)
@@ -152,11 +165,19 @@ def learn(state: State, number: int, task: Task) -> dict[str, Any]:
             schedule.step()
         _finished(device)
         step_seconds.append(time.perf_counter() - start)
+        if loggers:
+            values = {"loss": loss.item(), "penalty": penalty.item(), "lr": optimizer.param_groups[0]["lr"]}
+            loggers.step(number, step, values)
     # Before the task ends, when some methods add a direction for the next one.
     held, trained = accounting.adapter_parameters(method), accounting.trained_parameters(method)
-    end_seconds = timed(lambda: method.end_task(passes, F.cross_entropy), device)
+    scores: Scores = {}
+    if training.evaluate_before_end:
+        scores = evaluate(model, state.tasks, number + 1, training, device)
+    end_seconds = timed(lambda: method.end_task(passes, model.loss), device)
     check_finite(model, f"{state.run.method}, task {number}")
-    return {
+    if not training.evaluate_before_end:
+        scores = evaluate(model, state.tasks, number + 1, training, device)
+    row = {
         "steps": steps,
         "train_seconds": sum(step_seconds),
         "step_ms": 1e3 * statistics.median(step_seconds),
@@ -168,28 +189,31 @@ def learn(state: State, number: int, task: Task) -> dict[str, Any]:
         "loss": loss.item(),
         "penalty": penalty.item(),
     }
+    return row, scores
 
 
+@torch.no_grad()
 def evaluate(
-    model: Classifier, tasks: tuple[Task, ...], training: Training, device: torch.device
-) -> tuple[list[float], list[float]]:
-    """Class-incremental and task-aware accuracy on the test examples of every task, in percent."""
+    model: Learner, tasks: tuple[Task, ...], begun: int, training: Training, device: torch.device
+) -> Scores:
+    """Accuracies on the test examples of the tasks, after `begun` of them have begun, in percent."""
     model.eval()
 
     def batches_of(task: Task) -> Iterator[tuple[Any, Tensor]]:
         for inputs, labels in loader(task.test, training.test_batch_size, workers=training.workers):
             yield to_device(inputs, device), labels
 
-    return accuracies(model, [(len(task.classes), batches_of(task)) for task in tasks])
+    return model.scores(tasks, begun, batches_of)
 
 
-def make_optimizer(model: Classifier, training: Training) -> torch.optim.Optimizer:
-    """An optimizer of the adapters and the newest head, each with its learning rate."""
-    adapters = [p for p in model.backbone.parameters() if p.requires_grad]
-    groups = [
-        {"params": adapters, "lr": training.lr},
-        {"params": list(model.heads[-1].parameters()), "lr": training.head_lr},
-    ]
+def make_optimizer(model: Learner, training: Training) -> torch.optim.Optimizer:
+    """An optimizer of the adapters and of what the task trains beside them, each with its learning rate."""
+    others = model.trained()
+    known = {id(p) for p in others}
+    adapters = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    groups = [{"params": adapters, "lr": training.lr}]
+    if others:
+        groups.append({"params": others, "lr": training.head_lr})
     if training.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=training.momentum, weight_decay=training.weight_decay)
     kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
@@ -234,6 +258,8 @@ def _record(problem: Problem, results: Results) -> dict[str, Any]:
     tasks = problem.stream.tasks
     sizes = [size(task.test) for task in tasks]
     matrices = {"class_incremental": results.class_incremental, "task_aware": results.task_aware}
+    if results.every_task:
+        matrices["every_task"] = results.every_task
     metrics = ContinualMetrics.from_matrix(
         results.class_incremental, sizes, results.task_aware, scale=PERCENT
     )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from fused_ewclora.demo.formats import DataError
+
+if TYPE_CHECKING:
+    from .learner import Learner
 
 Inputs = Tensor | tuple[Tensor, ...]
 
@@ -77,14 +80,16 @@ class Stream:
 class Problem:
     """A stream and the backbone that learns it.
 
-    backbone: frozen modules that map inputs to features `[N, dim]`; `backbone.dim` is their width. It is
-    copied by runs, never changed. facts: descriptive values for the record (for instance the accuracy of a
-    base that was trained here).
+    backbone: frozen modules; runs copy it and never change it. learner: what a run makes of the copy; None is
+    `learner.Heads`, for which the backbone maps inputs to features `[N, dim]`, and `backbone.dim` is their
+    width. facts: descriptive values for the record (for instance the accuracy of a base that was trained
+    here).
     """
 
     stream: Stream
     backbone: nn.Module
     facts: dict[str, Any] = field(default_factory=dict)
+    learner: Callable[[nn.Module], Learner] | None = None
 
 
 def size(data: Dataset[Any]) -> int:

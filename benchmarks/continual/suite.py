@@ -28,6 +28,7 @@ from ..machine import environment
 from ..records import read
 from . import problems
 from .configuration import Run
+from .loggers import Loggers, logger_class
 from .recorded import check
 from .run import execute
 
@@ -37,13 +38,15 @@ POLL = 0.2  # seconds between checks for messages of other processes
 
 @dataclass(frozen=True)
 class Place:
-    """Where runs happen: folder of records, folder of data, device, processes, CPU threads of each."""
+    """Where runs happen: folder of records, folder of data, device, processes, CPU threads of each; and which
+    loggers they have."""
 
     out: Path
     root: Path
     device: str = "cpu"
     jobs: int = 1
     threads: int = 1
+    log: tuple[str, ...] = ()
 
     def records(self, suite: str) -> Path:
         """The file of the records of a suite, one JSON object per line."""
@@ -76,9 +79,14 @@ def outstanding(runs: Iterable[Run], place: Place) -> list[Run]:
 def run_all(runs: Sequence[Run], place: Place, progress: Callable[[str], None], command: str) -> list[str]:
     """Executes the runs, and appends the record of each to its file as it ends.
 
-    progress is called once for every task of a stream. Returns a description of every failed run, which does
-    not stop the others. Interrupted runs continue from their last task the next time.
+    Loggers and the keywords of problems are checked first. progress is called once for every task of a
+    stream. Returns a description of every failed run, which does not stop the others. Interrupted runs
+    continue from their last task the next time.
     """
+    for name in place.log:
+        logger_class(name)
+    for run in runs:
+        problems.checked(run.problem, place.root, run.seed, place.device)
     (place.out / "unfinished").mkdir(parents=True, exist_ok=True)
     failures: list[str] = []
     for run, outcome in _outcomes(runs, place, progress):
@@ -159,7 +167,9 @@ def _run_one(run: Run, place: Place, progress: Callable[[str], None]) -> Record 
         def report_progress(text: str) -> None:
             progress(f"{run.suite}  seed {run.seed}  {run.method:16s}  {text}")
 
-        outcome = execute(run, problem, torch.device(place.device), place.checkpoint(run), report_progress)
+        with contextlib.closing(Loggers(place.log, place.out, run)) as loggers:
+            device, checkpoint = torch.device(place.device), place.checkpoint(run)
+            outcome = execute(run, problem, device, checkpoint, report_progress, loggers)
         stamp = {**environment(torch.device(place.device).type), "jobs": place.jobs}
         seconds = {"problem": prepared - start, "run": time.perf_counter() - prepared}
         return {**outcome, "seconds": seconds, "environment": stamp}
@@ -174,5 +184,6 @@ def command_line(arguments: Sequence[str]) -> str:
     places = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     places.add_argument("--out")
     places.add_argument("--data-root")
+    places.add_argument("--log", nargs="+")
     _, kept = places.parse_known_args(arguments)
     return shlex.join(["python", "-m", "fused_ewclora", "demo", *kept])

@@ -17,7 +17,7 @@ import fused_ewclora as fe
 from . import report
 from .cost import measure
 from .plot import plot
-from .protocol import Recipe, Result, run_method, train_base
+from .protocol import Recipe, Result, check, run_method, train_base
 from .scenario import Scenario, make_scenario
 
 # ViT-B's width; two of its blocks are enough to see the cost per block.
@@ -139,6 +139,7 @@ def _run(args: argparse.Namespace) -> int:
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     scenario = make_scenario(dataset, Path(args.data_root))
+    check(scenario, recipe)
     print(f"{scenario.description}; {recipe.tasks} tasks, seeds {seeds}, {device}", file=sys.stderr)
 
     progress = Progress(len(seeds) * (1 + 2 * recipe.tasks))

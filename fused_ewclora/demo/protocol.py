@@ -15,6 +15,7 @@ import fused_ewclora as fe
 
 from ..metrics import ContinualMetrics
 from .evaluation import PERCENT, accuracies, check_finite
+from .formats import DataError
 from .scenario import Scenario, Split, select, task_classes
 from .vit import Classifier, VisionTransformer, key_value_config
 
@@ -89,6 +90,20 @@ def batches(
     order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
     for index in order.split(size):
         yield split.train_images[index], split.train_labels[index]
+
+
+def check(scenario: Scenario, recipe: Recipe) -> None:
+    """Raises `DataError` for data that the recipe cannot use, before anything is trained."""
+    side = scenario.continual.train_images.shape[-1]
+    if side % recipe.patches:
+        raise DataError(f"images: expected a side that {recipe.patches} divides, got {side} pixels")
+    streams = [(scenario.base, scenario.base_classes)]
+    streams += [(scenario.continual, classes) for classes in task_classes(scenario, recipe.tasks, seed=0)]
+    for images, classes in streams:
+        split = select(images, classes, 1, 1, seed=0)
+        for words, labels in (("training", split.train_labels), ("test", split.test_labels)):
+            if missing := sorted(set(range(len(split.classes))) - set(labels.tolist())):
+                raise DataError(f"images: class {split.classes[missing[0]]} has no {words} images")
 
 
 def train_base(

@@ -5,10 +5,25 @@ from __future__ import annotations
 from .cl_lora import CLLoRA
 from .codyra import CoDyRA
 from .ewc_lora import EWCLoRA
+from .iel import IEL
 from .inflora import InfLoRA
+from .ita import ITA
 from .keep_lora import KeepLoRA
 from .lora import LoRA
 from .method import Method
+from .perturb_and_merge import PerturbAndMerge
 from .sd_lora import SDLoRA
 
-__all__ = ["CLLoRA", "CoDyRA", "EWCLoRA", "InfLoRA", "KeepLoRA", "LoRA", "Method", "SDLoRA"]
+__all__ = [
+    "IEL",
+    "ITA",
+    "CLLoRA",
+    "CoDyRA",
+    "EWCLoRA",
+    "InfLoRA",
+    "KeepLoRA",
+    "LoRA",
+    "Method",
+    "PerturbAndMerge",
+    "SDLoRA",
+]

@@ -62,15 +62,18 @@ def folded(placement: Placement, group: ProcessGroup | None) -> Iterator[Transac
         yield change
 
 
-def end_task(ewc: EWC, loader: Iterable[Any], loss_fn: Any, labels: str, group: ProcessGroup | None) -> None:
-    """`ewc.end_task` with the Fisher of the data of all processes of `group`.
-
-    Each process raises the errors of every other one; what was estimated is then discarded. One with an empty
-    loader adds nothing.
-    """
+def estimate(ewc: EWC, loader: Iterable[Any], loss_fn: Any, labels: str, group: ProcessGroup | None) -> None:
+    """`ewc.estimate_fisher` with the data of all processes of `group`, each of which raises the errors of
+    every other one. One with an empty loader adds nothing."""
     many = several(group)
+    in_all(lambda: ewc.estimate_fisher(loader, loss_fn, labels=labels, allow_empty=many), group)
+    if many:
+        ewc.reduce_fisher_(group)
+
+
+def end_task(ewc: EWC, loader: Iterable[Any], loss_fn: Any, labels: str, group: ProcessGroup | None) -> None:
+    """`ewc.end_task` with the Fisher of the data of all processes of `group`; what was estimated before an
+    error is discarded."""
     with ewc.restored_on_error():
-        in_all(lambda: ewc.estimate_fisher(loader, loss_fn, labels=labels, allow_empty=many), group)
-        if many:
-            ewc.reduce_fisher_(group)
+        estimate(ewc, loader, loss_fn, labels, group)
         ewc.consolidate()

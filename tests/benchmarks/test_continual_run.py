@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import fused_ewclora as fe
 from benchmarks.continual.configuration import Run, Training
-from benchmarks.continual.run import evaluate, execute, first, make_optimizer, make_schedule
+from benchmarks.continual.learner import Heads
+from benchmarks.continual.run import State, evaluate, execute, first, make_optimizer, make_schedule
 from benchmarks.continual.stream import Arrays, Problem, Stream, Task, loader, split_classes
 from fused_ewclora.demo.formats import DataError
-from fused_ewclora.demo.vit import Classifier
 from fused_ewclora.metrics import ContinualMetrics
 
 CPU = torch.device("cpu")
@@ -151,11 +151,12 @@ def test_nan_refused() -> None:
 def test_evaluation_against_a_loop() -> None:
     found = problem((2, 3))
     torch.manual_seed(0)
-    model = Classifier(found.backbone)  # type: ignore[arg-type]
+    model = Heads(found.backbone)  # type: ignore[arg-type]
     for task in found.stream.tasks:
         model.add_head(len(task.classes))
     training = Training(lr=1.0, head_lr=1.0, test_batch_size=4)
-    incremental, aware = evaluate(model, found.stream.tasks, training, CPU)
+    scores = evaluate(model, found.stream.tasks, 2, training, CPU)
+    incremental, aware = scores["class_incremental"], scores["task_aware"]
     offset = 0
     for number, task in enumerate(found.stream.tasks):
         right = [0, 0]
@@ -236,7 +237,7 @@ def test_epoch_covers_examples() -> None:
 
 
 def test_rates_follow_the_schedule() -> None:
-    model = Classifier(Backbone())  # type: ignore[arg-type]
+    model = Heads(Backbone())  # type: ignore[arg-type]
     model.add_head(2)
     training = Training(
         lr=0.1, head_lr=0.2, epochs=4, schedule="multistep", milestones=(1, 3), optimizer="sgd", momentum=0.9
@@ -276,8 +277,8 @@ def test_matches_handwritten_loop() -> None:
     run, found = a_run("LoRA"), problem()
     torch.manual_seed(run.seed)
     order = torch.Generator().manual_seed(run.seed)
-    model = Classifier(copy.deepcopy(found.backbone))  # type: ignore[arg-type]
-    method = fe.methods.LoRA(model, run.lora_config())
+    model = Heads(copy.deepcopy(found.backbone))  # type: ignore[arg-type]
+    method = fe.methods.LoRA(model, run.lora_configs()[0])
     losses = []
     for number, task in enumerate(found.stream.tasks):
         model.add_head(len(task.classes))
@@ -293,19 +294,61 @@ def test_matches_handwritten_loop() -> None:
             schedule.step()
         losses.append(loss.item())
         method.end_task([])
-        evaluate(model, found.stream.tasks[: number + 1], run.training, CPU)  # its loaders draw seeds
+        evaluate(model, found.stream.tasks, number + 1, run.training, CPU)  # its loaders draw seeds
     assert [task["loss"] for task in execute(run, found, CPU)["tasks"]] == losses
 
 
-def test_end_pass_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pass after a task takes the examples in their order."""
+def test_end_pass_shuffled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass after a task takes every example once, in an order drawn by the run."""
     seen: list[Tensor] = []
 
     def end(self: fe.methods.LoRA, passes: Any, loss_fn: Any) -> None:
-        seen.append(torch.cat([x for (x, _), _ in passes]))
+        batches = [(x, labels) for (x, _), labels in passes]
+        assert all(len(set(labels.tolist())) > 1 for _, labels in batches if len(labels) > 4)
+        seen.append(torch.cat([x for x, _ in batches]))
 
     monkeypatch.setattr(fe.methods.LoRA, "_end", end)
     found = problem()
     execute(a_run("LoRA"), found, CPU)
-    expected = [task.train.inputs[0] for task in found.stream.tasks]  # type: ignore[attr-defined]
-    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+    for got, task in zip(seen, found.stream.tasks, strict=True):
+        expected = task.train.inputs[0]  # type: ignore[attr-defined]
+        assert got.shape == expected.shape and not torch.equal(got, expected)
+        assert torch.equal(*(x[x[:, 0].argsort()] for x in (got, expected)))
+
+
+@pytest.mark.parametrize("before_end", [False, True])
+def test_evaluation_before_end(before_end: bool) -> None:
+    """Accuracies are those of the adapters before the merge where the configuration asks for it."""
+    run = a_run("EWC-LoRA")
+    trained: list[bool] = []
+
+    class Watched(Heads):
+        def scores(self, tasks: Any, begun: int, batches: Any) -> Any:
+            trained.append(bool(self.backbone.up.lora_B.any()))  # type: ignore[union-attr,operator]
+            return super().scores(tasks, begun, batches)
+
+    run = replace(run, training=replace(run.training, evaluate_before_end=before_end))
+    record = execute(run, replace(problem(), learner=Watched), CPU)
+    assert trained == [before_end] * 3 and record["metrics"]["class_incremental"]["plasticity"] > 50.0
+
+
+def test_every_task_recorded() -> None:
+    """A learner that names all classes is also asked before the first task, and after a resumption."""
+
+    class Naming(Heads):
+        every_task = True
+
+        def scores(self, tasks: Any, begun: int, batches: Any) -> Any:
+            found = super().scores(tasks, begun, batches)
+            return {**found, "every_task": [10.0 * begun + number for number in range(len(tasks))]}
+
+    record = execute(a_run("LoRA"), replace(problem(), learner=Naming), CPU)
+    assert record["matrices"]["every_task"] == [[10.0 * t + i for i in range(3)] for t in range(4)]
+
+
+def test_groups_of_adapters() -> None:
+    """A run may have groups of adapters, each with its own rank."""
+    groups = [{"r": 3, "target_modules": ["up"]}, {"r": 2, "target_modules": ["down"]}]
+    state = State(a_run("LoRA", adapters=groups), problem(), CPU)
+    ranks = {name.split(".")[-1]: layer.r for name, layer in state.method.layers.items()}
+    assert ranks == {"up": 3, "down": 2}

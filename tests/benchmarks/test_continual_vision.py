@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from idx_files import write_idx_set
 
 from benchmarks.continual import configuration, vision
+from benchmarks.continual.learner import Heads
 from benchmarks.continual.stream import Problem, loader, size
 from fused_ewclora.demo import scenario
 from fused_ewclora.demo.data import load_digits
 from fused_ewclora.demo.formats import DataError
-from fused_ewclora.demo.vit import Classifier
 
 SMALL: dict[str, Any] = {
     "dataset": "digits", "tasks": 3, "train_per_class": 8, "test_per_class": 5, "base_steps": 2,
@@ -105,8 +105,8 @@ def test_every_method_runs() -> None:
     for run in configuration.load(configuration.find("vision")).runs:
         if run.seed:
             continue
-        model = Classifier(copy.deepcopy(problem.backbone))
-        method = configuration.METHODS[run.kind](model, run.lora_config(), **run.options)
+        model = Heads(copy.deepcopy(problem.backbone))
+        method = configuration.METHODS[run.kind](model, run.lora_configs()[0], **run.options)
         model.add_head(2)
         data = problem.stream.tasks[0].train
         method.begin_task(0)

@@ -242,7 +242,10 @@ def test_injected_inside():
     assert type(model.fc1) is nn.Linear
 
 
-@pytest.mark.parametrize("name", ["InfLoRA", "KeepLoRA", "EWCLoRA", "SDLoRA", "CoDyRA", "CLLoRA"])
+@pytest.mark.parametrize(
+    "name",
+    ["InfLoRA", "KeepLoRA", "EWCLoRA", "SDLoRA", "CoDyRA", "CLLoRA", "IEL", "ITA", "PerturbAndMerge"],
+)
 def test_methods(name: str):
     """Methods on a wrapped model learn what they learn on the model alone."""
     method, outputs = getattr(fe.methods, name), []
@@ -250,7 +253,12 @@ def test_methods(name: str):
         torch.manual_seed(0)
         model = MLP().double()
         run = wrap(model)
-        options = {"EWCLoRA": {"ewc_lambda": 1.0}, "CLLoRA": {"shared": ["fc1"]}}.get(name, {})
+        options = {
+            "EWCLoRA": {"ewc_lambda": 1.0},
+            "CLLoRA": {"shared": ["fc1"]},
+            "IEL": {"beta": 1.0},
+            "ITA": {"alpha": 1.0},
+        }.get(name, {})
         learning = method(run, WHOLE, **options)
         for task in range(2):
             learning.begin_task(task)

@@ -16,12 +16,25 @@ from tiny_models import adapted, batches, data, randomise
 from torch import Tensor, nn
 
 import fused_ewclora as fe
-from fused_ewclora.methods import CLLoRA, CoDyRA, EWCLoRA, InfLoRA, KeepLoRA, LoRA, Method, SDLoRA
+from fused_ewclora.methods import (
+    IEL,
+    ITA,
+    CLLoRA,
+    CoDyRA,
+    EWCLoRA,
+    InfLoRA,
+    KeepLoRA,
+    LoRA,
+    Method,
+    PerturbAndMerge,
+    SDLoRA,
+)
 
 SAMPLES, STEPS, TASKS = 12, 3, 3
 DDP = nn.parallel.DistributedDataParallel
 EWC: dict[str, Any] = {"ewc_lambda": 20.0, "fisher_dtype": torch.float64}
 KEEP: dict[str, Any] = {"epsilon_w": 0.4, "epsilon_f": 0.6}
+WIDE: dict[str, Any] = {"fisher_dtype": torch.float64}
 GATES: dict[str, Any] = {"gate_init": "normal", "kappa_max": 0.4, "dense_fraction": 0.0}
 
 
@@ -64,7 +77,10 @@ def state(method: Method) -> dict[str, Tensor]:
     """All tensors that the next task depends on."""
     held = parameters(method)
     ewc = getattr(method, "ewc", None)
-    held |= {f"fisher of {key}": f.clone() for key, f in (ewc.fishers if ewc is not None else {}).items()}
+    fishers = getattr(method, "fishers", {}) if ewc is None else ewc.fishers
+    held |= {f"fisher of {key}": f.clone() for key, f in fishers.items()}
+    if isinstance(method, PerturbAndMerge):
+        held |= {f"gradient of {key}": g.clone() for key, g in method._curvature.gradients.items()}
     for name, used in getattr(method, "subspaces", {}).items():
         held[f"projector of {name}"] = used.free() @ used.free().T
     return held
@@ -101,6 +117,9 @@ def take_drawn(whole: Method, method: Method) -> None:
         for name, parameter in whole.model.named_parameters():
             if name.rpartition(".")[2].startswith(("lora_A", "lora_scale")):
                 parameter.copy_(source[name])
+    if isinstance(method, PerturbAndMerge) and isinstance(whole, PerturbAndMerge):
+        whole._steps.set_state(method._steps.get_state())
+        whole._scaled.perturbation = method._scaled.perturbation
 
 
 def equals_one_process(
@@ -130,7 +149,8 @@ def equals_one_process(
         identical(method)
         close(method, whole, False)
         if task == TASKS - 1:
-            assert float(method.penalty().detach()) > 0.0 or not hasattr(method, "ewc") or not method.ewc
+            without = isinstance(method, PerturbAndMerge) or getattr(method, "ewc", None) is None
+            assert float(method.penalty().detach()) > 0.0 or without
             break
         method.end_task(own, F.cross_entropy)
         whole.end_task(batches(x, y, 5), F.cross_entropy)
@@ -143,6 +163,10 @@ def equals_one_process(
         assert 0 < sum(method._survivors[-1].values()) < 6, "gates have died, not all of them"
     if isinstance(method, SDLoRA):
         assert method.report().summary == whole.report().summary
+    if isinstance(method, PerturbAndMerge) and isinstance(whole, PerturbAndMerge):
+        for mine_, whole_ in zip(method.coefficients, whole.coefficients, strict=True):
+            torch.testing.assert_close(mine_, whole_, rtol=1e-10, atol=1e-12)
+        assert 0.0 < method.coefficients[-1]["fc"] < 1.0
     if isinstance(method, (InfLoRA, KeepLoRA)):
         used = [subspace.rank for subspace in method.subspaces.values()]
         assert used == [subspace.rank for subspace in whole.subspaces.values()] and min(used) > 0
@@ -188,6 +212,7 @@ def bad_data_of_one_process_is_an_error_in_all() -> None:
     bad = [(x * float("nan"), y)] if dist.get_rank() == 1 else [(x, y)]
     none = [] if dist.get_rank() == 1 else [(x, y)]
     cases: list[tuple[type[Method], dict[str, Any]]] = [(EWCLoRA, EWC), (SDLoRA, EWC), (CoDyRA, EWC)]
+    cases.append((PerturbAndMerge, WIDE))
     for kind, options in cases:
         method = kind(adapted(), **options)
         method.begin_task(0)
@@ -203,6 +228,11 @@ def bad_data_of_one_process_is_an_error_in_all() -> None:
     errors_in_all(method, functools.partial(method.end_task, bad), fe.ArgumentError, "NaN")
     method.end_task([(x, y)])
     identical(method)
+    iel = IEL(at_start(), beta=1.0)
+    iel.begin_task(0)
+    errors_in_all(iel, functools.partial(iel.prepare, bad), fe.FisherError, "NaN")
+    iel.prepare(none)
+    identical(iel)
     method = InfLoRA(at_start())
     method.begin_task(0)
     for loader, words in ((bad, "NaN"), (none, "expected at least one batch")):
@@ -320,6 +350,9 @@ CHECKS: dict[str, Callable[[], None]] = {
     "codyra": case(CoDyRA, GATES, keep_wrapper=True),
     "codyra_compact": case(CoDyRA, GATES, True),
     "codyra_ewc": case(CoDyRA, {**GATES, **EWC}),
+    "iel": case(IEL, {"beta": 50.0, **WIDE}),
+    "ita_official": case(ITA, {"alpha": 50.0, "variant": "official", **WIDE}),
+    "perturb_and_merge": case(PerturbAndMerge, WIDE, keep_wrapper=True),
     "bad_data_of_one_process_is_an_error_in_all": bad_data_of_one_process_is_an_error_in_all,
     "adapters_of_one_process_that_are_not_finite_are_an_error_in_all": (
         adapters_of_one_process_that_are_not_finite_are_an_error_in_all

@@ -112,14 +112,19 @@ NAMES = {
         HeadRule LayoutRule Match Plan ancestors is_linear known_layout load_libraries plan
         register_adapted_class register_heads register_layout register_library shorten
     """,
-    "fused_ewclora.methods": "CLLoRA CoDyRA EWCLoRA InfLoRA KeepLoRA LoRA Method SDLoRA",
+    "fused_ewclora.methods": """
+        CLLoRA CoDyRA EWCLoRA IEL ITA InfLoRA KeepLoRA LoRA Method PerturbAndMerge SDLoRA
+    """,
     "fused_ewclora.methods.cl_lora": "CLLoRA VARIANTS",
     "fused_ewclora.methods.codyra": "CoDyRA GATE_INITS SCHEDULES STAIRS THRESHOLDS dead_zone_",
     "fused_ewclora.methods.ewc_lora": "EWCLoRA",
+    "fused_ewclora.methods.iel": "IEL",
     "fused_ewclora.methods.inflora": "InfLoRA",
+    "fused_ewclora.methods.ita": "ITA",
     "fused_ewclora.methods.keep_lora": "KeepLoRA",
     "fused_ewclora.methods.lora": "LoRA",
     "fused_ewclora.methods.method": "Loader Loss Method",
+    "fused_ewclora.methods.perturb_and_merge": "PerturbAndMerge",
     "fused_ewclora.methods.sd_lora": "Ranks SDLoRA",
     "fused_ewclora.metrics": "AVERAGES ContinualMetrics PROTOCOLS",
     "fused_ewclora.ops": "",

@@ -1,0 +1,141 @@
+"""The published configurations against the values of the official codes, written down here a second time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from benchmarks.continual import configuration
+from benchmarks.continual.configuration import Run
+
+# Of the official codes: low-rank-cl, configs/{baseline,ewclora,inflora,sdlora}/*.json; SD-Lora-CL,
+# exps/*.json, with SGD of momentum 0.9 in models/sdlora.py; CoDyRA, models/codyra.py and scripts.
+EWC = {
+    "lr": 5e-4, "head_lr": 5e-3, "batch_size": 128, "optimizer": "adam", "schedule": "cosine",
+    "weight_decay": 0.0,
+}  # fmt: skip
+EWC_SETS: dict[str, dict[str, Any]] = {  # tasks, classes per task, rank, epochs, and what differs by method
+    "ewc-lora-cifar100": {
+        "tasks": 10, "r": 10, "epochs": 20, "energies": (0.95, 1.0), "SD-LoRA": {"lr": 8e-3, "head_lr": 8e-3},
+    },
+    "ewc-lora-domainnet": {"tasks": 5, "r": 30, "epochs": 5, "energies": (0.95, 1.0)},
+    "ewc-lora-imagenet-r": {
+        "tasks": 10, "r": 10, "epochs": 50, "energies": (0.98, 1.0),
+        "LoRA": {"head_lr": 5e-4, "weight_decay": 5e-3}, "EWC": {"head_lr": 5e-4, "weight_decay": 5e-3},
+    },
+    "ewc-lora-imagenet-a": {"tasks": 10, "r": 10, "epochs": 20, "energies": (0.98, 1.0)},
+}  # fmt: skip
+SD = {
+    "batch_size": 128, "optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.0, "schedule": "constant",
+    "first_lr": None, "first_head_lr": None,
+}  # fmt: skip
+SD_SETS: dict[str, dict[str, Any]] = {
+    "sd-lora-cifar100": {"tasks": 10, "seed": 1993, "lr": 8e-3, "epochs": 20},
+    "sd-lora-domainnet": {
+        "tasks": 5, "seed": 1993, "lr": 0.02, "epochs": 10,
+        "schedule": "multistep", "milestones": (4, 6, 8), "decay": 5e-3,
+    },
+    "sd-lora-imagenet-r-5": {"tasks": 5, "seed": 1995, "lr": 0.01, "epochs": 20},
+    "sd-lora-imagenet-r-10": {"tasks": 10, "seed": 1995, "lr": 0.01, "epochs": 20},
+    "sd-lora-imagenet-r-20": {"tasks": 20, "seed": 1995, "lr": 0.01, "epochs": 20},
+    "sd-lora-imagenet-a": {
+        "tasks": 10, "seed": 1993, "lr": 5e-3, "epochs": 20, "first_lr": 0.01, "first_head_lr": 0.01,
+        "schedule": "multistep", "milestones": (10, 15), "decay": 0.05,
+    },
+}  # fmt: skip
+SD_LOGS = {"sd-lora-imagenet-a": 0.01, "sd-lora-imagenet-r-10": 8e-3}  # constant rates of published logs
+RANKS = [10] * 4 + [8] * 4 + [6]  # of SD-LoRA-RR: mu = 4, nu = 8
+OFFICIAL_SD = {"normalization": "factors", "alpha_init": 0.8, "reset_alphas": True, "magnitudes": "shared"}
+
+
+def runs(name: str) -> dict[str, Run]:
+    """By method; published protocols have one seed."""
+    found = configuration.load(configuration.find(f"published/{name}")).runs
+    assert len({run.seed for run in found}) == 1
+    return {run.method: run for run in found}
+
+
+def check_training(run: Run, expected: dict[str, Any]) -> None:
+    got = {key: getattr(run.training, key) for key in expected}
+    assert got == expected, run.method
+
+
+@pytest.mark.parametrize("name", EWC_SETS)
+def test_ewc_lora(name: str) -> None:
+    """EWC-LoRA's code: rates, epochs, decay and ranks of each of its methods, accuracies before the merge."""
+    official, found = EWC_SETS[name], runs(name)
+    for method, run in found.items():
+        key = "EWC" if method.startswith("EWC-LoRA") else method
+        expected = {**EWC, "epochs": official["epochs"], "evaluate_before_end": True, **official.get(key, {})}
+        if method == "InfLoRA":
+            expected["head_lr"] = 5e-4  # a single rate
+        check_training(run, expected)
+        (adapters,) = run.lora_configs()
+        assert (adapters.r, adapters.slices, run.seed) == (official["r"], ("k", "v"), 0)
+        expected = {"tasks": official["tasks"], "shuffle": False, "normalize": None}
+        expected["model"] = "vit_base_patch16_224.augreg_in21k"
+        assert {key: run.problem[key] for key in expected} == expected
+    code = found["EWC-LoRA, official code"].options
+    assert code == {"ewc_lambda": 1e7, "gamma": 1.0, "fisher_mode": "batch", "merge_mode": "factors"}
+    paper = found["EWC-LoRA"].options
+    assert math.isclose(paper["ewc_lambda"], 1e7 / 128) and paper["fisher_mode"] == "sample"
+    inflora = found["InfLoRA"].options
+    energies = (inflora["epsilon"], inflora["epsilon_last"])
+    assert energies == official["energies"]
+    assert (inflora["total_tasks"], inflora["variant"]) == (official["tasks"], "official")
+    assert found["SD-LoRA"].options == OFFICIAL_SD
+
+
+@pytest.mark.parametrize("name", SD_SETS)
+def test_sd_lora(name: str) -> None:
+    """SD-LoRA's code: its seed, rates and schedules, its formulas and those of the paper."""
+    official, found = dict(SD_SETS[name]), runs(name)
+    tasks, seed = official.pop("tasks"), official.pop("seed")
+    for method, run in found.items():
+        expected = {**SD, **official, "head_lr": official["lr"], "evaluate_before_end": True}
+        if method == "SD-LoRA, official log":
+            rate = SD_LOGS[name]
+            expected |= {"lr": rate, "head_lr": rate, "schedule": "constant"}
+            expected |= {"first_lr": None, "first_head_lr": None}
+        check_training(run, expected)
+        (adapters,) = run.lora_configs()
+        assert (adapters.r, adapters.slices, run.seed) == (10, ("q", "v"), seed)
+        assert run.problem["tasks"] == tasks and run.problem["shuffle"] is True
+        assert run.problem["model"] == "vit_base_patch16_224.augreg2_in21k_ft_in1k"
+    assert ("SD-LoRA, official log" in found) == (name in SD_LOGS)
+    assert found["SD-LoRA, official code"].options == OFFICIAL_SD
+    assert found["SD-LoRA-RR, official code"].options == {**OFFICIAL_SD, "ranks": RANKS}
+    paper = {"normalization": "product", "alpha_init": 1.0, "magnitudes": "shared"}
+    assert found["SD-LoRA"].options == paper
+    assert found["SD-LoRA-RR"].options == {"magnitudes": "shared", "ranks": RANKS}
+    assert found["SD-LoRA-KD"].options == {"magnitudes": "shared", "kd_threshold": 9e-4}
+
+
+@pytest.mark.parametrize("name", ["codyra-cifar100", "codyra-imagenet-r"])
+def test_codyra(name: str) -> None:
+    """CoDyRA's code: AdamW, iterations, thresholds, and adapters of rank 16 for q, k and v each."""
+    expected = {
+        "lr": 5e-4, "iterations": 500, "batch_size": 64, "optimizer": "adamw", "betas": (0.9, 0.9999),
+        "weight_decay": 0.0, "schedule": "cosine", "evaluate_before_end": True,
+    }  # fmt: skip
+    found = runs(name)
+    for run in found.values():
+        check_training(run, expected)
+        packed, others = run.lora_configs()
+        assert (packed.r, packed.slices, others.r) == (16, ("q", "k", "v"), 16)
+    assert found["CoDyRA, official code"].options == {
+        "kappa_max": 5e-3, "dense_fraction": 0.5, "gate_init": "normal", "threshold": "dead_zone",
+        "schedule": "staircase",
+    }  # fmt: skip
+
+
+def test_every_file_checked() -> None:
+    """Every published configuration can be read, and names its paper."""
+    names = [name.partition("/")[2] for name in configuration.available() if name.startswith("published/")]
+    vision = {*EWC_SETS, *SD_SETS, "codyra-cifar100", "codyra-imagenet-r"}
+    assert vision <= set(names)
+    for name in names:
+        about = configuration.load(configuration.find(f"published/{name}")).about
+        assert "arXiv" in about, name
