@@ -95,7 +95,8 @@ class CLLoRA(Method):
         check_ungated(before)
         super().__init__(model, config, group=group)
         try:
-            checked_targets(shared, "shared")
+            if checked_targets(shared, "shared") is None:
+                raise ArgumentError("shared: expected names or a regular expression, got None")
             self._shared = {name: layer for name, layer in self.layers.items() if matches(shared, name)}
             self._check(shared)
         except EWCLoRAError:

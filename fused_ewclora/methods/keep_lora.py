@@ -116,12 +116,12 @@ class KeepLoRA(Projected):
         self._check_untrained()
         if names := sharded(self.layers):
             raise TargetError(f"{names[0]}: its parameters are sharded, and KeepLoRA needs whole weights")
-        gradients = self._gradients(loader, loss_fn)
+        sums, samples = self._gradients(loader, loss_fn)
         refs = adapter_refs(self.layers)
         subspaces = self.subspaces or self._same_subspaces({ref.key: self._principal(ref) for ref in refs})
         chosen = {}
         for ref in refs:
-            gradient = gradients[ref.key]
+            gradient = sums[ref.key].double() / samples
             used = subspaces[ref.key].to(gradient.device)
             chosen[ref.key] = directions(gradient.T @ gradient, used, ref.piece.r, "paper")
         chosen = self._same(chosen)
@@ -129,12 +129,13 @@ class KeepLoRA(Projected):
             for ref in refs:
                 change.copy_(ref.parameters()[0], chosen[ref.key])
             if self.variant == "official":
-                starts = {key: gradient @ chosen[key].T for key, gradient in gradients.items()}
+                starts = {key: total.double() @ chosen[key].T / samples for key, total in sums.items()}
                 self._start_at(starts, refs, change)
         self.subspaces, self._prepared = subspaces, True
 
-    def _gradients(self, loader: Loader, loss_fn: Loss | None) -> dict[str, Tensor]:
-        """The mean gradient of every adapter's rows of W over the data of all processes, in fp64."""
+    def _gradients(self, loader: Loader, loss_fn: Loss | None) -> tuple[dict[str, Tensor], int]:
+        """The summed gradient of every adapter's rows of W over the samples of all processes, and their
+        number."""
         many = several(self.group)
         samples = 0
 
@@ -158,7 +159,7 @@ class KeepLoRA(Projected):
             samples = int(count)
         if samples == 0:
             raise ArgumentError("loader: expected at least one sample, got none in any process")
-        return {key: total.double() / samples for key, total in sums.items()}
+        return sums, samples
 
     def _principal(self, ref: AdapterRef) -> Subspace:
         """The principal directions of the rows of the base weight."""

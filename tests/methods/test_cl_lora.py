@@ -244,7 +244,7 @@ def test_resume_fresh_model(after, tmp_path):
 
 def test_refused(tmp_path):
     """Bad values and wrong orders are refused before anything is changed."""
-    bad = [{"shared": "nothing"}, {"shared": 3}, {"kd_weight": -1.0}, {"temperature": 0.0},
+    bad = [{"shared": "nothing"}, {"shared": 3}, {"shared": None}, {"kd_weight": -1.0}, {"temperature": 0.0},
            {"orthogonality": float("nan")}, {"variant": "mine"}]  # fmt: skip
     for options in bad:
         model = Tiny()
