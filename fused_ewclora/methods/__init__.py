@@ -11,6 +11,8 @@ from .ita import ITA
 from .keep_lora import KeepLoRA
 from .lora import LoRA
 from .method import Method
+from .n_lora import NLoRA
+from .o_lora import OLoRA
 from .perturb_and_merge import PerturbAndMerge
 from .sd_lora import SDLoRA
 
@@ -24,6 +26,8 @@ __all__ = [
     "KeepLoRA",
     "LoRA",
     "Method",
+    "NLoRA",
+    "OLoRA",
     "PerturbAndMerge",
     "SDLoRA",
 ]

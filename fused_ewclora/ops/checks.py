@@ -15,7 +15,7 @@ from ..errors import ArgumentError, DtypeError
 from ..fishers import FactoredFisher, KroneckerFisher
 from ..reference import arguments
 from . import dispatch, schemas
-from .adapters import Adapter, Scale, row_ranges
+from .adapters import Adapter, Scale
 from .capture import MODES
 from .windows import Geometry
 
@@ -153,7 +153,14 @@ def lora_linear(
     _dropout(dropout_p)
     if not adapters:
         raise ArgumentError("adapters: expected at least one, got none")
-    return _adapters(adapters, x, d_in, d_out)
+    return _adapters(adapters, x, d_in, d_out, same_rows=True)
+
+
+def slices(ranges: Sequence[tuple[int, int]]) -> None:
+    """Of an adapter each, and so different."""
+    if len(set(ranges)) < len(ranges):
+        again = next(row for row in ranges if ranges.count(row) > 1)
+        raise ArgumentError(f"slices: expected disjoint ranges, but {again} is in two of them")
 
 
 def add_low_rank(
@@ -181,7 +188,9 @@ def _dropout(dropout_p: float) -> None:
         raise ArgumentError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
 
 
-def _adapters(adapters: Sequence[Adapter], x: Tensor, d_in: int, d_out: int) -> list[int]:
+def _adapters(
+    adapters: Sequence[Adapter], x: Tensor, d_in: int, d_out: int, same_rows: bool = False
+) -> list[int]:
     flat_rows: list[int] = []
     for index, (lora_a, lora_b, scale, rows) in enumerate(adapters):
         where = "" if len(adapters) == 1 else f" of adapter {index}"
@@ -197,7 +206,8 @@ def _adapters(adapters: Sequence[Adapter], x: Tensor, d_in: int, d_out: int) -> 
             )
         for start, stop in rows:
             flat_rows += (index, start, stop)
-    _disjoint(flat_rows, d_out)
+    of_adapters = [tuple(map(tuple, rows)) for _, _, _, rows in adapters]
+    _disjoint(list(dict.fromkeys(of_adapters)) if same_rows else of_adapters, d_out)
     return flat_rows
 
 
@@ -229,11 +239,11 @@ def lora_conv(
     lora_linear(rows, weight.flatten(1), bias, adapters, dropout_p)
 
 
-def _disjoint(rows: list[int], d_out: int) -> None:
-    if rows == [0, 0, d_out]:
+def _disjoint(of_adapters: Sequence[tuple[tuple[int, ...], ...]], d_out: int) -> None:
+    if of_adapters == [((0, d_out),)]:
         return
     done = 0
-    for start, stop in sorted((start, stop) for _, start, stop in row_ranges(rows)):
+    for start, stop in sorted(itertools.chain.from_iterable(of_adapters)):
         if not 0 <= start < stop <= d_out:
             raise ArgumentError(
                 f"rows: expected 0 <= start < stop <= {d_out} (rows of weight), got ({start}, {stop})"
@@ -300,6 +310,16 @@ def structured_penalty(
         for name, part, size in zip(_fields(pair), pair, (b.shape[0], a.shape[1]), strict=True):
             floating(part, f"fishers[{i}].{name}")
             arguments.factor_of_fisher(part, f"fishers[{i}].{name}", size, square, a, f"lora_as[{i}]")
+
+
+def l1_penalty(lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], scales: Sequence[Scale]) -> None:
+    """Adapters of one dtype on one device."""
+    for name, values in (("lora_bs", lora_bs), ("scales", scales)):
+        if len(values) != len(lora_as):
+            raise ArgumentError(f"{name}: expected {len(lora_as)} entries, as lora_as has, got {len(values)}")
+    for i, (a, b, scale) in enumerate(zip(lora_as, lora_bs, scales, strict=True)):
+        _factors(a, b, scale, f"[{i}]", a, f"lora_as[{i}]")
+        _same(a, f"lora_as[{i}]", lora_as[0], "lora_as[0]")
 
 
 def fisher_sums(pair: FactoredFisher, x: Tensor, dy: Tensor, mode: str, cu_seqlens: Tensor | None) -> None:

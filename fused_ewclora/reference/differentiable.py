@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from . import ewc_penalty as _penalty
 from . import kronecker_penalty as _kronecker
+from . import l1_penalty as _l1
 from . import lora_linear as _linear
 from .adapters import by_kind, ranges_of
 from .philox import dropout
@@ -60,11 +61,15 @@ def lora_linear(
 
 
 def _added(y: Tensor, pieces: list[tuple[int, int, Tensor]], d_out: int) -> Tensor:
-    """y with each (start, stop, part) added to its columns; nothing is written in place."""
-    if len(pieces) == 1 and pieces[0][:2] == (0, d_out):
-        return y + pieces[0][2]
+    """y with each (start, stop, part) added to its columns; nothing is written in place. Ranges are the same
+    or disjoint."""
+    sums: dict[tuple[int, int], Tensor] = {}
+    for start, stop, part in pieces:
+        sums[start, stop] = sums[start, stop] + part if (start, stop) in sums else part
+    if sums.keys() == {(0, d_out)}:
+        return y + sums[0, d_out]
     parts, done = [], 0
-    for start, stop, part in sorted(pieces, key=lambda piece: piece[0]):
+    for (start, stop), part in sorted(sums.items(), key=lambda item: item[0]):
         parts += [y[..., done:start], y[..., start:stop] + part]
         done = stop
     return torch.cat([*parts, y[..., done:]], dim=-1)
@@ -138,6 +143,19 @@ def kronecker_penalty(
     return _kronecker.penalty(fishers, lora_as, lora_bs, products, ewc_lambda)
 
 
+def l1_penalty(
+    fishers: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    scale_factors: Sequence[float],
+    l1_lambda: float,
+) -> Tensor:
+    """P of the op `l1_penalty`, which has no Fishers."""
+    products = _scales(scales, scale_factors, _penalty.accumulate_dtype([*lora_as, *lora_bs]))
+    return _l1.penalty(lora_as, lora_bs, products, l1_lambda)
+
+
 def ewc_penalty_backward(grad: Tensor, *operands: Any) -> list[Tensor]:
     """grad times the gradients of the kinds that `needs` = (dA, dB, ds), the last operand, asks for, every
     dA, every dB, every ds, in the shapes and dtypes of their inputs and connected to the graphs of all
@@ -148,6 +166,11 @@ def ewc_penalty_backward(grad: Tensor, *operands: Any) -> list[Tensor]:
 def kronecker_penalty_backward(grad: Tensor, *operands: Any) -> list[Tensor]:
     """The same for the ops `factored_penalty` and `kronecker_penalty`."""
     return _penalty_backward(_kronecker.penalty_and_grads, grad, *operands)
+
+
+def l1_penalty_backward(grad: Tensor, *operands: Any) -> list[Tensor]:
+    """The same for the op `l1_penalty`; the derivative of a sign is 0."""
+    return _penalty_backward(_l1.penalty_and_grads, grad, *operands)
 
 
 def _penalty_backward(

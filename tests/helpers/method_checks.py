@@ -26,6 +26,8 @@ from fused_ewclora.methods import (
     KeepLoRA,
     LoRA,
     Method,
+    NLoRA,
+    OLoRA,
     PerturbAndMerge,
     SDLoRA,
 )
@@ -196,7 +198,7 @@ def errors_in_all(method: Method, call: Callable[[], None], expected: type[Excep
 
 def adapters_of_one_process_that_are_not_finite_are_an_error_in_all() -> None:
     """Parameters that no DDP kept equal."""
-    for kind in (LoRA, CoDyRA):
+    for kind in (LoRA, CoDyRA, OLoRA):
         method = kind(adapted())
         method.begin_task(0)
         if dist.get_rank() == 1:
@@ -347,6 +349,10 @@ CHECKS: dict[str, Callable[[], None]] = {
     "sd_lora": case(SDLoRA, {"ranks": (2, 3)}),
     "sd_lora_kd": case(SDLoRA, {"kd_threshold": 0.9, "normalization": "factors"}),
     "sd_lora_ewc": case(SDLoRA, EWC),
+    "sd_lora_shared": case(SDLoRA, {"magnitudes": "shared", "kd_threshold": 0.999, **EWC}),
+    "o_lora": case(OLoRA, {"lambda_2": 0.1}),
+    "o_lora_official": case(OLoRA, {"variant": "official"}),
+    "n_lora": case(NLoRA, {"lambda_1": 0.01}),
     "codyra": case(CoDyRA, GATES, keep_wrapper=True),
     "codyra_compact": case(CoDyRA, GATES, True),
     "codyra_ewc": case(CoDyRA, {**GATES, **EWC}),

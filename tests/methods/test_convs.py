@@ -21,6 +21,8 @@ METHODS = {
     "InfLoRA": {"total_tasks": 3},
     "KeepLoRA": {"epsilon_w": 0.5, "epsilon_f": 0.6},
     "CLLoRA": {"shared": ["first"], "orthogonality": 0.1},
+    "OLoRA": {"lambda_2": 0.1},
+    "NLoRA": {"lambda_1": 0.01},
     "IEL": {"beta": 5.0, "fisher_dtype": torch.float64},
     "ITA": {"alpha": 5.0, "fisher_dtype": torch.float64},
     "PerturbAndMerge": {"fisher_dtype": torch.float64},
