@@ -19,8 +19,9 @@ from fused_ewclora import methods
 from fused_ewclora.errors import ArgumentError
 
 FOLDER = Path(__file__).parent / "configurations"
-NAMES = ("LoRA", "EWCLoRA", "SDLoRA", "CoDyRA", "InfLoRA")
-METHODS: dict[str, type[methods.Method]] = {name: getattr(methods, name) for name in NAMES}
+METHODS: dict[str, type[methods.Method]] = {
+    name: getattr(methods, name) for name in methods.__all__ if name != "Method"
+}
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "multistep")
 _KEYS = {"name", "about", "problem", "adapters", "training", "seeds", "methods"}

@@ -21,7 +21,7 @@ from fused_ewclora.demo.evaluation import PERCENT, check_finite
 from fused_ewclora.demo.files import temporary_name
 from fused_ewclora.ewc.estimation import to_device
 from fused_ewclora.methods import Method
-from fused_ewclora.metrics import ContinualMetrics
+from fused_ewclora.metrics import ContinualMetrics, TransferMetrics
 
 from . import accounting
 from .configuration import Run, Training, method_class
@@ -258,18 +258,19 @@ def _record(problem: Problem, results: Results) -> dict[str, Any]:
     tasks = problem.stream.tasks
     sizes = [size(task.test) for task in tasks]
     matrices = {"class_incremental": results.class_incremental, "task_aware": results.task_aware}
-    if results.every_task:
-        matrices["every_task"] = results.every_task
     metrics = ContinualMetrics.from_matrix(
         results.class_incremental, sizes, results.task_aware, scale=PERCENT
-    )
+    ).summary()
+    if results.every_task:
+        matrices["every_task"] = results.every_task
+        metrics["every_task"] = TransferMetrics(results.every_task, PERCENT).summary()
     return {
         "facts": problem.facts,
         "classes": [list(task.classes) for task in tasks],
         "train_sizes": [size(task.train) for task in tasks],
         "test_sizes": sizes,
         "matrices": matrices,
-        "metrics": metrics.summary(),
+        "metrics": metrics,
         "tasks": results.tasks,
         "report": results.report,
     }

@@ -24,11 +24,12 @@ from ..layers.adapted import AdaptedLinear
 from ..layers.inject import adapters, eject
 from ..layers.slices import AdapterSlice, fisher_key, same_weights
 from ..report import Report
+from ._directions import fresh_a
 from ._gates import check_ungated
 from ._pretrained import PretrainedFisher
 from ._resume import dump, parse, take_over
 from ._shares import estimate, in_all
-from ._vectors import STORED, Mean, Vectors, new_a, parsed
+from ._vectors import STORED, Mean, Vectors, parsed
 from .method import Loader, Loss, Method
 
 if TYPE_CHECKING:
@@ -258,7 +259,7 @@ class Composed(Method):
         in_all(self._check_finite, self.group)
         generator = self._drawing(self.generator)
         ended = [
-            (layer, piece, now.ended(new_a(layer, now.lora_A, generator), piece.scaling))
+            (layer, piece, now.ended(fresh_a(layer, now.lora_A, piece.r, generator), piece.scaling))
             for _, layer, piece, now in self._vectors()
         ]
         self._take_in_last()

@@ -115,6 +115,13 @@ def suffix_of(piece: AdapterSlice) -> str:
     return piece.a_name.removeprefix("lora_A")
 
 
+def fresh_a(layer: AdaptedLinear, like: Tensor, rank: int, generator: torch.Generator | None) -> Tensor:
+    """A random A `[rank, d_in]` for the start of a task, in the dtype and on the device of `like`."""
+    device = like.device if generator is None else generator.device
+    lora_a = torch.empty(rank, layer.in_features, dtype=like.dtype, device=device)
+    return lora_a.uniform_(-layer.initial_bound, layer.initial_bound, generator=generator).to(like.device)
+
+
 class Stack:
     """The `Composer` of SD-LoRA: sum_k alpha_k B_k A_k / n_k in one call, without a loop over directions.
 

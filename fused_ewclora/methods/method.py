@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,9 @@ class Method:
     `end_task`: what these learn from data is a sum over processes, what they draw is the same in all, and an
     error in one is raised in all. Processes that train models of their own need a group each.
     """
+
+    # Whether the end of a task makes other adapters of those that an optimizer holds.
+    starts_anew: ClassVar[bool] = True
 
     def __init__(
         self, model: nn.Module, config: LoRAConfig | None = None, *, group: ProcessGroup | None = None
@@ -107,7 +110,7 @@ class Method:
             watch.note_gradients()
             watch.check_changed("end_task")
         self._end(loader, loss_fn)
-        if watch is not None:
+        if watch is not None and self.starts_anew:
             watch.expect_fresh_optimizer()
         self.tasks += 1
         self._running = False

@@ -20,7 +20,7 @@ from ..ewc.settings import number, one_of
 from ..layers.adapted import AdaptedLinear
 from ..layers.slices import AdapterSlice, fisher_key
 from ..report import Report
-from ._directions import MAGNITUDES, NORMALIZATIONS, Directions, Shared, Stack, suffix_of
+from ._directions import MAGNITUDES, NORMALIZATIONS, Directions, Shared, Stack, fresh_a, suffix_of
 from ._freezing import Frozen, freeze, freeze_shared, measure, normalised
 from ._sd_state import Outcome, dump, parse
 from ._shares import agreed, end_task
@@ -270,11 +270,8 @@ class SDLoRA(Method):
         self, now: Directions, layer: AdaptedLinear, rank: int, generator: torch.Generator | None
     ) -> Directions:
         """With a new current direction: A random, B zero."""
-        device = now.lora_A.device if generator is None else generator.device
-        lora_a = torch.empty(rank, layer.in_features, dtype=now.lora_A.dtype, device=device)
-        lora_a.uniform_(-layer.initial_bound, layer.initial_bound, generator=generator)
-        lora_b = now.lora_B.new_zeros(now.lora_B.shape[0], rank)
-        return replace(now, lora_A=lora_a.to(now.lora_A.device), lora_B=lora_b)
+        lora_a = fresh_a(layer, now.lora_A, rank, generator)
+        return replace(now, lora_A=lora_a, lora_B=now.lora_B.new_zeros(now.lora_B.shape[0], rank))
 
     def _refresh(self) -> None:
         if self.ewc is not None:

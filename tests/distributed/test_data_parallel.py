@@ -243,7 +243,28 @@ def test_injected_inside():
     assert type(model.fc1) is nn.Linear
 
 
-@pytest.mark.parametrize("name", ["InfLoRA", "EWCLoRA", "SDLoRA", "CoDyRA", "IEL", "ITA", "PerturbAndMerge"])
+OPTIONS = {
+    "EWCLoRA": {"ewc_lambda": 1.0},
+    "FactorEWC": {"ewc_lambda": 1.0},
+    "NLoRA": {"lambda_1": 0.01},
+    "IEL": {"beta": 1.0},
+    "ITA": {"alpha": 1.0},
+}
+METHODS = (
+    "InfLoRA",
+    "EWCLoRA",
+    "FactorEWC",
+    "SDLoRA",
+    "CoDyRA",
+    "OLoRA",
+    "NLoRA",
+    "IEL",
+    "ITA",
+    "PerturbAndMerge",
+)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_methods(name: str):
     """Methods on a wrapped model learn what they learn on the model alone."""
     method, outputs = getattr(fe.methods, name), []
@@ -251,7 +272,7 @@ def test_methods(name: str):
         torch.manual_seed(0)
         model = MLP().double()
         run = wrap(model)
-        options = {"EWCLoRA": {"ewc_lambda": 1.0}, "IEL": {"beta": 1.0}, "ITA": {"alpha": 1.0}}.get(name, {})
+        options = OPTIONS.get(name, {})
         learning = method(run, WHOLE, **options)
         for task in range(2):
             learning.begin_task(task)

@@ -16,7 +16,20 @@ from tiny_models import adapted, batches, data, randomise
 from torch import Tensor, nn
 
 import fused_ewclora as fe
-from fused_ewclora.methods import IEL, ITA, CoDyRA, EWCLoRA, InfLoRA, LoRA, Method, PerturbAndMerge, SDLoRA
+from fused_ewclora.methods import (
+    IEL,
+    ITA,
+    CoDyRA,
+    EWCLoRA,
+    FactorEWC,
+    InfLoRA,
+    LoRA,
+    Method,
+    NLoRA,
+    OLoRA,
+    PerturbAndMerge,
+    SDLoRA,
+)
 
 SAMPLES, STEPS, TASKS = 12, 3, 3
 DDP = nn.parallel.DistributedDataParallel
@@ -110,13 +123,21 @@ def take_drawn(whole: Method, method: Method) -> None:
 
 
 def equals_one_process(
-    kind: type[Method], options: dict[str, Any], compact: bool = False, keep_wrapper: bool = False
+    kind: type[Method],
+    options: dict[str, Any],
+    compact: bool = False,
+    keep_wrapper: bool = False,
+    prior: bool = False,
 ) -> None:
     """keep_wrapper: DDP is made once, and so does not make parameters equal at the start of each task."""
     whole = kind(at_start(), group=alone(), **options)
     method = kind(at_start(), **options)
+    if prior:
+        x, y = data(SAMPLES, seed=90)
+        method.estimate_prior(batches(*mine(x, y), 2), F.cross_entropy)
+        whole.estimate_prior(batches(x, y, 5), F.cross_entropy)
     torch.manual_seed(dist.get_rank())  # what each process draws for itself differs
-    chosen = kind is InfLoRA  # A follows from the data
+    chosen = kind in (InfLoRA, FactorEWC)  # A follows from the data, or stays
     wrapped = None
     for task in range(TASKS):
         for one in (method, whole):
@@ -144,7 +165,8 @@ def equals_one_process(
         identical(method)
         close(method, whole, not chosen)
         for found, expected in zip(history(method), history(whole), strict=True):
-            assert found.samples == expected.samples == SAMPLES
+            fixed = options.get("update") == "fixed" and not found.prior
+            assert found.samples == expected.samples == (0 if fixed else SAMPLES)
     if isinstance(method, CoDyRA):
         assert method._survivors == whole._survivors
         assert 0 < sum(method._survivors[-1].values()) < 6, "gates have died, not all of them"
@@ -161,7 +183,7 @@ def equals_one_process(
 
 def history(method: Method) -> tuple[Any, ...]:
     ewc = getattr(method, "ewc", None)
-    return () if ewc is None else ewc.history
+    return getattr(method, "history", ()) if ewc is None else ewc.history
 
 
 def errors_in_all(method: Method, call: Callable[[], None], expected: type[Exception], words: str) -> None:
@@ -183,7 +205,7 @@ def errors_in_all(method: Method, call: Callable[[], None], expected: type[Excep
 
 def adapters_of_one_process_that_are_not_finite_are_an_error_in_all() -> None:
     """Parameters that no DDP kept equal."""
-    for kind in (LoRA, CoDyRA):
+    for kind in (LoRA, CoDyRA, OLoRA):
         method = kind(adapted())
         method.begin_task(0)
         if dist.get_rank() == 1:
@@ -208,6 +230,15 @@ def bad_data_of_one_process_is_an_error_in_all() -> None:
         others = SAMPLES - len(range(1, SAMPLES, dist.get_world_size()))
         assert method.tasks == 1 and method.ewc.history[0].samples == others
         identical(method)
+    method = FactorEWC(at_start(), ewc_lambda=1.0)
+    method.begin_task(0)
+    errors_in_all(method, functools.partial(method.end_task, bad, F.cross_entropy), fe.FisherError, "NaN")
+    errors_in_all(
+        method, functools.partial(method.end_task, [], F.cross_entropy), fe.FisherError, "no process"
+    )
+    method.end_task(none, F.cross_entropy)
+    assert method.history[0].samples == others
+    identical(method)
     iel = IEL(at_start(), beta=1.0)
     iel.begin_task(0)
     errors_in_all(iel, functools.partial(iel.prepare, bad), fe.FisherError, "NaN")
@@ -266,12 +297,18 @@ CHECKS: dict[str, Callable[[], None]] = {
     "lora": case(LoRA, {}, keep_wrapper=True),
     "ewc_lora": case(EWCLoRA, EWC, keep_wrapper=True),
     "ewc_lora_decaying": case(EWCLoRA, {**EWC, "gamma": 0.7}),
+    "ewc_lora_prior": case(EWCLoRA, {**EWC, "gamma": 0.7}, prior=True),
+    "ewc_lora_fixed": case(EWCLoRA, {**EWC, "update": "fixed"}, keep_wrapper=True, prior=True),
+    "factor_ewc": case(FactorEWC, {"ewc_lambda": 20.0, "gamma": 0.7}, keep_wrapper=True),
     "inflora": case(InfLoRA, {"epsilon": 0.6}, keep_wrapper=True),
     "inflora_official": case(InfLoRA, {"epsilon": 0.6, "variant": "official"}),
     "sd_lora": case(SDLoRA, {"ranks": (2, 3)}),
     "sd_lora_kd": case(SDLoRA, {"kd_threshold": 0.9, "normalization": "factors"}),
     "sd_lora_ewc": case(SDLoRA, EWC),
     "sd_lora_shared": case(SDLoRA, {"magnitudes": "shared", "kd_threshold": 0.999, **EWC}),
+    "o_lora": case(OLoRA, {"lambda_2": 0.1}),
+    "o_lora_official": case(OLoRA, {"variant": "official"}),
+    "n_lora": case(NLoRA, {"lambda_1": 0.01}),
     "codyra": case(CoDyRA, GATES, keep_wrapper=True),
     "codyra_compact": case(CoDyRA, GATES, True),
     "codyra_ewc": case(CoDyRA, {**GATES, **EWC}),

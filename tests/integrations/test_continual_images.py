@@ -36,7 +36,12 @@ from benchmarks.continual.stream import Problem, loader, size
 from fused_ewclora.demo.formats import DataError
 
 TINY: dict[str, Any] = {"model": "test_vit", "image_size": 32, "pretrained": False, "tasks": 2}
-PUBLISHED = [name for name in configuration.available() if name.startswith("published/")]
+PUBLISHED = [
+    name
+    for name in configuration.available()
+    if name.startswith("published/")
+    and configuration.load(configuration.find(name)).runs[0].problem["kind"] == "images"
+]
 
 
 def load(root: Path, dataset: str, seed: int = 0, **changes: Any) -> Problem:

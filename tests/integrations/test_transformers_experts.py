@@ -440,7 +440,7 @@ class Logits(nn.Module):
         return self.model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("name", ["SDLoRA", "CoDyRA", "InfLoRA"])
+@pytest.mark.parametrize("name", ["SDLoRA", "CoDyRA", "FactorEWC", "InfLoRA"])
 def test_methods(name: str):
     """The other methods run two tasks on experts, one of them without tokens, and export what they train."""
     model = Logits(language_model("mixtral", idle=True))

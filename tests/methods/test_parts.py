@@ -11,10 +11,13 @@ import fused_ewclora as fe
 METHODS = {
     "LoRA": {},
     "EWCLoRA": {"ewc_lambda": 5.0},
+    "FactorEWC": {"ewc_lambda": 5.0},
     "SDLoRA": {},
     "SDLoRA-EWC": {"ewc_lambda": 5.0},
     "CoDyRA": {"ewc_lambda": 5.0},
     "InfLoRA": {"total_tasks": 3},
+    "OLoRA": {"lambda_2": 0.1},
+    "NLoRA": {"lambda_1": 0.01},
     "IEL": {"beta": 5.0, "labels": "sampled", "fisher_dtype": torch.float64},
     "ITA": {"alpha": 5.0, "labels": "sampled", "fisher_dtype": torch.float64},
     "PerturbAndMerge": {"fisher_dtype": torch.float64},
