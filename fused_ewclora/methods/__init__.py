@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from .cl_lora import CLLoRA
 from .codyra import CoDyRA
 from .ewc_lora import EWCLoRA
 from .factor_ewc import FactorEWC
 from .iel import IEL
 from .inflora import InfLoRA
 from .ita import ITA
+from .keep_lora import KeepLoRA
 from .lora import LoRA
 from .method import Method
 from .n_lora import NLoRA
@@ -18,10 +20,12 @@ from .sd_lora import SDLoRA
 __all__ = [
     "IEL",
     "ITA",
+    "CLLoRA",
     "CoDyRA",
     "EWCLoRA",
     "FactorEWC",
     "InfLoRA",
+    "KeepLoRA",
     "LoRA",
     "Method",
     "NLoRA",

@@ -98,11 +98,12 @@ class Composed(Method):
         finally:
             self._mean.tasks, self._mean.current = before
 
-    def prepare(self, loader: Loader) -> None:
+    def prepare(self, loader: Loader, loss_fn: Loss | None = None) -> None:
         """Estimates the Fisher of W0 on the data of the task that has begun, in eval mode, with the present
         head; once in a task, before its first penalty.
 
-        Raises `ArgumentError` outside of a task and for a second time, and the errors of
+        loss_fn is that of `EWC.estimate_fisher`: None is -log p(y), which labels "exact" always take. Raises
+        `ArgumentError` outside of a task and for a second time, and the errors of
         `EWC.estimate_fisher`; nothing is changed then.
 
             >>> method.begin_task(0); method.prepare(loader)
@@ -113,7 +114,7 @@ class Composed(Method):
             raise ArgumentError(f"prepare: task {self.tasks} has been prepared already, by all of its data")
         with self._ewc.restored_on_error():
             with self.pretrained():
-                estimate(self._ewc, loader, None, self.labels, self.group)
+                estimate(self._ewc, loader, loss_fn, self.labels, self.group)
             self._take_in()
         self._ewc.ewc_lambda, self._constant = self._strength(), None
         if self.mean_of_past and self.tasks:

@@ -13,7 +13,7 @@ from ..ewc.fisher_pass import FisherPass
 from ..ewc.placement import LocalPlacement, sums_dtype
 from ..ewc.restoring import Undo
 from ..ewc.state import TaskFisher
-from ..ewc.structures import Parts, Structure
+from ..ewc.structures import Gathered, Parts
 from ..ewc.structures.dense import Dense
 from ..ewc.structures.structure import zeros
 from ..layers.adapted import AdaptedLinear
@@ -77,7 +77,7 @@ class FactorPlacement(LocalPlacement):
     """A model that is whole in this process, whose passes gather the Fishers of the factors."""
 
     def capture(
-        self, structure: Structure, layer: AdaptedLinear, *options: Any
+        self, structure: Gathered, layer: AdaptedLinear, *options: Any
     ) -> tuple[FisherCapture, list[Parts]]:
         """As `Placement.capture`; these sums depend on the adapters, of which a structure knows nothing."""
         parts, sums = [], []

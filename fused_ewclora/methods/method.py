@@ -30,7 +30,7 @@ class Method:
         method = LoRA(model, LoRAConfig(r=10, target_modules=["qkv"]))
         for t, loader in enumerate(loaders):
             method.begin_task(t)
-            method.prepare(loader)  # for methods that look at the data before training; others do nothing
+            method.prepare(loader, criterion)  # for methods that look at the data first; others do nothing
             optimizer = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
             for step, (x, y) in enumerate(loader):
                 optimizer.zero_grad()
@@ -82,8 +82,9 @@ class Method:
         self._begin()
         self._running = True
 
-    def prepare(self, loader: Loader) -> None:
-        """Look at the data of the task that has begun, before it is trained on; most methods do not."""
+    def prepare(self, loader: Loader, loss_fn: Loss | None = None) -> None:
+        """Look at the data of the task that has begun, before it is trained on; most methods do not. loss_fn
+        serves methods that need gradients."""
 
     def penalty(self) -> Tensor:
         """What the method adds to the loss, 0-d and differentiable; 0 for methods without a penalty."""

@@ -246,12 +246,15 @@ def test_injected_inside():
 OPTIONS = {
     "EWCLoRA": {"ewc_lambda": 1.0},
     "FactorEWC": {"ewc_lambda": 1.0},
+    "CLLoRA": {"shared": ["fc1"]},
     "NLoRA": {"lambda_1": 0.01},
     "IEL": {"beta": 1.0},
     "ITA": {"alpha": 1.0},
 }
 METHODS = (
     "InfLoRA",
+    "KeepLoRA",
+    "CLLoRA",
     "EWCLoRA",
     "FactorEWC",
     "SDLoRA",

@@ -17,6 +17,7 @@ METHODS = {
     "SDLoRA": {},
     "CoDyRA": {"ewc_lambda": 5.0},
     "InfLoRA": {"total_tasks": 3},
+    "KeepLoRA": {"epsilon_w": 0.3, "epsilon_f": 0.6},
     "OLoRA": {"lambda_2": 0.1},
     "NLoRA": {"lambda_1": 0.01},
     "IEL": {"beta": 5.0},

@@ -113,14 +113,17 @@ NAMES = {
         register_adapted_class register_heads register_layout register_library shorten
     """,
     "fused_ewclora.methods": """
-        CoDyRA EWCLoRA FactorEWC IEL ITA InfLoRA LoRA Method NLoRA OLoRA PerturbAndMerge SDLoRA
+        CLLoRA CoDyRA EWCLoRA FactorEWC IEL ITA InfLoRA KeepLoRA LoRA Method NLoRA OLoRA PerturbAndMerge
+        SDLoRA
     """,
+    "fused_ewclora.methods.cl_lora": "CLLoRA VARIANTS",
     "fused_ewclora.methods.codyra": "CoDyRA GATE_INITS SCHEDULES STAIRS THRESHOLDS dead_zone_",
     "fused_ewclora.methods.ewc_lora": "EWCLoRA",
     "fused_ewclora.methods.factor_ewc": "FactorEWC",
     "fused_ewclora.methods.iel": "IEL",
     "fused_ewclora.methods.inflora": "InfLoRA",
     "fused_ewclora.methods.ita": "ITA",
+    "fused_ewclora.methods.keep_lora": "KeepLoRA",
     "fused_ewclora.methods.lora": "LoRA",
     "fused_ewclora.methods.method": "Loader Loss Method",
     "fused_ewclora.methods.n_lora": "NLoRA VARIANTS",
