@@ -97,7 +97,6 @@ def lora_linear_slices(
         >>> slices = [(d, 2 * d, a_k, b_k, 1.0), (2 * d, 3 * d, a_v, b_v, 1.0)]
         >>> y = lora_linear_slices(x, qkv_weight, qkv_bias, slices)
     """
-    check.slices([(start, stop) for start, stop, _, _, _ in slices])
     adapters = [Adapter(a, b, scale, ((start, stop),)) for start, stop, a, b, scale in slices]
     return lora_linear_adapters(
         x, weight, bias, adapters, dropout_p=dropout_p, training=training, seed=seed, backend=backend
@@ -117,8 +116,7 @@ def lora_linear_adapters(
     capture: CallCapture | None = None,
 ) -> Tensor:
     """The general form of `lora_linear`: each `Adapter(lora_a, lora_b, scale, rows)` may own several row
-    ranges (heads that interleave q, k, v). Rows of two adapters are disjoint or the same: those add up, and
-    one of them may be frozen.
+    ranges (heads that interleave q, k, v).
 
     lora_b `[sum of the lengths of rows, r]`, other shapes as in `lora_linear`. `capture` collects the layer's
     Fisher during backward. Raises `ArgumentError` or `DtypeError` naming the argument.

@@ -334,12 +334,6 @@ class AdaptedLinear(nn.Module):
             return self.composer.adapters(self)
         return [FE.Adapter(a, b, self.adapter_scale(s), s.rows) for s, a, b in self.adapter_parameters()]
 
-    def terms(self) -> list[FE.Adapter]:
-        """The same for one call of the LoRA linear, where several may have the same rows: those of the
-        `terms` of its composer, if that has such a method."""
-        terms = getattr(self.composer, "terms", None)
-        return self.composed() if terms is None else cast(list[FE.Adapter], terms(self))
-
     def adapter_scale(self, adapter: AdapterSlice) -> float | Tensor:
         """The scale of one adapter: its `scaling`, times the parameter `lora_scale` if it exists."""
         learned = (self._former_parameters or self._parameters).get(adapter.scale_name)
@@ -347,15 +341,14 @@ class AdaptedLinear(nn.Module):
             return adapter.scaling
         return learned if adapter.scaling == 1.0 else learned * adapter.scaling
 
-    def active(self, terms: bool = False) -> list[FE.Adapter] | None:
+    def active(self) -> list[FE.Adapter] | None:
         """The adapters of a call that begins, which is counted; None if it computes what the plain class
-        computes. terms: as `terms` has them."""
+        computes."""
         if not torch.compiler.is_compiling():
             (self._original or self).__dict__["forward_calls"] += 1
         if self.merged or not self.adapters_enabled:
             return None
-        apart = terms and self.composer is not None
-        adapters = self.terms() if apart else self.composed()
+        adapters = self.composed()
         if not adapters and self.fisher_capture is not None:
             # The op collects the Fisher in its backward, and it runs only with an adapter.
             adapters = [FE.Adapter(a, b, 0.0, s.rows) for s, a, b in self.adapter_parameters()]
@@ -363,7 +356,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in_features]` -> y `[..., out_features]`; the plain output while merged or disabled."""
-        adapters = self.active(terms=True)
+        adapters = self.active()
         if adapters is None:
             return self.base_forward(x)
         return FE.lora_linear_adapters(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -93,28 +92,18 @@ class Directions:
             layer.adapter_slices = tuple(replace(p, r=rank) if p is piece else p for p in pieces)
             layer.r = layer.adapter_slices[0].r
 
-    def apart(self, alphas: Tensor, normalization: str, rows: Rows) -> list[Adapter]:
-        """The past directions, if there are any, and the current one as adapters on the same rows, with
-        alphas `[D + 1]` as magnitudes. Of the past ones only the scales have gradients."""
-        scale = alphas[-1]
+    def stacked(self, alphas: Tensor, normalization: str, rows: Rows) -> Adapter:
+        """All directions as one adapter of rank R + r, with alphas `[D + 1]` as magnitudes."""
+        current = alphas[-1:]
         if normalization == "product":
-            scale = scale * inverse_norm(self.lora_A, self.lora_B)
-        current = Adapter(self.lora_A, self.lora_B, scale, rows)
+            current = current * inverse_norm(self.lora_A, self.lora_B)
         if self.lora_past_A.shape[0] == 0:
-            return [current]
+            return Adapter(self.lora_A, self.lora_B, current.squeeze(0), rows)
         # A product and a sum rather than indexing, whose gradient is added up in no fixed order on GPUs.
         past = (self.lora_past_scale * alphas[:-1]).sum(1)
-        return [Adapter(self.lora_past_A, self.lora_past_B, past, rows), current]
-
-    def stacked(self, alphas: Tensor, normalization: str, rows: Rows) -> Adapter:
-        """The same as one adapter of rank R + r."""
-        adapters = self.apart(alphas, normalization, rows)
-        if len(adapters) == 1:
-            return adapters[0]
-        past, current = adapters
-        scales = [cast(Tensor, past.scale), cast(Tensor, current.scale).expand(self.lora_A.shape[0])]
-        lora_a = torch.cat([past.lora_a, current.lora_a])
-        return Adapter(lora_a, torch.cat([past.lora_b, current.lora_b], dim=1), torch.cat(scales), rows)
+        lora_a = torch.cat([self.lora_past_A, self.lora_A])
+        lora_b = torch.cat([self.lora_past_B, self.lora_B], dim=1)
+        return Adapter(lora_a, lora_b, torch.cat([past, current.expand(self.lora_A.shape[0])]), rows)
 
 
 NAMES = tuple(field.name for field in fields(Directions))
@@ -147,17 +136,6 @@ class Stack:
     def adapters(self, layer: AdaptedLinear) -> list[Adapter]:
         """What the layer adds to its base."""
         return [now.stacked(now.lora_magnitudes, self.normalization, rows) for now, rows in _current(layer)]
-
-    def terms(self, layer: AdaptedLinear) -> list[Adapter]:
-        """The same, with past and current directions apart: nothing is copied to stack them, and the past
-        ones get no gradients but those of their scales."""
-        if torch.compiler.is_compiling() or layer.weight.device.type != "cpu":
-            # C++ calls have one adapter on a row. On a GPU leaving them costs as much as is saved.
-            return self.adapters(layer)
-        terms: list[Adapter] = []
-        for now, rows in _current(layer):
-            terms += now.apart(now.lora_magnitudes, self.normalization, rows)
-        return terms
 
     def changes(self, layer: AdaptedLinear) -> list[Adapter]:
         """The change of what the layer adds since the last task ended. Past directions are frozen, so only

@@ -15,7 +15,7 @@ from ..errors import ArgumentError, DtypeError
 from ..fishers import FactoredFisher, KroneckerFisher
 from ..reference import arguments
 from . import dispatch, schemas
-from .adapters import Adapter, Scale
+from .adapters import Adapter, Scale, row_ranges
 from .capture import MODES
 from .windows import Geometry
 
@@ -153,14 +153,7 @@ def lora_linear(
     _dropout(dropout_p)
     if not adapters:
         raise ArgumentError("adapters: expected at least one, got none")
-    return _adapters(adapters, x, d_in, d_out, same_rows=True)
-
-
-def slices(ranges: Sequence[tuple[int, int]]) -> None:
-    """Of an adapter each, and so different."""
-    if len(set(ranges)) < len(ranges):
-        again = next(row for row in ranges if ranges.count(row) > 1)
-        raise ArgumentError(f"slices: expected disjoint ranges, but {again} is in two of them")
+    return _adapters(adapters, x, d_in, d_out)
 
 
 def add_low_rank(
@@ -188,9 +181,7 @@ def _dropout(dropout_p: float) -> None:
         raise ArgumentError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
 
 
-def _adapters(
-    adapters: Sequence[Adapter], x: Tensor, d_in: int, d_out: int, same_rows: bool = False
-) -> list[int]:
+def _adapters(adapters: Sequence[Adapter], x: Tensor, d_in: int, d_out: int) -> list[int]:
     flat_rows: list[int] = []
     for index, (lora_a, lora_b, scale, rows) in enumerate(adapters):
         where = "" if len(adapters) == 1 else f" of adapter {index}"
@@ -206,8 +197,7 @@ def _adapters(
             )
         for start, stop in rows:
             flat_rows += (index, start, stop)
-    of_adapters = [tuple(map(tuple, rows)) for _, _, _, rows in adapters]
-    _disjoint(list(dict.fromkeys(of_adapters)) if same_rows else of_adapters, d_out)
+    _disjoint(flat_rows, d_out)
     return flat_rows
 
 
@@ -239,11 +229,11 @@ def lora_conv(
     lora_linear(rows, weight.flatten(1), bias, adapters, dropout_p)
 
 
-def _disjoint(of_adapters: Sequence[tuple[tuple[int, ...], ...]], d_out: int) -> None:
-    if of_adapters == [((0, d_out),)]:
+def _disjoint(rows: list[int], d_out: int) -> None:
+    if rows == [0, 0, d_out]:
         return
     done = 0
-    for start, stop in sorted(itertools.chain.from_iterable(of_adapters)):
+    for start, stop in sorted((start, stop) for _, start, stop in row_ranges(rows)):
         if not 0 <= start < stop <= d_out:
             raise ArgumentError(
                 f"rows: expected 0 <= start < stop <= {d_out} (rows of weight), got ({start}, {stop})"

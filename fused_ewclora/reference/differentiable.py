@@ -61,15 +61,11 @@ def lora_linear(
 
 
 def _added(y: Tensor, pieces: list[tuple[int, int, Tensor]], d_out: int) -> Tensor:
-    """y with each (start, stop, part) added to its columns; nothing is written in place. Ranges are the same
-    or disjoint."""
-    sums: dict[tuple[int, int], Tensor] = {}
-    for start, stop, part in pieces:
-        sums[start, stop] = sums[start, stop] + part if (start, stop) in sums else part
-    if sums.keys() == {(0, d_out)}:
-        return y + sums[0, d_out]
+    """y with each (start, stop, part) added to its columns; nothing is written in place."""
+    if len(pieces) == 1 and pieces[0][:2] == (0, d_out):
+        return y + pieces[0][2]
     parts, done = [], 0
-    for (start, stop), part in sorted(sums.items(), key=lambda item: item[0]):
+    for start, stop, part in sorted(pieces, key=lambda piece: piece[0]):
         parts += [y[..., done:start], y[..., start:stop] + part]
         done = stop
     return torch.cat([*parts, y[..., done:]], dim=-1)

@@ -239,23 +239,19 @@ def test_old_directions_fixed():
 
 
 class Counting(TorchDispatchMode):
-    """How often each operation of the dispatcher runs, and of what the LoRA linear is asked for gradients."""
+    """How often each operation of the dispatcher runs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[str, int] = {}
-        self.needs: list[tuple[bool, ...]] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.fused_ewclora.lora_linear_backward.default:
-            self.needs.append(tuple(args[12][3:]))  # after x, weight and bias
         self.calls[str(function)] = self.calls.get(str(function), 0) + 1
         return function(*args, **(kwargs or {}))
 
 
 def test_one_call_per_layer():
-    """A step is one call per layer, whatever the number of tasks, and computes no gradient of a frozen
-    direction."""
+    """A step is one call per layer, whatever the number of tasks."""
     model = adapted()
     method = SDLoRA(model)
     counts = []
@@ -268,10 +264,6 @@ def test_one_call_per_layer():
     assert counts[0] == counts[1] == counts[5]
     linear = {name: n for name, n in counts[5].items() if "fused_ewclora" in name}
     assert linear == {"fused_ewclora.lora_linear.default": 2, "fused_ewclora.lora_linear_backward.default": 2}
-    factors = (False, True)  # of past directions and of the current one; of the scales all
-    assert sorted(counting.needs) == sorted(
-        factors * (2 * n) + (True,) * (2 * n) for n in (1, 2)
-    )  # fc, and k and v of qkv
 
 
 def outside_of(matrices: list[Tensor], share: float) -> Tensor:
