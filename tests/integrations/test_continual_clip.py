@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from benchmarks.continual import clip_models, clip_small, configuration, problem
 from benchmarks.continual.clip_learner import ImageText
 from benchmarks.continual.run import State, execute
 from benchmarks.continual.stream import Problem
+from fused_ewclora.demo.data import load_digits
 from fused_ewclora.demo.formats import DataError
 
 CPU = torch.device("cpu")
@@ -284,6 +286,79 @@ def test_fisher_of_texts(root: Path, batch: int) -> None:
         weight.requires_grad_(False)
         torch.testing.assert_close(fisher, gradient**2, rtol=1e-3, atol=1e-3 * float(fisher.max()))
     assert len(ewc.fishers) == 2
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Settings of the small problem with the digits of scikit-learn in place of all sets."""
+    digits = load_digits()
+    monkeypatch.setattr(
+        clip_small, "_sets", lambda root: dict.fromkeys(("mnist", "fashion-mnist", "digits"), digits)
+    )
+    torch.set_num_threads(1)
+    yield {
+        "kind": "clip-small", "train_per_class": 4, "test_per_class": 3, "base_per_class": 2, "base_steps": 3,
+        "width": 16, "depth": 1,
+    }  # fmt: skip
+    clip_small._parts.cache_clear()
+    clip_small._base.cache_clear()
+
+
+def test_small_data(tiny: dict[str, Any]) -> None:
+    """Five domains of ten classes; no image has two purposes or, before it is changed, two domains."""
+    before = torch.get_rng_state()
+    problem = problems.load(tiny, Path("nowhere"), 0, "cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+    tasks = dict(zip(clip_small.DOMAINS, problem.stream.tasks, strict=True))
+    assert [len(task.classes) for task in tasks.values()] == [10] * 5
+    assert tasks["upside down"].classes[9] == "upside down: ankle boot"
+    images = {name: task.train[:][0] for name, task in tasks.items()}
+    for task in tasks.values():
+        inputs, labels = task.test[:]
+        assert inputs.shape == (30, 3, SIDE, SIDE) and -1.0 <= inputs.min() < inputs.max() <= 1.0
+        assert labels.tolist() == [label for label in range(10) for _ in range(3)]
+    back = {**images, "negatives": -images["negatives"], "upside down": images["upside down"].flip(-1, -2)}
+    parts = clip_small._parts(Path("nowhere").resolve(), 0, 2, 4, 3)
+    for name, other in (("digits", "negatives"), ("clothes", "upside down")):
+        assert not {x.numpy().tobytes() for x in back[name]} & {x.numpy().tobytes() for x in back[other]}
+        drawn = {x.numpy().tobytes() for x in parts[name].before[:][0]}
+        assert not drawn & {x.numpy().tobytes() for x in images[name]}
+    again = problems.load(tiny, Path("nowhere"), 0, "cpu").backbone
+    assert again is problem.backbone  # shared by the methods of a suite
+    other = problems.load(tiny, Path("nowhere"), 1, "cpu")
+    assert not torch.equal(other.stream.tasks[0].train[:][0], images["digits"])
+    with pytest.raises(DataError, match="train_per_class: digits, class 0: expected 902 images"):
+        problems.load({**tiny, "train_per_class": 900}, Path("nowhere"), 0, "cpu")
+
+
+def test_small_trained() -> None:
+    """Training before the first task lowers the loss of images and prompts."""
+    torch.manual_seed(0)
+    tokens = clip_small.words(["a one", "a two", "a three"])
+    towers = clip_small.small(tokens, 16, 1)
+    images, labels = torch.randn(9, 3, SIDE, SIDE), torch.arange(9) % 3
+
+    @torch.no_grad()
+    def loss() -> float:
+        return F.cross_entropy(towers.logits(images, towers.texts(tokens)), labels).item()
+
+    before = loss()
+    clip_small.train(towers, images, labels, tokens, 20, 0)
+    assert loss() < 0.5 * before
+
+
+def test_small_methods_learn(tiny: dict[str, Any]) -> None:
+    """Every method of the configuration learns two tasks; its short version has some of them and one seed."""
+    runs, short = (configuration.load(configuration.find("clip"), quick).runs for quick in (False, True))
+    assert all(run.problem["kind"] == "clip-small" for run in runs)
+    assert {run.seed for run in short} == {1} and {run.training.iterations for run in short} == {40}
+    problem = problems.load(tiny, Path("nowhere"), 0, "cpu")
+    problem = replace(problem, stream=replace(problem.stream, tasks=problem.stream.tasks[:2]))
+    for run in {run.method: run for run in runs}.values():
+        training = replace(run.training, iterations=2, batch_size=8)
+        record = execute(replace(run, training=training), problem, CPU)
+        assert [len(row) for row in record["matrices"]["every_task"]] == [2] * 3
+        assert np.isfinite(record["tasks"][1]["loss"])
 
 
 def test_small_words() -> None:
