@@ -57,6 +57,8 @@ class State:
         for config in run.lora_configs():
             fe.inject(self.model, config)
         self.method: Method = method_class(run.kind)(self.model, None, **run.options)
+        if isinstance(self.model, Heads) and isinstance(self.method, fe.methods.CLLoRA):
+            self.model.of_task = self.method.task
 
     def save(self, file: Path) -> None:
         """Writes the state between tasks. An interruption leaves the old file or the new one."""
@@ -146,7 +148,7 @@ def learn(state: State, number: int, loggers: Loggers | None = None) -> tuple[di
         task.train, training.fisher_batch_size or training.batch_size, state.order, training.workers
     )
     method.begin_task(number)
-    prepare_seconds = timed(lambda: method.prepare(passes), device)
+    prepare_seconds = timed(lambda: method.prepare(passes, model.loss), device)
     optimizer = make_optimizer(model, training)
     steps = training.iterations or training.epochs * len(batches)
     schedule = make_schedule(optimizer, training, steps)

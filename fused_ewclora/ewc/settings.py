@@ -10,7 +10,7 @@ from ..errors import ArgumentError
 
 FISHER_MODES = ("sample", "batch")
 MERGE_MODES = ("delta", "factors")
-UPDATES = ("sum", "convex")
+UPDATES = ("sum", "convex", "fixed")
 LARGEST = torch.finfo(torch.float32).max  # the penalty is computed in fp32
 
 

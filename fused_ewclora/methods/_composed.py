@@ -24,11 +24,12 @@ from ..layers.adapted import AdaptedLinear
 from ..layers.inject import adapters, eject
 from ..layers.slices import AdapterSlice, fisher_key, same_weights
 from ..report import Report
+from ._directions import fresh_a
 from ._gates import check_ungated
 from ._pretrained import PretrainedFisher
 from ._resume import dump, parse, take_over
 from ._shares import estimate, in_all
-from ._vectors import STORED, Mean, Vectors, new_a, parsed
+from ._vectors import STORED, Mean, Vectors, parsed
 from .method import Loader, Loss, Method
 
 if TYPE_CHECKING:
@@ -97,11 +98,12 @@ class Composed(Method):
         finally:
             self._mean.tasks, self._mean.current = before
 
-    def prepare(self, loader: Loader) -> None:
+    def prepare(self, loader: Loader, loss_fn: Loss | None = None) -> None:
         """Estimates the Fisher of W0 on the data of the task that has begun, in eval mode, with the present
         head; once in a task, before its first penalty.
 
-        Raises `ArgumentError` outside of a task and for a second time, and the errors of
+        loss_fn is that of `EWC.estimate_fisher`: None is -log p(y), which labels "exact" always take. Raises
+        `ArgumentError` outside of a task and for a second time, and the errors of
         `EWC.estimate_fisher`; nothing is changed then.
 
             >>> method.begin_task(0); method.prepare(loader)
@@ -112,7 +114,7 @@ class Composed(Method):
             raise ArgumentError(f"prepare: task {self.tasks} has been prepared already, by all of its data")
         with self._ewc.restored_on_error():
             with self.pretrained():
-                estimate(self._ewc, loader, None, self.labels, self.group)
+                estimate(self._ewc, loader, loss_fn, self.labels, self.group)
             self._take_in()
         self._ewc.ewc_lambda, self._constant = self._strength(), None
         if self.mean_of_past and self.tasks:
@@ -258,7 +260,7 @@ class Composed(Method):
         in_all(self._check_finite, self.group)
         generator = self._drawing(self.generator)
         ended = [
-            (layer, piece, now.ended(new_a(layer, now.lora_A, generator), piece.scaling))
+            (layer, piece, now.ended(fresh_a(layer, now.lora_A, piece.r, generator), piece.scaling))
             for _, layer, piece, now in self._vectors()
         ]
         self._take_in_last()

@@ -102,14 +102,6 @@ TRAINED = ("lora_A", "lora_B")
 STORED = tuple(name for name in NAMES if name != "lora_past_scale")  # the rest follows from it
 
 
-def new_a(layer: AdaptedLinear, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """The A of a new task, as `AdaptedLinear.reset_adapters` draws it."""
-    device = like.device if generator is None else generator.device
-    lora_a = torch.empty(like.shape, dtype=like.dtype, device=device)
-    lora_a.uniform_(-layer.initial_bound, layer.initial_bound, generator=generator)
-    return lora_a.to(like.device)
-
-
 def parsed(tensors: Mapping[str, Tensor], key: str, piece: AdapterSlice, now: Vectors, tasks: int) -> Vectors:
     """The saved factors of one adapter; raises `CheckpointError`."""
     rows, r, columns = piece.row_count, piece.r, now.lora_A.shape[1]

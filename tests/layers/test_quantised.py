@@ -394,11 +394,11 @@ def test_factors_mode():
 
 def test_methods_consolidate():
     """Methods fold their adapters into quantised weights as well, CoDyRA and P&M at the end of a task,
-    SD-LoRA and ITA at the end of all."""
+    SD-LoRA, O-LoRA and ITA at the end of all."""
     x, y = batch(1)
     ita = functools.partial(fe.methods.ITA, alpha=1.0, labels="sampled")
     merging = functools.partial(fe.methods.PerturbAndMerge, epsilon=0.0)
-    for method in (fe.methods.CoDyRA, merging, ita, fe.methods.SDLoRA):
+    for method in (fe.methods.CoDyRA, merging, ita, fe.methods.SDLoRA, fe.methods.OLoRA):
         model = FewBitsMLP()
         running = method(model, fe.LoRAConfig(r=2, target_modules=TARGETS, quantised_merge="residual"))
         running.begin_task(0)
