@@ -185,7 +185,7 @@ class LoRAConfig:
             finite(self.lora_alpha, "lora_alpha")
         probability(self.lora_dropout, "lora_dropout")
         for field in ("target_modules", "exclude_modules"):
-            object.__setattr__(self, field, _targets(getattr(self, field), field))
+            object.__setattr__(self, field, checked_targets(getattr(self, field), field))
         if self.modules_to_save is not None:
             object.__setattr__(self, "modules_to_save", _names(self.modules_to_save, "modules_to_save"))
         checked_merge(self.quantised_merge)
@@ -219,7 +219,9 @@ def matches(targets: Targets, name: str) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _targets(value: Targets | None, name: str) -> Targets | None:
+def checked_targets(value: Targets | None, name: str) -> Targets | None:
+    """Names, or a regular expression, as `matches` takes them; raises errors that name the argument."""
+    """Names, or a regular expression, as `matches` takes them; raises `ArgumentError` naming the argument."""
     if value is None:
         return None
     if not isinstance(value, str):

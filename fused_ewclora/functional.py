@@ -36,6 +36,7 @@ __all__ = [
     "ewc_penalty",
     "ewc_penalty_grad_",
     "fisher_accumulate_",
+    "l1_penalty",
     "lora_conv_adapters",
     "lora_linear",
     "lora_linear_adapters",
@@ -330,6 +331,32 @@ def ewc_penalty_grad_(
         check.number(grad_scale, "grad_scale", lora_as[0].dtype)
     name = dispatch.resolve(backend)
     return _penalty.penalty_grad_(op, flat, adapters, float(ewc_lambda), grad_scale, name, terms)
+
+
+def l1_penalty(
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[Scale] | None = None,
+    l1_lambda: float = 1.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """P = lambda sum_l sum_ij |B_l diag(s_l) A_l|[i,j] over all adapters, by blocks of rows, so that nothing
+    is as large as B A (N-LoRA, arXiv 2410.10179; docs/mathematics.md, section 13).
+
+    lora_as `[r, d_in]`, lora_bs `[d_out, r]`, all of one dtype and device. Returns a 0-d fp32 tensor (fp64
+    when all adapters are fp64), differentiable in lora_as, lora_bs and tensor scales, the slope of |.| at 0
+    being 0; no adapters give 0. Raises `ArgumentError` or `DtypeError` naming the entry.
+
+        >>> loss = criterion(model(x), y) + l1_penalty(lora_as, lora_bs, l1_lambda=0.4)
+    """
+    scales = [1.0] * len(lora_as) if scales is None else scales
+    check.l1_penalty(lora_as, lora_bs, scales)
+    check.number(l1_lambda, "l1_lambda", lora_as[0].dtype if lora_as else torch.float32)
+    if not lora_as:
+        return torch.zeros(())
+    adapters = Adapters.of(lora_as, lora_bs, scales)
+    return _penalty.penalty("l1_penalty", [], adapters, float(l1_lambda), dispatch.resolve(backend))
 
 
 @overload

@@ -201,3 +201,90 @@ class ContinualMetrics:
             values["plasticity"] = self._diagonal_mean(protocol)
             out[protocol] = values
         return out
+
+
+class TransferMetrics:
+    """Accuracies of one run on all of its tasks, also on those that it has not learned yet, of models that
+    can name classes which they were not trained on.
+
+    `b[t][i]` is the accuracy on task `i = 1 .. T` after `t = 0 .. T` tasks; row 0, before the first task, is
+    of the model as it came. Accuracies keep their unit; `scale` is the value of a perfect score. Formulas
+    (Zheng et al. 2023, arXiv 2303.06628; Xu et al. 2024, arXiv 2406.18868), every task weighing the same:
+
+        transfer             mean_{i>1} mean_{1<=t<i} b[t][i]: on tasks that are still to come
+        average              mean_i mean_{t>=1} b[t][i]
+        last                 mean_i b[T][i]
+        zero_shot            mean_i b[0][i]
+        zero_shot_transfer   mean_{i>1} b[0][i], what transfer would be if nothing were learned or lost
+
+    Raises `ArgumentError` for rows of the wrong number or length, and entries outside `[0, scale]`.
+
+    Example::
+
+        m = TransferMetrics([[0.5, 0.6], [0.9, 0.4], [0.7, 0.8]])
+        m.transfer(), m.average(), m.last()    # (0.4, 0.7, 0.75)
+    """
+
+    def __init__(self, rows: Iterable[Sequence[float]], scale: float = 1.0) -> None:
+        if not (math.isfinite(scale) and scale > 0):
+            raise ArgumentError(f"scale: expected a finite number > 0, got {scale!r}")
+        kept = [list(row) for row in rows]
+        tasks = len(kept) - 1
+        if tasks < 1:
+            raise ArgumentError(
+                f"rows: expected one before the first task and one after each, got {len(kept)} of them"
+            )
+        for t, row in enumerate(kept):
+            if len(row) != tasks:
+                raise ArgumentError(
+                    f"rows[{t}]: expected {tasks} accuracies, one per task, as there are {tasks + 1} rows; "
+                    f"got {len(row)}"
+                )
+            for i, value in enumerate(row):
+                if value is None or not 0.0 <= float(value) <= scale:
+                    raise ArgumentError(f"rows[{t}][{i}]: expected a number in [0, {scale:g}], got {value!r}")
+        self._matrix = np.array(kept, dtype=np.float64)
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """Accuracies `[T + 1, T]` in fp64, a copy."""
+        return self._matrix.copy()
+
+    def transfers(self) -> list[float]:
+        """For every task but the first, the mean accuracy on it after each of the tasks before it."""
+        return [float(self._matrix[1 : i + 1, i].mean()) for i in range(1, self._matrix.shape[1])]
+
+    def transfer(self) -> float:
+        """The mean of `transfers`; raises `ArgumentError` where there is only one task."""
+        if not (values := self.transfers()):
+            raise ArgumentError("rows: transfer needs at least 2 tasks, got 1")
+        return float(np.mean(values))
+
+    def average(self) -> float:
+        """The mean accuracy on all tasks after each of them."""
+        return float(self._matrix[1:].mean())
+
+    def last(self) -> float:
+        """The mean accuracy on all tasks after the last one."""
+        return float(self._matrix[-1].mean())
+
+    def zero_shot(self) -> float:
+        """The mean accuracy on all tasks before the first one."""
+        return float(self._matrix[0].mean())
+
+    def zero_shot_transfer(self) -> float:
+        """`zero_shot` without the first task, to compare `transfer` with; raises as that does."""
+        if self._matrix.shape[1] < 2:
+            raise ArgumentError("rows: zero_shot_transfer needs at least 2 tasks, got 1")
+        return float(self._matrix[0, 1:].mean())
+
+    def summary(self) -> dict[str, float | None]:
+        """Every metric by name; `None` where one task is too few."""
+        several = self._matrix.shape[1] > 1
+        return {
+            "transfer": self.transfer() if several else None,
+            "average": self.average(),
+            "last": self.last(),
+            "zero_shot": self.zero_shot(),
+            "zero_shot_transfer": self.zero_shot_transfer() if several else None,
+        }

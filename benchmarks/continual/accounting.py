@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 import fused_ewclora as fe
-from fused_ewclora.methods import Method
+from fused_ewclora.methods import FactorEWC, Method
 
 # Prefixes of the names of adapter parameters that a checkpoint of the learned model needs. The others (norms
 # of frozen directions, magnitudes at the end of the last task) can be computed from these or serve a penalty.
@@ -51,5 +51,7 @@ def _kept(method: Method) -> Iterable[Tensor]:
         yield parameter
     if (ewc := getattr(method, "ewc", None)) is not None:
         yield from ewc.state_dict()["tensors"].values()
+    if isinstance(method, FactorEWC):
+        yield from (*method.fishers.values(), *method.anchors.values())
     for subspace in getattr(method, "subspaces", {}).values():
         yield subspace.basis

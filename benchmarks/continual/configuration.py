@@ -19,8 +19,9 @@ from fused_ewclora import methods
 from fused_ewclora.errors import ArgumentError
 
 FOLDER = Path(__file__).parent / "configurations"
-NAMES = ("LoRA", "EWCLoRA", "SDLoRA", "CoDyRA", "InfLoRA")
-METHODS: dict[str, type[methods.Method]] = {name: getattr(methods, name) for name in NAMES}
+METHODS: dict[str, type[methods.Method]] = {
+    name: getattr(methods, name) for name in methods.__all__ if name != "Method"
+}
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "multistep")
 _KEYS = {"name", "about", "problem", "adapters", "training", "seeds", "methods"}
@@ -147,9 +148,11 @@ def check_options(kind: str, options: Any) -> None:
     They are tried on the smallest model; what a method demands of its layers shows on the real one.
     """
     _mapping(options, "options", set(), set(options) if isinstance(options, Mapping) else set())
-    method, model = method_class(kind), nn.Sequential(nn.Linear(2, 2))
+    method, model = method_class(kind), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    if "shared" in options:  # the names of layers
+        options = {**options, "shared": ["0"]}
     try:
-        method(model, fe.LoRAConfig(r=1, target_modules=["0"]), **options)
+        method(model, fe.LoRAConfig(r=1, target_modules=["0", "1"]), **options)
     except TypeError as error:
         raise ArgumentError(f"options: {error}") from error
     except fe.TargetError:

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from ..collection import Record
 from ..plots import style
 from .groups import MIB, Group
-from .targets import CIL, TIL
+from .targets import CIL, TIL, lines_of_lambda
+from .tradeoff import FORGETTING, PLASTICITY, front, means
 
 ACROSS, LEGEND_COLUMNS = 3, 3  # panels of matrices, names
 HATS = (style.OURS_STYLE[0], *style.COLOURS)
@@ -142,6 +143,33 @@ def over_lambda(title: str, groups: Sequence[Group]) -> Figure:
     return figure
 
 
+def tradeoff(title: str, groups: Sequence[Group]) -> Figure:
+    """Accuracy on a task just learned over forgetting: EWC-LoRAs joined by lambda, other methods as points,
+    and the front of the best of them."""
+    note = (
+        f"Means over {_seeds(groups)}; bars: standard deviations. Best is the upper left corner. Lines join "
+        "the lambdas of EWC-LoRA; the dashed one is the front, the methods that no other one dominates."
+    )
+    figure, legend, axes = _panels(5.2, title, _records(groups), note, 1, len(groups), 1)
+    (axis,) = axes
+    for line in lines_of_lambda(groups):
+        axis.plot(*zip(*map(means, line), strict=True), color=style.GREY, linewidth=1.2, zorder=1,
+                  gid="lambda")  # fmt: skip
+    axis.plot(*zip(*map(means, front(groups)), strict=True), color="black", linestyle="--", linewidth=0.8,
+              zorder=1, gid="front")  # fmt: skip
+    for number, group in enumerate(groups):
+        colour, marker, _ = LOOKS[number % len(LOOKS)]
+        spreads = [group.metric(CIL, name) for name in (FORGETTING, PLASTICITY)]
+        x_bar, y_bar = ((spread and spread.deviation) or 0.0 for spread in spreads)
+        x, y = means(group)
+        axis.errorbar([x], [y], xerr=x_bar, yerr=y_bar, color=colour, marker=marker, markersize=7, capsize=2,
+                      linestyle="none", linewidth=0.8, label=group.name, gid=group.name)  # fmt: skip
+    axis.set(xlabel="forgetting (points)", ylabel="accuracy on a task just learned (%)")
+    axis.grid(alpha=0.25)
+    _legend(legend, axis)
+    return figure
+
+
 def costs(title: str, records: Sequence[Record]) -> Figure:
     """Step time, memory, state and numbers of adapters over tasks, a line per method."""
     rounds = sorted({record["rounds"] for record in records})
@@ -176,18 +204,18 @@ def _mib(values: Sequence[int | None]) -> list[float]:
 
 
 def _panels(
-    height: float, title: str, records: Sequence[Record], note: str, rows: int, names: int
+    height: float, title: str, records: Sequence[Record], note: str, rows: int, names: int, columns: int = 2
 ) -> tuple[Figure, Any, list[Any]]:
-    """A figure with `rows` of two panels, and above them an empty axis for a legend of `names` names."""
+    """A figure with `rows` of `columns` panels, and above them an empty axis for a legend of names."""
     above = 0.19 * math.ceil(names / LEGEND_COLUMNS) + 0.1
     figure = style.figure(height + above, title, records, note)
-    grid = figure.add_gridspec(rows + 1, 2, height_ratios=[above, *[(height - 1.0) / rows] * rows])
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[above, *[(height - 1.0) / rows] * rows])
     legend = figure.add_subplot(grid[0, :])
     legend.set_axis_off()
     return (
         figure,
         legend,
-        [figure.add_subplot(grid[row, column]) for row in range(1, rows + 1) for column in (0, 1)],
+        [figure.add_subplot(grid[row, column]) for row in range(1, rows + 1) for column in range(columns)],
     )
 
 

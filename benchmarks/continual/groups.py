@@ -15,7 +15,7 @@ from .. import collection
 from ..collection import Record
 from . import recorded
 
-KINDS = ("LoRA", "EWCLoRA", "SDLoRA", "CoDyRA", "InfLoRA")  # as tables order them
+KINDS = ("LoRA", "EWCLoRA", "FactorEWC", "SDLoRA", "CoDyRA", "InfLoRA")  # as tables order them
 MIB = 2.0**20
 SHOWN_DIFFERENCES = 3  # fields in the note that distinguishes settings of one method
 
@@ -97,6 +97,14 @@ def basis(group: Group) -> str:
     run = group.records[0]["run"]
     kept = {name: run[name] for name in ("problem", "adapters", "training")}
     return json.dumps([group.suite, kept, group.tasks], sort_keys=True)
+
+
+def by_basis(groups: Iterable[Group]) -> list[list[Group]]:
+    """Groups that can be compared with each other, in order of appearance."""
+    found: dict[str, list[Group]] = {}
+    for entry in groups:
+        found.setdefault(basis(entry), []).append(entry)
+    return list(found.values())
 
 
 def group(records: Iterable[Record]) -> list[Group]:

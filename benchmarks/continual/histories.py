@@ -125,7 +125,7 @@ def histories(
         model.add_head(CLASSES).to(device)
         loader = [network.example(device) for _ in range(HISTORY_STEPS)]
         method.begin_task(task)
-        method.prepare(loader)
+        method.prepare(loader, F.cross_entropy)
         methods.append(copy.deepcopy(method))
         if task + 1 < tasks:
             optimizer = make_optimizer(model, TRAINING)

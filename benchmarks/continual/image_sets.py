@@ -37,8 +37,8 @@ DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 
 @dataclass(frozen=True)
 class Examples:
-    """Images, as files, uint8 `[N, H, W, 3]` or images of PIL, and labels `[N]` int64, positions in the
-    classes."""
+    """Images, as files, uint8 `[N, H, W, 3]` or `[N, H, W]`, or images of PIL, and labels `[N]` int64,
+    positions in the classes."""
 
     images: Sequence[Any] | np.ndarray
     labels: np.ndarray

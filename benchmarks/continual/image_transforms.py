@@ -16,13 +16,22 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of the 
 NONE: Statistics = ((0.0,) * 3, (1.0,) * 3)
 
 
-def training(size: int, crop_scale: Sequence[float], statistics: Statistics) -> Transform:
-    """A random crop with a share of the area in crop_scale, scaled to size x size and flipped with
-    probability 1/2; values in 0..1, then normalised."""
+def training(
+    size: int,
+    crop_scale: Sequence[float],
+    statistics: Statistics,
+    flip: bool = True,
+    interpolation: str = "bilinear",
+) -> Transform:
+    """A random crop with a share of the area in crop_scale, scaled to size x size and, with flip, mirrored
+    with probability 1/2; values in 0..1, then normalised."""
     if len(crop_scale) != 2 or not 0.0 < crop_scale[0] <= crop_scale[1] <= 1.0:
         raise DataError(f"crop_scale: expected two numbers, 0 < low <= high <= 1, got {crop_scale!r}")
     kinds = _torchvision()
-    steps = [kinds.RandomResizedCrop(size, scale=tuple(crop_scale)), kinds.RandomHorizontalFlip()]
+    mode = kinds.InterpolationMode(_interpolation(interpolation))
+    steps = [kinds.RandomResizedCrop(size, scale=tuple(crop_scale), interpolation=mode)]
+    if flip:
+        steps.append(kinds.RandomHorizontalFlip())
     return _composed(kinds, steps, statistics)
 
 
@@ -30,10 +39,8 @@ def testing(size: int, crop_fraction: float, interpolation: str, statistics: Sta
     """The shorter side scaled to size / crop_fraction, then a centre crop; values 0..1, normalised."""
     if not isinstance(crop_fraction, (int, float)) or not 0.0 < crop_fraction <= 1.0:
         raise DataError(f"crop_fraction: expected a number, 0 < crop_fraction <= 1, got {crop_fraction!r}")
-    if interpolation not in ("bilinear", "bicubic"):
-        raise DataError(f"interpolation: expected bilinear or bicubic, got {interpolation!r}")
     kinds = _torchvision()
-    mode = kinds.InterpolationMode(interpolation)
+    mode = kinds.InterpolationMode(_interpolation(interpolation))
     steps = [kinds.Resize(int(size / crop_fraction), interpolation=mode), kinds.CenterCrop(size)]
     return _composed(kinds, steps, statistics)
 
@@ -54,6 +61,12 @@ def statistics_of(normalize: Any, pretrained_config: Mapping[str, Any]) -> Stati
             f"got {normalize!r}"
         )
     return mean, std
+
+
+def _interpolation(name: str) -> str:
+    if name not in ("bilinear", "bicubic"):
+        raise DataError(f"interpolation: expected bilinear or bicubic, got {name!r}")
+    return name
 
 
 def _torchvision() -> Any:

@@ -93,7 +93,7 @@ def _decoded(image: Any) -> Any:
     from PIL import Image
 
     if isinstance(image, np.ndarray):
-        return Image.fromarray(image)
+        return Image.fromarray(image).convert("RGB")
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,6 +55,8 @@ class Heads(Classifier, Learner):
     """A linear head per task on the features of the backbone, `[N, backbone.dim]`."""
 
     loss = staticmethod(F.cross_entropy)  # type: ignore[assignment]
+    # Of methods that have a model for every task: a context in which the backbone is that of task k.
+    of_task: Callable[[int], AbstractContextManager[Any]] | None = None
 
     def begin_task(self, task: Task) -> None:
         """Adds the head of a task, and freezes those of earlier ones."""
@@ -62,6 +66,16 @@ class Heads(Classifier, Learner):
     def trained(self) -> list[nn.Parameter]:
         """Those of the newest head."""
         return list(self.heads[-1].parameters())
+
+    def all_logits(self, images: Tensor) -> Tensor:
+        """Logits of all heads side by side, `[N, classes seen so far]`, each on the features of its task."""
+        if self.of_task is None:
+            return super().all_logits(images)
+        logits = []
+        for number, head in enumerate(self.heads):
+            with self.of_task(number):
+                logits.append(head(self.backbone(images)))
+        return torch.cat(logits, dim=1)
 
     def scores(self, tasks: Sequence[Task], begun: int, batches: Batches) -> Scores:
         """Class-incremental: the largest logit of all heads; task-aware: that of the task's own head."""

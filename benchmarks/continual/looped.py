@@ -60,10 +60,13 @@ class LoopedLinear(nn.Module):
 def unstack_(method: SDLoRA) -> nn.Module:
     """Replaces the layers of the method's model and returns it; the method cannot be used afterwards.
 
-    Raises `ArgumentError` for other normalizations, whose norms the loop lacks, and for a penalty.
+    Raises `ArgumentError` for other normalizations, whose norms the loop lacks, for shared magnitudes and for
+    a penalty.
     """
     if method.normalization != "factors":
         raise ArgumentError(f"normalization: expected 'factors', got {method.normalization!r}")
+    if method.magnitudes != "per_adapter":
+        raise ArgumentError(f"magnitudes: expected 'per_adapter', got {method.magnitudes!r}")
     if method.ewc is not None:
         raise ArgumentError("ewc_lambda: expected None, the loop has no penalty")
     for name, layer in fe.adapters(method.model).items():

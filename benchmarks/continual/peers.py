@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_ewclora.config import LoRAConfig
+from fused_ewclora.config import LoRAConfig, positive
 from fused_ewclora.errors import ArgumentError, CheckpointError
 from fused_ewclora.ewc.estimation import to_device
 from fused_ewclora.ewc.settings import number
@@ -78,7 +78,7 @@ class AvalancheEWC(_Penalised):
 
     The plugin computes the importances; of these, those of adapters are used: heads of earlier tasks are
     frozen. It takes examples in the order of the data, which is shuffled here, since batches of one class
-    would make F several times too large. Raises `ArgumentError` where avalanche is not installed.
+    would make F several times too large. `begin_task` raises `ArgumentError` where it is not installed.
     """
 
     def __init__(
@@ -91,12 +91,17 @@ class AvalancheEWC(_Penalised):
         batch_size: int = 32,
     ) -> None:
         super().__init__(model, config, ewc_lambda)
+        self.decay_factor = number("decay_factor", decay_factor, 0.0, math.inf)
+        self.batch_size = positive(batch_size, "batch_size")
+        self.plugin: Any = None
+
+    def _begin(self) -> None:
+        """Not when it is made, so that configurations can be read where the package is missing."""
         try:
             plugins = extras.load("avalanche").training.plugins
         except extras.Unavailable as error:
-            raise ArgumentError(f"kind: AvalancheEWC needs avalanche-lib: {error}") from error
-        self.plugin = plugins.EWCPlugin(ewc_lambda, mode="online", decay_factor=decay_factor)
-        self.decay_factor, self.batch_size = decay_factor, batch_size
+            raise ArgumentError(f"begin_task: AvalancheEWC needs avalanche-lib: {error}") from error
+        self.plugin = plugins.EWCPlugin(self.ewc_lambda, mode="online", decay_factor=self.decay_factor)
 
     def _end(self, loader: Any, loss_fn: Any) -> None:
         trained = self._trained()

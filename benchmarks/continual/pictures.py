@@ -11,6 +11,7 @@ from typing import Any
 from .. import collection
 from ..collection import Record, Unusable
 from ..plot import MISSING, Picture, slug
+from . import tradeoff
 from .groups import by_suite, group, newest_costs
 from .targets import CIL, TIL, lines_of_lambda
 
@@ -38,6 +39,10 @@ def planned(records: Iterable[Record]) -> list[Picture]:
             which = f"-{number}" if len(lines) > 1 else ""
             title = f"{suite}: EWC-LoRA over lambda"
             pictures.append(_picture(f"{suite}-lambda{which}", title, "over_lambda", suite, line))
+        for number, some in enumerate(compared := tradeoff.measured(groups), 1):
+            which = f"-{number}" if len(compared) > 1 else ""
+            title = f"{suite}: stability against plasticity"
+            pictures.append(_picture(f"{suite}-tradeoff{which}", title, "tradeoff", suite, some))
     for comparable in newest_costs(records):
         first = comparable[0]
         machine, sizes = next(iter(collection.by_machine(comparable))), first["model"]

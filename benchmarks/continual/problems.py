@@ -20,6 +20,8 @@ KINDS = {
     "texts": "texts",  # text classification in sequence, T5 or LLaMA
     "glosses": "glosses",  # WordNet glosses, a small T5 or SmolLM2
     "images": "images",  # CIFAR-100, DomainNet, ImageNet-R, ImageNet-A, timm
+    "clip": "clip",  # X-TAIL and MTIL, CLIP of open_clip or transformers
+    "clip-small": "clip_small",  # image sets of the demo in five domains, a small CLIP trained here
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_ewclora.demo.evaluation import PERCENT
-from fused_ewclora.metrics import PROTOCOLS, ContinualMetrics
+from fused_ewclora.metrics import PROTOCOLS, ContinualMetrics, TransferMetrics
 
 from .. import records
 from ..collection import Record, Unusable
@@ -49,7 +49,8 @@ def _of_run(record: Record) -> Iterator[str]:
             yield f"record.{name}: expected {tasks} entries, one per task, got {len(values)}"
             return
     every = matrices.get("every_task")
-    if every is not None and [len(row) for row in every] != [tasks] * (tasks + 1):
+    of_every = every is None or [len(row) for row in every] == [tasks] * (tasks + 1)
+    if not of_every:
         yield f"record.matrices.every_task: expected {tasks + 1} rows of {tasks} accuracies"
     rows = {f"{name}[{t}]": (row, t) for name in PROTOCOLS for t, row in enumerate(matrices[name])}
     wrong = [
@@ -59,9 +60,11 @@ def _of_run(record: Record) -> Iterator[str]:
     ]
     yield from wrong
     expected = {} if wrong else metrics(record).summary()
+    if every is not None and of_every:
+        expected["every_task"] = TransferMetrics(every, PERCENT).summary()
     for protocol in expected:
         for name, value in expected[protocol].items():
-            stated = record["metrics"][protocol].get(name, math.nan)
+            stated = record["metrics"].get(protocol, {}).get(name, math.nan)
             same = stated is None if value is None else stated is not None and abs(stated - value) < 1e-6
             if not same:
                 yield f"record.metrics.{protocol}.{name}: the matrices give {value!r}, got {stated!r}"

@@ -21,7 +21,7 @@ from fused_ewclora.demo.evaluation import PERCENT, check_finite
 from fused_ewclora.demo.files import temporary_name
 from fused_ewclora.ewc.estimation import to_device
 from fused_ewclora.methods import Method
-from fused_ewclora.metrics import ContinualMetrics
+from fused_ewclora.metrics import ContinualMetrics, TransferMetrics
 
 from . import accounting
 from .configuration import Run, Training, method_class
@@ -57,6 +57,8 @@ class State:
         for config in run.lora_configs():
             fe.inject(self.model, config)
         self.method: Method = method_class(run.kind)(self.model, None, **run.options)
+        if isinstance(self.model, Heads) and isinstance(self.method, fe.methods.CLLoRA):
+            self.model.of_task = self.method.task
 
     def save(self, file: Path) -> None:
         """Writes the state between tasks. An interruption leaves the old file or the new one."""
@@ -146,7 +148,7 @@ def learn(state: State, number: int, loggers: Loggers | None = None) -> tuple[di
         task.train, training.fisher_batch_size or training.batch_size, state.order, training.workers
     )
     method.begin_task(number)
-    prepare_seconds = timed(lambda: method.prepare(passes), device)
+    prepare_seconds = timed(lambda: method.prepare(passes, model.loss), device)
     optimizer = make_optimizer(model, training)
     steps = training.iterations or training.epochs * len(batches)
     schedule = make_schedule(optimizer, training, steps)
@@ -258,18 +260,19 @@ def _record(problem: Problem, results: Results) -> dict[str, Any]:
     tasks = problem.stream.tasks
     sizes = [size(task.test) for task in tasks]
     matrices = {"class_incremental": results.class_incremental, "task_aware": results.task_aware}
-    if results.every_task:
-        matrices["every_task"] = results.every_task
     metrics = ContinualMetrics.from_matrix(
         results.class_incremental, sizes, results.task_aware, scale=PERCENT
-    )
+    ).summary()
+    if results.every_task:
+        matrices["every_task"] = results.every_task
+        metrics["every_task"] = TransferMetrics(results.every_task, PERCENT).summary()
     return {
         "facts": problem.facts,
         "classes": [list(task.classes) for task in tasks],
         "train_sizes": [size(task.train) for task in tasks],
         "test_sizes": sizes,
         "matrices": matrices,
-        "metrics": metrics.summary(),
+        "metrics": metrics,
         "tasks": results.tasks,
         "report": results.report,
     }

@@ -10,7 +10,7 @@ from typing import Any
 from fused_ewclora.demo.spread import Spread
 
 from ..collection import Record
-from .groups import Group, basis, group
+from .groups import Group, by_basis, group
 
 SUITE, CHOSEN = "language", "EWC-LoRA"
 FORGETTING, GAIN, STEP = 0.75, 0.0, 0.0  # limits of the three targets
@@ -58,11 +58,7 @@ def verdict(goal: Goal) -> str:
 
 def _comparable(groups: Iterable[Group]) -> list[list[Group]]:
     """LoRA and EWC-LoRA on the same problem, with the same adapters and training."""
-    by_basis: dict[str, list[Group]] = {}
-    for entry in groups:
-        if entry.kind in ("LoRA", "EWCLoRA"):
-            by_basis.setdefault(basis(entry), []).append(entry)
-    return list(by_basis.values())
+    return by_basis(entry for entry in groups if entry.kind in ("LoRA", "EWCLoRA"))
 
 
 def _goals(groups: Sequence[Group], suite: str, chosen: str | None) -> list[Goal]:

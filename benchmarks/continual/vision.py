@@ -92,13 +92,13 @@ def _scenario(dataset: str, root: Path) -> Scenario:
         raise DataError(f"dataset: expected one of {', '.join(DATASETS)}, got {dataset!r}")
     if dataset != "fashion-mnist":
         return make_scenario(dataset, root)
-    continual = load_dataset(dataset, _fashion_folder(root))
+    continual = load_dataset(dataset, fashion_folder(root))
     if continual.classes != len(FASHION_CLASSES):
         raise DataError(f"{dataset}: expected {len(FASHION_CLASSES)} classes, got {continual.classes}")
     return make_scenario(dataset, root, continual)
 
 
-def _fashion_folder(root: Path) -> Path:
+def fashion_folder(root: Path) -> Path:
     """`root` if it has the official files, otherwise their folder in the package."""
     if any(root.glob("train-images-idx3-ubyte*")):
         return root

@@ -94,15 +94,18 @@ def _fisher(values: Values, m: int, n: int, kind: torch.dtype | str) -> Fisher:
 
 def penalty(
     values: Values, backend: str, shapes: Sequence[tuple[int, int, int]] = RAGGED,
-    dtype: torch.dtype = FP32, fisher: torch.dtype | str = FP32,
+    dtype: torch.dtype = FP32, fisher: torch.dtype | str | None = FP32,
 ) -> list[Tensor]:  # fmt: skip
     """The loss and all gradients; every second adapter has a scale per rank. `fisher`: the dtype of dense
-    Fishers, or "8 bits", "factored" or "kronecker"."""
-    fishers = [_fisher(values, m, n, fisher) for m, n, _ in shapes]
+    Fishers, or "8 bits", "factored" or "kronecker"; None is the l1 norm, which has none."""
+    fishers = [] if fisher is None else [_fisher(values, m, n, fisher) for m, n, _ in shapes]
     lora_as = [values.leaf(r, n, dtype=dtype, std=n**-0.5) for _, n, r in shapes]
     lora_bs = [values.leaf(m, r, dtype=dtype, std=0.3) for m, _, r in shapes]
     scales = [values.leaf(r, dtype=dtype) if i % 2 else 0.5 for i, (_, _, r) in enumerate(shapes)]
-    loss = FE.ewc_penalty(fishers, lora_as, lora_bs, scales, 3.0, backend=backend)
+    if fisher is None:
+        loss = FE.l1_penalty(lora_as, lora_bs, scales, 3.0, backend=backend)
+    else:
+        loss = FE.ewc_penalty(fishers, lora_as, lora_bs, scales, 3.0, backend=backend)
     leaves = [*lora_as, *lora_bs, *(s for s in scales if isinstance(s, Tensor))]
     return [loss, *torch.autograd.grad(loss, leaves)]
 
@@ -203,6 +206,9 @@ def calls() -> Iterator[Call]:
         yield Call(f"factored_penalty, {name}", method, TOLERANCES[options.get("dtype", FP32)])
     method = functools.partial(penalty, fisher="kronecker")
     yield Call("kronecker_penalty, fp32", method, TOLERANCES[FP32])
+    for dtype in (FP32, BF16):
+        method = functools.partial(penalty, fisher=None, dtype=dtype)
+        yield Call(f"l1_penalty, {str(dtype).removeprefix('torch.')}", method, TOLERANCES[dtype])
     for name, options in FISHERS.items():
         tolerance = TOLERANCES[options.get("dtype", BF16)]
         yield Call(f"fisher_accumulate_, {name}", functools.partial(fisher, **options), tolerance)

@@ -13,7 +13,7 @@ import warnings
 
 import torch
 
-from ..reference import kronecker_penalty
+from ..reference import kronecker_penalty, l1_penalty
 from .candidate import Call, Candidate, forget_choices
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -109,6 +109,9 @@ def candidates(op: str) -> tuple[Candidate, ...]:
     if op == "kronecker_penalty":  # products of whole matrices alone
         plain = kronecker_penalty.penalty_and_grads
         return (Candidate("cuda", "plain PyTorch, products by BLAS", _supports, plain),)
+    if op == "l1_penalty":
+        blocks = l1_penalty.penalty_and_grads_in_blocks
+        return (Candidate("cuda", "plain PyTorch, by blocks of rows", _supports, blocks),)
     if op not in _ALGORITHMS:
         return ()
     run = getattr(extension(), op, _missing)

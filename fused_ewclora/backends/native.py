@@ -9,7 +9,7 @@ import warnings
 
 import torch
 
-from ..reference import kronecker_penalty
+from ..reference import kronecker_penalty, l1_penalty
 from .candidate import Call, Candidate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,6 +62,9 @@ def candidates(op: str) -> tuple[Candidate, ...]:
     module = extension()
     if op == "kronecker_penalty":  # a pass over two matrices by BLAS, which nothing beats
         return (Candidate("cpu", "BLAS products", _supports, kronecker_penalty.penalty_and_grads),)
+    if op == "l1_penalty":
+        blocks = l1_penalty.penalty_and_grads_in_blocks
+        return (Candidate("cpu", "PyTorch, blocks of rows in cache", _supports, blocks),)
     if op not in _ALGORITHMS:
         return ()
     run = getattr(module, op, _missing)

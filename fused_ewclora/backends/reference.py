@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..reference import ewc_penalty, fisher_accumulate, fisher_sums, kronecker_penalty, lora_linear, merge
+from ..reference import (
+    ewc_penalty,
+    fisher_accumulate,
+    fisher_sums,
+    kronecker_penalty,
+    l1_penalty,
+    lora_linear,
+    merge,
+)
 from .candidate import Call, Candidate
 
 _RUN: dict[str, Callable[..., Any]] = {
@@ -14,6 +22,7 @@ _RUN: dict[str, Callable[..., Any]] = {
     "ewc_penalty": ewc_penalty.penalty_and_grads,
     "factored_penalty": kronecker_penalty.penalty_and_grads,
     "kronecker_penalty": kronecker_penalty.penalty_and_grads,
+    "l1_penalty": l1_penalty.penalty_and_grads,
     "fisher_accumulate_": fisher_accumulate.fisher_accumulate_,
     "fisher_sums_": fisher_sums.fisher_sums_,
     "merge_": merge.merge_,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, FisherError
 from ..layers.adapted import AdaptedLinear, Updates
+from ..layers.finite import check_finite
 from ..layers.index import AdapterRef, put_rows, take_rows
+from ..layers.watch import local
 from .fold import folding
 from .packing import Packing
 from .placement import Placement
-from .state import AdapterSums, EWCState, TaskFisher, TaskRecord, by_fisher, numbers_in, stored
+from .state import NO_LABELS, AdapterSums, EWCState, TaskFisher, TaskRecord, by_fisher, numbers_in, stored
 from .structures import Structure, Weights, part_key
 
 
@@ -89,25 +92,19 @@ def consolidate(
     generator: torch.Generator | None,
 ) -> EWCState:
     """The state after the task; weights, Fishers and adapters are updated in place, all of them or none."""
-    task = state.task
-    if task is None:
-        raise FisherError(
-            "consolidate: this task has no Fisher yet; call estimate_fisher(loader, loss_fn) first"
-        )
-    if task.samples == 0:
-        raise FisherError(
-            "consolidate: the Fisher of this task has no samples; call reduce_fisher_ where other processes "
-            "have some, or estimate_fisher with a loader that is not empty"
-        )
     refs = placement.refs
-    fishers, error = new_fishers(state, task, placement, structure, gamma, update, fisher_dtype)
+    if update == "fixed" and state.fishers:
+        fishers, record = state.fishers, TaskRecord(NO_LABELS, 0, 0, gamma)
+    else:
+        task = gathered(state, "consolidate")
+        fishers, error = new_fishers(state, task, placement, structure, gamma, update, fisher_dtype)
+        record = _record(task, gamma, error)
     if merge_mode == "factors":
         _check_one_scale(refs)
         sums = new_sums(refs, state.sums)
         weights = weights_of_sums(placement.layers, refs, sums)
     else:
         sums, weights = {}, placement.new_weights()
-    record = TaskRecord("+".join(task.labels), task.samples, task.batch_size, gamma, error)
     with folding(
         placement.layers,
         weights,
@@ -118,9 +115,56 @@ def consolidate(
         finite=check_finite,
     ) as change:
         for key, old in state.fishers.items():
-            change.copy_(old, fishers[key])
+            if old is not fishers[key]:
+                change.copy_(old, fishers[key])
         placement.reset_adapters(change, generator)
     return EWCState(state.fishers or fishers, sums, (*state.history, record), None)
+
+
+def consolidate_prior(
+    state: EWCState,
+    placement: Placement,
+    structure: Structure,
+    fisher_dtype: torch.dtype,
+    check: bool,
+) -> EWCState:
+    """The state before the first task, with the Fisher that was gathered as that of all earlier ones; weights
+    and adapters stay as they are. check: refuse values that are not finite."""
+    if state.history:
+        raise FisherError(
+            f"consolidate_prior: expected no Fisher before it, found {len(state.history)}; the prior comes "
+            "before the first task"
+        )
+    task = gathered(state, "consolidate_prior")
+    if placement.any(any(bool(local(ref.parameters()[1]).any()) for ref in placement.refs)):
+        raise FisherError(
+            "consolidate_prior: expected untrained adapters (lora_B = 0), with which the Fisher is that of "
+            "the pretrained weights, found trained ones"
+        )
+    fishers, error = new_fishers(state, task, placement, structure, 1.0, "sum", fisher_dtype)
+    if check:
+        named = {f"Fisher of {name}": tensor for name, tensor in numbers_in(fishers).items()}
+        placement.agree(lambda: check_finite(named, "consolidate_prior", FisherError))
+    return EWCState(fishers, {}, (replace(_record(task, 1.0, error), prior=True),))
+
+
+def gathered(state: EWCState, action: str) -> TaskFisher:
+    """The Fisher of the task; raises `FisherError` without one, or without samples."""
+    task = state.task
+    if task is None:
+        raise FisherError(
+            f"{action}: this task has no Fisher yet; call estimate_fisher(loader, loss_fn) first"
+        )
+    if task.samples == 0:
+        raise FisherError(
+            f"{action}: the Fisher of this task has no samples; call reduce_fisher_ where other processes "
+            "have some, or estimate_fisher with a loader that is not empty"
+        )
+    return task
+
+
+def _record(task: TaskFisher, gamma: float, error: float) -> TaskRecord:
+    return TaskRecord("+".join(task.labels), task.samples, task.batch_size, gamma, error)
 
 
 def _check_one_scale(refs: Sequence[AdapterRef]) -> None:

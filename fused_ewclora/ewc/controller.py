@@ -23,7 +23,7 @@ from ..layers.watch import TrainingWatch
 from ..ops.capture import RowsToSamples
 from . import estimation as passes
 from . import several_passes
-from .consolidate import consolidate
+from .consolidate import consolidate, consolidate_prior
 from .conversion import check_convertible, converted
 from .divergence import CHOOSE_LAMBDA, divergence
 from .fisher_pass import FisherPass
@@ -57,8 +57,8 @@ class EWC:
         merge_mode: "delta", W + s B A, or "factors", W0 + s (sum B)(sum A) with the cross terms of the
             official code; it keeps the original rows W0.
         check_finite: refuse NaN and Inf in Fishers and weights (one host synchronisation per task).
-        update: "sum", gamma F + F_task, or "convex", gamma F + (1 - gamma) F_task; the first task gives
-            F_task.
+        update: "sum", gamma F + F_task, "convex", gamma F + (1 - gamma) F_task, or "fixed", F, with which no
+            later task has a Fisher pass; the first task, or the prior, gives F_task.
         generator: source of the A of each new task; None is the default generator. Processes that call
             `reduce_fisher_` or `shard_` draw the same A.
         fisher: how F is kept (docs/fishers.md): "dense", one number per weight; "factored", its row and
@@ -150,12 +150,13 @@ class EWC:
 
     @property
     def tasks(self) -> int:
-        """Tasks consolidated so far."""
-        return len(self._state.history)
+        """Tasks consolidated so far, without the prior."""
+        return sum(not record.prior for record in self._state.history)
 
     @property
     def history(self) -> tuple[TaskRecord, ...]:
-        """How the Fisher of each consolidated task was made: labels, samples, batch size, gamma."""
+        """How the Fisher of the prior, if there is one, and of each consolidated task was made: labels,
+        samples, batch size, gamma."""
         return self._state.history
 
     @property
@@ -204,7 +205,7 @@ class EWC:
 
     def penalty(self) -> Tensor:
         """P = (lambda/2) sum F (B diag(s) A)^2 over all adapters, 0-d fp32, differentiable; exactly 0 before
-        the first consolidation. Raises `ArgumentError` after it without an ewc_lambda.
+        the first consolidation, or the prior. Raises `ArgumentError` after it without an ewc_lambda.
 
         >>> loss = criterion(model(x), y) + ewc.penalty()
         """
@@ -251,6 +252,7 @@ class EWC:
         """
         self._check()
         self._note_gradients()
+        self._check_gathers("accumulate_fisher")
         options = (reduction, batch_size, loss_scale, check_samples, rows_to_samples)
         running = FisherPass(self._placement, self.structure, self.fisher_mode, *options)
         running.allow_empty = allow_empty
@@ -262,6 +264,18 @@ class EWC:
                     yield running
             fisher = running.result(labels, self.check_finite)
         self._add(fisher)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the end of this task needs a Fisher: not with update "fixed" once there is one."""
+        return self.update != "fixed" or not self._state.fishers
+
+    def _check_gathers(self, action: str) -> None:
+        if not self.gathers:
+            raise FisherError(
+                f"{action}: update 'fixed' keeps the F that there is, to which a task adds nothing; call "
+                "consolidate alone"
+            )
 
     def _note_gradients(self) -> None:
         """Notes whether the training of this task has left gradients, before a Fisher pass leaves its own."""
@@ -309,7 +323,7 @@ class EWC:
 
     @property
     def _packing(self) -> Packing:
-        return Packing(self._placement, self.structure, self.fisher_dtype, self.tasks)
+        return Packing(self._placement, self.structure, self.fisher_dtype, len(self._state.history))
 
     def estimate_fisher(
         self,
@@ -357,6 +371,7 @@ class EWC:
         >>> ewc.estimate_fisher(loader, torch.nn.functional.cross_entropy, labels="sampled")
         """
         passes.check_labels(labels, self.fisher_mode)
+        self._check_gathers("estimate_fisher")
         options = (labels, loss_fn, reduction, logits_fn, generator, check_samples)
         policy = passes.LabelPolicy(*options)
         data = passes.Data(loader, self._device, forward, batch_size_fn, max_batches, progress)
@@ -415,13 +430,17 @@ class EWC:
 
         Call it once on every process between estimate_fisher and consolidate, each having passed over its own
         share of the data; one whose share is empty calls estimate_fisher with allow_empty=True. It also makes
-        `consolidate` draw the same new A everywhere. Nothing is left to do after `shard_`, with which a
-        Fisher pass itself sums over processes. Raises `FisherError` before any estimate, without a process
-        group or when no process has samples, `TargetError` when adapters or settings differ between
-        processes.
+        `consolidate` draw the same new A everywhere, for which update "fixed" needs it as well. Nothing is
+        left to do after `shard_`, with which a Fisher pass itself sums over processes. Raises `FisherError`
+        before any estimate, without a process group or when no process has samples, `TargetError` when
+        adapters or settings differ between processes.
 
             >>> ewc.estimate_fisher(loader, criterion); ewc.reduce_fisher_(); ewc.consolidate()
         """
+        if not self.gathers:
+            check_same(self._described(), group)
+            self._common_generator = self._placement.common_generator(self.generator, group)
+            return
         if self._state.task is None:
             raise FisherError("reduce_fisher_: this task has no Fisher yet; call estimate_fisher first")
         task = self._packing.reduced(self._state.task, self._described(), group)
@@ -495,7 +514,8 @@ class EWC:
         """Ends a task: F <- gamma F + F_task, W <- W + B diag(s) A (fp32 sum, one rounding), A and B reset;
         all or nothing.
 
-        The model computes what it computed before, to one rounding of W. Raises `FisherError` when the task
+        With update "fixed" F stays what it is. The model computes what it computed before, to one rounding of
+        W. Raises `FisherError` when the task
         has no Fisher or a new value is not finite, `TargetError` for merged or tied weights; weights,
         Fishers, adapters and counters are then as they were.
 
@@ -520,6 +540,22 @@ class EWC:
         self._common_generator = None
         self.watch.expect_fresh_optimizer()
 
+    def consolidate_prior(self) -> None:
+        """Before the first task, keeps the Fisher that was gathered, as if it were that of an earlier task:
+        the first task is penalised as well. Weights and adapters stay as they are.
+
+        With untrained adapters it is the Fisher of the pretrained weights, of whatever data and loss it was
+        estimated with. Tasks add theirs (update "sum", gamma decays the prior too), or with update "fixed"
+        the prior stays all there is. Raises `FisherError` after a consolidation, for trained adapters,
+        without a Fisher and for values that are not finite; nothing has changed then.
+
+            >>> ewc.estimate_fisher(proxy_loader, criterion); ewc.consolidate_prior()
+        """
+        self._check()
+        options = (self.fisher_dtype, self.check_finite)
+        self._state = consolidate_prior(self._state, self._placement, self.structure, *options)
+        self._common_generator = None
+
     def end_task(
         self,
         loader: Iterable[Any],
@@ -528,7 +564,8 @@ class EWC:
         gamma: float | None = None,
         **kwargs: Any,
     ) -> None:
-        """`estimate_fisher(loader, loss_fn, **kwargs)`, then `consolidate(gamma)`, with the errors of both.
+        """`estimate_fisher(loader, loss_fn, **kwargs)`, where the task needs a Fisher, then
+        `consolidate(gamma)`, with the errors of both.
 
         A Fisher that was estimated stays when `consolidate` raises: remove the cause and call `consolidate`.
         Warns, before anything else, of adapters that the first task did not train although it trained others.
@@ -540,7 +577,8 @@ class EWC:
         self._check()
         if message := untrained_message(self._placement.layers):
             warn(f"end_task: {message}")
-        self.estimate_fisher(loader, loss_fn, **kwargs)
+        if self.gathers:
+            self.estimate_fisher(loader, loss_fn, **kwargs)
         self.consolidate(gamma)
 
     @contextmanager

@@ -20,7 +20,7 @@ from .placement import Placement
 from .restoring import Undo
 from .row_orders import SampleCheck
 from .state import TaskFisher, flat
-from .structures import Parts, Structure
+from .structures import Gathered, Parts
 
 
 def eager() -> AbstractContextManager[Any]:
@@ -41,7 +41,7 @@ class FisherPass:
     def __init__(
         self,
         placement: Placement,
-        structure: Structure,
+        structure: Gathered,
         mode: str,
         reduction: str = "mean",
         batch_size: int | None = None,
@@ -163,8 +163,8 @@ class FisherPass:
         buffers = self._buffers()
         if check_finite and (bad := nonfinite(buffers)):
             raise FisherError(
-                f"Fisher of {_some(bad)}: expected finite values, got NaN or Inf; look for NaN or Inf in "
-                "the data, the loss or the "
+                f"{self.structure.quantity} of {_some(bad)}: expected finite values, got NaN or Inf; "
+                "look for NaN or Inf in the data, the loss or the "
                 "weights, or an overflow of the loss scale. What this pass gathered was discarded, nothing "
                 "else was changed"
             )

@@ -23,7 +23,7 @@ from ..layers.index import AdapterRef, OperandLookup, Operands, adapter_refs, ch
 from ..layers.inject import check_mergeable, check_plain
 from ..ops.capture import FisherCapture
 from .state import EWCState, Expected, TaskFisher, parse
-from .structures import Extent, Parts, Structure
+from .structures import Extent, Gathered, Parts
 from .structures.structure import zeros
 
 Result = TypeVar("Result")
@@ -79,7 +79,7 @@ class Placement(Protocol):
         """The sum of a value over the processes that hold the rows of a Fisher."""
 
     def capture(
-        self, structure: Structure, layer: AdaptedLinear, *options: Any
+        self, structure: Gathered, layer: AdaptedLinear, *options: Any
     ) -> tuple[FisherCapture, list[Parts]]:
         """A capture that adds to new sums for the Fishers of a layer, and these sums, by adapter; options are
         those of `FisherCapture` after the rows."""
@@ -168,7 +168,7 @@ class LocalPlacement:
         return value
 
     def capture(
-        self, structure: Structure, layer: AdaptedLinear, *options: Any
+        self, structure: Gathered, layer: AdaptedLinear, *options: Any
     ) -> tuple[FisherCapture, list[Parts]]:
         pieces = layer.adapter_slices
         parts = [
@@ -228,8 +228,8 @@ def check_ready(layers: Mapping[str, AdaptedLinear], action: str) -> None:
             raise FisherError(f"{name}: a Fisher pass is active; leave its block before {action}")
 
 
-def new_sums(structure: Structure, layer: AdaptedLinear, extent: Extent) -> Parts:
-    """Zeros to accumulate a Fisher in."""
+def new_sums(structure: Gathered, layer: AdaptedLinear, extent: Extent) -> Parts:
+    """Zeros to accumulate sums in."""
     return zeros(structure.sum_shapes(extent), sums_dtype(layer), layer.weight.device)
 
 

@@ -10,7 +10,7 @@ from ..errors import ArgumentError
 
 FISHER_MODES = ("sample", "batch")
 MERGE_MODES = ("delta", "factors")
-UPDATES = ("sum", "convex")
+UPDATES = ("sum", "convex", "fixed")
 LARGEST = torch.finfo(torch.float32).max  # the penalty is computed in fp32
 
 
@@ -31,9 +31,9 @@ def number(name: str, value: float, low: float, high: float) -> float:
     return float(value)
 
 
-def checked_lambda(value: float) -> float:
+def checked_lambda(value: float, name: str = "ewc_lambda") -> float:
     """Check a strength of the penalty: a number >= 0 that is finite in fp32; returns it."""
-    return number("ewc_lambda", value, 0.0, LARGEST)
+    return number(name, value, 0.0, LARGEST)
 
 
 def convert_lambda(ewc_lambda: float, from_mode: str, to_mode: str, batch_size: int) -> float:

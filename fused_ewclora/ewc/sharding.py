@@ -29,7 +29,7 @@ from ..ops.capture import FisherCapture
 from ..ops.sums import Term
 from .placement import Placement, check_inside, check_ready, new_sums
 from .state import EWCState, Expected, TaskFisher, parse
-from .structures import Extent, Parts, Structure, split_key
+from .structures import Extent, Gathered, Parts, Structure, split_key
 
 Result = TypeVar("Result")
 
@@ -271,7 +271,7 @@ class ShardedPlacement:
         return total
 
     def capture(
-        self, structure: Structure, layer: AdaptedLinear, *options: Any
+        self, structure: Gathered, layer: AdaptedLinear, *options: Any
     ) -> tuple[FisherCapture, list[Parts]]:
         """Its sums are those of this process's rows, summed over processes batch by batch."""
         pieces, columns = layer.adapter_slices, layer.in_features
@@ -343,7 +343,7 @@ class ShardedCapture(FisherCapture):
 
     shares: list[Share]
     parts: list[Parts]
-    structure: Structure
+    structure: Gathered
     columns: int
     group: dist.ProcessGroup
     others: list[dist.ProcessGroup]

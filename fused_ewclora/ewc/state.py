@@ -17,6 +17,7 @@ from ..layers.finite import nonfinite
 from .structures import Extent, Parts, Structure, part_key, split_key
 
 FORMAT = 1  # of state_dict
+NO_LABELS = "none"  # of a task that adds nothing to a fixed Fisher
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -49,6 +50,7 @@ class TaskRecord:
     batch_size: int
     gamma: float
     error: float = 0.0  # relative, of joining it to earlier tasks in the structure of the Fisher
+    prior: bool = False  # of data before the first task, which trained nothing
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,8 @@ def parse(saved: Any, expected: Expected) -> EWCState:
         raise FisherError(
             "state: expected a Fisher exactly when tasks were consolidated; fisher and history disagree"
         )
-    return EWCState(fishers, _sums(grouped, bool(history), expected), history, task)
+    trained = any(not record.prior for record in history)
+    return EWCState(fishers, _sums(grouped, trained, expected), history, task)
 
 
 def _group(tensors: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
@@ -319,8 +322,12 @@ def _record(entry: Any) -> TaskRecord:
     error = entry.get("error", 0.0)
     if isinstance(error, bool) or not isinstance(error, (int, float)) or not 0.0 <= error <= 1.0:
         raise FisherError(f"state: expected an error in [0, 1] in the record of a task, got {shown(error)}")
-    counts = _count(entry, "samples"), _count(entry, "batch_size")
-    return TaskRecord(entry["labels"], *counts, float(gamma), float(error))
+    prior = entry.get("prior", False)  # earlier versions had none
+    if not isinstance(prior, bool):
+        raise FisherError(f"state: expected True or False for prior in a record, got {shown(prior)}")
+    least = 0 if entry["labels"] == NO_LABELS else 1
+    counts = _count(entry, "samples", least), _count(entry, "batch_size", least)
+    return TaskRecord(entry["labels"], *counts, float(gamma), float(error), prior)
 
 
 def _count(entry: Any, name: str, least: int = 1) -> int:

@@ -98,7 +98,7 @@ class EWCLoRAPlugin(SupervisedPlugin):  # type: ignore[misc, unused-ignore]
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         """strategy.loss <- strategy.loss + P."""
-        if self._controller.tasks or self._controller.ewc_lambda is None:  # which penalty() tells
+        if self._controller.history or self._controller.ewc_lambda is None:  # which penalty() tells
             strategy.loss = strategy.loss + self._controller.penalty()
 
     def after_training_exp(self, strategy: Any, num_workers: int = 0, **kwargs: Any) -> None:

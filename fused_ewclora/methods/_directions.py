@@ -1,5 +1,4 @@
-"""SD-LoRA's directions of one adapter: their parameters, how a layer runs them, and how the current one is
-frozen."""
+"""SD-LoRA's directions of one adapter: their parameters, and how a layer runs them."""
 
 from __future__ import annotations
 
@@ -9,13 +8,40 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Rows
-from ..errors import ArgumentError
+from ..errors import TargetError
 from ..functional import Adapter
 from ..layers.adapted import AdaptedLinear
 from ..layers.plain import own_tensors
 from ..layers.slices import AdapterSlice
 
 NORMALIZATIONS = ("product", "factors")
+MAGNITUDES = ("per_adapter", "shared")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The magnitudes of a whole network, one parameter of one of its layers.
+
+    Only there, so that every call that replaces parameters (`.to()`, `load_state_dict(assign=True)`) leaves
+    one of them, and everything that goes over the parameters of a model finds it once.
+    """
+
+    layer: AdaptedLinear
+    name: str  # of the parameter
+
+    def beside(self, layer: AdaptedLinear, name: str) -> bool:
+        """Whether this is where they are."""
+        return self.layer is layer and self.name == name
+
+    def tensor(self, like: Tensor) -> Tensor:
+        """On the device and in the dtype of an adapter, whose gradients add up in the parameter."""
+        found = own_tensors(self.layer).get(self.name)
+        if found is None:
+            raise TargetError(
+                f"{self.name}: expected the magnitudes of all adapters, but the layer that has them has been "
+                "ejected; eject all layers together, with the whole model"
+            )
+        return found.to(like.device, like.dtype)
 
 
 @dataclass(frozen=True)
@@ -36,7 +62,12 @@ class Directions:
         """The directions of an adapter, looked up on every call: some `.to()` and load calls replace
         Parameters."""
         table, suffix = own_tensors(layer), suffix_of(piece)
-        return Directions(*(table[name + suffix] for name in NAMES))  # type: ignore[arg-type]
+        shared = _shared_by(layer)
+        if shared is None:
+            return Directions(*(table[name + suffix] for name in NAMES))  # type: ignore[arg-type]
+        own = {name: table[name + suffix] for name in NAMES if name != "lora_magnitudes"}
+        lora_a: Tensor = own["lora_A"]  # type: ignore[assignment]
+        return Directions(lora_magnitudes=shared.tensor(lora_a), **own)  # type: ignore[arg-type]
 
     @staticmethod
     def first(lora_a: Tensor, lora_b: Tensor, alpha: float) -> Directions:
@@ -46,11 +77,15 @@ class Directions:
         return Directions(lora_a, lora_b, lora_a.new_full((1,), alpha), *empty)
 
     def put(self, layer: AdaptedLinear, piece: AdapterSlice) -> None:
-        """Make these the parameters of an adapter; its slice gets the rank of lora_A."""
+        """Make these the parameters of an adapter; its slice gets the rank of lora_A. Magnitudes that are
+        shared are those of the adapter that has them."""
+        shared, suffix = _shared_by(layer), suffix_of(piece)
         for name in NAMES:
+            if name == "lora_magnitudes" and shared is not None and not shared.beside(layer, name + suffix):
+                continue
             value = getattr(self, name).detach()
             parameter = nn.Parameter(value, requires_grad=name in TRAINED)
-            layer.register_parameter(name + suffix_of(piece), parameter)
+            layer.register_parameter(name + suffix, parameter)
         rank = self.lora_A.shape[0]
         if rank != piece.r:
             pieces = layer.adapter_slices
@@ -80,13 +115,23 @@ def suffix_of(piece: AdapterSlice) -> str:
     return piece.a_name.removeprefix("lora_A")
 
 
+def fresh_a(layer: AdaptedLinear, like: Tensor, rank: int, generator: torch.Generator | None) -> Tensor:
+    """A random A `[rank, d_in]` for the start of a task, in the dtype and on the device of `like`."""
+    device = like.device if generator is None else generator.device
+    lora_a = torch.empty(rank, layer.in_features, dtype=like.dtype, device=device)
+    return lora_a.uniform_(-layer.initial_bound, layer.initial_bound, generator=generator).to(like.device)
+
+
 class Stack:
-    """The `Composer` of SD-LoRA: sum_k alpha_k B_k A_k / n_k in one call, without a loop over directions."""
+    """The `Composer` of SD-LoRA: sum_k alpha_k B_k A_k / n_k in one call, without a loop over directions.
+
+    shared: the magnitudes of all adapters, None where each has its own.
+    """
 
     saved_by = "state_dict() of SDLoRA"  # see checkpoint.py
 
-    def __init__(self, normalization: str) -> None:
-        self.normalization = normalization
+    def __init__(self, normalization: str, shared: Shared | None = None) -> None:
+        self.normalization, self.shared = normalization, shared
 
     def adapters(self, layer: AdaptedLinear) -> list[Adapter]:
         """What the layer adds to its base."""
@@ -101,6 +146,11 @@ class Stack:
             )
             for now, rows in _current(layer)
         ]
+
+
+def _shared_by(layer: AdaptedLinear) -> Shared | None:
+    composer = layer.composer
+    return composer.shared if isinstance(composer, Stack) else None
 
 
 def _current(layer: AdaptedLinear) -> list[tuple[Directions, Rows]]:
@@ -130,76 +180,3 @@ def inverse_norm(lora_a: Tensor, lora_b: Tensor) -> Tensor:
 def grams(lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
     """A A^T and B^T B, whose elementwise product holds the inner products of the rank-1 parts of B A."""
     return lora_a @ lora_a.T, lora_b.T @ lora_b
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """The directions after a task, and how far the new one is from the span of the earlier ones."""
-
-    directions: Directions  # lora_A and lora_B as they were
-    residual: float  # share of its squared norm outside of that span; 0 for a direction that is zero
-    kept: bool  # as a direction of its own
-
-
-@torch.no_grad()
-def freeze(now: Directions, normalization: str, threshold: float | None, alpha_init: float) -> Frozen:
-    """The current direction joins the past ones, or is dropped when it is zero or its residual is at most
-    `threshold`: then its coefficients are folded into their magnitudes.
-
-    Raises `ArgumentError` when the direction is not finite.
-    """
-    lora_a = torch.cat([now.lora_past_A, now.lora_A]).double()
-    lora_b = torch.cat([now.lora_past_B, now.lora_B], dim=1).double()
-    gram_a, gram_b = grams(lora_a, lora_b)
-    inner = gram_a * gram_b  # of all rank-1 parts; fp64 because the residual is a small difference
-    current = slice(now.lora_past_A.shape[0], None)
-    square = inner[current, current].sum()
-    traces = gram_a[current, current].trace() * gram_b[current, current].trace()
-    if not bool(torch.isfinite(square) & torch.isfinite(now.lora_magnitudes).all()):
-        raise ArgumentError("expected a finite direction B A and finite magnitudes, got NaN or Inf")
-    norm_of_product, product_of_norms = float(square.clamp(min=0.0).sqrt()), float(traces.sqrt())
-    # Below `tiny` 1 / n would overflow.
-    smallest = max(torch.finfo(torch.float64).eps * product_of_norms, torch.finfo(now.lora_A.dtype).tiny)
-    if norm_of_product <= smallest:
-        return Frozen(_dropped(now, torch.zeros_like(now.lora_anchor), alpha_init), 0.0, False)
-    norm = norm_of_product if normalization == "product" else product_of_norms
-    alpha = now.lora_magnitudes[-1]
-    if normalization == "factors" or float(inverse_norm(now.lora_A, now.lora_B)) == 1.0:
-        alpha = alpha * norm  # it ran without normalisation; what it added stays the same
-    scale = torch.block_diag(
-        now.lora_past_scale.double(), lora_a.new_full((now.lora_A.shape[0], 1), 1 / norm)
-    )
-    coefficients, residual = nearest((scale.T @ inner @ scale).cpu())
-    if threshold is not None and residual <= threshold:
-        folded = alpha * coefficients.to(alpha.device)
-        return Frozen(_dropped(now, folded, alpha_init), residual, False)
-    anchor = torch.cat([now.lora_magnitudes[:-1], alpha[None]])
-    like = now.lora_magnitudes
-    kept = Directions(
-        now.lora_A,
-        now.lora_B,
-        torch.cat([anchor, like.new_full((1,), alpha_init)]),
-        torch.cat([now.lora_past_A, now.lora_A]),
-        torch.cat([now.lora_past_B, now.lora_B], dim=1),
-        scale.to(like.dtype),
-        anchor,
-    )
-    return Frozen(kept, residual, True)
-
-
-def _dropped(now: Directions, folded: Tensor, alpha_init: float) -> Directions:
-    anchor = (now.lora_magnitudes[:-1] + folded).to(now.lora_magnitudes.dtype)
-    magnitudes = torch.cat([anchor, anchor.new_full((1,), alpha_init)])
-    return replace(now, lora_magnitudes=magnitudes, lora_anchor=anchor)
-
-
-def nearest(gram: Tensor) -> tuple[Tensor, float]:
-    """The least-squares coefficients of the last of some matrices over the others, and the share of its
-    squared norm that they leave over, from the Gram matrix `[D + 1, D + 1]`, fp64.
-
-        min_a ||D_t - sum_k a_k D_k||^2,   K a = b,   K_kl = <D_k, D_l>,  b_k = <D_k, D_t>
-    """
-    among, with_last, own = gram[:-1, :-1], gram[:-1, -1], gram[-1, -1]
-    coefficients = torch.linalg.pinv(among, hermitian=True) @ with_last
-    left = own - 2.0 * with_last @ coefficients + coefficients @ among @ coefficients
-    return coefficients, max(float(left / own), 0.0)

@@ -53,15 +53,21 @@ def dump(
     return {"tensors": tensors, "config": {"format": FORMAT, **settings, "adapters": described}}
 
 
-def parse(saved: Any, adapters: Adapters, normalization: str) -> Parsed:
+def parse(saved: Any, adapters: Adapters, normalization: str, magnitudes: str) -> Parsed:
     """The state that `dump` wrote, its tensors copied to the devices of the adapters; raises
     `CheckpointError` naming what does not fit."""
     tensors, config = (saved.get(k) if isinstance(saved, Mapping) else None for k in ("tensors", "config"))
     if not isinstance(tensors, Mapping) or not isinstance(config, Mapping):
         raise _error("expected the dictionary that state_dict() returns, with 'tensors' and 'config'")
-    for name, expected in (("format", FORMAT), ("normalization", normalization)):
-        if type(config.get(name)) is not type(expected) or config[name] != expected:
-            raise _error(f"{name}: expected {expected!r}, got {shown(config.get(name))}")
+    # States of earlier versions do not name the kind of their magnitudes.
+    settings = {"magnitudes": "per_adapter", **config}
+    for name, expected in (
+        ("format", FORMAT),
+        ("normalization", normalization),
+        ("magnitudes", magnitudes),
+    ):
+        if type(settings.get(name)) is not type(expected) or settings[name] != expected:
+            raise _error(f"{name}: expected {expected!r}, got {shown(settings.get(name))}")
     tasks, running, described = (config.get(k) for k in ("tasks", "running", "adapters"))
     if type(tasks) is not int or tasks < 0 or type(running) is not bool or not isinstance(described, Mapping):
         raise _error(
@@ -83,7 +89,13 @@ def parse(saved: Any, adapters: Adapters, normalization: str) -> Parsed:
             raise _error(
                 f"{key}: expected an outcome for each of {tasks} tasks, and a direction if it was kept"
             )
+        if magnitudes == "shared" and not _equal(directions[-1], directions[0]):
+            raise _error(f"{key}.lora_magnitudes: expected the same values as of {keys[0]}, which share them")
     return Parsed(directions, outcomes, tasks, running)
+
+
+def _equal(one: Directions, other: Directions) -> bool:
+    return torch.equal(one.lora_magnitudes.cpu().double(), other.lora_magnitudes.cpu().double())
 
 
 def _outcomes(saved: Any, key: str) -> list[Outcome]:

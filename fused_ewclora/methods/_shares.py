@@ -62,15 +62,28 @@ def folded(placement: Placement, group: ProcessGroup | None) -> Iterator[Transac
         yield change
 
 
-def end_task(ewc: EWC, loader: Iterable[Any], loss_fn: Any, labels: str, group: ProcessGroup | None) -> None:
-    """`ewc.end_task` with the Fisher of the data of all processes of `group`.
-
-    Each process raises the errors of every other one; what was estimated is then discarded. One with an empty
-    loader adds nothing.
-    """
+def estimate(ewc: EWC, loader: Iterable[Any], loss_fn: Any, labels: str, group: ProcessGroup | None) -> None:
+    """`ewc.estimate_fisher` with the data of all processes of `group`, each of which raises the errors of
+    every other one. One with an empty loader adds nothing. An EWC that needs no Fisher estimates none."""
     many = several(group)
-    with ewc.restored_on_error():
+    if ewc.gathers:
         in_all(lambda: ewc.estimate_fisher(loader, loss_fn, labels=labels, allow_empty=many), group)
-        if many:
-            ewc.reduce_fisher_(group)
+    if many:
+        ewc.reduce_fisher_(group)
+
+
+def end_task(ewc: EWC, loader: Iterable[Any], loss_fn: Any, labels: str, group: ProcessGroup | None) -> None:
+    """`ewc.end_task` with the Fisher of the data of all processes of `group`; what was estimated before an
+    error is discarded."""
+    with ewc.restored_on_error():
+        estimate(ewc, loader, loss_fn, labels, group)
         ewc.consolidate()
+
+
+def estimate_prior(
+    ewc: EWC, loader: Iterable[Any], loss_fn: Any, labels: str, group: ProcessGroup | None
+) -> None:
+    """`ewc.consolidate_prior` with the Fisher of the data of all processes of `group`, as in `end_task`."""
+    with ewc.restored_on_error():
+        estimate(ewc, loader, loss_fn, labels, group)
+        ewc.consolidate_prior()

@@ -75,9 +75,11 @@ def directions(covariance: Tensor, used: Subspace, count: int, variant: str) -> 
     return rows if variant == "paper" else rows / 3.0**0.5
 
 
-def extended(used: Subspace, covariance: Tensor, epsilon: float, variant: str) -> Subspace:
+def extended(
+    used: Subspace, covariance: Tensor, epsilon: float, variant: str, fewer: bool = False
+) -> Subspace:
     """`used` and the fewest strongest directions of a task with which it holds the share `epsilon` of the
-    task's energy. The official code takes one fewer, but at least one, after the first task."""
+    task's energy; with `fewer` one less, but at least one, while nothing is used."""
     d = covariance.shape[0]
     free = used.free()
     ranked, energies = _ranked(covariance, free, variant)
@@ -86,7 +88,7 @@ def extended(used: Subspace, covariance: Tensor, epsilon: float, variant: str) -
     # Rounding leaves some energy outside of any subspace.
     allowed = max(1.0 - epsilon, d * torch.finfo(left.dtype).eps) * total
     count = int((left > allowed).sum())
-    if variant == "official" and used.rank == 0 and count > 1:
+    if fewer and used.rank == 0 and count > 1:
         count -= 1
     if used.rank + count <= d / 2:
         return Subspace(torch.cat([used.basis, ranked[:, :count]], 1), False)

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ..config import LoRAConfig
 from ..distributed.transaction import Transaction
+from ..errors import ArgumentError
 from ..ewc.controller import EWC
 from ._resume import dump, parse, take_over
-from ._shares import end_task
+from ._shares import end_task, estimate_prior
 from .method import Loader, Loss, Method
 
 if TYPE_CHECKING:
@@ -41,8 +42,23 @@ class EWCLoRA(Method):
         self.labels = labels
 
     def penalty(self) -> Tensor:
-        """(lambda/2) sum F (B diag(s) A)^2, 0 during the first task."""
+        """(lambda/2) sum F (B diag(s) A)^2, 0 during the first task unless there is a prior."""
         return self.ewc.penalty()
+
+    def estimate_prior(self, loader: Loader, loss_fn: Loss | None = None) -> None:
+        """Before the first task, estimates F of the pretrained weights on the data of `loader` (each process
+        on its share), so that the first task is penalised as well (`EWC.consolidate_prior`).
+
+        With update="fixed" that F is all there is, the ablation of the paper with a precomputed Fisher, and
+        no task has a pass of its own. The head that the labels belong to is the caller's. Raises
+        `ArgumentError` once a task has begun, and the errors of `EWC.estimate_fisher` and
+        `EWC.consolidate_prior`; nothing has changed then.
+
+            >>> method.estimate_prior(proxy_loader, criterion); method.begin_task(0)
+        """
+        if self._running or self.tasks:
+            raise ArgumentError("estimate_prior: expected to be called before the first task begins")
+        estimate_prior(self.ewc, loader, loss_fn, self.labels, self.group)
 
     def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
         end_task(self.ewc, loader, loss_fn, self.labels, self.group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class Method:
         method = LoRA(model, LoRAConfig(r=10, target_modules=["qkv"]))
         for t, loader in enumerate(loaders):
             method.begin_task(t)
-            method.prepare(loader)  # for methods that look at the data before training; others do nothing
+            method.prepare(loader, criterion)  # for methods that look at the data first; others do nothing
             optimizer = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
             for step, (x, y) in enumerate(loader):
                 optimizer.zero_grad()
@@ -51,6 +51,9 @@ class Method:
     `end_task`: what these learn from data is a sum over processes, what they draw is the same in all, and an
     error in one is raised in all. Processes that train models of their own need a group each.
     """
+
+    # Whether the end of a task makes other adapters of those that an optimizer holds.
+    starts_anew: ClassVar[bool] = True
 
     def __init__(
         self, model: nn.Module, config: LoRAConfig | None = None, *, group: ProcessGroup | None = None
@@ -79,8 +82,9 @@ class Method:
         self._begin()
         self._running = True
 
-    def prepare(self, loader: Loader) -> None:
-        """Look at the data of the task that has begun, before it is trained on; most methods do not."""
+    def prepare(self, loader: Loader, loss_fn: Loss | None = None) -> None:
+        """Look at the data of the task that has begun, before it is trained on; most methods do not. loss_fn
+        serves methods that need gradients."""
 
     def penalty(self) -> Tensor:
         """What the method adds to the loss, 0-d and differentiable; 0 for methods without a penalty."""
@@ -107,7 +111,7 @@ class Method:
             watch.note_gradients()
             watch.check_changed("end_task")
         self._end(loader, loss_fn)
-        if watch is not None:
+        if watch is not None and self.starts_anew:
             watch.expect_fresh_optimizer()
         self.tasks += 1
         self._running = False

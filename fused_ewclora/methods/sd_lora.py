@@ -20,7 +20,8 @@ from ..ewc.settings import number, one_of
 from ..layers.adapted import AdaptedLinear
 from ..layers.slices import AdapterSlice, fisher_key
 from ..report import Report
-from ._directions import NORMALIZATIONS, Directions, Stack, freeze
+from ._directions import MAGNITUDES, NORMALIZATIONS, Directions, Shared, Stack, fresh_a, suffix_of
+from ._freezing import Frozen, freeze, freeze_shared, measure, normalised
 from ._sd_state import Outcome, dump, parse
 from ._shares import agreed, end_task
 from .method import Loader, Loss, Method
@@ -35,15 +36,17 @@ class SDLoRA(Method):
     """y = x W0^T + bias + sum_k alpha_k x (B_k A_k)^T / n_k over the tasks so far, in one call of the LoRA
     linear: the directions of earlier tasks are frozen, all alpha_k and the current A, B are trained.
 
-    Every adapter (each slice of a packed projection is one) has magnitudes of its own, where the official
-    code has one per task for the whole network. Between tasks nothing is folded in, W0 stays; `export` folds
-    the whole sum in. docs/mathematics.md, section 5, has the formulas.
+    Between tasks nothing is folded in, W0 stays; `export` folds the whole sum in. docs/mathematics.md,
+    section 5, has the formulas.
 
     Args:
         normalization: "product", n_k = ||B_k A_k||_F also of the current direction, or "factors", n_k =
             ||B_k||_F ||A_k||_F with the current direction as it is (the official code). While B is 0, as at
             the start of a task, "product" leaves the current direction as it is, too; the first step of the
             optimizer gives it its length, alpha.
+        magnitudes: "per_adapter", every adapter (each slice of a packed projection is one) has an alpha per
+            task of its own, or "shared", all of them have one per task, as in paper and official code: one
+            parameter, which gets the sum of their gradients. With "factors" it needs `reset_alphas`.
         alpha_init: magnitude of a new direction, 1 in the paper, 0.8 in the official code.
         reset_alphas: put all magnitudes back to alpha_init at the start of a task, as the official code does;
             the model jumps there. Otherwise it computes the same before and after.
@@ -51,7 +54,8 @@ class SDLoRA(Method):
             tasks; (10, 10, 10, 10, 8, 8, 8, 8, 6) is the paper's SD-LoRA-RR. None keeps the adapters' own.
         kd_threshold: SD-LoRA-KD; a new direction whose squared distance from the span of the earlier ones is
             at most this share of its squared length (9e-4 in the paper) is dropped after its task, and its
-            coefficients are folded into their magnitudes. Decided per adapter. None keeps every direction.
+            coefficients are folded into their magnitudes. Decided per adapter, or with shared magnitudes for
+            the network, whose adapters then count as one matrix. None keeps every direction.
         generator: source of each new A; None is the default generator.
         group: as in `Method`.
         ewc_lambda: not of the paper: adds the penalty (lambda/2) sum F (Delta - Delta_0)^2 of EWC-LoRA, where
@@ -72,6 +76,7 @@ class SDLoRA(Method):
         config: LoRAConfig | None = None,
         *,
         normalization: str = "product",
+        magnitudes: str = "per_adapter",
         alpha_init: float = 1.0,
         reset_alphas: bool = False,
         ranks: Ranks | None = None,
@@ -83,8 +88,15 @@ class SDLoRA(Method):
         **ewc: Any,
     ) -> None:
         self.normalization = one_of("normalization", normalization, NORMALIZATIONS)
+        self.magnitudes = one_of("magnitudes", magnitudes, MAGNITUDES)
         self.alpha_init = _positive_number("alpha_init", alpha_init)
         self.reset_alphas = bool(reset_alphas)
+        if (magnitudes, normalization) == ("shared", "factors") and not self.reset_alphas:
+            # Norms of adapters differ, and the current direction is not divided by them yet.
+            raise ArgumentError(
+                "reset_alphas: expected True with magnitudes='shared' and normalization='factors', got "
+                "False: no magnitude that adapters share keeps what they add when each is divided by its norm"
+            )
         self.ranks = _checked_ranks(ranks)
         if kd_threshold is not None and number("kd_threshold", kd_threshold, 0.0, math.inf) >= 1.0:
             # The first direction has residual 1, and nothing to be folded into.
@@ -99,10 +111,11 @@ class SDLoRA(Method):
         self.generator, self.labels = generator, labels
         self.ewc = None if ewc_lambda is None else AnchoredEWC(model, ewc_lambda, **ewc)
         self._outcomes: dict[str, list[Outcome]] = {key: [] for key, _, _ in self._adapters()}
+        composer = Stack(self.normalization, self._shared())
         for layer in self.layers.values():
+            layer.composer = composer
             for piece, lora_a, lora_b in layer.adapter_parameters():
                 Directions.first(lora_a, lora_b, self.alpha_init).put(layer, piece)
-            layer.composer = Stack(self.normalization)
 
     def penalty(self) -> Tensor:
         """0-d; (lambda/2) sum F (Delta - Delta_0)^2 with ewc_lambda, from the second task on, else 0."""
@@ -111,7 +124,7 @@ class SDLoRA(Method):
     def report(self) -> Report:
         """Per adapter: the tasks whose directions it holds, their ranks and alphas, and for every task that
         has ended the residual: the share of its direction's squared length outside of the span of the earlier
-        ones, 0 for a direction that stayed zero."""
+        ones, 0 for a direction that stayed zero. With shared magnitudes it is that of the whole network."""
         rows = [
             {
                 "name": key,
@@ -135,7 +148,12 @@ class SDLoRA(Method):
 
             >>> torch.save({"method": method.state_dict(), "head": model.head.state_dict()}, "task3.pt")
         """
-        settings = {"normalization": self.normalization, "tasks": self.tasks, "running": self._running}
+        settings = {
+            "normalization": self.normalization,
+            "magnitudes": self.magnitudes,
+            "tasks": self.tasks,
+            "running": self._running,
+        }
         ewc = None if self.ewc is None else self.ewc.state_dict()
         return dump(self._adapters(), self._outcomes, settings) | {"ewc": ewc}
 
@@ -147,7 +165,7 @@ class SDLoRA(Method):
         were saved; nothing was loaded then.
         """
         check_ready(self.layers, "load_state_dict")
-        parsed = parse(saved, self._adapters(), self.normalization)
+        parsed = parse(saved, self._adapters(), self.normalization, self.magnitudes)
         if (saved.get("ewc") is None) != (self.ewc is None):
             theirs = "without" if saved.get("ewc") is None else "with"
             raise CheckpointError(f"ewc: the state was saved {theirs} an ewc_lambda; nothing was loaded")
@@ -167,6 +185,13 @@ class SDLoRA(Method):
             for name, layer in self.layers.items()
             for piece in layer.adapter_slices
         ]
+
+    def _shared(self) -> Shared | None:
+        """Where magnitudes are that all adapters share: beside the first of them."""
+        if self.magnitudes == "per_adapter":
+            return None
+        _, layer, piece = self._adapters()[0]
+        return Shared(layer, "lora_magnitudes" + suffix_of(piece))
 
     def _check_layers(self) -> None:
         for name, layer in self.layers.items():
@@ -195,6 +220,8 @@ class SDLoRA(Method):
             if rank != piece.r:
                 now = self._started(now, layer, rank, generator)
             if self.reset_alphas and self.tasks:
+                if (self.magnitudes, self.normalization) == ("shared", "factors"):
+                    now = normalised(now)
                 now = replace(now, lora_magnitudes=torch.full_like(now.lora_magnitudes, self.alpha_init))
             if now is not old:
                 changes.append((now, layer, piece))
@@ -206,21 +233,30 @@ class SDLoRA(Method):
         check_ready(self.layers, "end_task")
         self._check_whole()
         generator = self._drawing(self.generator)
-        ended = []
-        for key, layer, piece in self._adapters():
-            now = Directions.of(layer, piece)
-            try:
-                frozen = freeze(now, self.normalization, self.kd_threshold, self.alpha_init)
-            except ArgumentError as error:
-                raise ArgumentError(f"end_task: {key}: {error}; nothing was changed") from None
-            started = self._started(frozen.directions, layer, piece.r, generator)
-            ended.append((key, layer, piece, frozen, started))
+        ended = [
+            (key, layer, piece, frozen, self._started(frozen.directions, layer, piece.r, generator))
+            for (key, layer, piece), frozen in zip(self._adapters(), self._frozen(), strict=True)
+        ]
         agreed({key: "a direction" if frozen.kept else "none" for key, *_, frozen, _ in ended}, self.group)
         if self.ewc is not None:
             end_task(self.ewc, loader, loss_fn, self.labels, self.group)
         for key, layer, piece, frozen, directions in ended:
             directions.put(layer, piece)
             self._outcomes[key].append(Outcome(frozen.residual, frozen.kept))
+
+    def _frozen(self) -> list[Frozen]:
+        """How every adapter ends the task."""
+        current, measured = [], []
+        for key, layer, piece in self._adapters():
+            current.append(Directions.of(layer, piece))
+            try:
+                measured.append(measure(current[-1], self.normalization))
+            except ArgumentError as error:
+                raise ArgumentError(f"end_task: {key}: {error}; nothing was changed") from None
+        if self.magnitudes == "shared":
+            return freeze_shared(current, measured, self.kd_threshold, self.alpha_init)
+        pairs = zip(current, measured, strict=True)
+        return [freeze(now, own, self.kd_threshold, self.alpha_init) for now, own in pairs]
 
     def _rank(self, piece: AdapterSlice) -> int:
         if self.ranks is None:
@@ -234,11 +270,8 @@ class SDLoRA(Method):
         self, now: Directions, layer: AdaptedLinear, rank: int, generator: torch.Generator | None
     ) -> Directions:
         """With a new current direction: A random, B zero."""
-        device = now.lora_A.device if generator is None else generator.device
-        lora_a = torch.empty(rank, layer.in_features, dtype=now.lora_A.dtype, device=device)
-        lora_a.uniform_(-layer.initial_bound, layer.initial_bound, generator=generator)
-        lora_b = now.lora_B.new_zeros(now.lora_B.shape[0], rank)
-        return replace(now, lora_A=lora_a.to(now.lora_A.device), lora_B=lora_b)
+        lora_a = fresh_a(layer, now.lora_A, rank, generator)
+        return replace(now, lora_A=lora_a, lora_B=now.lora_B.new_zeros(now.lora_B.shape[0], rank))
 
     def _refresh(self) -> None:
         if self.ewc is not None:

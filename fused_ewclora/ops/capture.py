@@ -24,6 +24,7 @@ from .windows import Geometry, Windows
 Rows = tuple[tuple[int, int], ...]
 RowsToSamples = Callable[[Tensor], Tensor]
 MODES = ("sample", "batch")
+GATHERED = (*MODES, "gradient")
 REDUCTIONS = ("mean", "sum")
 
 
@@ -100,8 +101,8 @@ class ImagesCall:
 @dataclass(slots=True)
 class _Call:
     """x and dy of one call: `[N, T, d]`, or `[rows, d]` where `index` `[rows]` holds the sample of each row,
-    or with mode "batch" `[1, rows, d]`. dy has the columns of the layer's output from `start` on. The x of a
-    convolution whose windows overlap are its windows."""
+    or with other modes than "sample" `[1, rows, d]`. dy has the columns of the layer's output from `start`
+    on. The x of a convolution whose windows overlap are its windows."""
 
     x: Tensor | Windows
     dy: Tensor
@@ -149,9 +150,11 @@ class FisherCapture:
             order of the adapters, or the `Sums` of another structure.
         rows: output row ranges of each adapter, in the same order.
         mode: `"sample"` adds sum_n g_n^2 with g_n the gradient of the loss of sample n; `"batch"` adds
-            n_b * (mean of g_n)^2. The caller divides by the number of samples at the end.
+            n_b * (mean of g_n)^2; `"gradient"` adds sum_n g_n, to sums that are no squares. The caller
+            divides by the number of samples at the end.
         reduction: how the loss that is backpropagated reduces over samples, `"mean"` or `"sum"`.
-        loss_scale: factor on the loss (gradient scaling); squares are divided by its square, in fp32.
+        loss_scale: factor on the loss (gradient scaling); squares are divided by its square, in fp32, and
+            gradients by itself.
         batch_size: samples per batch; None takes the leading dimension of the layer's input. May be set
             before each batch.
         name: of the layer, for messages.
@@ -175,8 +178,8 @@ class FisherCapture:
         name: str = "",
         rows_to_samples: RowsToSamples | None = None,
     ) -> None:
-        if mode not in MODES:
-            raise ArgumentError(f"mode: expected one of {MODES}, got {mode!r}")
+        if mode not in GATHERED:
+            raise ArgumentError(f"mode: expected one of {GATHERED}, got {mode!r}")
         if reduction not in REDUCTIONS:
             raise ArgumentError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
         if len(fishers) != len(rows):
@@ -215,7 +218,7 @@ class FisherCapture:
             return None
         if not _inside_backward():
             self._count(x)
-        if self.rows_to_samples is None or self.mode == "batch":
+        if self.rows_to_samples is None or self.mode != "sample":
             return None
         # Now, because the function may read what the same forward pass wrote.
         return self._index(self.rows_to_samples, _rows(x.detach()))
@@ -230,7 +233,7 @@ class FisherCapture:
             return None
         if not _inside_backward():
             self._count(source.x)
-        if leader.rows_to_samples is None or self.mode == "batch":
+        if leader.rows_to_samples is None or self.mode != "sample":
             return RoutedRows(source.x.shape, rows)
         if source.samples is None:
             source.samples = self._index(leader.rows_to_samples, source.x)
@@ -249,7 +252,7 @@ class FisherCapture:
 
     def _unknown(self, x: Tensor, samples: int) -> Ends | None:
         """What is needed to find the order of x; None when it is known, or nothing depends on it."""
-        if samples == 1 or x.numel() == 0 or self.rows_to_samples is not None or self.mode == "batch":
+        if samples == 1 or x.numel() == 0 or self.rows_to_samples is not None or self.mode != "sample":
             return None
         return None if self._order(x.shape, samples) else Ends.of(x, samples)
 
@@ -323,7 +326,7 @@ class FisherCapture:
             samples = self._samples_of(shape)
         if isinstance(index, Tensor):
             return _Call(_rows(x), _rows(dy), samples, index)
-        if self.mode == "batch":
+        if self.mode != "sample":
             return _Call(_rows(x)[None], _rows(dy)[None], samples)
         order = None
         if samples > 1 and shape.numel() and dy.shape[-1]:
@@ -393,6 +396,8 @@ class FisherCapture:
         return index
 
     def _factor(self, samples: int) -> float:
+        if self.mode == "gradient":
+            return (float(samples) if self.reduction == "mean" else 1.0) / self.loss_scale
         if self.mode == "sample":
             factor = float(samples) ** 2 if self.reduction == "mean" else 1.0
         else:

@@ -302,6 +302,16 @@ def structured_penalty(
             arguments.factor_of_fisher(part, f"fishers[{i}].{name}", size, square, a, f"lora_as[{i}]")
 
 
+def l1_penalty(lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], scales: Sequence[Scale]) -> None:
+    """Adapters of one dtype on one device."""
+    for name, values in (("lora_bs", lora_bs), ("scales", scales)):
+        if len(values) != len(lora_as):
+            raise ArgumentError(f"{name}: expected {len(lora_as)} entries, as lora_as has, got {len(values)}")
+    for i, (a, b, scale) in enumerate(zip(lora_as, lora_bs, scales, strict=True)):
+        _factors(a, b, scale, f"[{i}]", a, f"lora_as[{i}]")
+        _same(a, f"lora_as[{i}]", lora_as[0], "lora_as[0]")
+
+
 def fisher_sums(pair: FactoredFisher, x: Tensor, dy: Tensor, mode: str, cu_seqlens: Tensor | None) -> None:
     """Row sums `[d_out]` and column sums `[d_in]`."""
     _samples(x, dy, mode, cu_seqlens)

@@ -82,8 +82,8 @@ def kinds(wanted: Sequence[bool]) -> list[bool]:
 
 
 class PenaltyFunction(torch.autograd.Function):
-    """P = (lambda/2) sum over adapters of sum F * (B diag(s) A)^2, or the penalty of another structure of F;
-    `op` computes it."""
+    """P = (lambda/2) sum over adapters of sum F * (B diag(s) A)^2, the penalty of another structure of F, or
+    lambda sum |B diag(s) A|, without fishers; `op` computes it."""
 
     @staticmethod
     def forward(
@@ -148,6 +148,7 @@ _DIFFERENTIABLE: dict[str, tuple[Callable[..., Tensor], Callable[..., list[Tenso
     "ewc_penalty": (differentiable.ewc_penalty, differentiable.ewc_penalty_backward),
     "factored_penalty": (differentiable.kronecker_penalty, differentiable.kronecker_penalty_backward),
     "kronecker_penalty": (differentiable.kronecker_penalty, differentiable.kronecker_penalty_backward),
+    "l1_penalty": (differentiable.l1_penalty, differentiable.l1_penalty_backward),
 }
 
 
@@ -162,19 +163,20 @@ def penalty(
     """The penalty of arguments that have been checked; `found` are their terms."""
     if found is not None:
         return _of_terms(op, found, fishers, adapters, ewc_lambda, backend)
-    tensors, graph = adapters.tensors(), torch.is_grad_enabled()
+    tensors, graph, device = adapters.tensors(), torch.is_grad_enabled(), adapters.lora_as[0].device.type
     needs = kinds([graph and t is not None and t.requires_grad for t in tensors])
     args = (fishers, *adapters, ewc_lambda, needs, backend)
     candidate = schemas.unobserved(op, [*fishers, *tensors], args)
     if candidate is None and schemas.is_transformed():
-        with torch.autocast(fishers[0].device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             return _DIFFERENTIABLE[op][0](fishers, *adapters, ewc_lambda)
-    recorded = dispatch.recorded_penalty() if candidate is not None else None
+    # C++ records the penalties of Fishers.
+    recorded = dispatch.recorded_penalty() if candidate is not None and fishers else None
     if candidate is None or (recorded is None and any(needs)):
         constants = (adapters.scale_factors, ewc_lambda, backend)
         return PenaltyFunction.apply(op, fishers, *constants, *distinct(tensors))
     with torch.no_grad():
-        value, flat = schemas.run(candidate, fishers[0].device.type, args)
+        value, flat = schemas.run(candidate, device, args)
     if recorded is None or not any(needs):
         return value
     return recorded(op, fishers, *adapters, ewc_lambda, needs, value, flat)

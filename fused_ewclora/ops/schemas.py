@@ -7,6 +7,7 @@ row_stop), which `adapters.row_ranges` reads. `needs` says which gradients are w
 all B, of all s. Gradients come in that order, those of a penalty in one flat tensor, so that what is done to
 them is one operation, not one per layer. The fishers of `factored_penalty` are the row sums of all adapters,
 then their column sums; those of `kronecker_penalty` the factors of all outputs, then those of all inputs.
+`l1_penalty` has none, and its own lambda in the place of that of EWC.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ SCHEMAS = {
     "ewc_penalty": _PENALTY,
     "factored_penalty": _PENALTY,
     "kronecker_penalty": _PENALTY,
+    "l1_penalty": _PENALTY,
     "fisher_accumulate_": "(Tensor(a!) fisher, Tensor x, Tensor dy, str squares, float weight, "
     "Tensor? cu_seqlens, str backend) -> ()",
     "fisher_sums_": "(Tensor(a!) rows, Tensor(b!) columns, Tensor x, Tensor dy, str squares, float weight, "
@@ -44,7 +46,7 @@ SCHEMAS = {
     "soft_threshold_": "(Tensor(a!)[] scales, float kappa, str backend) -> ()",
 }
 
-PENALTIES = ("ewc_penalty", "factored_penalty", "kronecker_penalty")
+PENALTIES = ("ewc_penalty", "factored_penalty", "kronecker_penalty", "l1_penalty")
 
 ARGUMENTS = {
     op: [argument.name for argument in torch._C.parse_schema(op + schema).arguments]
@@ -180,6 +182,9 @@ _SIZES = by_name(
         },
         "kronecker_penalty": lambda fishers, lora_as: {
             "rank": max(a.shape[0] for a in lora_as), "work": _work(fishers)
+        },
+        "l1_penalty": lambda lora_as: {
+            "rank": max(a.shape[0] for a in lora_as), "work": _work(lora_as)
         },
         "fisher_accumulate_": lambda x, dy: {"work": bucket(x.numel() * dy.shape[-1])},
         "fisher_sums_": lambda x, dy: {"work": bucket(x.numel() * dy.shape[-1])},

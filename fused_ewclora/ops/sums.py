@@ -33,8 +33,8 @@ class Sums(Protocol):
     """Sums over the samples of a task, of one adapter."""
 
     def add(self, term: Term, mode: str, weight: float) -> None:
-        """Adds weight times what the squared gradients of the samples (mode "sample"), or their squared sum
-        (mode "batch"), give to the sums."""
+        """Adds weight times what the squared gradients of the samples (mode "sample"), their squared sum
+        (mode "batch") or their sum (mode "gradient") give to the sums."""
 
 
 class DenseSums:
@@ -91,6 +91,23 @@ class CovarianceSums:
             x2 = x2 * reached
             self.inputs.addmm_(x2.T, x2)
             block.addmm_(dy2.T, dy2, alpha=weight)
+
+
+class GradientSums:
+    """The gradients themselves, sum of dy^T x `[rows, d_in]` over all tokens: one product per call, without a
+    temporary of that size."""
+
+    __slots__ = ("gradient",)
+
+    def __init__(self, gradient: Tensor) -> None:
+        self.gradient = gradient
+
+    def add(self, term: Term, mode: str, weight: float) -> None:
+        """As `Sums.add`, mode "gradient"."""
+        rows = self.gradient[term.rows]
+        for x, dy in _pieces(term):
+            x2, dy2 = (t.reshape(-1, t.shape[-1]).to(rows.dtype) for t in (x, dy))
+            rows.addmm_(dy2.T, x2, alpha=weight)
 
 
 def _pieces(term: Term) -> Iterator[tuple[Tensor, Tensor]]:

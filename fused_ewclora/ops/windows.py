@@ -84,6 +84,10 @@ class Windows:
         """Those of this call, followed by those of others."""
         return Windows(self._geometry, [image for part in (self, *others) for image in part._images])
 
+    def to(self, dtype: torch.dtype) -> Windows:
+        """The same in another dtype."""
+        return Windows(self._geometry, [image.to(dtype) for image in self._images])
+
     def rows(self) -> Tensor:
         """All of them, `[N, windows, columns]`, with columns in the order (C, *kernel)."""
         return self._wholes([self._padded(images) for images in self._images])

@@ -286,6 +286,28 @@ def kronecker_penalty(
             factor_of_fisher(fishers[j], f"fishers[{j}]", size, square, a, f"lora_as[{i}]")
 
 
+def l1_penalty(
+    fishers: Tensors,
+    lora_as: Tensors,
+    lora_bs: Tensors,
+    scales: Optionals,
+    scale_factors: Sequence[float],
+    needs: Sequence[bool],
+) -> None:
+    """Arguments of the op `l1_penalty`."""
+    if fishers:
+        raise _wrong("fishers", "none, an l1 norm has no Fisher", len(fishers))
+    if not lora_as:
+        raise _wrong("lora_as", "at least one adapter", "none")
+    _as_many(lora_as, lora_bs, scales, scale_factors, len(lora_as), "lora_as")
+    if len(needs) != 3:
+        raise _wrong("needs", "3 entries (A, B, s)", len(needs))
+    _floating(lora_as[0], "lora_as[0]")
+    for i, (a, b, scale) in enumerate(zip(lora_as, lora_bs, scales, strict=True)):
+        _adapter(a, b, scale, i, a, f"lora_as[{i}]")
+        _same(a, f"lora_as[{i}]", lora_as[0], "lora_as[0]")
+
+
 def fisher_accumulate(fisher: Tensor, x: Tensor, dy: Tensor, squares: str, cu_seqlens: Tensor | None) -> None:
     """Arguments of the op `fisher_accumulate_`."""
     _samples(x, dy, squares, cu_seqlens)

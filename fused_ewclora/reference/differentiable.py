@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from . import ewc_penalty as _penalty
 from . import kronecker_penalty as _kronecker
+from . import l1_penalty as _l1
 from . import lora_linear as _linear
 from .adapters import by_kind, ranges_of
 from .philox import dropout
@@ -138,6 +139,19 @@ def kronecker_penalty(
     return _kronecker.penalty(fishers, lora_as, lora_bs, products, ewc_lambda)
 
 
+def l1_penalty(
+    fishers: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    scale_factors: Sequence[float],
+    l1_lambda: float,
+) -> Tensor:
+    """P of the op `l1_penalty`, which has no Fishers."""
+    products = _scales(scales, scale_factors, _penalty.accumulate_dtype([*lora_as, *lora_bs]))
+    return _l1.penalty(lora_as, lora_bs, products, l1_lambda)
+
+
 def ewc_penalty_backward(grad: Tensor, *operands: Any) -> list[Tensor]:
     """grad times the gradients of the kinds that `needs` = (dA, dB, ds), the last operand, asks for, every
     dA, every dB, every ds, in the shapes and dtypes of their inputs and connected to the graphs of all
@@ -148,6 +162,11 @@ def ewc_penalty_backward(grad: Tensor, *operands: Any) -> list[Tensor]:
 def kronecker_penalty_backward(grad: Tensor, *operands: Any) -> list[Tensor]:
     """The same for the ops `factored_penalty` and `kronecker_penalty`."""
     return _penalty_backward(_kronecker.penalty_and_grads, grad, *operands)
+
+
+def l1_penalty_backward(grad: Tensor, *operands: Any) -> list[Tensor]:
+    """The same for the op `l1_penalty`; the derivative of a sign is 0."""
+    return _penalty_backward(_l1.penalty_and_grads, grad, *operands)
 
 
 def _penalty_backward(

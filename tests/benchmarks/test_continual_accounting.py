@@ -25,6 +25,7 @@ KINDS: dict[str, tuple[type[Method], dict[str, Any]]] = {
     "EWC-LoRA, factors": (EWCLoRA, {"ewc_lambda": 1.0, "merge_mode": "factors"}),
     "SD-LoRA": (SDLoRA, {}),
     "SD-LoRA-RR": (SDLoRA, {"ranks": (4, 3, 2)}),
+    "SD-LoRA, shared": (SDLoRA, {"magnitudes": "shared"}),
     "SD-LoRA and EWC": (SDLoRA, {"ewc_lambda": 1.0}),
     "CoDyRA": (CoDyRA, {}),
     "CoDyRA and EWC": (CoDyRA, {"ewc_lambda": 1.0}),
@@ -98,6 +99,7 @@ def test_all_state_counted(name: str) -> None:
         ("EWC-LoRA", FACTORS, FACTORS),
         ("EWC-LoRA, factors", FACTORS, FACTORS),
         ("SD-LoRA", FACTORS + ADAPTERS, 3 * FACTORS + 3 * ADAPTERS),
+        ("SD-LoRA, shared", FACTORS + 1, 3 * FACTORS + 3),
         ("SD-LoRA-RR", FACTORS + ADAPTERS, (4 + 3 + 2) * FACTORS // RANK + 3 * ADAPTERS),
         ("CoDyRA", FACTORS + RANK * ADAPTERS, FACTORS + RANK * ADAPTERS),
         ("InfLoRA", FACTORS, FACTORS),
@@ -113,6 +115,7 @@ def test_adapter_formulas(name: str, first: int, third: int) -> None:
     "name, trained",
     [
         ("LoRA", FACTORS),
+        ("SD-LoRA, shared", FACTORS + 3),
         ("SD-LoRA", FACTORS + 3 * ADAPTERS),  # all magnitudes, no frozen direction
         ("CoDyRA", FACTORS + RANK * ADAPTERS),
         ("InfLoRA", FACTORS // 2),  # A is frozen

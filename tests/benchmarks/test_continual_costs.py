@@ -148,7 +148,14 @@ def test_loop_matches_sd_lora(ranks: tuple[int, ...], tasks: int) -> None:
         torch.testing.assert_close(alphas, now.lora_magnitudes.grad, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("options, name", [({}, "normalization"), ({"ewc_lambda": 1.0}, "ewc_lambda")])
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        ({}, "normalization"),
+        ({"ewc_lambda": 1.0}, "ewc_lambda"),
+        ({"magnitudes": "shared", "reset_alphas": True}, "magnitudes"),
+    ],
+)
 def test_loop_options_refused(options: dict[str, Any], name: str) -> None:
     """The loop over tasks is made from no other options of SD-LoRA."""
     options = {"normalization": "factors", **options} if options else options

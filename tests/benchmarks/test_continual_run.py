@@ -344,6 +344,10 @@ def test_every_task_recorded() -> None:
 
     record = execute(a_run("LoRA"), replace(problem(), learner=Naming), CPU)
     assert record["matrices"]["every_task"] == [[10.0 * t + i for i in range(3)] for t in range(4)]
+    found = record["metrics"]["every_task"]
+    assert found == {
+        "transfer": (11 + 17) / 2, "average": 21.0, "last": 31.0, "zero_shot": 1.0, "zero_shot_transfer": 1.5,
+    }  # fmt: skip
 
 
 def test_groups_of_adapters() -> None:

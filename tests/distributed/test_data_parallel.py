@@ -69,11 +69,11 @@ def scaled() -> nn.Module:
     return model
 
 
-def directions() -> nn.Module:
+def directions(magnitudes: str = "per_adapter") -> nn.Module:
     """The second task of SD-LoRA."""
     torch.manual_seed(0)
     model = MLP().double()
-    method = fe.methods.SDLoRA(model, WHOLE)
+    method = fe.methods.SDLoRA(model, WHOLE, magnitudes=magnitudes)
     for task in range(2):
         method.begin_task(task)
         randomize_adapters_(model)
@@ -107,6 +107,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "projections": lambda: made(Attending, fe.LoRAConfig(2, target_modules=["attention"])),
     "scaled": scaled,
     "directions": directions,
+    "directions with shared magnitudes": lambda: directions("shared"),
     "gated": gated,
     "merged": merged,
 }
@@ -242,7 +243,31 @@ def test_injected_inside():
     assert type(model.fc1) is nn.Linear
 
 
-@pytest.mark.parametrize("name", ["InfLoRA", "EWCLoRA", "SDLoRA", "CoDyRA"])
+OPTIONS = {
+    "EWCLoRA": {"ewc_lambda": 1.0},
+    "FactorEWC": {"ewc_lambda": 1.0},
+    "CLLoRA": {"shared": ["fc1"]},
+    "NLoRA": {"lambda_1": 0.01},
+    "IEL": {"beta": 1.0},
+    "ITA": {"alpha": 1.0},
+}
+METHODS = (
+    "InfLoRA",
+    "KeepLoRA",
+    "CLLoRA",
+    "EWCLoRA",
+    "FactorEWC",
+    "SDLoRA",
+    "CoDyRA",
+    "OLoRA",
+    "NLoRA",
+    "IEL",
+    "ITA",
+    "PerturbAndMerge",
+)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_methods(name: str):
     """Methods on a wrapped model learn what they learn on the model alone."""
     method, outputs = getattr(fe.methods, name), []
@@ -250,7 +275,7 @@ def test_methods(name: str):
         torch.manual_seed(0)
         model = MLP().double()
         run = wrap(model)
-        options = {"ewc_lambda": 1.0} if method is fe.methods.EWCLoRA else {}
+        options = OPTIONS.get(name, {})
         learning = method(run, WHOLE, **options)
         for task in range(2):
             learning.begin_task(task)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from processes import run_checks
-from tiny_models import KEYS, Tiny, adapted, batches, data, layers, randomise
+from tiny_models import KEYS, Tiny, adapted, batches, data, fresh, layers, randomise
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -216,6 +216,29 @@ def structures_are_dealt_out() -> None:
             assert "convert before shard_" in str(error)
         else:
             raise AssertionError("Fishers that are sharded were converted")
+
+
+def priors_are_sharded() -> None:
+    """A prior is that of one process, by rows, whatever tasks add to it; trained adapters are refused."""
+    for options in (OPTIONS, {**OPTIONS, "update": "fixed"}):
+        one, several = EWC(fresh(), **options), EWC(shard(fresh()), **options)
+        several.shard_()
+        for ewc, share in ((one, lambda *both: both), (several, mine)):
+            ewc.estimate_fisher(batches(*share(*data(SAMPLES)), 2), F.cross_entropy)
+            ewc.consolidate_prior()
+            assert ewc.history[0].prior and ewc.history[0].samples == SAMPLES
+            ewc.end_task(batches(*share(*data(SAMPLES, seed=3)), 2), F.cross_entropy)
+        for key in KEYS:
+            close(several.fishers[key], one.fishers[key])
+    trained = EWC(shard(adapted()), **OPTIONS)
+    trained.shard_()
+    trained.estimate_fisher(batches(*mine(*data(SAMPLES)), 2), F.cross_entropy)
+    try:
+        trained.consolidate_prior()
+    except fe.FisherError as error:
+        assert "expected untrained adapters" in str(error)
+    else:
+        raise AssertionError("no error")
 
 
 def fisher_memory_is_divided() -> None:
@@ -682,6 +705,7 @@ CHECKS: dict[str, tuple[tuple[int, ...], Callable[[Path, Path], None]]] = {
     "groups_do_not_mix": ((2, 4), lambda _, __: groups_do_not_mix()),
     "fewer_rows_than_processes": ((3,), lambda _, __: fewer_rows_than_processes()),
     "attentions_of_shards": ((2, 4), lambda _, __: attentions_of_shards()),
+    "priors_are_sharded": ((2,), lambda _, __: priors_are_sharded()),
     "fisher_memory_is_divided": ((2, 4), lambda _, __: fisher_memory_is_divided()),
     "a_state_made_before_sharding_is_dealt_out": (
         (2, 4),

@@ -16,11 +16,28 @@ from tiny_models import adapted, batches, data, randomise
 from torch import Tensor, nn
 
 import fused_ewclora as fe
-from fused_ewclora.methods import CoDyRA, EWCLoRA, InfLoRA, LoRA, Method, SDLoRA
+from fused_ewclora.methods import (
+    IEL,
+    ITA,
+    CLLoRA,
+    CoDyRA,
+    EWCLoRA,
+    FactorEWC,
+    InfLoRA,
+    KeepLoRA,
+    LoRA,
+    Method,
+    NLoRA,
+    OLoRA,
+    PerturbAndMerge,
+    SDLoRA,
+)
 
 SAMPLES, STEPS, TASKS = 12, 3, 3
 DDP = nn.parallel.DistributedDataParallel
 EWC: dict[str, Any] = {"ewc_lambda": 20.0, "fisher_dtype": torch.float64}
+KEEP: dict[str, Any] = {"epsilon_w": 0.4, "epsilon_f": 0.6}
+WIDE: dict[str, Any] = {"fisher_dtype": torch.float64}
 GATES: dict[str, Any] = {"gate_init": "normal", "kappa_max": 0.4, "dense_fraction": 0.0}
 
 
@@ -63,7 +80,10 @@ def state(method: Method) -> dict[str, Tensor]:
     """All tensors that the next task depends on."""
     held = parameters(method)
     ewc = getattr(method, "ewc", None)
-    held |= {f"fisher of {key}": f.clone() for key, f in (ewc.fishers if ewc is not None else {}).items()}
+    fishers = getattr(method, "fishers", {}) if ewc is None else ewc.fishers
+    held |= {f"fisher of {key}": f.clone() for key, f in fishers.items()}
+    if isinstance(method, PerturbAndMerge):
+        held |= {f"gradient of {key}": g.clone() for key, g in method._curvature.gradients.items()}
     for name, used in getattr(method, "subspaces", {}).items():
         held[f"projector of {name}"] = used.free() @ used.free().T
     return held
@@ -100,16 +120,27 @@ def take_drawn(whole: Method, method: Method) -> None:
         for name, parameter in whole.model.named_parameters():
             if name.rpartition(".")[2].startswith(("lora_A", "lora_scale")):
                 parameter.copy_(source[name])
+    if isinstance(method, PerturbAndMerge) and isinstance(whole, PerturbAndMerge):
+        whole._steps.set_state(method._steps.get_state())
+        whole._scaled.perturbation = method._scaled.perturbation
 
 
 def equals_one_process(
-    kind: type[Method], options: dict[str, Any], compact: bool = False, keep_wrapper: bool = False
+    kind: type[Method],
+    options: dict[str, Any],
+    compact: bool = False,
+    keep_wrapper: bool = False,
+    prior: bool = False,
 ) -> None:
     """keep_wrapper: DDP is made once, and so does not make parameters equal at the start of each task."""
     whole = kind(at_start(), group=alone(), **options)
     method = kind(at_start(), **options)
+    if prior:
+        x, y = data(SAMPLES, seed=90)
+        method.estimate_prior(batches(*mine(x, y), 2), F.cross_entropy)
+        whole.estimate_prior(batches(x, y, 5), F.cross_entropy)
     torch.manual_seed(dist.get_rank())  # what each process draws for itself differs
-    chosen = kind is InfLoRA  # A follows from the data
+    chosen = kind in (InfLoRA, KeepLoRA, FactorEWC)  # A follows from the data, or stays
     wrapped = None
     for task in range(TASKS):
         for one in (method, whole):
@@ -129,27 +160,33 @@ def equals_one_process(
         identical(method)
         close(method, whole, False)
         if task == TASKS - 1:
-            assert float(method.penalty().detach()) > 0.0 or not hasattr(method, "ewc") or not method.ewc
+            without = isinstance(method, PerturbAndMerge) or getattr(method, "ewc", None) is None
+            assert float(method.penalty().detach()) > 0.0 or without
             break
         method.end_task(own, F.cross_entropy)
         whole.end_task(batches(x, y, 5), F.cross_entropy)
         identical(method)
         close(method, whole, not chosen)
         for found, expected in zip(history(method), history(whole), strict=True):
-            assert found.samples == expected.samples == SAMPLES
+            fixed = options.get("update") == "fixed" and not found.prior
+            assert found.samples == expected.samples == (0 if fixed else SAMPLES)
     if isinstance(method, CoDyRA):
         assert method._survivors == whole._survivors
         assert 0 < sum(method._survivors[-1].values()) < 6, "gates have died, not all of them"
     if isinstance(method, SDLoRA):
         assert method.report().summary == whole.report().summary
-    if isinstance(method, InfLoRA):
+    if isinstance(method, PerturbAndMerge) and isinstance(whole, PerturbAndMerge):
+        for mine_, whole_ in zip(method.coefficients, whole.coefficients, strict=True):
+            torch.testing.assert_close(mine_, whole_, rtol=1e-10, atol=1e-12)
+        assert 0.0 < method.coefficients[-1]["fc"] < 1.0
+    if isinstance(method, (InfLoRA, KeepLoRA)):
         used = [subspace.rank for subspace in method.subspaces.values()]
         assert used == [subspace.rank for subspace in whole.subspaces.values()] and min(used) > 0
 
 
 def history(method: Method) -> tuple[Any, ...]:
     ewc = getattr(method, "ewc", None)
-    return () if ewc is None else ewc.history
+    return getattr(method, "history", ()) if ewc is None else ewc.history
 
 
 def errors_in_all(method: Method, call: Callable[[], None], expected: type[Exception], words: str) -> None:
@@ -171,7 +208,7 @@ def errors_in_all(method: Method, call: Callable[[], None], expected: type[Excep
 
 def adapters_of_one_process_that_are_not_finite_are_an_error_in_all() -> None:
     """Parameters that no DDP kept equal."""
-    for kind in (LoRA, CoDyRA):
+    for kind in (LoRA, CoDyRA, OLoRA):
         method = kind(adapted())
         method.begin_task(0)
         if dist.get_rank() == 1:
@@ -187,6 +224,7 @@ def bad_data_of_one_process_is_an_error_in_all() -> None:
     bad = [(x * float("nan"), y)] if dist.get_rank() == 1 else [(x, y)]
     none = [] if dist.get_rank() == 1 else [(x, y)]
     cases: list[tuple[type[Method], dict[str, Any]]] = [(EWCLoRA, EWC), (SDLoRA, EWC), (CoDyRA, EWC)]
+    cases.append((PerturbAndMerge, WIDE))
     for kind, options in cases:
         method = kind(adapted(), **options)
         method.begin_task(0)
@@ -195,6 +233,27 @@ def bad_data_of_one_process_is_an_error_in_all() -> None:
         others = SAMPLES - len(range(1, SAMPLES, dist.get_world_size()))
         assert method.tasks == 1 and method.ewc.history[0].samples == others
         identical(method)
+    method = FactorEWC(at_start(), ewc_lambda=1.0)
+    method.begin_task(0)
+    errors_in_all(method, functools.partial(method.end_task, bad, F.cross_entropy), fe.FisherError, "NaN")
+    errors_in_all(
+        method, functools.partial(method.end_task, [], F.cross_entropy), fe.FisherError, "no process"
+    )
+    method.end_task(none, F.cross_entropy)
+    assert method.history[0].samples == others
+    identical(method)
+    method = KeepLoRA(at_start(), **KEEP)
+    method.begin_task(0)
+    errors_in_all(method, functools.partial(method.prepare, bad), fe.FisherError, "NaN")
+    method.prepare(none)
+    errors_in_all(method, functools.partial(method.end_task, bad), fe.ArgumentError, "NaN")
+    method.end_task([(x, y)])
+    identical(method)
+    iel = IEL(at_start(), beta=1.0)
+    iel.begin_task(0)
+    errors_in_all(iel, functools.partial(iel.prepare, bad), fe.FisherError, "NaN")
+    iel.prepare(none)
+    identical(iel)
     method = InfLoRA(at_start())
     method.begin_task(0)
     for loader, words in ((bad, "NaN"), (none, "expected at least one batch")):
@@ -203,6 +262,58 @@ def bad_data_of_one_process_is_an_error_in_all() -> None:
     errors_in_all(method, functools.partial(method.end_task, bad), fe.ArgumentError, "NaN")
     method.end_task([(x, y)])
     identical(method)
+
+
+def official_keep_lora_adds_the_batches_of_all() -> None:
+    """As one process that has the batches of all; batches of another size are an error in all."""
+    options = {**KEEP, "variant": "official"}
+    method, whole = KeepLoRA(at_start(), **options), KeepLoRA(at_start(), group=alone(), **options)
+    x, y = data(SAMPLES)
+    world = dist.get_world_size()
+    shares = [batches(x[rank::world], y[rank::world], 3) for rank in range(world)]
+    loaders = shares[dist.get_rank()], [batch for share in shares for batch in share]
+    for one, loader in zip((method, whole), loaders, strict=True):
+        one.begin_task(0)
+        one.prepare(loader)
+    identical(method)
+    close(method, whole, False)
+    assert all(b.any() for layer in method.layers.values() for _, _, b in layer.adapter_parameters())
+    other = batches(*mine(x, y), 3 if dist.get_rank() else 2)
+    errors_in_all(method, functools.partial(method.end_task, other), fe.TargetError, "rows of a batch of qkv")
+    for one, loader in zip((method, whole), loaders, strict=True):
+        one.end_task(loader)
+    identical(method)
+    close(method, whole, False)
+
+
+def cl_lora_distils_the_data_of_all() -> None:
+    """Two tasks with distillation are those of one process with all the data."""
+    options = {"shared": ["qkv"], "orthogonality": 0.3}
+    method, whole = CLLoRA(at_start(), **options), CLLoRA(at_start(), group=alone(), **options)
+    torch.manual_seed(dist.get_rank())
+    for task in range(2):
+        for one in (method, whole):
+            one.begin_task(task)
+        take_drawn(whole, method)
+        wrapped = DDP(method.model)
+        for one, model, share in ((method, wrapped, mine), (whole, whole.model, lambda *both: both)):
+            optimizer = torch.optim.SGD([p for p in one.model.parameters() if p.requires_grad], lr=0.1)
+            for step in range(STEPS):
+                x, y = share(*data(SAMPLES, seed=10 * task + step))
+                optimizer.zero_grad()
+                if task:
+                    inner = one.model
+                    one.distillation(
+                        x, lambda x, inner=inner: inner.head(inner.qkv(x)[..., 6:12].mean(1))
+                    ).backward()
+                    one.reassign_()
+                (F.cross_entropy(model(x), y) + one.penalty()).backward()
+                optimizer.step()
+                one.after_step(step, STEPS)
+        for one in (method, whole):
+            one.end_task([])
+        identical(method)
+        close(method, whole, False)
 
 
 def decisions_that_differ_are_an_error_in_all() -> None:
@@ -248,14 +359,28 @@ CHECKS: dict[str, Callable[[], None]] = {
     "lora": case(LoRA, {}, keep_wrapper=True),
     "ewc_lora": case(EWCLoRA, EWC, keep_wrapper=True),
     "ewc_lora_decaying": case(EWCLoRA, {**EWC, "gamma": 0.7}),
+    "ewc_lora_prior": case(EWCLoRA, {**EWC, "gamma": 0.7}, prior=True),
+    "ewc_lora_fixed": case(EWCLoRA, {**EWC, "update": "fixed"}, keep_wrapper=True, prior=True),
+    "factor_ewc": case(FactorEWC, {"ewc_lambda": 20.0, "gamma": 0.7}, keep_wrapper=True),
     "inflora": case(InfLoRA, {"epsilon": 0.6}, keep_wrapper=True),
     "inflora_official": case(InfLoRA, {"epsilon": 0.6, "variant": "official"}),
+    "keep_lora_official": official_keep_lora_adds_the_batches_of_all,
+    "keep_lora": case(KeepLoRA, KEEP, keep_wrapper=True),
+    "cl_lora": case(CLLoRA, {"shared": ["qkv"], "orthogonality": 0.3}),
+    "cl_lora_distillation": cl_lora_distils_the_data_of_all,
     "sd_lora": case(SDLoRA, {"ranks": (2, 3)}),
     "sd_lora_kd": case(SDLoRA, {"kd_threshold": 0.9, "normalization": "factors"}),
     "sd_lora_ewc": case(SDLoRA, EWC),
+    "sd_lora_shared": case(SDLoRA, {"magnitudes": "shared", "kd_threshold": 0.999, **EWC}),
+    "o_lora": case(OLoRA, {"lambda_2": 0.1}),
+    "o_lora_official": case(OLoRA, {"variant": "official"}),
+    "n_lora": case(NLoRA, {"lambda_1": 0.01}),
     "codyra": case(CoDyRA, GATES, keep_wrapper=True),
     "codyra_compact": case(CoDyRA, GATES, True),
     "codyra_ewc": case(CoDyRA, {**GATES, **EWC}),
+    "iel": case(IEL, {"beta": 50.0, **WIDE}),
+    "ita_official": case(ITA, {"alpha": 50.0, "variant": "official", **WIDE}),
+    "perturb_and_merge": case(PerturbAndMerge, WIDE, keep_wrapper=True),
     "bad_data_of_one_process_is_an_error_in_all": bad_data_of_one_process_is_an_error_in_all,
     "adapters_of_one_process_that_are_not_finite_are_an_error_in_all": (
         adapters_of_one_process_that_are_not_finite_are_an_error_in_all

@@ -128,6 +128,21 @@ def kronecker_penalty(
     return value, grads
 
 
+def l1_penalty(
+    lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], scales: Sequence[Scale], l1_lambda: float
+) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+    """P = lambda sum |B diag(s) A| and (dA, dB, ds `[r]`) of every adapter, with a slope of 0 at 0."""
+    value, grads = torch.zeros((), dtype=torch.float64), []
+    for a, b, scale in zip(lora_as, lora_bs, scales, strict=True):
+        s = torch.diag(per_rank(scale, a.shape[0]))
+        a, b = exact(a), exact(b)
+        delta = b @ s @ a
+        value += l1_lambda * delta.abs().sum()
+        h = l1_lambda * ((delta > 0).double() - (delta < 0).double())
+        grads.append((s @ b.T @ h, h @ a.T @ s, (b * (h @ a.T)).sum(0)))
+    return value, grads
+
+
 def fisher(samples: Sequence[tuple[Tensor, Tensor]], mode: str = "sample") -> Tensor:
     """sum_n (dy_n^T x_n)^2 or, in mode "batch", (sum_n dy_n^T x_n)^2; samples are (x_n, dy_n)."""
     products = []

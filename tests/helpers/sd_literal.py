@@ -14,6 +14,14 @@ import fused_ewclora as fe
 from fused_ewclora.methods import SDLoRA
 from fused_ewclora.methods._directions import Directions
 
+# The options of the official code.
+OFFICIAL = {
+    "normalization": "factors",
+    "magnitudes": "shared",
+    "alpha_init": 0.8,
+    "reset_alphas": True,
+}
+
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.5)
@@ -56,8 +64,10 @@ class Literal:
         kd_threshold: float | None = None,
         ewc_lambda: float = 0.0,
         gamma: float = 1.0,
+        magnitudes: str = "per_adapter",
     ) -> None:
         self.model, self.normalization, self.alpha_init = model, normalization, alpha_init
+        self.shared = magnitudes == "shared"
         self.reset_alphas, self.threshold = reset_alphas, kd_threshold
         self.ewc_lambda, self.gamma = ewc_lambda, gamma
         self.weights = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
@@ -66,6 +76,7 @@ class Literal:
         self.b: dict[str, Tensor] = {}
         self.alphas: dict[str, list[Tensor]] = {key: [] for key in KEYS}
         self.past: dict[str, list[Tensor]] = {key: [] for key in KEYS}
+        self.lengths: dict[str, list[Tensor]] = {key: [] for key in KEYS}  # to divide by in the next task
         self.residuals: dict[str, list[float]] = {key: [] for key in KEYS}
         self.fishers: dict[str, Tensor] = {}
         self.anchors: dict[str, Tensor] = {}
@@ -76,16 +87,22 @@ class Literal:
             # A task starts at B = 0, but for the first one, which starts with what the test put there.
             start = drawn[key].lora_B if task == 0 else torch.zeros_like(drawn[key].lora_B)
             self.b[key] = start.detach().clone().requires_grad_()
+            if self.shared and key != KEYS[0]:
+                self.alphas[key] = self.alphas[KEYS[0]]
+                continue
             kept = [self.alpha_init if self.reset_alphas else a.item() for a in self.alphas[key]]
             self.alphas[key] = [
                 torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (*kept, self.alpha_init)
             ]
+        for key, lengths in self.lengths.items():
+            self.past[key] = [d / n for d, n in zip(self.past[key], lengths, strict=True)]
+            self.lengths[key] = [torch.ones_like(n) for n in lengths]
 
     def parameters(self) -> list[Tensor]:
         return [
             *self.a.values(),
             *self.b.values(),
-            *(alpha for key in KEYS for alpha in self.alphas[key]),
+            *(alpha for key in KEYS[: 1 if self.shared else None] for alpha in self.alphas[key]),
             *self.head.parameters(),
         ]
 
@@ -131,8 +148,11 @@ class Literal:
                 old = self.fishers.get(key, torch.zeros(WIDTH, WIDTH, dtype=torch.float64))
                 self.fishers[key] = self.gamma * old + task[key] / len(samples)
         with torch.no_grad():
+            if self.shared:
+                self.freeze(KEYS)
             for key in KEYS:
-                self.freeze(key)
+                if not self.shared:
+                    self.freeze((key,))
                 self.anchors[key] = self.delta(key)
 
     def squared_gradients(self, samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -145,22 +165,35 @@ class Literal:
             total = {key: total[key] + g.square() for key, g in zip(KEYS, gradients, strict=True)}
         return total
 
-    def freeze(self, key: str) -> None:
-        product, alpha = self.b[key] @ self.a[key], self.alphas[key].pop()
-        length = product.square().sum().sqrt()
-        if self.normalization == "factors":
-            length = self.b[key].square().sum().sqrt() * self.a[key].square().sum().sqrt()
-            alpha = alpha * length
-        direction = product / length
+    def freeze(self, keys: tuple[str, ...]) -> None:
+        """The current direction of adapters that have one magnitude together."""
+        alpha = self.alphas[keys[0]].pop()
+        directions, lengths = [], []
+        for key in keys:
+            product = self.b[key] @ self.a[key]
+            length = product.square().sum().sqrt()
+            if self.normalization == "factors":
+                length = self.b[key].square().sum().sqrt() * self.a[key].square().sum().sqrt()
+                alpha = alpha if self.shared else alpha * length
+            later = self.normalization == "factors" and self.shared
+            directions.append(product if later else product / length)
+            lengths.append(length if later else torch.ones_like(length))
+        whole = torch.cat([d.flatten() for d in directions])
         share, coefficients = 1.0, torch.zeros(0)
-        if self.past[key]:
-            columns = torch.stack([d.flatten() for d in self.past[key]], dim=1)
-            coefficients = torch.linalg.lstsq(columns, direction.flatten()[:, None]).solution[:, 0]
-            left = direction.flatten() - columns @ coefficients
-            share = float(left.square().sum() / direction.square().sum())
-        self.residuals[key].append(share)
-        if self.threshold is not None and share <= self.threshold:
-            self.alphas[key] = [a + alpha * c for a, c in zip(self.alphas[key], coefficients, strict=True)]
+        if self.past[keys[0]]:
+            past = zip(*(self.past[key] for key in keys), strict=True)
+            columns = torch.stack([torch.cat([d.flatten() for d in parts]) for parts in past], dim=1)
+            coefficients = torch.linalg.lstsq(columns, whole[:, None]).solution[:, 0]
+            left = whole - columns @ coefficients
+            share = float(left.square().sum() / whole.square().sum())
+        alphas, dropped = self.alphas[keys[0]], self.threshold is not None and share <= self.threshold
+        if dropped:
+            alphas = [a + alpha * c for a, c in zip(alphas, coefficients, strict=True)]
         else:
-            self.alphas[key].append(alpha)
-            self.past[key].append(direction)
+            alphas = [*alphas, alpha]
+        for key, direction, length in zip(keys, directions, lengths, strict=True):
+            self.residuals[key].append(share)
+            self.alphas[key] = alphas
+            if not dropped:
+                self.past[key].append(direction)
+                self.lengths[key].append(length)

@@ -186,7 +186,7 @@ def test_import(tmp_path):
     assert list(fe.adapters(ours)) == list(NAMES)
 
 
-@pytest.mark.parametrize("name", ["LoRA", "EWCLoRA", "SDLoRA", "CoDyRA", "InfLoRA"])
+@pytest.mark.parametrize("name", ["LoRA", "EWCLoRA", "SDLoRA", "CoDyRA", "InfLoRA", "OLoRA"])
 def test_methods_refused(name):
     """No method takes convolutions of PEFT, and each says so before anything changes."""
     model = accelerated(peft_model())

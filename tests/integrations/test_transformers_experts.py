@@ -440,11 +440,11 @@ class Logits(nn.Module):
         return self.model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("name", ["SDLoRA", "CoDyRA", "InfLoRA"])
+@pytest.mark.parametrize("name", ["SDLoRA", "CoDyRA", "FactorEWC", "InfLoRA", "KeepLoRA"])
 def test_methods(name: str):
     """The other methods run two tasks on experts, one of them without tokens, and export what they train."""
     model = Logits(language_model("mixtral", idle=True))
-    options = {"total_tasks": 2} if name == "InfLoRA" else {"ewc_lambda": 5.0}
+    options = {"InfLoRA": {"total_tasks": 2}, "KeepLoRA": {}}.get(name, {"ewc_lambda": 5.0})
     config = fe.LoRAConfig(r=2, lora_alpha=None, target_modules=["experts"])
     method = getattr(fe.methods, name)(model, config, **options)
     for task in range(2):

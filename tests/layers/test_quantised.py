@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -392,13 +393,16 @@ def test_factors_mode():
 
 
 def test_methods_consolidate():
-    """Methods fold their adapters into quantised weights as well, CoDyRA at the end of a task, SD-LoRA at the
-    end of all."""
+    """Methods fold their adapters into quantised weights as well, CoDyRA and P&M at the end of a task,
+    SD-LoRA, O-LoRA and ITA at the end of all."""
     x, y = batch(1)
-    for method in (fe.methods.CoDyRA, fe.methods.SDLoRA):
+    ita = functools.partial(fe.methods.ITA, alpha=1.0, labels="sampled")
+    merging = functools.partial(fe.methods.PerturbAndMerge, epsilon=0.0)
+    for method in (fe.methods.CoDyRA, merging, ita, fe.methods.SDLoRA, fe.methods.OLoRA):
         model = FewBitsMLP()
         running = method(model, fe.LoRAConfig(r=2, target_modules=TARGETS, quantised_merge="residual"))
         running.begin_task(0)
+        running.prepare([(x, y)])
         trained(model, 1)
         before = model(x)
         running.end_task([(x, y)], F.cross_entropy)

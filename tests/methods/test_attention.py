@@ -13,9 +13,15 @@ import fused_ewclora as fe
 D, HEADS, CLASSES = 8, 2, 3
 METHODS = {
     "EWCLoRA": {"ewc_lambda": 5.0},
+    "FactorEWC": {"ewc_lambda": 5.0},
     "SDLoRA": {},
     "CoDyRA": {"ewc_lambda": 5.0},
     "InfLoRA": {"total_tasks": 3},
+    "KeepLoRA": {"epsilon_w": 0.3, "epsilon_f": 0.6},
+    "OLoRA": {"lambda_2": 0.1},
+    "NLoRA": {"lambda_1": 0.01},
+    "IEL": {"beta": 5.0},
+    "PerturbAndMerge": {},
 }
 
 

@@ -14,7 +14,7 @@ from tiny_models import adapted, assert_same, batches, data, randomise, snapshot
 from torch import Tensor, nn
 
 import fused_ewclora as fe
-from fused_ewclora.methods import CoDyRA, EWCLoRA, InfLoRA, LoRA, Method, SDLoRA
+from fused_ewclora.methods import CoDyRA, EWCLoRA, InfLoRA, KeepLoRA, LoRA, Method, SDLoRA
 
 EWC: dict[str, Any] = {"ewc_lambda": 3.0, "fisher_dtype": torch.float64}
 # (method, its options, the error, whether end_task passes over the data before it folds)
@@ -25,8 +25,9 @@ FOLDING: list[tuple[type[Method], dict[str, Any], type[fe.EWCLoRAError], bool]] 
     (CoDyRA, {}, fe.ArgumentError, False),
     (CoDyRA, EWC, fe.FisherError, True),
     (InfLoRA, {"epsilon": 0.6}, fe.ArgumentError, True),
+    (KeepLoRA, {"epsilon_w": 0.4, "epsilon_f": 0.6}, fe.ArgumentError, True),
 ]
-NAMES = ["LoRA", "EWCLoRA", "EWCLoRA factors", "CoDyRA", "CoDyRA EWC", "InfLoRA"]
+NAMES = ["LoRA", "EWCLoRA", "EWCLoRA factors", "CoDyRA", "CoDyRA EWC", "InfLoRA", "KeepLoRA"]
 
 
 def in_second_task(kind: type[Method], options: dict[str, Any]) -> Method:

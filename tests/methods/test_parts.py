@@ -11,10 +11,17 @@ import fused_ewclora as fe
 METHODS = {
     "LoRA": {},
     "EWCLoRA": {"ewc_lambda": 5.0},
+    "FactorEWC": {"ewc_lambda": 5.0},
     "SDLoRA": {},
     "SDLoRA-EWC": {"ewc_lambda": 5.0},
     "CoDyRA": {"ewc_lambda": 5.0},
     "InfLoRA": {"total_tasks": 3},
+    "KeepLoRA": {"epsilon_w": 0.5, "epsilon_f": 0.6},
+    "OLoRA": {"lambda_2": 0.1},
+    "NLoRA": {"lambda_1": 0.01},
+    "IEL": {"beta": 5.0, "labels": "sampled", "fisher_dtype": torch.float64},
+    "ITA": {"alpha": 5.0, "labels": "sampled", "fisher_dtype": torch.float64},
+    "PerturbAndMerge": {"fisher_dtype": torch.float64},
 }
 
 
@@ -37,7 +44,7 @@ def test_methods_on_parts(name):
         for task in range(3):
             method.begin_task(task)
             x, y = data(task)
-            method.prepare([(x, y)])
+            method.prepare([(x, y)], loss if name == "KeepLoRA" else None)  # labels of others are sampled
             trained = [p for layer in layers(model) for p in layer.parameters() if p.requires_grad]
             for step in range(2):
                 value = loss(model(x), y) + method.penalty()

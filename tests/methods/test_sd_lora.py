@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sd_literal import Literal, directions, optimizer_of, run, train
+from sd_literal import OFFICIAL, Literal, directions, optimizer_of, run, train
 from strategies import seeds
 from tiny_models import KEYS, WIDTH, adapted, batches, data
 from torch import Tensor
@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_ewclora as fe
 from fused_ewclora import functional as FE
 from fused_ewclora.methods import SDLoRA
-from fused_ewclora.methods._directions import Directions, freeze, inverse_norm
+from fused_ewclora.methods._directions import Directions, inverse_norm
+from fused_ewclora.methods._freezing import freeze, measure
 
 ROWS = ((0, WIDTH),)
 
@@ -38,9 +39,20 @@ def dense(adapter: FE.Adapter) -> Tensor:
         {"normalization": "factors", "ranks": 3, "kd_threshold": 0.95, "alpha_init": 1.5},
         {"ewc_lambda": 40.0, "gamma": 0.7, "kd_threshold": 0.95, "fisher_dtype": torch.float64},
         {"ewc_lambda": 40.0, "reset_alphas": True, "ranks": (2, 4), "fisher_dtype": torch.float64},
+        OFFICIAL | {"magnitudes": "per_adapter", "ranks": (3, 2, 1)},
+        {"magnitudes": "shared"},
+        {"magnitudes": "shared", "ranks": (2, 3, 1), "kd_threshold": 0.998},
+        OFFICIAL,
+        OFFICIAL | {"ranks": (3, 2, 1)},
+        OFFICIAL | {"ewc_lambda": 40.0, "kd_threshold": 0.95, "fisher_dtype": torch.float64},
+        {"magnitudes": "shared", "ewc_lambda": 40.0, "gamma": 0.7, "fisher_dtype": torch.float64},
     ],
-    ids=["paper", "ranks", "distilled", "official", "all", "ewc", "ewc that starts off its anchor"],
-)
+    ids=[
+        "paper", "ranks", "distilled", "official", "all", "ewc", "ewc that starts off its anchor",
+        "official ranks", "shared", "shared and distilled", "shared as official",
+        "shared as official ranks", "shared as official, distilled, with ewc", "shared with ewc",
+    ],
+)  # fmt: skip
 def test_matches_dense_steps(options):
     """Every step is that of dense matrices."""
     model = adapted()
@@ -177,7 +189,7 @@ def test_freezing_any_size(size, normalization):
     lora_a, lora_b = torch.ones(2, 5), torch.full((4, 2), size)
     now = Directions.first(lora_a, lora_b, 0.5)
     before = dense(now.stacked(now.lora_magnitudes, normalization, ROWS))
-    frozen = freeze(now, normalization, None, 1.0).directions
+    frozen = freeze(now, measure(now, normalization), None, 1.0).directions
     frozen = replace(frozen, lora_B=torch.zeros(4, 2))  # the next one
     after = dense(frozen.stacked(frozen.lora_magnitudes, normalization, ROWS))
     # 1 / n is finite only above the smallest normal number; what is below is lost.

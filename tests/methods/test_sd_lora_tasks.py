@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from sd_literal import directions, run, train
+from sd_literal import OFFICIAL, directions, run, train
 from tiny_models import KEYS, Tiny, adapted, assert_same, batches, data, snapshot
 from torch import Tensor, nn
 
@@ -57,9 +57,10 @@ def test_many_tasks_plain():
 
 @pytest.mark.parametrize("tasks", [0, 1, 3])
 @pytest.mark.parametrize("moment", ["between tasks", "in a task"])
-def test_resume_bitwise(tasks, moment):
+@pytest.mark.parametrize("kind", [{}, OFFICIAL], ids=["own magnitudes", "shared magnitudes"])
+def test_resume_bitwise(tasks, moment, kind):
     """Training resumes bit for bit in a new model."""
-    options = {"ranks": (2, 3, 1), "kd_threshold": 0.95, "ewc_lambda": 3.0}
+    options = {"ranks": (2, 3, 1), "kd_threshold": 0.95, "ewc_lambda": 3.0, **kind}
     method = seeded(adapted(), **options)
     run(method, range(tasks), steps=1)
     if moment == "in a task":
@@ -107,6 +108,7 @@ def test_bad_state_unchanged():
 
     refused({}, "the dictionary that state_dict")
     refused(configured(normalization="factors"), "normalization: expected 'product', got 'factors'")
+    refused(configured(magnitudes="shared"), "magnitudes: expected 'per_adapter', got 'shared'")
     refused(configured(tasks=5), "qkv.k: expected an outcome for each of 5 tasks")
     refused(configured(tasks=-1), "a number of tasks")
     refused(configured(adapters={"fc": {}}), "qkv.k: adapted in the model only")
@@ -271,9 +273,10 @@ def test_copies_move(copied):
     torch.testing.assert_close(model(x), merged, rtol=1e-12, atol=1e-12)
 
 
-def test_the_model_compiles_whole():
+@pytest.mark.parametrize("options", [{}, {"magnitudes": "shared"}], ids=str)
+def test_the_model_compiles_whole(options):
     model = adapted()
-    method = SDLoRA(model)
+    method = SDLoRA(model, **options)
     run(method, range(2))
     x, _ = data(4)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -298,6 +301,8 @@ def test_lossy_files_refused(tmp_path):
     ("options", "message"),
     [
         ({"normalization": "rows"}, "normalization: expected one of"),
+        ({"magnitudes": "tied"}, "magnitudes: expected one of"),
+        ({"magnitudes": "shared", "normalization": "factors"}, "reset_alphas: expected True with magnitudes"),
         ({"alpha_init": 0.0}, "alpha_init: expected a number > 0"),
         ({"ranks": ()}, "ranks: expected ranks per task"),
         ({"ranks": (4, 0)}, r"ranks\[1\]: expected an integer >= 1"),

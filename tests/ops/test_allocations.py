@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from allocations import MIB, nbytes, peak_and_largest
 from strategies import BACKENDS
 
 from fused_ewclora import functional as FE
@@ -14,26 +13,7 @@ from fused_ewclora.ops import windows
 # The reference is plain PyTorch and materialises what its formulas say; Triton's interpreter is NumPy.
 LEAN = [name for name in BACKENDS if name == "cpu"]
 pytestmark = pytest.mark.parametrize("backend", LEAN)
-MIB = 2**20
 PER_THREAD = 2 * MIB
-
-
-def peak_and_largest(run: Callable[[], object]) -> tuple[int, int]:
-    """Bytes held at the worst moment beyond those held before, and the largest single allocation."""
-    with torch.profiler.profile(profile_memory=True, record_shapes=False) as profiler:
-        kept = run()
-    held = peak = largest = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() != "[memory]":
-            continue
-        held += event.nbytes()
-        peak, largest = max(peak, held), max(largest, event.nbytes())
-    del kept
-    return peak, largest
-
-
-def nbytes(*tensors: torch.Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def test_the_profiler_sees_allocations(backend):

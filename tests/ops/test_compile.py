@@ -294,6 +294,10 @@ def op_calls() -> dict[str, list[tuple[Any, ...]]]:
         "kronecker_penalty": [
             ([fisher @ fisher.T, fisher.T @ fisher], [a], [b], [s], [1.0], 3.0, [True, True, True]),
         ],
+        "l1_penalty": [
+            ([], [a], [b], [s], [1.0], 3.0, [True, True, True]),
+            ([], [a.bfloat16()] * 2, [b.bfloat16()] * 2, [None] * 2, [0.5, 1.0], 3.0, [False, True, False]),
+        ],
         "fisher_accumulate_": [
             (fisher, tokens, grads, "sample", 1.0, None),
             (fisher, tokens, grads, "batch", 0.5, None),

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fused_ewclora.errors import ArgumentError
-from fused_ewclora.metrics import ContinualMetrics
+from fused_ewclora.metrics import ContinualMetrics, TransferMetrics
 
 CIL = [[90.0], [60.0, 80.0], [70.0, 40.0, 50.0]]
 TIL = [[90.0], [80.0, 90.0], [85.0, 88.0, 95.0]]
 SIZES = [100, 300, 600]
+EVERY = [[50.0, 60.0, 70.0], [90.0, 40.0, 66.0], [80.0, 88.0, 44.0], [70.0, 80.0, 99.0]]
 Case = tuple[list[list[float]], list[int]]  # rows and test sizes
 
 
@@ -169,3 +170,62 @@ def test_one_task() -> None:
     assert list(summary) == ["class_incremental"]
     assert summary["class_incremental"]["bwt"] is None
     assert summary["class_incremental"]["A_last_task_mean"] == 0.5
+
+
+def test_transfer_hand_computed() -> None:
+    """Transfer, Average and Last of a matrix worked out by hand; tasks weigh the same."""
+    metrics = TransferMetrics(EVERY, 100.0)
+    assert metrics.transfers() == pytest.approx([40.0, (66 + 44) / 2])
+    assert metrics.summary() == pytest.approx(
+        {
+            "transfer": (40 + 55) / 2,
+            "average": (90 + 40 + 66 + 80 + 88 + 44 + 70 + 80 + 99) / 9,
+            "last": (70 + 80 + 99) / 3,
+            "zero_shot": 60.0,
+            "zero_shot_transfer": 65.0,
+        }
+    )
+    metrics.matrix[:] = 0.0  # a copy
+    assert metrics.last() == pytest.approx(83.0)
+
+
+@given(st.integers(2, 6).flatmap(lambda n: st.lists(st.floats(0.01, 1.0), min_size=n * n, max_size=n * n)))
+def test_transfer_of_triangle(values: list[float]) -> None:
+    """The published evaluation: means of the columns of the upper triangle, and of those means."""
+    tasks = math.isqrt(len(values))
+    after = np.array(values).reshape(tasks, tasks)
+    metrics = TransferMetrics([[0.5] * tasks, *after.tolist()])
+    columns = np.ma.masked_equal(np.triu(after, k=1), 0.0).mean(axis=0)
+    assert metrics.transfer() == pytest.approx(float(columns.mean()))
+    assert metrics.average() == pytest.approx(float(after.mean(axis=0).mean()))
+    assert metrics.last() == pytest.approx(float(after[-1].mean()))
+
+
+def test_transfer_published() -> None:
+    """The published means over domains of one method and of CLIP, from its accuracies on each domain."""
+    zero_shot = [0.0, 88.4, 68.2, 44.6, 54.9, 71.0, 88.5, 59.4, 89.0, 64.7, 65.2]
+    learned = [31.6, 95.5, 72.8, 63.5, 85.0, 89.7, 85.0, 94.7, 93.2, 73.6, 73.0]
+    metrics = TransferMetrics([*[zero_shot] * 11, learned], 100.0)
+    assert round(metrics.zero_shot_transfer(), 1) == round(metrics.transfer(), 1) == 69.4
+    assert round(metrics.last(), 1) == 78.0
+
+
+def test_transfer_needs_tasks() -> None:
+    """One task has no transfer; rows of a wrong number or length and values out of range are named."""
+    single = TransferMetrics([[0.5], [0.75]])
+    assert single.summary() == {
+        "transfer": None, "average": 0.75, "last": 0.75, "zero_shot": 0.5, "zero_shot_transfer": None,
+    }  # fmt: skip
+    for ask in (single.transfer, single.zero_shot_transfer):
+        with pytest.raises(ArgumentError, match="at least 2 tasks, got 1"):
+            ask()
+    for rows, words in (
+        ([[0.5]], "one before the first task and one after each, got 1"),
+        ([[0.5, 0.5], [0.5]], r"rows\[0\]: expected 1 accuracies"),
+        ([[0.5], [1.5]], r"rows\[1\]\[0\]: expected a number in \[0, 1\], got 1.5"),
+        ([[math.nan], [0.5]], r"rows\[0\]\[0\]"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            TransferMetrics(rows)
+    with pytest.raises(ArgumentError, match="scale"):
+        TransferMetrics(EVERY, 0.0)

@@ -93,8 +93,8 @@ NAMES = {
         leading_size limited negative_log_likelihood sample_labels to_device unwrapped
     """,
     "fused_ewclora.functional": """
-        Adapter Geometry ewc_penalty ewc_penalty_grad_ fisher_accumulate_ lora_conv_adapters lora_linear
-        lora_linear_adapters
+        Adapter Geometry ewc_penalty ewc_penalty_grad_ fisher_accumulate_ l1_penalty lora_conv_adapters
+        lora_linear lora_linear_adapters
         lora_linear_slices merge_ soft_threshold_
     """,
     "fused_ewclora.info": "collect render",
@@ -112,14 +112,25 @@ NAMES = {
         HeadRule LayoutRule Match Plan ancestors is_linear known_layout load_libraries plan
         register_adapted_class register_heads register_layout register_library shorten
     """,
-    "fused_ewclora.methods": "CoDyRA EWCLoRA InfLoRA LoRA Method SDLoRA",
+    "fused_ewclora.methods": """
+        CLLoRA CoDyRA EWCLoRA FactorEWC IEL ITA InfLoRA KeepLoRA LoRA Method NLoRA OLoRA PerturbAndMerge
+        SDLoRA
+    """,
+    "fused_ewclora.methods.cl_lora": "CLLoRA VARIANTS",
     "fused_ewclora.methods.codyra": "CoDyRA GATE_INITS SCHEDULES STAIRS THRESHOLDS dead_zone_",
     "fused_ewclora.methods.ewc_lora": "EWCLoRA",
+    "fused_ewclora.methods.factor_ewc": "FactorEWC",
+    "fused_ewclora.methods.iel": "IEL",
     "fused_ewclora.methods.inflora": "InfLoRA",
+    "fused_ewclora.methods.ita": "ITA",
+    "fused_ewclora.methods.keep_lora": "KeepLoRA",
     "fused_ewclora.methods.lora": "LoRA",
     "fused_ewclora.methods.method": "Loader Loss Method",
+    "fused_ewclora.methods.n_lora": "NLoRA VARIANTS",
+    "fused_ewclora.methods.o_lora": "OLoRA VARIANTS",
+    "fused_ewclora.methods.perturb_and_merge": "PerturbAndMerge",
     "fused_ewclora.methods.sd_lora": "Ranks SDLoRA",
-    "fused_ewclora.metrics": "AVERAGES ContinualMetrics PROTOCOLS",
+    "fused_ewclora.metrics": "AVERAGES ContinualMetrics PROTOCOLS TransferMetrics",
     "fused_ewclora.ops": "",
     "fused_ewclora.ops.capture": "",
     "fused_ewclora.ops.ewc_penalty": "",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ...errors import BackendError
-from ...reference import kronecker_penalty
+from ...reference import kronecker_penalty, l1_penalty
 from .. import candidate
 from ..candidate import Call, Candidate, pretended, remembers_choices
 from . import cost_model, kept, launch, plans, tables
@@ -173,6 +173,9 @@ def candidates(op: str) -> tuple[Candidate, ...]:
     if op == "kronecker_penalty":
         run = kronecker_penalty.penalty_and_grads
         return (Candidate("triton", "PyTorch, products by BLAS", _cannot, run),)
+    if op == "l1_penalty":
+        run = l1_penalty.penalty_and_grads_in_blocks
+        return (Candidate("triton", "PyTorch, by blocks of rows", _cannot, run),)
     backward = op == "lora_linear_backward"
     found = []
     for key, algorithm in _ALGORITHMS.items():

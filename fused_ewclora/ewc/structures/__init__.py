@@ -9,6 +9,7 @@ from .dense import Dense, EightBit
 from .factored import Factored, Uniform
 from .kronecker import Kronecker
 from .structure import Extent as Extent
+from .structure import Gathered as Gathered
 from .structure import Parts as Parts
 from .structure import Structure as Structure
 from .structure import Weights as Weights

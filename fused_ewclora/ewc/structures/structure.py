@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -59,6 +59,19 @@ class Weights(NamedTuple):
     over_rows: Callable[[Tensor], Tensor] = _own
 
 
+class Gathered(Protocol):
+    """What a Fisher pass gathers of each adapter."""
+
+    quantity: ClassVar[str]  # what it is, in messages
+    by_rows: ClassVar[frozenset[str]]  # parts whose first dimension is that of lora_B
+
+    def sum_shapes(self, extent: Extent) -> dict[str, tuple[int, ...]]:
+        """The shapes of the sums of a task, by part."""
+
+    def sums(self, parts: Mapping[str, Tensor]) -> Sums:
+        """What the pass adds to, in the tensors of `parts`."""
+
+
 class Structure(ABC):
     """How the Fisher of one adapter is gathered over a task, kept over tasks and penalised.
 
@@ -68,6 +81,7 @@ class Structure(ABC):
     """
 
     name: ClassVar[str]  # in saved states, too
+    quantity: ClassVar[str] = "Fisher"
     modes: ClassVar[tuple[str, ...]] = FISHER_MODES  # of `EWC` that have a meaning
     by_rows: ClassVar[frozenset[str]]  # parts whose first dimension is that of lora_B
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)  # that can be kept, beside fp64 layers fp64

@@ -1,0 +1,152 @@
+"""What O-LoRA and N-LoRA share: every task trains factors of its own, and those of earlier tasks stay in the
+sum, frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import LoRAConfig
+from ..distributed.processes import sharded
+from ..distributed.transaction import canonical_name
+from ..errors import ArgumentError, CheckpointError, EWCLoRAError, TargetError
+from ..ewc.placement import check_ready
+from ..layers.adapted import AdaptedLinear
+from ..layers.finite import check_finite
+from ..layers.inject import adapters, eject
+from ..layers.slices import AdapterSlice, fisher_key
+from ._directions import suffix_of
+from ._factors import NAMES, TRAINED, Factors, Sum
+from ._resume import dump, parse, take_over
+from ._shares import in_all
+from .method import Loader, Loss, Method
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+PAST = tuple(name for name in NAMES if name not in TRAINED)
+
+
+class Stacked(Method):
+    """y = x W0^T + bias + s sum_t x (B_t A_t)^T over the tasks so far, in one call of the LoRA linear; s is
+    the scale of the adapters, lora_alpha / r or 1. The current A and B are trained, under a penalty.
+
+    Between tasks nothing is folded in, W0 stays; `export` folds the whole sum in. All tasks have the rank of
+    the adapters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoRAConfig | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        plain = not adapters(model)
+        super().__init__(model, config, group=group)
+        try:
+            self._check_layers()
+        except EWCLoRAError:
+            if plain:
+                eject(model, merge=False)
+            raise
+        self.generator = generator
+        for layer in self.layers.values():
+            for piece, lora_a, lora_b in layer.adapter_parameters():
+                Factors.first(lora_a, lora_b).put(layer, piece)
+            layer.composer = Sum(type(self).__name__)
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"tensors": the factors of earlier tasks, "config": the rest}, between tasks. Weights and all
+        factors are in the model's own state_dict. Tensors are not copied.
+
+        >>> torch.save([model.state_dict(), method.state_dict()], "task3.pt")
+        """
+        tensors = {
+            f"{key}.{name}": getattr(now, name).detach() for key, _, _, now in self._all() for name in PAST
+        }
+        return dump(self, tensors)
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Takes over a `state_dict()` of the same method on the same adapters, which may be freshly injected;
+        nothing changes unless all of it fits.
+
+        Load the model's own state_dict afterwards: its parameters have the ranks of all tasks then. They are
+        replaced, so make the optimizer after both. Raises `ArgumentError` during a task, `TargetError` for
+        merged layers and `CheckpointError` naming what does not fit.
+
+            >>> method.load_state_dict(method_state); model.load_state_dict(state)
+        """
+        check_ready(self.layers, "load_state_dict")
+        tensors, config = parse(self, saved)
+        loaded = [
+            (layer, piece, self._parsed(tensors, key, now, config["tasks"]))
+            for key, layer, piece, now in self._all()
+        ]
+        for layer, piece, factors in loaded:
+            factors.put(layer, piece)
+        take_over(self, config)
+
+    @staticmethod
+    def _parsed(tensors: Mapping[str, Tensor], key: str, now: Factors, tasks: int) -> Factors:
+        """The current factors with the saved ones of `tasks` earlier tasks, copied."""
+        r, columns = now.lora_A.shape
+        values = {}
+        for name, shape in zip(PAST, ((tasks * r, columns), (now.lora_B.shape[0], tasks * r)), strict=True):
+            value = tensors.get(f"{key}.{name}")
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                raise CheckpointError(
+                    f"state: {key}.{name}: expected a floating-point tensor, got {type(value).__name__}"
+                )
+            if tuple(value.shape) != shape:
+                raise CheckpointError(
+                    f"state: {key}.{name}: expected shape {list(shape)} ({tasks} tasks of rank {r}), got "
+                    f"{list(value.shape)}"
+                )
+            values[name] = value.detach().to(now.lora_A.device, now.lora_A.dtype, copy=True)
+        check_finite({f"{key}.{name}": value for name, value in values.items()}, "state", CheckpointError)
+        return Factors(now.lora_A, now.lora_B, **values)
+
+    def _all(self) -> Iterator[tuple[str, AdaptedLinear, AdapterSlice, Factors]]:
+        """(key, layer, slice, factors) of every adapter."""
+        for name, layer in self.layers.items():
+            for piece in layer.adapter_slices:
+                yield fisher_key(canonical_name(name), piece), layer, piece, Factors.of(layer, piece)
+
+    def _check_layers(self) -> None:
+        for name, layer in self.layers.items():
+            if layer.composer is not None:
+                raise TargetError(f"{name}: its adapters belong to another method; eject the model first")
+            if type(layer).parameter_locations is not AdaptedLinear.parameter_locations:
+                raise TargetError(f"{name}: expected adapters of fe.inject, got those of another library")
+            if gated := [p.scale_name for p in layer.adapter_slices if p.scale_name in layer._parameters]:
+                raise TargetError(f"{name}: expected adapters without learned scales, got {gated[0]}")
+        self._check_whole()
+
+    def _check_whole(self) -> None:
+        if names := sharded(self.layers):
+            raise TargetError(f"{names[0]}: its parameters are sharded, which stacked factors cannot be")
+
+    def _begin(self) -> None:
+        self._check_whole()
+
+    def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
+        in_all(self._check_ended, self.group)
+        generator = self._drawing(self.generator)
+        ended = [(layer, piece, now.frozen(layer, generator)) for _, layer, piece, now in self._all()]
+        for layer, piece, factors in ended:
+            factors.put(layer, piece)
+
+    def _check_ended(self) -> None:
+        check_ready(self.layers, "end_task")
+        self._check_whole()
+        current = {
+            f"{name}{suffix_of(piece)} of {key}": getattr(now, name)
+            for key, _, piece, now in self._all()
+            for name in TRAINED
+        }
+        check_finite(current, "end_task", ArgumentError)

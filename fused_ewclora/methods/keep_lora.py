@@ -1,0 +1,233 @@
+"""KeepLoRA (arXiv 2601.19659): updates along the task's own gradient, outside of the principal directions of
+the pretrained weights and of the features of earlier tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..config import LoRAConfig
+from ..distributed.processes import check_same, several, sharded
+from ..distributed.transaction import Transaction
+from ..errors import ArgumentError, TargetError
+from ..ewc.estimation import Forward, default_forward
+from ..ewc.gradients import gradient_sums
+from ..ewc.placement import LocalPlacement
+from ..ewc.settings import number
+from ..layers.adapted import AdaptedLinear
+from ..layers.finite import check_finite
+from ..layers.index import AdapterRef, adapter_refs, take_rows
+from ..layers.inject import adapters, eject
+from ..layers.quantised import warn_of_rounding
+from ..report import Report
+from ._inputs import input_sums
+from ._projected import Projected
+from ._shares import in_all
+from ._subspace import Subspace, directions, extended
+from .method import Loader, Loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class KeepLoRA(Projected):
+    """y = x (W + B A)^T with A `[r, d_in]` frozen: the r leading right singular directions of the mean
+    gradient of W over the task's data, outside of a subspace that holds the principal directions of the
+    pretrained weight and the features of earlier tasks; only B is trained (docs/mathematics.md, section 7).
+
+        method.begin_task(t)
+        method.prepare(loader, criterion)  # one pass with gradients over the task's data, before training
+        ...                                # as with every method
+        method.end_task(loader)            # a pass over the features of the task, which join the subspace
+
+    At the end of a task W <- W + B A and B starts at 0. Every adapter, each slice of a packed projection, has
+    a subspace of its own.
+
+    epsilon_w: the share of the squared singular values of the pretrained weight that its principal directions
+    hold, chosen before the first task; 0 protects none of them. epsilon_f: the share of the energy of every
+    task's features that the subspace holds when the task has ended.
+    variant: "paper", or "official", the authors' code for CLIP: left singular vectors of the weight, which
+    therefore has to be square, and one of them fewer; the features of a task are the sum of its batches, row
+    by row, which need one size; B starts at G A^T, G the mean gradient, and W at W - B A, so that the model
+    starts as it was, but weight decay pulls it elsewhere. Its singular directions are approximate, these are
+    not. Both take gradients in eval mode, of means over samples.
+    forward, max_batches: of the passes over data, as in `EWC.estimate_fisher`. Every row of the inputs is a
+    feature, padding included. group: as in `Method`; gradients and features are those of all its processes.
+
+    Raises `ArgumentError` for values out of range and `TargetError` for adapters of another method and
+    weights of another shape, before anything is changed.
+
+        >>> method = KeepLoRA(model, LoRAConfig(r=16, target_modules=["qkv"]), epsilon_w=0.85, epsilon_f=0.99)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoRAConfig | None = None,
+        *,
+        epsilon_w: float = 0.85,
+        epsilon_f: float = 0.99,
+        variant: str = "paper",
+        forward: Forward = default_forward,
+        max_batches: int | None = None,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        self.epsilon_w = number("epsilon_w", epsilon_w, 0.0, 1.0)
+        self.epsilon_f = number("epsilon_f", epsilon_f, 0.0, 1.0)
+        before = adapters(model)
+        super().__init__(
+            model, config, variant=variant, forward=forward, max_batches=max_batches, group=group
+        )
+        try:
+            self._check_square()
+        except TargetError:
+            if not before:
+                eject(model, merge=False)
+            raise
+        self.subspaces: dict[str, Subspace] = {}  # by adapter; none before the first task is prepared
+
+    def _check_square(self) -> None:
+        if self.variant != "official":
+            return
+        for ref in adapter_refs(self.layers):
+            if ref.piece.row_count != ref.layer.in_features:
+                raise TargetError(
+                    f"{ref.key}: variant 'official' takes directions of outputs for those of inputs, "
+                    f"expected as many of both, got {ref.piece.row_count} and {ref.layer.in_features}; take "
+                    "variant 'paper'"
+                )
+
+    @torch.no_grad()
+    def prepare(self, loader: Loader, loss_fn: Loss | None = None) -> None:
+        """Chooses A for the task that has begun, from the gradients of one pass over its data in eval mode;
+        the first task also chooses the principal directions of the weights.
+
+        loader and loss_fn are those of `EWC.estimate_fisher`; None for loss_fn is -log p(y). Raises
+        `ArgumentError` outside of a task and for a B that is not 0 any more, `TargetError` for merged or
+        sharded layers and those that never run, and `FisherError` as `EWC.estimate_fisher` does; nothing is
+        changed then.
+
+            >>> method.begin_task(0); method.prepare(loader, torch.nn.functional.cross_entropy)
+        """
+        self._check_untrained()
+        if names := sharded(self.layers):
+            raise TargetError(f"{names[0]}: its parameters are sharded, and KeepLoRA needs whole weights")
+        sums, samples = self._gradients(loader, loss_fn)
+        refs = adapter_refs(self.layers)
+        subspaces = self.subspaces or self._same_subspaces({ref.key: self._principal(ref) for ref in refs})
+        chosen = {}
+        for ref in refs:
+            gradient = sums[ref.key].double() / samples
+            used = subspaces[ref.key].to(gradient.device)
+            chosen[ref.key] = directions(gradient.T @ gradient, used, ref.piece.r, "paper")
+        chosen = self._same(chosen)
+        with Transaction() as change:
+            for ref in refs:
+                change.copy_(ref.parameters()[0], chosen[ref.key])
+            if self.variant == "official":
+                starts = {key: total.double() @ chosen[key].T / samples for key, total in sums.items()}
+                self._start_at(starts, refs, change)
+        self.subspaces, self._prepared = subspaces, True
+
+    def _gradients(self, loader: Loader, loss_fn: Loss | None) -> tuple[dict[str, Tensor], int]:
+        """The summed gradient of every adapter's rows of W over the samples of all processes, and their
+        number."""
+        many = several(self.group)
+        samples = 0
+
+        def gathered() -> dict[str, Tensor]:
+            nonlocal samples
+            found, samples = gradient_sums(
+                self.model,
+                self.layers,
+                loader,
+                loss_fn,
+                forward=self.forward,
+                max_batches=self.max_batches,
+                allow_empty=many,
+            )
+            return found
+
+        sums = self._summed(gathered)
+        if many:
+            count = torch.tensor(samples, device=next(iter(sums.values())).device)
+            dist.all_reduce(count, group=self.group)
+            samples = int(count)
+        if samples == 0:
+            raise ArgumentError("loader: expected at least one sample, got none in any process")
+        return sums, samples
+
+    def _principal(self, ref: AdapterRef) -> Subspace:
+        """The principal directions of the rows of the base weight."""
+        weight = take_rows(ref.layer.base_weight, ref.piece.rows).double()
+        squares = weight.T @ weight if self.variant == "paper" else weight @ weight.T
+        return self._extended(Subspace.empty(ref.layer.in_features, weight.device), squares, self.epsilon_w)
+
+    def _extended(self, used: Subspace, squares: Tensor, epsilon: float) -> Subspace:
+        if epsilon == 0.0:  # not left to rounding
+            return used
+        return extended(used, squares, epsilon, "paper", fewer=self.variant == "official")
+
+    def _start_at(self, starts: Mapping[str, Tensor], refs: list[AdapterRef], change: Transaction) -> None:
+        """B <- starts and W <- W - B A, of the A that is there."""
+        placement = LocalPlacement(self.model, self.layers)
+        placement.check_foldable("prepare")
+        for ref in refs:
+            change.copy_(ref.parameters()[1], -starts[ref.key])
+        updates = placement.new_weights()
+        values = {f"W - B A of {name}": value for name, new in updates.items() for _, value in new}
+        in_all(lambda: check_finite(values, "prepare", ArgumentError), self.group)
+        for new in updates.values():
+            for target, value in new:
+                change.copy_(target, value)
+        for ref in refs:
+            change.copy_(ref.parameters()[1], starts[ref.key])
+        warn_of_rounding("prepare", self.layers)
+
+    def report(self) -> Report:
+        """Per adapter: how many directions its inputs have, and how many of them are protected; printable.
+
+        >>> print(method.report())
+        """
+        ranks = {key: (used.basis.shape[0], used.rank) for key, used in self.subspaces.items()}
+        rows = [{"adapter": key, "directions": d, "protected": k} for key, (d, k) in ranks.items()]
+        totals = {
+            "directions": sum(d for d, _ in ranks.values()),
+            "protected": sum(k for _, k in ranks.values()),
+        }
+        return Report("Protected directions", rows, summary=totals)
+
+    def _owners(self, tasks: int) -> dict[str, AdaptedLinear]:
+        return {ref.key: ref.layer for ref in adapter_refs(self.layers)} if tasks else {}
+
+    def _features(self, loader: Loader) -> dict[str, Tensor]:
+        """The uncentred covariance of the features of the task by layer."""
+        if self.variant == "paper":
+            return self._covariances(loader)
+        sums = in_all(lambda: self._own_sums(loader), self.group)
+        if several(self.group):
+            check_same({f"rows of a batch of {name}": x.shape[0] for name, x in sums.items()}, self.group)
+            for total in sums.values():
+                dist.all_reduce(total, group=self.group)
+        return {name: x.double().T @ x.double() for name, x in sums.items()}
+
+    def _own_sums(self, loader: Loader) -> dict[str, Tensor]:
+        self._check_unmerged()
+        return input_sums(self.model, self.layers, loader, self.max_batches, self.forward)
+
+    @torch.no_grad()
+    def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
+        self._check_prepared("end_task")
+        features = self._features(loader)
+        subspaces = {}
+        for name, layer in self.layers.items():
+            for ref in adapter_refs({name: layer}):
+                used = self.subspaces[ref.key].to(features[name].device)
+                subspaces[ref.key] = self._extended(used, features[name], self.epsilon_f)
+        subspaces = self._same_subspaces(subspaces)
+        self._fold()
+        self.subspaces = subspaces

@@ -1,0 +1,86 @@
+"""O-LoRA (arXiv 2310.14152): factors of every task, held orthogonal to those of earlier tasks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import LoRAConfig
+from ..ewc.settings import checked_lambda, one_of
+from ..report import Report
+from ._overlap import overlaps
+from ._stacked import Stacked
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+VARIANTS = ("paper", "official")
+
+
+class OLoRA(Stacked):
+    """Every task adds B_t A_t to the sum, whose earlier terms are frozen, and A_t is kept orthogonal to the
+    rows of all earlier A (docs/mathematics.md, section 12). Not the initialisation of the name "olora".
+
+        loss + lambda_1 sum_{i<t} sum (A_i A_t^T)^2         variant "paper"
+        loss + lambda_1 sum_{i<t} sum |A_i A_t^T|           variant "official", the code of the authors
+        ... + lambda_2 (||A_t||_F + ||B_t||_F)              of that code, where lambda_2 is 0
+
+    summed over adapters; A_i have no part of s. lambda_1: 0.5 in the scripts of the authors.
+    generator: source of each new A; None is the default generator. group: as in `Method`.
+
+    `end_task` replaces parameters and needs no data: make the optimizer, and DistributedDataParallel, anew
+    for each task. Raises the errors of `Method`; `ArgumentError` for bad values, `TargetError` for adapters
+    that another method composes, that have learned scales, that PEFT manages or that are sharded, before
+    anything is changed; from `end_task` also `ArgumentError` for factors that are not finite.
+
+        >>> method = OLoRA(model, LoRAConfig(r=8, lora_alpha=32, target_modules=["q", "v"]), lambda_1=0.5)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoRAConfig | None = None,
+        *,
+        lambda_1: float = 0.5,
+        lambda_2: float = 0.0,
+        variant: str = "paper",
+        generator: torch.Generator | None = None,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        self.lambda_1 = checked_lambda(lambda_1, "lambda_1")
+        self.lambda_2 = checked_lambda(lambda_2, "lambda_2")
+        self.variant = one_of("variant", variant, VARIANTS)
+        super().__init__(model, config, generator=generator, group=group)
+
+    def penalty(self) -> Tensor:
+        """0-d; the terms above, in fp32 (fp64 for fp64) whatever autocast says."""
+        zero = super().penalty()
+        with torch.autocast(zero.device.type, enabled=False):
+            terms = [term.to(zero.device) for term in self._terms()]
+            return torch.stack(terms).sum() if terms else zero
+
+    def _terms(self) -> list[Tensor]:
+        terms = []
+        for _, _, _, now in self._all():
+            wide = torch.promote_types(now.lora_A.dtype, torch.float32)
+            lora_a, lora_b, past = (t.to(wide) for t in (now.lora_A, now.lora_B, now.lora_past_A))
+            if self.lambda_1 and past.shape[0]:
+                products = past @ lora_a.T
+                sizes = products.abs() if self.variant == "official" else products.square()
+                terms.append(self.lambda_1 * sizes.sum())
+            if self.lambda_2:
+                terms.append(self.lambda_2 * (torch.linalg.norm(lora_a) + torch.linalg.norm(lora_b)))
+        return terms
+
+    def report(self) -> Report:
+        """Per adapter, for every task that has ended: the share of the squared length of A_t inside of the
+        span of earlier A, 0 if it is orthogonal to them, 1 if it has nothing of its own."""
+        rows: list[dict[str, Any]] = [
+            {"name": key, "rank": now.lora_past_A.shape[0], "overlaps": overlaps(now.tasks())}
+            for key, _, _, now in self._all()
+        ]
+        later = [share for row in rows for share in row["overlaps"][1:]]
+        summary = {"tasks": self.tasks, "overlap": sum(later) / len(later) if later else 0.0}
+        return Report("O-LoRA factors", rows, [f"mean overlap {summary['overlap']:.4g}"], summary)
