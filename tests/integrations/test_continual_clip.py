@@ -231,6 +231,7 @@ def test_published_methods_learn(name: str, root: Path) -> None:
             assert {key.split("resblocks.0.")[1] for key in gates} == set(places)
         record = execute(replace(run, training=training), problem, CPU)
         assert [len(row) for row in record["matrices"]["every_task"]] == [2] * 3
+        assert all(np.isfinite(task["loss"]) for task in record["tasks"])
 
 
 def test_published_sizes() -> None:
@@ -286,6 +287,26 @@ def test_fisher_of_texts(root: Path, batch: int) -> None:
         weight.requires_grad_(False)
         torch.testing.assert_close(fisher, gradient**2, rtol=1e-3, atol=1e-3 * float(fisher.max()))
     assert len(ewc.fishers) == 2
+
+
+def test_fisher_of_images(root: Path) -> None:
+    """With adapters in the image tower alone, the Fisher of samples is the mean of squared gradients."""
+    problem = load(root, datasets=NAMES[:1])
+    model = problem.learner(problem.backbone)  # type: ignore[misc]
+    fe.inject(model, fe.LoRAConfig(r=2, target_modules=".*visual.*(c_fc|c_proj)"))
+    model.begin_task(problem.stream.tasks[0])
+    images, labels = torch.randn(3, 3, SIDE, SIDE), torch.tensor([0, 1, 1])
+    ewc = fe.EWC(model, 1.0, fisher_mode="sample")
+    ewc.end_task([(images, labels)], model.loss)
+    assert len(ewc.fishers) == 2
+    model.eval()
+    for key, fisher in ewc.fishers.items():
+        weight = model.get_submodule(key).weight.requires_grad_()
+        losses = F.cross_entropy(model(images), labels, reduction="none")
+        squares = [torch.autograd.grad(loss, weight, retain_graph=True)[0] ** 2 for loss in losses]
+        weight.requires_grad_(False)
+        expected = torch.stack(squares).mean(0)
+        torch.testing.assert_close(fisher, expected, rtol=1e-3, atol=1e-3 * float(fisher.max()))
 
 
 @pytest.fixture
