@@ -15,7 +15,10 @@ from .. import collection
 from ..collection import Record
 from . import recorded
 
-KINDS = ("LoRA", "EWCLoRA", "FactorEWC", "SDLoRA", "CoDyRA", "InfLoRA")  # as tables order them
+KINDS = (  # as tables order them
+    "LoRA", "EWCLoRA", "FactorEWC", "SDLoRA", "CoDyRA", "InfLoRA", "KeepLoRA", "OLoRA", "NLoRA", "IEL", "ITA",
+    "PerturbAndMerge", "CLLoRA",
+)  # fmt: skip
 MIB = 2.0**20
 SHOWN_DIFFERENCES = 3  # fields in the note that distinguishes settings of one method
 

@@ -15,7 +15,7 @@ from .. import collection
 from ..collection import Record
 from ..plot import Picture
 from ..report import DASH, IMAGES, VERSIONS, difference, run, table
-from . import configuration, pictures, recorded, summary, tradeoff
+from . import configuration, development, pictures, plain, recorded, summary, tradeoff
 from .groups import MIB, Group, by_suite, group, newest_costs
 from .targets import verdict
 
@@ -58,6 +58,10 @@ benchmarks/continual/record_schema.json. Once they are copied to benchmarks/resu
 after one task and after the next, with the height of the barrier between them; `--suite` takes any
 configuration whose tasks have a head each.
 """
+CHOSEN = (
+    "For every method the values of its grid with the highest A_avg, mean over the development seeds, none of "
+    "which is reported. All grids are of similar size."
+)
 COSTS = (
     "One model per task, with the history of that task, all timed in turns: medians, and the median over "
     "rounds of the ratio of the last task's step to the first one's. Methods were measured one after the "
@@ -75,6 +79,7 @@ def generate(results: Path = RESULTS) -> str:
     lines += targets(records)
     for suite, groups in by_suite(group(records)).items():
         lines += section(suite, groups, [picture for picture in planned if picture.op == suite])
+    lines += chosen_section(results)
     lines += cost_section(records, [picture for picture in planned if picture.kind == "costs"])
     return "\n".join([*lines, *RERUN.splitlines(), "", *configurations()]).rstrip() + "\n"
 
@@ -102,8 +107,30 @@ def section(suite: str, groups: Sequence[Group], planned: Sequence[Picture]) -> 
         *problem_table(groups),
         *machine_table(records),
     ]
-    lines += [*summary.markdown(summary.table(records)), *tradeoff.markdown(groups)]
-    return [*lines, *_shown(planned)]
+    lines += [*summary.markdown(summary.table(records)), *plain.markdown(groups)]
+    return [*lines, *tradeoff.markdown(groups), *_shown(planned)]
+
+
+def chosen_section(results: Path) -> list[str]:
+    """What the development seeds chose, for the suites whose grids have all of their records."""
+    lines: list[str] = []
+    for name in ("language", "vision"):
+        data, records = development.read_both(name, results / development.FOLDER.name)
+        if not records:
+            continue
+        seeds = ", ".join(map(str, data["development"]))
+        rows = [
+            [method, _settings(choice.best), f"{choice.accuracy:.1f}", _others(choice)]
+            for method, choice in development.choices(data, records).items()
+        ]
+        lines += [f"Suite {name}, development seed{'s' if len(data['development']) > 1 else ''} {seeds}:", ""]
+        lines += table(["method", "chosen", "A_avg", "A_avg of the other values"], rows)
+    return ["## Values chosen on development seeds", "", CHOSEN, "", *lines] if lines else []
+
+
+def _others(choice: development.Choice) -> str:
+    values = sorted((value for value in choice.accuracies.values()), reverse=True)[1:]
+    return ", ".join(f"{value:.1f}" for value in values)
 
 
 def problem_table(groups: Sequence[Group]) -> list[str]:

@@ -166,3 +166,10 @@ def test_values_of_a_grid() -> None:
         development.choices(GRID, records[:-1])
     with pytest.raises(fe.ArgumentError, match="not reported"):
         configuration.parse({**GRID, "seeds": [1, 101]}, develop=True)
+
+
+@pytest.mark.parametrize("name", ["language", "vision"])
+def test_committed_choices(name: str) -> None:
+    """The committed suites have the values that their development seeds chose."""
+    data, records = development.read_both(name)
+    assert development.differences(data, development.choices(data, records)) == []
