@@ -24,6 +24,7 @@ METHODS: dict[str, type[methods.Method]] = {
 }
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "multistep")
+LATER = ("evaluate_before_end", "first_lr", "first_head_lr")
 _KEYS = {"name", "about", "problem", "adapters", "training", "seeds", "methods"}
 _OPTIONAL = {"quick", "development"}
 _OF_METHOD = {"options", "adapters", "training", "seeds", "grid"}
@@ -88,8 +89,12 @@ class Run:
         return containers
 
     def fingerprint(self) -> str:
-        """Equal for runs that must give the same results: names do not count."""
+        """Equal for runs that must give the same results: names do not count, nor do settings that records
+        from before them cannot have, as long as they are not set."""
         decisive = {k: v for k, v in self.to_dict().items() if k not in ("suite", "method")}
+        for name in LATER:
+            if not decisive["training"][name]:
+                del decisive["training"][name]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
     def lora_configs(self) -> list[fe.LoRAConfig]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,9 @@ LONGEST_SPAN = 4
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes of the model and of its training; `steps` batches are half spans and half subjects."""
+    """Sizes of the model and of its training; a quarter of a batch are spans, the rest subjects."""
 
-    steps: int = 250
+    steps: int = 400
     batch_size: int = 32
     lr: float = 3e-3
     tokens: int = 4096  # at most, in the vocabulary
@@ -102,11 +103,16 @@ def batches(
     told = [
         one.ids for one in tokens.encode_batch([f" {word}" for word in subjects], add_special_tokens=False)
     ]
-    half = recipe.batch_size // 2
+    # Subjects are equally likely: half of the texts are of a single one.
+    counts = Counter(subjects)
+    likely = torch.tensor([1.0 / counts[subject] for subject in subjects])
+    quarter = recipe.batch_size // 4
     for _ in range(recipe.steps):
-        rows = torch.randint(len(texts), (recipe.batch_size,)).tolist()
-        pairs = [left_out(plain[row], recipe.longest) for row in rows[:half]]
-        pairs += [([*asked[row][: recipe.longest - 1], end], [*told[row], end]) for row in rows[half:]]
+        pairs = [
+            left_out(plain[row], recipe.longest) for row in torch.randint(len(texts), (quarter,)).tolist()
+        ]
+        rows = torch.multinomial(likely, recipe.batch_size - quarter, replacement=True).tolist()
+        pairs += [([*asked[row][: recipe.longest - 1], end], [*told[row], end]) for row in rows]
         prompt, mask = padded([source for source, _ in pairs], SPECIAL.index(PAD))
         yield prompt, mask, padded([target for _, target in pairs], IGNORED)[0]
 
