@@ -70,8 +70,8 @@ class Group:
         return Group(self.suite, self.method, self.kind, kept, self.note)
 
     def metric(self, protocol: str, name: str) -> Spread | None:
-        """A metric of `ContinualMetrics.summary()` over the seeds; None where it is not defined."""
-        return self.over_seeds(lambda record: record["metrics"][protocol][name])
+        """A metric of the record over the seeds; None where it is not defined."""
+        return self.over_seeds(lambda record: record["metrics"].get(protocol, {}).get(name))
 
     def over_seeds(self, value: Callable[[Record], float | None]) -> Spread | None:
         """A value of every record; None where one has none."""

@@ -18,6 +18,7 @@ from .targets import CIL, SUITE, TIL, Goal, goals, text, verdict
 __all__ = ["goals", "markdown", "overview", "render", "table"]
 Row = dict[str, Any]
 ACCURACY = "accuracy in percent, mean ± standard deviation over seeds"
+EVERY = "accuracy in percent on all tasks, learned or not, mean ± standard deviation over seeds"
 COSTS = "costs, mean ± standard deviation over seeds"
 
 
@@ -42,6 +43,13 @@ ACCURACIES = (
     Column("aware_A_last_task_mean", "task-aware A_last, mean of tasks", same="aware_A_last"),
     Column("aware_bwt", "task-aware BWT"),
 )
+OF_EVERY = (
+    Column("transfer", "Transfer"),
+    Column("average", "Average"),
+    Column("last", "Last"),
+    Column("zero_shot", "zero-shot"),
+    Column("zero_shot_transfer", "zero-shot, tasks from the second on"),
+)
 TIMES = ("step_ms", "prepare_seconds", "end_seconds")
 OF_COSTS = (
     Column("step_ms", "step, ms"),
@@ -63,6 +71,7 @@ METRICS = {
     "aware_A_last": (TIL, "A_last_sample_weighted"),
     "aware_A_last_task_mean": (TIL, "A_last_task_mean"),
     "aware_bwt": (TIL, "bwt"),
+    **{column.key: ("every_task", column.key) for column in OF_EVERY},
 }
 VALUES: dict[str, Callable[[list[Record]], float]] = {  # of the tasks of a run
     "step_ms": lambda tasks: statistics.median(task["step_ms"] for task in tasks),
@@ -82,7 +91,8 @@ def table(records: Iterable[Record]) -> list[Row]:
     "seeds_of_suite" (how many different ones its suite has: a method with fewer is incomplete), "tasks" and
     "machines". Accuracies are in percent; unless named otherwise they are class-incremental and weighted by
     samples; "new_task" is that of a task just learned. Times are per step and per task; None for a method
-    that ran on several machines. A measure that is not defined, such as BWT of one task, is None.
+    that ran on several machines. A measure that is not defined, such as BWT of one task, or Transfer where
+    tasks are not tested before they are learned, is None.
     """
     return [_row(entry, of_suite) for of_suite in by_suite(group(records)).values() for entry in of_suite]
 
@@ -128,7 +138,12 @@ def _cells(columns: Sequence[Column], row: Row) -> list[str]:
 def _tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]], list[str]]]:
     """Title, headings, cells and notes of the tables of one suite."""
     tables = []
-    for title, columns, notes in ((ACCURACY, ACCURACIES, []), (COSTS, OF_COSTS, _notes(rows))):
+    every = OF_EVERY if any(row["last"] for row in rows) else ()
+    for title, columns, notes in (
+        (ACCURACY, ACCURACIES, []), (EVERY, every, []), (COSTS, OF_COSTS, _notes(rows)),
+    ):  # fmt: skip
+        if not columns:
+            continue
         shown = _shown(columns, rows)
         heads = ["method", "seeds", "tasks", *(column.heading for column in shown)]
         tables.append((title, heads, [_cells(shown, row) for row in rows], notes))

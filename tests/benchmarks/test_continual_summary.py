@@ -9,6 +9,7 @@ from continual_records import ENVIRONMENT, changed, cost, ewc, run
 from benchmarks import records
 from benchmarks.collection import Unusable
 from benchmarks.continual import groups, recorded, summary, targets
+from fused_ewclora.metrics import TransferMetrics
 
 SEEDS = (0, 1, 2)
 LATER = "2026-02-01T00:00:00+00:00"
@@ -170,6 +171,22 @@ def test_fewer_seeds():
     lines = summary.render(summary.table(found)).splitlines()
     assert [line.split()[1:3] for line in lines if line.startswith("  LoRA ")] == [["3", "3"]] * 2
     assert len([line for line in lines if "EWC-LoRA 100000  2 of 3" in line]) == 2
+
+
+def test_every_task_table():
+    """Suites that are tested on tasks to come have a table of Transfer; others have none."""
+    before = summary.render(summary.table(three()))
+    assert "Transfer" not in before
+    found = three()
+    for seed, record in enumerate(found):
+        every = [[40.0 + seed, 50.0, 60.0], [90.0, 52.0, 58.0], [80.0, 90.0, 62.0], [70.0, 80.0, 90.0]]
+        record["matrices"]["every_task"] = every
+        record["metrics"]["every_task"] = TransferMetrics(every, 100.0).summary()
+        assert list(recorded.violations(record)) == []
+    rows = summary.table(found)
+    assert rows[0]["transfer"].mean == 56.0 and rows[0]["zero_shot_transfer"].mean == 55.0
+    assert rows[0]["zero_shot"].mean == pytest.approx(50 + 1 / 3)
+    assert "Transfer" in summary.render(rows) and "Transfer" in "".join(summary.markdown(rows))
 
 
 @pytest.mark.parametrize(
