@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 import fused_ewclora as fe
-from fused_ewclora.methods import FactorEWC, Method
+from fused_ewclora.methods import Method
 
 # Prefixes of the names of adapter parameters that a checkpoint of the learned model needs. The others (norms
 # of frozen directions, magnitudes at the end of the last task) can be computed from these or serve a penalty.
@@ -49,9 +49,4 @@ def _held(method: Method) -> Iterator[tuple[str, nn.Parameter]]:
 def _kept(method: Method) -> Iterable[Tensor]:
     for _, parameter in _held(method):
         yield parameter
-    if (ewc := getattr(method, "ewc", None)) is not None:
-        yield from ewc.state_dict()["tensors"].values()
-    if isinstance(method, FactorEWC):
-        yield from (*method.fishers.values(), *method.anchors.values())
-    for subspace in getattr(method, "subspaces", {}).values():
-        yield subspace.basis
+    yield from method.kept_tensors()

@@ -125,6 +125,14 @@ def methods(tasks: int) -> list[tuple[str, str, dict[str, Any]]]:
         ("SD-LoRA, loop over tasks", LOOPED, {"normalization": "factors"}),
         ("CoDyRA", "CoDyRA", {}),
         ("InfLoRA", "InfLoRA", {"total_tasks": tasks}),
+        ("KeepLoRA", "KeepLoRA", {}),
+        ("O-LoRA", "OLoRA", {}),
+        ("N-LoRA", "NLoRA", {"lambda_1": 1e-5}),
+        ("IEL", "IEL", {"beta": 1.0}),
+        ("ITA", "ITA", {"alpha": 1.0}),
+        ("P&M", "PerturbAndMerge", {}),
+        ("CL-LoRA", "CLLoRA", {"shared": r"backbone\.blocks\.0\..*"}),
+        ("Factor-EWC", "FactorEWC", {"ewc_lambda": 1.0}),
     ]
 
 

@@ -59,8 +59,8 @@ after one task and after the next, with the height of the barrier between them; 
 configuration whose tasks have a head each.
 """
 CHOSEN = (
-    "For every method the values of its grid with the highest A_avg, mean over the development seeds, none of "
-    "which is reported. All grids are of similar size."
+    "For every method the values of its grid with the highest A_avg, mean over the development seeds, none "
+    "of which is reported. All grids are of similar size."
 )
 COSTS = (
     "One model per task, with the history of that task, all timed in turns: medians, and the median over "

@@ -8,7 +8,7 @@ gradients come from autograd.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,6 +47,10 @@ class _Penalised(Method):
         for name, parameter in self._trained().items() if self.importance else ():
             total = total + (self.importance[name] * (parameter - self.anchor[name]).square()).sum()
         return self.ewc_lambda * total
+
+    def kept_tensors(self) -> Iterator[Tensor]:
+        """Importances and anchors."""
+        yield from (*self.importance.values(), *self.anchor.values())
 
     def state_dict(self) -> dict[str, Any]:
         """Importances and anchors; A and B are in the model's own state_dict."""

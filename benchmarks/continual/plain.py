@@ -10,8 +10,8 @@ from .groups import Group
 from .targets import A_LAST, CIL, text
 
 INTRODUCTION = (
-    "Against plain LoRA, final class-incremental accuracy (A_last) seed by seed, in points; a difference that "
-    "is smaller than its standard deviation over seeds is no improvement that these runs show:"
+    "Against plain LoRA, final class-incremental accuracy (A_last) seed by seed, in points; a difference "
+    "that is smaller than its standard deviation over seeds is no improvement that these runs show:"
 )
 
 

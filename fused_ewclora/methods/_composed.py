@@ -98,6 +98,12 @@ class Composed(Method):
         finally:
             self._mean.tasks, self._mean.current = before
 
+    def kept_tensors(self) -> Iterator[Tensor]:
+        """The Fisher of W0, and a constant of the penalty."""
+        yield from self._ewc.state_dict()["tensors"].values()
+        if self._constant is not None:
+            yield self._constant
+
     def prepare(self, loader: Loader, loss_fn: Loss | None = None) -> None:
         """Estimates the Fisher of W0 on the data of the task that has begun, in eval mode, with the present
         head; once in a task, before its first penalty.

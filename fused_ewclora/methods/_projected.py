@@ -4,7 +4,7 @@ must not touch."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +62,10 @@ class Projected(Method):
         if self._running:
             self._check_prepared("penalty")
         return super().penalty()
+
+    def kept_tensors(self) -> Iterator[Tensor]:
+        """The bases of the subspaces."""
+        yield from (subspace.basis for subspace in self.subspaces.values())
 
     def state_dict(self) -> dict[str, Any]:
         """{"tensors": bases of the subspaces, "config": the rest}, between tasks. Weights and adapters are in

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -184,6 +184,10 @@ class FactorEWC(Method):
         shapes = {key: list(parameter.shape) for key, parameter in self._parameters().items()}
         settings = {name: getattr(self, name) for name in ("ewc_lambda", "gamma", "fisher_mode", "labels")}
         return {**shapes, **settings}
+
+    def kept_tensors(self) -> Iterator[Tensor]:
+        """The Fishers of both factors, and what these are held to."""
+        yield from (*self.fishers.values(), *self.anchors.values())
 
     def state_dict(self) -> dict[str, Any]:
         """{"tensors": Fishers and anchors, "config": how they were made}, between tasks. Weights and adapters

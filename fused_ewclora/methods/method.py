@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -115,6 +115,12 @@ class Method:
             watch.expect_fresh_optimizer()
         self.tasks += 1
         self._running = False
+
+    def kept_tensors(self) -> Iterator[Tensor]:
+        """What the method itself keeps from step to step, beside model and adapters: Fishers, anchors,
+        subspaces."""
+        if (ewc := getattr(self, "ewc", None)) is not None:
+            yield from ewc.state_dict()["tensors"].values()
 
     def export(self) -> nn.Module:
         """The end of training: everything learned is folded into plain layers, in place."""

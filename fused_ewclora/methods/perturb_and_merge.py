@@ -4,12 +4,12 @@ coefficient that costs all tasks the least."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import LoRAConfig
 from ..distributed.processes import of_first, several, sharded
@@ -93,6 +93,11 @@ class PerturbAndMerge(Method):
     def coefficients(self) -> tuple[dict[str, float], ...]:
         """a of every task that has ended, by adapter."""
         return tuple(found.merged for found in self._coefficients)
+
+    def kept_tensors(self) -> Iterator[Tensor]:
+        """The sum of the Fishers, and the gradient of what all tasks have lost."""
+        yield from super().kept_tensors()
+        yield from self._curvature.gradients.values()
 
     def report(self) -> Report:
         """a of every task that has ended, by adapter; `solutions` in the summary are those of all adapters

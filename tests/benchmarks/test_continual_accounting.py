@@ -12,7 +12,22 @@ from tiny_models import WIDTH, adapted, batches, data
 from torch import Tensor, nn
 
 from benchmarks.continual.accounting import adapter_parameters, state_bytes, trained_parameters
-from fused_ewclora.methods import CoDyRA, EWCLoRA, InfLoRA, LoRA, Method, SDLoRA
+from fused_ewclora.methods import (
+    IEL,
+    ITA,
+    CLLoRA,
+    CoDyRA,
+    EWCLoRA,
+    FactorEWC,
+    InfLoRA,
+    KeepLoRA,
+    LoRA,
+    Method,
+    NLoRA,
+    OLoRA,
+    PerturbAndMerge,
+    SDLoRA,
+)  # fmt: skip
 
 RANK = 4
 ADAPTERS = 3  # k and v of qkv, fc: all of them WIDTH x WIDTH
@@ -30,6 +45,14 @@ KINDS: dict[str, tuple[type[Method], dict[str, Any]]] = {
     "CoDyRA": (CoDyRA, {}),
     "CoDyRA and EWC": (CoDyRA, {"ewc_lambda": 1.0}),
     "InfLoRA": (InfLoRA, {"epsilon": 0.5}),
+    "KeepLoRA": (KeepLoRA, {"epsilon_w": 0.5, "epsilon_f": 0.5}),
+    "O-LoRA": (OLoRA, {}),
+    "N-LoRA": (NLoRA, {"lambda_1": 1e-4}),
+    "IEL": (IEL, {"beta": 1.0}),
+    "ITA": (ITA, {"alpha": 1.0}),
+    "P&M": (PerturbAndMerge, {}),
+    "CL-LoRA": (CLLoRA, {"shared": ["fc"]}),
+    "Factor-EWC": (FactorEWC, {"ewc_lambda": 1.0}),
 }
 
 
