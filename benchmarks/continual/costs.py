@@ -125,7 +125,7 @@ def methods(tasks: int) -> list[tuple[str, str, dict[str, Any]]]:
         ("SD-LoRA, loop over tasks", LOOPED, {"normalization": "factors"}),
         ("CoDyRA", "CoDyRA", {}),
         ("InfLoRA", "InfLoRA", {"total_tasks": tasks}),
-        ("KeepLoRA", "KeepLoRA", {}),
+        ("KeepLoRA", "KeepLoRA", {"epsilon_w": 0.3, "epsilon_f": 0.5}),
         ("O-LoRA", "OLoRA", {}),
         ("N-LoRA", "NLoRA", {"lambda_1": 1e-5}),
         ("IEL", "IEL", {"beta": 1.0}),

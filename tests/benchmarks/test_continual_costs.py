@@ -229,7 +229,7 @@ def test_bad_counts_refused(change: dict[str, Any], name: str) -> None:
 
 
 def test_kinds_must_be_known() -> None:
-    with pytest.raises(ArgumentError, match=r"kind: expected one of LoRA, .*LoopedSDLoRA, got 'Lora'"):
+    with pytest.raises(ArgumentError, match=r"kind: expected one of .*, LoRA, .*LoopedSDLoRA, got 'Lora'"):
         costs.measure("LoRA", "Lora", {}, network=TINY)
 
 
