@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,11 +50,12 @@ def test_importances_and_penalty() -> None:
                 expected[name] += gradient**2 / 3
         method.end_task(loader(data, 4), F.cross_entropy)
         for name in names:
-            torch.testing.assert_close(method.importance[name], expected[name], rtol=1e-10, atol=1e-14)
+            found = method.importance[name].double()  # avalanche adds them up in fp32
+            torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=1e-9)
         assert all(p.grad is None for p in model.parameters())
         assert float(method.penalty()) == 0.0
     table = dict(model.named_parameters())
     for name in names:
         table[name].data.add_(0.1)
     wanted = 2.0 * sum((0.01 * value).sum() for value in expected.values())
-    torch.testing.assert_close(method.penalty(), wanted, rtol=1e-9, atol=0.0)
+    assert method.penalty().item() == pytest.approx(float(wanted), rel=1e-5)
