@@ -219,7 +219,9 @@ def _distinct(records: Sequence[Record], value: Any) -> str:
     return "; ".join(dict.fromkeys(value(record) for record in records))
 
 
-def _settings(values: dict[str, Any]) -> str:
+def _settings(values: dict[str, Any] | list[dict[str, Any]]) -> str:
+    if isinstance(values, list):
+        return " + ".join(f"({_settings(one)})" for one in values)
     return ", ".join(
         f"{name} {_value(value)}" for name, value in values.items() if value not in (None, [], {})
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -26,10 +28,12 @@ from image_folders import (
     write_released,
     write_split,
 )
+from PIL import Image
 from safetensors.torch import save_file
 
 from benchmarks import extras
 from benchmarks.continual import backbones, configuration, image_sets, image_transforms, images, problems
+from benchmarks.continual.configuration import Run
 from benchmarks.continual.image_sets import Examples
 from benchmarks.continual.run import State, execute
 from benchmarks.continual.stream import Problem, loader, size
@@ -49,6 +53,11 @@ def load(root: Path, dataset: str, seed: int = 0, **changes: Any) -> Problem:
     return images.load(root, seed, "cpu", **({"dataset": dataset} | TINY | changes))
 
 
+def groups(run: Run) -> list[dict[str, Any]]:
+    """The adapters of a run, by the layers that they are for."""
+    return run.adapters if isinstance(run.adapters, list) else [run.adapters]
+
+
 def different(names: list[str]) -> dict[str, set[str]]:
     """Names of methods by configuration, each in the first one that has such a method: data, ranks and the
     number of tasks do not make another one of it."""
@@ -57,7 +66,7 @@ def different(names: list[str]) -> dict[str, set[str]]:
     for name in names:
         for run in configuration.load(configuration.find(name)).runs:
             options = {key: value for key, value in run.options.items() if key != "total_tasks"}
-            adapters = {key: value for key, value in run.adapters.items() if key != "r"}
+            adapters = [{**group, "r": 0} for group in groups(run)]
             training = (run.training.optimizer, run.training.schedule, run.training.iterations)
             key = json.dumps([run.kind, options, adapters, training])
             if key not in known:
@@ -78,11 +87,15 @@ def test_published_methods_learn(name: str, learned: set[str], tmp_path: Path) -
     for run in loaded.runs:
         assert timm.get_pretrained_cfg(run.problem["model"]).hf_hub_id  # a name and weights that timm knows
         method = State(run, problem, torch.device("cpu")).method
-        adapted = {"qkv": 6} if "slices" in run.adapters else dict.fromkeys(("qkv", "proj", "fc1", "fc2"), 6)
-        assert Counter(layer.split(".")[-1] for layer in method.layers) == adapted
-        for layer in method.layers.values():
+        slices = {
+            name.rpartition(".")[2]: tuple(group.get("slices", [""]))
+            for group in groups(run)
+            for name in group["target_modules"]
+        }
+        assert Counter(name.split(".")[-1] for name in method.layers) == dict.fromkeys(slices, 6)
+        for name, layer in method.layers.items():
             segments = tuple(piece.name for piece in layer.adapter_slices)
-            assert segments == tuple(run.adapters.get("slices", [""]))
+            assert segments == slices[name.split(".")[-1]]
         if run.method in learned:
             iterations = run.training.iterations and 2
             short = replace(run.training, epochs=1, iterations=iterations, batch_size=24, workers=0)
@@ -396,3 +409,114 @@ def test_missing_libraries_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(extras, "load", missing)
     with pytest.raises(DataError, match="pip install timm torchvision"):
         load(tmp_path, "cifar100")
+
+
+@pytest.mark.parametrize("held_out", ["test", "val", None])
+def test_own_folder(held_out: str | None, tmp_path: Path) -> None:
+    """A folder of images per class, split or not, is a stream."""
+    splits = ["train", held_out] if held_out else [""]
+    for split in splits:
+        for name in ("a", "b", "c", "d"):
+            folder = tmp_path / "mine" / split / name if split else tmp_path / "mine" / name
+            folder.mkdir(parents=True)
+            for number in range(5):
+                Image.new("RGB", (40, 36), (40 * number, 10, 200)).save(folder / f"{number}.png")
+    problem = load(tmp_path, "folder:mine")
+    assert [task.classes for task in problem.stream.tasks] == [("a", "b"), ("c", "d")]
+    sizes = (10, 10) if held_out else (8, 2)
+    assert all((size(task.train), size(task.test)) == sizes for task in problem.stream.tasks)
+    with pytest.raises(DataError, match="expected a folder of images"):
+        load(tmp_path, "folder:other")
+
+
+class Labels:
+    names = ("x", "y", "z", "w")
+
+
+class Rows:
+    """As a split of the package datasets."""
+
+    features: ClassVar[dict[str, Any]] = {"image": None, "label": Labels()}
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: Any) -> Any:
+        if index == "label":
+            return [0, 1, 2, 3] * 2
+        return {"image": Image.new("L", (36, 36), 20 * index), "label": index % 4}
+
+
+def test_own_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of the package datasets are decoded on access; what it lacks is said."""
+    with pytest.raises(DataError, match="pip install datasets"):
+        load(tmp_path, "datasets:mine")
+    fake = ModuleType("datasets")
+    found: dict[str, Any] = {"train": Rows(), "validation": Rows()}
+    monkeypatch.setattr(fake, "load_dataset", lambda name: found, raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    problem = load(tmp_path, "datasets:mine")
+    assert [task.classes for task in problem.stream.tasks] == [("x", "y"), ("z", "w")]
+    inputs, labels = next(iter(loader(problem.stream.tasks[1].test, 10)))
+    assert inputs.shape == (4, 3, 32, 32) and labels.tolist() == [0, 1, 0, 1]
+    with pytest.raises(DataError, match="found no validation"):
+        found.pop("validation")
+        load(tmp_path, "datasets:mine")
+
+
+def vit_folder(folder: Path) -> None:
+    import transformers
+
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32,
+        patch_size=16,
+    )  # fmt: skip
+    transformers.ViTModel(config).save_pretrained(folder)
+
+
+def test_other_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backbones of torchvision, transformers and open_clip give the features before their classifier."""
+    import open_clip
+    import torchvision
+
+    small = torchvision.models.vision_transformer.VisionTransformer
+    tiny = {
+        "image_size": 32,
+        "patch_size": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "hidden_dim": 16,
+        "mlp_dim": 32,
+    }
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights=None, **_: small(**tiny))
+    vit_folder(tmp_path / "vit")
+    clip = {"embed_dim": 12, "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8,
+            "patch_size": 16}, "text_cfg": {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2,
+            "layers": 1}}  # fmt: skip
+    (tmp_path / "tiny-clip.json").write_text(json.dumps(clip))
+    open_clip.add_model_config(tmp_path / "tiny-clip.json")
+    x = torch.rand(2, 3, 32, 32)
+    for model, pretrained, dim in (
+        ("torchvision:vit_b_16", False, 16),
+        ("transformers:any", "vit", 16),
+        ("transformers:vit", False, 16),
+        ("open_clip:tiny-clip", False, 12),
+    ):
+        made = backbones.make(tmp_path, model, 32, pretrained, 0)
+        assert made(x).shape == (2, dim) and made.dim == dim, model
+        assert not any(p.requires_grad for p in made.parameters())
+        assert min(image_transforms.statistics_of("model", made.pretrained_config)[1]) > 0.0
+    trained = small(**tiny)
+    torch.save(trained.state_dict(), tmp_path / "w.pth")
+    made = backbones.make(tmp_path, "torchvision:vit_b_16", 32, "w.pth", 0)
+    trained.heads = torch.nn.Identity()
+    torch.testing.assert_close(made(x), trained.eval()(x))
+    for model, pretrained, message in (
+        ("keras:vit", False, "expected a name of timm or LIBRARY:NAME"),
+        ("torchvision:vit_b_17", False, "name of a model of torchvision"),
+        ("open_clip:ViT-Q", False, "name of a model of open_clip"),
+        ("transformers:any", "nothing", "expected a folder of save_pretrained"),
+        ("torchvision:vit_b_16", "nothing.pth", "expected a checkpoint"),
+    ):
+        with pytest.raises(DataError, match=message):
+            backbones.make(tmp_path, model, 32, pretrained, 0)
