@@ -130,7 +130,8 @@ def _run(args: argparse.Namespace, command: str) -> int:
     place = replace(place, jobs=min(place.jobs, max(len(left), 1)))
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"{len(runs)} runs, {len(left)} of them to do, {place.jobs} at a time", file=sys.stderr)
-    progress = Progress(sum(_tasks(run) for run in left))
+    counts = [_tasks(run) for run in left]
+    progress = Progress(None if None in counts else sum(filter(None, counts)))
     try:
         failures = suite.run_all(left, place, progress, command)
     finally:
@@ -157,9 +158,10 @@ def _jobs(args: argparse.Namespace) -> int:
     return max(1, (os.cpu_count() or 1) // args.threads)
 
 
-def _tasks(run: Run) -> int:
-    tasks = run.problem.get("tasks", 1)
-    return tasks if isinstance(tasks, int) else len(tasks)
+def _tasks(run: Run) -> int | None:
+    """The number of tasks, where the problem says it without being loaded."""
+    tasks = run.problem.get("tasks")
+    return tasks if tasks is None or isinstance(tasks, int) else len(tasks)
 
 
 def _report(args: argparse.Namespace, runs: Sequence[Run]) -> None:

@@ -35,9 +35,9 @@ QUICK = {
 
 
 class Progress:
-    """A progress bar where stderr is a terminal, otherwise one line per step of work."""
+    """A progress bar where stderr is a terminal, otherwise one line per step of work. total None: unknown."""
 
-    def __init__(self, total: int, quiet: bool = False) -> None:
+    def __init__(self, total: int | None, quiet: bool = False) -> None:
         self._done, self._total, self._start = 0, total, time.perf_counter()
         self._quiet, self._bar = quiet, None
         if sys.stderr.isatty():
@@ -52,11 +52,10 @@ class Progress:
             self._bar.set_description(text)
         else:
             seconds = time.perf_counter() - self._start
-            print(
-                f"[{self._done:{len(str(self._total))}d}/{self._total} {seconds:5.0f} s]  {text}",
-                file=sys.stderr,
-                flush=True,
-            )
+            count = str(self._done)
+            if self._total is not None:
+                count = f"{count:>{len(str(self._total))}}/{self._total}"
+            print(f"[{count} {seconds:5.0f} s]  {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
