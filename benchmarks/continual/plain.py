@@ -16,8 +16,8 @@ INTRODUCTION = (
 
 
 def sentences(groups: Sequence[Group]) -> list[str]:
-    """One for every method that has seeds in common with LoRA; none without LoRA."""
-    plain = next((entry for entry in groups if entry.kind == "LoRA"), None)
+    """One for every method that has seeds in common with the row "LoRA"; none without it."""
+    plain = next((entry for entry in groups if entry.method == "LoRA"), None)
     if plain is None:
         return []
     return [line for entry in groups if entry is not plain and (line := _sentence(entry, plain))]

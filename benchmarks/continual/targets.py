@@ -34,7 +34,8 @@ def goals(records: Iterable[Record], suite: str = SUITE, chosen: str | None = No
     problems, adapters or trainings are not compared with each other: each of them has targets of its own.
     """
     comparable = _comparable([entry for entry in group(records) if entry.suite == suite])
-    return [goal for some in comparable or [[]] for goal in _goals(some, suite, chosen)]
+    both = [some for some in comparable if {entry.kind for entry in some} == {"LoRA", "EWCLoRA"}]
+    return [goal for some in both or comparable or [[]] for goal in _goals(some, suite, chosen)]
 
 
 def lines_of_lambda(groups: Sequence[Group]) -> list[list[Group]]:
