@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from .. import collection
 from ..case import OURS
 from ..collection import CaseRecords, Record, digits, time_text
-from ..report import DASH, case_targets, failures, machine_table, table, times
+from ..report import DASH, case_targets, failures, fold, machine_table, summary_table, table, times
 from . import captures, layers, steps
 
-HEAD = f"""## The host path
+HEAD = """## The host path
 
 What calls cost on the host, in Python and in C++, before a GPU has anything to do
-(`python -m fused_ewclora bench host`). All callers of a case take turns in one thread; times are medians with
-the quantiles [p20, p80].
+(`python -m fused_ewclora bench host`).
+"""
+READ = f"""\
+All callers of a case take turns in one thread; times are medians with the quantiles [p20, p80].
 
 - Without a GPU the CPU stands in for one whose launches do nothing. "Ours" is Triton, up to the launch: its
   results are not computed. The backends `cpu` and `reference` and the peers do compute; they are checked
@@ -110,8 +112,10 @@ def time_table(cases: Sequence[CaseRecords]) -> list[str]:
 def section(machine: str, records: Sequence[Record], folder: str) -> list[str]:
     """The host times of one machine."""
     newest = [record for case in collection.newest(records).values() for record in case.values()]
-    lines = [f"### {machine[:1].upper()}{machine[1:]}", "", *machine_table(newest, folder)]
-    for op, cases in collection.by_op(collection.newest(newest).values()).items():
-        lines += [f"#### {HEADS.get(op, op)}", "", *op_table(cases), *time_table(cases)]
-        lines += [*case_targets(cases), *failures(cases)]
+    ops = collection.by_op(collection.newest(newest).values())
+    lines = [f"### {machine[:1].upper()}{machine[1:]}", "", *summary_table(ops)]
+    lines += fold("The machine and its versions", machine_table(newest, folder))
+    for op, cases in ops.items():
+        details = [*op_table(cases), *time_table(cases), *case_targets(cases), *failures(cases)]
+        lines += fold(f"{HEADS.get(op, op)}: every case", details)
     return lines

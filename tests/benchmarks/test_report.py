@@ -68,6 +68,27 @@ def test_figures_of_a_case(tmp_path: Path):
     assert ["m16", "at most the product", "2.000", "1.000", "FALL SHORT"] in rows(text, "m16")
 
 
+def test_summary_row(tmp_path: Path):
+    """The summary of a machine has the median and the range over cases, and counts targets."""
+    made = older()
+    next(one for one in made if one["provider"] == "eager" and one["shape"]["width"] == 16)["seconds"] = {
+        "p20": 0.09, "p50": 0.1, "p80": 0.12,
+    }  # fmt: skip
+    text = report.generate(results(tmp_path, cpu_penalty=made))
+    (row,) = rows(text, "`penalty`")
+    assert row == ["`penalty`", "2", "3.00 (2.00 to 4.00)", "2.00 (2.00 to 2.00)", "40 %", "2 of 4"]
+    assert text.index("| `penalty` |") < text.index("| m8 |"), "the summary comes first"
+
+
+def test_folds_closed():
+    """Whatever is folded is opened and closed once, and not within another fold."""
+    depth = 0
+    for line in report.generate().splitlines():
+        depth += line.startswith("<details") - line.startswith("</details>")
+        assert depth in (0, 1), line
+    assert depth == 0
+
+
 def test_older_records_dash(tmp_path: Path):
     """What older records do not say is shown as a dash."""
     text = report.generate(results(tmp_path, cpu_penalty=older()))
@@ -111,6 +132,10 @@ def test_breakdown_shares(tmp_path: Path):
     found = newer(breakdown={"penalty": 0.75, "aten::mm": 0.25})
     text = report.generate(results(tmp_path, gpu_penalty=found))
     assert ["m8", OURS, "75 % penalty, 25 % aten::mm"] in rows(text, "m8")
+    found = newer(breakdown={"penalty": 0.98, "aten::mm": 0.006, "aten::add": 0.009, "other": 0.005})
+    (tmp_path / "small").mkdir()
+    text = report.generate(results(tmp_path / "small", gpu_penalty=found))
+    assert ["m8", OURS, "98 % penalty, 2 % other"] in rows(text, "m8")
 
 
 def test_curves_have_their_exponents(tmp_path: Path):
@@ -121,7 +146,7 @@ def test_curves_have_their_exponents(tmp_path: Path):
     text = report.generate(results(tmp_path, cpu_scaling=found))
     (row,) = rows(text, "penalty")
     assert row[:6] == ["penalty", "width (float32)", OURS, "2.00 ± 0.00", "2.00 ± 0.00", "flops"]
-    assert "### penalty" not in text
+    assert "### `penalty`" not in text
 
 
 def test_old_pictures_removed(tmp_path: Path):
