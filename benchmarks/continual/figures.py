@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from ..collection import Record
 from ..plots import style
-from .groups import MIB, Group
+from .groups import MIB, REFERENCE, Group
 from .targets import CIL, TIL, lines_of_lambda
 from .tradeoff import FORGETTING, PLASTICITY, front, means
 
@@ -20,6 +20,7 @@ HATS = (style.OURS_STYLE[0], *style.COLOURS)
 LOOKS = tuple(  # colours first, then again with other lines; markers all differ
     (HATS[i % len(HATS)], ("o", *style.MARKERS)[i], "-" if i < len(HATS) else "--") for i in range(12)
 )
+ACCURACY_HEIGHT = 4.9  # inches
 NAMES = {CIL: "class-incremental", TIL: "task-aware"}
 
 
@@ -75,29 +76,39 @@ def matrices(title: str, groups: Sequence[Group], protocol: str) -> Figure:
 
 
 def accuracy(title: str, groups: Sequence[Group]) -> Figure:
-    """Sample-weighted accuracy on all tasks so far, over tasks; thin lines are seeds."""
+    """Sample-weighted accuracy on all tasks so far, over tasks: means, bands of a standard deviation, names
+    and last means beside the lines. Plain LoRA is grey, for comparison."""
     note = (
-        f"Thick: means over {_seeds(groups)}; thin: single seeds. Accuracy is weighted by the tasks' test "
-        "examples. Beside names: the last means of the left and the right panel."
+        f"Lines: means over {_seeds(groups)}; bands: a standard deviation to either side. Accuracy is "
+        "weighted by the tasks' test examples. Beside the lines: the last mean."
     )
-    figure, legend, axes = _panels(4.7, title, _records(groups), note, 1, len(groups))
+    figure = style.figure(ACCURACY_HEIGHT, title, _records(groups), note)
+    axes = figure.subplots(1, 2)
     longest = max(group.tasks for group in groups)
-    last = {id(group): [group.curves(protocol)[:, -1].mean() for protocol in (CIL, TIL)] for group in groups}
+    looks = _accuracy_looks(groups)
     for axis, protocol in zip(axes, (CIL, TIL), strict=True):
-        for group, (colour, marker, line) in zip(groups, LOOKS, strict=False):
+        ends, texts = [], []
+        for group, (colour, marker) in zip(groups, looks, strict=True):
             curves = group.curves(protocol)
-            x = np.arange(1, group.tasks + 1)
-            for curve in curves if len(curves) > 1 else ():
-                axis.plot(x, curve, color=colour, linewidth=0.6, alpha=0.35)
-            label = f"{group.name}: {last[id(group)][0]:.1f}, {last[id(group)][1]:.1f}"
-            axis.plot(x, curves.mean(axis=0), color=colour, marker=marker, linestyle=line, linewidth=1.8,
-                      markersize=5.5, label=label, gid=group.name)  # fmt: skip
+            x, mean = np.arange(1, group.tasks + 1), curves.mean(axis=0)
+            if len(curves) > 1:
+                apart = curves.std(axis=0, ddof=1)
+                axis.fill_between(x, mean - apart, mean + apart, color=colour, alpha=0.1, linewidth=0.0)
+            axis.plot(x, mean, color=colour, marker=marker, linewidth=1.8, markersize=5.0, gid=group.name)
+            ends.append((float(x[-1]), float(mean[-1])))
+            texts.append(f"{mean[-1]:.1f} {group.name}")
         axis.set_title(f"{NAMES[protocol]}", fontsize=10)
         axis.set(xlabel="tasks learned", xticks=range(1, longest + 1))
         axis.grid(alpha=0.25)
+        style.label_right(axis, ends, texts, ACCURACY_HEIGHT - 1.7, [colour for colour, _ in looks])
     axes[0].set_ylabel("accuracy on all tasks so far (%)")
-    _legend(legend, axes[0])
     return figure
+
+
+def _accuracy_looks(groups: Sequence[Group]) -> list[tuple[str, str]]:
+    """A colour and a marker for every group, none twice: LoRA is grey."""
+    others = zip(HATS, ("o", *style.MARKERS), strict=False)
+    return [(style.GREY, ".") if group.kind == REFERENCE else next(others) for group in groups]
 
 
 def over_lambda(title: str, groups: Sequence[Group]) -> Figure:

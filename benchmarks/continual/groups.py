@@ -19,6 +19,13 @@ KINDS = (  # as tables order them
     "LoRA", "EWCLoRA", "FactorEWC", "SDLoRA", "CoDyRA", "InfLoRA", "KeepLoRA", "OLoRA", "NLoRA", "IEL", "ITA",
     "PerturbAndMerge", "CLLoRA",
 )  # fmt: skip
+REFERENCE = "LoRA"  # the kind that others are compared with
+FAMILIES = {  # kinds that one picture compares
+    "EWC-LoRA": ("EWCLoRA",),
+    "directions and magnitudes": ("SDLoRA", "CoDyRA"),
+    "other penalties": ("FactorEWC", "IEL", "ITA", "OLoRA", "NLoRA", "OnlineEWC", "AvalancheEWC"),
+    "projections, merging, blocks": ("InfLoRA", "KeepLoRA", "PerturbAndMerge", "CLLoRA"),
+}
 MIB = 2.0**20
 SHOWN_DIFFERENCES = 3  # fields in the note that distinguishes settings of one method
 
@@ -137,6 +144,30 @@ def by_suite(groups: Iterable[Group]) -> dict[str, list[Group]]:
     for entry in groups:
         suites.setdefault(entry.suite, []).append(entry)
     return suites
+
+
+def families(groups: Sequence[Group], most: int) -> list[tuple[str, list[Group]]]:
+    """Groups that one picture compares, at most `most` beside plain LoRA, with what they have in common; ""
+    where all fit into one."""
+    reference = [entry for entry in groups if entry.kind == REFERENCE][:1]
+    others = [entry for entry in groups if entry not in reference]
+    if len(others) <= most:
+        return [("", list(groups))]
+    found: dict[str, list[Group]] = {}
+    for family in [*FAMILIES, "others"]:
+        for entry in others:
+            if _family(entry) == family:
+                found.setdefault(family, []).append(entry)
+    return [
+        (family, [*reference, *members[i : i + most]])
+        for family, members in found.items()
+        for i in range(0, len(members), most)
+    ]
+
+
+def _family(entry: Group) -> str:
+    kind = entry.kind.rpartition(":")[2]  # without the module of a class outside the library
+    return next((family for family, kinds in FAMILIES.items() if kind in kinds), "others")
 
 
 def newest_costs(records: Iterable[Record]) -> list[list[Record]]:

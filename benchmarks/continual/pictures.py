@@ -12,12 +12,13 @@ from .. import collection
 from ..collection import Record, Unusable
 from ..plot import MISSING, Picture, slug
 from . import tradeoff
-from .groups import by_suite, group, newest_costs
+from .groups import by_suite, families, group, newest_costs
 from .targets import CIL, TIL, lines_of_lambda
 
 PREFIX = "continual"
 PROTOCOLS = {CIL: "class-incremental", TIL: "task-aware"}
-PER_PAGE = 12  # methods of one picture
+PER_PAGE = 12  # methods of one picture of matrices
+COLOURS = 7  # methods of one picture of lines, beside plain LoRA
 
 
 def planned(records: Iterable[Record]) -> list[Picture]:
@@ -32,8 +33,11 @@ def planned(records: Iterable[Record]) -> list[Picture]:
             for protocol, words in PROTOCOLS.items():
                 title = f"{suite}: {words} accuracy in percent{of}"
                 pictures.append(_picture(f"{suite}-{words}{which}", title, "matrices", suite, page, protocol))
-            title = f"{suite}: accuracy on all tasks so far{of}"
-            pictures.append(_picture(f"{suite}-accuracy{which}", title, "accuracy", suite, page))
+        split = families(groups, COLOURS)
+        for number, (family, some) in enumerate(split, 1):
+            which = f"-{number}" if len(split) > 1 else ""
+            title = f"{suite}: accuracy on all tasks so far{f', {family}' if family else ''}"
+            pictures.append(_picture(f"{suite}-accuracy{which}", title, "accuracy", suite, some))
         lines = [line for line in lines_of_lambda(groups) if len(line) > 2]
         for number, line in enumerate(lines, 1):
             which = f"-{number}" if len(lines) > 1 else ""

@@ -167,13 +167,13 @@ def render(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def markdown(rows: Sequence[Row]) -> list[str]:
-    """The same tables of the rows of one suite, as lines of Markdown."""
-    lines = []
+def markdown(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The same tables of the rows of one suite, by title, as lines of Markdown."""
+    tables = {}
     for title, heads, cells, notes in _tables(rows):
-        lines += [f"{title[0].upper()}{title[1:]}:", "", *markdown_table(heads, cells)]
-        lines += [part for note in notes for part in (note, "")]
-    return lines
+        lines = [f"{title[0].upper()}{title[1:]}:", "", *markdown_table(heads, cells)]
+        tables[title] = [*lines, *(part for note in notes for part in (note, ""))]
+    return tables
 
 
 def overview(records: Sequence[Record]) -> str:
@@ -189,9 +189,11 @@ def overview(records: Sequence[Record]) -> str:
 
 def cost_goals(records: Sequence[Record]) -> list[Goal]:
     """The targets of costs.py in the form of those of runs, for every machine and model with records of the
-    whole stream."""
+    whole stream of a method with targets."""
     whole = [some for some in newest_costs(records) if some[0]["tasks"] == costs.TASKS]
-    return [{"bound": "most", "details": [], **goal} for some in whole or [[]] for goal in costs.goals(some)]
+    judged = [costs.goals(some) for some in whole]
+    known = [some for some in judged if any(goal["value"] is not None for goal in some)]
+    return [{"bound": "most", "details": [], **goal} for some in known or [costs.goals([])] for goal in some]
 
 
 def goal_lines(goal: Goal) -> list[str]:

@@ -102,8 +102,8 @@ def label_right(
     height: float,
     colours: Sequence[str] | None = None,
 ) -> None:
-    """Names points of a log-log axis of `height` inches at its right edge, below each other, each with a line
-    to its point."""
+    """Names points of an axis of `height` inches at its right edge, below each other, each with a line to its
+    point."""
     fractions = [fraction(axis, point) for point in points]
     # At equal heights the upper name goes to the point on the right, whose line then is the shorter one.
     order = sorted(range(len(points)), key=lambda i: (round(fractions[i][1], 2), fractions[i][0]))
@@ -119,12 +119,9 @@ def label_right(
 
 
 def fraction(axis: Any, point: tuple[float, float]) -> tuple[float, float]:
-    """Coordinates of a point of a log-log axis in fractions of the axis."""
-    ends = (axis.get_xlim(), axis.get_ylim())
-    x, y = (
-        math.log(value / low) / math.log(high / low) for value, (low, high) in zip(point, ends, strict=True)
-    )
-    return x, y
+    """Coordinates of a point in fractions of the axis."""
+    x, y = axis.transAxes.inverted().transform(axis.transData.transform(point))
+    return float(x), float(y)
 
 
 def plain_ticks(axis: Any) -> None:

@@ -12,6 +12,7 @@ from continual_records import cost, ewc, run
 from PIL import Image
 
 from benchmarks.continual import configuration, page, pictures, recorded
+from benchmarks.continual.groups import families, group
 
 CIL, TIL = "class_incremental", "task_aware"
 
@@ -57,19 +58,19 @@ def test_heat_maps(which: int, protocol: str):
 
 
 def test_accuracy_curves():
-    """Curves show the means and the single seeds of both protocols."""
+    """Curves show the means and standard deviations of both protocols, with names and last means."""
     made = figure("accuracy", found())
-    for axis, protocol in ((1, CIL), (2, TIL)):
+    for axis, protocol in ((0, CIL), (1, TIL)):
         (line,) = lines(made, axis, "LoRA")
-        np.testing.assert_allclose(line.get_ydata(), [np.mean(row) for row in mean(protocol, "LoRA")])
-        thin = [one for one in made.axes[axis].lines if one.get_linewidth() < 1.0]
-        assert len(thin) == 2 * 3  # two seeds of three methods
-        looks = {(one.get_color(), one.get_marker(), one.get_linestyle())
-                 for one in made.axes[axis].lines if one not in thin}  # fmt: skip
-        assert len(looks) == 3
-    names = [text.get_text() for text in made.axes[0].get_legend().get_texts()]
-    last = [np.mean(mean(protocol, "LoRA")[2]) for protocol in (CIL, TIL)]
-    assert names[0] == f"LoRA: {last[0]:.1f}, {last[1]:.1f}" and len(names) == 3
+        expected = [np.mean(row) for row in mean(protocol, "LoRA")]
+        np.testing.assert_allclose(line.get_ydata(), expected)
+        assert len(made.axes[axis].collections) == 3  # bands
+        names = [text.get_text() for text in made.axes[axis].texts]
+        assert names[0] == f"{expected[2]:.1f} LoRA" and len(names) == 3
+    runs = [run(), run(seed=1, loss=30.0)]
+    band = figure("accuracy", runs).axes[0].collections[0].get_paths()[0].vertices
+    last = [np.mean(one["matrices"][CIL][2]) for one in runs]
+    assert np.ptp(band[band[:, 0] == 3.0][:, 1]) == pytest.approx(2 * np.std(last, ddof=1))
 
 
 def test_lambda_zero():
@@ -101,14 +102,29 @@ def test_cost_curves():
 
 
 def test_many_methods_split():
-    """Twelve methods look different from each other, and more take another picture."""
-    many = [run(f"method {number}") for number in range(13)]
-    assert [one.kind for one in pictures.planned(many)] == ["matrices", "matrices", "accuracy"] * 2
-    names = [one.name for one in pictures.planned(many)]
-    assert len(set(names)) == 6 and names[2] == "continual-language-accuracy-1"
-    thick = [one for one in figure("accuracy", many).axes[1].lines if one.get_gid()]
-    assert len({line.get_marker() for line in thick}) == 12  # without colours as well
-    assert len({(line.get_color(), line.get_linestyle()) for line in thick}) == 12
+    """Pictures of matrices hold twelve methods, pictures of lines seven beside LoRA, all of other colours."""
+    many = [run(f"method {number}", kind="SDLoRA") for number in range(13)]
+    planned = pictures.planned([run(), *many])
+    assert [one.kind for one in planned] == ["matrices"] * 4 + ["accuracy"] * 2
+    assert len({one.name for one in planned}) == 6 and planned[4].name == "continual-language-accuracy-1"
+    for picture, others in ((planned[4], 7), (planned[5], 6)):
+        shown = [one for one in picture.draw().axes[0].lines if one.get_gid()]
+        assert shown[0].get_gid() == "LoRA" and len(shown) == 1 + others
+        assert len({line.get_marker() for line in shown}) == 1 + others  # without colours as well
+        assert len({line.get_color() for line in shown}) == 1 + others
+
+
+def test_families():
+    """Methods that pictures compare share a family; classes outside the library have one too."""
+    kinds = ["EWCLoRA"] * 3 + ["InfLoRA"] * 2 + ["SDLoRA"] * 3 + ["somewhere:OnlineEWC", "somewhere:Own"]
+    made = group([run(), *(run(f"method {number}", kind=kind) for number, kind in enumerate(kinds))])
+    split = {name: [one.kind for one in members[1:]] for name, members in families(made, 7)}
+    assert split == {
+        "EWC-LoRA": ["EWCLoRA"] * 3, "directions and magnitudes": ["SDLoRA"] * 3,
+        "other penalties": ["somewhere:OnlineEWC"], "projections, merging, blocks": ["InfLoRA"] * 2,
+        "others": ["somewhere:Own"],
+    }  # fmt: skip
+    assert [name for name, _ in families(made, 10)] == [""]
 
 
 def test_single_lambda():
@@ -120,7 +136,7 @@ def test_unequal_stream_lengths():
     """Streams of different lengths share a picture."""
     made = figure("accuracy", [run(), run("longer", kind="SDLoRA", tasks=5)])
     assert [len(lines(made, 1, name)[0].get_ydata()) for name in ("LoRA", "longer")] == [3, 5]
-    assert list(made.axes[1].get_xticks()) == [1, 2, 3, 4, 5]
+    assert list(made.axes[0].get_xticks()) == [1, 2, 3, 4, 5]
 
 
 # The page
@@ -235,6 +251,22 @@ def test_suite_description(tmp_path: Path):
     for record, count in ((real, 1), (made, 0)):
         text = page.generate(folder(tmp_path / "results", [record]))
         assert text.split("## Suite language")[1].split("##")[0].count(configured.about) == count
+
+
+def test_equal_rows_told(tmp_path: Path):
+    """Rows that agree are named, with the seeds and the options in which they differ."""
+
+    def made(loss: float) -> list:
+        plain = [run("SD-LoRA", seed, kind="SDLoRA") for seed in (0, 1)]
+        losses = {0: 10.0, 1: loss}
+        return plain + [run("shared", seed, kind="SDLoRA", options={"magnitudes": "shared"}, loss=losses[seed])
+                        for seed in losses]  # fmt: skip
+
+    text = page.generate(folder(tmp_path / "results", made(10.5)))
+    assert "- SD-LoRA and shared agree for seed 0 and are at most 1.0 points apart for seed 1" in text
+    assert "`magnitudes` (its default against shared)." in text
+    different = [one for one in made(10.5) if one["seed"] == 1]
+    assert "Rows that agree" not in page.generate(folder(tmp_path / "results", different))
 
 
 def test_no_records(tmp_path: Path):
