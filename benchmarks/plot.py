@@ -21,6 +21,7 @@ from .plots import pages
 from .scaling import Curve
 
 FORMATS = ("png", "svg")
+HEADLINE = "EWC on LoRA, at the cost of LoRA"
 MISSING = "matplotlib is not installed; pip install 'fused-ewclora[demo]' brings it"
 
 
@@ -34,7 +35,7 @@ class Picture(NamedTuple):
 
     name: str
     title: str
-    kind: str  # "roofline", "speedup" or "scaling"
+    kind: str  # "headline", "roofline", "speedup" or "scaling"
     op: str
     draw: Callable[[], Any]
 
@@ -94,12 +95,28 @@ def planned(records: Sequence[Record]) -> list[Picture]:
     return planned_pictures
 
 
+def headline(records: Sequence[Record]) -> list[Picture]:
+    """The picture at the top of the pages, where the records hold all of its cases."""
+    from . import headline as cases
+
+    pairs = cases.found(records)
+    if not pairs:
+        return []
+    return [Picture("headline", HEADLINE, "headline", "", functools.partial(_headline, pairs, HEADLINE))]
+
+
+def _headline(pairs: Sequence[Any], title: str) -> Any:
+    from .plots import headline
+
+    return headline.draw(title, pairs)
+
+
 def pictures(records: Sequence[Record]) -> dict[str, Any]:
     """Figures by the name of their file; raises `Unusable` without matplotlib, or where there is nothing to
     draw."""
     if importlib.util.find_spec("matplotlib") is None:
         raise Unusable(MISSING)
-    figures = {picture.name: picture.draw() for picture in planned(records)}
+    figures = {picture.name: picture.draw() for picture in [*headline(records), *planned(records)]}
     if not figures:
         raise Unusable("no case has a measurement of ours to draw")
     return figures

@@ -403,7 +403,9 @@ def generate(results: Path = RESULTS) -> str:
         host = [*page.HEAD.splitlines(), "", *read, *host]
     gpus = ["## GPUs", "", *(GPU if gpu else NO_GPU).strip().splitlines(), "", *gpu]
     read = fold("How to read the tables", [*READ.splitlines(), ""])
-    return "\n".join([*HEAD.splitlines(), "", *read, *cpu, *host, *gpus]).rstrip() + "\n"
+    everything = [record for folder in _folders(results) for record in collection.load(folder)]
+    first = _shown(plot.headline(everything), "headline")
+    return "\n".join([*HEAD.splitlines(), "", *first, *read, *cpu, *host, *gpus]).rstrip() + "\n"
 
 
 def write(results: Path, output: Path) -> None:
@@ -414,7 +416,7 @@ def write(results: Path, output: Path) -> None:
     images = output.parent / IMAGES
     drawn = set(plot.plot(records, images)) if records else set()
     for path in sorted(images.glob("*.png")):
-        if path.name.split("-")[0] in ("roofline", "speedup", "scaling") and path not in drawn:
+        if path.stem.split("-")[0] in ("headline", "roofline", "speedup", "scaling") and path not in drawn:
             path.unlink()
     output.write_text(text, encoding="utf-8")
 

@@ -259,8 +259,8 @@ def test_equal_rows_told(tmp_path: Path):
     def made(loss: float) -> list:
         plain = [run("SD-LoRA", seed, kind="SDLoRA") for seed in (0, 1)]
         losses = {0: 10.0, 1: loss}
-        return plain + [run("shared", seed, kind="SDLoRA", options={"magnitudes": "shared"}, loss=losses[seed])
-                        for seed in losses]  # fmt: skip
+        options = {"magnitudes": "shared"}
+        return plain + [run("shared", s, kind="SDLoRA", options=options, loss=losses[s]) for s in losses]
 
     text = page.generate(folder(tmp_path / "results", made(10.5)))
     assert "- SD-LoRA and shared agree for seed 0 and are at most 1.0 points apart for seed 1" in text

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import collection, plot, records, scaling
+from benchmarks import collection, headline, plot, records, scaling
 from benchmarks.case import OURS
 
 CEILINGS = {"copy": 1e10, "fp32": 2e11}
@@ -274,3 +274,26 @@ def test_undrawable_exit_status(tmp_path: Path, capsys, monkeypatch):
     assert plot.main([str(file), "--out", str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert "matplotlib is not installed" in told and "fused-ewclora[demo]" in told and told.count("\n") == 1
+
+
+def headline_records() -> list:
+    """Records of all cases of the headline; ours take 1 s, the others 2 s."""
+    made = []
+    for panel in headline.PANELS:
+        for provider in (OURS, *panel.others):
+            shape = {"model": panel.model, "rank": headline.RANK}
+            seconds = 1.0 if provider == OURS else 2.0
+            more = {"op": panel.op, "dtype": f"fisher {headline.FISHER}"}
+            made.append(record(provider, seconds, shape, **more))
+    return made
+
+
+def test_headline():
+    """The headline shows times over ours, and is left out where a case is missing."""
+    made = headline_records()
+    (picture,) = plot.headline(made)
+    for axis, panel in zip(picture.draw().axes, headline.PANELS, strict=True):
+        widths = {bar.get_gid(): bar.get_width() for bar in axis.patches}
+        assert widths == {**dict.fromkeys(panel.others, 2.0), OURS: 1.0}
+    assert plot.headline(made[:-1]) == []
+    assert plot.headline([one for one in made if one["op"] != "ewc_penalty"]) == []
