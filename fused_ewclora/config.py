@@ -6,14 +6,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from .errors import ArgumentError, DtypeError, LayoutError
+from .literals import QuantisedMerge
 
 ALL_LINEAR = "all-linear"
-QUANTISED_MERGES = ("requantise", "residual")
+QUANTISED_MERGES: tuple[QuantisedMerge, ...] = get_args(QuantisedMerge)
 _LARGEST = torch.finfo(torch.float32).max
 Rows = tuple[tuple[int, int], ...]
 Targets = str | Sequence[str]
@@ -177,7 +178,7 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
     modules_to_save: Sequence[str] | None = None
-    quantised_merge: str | None = None
+    quantised_merge: QuantisedMerge | None = None
 
     def __post_init__(self) -> None:
         positive(self.r, "r")

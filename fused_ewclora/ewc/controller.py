@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..layers.from_peft import no_adapters
 from ..layers.index import checked_fisher_dtype, devices
 from ..layers.inject import adapters, check_plain
 from ..layers.watch import TrainingWatch
+from ..literals import FisherDtype, FisherMode, Labels, MergeMode, Reduction, StructureName, Update
 from ..ops.capture import RowsToSamples
 from . import estimation as passes
 from . import several_passes
@@ -83,13 +84,13 @@ class EWC:
         model: nn.Module,
         ewc_lambda: float | None = None,
         gamma: float = 1.0,
-        fisher_mode: str = "sample",
-        fisher_dtype: torch.dtype | Literal["8bit"] = torch.float32,
-        merge_mode: str = "delta",
+        fisher_mode: FisherMode = "sample",
+        fisher_dtype: FisherDtype = torch.float32,
+        merge_mode: MergeMode = "delta",
         check_finite: bool = True,
-        update: str = "sum",
+        update: Update = "sum",
         generator: torch.Generator | None = None,
-        fisher: str | Structure = "dense",
+        fisher: StructureName | Structure = "dense",
     ) -> None:
         self.model = model
         self.ewc_lambda = ewc_lambda
@@ -226,10 +227,10 @@ class EWC:
     @contextmanager
     def accumulate_fisher(
         self,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         batch_size: int | None = None,
         loss_scale: float = 1.0,
-        labels: str = "empirical",
+        labels: Labels = "empirical",
         *,
         check_samples: bool = True,
         rows_to_samples: Mapping[str, RowsToSamples] | None = None,
@@ -329,11 +330,11 @@ class EWC:
         self,
         loader: Iterable[Any],
         loss_fn: passes.LossFunction | None = None,
-        labels: str = "empirical",
+        labels: Labels = "empirical",
         max_batches: int | None = None,
         progress: bool | None = None,
         *,
-        reduction: str | None = None,
+        reduction: Reduction | None = None,
         forward: passes.Forward = passes.default_forward,
         logits_fn: Callable[[Any], Tensor] = passes.default_logits,
         batch_size_fn: Callable[[Any], int] = passes.batch_size_of,
@@ -478,8 +479,8 @@ class EWC:
 
     def convert_fisher_(
         self,
-        fisher: str | Structure,
-        fisher_dtype: torch.dtype | Literal["8bit"] = torch.float32,
+        fisher: StructureName | Structure,
+        fisher_dtype: FisherDtype = torch.float32,
     ) -> dict[str, float]:
         """From now on keeps F as `EWC(fisher=, fisher_dtype=)` names it, and converts what is kept of earlier
         tasks; returns for each adapter the relative error in the Frobenius norm that this made of F.
@@ -562,10 +563,21 @@ class EWC:
         loss_fn: passes.LossFunction | None = None,
         *,
         gamma: float | None = None,
-        **kwargs: Any,
+        labels: Labels = "empirical",
+        max_batches: int | None = None,
+        progress: bool | None = None,
+        reduction: Reduction | None = None,
+        forward: passes.Forward = passes.default_forward,
+        logits_fn: Callable[[Any], Tensor] = passes.default_logits,
+        batch_size_fn: Callable[[Any], int] = passes.batch_size_of,
+        generator: torch.Generator | None = None,
+        check_samples: bool = True,
+        rows_to_samples: Mapping[str, RowsToSamples] | None = None,
+        allow_empty: bool = False,
+        max_bytes: int | None = None,
     ) -> None:
-        """`estimate_fisher(loader, loss_fn, **kwargs)`, where the task needs a Fisher, then
-        `consolidate(gamma)`, with the errors of both.
+        """`estimate_fisher`, with its arguments, where the task needs a Fisher, then `consolidate(gamma)`,
+        with the errors of both.
 
         A Fisher that was estimated stays when `consolidate` raises: remove the cause and call `consolidate`.
         Warns, before anything else, of adapters that the first task did not train although it trained others.
@@ -578,7 +590,22 @@ class EWC:
         if message := untrained_message(self._placement.layers):
             warn(f"end_task: {message}")
         if self.gathers:
-            self.estimate_fisher(loader, loss_fn, **kwargs)
+            self.estimate_fisher(
+                loader,
+                loss_fn,
+                labels,
+                max_batches,
+                progress,
+                reduction=reduction,
+                forward=forward,
+                logits_fn=logits_fn,
+                batch_size_fn=batch_size_fn,
+                generator=generator,
+                check_samples=check_samples,
+                rows_to_samples=rows_to_samples,
+                allow_empty=allow_empty,
+                max_bytes=max_bytes,
+            )
         self.consolidate(gamma)
 
     @contextmanager

@@ -25,6 +25,7 @@ from ..backends.candidate import arch_of as arch_of
 from ..backends.candidate import bucket as bucket
 from ..backends.candidate import remembers_choices
 from ..errors import ArgumentError, BackendError
+from ..literals import Backend
 
 BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "FUSED_EWCLORA_BACKEND"
@@ -195,7 +196,7 @@ class use_backend:  # lower case: it is used like a function
         >>> with use_backend("cpu"): y = model(x)
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: Backend) -> None:
         global _chosen
         current_backend()  # a wrong name in the environment is an error here, too
         self._previous, _chosen = _chosen, _validated(name, "use_backend")
