@@ -22,6 +22,7 @@ from ..layers.inject import adapters, check_plain
 from ..layers.watch import TrainingWatch
 from ..literals import FisherDtype, FisherMode, Labels, MergeMode, Reduction, StructureName, Update
 from ..ops.capture import RowsToSamples
+from ..report import size_text
 from . import estimation as passes
 from . import several_passes
 from .consolidate import consolidate, consolidate_prior
@@ -33,8 +34,8 @@ from .placement import LocalPlacement, Placement
 from .restoring import Undo
 from .settings import FISHER_MODES, MERGE_MODES, UPDATES, checked_lambda, number, one_of
 from .state import EWCState, Expected, TaskFisher, TaskRecord, by_fisher, dump
-from .structures import Structure, check_mode, structure_of
-from .structures.dense import Dense
+from .structures import EIGHT_BIT, Structure, check_mode, structure_of
+from .structures.dense import Dense, EightBit
 from .untrained import untrained_message
 
 if TYPE_CHECKING:
@@ -126,6 +127,18 @@ class EWC:
     @ewc_lambda.setter
     def ewc_lambda(self, value: float | None) -> None:
         self._lambda = None if value is None else checked_lambda(value)
+
+    def __repr__(self) -> str:
+        strength = "None" if self._lambda is None else f"{self._lambda:g}"
+        eight_bit = self.structure.name == EightBit.name
+        kept = repr(EIGHT_BIT) if eight_bit else str(self.fisher_dtype).removeprefix("torch.")
+        structure = Dense.name if eight_bit else self.structure.name
+        held = size_text(sum(tensor.nbytes for tensor in self._state.fishers.values()))
+        return (
+            f"EWC(ewc_lambda={strength}, gamma={self.gamma:g}, fisher_mode={self.fisher_mode!r}, "
+            f"fisher={structure!r}, fisher_dtype={kept}, merge_mode={self.merge_mode!r}, "
+            f"update={self.update!r}; {self.tasks} tasks, {len(self.layers)} layers, Fishers of {held})"
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

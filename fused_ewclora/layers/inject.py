@@ -15,7 +15,7 @@ from ..report import Report
 from . import bypass, freezing
 from .adapted import AdaptedLinear
 from .from_peft import check_no_peft, checked_config, no_adapters
-from .grouping import grouped_rows
+from .grouping import abbreviated, grouped_rows
 from .matching import Plan, plan, shorten
 from .memory import check_loaded, shared_weights, weights_of
 from .parts import Part
@@ -219,7 +219,9 @@ def check_mergeable(model: nn.Module, action: str = "merge") -> None:
 
 
 def _report(model: nn.Module, planned: Plan) -> Report:
-    rows = grouped_rows(_rows(planned), ("adapter_params",))
+    entries = list(_rows(planned))
+    table = abbreviated((row for _, row in entries), "adapters", ("adapter_params",))
+    rows = grouped_rows(entries, ("adapter_params",))
     total = _count(p for p in model.parameters())
     trainable = _count(p for p in model.parameters() if p.requires_grad)
     share = trainable / total
@@ -257,7 +259,7 @@ def _report(model: nn.Module, planned: Plan) -> Report:
         "frozen_heads": heads,
         "modules_to_save": list(planned.saved),
     }
-    return Report("LoRA adapters", rows, notes, {**summary, **lists})
+    return Report("LoRA adapters", rows, notes, {**summary, **lists}, table)
 
 
 def _rows(planned: Plan) -> Iterator[tuple[Part | None, dict[str, Any]]]:

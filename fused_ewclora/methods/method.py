@@ -74,6 +74,18 @@ class Method:
         self.tasks = 0  # that have ended
         self._running = False
 
+    def __repr__(self) -> str:
+        settings = [
+            f"{name}={value!r}"
+            for name, value in vars(self).items()
+            if not name.startswith("_") and name != "tasks" and isinstance(value, (bool, int, float, str))
+        ]
+        if (ewc := getattr(self, "ewc", None)) is not None:
+            settings.append(f"ewc={ewc!r}")
+        running = ", one running" if self._running else ""
+        counts = f"{self.tasks} tasks{running}, {len(self.layers)} layers"
+        return f"{type(self).__name__}({', '.join(settings)}{'; ' if settings else ''}{counts})"
+
     def begin_task(self, task: int) -> None:
         """Prepare for task number `task`, counted from 0; tasks come in order, each ended before the next."""
         if self._running:
