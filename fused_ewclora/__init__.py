@@ -9,6 +9,7 @@ ewc = fe.EWC(model, ewc_lambda=1e7, fisher_mode="batch")
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 from . import _moved, integrations
@@ -53,6 +54,7 @@ if TYPE_CHECKING:  # type checkers see these as they are; at run time `__getattr
     from .layers.optimizers import reset_optimizer_state_
 
 _moved.install(__name__)
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 # Names that few programs need or that are slow to import are loaded on first use. Name -> defining module.
 _LAZY = {

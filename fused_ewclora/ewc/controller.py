@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,6 +41,9 @@ from .untrained import untrained_message
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+_log = logging.getLogger(__name__)
 
 
 class EWC:
@@ -553,6 +557,9 @@ class EWC:
             )
         self._common_generator = None
         self.watch.expect_fresh_optimizer()
+        done = self._state.history[-1]
+        text = "consolidate: task %d, a Fisher of %d samples (labels %s), gamma %g"
+        _log.info(text, self.tasks, done.samples, done.labels, gamma)
 
     def consolidate_prior(self) -> None:
         """Before the first task, keeps the Fisher that was gathered, as if it were that of an earlier task:
