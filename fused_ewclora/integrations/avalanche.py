@@ -45,7 +45,8 @@ class EWCLoRAPlugin(SupervisedPlugin):  # type: ignore[misc, unused-ignore]
     Args:
         ewc: the `EWC` of the model that the strategy trains; None creates one with `ewc_options` before the
             first experience, when the model must have its adapters.
-        labels, max_batches: as in `EWC.estimate_fisher`.
+        labels: as in `EWC.estimate_fisher`.
+        max_batches: as in `EWC.estimate_fisher`.
         batch_size: samples per batch of the Fisher pass; None is `train_mb_size` of the strategy. With
             fisher_mode "batch" the Fisher depends on it.
         transforms: "eval" or "train", the group of the dataset's transformations in the Fisher pass.
