@@ -3,8 +3,8 @@
     python own_fisher.py --quick
     python own_fisher.py --width 1024 --rank 16
 
-It keeps d_out numbers per adapter in place of d_out * d_in, and is compared with the dense Fisher: memory, and
-the penalty of the same adapters.
+It keeps d_out numbers per adapter in place of d_out * d_in, and is compared with the dense Fisher: memory,
+and the penalty of the same adapters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fused_ewclora.ops.sums import MarginalSums
 
 
 class Rowwise(fe.Structure):
-    """F[i, j] is the mean of row i of the dense F. Row sums add over samples, tasks and processes: it is exact."""
+    """F[i, j] is the mean of row i of the dense F. Row sums add over samples and tasks, exactly."""
 
     name = "rowwise"  # in checkpoints
     by_rows = frozenset({"rows"})  # its first dimension is that of lora_B, which FSDP shards

@@ -3,7 +3,8 @@
     python two_tasks_torchvision.py --quick
     python two_tasks_torchvision.py --tasks flowers birds --epochs 5
 
-Each folder of --tasks has train/<class>/ and val/<class>/ with images. A task has the logits of its own classes.
+Each folder of --tasks has train/<class>/ and val/<class>/ with images.
+Each task has the logits of its classes.
 """
 
 from __future__ import annotations
