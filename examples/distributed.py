@@ -39,7 +39,7 @@ def batches(task: int, size: int, device: torch.device) -> Batches:
 
 
 def share(data: Batches, rank: int, world: int) -> Batches:
-    """Equal parts of every batch; DDP averages gradients over processes, whose batches must be of one size."""
+    """Equal parts of every batch; DDP averages over processes, whose batches must be of one size."""
     return [(x[rank::world], y[rank::world]) for x, y in data]
 
 

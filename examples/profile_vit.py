@@ -28,7 +28,7 @@ print(fe.explain(model)) says why it was chosen.
 
 Open {trace} at https://ui.perfetto.dev or chrome://tracing. Inside of the ranges forward, backward and
 optimizer, ranges named fused_ewclora.* show the shapes of every call; on a GPU their kernels are in the rows
-of the streams below. Gaps between kernels mean that the host is the limit: use torch.compile or larger batches.
+of the streams below. Gaps between kernels mean that the host is the limit: use torch.compile.
 """
 
 
