@@ -9,7 +9,9 @@ import warnings
 
 import torch
 
+from ..errors import EWCLoRAWarning
 from ..reference import kronecker_penalty
+from . import built
 from .candidate import Call, Candidate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,6 +33,9 @@ def _load() -> tuple[types.ModuleType | None, str | None]:
     try:
         return importlib.import_module("fused_ewclora._C"), None
     except ModuleNotFoundError:
+        if (unwanted := built.unwanted()) is not None:
+            warnings.warn(f"fused_ewclora: {unwanted}", EWCLoRAWarning, stacklevel=2)
+            return None, unwanted
         reason = "the C++ extension was not built (FUSED_EWCLORA_BUILD=none, or no compiler at install time)"
         return None, reason
     except ImportError as error:
