@@ -1,9 +1,9 @@
 """The EWC penalty of all adapters of a model, with its gradients, in one launch and one read of every F; and
 the l1 norm of their products, which is the same without F.
 
-docs/mathematics.md, sections 2 and 13. The adapters come as a table of pointers and sizes, `table` [adapters, FIELDS]
-(int64, columns as named below), the work as `items` [items, 3] (int32): adapter, region of rows, block of
-columns.
+docs/mathematics.md, sections 2 and 13. The adapters come as a table of pointers and sizes, `table` [adapters,
+FIELDS] (int64, columns as named below), the work as `items` [items, 3] (int32): adapter, region of rows,
+block of columns.
 """
 
 import triton
