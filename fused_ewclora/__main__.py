@@ -70,7 +70,9 @@ def _fill_check(parser: Parser, given: list[str]) -> None:
     parser.add_argument(
         "--slices", nargs="+", default=[], metavar="NAME", help="segments of packed projections, as k v"
     )
-    parser.add_argument("--rank", type=at_least(1), default=8, metavar="R", help="rank of the adapters (default: 8)")
+    parser.add_argument(
+        "--rank", type=at_least(1), default=8, metavar="R", help="rank of the adapters (default: 8)"
+    )
     parser.add_argument("--full", action="store_true", help="native image size, all layers, all words")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_check)
@@ -127,7 +129,9 @@ def _fill_compile_report(parser: Parser, given: list[str]) -> None:
     )  # fmt: skip
     _add_kernels(parser)
     parser.add_argument("--few", action="store_true", help="two calls of each kernel and configuration")
-    parser.add_argument("--jobs", type=at_least(1), metavar="N", help="compiler processes (default: one per core)")
+    parser.add_argument(
+        "--jobs", type=at_least(1), metavar="N", help="compiler processes (default: one per core)"
+    )
     parser.add_argument("--full", action="store_true", help="one line per specialisation")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--targets", action="store_true", help="what kernels aim at, and what is predicted")

@@ -99,7 +99,7 @@ def test_library_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
     monkeypatch.setattr(info, "collect", fail)
     assert cli.main(["info"]) == 1
-    assert capsys.readouterr().err == "fused_ewclora: backend 'cpu' is not available: no reason\n"
+    assert capsys.readouterr().err == "fused-ewclora: backend 'cpu' is not available: no reason\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="imitates a GPU")
