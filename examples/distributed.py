@@ -35,7 +35,7 @@ def batches(task: int, size: int, device: torch.device) -> Batches:
     generator = torch.Generator().manual_seed(task)
     x, normals = torch.randn(4 * size, 32, generator=generator), torch.randn(32, 4, generator=generator)
     x, y = x.to(device), (x @ normals).argmax(1).to(device)
-    return list(zip(x.split(size), y.split(size), strict=True))
+    return list(zip(torch.split(x, size), torch.split(y, size), strict=True))
 
 
 def share(data: Batches, rank: int, world: int) -> Batches:
@@ -49,7 +49,7 @@ def learn(model: nn.Module, ewc: fe.EWC, data: Batches, *, reduce: bool) -> None
     for x, y in 5 * data:
         optimizer.zero_grad()
         # The penalty needs no division by the number of processes: all of them have the same.
-        (F.cross_entropy(model(x), y) + ewc.penalty()).backward()
+        torch.autograd.backward(F.cross_entropy(model(x), y) + ewc.penalty())
         optimizer.step()
     ewc.estimate_fisher(data, F.cross_entropy, progress=False)  # each process over its own share
     if reduce:

@@ -87,7 +87,7 @@ def main() -> None:
             for _, parameter in layer.named_lora_parameters():
                 nn.init.normal_(parameter, std=0.1)
         penalty = ewc.penalty()
-        penalty.backward()
+        torch.autograd.backward(penalty)
         found[ewc.structure.name] = ewc
         print(f"{ewc.structure.name:8} {bytes_of(ewc):10,} bytes   penalty {penalty.item():.4e}")
 

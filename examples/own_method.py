@@ -61,7 +61,8 @@ def batches(seed: int, task: int) -> Batches:
     generator = torch.Generator().manual_seed(100 * seed + task)
     x, normal = torch.randn(512, 20, generator=generator), torch.randn(20, generator=generator)
     normal[10 * (1 - task) :][:10] = 0.0
-    return list(zip(x.split(32), (x @ normal > 0).long().split(32), strict=True))
+    labels = (x @ normal > 0).long()
+    return list(zip(torch.split(x, 32), torch.split(labels, 32), strict=True))
 
 
 @torch.no_grad()
@@ -78,7 +79,7 @@ def run(method: Method, tasks: list[Batches], epochs: int) -> list[float]:
         for step in range(epochs * len(train)):
             x, y = train[step % len(train)]
             optimizer.zero_grad()
-            (F.cross_entropy(method.model(x), y) + method.penalty()).backward()
+            torch.autograd.backward(F.cross_entropy(method.model(x), y) + method.penalty())
             optimizer.step()
             method.after_step(step, epochs * len(train))
         method.end_task(train, F.cross_entropy)

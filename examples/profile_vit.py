@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from typing import Any
 
 import timm
 import torch
@@ -18,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 import fused_ewclora as fe
 
-QUICK = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
+QUICK: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
 HOW_TO_READ = """
 How to read it. A row is a fused operation with the backend and the algorithm that ran. lora_linear is called
 once per adapted layer, and its time includes the product with the frozen weight, which the plain model
@@ -66,8 +67,9 @@ def main() -> None:
     torch.manual_seed(0)
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
-    model = timm.create_model(args.model, num_classes=10, **(QUICK if args.quick else {})).to(device)
-    size = 32 if args.quick else timm.data.resolve_model_data_config(model)["input_size"][-1]
+    # Any, for what timm's models have and an nn.Module has not.
+    model: Any = timm.create_model(args.model, num_classes=10, **(QUICK if args.quick else {})).to(device)
+    size = 32 if args.quick else model.pretrained_cfg["input_size"][-1]
     fe.inject(model, fe.LoRAConfig(r=16, target_modules=["qkv"], slices=("k", "v")))
     model.get_classifier().requires_grad_(True)
     ewc = fe.EWC(model, ewc_lambda=100.0, fisher_mode="sample")
@@ -87,7 +89,7 @@ def main() -> None:
                 loss = F.cross_entropy(model(images), labels) + ewc.penalty()
             with record_function("backward"):
                 optimizer.zero_grad()
-                loss.backward()
+                torch.autograd.backward(loss)
             with record_function("optimizer"):
                 optimizer.step()
             if on_gpu:

@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -43,16 +43,24 @@ def blocks(path: str, model: str, length: int) -> Samples:
 
 
 def small_model() -> PreTrainedModel:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=32, num_key_value_heads=2, max_position_embeddings=16, **sizes)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+    )
     return LlamaForCausalLM(config)
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, samples: Samples) -> float:
+def perplexity(model: nn.Module, samples: Samples) -> float:
     model.eval()
+    device = next(model.parameters()).device
     losses = [
-        float(model(**{key: value[None].to(model.device) for key, value in sample.items()}).loss)
+        float(model(**{key: value[None].to(device) for key, value in sample.items()}).loss)
         for sample in samples
     ]
     return math.exp(sum(losses) / len(losses))

@@ -11,22 +11,25 @@ from __future__ import annotations
 
 import argparse
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
 import torch.nn.functional as F
+from timm.data.config import resolve_model_data_config
+from timm.data.dataset_factory import create_dataset
+from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import fused_ewclora as fe
 
-QUICK = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+QUICK: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
 class Task(NamedTuple):
-    train: Dataset[tuple[Tensor, Tensor]]
-    test: Dataset[tuple[Tensor, Tensor]]
+    train: Dataset[tuple[Tensor, ...]]
+    test: Dataset[tuple[Tensor, ...]]
     classes: slice  # its logits; labels count from 0
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -43,11 +46,10 @@ def random_task(number: int) -> Task:
 
 
 def task_in(folder: str, model: nn.Module, first: int) -> Task:
-    config = timm.data.resolve_model_data_config(model)
-    train, test = (
-        timm.data.create_dataset("", folder, split, transform=timm.data.create_transform(**config))
-        for split in ("train", "val")
-    )
+    config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]  # timm
+    transform = create_transform(**config)
+    train: Any = create_dataset("", folder, "train", transform=transform)  # of many classes
+    test = create_dataset("", folder, "val", transform=transform)
     return Task(train, test, slice(first, first + len(train.reader.class_to_idx)))
 
 
@@ -76,7 +78,8 @@ def main() -> None:
 
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = timm.create_model(args.model, pretrained=not args.quick, **(QUICK if args.quick else {}))
+    # Any, for what timm's models have and an nn.Module has not.
+    model: Any = timm.create_model(args.model, pretrained=not args.quick, **(QUICK if args.quick else {}))
     if args.quick:
         tasks = [random_task(0), random_task(1)]
     else:
@@ -100,7 +103,7 @@ def main() -> None:
             for images, labels in loader:
                 optimizer.zero_grad()
                 loss = task.loss(model(images.to(device)), labels.to(device)) + ewc.penalty()
-                loss.backward()
+                torch.autograd.backward(loss)
                 optimizer.step()
         ewc.end_task(loader, task.loss)  # the Fisher of this task; the adapters into the weights
         shares = [f"{accuracy(model, seen, device):.1%}" for seen in tasks[: number + 1]]

@@ -13,18 +13,20 @@ import argparse
 
 import torch
 import torch.nn.functional as F
+import torchvision  # type: ignore[import-untyped]  # torchvision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from torchvision.datasets import ImageFolder
-from torchvision.models import VisionTransformer, ViT_B_16_Weights, vit_b_16
 
 import fused_ewclora as fe
+
+models = torchvision.models
+Images = Dataset[tuple[Tensor, ...]]  # with their labels
 
 
 class Task:
     """Data, and the logits of its classes; labels count from 0."""
 
-    def __init__(self, train: Dataset[tuple[Tensor, int]], test: Dataset[tuple[Tensor, int]], classes: slice):
+    def __init__(self, train: Images, test: Images, classes: slice) -> None:
         self.train, self.test, self.classes = train, test, classes
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -50,8 +52,10 @@ def random_task(number: int) -> Task:
 
 
 def task_in(folder: str, first: int) -> Task:
-    transform = ViT_B_16_Weights.DEFAULT.transforms()
-    train, test = (ImageFolder(f"{folder}/{split}", transform) for split in ("train", "val"))
+    transform = models.ViT_B_16_Weights.DEFAULT.transforms()
+    train, test = (
+        torchvision.datasets.ImageFolder(f"{folder}/{split}", transform) for split in ("train", "val")
+    )
     return Task(train, test, slice(first, first + len(train.classes)))
 
 
@@ -71,11 +75,11 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.quick:
         tasks = [random_task(0), random_task(1)]
-        model = VisionTransformer(16, 8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64)
+        model = models.VisionTransformer(16, 8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64)
     else:
         tasks = [task_in(args.tasks[0], 0)]
         tasks.append(task_in(args.tasks[1], tasks[0].classes.stop))
-        model = vit_b_16(weights=ViT_B_16_Weights.DEFAULT)
+        model = models.vit_b_16(weights=models.ViT_B_16_Weights.DEFAULT)
     model.heads = nn.Sequential(nn.Linear(model.hidden_dim, tasks[-1].classes.stop))
     model.to(device)
 
@@ -93,7 +97,7 @@ def main() -> None:
             for images, labels in loader:
                 optimizer.zero_grad()
                 loss = task.loss(model(images.to(device)), labels.to(device)) + ewc.penalty()
-                loss.backward()
+                torch.autograd.backward(loss)
                 optimizer.step()
         ewc.end_task(loader, task.loss)  # the Fisher of this task; the adapters into the weights
         shares = [f"{seen.accuracy(model, device):.1%}" for seen in tasks[: number + 1]]
