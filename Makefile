@@ -3,6 +3,7 @@
 #   make test-library, make test-integrations    its two halves: without and with model libraries
 #   make test-long    the same tests with several times as many random inputs and compiled kernels
 #   make test-integrations INSTEAD=dir   with other versions of these, installed by pip install --no-deps --target dir
+#   make typing    the examples under mypy --strict and pyright, with the types of the model libraries
 #   make demo    the continual learning demo    make bench   benchmarks against installed peers, and of the host alone
 #   make suite   continual learning with every method on language and vision
 #   make sanitize    tests of the compiled kernels under the address, undefined behaviour and thread sanitizers of GCC
@@ -26,7 +27,7 @@ EXTENSION := build/.extension
 EXTRAS := .venv/extras
 SITE := .venv/.site
 
-.PHONY: test test-long test-library test-integrations sanitize demo suite sweep ptx-check docs lint format bench gpu-check gpu-cache setup clean distclean
+.PHONY: test test-long test-library test-integrations sanitize demo suite sweep ptx-check docs lint typing format bench gpu-check gpu-cache setup clean distclean
 .DELETE_ON_ERROR:
 
 test: test-library test-integrations
@@ -81,6 +82,12 @@ lint: $(REQUIREMENTS)
 	ruff format --check .
 	mypy
 	$(if $(CPP),clang-format --dry-run --Werror $(CPP) $(wildcard tests/backends/cuda/emulator/*.cpp tests/helpers/ptx/machine/* tests/helpers/launcher/*.cpp))
+
+# As a user's programs, whose libraries are installed; a minute and more without the cache of an earlier run.
+typing: export PYTHONPATH := $(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH))
+typing: $(REQUIREMENTS) $(EXTRAS)
+	mypy --strict --config-file tests/project/typing/mypy.ini --cache-dir .mypy_cache/users examples/*.py
+	pyright --pythonpath .venv/bin/python examples/*.py
 
 format: $(REQUIREMENTS)
 	ruff check --fix .
