@@ -25,7 +25,16 @@ from .quantised import QuantisedLinear, warn_of_rounding
 def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Every adapted layer by its dotted name; a shared layer appears once.
 
-    >>> trainable = [p for layer in adapters(model).values() for p in layer.parameters() if p.requires_grad]
+    Args:
+        model: with adapters or without.
+
+    Returns:
+        The layers, in the order of the model; empty without adapters.
+
+    Examples:
+        >>> _ = fe.inject(model, config)
+        >>> list(fe.adapters(model))
+        ['fc']
     """
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
@@ -72,13 +81,24 @@ def inject(model: nn.Module, config: LoRAConfig | Any) -> Report:
 
 
 def eject(model: nn.Module, merge: bool = True) -> None:
-    """Restore the plain classes in place; the adapters are folded in (`merge=True`) or dropped.
+    """Restore the plain classes in place; the adapters are folded in or dropped.
 
     Afterwards the state_dict keys are those of the base model, and the parameters that injection froze
-    require gradients again. Raises `TargetError` without adapters or when a tied weight cannot be merged,
-    `ArgumentError` when a merged weight is not finite; nothing is changed then.
+    require gradients again.
 
-        >>> eject(model)
+    Args:
+        model: with adapters.
+        merge: True folds the adapters in, False drops them.
+
+    Raises:
+        TargetError: without adapters or when a tied weight cannot be merged; nothing is changed then.
+        ArgumentError: when a merged weight is not finite; nothing is changed then.
+
+    Examples:
+        >>> _ = fe.inject(model, config)
+        >>> fe.eject(model)
+        >>> type(model.fc).__name__
+        'Linear'
     """
     layers = _adapted(model)
     check_plain(layers, "eject")
@@ -105,7 +125,16 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Merged adapters are unmerged on entry and merged again on exit. Blocks can be nested. The state of every
     layer is restored on exit, even after an exception.
 
-        >>> with disabled(model): base = model(x)
+    Args:
+        model: with adapters.
+
+    Yields:
+        Nothing.
+
+    Examples:
+        >>> _ = fe.inject(model, config)
+        >>> with fe.disabled(model):
+        ...     base = model(x)
     """
     named = adapters(model)
     layers = list(named.values())
@@ -126,14 +155,23 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def merge(model: nn.Module) -> None:
-    """W <- W + B diag(s) A in every adapted layer (fp32 sum, one rounding), after which inference costs as
-    much as with the base model.
+    """`W <- W + B diag(s) A` in every adapted layer (fp32 sum, one rounding; docs/mathematics.md, section 4),
+    after which inference costs as much as with the base model.
 
     The replaced rows are kept for `unmerge`. If the adapters are already merged, this warns and does nothing,
-    as in PEFT. Raises `TargetError` without adapters or on tied weights, `ArgumentError` when a sum is not
-    finite; no layer is changed then.
+    as in PEFT.
 
-        >>> merge(model); y = model(x); unmerge(model)
+    Args:
+        model: with adapters.
+
+    Raises:
+        TargetError: without adapters or on tied weights; no layer is changed then.
+        ArgumentError: when a sum is not finite; no layer is changed then.
+
+    Examples:
+        >>> _ = fe.inject(model, config)
+        >>> fe.merge(model)
+        >>> fe.unmerge(model)
     """
     layers = _adapted(model)
     if all(layer.merged for layer in layers.values()):
@@ -145,10 +183,18 @@ def merge(model: nn.Module) -> None:
 def unmerge(model: nn.Module) -> None:
     """Restore the rows that `merge` replaced, bit for bit.
 
-    If the adapters are not merged, this warns and does nothing, as in PEFT. Raises `TargetError` without
-    adapters.
+    If the adapters are not merged, this warns and does nothing, as in PEFT.
 
-        >>> unmerge(model)
+    Args:
+        model: with adapters.
+
+    Raises:
+        TargetError: without adapters.
+
+    Examples:
+        >>> _ = fe.inject(model, config)
+        >>> fe.merge(model)
+        >>> fe.unmerge(model)
     """
     layers = _adapted(model)
     if not any(layer.merged for layer in layers.values()):
