@@ -501,11 +501,22 @@ class EWC:
         Call it once on every process between estimate_fisher and consolidate, each having passed over its own
         share of the data; one whose share is empty calls estimate_fisher with allow_empty=True. It also makes
         `consolidate` draw the same new A everywhere, for which update "fixed" needs it as well. Nothing is
-        left to do after `shard_`, with which a Fisher pass itself sums over processes. Raises `FisherError`
-        before any estimate, without a process group or when no process has samples, `TargetError` when
-        adapters or settings differ between processes.
+        left to do after `shard_`, with which a Fisher pass itself sums over processes.
 
-            >>> ewc.estimate_fisher(loader, criterion); ewc.reduce_fisher_(); ewc.consolidate()
+        Args:
+            group: the processes; None is all of them.
+
+        Raises:
+            FisherError: before any estimate, without a process group or when no process has samples.
+            TargetError: when adapters or settings differ between processes.
+
+        Examples:
+            >>> _ = fe.inject(model, config)
+            >>> ewc = fe.EWC(model)
+            >>> ewc.estimate_fisher(loader, criterion)
+            >>> if torch.distributed.is_initialized():
+            ...     ewc.reduce_fisher_()
+            >>> ewc.consolidate()
         """
         if not self.gathers:
             check_same(self._described(), group)
@@ -524,15 +535,26 @@ class EWC:
     def shard_(self, mesh: DeviceMesh | None = None) -> None:
         """Keeps of every Fisher only the rows whose lora_B this process holds; for models that FSDP2 shards.
 
-        Call it once on every process, after `fully_shard` and before training. mesh: that of the parameters,
-        which None takes; of a mesh with replication the sharded dimension counts. From then on the memory of
+        Call it once on every process, after `fully_shard` and before training. From then on the memory of
         a Fisher is divided by the number of processes, Fishers are summed over all processes batch by batch
         (so each must run the same number of batches, as FSDP requires), a state loaded or made before is
-        sharded too, and gradients of the penalty reach the shards undivided. Raises `TargetError` when lora_A
-        or lora_B is not sharded by rows over mesh or when adapters or settings differ between processes,
-        `ArgumentError` for merge_mode "factors".
+        sharded too, and gradients of the penalty reach the shards undivided.
 
-            >>> fully_shard(model); ewc = EWC(model); ewc.shard_()
+        Args:
+            mesh: that of the parameters, which None takes; of a mesh with replication the sharded dimension
+                counts.
+
+        Raises:
+            TargetError: when lora_A or lora_B is not sharded by rows over mesh, or when adapters or settings
+                differ between processes.
+            ArgumentError: for merge_mode "factors".
+
+        Examples:
+            >>> _ = fe.inject(model, config)
+            >>> ewc = fe.EWC(model)
+            >>> if torch.distributed.is_initialized():
+            ...     torch.distributed.fsdp.fully_shard(model)
+            ...     ewc.shard_()
         """
         if self.merge_mode != "delta":
             raise ArgumentError(f"merge_mode: expected 'delta' for shard_, got {self.merge_mode!r}")
@@ -552,15 +574,31 @@ class EWC:
         fisher_dtype: torch.dtype | Literal["8bit"] = torch.float32,
     ) -> dict[str, float]:
         """From now on keeps F as `EWC(fisher=, fisher_dtype=)` names it, and converts what is kept of earlier
-        tasks; returns for each adapter the relative error in the Frobenius norm that this made of F.
+        tasks.
 
         To be called between tasks. Dense Fishers, in 8 bits too, become any other ("kronecker" keeps their
         row and column sums as diagonal factors), factored ones "uniform". Captured graphs of the penalty must
-        be captured anew. Raises `ArgumentError` or `DtypeError` as the constructor does, `FisherError` from
-        structures whose single numbers are lost, during a task that has a Fisher, after `shard_` and for
-        values that are not finite; nothing has changed then.
+        be captured anew. Nothing has changed when this raises.
 
-            >>> errors = ewc.convert_fisher_("dense", "8bit")
+        Args:
+            fisher: as in `EWC`.
+            fisher_dtype: as in `EWC`.
+
+        Returns:
+            For each adapter the relative error in the Frobenius norm that this made of F.
+
+        Raises:
+            ArgumentError: as the constructor.
+            DtypeError: as the constructor.
+            FisherError: from structures whose single numbers are lost, during a task that has a Fisher, after
+                `shard_` and for values that are not finite.
+
+        Examples:
+            >>> _ = fe.inject(model, config)
+            >>> ewc = fe.EWC(model)
+            >>> ewc.end_task(loader, criterion)
+            >>> ewc.convert_fisher_("dense", "8bit")["fc"] < 0.05
+            True
         """
         structure = structure_of(fisher, fisher_dtype)
         check_mode(structure, self.fisher_mode)
@@ -653,13 +691,37 @@ class EWC:
         gamma: float | None = None,
         **kwargs: Any,
     ) -> None:
-        """`estimate_fisher(loader, loss_fn, **kwargs)`, where the task needs a Fisher, then
-        `consolidate(gamma)`, with the errors of both.
+        """Ends a task: `estimate_fisher`, where the task needs a Fisher, then `consolidate(gamma)`.
 
         A Fisher that was estimated stays when `consolidate` raises: remove the cause and call `consolidate`.
         Warns, before anything else, of adapters that the first task did not train although it trained others.
 
-            >>> ewc.end_task(loader, criterion, max_batches=100)
+        Args:
+            loader: as in `estimate_fisher`.
+            loss_fn: as in `estimate_fisher`.
+            gamma: as in `consolidate`.
+            labels: as in `estimate_fisher`, like all that follow.
+            max_batches: as there.
+            progress: as there.
+            reduction: as there.
+            forward: as there.
+            logits_fn: as there.
+            batch_size_fn: as there.
+            generator: as there.
+            check_samples: as there.
+            rows_to_samples: as there.
+            allow_empty: as there.
+            max_bytes: as there.
+
+        Raises:
+            EWCLoRAError: the errors of both.
+
+        Examples:
+            >>> _ = fe.inject(model, config)
+            >>> ewc = fe.EWC(model)
+            >>> ewc.end_task(loader, criterion, max_batches=1)
+            >>> ewc.history[0].samples
+            4
         """
         if gamma is not None:
             number("gamma", gamma, 0.0, 1.0)
@@ -715,8 +777,22 @@ class EWC:
         return dump(self._state.mapped_by_key(self._placement.wrapped), self._settings())
 
     def parse_state(self, saved: Mapping[str, Any]) -> EWCState:
-        """The validated state in `saved`, which `take_over` loads; raises `FisherError` naming what does not
-        fit."""
+        """The validated state in `saved`, which `take_over` loads.
+
+        Args:
+            saved: what `state_dict` returned.
+
+        Returns:
+            The state.
+
+        Raises:
+            FisherError: naming what does not fit.
+
+        Examples:
+            >>> _ = fe.inject(model, config)
+            >>> ewc = fe.EWC(model)
+            >>> state = ewc.parse_state(ewc.state_dict())
+        """
         shapes = {
             ref.key: (ref.piece.row_count, ref.piece.r, ref.layer.in_features) for ref in self._placement.refs
         }
@@ -749,7 +825,19 @@ class EWC:
 
     def take_over(self, parsed: EWCState, change: Transaction) -> None:
         """Loads a parsed state, on the devices of the layers; Fishers that exist already are updated in place
-        through `change`."""
+        through `change`.
+
+        Args:
+            parsed: what `parse_state` returned.
+            change: collects what is written, so that all of it or nothing happens.
+
+        Examples:
+            >>> from fused_ewclora.distributed.transaction import Transaction
+            >>> _ = fe.inject(model, config)
+            >>> ewc = fe.EWC(model)
+            >>> with Transaction() as change:
+            ...     ewc.take_over(ewc.parse_state(ewc.state_dict()), change)
+        """
         self.watch.dismiss()  # the optimizer's state may be loaded too, and is then the right one
         new = parsed.copied(devices(self._placement.refs), self.fisher_dtype)
         if self._state.fishers and new.fishers:

@@ -40,7 +40,7 @@ def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 
 def inject(model: nn.Module, config: LoRAConfig | Any) -> Report:
-    """Adapt matching `nn.Linear`s of `model` in place and freeze all but adapters; returns a printable table.
+    """Adapt matching layers of `model` in place and freeze all but adapters.
 
     Only the first injection freezes. Further ones, into the same model or a part of it, adapt other layers
     and change `requires_grad` of these alone. `modules_to_save` of the configuration are trainable
@@ -48,13 +48,27 @@ def inject(model: nn.Module, config: LoRAConfig | Any) -> Report:
 
     Names are matched as in PEFT. `"all-linear"` leaves out the head that `get_output_embeddings()` or
     `get_classifier()` returns, the last layer of the classifier in torchvision models and, in transformers
-    models, every layer outside of the base model; in a model without any of these it selects every layer. A
-    `peft.LoraConfig` is taken where it means the same. The keys of the base state_dict do not change. Parents
-    that are known to bypass a layer are set to call it, and the table says so. Raises `TargetError`
-    (nothing matches, already adapted, not adaptable), `LayoutError` (slices without a layout that fits),
-    `DtypeError` or `NotExactlyRepresentable` for another configuration; nothing is changed then.
+    models, every layer outside of the base model; in a model without any of these it selects every layer. The
+    keys of the base state_dict do not change. Parents that are known to bypass a layer are set to call it,
+    and the table says so. Nothing is changed when this raises.
 
-        >>> print(inject(model, LoRAConfig(r=10, target_modules=["attn.qkv", "fc1"])))
+    Args:
+        model: with layers that the configuration selects.
+        config: a `LoRAConfig`, or a `peft.LoraConfig`, which is taken where it means the same.
+
+    Returns:
+        A printable table of the adapted layers.
+
+    Raises:
+        TargetError: when nothing matches, or a match is adapted already or not adaptable.
+        LayoutError: for slices without a layout that fits.
+        DtypeError: for another configuration.
+        NotExactlyRepresentable: for a configuration of PEFT that means something else.
+
+    Examples:
+        >>> report = fe.inject(model, fe.LoRAConfig(r=2, target_modules=["fc"]))
+        >>> [name for name, p in model.named_parameters() if p.requires_grad]
+        ['fc.lora_A', 'fc.lora_B']
     """
     check_no_peft(model)
     config = checked_config(config, model)
