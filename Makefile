@@ -8,7 +8,7 @@
 #   make sanitize    tests of the compiled kernels under the address, undefined behaviour and thread sanitizers of GCC
 #   make sweep    small models of many architectures against plain autograd; writes docs/architectures.md
 #   make ptx-check    what Triton and nvcc make of the kernels, executed on the CPU and checked; PTX_ARGS="--arch sm_90", PTX_ARGS=--cuda
-#   make docs    the API reference and the pages of docs/, in build/docs
+#   make docs    the pages of docs/ and the API reference as a searchable site, in build/docs
 #   make format  rewrite sources in style       make clean   remove build outputs (make distclean: .venv as well)
 #   make gpu-check OUT=dir   tests and benchmarks on a CUDA machine, with the PyTorch, Triton and pytest of PYTHON; no .venv
 #   make gpu-cache   compiles the kernels of gpu-check beforehand, without a GPU; with the Triton of PYTHON; no .venv
@@ -24,6 +24,7 @@ REQUIREMENTS := .venv/.requirements
 INSTALL := .venv/.install
 EXTENSION := build/.extension
 EXTRAS := .venv/extras
+SITE := .venv/.site
 
 .PHONY: test test-long test-library test-integrations sanitize demo suite sweep ptx-check docs lint format bench gpu-check gpu-cache setup clean distclean
 .DELETE_ON_ERROR:
@@ -71,9 +72,9 @@ gpu-check:
 gpu-cache:
 	PYTHONPATH=$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m benchmarks.gpu.cache $(or $(OUT),build/gpu-cache) $(CACHE_ARGS)
 
-# The docstrings of integrations are read by importing these, which needs their libraries.
-docs: setup $(EXTRAS)
-	HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH)) python docs/build.py build/docs
+# Dead links and unknown names are errors. Docstrings are read without importing anything.
+docs: $(SITE)
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
 
 lint: $(REQUIREMENTS)
 	ruff check .
@@ -105,6 +106,10 @@ $(INSTALL): $(REQUIREMENTS) setup.py pyproject.toml
 $(EXTRAS): requirements-extras.txt $(REQUIREMENTS)
 	rm -rf $@
 	python -m pip install --quiet --no-deps --target $@ -r requirements-extras.txt
+	touch $@
+
+$(SITE): requirements-docs.txt $(REQUIREMENTS)
+	python -m pip install --quiet -r requirements-docs.txt
 	touch $@
 
 $(EXTENSION): $(REQUIREMENTS) setup.py $(CPP)

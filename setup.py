@@ -12,6 +12,7 @@ MAX_JOBS limits the number of parallel compiler processes, TORCH_CUDA_ARCH_LIST 
 CUDA_HOME the folder of the CUDA toolkit.
 """
 
+import json
 import os
 import re
 import shlex
@@ -173,17 +174,32 @@ def refused(mode, which, reason):
     print(f"fused_ewclora: the {which} extension is not built, {reason}.")
 
 
+def recording(mode, missing=None):
+    """The command that copies the package, and writes beside it what was asked for and what kept the CPU
+    extension from being built: pip hides what a build prints, but the first use can say it."""
+    from setuptools.command.build_py import build_py
+
+    class Recorded(build_py):
+        def run(self):
+            super().run()
+            if not self.editable_mode:
+                target = Path(self.build_lib, "fused_ewclora", "backends", "built.json")
+                target.write_text(json.dumps({"mode": mode, "missing": missing}))
+
+    return Recorded
+
+
 def build_options(mode):
     if mode not in MODES:
         sys.exit(f"FUSED_EWCLORA_BUILD: expected one of {', '.join(MODES)}, got '{mode}'")
     if mode == "none":
-        return {}
+        return {"cmdclass": {"build_py": recording(mode)}}
     home = toolkit() if mode in ("auto", "cuda") else None
     if home is not None:
         os.environ["CUDA_HOME"] = str(home)  # PyTorch looks for it when it is imported
     if missing := missing_for_cpu():
         refused(mode, "CPU", f"{missing}. The reference backend remains" if mode == "auto" else missing)
-        return {}
+        return {"cmdclass": {"build_py": recording(mode, missing)}}
     extensions = [cpu_extension()]
     if mode in ("auto", "cuda"):
         if missing := missing_for_cuda(home):
@@ -192,7 +208,10 @@ def build_options(mode):
             extensions.append(cuda_extension(home))
     from torch.utils.cpp_extension import BuildExtension
 
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildExtension}}
+    return {
+        "ext_modules": extensions,
+        "cmdclass": {"build_ext": BuildExtension, "build_py": recording(mode)},
+    }
 
 
 setup(

@@ -268,6 +268,21 @@ void ewc_penalty(at::DeviceType device, const Tensors& fishers, const Tensors& l
 }
 
 template <class Scales>
+void l1_penalty(at::DeviceType device, const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs, const Scales& scales,
+                const std::vector<double>& factors, const std::vector<bool>& needs) {
+  TORCH_CHECK_VALUE(fishers.empty(), "fishers: expected none, an l1 norm has no Fisher, got ", fishers.size());
+  TORCH_CHECK_VALUE(!lora_as.empty(), "lora_as: expected at least one adapter, got none");
+  adapter_lists(lora_as, lora_bs, scales, factors, lora_as.size(), "lora_as");
+  TORCH_CHECK_VALUE(needs.size() == 3, "needs: expected 3 entries (A, B, s), got ", needs.size());
+  defining(lora_as[0], {"lora_as", 0}, device);
+  for (size_t k = 0; k < lora_as.size(); ++k) {
+    const int64_t i = int64_t(k);
+    adapter(lora_as[k], lora_bs[k], pointer(scales[k]), i, lora_as[k], {"lora_as", i});
+    same(lora_as[k], {"lora_as", i}, lora_as[0], {"lora_as", 0});
+  }
+}
+
+template <class Scales>
 void factored_penalty(at::DeviceType device, const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs, const Scales& scales,
                       const std::vector<double>& factors, const std::vector<bool>& needs) {
   const size_t adapters = fishers.size() / 2;

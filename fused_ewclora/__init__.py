@@ -19,9 +19,11 @@ The examples of all docstrings begin with these names:
 from __future__ import annotations
 
 import importlib
-from typing import Any
+import logging
+from typing import TYPE_CHECKING
 
 from . import _moved, integrations
+from ._version import __version__
 from .config import LoRAConfig, QKVLayout
 from .diagnostics.explain import check_bypass, explain, verify_forward
 from .diagnostics.rounding import rounding
@@ -49,7 +51,20 @@ from .layers.parts import LoRAPart, Part, register_parts
 from .ops.dispatch import available_backends, forget_tables, use_backend
 from .report import Report
 
+if TYPE_CHECKING:  # type checkers see these as they are; at run time `__getattr__` loads them
+    from . import methods as methods
+    from . import metrics as metrics
+    from . import profiling as profiling
+    from .checkpoints.checkpoint import load_pretrained, save_pretrained
+    from .checkpoints.interchange import export_peft, import_peft
+    from .diagnostics.fisher_memory import memory
+    from .ewc.controller import EWC
+    from .ewc.settings import convert_lambda
+    from .ewc.structures import Structure
+    from .layers.optimizers import reset_optimizer_state_
+
 _moved.install(__name__)
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 # Names that few programs need or that are slow to import are loaded on first use. Name -> defining module.
 _LAZY = {
@@ -91,6 +106,7 @@ __all__ = [
     "Report",
     "Structure",
     "TargetError",
+    "__version__",
     "adapters",
     "available_backends",
     "check_bypass",
@@ -118,15 +134,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-    elif name in _LAZY_MODULES:
-        value = importlib.import_module(f".{name}", __name__)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a checker that saw it would take every misspelt name
+
+    def __getattr__(name: str) -> object:
+        if name in _LAZY:
+            value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+        elif name in _LAZY_MODULES:
+            value = importlib.import_module(f".{name}", __name__)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

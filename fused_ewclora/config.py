@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, get_args
 
 import torch
 
 from .errors import ArgumentError, DtypeError, LayoutError
+from .literals import QuantisedMerge
 
 ALL_LINEAR = "all-linear"
-QUANTISED_MERGES = ("requantise", "residual")
+QUANTISED_MERGES: tuple[QuantisedMerge, ...] = get_args(QuantisedMerge)
 _LARGEST = torch.finfo(torch.float32).max
 Rows = tuple[tuple[int, int], ...]
 Targets = str | Sequence[str]
@@ -78,16 +79,22 @@ def checked_merge(value: object) -> None:
         raise ArgumentError(f"quantised_merge: expected one of {QUANTISED_MERGES} or None, got {value!r}")
 
 
-@dataclass(frozen=True)
+def _brief(config: Any) -> str:
+    """The call that makes a configuration, without the fields that have their defaults."""
+    given = [(field, getattr(config, field.name)) for field in fields(config)]
+    text = ", ".join(f"{field.name}={value!r}" for field, value in given if value != field.default)
+    return f"{type(config).__name__}({text})"
+
+
+@dataclass(frozen=True, repr=False)
 class QKVLayout:
     """The segments of a packed projection: which output rows belong to which of them.
 
-    Args:
-        segments: the names in the order of the rows.
-        sizes: the number of rows of each segment, which differ with grouped queries; None divides the rows of
-            any layer equally among the segments.
-        interleave: None for contiguous segments (timm ViT); h for rows laid out as [h heads][segments][size /
-            h] (GPT-NeoX), where a segment consists of h ranges.
+    segments: the names in the order of the rows. sizes: the number of rows of each segment, which differ with
+    grouped queries; None divides the rows of any layer equally among the segments. interleave: None for
+    contiguous segments (timm ViT); h for rows laid out as `[h heads][segments][size / h]` (GPT-NeoX), where a
+    segment consists of h ranges. Raises `ArgumentError` or `DtypeError` for invalid fields, `LayoutError`
+    when the layout does not fit a layer.
 
     Raises:
         ArgumentError: for a value that is out of range.
@@ -101,6 +108,8 @@ class QKVLayout:
     segments: tuple[str, ...]
     sizes: tuple[int, ...] | None = None
     interleave: int | None = None
+
+    __repr__ = _brief
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "segments", segment_names(self.segments, "segments"))
@@ -173,7 +182,7 @@ class QKVLayout:
         return tuple((h * stride + offset, h * stride + offset + length) for h in range(heads))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoRAConfig:
     """The layers that get adapters, and the sizes of these; names and matching rules are those of PEFT.
 
@@ -216,7 +225,9 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
     modules_to_save: Sequence[str] | None = None
-    quantised_merge: str | None = None
+    quantised_merge: QuantisedMerge | None = None
+
+    __repr__ = _brief
 
     def __post_init__(self) -> None:
         positive(self.r, "r")

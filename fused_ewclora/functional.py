@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .errors import ArgumentError, DtypeError
 from .fishers import EightBitFisher, FactoredFisher, Fisher, KroneckerFisher
+from .literals import Backend, FisherMode
 from .ops import add_low_rank as _low_rank
 from .ops import checks as check
 from .ops import dispatch, memory, schemas
@@ -57,7 +58,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     training: bool = False,
     seed: int | Tensor | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """A linear layer with a low-rank adapter, `y = x W^T + bias + ((x A^T) * s) B^T` (docs/mathematics.md,
     section 1), differentiable in x, weight, bias, lora_a, lora_b and a tensor scale.
@@ -105,7 +106,7 @@ def lora_linear_slices(
     dropout_p: float = 0.0,
     training: bool = False,
     seed: int | Tensor | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """As `lora_linear`, with an adapter on each of several disjoint ranges of output rows of one packed
     projection.
@@ -148,7 +149,7 @@ def lora_linear_adapters(
     dropout_p: float = 0.0,
     training: bool = False,
     seed: int | Tensor | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
     capture: CallCapture | None = None,
 ) -> Tensor:
     """The general form of `lora_linear`: every adapter may own several row ranges, as heads need that
@@ -254,7 +255,7 @@ def lora_conv_adapters(
     *,
     dropout_p: float = 0.0,
     training: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
     capture: FisherCapture | None = None,
 ) -> Tensor:
     """The convolution whose windows, as rows, a LoRA linear maps, `y = conv(x, W) + bias +
@@ -374,7 +375,7 @@ def ewc_penalty(
     scales: Sequence[Scale] | None = None,
     ewc_lambda: float = 1.0,
     *,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """The penalty `P = (lambda/2) sum_l sum_ij F_l[i,j] (B_l diag(s_l) A_l)[i,j]^2` over all adapters, with
     one read of each F (EWC-LoRA, arXiv 2602.17559; docs/mathematics.md, section 2).
@@ -417,7 +418,7 @@ def ewc_penalty_grad_(
     ewc_lambda: float = 1.0,
     *,
     grad_scale: float | Tensor = 1.0,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Adds `grad_scale * dP` to `.grad` of the adapters that require gradients, without a graph and without a
     host synchronisation.
@@ -463,7 +464,7 @@ def l1_penalty(
     scales: Sequence[Scale] | None = None,
     l1_lambda: float = 1.0,
     *,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """The l1 norm `P = lambda sum_l sum_ij |B_l diag(s_l) A_l|[i,j]` over all adapters, by blocks of rows, so
     that nothing is as large as B A (N-LoRA, arXiv 2410.10179; docs/mathematics.md, section 13).
@@ -502,11 +503,11 @@ def fisher_accumulate_(
     x: Tensor,
     dy: Tensor,
     *,
-    mode: str = "sample",
+    mode: FisherMode = "sample",
     weight: float = 1.0,
     cu_seqlens: Tensor | None = None,
     check_finite: bool = True,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor: ...
 @overload
 def fisher_accumulate_(
@@ -514,11 +515,11 @@ def fisher_accumulate_(
     x: Tensor,
     dy: Tensor,
     *,
-    mode: str = "sample",
+    mode: FisherMode = "sample",
     weight: float = 1.0,
     cu_seqlens: Tensor | None = None,
     check_finite: bool = True,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> FactoredFisher: ...
 @torch.no_grad()
 def fisher_accumulate_(
@@ -526,11 +527,11 @@ def fisher_accumulate_(
     x: Tensor,
     dy: Tensor,
     *,
-    mode: str = "sample",
+    mode: FisherMode = "sample",
     weight: float = 1.0,
     cu_seqlens: Tensor | None = None,
     check_finite: bool = True,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Any:
     """Adds the Fisher of a batch in place, `F += weight * sum_n (dy_n^T x_n)^2` in mode `"sample"` or
     `F += weight * (sum_n dy_n^T x_n)^2` in mode `"batch"` (docs/mathematics.md, section 3).
@@ -590,7 +591,7 @@ def _named(name: str, values: Sequence[Any], alone: bool) -> dict[str, Tensor]:
 
 @overload
 def merge_(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Scale = 1.0, *, backend: str | None = None
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Scale = 1.0, *, backend: Backend | None = None
 ) -> Tensor: ...
 @overload
 def merge_(
@@ -599,12 +600,12 @@ def merge_(
     lora_b: Sequence[Tensor],
     scale: Scale | Sequence[Scale] = 1.0,
     *,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Sequence[Tensor]: ...
 @torch.no_grad()
-def merge_(weight: Any, lora_a: Any, lora_b: Any, scale: Any = 1.0, *, backend: str | None = None) -> Any:
-    """Folds adapters into weights in place, `W <- W + B diag(s) A`, summed in fp32 (fp64 for fp64) and
-    rounded once (docs/mathematics.md, section 4).
+def merge_(weight: Any, lora_a: Any, lora_b: Any, scale: Any = 1.0, *, backend: Backend | None = None) -> Any:
+    """W <- W + B diag(s) A in place, summed in fp32 (fp64 for fp64) and rounded once; returns weight
+    (docs/mathematics.md, section 4).
 
     Sequences are merged entry after entry in one call, all checked before the first is changed; shapes, ranks
     and dtypes may differ, devices not. Values are not checked for NaN. Like an optimizer's step, the change
@@ -658,15 +659,15 @@ def _check_merge(weights: list[Tensor], lora_as: Any, lora_bs: Any, scales: Any,
 
 
 @overload
-def soft_threshold_(scale: Tensor, kappa: float, *, backend: str | None = None) -> Tensor: ...
+def soft_threshold_(scale: Tensor, kappa: float, *, backend: Backend | None = None) -> Tensor: ...
 @overload
 def soft_threshold_(
-    scale: Sequence[Tensor], kappa: float, *, backend: str | None = None
+    scale: Sequence[Tensor], kappa: float, *, backend: Backend | None = None
 ) -> Sequence[Tensor]: ...
 @torch.no_grad()
-def soft_threshold_(scale: Any, kappa: float, *, backend: str | None = None) -> Any:
-    """`s <- sign(s) max(|s| - kappa, 0)` in place, the proximal step of the l1 norm (CoDyRA, arXiv
-    2412.01004; docs/mathematics.md, section 6).
+def soft_threshold_(scale: Any, kappa: float, *, backend: Backend | None = None) -> Any:
+    """s <- sign(s) max(|s| - kappa, 0) in place, the proximal step of the l1 norm; returns scale (CoDyRA,
+    arXiv 2412.01004; docs/mathematics.md, section 6).
 
     Args:
         scale: s of any shape and floating dtype, computed in fp32 (fp64 for fp64), or a sequence of such

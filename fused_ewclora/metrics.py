@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import get_args
 
 import numpy as np
 
 from .errors import ArgumentError
+from .literals import Average, Protocol
 
-PROTOCOLS = ("class_incremental", "task_aware")
-AVERAGES = ("sample_weighted", "task_mean")
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+AVERAGES: tuple[Average, ...] = get_args(Average)
 
 
 class ContinualMetrics:
@@ -109,7 +111,7 @@ class ContinualMetrics:
         """Whether task-aware accuracies were given."""
         return bool(self._rows["task_aware"])
 
-    def matrix(self, protocol: str = "class_incremental") -> np.ndarray:
+    def matrix(self, protocol: Protocol = "class_incremental") -> np.ndarray:
         """Accuracies `[T, T]` in fp64, NaN above the diagonal (for tasks that were not trained yet)."""
         rows = self._get(protocol)
         out = np.full((len(rows), len(rows)), np.nan)
@@ -127,7 +129,9 @@ class ContinualMetrics:
             raise ArgumentError(f"{protocol}: this metric needs at least {minimum} tasks, got {len(rows)}")
         return rows
 
-    def A(self, t: int, average: str = "sample_weighted", protocol: str = "class_incremental") -> float:
+    def A(
+        self, t: int, average: Average = "sample_weighted", protocol: Protocol = "class_incremental"
+    ) -> float:
         """Accuracy over the tasks seen after task `t` (0-based)."""
         rows = self._get(protocol)
         if average not in AVERAGES:
@@ -137,34 +141,36 @@ class ContinualMetrics:
         weights = self.test_sizes[: t + 1] if average == "sample_weighted" else None
         return float(np.average(rows[t], weights=weights))
 
-    def curve(self, average: str = "sample_weighted", protocol: str = "class_incremental") -> list[float]:
+    def curve(
+        self, average: Average = "sample_weighted", protocol: Protocol = "class_incremental"
+    ) -> list[float]:
         """`[A_1, .., A_T]`."""
         return [self.A(t, average, protocol) for t in range(len(self._get(protocol)))]
 
-    def A_last(self, average: str = "sample_weighted", protocol: str = "class_incremental") -> float:
+    def A_last(self, average: Average = "sample_weighted", protocol: Protocol = "class_incremental") -> float:
         """`A_T`, the accuracy after the last task."""
         return self.curve(average, protocol)[-1]
 
-    def A_avg(self, average: str = "sample_weighted", protocol: str = "class_incremental") -> float:
+    def A_avg(self, average: Average = "sample_weighted", protocol: Protocol = "class_incremental") -> float:
         """Mean of `A_1 .. A_T` (also called average incremental accuracy)."""
         return float(np.mean(self.curve(average, protocol)))
 
-    def bwt(self, protocol: str = "class_incremental") -> float:
+    def bwt(self, protocol: Protocol = "class_incremental") -> float:
         """Backward transfer `mean_{i<T}(a[T][i] - a[i][i])`; negative when earlier tasks were forgotten."""
         rows = self._get(protocol, minimum=2)
         return float(np.mean([rows[-1][i] - rows[i][i] for i in range(len(rows) - 1)]))
 
-    def forgetting_max(self, protocol: str = "class_incremental") -> float:
+    def forgetting_max(self, protocol: Protocol = "class_incremental") -> float:
         """`mean_{i<T}(max_{t<T} a[t][i] - a[T][i])`: the drop from the best accuracy before the last task."""
         rows = self._get(protocol, minimum=2)
         last = len(rows) - 1
         return float(np.mean([max(rows[t][i] for t in range(i, last)) - rows[last][i] for i in range(last)]))
 
-    def stability(self, protocol: str = "class_incremental") -> float:
+    def stability(self, protocol: Protocol = "class_incremental") -> float:
         """`scale - forgetting_max`: the perfect score minus the forgetting."""
         return self.scale - self.forgetting_max(protocol)
 
-    def stability_ratio(self, protocol: str = "class_incremental") -> float:
+    def stability_ratio(self, protocol: Protocol = "class_incremental") -> float:
         """`mean_{i<T}(a[T][i] / a[i][i])`; raises `ArgumentError` when some `a[i][i]` is 0."""
         rows = self._get(protocol, minimum=2)
         for i in range(len(rows) - 1):

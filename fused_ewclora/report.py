@@ -6,6 +6,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+WIDTH = 100  # of lines with names, as far as these can be shortened
+LEAST = 16  # characters that are left of a shortened text
+
+
+def size_text(count: int) -> str:
+    """A number of bytes, such as `1.50 MiB`."""
+    size, units = float(count), iter(("bytes", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while size >= 1024 and unit != "TiB":
+        size, unit = size / 1024, next(units)
+    return f"{count} bytes" if unit == "bytes" else f"{size:.2f} {unit}"
+
+
+def _shortened(text: str, width: int) -> str:
+    """The text, without its middle where it is longer than `width`."""
+    if len(text) <= width:
+        return text
+    head = (width - 1) // 2
+    return f"{text[:head]}…{text[head + 1 - width :]}"
+
 
 def _cell(value: Any) -> str:
     if value is None:
@@ -23,7 +43,8 @@ def _cell(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """A table, to be printed.
+    """A table. All `rows` are dicts with the same keys; `summary` holds totals; `notes` are printed below the
+    table. Where there are many rows, `table` holds fewer that are printed in their place.
 
     Args:
         title: the first line.
@@ -42,14 +63,24 @@ class Report:
     rows: Sequence[dict[str, Any]]
     notes: Sequence[str] = ()
     summary: dict[str, Any] = field(default_factory=dict)
+    table: Sequence[dict[str, Any]] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Report {self.title!r}: {len(self.rows)} rows; print() shows them>"
 
     def __str__(self) -> str:
         lines = [self.title]
-        if self.rows:
-            columns = list(self.rows[0])
-            cells = [columns, *([_cell(row[column]) for column in columns] for row in self.rows)]
+        rows = self.rows if self.table is None else self.table
+        if rows:
+            columns = list(rows[0])
+            cells = [columns, *([_cell(row[column]) for column in columns] for row in rows)]
             widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-            numeric = [any(isinstance(row[c], (int, float)) for row in self.rows) for c in columns]
+            if self.table is not None:
+                widest = max(range(len(columns)), key=widths.__getitem__)
+                excess = sum(widths) + 2 * len(columns) - WIDTH
+                widths[widest] = min(widths[widest], max(widths[widest] - excess, LEAST))
+                cells = [[_shortened(*pair) for pair in zip(line, widths, strict=True)] for line in cells]
+            numeric = [any(isinstance(row[c], (int, float)) for row in rows) for c in columns]
             for line in cells:
                 aligned = (
                     text.rjust(width) if right else text.ljust(width)

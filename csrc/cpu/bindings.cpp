@@ -15,6 +15,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("lora_linear_backward", &fe::lora_linear_backward, Unlocked());
   m.def("ewc_penalty", &fe::ewc_penalty, Unlocked());
   m.def("ewc_penalty_recorded", &fe::recorded::EWCPenalty::call, Unlocked());
+  m.def("l1_penalty", &fe::l1_penalty, Unlocked());
   m.def("factored_penalty", &fe::factored_penalty, Unlocked());
   m.def("fisher_accumulate_", &fe::fisher_accumulate, Unlocked());
   m.def("fisher_sums_", &fe::fisher_sums, Unlocked());

@@ -1,4 +1,4 @@
-// EWC penalty of all adapters of a model in one parallel region.
+// EWC penalty, or l1 norm, of all adapters of a model in one parallel region.
 #include "flat_gradients.h"
 
 namespace fe {
@@ -36,13 +36,19 @@ Cut cut_at(const std::vector<Adapter>& adapters, double total, int64_t part, int
   return row < k.rows ? Cut{i, row} : Cut{i + 1, 0};
 }
 
-}  // namespace
+// The F of one adapter; the tensor keeps what the matrix points to.
+void set_fisher(Adapter& adapter, const at::Tensor& fisher) {
+  const bool codes = fisher.scalar_type() == at::kByte;
+  adapter.fisher = codes ? fisher : as_rows(fisher);
+  adapter.kernel.codes = codes;
+  adapter.kernel.fisher = codes ? Matrix{fisher.data_ptr(), fisher.stride(0), Dtype::f32} : matrix(adapter.fisher);
+}
 
-std::tuple<at::Tensor, at::Tensor> ewc_penalty(const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs,
-                                               const OptionalTensors& scales, const std::vector<double>& factors, double ewc_lambda,
-                                               const std::vector<bool>& needs) {
-  arguments::ewc_penalty(DEVICE, fishers, lora_as, lora_bs, scales, factors, needs);
-  std::vector<Adapter> adapters(fishers.size());
+// The penalty of checked arguments: an l1 norm without fishers.
+std::tuple<at::Tensor, at::Tensor> penalties(const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs,
+                                             const OptionalTensors& scales, const std::vector<double>& factors, double lambda,
+                                             const std::vector<bool>& needs) {
+  std::vector<Adapter> adapters(lora_as.size());
   int64_t ranks = 0, scratch = 0, widest = 0;
   double total = 0.0;
   bool holes = false;  // an F without elements: no part computes its gradients
@@ -50,17 +56,15 @@ std::tuple<at::Tensor, at::Tensor> ewc_penalty(const Tensors& fishers, const Ten
     Adapter& a = adapters[i];
     a.a = as_float(lora_as[i]);
     a.b = as_float(lora_bs[i]);
-    const bool codes = fishers[i].scalar_type() == at::kByte;
-    a.fisher = codes ? fishers[i] : as_rows(fishers[i]);
     PenaltyAdapter& k = a.kernel;
     k.rows = a.b.size(0), k.d_in = a.a.size(1), k.rank = a.a.size(0);
-    k.codes = codes;
-    k.fisher = codes ? Matrix{a.fisher.data_ptr(), a.fisher.stride(0), Dtype::f32} : matrix(a.fisher);
+    k.l1 = fishers.empty();
+    if (!k.l1) set_fisher(a, fishers[i]);
     k.a = a.a.data_ptr<float>(), k.b = a.b.data_ptr<float>();
     a.scale = scale_of(scales[i], factors[i], k.rank);
     const bool unit = std::all_of(a.scale.begin(), a.scale.end(), [](float s) { return s == 1.f; });
     k.scale = unit ? nullptr : a.scale.data();
-    k.lambda = float(ewc_lambda);
+    k.lambda = float(lambda);
     k.need_a = needs[0], k.need_b = needs[1], k.need_s = needs[2] && scales[i];
     a.first_rank = ranks, ranks += k.rank;
     a.cost = total, total += row_cost(k) * k.rows;
@@ -112,6 +116,22 @@ std::tuple<at::Tensor, at::Tensor> ewc_penalty(const Tensors& fishers, const Ten
                          grads.data_ptr<float>() + flat.s[i]);
   }
   return {at::scalar_tensor(float(value), at::kFloat), grads};  // Inf beyond fp32, which a conversion by PyTorch would refuse
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> ewc_penalty(const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs,
+                                               const OptionalTensors& scales, const std::vector<double>& factors, double ewc_lambda,
+                                               const std::vector<bool>& needs) {
+  arguments::ewc_penalty(DEVICE, fishers, lora_as, lora_bs, scales, factors, needs);
+  return penalties(fishers, lora_as, lora_bs, scales, factors, ewc_lambda, needs);
+}
+
+std::tuple<at::Tensor, at::Tensor> l1_penalty(const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs,
+                                              const OptionalTensors& scales, const std::vector<double>& factors, double l1_lambda,
+                                              const std::vector<bool>& needs) {
+  arguments::l1_penalty(DEVICE, fishers, lora_as, lora_bs, scales, factors, needs);
+  return penalties(fishers, lora_as, lora_bs, scales, factors, l1_lambda, needs);
 }
 
 }  // namespace fe

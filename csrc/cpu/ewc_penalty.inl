@@ -1,5 +1,6 @@
 // EWC penalty of one adapter over a range of rows: loss, dA, dB and ds from one read of F.
 //   D = (B s) A;  H = F * D;  loss = lambda/2 sum H * D;  dB = lambda (H A^T) s;  dA = lambda (B s)^T H;  ds = lambda sum_i B (H A^T)
+// The l1 norm of D runs through the same passes with H = sign(D), loss = lambda sum H * D, and no F.
 // H exists only as a tile of F_ROWS x F_COLUMNS floats in the first-level cache. Strips of rows run along F as it lies in memory; the
 // lanes of H A^T are summed once per strip.
 #pragma once
@@ -18,9 +19,10 @@ struct FisherValues {
   const float* first;
   int64_t stride;
 
+  // H of elements D from (row, column) on.
   template <class Extent>
-  inline __attribute__((always_inline)) vfloat at(int64_t row, int64_t column, Extent extent) const {
-    return load(first + row * stride + column, extent);
+  inline __attribute__((always_inline)) vfloat times(vfloat d, int64_t row, int64_t column, Extent extent) const {
+    return load(first + row * stride + column, extent) * d;
   }
   // Strips are too short along a row for the hardware prefetcher to detect them. Into L2: a strip is as large as L1.
   inline __attribute__((always_inline)) void prefetch(int64_t row, int64_t column, int) const {
@@ -37,7 +39,7 @@ struct FisherCodes {
   int64_t stride;  // bytes
 
   template <class Extent>
-  inline __attribute__((always_inline)) vfloat at(int64_t row, int64_t column, Extent) const {
+  inline __attribute__((always_inline)) vfloat times(vfloat d, int64_t row, int64_t column, Extent) const {
     vcodes code;
     std::memcpy(&code, codes + row * stride + column, L);
     uint16_t high;
@@ -46,11 +48,21 @@ struct FisherCodes {
     float scale;
     std::memcpy(&scale, &bits, sizeof scale);
     const vfloat value = __builtin_convertvector(__builtin_convertvector(code, vint), vfloat);
-    return value * value * splat(scale);
+    return value * value * splat(scale) * d;
   }
   inline __attribute__((always_inline)) void prefetch(int64_t row, int64_t column, int v) const {
     if (v == 0) __builtin_prefetch(codes + (row + F_ROWS) * stride + column, 0, 2);  // a line of codes is several vectors of values
   }
+};
+
+// H of the l1 norm: 1, 0 or -1, and 0 where D is no number, as torch.sign; the loss is no number then.
+struct Signs {
+  template <class Extent>
+  inline __attribute__((always_inline)) vfloat times(vfloat d, int64_t, int64_t, Extent) const {
+    const vint positive = d > 0.f, negative = d < 0.f;  // -1 where true
+    return __builtin_convertvector(negative - positive, vfloat);
+  }
+  inline __attribute__((always_inline)) void prefetch(int64_t, int64_t, int) const {}
 };
 
 // Writes H of one tile and adds H * D to `loss`.
@@ -60,7 +72,7 @@ inline void penalty_tile(const Fisher& fisher, int64_t rows, int64_t columns, co
   vfloat sums[COLUMNS] = {};
   vfloat* total = sums;
   expand(sb, r, rows, panel, r, columns, [=](int64_t row, int64_t column, int v, vfloat d, auto extent) __attribute__((always_inline)) {
-    const vfloat value = fisher.at(row, column, extent) * d;
+    const vfloat value = fisher.times(d, row, column, extent);
     fisher.prefetch(row, column, v);
     total[v] += value * d;
     store(h + row * F_COLUMNS + column, value);
@@ -96,7 +108,9 @@ inline float penalty_strip(const PenaltyAdapter& p, const PenaltyScratch& s, int
   for (int64_t j = 0; j < p.d_in; j += F_COLUMNS) {
     const int64_t columns = p.d_in - j < F_COLUMNS ? p.d_in - j : F_COLUMNS;
     const float* a = s.panel + j * r;  // F_COLUMNS is a multiple of L
-    if (p.codes) {
+    if (p.l1) {
+      penalty_tile(Signs{}, rows, columns, sb, a, r, s.h, loss);
+    } else if (p.codes) {
       const uint8_t* row = static_cast<const uint8_t*>(p.fisher.data) + i * p.fisher.stride;
       const uint8_t* scales = row + round_up(p.d_in, CODE_BLOCK) + j / CODE_BLOCK * sizeof(uint16_t);
       penalty_tile(FisherCodes{row + j, scales, p.fisher.stride}, rows, columns, sb, a, r, s.h, loss);
@@ -135,7 +149,7 @@ inline double penalty(const PenaltyAdapter& p, int64_t row0, int64_t row1, float
     for (int64_t q = 0; q < panel_floats; ++q) s.grad_panel[q] *= p.lambda;
     unpack_panel({s.grad_panel, r, L}, r, p.d_in, {grad_a, p.d_in, Dtype::f32});
   }
-  return 0.5 * double(p.lambda) * loss;
+  return (p.l1 ? 1.0 : 0.5) * double(p.lambda) * loss;
 }
 
 }  // namespace fe::FE_ISA

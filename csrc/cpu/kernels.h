@@ -76,6 +76,7 @@ struct LoraBackward {
 };
 
 struct PenaltyAdapter {
+  bool l1 = false;     // the penalty is lambda sum |B diag(s) A|, which has no Fisher
   Matrix fisher;       // [rows, d_in], f32 or bf16
   bool codes = false;  // fisher has rows of codes in 8 bits (reference/eight_bit.py), its stride is in bytes
   int64_t rows = 0, d_in = 0, rank = 0;

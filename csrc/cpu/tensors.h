@@ -106,6 +106,9 @@ Tensors lora_linear_backward(const at::Tensor& dy, const std::optional<at::Tenso
 std::tuple<at::Tensor, at::Tensor> ewc_penalty(const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs,
                                                const OptionalTensors& scales, const std::vector<double>& factors, double ewc_lambda,
                                                const std::vector<bool>& needs);
+std::tuple<at::Tensor, at::Tensor> l1_penalty(const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs,
+                                              const OptionalTensors& scales, const std::vector<double>& factors, double l1_lambda,
+                                              const std::vector<bool>& needs);
 std::tuple<at::Tensor, at::Tensor> factored_penalty(const Tensors& fishers, const Tensors& lora_as, const Tensors& lora_bs,
                                                     const OptionalTensors& scales, const std::vector<double>& factors, double ewc_lambda,
                                                     const std::vector<bool>& needs);

@@ -9,7 +9,9 @@ import warnings
 
 import torch
 
-from ..reference import kronecker_penalty, l1_penalty
+from ..errors import EWCLoRAWarning
+from ..reference import kronecker_penalty
+from . import built
 from .candidate import Call, Candidate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -17,6 +19,7 @@ _ALGORITHMS = {
     "lora_linear": "C++ prologue into BLAS addmm",
     "lora_linear_backward": "C++ row passes around BLAS addmm",
     "ewc_penalty": "C++ one pass over F",
+    "l1_penalty": "C++ one pass over B A, in tiles",
     "factored_penalty": "C++, products of rank columns",
     "fisher_accumulate_": "C++ tiled product, squared in cache",
     "fisher_sums_": "C++ tiled product, squares summed in registers",
@@ -30,6 +33,9 @@ def _load() -> tuple[types.ModuleType | None, str | None]:
     try:
         return importlib.import_module("fused_ewclora._C"), None
     except ModuleNotFoundError:
+        if (unwanted := built.unwanted()) is not None:
+            warnings.warn(f"fused_ewclora: {unwanted}", EWCLoRAWarning, stacklevel=2)
+            return None, unwanted
         reason = "the C++ extension was not built (FUSED_EWCLORA_BUILD=none, or no compiler at install time)"
         return None, reason
     except ImportError as error:
@@ -62,9 +68,6 @@ def candidates(op: str) -> tuple[Candidate, ...]:
     module = extension()
     if op == "kronecker_penalty":  # a pass over two matrices by BLAS, which nothing beats
         return (Candidate("cpu", "BLAS products", _supports, kronecker_penalty.penalty_and_grads),)
-    if op == "l1_penalty":
-        blocks = l1_penalty.penalty_and_grads_in_blocks
-        return (Candidate("cpu", "PyTorch, blocks of rows in cache", _supports, blocks),)
     if op not in _ALGORITHMS:
         return ()
     run = getattr(module, op, _missing)

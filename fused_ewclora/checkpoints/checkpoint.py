@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ from . import frozen
 from .files import ADAPTER, ADAPTER_CONFIG, MANIFEST, STATE, read_files, write_files
 from .peft_format import as_in_peft, disk_key, model_key, own_config, peft_config, stock_shapes
 
+_log = logging.getLogger(__name__)
 FORMAT = 1
 ROWS = "merged_rows."  # prefix of the keys of base weight rows that consolidation has changed
 PART = "#"  # between the name of a layer and a tensor that determines its weight, in such keys
@@ -169,6 +171,7 @@ def load_pretrained(
             ewc.take_over(parsed, change)
     for name, layer in layers.items():
         layer.consolidated_tasks = tasks[name]
+    _log.info("load_pretrained: %d layers from %s", len(layers), path)
 
 
 def _layers(model: nn.Module, ewc: EWC | None) -> dict[str, AdaptedLinear]:

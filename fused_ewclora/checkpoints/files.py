@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -23,6 +24,7 @@ from typing import Any
 from ..errors import CheckpointError
 from .lock import locked
 
+_log = logging.getLogger(__name__)
 MANIFEST = "ewc_config.json"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -59,6 +61,7 @@ def write_files(folder: Path, files: dict[str, bytes], config: dict[str, Any]) -
         os.replace(written, folder / MANIFEST)  # from here on the new set is the checkpoint
         _sync_folder(folder)
         _settle(folder)
+    _log_written(folder, files)
 
 
 def _make_folder(folder: Path) -> None:
@@ -98,6 +101,12 @@ def write_plain(folder: Path, files: dict[str, bytes]) -> None:
         for name, content in files.items():
             _replace(folder / name, content)
         _sync_folder(folder)
+    _log_written(folder, files)
+
+
+def _log_written(folder: Path, files: dict[str, bytes]) -> None:
+    listing = ", ".join(f"{name} ({len(content)} bytes)" for name, content in files.items())
+    _log.info("wrote to %s: %s", folder, listing)
 
 
 def read_files(folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -35,6 +36,7 @@ from .peft_format import (
     refuse_foreign,
 )
 
+_log = logging.getLogger(__name__)
 Planned = tuple[LoRAConfig, float]  # the configuration of one layer, and its exact scale
 _LORA_MATRIX = re.compile(r"(.+)\.lora_([AB])$")
 
@@ -159,6 +161,7 @@ def import_peft(path: str | os.PathLike[str], model: nn.Module) -> None:
                 f"{ADAPTER}: {name} {list(tensor.shape)} fits nothing in the model; nothing was loaded"
             )
     _install(model, plans, pairs, others)
+    _log.info("import_peft: %d layers from %s", len(plans), path)
 
 
 def _refuse_attentions(model: nn.Module, names: Iterable[str]) -> None:

@@ -38,14 +38,15 @@ def steps(
         torch.rand(batch, 1, side, side, device=device),
         torch.randint(10, (batch,), device=device),
     )
-    ewc = fe.EWC(model, ewc_lambda=1.0)
+    ewc_lambda = 1.0
+    ewc = fe.EWC(model, ewc_lambda=ewc_lambda)
     ewc.end_task([(images, labels)], F.cross_entropy, progress=False)
     with torch.no_grad():
         for layer in fe.adapters(model).values():
             for _, _, lora_b in layer.adapter_parameters():
                 lora_b.normal_(std=0.02)
     twin, plain_layers = plain_copy(model)
-    fishers = list(ewc.fishers.values())
+    fishers = [fisher for fisher in ewc.fishers.values() if isinstance(fisher, torch.Tensor)]
 
     def fused() -> float:
         loss = F.cross_entropy(model(images), labels)
@@ -57,7 +58,7 @@ def steps(
     def plain() -> float:
         deltas = [delta for layer in plain_layers for delta in layer.deltas()]
         squares = [(fisher * delta.square()).sum() for fisher, delta in zip(fishers, deltas, strict=True)]
-        loss = F.cross_entropy(twin(images), labels) + 0.5 * ewc.ewc_lambda * torch.stack(squares).sum()
+        loss = F.cross_entropy(twin(images), labels) + 0.5 * ewc_lambda * torch.stack(squares).sum()
         loss.backward()
         value = float(loss.detach())
         twin.zero_grad(set_to_none=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fused_ewclora as fe
 
+from ..literals import FisherMode
 from ..metrics import ContinualMetrics
 from .evaluation import PERCENT, accuracies, check_finite
 from .formats import DataError
@@ -46,7 +47,7 @@ class Recipe:
     adapter_lr: float = 1e-3
     head_lr: float = 5e-3
     ewc_lambda: float = 600.0
-    fisher_mode: str = "sample"
+    fisher_mode: FisherMode = "sample"
     train_per_class: int = 400
     test_per_class: int = 200
     base_steps: int = 800

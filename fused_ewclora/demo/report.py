@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..literals import Protocol
 from ..metrics import PROTOCOLS
 from .environment import versions
 from .files import replace_text
@@ -47,7 +48,7 @@ def aggregate(results: list[Result]) -> dict[str, dict[str, dict[str, dict[str, 
     return out
 
 
-def matrix_text(results: list[Result], method: str, protocol: str) -> str:
+def matrix_text(results: list[Result], method: str, protocol: Protocol) -> str:
     """The mean accuracy matrix over the seeds: row = after training task t, column = accuracy on task i."""
     mean = np.mean([r.metrics.matrix(protocol) for r in of_method(results, method)], axis=0)
     lines = [
@@ -131,7 +132,7 @@ def conclusion(summary: dict[str, Any], tasks: int, seeds: int) -> str:
 def record(results: list[Result], **rest: Any) -> dict[str, Any]:
     """All data of the tables, as plain containers."""
 
-    def rows(r: Result, protocol: str) -> list[list[float]]:
+    def rows(r: Result, protocol: Protocol) -> list[list[float]]:
         return [list(row[: t + 1]) for t, row in enumerate(r.metrics.matrix(protocol).tolist())]
 
     runs = [

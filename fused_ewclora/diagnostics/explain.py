@@ -19,8 +19,12 @@ from ..layers.inject import adapters
 from ..layers.matching import MAX_NAMES, shorten
 from ..layers.parts import LoRAPart, Part
 from ..ops import dispatch
-from ..report import Report
+from ..report import Report, size_text
+from .explain_table import Reason, printed
 from .second_reads import second_reads, tensors_in
+
+TITLE = "lora_linear by layer"
+FP32_BYTES = torch.float32.itemsize
 
 
 def check_bypass(model: nn.Module) -> None:
@@ -99,6 +103,8 @@ def verify_forward(model: nn.Module, sample: Any) -> dict[str, int]:
 def explain(model: nn.Module, sample: Any = None) -> Report:
     """A table of the implementation that serves each adapted layer and the reasons why others do not; its
     rows are data. The experts of a mixture that are served alike share a row, in which their calls are added.
+    Printed, all layers that are alike share a row, with the bytes of a dense Fisher in fp32 of each, and a
+    reason stands once, as a note with a number.
 
     The column r has the ranks of the adapters that the layer applies; with some methods they change from task
     to task. Under autocast its dtype is used.
@@ -125,22 +131,31 @@ def explain(model: nn.Module, sample: Any = None) -> Report:
             _run(model, sample)
         calls = _calls_since(model, before)
     rows: list[tuple[Part | None, dict[str, Any]]] = []
+    shown: list[dict[str, Any]] = []
+    reasons: list[list[Reason]] = []
     for name, layer in adapters(model).items():
         ranks = _ranks(layer)
-        row = {
-            "name": name,
-            "r": "+".join(map(str, ranks)) or "0",
-            **_implementation(layer, sum(ranks), sizes.get(name)),
-        }
-        if calls is not None:
-            row["calls"] = calls[name]
+        served, why = _implementation(layer, sum(ranks), sizes.get(name))
+        row = {"name": name, "r": "+".join(map(str, ranks)) or "0", **served}
+        called = {} if calls is None else {"calls": calls[name]}
+        shown.append({**row, "F": size_text(_dense_bytes(layer)), **called})
+        reasons.append(why)
+        row |= {"why_not_faster": "; ".join(map(str, why)) or None, **called}
         rows.append((layer.part if isinstance(layer, LoRAPart) else None, row))
     silent = [name for name, count in (calls or {}).items() if count == 0]
     notes = [_bypass_message(model, silent)] if silent else []
     if not rows:
-        notes.append("no adapted layers")
-    table = grouped_rows(rows, () if calls is None else ("calls",))
-    return Report("lora_linear by layer", table, notes, {"layers": len(rows), "bypassed": silent})
+        return Report(TITLE, (), ["no adapted layers"], {"layers": 0, "bypassed": silent})
+    total = sum(map(_dense_bytes, adapters(model).values()))
+    notes.append(f"F: {size_text(total)} for all, dense in fp32; fe.memory(model) compares structures")
+    title, table, remarks = printed(shown, reasons, TITLE)
+    data = grouped_rows(rows, () if calls is None else ("calls",))
+    return Report(title, data, [*notes, *remarks], {"layers": len(rows), "bypassed": silent}, table)
+
+
+def _dense_bytes(layer: AdaptedLinear) -> int:
+    """What a dense Fisher of the adapters takes in fp32, the default of `EWC`."""
+    return sum(piece.row_count for piece in layer.adapter_slices) * layer.in_features * FP32_BYTES
 
 
 @torch.no_grad()
@@ -151,32 +166,32 @@ def _ranks(layer: AdaptedLinear) -> list[int]:
     return [adapter.lora_a.shape[0] for adapter in layer.composed()]
 
 
-def _implementation(layer: AdaptedLinear, rank: int, rows: int | None) -> dict[str, Any]:
+def _implementation(layer: AdaptedLinear, rank: int, rows: int | None) -> tuple[dict[str, Any], list[Reason]]:
+    """What serves the next call of the layer, and why nothing faster does."""
     device = layer.weight.device.type
     autocast = torch.is_autocast_enabled(device) and layer.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else layer.dtype
     row: dict[str, Any] = {"device": device, "dtype": str(dtype).removeprefix("torch.")}
     if layer.merged or not layer.adapters_enabled:
         state = "merged" if layer.merged else "disabled"
-        return {**row, "backend": "torch", "algorithm": f"linear ({state})", "why_not_faster": None}
+        return {**row, "backend": "torch", "algorithm": f"linear ({state})"}, []
     if why := layer.not_fused():
-        return {**row, "backend": "torch", "algorithm": "several calls", "why_not_faster": why}
+        return {**row, "backend": "torch", "algorithm": "several calls"}, [Reason("", "", why)]
     if layer.weight_state() is not None:
         kind = "add_low_rank on the product of the library of its weight"
-        return {**row, "backend": "torch", "algorithm": kind, "why_not_faster": None}
+        return {**row, "backend": "torch", "algorithm": kind}, []
     if rank == 0:
-        return {**row, "backend": "torch", "algorithm": "linear (no ranks left)", "why_not_faster": None}
+        return {**row, "backend": "torch", "algorithm": "linear (no ranks left)"}, []
     answers = dispatch.explain("lora_linear", _call(layer, dtype, rank, rows))
     # Later entries are less preferred, except for other algorithms of the same backend.
     first = next((i for i, (_, _, reason) in enumerate(answers) if reason is None), len(answers))
     backend, algorithm = answers[first][:2] if first < len(answers) else (None, None)
     reasons = [
-        f"{other} {name}: {reason}"
+        Reason(other, name, reason)
         for i, (other, name, reason) in enumerate(answers)
         if reason is not None and (i < first or other == backend)
     ]
-    why = "; ".join(reasons) or None
-    return {**row, "backend": backend, "algorithm": algorithm, "why_not_faster": why}
+    return {**row, "backend": backend, "algorithm": algorithm}, reasons
 
 
 def _call(layer: AdaptedLinear, dtype: torch.dtype, rank: int, rows: int | None) -> dispatch.Call:

@@ -14,6 +14,7 @@ from ..errors import ArgumentError
 from ..ewc.structures import EIGHT_BIT, NAMES, Extent, Structure, structure_of
 from ..layers.inject import adapters
 from ..layers.matching import plan
+from ..literals import FisherDtype, StructureName
 from ..report import Report
 
 
@@ -75,8 +76,8 @@ def memory(
     model: nn.Module,
     config: LoRAConfig | None = None,
     *,
-    fisher: str | Structure | None = None,
-    fisher_dtype: torch.dtype | str = torch.float32,
+    fisher: StructureName | Structure | None = None,
+    fisher_dtype: FisherDtype = torch.float32,
 ) -> Report:
     """A table of the bytes that `EWC` will take for each structure of the Fisher; its rows are data. Nothing
     is allocated, so that models on the meta device do.

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
+from ..progress import with_bar
 
 Batch = Any
 Forward = Callable[[nn.Module, Batch], tuple[Any, Any]]
@@ -247,16 +246,11 @@ def _disagreement(counts: Mapping[str, set[int]]) -> ArgumentError:
     )
 
 
-def limited(loader: Iterable[Batch], max_batches: int | None, progress: bool | None) -> Iterator[Batch]:
-    """At most `max_batches` batches, with a bar on stderr (progress None: only when that is a terminal)."""
-    batches: Iterable[Batch] = itertools.islice(loader, max_batches)
-    if sys.stderr.isatty() if progress is None else progress:
-        from tqdm import tqdm
-
-        total = len(loader) if isinstance(loader, Sized) else None
-        total = max_batches if total is None else min(total, max_batches or total)
-        batches = tqdm(batches, total=total, desc="Fisher", unit="batch", leave=False)
-    yield from batches
+def limited(
+    loader: Iterable[Batch], max_batches: int | None, progress: bool | None, title: str = "Fisher"
+) -> Iterator[Batch]:
+    """At most `max_batches` batches, with a bar as `progress` says (`fused_ewclora.progress`)."""
+    yield from with_bar(loader, max_batches, progress, title)
 
 
 def check_max_batches(max_batches: int | None) -> None:

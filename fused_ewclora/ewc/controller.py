@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,9 @@ from ..layers.from_peft import no_adapters
 from ..layers.index import checked_fisher_dtype, devices
 from ..layers.inject import adapters, check_plain
 from ..layers.watch import TrainingWatch
+from ..literals import FisherDtype, FisherMode, Labels, MergeMode, Reduction, StructureName, Update
 from ..ops.capture import RowsToSamples
+from ..report import size_text
 from . import estimation as passes
 from . import several_passes
 from .consolidate import consolidate, consolidate_prior
@@ -32,12 +35,15 @@ from .placement import LocalPlacement, Placement
 from .restoring import Undo
 from .settings import FISHER_MODES, MERGE_MODES, UPDATES, checked_lambda, number, one_of
 from .state import EWCState, Expected, TaskFisher, TaskRecord, by_fisher, dump
-from .structures import Structure, check_mode, structure_of
-from .structures.dense import Dense
+from .structures import EIGHT_BIT, Structure, check_mode, structure_of
+from .structures.dense import Dense, EightBit
 from .untrained import untrained_message
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+_log = logging.getLogger(__name__)
 
 
 class EWC:
@@ -92,13 +98,13 @@ class EWC:
         model: nn.Module,
         ewc_lambda: float | None = None,
         gamma: float = 1.0,
-        fisher_mode: str = "sample",
-        fisher_dtype: torch.dtype | Literal["8bit"] = torch.float32,
-        merge_mode: str = "delta",
+        fisher_mode: FisherMode = "sample",
+        fisher_dtype: FisherDtype = torch.float32,
+        merge_mode: MergeMode = "delta",
         check_finite: bool = True,
-        update: str = "sum",
+        update: Update = "sum",
         generator: torch.Generator | None = None,
-        fisher: str | Structure = "dense",
+        fisher: StructureName | Structure = "dense",
     ) -> None:
         self.model = model
         self.ewc_lambda = ewc_lambda
@@ -134,6 +140,18 @@ class EWC:
     @ewc_lambda.setter
     def ewc_lambda(self, value: float | None) -> None:
         self._lambda = None if value is None else checked_lambda(value)
+
+    def __repr__(self) -> str:
+        strength = "None" if self._lambda is None else f"{self._lambda:g}"
+        eight_bit = self.structure.name == EightBit.name
+        kept = repr(EIGHT_BIT) if eight_bit else str(self.fisher_dtype).removeprefix("torch.")
+        structure = Dense.name if eight_bit else self.structure.name
+        held = size_text(sum(tensor.nbytes for tensor in self._state.fishers.values()))
+        return (
+            f"EWC(ewc_lambda={strength}, gamma={self.gamma:g}, fisher_mode={self.fisher_mode!r}, "
+            f"fisher={structure!r}, fisher_dtype={kept}, merge_mode={self.merge_mode!r}, "
+            f"update={self.update!r}; {self.tasks} tasks, {len(self.layers)} layers, Fishers of {held})"
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -258,10 +276,10 @@ class EWC:
     @contextmanager
     def accumulate_fisher(
         self,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         batch_size: int | None = None,
         loss_scale: float = 1.0,
-        labels: str = "empirical",
+        labels: Labels = "empirical",
         *,
         check_samples: bool = True,
         rows_to_samples: Mapping[str, RowsToSamples] | None = None,
@@ -381,11 +399,11 @@ class EWC:
         self,
         loader: Iterable[Any],
         loss_fn: passes.LossFunction | None = None,
-        labels: str = "empirical",
+        labels: Labels = "empirical",
         max_batches: int | None = None,
         progress: bool | None = None,
         *,
-        reduction: str | None = None,
+        reduction: Reduction | None = None,
         forward: passes.Forward = passes.default_forward,
         logits_fn: Callable[[Any], Tensor] = passes.default_logits,
         batch_size_fn: Callable[[Any], int] = passes.batch_size_of,
@@ -570,8 +588,8 @@ class EWC:
 
     def convert_fisher_(
         self,
-        fisher: str | Structure,
-        fisher_dtype: torch.dtype | Literal["8bit"] = torch.float32,
+        fisher: StructureName | Structure,
+        fisher_dtype: FisherDtype = torch.float32,
     ) -> dict[str, float]:
         """From now on keeps F as `EWC(fisher=, fisher_dtype=)` names it, and converts what is kept of earlier
         tasks.
@@ -657,6 +675,9 @@ class EWC:
             )
         self._common_generator = None
         self.watch.expect_fresh_optimizer()
+        done = self._state.history[-1]
+        text = "consolidate: task %d, a Fisher of %d samples (labels %s), gamma %g"
+        _log.info(text, self.tasks, done.samples, done.labels, gamma)
 
     def consolidate_prior(self) -> None:
         """Before the first task, keeps the Fisher that was gathered, as if it were that of an earlier task:
@@ -689,9 +710,21 @@ class EWC:
         loss_fn: passes.LossFunction | None = None,
         *,
         gamma: float | None = None,
-        **kwargs: Any,
+        labels: Labels = "empirical",
+        max_batches: int | None = None,
+        progress: bool | None = None,
+        reduction: Reduction | None = None,
+        forward: passes.Forward = passes.default_forward,
+        logits_fn: Callable[[Any], Tensor] = passes.default_logits,
+        batch_size_fn: Callable[[Any], int] = passes.batch_size_of,
+        generator: torch.Generator | None = None,
+        check_samples: bool = True,
+        rows_to_samples: Mapping[str, RowsToSamples] | None = None,
+        allow_empty: bool = False,
+        max_bytes: int | None = None,
     ) -> None:
-        """Ends a task: `estimate_fisher`, where the task needs a Fisher, then `consolidate(gamma)`.
+        """`estimate_fisher`, with its arguments, where the task needs a Fisher, then `consolidate(gamma)`,
+        with the errors of both.
 
         A Fisher that was estimated stays when `consolidate` raises: remove the cause and call `consolidate`.
         Warns, before anything else, of adapters that the first task did not train although it trained others.
@@ -729,7 +762,22 @@ class EWC:
         if message := untrained_message(self._placement.layers):
             warn(f"end_task: {message}")
         if self.gathers:
-            self.estimate_fisher(loader, loss_fn, **kwargs)
+            self.estimate_fisher(
+                loader,
+                loss_fn,
+                labels,
+                max_batches,
+                progress,
+                reduction=reduction,
+                forward=forward,
+                logits_fn=logits_fn,
+                batch_size_fn=batch_size_fn,
+                generator=generator,
+                check_samples=check_samples,
+                rows_to_samples=rows_to_samples,
+                allow_empty=allow_empty,
+                max_bytes=max_bytes,
+            )
         self.consolidate(gamma)
 
     @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..distributed.wrappers import unwrapped
+from ..progress import checked
 from .batches import (
     Batch,
     Forward,
@@ -87,6 +88,7 @@ class Data:
 
     def __post_init__(self) -> None:
         check_max_batches(self.max_batches)
+        checked(self.progress)
 
     def batches(self) -> Iterator[tuple[Batch, int]]:
         """(batch on the device, samples in it), of batches that are not empty."""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, FisherError
+from ..literals import Labels
 from .findings import Findings
 from .known_losses import CrossEntropy, known, reduction_of, summed
 from .loss_check import Watch
 from .model_loss import IGNORED, ModelLoss, loss_of, paired, summed_losses
 
-LABELS = ("empirical", "sampled", "exact")
+LABELS: tuple[Labels, ...] = get_args(Labels)
 LossFunction = Callable[[Any, Any], Tensor]
 _CHANGED = (
     "loss: the model's own loss was the mean cross entropy of its logits and labels before, and is not "

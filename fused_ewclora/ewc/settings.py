@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar, get_args
 
 import torch
 
 from ..errors import ArgumentError
+from ..literals import FisherMode, MergeMode, Update
 
-FISHER_MODES = ("sample", "batch")
-MERGE_MODES = ("delta", "factors")
-UPDATES = ("sum", "convex", "fixed")
+FISHER_MODES: tuple[FisherMode, ...] = get_args(FisherMode)
+MERGE_MODES: tuple[MergeMode, ...] = get_args(MergeMode)
+UPDATES: tuple[Update, ...] = get_args(Update)
 LARGEST = torch.finfo(torch.float32).max  # the penalty is computed in fp32
+Named = TypeVar("Named", bound=str)
 
 
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ArgumentError(f"{name}: expected one of {allowed}, got {value!r}")
-    return value
+def one_of(name: str, value: str, allowed: tuple[Named, ...]) -> Named:
+    for known in allowed:
+        if value == known:
+            return known
+    raise ArgumentError(f"{name}: expected one of {allowed}, got {value!r}")
 
 
 def number(name: str, value: float, low: float, high: float) -> float:
@@ -36,9 +40,9 @@ def checked_lambda(value: float, name: str = "ewc_lambda") -> float:
     return number(name, value, 0.0, LARGEST)
 
 
-def convert_lambda(ewc_lambda: float, from_mode: str, to_mode: str, batch_size: int) -> float:
-    """The lambda that gives the same penalty with a Fisher of the other mode, `lambda_sample = lambda_batch /
-    batch_size` (docs/mathematics.md, section 3.2).
+def convert_lambda(ewc_lambda: float, from_mode: FisherMode, to_mode: FisherMode, batch_size: int) -> float:
+    """The lambda that gives the same penalty with a Fisher of the other mode: lambda_sample = lambda_batch /
+    batch_size.
 
     It rests on `F_batch ~ F_sample / batch_size`, which holds in expectation where the mean gradient of a
     batch is small beside the gradients of single samples, that is near an optimum: `E F_batch = F_sample / n

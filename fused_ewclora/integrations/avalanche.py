@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -14,9 +14,15 @@ from ..ewc.estimation import LABELS, check_max_batches
 from ..layers.adapted import AdaptedLinear
 from ..layers.inject import adapters
 from ..layers.optimizers import reset_optimizer_state_
+from ..literals import Labels, Transforms
 from ._library import require
 
 require("avalanche")
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..ewc.options import EWCOptions
 
 from avalanche.benchmarks import OnlineCLExperience  # noqa: E402
 from avalanche.models import avalanche_forward  # noqa: E402
@@ -39,7 +45,8 @@ class EWCLoRAPlugin(SupervisedPlugin):  # type: ignore[misc, unused-ignore]
     Args:
         ewc: the `EWC` of the model that the strategy trains; None creates one with `ewc_options` before the
             first experience, when the model must have its adapters.
-        labels, max_batches: as in `EWC.estimate_fisher`.
+        labels: as in `EWC.estimate_fisher`.
+        max_batches: as in `EWC.estimate_fisher`.
         batch_size: samples per batch of the Fisher pass; None is `train_mb_size` of the strategy. With
             fisher_mode "batch" the Fisher depends on it.
         transforms: "eval" or "train", the group of the dataset's transformations in the Fisher pass.
@@ -58,12 +65,12 @@ class EWCLoRAPlugin(SupervisedPlugin):  # type: ignore[misc, unused-ignore]
         self,
         ewc: EWC | None = None,
         *,
-        labels: str = "empirical",
+        labels: Labels = "empirical",
         max_batches: int | None = None,
         batch_size: int | None = None,
-        transforms: str = "eval",
+        transforms: Transforms = "eval",
         reset_optimizer: bool = True,
-        **ewc_options: Any,
+        **ewc_options: Unpack[EWCOptions],
     ) -> None:
         super().__init__()
         if ewc is not None and not isinstance(ewc, EWC):

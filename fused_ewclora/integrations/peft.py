@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from ..distributed.transaction import canonical_name
 from ..distributed.wrappers import innermost
 from ..errors import TargetError
 from ..ewc.controller import EWC
+from ..literals import QuantisedMerge
 from ..report import Report
 from ._library import require
 from ._peft_classes import fused_class
@@ -19,6 +20,11 @@ from ._peft_layers import FusedPeft
 from ._peft_quantised import FusedPeftQuantised, check_without_residuals
 
 require("peft")
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..ewc.options import EWCOptions
 
 from peft.tuners.lora.layer import MultiheadAttention as PeftAttention  # noqa: E402  (after the check)
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
@@ -68,7 +74,12 @@ def restore_(peft_model: nn.Module) -> int:
     return len(layers)
 
 
-def attach_ewc(peft_model: nn.Module, *, quantised_merge: str | None = None, **ewc_kwargs: Any) -> EWC:
+def attach_ewc(
+    peft_model: nn.Module,
+    *,
+    quantised_merge: QuantisedMerge | None = None,
+    **ewc_kwargs: Unpack[EWCOptions],
+) -> EWC:
     """An EWC over the LoRA layers of a PEFT model, which run on the fused op from then on.
 
     Fishers have the module names of the plain model. Consolidation adds scaling B A to the base weights and

@@ -486,7 +486,9 @@ class AdaptedLinear(nn.Module):
         adapters = ", ".join(
             f"{s.name or 'lora'}(r={s.r}, scaling={s.scaling:.4g})" for s in self.adapter_slices
         )
-        return f"{super().extra_repr()}, {adapters}" + (", merged" if self.merged else "")
+        state = ", merged" if self.merged else "" if self.adapters_enabled else ", disabled"
+        tasks = f", consolidated_tasks={self.consolidated_tasks}" if self.consolidated_tasks else ""
+        return f"{super().extra_repr()}, {adapters}{tasks}{state}"
 
 
 # Attributes that an adapted layer has in addition to those of its plain class.

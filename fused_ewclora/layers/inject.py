@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,11 +16,13 @@ from ..report import Report
 from . import bypass, freezing
 from .adapted import AdaptedLinear
 from .from_peft import check_no_peft, checked_config, no_adapters
-from .grouping import grouped_rows
+from .grouping import abbreviated, grouped_rows
 from .matching import Plan, plan, shorten
 from .memory import check_loaded, shared_weights, weights_of
 from .parts import Part
 from .quantised import QuantisedLinear, warn_of_rounding
+
+_log = logging.getLogger(__name__)
 
 
 def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -91,7 +94,9 @@ def inject(model: nn.Module, config: LoRAConfig | Any) -> Report:
     bypass.apply_(planned.bypass_fixes)
     freezing.freeze_(model, adopted)
     freezing.thaw_(planned.saved.values())
-    return _report(model, planned)
+    report = _report(model, planned)
+    _log_injection(report)
+    return report
 
 
 def eject(model: nn.Module, merge: bool = True) -> None:
@@ -130,6 +135,7 @@ def eject(model: nn.Module, merge: bool = True) -> None:
         layer.release_()
     bypass.undo_(model)
     freezing.undo_(model)
+    _log.info("eject: %d layers are plain again, adapters %s", len(layers), "merged" if merge else "dropped")
 
 
 @contextmanager
@@ -236,6 +242,8 @@ def _merge(model: nn.Module, layers: dict[str, AdaptedLinear], action: str) -> N
             raise
         done.append(layer)
     warn_of_rounding(action, layers)
+    if action != "eject":
+        _log.info("%s: the adapters of %d layers are part of their weights", action, len(done))
 
 
 def _check_whole(layers: Mapping[str, AdaptedLinear]) -> None:
@@ -279,7 +287,9 @@ def check_mergeable(model: nn.Module, action: str = "merge") -> None:
 
 
 def _report(model: nn.Module, planned: Plan) -> Report:
-    rows = grouped_rows(_rows(planned), ("adapter_params",))
+    entries = list(_rows(planned))
+    table = abbreviated((row for _, row in entries), "adapters", ("adapter_params",))
+    rows = grouped_rows(entries, ("adapter_params",))
     total = _count(p for p in model.parameters())
     trainable = _count(p for p in model.parameters() if p.requires_grad)
     share = trainable / total
@@ -317,7 +327,17 @@ def _report(model: nn.Module, planned: Plan) -> Report:
         "frozen_heads": heads,
         "modules_to_save": list(planned.saved),
     }
-    return Report("LoRA adapters", rows, notes, {**summary, **lists})
+    return Report("LoRA adapters", rows, notes, {**summary, **lists}, table)
+
+
+def _log_injection(report: Report) -> None:
+    found = report.summary
+    text = "inject: adapters in %d layers, %d of %d parameters trainable"
+    _log.info(text, found["layers"], found["trainable"], found["total"])
+    for name, settings in found["bypass_fixes"].items():
+        _log.info("inject: set on %s: %s", name or "the model", settings)
+    for name, reason in found["skipped"].items():
+        _log.debug("inject: skipped %s: %s", name, reason)
 
 
 def _rows(planned: Plan) -> Iterator[tuple[Part | None, dict[str, Any]]]:

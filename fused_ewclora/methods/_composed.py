@@ -23,6 +23,8 @@ from ..functional import ewc_penalty
 from ..layers.adapted import AdaptedLinear
 from ..layers.inject import adapters, eject
 from ..layers.slices import AdapterSlice, fisher_key, same_weights
+from ..literals import Labels, StructureName, Variant
+from ..progress import showing
 from ..report import Report
 from ._directions import fresh_a
 from ._gates import check_ungated
@@ -35,7 +37,7 @@ from .method import Loader, Loss, Method
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-VARIANTS = ("paper", "official")
+VARIANTS: tuple[Variant, ...] = ("paper", "official")
 
 
 class Composed(Method):
@@ -48,9 +50,9 @@ class Composed(Method):
         self,
         model: nn.Module,
         config: LoRAConfig | None,
-        variant: str,
-        labels: str,
-        fisher: str | Structure,
+        variant: Variant,
+        labels: Labels,
+        fisher: StructureName | Structure,
         fisher_dtype: torch.dtype | Literal["8bit"],
         generator: torch.Generator | None,
         group: ProcessGroup | None,
@@ -104,7 +106,7 @@ class Composed(Method):
         if self._constant is not None:
             yield self._constant
 
-    def prepare(self, loader: Loader, loss_fn: Loss | None = None) -> None:
+    def prepare(self, loader: Loader, loss_fn: Loss | None = None, *, progress: bool | None = None) -> None:
         """Estimates the Fisher of W0 on the data of the task that has begun, in eval mode, with the present
         head; once in a task, before its first penalty.
 
@@ -119,7 +121,7 @@ class Composed(Method):
         if self._prepared:
             raise ArgumentError(f"prepare: task {self.tasks} has been prepared already, by all of its data")
         with self._ewc.restored_on_error():
-            with self.pretrained():
+            with self.pretrained(), showing(progress):
                 estimate(self._ewc, loader, loss_fn, self.labels, self.group)
             self._take_in()
         self._ewc.ewc_lambda, self._constant = self._strength(), None

@@ -13,9 +13,10 @@ from ..functional import Adapter
 from ..layers.adapted import AdaptedLinear
 from ..layers.plain import own_tensors
 from ..layers.slices import AdapterSlice
+from ..literals import Magnitudes, Normalization
 
-NORMALIZATIONS = ("product", "factors")
-MAGNITUDES = ("per_adapter", "shared")
+NORMALIZATIONS: tuple[Normalization, ...] = ("product", "factors")
+MAGNITUDES: tuple[Magnitudes, ...] = ("per_adapter", "shared")
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def _gathered(
     device = next(iter(layers.values())).weight.device
     batches, before = 0, {name: layer.forward_calls for name, layer in layers.items()}
     with eager(), evaluation_mode(model), _summing(layers, plus) as sums:
-        for batch in limited(loader, max_batches, False):
+        for batch in limited(loader, max_batches, None, "Inputs"):
             forward(unwrapped(model), to_device(batch, device))
             batches += 1
     if batches == 0:

@@ -20,6 +20,7 @@ from ..ewc.placement import LocalPlacement
 from ..ewc.settings import one_of
 from ..layers.adapted import AdaptedLinear
 from ..layers.inject import adapters
+from ..literals import Variant
 from ._inputs import input_covariances
 from ._resume import dump, parse, take_over
 from ._shares import folded, in_all
@@ -41,7 +42,7 @@ class Projected(Method):
         model: nn.Module,
         config: LoRAConfig | None,
         *,
-        variant: str,
+        variant: Variant,
         forward: Forward,
         max_batches: int | None,
         group: ProcessGroup | None,

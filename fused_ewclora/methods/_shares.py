@@ -15,6 +15,7 @@ from ..errors import ArgumentError
 from ..ewc.controller import EWC
 from ..ewc.fold import folding
 from ..ewc.placement import Placement
+from ..literals import Labels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -62,7 +63,9 @@ def folded(placement: Placement, group: ProcessGroup | None) -> Iterator[Transac
         yield change
 
 
-def estimate(ewc: EWC, loader: Iterable[Any], loss_fn: Any, labels: str, group: ProcessGroup | None) -> None:
+def estimate(
+    ewc: EWC, loader: Iterable[Any], loss_fn: Any, labels: Labels, group: ProcessGroup | None
+) -> None:
     """`ewc.estimate_fisher` with the data of all processes of `group`, each of which raises the errors of
     every other one. One with an empty loader adds nothing. An EWC that needs no Fisher estimates none."""
     many = several(group)
@@ -72,7 +75,9 @@ def estimate(ewc: EWC, loader: Iterable[Any], loss_fn: Any, labels: str, group: 
         ewc.reduce_fisher_(group)
 
 
-def end_task(ewc: EWC, loader: Iterable[Any], loss_fn: Any, labels: str, group: ProcessGroup | None) -> None:
+def end_task(
+    ewc: EWC, loader: Iterable[Any], loss_fn: Any, labels: Labels, group: ProcessGroup | None
+) -> None:
     """`ewc.end_task` with the Fisher of the data of all processes of `group`; what was estimated before an
     error is discarded."""
     with ewc.restored_on_error():
@@ -81,7 +86,7 @@ def end_task(ewc: EWC, loader: Iterable[Any], loss_fn: Any, labels: str, group: 
 
 
 def estimate_prior(
-    ewc: EWC, loader: Iterable[Any], loss_fn: Any, labels: str, group: ProcessGroup | None
+    ewc: EWC, loader: Iterable[Any], loss_fn: Any, labels: Labels, group: ProcessGroup | None
 ) -> None:
     """`ewc.consolidate_prior` with the Fisher of the data of all processes of `group`, as in `end_task`."""
     with ewc.restored_on_error():

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-VARIANTS = ("paper", "official")
+from ..literals import Variant
+
+VARIANTS: tuple[Variant, ...] = ("paper", "official")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ..layers.finite import check_finite
 from ..layers.index import AdapterRef, adapter_refs
 from ..layers.inject import adapters, eject
 from ..layers.plain import own_tensors
+from ..literals import Variant
 from ..report import Report
 from . import _task_adapters as parts
 from ._cl_state import dump_tensors, parse_tensors
@@ -31,7 +32,7 @@ from .method import Loader, Loss, Method
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-VARIANTS = ("paper", "official")
+VARIANTS: tuple[Variant, ...] = ("paper", "official")
 SCALES = (0.5, 1.5)  # of the uniform distribution that block weights are drawn from
 
 
@@ -81,7 +82,7 @@ class CLLoRA(Method):
         kd_weight: float = 5.0,
         temperature: float = 2.0,
         orthogonality: float = 1e-4,
-        variant: str = "paper",
+        variant: Variant = "paper",
         generator: torch.Generator | None = None,
         group: ProcessGroup | None = None,
     ) -> None:

@@ -22,6 +22,7 @@ from ..ewc.settings import FISHER_MODES, checked_lambda, number, one_of
 from ..ewc.state import EWCState
 from ..ewc.structures import Structure
 from ..layers.inject import adapters, eject
+from ..literals import FisherMode, GateInit, Labels, Schedule, StructureName, Threshold
 from ..report import Report
 from ._gates import add_gates, check_ungated, prune_, whole_ranks
 from ._resume import dump, parse, take_over
@@ -31,9 +32,9 @@ from .method import Loader, Loss, Method
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-GATE_INITS = ("ones", "normal")
-THRESHOLDS = ("soft", "dead_zone")
-SCHEDULES = ("linear", "staircase")
+GATE_INITS: tuple[GateInit, ...] = ("ones", "normal")
+THRESHOLDS: tuple[Threshold, ...] = ("soft", "dead_zone")
+SCHEDULES: tuple[Schedule, ...] = ("linear", "staircase")
 STAIRS = 50  # levels of kappa in the official code (lambda_num)
 
 
@@ -70,17 +71,17 @@ class CoDyRA(Method):
         *,
         kappa_max: float = 5e-3,
         dense_fraction: float = 0.5,
-        gate_init: str = "ones",
-        threshold: str = "soft",
-        schedule: str = "linear",
+        gate_init: GateInit = "ones",
+        threshold: Threshold = "soft",
+        schedule: Schedule = "linear",
         generator: torch.Generator | None = None,
         ewc_lambda: float | None = None,
         gamma: float = 1.0,
-        fisher_mode: str = "sample",
+        fisher_mode: FisherMode = "sample",
         fisher_dtype: torch.dtype | Literal["8bit"] = torch.float32,
-        labels: str = "empirical",
+        labels: Labels = "empirical",
         group: ProcessGroup | None = None,
-        fisher: str | Structure = "dense",
+        fisher: StructureName | Structure = "dense",
     ) -> None:
         self.kappa_max = number("kappa_max", kappa_max, 0.0, math.inf)
         self.dense_fraction = number("dense_fraction", dense_fraction, 0.0, 1.0)

@@ -11,12 +11,16 @@ from ..config import LoRAConfig
 from ..distributed.transaction import Transaction
 from ..errors import ArgumentError
 from ..ewc.controller import EWC
+from ..literals import Labels
 from ._resume import dump, parse, take_over
 from ._shares import end_task, estimate_prior
 from .method import Loader, Loss, Method
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+    from ..ewc.options import EWCOptions
 
 
 class EWCLoRA(Method):
@@ -33,9 +37,9 @@ class EWCLoRA(Method):
         model: nn.Module,
         config: LoRAConfig | None = None,
         *,
-        labels: str = "empirical",
+        labels: Labels = "empirical",
         group: ProcessGroup | None = None,
-        **hyperparameters: Any,
+        **hyperparameters: Unpack[EWCOptions],
     ) -> None:
         super().__init__(model, config, group=group)
         self.ewc = EWC(model, **hyperparameters)

@@ -20,6 +20,7 @@ from ..ewc.structures import part_key
 from ..layers.adapted import AdaptedLinear
 from ..layers.finite import check_finite
 from ..layers.inject import adapters
+from ..literals import FisherMode, Labels
 from ._factor_fisher import A, B, FactorPlacement, factor_fisher
 from ._resume import dump, parse, take_over
 from ._shares import in_all
@@ -72,8 +73,8 @@ class FactorEWC(Method):
         *,
         ewc_lambda: float,
         gamma: float = 1.0,
-        fisher_mode: str = "sample",
-        labels: str = "empirical",
+        fisher_mode: FisherMode = "sample",
+        labels: Labels = "empirical",
         group: ProcessGroup | None = None,
     ) -> None:
         self.ewc_lambda = checked_lambda(ewc_lambda)

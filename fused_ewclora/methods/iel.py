@@ -10,6 +10,7 @@ from torch import nn
 from ..config import LoRAConfig
 from ..ewc.settings import checked_lambda
 from ..ewc.structures import Structure
+from ..literals import Labels, StructureName, Variant
 from ._composed import Composed
 from ._pretrained import FLOOR
 
@@ -53,9 +54,9 @@ class IEL(Composed):
         config: LoRAConfig | None = None,
         *,
         beta: float,
-        variant: str = "paper",
-        labels: str = "exact",
-        fisher: str | Structure = "dense",
+        variant: Variant = "paper",
+        labels: Labels = "exact",
+        fisher: StructureName | Structure = "dense",
         fisher_dtype: torch.dtype | Literal["8bit"] = torch.float32,
         generator: torch.Generator | None = None,
         group: ProcessGroup | None = None,

@@ -14,6 +14,8 @@ from ..errors import ArgumentError
 from ..ewc.estimation import Forward, default_forward
 from ..ewc.settings import number
 from ..layers.adapted import AdaptedLinear
+from ..literals import Variant
+from ..progress import showing
 from ._projected import Projected
 from ._subspace import Subspace, directions, extended
 from .method import Loader, Loss
@@ -57,7 +59,7 @@ class InfLoRA(Projected):
         epsilon: float = 0.95,
         epsilon_last: float = 1.0,
         total_tasks: int | None = None,
-        variant: str = "paper",
+        variant: Variant = "paper",
         forward: Forward = default_forward,
         max_batches: int | None = None,
         group: ProcessGroup | None = None,
@@ -85,7 +87,7 @@ class InfLoRA(Projected):
         return self.epsilon + (self.epsilon_last - self.epsilon) * progress
 
     @torch.no_grad()
-    def prepare(self, loader: Loader, loss_fn: Loss | None = None) -> None:
+    def prepare(self, loader: Loader, loss_fn: Loss | None = None, *, progress: bool | None = None) -> None:
         """Chooses A for the task that has begun, from one pass over its data in eval mode; there is no loss.
 
         Adapters of a packed projection share their input and so their A. Raises `ArgumentError` outside of a
@@ -95,7 +97,8 @@ class InfLoRA(Projected):
             >>> method.begin_task(0); method.prepare(loader)
         """
         self._check_untrained()
-        covariances = self._covariances(loader)
+        with showing(progress):
+            covariances = self._covariances(loader)
         chosen = {}
         for name, layer in self.layers.items():
             used = self.subspaces[name].to(covariances[name].device)

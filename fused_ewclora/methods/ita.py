@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..config import LoRAConfig
 from ..ewc.settings import checked_lambda
 from ..ewc.structures import Structure
+from ..literals import Labels, StructureName, Variant
 from ._composed import Composed
 from ._pretrained import FLOOR
 
@@ -42,9 +43,9 @@ class ITA(Composed):
         config: LoRAConfig | None = None,
         *,
         alpha: float,
-        variant: str = "paper",
-        labels: str = "exact",
-        fisher: str | Structure = "dense",
+        variant: Variant = "paper",
+        labels: Labels = "exact",
+        fisher: StructureName | Structure = "dense",
         fisher_dtype: torch.dtype | Literal["8bit"] = torch.float32,
         generator: torch.Generator | None = None,
         group: ProcessGroup | None = None,

@@ -23,6 +23,8 @@ from ..layers.finite import check_finite
 from ..layers.index import AdapterRef, adapter_refs, take_rows
 from ..layers.inject import adapters, eject
 from ..layers.quantised import warn_of_rounding
+from ..literals import Variant
+from ..progress import showing
 from ..report import Report
 from ._inputs import input_sums
 from ._projected import Projected
@@ -71,7 +73,7 @@ class KeepLoRA(Projected):
         *,
         epsilon_w: float = 0.85,
         epsilon_f: float = 0.99,
-        variant: str = "paper",
+        variant: Variant = "paper",
         forward: Forward = default_forward,
         max_batches: int | None = None,
         group: ProcessGroup | None = None,
@@ -102,7 +104,7 @@ class KeepLoRA(Projected):
                 )
 
     @torch.no_grad()
-    def prepare(self, loader: Loader, loss_fn: Loss | None = None) -> None:
+    def prepare(self, loader: Loader, loss_fn: Loss | None = None, *, progress: bool | None = None) -> None:
         """Chooses A for the task that has begun, from the gradients of one pass over its data in eval mode;
         the first task also chooses the principal directions of the weights.
 
@@ -116,7 +118,8 @@ class KeepLoRA(Projected):
         self._check_untrained()
         if names := sharded(self.layers):
             raise TargetError(f"{names[0]}: its parameters are sharded, and KeepLoRA needs whole weights")
-        sums, samples = self._gradients(loader, loss_fn)
+        with showing(progress):
+            sums, samples = self._gradients(loader, loss_fn)
         refs = adapter_refs(self.layers)
         subspaces = self.subspaces or self._same_subspaces({ref.key: self._principal(ref) for ref in refs})
         chosen = {}

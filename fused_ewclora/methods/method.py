@@ -15,6 +15,7 @@ from ..layers.adapted import AdaptedLinear
 from ..layers.from_peft import no_adapters
 from ..layers.inject import adapters, eject, inject
 from ..layers.watch import TrainingWatch
+from ..progress import showing
 from ._shares import drawing
 
 if TYPE_CHECKING:
@@ -73,6 +74,18 @@ class Method:
         self.tasks = 0  # that have ended
         self._running = False
 
+    def __repr__(self) -> str:
+        settings = [
+            f"{name}={value!r}"
+            for name, value in vars(self).items()
+            if not name.startswith("_") and name != "tasks" and isinstance(value, (bool, int, float, str))
+        ]
+        if (ewc := getattr(self, "ewc", None)) is not None:
+            settings.append(f"ewc={ewc!r}")
+        running = ", one running" if self._running else ""
+        counts = f"{self.tasks} tasks{running}, {len(self.layers)} layers"
+        return f"{type(self).__name__}({', '.join(settings)}{'; ' if settings else ''}{counts})"
+
     def begin_task(self, task: int) -> None:
         """Prepare for task number `task`, counted from 0; tasks come in order, each ended before the next."""
         if self._running:
@@ -82,9 +95,9 @@ class Method:
         self._begin()
         self._running = True
 
-    def prepare(self, loader: Loader, loss_fn: Loss | None = None) -> None:
+    def prepare(self, loader: Loader, loss_fn: Loss | None = None, *, progress: bool | None = None) -> None:
         """Look at the data of the task that has begun, before it is trained on; most methods do not. loss_fn
-        serves methods that need gradients."""
+        serves methods that need gradients; progress as in `end_task`."""
 
     def penalty(self) -> Tensor:
         """What the method adds to the loss, 0-d and differentiable; 0 for methods without a penalty."""
@@ -98,8 +111,9 @@ class Method:
             raise ArgumentError(f"step: expected 0 <= step < total_steps, got {step} of {total_steps}")
         self._after_step(step, total_steps)
 
-    def end_task(self, loader: Loader, loss_fn: Loss | None = None) -> None:
-        """Consolidate what the task has learned; loader and loss_fn serve methods that look at its data.
+    def end_task(self, loader: Loader, loss_fn: Loss | None = None, *, progress: bool | None = None) -> None:
+        """Consolidate what the task has learned; loader and loss_fn serve methods that look at its data, with
+        a bar on stderr where progress is True, or None on a terminal after a second.
 
         Raises `ArgumentError` before `begin_task`, and what the consolidation raises; the task can then be
         ended again.
@@ -110,7 +124,8 @@ class Method:
         if watch is not None:
             watch.note_gradients()
             watch.check_changed("end_task")
-        self._end(loader, loss_fn)
+        with showing(progress):
+            self._end(loader, loss_fn)
         if watch is not None and self.starts_anew:
             watch.expect_fresh_optimizer()
         self.tasks += 1

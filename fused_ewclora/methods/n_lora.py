@@ -12,6 +12,7 @@ from .. import functional as FE
 from ..config import LoRAConfig
 from ..errors import TargetError
 from ..ewc.settings import checked_lambda, number, one_of
+from ..literals import Variant
 from ..report import Report
 from ._factors import Factors
 from ._overlap import collisions, overlaps
@@ -20,7 +21,7 @@ from ._stacked import Stacked
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-VARIANTS = ("paper", "official")
+VARIANTS: tuple[Variant, ...] = ("paper", "official")
 
 
 class NLoRA(Stacked):
@@ -49,7 +50,7 @@ class NLoRA(Stacked):
         config: LoRAConfig | None = None,
         *,
         lambda_1: float,
-        variant: str = "paper",
+        variant: Variant = "paper",
         generator: torch.Generator | None = None,
         group: ProcessGroup | None = None,
     ) -> None:

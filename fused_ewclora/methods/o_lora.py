@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..config import LoRAConfig
 from ..ewc.settings import checked_lambda, one_of
+from ..literals import Variant
 from ..report import Report
 from ._overlap import overlaps
 from ._stacked import Stacked
@@ -16,7 +17,7 @@ from ._stacked import Stacked
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-VARIANTS = ("paper", "official")
+VARIANTS: tuple[Variant, ...] = ("paper", "official")
 
 
 class OLoRA(Stacked):
@@ -45,7 +46,7 @@ class OLoRA(Stacked):
         *,
         lambda_1: float = 0.5,
         lambda_2: float = 0.0,
-        variant: str = "paper",
+        variant: Variant = "paper",
         generator: torch.Generator | None = None,
         group: ProcessGroup | None = None,
     ) -> None:

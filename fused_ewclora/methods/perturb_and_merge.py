@@ -18,6 +18,7 @@ from ..errors import ArgumentError, EWCLoRAError, TargetError
 from ..ewc.placement import check_ready
 from ..ewc.settings import number
 from ..layers.inject import adapters, eject
+from ..literals import Labels
 from ..report import Report
 from ._coefficients import Coefficients, Curvature, Scaled, TaskEWC
 from ._gates import check_ungated
@@ -63,7 +64,7 @@ class PerturbAndMerge(Method):
         epsilon: float = 0.5,
         probabilities: Sequence[float] = (1 / 3, 1 / 3, 1 / 3),
         per_module: bool = False,
-        labels: str = "empirical",
+        labels: Labels = "empirical",
         fisher_dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
         group: ProcessGroup | None = None,

@@ -19,6 +19,7 @@ from ..ewc.placement import check_ready
 from ..ewc.settings import number, one_of
 from ..layers.adapted import AdaptedLinear
 from ..layers.slices import AdapterSlice, fisher_key
+from ..literals import Labels, Magnitudes, Normalization
 from ..report import Report
 from ._directions import MAGNITUDES, NORMALIZATIONS, Directions, Shared, Stack, fresh_a, suffix_of
 from ._freezing import Frozen, freeze, freeze_shared, measure, normalised
@@ -28,6 +29,9 @@ from .method import Loader, Loss, Method
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+    from ..ewc.options import FisherOptions
 
 Ranks = int | Sequence[int] | Callable[[int], int]
 
@@ -75,17 +79,17 @@ class SDLoRA(Method):
         model: nn.Module,
         config: LoRAConfig | None = None,
         *,
-        normalization: str = "product",
-        magnitudes: str = "per_adapter",
+        normalization: Normalization = "product",
+        magnitudes: Magnitudes = "per_adapter",
         alpha_init: float = 1.0,
         reset_alphas: bool = False,
         ranks: Ranks | None = None,
         kd_threshold: float | None = None,
         generator: torch.Generator | None = None,
         ewc_lambda: float | None = None,
-        labels: str = "empirical",
+        labels: Labels = "empirical",
         group: ProcessGroup | None = None,
-        **ewc: Any,
+        **ewc: Unpack[FisherOptions],
     ) -> None:
         self.normalization = one_of("normalization", normalization, NORMALIZATIONS)
         self.magnitudes = one_of("magnitudes", magnitudes, MAGNITUDES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
 from collections.abc import Callable
 from types import NoneType
@@ -25,7 +26,9 @@ from ..backends.candidate import arch_of as arch_of
 from ..backends.candidate import bucket as bucket
 from ..backends.candidate import remembers_choices
 from ..errors import ArgumentError, BackendError
+from ..literals import Backend
 
+_log = logging.getLogger(__name__)
 BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "FUSED_EWCLORA_BACKEND"
 DEFAULT_ROWS = 8192  # of the input of a LoRA linear, when it is asked about without one
@@ -63,12 +66,15 @@ def available_backends() -> dict[str, str | None]:
     triton = importlib.import_module("fused_ewclora.backends.triton")
     cuda = importlib.import_module("fused_ewclora.backends.cuda")
     native = importlib.import_module("fused_ewclora.backends.native")
-    return {
+    found = {
         "triton": triton.unavailable(),
         "cuda": cuda.unavailable(),
         "cpu": native.unavailable(),
         "reference": None,
     }
+    for name, reason in found.items():
+        _log.debug("backend %s: %s", name, reason or "available")
+    return found
 
 
 def forget_tables() -> None:
@@ -208,7 +214,7 @@ class use_backend:  # lower case: it is used like a function
         ...     y = model(x)
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: Backend) -> None:
         global _chosen
         current_backend()  # a wrong name in the environment is an error here, too
         self._previous, _chosen = _chosen, _validated(name, "use_backend")
@@ -273,16 +279,33 @@ def annotate(how: Annotate | None) -> Annotate | None:
 @functools.lru_cache(maxsize=1024)
 def choose(op: str, backend: str, call: Call) -> Candidate:
     """The candidate that serves `call`; `BackendError` with every reason when a named backend cannot."""
-    reasons = []
+    reasons: list[str] = []
     _validated(backend, "backend")  # compiled calls come unvalidated
     for candidate in candidates(op):
         reason = _reason(op, candidate, backend, call)
         if reason is None:
+            _log_choice(op, backend, call, candidate, reasons)
             return candidate if _annotate is None else _annotate(op, candidate)
         if backend.partition(":")[0] in ("auto", candidate.backend):
             reasons.append(f"{candidate.algorithm}: {reason}")
     detail = "; ".join(reasons) or f"it does not implement {op}"
     raise BackendError(f"backend {backend!r} cannot run {op} on {call.device} {call.dtype}: {detail}")
+
+
+def _log_choice(op: str, asked: str, call: Call, chosen: Candidate, reasons: list[str]) -> None:
+    """Told once for every kind of call, because choices are remembered."""
+    if _log.isEnabledFor(logging.DEBUG):
+        why = f"; not {'; '.join(reasons)}" if reasons else ""
+        served = f"{chosen.backend} ({chosen.algorithm})"
+        _log.debug("%s %s on %s %s: %s%s", asked, op, call.device, call.dtype, served, why)
+    if asked == "auto" and chosen.backend == "reference":
+        _log_fallback(op, call.device, call.dtype)
+
+
+@functools.cache
+def _log_fallback(op: str, device: str, dtype: torch.dtype) -> None:
+    text = "%s on %s %s runs in plain PyTorch: no other backend serves it (fe.explain and DEBUG tell why)"
+    _log.info(text, op, device, dtype)
 
 
 def explain(op: str, call: Call, backend: str | None = None) -> list[tuple[str, str, str | None]]:

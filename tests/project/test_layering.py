@@ -31,8 +31,8 @@ MODEL_LIBRARIES = {
 # Of the package, from the bottom up. A file imports its own folder and folders of lower rows; folders of one
 # row do not import each other. Files at the root are rooms of their own.
 ROWS = (
-    ("errors",),
-    ("config", "metrics", "report", "reference", "kernels", "_C", "_C_cuda"),
+    ("errors", "literals", "_version"),
+    ("config", "metrics", "progress", "report", "reference", "kernels", "_C", "_C_cuda"),
     ("fishers",),
     ("backends",),
     ("ops",),
@@ -51,7 +51,7 @@ OPS = ("capture", "sums", "schemas", "dispatch")  # each imports those to its ri
 IMPLEMENTATIONS = ("backends", "reference", "kernels", "_C", "_C_cuda")
 # These report on implementations, and so look at them.
 REPORTERS = ("fused_ewclora.diagnostics.info", "fused_ewclora.__main__")
-DEMO_USES = ("", "functional", "metrics", "errors")
+DEMO_USES = ("", "functional", "metrics", "errors", "literals")
 
 # Names that import_module is given when the program runs, so that no test can read them: module -> what it
 # loads with them.

@@ -154,7 +154,9 @@ def test_sdist_runs(source_distribution: Path, tmp_path: Path):
 def test_installed_pure(installed: Path):
     """Installed without an extension, the package computes on the reference."""
     code = """
+import warnings
 import torch, fused_ewclora, fused_ewclora.kernels
+warnings.simplefilter("error", fused_ewclora.EWCLoRAWarning)  # built so on purpose
 from fused_ewclora import functional as FE
 assert fused_ewclora.__file__.startswith({site!r}), fused_ewclora.__file__
 assert list(fused_ewclora.kernels.__path__)[0].startswith({site!r}), fused_ewclora.kernels.__path__
@@ -198,7 +200,24 @@ def test_auto_without_compiler(tmp_path: Path):
     source = copy_of_sources(tmp_path)
     result = wheel(source, CC="/nonexistent", CXX="/nonexistent")
     assert "no C++ compiler: '/nonexistent' was not found" in result.stdout
-    assert only(list((source / "dist").glob("*.whl"))).name.endswith("-py3-none-any.whl")
+    built = only(list((source / "dist").glob("*.whl")))
+    assert built.name.endswith("-py3-none-any.whl")
+    site = tmp_path / "site"
+    pip_install("--target", site, built, cwd=tmp_path)
+    # pip hides what a build prints: the first use says it, once, and so do the reasons of backends.
+    code = """
+import warnings, torch, fused_ewclora as fe
+from fused_ewclora import functional as FE
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        FE.lora_linear(*(torch.ones(2, 2) for _ in range(2)), None, torch.ones(1, 2), torch.ones(2, 1))
+print([str(one.message) for one in told if "without kernels" in str(one.message)])
+print(fe.available_backends()["cpu"])
+"""
+    warned, reason = python_with(site, code).splitlines()
+    assert warned.count("built without kernels for the CPU: no C++ compiler") == 1
+    assert "--no-build-isolation" in warned and "no C++ compiler" in reason
 
 
 @pytest.mark.parametrize(
