@@ -90,11 +90,12 @@ def _brief(config: Any) -> str:
 class QKVLayout:
     """The segments of a packed projection: which output rows belong to which of them.
 
-    segments: the names in the order of the rows. sizes: the number of rows of each segment, which differ with
-    grouped queries; None divides the rows of any layer equally among the segments. interleave: None for
-    contiguous segments (timm ViT); h for rows laid out as `[h heads][segments][size / h]` (GPT-NeoX), where a
-    segment consists of h ranges. Raises `ArgumentError` or `DtypeError` for invalid fields, `LayoutError`
-    when the layout does not fit a layer.
+    Args:
+        segments: the names in the order of the rows.
+        sizes: the number of rows of each segment, which differ with grouped queries; None divides the rows of
+            any layer equally among the segments.
+        interleave: None for contiguous segments (timm ViT); h for rows laid out as [h heads][segments][size /
+            h] (GPT-NeoX), where a segment consists of h ranges.
 
     Raises:
         ArgumentError: for a value that is out of range.

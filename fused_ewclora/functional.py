@@ -604,8 +604,8 @@ def merge_(
 ) -> Sequence[Tensor]: ...
 @torch.no_grad()
 def merge_(weight: Any, lora_a: Any, lora_b: Any, scale: Any = 1.0, *, backend: Backend | None = None) -> Any:
-    """W <- W + B diag(s) A in place, summed in fp32 (fp64 for fp64) and rounded once; returns weight
-    (docs/mathematics.md, section 4).
+    """Folds adapters into weights in place, `W <- W + B diag(s) A`, summed in fp32 (fp64 for fp64) and
+    rounded once (docs/mathematics.md, section 4).
 
     Sequences are merged entry after entry in one call, all checked before the first is changed; shapes, ranks
     and dtypes may differ, devices not. Values are not checked for NaN. Like an optimizer's step, the change
@@ -666,8 +666,8 @@ def soft_threshold_(
 ) -> Sequence[Tensor]: ...
 @torch.no_grad()
 def soft_threshold_(scale: Any, kappa: float, *, backend: Backend | None = None) -> Any:
-    """s <- sign(s) max(|s| - kappa, 0) in place, the proximal step of the l1 norm; returns scale (CoDyRA,
-    arXiv 2412.01004; docs/mathematics.md, section 6).
+    """`s <- sign(s) max(|s| - kappa, 0)` in place, the proximal step of the l1 norm (CoDyRA, arXiv
+    2412.01004; docs/mathematics.md, section 6).
 
     Args:
         scale: s of any shape and floating dtype, computed in fp32 (fp64 for fp64), or a sequence of such

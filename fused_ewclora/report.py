@@ -43,8 +43,7 @@ def _cell(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """A table. All `rows` are dicts with the same keys; `summary` holds totals; `notes` are printed below the
-    table. Where there are many rows, `table` holds fewer that are printed in their place.
+    """A table, to be printed.
 
     Args:
         title: the first line.

@@ -723,8 +723,7 @@ class EWC:
         allow_empty: bool = False,
         max_bytes: int | None = None,
     ) -> None:
-        """`estimate_fisher`, with its arguments, where the task needs a Fisher, then `consolidate(gamma)`,
-        with the errors of both.
+        """Ends a task: `estimate_fisher`, where the task needs a Fisher, then `consolidate(gamma)`.
 
         A Fisher that was estimated stays when `consolidate` raises: remove the cause and call `consolidate`.
         Warns, before anything else, of adapters that the first task did not train although it trained others.
@@ -817,10 +816,17 @@ class EWC:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """{"tensors": Fishers and, with merge_mode "factors", the sums of A and of B; "config": how they were
-        made}. Tensors are not copied.
+        """What `load_state_dict` needs to go on; tensors are not copied. Weights and adapters are in the
+        model's own state_dict.
 
-        >>> torch.save(ewc.state_dict(), "ewc.pt")
+        Returns:
+            {"tensors": Fishers and, with merge_mode "factors", the sums of A and of B; "config": how they
+            were made}.
+
+        Examples:
+            >>> _ = fe.inject(model, config)
+            >>> sorted(fe.EWC(model).state_dict())
+            ['config', 'tensors']
         """
         return dump(self._state.mapped_by_key(self._placement.wrapped), self._settings())
 

@@ -41,8 +41,8 @@ def checked_lambda(value: float, name: str = "ewc_lambda") -> float:
 
 
 def convert_lambda(ewc_lambda: float, from_mode: FisherMode, to_mode: FisherMode, batch_size: int) -> float:
-    """The lambda that gives the same penalty with a Fisher of the other mode: lambda_sample = lambda_batch /
-    batch_size.
+    """The lambda that gives the same penalty with a Fisher of the other mode, `lambda_sample = lambda_batch /
+    batch_size` (docs/mathematics.md, section 3.2).
 
     It rests on `F_batch ~ F_sample / batch_size`, which holds in expectation where the mean gradient of a
     batch is small beside the gradients of single samples, that is near an optimum: `E F_batch = F_sample / n
