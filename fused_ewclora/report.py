@@ -50,6 +50,7 @@ class Report:
         rows: dicts with the same keys, the columns.
         notes: lines below the table.
         summary: totals, which are not printed.
+        table: where there are many rows, fewer that are printed in their place.
 
     Examples:
         >>> print(fe.Report("ranks", [{"name": "qkv", "r": 8}]))

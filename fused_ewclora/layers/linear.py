@@ -43,8 +43,8 @@ class LoRALinear(AdaptedLinear, nn.Linear):
     Examples:
         >>> layout = fe.QKVLayout(("q", "k", "v"))
         >>> layer = fe.LoRALinear(8, 24, r=2, slices=("k", "v"), layout=layout)
-        >>> layer(x).shape
-        torch.Size([8, 24])
+        >>> layer.lora_B_k.shape
+        torch.Size([8, 2])
     """
 
     plain = nn.Linear
