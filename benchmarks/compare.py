@@ -1,4 +1,4 @@
-"""Compares two record files or folders: `python -m benchmarks.compare A B`. Exit status 1 when B is slower or
+"""Compares two record files or folders: `fused-ewclora bench compare A B`. Exit status 1 when B is slower or
 newly fails, 2 when the records cannot be compared.
 
 For every provider of ours the ratio B / A of its medians is given, as measured and normalised by its
@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from fused_ewclora._arguments import PROG, Parser
 
 from . import collection, records
 from .case import OURS
@@ -351,12 +353,14 @@ def render(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
     parser.add_argument("a", type=Path, metavar="A", help="records before: a file or folder")
     parser.add_argument("b", type=Path, metavar="B", help="records after")
-    args = parser.parse_args(argv)
+
+
+def execute(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Does what the options say; returns the exit status."""
     try:
         comparison = compare(collection.load(args.a), collection.load(args.b))
     except Unusable as reason:
@@ -364,6 +368,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(render(comparison))
     return comparison.status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    parser = Parser(prog=f"{PROG} bench compare", description=__doc__)
+    add_arguments(parser)
+    return execute(parser, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -57,9 +58,11 @@ def stacked_over(fishers: Tensors) -> Penalty:
     return penalty
 
 
-def fused(fishers: Tensors, lora_as: Tensors, lora_bs: Tensors, backend: str | None = None) -> Tensor:
-    """This library."""
-    return FE.ewc_penalty(fishers, lora_as, lora_bs, None, EWC_LAMBDA, backend=backend)
+def fused(
+    fishers: Tensors, lora_as: Tensors, lora_bs: Tensors, call: Callable[..., Tensor] = FE.ewc_penalty
+) -> Tensor:
+    """This library, or another function with the signature of the op."""
+    return call(fishers, lora_as, lora_bs, None, EWC_LAMBDA)
 
 
 def with_gradients(penalty: Penalty, inputs: Inputs) -> Run:
@@ -121,9 +124,10 @@ def _ours(workload: Workload, entry: Entry, buffers: Sequence[Inputs]) -> Provid
     if workload.part == OP:
         run, algorithm = of_op_layer(buffers[0], entry.recorded), "the op alone"
         return Provider(entry.name, run, entry.role, entry.recorded, algorithm)
-    method: Penalty = lambda f, a, b: fused(f, a, b, entry.backend)  # noqa: E731
+    method = functools.partial(fused, call=entry.of(FE.ewc_penalty))
     runs = turns(lambda inputs: with_gradients(method, inputs), buffers)
-    return Provider(entry.name, role=entry.role, backend=entry.recorded, algorithm="one pass over F", **runs)
+    algorithm = entry.described("one pass over F")
+    return Provider(entry.name, role=entry.role, backend=entry.recorded, algorithm=algorithm, **runs)
 
 
 def _peers(workload: Workload, place: Place, buffers: Sequence[Inputs]) -> Iterator[Provider]:

@@ -21,6 +21,7 @@ TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}  # peers round gradients and sq
 # smallest linear is larger, so a peak below this shows that no gradient is stored.
 TILE_BYTES = 2 * 2**20
 Method = Callable[[Tensor, Tensor, Tensor], Tensor]
+OURS = functools.partial(FE.fisher_accumulate_, check_finite=False)
 Inputs = tuple[Tensor, Tensor, Tensor]  # fisher, x, dy
 
 
@@ -92,10 +93,9 @@ def _accumulating(
 def _ours(workload: Workload, place: Place, buffers: Sequence[Inputs]) -> Iterator[Provider]:
     mode = str(workload.shape["mode"])
     for entry in place.entries(workload.part):
-        method = functools.partial(
-            FE.fisher_accumulate_, mode=mode, check_finite=False, backend=entry.backend
-        )
-        yield _accumulating(entry.name, method, buffers, entry.role, entry.recorded, f"mode {mode}")
+        method = functools.partial(entry.of(OURS), mode=mode)
+        told = entry.described(f"mode {mode}")
+        yield _accumulating(entry.name, method, buffers, entry.role, entry.recorded, told)
 
 
 def _peers(workload: Workload, buffers: Sequence[Inputs]) -> Iterator[Provider]:

@@ -1,4 +1,4 @@
-"""Two tasks of EWC on a language model in little memory: `python -m fused_ewclora bench large`.
+"""Two tasks of EWC on a language model in little memory: `fused-ewclora bench large`.
 
 A model with the shapes of LLaMA-3.2-1B, random weights in bf16 and adapters on all of its linear layers takes
 a training step, a Fisher pass with the merge, a second step with the penalty and a second pass, for every
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_ewclora as fe
+from fused_ewclora._arguments import PROG, Parser, at_least
 from fused_ewclora.demo.environment import timestamp
 
 from . import extras, machine, records
@@ -190,22 +191,26 @@ def _described(record: dict[str, Any]) -> str:
     return f"{record['structure']:9} {outcome}; peak {record['peak_bytes'] / 2**30:.2f} GiB, {total:.0f} s"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fused_ewclora bench large", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
     parser.add_argument("--model", choices=tuple(SHAPES), default="llama-3.2-1b")
     parser.add_argument("--structures", nargs="+", choices=tuple(STRUCTURES), default=list(STRUCTURES))
-    parser.add_argument("--samples", type=int, default=2, help="of each task")
-    parser.add_argument("--tokens", type=int, default=32, help="of a sample")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--limit", type=int, default=LIMIT_BYTES, help="bytes that the process may allocate")
+    parser.add_argument("--samples", type=at_least(1), default=2, help="of each task")
+    parser.add_argument("--tokens", type=at_least(1), default=32, help="of a sample")
+    parser.add_argument("--rank", type=at_least(1), default=8)
+    parser.add_argument(
+        "--limit", type=at_least(1), default=LIMIT_BYTES, help="bytes that the process may allocate"
+    )
     parser.add_argument("--out", type=Path, default=machine.RESULTS / "large_model")
     parser.add_argument("--child", choices=tuple(STRUCTURES), help=argparse.SUPPRESS)
-    return parser
 
 
-def main(argv: Sequence[str] | None = None, measure: Callable[..., dict[str, Any]] = measured) -> int:
+def execute(
+    parser: argparse.ArgumentParser,
+    arguments: argparse.Namespace,
+    measure: Callable[..., dict[str, Any]] = measured,
+) -> int:
     """Runs the structures one after another; see the module."""
-    arguments = _parser().parse_args(argv)
     if arguments.child:
         child(arguments)
         return 0
@@ -221,6 +226,13 @@ def main(argv: Sequence[str] | None = None, measure: Callable[..., dict[str, Any
         with (arguments.out / "large_model.jsonl").open("a") as file:
             file.write(json.dumps(whole) + "\n")
     return int(missed)
+
+
+def main(argv: Sequence[str] | None = None, measure: Callable[..., dict[str, Any]] = measured) -> int:
+    """Entry point."""
+    parser = Parser(prog=f"{PROG} bench large", description=__doc__)
+    add_arguments(parser)
+    return execute(parser, parser.parse_args(argv), measure)
 
 
 if __name__ == "__main__":

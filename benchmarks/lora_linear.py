@@ -50,10 +50,10 @@ class InOrder(torch.autograd.Function):
 
 
 def fused(
-    x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, backend: str | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, call: Method = FE.lora_linear
 ) -> Tensor:
-    """This library."""
-    return FE.lora_linear(x, weight, bias, a, b, 1.0, backend=backend)
+    """This library, or another function with the signature of the op."""
+    return call(x, weight, bias, a, b, 1.0)
 
 
 def composition_slices(x: Tensor, weight: Tensor, bias: Tensor, *adapters: Tensor) -> Tensor:
@@ -74,13 +74,13 @@ def in_place_slices(x: Tensor, weight: Tensor, bias: Tensor, *adapters: Tensor) 
 
 
 def fused_slices(
-    x: Tensor, weight: Tensor, bias: Tensor, *adapters: Tensor, backend: str | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, *adapters: Tensor, call: Method = FE.lora_linear_slices
 ) -> Tensor:
-    """This library."""
+    """This library, or another function with the signature of the op."""
     a_k, b_k, a_v, b_v = adapters
     d = weight.shape[0] // 3
     slices = [(d, 2 * d, a_k, b_k, 1.0), (2 * d, 3 * d, a_v, b_v, 1.0)]
-    return FE.lora_linear_slices(x, weight, bias, slices, backend=backend)
+    return call(x, weight, bias, slices)
 
 
 def frozen(x: Tensor, weight: Tensor, bias: Tensor, *_: Tensor) -> Tensor:
@@ -164,14 +164,16 @@ def exact(workload: Workload, inputs: Inputs) -> list[Tensor]:
 
 def _ours(workload: Workload, place: Place, buffers: Sequence[Inputs]) -> Iterator[Provider]:
     """Our backends; on a GPU, in the main part of a case, every algorithm of Triton as well."""
-    method = fused_slices if workload.op == "lora_linear_slices" else fused
+    slices = workload.op == "lora_linear_slices"
+    method, op = (fused_slices, FE.lora_linear_slices) if slices else (fused, FE.lora_linear)
     for entry in place.entries(workload.part):
         for key in ("", *(algorithms.forced(entry) if workload.part == MAIN else ())):
             backend = f"{entry.backend}:{key}" if key else entry.backend
-            bound = functools.partial(method, backend=backend)
+            bound = functools.partial(method, call=entry._replace(backend=backend).of(op))
             runs = turns(lambda inputs, m=bound: run_of(workload.which, m, inputs), buffers)
             name, role = (f"{entry.name} {backend}", "variant") if key else (entry.name, entry.role)
-            algorithm = key or algorithms.described(workload, place, entry)
+            known = entry.function is None
+            algorithm = key or (algorithms.described(workload, place, entry) if known else "")
             guess = algorithms.predicted(workload, entry, key)
             yield Provider(
                 name, role=role, backend=entry.recorded, algorithm=algorithm, predicted=guess, **runs

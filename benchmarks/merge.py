@@ -25,10 +25,10 @@ Method = Callable[..., Sequence[Tensor]]
 Vectors = list[Tensor]
 
 
-def fused(layers: Layers, backend: str | None = None) -> list[Tensor]:
-    """This library, all layers in one call."""
+def fused(layers: Layers, call: Method = FE.merge_) -> list[Tensor]:
+    """This library, or another function with the signature of the op, all layers in one call."""
     weights, lora_as, lora_bs = (list(group) for group in zip(*layers, strict=True))
-    return list(FE.merge_(weights, lora_as, lora_bs, SCALE, backend=backend))
+    return list(call(weights, lora_as, lora_bs, SCALE))
 
 
 def in_low_precision(layers: Layers) -> list[Tensor]:
@@ -45,8 +45,8 @@ MERGES: dict[str, Method] = dict(zip(registry.PEERS["merge"], (in_low_precision,
 
 
 def _providers(
-    workload: Workload, place: Place, ours: Method, peers: Mapping[str, Method], buffers: Sequence[Any],
-    fresh: Callable[[], Any], algorithm: str,
+    workload: Workload, place: Place, ours: Method, op: Method, peers: Mapping[str, Method],
+    buffers: Sequence[Any], fresh: Callable[[], Any], algorithm: str,
 ) -> Iterator[Provider]:  # fmt: skip
     """Ours and the peers of an operation in place: timed on `buffers`, checked on new values from `fresh`."""
 
@@ -58,7 +58,7 @@ def _providers(
         )  # fmt: skip
 
     for entry in place.entries(workload.part):
-        yield provider(entry, functools.partial(ours, backend=entry.backend), algorithm)
+        yield provider(entry, functools.partial(ours, call=entry.of(op)), entry.described(algorithm))
     for name in registry.peers(workload):
         yield provider(Entry(name, "peer", None, ""), peers[name])
 
@@ -80,7 +80,9 @@ def _build_merge(workload: Workload, place: Place) -> Case:
 
     return Case.of(
         workload,
-        providers=list(_providers(workload, place, fused, MERGES, buffers, fresh, "one pass over W")),
+        providers=list(
+            _providers(workload, place, fused, FE.merge_, MERGES, buffers, fresh, "one pass over W")
+        ),
         truth=lambda: [w.double() + SCALE * (b.double() @ a.double()) for w, a, b in start],
         tolerance=MERGED[workload.dtype],
         product=place.single,
@@ -88,9 +90,9 @@ def _build_merge(workload: Workload, place: Place) -> Case:
     )
 
 
-def soft_threshold(scales: Vectors, backend: str | None = None) -> Vectors:
-    """This library, all vectors in one call."""
-    return list(FE.soft_threshold_(scales, KAPPA, backend=backend))
+def soft_threshold(scales: Vectors, call: Method = FE.soft_threshold_) -> Vectors:
+    """This library, or another function with the signature of the op, all vectors in one call."""
+    return list(call(scales, KAPPA))
 
 
 def foreach(scales: Vectors) -> Vectors:
@@ -119,7 +121,9 @@ def _build_threshold(workload: Workload, place: Place) -> Case:
     peers = dict.fromkeys(registry.PEERS["soft_threshold"], foreach)
     return Case.of(
         workload,
-        providers=list(_providers(workload, place, soft_threshold, peers, buffers, fresh, "in place")),
+        providers=list(
+            _providers(workload, place, soft_threshold, FE.soft_threshold_, peers, buffers, fresh, "in place")
+        ),
         truth=truth,
         tolerance=1e-6,
     )

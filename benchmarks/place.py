@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +25,21 @@ MOST_COPIES = 64
 
 class Entry(NamedTuple):
     """One of our backends as a provider. `backend` is the argument of calls, None to let the library choose;
-    `recorded` is the name of the backend in records."""
+    `recorded` is the name of the backend in records. Or a `function` of the user in place of ours."""
 
     name: str
     role: str
     backend: str | None
     recorded: str
+    function: Callable[..., Any] | None = None
+
+    def of(self, op: Callable[..., Any]) -> Callable[..., Any]:
+        """How this provider computes an op of the library: a function with the signature of that op."""
+        return self.function or functools.partial(op, backend=self.backend)
+
+    def described(self, algorithm: str) -> str:
+        """The algorithm in records, which for a function of the user is not known."""
+        return algorithm if self.function is None else ""
 
     def using(self) -> AbstractContextManager[object]:
         """A context in which calls without a `backend`, such as those of modules, use this one."""
@@ -43,6 +53,9 @@ class Place:
 
     device: str = "cpu"
     rehearsal: bool = False
+    own: Mapping[str, Callable[..., Any]] = field(
+        default_factory=dict
+    )  # functions of the user, by their name
 
     @property
     def gpu(self) -> bool:
@@ -59,7 +72,11 @@ class Place:
         return "bf16" if dtype == torch.bfloat16 else self.single
 
     def entries(self, part: str) -> list[Entry]:
-        """Our providers. On a GPU "ours" is Triton; the CUDA backend is a variant where it is built."""
+        """Our providers, then the functions of the user."""
+        return [*self._ours(part), *(Entry(name, "peer", None, "", made) for name, made in self.own.items())]
+
+    def _ours(self, part: str) -> list[Entry]:
+        """On a GPU "ours" is Triton; the CUDA backend is a variant where it is built."""
         reasons = fe.available_backends()
         if not self.gpu:
             return [Entry(OURS, "ours", None, "cpu" if reasons["cpu"] is None else "reference")]

@@ -1,4 +1,4 @@
-"""Draws records: `python -m benchmarks.plot RECORDS... --out DIR [--format png svg]`.
+"""Draws records: `fused-ewclora plot RECORDS... --out DIR [--format png svg]`.
 
 Per machine a roofline and the speed-up over every peer of each operation, and a picture per scaling curve
 (benchmarks/scaling.py). Needs matplotlib. Exit status 2 when the records cannot be used.
@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from fused_ewclora._arguments import PROG, Parser
 
 from . import collection
 from .collection import CaseRecords, Record, Unusable
@@ -130,13 +132,15 @@ def plot(records: Sequence[Record], out: Path, formats: Sequence[str] = ("png",)
     return [path for name, figure in drawn.items() for path in style.save(figure, out, name, formats)]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
     parser.add_argument("records", type=Path, nargs="+", metavar="RECORDS", help="files or folders")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=["png"])
-    args = parser.parse_args(argv)
+
+
+def execute(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Draws the pictures; returns the exit status."""
     try:
         written = plot(collection.load(*args.records), args.out, args.format)
     except Unusable as reason:
@@ -144,6 +148,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print("\n".join(map(str, written)))
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    parser = Parser(prog=f"{PROG} plot", description=__doc__)
+    add_arguments(parser)
+    return execute(parser, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

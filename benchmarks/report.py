@@ -12,11 +12,17 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from fused_ewclora._arguments import Parser
+
 from . import collection, plot, scaling
 from .collection import CaseRecords, Record, Unusable, digits, time_text, verdict_of
+from .machine import RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, OUTPUT = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
+CHECKOUT = (ROOT / "setup.py").exists()
+# An installed package has no page of its own: what it writes goes to the current folder.
+OUTPUT = ROOT / "docs" / "benchmarks.md" if CHECKOUT else Path("benchmarks.md")
+Write, Check = Callable[[Path, Path], None], Callable[[Path, Path], str | None]  # of a page
 IMAGES = "images"  # beside the output
 # Folders with records of another kind and pages of their own: docs/continual.md and docs/fishers.md.
 OTHER_PAGES = ("continual", "large_model")
@@ -442,18 +448,27 @@ def run(
     name: str,
     described: str | None,
     folders: tuple[Path, Path],
-    act: tuple[Callable[[Path, Path], None], Callable[[Path, Path], str | None]],
+    act: tuple[Write, Check],
     argv: Sequence[str] | None,
 ) -> int:
     """The command of a page. folders: defaults for its results and its file; act: the functions that write
     and check it. Returns the exit status: 1 for a page that is out of date, 2 for unusable records."""
-    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=described)
+    parser = Parser(prog=f"python -m {name}", description=described)
+    add_page_arguments(parser, folders)
+    return execute_page(name, act, parser.parse_args(argv))
+
+
+def add_page_arguments(parser: argparse.ArgumentParser, folders: tuple[Path, Path]) -> None:
+    """The options of the command of a page."""
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if the text is out of date")
     parser.add_argument("--results", type=Path, default=folders[0], help="folder of the records")
     parser.add_argument(
-        "--output", type=Path, default=folders[1], help="the text; pictures go to images/ beside it"
+        "--output", "--out", type=Path, default=folders[1], help="the text; pictures go to images/ beside it"
     )
-    args = parser.parse_args(argv)
+
+
+def execute_page(name: str, act: tuple[Write, Check], args: argparse.Namespace) -> int:
+    """Writes or checks a page; returns the exit status."""
     word = name.rpartition(".")[2]
     try:
         if args.check:
@@ -471,6 +486,16 @@ def run(
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     return run("benchmarks.report", __doc__, (RESULTS, OUTPUT), (write, check), argv)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add_page_arguments(parser, (RESULTS, OUTPUT))
+
+
+def execute(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Writes or checks the page; returns the exit status."""
+    return execute_page("benchmarks.report", (write, check), args)
 
 
 if __name__ == "__main__":

@@ -92,12 +92,14 @@ def serving(op: str, workload: Workload, place: Place) -> list[Entry]:
     entries = place.entries(workload.part)
     if not place.gpu:
         call = Call("cpu", torch.float32)
-        return [entry._replace(recorded=dispatch.choose(op, "auto", call).backend) for entry in entries]
+        chosen = dispatch.choose(op, "auto", call).backend
+        return [entry if entry.function else entry._replace(recorded=chosen) for entry in entries]
     serve = {candidate.backend for candidate in dispatch.candidates(op)}
     first, *others = [entry for entry in entries if entry.recorded in serve] or [
         Entry(OURS, "ours", "reference", "reference")
     ]
-    return [first._replace(name=OURS, role="ours"), *others]
+    own = [entry for entry in entries if entry.function]
+    return [first._replace(name=OURS, role="ours"), *others, *own]
 
 
 def _op_of(workload: Workload) -> str:
@@ -106,8 +108,9 @@ def _op_of(workload: Workload) -> str:
     return "ewc_penalty" if kind == EIGHT_BIT else f"{kind}_penalty"
 
 
-def _penalty_of(backend: str | None) -> Penalty:
-    return lambda inputs: FE.ewc_penalty(*inputs, None, EWC_LAMBDA, backend=backend)
+def _penalty_of(entry: Entry) -> Penalty:
+    call = entry.of(FE.ewc_penalty)
+    return lambda inputs: call(*inputs, None, EWC_LAMBDA)
 
 
 def _penalties(workload: Workload, place: Place) -> Case:
@@ -120,9 +123,10 @@ def _penalties(workload: Workload, place: Place) -> Case:
     ]
     providers = []
     for entry in serving(_op_of(workload), workload, place):
-        make = functools.partial(with_gradients, _penalty_of(entry.backend))
+        make = functools.partial(with_gradients, _penalty_of(entry))
         providers.append(
-            Provider(entry.name, role=entry.role, backend=entry.recorded, algorithm=f"{kind} F",
+            Provider(entry.name, role=entry.role, backend=entry.recorded,
+                     algorithm=entry.described(f"{kind} F"),
                      **turns(make, buffers))
         )  # fmt: skip
         if entry.role == "ours":
@@ -169,7 +173,7 @@ def _sums(workload: Workload, place: Place) -> Case:
 
     providers = []
     for entry in serving("fisher_sums_", workload, place):
-        method = functools.partial(FE.fisher_accumulate_, check_finite=False, backend=entry.backend)
+        method = entry.of(fisher_accumulate.OURS)
         providers.append(provider(entry.name, method, entry.role, entry.recorded))
         if entry.role == "ours":
             dense = turns(lambda one, m=method: lambda: [m(*one)], buffers)

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages of the site that are files elsewhere in the repository, and links that leave docs/."""
+"""Hooks of mkdocs: pages that are files elsewhere in the repository, and links that leave docs/."""
 
 from __future__ import annotations
 

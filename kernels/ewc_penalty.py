@@ -1,8 +1,9 @@
-"""The EWC penalty of all adapters of a model, with its gradients, in one launch and one read of every F.
+"""The EWC penalty of all adapters of a model, with its gradients, in one launch and one read of every F; and
+the l1 norm of their products, which is the same without F.
 
-docs/mathematics.md, section 2. The adapters come as a table of pointers and sizes, `table` [adapters, FIELDS]
-(int64, columns as named below), the work as `items` [items, 3] (int32): adapter, region of rows, block of
-columns.
+docs/mathematics.md, sections 2 and 13. The adapters come as a table of pointers and sizes, `table` [adapters,
+FIELDS] (int64, columns as named below), the work as `items` [items, 3] (int32): adapter, region of rows,
+block of columns.
 """
 
 import triton
@@ -87,13 +88,13 @@ def _finish_s(entry, work, grads, factor, ewc_lambda, RP: tl.constexpr):
 
 
 @triton.jit
-def _finish_loss(work, loss, n_items, ewc_lambda, BLOCK: tl.constexpr):
-    """P = lambda/2 times the sum over all items, in fp64: it may have millions of terms."""
+def _finish_loss(work, loss, n_items, ewc_lambda, WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
+    """P = WEIGHT times lambda times the sum over all items, in fp64: it may have millions of terms."""
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, n_items, BLOCK):
         item = start + tl.arange(0, BLOCK)
         total += tl.load(work + item, mask=item < n_items, other=0.0, cache_modifier=".cg").to(tl.float64)
-    tl.store(loss, (tl.sum(total) * 0.5 * ewc_lambda).to(tl.float32))
+    tl.store(loss, (tl.sum(total) * WEIGHT * ewc_lambda).to(tl.float32))
 
 
 @triton.jit
@@ -145,6 +146,7 @@ def ewc_penalty_kernel(
     NEED_A: tl.constexpr, NEED_B: tl.constexpr, NEED_S: tl.constexpr, RP: tl.constexpr, UNIT: tl.constexpr,
     FISHER_TYPE: tl.constexpr, A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, SCALE_TYPE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr,
+    L1: tl.constexpr,
 ):  # fmt: skip
     """loss = lambda/2 sum F (B diag(s) A)^2 over all adapters, and dA, dB, ds as needed, into flat `grads`.
 
@@ -155,6 +157,7 @@ def ewc_penalty_kernel(
     was. `counters` are 0 before and after. UNIT: rows of F are contiguous, start at multiples of 16 bytes,
     and are multiples of 8 long. An F of FISHER_TYPE uint8 has rows of codes, in blocks of 32, and behind them
     the scales of the blocks (`reference/eight_bit.py`): UNIT always holds for it.
+    L1: loss = lambda sum |B diag(s) A| instead, with h = sign(delta). There is no F, and UNIT does not hold.
     """
     pid = tl.program_id(0)
     entry = table + tl.load(items + 3 * pid) * FIELDS
@@ -173,8 +176,9 @@ def ewc_penalty_kernel(
     ranks = k < rank
     columns = left + jj < d_in
     # Offsets inside a tile are 32 bits wide and do not change from tile to tile.
-    fisher = tl.load(entry + FISHER).to(tl.pointer_type(FISHER_TYPE))
-    fisher_0, fisher_1 = tl.load(entry + FISHER_0), tl.load(entry + FISHER_1)
+    if not L1:
+        fisher = tl.load(entry + FISHER).to(tl.pointer_type(FISHER_TYPE))
+        fisher_0, fisher_1 = tl.load(entry + FISHER_0), tl.load(entry + FISHER_1)
     CODES: tl.constexpr = FISHER_TYPE == tl.uint8
     if CODES:
         # Codes behind the last column are 0, and so is A there: only rows and whole blocks are masked.
@@ -196,7 +200,7 @@ def ewc_penalty_kernel(
         columns = left + jj < tl.multiple_of(d_in, 8)
         tile = i[None, :, None] * fisher_0.to(tl.int32) + jj
         fisher += left
-    else:
+    elif not L1:
         tile = i[None, :, None] * fisher_0.to(tl.int32) + jj * fisher_1.to(tl.int32)
         fisher += left * fisher_1
     PERMUTED: tl.constexpr = PRECISION == "tf32" or PRECISION == "tf32x3"
@@ -220,12 +224,15 @@ def ewc_penalty_kernel(
                 scales + start * scales_0 + scale_tile, mask=rows[None, :, None] & scaled, other=0.0
             )
             f = _decoded(f, block_scales.to(tl.float32), SHARED)
-        else:
+        elif not L1:
             f = tl.load(fisher + start * fisher_0 + tile, mask=rows[None, :, None] & columns, other=0.0)
         b = as_fp32(b.to(tl.float32), B_TYPE, PRECISION)
         bs = rounded((b * s[None, :])[None, :, :].broadcast_to(SLICES, BLOCK_M, RP), PRECISION)
         delta = sliced_product(bs, a, tl.zeros([SLICES, BLOCK_M, WIDTH], tl.float32), PRECISION)
-        h = as_fp32(f.to(tl.float32) * delta, FISHER_TYPE, PRECISION)
+        if L1:  # also where delta is no number, which the sum shows
+            h = tl.where(delta > 0.0, 1.0, tl.where(delta < 0.0, -1.0, 0.0))
+        else:
+            h = as_fp32(f.to(tl.float32) * delta, FISHER_TYPE, PRECISION)
         # Sums of eighths of a row, which stay in their threads.
         value += tl.sum((h * delta).reshape(SLICES, BLOCK_M, WIDTH // 8, 8), 2)
         h = rounded(h, PRECISION)
@@ -266,4 +273,4 @@ def ewc_penalty_kernel(
             if _last(counters + tl.load(entry + COUNT_S), regions * blocks):
                 _finish_s(entry, work, grads, factor, ewc_lambda, RP)
     if _last(counters, n_items):
-        _finish_loss(work, loss, n_items, ewc_lambda, 256)
+        _finish_loss(work, loss, n_items, ewc_lambda, 1.0 if L1 else 0.5, 256)

@@ -1,4 +1,4 @@
-"""Continual learning with every method on real data: `python -m fused_ewclora demo --suite`."""
+"""Continual learning with every method on real data: `fused-ewclora demo --suite`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from fused_ewclora._arguments import PROG, Parser
 from fused_ewclora.demo.job import Progress, device_of
 from fused_ewclora.errors import ArgumentError, EWCLoRAError
 
@@ -27,9 +28,8 @@ SUITES = ("language", "vision")
 COSTS = "costs"
 
 
-def parser() -> argparse.ArgumentParser:
+def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    command = argparse.ArgumentParser(prog="python -m fused_ewclora demo", description=__doc__)
     command.add_argument(
         "--suite",
         nargs="*",
@@ -66,7 +66,6 @@ def parser() -> argparse.ArgumentParser:
         help=f'every step and task: {", ".join(LOGGERS)} or "package.module:Class"; in <out>/logs',
     )
     command.add_argument("--json", action="store_true", help="print records to stdout instead of tables")
-    return command
 
 
 def chosen(args: argparse.Namespace) -> list[Run]:
@@ -104,13 +103,19 @@ def listing() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, 1 when a run failed, 2 for wrong usage, 130 when interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    args = parser().parse_args(arguments)
+    parser = Parser(prog=f"{PROG} demo", description=__doc__)
+    add_arguments(parser)
+    parser.set_defaults(arguments=list(sys.argv[1:] if arguments is None else arguments))
+    return execute(parser, parser.parse_args(arguments))
+
+
+def execute(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Does what the options say; `args.arguments` are these options as they were given."""
     try:
-        return _run(args, suite.command_line(arguments))
+        return _run(args, suite.command_line(args.arguments))
     except EWCLoRAError as error:
-        print(f"fused_ewclora: {error}", file=sys.stderr)
-        return 1
+        print(f"{PROG}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ArgumentError) else 1
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command continues from here ({args.out})", file=sys.stderr)
         return INTERRUPTED

@@ -1,4 +1,4 @@
-"""What calls cost on the host: `python -m fused_ewclora bench host`.
+"""What calls cost on the host: `fused-ewclora bench host`.
 
 Layers, penalties, Fisher capture, merging and training steps, so small that a GPU would wait for the host.
 Without a GPU the CPU stands in for one whose launches do nothing. What is computed is checked against fp64;
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import fused_ewclora as fe
+from fused_ewclora._arguments import PROG, Parser
 from fused_ewclora.demo.environment import timestamp
 
 from .. import extras, harness, machine
@@ -90,8 +91,8 @@ def run(args: argparse.Namespace, where: HostPlace) -> int:
     return int(failed)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fused_ewclora bench host", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
     add = parser.add_argument
     add("--part", nargs="+", choices=list(PARTS), default=list(PARTS), help="what is measured; default: all")
     add("--rounds", type=int, default=ROUNDS, help=f"rounds per case (default: {ROUNDS})")
@@ -99,18 +100,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help=f"folder the records are appended to, in {SUITE}.jsonl; default: one of "
         f"{RESULTS}, {SUITE} or that of the GPU")  # fmt: skip
     add("--dry", action="store_true", help="measure and print without writing records")
-    return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+def execute(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Measures what the options say; returns the exit status."""
     if args.rounds < 2 or not args.seconds > 0.0:
         parser.error("expected at least 2 of --rounds, for quantiles, and --seconds > 0")
     with place() as where, small_products(where.device):
         args.out = None if args.dry else args.out or folder_of(where)
         return run(args, where)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    parser = Parser(prog=f"{PROG} bench host", description=__doc__)
+    add_arguments(parser)
+    return execute(parser, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

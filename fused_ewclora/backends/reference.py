@@ -22,7 +22,7 @@ _RUN: dict[str, Callable[..., Any]] = {
     "ewc_penalty": ewc_penalty.penalty_and_grads,
     "factored_penalty": kronecker_penalty.penalty_and_grads,
     "kronecker_penalty": kronecker_penalty.penalty_and_grads,
-    "l1_penalty": l1_penalty.penalty_and_grads,
+    "l1_penalty": l1_penalty.penalty_and_grads_in_blocks,
     "fisher_accumulate_": fisher_accumulate.fisher_accumulate_,
     "fisher_sums_": fisher_sums.fisher_sums_,
     "merge_": merge.merge_,

@@ -60,6 +60,7 @@ class SDLoRA(Method):
             at most this share of its squared length (9e-4 in the paper) is dropped after its task, and its
             coefficients are folded into their magnitudes. Decided per adapter, or with shared magnitudes for
             the network, whose adapters then count as one matrix. None keeps every direction.
+            Refused with `reset_alphas`, which would overwrite the folded coefficients.
         generator: source of each new A; None is the default generator.
         group: as in `Method`.
         ewc_lambda: not of the paper: adds the penalty (lambda/2) sum F (Delta - Delta_0)^2 of EWC-LoRA, where
@@ -105,6 +106,12 @@ class SDLoRA(Method):
         if kd_threshold is not None and number("kd_threshold", kd_threshold, 0.0, math.inf) >= 1.0:
             # The first direction has residual 1, and nothing to be folded into.
             raise ArgumentError(f"kd_threshold: expected a number < 1, got {kd_threshold!r}")
+        if kd_threshold is not None and self.reset_alphas:
+            # What a dropped direction added lives on in the magnitudes of the others alone.
+            raise ArgumentError(
+                f"kd_threshold: expected None with reset_alphas=True, got {kd_threshold!r}: the magnitudes "
+                "that hold the coefficients of dropped directions would be overwritten when the next task begins"
+            )
         self.kd_threshold = kd_threshold
         if ewc and ewc_lambda is None:
             raise ArgumentError(f"{min(ewc)}: expected an ewc_lambda beside it, got None")

@@ -227,7 +227,7 @@ def test_bad_options_refused(
 ) -> None:
     """Wrong options are refused with an explanation."""
     (tmp_path / "mine.json").write_text(json.dumps(DIGITS))
-    assert main(["--suite", str(tmp_path / "mine.json"), "--out", str(tmp_path / "out"), *options]) == 1
+    assert main(["--suite", str(tmp_path / "mine.json"), "--out", str(tmp_path / "out"), *options]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
@@ -256,5 +256,5 @@ def test_costs_of_some_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert records[0]["command"] == (
         "python -m fused_ewclora demo --suite costs --quick --methods InfLoRA"  # no folder of this machine
     )
-    assert main([*arguments, "EWC"]) == 1
+    assert main([*arguments, "EWC"]) == 2
     assert re.search("--methods: expected some of .*'InfLoRA'.* got 'EWC'", capsys.readouterr().err)

@@ -46,4 +46,4 @@ def test_names_checked(tmp_path: Path, capsys):
     """An unknown structure is refused before anything runs."""
     with pytest.raises(SystemExit):
         large_model.main(["--structures", "sparse", "--out", str(tmp_path)])
-    assert "invalid choice: 'sparse'" in capsys.readouterr().err
+    assert "unknown name 'sparse'" in capsys.readouterr().err

@@ -48,7 +48,9 @@ def test_backend_per_layer():
     with fe.use_backend("reference"):
         report = fe.explain(model)
     assert [row["backend"] for row in report.rows] == ["reference", "reference"]
-    assert all(row["name"] in str(report) for row in report.rows)
+    assert [row["name"] for row in report.rows] == ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]
+    text = str(report)
+    assert "blocks.0-1.attn.qkv" in text and max(map(len, text.splitlines())) <= 100
     fe.merge(model)
     assert {row["algorithm"] for row in fe.explain(model).rows} == {"linear (merged)"}
 

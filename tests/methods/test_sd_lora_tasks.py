@@ -57,10 +57,14 @@ def test_many_tasks_plain():
 
 @pytest.mark.parametrize("tasks", [0, 1, 3])
 @pytest.mark.parametrize("moment", ["between tasks", "in a task"])
-@pytest.mark.parametrize("kind", [{}, OFFICIAL], ids=["own magnitudes", "shared magnitudes"])
+@pytest.mark.parametrize(
+    "kind",
+    [{"kd_threshold": 0.95}, {"kd_threshold": 0.95, "magnitudes": "shared"}, OFFICIAL],
+    ids=["own magnitudes", "shared magnitudes", "official code"],
+)
 def test_resume_bitwise(tasks, moment, kind):
     """Training resumes bit for bit in a new model."""
-    options = {"ranks": (2, 3, 1), "kd_threshold": 0.95, "ewc_lambda": 3.0, **kind}
+    options = {"ranks": (2, 3, 1), "ewc_lambda": 3.0, **kind}
     method = seeded(adapted(), **options)
     run(method, range(tasks), steps=1)
     if moment == "in a task":
@@ -309,6 +313,7 @@ def test_lossy_files_refused(tmp_path):
         ({"ranks": 2.5}, "ranks: expected ranks per task"),
         ({"kd_threshold": -1e-4}, "kd_threshold: expected a finite number >= 0"),
         ({"kd_threshold": 1.0}, "kd_threshold: expected a number < 1"),
+        ({"kd_threshold": 0.1, "reset_alphas": True}, "kd_threshold: expected None with reset_alphas"),
         ({"gamma": 0.5}, "gamma: expected an ewc_lambda beside it"),
         ({"ewc_lambda": -1.0}, "ewc_lambda"),
         ({"ewc_lambda": 1.0, "merge_mode": "delta"}, "merge_mode: expected none"),

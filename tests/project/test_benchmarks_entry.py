@@ -1,4 +1,4 @@
-"""The package imports benchmarks/ in one place: the table of commands in `fused_ewclora.__main__`."""
+"""The package imports benchmarks/ in one place: `_of_benchmarks` in `fused_ewclora.__main__`."""
 
 from __future__ import annotations
 
@@ -62,10 +62,11 @@ def test_imports_noticed(source: str):
     assert list(mentions(source))
 
 
-@pytest.mark.parametrize("module", cli.BENCHMARK_COMMANDS.values())
-def test_commands_have_main(module: str):
-    """Every registered command has a main."""
+@pytest.mark.parametrize("module", [*(module for _, module in cli.BENCHMARKS.values()), "continual.__main__"])
+def test_commands_have_options(module: str):
+    """Every module of a command has options, their execution and a main."""
     spec = importlib.util.find_spec(f"fused_ewclora.benchmarks.{module}")
     assert spec is not None and spec.origin is not None
     tree = ast.parse(Path(spec.origin).read_text())
-    assert any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert {"add_arguments", "execute", "main"} <= functions

@@ -99,7 +99,7 @@ def test_library_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
     monkeypatch.setattr(info, "collect", fail)
     assert cli.main(["info"]) == 1
-    assert capsys.readouterr().err == "fused_ewclora: backend 'cpu' is not available: no reason\n"
+    assert capsys.readouterr().err == "fused-ewclora: backend 'cpu' is not available: no reason\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="imitates a GPU")
@@ -131,3 +131,34 @@ def test_bench_and_plot(tmp_path: Path):
     unknown = run("bench", "--suite", "abacus", "--dry")
     assert unknown.returncode == 2 and "lora_linear" in unknown.stderr
     assert {"bench", "plot"} <= set(run("--help").stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["ben"], "did you mean 'bench'?"),
+        (["bench", "comapre", "a", "b"], "did you mean 'compare'?"),
+        (["compile-report", "--kernel", "merge"], "did you mean 'merge_kernel'?"),
+        (["compile-report", "--arch", "sm_95"], "did you mean 'sm_90'?"),
+        (["compile-report", "--rank", "0"], "expected an integer >= 1, got '0'"),
+        (["compile-report", "--executed", "none.json"], "there is no file 'none.json'"),
+        (["compile-report", "--write"], "need --targets"),
+        (["autotune", "--dtype", "bfloat61"], "did you mean 'bfloat16'?"),
+        (["demo", "--dataset", "mnits"], "did you mean 'mnist'?"),
+        (["bench", "--op", "mrege"], "did you mean 'merge'?"),
+    ],
+)
+def test_names_checked(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]):
+    """A wrong name ends a command at once, with status 2, the valid names and the nearest one."""
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_version_and_prog(capsys: pytest.CaptureFixture[str]):
+    """The version and the help of every command name the console script."""
+    for arguments, told in [(["--version"], "fused-ewclora "), (["bench", "host", "--help"], "bench host")]:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(arguments)
+        out = capsys.readouterr().out
+        assert exit_.value.code == 0 and "fused-ewclora" in out and told in out

@@ -31,7 +31,7 @@ MODEL_LIBRARIES = {
 # Of the package, from the bottom up. A file imports its own folder and folders of lower rows; folders of one
 # row do not import each other. Files at the root are rooms of their own.
 ROWS = (
-    ("errors", "literals", "_version"),
+    ("errors", "literals", "_version", "_arguments"),
     ("config", "metrics", "progress", "report", "reference", "kernels", "_C", "_C_cuda"),
     ("fishers",),
     ("backends",),
@@ -57,7 +57,7 @@ DEMO_USES = ("", "functional", "metrics", "errors", "literals")
 # loads with them.
 RUN_TIME = {
     "fused_ewclora": "names of its own modules, in _LAZY",
-    "fused_ewclora.__main__": "benchmarks, in BENCHMARK_COMMANDS",
+    "fused_ewclora.__main__": "benchmarks, in BENCHMARKS",
     "fused_ewclora._moved": "the modules in MOVED",
     "fused_ewclora.integrations": "its own modules",
     "fused_ewclora.integrations._library": "a model library",

@@ -15,9 +15,23 @@ import pytest
 from interpreters import HAS_COMPILER, ROOT, python
 
 CONTINUAL = ROOT / "benchmarks" / "continual"
-FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+FILES = tuple(
+    path.name
+    for pattern in (
+        "*.md",
+        "*.toml",
+        "*.txt",
+        "*.yml",
+        "setup.py",
+        "MANIFEST.in",
+        "LICENSE",
+        "Makefile",
+        "CITATION.cff",
+    )
+    for path in sorted(ROOT.glob(pattern))
+)
 LINKED = ("kernels/", "benchmarks/")  # from inside the package
-FOLDERS = ("fused_ewclora", "kernels", "benchmarks", "csrc", "tests")
+FOLDERS = ("fused_ewclora", "kernels", "benchmarks", "csrc", "docs", "tests")
 IMPORT_LIMIT = 0.1  # of the time of importing torch
 # The smallest extension that compiles: it stands for csrc, which takes minutes.
 TINY_EXTENSION = """#include <Python.h>
@@ -127,16 +141,16 @@ def source_distribution(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_sdist_complete(source_distribution: Path):
-    """A source distribution holds everything that a build needs; linked folders are where the links were."""
+    """A source distribution holds what builds, tests and pages need; links are folders there."""
     packed = set(names(source_distribution))
     files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
     built = (".so", ".jsonl", ".pyc")  # records of measurements are in the repository alone
     wanted = {str(path.relative_to(ROOT)) for path in files if path.suffix not in built}
     wanted = {f"fused_ewclora/{name}" if name.startswith(LINKED) else name for name in wanted}
-    wanted = {name for name in wanted if not name.startswith("tests/") and "/results/" not in name}
+    wanted = {name for name in wanted if "/results/" not in name}
     assert not wanted - packed
-    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= packed
-    assert not [name for name in packed if name.startswith(("tests/", *LINKED))]
+    assert set(FILES) <= packed
+    assert not [name for name in packed if name.startswith(LINKED) or name.endswith(built)]
 
 
 def test_sdist_runs(source_distribution: Path, tmp_path: Path):

@@ -11,13 +11,13 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from ...errors import BackendError
-from ...reference import kronecker_penalty, l1_penalty
+from ...reference import kronecker_penalty
 from .. import candidate
 from ..candidate import Call, Candidate, pretended, remembers_choices
 from . import cost_model, kept, launch, plans, tables
@@ -104,7 +104,8 @@ def _cannot(call: Call) -> str | None:
 def has_penalty(rank: int, arch: str, op: str = "ewc_penalty") -> bool:
     """Whether a penalty has a configuration for `rank`: where every block size would spill registers, none
     is shipped."""
-    kernel = f"{op}_kernel:{launch.precision()}"
+    name = "ewc_penalty" if op == "l1_penalty" else op  # one kernel for both
+    kernel = f"{name}_kernel:{launch.precision()}"
     return tables.has(kernel, arch, torch.float32, 1 << (rank - 1).bit_length())
 
 
@@ -120,6 +121,11 @@ def _cannot_penalty(op: str, call: Call) -> str | None:
     return None
 
 
+def _tensors(argument: Any) -> Iterable[Any]:
+    """Those of one argument, which is a tensor or a list of some."""
+    return (argument,) if isinstance(argument, torch.Tensor) else argument
+
+
 def _host(module: str, function: str) -> Callable[..., Any]:
     """A function of a host module, which imports Triton, found at the first call; runs on the device of the
     call's tensors."""
@@ -132,7 +138,7 @@ def _host(module: str, function: str) -> Callable[..., Any]:
         return getattr(host, function)
 
     def run(*arguments: Any) -> Any:
-        first = arguments[0] if isinstance(arguments[0], torch.Tensor) else next(iter(arguments[0]), None)
+        first = next((t for argument in arguments for t in _tensors(argument)), None)
         # Launches go to the current device.
         if first is not None and first.is_cuda and first.device.index != torch.cuda.current_device():
             with torch.cuda.device(first.device):
@@ -150,6 +156,10 @@ _OTHERS: dict[str, tuple[str, str, Callable[[Call], str | None]]] = {
     "factored_penalty": (
         "factored_penalty", "Triton, one launch, a program per adapter",
         functools.partial(_cannot_penalty, "factored_penalty"),
+    ),
+    "l1_penalty": (
+        "ewc_penalty", "Triton, one launch, B A in tiles",
+        functools.partial(_cannot_penalty, "l1_penalty"),
     ),
     "fisher_accumulate_": ("fisher_accumulate", "Triton, squared in registers", _cannot),
     "fisher_sums_": ("fisher_sums", "Triton, squared and summed in registers", _cannot),
@@ -173,9 +183,6 @@ def candidates(op: str) -> tuple[Candidate, ...]:
     if op == "kronecker_penalty":
         run = kronecker_penalty.penalty_and_grads
         return (Candidate("triton", "PyTorch, products by BLAS", _cannot, run),)
-    if op == "l1_penalty":
-        run = l1_penalty.penalty_and_grads_in_blocks
-        return (Candidate("triton", "PyTorch, by blocks of rows", _cannot, run),)
     backward = op == "lora_linear_backward"
     found = []
     for key, algorithm in _ALGORITHMS.items():

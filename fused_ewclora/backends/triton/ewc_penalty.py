@@ -66,7 +66,7 @@ class Plan:
 
     groups: tuple[Group, ...]
     length: int  # of the flat gradients
-    holes: bool  # an F without elements
+    holes: bool  # a product B A without elements
     copies: Any = None  # what pointers point to, where that is not the caller's tensors
     once: bool = False  # for one call alone
     held: bool = False  # for a graph that was captured
@@ -162,13 +162,26 @@ def ewc_penalty(
     return penalty(_DIAGONAL, fishers, lora_as, lora_bs, scales, scale_factors, ewc_lambda, needs)
 
 
+def l1_penalty(
+    fishers: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    scale_factors: Sequence[float],
+    l1_lambda: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """The same for the l1 norm of what adapters add; fishers is empty."""
+    return penalty(_L1, fishers, lora_as, lora_bs, scales, scale_factors, l1_lambda, needs)
+
+
 class Structure(NamedTuple):
     """What differs between the penalties of several structures of F."""
 
     kernel: Any
     check: Callable[..., None]  # of the arguments without lambda
     group: Callable[[tuple[int, ...], Sequence[Member], Callable[[Tensor], Tensor]], Group]
-    columns: bool = False  # behind the Fishers of all adapters come as many others
+    fishers: int = 1  # tensors per adapter: those of all adapters, then as many others
 
 
 def penalty(
@@ -217,12 +230,11 @@ def _plan(
     needs: Sequence[bool],
 ) -> Plan:
     """The prepared tables of this call: kept from an earlier one with the same tensors, or made."""
-    count = len(fishers) // 2 if structure.columns else len(fishers)
-    if not count or len(lora_as) != count:
+    if not lora_as or len(fishers) != structure.fishers * len(lora_as):
         structure.check(fishers, lora_as, lora_bs, scales, scale_factors, needs)  # says so
     tensors = tuple(map(_described, (*fishers, *lora_as, *lora_bs, *scales)))
     like, where = lora_as[0], (arch(lora_as[0]), precision(), tables.overriding())
-    key = (structure.columns, tensors, len(scale_factors), tuple(needs), like.device, where)
+    key = (structure.fishers, tensors, len(scale_factors), tuple(needs), like.device, where)
     found = _plans.find(key)
     if found is not None:
         return found
@@ -252,7 +264,7 @@ def _near(tensor: Tensor) -> Tensor:
 class Member(NamedTuple):
     """One adapter; `places` are those of its dA, dB, ds in the flat gradients, -1 where not asked for."""
 
-    fisher: Tensor
+    fisher: Tensor | None  # None: of an l1 norm
     a: Tensor
     b: Tensor
     scale: Tensor | None
@@ -261,11 +273,12 @@ class Member(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of F; its codes have another."""
+        """Of B A and F; codes of F have another."""
         return self.b.shape[0], self.a.shape[1]
 
     def types(self) -> tuple[torch.dtype, ...]:
-        return self.fisher.dtype, self.a.dtype, self.b.dtype, getattr(self.scale, "dtype", torch.float32)
+        fisher, scale = (getattr(tensor, "dtype", torch.float32) for tensor in (self.fisher, self.scale))
+        return fisher, self.a.dtype, self.b.dtype, scale
 
 
 def _prepare(
@@ -288,15 +301,15 @@ def _prepare(
             length += max(size, 0)
     groups: dict[Any, dict[int, Member]] = {}
     count = len(lora_as)
+    rows: Sequence[Tensor | None] = fishers[:count] or [None] * count
     columns: Sequence[Tensor | None] = fishers[count:] or [None] * count
-    of_adapters = zip(
-        fishers[:count], lora_as, lora_bs, scales, zip(*places, strict=True), columns, strict=True
-    )
+    of_adapters = zip(rows, lora_as, lora_bs, scales, zip(*places, strict=True), columns, strict=True)
     for index, adapter in enumerate(of_adapters):
         member = Member(*adapter)
         groups.setdefault(member.types(), {})[index] = member
     made = tuple(structure.group(tuple(group), tuple(group.values()), place) for group in groups.values())
-    return Plan(made, length, any(0 in fisher.shape for fisher in fishers))
+    holes = any(0 in (b.shape[0], a.shape[1]) for a, b in zip(lora_as, lora_bs, strict=True))
+    return Plan(made, length, holes)
 
 
 def type_options(member: Member) -> dict[str, Any]:
@@ -317,6 +330,7 @@ def _group(indices: tuple[int, ...], members: Sequence[Member], place: Callable[
     table, items, floats, counters = _layout(members, rows, config["BLOCK_M"], config["BLOCK_N"], rp)
     options = {**config, **type_options(members[0]), "RP": rp}
     options |= {"NEED_S": need_s, "PRECISION": precision(), "UNIT": all(_unit(m.fisher) for m in members)}
+    options["L1"] = members[0].fisher is None
     return Group(indices, place(table), place(items), floats, counters, options)
 
 
@@ -373,21 +387,29 @@ def _addresses(member: Member) -> dict[str, int]:
     """Pointers, sizes, strides and the places of the gradients of one adapter."""
     fisher, a, b, s, place, _ = member
     return {
-        "FISHER": fisher.data_ptr(), "LORA_A": a.data_ptr(), "LORA_B": b.data_ptr(),
+        **({} if fisher is None else _of_fisher(fisher)),
+        "LORA_A": a.data_ptr(), "LORA_B": b.data_ptr(),
         "SCALE": 0 if s is None else s.data_ptr(),
         "D_OUT": b.shape[0], "D_IN": a.shape[1], "RANK": a.shape[0],
-        "FISHER_0": fisher.stride(0), "FISHER_1": fisher.stride(1), "A_0": a.stride(0), "A_1": a.stride(1),
+        "A_0": a.stride(0), "A_1": a.stride(1),
         "B_0": b.stride(0), "B_1": b.stride(1), "SCALE_0": 0 if s is None or s.dim() == 0 else s.stride(0),
         "SCALAR": int(s is not None and s.dim() == 0),
         "GRAD_A": place[0], "GRAD_B": place[1], "GRAD_S": place[2],
     }  # fmt: skip
 
 
-def _unit(fisher: Tensor) -> bool:
+def _of_fisher(fisher: Tensor) -> dict[str, int]:
+    return {"FISHER": fisher.data_ptr(), "FISHER_0": fisher.stride(0), "FISHER_1": fisher.stride(1)}
+
+
+def _unit(fisher: Tensor | None) -> bool:
     """Whether rows are contiguous and 16-byte loads of them are aligned and never cross the end; so it is of
     codes."""
+    if fisher is None:
+        return False
     aligned = fisher.data_ptr() % 16 == 0 and fisher.stride(0) % 8 == 0 == fisher.shape[1] % 8
     return fisher.stride(1) == 1 and aligned
 
 
 _DIAGONAL = Structure(kernels.ewc_penalty_kernel, arguments.ewc_penalty, _group)
+_L1 = Structure(kernels.ewc_penalty_kernel, arguments.l1_penalty, _group, fishers=0)

@@ -63,7 +63,7 @@ def _layout(members: Sequence[Member], rp: int) -> tuple[Tensor, int]:
 def _fields(member: Member) -> dict[str, int]:
     """Pointers, sizes, strides and the places of the gradients of one adapter."""
     rows, a, b, s, place, columns = member
-    assert columns is not None
+    assert rows is not None and columns is not None
     return {
         "LORA_A": a.data_ptr(), "LORA_B": b.data_ptr(), "SCALE": 0 if s is None else s.data_ptr(),
         "ROW_SUMS": rows.data_ptr(), "COLUMN_SUMS": columns.data_ptr(),
@@ -76,4 +76,4 @@ def _fields(member: Member) -> dict[str, int]:
     }  # fmt: skip
 
 
-_FACTORED = Structure(kernels.factored_penalty_kernel, arguments.kronecker_penalty, _group, columns=True)
+_FACTORED = Structure(kernels.factored_penalty_kernel, arguments.kronecker_penalty, _group, fishers=2)

@@ -23,10 +23,10 @@ from . import launch, overlap, specialisation
 
 # Numbers that kernels take as they are, by host: plans do not depend on their values.
 NUMBERS = {
-    "ewc_penalty": (5,), "factored_penalty": (5,), "fisher_sums_": (5,), "fisher_accumulate_": (4,),
-    "soft_threshold_": (1,),
+    "ewc_penalty": (5,), "factored_penalty": (5,), "l1_penalty": (5,), "fisher_sums_": (5,),
+    "fisher_accumulate_": (4,), "soft_threshold_": (1,),
 }  # fmt: skip
-BY_ADDRESS = ("ewc_penalty", "factored_penalty")  # hosts that put addresses into tables
+BY_ADDRESS = ("ewc_penalty", "factored_penalty", "l1_penalty")  # hosts that put addresses into tables
 # Hosts that decide by which of their first arguments share memory, and the place of these in a call.
 IN_GROUPS = {"merge_": 0, "soft_threshold_": 0}
 

@@ -67,6 +67,12 @@ def named(entry: str) -> str:
     return entry.partition(":")[0]
 
 
+def kernels() -> list[str]:
+    """The names of all kernels that the shipped tables configure."""
+    entries = (entry for file in sorted(FOLDER.glob("*.json")) for entry in table(file.stem))
+    return sorted({named(entry["kernel"]) for entry in entries})
+
+
 def fitting(entries: Sequence[Entry], kernel: str, dtype: str, rank: int) -> Entry | None:
     """The first entry that serves a lookup."""
     for entry in entries:

@@ -69,9 +69,10 @@ def _penalty(a: Arguments, blocks: int, call: Sequence[Any]) -> Work:
     trips = elements / (m * n) / blocks
     per_trip = m * n * size + m * rp * (_size(lora_as[0]) + 4)
     parts = 4 * a["work"].numel()  # written, and read by who adds them up
+    ahead = m * n * size if fishers else m * rp * _size(lora_bs[0])  # an l1 norm streams B alone
     return Work(
         blocks, (1, trips), elements * size + 2 * parts, trips * per_trip + 2 * 4 * rp * n,
-        _ahead(a, m * n * size), floor_bytes=elements * size, floor_name=READ_F,
+        _ahead(a, ahead), floor_bytes=elements * size or 2 * parts, floor_name=READ_F if fishers else COPY,
         # The last of a row or column of blocks adds up.
         rare=max(m * trips / lora_bs[0].shape[0], n / lora_as[0].shape[1]),
     )  # fmt: skip

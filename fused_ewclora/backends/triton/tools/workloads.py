@@ -132,6 +132,7 @@ def workloads(
                 found += _linears(dtype, rank, precision, sizes)
                 found += _penalties(dtype, rank, precision, sizes)
                 found += _factored_penalties(dtype, rank, precision, sizes)
+                found += _l1_penalties(dtype, rank, precision, sizes)
                 found += _merges(dtype, rank, precision, sizes)
             found += _fishers(dtype, precision, sizes)
             found += _fisher_sums(dtype, precision, sizes)
@@ -276,6 +277,21 @@ def _factored_penalties(dtype: torch.dtype, rank: int, precision: str, sizes: Si
     }
     for kind, make in kinds.items():
         yield Workload("factored_penalty", kind, dtype, rank, make, precision)
+
+
+def _l1_penalties(dtype: torch.dtype, rank: int, precision: str, sizes: Sizes) -> Iterator[Workload]:
+    """The calls of `ewc_penalty`, without their Fishers."""
+    for workload in _penalties(dtype, rank, precision, sizes):
+        kind = {"fp32 F": "gradients", "fp32 F, scales": "scales", "odd widths": "odd widths"}.get(
+            workload.kind
+        )
+        if kind is None:
+            continue
+
+        def make(make: Make, of_ewc: Callable[[Make], tuple[Any, ...]] = workload.make) -> tuple[Any, ...]:
+            return ([], *of_ewc(make)[1:])
+
+        yield Workload("l1_penalty", kind, dtype, rank, make, precision)
 
 
 def _fisher_sums(dtype: torch.dtype, precision: str, sizes: Sizes) -> Iterator[Workload]:
