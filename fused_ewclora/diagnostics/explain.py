@@ -103,6 +103,8 @@ def verify_forward(model: nn.Module, sample: Any) -> dict[str, int]:
 def explain(model: nn.Module, sample: Any = None) -> Report:
     """A table of the implementation that serves each adapted layer and the reasons why others do not; its
     rows are data. The experts of a mixture that are served alike share a row, in which their calls are added.
+    Printed, all layers that are alike share a row, with the bytes of a dense Fisher in fp32 of each, and a
+    reason stands once, as a note with a number.
 
     The column r has the ranks of the adapters that the layer applies; with some methods they change from task
     to task. Under autocast its dtype is used.
