@@ -94,8 +94,8 @@ class QKVLayout:
         segments: the names in the order of the rows.
         sizes: the number of rows of each segment, which differ with grouped queries; None divides the rows of
             any layer equally among the segments.
-        interleave: None for contiguous segments (timm ViT); h for rows laid out as [h heads][segments][size /
-            h] (GPT-NeoX), where a segment consists of h ranges.
+        interleave: None for contiguous segments (timm ViT); h for rows laid out as
+            `[h heads][segments][size / h]` (GPT-NeoX), where a segment consists of h ranges.
 
     Raises:
         ArgumentError: for a value that is out of range.
