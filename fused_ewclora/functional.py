@@ -466,8 +466,8 @@ def l1_penalty(
     *,
     backend: Backend | None = None,
 ) -> Tensor:
-    """The l1 norm `P = lambda sum_l sum_ij |B_l diag(s_l) A_l|[i,j]` over all adapters, by blocks of rows, so
-    that nothing is as large as B A (N-LoRA, arXiv 2410.10179; docs/mathematics.md, section 13).
+    """The l1 norm `P = lambda sum_l sum_ij |B_l diag(s_l) A_l|[i,j]` over all adapters, by tiles or blocks
+    of rows: nothing is as large as B A (N-LoRA, arXiv 2410.10179; docs/mathematics.md, section 13).
 
     Args:
         lora_as: A_l `[r, d_in]`, all of one dtype and device.
