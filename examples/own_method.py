@@ -4,8 +4,8 @@
     python own_method.py --epochs 30 --strengths 0 1 10 100 --seeds 0 1 2
 
 The idea: what a task adds should be near what the task before has added, strength/2 |B A - D|^2, where D is
-the last task's B A. It knows no data, unlike a Fisher. On these two small tasks it keeps as much as EWC-LoRA at the same
-accuracy on the second task: the table shows how to compare, not which is better.
+the last task's B A. It knows no data, unlike a Fisher. On these two small tasks it keeps as much as EWC-LoRA
+does at the same accuracy on the second: the table shows how to compare methods, not which one is better.
 """
 
 from __future__ import annotations
