@@ -600,7 +600,8 @@ class EWC:
         with the errors of both.
 
         A Fisher that was estimated stays when `consolidate` raises: remove the cause and call `consolidate`.
-        Warns, before anything else, of adapters that the first task did not train although it trained others.
+        Warns, before anything else, of adapters that the first task did not train although it trained others,
+        and of a loader that the last task has ended with when no adapter has been trained since.
 
             >>> ewc.end_task(loader, criterion, max_batches=100)
         """
@@ -610,6 +611,7 @@ class EWC:
         if message := untrained_message(self._placement.layers):
             warn(f"end_task: {message}")
         if self.gathers:
+            self.watch.check_repeated(loader)
             self.estimate_fisher(
                 loader,
                 loss_fn,
@@ -627,6 +629,7 @@ class EWC:
                 max_bytes=max_bytes,
             )
         self.consolidate(gamma)
+        self.watch.note_ended_with(loader)
 
     @contextmanager
     def restored_on_error(self) -> Iterator[None]:
