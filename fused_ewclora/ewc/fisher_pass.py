@@ -103,8 +103,8 @@ class FisherPass:
                 )
             if not layer.adapters_enabled:
                 raise FisherError(
-                    f"{name}: its adapter is disabled; leave the `disabled` block (of PEFT: `disable_adapter`) "
-                    "first"
+                    f"{name}: its adapter is disabled; leave the `disabled` block "
+                    "(of PEFT: `disable_adapter`) first"
                 )
         options = (self.mode, self._reduction, self._loss_scale, self._batch_size)
         leaders: dict[str, FisherCapture] = {}

@@ -98,8 +98,8 @@ class EWCLoRAPlugin(SupervisedPlugin):  # type: ignore[misc, unused-ignore]
         """Checks that the EWC belongs to the strategy's model, after Avalanche has adapted the model."""
         if sum(isinstance(plugin, EWCLoRAPlugin) for plugin in strategy.plugins) > 1:
             raise ArgumentError(
-                "plugins: expected one EWCLoRAPlugin, got several; each would end every task. Give the strategy "
-                "one of them"
+                "plugins: expected one EWCLoRAPlugin, got several; each would end every task. Give the "
+                "strategy one of them"
             )
         if self.ewc is None:
             self.ewc = EWC(strategy.model, **self._ewc_options)

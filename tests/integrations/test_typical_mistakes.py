@@ -38,6 +38,8 @@ QUERY = fe.LoRAConfig(r=2, target_modules=["query"])
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0, 1])
 TEXTS = {"input_ids": torch.arange(8).view(2, 4), "labels": torch.tensor([0, 1])}
 
+PAGES = Path(__file__).resolve().parents[2] / "docs" / "integrations"
+
 pytestmark = pytest.mark.usefixtures("cheap_collections")
 
 
@@ -267,12 +269,12 @@ MISTAKES: dict[str, dict[Callable[[], str | None], str]] = {
     "torchvision": {
         layer_of_timm: "layers of the model: .*self_attention",
         linears_of_resnet: r"target_modules=\['fc'\] adapts it.*target_modules can name them: conv1",
-        sliced_mlp: r"layout=.*QKVLayout\(",
+        sliced_mlp: "leave slices out, for one adapter on all rows",
         old_optimizer: r"make a new optimizer, or call fused_ewclora\.reset_optimizer_state_",
         lambda_of_batches: r"Set it with ewc\.ewc_lambda = .*convert_lambda\(1e7, 'batch', 'sample'",
     },
     "transformers": {
-        sliced_query: r"layout=.*QKVLayout\(",
+        sliced_query: "leave slices out, for one adapter on all rows",
         callback_of_model: r"make one with fe\.EWC\(model, ewc_lambda=\.\.\.\)",
         no_labels: 'give batches .*mappings with "labels"',
         other_model: r"give Trainer and fe\.EWC the same model",
@@ -295,6 +297,7 @@ MISTAKES: dict[str, dict[Callable[[], str | None], str]] = {
 }
 
 
+@functools.cache
 def answer(mistake: Callable[[], str | None]) -> str:
     """What a user is told."""
     with warnings.catch_warnings():
@@ -305,9 +308,25 @@ def answer(mistake: Callable[[], str | None]) -> str:
             return str(told)
 
 
-@pytest.mark.parametrize("mistake", [mistake for mistakes in MISTAKES.values() for mistake in mistakes])
-def test_fix_named(mistake: Callable[[], str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The error, the warning or the report names the fix."""
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("mistake", [mistake for mistakes in MISTAKES.values() for mistake in mistakes])
+def test_fix_named(mistake: Callable[[], str | None]):
+    """The error, the warning or the report names the fix."""
     (fix,) = [mistakes[mistake] for mistakes in MISTAKES.values() if mistake in mistakes]
     assert re.search(fix, answer(mistake), re.DOTALL), answer(mistake)
+
+
+@pytest.mark.parametrize("page", MISTAKES)
+def test_page_quotes(page: str):
+    """The page ends with a table of its five mistakes, which quotes what users are told."""
+    text = (PAGES / f"{page}.md").read_text(encoding="utf-8")
+    rows = text.partition("## Typical mistakes")[2].strip().splitlines()[-len(MISTAKES[page]) :]
+    assert len(rows) == 5
+    for row, mistake in zip(rows, MISTAKES[page], strict=True):
+        told = row.split(" | ")[1]
+        quote = re.findall("`([^`]+)`", told)[-1]
+        assert quote in answer(mistake), answer(mistake)
