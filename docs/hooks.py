@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages of the site that are files elsewhere in the repository, and links that leave docs/."""
+"""Hooks of mkdocs: pages that are files elsewhere in the repository, and links that leave docs/."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,7 +18,7 @@ PAGES = {
     "index.md": "README.md", "examples.md": "examples/README.md", "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md", "security.md": "SECURITY.md",
 }  # fmt: skip
-NOTEBOOKS = {"two_tasks.ipynb": "examples/two_tasks.ipynb"}
+NOTEBOOKS = ("two_tasks.ipynb",)  # of examples/
 PACKAGE = "fused_ewclora"
 MODULES = (  # beside the package itself, whose names come from elsewhere
     "functional", "methods", "metrics", "profiling", "fishers", "config", "errors",
@@ -27,12 +28,14 @@ MODULES = (  # beside the package itself, whose names come from elsewhere
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
+@event_priority(100)  # before mkdocs-jupyter, which renders the notebooks among the files that it is given
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages that are not in docs/."""
     for page, path in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / path).read_text(encoding="utf-8")))
-    for page, path in NOTEBOOKS.items():
-        files.append(File.generated(config, page, abs_src_path=str(ROOT / path)))
+    for page in NOTEBOOKS:
+        folder = str(ROOT / "examples")
+        files.append(File(page, folder, config.site_dir, use_directory_urls=config.use_directory_urls))
     for name, text in references().items():
         files.append(File.generated(config, f"api/{name}.md", content=text))
     return files

@@ -1,9 +1,19 @@
 """Fused LoRA linear layers, the EWC penalty on their products, and Fisher accumulation, for continual
 learning.
 
-import fused_ewclora as fe
-fe.inject(model, fe.LoRAConfig(r=10, target_modules=["qkv"]))
-ewc = fe.EWC(model, ewc_lambda=1e7, fisher_mode="batch")
+The examples of all docstrings begin with these names:
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from collections import OrderedDict
+    >>> import fused_ewclora as fe
+    >>> from fused_ewclora import functional as FE, methods, metrics, profiling
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(OrderedDict(fc=nn.Linear(8, 6), act=nn.Tanh(), head=nn.Linear(6, 3)))
+    >>> x, y = torch.randn(8, 8), torch.arange(8) % 3
+    >>> loader = [(x[:4], y[:4]), (x[4:], y[4:])]
+    >>> criterion = nn.functional.cross_entropy
+    >>> config = fe.LoRAConfig(r=2, target_modules=["fc"])
 """
 
 from __future__ import annotations

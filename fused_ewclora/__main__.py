@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ._arguments import PROG, Parser, at_least, existing_file, one_of, version
+from ._arguments import PROG, Parser, at_least, existing_file, one_of
+from ._version import __version__
 from .errors import ArgumentError, EWCLoRAError
 
 DEMO_EXTRAS = ("sklearn", "matplotlib")
@@ -219,7 +220,7 @@ def _fill_bench(parser: Parser, given: list[str]) -> None:
 
 def _parser() -> Parser:
     parser = Parser(prog=PROG, description=__doc__)
-    parser.add_argument("--version", action="version", version=f"{PROG} {version()}")
+    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     commands: Any = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (text, fill) in COMMANDS.items():
         commands.add_parser(name, help=text, fill=fill)

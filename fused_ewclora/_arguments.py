@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib.metadata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 PROG = "fused-ewclora"
-
-
-def version() -> str:
-    """The installed version of this package."""
-    try:
-        return importlib.metadata.version(PROG)
-    except importlib.metadata.PackageNotFoundError:  # sources on the path, without an installation
-        return "unknown (not installed)"
 
 
 def unknown(what: str, value: str, valid: Iterable[str]) -> str:

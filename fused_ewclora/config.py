@@ -90,13 +90,19 @@ def _brief(config: Any) -> str:
 class QKVLayout:
     """The segments of a packed projection: which output rows belong to which of them.
 
-    segments: the names in the order of the rows. sizes: the number of rows of each segment, which differ with
-    grouped queries; None divides the rows of any layer equally among the segments. interleave: None for
-    contiguous segments (timm ViT); h for rows laid out as `[h heads][segments][size / h]` (GPT-NeoX), where a
-    segment consists of h ranges. Raises `ArgumentError` or `DtypeError` for invalid fields, `LayoutError`
-    when the layout does not fit a layer.
+    Args:
+        segments: the names in the order of the rows.
+        sizes: the number of rows of each segment, which differ with grouped queries; None divides the rows of
+            any layer equally among the segments.
+        interleave: None for contiguous segments (timm ViT); h for rows laid out as
+            `[h heads][segments][size / h]` (GPT-NeoX), where a segment consists of h ranges.
 
-        >>> QKVLayout(("q", "k", "v"), (8, 8, 8)).rows("k", 24)
+    Raises:
+        ArgumentError: for a value that is out of range.
+        DtypeError: for a value of another type.
+
+    Examples:
+        >>> fe.QKVLayout(("q", "k", "v"), (8, 8, 8)).rows("k", 24)
         ((8, 16),)
     """
 
@@ -127,8 +133,17 @@ class QKVLayout:
                 )
 
     def sizes_of(self, out_features: int) -> tuple[int, ...]:
-        """The number of rows of each segment in a layer of `out_features` rows; raises `LayoutError` when the
-        sizes do not add up to that."""
+        """The number of rows of each segment in a layer.
+
+        Args:
+            out_features: the number of rows of the layer.
+
+        Returns:
+            The sizes, in the order of the segments.
+
+        Raises:
+            LayoutError: when the sizes do not add up to out_features.
+        """
         if self.sizes is None:
             share, rest = divmod(out_features, len(self.segments))
             if rest or not share:
@@ -145,7 +160,18 @@ class QKVLayout:
         return self.sizes
 
     def rows(self, segment: str, out_features: int) -> Rows:
-        """The (start, stop) row ranges of one segment, in ascending order."""
+        """The rows of one segment.
+
+        Args:
+            segment: its name.
+            out_features: the number of rows of the layer.
+
+        Returns:
+            The (start, stop) ranges in ascending order.
+
+        Raises:
+            LayoutError: when the layout does not fit the layer.
+        """
         if segment not in self.segments:
             raise LayoutError(
                 f"slices: expected names among the layout's segments {list(self.segments)}, got {segment!r}"
@@ -161,20 +187,33 @@ class QKVLayout:
 class LoRAConfig:
     """The layers that get adapters, and the sizes of these; names and matching rules are those of PEFT.
 
-    r: the rank, >= 1. lora_alpha: None for scale 1 (the EWC-LoRA paper), else the scale is lora_alpha / r.
-    lora_dropout: the dropout probability on the input of the low-rank branch. target_modules,
-    exclude_modules: a string is a regular expression that must match the whole dotted name; a list holds
-    names or dotted suffixes; `"all-linear"` selects every `nn.Linear` except the output head, and no
-    convolution: these are adapted where a name selects them. slices: the
-    segments of a packed projection that get one adapter each. layout: the `QKVLayout` of that projection.
-    rank_pattern, alpha_pattern: {regular expression for the end of the dotted name: value}; one for a module
-    holds for its parts, such as the input projections of an attention. modules_to_save:
-    ends of the names of modules that are trained whole beside the adapters, such as a new head, and saved
-    with them. quantised_merge: what merging and consolidation do to quantised weights: "requantise" adds in
-    fp32 and quantises again, "residual" keeps the sum of all updates in bf16 beside the weight; None refuses
-    (docs/integrations/quantised.md). Raises `ArgumentError` or `DtypeError` naming the field.
+    Args:
+        r: the rank, >= 1.
+        lora_alpha: None for scale 1 (the EWC-LoRA paper), else the scale is lora_alpha / r.
+        lora_dropout: the dropout probability on the input of the low-rank branch.
+        target_modules: a string is a regular expression that must match the whole dotted name; a list holds
+            names or dotted suffixes; `"all-linear"` selects every `nn.Linear` except the output head, and no
+            convolution: these are adapted where a name selects them.
+        exclude_modules: what is left out of these, in the same form.
+        slices: the segments of a packed projection that get one adapter each.
+        layout: the `QKVLayout` of that projection.
+        rank_pattern: {regular expression for the end of the dotted name: rank}; one for a module holds for
+            its parts, such as the input projections of an attention.
+        alpha_pattern: {regular expression for the end of the dotted name: lora_alpha}, likewise.
+        modules_to_save: ends of the names of modules that are trained whole beside the adapters, such as a
+            new head, and saved with them.
+        quantised_merge: what merging and consolidation do to quantised weights: "requantise" adds in fp32 and
+            quantises again, "residual" keeps the sum of all updates in bf16 beside the weight; None refuses
+            (docs/integrations/quantised.md).
 
-        >>> LoRAConfig(r=10, target_modules=["qkv"], slices=("k", "v"), layout=QKVLayout(("q", "k", "v")))
+    Raises:
+        ArgumentError: for a value that is out of range; the message names the field.
+        DtypeError: for a value of another type.
+
+    Examples:
+        >>> layout = fe.QKVLayout(("q", "k", "v"))
+        >>> fe.LoRAConfig(r=10, target_modules=["qkv"], slices=("k", "v"), layout=layout).r
+        10
     """
 
     r: int = 8
@@ -215,11 +254,25 @@ class LoRAConfig:
         object.__setattr__(self, "alpha_pattern", _pattern(self.alpha_pattern, "alpha_pattern", finite))
 
     def rank_of(self, *names: str) -> int:
-        """The rank of the adapters in a module; in a part of one by its own name and that of the module."""
+        """The rank of the adapters in a module.
+
+        Args:
+            names: the name of the module; of a part of one its own and that of the module.
+
+        Returns:
+            The rank.
+        """
         return _lookup(self.rank_pattern, names, self.r)
 
     def alpha_of(self, *names: str) -> float | None:
-        """lora_alpha of adapters, as `rank_of`."""
+        """lora_alpha of the adapters in a module.
+
+        Args:
+            names: as in `rank_of`.
+
+        Returns:
+            lora_alpha, or None.
+        """
         return _lookup(self.alpha_pattern, names, self.lora_alpha)
 
 

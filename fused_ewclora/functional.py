@@ -60,16 +60,35 @@ def lora_linear(
     seed: int | Tensor | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    """y = x W^T + bias + ((x A^T) * s) B^T, differentiable in x, weight, bias, lora_a, lora_b and a tensor
-    scale (docs/mathematics.md, section 1).
+    """A linear layer with a low-rank adapter, `y = x W^T + bias + ((x A^T) * s) B^T` (docs/mathematics.md,
+    section 1), differentiable in x, weight, bias, lora_a, lora_b and a tensor scale.
 
-    x `[..., d_in]`, weight `[d_out, d_in]`, lora_a `[r, d_in]`, lora_b `[d_out, r]`; returns `[..., d_out]`
-    in the dtype of x. Dropout (when `training`) acts on the x of the low-rank branch only; its mask comes
-    from `seed`, or from the default generator. Raises `ArgumentError` or `DtypeError` naming the argument
-    that does not fit.
+    Args:
+        x: `[..., d_in]`, of a floating dtype.
+        weight: W `[d_out, d_in]`, in the dtype of x.
+        bias: `[d_out]` in the dtype of x, or None.
+        lora_a: A `[r, d_in]`, in the dtype of x or fp32.
+        lora_b: B `[d_out, r]`, in the dtype of lora_a.
+        scale: s, a float, or a tensor 0-d or `[r]`.
+        dropout_p: probability of dropout on the x of the low-rank branch, which acts when `training`.
+        training: whether dropout acts.
+        seed: of the dropout mask (docs/mathematics.md, section 11); None draws one from the default
+            generator.
+        backend: name of the backend that has to serve the call; None is the current choice.
 
-        >>> x, weight, bias = torch.randn(3, 8), torch.randn(4, 8), None
-        >>> y = lora_linear(x, weight, bias, torch.randn(2, 8), torch.zeros(4, 2), 0.5)
+    Returns:
+        y `[..., d_out]` in the dtype of x.
+
+    Raises:
+        ArgumentError: for a shape, value or device that does not fit; the message names the argument.
+        DtypeError: for a dtype that does not fit.
+        BackendError: when the named backend cannot serve the call.
+
+    Examples:
+        >>> x, weight = torch.ones(2, 8), torch.zeros(4, 8)
+        >>> FE.lora_linear(x, weight, None, torch.ones(2, 8), torch.ones(4, 2), scale=0.5)
+        tensor([[8., 8., 8., 8.],
+                [8., 8., 8., 8.]])
     """
     check.matrix(weight, "weight")
     adapters = (Adapter(lora_a, lora_b, scale, ((0, weight.shape[0]),)),)
@@ -92,11 +111,28 @@ def lora_linear_slices(
     """As `lora_linear`, with an adapter on each of several disjoint ranges of output rows of one packed
     projection.
 
-    `slices` holds (row_start, row_stop, lora_a, lora_b, scale), lora_b `[row_stop - row_start, r]`; ranks may
-    differ. Raises `ArgumentError` or `DtypeError` naming the argument, also for ranges that overlap.
+    Args:
+        x: `[..., d_in]`, of a floating dtype.
+        weight: `[d_out, d_in]`, in the dtype of x.
+        bias: `[d_out]` in the dtype of x, or None.
+        slices: of (row_start, row_stop, lora_a, lora_b, scale), with lora_a `[r, d_in]` and lora_b
+            `[row_stop - row_start, r]`; ranks may differ.
+        dropout_p: as in `lora_linear`.
+        training: as in `lora_linear`.
+        seed: as in `lora_linear`.
+        backend: as in `lora_linear`.
 
-        >>> slices = [(d, 2 * d, a_k, b_k, 1.0), (2 * d, 3 * d, a_v, b_v, 1.0)]
-        >>> y = lora_linear_slices(x, qkv_weight, qkv_bias, slices)
+    Returns:
+        y `[..., d_out]` in the dtype of x.
+
+    Raises:
+        ArgumentError: as in `lora_linear`, and for ranges that overlap or leave the rows of weight.
+        DtypeError: for a dtype that does not fit.
+
+    Examples:
+        >>> x, weight = torch.ones(1, 8), torch.zeros(6, 8)
+        >>> FE.lora_linear_slices(x, weight, None, [(2, 4, torch.ones(2, 8), torch.ones(2, 2), 1.0)])
+        tensor([[ 0.,  0., 16., 16.,  0.,  0.]])
     """
     adapters = [Adapter(a, b, scale, ((start, stop),)) for start, stop, a, b, scale in slices]
     return lora_linear_adapters(
@@ -116,14 +152,33 @@ def lora_linear_adapters(
     backend: Backend | None = None,
     capture: CallCapture | None = None,
 ) -> Tensor:
-    """The general form of `lora_linear`: each `Adapter(lora_a, lora_b, scale, rows)` may own several row
-    ranges (heads that interleave q, k, v).
+    """The general form of `lora_linear`: every adapter may own several row ranges, as heads need that
+    interleave q, k and v.
 
-    lora_b `[sum of the lengths of rows, r]`, other shapes as in `lora_linear`. `capture` collects the layer's
-    Fisher during backward. Raises `ArgumentError` or `DtypeError` naming the argument.
+    Args:
+        x: `[..., d_in]`, of a floating dtype.
+        weight: `[d_out, d_in]`, in the dtype of x.
+        bias: `[d_out]` in the dtype of x, or None.
+        adapters: of `Adapter(lora_a, lora_b, scale, rows)`, whose lora_b has as many rows as its ranges
+            together.
+        dropout_p: as in `lora_linear`.
+        training: as in `lora_linear`.
+        seed: as in `lora_linear`.
+        backend: as in `lora_linear`.
+        capture: collects the Fisher of the layer during backward; `EWC` makes it.
 
-        >>> heads = Adapter(lora_a, lora_b, 1.0, ((64, 128), (256, 320)))
-        >>> y = lora_linear_adapters(x, weight, None, [heads])
+    Returns:
+        y `[..., d_out]` in the dtype of x.
+
+    Raises:
+        ArgumentError: for a shape, value, device or row range that does not fit.
+        DtypeError: for a dtype that does not fit.
+
+    Examples:
+        >>> x, weight = torch.ones(1, 8), torch.zeros(6, 8)
+        >>> heads = FE.Adapter(torch.ones(2, 8), torch.ones(2, 2), 1.0, rows=((0, 1), (4, 5)))
+        >>> FE.lora_linear_adapters(x, weight, None, [heads])
+        tensor([[16.,  0.,  0.,  0., 16.,  0.]])
     """
     if not torch.compiler.is_compiling() and (eager := _linear.eager()) is not None:
         captured = None if capture is None else _linear.Captured(capture)
@@ -153,14 +208,30 @@ def add_low_rank(
     seed: int | Tensor | None = None,
     capture: CallCapture | None = None,
 ) -> Tensor:
-    """y + x R^T + ((x A^T) * s) B^T, for a product y of x that something else has computed, such as a layer
+    """`y + x R^T + ((x A^T) * s) B^T`, for a product y of x that something else has computed, such as a layer
     with quantised weights; differentiable in y, x, lora_a, lora_b and tensor scales.
 
-    y `[..., d_out]`, x `[..., d_in]`, residual R `[d_out, d_in]` of any floating dtype, not differentiated;
-    adapters, dropout and `capture` as in `lora_linear_adapters`. Returns a new tensor in the dtype of y; sums
-    are fp32 (fp64 for fp64), with autocast too. Raises `ArgumentError` or `DtypeError` naming the argument.
+    Args:
+        y: `[..., d_out]`, of a floating dtype.
+        x: `[..., d_in]`.
+        adapters: as in `lora_linear_adapters`.
+        residual: R `[d_out, d_in]` of any floating dtype, which is not differentiated, or None.
+        dropout_p: as in `lora_linear`.
+        training: as in `lora_linear`.
+        seed: as in `lora_linear`.
+        capture: as in `lora_linear_adapters`.
 
-        >>> y = add_low_rank(model(x), x, [Adapter(lora_a, lora_b, 1.0, ((0, 768),))])
+    Returns:
+        A new tensor in the dtype of y; sums are fp32 (fp64 for fp64), with autocast too.
+
+    Raises:
+        ArgumentError: for a shape, value or device that does not fit.
+        DtypeError: for a dtype that does not fit.
+
+    Examples:
+        >>> adapter = FE.Adapter(torch.ones(2, 8), torch.ones(4, 2), 1.0, rows=((0, 4),))
+        >>> FE.add_low_rank(torch.ones(1, 4), torch.ones(1, 8), [adapter])
+        tensor([[17., 17., 17., 17.]])
     """
     rows = check.add_low_rank(y, x, adapters, residual, dropout_p)
     if dropout_p > 0.0 and not training:
@@ -187,18 +258,38 @@ def lora_conv_adapters(
     backend: Backend | None = None,
     capture: FisherCapture | None = None,
 ) -> Tensor:
-    """The convolution whose windows, as rows, a LoRA linear maps: y = conv(x, W) + bias + conv1x1(conv(x, A)
-    * s, B) (docs/mathematics.md, section 1.1).
+    """The convolution whose windows, as rows, a LoRA linear maps, `y = conv(x, W) + bias +
+    conv1x1(conv(x, A) * s, B)` (docs/mathematics.md, section 1.1).
 
-    x `[N, C, H, W]` or `[N, C, L]`, with or without N, weight `[d_out, C, *kernel]`, lora_a `[r, C *
-    kernel]` in the order of `weight.flatten(1)`; returns `[N, d_out, *windows]`. Disjoint windows (1 x 1, or
-    as large as the stride, without padding) are rows of `lora_linear_adapters` where that is faster, which
-    for 1 x 1 copies nothing if x has its channels last; the rest are convolutions of PyTorch, whatever the
-    backend. Dropout acts on the elements of x in the low-rank branch. Raises `ArgumentError` or `DtypeError`
-    naming the argument.
+    Disjoint windows (1 x 1, or as large as the stride, without padding) are rows of `lora_linear_adapters`
+    where that is faster, which for 1 x 1 copies nothing if x has its channels last; the rest are convolutions
+    of PyTorch, whatever the backend.
 
-        >>> geometry = Geometry(kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1))
-        >>> y = lora_conv_adapters(x, weight, bias, [adapter], geometry)
+    Args:
+        x: `[N, C, H, W]` or `[N, C, L]`, with or without N.
+        weight: `[d_out, C, *kernel]`, in the dtype of x.
+        bias: `[d_out]` or None.
+        adapters: as in `lora_linear_adapters`, with lora_a `[r, C * kernel]` in the order of
+            `weight.flatten(1)`.
+        geometry: the windows.
+        dropout_p: probability of dropout on the elements of x in the low-rank branch.
+        training: whether dropout acts.
+        backend: as in `lora_linear`.
+        capture: as in `lora_linear_adapters`.
+
+    Returns:
+        y `[N, d_out, *windows]` in the dtype of x.
+
+    Raises:
+        ArgumentError: for a shape, value or device that does not fit.
+        DtypeError: for a dtype that does not fit.
+
+    Examples:
+        >>> geometry = FE.Geometry(kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+        >>> adapter = FE.Adapter(torch.ones(1, 18), torch.ones(3, 1), 1.0, rows=((0, 3),))
+        >>> x, weight = torch.ones(1, 2, 4, 4), torch.zeros(3, 2, 3, 3)
+        >>> FE.lora_conv_adapters(x, weight, None, [adapter], geometry)[0, 0, 1]
+        tensor([12., 18., 18., 12.])
     """
     check.images(x, weight, geometry)
     if x.dim() < weight.dim():
@@ -286,17 +377,31 @@ def ewc_penalty(
     *,
     backend: Backend | None = None,
 ) -> Tensor:
-    """P = (lambda/2) sum_l sum_ij F_l[i,j] (B_l diag(s_l) A_l)[i,j]^2 over all adapters, one read of each F
-    (EWC-LoRA, arXiv 2602.17559).
+    """The penalty `P = (lambda/2) sum_l sum_ij F_l[i,j] (B_l diag(s_l) A_l)[i,j]^2` over all adapters, with
+    one read of each F (EWC-LoRA, arXiv 2602.17559; docs/mathematics.md, section 2).
 
-    fishers `[d_out, d_in]` fp32 or bf16 (fp32 or fp64 beside fp64 adapters), not differentiated, or all of
-    them an `EightBitFisher`, a `FactoredFisher`, whose F is never formed, or a `KroneckerFisher`, whose
-    penalty is (lambda/2) trace(outputs D inputs D^T); lora_as `[r, d_in]`, lora_bs `[d_out, r]`, all of one
-    dtype and device. Returns a 0-d fp32 tensor (fp64 when all adapters are fp64), a sum and not a mean,
-    differentiable in lora_as, lora_bs and tensor scales; no adapters give 0. Raises `ArgumentError` or
-    `DtypeError` naming the entry.
+    Args:
+        fishers: F_l `[d_out, d_in]` fp32 or bf16 (fp32 or fp64 beside fp64 adapters), not differentiated; or
+            all of them an `EightBitFisher`, a `FactoredFisher`, whose F is never formed, or a
+            `KroneckerFisher`, whose penalty is `(lambda/2) trace(outputs D inputs D^T)` with `D = B diag(s)
+            A`.
+        lora_as: A_l `[r, d_in]`, all of one dtype and device.
+        lora_bs: B_l `[d_out, r]`, likewise.
+        scales: s_l, floats, or tensors 0-d or `[r]`; None is 1 for all.
+        ewc_lambda: the strength.
+        backend: as in `lora_linear`.
 
-        >>> loss = criterion(model(x), y) + ewc_penalty(fishers, lora_as, lora_bs, ewc_lambda=1e7)
+    Returns:
+        P, a 0-d fp32 tensor (fp64 when all adapters are fp64): a sum and not a mean, differentiable in
+        lora_as, lora_bs and tensor scales. No adapters give 0.
+
+    Raises:
+        ArgumentError: for a shape, value or device that does not fit; the message names the entry.
+        DtypeError: for a dtype that does not fit.
+
+    Examples:
+        >>> FE.ewc_penalty([torch.ones(4, 8)], [torch.ones(2, 8)], [torch.ones(4, 2)], ewc_lambda=0.5)
+        tensor(32.)
     """
     op, flat, adapters, terms = _checked_penalty(fishers, lora_as, lora_bs, scales, ewc_lambda)
     if not fishers:
@@ -315,13 +420,32 @@ def ewc_penalty_grad_(
     grad_scale: float | Tensor = 1.0,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Adds grad_scale * dP to `.grad` of the adapters that require gradients, without a graph; returns the
-    unscaled penalty (0-d).
+    """Adds `grad_scale * dP` to `.grad` of the adapters that require gradients, without a graph and without a
+    host synchronisation.
 
-    Shapes, dtypes and errors as in `ewc_penalty`. Under a GradScaler pass its scale, so that a later unscale
-    restores lambda. No host synchronisation.
+    Args:
+        fishers: as in `ewc_penalty`.
+        lora_as: as in `ewc_penalty`.
+        lora_bs: as in `ewc_penalty`.
+        scales: as in `ewc_penalty`.
+        ewc_lambda: as in `ewc_penalty`.
+        grad_scale: factor of the gradient, a float or a tensor of one number; under a GradScaler its scale,
+            so that a later unscale restores lambda.
+        backend: as in `lora_linear`.
 
-        >>> loss.backward(); ewc_penalty_grad_(fishers, lora_as, lora_bs, ewc_lambda=1e7)
+    Returns:
+        The unscaled P, 0-d.
+
+    Raises:
+        ArgumentError: as `ewc_penalty`.
+        DtypeError: as `ewc_penalty`.
+
+    Examples:
+        >>> lora_a, lora_b = torch.ones(2, 8, requires_grad=True), torch.ones(4, 2, requires_grad=True)
+        >>> FE.ewc_penalty_grad_([torch.ones(4, 8)], [lora_a], [lora_b], ewc_lambda=0.5)
+        tensor(32.)
+        >>> lora_a.grad[0, 0]
+        tensor(4.)
     """
     op, flat, adapters, terms = _checked_penalty(
         fishers, lora_as, lora_bs, scales, ewc_lambda, "ewc_penalty_grad_"
@@ -342,14 +466,27 @@ def l1_penalty(
     *,
     backend: Backend | None = None,
 ) -> Tensor:
-    """P = lambda sum_l sum_ij |B_l diag(s_l) A_l|[i,j] over all adapters, by blocks of rows, so that nothing
-    is as large as B A (N-LoRA, arXiv 2410.10179; docs/mathematics.md, section 13).
+    """The l1 norm `P = lambda sum_l sum_ij |B_l diag(s_l) A_l|[i,j]` over all adapters, by tiles or blocks
+    of rows: nothing is as large as B A (N-LoRA, arXiv 2410.10179; docs/mathematics.md, section 13).
 
-    lora_as `[r, d_in]`, lora_bs `[d_out, r]`, all of one dtype and device. Returns a 0-d fp32 tensor (fp64
-    when all adapters are fp64), differentiable in lora_as, lora_bs and tensor scales, the slope of |.| at 0
-    being 0; no adapters give 0. Raises `ArgumentError` or `DtypeError` naming the entry.
+    Args:
+        lora_as: A_l `[r, d_in]`, all of one dtype and device.
+        lora_bs: B_l `[d_out, r]`, likewise.
+        scales: s_l, floats, or tensors 0-d or `[r]`; None is 1 for all.
+        l1_lambda: the strength.
+        backend: as in `lora_linear`.
 
-        >>> loss = criterion(model(x), y) + l1_penalty(lora_as, lora_bs, l1_lambda=0.4)
+    Returns:
+        P, a 0-d fp32 tensor (fp64 when all adapters are fp64), differentiable in lora_as, lora_bs and tensor
+        scales, the slope of |.| at 0 being 0. No adapters give 0.
+
+    Raises:
+        ArgumentError: for a shape, value or device that does not fit; the message names the entry.
+        DtypeError: for a dtype that does not fit.
+
+    Examples:
+        >>> FE.l1_penalty([torch.ones(2, 8)], [torch.ones(4, 2)], l1_lambda=0.5)
+        tensor(32.)
     """
     scales = [1.0] * len(lora_as) if scales is None else scales
     check.l1_penalty(lora_as, lora_bs, scales)
@@ -396,18 +533,35 @@ def fisher_accumulate_(
     check_finite: bool = True,
     backend: Backend | None = None,
 ) -> Any:
-    """F += weight * sum_n (dy_n^T x_n)^2 (`"sample"`) or F += weight * (sum_n dy_n^T x_n)^2 (`"batch"`), in
-    place; returns fisher (docs/mathematics.md, section 3).
+    """Adds the Fisher of a batch in place, `F += weight * sum_n (dy_n^T x_n)^2` in mode `"sample"` or
+    `F += weight * (sum_n dy_n^T x_n)^2` in mode `"batch"` (docs/mathematics.md, section 3).
 
-    fisher `[d_out, d_in]` fp32 or bf16, or a `FactoredFisher`, of which the row and column sums are added,
-    exactly and without F; x `[N, T, d_in]` or `[N, d_in]`, dy likewise with d_out, fp32, bf16 or fp16 (fp64
-    beside an fp32 or fp64 fisher). With `cu_seqlens` `[N + 1]` (int32 or int64), x and dy are packed `[rows,
-    d]` and sample n owns rows cu_seqlens[n] to cu_seqlens[n + 1]. Products and squares are fp32 (fp64 for
-    fp64). Raises `ArgumentError` or `DtypeError` naming the argument; NaN or Inf in x or dy raises
-    `ArgumentError` and leaves fisher as it was, unless `check_finite=False` (which saves a host
-    synchronisation on GPUs).
+    Products and squares are fp32 (fp64 for fp64).
 
-        >>> fisher_accumulate_(fisher, x, dy, weight=len(x) ** 2 / total)  # dy of a mean loss
+    Args:
+        fisher: F `[d_out, d_in]` fp32 or bf16 (fp64 beside fp64), or a `FactoredFisher`, of which the row and
+            column sums are added, exactly and without F.
+        x: `[N, T, d_in]` or `[N, d_in]`, fp32, bf16 or fp16 (fp64 beside an fp32 or fp64 fisher).
+        dy: gradients of the outputs, as x with d_out.
+        mode: `"sample"` or `"batch"`.
+        weight: factor of what is added.
+        cu_seqlens: `[N + 1]` int32 or int64; x and dy are then packed `[rows, d]`, and sample n owns the rows
+            from cu_seqlens[n] to cu_seqlens[n + 1].
+        check_finite: False leaves out the check of x and dy, which on GPUs saves a host synchronisation.
+        backend: as in `lora_linear`.
+
+    Returns:
+        fisher.
+
+    Raises:
+        ArgumentError: for a shape or value that does not fit, and for NaN or Inf in x or dy; fisher is as it
+            was.
+        DtypeError: for a dtype that does not fit.
+
+    Examples:
+        >>> FE.fisher_accumulate_(torch.zeros(2, 3), torch.ones(4, 3), torch.ones(4, 2), weight=1 / 4)
+        tensor([[1., 1., 1.],
+                [1., 1., 1.]])
     """
     check.writes("fisher_accumulate_")
     if isinstance(fisher, FactoredFisher):
@@ -450,20 +604,34 @@ def merge_(
 ) -> Sequence[Tensor]: ...
 @torch.no_grad()
 def merge_(weight: Any, lora_a: Any, lora_b: Any, scale: Any = 1.0, *, backend: Backend | None = None) -> Any:
-    """W <- W + B diag(s) A in place, summed in fp32 (fp64 for fp64) and rounded once; returns weight
-    (docs/mathematics.md, section 4).
+    """Folds adapters into weights in place, `W <- W + B diag(s) A`, summed in fp32 (fp64 for fp64) and
+    rounded once (docs/mathematics.md, section 4).
 
-    weight `[d_out, d_in]`, which may be a slice of rows; lora_a `[r, d_in]` and lora_b `[d_out, r]` in its
-    dtype or fp32. Sequences of them, and of scales unless one is meant for all, are merged entry after entry
-    in one call, all checked before the first is changed; shapes, ranks and dtypes may differ, devices not.
-    Values are not checked for NaN. Like an optimizer's step, the change is not recorded by autograd, also
-    where weight requires gradients; a backward that needs the weight as it was raises. Raises `ArgumentError`
-    or `DtypeError` naming the argument, also for a weight whose elements share memory with each other (an
-    expanded tensor) or with what is merged.
+    Sequences are merged entry after entry in one call, all checked before the first is changed; shapes, ranks
+    and dtypes may differ, devices not. Values are not checked for NaN. Like an optimizer's step, the change
+    is not recorded by autograd, also where weight requires gradients; a backward that needs the weight as it
+    was raises.
 
-        >>> qkv, lora_a, lora_b = torch.randn(24, 8), torch.randn(2, 8), torch.randn(8, 2)
-        >>> k = merge_(qkv[8:16], lora_a, lora_b)  # in place, only the rows of k
-        >>> k, v = merge_([qkv[8:16], qkv[16:]], [lora_a, lora_a], [lora_b, lora_b], 0.5)
+    Args:
+        weight: W `[d_out, d_in]`, which may be a slice of rows, or a sequence of such.
+        lora_a: A `[r, d_in]` in the dtype of weight or fp32, or a sequence.
+        lora_b: B `[d_out, r]`, likewise.
+        scale: s, a float, or a tensor 0-d or `[r]`; a sequence unless one is meant for all.
+        backend: as in `lora_linear`.
+
+    Returns:
+        weight.
+
+    Raises:
+        ArgumentError: for a shape or value that does not fit, and for a weight whose elements share memory
+            with each other (an expanded tensor) or with what is merged.
+        DtypeError: for a dtype that does not fit.
+
+    Examples:
+        >>> qkv = torch.zeros(3, 4)
+        >>> k = FE.merge_(qkv[1:2], torch.ones(2, 4), torch.ones(1, 2))  # the rows of k alone
+        >>> qkv.sum(1)
+        tensor([0., 8., 0.])
     """
     alone = isinstance(weight, Tensor) or not isinstance(weight, Sequence)
     weights = [weight] if alone else list(weight)
@@ -498,14 +666,24 @@ def soft_threshold_(
 ) -> Sequence[Tensor]: ...
 @torch.no_grad()
 def soft_threshold_(scale: Any, kappa: float, *, backend: Backend | None = None) -> Any:
-    """s <- sign(s) max(|s| - kappa, 0) in place, the proximal step of the l1 norm; returns scale (CoDyRA,
-    arXiv 2412.01004; docs/mathematics.md, section 6).
+    """`s <- sign(s) max(|s| - kappa, 0)` in place, the proximal step of the l1 norm (CoDyRA, arXiv
+    2412.01004; docs/mathematics.md, section 6).
 
-    scale of any shape and floating dtype, computed in fp32 (fp64 for fp64), or a sequence of such tensors on
-    one device, all checked before the first is changed. Raises `ArgumentError` for a kappa that is not >= 0,
-    `DtypeError` for a scale that is not floating point.
+    Args:
+        scale: s of any shape and floating dtype, computed in fp32 (fp64 for fp64), or a sequence of such
+            tensors on one device, all checked before the first is changed.
+        kappa: the shrinkage, >= 0.
+        backend: as in `lora_linear`.
 
-        >>> soft_threshold_(torch.tensor([0.5, -0.25, 0.0625]), 0.125)
+    Returns:
+        scale.
+
+    Raises:
+        ArgumentError: for a kappa that is not >= 0.
+        DtypeError: for a scale that is not floating point.
+
+    Examples:
+        >>> FE.soft_threshold_(torch.tensor([0.5, -0.25, 0.0625]), 0.125)
         tensor([ 0.3750, -0.1250,  0.0000])
     """
     check.writes("soft_threshold_")

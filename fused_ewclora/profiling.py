@@ -76,15 +76,21 @@ def _nvtx_range(name: str) -> Iterator[None]:
 
 
 class enable:  # lower case: it is used like a function
-    """Name a range after every operation that runs from now on, or until the end of a `with` block: the op,
-    the shapes and dtype of its arguments, the backend and the algorithm. Ranges are those of
-    `torch.profiler.record_function`; with `nvtx=True` NVTX ranges as well, for Nsight Systems and Nsight
-    Compute. Kernels of the backward pass are inside the ranges of their own operations.
+    """Name a range after every operation that runs from now on, or until the end of a `with` block.
 
-    Inside a captured CUDA graph only the capture has ranges. Raises `BackendError` where PyTorch has no NVTX.
+    A range has the op, the shapes and dtype of its arguments, the backend and the algorithm. Ranges are those
+    of `torch.profiler.record_function`. Kernels of the backward pass are inside the ranges of their own
+    operations. Inside a captured CUDA graph only the capture has ranges.
 
-        >>> with profiling.enable(), torch.profiler.profile() as profile: loss.backward()
-        >>> print(profile.key_averages().table(sort_by="self_cpu_time_total"))
+    Args:
+        nvtx: NVTX ranges as well, for Nsight Systems and Nsight Compute.
+
+    Raises:
+        BackendError: where PyTorch has no NVTX.
+
+    Examples:
+        >>> with profiling.enable():
+        ...     y = FE.lora_linear(x, torch.zeros(4, 8), None, torch.ones(2, 8), torch.ones(4, 2))
     """
 
     def __init__(self, *, nvtx: bool = False) -> None:
@@ -105,6 +111,7 @@ class enable:  # lower case: it is used like a function
 def disable() -> None:
     """No ranges any more.
 
-    >>> profiling.disable()
+    Examples:
+        >>> profiling.disable()
     """
     dispatch.annotate(None)

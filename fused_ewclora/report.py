@@ -43,10 +43,20 @@ def _cell(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """A table. All `rows` are dicts with the same keys; `summary` holds totals; `notes` are printed below the
-    table. Where there are many rows, `table` holds fewer that are printed in their place.
+    """A table, to be printed.
 
-    >>> print(Report("ranks", [{"name": "qkv", "r": 8}]))
+    Args:
+        title: the first line.
+        rows: dicts with the same keys, the columns.
+        notes: lines below the table.
+        summary: totals, which are not printed.
+        table: where there are many rows, fewer that are printed in their place.
+
+    Examples:
+        >>> print(fe.Report("ranks", [{"name": "qkv", "r": 8}]))
+        ranks
+          name  r
+          qkv   8
     """
 
     title: str
@@ -80,7 +90,11 @@ class Report:
         return "\n".join([*lines, *self.notes])
 
     def to_dict(self) -> dict[str, Any]:
-        """All contents as plain containers, for JSON."""
+        """All contents as plain containers, for JSON.
+
+        Returns:
+            A dict with the fields.
+        """
         return {
             "title": self.title,
             "rows": [dict(row) for row in self.rows],

@@ -53,11 +53,24 @@ def save_pretrained(path: str | os.PathLike[str], model: nn.Module, ewc: EWC | N
     all files, and digests of all base weights and of all other frozen tensors. States of optimizers and of
     random generators are not saved. If the process dies while it writes, the old checkpoint remains readable.
     Processes that save into one folder wait for each other. When the model is sharded every process must call
-    this; the first process writes whole tensors, which any number of processes can load. Raises
-    `CheckpointError` while adapters are merged, and when another process holds the folder for minutes,
-    `ArgumentError` for an EWC of another model, `OSError` when the files cannot be written.
+    this; the first process writes whole tensors, which any number of processes can load.
 
-        >>> save_pretrained("run/task3", model, ewc)
+    Args:
+        path: of the folder, which is made if there is none.
+        model: with adapters.
+        ewc: that of the model, or None for the model alone.
+
+    Raises:
+        CheckpointError: while adapters are merged, and when another process holds the folder for minutes.
+        ArgumentError: for an EWC of another model.
+        OSError: when the files cannot be written.
+
+    Examples:
+        >>> import os
+        >>> _ = fe.inject(model, config)
+        >>> fe.save_pretrained("task1", model, fe.EWC(model))
+        >>> "adapter_model.safetensors" in os.listdir("task1")
+        True
     """
     reshard(model)
     layers = _layers(model, ewc)
@@ -103,13 +116,24 @@ def load_pretrained(
 
     The model must have been built from the same pretrained weights and injected with the same configuration.
     Prefixes of DDP, torch.compile, FSDP and PEFT in names are ignored. When the model is sharded every
-    process must call this. All files are read, hashed and checked before the model is changed: base weights
-    and all tensors that are not in the checkpoint must have the bits that they had when it was saved, which
-    `strict=False` turns into a warning. NaN and Inf are refused unless the EWC has `check_finite=False`.
-    Raises `CheckpointError`, which names the file or the tensor and says what to do; the model and the EWC
-    are unchanged then.
+    process must call this. All files are read, hashed and checked before the model is changed. NaN and Inf
+    are refused unless the EWC has `check_finite=False`.
 
-        >>> inject(model, config); ewc = EWC(model); load_pretrained("run/task3", model, ewc)
+    Args:
+        path: of the folder.
+        model: freshly injected; unchanged when this raises.
+        ewc: that of the model, or None for the model alone.
+        strict: base weights and all tensors that are not in the checkpoint must have the bits that they had
+            when it was saved, which False turns into a warning.
+
+    Raises:
+        CheckpointError: naming the file or the tensor, and what to do.
+
+    Examples:
+        >>> _ = fe.inject(model, config)
+        >>> ewc = fe.EWC(model)
+        >>> fe.save_pretrained("task1", model, ewc)
+        >>> fe.load_pretrained("task1", model, ewc)
     """
     reshard(model)
     layers = _layers(model, ewc)

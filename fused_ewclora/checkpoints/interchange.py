@@ -47,11 +47,19 @@ def export_peft(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     The adapters on slices of a packed projection become one adapter of the summed rank with a
     block-structured B. Other trained modules are written as modules_to_save. fan_in_fan_out is set when all
-    adapted layers store their weight transposed; when only some do, PEFT corrects it by itself. Raises
-    `NotExactlyRepresentable` with the reason (tasks consolidated into the base weights, a learned
-    lora_scale, ...); nothing is written then.
+    adapted layers store their weight transposed; when only some do, PEFT corrects it by itself.
 
-        >>> export_peft(model, "adapter")
+    Args:
+        model: with adapters.
+        path: of a folder.
+
+    Raises:
+        NotExactlyRepresentable: with the reason (tasks consolidated into the base weights, a learned
+            lora_scale, ...); nothing is written then.
+
+    Examples:
+        >>> _ = fe.inject(model, config)
+        >>> fe.export_peft(model, "adapter")
     """
     layers = {canonical_name(name): layer for name, layer in adapters(model).items()}
     if not layers:
@@ -106,11 +114,22 @@ def import_peft(path: str | os.PathLike[str], model: nn.Module) -> None:
     """Inject the adapters of a PEFT folder into a model without adapters, which then computes what PEFT
     computes.
 
-    Raises `CheckpointError` for files that are missing or malformed, or hold NaN or Inf (in the dtype of the
-    model), and `NotExactlyRepresentable` for methods and settings that adapted layers do not support, such as
-    DoRA; the model is unchanged then.
+    Args:
+        path: of the folder.
+        model: without adapters; unchanged when this raises.
 
-        >>> import_peft("adapter", model)
+    Raises:
+        CheckpointError: for files that are missing or malformed, or hold NaN or Inf (in the dtype of the
+            model).
+        NotExactlyRepresentable: for methods and settings that adapted layers do not support, such as DoRA.
+
+    Examples:
+        >>> _ = fe.inject(model, config)
+        >>> fe.export_peft(model, "adapter")
+        >>> fe.eject(model, merge=False)
+        >>> fe.import_peft("adapter", model)
+        >>> list(fe.adapters(model))
+        ['fc']
     """
     if adapters(model):
         raise CheckpointError(

@@ -28,14 +28,23 @@ FP32_BYTES = torch.float32.itemsize
 
 
 def check_bypass(model: nn.Module) -> None:
-    """Raises `TargetError` for adapted layers whose forward never ran, and says how to fix that; to be called
+    """Raises an error for adapted layers whose forward never ran, and says how to fix that; to be called
     after the model has run uncompiled.
 
     Some models read `layer.weight` and never call the layer (timm's BEiT and EVA02), so that its adapter has
     no effect. The check reads one counter per layer and runs nothing. Compiled calls are not counted; use
     `verify_forward` for a compiled model.
 
-        >>> model(x); check_bypass(model)
+    Args:
+        model: with adapters.
+
+    Raises:
+        TargetError: naming the layers.
+
+    Examples:
+        >>> _ = fe.inject(model, config)
+        >>> _ = model(x)
+        >>> fe.check_bypass(model)
     """
     if names := bypassed(model):
         uncounted = "; compiled calls are not counted, verify_forward runs a model uncompiled"
@@ -49,15 +58,27 @@ def bypassed(model: nn.Module) -> list[str]:
 
 
 def verify_forward(model: nn.Module, sample: Any) -> dict[str, int]:
-    """Run the model in eval mode, without gradients and uncompiled, and raise `TargetError` for adapted
-    layers that did not run, and for layers whose weight the model reads a second time, beside their calls
-    (a tied decoder): merging and consolidation would change what it computes.
+    """Runs the model in eval mode, without gradients and uncompiled, to see that every adapted layer runs,
+    and that the model reads no weight a second time, beside the calls of its layer (a tied decoder): merging
+    and consolidation would change what it computes.
 
-    sample: a tensor, a tuple of arguments or a mapping of keyword arguments. Returns the number of calls of
-    each adapted layer in one run. The second run finds second reads: each weight is changed but for the calls
-    of its layer, and restored bit for bit. Random numbers of the caller are not used.
+    The second run finds second reads: each weight is changed but for the calls of its layer, and restored bit
+    for bit. Random numbers of the caller are not used.
 
-        >>> verify_forward(model, torch.zeros(1, 3, 224, 224))
+    Args:
+        model: with adapters.
+        sample: a tensor, a tuple of arguments or a mapping of keyword arguments.
+
+    Returns:
+        The number of calls of each adapted layer in one run.
+
+    Raises:
+        TargetError: for layers that did not run, and for weights that are read a second time.
+
+    Examples:
+        >>> _ = fe.inject(model, config)
+        >>> fe.verify_forward(model, x)
+        {'fc': 1}
     """
     layers, before = adapters(model), _counts(model)
     first = _run(model, sample)
@@ -86,11 +107,21 @@ def explain(model: nn.Module, sample: Any = None) -> Report:
     reason stands once, as a note with a number.
 
     The column r has the ranks of the adapters that the layer applies; with some methods they change from task
-    to task. With a `sample` (as in `verify_forward`) the model runs once, the table has the number of calls
-    of each layer, the implementation is the one for that number of input rows, and layers that never ran are
-    listed below the table. Without a sample 8192 rows are assumed. Under autocast its dtype is used.
+    to task. Under autocast its dtype is used.
 
-        >>> print(explain(model, torch.zeros(1, 3, 224, 224)))
+    Args:
+        model: with adapters.
+        sample: as in `verify_forward`: the model runs once, the table has the number of calls of each layer,
+            the implementation is the one for that number of input rows, and layers that never ran are listed
+            below the table. Without one 8192 rows are assumed.
+
+    Returns:
+        The table.
+
+    Examples:
+        >>> _ = fe.inject(model, config)
+        >>> len(fe.explain(model, x).rows)
+        1
     """
     calls: dict[str, int] | None = None
     sizes: dict[str, int] = {}

@@ -79,16 +79,28 @@ def memory(
     fisher: StructureName | Structure | None = None,
     fisher_dtype: FisherDtype = torch.float32,
 ) -> Report:
-    """A table of the bytes that `EWC` will take for each structure of the Fisher, or for the one that
-    `fisher` and `fisher_dtype` name as in `EWC`; its rows are data. Nothing is allocated, so that models on
-    the meta device do.
+    """A table of the bytes that `EWC` will take for each structure of the Fisher; its rows are data. Nothing
+    is allocated, so that models on the meta device do.
 
     kept: between tasks. gathering: with the sums of a task, unless `max_bytes` limits these. end_of_task: the
-    most, while the new Fishers are made beside the old ones. config: of an injection that is still to come;
-    None takes the adapters that the model has. summary holds the bytes of weights and adapters. Raises the
-    errors of `inject`, and `ArgumentError` for a model without adapters and no config.
+    most, while the new Fishers are made beside the old ones.
 
-        >>> print(memory(model, LoRAConfig(r=10, target_modules="all-linear")))
+    Args:
+        model: with adapters, or without where there is a config.
+        config: of an injection that is still to come; None takes the adapters that the model has.
+        fisher: the one structure to show, as in `EWC`; None shows all.
+        fisher_dtype: as in `EWC`.
+
+    Returns:
+        The table, whose summary holds the bytes of weights and adapters.
+
+    Raises:
+        EWCLoRAError: the errors of `inject`, and `ArgumentError` for a model without adapters and no config.
+
+    Examples:
+        >>> report = fe.memory(model, config, fisher="dense")
+        >>> len(report.rows)
+        1
     """
     found = list(_adapters(model, config))
     if not found:

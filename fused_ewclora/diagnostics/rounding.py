@@ -18,7 +18,16 @@ def rounding(model: nn.Module) -> Report:
     to the weight, and of what quantising the sum again changed; share is error / update. They are None where
     nothing was rounded, as in mode "residual".
 
-        >>> ewc.consolidate(); print(rounding(model))
+    Args:
+        model: with adapters.
+
+    Returns:
+        The table; empty without quantised weights.
+
+    Examples:
+        >>> _ = fe.inject(model, config)
+        >>> len(fe.rounding(model).rows)
+        0
     """
     rows: list[dict[str, Any]] = []
     for name, layer in adapters(model).items():

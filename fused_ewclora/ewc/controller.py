@@ -47,7 +47,13 @@ _log = logging.getLogger(__name__)
 
 
 class EWC:
-    """Penalty, Fisher and consolidation of all adapters of a model, (lambda/2) sum F (B diag(s) A)^2.
+    """Penalty, Fisher and consolidation of all adapters of a model, `(lambda/2) sum F (B diag(s) A)^2`
+    (EWC-LoRA, arXiv 2602.17559; docs/mathematics.md, sections 2 to 4).
+
+    Consolidation resets lora_A and lora_B in place; an optimizer must forget their moments, which
+    `reset_optimizer_state_` does. The state follows the model to other devices; a copy or pickle of an EWC
+    holds a model of its own. `watch` tells of an optimizer that does not train the adapters, or that keeps
+    their old moments, with an `EWCLoRAWarning`.
 
     Args:
         model: a model with injected adapters, also wrapped by DDP or torch.compile.
@@ -70,15 +76,18 @@ class EWC:
         fisher: how F is kept (docs/fishers.md): "dense", one number per weight; "factored", its row and
             column sums; "kronecker", K-FAC, with mode "sample"; "uniform", its mean; or a `Structure`.
 
-    Consolidation resets lora_A and lora_B in place; an optimizer must forget their moments, which
-    `reset_optimizer_state_` does. The state follows the model to other devices; a copy or pickle of an EWC
-    holds a model of its own. `watch` tells of an optimizer that does not train the adapters, or that keeps
-    their old moments, with an `EWCLoRAWarning`. Raises `ArgumentError`, `DtypeError`, and `TargetError`
-    without adapters or where something else computes a weight (a parametrization, pruning).
+    Raises:
+        ArgumentError: for a value that is out of range or does not go with another.
+        DtypeError: for a fisher_dtype that does not go with the adapters.
+        TargetError: without adapters or where something else computes a weight (a parametrization, pruning).
 
-        >>> ewc = EWC(model, ewc_lambda=1e7, fisher_mode="batch")
+    Examples:
+        >>> _ = fe.inject(model, config)
+        >>> ewc = fe.EWC(model, ewc_lambda=100.0)
         >>> loss = criterion(model(x), y) + ewc.penalty()
         >>> ewc.end_task(loader, criterion)
+        >>> ewc.tasks, list(ewc.fishers)
+        (1, ['fc'])
     """
 
     _running = Undo()  # of the pass that was begun last
@@ -222,20 +231,43 @@ class EWC:
         return torch.zeros((), device=self._device, requires_grad=leaf)
 
     def penalty(self) -> Tensor:
-        """P = (lambda/2) sum F (B diag(s) A)^2 over all adapters, 0-d fp32, differentiable; exactly 0 before
-        the first consolidation, or the prior. Raises `ArgumentError` after it without an ewc_lambda.
+        """The penalty `P = (lambda/2) sum F (B diag(s) A)^2` over all adapters (docs/mathematics.md, section
+        2).
 
-        >>> loss = criterion(model(x), y) + ewc.penalty()
+        Returns:
+            P, 0-d fp32 (fp64 beside fp64 adapters), differentiable; exactly 0 before the first consolidation,
+            or the prior.
+
+        Raises:
+            ArgumentError: after the first consolidation without an ewc_lambda.
+
+        Examples:
+            >>> _ = fe.inject(model, config)
+            >>> fe.EWC(model, ewc_lambda=100.0).penalty().item()
+            0.0
         """
         if not self._state.fishers:
             return self._no_penalty()
         return self._placement.penalty(self._fishers_in_place(), self._given_lambda())
 
     def add_penalty_grad_(self, grad_scale: float | Tensor = 1.0) -> Tensor:
-        """Adds grad_scale * dP to `.grad` of the adapters, without a graph; returns the unscaled P, 0-d.
-        Under a GradScaler pass its scale.
+        """Adds `grad_scale * dP` to `.grad` of the adapters, without a graph.
 
-        >>> scaler.scale(loss).backward(); ewc.add_penalty_grad_(scaler.get_scale())
+        Args:
+            grad_scale: factor of the gradient; under a GradScaler its scale.
+
+        Returns:
+            The unscaled P, 0-d.
+
+        Raises:
+            ArgumentError: as `penalty`.
+
+        Examples:
+            >>> _ = fe.inject(model, config)
+            >>> ewc = fe.EWC(model, ewc_lambda=100.0)
+            >>> criterion(model(x), y).backward()
+            >>> ewc.add_penalty_grad_().item()
+            0.0
         """
         if not self._state.fishers:
             return self._no_penalty().detach()
@@ -256,17 +288,35 @@ class EWC:
         """Backward passes inside the block add to the Fisher of the current task; several blocks before
         `consolidate` add up.
 
-        reduction is that of the loss over samples; batch_size the samples per batch where it is not the
-        leading dimension of the model's first argument, or with fisher_mode "batch" of every layer's input
-        (set `.batch_size` on the block's value when it varies); loss_scale the factor on the loss; labels is
-        only recorded; check_samples and rows_to_samples as in `estimate_fisher`, for every call of the model
-        itself (the loss is not checked); allow_empty: a block without a forward pass adds zero, for one
-        process of several. Train or eval mode is the caller's choice. Compiled models run eagerly inside. At
-        the end every adapted layer must have been reached, else `TargetError` or `FisherError`; an exception
-        or non-finite values discard what the block gathered.
+        Train or eval mode is the caller's choice. Compiled models run eagerly inside. An exception or
+        non-finite values discard what the block gathered.
 
-        >>> with ewc.accumulate_fisher():
-        ...     for x, y in loader: criterion(model(x), y).backward()
+        Args:
+            reduction: of the loss over samples, "mean" or "sum".
+            batch_size: samples per batch where it is not the leading dimension of the model's first argument,
+                or with fisher_mode "batch" of every layer's input; where it varies, set `.batch_size` on the
+                block's value.
+            loss_scale: the factor on the loss.
+            labels: of the loss, which is only recorded.
+            check_samples: as in `estimate_fisher`, for every call of the model itself (the loss is not
+                checked).
+            rows_to_samples: as in `estimate_fisher`.
+            allow_empty: a block without a forward pass adds zero, for one process of several.
+
+        Yields:
+            The pass, whose `.batch_size` can be set.
+
+        Raises:
+            TargetError: when an adapted layer was not reached.
+            FisherError: for values that are not finite, and for rows whose sample is unknown.
+
+        Examples:
+            >>> _ = fe.inject(model, config)
+            >>> ewc = fe.EWC(model)
+            >>> with ewc.accumulate_fisher():
+            ...     for x, y in loader:
+            ...         criterion(model(x), y).backward()
+            >>> ewc.consolidate()
         """
         self._check()
         self._note_gradients()
@@ -328,7 +378,9 @@ class EWC:
         `FisherError` at its end. Fishers of passes that had ended before stay. Without a pass nothing
         happens.
 
-        >>> ewc.abort_fisher()
+        Examples:
+            >>> _ = fe.inject(model, config)
+            >>> fe.EWC(model).abort_fisher()
         """
         self._running.abort()
         for layer in self.layers.values():
@@ -364,29 +416,47 @@ class EWC:
         """Adds the Fisher of the data in `loader` to the current task's, in eval mode; modes and gradients
         are restored.
 
-        Batches are (x, y), x, or mappings for model(**batch) with targets "labels"; `forward(model, batch)`
-        -> (output, targets) adapts others; `batch_size_fn(batch)` counts samples. loss_fn(output, y) is a
-        mean or a sum over samples, as its own attribute or argument `reduction` says, else `reduction` (None:
-        "mean"); None takes -log p(y), summed over the targets of a sample, unless the model has a loss that
-        is something else. labels: "empirical"; "sampled", y ~ softmax(logits_fn(output)) with `generator`;
-        "exact", the expectation over classes of -log p, one backward per class, without loss_fn.
-        allow_empty: a loader without samples adds zero, for one process of several. max_bytes: of the sums
-        that are gathered at a time; the loader, which has to give the same batches every time, is passed over
-        once for every group of layers that fits, and the sums of a group wait in what F is kept in.
-
         With fisher_mode "sample" the pass runs the first and the last sample of the first batch alone, to
         find which rows of each layer's input belong to which sample; with both modes it compares losses that
-        are not known with those of samples alone (docs/conventions.md). False for check_samples skips both,
-        and vouches that every input has the samples first, in order, and that the loss is what `reduction`
-        says. rows_to_samples, by layer: function(x `[rows, d]`) -> the sample of each row, for rows in no
-        fixed order (routed experts).
+        are not known with those of samples alone (docs/conventions.md). What a call that raises has gathered
+        is discarded, also after an interrupt.
 
-        Raises `FisherError` for an empty loader, non-finite values, a loss that is no mean over samples,
-        samples that act on each other or rows whose sample is unknown, `ArgumentError` for batches whose
-        parts disagree and `TargetError` for layers that never ran; what this call gathered is then discarded,
-        also after an interrupt.
+        Args:
+            loader: of batches (x, y), x, or mappings for model(**batch) with targets "labels".
+            loss_fn: loss_fn(output, y), a mean or a sum over samples; None takes -log p(y), summed over the
+                targets of a sample, unless the model has a loss that is something else.
+            labels: "empirical"; "sampled", y ~ softmax(logits_fn(output)); or "exact", the expectation over
+                classes of -log p, one backward per class, without loss_fn.
+            max_batches: how many batches are used; None uses all.
+            progress: whether a progress bar is shown; None shows it where the terminal can.
+            reduction: "mean" or "sum", what loss_fn is over samples where its own attribute `reduction` does
+                not say so; None is "mean".
+            forward: forward(model, batch) -> (output, targets), for batches of another form.
+            logits_fn: logits_fn(output) -> logits, for labels that are sampled or exact.
+            batch_size_fn: batch_size_fn(batch) -> the number of samples.
+            generator: source of the labels that are sampled.
+            check_samples: False skips the checks above, and vouches that every input has the samples first,
+                in order, and that the loss is what `reduction` says.
+            rows_to_samples: by layer, function(x `[rows, d]`) -> the sample of each row, for rows in no fixed
+                order (routed experts).
+            allow_empty: a loader without samples adds zero, for one process of several.
+            max_bytes: of the sums that are gathered at a time; the loader, which has to give the same batches
+                every time, is passed over once for every group of layers that fits, and the sums of a group
+                wait in what F is kept in.
 
-        >>> ewc.estimate_fisher(loader, torch.nn.functional.cross_entropy, labels="sampled")
+        Raises:
+            FisherError: for an empty loader, non-finite values, a loss that is no mean over samples, samples
+                that act on each other or rows whose sample is unknown.
+            ArgumentError: for batches whose parts disagree.
+            TargetError: for layers that never ran.
+
+        Examples:
+            >>> _ = fe.inject(model, config)
+            >>> ewc = fe.EWC(model)
+            >>> ewc.estimate_fisher(loader, criterion, labels="sampled")
+            >>> ewc.consolidate()
+            >>> ewc.fishers["fc"].shape
+            torch.Size([6, 8])
         """
         passes.check_labels(labels, self.fisher_mode)
         self._check_gathers("estimate_fisher")
@@ -449,11 +519,22 @@ class EWC:
         Call it once on every process between estimate_fisher and consolidate, each having passed over its own
         share of the data; one whose share is empty calls estimate_fisher with allow_empty=True. It also makes
         `consolidate` draw the same new A everywhere, for which update "fixed" needs it as well. Nothing is
-        left to do after `shard_`, with which a Fisher pass itself sums over processes. Raises `FisherError`
-        before any estimate, without a process group or when no process has samples, `TargetError` when
-        adapters or settings differ between processes.
+        left to do after `shard_`, with which a Fisher pass itself sums over processes.
 
-            >>> ewc.estimate_fisher(loader, criterion); ewc.reduce_fisher_(); ewc.consolidate()
+        Args:
+            group: the processes; None is all of them.
+
+        Raises:
+            FisherError: before any estimate, without a process group or when no process has samples.
+            TargetError: when adapters or settings differ between processes.
+
+        Examples:
+            >>> _ = fe.inject(model, config)
+            >>> ewc = fe.EWC(model)
+            >>> ewc.estimate_fisher(loader, criterion)
+            >>> if torch.distributed.is_initialized():
+            ...     ewc.reduce_fisher_()
+            >>> ewc.consolidate()
         """
         if not self.gathers:
             check_same(self._described(), group)
@@ -472,15 +553,26 @@ class EWC:
     def shard_(self, mesh: DeviceMesh | None = None) -> None:
         """Keeps of every Fisher only the rows whose lora_B this process holds; for models that FSDP2 shards.
 
-        Call it once on every process, after `fully_shard` and before training. mesh: that of the parameters,
-        which None takes; of a mesh with replication the sharded dimension counts. From then on the memory of
+        Call it once on every process, after `fully_shard` and before training. From then on the memory of
         a Fisher is divided by the number of processes, Fishers are summed over all processes batch by batch
         (so each must run the same number of batches, as FSDP requires), a state loaded or made before is
-        sharded too, and gradients of the penalty reach the shards undivided. Raises `TargetError` when lora_A
-        or lora_B is not sharded by rows over mesh or when adapters or settings differ between processes,
-        `ArgumentError` for merge_mode "factors".
+        sharded too, and gradients of the penalty reach the shards undivided.
 
-            >>> fully_shard(model); ewc = EWC(model); ewc.shard_()
+        Args:
+            mesh: that of the parameters, which None takes; of a mesh with replication the sharded dimension
+                counts.
+
+        Raises:
+            TargetError: when lora_A or lora_B is not sharded by rows over mesh, or when adapters or settings
+                differ between processes.
+            ArgumentError: for merge_mode "factors".
+
+        Examples:
+            >>> _ = fe.inject(model, config)
+            >>> ewc = fe.EWC(model)
+            >>> if torch.distributed.is_initialized():
+            ...     torch.distributed.fsdp.fully_shard(model)
+            ...     ewc.shard_()
         """
         if self.merge_mode != "delta":
             raise ArgumentError(f"merge_mode: expected 'delta' for shard_, got {self.merge_mode!r}")
@@ -500,15 +592,31 @@ class EWC:
         fisher_dtype: FisherDtype = torch.float32,
     ) -> dict[str, float]:
         """From now on keeps F as `EWC(fisher=, fisher_dtype=)` names it, and converts what is kept of earlier
-        tasks; returns for each adapter the relative error in the Frobenius norm that this made of F.
+        tasks.
 
         To be called between tasks. Dense Fishers, in 8 bits too, become any other ("kronecker" keeps their
         row and column sums as diagonal factors), factored ones "uniform". Captured graphs of the penalty must
-        be captured anew. Raises `ArgumentError` or `DtypeError` as the constructor does, `FisherError` from
-        structures whose single numbers are lost, during a task that has a Fisher, after `shard_` and for
-        values that are not finite; nothing has changed then.
+        be captured anew. Nothing has changed when this raises.
 
-            >>> errors = ewc.convert_fisher_("dense", "8bit")
+        Args:
+            fisher: as in `EWC`.
+            fisher_dtype: as in `EWC`.
+
+        Returns:
+            For each adapter the relative error in the Frobenius norm that this made of F.
+
+        Raises:
+            ArgumentError: as the constructor.
+            DtypeError: as the constructor.
+            FisherError: from structures whose single numbers are lost, during a task that has a Fisher, after
+                `shard_` and for values that are not finite.
+
+        Examples:
+            >>> _ = fe.inject(model, config)
+            >>> ewc = fe.EWC(model)
+            >>> ewc.end_task(loader, criterion)
+            >>> ewc.convert_fisher_("dense", "8bit")["fc"] < 0.05
+            True
         """
         structure = structure_of(fisher, fisher_dtype)
         check_mode(structure, self.fisher_mode)
@@ -529,15 +637,25 @@ class EWC:
         return errors
 
     def consolidate(self, gamma: float | None = None) -> None:
-        """Ends a task: F <- gamma F + F_task, W <- W + B diag(s) A (fp32 sum, one rounding), A and B reset;
-        all or nothing.
+        """Ends a task: `F <- gamma F + F_task`, `W <- W + B diag(s) A` (fp32 sum, one rounding), A and B
+        reset (docs/mathematics.md, section 4); all or nothing.
 
         With update "fixed" F stays what it is. The model computes what it computed before, to one rounding of
-        W. Raises `FisherError` when the task
-        has no Fisher or a new value is not finite, `TargetError` for merged or tied weights; weights,
-        Fishers, adapters and counters are then as they were.
+        W.
 
-        >>> ewc.estimate_fisher(loader, criterion); ewc.consolidate()
+        Args:
+            gamma: decay of the earlier Fishers in this call; None is that of the constructor.
+
+        Raises:
+            FisherError: when the task has no Fisher or a new value is not finite; weights, Fishers, adapters
+                and counters are then as they were.
+            TargetError: for merged or tied weights, likewise.
+
+        Examples:
+            >>> _ = fe.inject(model, config)
+            >>> ewc = fe.EWC(model)
+            >>> ewc.estimate_fisher(loader, criterion)
+            >>> ewc.consolidate(gamma=0.9)
         """
         self._check()
         gamma = self.gamma if gamma is None else number("gamma", gamma, 0.0, 1.0)
@@ -567,10 +685,19 @@ class EWC:
 
         With untrained adapters it is the Fisher of the pretrained weights, of whatever data and loss it was
         estimated with. Tasks add theirs (update "sum", gamma decays the prior too), or with update "fixed"
-        the prior stays all there is. Raises `FisherError` after a consolidation, for trained adapters,
-        without a Fisher and for values that are not finite; nothing has changed then.
+        the prior stays all there is.
 
-            >>> ewc.estimate_fisher(proxy_loader, criterion); ewc.consolidate_prior()
+        Raises:
+            FisherError: after a consolidation, for trained adapters, without a Fisher and for values that are
+                not finite; nothing has changed then.
+
+        Examples:
+            >>> _ = fe.inject(model, config)
+            >>> ewc = fe.EWC(model, ewc_lambda=100.0)
+            >>> ewc.estimate_fisher(loader, criterion)
+            >>> ewc.consolidate_prior()
+            >>> ewc.tasks
+            0
         """
         self._check()
         options = (self.fisher_dtype, self.check_finite)
@@ -596,14 +723,38 @@ class EWC:
         allow_empty: bool = False,
         max_bytes: int | None = None,
     ) -> None:
-        """`estimate_fisher`, with its arguments, where the task needs a Fisher, then `consolidate(gamma)`,
-        with the errors of both.
+        """Ends a task: `estimate_fisher`, where the task needs a Fisher, then `consolidate(gamma)`.
 
         A Fisher that was estimated stays when `consolidate` raises: remove the cause and call `consolidate`.
         Warns, before anything else, of adapters that the first task did not train although it trained others,
         and of a loader that the last task has ended with when no adapter has been trained since.
 
-            >>> ewc.end_task(loader, criterion, max_batches=100)
+        Args:
+            loader: as in `estimate_fisher`.
+            loss_fn: as in `estimate_fisher`.
+            gamma: as in `consolidate`.
+            labels: as in `estimate_fisher`, like all that follow.
+            max_batches: as there.
+            progress: as there.
+            reduction: as there.
+            forward: as there.
+            logits_fn: as there.
+            batch_size_fn: as there.
+            generator: as there.
+            check_samples: as there.
+            rows_to_samples: as there.
+            allow_empty: as there.
+            max_bytes: as there.
+
+        Raises:
+            EWCLoRAError: the errors of both.
+
+        Examples:
+            >>> _ = fe.inject(model, config)
+            >>> ewc = fe.EWC(model)
+            >>> ewc.end_task(loader, criterion, max_batches=1)
+            >>> ewc.history[0].samples
+            4
         """
         if gamma is not None:
             number("gamma", gamma, 0.0, 1.0)
@@ -635,7 +786,14 @@ class EWC:
     def restored_on_error(self) -> Iterator[None]:
         """An exception in the block discards every Fisher that was estimated in it.
 
-        >>> with ewc.restored_on_error(): ewc.end_task(loader, criterion)
+        Yields:
+            Nothing.
+
+        Examples:
+            >>> _ = fe.inject(model, config)
+            >>> ewc = fe.EWC(model)
+            >>> with ewc.restored_on_error():
+            ...     ewc.end_task(loader, criterion)
         """
         before = self._state, self._common_generator
         try:
@@ -661,16 +819,37 @@ class EWC:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """{"tensors": Fishers and, with merge_mode "factors", the sums of A and of B; "config": how they were
-        made}. Tensors are not copied.
+        """What `load_state_dict` needs to go on; tensors are not copied. Weights and adapters are in the
+        model's own state_dict.
 
-        >>> torch.save(ewc.state_dict(), "ewc.pt")
+        Returns:
+            {"tensors": Fishers and, with merge_mode "factors", the sums of A and of B; "config": how they
+            were made}.
+
+        Examples:
+            >>> _ = fe.inject(model, config)
+            >>> sorted(fe.EWC(model).state_dict())
+            ['config', 'tensors']
         """
         return dump(self._state.mapped_by_key(self._placement.wrapped), self._settings())
 
     def parse_state(self, saved: Mapping[str, Any]) -> EWCState:
-        """The validated state in `saved`, which `take_over` loads; raises `FisherError` naming what does not
-        fit."""
+        """The validated state in `saved`, which `take_over` loads.
+
+        Args:
+            saved: what `state_dict` returned.
+
+        Returns:
+            The state.
+
+        Raises:
+            FisherError: naming what does not fit.
+
+        Examples:
+            >>> _ = fe.inject(model, config)
+            >>> ewc = fe.EWC(model)
+            >>> state = ewc.parse_state(ewc.state_dict())
+        """
         shapes = {
             ref.key: (ref.piece.row_count, ref.piece.r, ref.layer.in_features) for ref in self._placement.refs
         }
@@ -679,12 +858,23 @@ class EWC:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Takes over a `state_dict()` of an EWC with the same settings and adapters; nothing changes unless
-        all of it fits.
+        all of it fits. The state of the model (weights, adapters) is the model's own and loaded by itself.
 
-        The state of the model (weights, adapters) is the model's own and loaded by itself. Raises
-        `FisherError`.
+        Args:
+            saved: what `state_dict` returned, also from a file.
 
-        >>> ewc.load_state_dict(torch.load("ewc.pt", weights_only=True))
+        Raises:
+            FisherError: naming what does not fit.
+
+        Examples:
+            >>> _ = fe.inject(model, config)
+            >>> ewc = fe.EWC(model)
+            >>> ewc.end_task(loader, criterion)
+            >>> torch.save(ewc.state_dict(), "ewc.pt")
+            >>> later = fe.EWC(model)
+            >>> later.load_state_dict(torch.load("ewc.pt", weights_only=True))
+            >>> later.tasks
+            1
         """
         parsed = self.parse_state(saved)
         with Transaction() as change:
@@ -692,7 +882,19 @@ class EWC:
 
     def take_over(self, parsed: EWCState, change: Transaction) -> None:
         """Loads a parsed state, on the devices of the layers; Fishers that exist already are updated in place
-        through `change`."""
+        through `change`.
+
+        Args:
+            parsed: what `parse_state` returned.
+            change: collects what is written, so that all of it or nothing happens.
+
+        Examples:
+            >>> from fused_ewclora.distributed.transaction import Transaction
+            >>> _ = fe.inject(model, config)
+            >>> ewc = fe.EWC(model)
+            >>> with Transaction() as change:
+            ...     ewc.take_over(ewc.parse_state(ewc.state_dict()), change)
+        """
         self.watch.dismiss()  # the optimizer's state may be loaded too, and is then the right one
         new = parsed.copied(devices(self._placement.refs), self.fisher_dtype)
         if self._state.fishers and new.fishers:

@@ -41,15 +41,27 @@ def checked_lambda(value: float, name: str = "ewc_lambda") -> float:
 
 
 def convert_lambda(ewc_lambda: float, from_mode: FisherMode, to_mode: FisherMode, batch_size: int) -> float:
-    """The lambda that gives the same penalty with a Fisher of the other mode: lambda_sample = lambda_batch /
-    batch_size.
+    """The lambda that gives the same penalty with a Fisher of the other mode, `lambda_sample = lambda_batch /
+    batch_size` (docs/mathematics.md, section 3.2).
 
-    It rests on F_batch ~ F_sample / batch_size, which holds in expectation where the mean gradient of a batch
-    is small beside the gradients of single samples, that is near an optimum: E F_batch = F_sample / n + (1 -
-    1/n) (E g)^2. The published lambda = 1e7 belongs to mode "batch" at batch size
-    128. Raises `ArgumentError`.
+    It rests on `F_batch ~ F_sample / batch_size`, which holds in expectation where the mean gradient of a
+    batch is small beside the gradients of single samples, that is near an optimum: `E F_batch = F_sample / n
+    + (1 - 1/n) (E g)^2`. The published lambda = 1e7 belongs to mode "batch" at batch size 128.
 
-        >>> convert_lambda(1e7, "batch", "sample", batch_size=128)
+    Args:
+        ewc_lambda: of from_mode.
+        from_mode: "sample" or "batch".
+        to_mode: "sample" or "batch".
+        batch_size: samples per batch of the Fisher pass.
+
+    Returns:
+        The lambda of to_mode.
+
+    Raises:
+        ArgumentError: for a value that is out of range.
+
+    Examples:
+        >>> fe.convert_lambda(1e7, "batch", "sample", batch_size=128)
         78125.0
     """
     checked_lambda(ewc_lambda)

@@ -36,15 +36,23 @@ class BypassFix:
 
 
 def register_call(rule: CallRule) -> CallRule:
-    """Add a rule for parents that bypass a layer, which means that they use its weight without calling it:
-    rule(parent module, child name) -> attributes to set on the parent so that it calls the layer, or None.
-    The attribute `__class__` gives the parent another class, which must store what the old one does.
+    """Add a rule for parents that bypass a layer, which means that they use its weight without calling it.
 
     Can be used as a decorator. `inject` sets the attributes, which must not change the outputs of the parent,
     and `eject` restores the old values.
 
-        >>> separate = {"qkv_bias_separate": True}
-        >>> register_call(lambda parent, child: separate if isinstance(parent, Beit) else None)
+    Args:
+        rule: rule(parent module, child name) -> attributes to set on the parent so that it calls the layer,
+            or None. The attribute `__class__` gives the parent another class, which must store what the old
+            one does.
+
+    Returns:
+        rule.
+
+    Examples:
+        >>> def separate(parent, child):
+        ...     return {"separate": True} if hasattr(parent, "separate") else None
+        >>> rule = fe.register_call(separate)
     """
     _call_rules.append(rule)
     return rule

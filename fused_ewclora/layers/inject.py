@@ -28,13 +28,22 @@ _log = logging.getLogger(__name__)
 def adapters(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Every adapted layer by its dotted name; a shared layer appears once.
 
-    >>> trainable = [p for layer in adapters(model).values() for p in layer.parameters() if p.requires_grad]
+    Args:
+        model: with adapters or without.
+
+    Returns:
+        The layers, in the order of the model; empty without adapters.
+
+    Examples:
+        >>> _ = fe.inject(model, config)
+        >>> list(fe.adapters(model))
+        ['fc']
     """
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
 def inject(model: nn.Module, config: LoRAConfig | Any) -> Report:
-    """Adapt matching `nn.Linear`s of `model` in place and freeze all but adapters; returns a printable table.
+    """Adapt matching layers of `model` in place and freeze all but adapters.
 
     Only the first injection freezes. Further ones, into the same model or a part of it, adapt other layers
     and change `requires_grad` of these alone. `modules_to_save` of the configuration are trainable
@@ -42,13 +51,27 @@ def inject(model: nn.Module, config: LoRAConfig | Any) -> Report:
 
     Names are matched as in PEFT. `"all-linear"` leaves out the head that `get_output_embeddings()` or
     `get_classifier()` returns, the last layer of the classifier in torchvision models and, in transformers
-    models, every layer outside of the base model; in a model without any of these it selects every layer. A
-    `peft.LoraConfig` is taken where it means the same. The keys of the base state_dict do not change. Parents
-    that are known to bypass a layer are set to call it, and the table says so. Raises `TargetError`
-    (nothing matches, already adapted, not adaptable), `LayoutError` (slices without a layout that fits),
-    `DtypeError` or `NotExactlyRepresentable` for another configuration; nothing is changed then.
+    models, every layer outside of the base model; in a model without any of these it selects every layer. The
+    keys of the base state_dict do not change. Parents that are known to bypass a layer are set to call it,
+    and the table says so. Nothing is changed when this raises.
 
-        >>> print(inject(model, LoRAConfig(r=10, target_modules=["attn.qkv", "fc1"])))
+    Args:
+        model: with layers that the configuration selects.
+        config: a `LoRAConfig`, or a `peft.LoraConfig`, which is taken where it means the same.
+
+    Returns:
+        A printable table of the adapted layers.
+
+    Raises:
+        TargetError: when nothing matches, or a match is adapted already or not adaptable.
+        LayoutError: for slices without a layout that fits.
+        DtypeError: for another configuration.
+        NotExactlyRepresentable: for a configuration of PEFT that means something else.
+
+    Examples:
+        >>> report = fe.inject(model, fe.LoRAConfig(r=2, target_modules=["fc"]))
+        >>> [name for name, p in model.named_parameters() if p.requires_grad]
+        ['fc.lora_A', 'fc.lora_B']
     """
     check_no_peft(model)
     config = checked_config(config, model)
@@ -77,13 +100,24 @@ def inject(model: nn.Module, config: LoRAConfig | Any) -> Report:
 
 
 def eject(model: nn.Module, merge: bool = True) -> None:
-    """Restore the plain classes in place; the adapters are folded in (`merge=True`) or dropped.
+    """Restore the plain classes in place; the adapters are folded in or dropped.
 
     Afterwards the state_dict keys are those of the base model, and the parameters that injection froze
-    require gradients again. Raises `TargetError` without adapters or when a tied weight cannot be merged,
-    `ArgumentError` when a merged weight is not finite; nothing is changed then.
+    require gradients again.
 
-        >>> eject(model)
+    Args:
+        model: with adapters.
+        merge: True folds the adapters in, False drops them.
+
+    Raises:
+        TargetError: without adapters or when a tied weight cannot be merged; nothing is changed then.
+        ArgumentError: when a merged weight is not finite; nothing is changed then.
+
+    Examples:
+        >>> _ = fe.inject(model, config)
+        >>> fe.eject(model)
+        >>> type(model.fc).__name__
+        'Linear'
     """
     layers = _adapted(model)
     check_plain(layers, "eject")
@@ -111,7 +145,16 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Merged adapters are unmerged on entry and merged again on exit. Blocks can be nested. The state of every
     layer is restored on exit, even after an exception.
 
-        >>> with disabled(model): base = model(x)
+    Args:
+        model: with adapters.
+
+    Yields:
+        Nothing.
+
+    Examples:
+        >>> _ = fe.inject(model, config)
+        >>> with fe.disabled(model):
+        ...     base = model(x)
     """
     named = adapters(model)
     layers = list(named.values())
@@ -132,14 +175,23 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def merge(model: nn.Module) -> None:
-    """W <- W + B diag(s) A in every adapted layer (fp32 sum, one rounding), after which inference costs as
-    much as with the base model.
+    """`W <- W + B diag(s) A` in every adapted layer (fp32 sum, one rounding; docs/mathematics.md, section 4),
+    after which inference costs as much as with the base model.
 
     The replaced rows are kept for `unmerge`. If the adapters are already merged, this warns and does nothing,
-    as in PEFT. Raises `TargetError` without adapters or on tied weights, `ArgumentError` when a sum is not
-    finite; no layer is changed then.
+    as in PEFT.
 
-        >>> merge(model); y = model(x); unmerge(model)
+    Args:
+        model: with adapters.
+
+    Raises:
+        TargetError: without adapters or on tied weights; no layer is changed then.
+        ArgumentError: when a sum is not finite; no layer is changed then.
+
+    Examples:
+        >>> _ = fe.inject(model, config)
+        >>> fe.merge(model)
+        >>> fe.unmerge(model)
     """
     layers = _adapted(model)
     if all(layer.merged for layer in layers.values()):
@@ -151,10 +203,18 @@ def merge(model: nn.Module) -> None:
 def unmerge(model: nn.Module) -> None:
     """Restore the rows that `merge` replaced, bit for bit.
 
-    If the adapters are not merged, this warns and does nothing, as in PEFT. Raises `TargetError` without
-    adapters.
+    If the adapters are not merged, this warns and does nothing, as in PEFT.
 
-        >>> unmerge(model)
+    Args:
+        model: with adapters.
+
+    Raises:
+        TargetError: without adapters.
+
+    Examples:
+        >>> _ = fe.inject(model, config)
+        >>> fe.merge(model)
+        >>> fe.unmerge(model)
     """
     layers = _adapted(model)
     if not any(layer.merged for layer in layers.values()):

@@ -36,14 +36,21 @@ _libraries: dict[str, Callable[[], object]] = {}
 
 
 def register_layout(rule: LayoutRule) -> LayoutRule:
-    """Add a rule for packed projections: rule(parent module, child name) -> `QKVLayout` or None.
+    """Add a rule for packed projections.
 
     Can be used as a decorator. The rules are asked when a configuration has `slices` without a `layout`. The
     first one that returns a layout decides; when none does, `inject` raises `LayoutError`. If no rule knows
     the parent, they are asked about the parent of the parent, with a child such as `"qkv.linear"`.
 
-        >>> thirds = QKVLayout(("q", "k", "v"))
-        >>> register_layout(lambda parent, child: thirds if child == "qkv" else None)
+    Args:
+        rule: rule(parent module, child name) -> `QKVLayout` or None.
+
+    Returns:
+        rule.
+
+    Examples:
+        >>> thirds = fe.QKVLayout(("q", "k", "v"))
+        >>> rule = fe.register_layout(lambda parent, child: thirds if child == "my_packed_qkv" else None)
     """
     _layout_rules.append(rule)
     return rule

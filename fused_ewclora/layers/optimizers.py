@@ -11,18 +11,33 @@ from .inject import adapters
 
 
 def reset_optimizer_state_(optimizer: Optimizer, model: nn.Module) -> int:
-    """Drop the state that `optimizer` has for the adapters of `model`, in place; returns the number of
-    parameters.
+    """Drop the state that `optimizer` has for the adapters of `model`, in place.
 
     Consolidation starts new adapters in the same tensors, where moments and step counts of the old adapters
     would still push in the directions of the task that has ended. The state of heads and of all other
     parameters stays, as do learning rates and schedules. The next step of the adapters equals the first step
     of a new optimizer, for every optimizer of `torch.optim` in every implementation; the history of LBFGS
     covers all parameters together and is dropped as a whole. Tensors of the state are replaced, so CUDA
-    graphs of a step must be captured again. Raises `TargetError` for a model without adapters and
-    `ArgumentError` for an optimizer that holds none of them; nothing is changed then.
+    graphs of a step must be captured again.
 
-        >>> ewc.end_task(loader, criterion); reset_optimizer_state_(optimizer, model)
+    Args:
+        optimizer: which holds adapters of the model; unchanged when this raises.
+        model: with adapters.
+
+    Returns:
+        The number of parameters whose state was dropped.
+
+    Raises:
+        TargetError: for a model without adapters.
+        ArgumentError: for an optimizer that holds none of them.
+
+    Examples:
+        >>> _ = fe.inject(model, config)
+        >>> optimizer = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
+        >>> criterion(model(x), y).backward()
+        >>> optimizer.step()
+        >>> fe.reset_optimizer_state_(optimizer, model)
+        2
     """
     layers = adapters(model).values()
     if not layers:

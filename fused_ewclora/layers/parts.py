@@ -198,11 +198,12 @@ class LoRARoutedPart(LoRAPart):
 class Part:
     """A linear map that a module has without a layer of its own.
 
-    Attributes:
+    Args:
         name: of the child that carries the adapters; nothing else of the module has this name. With dots it
             is the path of a child of groups, which the module has besides, such as "3.down_proj".
         parameter: name of the module's parameter that holds the weight.
-        in_features, out_features: of the map.
+        in_features: of the map.
+        out_features: of the map.
         bias: name of the module's parameter that holds the bias, with rows of other parts or without.
         index: of the weight along the first dimension of the parameter, if it is a part of it.
         transposed: whether the weight is stored as `[in_features, out_features]`.
@@ -211,6 +212,10 @@ class Part:
         in_all: whether `"all-linear"` selects it.
         refusal: the reason why it cannot be adapted, if there is one.
         adapted: the class of the child.
+
+    Examples:
+        >>> fe.Part("up", parameter="up_weight", in_features=8, out_features=16).leaf
+        'up'
     """
 
     name: str
@@ -303,10 +308,19 @@ class Part:
 
 
 def register_parts(rule: PartRule) -> PartRule:
-    """Add a rule for modules with linear maps that are no layers: rule(module) -> the `Part`s of it.
+    """Add a rule for modules with linear maps that are no layers.
 
     Can be used as a decorator. A rule of `register_call` that is asked about the module and the name of the
     part gives the module the class that calls the part.
+
+    Args:
+        rule: rule(module) -> the `Part`s of it.
+
+    Returns:
+        rule.
+
+    Examples:
+        >>> rule = fe.register_parts(lambda module: ())
     """
     _rules.append(rule)
     return rule

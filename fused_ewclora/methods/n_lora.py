@@ -28,7 +28,7 @@ class NLoRA(Stacked):
     """Every task adds B_t A_t to the sum, whose earlier terms are frozen, under an l1 norm that makes its
     elements small, so that few are large in two tasks (docs/mathematics.md, section 13):
 
-        loss + lambda_1 sum |s B_t A_t|         variant "paper", by blocks of rows without B A
+        loss + lambda_1 sum |s B_t A_t|         variant "paper", without forming B A
         loss + lambda_1 sum |A_t B_t|           variant "official", the code of the authors
 
     summed over adapters. The official product is `[r, r]`, of the factors in the other order, and exists for

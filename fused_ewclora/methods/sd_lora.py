@@ -109,8 +109,8 @@ class SDLoRA(Method):
         if kd_threshold is not None and self.reset_alphas:
             # What a dropped direction added lives on in the magnitudes of the others alone.
             raise ArgumentError(
-                f"kd_threshold: expected None with reset_alphas=True, got {kd_threshold!r}: the magnitudes that "
-                "hold the coefficients of dropped directions would be overwritten when the next task begins"
+                f"kd_threshold: expected None with reset_alphas=True, got {kd_threshold!r}: the magnitudes "
+                "that hold the coefficients of dropped directions would be overwritten by the next task"
             )
         self.kd_threshold = kd_threshold
         if ewc and ewc_lambda is None:

@@ -16,10 +16,15 @@ Scale = float | Tensor
 class Adapter(NamedTuple):
     """One low-rank adapter of a linear layer.
 
-    lora_a `[r, d_in]`, lora_b `[rows, r]`, scale a float, 0-d or `[r]`; rows are the output row ranges that
-    lora_b's rows belong to, in order.
+    Args:
+        lora_a: A `[r, d_in]`.
+        lora_b: B `[rows, r]`.
+        scale: s, a float, or a tensor 0-d or `[r]`.
+        rows: the (start, stop) ranges of output rows that the rows of lora_b belong to, in order.
 
-        >>> Adapter(lora_a, lora_b, 1.0, rows=((0, 768),))
+    Examples:
+        >>> FE.Adapter(torch.ones(2, 8), torch.ones(3, 2), 1.0, rows=((0, 3),)).rows
+        ((0, 3),)
     """
 
     lora_a: Tensor

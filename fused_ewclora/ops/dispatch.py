@@ -54,10 +54,14 @@ def candidates(op: str) -> tuple[Candidate, ...]:
 @remembers_choices
 @functools.cache
 def available_backends() -> dict[str, str | None]:
-    """Backend name -> None when it can be used, or why it cannot.
+    """The backends that can be used, and why others cannot.
 
-    >>> available_backends()["reference"] is None
-    True
+    Returns:
+        Backend name -> None when it can be used, or the reason why it cannot.
+
+    Examples:
+        >>> fe.available_backends()["reference"] is None
+        True
     """
     triton = importlib.import_module("fused_ewclora.backends.triton")
     cuda = importlib.import_module("fused_ewclora.backends.cuda")
@@ -82,6 +86,9 @@ def forget_tables() -> None:
 
     Raises:
         BackendError: during the capture of a CUDA graph.
+
+    Examples:
+        >>> fe.forget_tables()
     """
     if torch.cuda.is_initialized():
         if torch.cuda.is_current_stream_capturing():
@@ -195,10 +202,16 @@ def current_backend() -> str:
 class use_backend:  # lower case: it is used like a function
     """Choose the backend that `backend=None` means, for the process, or until the end of a `with` block.
 
-    Raises `ArgumentError` for an unknown name and `BackendError` for one that is not available.
+    Args:
+        name: "auto", or one of `available_backends`.
 
-        >>> use_backend("reference")
-        >>> with use_backend("cpu"): y = model(x)
+    Raises:
+        ArgumentError: for an unknown name.
+        BackendError: for a backend that is not available.
+
+    Examples:
+        >>> with fe.use_backend("reference"):
+        ...     y = model(x)
     """
 
     def __init__(self, name: Backend) -> None:

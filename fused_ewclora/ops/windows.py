@@ -23,7 +23,18 @@ MIN_CHANNELS = 16
 
 @dataclass(frozen=True)
 class Geometry:
-    """The windows of a convolution, with zeros around the input; one entry per spatial dimension."""
+    """The windows of a convolution, with zeros around the input; one entry per spatial dimension.
+
+    Args:
+        kernel: sizes of a window.
+        stride: steps between windows.
+        padding: places of zeros on each side.
+        dilation: steps between the places of a window.
+
+    Examples:
+        >>> FE.Geometry(kernel=(3,), stride=(2,), padding=(1,), dilation=(1,)).counts((8,))
+        (4,)
+    """
 
     kernel: Sizes
     stride: Sizes
