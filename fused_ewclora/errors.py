@@ -53,7 +53,7 @@ class EWCLoRAWarning(UserWarning):
 
 
 # Frames of these packages stand between the user's line and a warning.
-_INNER = ("fused_ewclora", "torch", "contextlib", "transformers", "accelerate")
+_INNER = ("fused_ewclora", "torch", "contextlib", "transformers", "accelerate", "avalanche")
 
 
 def warn(message: str) -> None:

@@ -726,7 +726,8 @@ class EWC:
         """Ends a task: `estimate_fisher`, where the task needs a Fisher, then `consolidate(gamma)`.
 
         A Fisher that was estimated stays when `consolidate` raises: remove the cause and call `consolidate`.
-        Warns, before anything else, of adapters that the first task did not train although it trained others.
+        Warns, before anything else, of adapters that the first task did not train although it trained others,
+        and of a loader that the last task has ended with when no adapter has been trained since.
 
         Args:
             loader: as in `estimate_fisher`.
@@ -761,6 +762,7 @@ class EWC:
         if message := untrained_message(self._placement.layers):
             warn(f"end_task: {message}")
         if self.gathers:
+            self.watch.check_repeated(loader)
             self.estimate_fisher(
                 loader,
                 loss_fn,
@@ -778,6 +780,7 @@ class EWC:
                 max_bytes=max_bytes,
             )
         self.consolidate(gamma)
+        self.watch.note_ended_with(loader)
 
     @contextmanager
     def restored_on_error(self) -> Iterator[None]:

@@ -102,7 +102,10 @@ class FisherPass:
                     f"{name}: its adapter is merged into the base weight; call unmerge(model) first"
                 )
             if not layer.adapters_enabled:
-                raise FisherError(f"{name}: its adapter is disabled; leave the `disabled` block first")
+                raise FisherError(
+                    f"{name}: its adapter is disabled; leave the `disabled` block "
+                    "(of PEFT: `disable_adapter`) first"
+                )
         options = (self.mode, self._reduction, self._loss_scale, self._batch_size)
         leaders: dict[str, FisherCapture] = {}
         for name, layer in self._layers.items():

@@ -47,7 +47,11 @@ def _classes(logits: Tensor, targets: Any) -> Tensor:
     if not isinstance(targets, Tensor):
         raise ArgumentError(
             "loader: expected targets with labels='empirical', got "
-            + ("none" if targets is None else f"{type(targets).__name__}; give a loss_fn")
+            + (
+                "none; give batches (x, y), or mappings with \"labels\", or draw them with labels='sampled'"
+                if targets is None
+                else f"{type(targets).__name__}; give a loss_fn"
+            )
         )
     shape = logits.shape[:-1]
     indices = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)

@@ -56,7 +56,10 @@ class EWCCallback(TrainerCallback):
 
     def __init__(self, ewc: EWC, resume_from_checkpoint: Source = True) -> None:
         if not isinstance(ewc, EWC):
-            raise TargetError(f"ewc: expected a fused_ewclora.EWC, got {type(ewc).__name__}")
+            raise TargetError(
+                f"ewc: expected a fused_ewclora.EWC, got {type(ewc).__name__}; make one with "
+                "fe.EWC(model, ewc_lambda=...) after fe.inject(model, config)"
+            )
         if not isinstance(resume_from_checkpoint, (str, os.PathLike, bool)):
             raise ArgumentError(
                 f"resume_from_checkpoint: expected a folder or a bool, got {resume_from_checkpoint!r}"
@@ -160,7 +163,8 @@ def _check_model(ewc: EWC, model: nn.Module) -> None:
     inside = {id(module) for module in model.modules() if isinstance(module, AdaptedLinear)}
     if missing := [name for name, layer in ewc.layers.items() if id(layer) not in inside]:
         raise TargetError(
-            f"EWCCallback: expected the model that the EWC was made for, Trainer's lacks {shorten(missing)}"
+            f"EWCCallback: expected the model that the EWC was made for, Trainer's lacks {shorten(missing)}; "
+            "give Trainer and fe.EWC the same model, and none of them a copy"
         )
     check_plain(ewc.layers, "EWCCallback")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..errors import ArgumentError, TargetError
+from ..errors import ArgumentError, TargetError, warn
 from ..ewc.controller import EWC
 from ..ewc.estimation import LABELS, check_max_batches
 from ..layers.adapted import AdaptedLinear
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 from avalanche.benchmarks import OnlineCLExperience  # noqa: E402
 from avalanche.models import avalanche_forward  # noqa: E402
-from avalanche.training.plugins import SupervisedPlugin  # noqa: E402
+from avalanche.training.plugins import EWCPlugin, SupervisedPlugin  # noqa: E402
 
 __all__ = ["EWCLoRAPlugin"]
 
@@ -55,11 +56,14 @@ class EWCLoRAPlugin(SupervisedPlugin):  # type: ignore[misc, unused-ignore]
 
     `avalanche.checkpointing.save_checkpoint` saves the plugin with its strategy. Raises `ArgumentError` for
     invalid arguments. Before anything is trained, raises `TargetError` for a model without adapters or one
-    whose adapted layers have been replaced, and `ArgumentError` for a second plugin or another model.
+    whose adapted layers have been replaced, and `ArgumentError` for a second plugin or another model; warns
+    once of Avalanche's own `EWCPlugin` beside this one.
 
         >>> plugin = EWCLoRAPlugin(ewc_lambda=1e7, fisher_mode="batch")
         >>> strategy = Naive(model=model, optimizer=optimizer, plugins=[plugin])
     """
+
+    _told = False  # of Avalanche's own plugin
 
     def __init__(
         self,
@@ -93,7 +97,10 @@ class EWCLoRAPlugin(SupervisedPlugin):  # type: ignore[misc, unused-ignore]
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Checks that the EWC belongs to the strategy's model, after Avalanche has adapted the model."""
         if sum(isinstance(plugin, EWCLoRAPlugin) for plugin in strategy.plugins) > 1:
-            raise ArgumentError("plugins: expected one EWCLoRAPlugin, got several; each would end every task")
+            raise ArgumentError(
+                "plugins: expected one EWCLoRAPlugin, got several; each would end every task. Give the "
+                "strategy one of them"
+            )
         if self.ewc is None:
             self.ewc = EWC(strategy.model, **self._ewc_options)
         if self.ewc.model is not strategy.model:
@@ -102,6 +109,16 @@ class EWCLoRAPlugin(SupervisedPlugin):  # type: ignore[misc, unused-ignore]
                 "strategy of one model, and one plugin per strategy"
             )
         _check_layers(strategy.model, self.ewc.layers)
+        self._warn_of_ewc_plugin(strategy.plugins)
+
+    def _warn_of_ewc_plugin(self, plugins: Iterable[object]) -> None:
+        if not self._told and any(isinstance(plugin, EWCPlugin) for plugin in plugins):
+            self._told = True
+            warn(
+                "plugins: Avalanche's EWCPlugin is beside EWCLoRAPlugin; it draws lora_A and lora_B back to "
+                "their values in earlier tasks, which consolidation has folded into the weights and "
+                "initialised anew. Remove EWCPlugin from plugins"
+            )
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         """strategy.loss <- strategy.loss + P."""

@@ -1,5 +1,5 @@
 """Mistakes in the training of adapters that no error would show, told once each: an optimizer that does not
-hold the adapters, and one that still has the moments of a task that has ended."""
+hold the adapters, one that still has the moments of a task that has ended, and a task that is ended twice."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ class TrainingWatch:
     first step afterwards of an optimizer that holds adapters.
     """
 
+    _ended_with: weakref.ref[object] | None = None  # the loader of the last task
+
     def __init__(self, layers: Mapping[str, AdaptedLinear]) -> None:
         self._layers = layers
         self._gradients = False  # whether adapters had gradients when the Fisher pass began
@@ -44,7 +46,7 @@ class TrainingWatch:
         self._gradients = self._gradients or any(self._is_new(b.grad) for b in self._lora_bs())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_left": {}}  # weak references cannot be copied
+        return {**self.__dict__, "_left": {}, "_ended_with": None}  # weak references cannot be copied
 
     def _is_new(self, grad: Tensor | None) -> bool:
         if grad is None:
@@ -66,6 +68,27 @@ class TrainingWatch:
                 "load_state_dict(assign=True) replaced the parameters), or is its learning rate 0? Make it "
                 "after inject, from the parameters that require gradients",
             )
+
+    def check_repeated(self, loader: object) -> None:
+        """To be called when a task is about to end: warns when its data are those of the last one, and the
+        adapters have not been trained since."""
+        ended_with = None if self._ended_with is None else self._ended_with()
+        if ended_with is None or ended_with is not loader:
+            return
+        bs = self._lora_bs()
+        if not any(self._is_new(b.grad) for b in bs) and not _any_nonzero(bs):
+            self._tell(
+                "repeated",
+                "end_task: it was called with this loader before, and no adapter has been trained since, so "
+                "the Fisher of one task is counted twice; call end_task once, at the end of each task",
+            )
+
+    def note_ended_with(self, loader: object) -> None:
+        """To be called when a task has ended; does not keep its loader alive."""
+        try:
+            self._ended_with = weakref.ref(loader)
+        except TypeError:  # lists and tuples, of which there are no weak references
+            self._ended_with = None
 
     def expect_fresh_optimizer(self) -> None:
         """To be called when a task has ended: looks at the optimizer of the next step."""

@@ -228,3 +228,23 @@ def test_gradients_of_last_task():
     model(BATCH[0]).sum().backward()
     with pytest.warns(fe.EWCLoRAWarning, match="no adapter changed"):
         ewc.end_task([BATCH], F.cross_entropy)
+
+
+def test_task_ended_twice():
+    """A second `end_task` with the loader of the last one is told once; not after training, with other data,
+    or by a copy."""
+    model = fresh()
+    ewc = fe.EWC(model, ewc_lambda=1.0)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*BATCH), batch_size=6)
+
+    def again(ewc: fe.EWC, data: Any = loader) -> list[str]:
+        return told(lambda: ewc.end_task(data, F.cross_entropy))
+
+    for _ in range(2):
+        learned(model)
+        assert again(ewc) == []
+    assert again(pickle.loads(pickle.dumps(ewc))) == [] and again(ewc, [BATCH]) == []
+    learned(model)
+    assert again(ewc) == []
+    (message,) = again(ewc)
+    assert "call end_task once" in message and again(ewc) == []
