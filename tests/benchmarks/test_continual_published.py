@@ -142,7 +142,7 @@ def test_codyra(name: str) -> None:
 
 @pytest.mark.parametrize("name", PM_SETS)
 def test_perturb_and_merge(name: str) -> None:
-    """P&M as summaries of its paper tell it: rates, perturbations, one coefficient, accuracies after the merge."""
+    """P&M as a summary of its paper has it: rates, perturbations, one coefficient, the merged model."""
     tasks, epochs = PM_SETS[name]
     found = runs(name)
     expected = {
@@ -159,7 +159,7 @@ def test_perturb_and_merge(name: str) -> None:
 
 
 def test_keep_lora() -> None:
-    """KeepLoRA's code, keeplora_order1: both shares of weights, that of features, all images, no loss of texts."""
+    """KeepLoRA's code, keeplora_order1: both shares of weights, that of features, all images."""
     expected = {"lr": 1e-3, "epochs": 10, "batch_size": 64, "optimizer": "adamw", "weight_decay": 0.01}
     found = runs("keeplora-mtil")
     for run in found.values():
