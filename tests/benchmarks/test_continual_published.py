@@ -11,7 +11,8 @@ from benchmarks.continual import configuration
 from benchmarks.continual.configuration import Run
 
 # Of the official codes: low-rank-cl, configs/{baseline,ewclora,inflora,sdlora}/*.json; SD-Lora-CL,
-# exps/*.json, with SGD of momentum 0.9 in models/sdlora.py; CoDyRA, models/codyra.py and scripts.
+# exps/*.json, with SGD of momentum 0.9 in models/sdlora.py; CoDyRA, models/codyra.py and scripts; KeepLoRA,
+# MTIL/configs; O-LoRA and N-LoRA, scripts/order_1.sh. Of P&M a summary of the paper.
 EWC = {
     "lr": 5e-4, "head_lr": 5e-3, "batch_size": 128, "optimizer": "adam", "schedule": "cosine",
     "weight_decay": 0.0,
@@ -48,6 +49,14 @@ SD_SETS: dict[str, dict[str, Any]] = {
 SD_LOGS = {"sd-lora-imagenet-a": 0.01, "sd-lora-imagenet-r-10": 8e-3}  # constant rates of published logs
 RANKS = [10] * 4 + [8] * 4 + [6]  # of SD-LoRA-RR: mu = 4, nu = 8
 OFFICIAL_SD = {"normalization": "factors", "alpha_init": 0.8, "reset_alphas": True, "magnitudes": "shared"}
+
+PM_SETS = {  # tasks, epochs
+    "perturb-and-merge-cifar100": (10, 10),
+    "perturb-and-merge-domainnet": (5, 5),
+    "perturb-and-merge-imagenet-r-10": (10, 10),
+    "perturb-and-merge-imagenet-r-20": (20, 10),
+    "perturb-and-merge-imagenet-a": (10, 10),
+}
 
 
 def runs(name: str) -> dict[str, Run]:
@@ -131,11 +140,64 @@ def test_codyra(name: str) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", PM_SETS)
+def test_perturb_and_merge(name: str) -> None:
+    """P&M as a summary of its paper has it: rates, perturbations, one coefficient, the merged model."""
+    tasks, epochs = PM_SETS[name]
+    found = runs(name)
+    expected = {
+        "lr": 1e-3, "head_lr": 1e-2, "epochs": epochs, "batch_size": 256, "optimizer": "adamw",
+        "evaluate_before_end": False,
+    }  # fmt: skip
+    for run in found.values():
+        check_training(run, expected)
+        (adapters,) = run.lora_configs()
+        assert (adapters.r, adapters.slices, run.problem["tasks"]) == (10, ("k", "v"), tasks)
+        assert run.problem["model"] == "vit_base_patch16_224.augreg2_in21k_ft_in1k"
+    assert found["P&M"].options == {"epsilon": 0.5, "per_module": False, "labels": "empirical"}
+    assert found["P&M, merging alone"].options == {"epsilon": 0.0}
+
+
+def test_keep_lora() -> None:
+    """KeepLoRA's code, keeplora_order1: both shares of weights, that of features, all images."""
+    expected = {"lr": 1e-3, "epochs": 10, "batch_size": 64, "optimizer": "adamw", "weight_decay": 0.01}
+    found = runs("keeplora-mtil")
+    for run in found.values():
+        check_training(run, {**expected, "iterations": None, "evaluate_before_end": False})
+        packed, others = run.lora_configs()
+        assert (packed.r, packed.slices, others.r, run.seed) == (16, ("q", "k", "v"), 16, 42)
+        problem = {"datasets": "mtil-1", "shots": None, "rivals": "own", "text_loss": False}
+        assert {key: run.problem[key] for key in problem} == problem
+    shares = [(run.options["epsilon_w"], run.options["epsilon_f"]) for run in found.values() if run.options]
+    assert shares == [(0.85, 0.99), (0.2, 0.99)]
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "lambda_1", "epochs", "batch"),
+    [
+        ("o-lora-t5-large", "O-LoRA", 0.5, 1, 64),
+        ("n-lora-t5-large", "N-LoRA", 0.4, 10, 48),
+        ("ewc-lora-t5-large", "O-LoRA", 0.5, 1, 64),
+        ("ewc-lora-t5-large", "N-LoRA", 0.4, 10, 48),
+        ("ewc-lora-llama-3.2-1b", "O-LoRA", 0.5, 1, 64),
+    ],
+)
+def test_orthogonal_sparse(name: str, method: str, lambda_1: float, epochs: int, batch: int) -> None:
+    """O-LoRA's and N-LoRA's scripts of order 1."""
+    run = runs(name)[method]
+    assert run.options == {"lambda_1": lambda_1, "variant": "official"}
+    lr = 1e-4 if "llama" in name else 1e-3
+    check_training(run, {"lr": lr, "epochs": epochs, "batch_size": batch, "schedule": "constant"})
+    assert run.training.of_task(0).lr == 1e-3
+    (adapters,) = run.lora_configs()
+    assert (adapters.r, adapters.lora_alpha, adapters.lora_dropout) == (8, 32, 0.1)
+
+
 def test_every_file_checked() -> None:
     """Every published configuration can be read, and names its paper."""
     names = [name.partition("/")[2] for name in configuration.available() if name.startswith("published/")]
-    vision = {*EWC_SETS, *SD_SETS, "codyra-cifar100", "codyra-imagenet-r"}
-    assert vision <= set(names)
+    checked = {*EWC_SETS, *SD_SETS, *PM_SETS, "codyra-cifar100", "codyra-imagenet-r", "keeplora-mtil"}
+    assert checked | {"o-lora-t5-large", "n-lora-t5-large"} <= set(names)
     for name in names:
         about = configuration.load(configuration.find(f"published/{name}")).about
         assert "arXiv" in about, name

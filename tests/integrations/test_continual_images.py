@@ -106,7 +106,7 @@ def test_published_methods_learn(name: str, learned: set[str], tmp_path: Path) -
 def test_every_protocol_configured() -> None:
     """Every published protocol has a configuration."""
     sets = {configuration.load(configuration.find(name)).runs[0].problem["dataset"] for name in PUBLISHED}
-    assert sets == set(image_sets.READERS) and len(PUBLISHED) == 12
+    assert sets == set(image_sets.READERS) and len(PUBLISHED) == 17
 
 
 @pytest.mark.parametrize("dataset", WRITERS)
