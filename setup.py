@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the package; metadata is in pyproject.toml.
 
 FUSED_EWCLORA_BUILD chooses what is compiled:

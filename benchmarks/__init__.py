@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Microbenchmarks of the operations against their peers; `python -m benchmarks --help`."""

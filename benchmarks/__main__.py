@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benchmarks on the CPU; benchmarks.gpu_check runs those on a GPU. Every result is checked against fp64, then
 all providers of a case are timed in turns and their records appended. Exit status: 1 when a target is missed,
 or this library fails or is wrong; 130 when interrupted: the records measured until then are kept."""

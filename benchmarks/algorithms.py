@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Algorithms of the LoRA linear: the chosen one, those that can be forced, and predicted times."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the time of a call is divided among operations."""
 
 from __future__ import annotations

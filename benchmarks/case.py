@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is measured: an operation at a shape, its providers, and its targets."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Derives fused_ewclora/backends/measured_choice.json from the records of a GPU:
 `python -m benchmarks.choose benchmarks/results/h200`.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Timing of computations: the wall clock on a CPU, events around graph replays on a GPU.
 
 A clock is used inside its `running()`. `prepare` warms up a computation and its rotation; `times` samples

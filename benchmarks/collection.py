@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads committed records; every line is checked before any of its values is used."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares two record files or folders: `fused-ewclora bench compare A B`. Exit status 1 when B is slower or
 newly fails, 2 when the records cannot be compared.
 

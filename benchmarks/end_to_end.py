@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole training steps, and forward and backward of adapted models, with random weights.
 
 A step is forward, penalty, backward and the optimizer, with a learning rate so small that the parameters stay

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Energy of computations on NVIDIA GPUs, from the driver's counter of consumed energy.
 
 The counter is that of the whole GPU, so every value includes the idle power. It is updated every few tens of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The EWC penalty and its gradients, all adapters in one call, compared with formulations in PyTorch."""
 
 from __future__ import annotations

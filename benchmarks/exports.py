@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records of a run as one JSON object or as CSV, in a file or on stdout."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peers from the package index, which are not part of this repository: how they are imported and called.
 
 `make bench` installs the versions of requirements-extras.txt. A peer that cannot be imported raises

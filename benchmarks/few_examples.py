@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pytest plugin: property tests draw few examples, where every new shape has to be compiled.
 
 pytest -p benchmarks.few_examples --hypothesis-profile few

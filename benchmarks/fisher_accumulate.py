@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exact per-sample Fisher of one layer, compared with a product of equal size and with common methods."""
 
 from __future__ import annotations

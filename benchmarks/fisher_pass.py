@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fisher passes over a model: F of k and v of every block, sums of squares of per-sample gradients of a
 summed loss. `EWC.estimate_fisher`, a loop with batches of one, and the libraries for per-sample gradients."""
 

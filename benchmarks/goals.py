@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The targets of the GPU kernels, as data: ratios of values measured in one run."""
 
 from __future__ import annotations

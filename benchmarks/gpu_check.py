@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks and measures the GPU kernels unattended: `python -m benchmarks.gpu_check --out DIR`.
 
 Needs PyTorch and Triton in the running interpreter, builds the CUDA extension in the checkout, installs

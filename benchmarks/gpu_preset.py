@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The preset for GPUs, in order of importance: a run that stops early has measured what matters most."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scaling curves over tokens, width, rank, adapters and samples, for ours and the main peer of each op.
 
 The shape of every record of a curve has "sweep", the name of the field that varies along the curve; the other

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks every provider against fp64, times them interleaved, and appends one JSON record per provider."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cases of the picture at the top of README.md: what elastic weight consolidation costs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Appends the records of a GPU run to those of the repository: `python -m benchmarks.keep OUT`, where OUT is
 the output folder of `make gpu-check`. They are written to benchmarks/results/<gpu>/, one file per suite. Exit
 status 2 when they cannot be used: a rehearsal, several devices, records that the repository already has.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two tasks of EWC on a language model in little memory: `fused-ewclora bench large`.
 
 A model with the shapes of LLaMA-3.2-1B, random weights in bf16 and adapters on all of its linear layers takes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA linear, one pass or both, compared with the frozen layer and with common compositions."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The machine of a measurement: hardware, versions, and measured ceilings."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory of computations on the CPU: a clock that also measures peaks, and a limit that makes an allocation
 fail before the machine runs out of memory."""
 

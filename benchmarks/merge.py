@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Merging adapters into weights, one layer and all of a model, and the soft threshold."""
 
 from __future__ import annotations

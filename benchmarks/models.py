@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models for whole training steps, and the ways to adapt them: frozen, by this library, by PEFT, or with
 explicit deltaW as published. All ways share the frozen weights of one base model."""
 

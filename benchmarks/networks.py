@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Networks in plain PyTorch with random weights, for whole training steps without other libraries. They take
 embedded tokens, since neither patches nor vocabularies are measured, and classify the mean token."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of the user: an operation at shapes of numbers, and functions that are measured beside ours."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where cases run: which of our backends are measured, how many buffers, and how peers are compiled."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws records: `fused-ewclora plot RECORDS... --out DIR [--format png svg]`.
 
 Per machine a roofline and the speed-up over every peer of each operation, and a picture per scaling curve

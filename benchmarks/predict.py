@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Predicted seconds, from bytes, FLOPs and the assumed rates of the cost model that chooses algorithms.
 
 These are not measurements: records keep them in a field of their own, `predicted_seconds`.

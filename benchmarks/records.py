@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records of measurements: reading them, and checking them against record_schema.json."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What can be measured, as data: operations, shapes, dtypes, peers and presets, for CPUs and GPUs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes docs/benchmarks.md and its pictures from the committed records: `python -m benchmarks.report`.
 
 The text depends only on the records. `--check` writes nothing; exit status 1 when docs/benchmarks.md is out

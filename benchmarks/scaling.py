@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How times grow with a size: exponents of measured curves, and of their model from bytes and FLOPs.
 
 Records of a curve have a shape with `"sweep": "<field>"` and the swept number in `<field>`; all other fields

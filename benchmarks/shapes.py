@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shapes of the benchmarks, as data: sizes of the models, their linears, samples and ranks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Steps of a long unattended run: subprocesses with time limits of their own inside one deadline.
 
 A step that fails or runs out of time is an outcome, never an exception: the rest still runs.

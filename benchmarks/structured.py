@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Penalties and sums of structured Fishers, beside the same work on a dense F in one case."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The suites: their operations, and how their cases are listed and built, for CPUs and GPUs."""
 
 from __future__ import annotations

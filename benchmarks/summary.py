@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The summary of a GPU run: a table per op, and a row per target that says PASS or FALL SHORT."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole training steps, Fisher passes and adapted models in the presets of a CPU."""
 
 from __future__ import annotations

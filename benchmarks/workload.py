@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A case as data, before anything is allocated, and the bytes and FLOPs that it takes at least.
 
 FLOPs are those of matrix products, counting multiplications and additions; elementwise work is not counted.

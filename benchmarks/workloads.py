@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Constructors of workloads, one per operation; presets list their results."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Checks of the arguments of every op, the same for both extensions: wrong sizes, lengths and devices are ValueErrors, wrong dtypes are
 // TypeErrors, and messages name the argument, what was expected and what came. fused_ewclora/reference/arguments.py does the same in Python.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // LoRA linear without rows, without features or without outputs: nothing is left but the bias and its gradient. Passes over rows and columns
 // then never see a size of zero, nor the null pointers of tensors without elements.
 #pragma once

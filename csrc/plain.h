@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which tensors are just what they say: memory with sizes and strides, as kernels read it past the dispatcher.
 #pragma once
 #include <ATen/ATen.h>

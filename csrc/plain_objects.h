@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Python objects that are plain tensors.
 #pragma once
 #include <torch/csrc/autograd/python_variable.h>

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hooks of mkdocs: pages that are files elsewhere in the repository, and links that leave docs/."""
 
 from __future__ import annotations

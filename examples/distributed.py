@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two processes train one model by DDP and add up the Fishers of their shares, to the result of one process.
 
     torchrun --nproc-per-node 2 distributed.py --quick

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A structure of the Fisher of one's own: one number per output row, the mean of the row's diagonal.
 
     python own_fisher.py --quick

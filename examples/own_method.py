@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A method of one's own behind the protocol of fe.methods, beside EWC-LoRA and plain LoRA on two tasks.
 
     python own_method.py --quick

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An existing PeftModel: its LoRA layers on the fused operation, EWC over them, and a plain model at the end.
 
     python peft_accelerated.py --quick

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training step with EWC of a large Vision Transformer under PyTorch's profiler.
 
     python profile_vit.py --quick

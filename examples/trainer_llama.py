@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two texts one after the other with a Llama and transformers' Trainer; EWC enters by a callback.
 
     python trainer_llama.py --quick

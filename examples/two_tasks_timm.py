@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two tasks with a Vision Transformer of timm: adapters on k and v of qkv, EWC, saved, loaded, merged.
 
     python two_tasks_timm.py --quick

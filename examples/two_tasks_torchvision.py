@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two tasks with torchvision's Vision Transformer, whose attention is an nn.MultiheadAttention, and EWC.
 
     python two_tasks_torchvision.py --quick

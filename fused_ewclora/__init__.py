@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fused LoRA linear layers, the EWC penalty on their products, and Fisher accumulation, for continual
 learning.
 

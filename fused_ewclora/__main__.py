@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fused LoRA and EWC for PyTorch, from the command line."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all commands share: a parser that suggests names and loads its options late, and types of options."""
 
 from __future__ import annotations

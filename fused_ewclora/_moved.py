@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Module paths of earlier versions. Importing one gives the module that has taken its place, not a copy."""
 
 from __future__ import annotations

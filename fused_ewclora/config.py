@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Configuration of an injection: `LoRAConfig` with PEFT's names, and `QKVLayout`, the row layout of a packed
 projection."""
 

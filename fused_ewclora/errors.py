@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The errors of this library, all of them `ValueError`s, so that existing handlers catch them, and its
 warning."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fishers that need less memory than one number per weight, as values of the operations in `functional`.
 
 A dense Fisher is a tensor `[d_out, d_in]`. What stands for one in its place says what it approximates, and

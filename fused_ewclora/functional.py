@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Public operations: every argument is checked once, here, and handed to the ops.
 
 Shapes: x `[..., d_in]`, weight `[d_out, d_in]`, lora_a `[r, d_in]`, lora_b `[d_out, r]`, scale a float, 0-d

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Types of arguments that are named by strings, for annotations in programs that use the library."""
 
 from __future__ import annotations

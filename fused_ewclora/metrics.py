@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Continual-learning metrics of an accuracy matrix; the name of each metric says how it is averaged."""
 
 from __future__ import annotations

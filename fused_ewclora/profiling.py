@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Named ranges around every operation, for torch.profiler, Nsight Systems and whatever else shows them.
 
 Off, nothing of this is on the path of a call: the functions that run are those of the backends themselves.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A table that can be printed (`print(report)`) and whose rows are plain data (`report.rows`)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The EWC penalty of all adapters of a model, with its gradients, in one launch and one read of every F; and
 the l1 norm of their products, which is the same without F.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The penalty of factored Fishers F = r c^T / sum(c) of all adapters of a model, with its gradients, in one
 launch that reads nothing as large as F.
 

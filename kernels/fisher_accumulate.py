@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fisher accumulation: squared products dy_n^T x_n of samples, added to F [d_out, d_in].
 
 x and dy are [N, T, d] by tensor descriptor or by pointer and strides; with `cu_seqlens` they are [rows, d],

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Row and column sums of squared products dy_n^T x_n of samples, for factored Fishers: the kernel of
 `fisher_accumulate`, whose tiles of squares are summed where they are, and never written.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels of the LoRA linear: its product with the low-rank term inside, and the passes around it.
 
 Low-rank factors arrive packed: `a` [RP, d_in] holds the rows of every A, `b` [d_out, RP] those of every B

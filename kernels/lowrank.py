@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels that gather the factors of several adapters in one matrix, and distribute their gradients again.
 
 Adapters come as tuples, a few per launch. `owner` [adapters, d_out] (int32) gives the row of an adapter's B

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Merging adapters into weights, and soft thresholding, a few tensors per launch: they come as tuples."""
 
 import triton

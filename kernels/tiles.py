@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Helpers that kernels share: tiles of matrices, matrix-unit products, the order of output tiles, dropout.
 
 A matrix arrives as a tensor descriptor (`TMA`: the bulk copy engine fetches tiles, what lies outside reads as

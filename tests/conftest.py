@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings that tests share: fresh random inputs, a known thread count, memory that is not zero by luck."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Continual learning with every method on real data: `fused-ewclora demo --suite`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a method stores in addition to the base model: sizes of adapters, and bytes in total."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Learners that write the answer: classes are label words, and the loss is that of their tokens."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pretrained vision transformers of timm, torchvision, transformers and open_clip as frozen extractors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """X-TAIL and MTIL: image sets of different domains, one per task, learned and classified by CLIP."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CLIP as a learner: images are classified by the text tower's features of the prompts of the classes."""
 
 from __future__ import annotations

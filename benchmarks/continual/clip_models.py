@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CLIP of open_clip and of transformers as frozen towers, with their tokenizers and their normalisation."""
 
 from __future__ import annotations

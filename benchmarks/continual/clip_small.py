@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small CLIP, trained here on few images and their captions, learns five domains one after the other."""
 
 from __future__ import annotations

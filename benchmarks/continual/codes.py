@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """8-bit codes for the Fishers of real streams, at equal bytes: `python -m benchmarks.continual.codes`.
 
 The code of `fused_ewclora.fishers.EightBitFisher`, s c^2, and fp8 e4m3 with a bf16 scale for every 32 values

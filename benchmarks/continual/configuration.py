@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Configurations of runs: JSON files with the problem, the adapters, the training and the methods."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cost of a training step at every task of a sequence: time, peak memory, and state of the method.
 
 Steps of all tasks are timed in turns. In one long run the first and the last task would be minutes apart, and

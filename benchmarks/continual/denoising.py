@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small T5 that is pretrained here: on spans left out of texts, and on writing the subjects of texts."""
 
 from __future__ import annotations

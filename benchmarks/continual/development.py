@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which values of its grid were best for each method on the development seeds of a configuration.
 
 `python -m fused_ewclora demo --suite NAME --develop` makes the records, and

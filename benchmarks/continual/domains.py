@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The image sets of X-TAIL and MTIL from their official files, in the published splits of CoOp.
 
 Expected layouts in the data folder (`DOMAINS`; docs/reproduce/clip.md lists them):

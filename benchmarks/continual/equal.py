@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which rows of a suite have equal accuracies although their options differ, said in a sentence each."""
 
 from __future__ import annotations

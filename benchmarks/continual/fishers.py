@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What structures of the Fisher cost and preserve: `python -m benchmarks.continual.fishers` writes the
 measured part of docs/fishers.md, and its picture, from committed records. `--check` writes nothing, as for
 `benchmarks.continual.page`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files in the GGUF format, version 3: their values, and their tensors in the types that are read here."""
 
 from __future__ import annotations

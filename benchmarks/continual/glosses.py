@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Definitions of WordNet, whose subject a small language model writes: a T5 pretrained here, or SmolLM2."""
 
 from __future__ import annotations

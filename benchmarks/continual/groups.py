@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Groups of runs that differ only in the seed, from which tables, targets and pictures are made."""
 
 from __future__ import annotations

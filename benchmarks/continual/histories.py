@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model per task of a sequence, each with the history of that task, ready for training steps (`costs`)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Published image sets from their official files: the images of every class in every split.
 
 Only CIFAR-100 is decoded here, whose images are arrays in one file. Expected layouts in the data folder:

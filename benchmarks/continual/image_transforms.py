@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Preprocessing and augmentation of published image protocols, with torchvision."""
 
 from __future__ import annotations

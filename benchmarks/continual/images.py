@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image sets, published ones and your own, on pretrained vision transformers."""
 
 from __future__ import annotations

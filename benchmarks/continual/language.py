@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Classification of WordNet definitions by the upper blocks of MiniLM-L6."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run trains: the adapted network, and what the tasks of a stream need beside it."""
 
 from __future__ import annotations

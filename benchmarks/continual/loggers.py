@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run reports while it goes on: rows in a CSV file, curves for TensorBoard, or a class of your own."""
 
 from __future__ import annotations

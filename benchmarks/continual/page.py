@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes docs/continual.md and its pictures from committed records: `python -m benchmarks.continual.page`.
 
 The text depends only on the records and the configurations. `--check` writes nothing; exit status 1 when

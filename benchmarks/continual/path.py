@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loss on the way from one task to the next: `python -m fused_ewclora.benchmarks.continual.path`.
 
 SD-LoRA (arXiv 2501.13198) explains its stability by a path of low loss: training moves from a minimum of the

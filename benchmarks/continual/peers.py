@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """EWC of other libraries as methods of a run, so that they learn the same stream with the same adapters.
 
 A configuration names them by their path, "fused_ewclora.benchmarks.continual.peers:AvalancheEWC". Both

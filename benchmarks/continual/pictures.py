@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of runs and of costs: accuracy matrices, accuracy over tasks, lambda, costs over tasks."""
 
 from __future__ import annotations

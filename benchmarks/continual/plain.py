@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which methods of a suite do not beat plain LoRA, said of each in a sentence."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The problems that configurations can name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Texts as prompts and answers as tokens: what a language model reads, and what it should write."""
 
 from __future__ import annotations

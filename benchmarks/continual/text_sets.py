@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text classification sets from their files, as distributed: the examples of a set, checked line by line.
 
 Expected layouts in the data folder, by the name of the setting "layout":

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The text classification sets of continual learning: what they ask, their label words and their columns."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The published protocol of text classification in sequence: a language model writes the label word."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stability against plasticity: which methods learn new tasks better than all that forget as little."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small image sets in tasks: the data of the demo, on a transformer that was trained on other images."""
 
 from __future__ import annotations

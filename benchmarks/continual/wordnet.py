@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Definitions of WordNet 3.0, labelled by the lexicographer file that they come from."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pretrained language models of transformers, from a folder with their files, as frozen backbones."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs one suite on a GPU: `python -m benchmarks.gpu SUITE --out DIR`.
 
 Appends records to DIR/SUITE.jsonl case by case and skips cases that are there already, so that an interrupted

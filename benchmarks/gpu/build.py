@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the CUDA extension in place for the current GPU: `python -m benchmarks.gpu.build`.
 
 Exit status 0: the backend "cuda" can be used; 1: the compiler failed or the extension does not load, with

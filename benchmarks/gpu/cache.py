@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles the Triton kernels of the GPU check beforehand: `python -m benchmarks.gpu.cache FOLDER`.
 
 Needs no GPU. Triton finds machine code by a key made of its own files, the kernel's source and line, types,

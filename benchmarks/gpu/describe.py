@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Describes the machine as JSON: `python -m benchmarks.gpu.describe [--ceilings]`. Settings of the GPU are
 read, never changed. Exit status 3 without a GPU."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Captured, compiled and concurrent calls, against fp64 or the same steps run eagerly.
 
 `python -m benchmarks.gpu.graphs` captures every operation of every backend in a CUDA graph and replays it on

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which kernels the GPU check launches on an architecture: its small calls, its graphs, its suites, and the
 candidates of its tuning."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What calls of the library would launch on a GPU that is not here: their Triton kernels, noted on tensors
 without data.
 

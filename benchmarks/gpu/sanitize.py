@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs small calls of every op of a GPU backend under a tool: `python -m benchmarks.gpu.sanitize`.
 
 The tools are those of compute-sanitizer: memcheck watches accesses to memory, racecheck those of the threads

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a setup script that compiles MAX_JOBS files at the same time, where ninja is missing:
 `python -m benchmarks.gpu.side_by_side setup.py build_ext --inplace`.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small ragged calls of every operation, forward and backward, each compared with the reference in fp64.
 
 They are few enough for a tool that checks every memory access, and cover tails, slices, dropout, packed

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tries configurations of the kernels that targets depend on: `python -m benchmarks.gpu.tune --out DIR`.
 
 The keys are those that the deciding calls look up; around the shipped configuration of each, one step in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What calls cost on the host: `fused-ewclora bench host`.
 
 Layers, penalties, Fisher capture, merging and training steps, so small that a GPU would wait for the host.

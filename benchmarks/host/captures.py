@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a backward pass costs more when it collects the Fisher, mode "sample"."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A call whose host time is measured, and who makes it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Host time of calls: CPU time of the calling thread, or on a GPU the time until a call returns."""
 
 from __future__ import annotations

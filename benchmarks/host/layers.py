@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One LoRA linear, called as users call it: the module, in training, in inference, and under autocast."""
 
 from __future__ import annotations

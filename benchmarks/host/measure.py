@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks the callers of a case, times them in turns, and makes a record of each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Folding the adapters of a whole model into its weights, in one call."""
 
 from __future__ import annotations

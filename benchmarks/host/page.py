@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The section of docs/benchmarks.md about host times."""
 
 from __future__ import annotations

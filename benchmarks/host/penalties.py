@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The penalty of many adapters with its gradients: the op, the functions, and the controller of a model."""
 
 from __future__ import annotations

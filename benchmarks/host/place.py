@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where calls run: on a GPU, or on a CPU that stands in for one whose launches do nothing.
 
 Without a GPU, Triton serves CPU tensors when it is asked for by name, up to the launch: its results are

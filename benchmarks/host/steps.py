@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training step of a narrow vision transformer of timm: forward, loss, penalty and backward, without the
 optimizer.
 

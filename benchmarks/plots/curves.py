@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time over a swept size, with the exponents of the fits and of the model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What elastic weight consolidation costs, fused and otherwise: bars of times over ours."""
 
 from __future__ import annotations

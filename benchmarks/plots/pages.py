@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The division of records among pictures; does not need matplotlib."""
 
 from __future__ import annotations

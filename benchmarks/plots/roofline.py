@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The roofline of a machine: rates of cases, and of a copy and large products in the same processes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many times faster ours is than every peer, case by case."""
 
 from __future__ import annotations

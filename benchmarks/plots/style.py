@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Common style of all pictures: colours, markers, the caption, files."""
 
 from __future__ import annotations

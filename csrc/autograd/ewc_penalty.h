@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A penalty on autograd's tape, whichever backend computed it: its gradients are there with the loss, and backward deals them out,
 // hundreds of them in a step.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The LoRA linear on autograd's tape, for backends whose forward and backward are C++ functions: a training step of small layers then
 // spends its time in them and not in Python.
 #pragma once

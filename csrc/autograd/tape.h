@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What every recorded operation shares: inputs of which some are missing, backwards that are differentiated again, and sums that autocast
 // leaves alone.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The extension module fused_ewclora._C: one function per op, under the op's name.
 #include "../eager/bindings.h"
 

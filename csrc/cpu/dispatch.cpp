@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Chooses the kernels of the widest instruction set at the first call.
 #include <cstdlib>
 #include <stdexcept>

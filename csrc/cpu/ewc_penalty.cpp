@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // EWC penalty, or l1 norm, of all adapters of a model in one parallel region.
 #include "flat_gradients.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // EWC penalty of one adapter over a range of rows: loss, dA, dB and ds from one read of F.
 //   D = (B s) A;  H = F * D;  loss = lambda/2 sum H * D;  dB = lambda (H A^T) s;  dA = lambda (B s)^T H;  ds = lambda sum_i B (H A^T)
 // The l1 norm of D runs through the same passes with H = sign(D), loss = lambda sum H * D, and no F.

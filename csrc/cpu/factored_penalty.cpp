@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Penalty of all adapters of a model whose Fishers are row and column sums, several adapters at a time.
 #include "flat_gradients.h"
 

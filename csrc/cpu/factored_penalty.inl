@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Penalty of one adapter with F = r c^T / sum(c): loss, dA, dB and ds in O((d_out + d_in) rank^2), without F.
 //   M = B^T diag(r) B;  N = A diag(c / sum(c)) A^T;  loss = lambda/2 sum_kl s_k s_l M_kl N_kl
 //   dA = lambda (S M S) A diag(c / sum(c));  dB = lambda diag(r) B (S N S);  ds_k = lambda sum_l s_l M_kl N_kl

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // LoRA linear of few rows of fp32: products by BLAS on the factors as they are. Packing factors would read and write each of them once more,
 // which only many rows make up for.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Fisher accumulation on the CPU: cuts F into blocks of equal size, enough of them to keep all threads busy.
 #include "tensors.h"
 

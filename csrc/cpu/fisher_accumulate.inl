@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One block of F += weight * sum_n (dy_n^T x_n)^2. Per sample, tokens of x and dy are packed into panels of the register tile's width;
 // a tile of dy_n^T x_n lives in registers, is squared there and added to the block's sum of squares, which stays in cache.
 // One segment holding all rows gives mode "batch"; squared inputs over one segment give the one-token case (dy^2)^T (x^2).

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Gradients of a penalty in one flat tensor: every dA, every dB, every ds.
 #pragma once
 #include "tensors.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The kernels for avx2. The target pragma comes before every include, so that all code of this file is compiled for it; nothing with
 // external linkage but the table leaves the namespace, so no other file can pick up code that its processor lacks.
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the CPU kernels need from a call, and the table of kernels of one instruction set. No ATen, no allocation: plain pointers and
 // sizes, so that the same sources compile anywhere. Every kernel does one thread's share of the work.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // LoRA linear on the CPU: packs the factors, runs the row passes on all threads, and has BLAS add the base product.
 #include "few_rows.h"
 #include "packed.h"

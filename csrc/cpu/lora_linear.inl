@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The row passes around the base product of a LoRA linear. The base product itself is BLAS's, accumulating onto what these write:
 //   forward   z = x A^T;  y <- bias + (z s) B^T          then y += x W^T
 //   backward  u = (dy B) s;  dB += dy^T (z s);  dA += u^T x;  dx <- u A          then dx += dy W

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rows of a LoRA linear on their way through a pass: how many at a time, in which buffers, and what is done to them one by one.
 #pragma once
 #include "lowrank.h"

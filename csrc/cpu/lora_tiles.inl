@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The row passes of lora_linear.inl on the processor's matrix tiles, for rows, factors and gradients of bf16. Products of bf16 numbers are exact
 // in fp32, in which tiles add them up. z, u and what is scaled are fp32 and enter as the sum of two bf16 numbers, which hold 16 of their bits;
 // all that is computed from those is rounded to 8.

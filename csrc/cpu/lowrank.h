@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The three products that every low-rank pass is made of, on rows X [m, n] (fp32, contiguous rows) and a panel P of [r, n]:
 //   dot     out[m, k] += sum_j X[m, j] P[k, j]          z = x A^T, u = dy B, dB = H A^T
 //   expand  out[m, j]  = sum_k C[m, k] P[k, j]          y += z B^T, dx += u A, D = B A; an epilogue takes each vector

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Merging adapters into weights, and soft thresholding, one entry after the other.
 #include "tensors.h"
 

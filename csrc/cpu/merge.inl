@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // W <- W + (B s) A on rows [row0, row1): fp32 sum, one rounding to W's dtype.
 #pragma once
 #include "lowrank.h"

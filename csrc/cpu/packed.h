@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The factors of a LoRA linear as its row passes take them, and their gradients back.
 #pragma once
 #include <ATen/native/CPUBlas.h>

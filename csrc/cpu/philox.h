@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Philox4x32-10 dropout masks (Salmon et al., SC'11), the same map from (seed, row, column) as fused_ewclora/reference/philox.py.
 #pragma once
 #include "simd.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One vector of floats of the instruction set that FE_VECTOR_BYTES stands for, on the compiler's vector extension.
 #pragma once
 #include <cstdint>

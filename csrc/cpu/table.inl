@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The table of kernels of one instruction set; included last by each isa_*.cpp.
 #pragma once
 #include "ewc_penalty.inl"

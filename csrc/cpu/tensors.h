@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // From tensors to what the kernels take, and how work is split over threads.
 #pragma once
 #include <ATen/ATen.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What kernels may use of the device: one name per instruction. nvcc compiles the instructions; with FE_EMULATED a C++ compiler compiles the
 // same kernels against emulator/emulator.h, which runs them on the CPU.
 #pragma once

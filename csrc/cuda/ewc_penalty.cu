@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // EWC penalty: loss, dA, dB and ds from one read of F (docs/mathematics.md, section 2).
 //   D = (B s) A;  H = F * D;  loss = lambda/2 sum H * D;  dB = lambda (H A^T) s;  dA = lambda (B s)^T H;  ds = lambda sum_i B (H A^T)
 //

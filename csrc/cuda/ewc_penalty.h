@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // EWC penalty of all adapters of a model with its gradients: one launch over a table of adapters and a list of items of work.
 #pragma once
 #include "numbers.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Penalty of factored Fishers (docs/mathematics.md, section 10), with S = diag(s):
 //   M = B^T diag(r) B;  N = A diag(c) A^T / sum(c);  loss = lambda/2 sum_kl s_k s_l M_kl N_kl;  ds_k = lambda sum_l s_l M_kl N_kl
 //   dB = lambda diag(r) B (S N S);  dA = lambda (S M S) A diag(c) / sum(c)

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Penalty of factored Fishers, F = r c^T / sum(c), of all adapters of a model with its gradients: one launch.
 #pragma once
 #include "numbers.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Fisher accumulation: squared products dy_n^T x_n of samples, added to F.
 #pragma once
 #include "numbers.h"

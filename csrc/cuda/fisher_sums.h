@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Row and column sums of a Fisher that is never in memory: squared products dy_n^T x_n of samples.
 #pragma once
 #include "fisher_accumulate.h"

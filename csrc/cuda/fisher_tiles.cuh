@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the Fisher kernels multiply: operands in shared memory as fragments, the order in which they are fetched, and the sum of squares of a
 // tile.
 #pragma once

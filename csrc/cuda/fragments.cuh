@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Products on the matrix units, C[16 x 8] += A[16 x 16] B[16 x 8], one warp.
 //
 // With g = lane / 4 and t = lane % 4, a lane holds

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Around the walk: packing the factors of all adapters, expanding ranks to columns, and distributing the gradients.
 #include <algorithm>
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the kernels of the low-rank terms share: the numbers of a precision, and where 16-byte accesses meet matrix fragments.
 //
 // A lane reads and writes whole 16-byte units of a row, so lane t of a quad has COUNT consecutive columns, and the fragments' columns and inner

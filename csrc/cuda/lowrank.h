@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The low-rank terms of a LoRA linear beside its BLAS products: packing factors, skinny products of x and dy, distributing the gradients.
 //
 // A call has adapters (A_i [r_i, d_in], B_i [rows it owns, r_i], a scale per rank). Ranks are numbered across all adapters, in order, and

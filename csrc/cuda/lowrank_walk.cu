@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Skinny products of a tall matrix that is read once. Eight warps of a block own 32 columns each and walk down a range of rows, a strip at a
 // time; the next strip is on its way while one is multiplied. Sums over columns meet in shared memory, sums over rows stay in registers.
 #include <algorithm>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Merging adapters into weights, and soft thresholding, many tensors per launch.
 #pragma once
 #include "numbers.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Numbers and shapes as hosts and kernels share them; plain C++.
 #pragma once
 #include <cstddef>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a block of the EWC penalty reads, in the layouts in which the matrix units take it: F, A and B.
 #pragma once
 #include "ewc_penalty.h"

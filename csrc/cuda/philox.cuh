@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Dropout masks by Philox4x32-10 (Salmon et al., SC'11), the same map from (seed, row, column) as fused_ewclora/reference/philox.py.
 #pragma once
 #include "device.cuh"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Sums in a fixed order, and finding the last of several blocks.
 #pragma once
 #include "device.cuh"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // cudaError_t and cudaStream_t for hosts, from CUDA or from the emulator.
 #pragma once
 #ifdef FE_EMULATED

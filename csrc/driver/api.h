@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What is used of the CUDA driver API, declared here so that the CPU extension builds without CUDA's headers. Names, values and layouts are those
 // of cuda.h, which keeps them stable from version to version; tests/backends/triton compare them with the cuda.h that comes with Triton.
 #pragma once

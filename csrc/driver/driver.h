@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The CUDA driver, loaded when it is first needed, and kernels in the form in which compilers leave them.
 #pragma once
 #include <map>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a cubin, an ELF file, says of its kernels: where their parameters are and what a launch may ask for.
 #pragma once
 #include <cstddef>

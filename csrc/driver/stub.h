@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A stand-in for the CUDA driver that launches nothing: it takes machine code apart, checks what a driver checks, and counts and notes what it is
 // handed. Part of the extension, with names that begin with fe_stub_, and alone a libcuda.so.1 (FE_STUB_ALONE), for tests without a GPU.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Functions of the CUDA driver beyond those of api.h, which Triton's own launcher calls, as cuda.h has them.
 #pragma once
 #include "api.h"

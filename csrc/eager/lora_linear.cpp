@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The eager LoRA linear from its Python arguments to y: checks, choice of the backend, and the node on autograd's tape.
 #include "../autograd/lora_linear.h"
 

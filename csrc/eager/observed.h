@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which calls nobody observes. Others are for Python (fused_ewclora/ops), which knows what to do with them.
 #pragma once
 #include <ATen/PythonTorchFunctionTLS.h>

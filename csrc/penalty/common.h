@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Arguments of calls with hundreds of tensors, read from the lists of Python in one pass.
 #pragma once
 #include <pybind11/pybind11.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The arguments of a merge in the common form.
 #include <unordered_set>
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The arguments of a penalty in the common form, as they come from Python: checked, and taken apart, in one pass. A training step hands over
 // hundreds of tensors.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "bindings.h"
 
 #include <torch/csrc/autograd/python_variable.h>

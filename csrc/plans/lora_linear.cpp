@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "lora_linear.h"
 
 #include <bit>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The LoRA linear by plans of the Triton hosts, on autograd's tape.
 #pragma once
 #include <torch/csrc/utils/pybind.h>

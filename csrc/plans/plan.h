@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Plans: what a host of fused_ewclora/backends/triton did for one call, to be done again for calls like it without Python. A plan holds every
 // allocation, every call of PyTorch and every launch in order, with places in which the tensors of a call are put; it is valid for calls that
 // agree in all that a host may decide by, which is what keys hold.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the installed package was built, as setup.py recorded it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a backend offers for an op, and what its answer may depend on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The compiled CUDA extension: loads it, says why it is missing, and names the calls it cannot serve.
 
 Tests install a build of the same sources for an emulator of the GPU instead (`emulate`); it serves CPU

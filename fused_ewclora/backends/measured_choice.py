@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where launches are so small that the CUDA backend was measured to be faster than Triton.
 
 measured_choice.json holds, for an architecture and an op, the most work of a call up to which that is so, and

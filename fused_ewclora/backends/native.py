@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The compiled CPU extension: loads it, says why it is missing, and names the calls it cannot serve."""
 
 from __future__ import annotations

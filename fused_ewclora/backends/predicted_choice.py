@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the machine model predicts the CUDA backend to be clearly faster than Triton, until it is measured.
 
 predicted_choice.json holds, for an architecture, an op, a matmul precision and ranks up to a limit, both

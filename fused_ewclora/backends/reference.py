@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plain PyTorch reference as a backend: serves every device and dtype."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints of adapters, consolidated weights and the EWC state, in safetensors and JSON.
 
 A checkpoint is replaced as a whole and loaded as a whole.

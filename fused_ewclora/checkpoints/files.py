@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A set of files that is replaced as a whole: whenever a writer dies, and whoever else reads or writes,
 either the old set or the new one can be read.
 

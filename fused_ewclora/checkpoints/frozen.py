@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tensors that a checkpoint does not hold: what it knows of them, and whether a model has the same."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Export of adapters to PEFT folders and import from them, exactly or not at all."""
 
 from __future__ import annotations

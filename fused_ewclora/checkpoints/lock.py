@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A lock on a folder, which writers of files in it hold; it works between threads, processes and machines."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layouts of adapter files: PEFT's own where PEFT would compute the same, and one that PEFT refuses to
 load where it would not."""
 

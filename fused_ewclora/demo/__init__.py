@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Continual learning on real images: plain sequential LoRA and EWC-LoRA on the same data, seeds and recipe.
 
 `python -m fused_ewclora demo` trains a small vision transformer, freezes it, and teaches it new classes in

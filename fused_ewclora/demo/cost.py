@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time and peak memory of one training step: fused operations beside the plain formulation, interleaved."""
 
 from __future__ import annotations

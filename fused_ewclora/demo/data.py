@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The image data sets of the demo, as tensors in memory, and the choice of base and continual classes."""
 
 from __future__ import annotations

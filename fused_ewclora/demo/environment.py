@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What records state about the installation and the time of a run."""
 
 from __future__ import annotations

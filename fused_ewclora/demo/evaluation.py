@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Accuracies of a classifier with one head per task, on batches of test examples."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The published formulation of LoRA: every forward pass forms dW = B A and multiplies the input by it."""
 
 from __future__ import annotations

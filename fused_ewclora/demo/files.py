@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that readers never see half-written."""
 
 from __future__ import annotations

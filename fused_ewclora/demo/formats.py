@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Readers for the file formats of image data sets: idx (MNIST), CIFAR pickles, folders of images."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo: base, both methods over all seeds, cost of a step, tables, files."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peak memory of a computation: the tensors that it allocates, without those that existed before it."""
 
 from __future__ import annotations

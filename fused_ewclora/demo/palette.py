@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Colours of all figures: the Okabe-Ito palette, which colour-blind readers can tell apart."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The picture of the demo: accuracy of both methods over tasks, mean and every seed."""
 
 from __future__ import annotations

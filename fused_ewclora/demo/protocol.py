@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Base training, and the class-incremental protocol: a head per task, trained alone, evaluated together."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables, the conclusion in words, and the JSON record."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The data of the frozen base, and the classes that are then learned task by task."""
 
 from __future__ import annotations

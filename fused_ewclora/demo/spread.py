@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mean and standard deviation over seeds."""
 
 from __future__ import annotations

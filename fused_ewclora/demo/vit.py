@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small vision transformer with timm-like packed `qkv` projections and one linear head per task."""
 
 from __future__ import annotations

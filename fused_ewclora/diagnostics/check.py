@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A dry run of adapters in a named model: the layers that match, whether they run, their backend and errors.
 
 The injected model runs in fp32 on the backends that `auto` chooses, and on the PyTorch reference. Both runs

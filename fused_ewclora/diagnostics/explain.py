@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reports the implementation that every adapted layer runs on, and finds layers that never run."""
 
 from __future__ import annotations

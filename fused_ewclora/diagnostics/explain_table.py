@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `explain` prints: equal layers in one row, and every reason once, below the table."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What EWC will take of memory, before anything is allocated."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reports what is installed and compiled, and which backend serves which op, with the reasons."""
 
 from __future__ import annotations

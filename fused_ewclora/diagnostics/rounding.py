@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What quantising again has made of the updates that were merged into quantised weights."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds weights that a model reads beside the calls of their adapted layers.
 
 A merge changes what such a reader computes, while an adapter does not. A trial merge would show that to

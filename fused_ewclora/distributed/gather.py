@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole tensors from row shards, in one differentiable collective for all of them."""
 
 from __future__ import annotations

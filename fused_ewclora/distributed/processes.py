@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Errors, checks and random values that several processes have in common, and models sharded over them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Fisher of a task as a sum over processes, each of which has passed over its share of the data."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Changes to many tensors of which either all happen or none, and names that do not depend on how a model is
 wrapped."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model inside of what runs it on several devices, or compiles it."""
 
 from __future__ import annotations

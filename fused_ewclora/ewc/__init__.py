@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Elastic weight consolidation: the controller, its state, Fisher passes and the end of a task."""
 
 from __future__ import annotations

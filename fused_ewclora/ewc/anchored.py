@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """EWC for adapters that are kept from task to task: the penalty acts on their change since the last task
 ended, and nothing is folded into the weights."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches and model outputs, which nest tensors, sequences and mappings: their samples, and parts of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The new state of `EWC` at the end of a task (docs/mathematics.md, section 4)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """EWC on the product B A of LoRA matrices, over a sequence of tasks (EWC-LoRA, arXiv 2602.17559)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `EWC` keeps of earlier tasks, from one structure of the Fisher to another."""
 
 from __future__ import annotations

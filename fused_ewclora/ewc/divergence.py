@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What to say of lambda when the training has diverged under the penalty."""
 
 from __future__ import annotations

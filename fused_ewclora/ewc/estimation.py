@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Fisher pass over data: the loop, and its parts by the names under which programs import them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a pass over data finds out about its batches without waiting for the device."""
 
 from __future__ import annotations

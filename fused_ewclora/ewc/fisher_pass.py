@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One pass for the Fisher of a task: a capture on every adapted layer, and the check that each was
 reached."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters folded into the base weights at the end of a task: every new value is computed and checked first,
 then all of them are written, or none."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mean gradient of the weights over the data of a task, gathered by a Fisher pass without squares."""
 
 from __future__ import annotations

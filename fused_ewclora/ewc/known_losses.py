@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cross entropies of PyTorch, whose mean over the targets that count is turned into a mean over samples, and
 how a loss function says that it reduces."""
 

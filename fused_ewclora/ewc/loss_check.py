@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a loss is the mean, or the sum, of the losses of its samples: a batch against a sample alone."""
 
 from __future__ import annotations

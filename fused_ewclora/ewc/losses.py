@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Labels and loss of a batch in a Fisher pass (docs/mathematics.md, section 3)."""
 
 from __future__ import annotations

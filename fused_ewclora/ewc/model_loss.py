@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loss that a model computes itself, as those of transformers do, and what it is made of."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The keyword arguments of `EWC`, for functions that hand them on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums of a task that wait for those of other layers, in what the structure of the Fisher packs them into."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is checked of a Fisher pass beside its values: the loss, its targets, and the order of the data."""
 
 from __future__ import annotations

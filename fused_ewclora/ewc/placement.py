@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the tensors of a model are, whole in one process or sharded over several, and the parts of `EWC` that
 depend on it."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Changes to a model that are undone when a block ends, wherever an exception or an interrupt ends it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What forwards of a batch, and of its first and last sample alone, tell about the rows of each sample."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds which rows of a layer's input belong to which sample, by running the model on single samples.
 
 The gradient of one sample is the sum over its own rows, so mode "sample" needs to know them. They need not

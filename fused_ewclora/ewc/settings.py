@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The settings of `EWC`: their allowed values, and the conversion of lambda between Fisher modes."""
 
 from __future__ import annotations

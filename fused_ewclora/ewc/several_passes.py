@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Fisher gathered in several passes over the same data, each for a group of layers, to need less memory."""
 
 from __future__ import annotations

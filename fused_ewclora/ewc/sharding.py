@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """EWC where FSDP2 shards the parameters: of a Fisher each process holds the rows whose lora_B it holds.
 
 lora_A and lora_B are small and gathered where they are needed; Fishers and base weights never are. Each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The state of an EWC controller, and the check of a saved one before any of it is loaded."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters that a task did not train although it trained others."""
 
 from __future__ import annotations

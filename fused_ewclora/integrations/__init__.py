@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Integrations with model libraries, each loaded on first use of its name or of a model of its library."""
 
 from __future__ import annotations

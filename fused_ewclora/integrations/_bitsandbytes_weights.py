@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How bitsandbytes stores and multiplies weights of 4 and 8 bits."""
 
 from __future__ import annotations

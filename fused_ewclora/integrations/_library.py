@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optional libraries: imported when needed, and refused in versions that are not supported."""
 
 from __future__ import annotations

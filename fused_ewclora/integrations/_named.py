@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models by name, small enough for a dry run: a model name of timm or torchvision, or a configuration file or
 model type of transformers. Weights are random; nothing is downloaded."""
 

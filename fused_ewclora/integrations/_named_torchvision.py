@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Classification models of torchvision by name: of images, and of videos."""
 
 from __future__ import annotations

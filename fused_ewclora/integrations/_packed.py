@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A table of the packed projections of a model whose layout an integration knows."""
 
 from __future__ import annotations

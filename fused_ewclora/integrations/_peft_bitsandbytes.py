@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PEFT's LoRA layers on bitsandbytes' linear layers."""
 
 from __future__ import annotations

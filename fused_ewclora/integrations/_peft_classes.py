@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The class that a layer of PEFT becomes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PEFT's LoRA convolutions as adapted layers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PEFT's LoRA layers as adapted layers: the same modules, keys and methods, computed by the fused op."""
 
 from __future__ import annotations

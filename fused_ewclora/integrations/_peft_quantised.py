@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PEFT's LoRA layers on quantised weights: the library's product, and what the adapters add in one node."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PEFT's LoRA layers on linear layers with weights of torchao."""
 
 from __future__ import annotations

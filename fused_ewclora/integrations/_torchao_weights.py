@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How torchao stores and multiplies quantised weights, which are subclasses of tensors in an `nn.Linear`."""
 
 from __future__ import annotations

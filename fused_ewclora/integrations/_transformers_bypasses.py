@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers of transformers models whose parents use the weight without calling the layer, so that an adapter
 would have no effect. They are refused by name."""
 

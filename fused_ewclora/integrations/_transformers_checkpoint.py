@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The state of an EWC inside the checkpoints that `Trainer` writes.
 
 Trainer does not tell callbacks which checkpoint it resumes from. However, it loads trainer_state.json from

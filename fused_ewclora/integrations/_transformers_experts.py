@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The experts of a mixture, which models of transformers store as parameters `[experts, ...]`, with adapters
 of their own for each expert.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Fisher of causal language models, whose labels are their own inputs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linear layers of transformers that are not plain `nn.Linear`s, with adapters, and output heads."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layouts of the packed projections in the models of transformers.
 
 Every entry was taken from the forward of the model (transformers 5.23; those that 4.57 and 5.0 have are the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """EWC in transformers' `Trainer`, without subclassing it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Avalanche: EWC-LoRA as a plugin for any supervised strategy."""
 
 from __future__ import annotations

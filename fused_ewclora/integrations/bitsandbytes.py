@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """bitsandbytes: linear layers with weights of 4 and 8 bits, which keep the library's own product.
 
 fe.inject(model, fe.LoRAConfig(target_modules=["q_proj"], quantised_merge="residual"))

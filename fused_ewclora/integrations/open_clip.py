@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """open_clip and OpenAI's CLIP: the attention that pools the features of their ResNets, which bypasses its
 layers.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PEFT models on the fused op, and EWC over their layers."""
 
 from __future__ import annotations

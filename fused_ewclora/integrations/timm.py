@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """timm: the layouts of the packed projections of its attention classes, and the classes that bypass them.
 
 A class is identified by where its forward method is defined. A subclass with its own forward is therefore

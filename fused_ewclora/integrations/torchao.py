@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torchao: linear layers whose weight `quantize_` has quantised, which keep the library's own product.
 
 quantize_(model, Int8WeightOnlyConfig())

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torchvision: the layouts of its packed projections, and the Swin attentions, which bypass theirs.
 
 The window attentions of Swin, Swin V2 and Video Swin pass the weights of `qkv` and `proj` to a function.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face transformers: its own linear layers, its packed projections, and EWC in `Trainer`.
 
 fe.inject(model, fe.LoRAConfig(target_modules=["c_attn"], slices=("q", "v")))

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers with adapters: their classes, the rules that select modules, and injection."""
 
 from __future__ import annotations

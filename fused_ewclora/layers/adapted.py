@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`AdaptedLinear`: what a linear layer has once it carries adapters, whichever class stores its weight."""
 
 from __future__ import annotations

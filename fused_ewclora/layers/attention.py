@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`nn.MultiheadAttention` with adapted projections.
 
 PyTorch's own forward uses the weights of the input projections, which are no layers, and that of `out_proj`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bypasses: parents that use the weight of a layer without calling it, and settings that change that."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`LoRAConv2d` and `LoRAConv1d`: convolutions as linear maps of their windows."""
 
 from __future__ import annotations

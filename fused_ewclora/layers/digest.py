@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An exact digest of the bits of a tensor, computed on the device that holds it."""
 
 from __future__ import annotations

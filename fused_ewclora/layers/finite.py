@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The check that new values are finite before any of them is written."""
 
 from __future__ import annotations

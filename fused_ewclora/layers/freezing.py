@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What injection freezes and what it leaves trainable."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PEFT's models and configurations where ours are expected; they are known by their classes' names, so that
 PEFT is not imported."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables with one row for many parts that are alike, such as the experts of a mixture."""
 
 from __future__ import annotations

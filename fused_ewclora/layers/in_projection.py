@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The input projections of `nn.MultiheadAttention`: rows of one weight for q, k and v, or three weights."""
 
 from __future__ import annotations

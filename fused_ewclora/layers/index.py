@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """References to the adapters of a model, and the rows of a weight that an adapter acts on."""
 
 from __future__ import annotations

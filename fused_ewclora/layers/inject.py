@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Injection, merging and removal of adapters; the class of each linear layer is swapped in place."""
 
 from __future__ import annotations

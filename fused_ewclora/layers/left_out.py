@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Matrices of a model that could be linear maps and get no adapters, so that a report can name them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`LoRALinear`: an `nn.Linear` whose adapters are parameters of the same module, so that base keys stay."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layers of a model that a `LoRAConfig` selects, decided and validated before anything is changed."""
 
 from __future__ import annotations

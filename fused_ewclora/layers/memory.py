@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The memory of weights: which other tensors share it, and whether it holds any numbers at all."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Resetting the optimizer state of adapters at a task boundary."""
 
 from __future__ import annotations

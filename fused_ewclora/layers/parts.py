@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linear maps whose weight is a parameter of a module that is no linear layer, such as the input projections
 of an attention, or the experts of a mixture."""
 

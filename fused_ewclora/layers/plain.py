@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether parameters are still the plain ones that a layer was given: parametrizations, weight norm, spectral
 norm, pruning and quantisation put other tensors in their place."""
 

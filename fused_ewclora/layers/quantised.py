@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linear layers whose weight another library stores in a few bits: adapters beside the library's own product,
 and what merging and consolidation mean for such a weight."""
 

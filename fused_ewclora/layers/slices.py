@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The adapters of one layer as data: their rows and names, and a fingerprint of the base weight."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the layout of a packed projection may be, as far as its sizes tell, for the error that asks for it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PyTorch's fast path of `nn.TransformerEncoderLayer`, which uses the weights of a layer without calling it.
 
 In eval mode the forward of `nn.TransformerEncoderLayer` computes everything in one call, from the weights of

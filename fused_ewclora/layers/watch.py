@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mistakes in the training of adapters that no error would show, told once each: an optimizer that does not
 hold the adapters, one that still has the moments of a task that has ended, and a task that is ended twice."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Continual-learning methods on the same kernels, behind one protocol (`Method`)."""
 
 from __future__ import annotations

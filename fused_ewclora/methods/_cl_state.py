@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The saved tensors of `CLLoRA`, and the check of saved ones before any of them is loaded."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The terms of CL-LoRA's loss beside the caller's, and the weights of a gradient (docs/mathematics.md,
 section 7)."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The coefficients of P&M, what they are computed from, and the layers that apply them."""
 
 from __future__ import annotations

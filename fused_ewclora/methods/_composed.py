@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What IEL and ITA share: task vectors that are kept as factors, whose mean is the model, and the Fisher of
 the weights before all tasks."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SD-LoRA's directions of one adapter: their parameters, and how a layer runs them."""
 
 from __future__ import annotations

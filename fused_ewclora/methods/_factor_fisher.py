@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Fishers of lora_A and of lora_B, each by itself, from one pass over data."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The factors of all tasks of one adapter, those of earlier tasks frozen: their parameters, and how a layer
 runs them."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the current direction of SD-LoRA becomes one of the past ones, or is dropped, when a task ends."""
 
 from __future__ import annotations

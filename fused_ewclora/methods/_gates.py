@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gates, one importance per rank of an adapter, and the removal of ranks whose gate is 0 (CoDyRA)."""
 
 from __future__ import annotations

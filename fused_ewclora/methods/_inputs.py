@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The uncentred covariance of the inputs of adapted layers, and the sum of inputs over batches, from one pass
 over data without gradients."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far the factors of different tasks are apart, for reports; nothing is as large as a weight."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Fisher of the weights before all tasks, as a mean over the samples of all tasks so far."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the methods have in common that choose a frozen A before each task, outside of subspaces that training
 must not touch."""
 

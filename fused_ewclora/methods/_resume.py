@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The state that a method saves between tasks beside the model's own state_dict, and the check of a saved one
 before it is loaded."""
 

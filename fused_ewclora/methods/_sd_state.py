@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The saved state of `SDLoRA`, and the check of one before any of it is loaded."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Methods over several processes, each with its share of the data: what is learned from data is a sum over
 all of it, and random values and decisions are the same in every process."""
 

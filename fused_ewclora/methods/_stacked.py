@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What O-LoRA and N-LoRA share: every task trains factors of its own, and those of earlier tasks stay in the
 sum, frozen."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Subspaces of a layer's inputs: those that earlier tasks used, and the strongest directions outside of them.
 
 DualGPM (Liang and Li, CVPR 2023) as InfLoRA (arXiv 2404.00228) uses it. C `[d, d]` is the sum of x^T x

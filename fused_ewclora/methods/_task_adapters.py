@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The adapters of CL-LoRA: shared by all tasks or one per task, their parameters, and which of them a layer
 runs."""
 

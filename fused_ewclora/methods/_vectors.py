@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The task vectors of one adapter: their factors, and the mean of some of them in one call of a layer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CL-LoRA (arXiv 2505.24816): adapters that all tasks share, and adapters of each task with block weights."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CoDyRA (arXiv 2412.01004): every rank of an adapter has a learned importance, and most become exactly 0."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """EWC-LoRA (arXiv 2602.17559): sequential LoRA under an EWC penalty on the product of its factors."""
 
 from __future__ import annotations

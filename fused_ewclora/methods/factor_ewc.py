@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """EWC on the factors of an adapter apart, the ablation of EWC-LoRA (arXiv 2602.17559)."""
 
 from __future__ import annotations

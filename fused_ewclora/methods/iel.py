@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """IEL (arXiv 2405.16350): task vectors that are trained inside of their mean, in the pre-training basin."""
 
 from __future__ import annotations

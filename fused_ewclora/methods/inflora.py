@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """InfLoRA (arXiv 2404.00228): updates inside a subspace that is chosen before a task and does not touch the
 inputs of earlier ones."""
 

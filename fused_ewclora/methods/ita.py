@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ITA (arXiv 2405.16350): task vectors trained one by one, in the pre-training basin, and averaged."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """KeepLoRA (arXiv 2601.19659): updates along the task's own gradient, outside of the principal directions of
 the pretrained weights and of the features of earlier tasks."""
 

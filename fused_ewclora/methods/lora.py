@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sequential LoRA: every task trains a fresh adapter, which is then folded into the weights."""
 
 from __future__ import annotations

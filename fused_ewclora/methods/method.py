@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The protocol of a continual-learning method, and what all of them share."""
 
 from __future__ import annotations

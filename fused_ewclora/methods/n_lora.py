@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """N-LoRA (arXiv 2410.10179): sparse changes, so that those of different tasks do not collide."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """O-LoRA (arXiv 2310.14152): factors of every task, held orthogonal to those of earlier tasks."""
 
 from __future__ import annotations

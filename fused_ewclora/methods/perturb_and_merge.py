@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """P&M (arXiv 2505.22389): training under perturbations along the task vector, which is then merged with the
 coefficient that costs all tasks the least."""
 

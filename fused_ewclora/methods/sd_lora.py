@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SD-LoRA (arXiv 2501.13198): every task adds a direction; the magnitudes of all of them are trained."""
 
 from __future__ import annotations

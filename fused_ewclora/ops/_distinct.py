@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arguments of an autograd.Function as the compiler wants them: each tensor once."""
 
 from __future__ import annotations

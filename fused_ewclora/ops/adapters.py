@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The adapters of one call, as they travel from the public functions to the implementations."""
 
 from __future__ import annotations

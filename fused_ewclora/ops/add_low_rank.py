@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Autograd of what adapters add to a product that another library computes: save x and z, return what was
 asked for, and tell the Fisher's capture what came."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Collects the Fisher of one layer from inside the backward of its op.
 
 Module hooks fire twice under activation checkpointing; the op's backward runs once per call of the layer in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Argument checks of the public operations: errors name the argument, what was expected and what came."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which implementation serves a call, and why the others do not.
 
 Every op has a list of candidates, fastest first; each says in words why it cannot serve a call, or None.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Autograd of the penalties (`schemas.PENALTIES`): gradients are computed with the loss, backward only scales
 them, unless a graph of it is made."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Autograd of the LoRA convolution for windows that overlap: the base product and the down-projection are
 PyTorch's convolutions, the up-projection is added to the base product before it is rounded.
 

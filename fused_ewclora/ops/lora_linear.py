@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Autograd of the LoRA linear: save x and z, call the op, return what was asked for.
 
 Where the op could not be followed (second derivatives, `torch.func`, forward-mode differentiation,

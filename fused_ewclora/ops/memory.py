@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory of tensors that operations change in place."""
 
 from __future__ import annotations

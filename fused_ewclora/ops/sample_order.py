@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the rows of a sample are in the input of a layer, found from what one sample alone gives."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Schemas and fakes of every op, in one list. Each op is opaque to torch.compile and picks its implementation
 when it runs.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a Fisher pass adds to, beside a dense Fisher: sums from which a structured one is made."""
 
 from __future__ import annotations

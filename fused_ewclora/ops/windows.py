@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The windows of a convolution: where they are, and their Fisher without a copy of all of them."""
 
 from __future__ import annotations

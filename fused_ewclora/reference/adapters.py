@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How ops read the flat lists in which the adapters of a call arrive."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """y + x R^T + ((x A^T) * s) B^T in plain PyTorch, and its backward: what adapters add to a product that
 somebody else has computed, and a residual R that has been merged beside it (docs/mathematics.md, section 1).
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of the arguments of every op, for implementations in Python; csrc/arguments.h does the same in C++.
 
 Wrong sizes, lengths and devices raise `ArgumentError`, wrong dtypes `DtypeError`; messages name the argument

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ops as differentiable PyTorch, in the arguments of `ops.schemas`: what runs where a kernel could not be
 followed. All derivatives of these are right, of any order, forward and reverse, under `torch.func` too.
 

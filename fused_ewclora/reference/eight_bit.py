@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fishers in 8 bits, block-scaled along rows, in plain PyTorch (docs/mathematics.md, section 10).
 
 A row of `columns` values is one row of bytes: BLOCKS of 32 codes, the last padded with zeros, then one bf16

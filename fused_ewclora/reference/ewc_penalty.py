@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """EWC penalty on the product in plain PyTorch: P = (lambda/2) sum F * (B diag(s) A)^2 (docs/mathematics.md,
 section 2)."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Squared-gradient Fisher accumulation in plain PyTorch, one sample at a time (docs/mathematics.md,
 section 3)."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Row and column sums of the squared-gradient Fisher in plain PyTorch, one sample at a time
 (docs/mathematics.md, section 10)."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The penalties of Fishers that are a product of one factor of the outputs and one of the inputs, in plain
 PyTorch (docs/mathematics.md, section 10).
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The l1 norm of what adapters add, P = lambda sum |B diag(s) A|, in plain PyTorch (docs/mathematics.md,
 section 13)."""
 

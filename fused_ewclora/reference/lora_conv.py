@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA convolution in plain PyTorch: y = conv(x, W) + bias + conv1x1(conv(x, A), B), where A and B are those
 of a linear layer on the windows of x (docs/mathematics.md, section 1.1). Differentiable any number of times,
 and under the transforms of `torch.func`."""

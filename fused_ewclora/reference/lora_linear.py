@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA linear in plain PyTorch: y = x W^T + bias + ((x A^T) * s) B^T, and its backward (the formulas of
 docs/mathematics.md, section 1).
 

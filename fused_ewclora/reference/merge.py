@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Folding adapters into weights, and soft thresholding, in plain PyTorch (docs/mathematics.md, sections 4 and
 6)."""
 

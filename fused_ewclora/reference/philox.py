@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counter-based dropout mask: Philox4x32-10 (Salmon et al., SC'11) on PyTorch integers (docs/mathematics.md,
 section 11).
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """measured_choice.json from records that are made here: what is derived, and what is refused."""
 
 from __future__ import annotations

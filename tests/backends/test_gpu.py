@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What only a GPU can show: graphs, streams, no waiting for the device, offsets past 2^31, compiled steps."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Device memory that outlives a call: not from pools of CUDA graphs, held for them, safe between streams."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """predicted_choice.json: what is derived from predictions, and that measurements win over it."""
 
 from __future__ import annotations

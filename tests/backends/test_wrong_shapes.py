@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Implementations called past the checks of `functional`: whichever serves the call, wrong sizes, lengths and
 devices raise ValueError, wrong dtypes TypeError, and nothing has been changed."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes of zero: results have their shapes, sums over nothing are zero, and everything is written."""
 
 from __future__ import annotations

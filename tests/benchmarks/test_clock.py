@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The clock for GPUs on an imitation of torch.cuda: what is captured, replayed, rotated and given up."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two sets of records are compared: what is a regression, what is noise, what the machine did, and what
 cannot be compared."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What methods keep is counted: by formulas, and against a walk over everything that a method refers to."""
 
 from __future__ import annotations

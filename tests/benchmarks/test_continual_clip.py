@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CLIP in continual runs, with towers that are single layers: loss, masks, scores; files of image sets."""
 
 from __future__ import annotations

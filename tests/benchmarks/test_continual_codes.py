@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """8-bit codes at equal bytes: levels of both, unbiased rounding, and the comparison on a tiny stream."""
 
 from __future__ import annotations

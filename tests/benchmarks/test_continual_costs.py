@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Costs over tasks: states that are what they are to be, times that cancel a machine's drift, and targets."""
 
 from __future__ import annotations

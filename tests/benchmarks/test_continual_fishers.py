@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of structures shows what records say, and lambdas are those that development seeds chose."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run reports while it goes on, and what is refused before it starts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of continual runs show the figures of the records, and so does the page."""
 
 from __future__ import annotations

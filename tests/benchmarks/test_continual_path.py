@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loss on the line from one task to the next."""
 
 from __future__ import annotations

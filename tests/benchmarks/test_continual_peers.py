@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """EWC of other libraries on the adapters of a run, against their formulas."""
 
 from __future__ import annotations

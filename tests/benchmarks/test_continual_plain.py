@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is said of methods that do not beat plain LoRA."""
 
 from __future__ import annotations

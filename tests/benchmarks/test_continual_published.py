@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The published configurations against the values of the official codes, written down here a second time."""
 
 from __future__ import annotations

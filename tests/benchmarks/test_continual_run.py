@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One run of the continual-learning suite: streams, bad input, resumption, evaluation, the loop itself."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Configurations of continual-learning runs, all runs of a suite, and the command."""
 
 from __future__ import annotations

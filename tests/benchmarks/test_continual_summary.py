@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables and targets of continual runs are what the records say, and say what they do not hold."""
 
 from __future__ import annotations

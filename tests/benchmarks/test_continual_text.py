@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text sets of continual runs: every layout, every refusal, the published orders, prompts and their words."""
 
 from __future__ import annotations

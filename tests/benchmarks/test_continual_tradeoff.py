@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stability against plasticity: the front, the table and the picture show the means of the records, and the
 sweeps of lambda are what they are called."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The vision problem of continual runs: image sets of the demo in tasks, a base trained on other classes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmarks of the CPU: what they count, which cases and peers there are, and that records are kept."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Energy per call from a counter that moves in steps: on an imitated counter, clock and driver."""
 
 from __future__ import annotations

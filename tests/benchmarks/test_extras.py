@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peers from the package index: what a missing one says, and which are pinned."""
 
 from __future__ import annotations

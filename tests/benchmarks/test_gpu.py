@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The GPU preset, records, verdicts and summaries, without a GPU."""
 
 from __future__ import annotations

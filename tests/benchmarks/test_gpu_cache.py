@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the GPU check launches, noted and compiled without a GPU, and found where Triton looks for it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA backend in the suites of the GPU benchmarks: on a GPU where it is built, in the emulator here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The driver of the GPU check: steps with limits, reports, and a whole rehearsal without a GPU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The steps of the GPU check that build the CUDA extension and run it under a sanitizer, with fake tools."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checks of graphs, streams and compiled steps, without a GPU: wrong results do not pass."""
 
 from __future__ import annotations

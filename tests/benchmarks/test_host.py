@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`bench host`: who is called and checked, what is counted, and that records and the page say it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records of a GPU run join those of the repository, whole or not at all."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of a language model in little memory: its command, without a model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole models of the benchmarks: what steps compute, that ours is what users call, and breakdowns."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benchmarks at shapes and with functions of the user, and what they export."""
 
 from __future__ import annotations

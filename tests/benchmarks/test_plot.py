@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures and fits of records: points, roofs, bars and exponents are where the figures are."""
 
 from __future__ import annotations

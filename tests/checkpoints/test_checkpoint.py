@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints: what comes back, what PEFT may read, and what happens to files that were cut, changed or half
 written."""
 

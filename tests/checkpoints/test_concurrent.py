@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several writers and readers of one folder, in threads and processes: nobody sees half of a checkpoint, and
 nobody writes where a link points."""
 

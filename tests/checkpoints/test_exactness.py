@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint is loaded only onto the tensors that it was saved with, to the last bit, and holds all that
 training may have changed."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Damaged bytes, dying processes and full disks never destroy an existing checkpoint."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files and states that somebody else made, or made worse: what was saved comes back, or a `CheckpointError`
 comes and model and controller keep every bit. No other exception, no half of a load.
 

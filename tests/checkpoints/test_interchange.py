@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PEFT folders: what is exported computes the same in PEFT, what is imported computes what PEFT computed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data that a recipe cannot use are refused before anything is trained."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data sets of the demo: good files give the right arrays, bad files and foreign pickles clear errors."""
 
 from __future__ import annotations

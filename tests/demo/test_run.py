@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo as a whole: a quick run writes its record and picture, and the words agree with the numbers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reports of the implementation of each layer, and of layers that never run."""
 
 from __future__ import annotations

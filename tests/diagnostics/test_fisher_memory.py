@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bytes of Fishers that are told beforehand are those that an EWC holds."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`verify_forward` finds weights that are read beside the calls of their layers, and changes nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`nn.DataParallel`: its replicas have no parameters, only copies of them as attributes."""
 
 from __future__ import annotations

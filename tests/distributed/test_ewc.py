@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DDP and FSDP2 with gloo on the CPU: every check of distributed_checks.py, by two to four processes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DDP and FSDP2 of models with experts, with gloo on the CPU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Methods with gloo on the CPU: every check of method_checks.py, by two processes with half of the data."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Updates of tensors that are undone when the block that makes them raises."""
 
 from __future__ import annotations

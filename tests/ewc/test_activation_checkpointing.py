@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Activation checkpointing, reentrant or not: the same gradients, dropout included."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many samples a batch has, and its parts."""
 
 from __future__ import annotations

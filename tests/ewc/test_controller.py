@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Penalty and consolidation over tasks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fishers that are kept, converted from one structure to another between tasks."""
 
 from __future__ import annotations

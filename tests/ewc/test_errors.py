@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the EWC controller refuses, and that nothing has changed then."""
 
 from __future__ import annotations

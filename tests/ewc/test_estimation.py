@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Fisher of a whole model against gradients taken one sample at a time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mean gradient of the weights against plain autograd of the weights themselves."""
 
 from __future__ import annotations

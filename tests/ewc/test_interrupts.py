@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fisher passes that are interrupted, at any line, or never ended."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ewc_lambda has no default: what works without it, what it may be, and how its errors read."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which loss a Fisher pass takes, against gradients of one sample at a time in fp64."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a Fisher pass checks of the loss that a model computes, and of the order of the data."""
 
 from __future__ import annotations

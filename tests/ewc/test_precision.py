@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Base dtypes, adapter dtypes, autocast and loss scaling in every step of a task, against fp64.
 
 One layer with a loss that is linear in its output: dy is a multiple of a power of two, exact in every dtype.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Fisher of the pretrained weights before the first task, and one that stays all there is."""
 
 from __future__ import annotations

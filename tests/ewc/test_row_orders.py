@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which rows of a layer's input belong to which sample: found and right, or refused."""
 
 from __future__ import annotations

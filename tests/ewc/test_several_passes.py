@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Fisher gathered in several passes, each for a group of layers, against one pass for all."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Structures of the Fisher beside the dense one, from pass to penalty to merge, against dense copies."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What happens to models and controllers in long runs: copied, pickled, moved, wrapped, reloaded, ejected."""
 
 from __future__ import annotations

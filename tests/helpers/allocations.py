@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a call allocates, as the profiler of PyTorch sees it."""
 
 from __future__ import annotations

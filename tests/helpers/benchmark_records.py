@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records of benchmarks in the formats of the CPU and of GPUs, and folders of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much the tests draw and compile: what fits `make test`, or more with `make test-long`."""
 
 from __future__ import annotations

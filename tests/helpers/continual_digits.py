@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small configuration of a suite: handwritten digits on a transformer of one block."""
 
 from __future__ import annotations

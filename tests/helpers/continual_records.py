@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Made-up records of continual runs and of costs, in the form of the real ones."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny variants of convolutional and hybrid models of timm and torchvision."""
 
 from __future__ import annotations

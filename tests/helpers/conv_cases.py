@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Convolutions to compare with: windows of every kind, and PyTorch's convolution of them."""
 
 from __future__ import annotations

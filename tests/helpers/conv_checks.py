@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What several processes must agree on where a model has convolutions; run by test_convs.py."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small model of convolutions of every kind, and the same with dense weights."""
 
 from __future__ import annotations

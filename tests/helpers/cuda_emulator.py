@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the CUDA kernels for the emulator (csrc/cuda/emulator) and installs them as backend "cuda".
 
 Compiled once per state of the sources, into build/emulator; processes of a parallel test run wait for the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Fisher of a plain model by autograd, one sample at a time, in fp64."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model of tiny_models.py with explicit weights W + Delta W, in plain autograd: what methods are checked
 against."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What several processes must agree on; run by test_distributed.py, once per number of processes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small files in the layouts of the image sets of X-TAIL and MTIL."""
 
 from __future__ import annotations

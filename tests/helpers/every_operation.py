@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One small call of every operation: the same numbers whoever computes them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny models with experts, and what is right for them: the same model without adapters whose parameters hold
 W + B diag(s) A, one sample at a time under plain autograd."""
 

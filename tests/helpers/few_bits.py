@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A linear layer whose weight is stored in few bits, as the layers of quantisation libraries are, and its
 adapted form. All of it is exact in fp64, unlike in those libraries."""
 

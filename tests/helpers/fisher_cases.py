@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls of the Fisher accumulation together with what they should add."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small files in the format of MNIST."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small files in the formats of CIFAR-100, ImageNet-R, ImageNet-A and DomainNet, for tests/integrations."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fresh interpreters, free of this project's settings."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random calls of the LoRA linear, their fp64 truth, and how far from it a correct implementation may be."""
 
 from __future__ import annotations

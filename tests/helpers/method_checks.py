@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Methods over several processes, each with its share of the data; run by test_distributed_methods.py."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny models, one per way in which real ones treat their projections."""
 
 from __future__ import annotations

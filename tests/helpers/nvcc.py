@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles csrc/cuda for a GPU, without one, and reads what the compiler and the machine code say.
 
 Results are kept in build/nvcc until a source changes.

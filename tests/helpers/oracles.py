@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Slow, obvious fp64 oracles, one sample and one adapter at a time, written from docs/mathematics.md.
 
 Arguments may have any dtype and any strides; they are copied to contiguous fp64 on the CPU first. The same

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scripts of pages: their Python as a reader sees it, with what is hidden in comments."""
 
 from __future__ import annotations

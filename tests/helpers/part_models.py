@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model whose linear maps are parameters of a module, and the same model of linear layers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pairs of PEFT models, one as PEFT made it and one on the fused op, and what both are compared by."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters of a model with their Fishers, and the fp64 truth of their penalty."""
 
 from __future__ import annotations

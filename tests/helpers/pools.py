@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A private memory pool of a CUDA graph, modelled on the CPU: what is allocated in it, and what stays behind.
 
 torch.compile with "reduce-overhead" warms a function up and records it in such a pool, which belongs to the

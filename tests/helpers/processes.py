@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks that run in several processes with gloo, each of which writes FOLDER/RANK.json: name of the check ->
 None, or why it failed."""
 

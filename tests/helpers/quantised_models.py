@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models with quantised layers of bitsandbytes and torchao, by the name of the kind."""
 
 from __future__ import annotations

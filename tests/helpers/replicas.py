@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`nn.DataParallel` on the CPU: its own forward, and `replicate` with copies in place of devices."""
 
 from __future__ import annotations

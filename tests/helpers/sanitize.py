@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`make sanitize`: the compiled kernels under sanitizers, built into build/sanitize.
 
     python tests/helpers/sanitize.py [address] [thread]

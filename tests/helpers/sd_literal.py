@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SD-LoRA written out with dense matrices and loops, in fp64, for the model of tiny_models.py."""
 
 from __future__ import annotations

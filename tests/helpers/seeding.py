@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One number that shifts the seeds of the tests; a run with another shows which merely happen to work."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What property tests vary: backends, shapes, ranks, dtypes, strides.
 
 Structure comes from hypothesis, values from a generator whose seed does. Nothing is imported here that a

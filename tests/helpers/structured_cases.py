@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Penalties of Fishers in 8 bits, of row and column sums and of Kronecker factors, and their fp64 truth."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small text sets in the layouts that are distributed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny variants of models that timm knows by name, for tests/integrations."""
 
 from __future__ import annotations

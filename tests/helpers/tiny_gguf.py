@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The wheel of a tiny LLaMA in a GGUF file, written value by value."""
 
 from __future__ import annotations

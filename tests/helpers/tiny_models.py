@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small attention model for tests of whole tasks, and the Fisher of its weights one sample at a time in
 plain PyTorch."""
 

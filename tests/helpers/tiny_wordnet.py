@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small WordNet and the wheel of a tiny BERT, in the real formats, for tests/integrations."""
 
 from __future__ import annotations

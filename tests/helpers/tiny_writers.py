@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny language models of transformers with random weights, and tokens for them, in the files of the hub."""
 
 from __future__ import annotations

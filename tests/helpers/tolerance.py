@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Error bounds that are derived, and printed when they do not hold.
 
 A sum of n products with unit roundoff u = eps / 2 misses its exact value by at most n u times the sum of

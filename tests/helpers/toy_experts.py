@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A mixture of experts without transformers, of the form that its experts have."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests with the real model libraries. Where these are not installed the folder is left out, and the summary
 of the run says so; `make test` requires them."""
 

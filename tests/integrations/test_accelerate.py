@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training loops under `accelerate.Accelerator`, compared with equivalent plain loops."""
 
 from __future__ import annotations

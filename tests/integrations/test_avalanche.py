@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """EWC-LoRA inside real Avalanche strategies: the bits of the controller used by hand; clear errors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of an adapted model: timm's model injected, and the same model under PEFT."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The language problem, on a tiny BERT and a small WordNet in the formats of the real ones."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is particular to bitsandbytes: calls that change their layer, and weights that cannot be adapted."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m fused_ewclora check`: what a dry run finds in models of timm and transformers."""
 
 from __future__ import annotations

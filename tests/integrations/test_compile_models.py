@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Injected models of timm and transformers under torch.compile: one graph, no graph per step or task."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CLIP of open_clip and transformers in continual runs: towers, tokens, weights, published methods."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Definitions whose subject a language model writes: SmolLM2's files, the T5 pretrained here, the stream."""
 
 from __future__ import annotations

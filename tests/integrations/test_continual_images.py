@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image problems of continual runs on small sets in the official layouts; the published configurations."""
 
 from __future__ import annotations

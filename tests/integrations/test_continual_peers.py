@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """EWC of the installed avalanche-lib on the adapters of a run."""
 
 from __future__ import annotations

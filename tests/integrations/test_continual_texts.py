@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Language models that write label words: losses, scores and prompts on tiny ones; the published problem."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters on the convolutions of real models against plain copies with dense weights, in fp64."""
 
 from __future__ import annotations

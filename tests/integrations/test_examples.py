@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The examples that need model libraries run; the others are those of tests/project."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scripts of pages that need model libraries run as they stand; the others are those of tests/project."""
 
 from __future__ import annotations

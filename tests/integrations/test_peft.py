@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PEFT's LoRA layers on the fused op: the same numbers, keys, files and methods as before."""
 
 from __future__ import annotations

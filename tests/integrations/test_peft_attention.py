@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PEFT and `nn.MultiheadAttention`: configurations that name one, and the files of adapted ones."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PEFT's LoRA convolutions on the fused op: the same values, files in both directions, and an EWC."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PEFT's configurations and models where those of this library are expected."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """EWC over a PEFT model trains as on an injected model, and each loads the checkpoints of the other."""
 
 from __future__ import annotations

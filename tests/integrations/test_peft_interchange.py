@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Folders that PEFT reads and folders that PEFT wrote: the same outputs on both sides, or a refusal."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PEFT's LoRA layers on quantised weights: fused, with an EWC, and back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers with quantised weights of real libraries: adapters beside the library's product, EWC, merging."""
 
 from __future__ import annotations

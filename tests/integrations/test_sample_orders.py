@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models of transformers whose layers do not have the samples first."""
 
 from __future__ import annotations

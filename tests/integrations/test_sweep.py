@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sweep over architectures (`make sweep`): a few of its rows, and errors that are planted are found."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How timm's attentions unpack their projections, seen from the variables q, k and v of their forward."""
 
 from __future__ import annotations

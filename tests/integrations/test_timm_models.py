@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters in timm's models against plain copies of these models with W + B A in place of W, in fp64."""
 
 from __future__ import annotations

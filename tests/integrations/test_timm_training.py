@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What training code around a timm model does, with adapters in it: heads, checkpoints, EMA, optimizers."""
 
 from __future__ import annotations

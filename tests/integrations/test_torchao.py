@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is particular to torchao: weights that are subclasses of tensors in an ordinary `nn.Linear`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torchvision's attentions: known layouts, and Swin windows that call their layers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """EWC in `transformers.Trainer`, against loops written by hand in fp64."""
 
 from __future__ import annotations

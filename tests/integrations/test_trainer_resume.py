@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """EWC in the checkpoints of `transformers.Trainer`: a run that was interrupted inside a task continues in
 fresh objects as if it had not been interrupted."""
 

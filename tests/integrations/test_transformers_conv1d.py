@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`Conv1D`, whose weight is `[in_features, out_features]`: everything that acts on a layer, beside the
 `nn.Linear` with the transposed weight."""
 

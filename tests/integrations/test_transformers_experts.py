@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts that models of transformers store as parameters `[experts, ...]`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packed projections of transformers: every known layout against what the model does with the rows."""
 
 from __future__ import annotations

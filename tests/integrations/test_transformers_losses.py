@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Fisher of transformers' own losses, against -log p of one sample at a time in fp64."""
 
 from __future__ import annotations

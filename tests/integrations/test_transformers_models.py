@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny random models of transformers beside explicit dense copies of them, in fp64."""
 
 from __future__ import annotations

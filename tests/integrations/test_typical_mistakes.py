@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mistakes of new users, five for each page that tells of them: each is answered by a message that names the
 fix."""
 

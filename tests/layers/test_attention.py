@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`nn.MultiheadAttention` with an adapted output projection."""
 
 from __future__ import annotations

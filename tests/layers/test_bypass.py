@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parents that use a weight without calling its layer: rules set attributes on them during injection."""
 
 from __future__ import annotations

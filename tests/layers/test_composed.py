@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers whose adapters are composed of more than lora_A and lora_B."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Row layouts of packed projections, and what a configuration accepts."""
 
 from __future__ import annotations

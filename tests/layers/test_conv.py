@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapted convolutions equal plain ones with dense weights, in everything that linear layers can do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The digest of a tensor depends on every bit, on nothing else, and on neither device nor layout."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What injection freezes, what it leaves to the user, and which heads its table names."""
 
 from __future__ import annotations

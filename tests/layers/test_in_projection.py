@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters on the input projections of `nn.MultiheadAttention`, against a dense copy in fp64."""
 
 from __future__ import annotations

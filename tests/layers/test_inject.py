@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layers that injection adapts, the model afterwards, and refused configurations."""
 
 from __future__ import annotations

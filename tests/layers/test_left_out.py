@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parameters that may be linear maps and get no adapters are named by the report."""
 
 from __future__ import annotations

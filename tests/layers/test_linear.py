@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`LoRALinear` by itself: values, rows, dtypes, copies, checkpoints of the base model, compilation."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights that share memory with other tensors are found at injection and never merged."""
 
 from __future__ import annotations

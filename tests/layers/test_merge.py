@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Disabling, merging, unmerging and ejecting adapters."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operands of a penalty are those of the layers as they are now, whatever has been replaced since."""
 
 from __future__ import annotations

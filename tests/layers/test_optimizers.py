@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizers over task boundaries: the state of adapters is dropped, all other state is kept."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters on linear maps that are no layers: parameters, and slices of parameters, of other modules."""
 
 from __future__ import annotations

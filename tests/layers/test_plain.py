@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights and adapters that something else computes after injection are refused by name."""
 
 from __future__ import annotations

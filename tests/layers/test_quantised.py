@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapted layers whose weight is quantised: a kind that is exact in fp64 against dense copies of a model."""
 
 from __future__ import annotations

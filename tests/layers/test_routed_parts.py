@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parts that take some rows of their owner's input, and have groups of their own, as experts do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the error for an unknown packed projection suggests."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`nn.TransformerEncoder` in eval mode: adapters are not passed by on PyTorch's fast path."""
 
 from __future__ import annotations

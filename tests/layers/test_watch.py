@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizers that cannot train the adapters, or keep the moments of the last task, are told once."""
 
 from __future__ import annotations

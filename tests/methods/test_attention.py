@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The methods on an attention to a memory, whose calls apply some of its adapters each, equal themselves on
 linear layers."""
 

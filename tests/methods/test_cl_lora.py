@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CL-LoRA against a literal transcription, over three tasks, and its models of each task."""
 
 from __future__ import annotations

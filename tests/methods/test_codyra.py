@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CoDyRA against a literal transcription of its formulas, over two tasks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CoDyRA's ranks: removed together with the optimizer's state, gone altogether, and back at the next task."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The methods on convolutions equal themselves on linear layers that are given the windows as rows."""
 
 from __future__ import annotations

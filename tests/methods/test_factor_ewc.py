@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """EWC on A and B apart, against a transcription in plain autograd, one sample at a time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters that are not finite are never folded into the weights, by any method."""
 
 from __future__ import annotations

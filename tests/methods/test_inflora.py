@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """InfLoRA against a literal transcription, over three tasks, and what its subspaces promise."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What InfLoRA refuses before it changes anything, and its state between runs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The methods on linear maps that are parameters of a module equal themselves on linear layers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """P&M against a literal transcription, over four tasks, and what its coefficients promise."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The protocol of the methods, and those that are EWC and nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SD-LoRA: every step against dense matrices and loops, and what a sequence of tasks promises."""
 
 from __future__ import annotations

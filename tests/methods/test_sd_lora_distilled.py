@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SD-LoRA-KD: where a direction of a later task can lie in the span of earlier ones, and where it cannot."""
 
 from __future__ import annotations

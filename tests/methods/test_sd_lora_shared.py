@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SD-LoRA with one magnitude per task for the whole network: one parameter, whatever is done to the model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SD-LoRA over many tasks: resuming, failing, copying, low precision, and what it refuses."""
 
 from __future__ import annotations

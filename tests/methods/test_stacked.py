@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """O-LoRA and N-LoRA: every step against dense matrices and loops, and what a sequence of tasks promises."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Methods with an EWC penalty, with every structure of its Fisher."""
 
 from __future__ import annotations

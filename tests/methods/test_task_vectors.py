@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """IEL and ITA against a literal transcription, over three tasks, and what their task vectors promise."""
 
 from __future__ import annotations

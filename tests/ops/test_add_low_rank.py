@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`add_low_rank`: the op's own formulas on a product that is given."""
 
 from __future__ import annotations

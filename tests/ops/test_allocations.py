@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What operations allocate besides their results: nothing as large as a weight, little per thread."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Under autocast: outputs as of F.linear, sums in fp32, gradients in the dtype of their parameters."""
 
 from __future__ import annotations

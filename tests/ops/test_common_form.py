@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls whose arguments are checked in C++: which those are, and that nothing else about them differs."""
 
 from __future__ import annotations

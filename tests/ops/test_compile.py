@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Under torch.compile: one graph, the same values, no recompilation for other values."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which backend serves a call: choices, reasons, and the errors of choices that cannot be met."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dropout of the low-rank branch: how many elements, and the same ones in forward and backward."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Eager LoRA linears that go from their arguments to autograd's tape in C++: which calls do, and that those
 give what Python's way gives. What they compute, and refuse, is tested with all other calls of the op."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The EWC penalty and its gradients under autograd: the formula in fp64, and its algebra."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adding the penalty's gradients straight to `.grad`: the same numbers as autograd, without a graph."""
 
 from __future__ import annotations

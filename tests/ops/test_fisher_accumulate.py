@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fisher accumulation against a loop over samples, and what must not matter to it."""
 
 from __future__ import annotations

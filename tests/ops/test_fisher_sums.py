@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Row and column sums of a Fisher, added without it: those of the dense one, a loop over samples in fp64."""
 
 from __future__ import annotations

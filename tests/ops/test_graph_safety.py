@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What CUDA graphs and asynchronous streams need, shown without a GPU: the host never looks at a value, and
 state stays where it is.
 

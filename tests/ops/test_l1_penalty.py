@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The l1 norm of B diag(s) A and its gradients on every backend: fp64 formulas, memory, derivatives, and what
 is refused."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The LoRA linear of the CPU has three ways: few rows of fp32, whole tiles of bf16, everything else. On both
 sides of where they meet, whatever else varies, its results are those of fp64."""
 

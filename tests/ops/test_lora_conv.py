@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The LoRA convolution equals the convolution with W + B diag(s) A, in values and in all derivatives,
 whatever its windows, memory format and dtype are."""
 

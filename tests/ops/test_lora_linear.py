@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA linear: output and gradients against fp64, whatever the shapes, strides, dtypes and rows."""
 
 from __future__ import annotations

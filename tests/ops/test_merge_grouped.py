@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sequences of weights and of scales: one call does what a loop over its entries does, or nothing at all."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Folding adapters into weights with one rounding, and soft thresholding of scales."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whoever traces, records or replaces operations sees ours, although eager calls go past the dispatcher."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls of one layer that compute different rows of its output, and what they give to its Fisher."""
 
 from __future__ import annotations

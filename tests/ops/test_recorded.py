@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls whose backward is C++: they give what the Functions in Python give, and behave as those do under
 everything that looks at a graph."""
 

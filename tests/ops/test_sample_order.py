@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Orders of samples in a tensor, and what is found when two samples are compared with themselves alone."""
 
 from __future__ import annotations

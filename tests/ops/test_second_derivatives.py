@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Derivatives of any order, by autograd, `torch.func` and forward-mode differentiation, are those of a dense
 fp64 model, on every backend."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Penalties of structured Fishers on every backend: the dense formulas in fp64, their derivatives, and what
 is refused."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What operations write has a new version, so that autograd does not use it in place of what it saved."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Fisher of overlapping windows: exact, whatever the pieces are in which the windows are made."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/architectures.md is what the records of the sweep give."""
 
 from __future__ import annotations

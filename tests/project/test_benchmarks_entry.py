@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The package imports benchmarks/ in one place: `_of_benchmarks` in `fused_ewclora.__main__`."""
 
 from __future__ import annotations

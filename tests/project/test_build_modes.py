@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What setup.py would build beside which CUDA toolkit and PyTorch; both are made up."""
 
 from __future__ import annotations

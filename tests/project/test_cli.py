@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: exit statuses, JSON, and what it says when something is missing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Docstrings of the public names: their examples run, and every argument and result is described."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Docstrings and pages: everything public is described, examples name what exists, links lead somewhere."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/environment.md names every environment variable that is read, and no other."""
 
 from __future__ import annotations

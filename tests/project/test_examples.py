@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The examples that need PyTorch alone run; each is listed in examples/README.md and typed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Imports inside the package follow the arrows of the architecture, wherever in a file they are written."""
 
 from __future__ import annotations

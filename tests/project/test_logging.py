@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What users see while a program runs: log records, progress bars and the texts of objects."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics against matrices worked out by hand, and properties that hold for every matrix."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The errors when a model library is missing or has an unsupported version."""
 
 from __future__ import annotations

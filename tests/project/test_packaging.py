@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What wheels and source distributions contain, how each build mode behaves, and what an import costs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scripts of pages that need no model libraries run as they stand."""
 
 from __future__ import annotations

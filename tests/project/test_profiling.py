@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranges around operations: named after op, shapes, backend and algorithm; nothing when they are off."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Profiling costs nothing while it is off, counted: the calls and instructions that an eager call of every
 operation executes are the same where `profiling` was never imported and where it was enabled and disabled."""
 

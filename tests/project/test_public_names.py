@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Module paths and public names of earlier versions stay importable, and their pickles loadable."""
 
 from __future__ import annotations

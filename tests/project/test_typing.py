@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What type checkers make of the public names: nothing to report in a program, and every mistake found."""
 
 from __future__ import annotations

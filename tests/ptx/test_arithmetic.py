@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Instructions on numbers, against exact arithmetic of Python, with every special number among them."""
 
 from __future__ import annotations

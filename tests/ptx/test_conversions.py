@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """cvt between every pair of types, against exact arithmetic."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Asynchronous copies: cp.async of lanes, tiles by the copy engine, and mbarriers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What nvcc compiles of csrc/cuda for sm_80, executed: right and without findings; broken code is caught."""
 
 from __future__ import annotations

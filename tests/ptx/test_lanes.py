@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lanes of a warp: shuffles, votes, parting and meeting again, and what may not happen apart."""
 
 from __future__ import annotations

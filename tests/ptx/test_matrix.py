@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Matrix instructions against NumPy, in every layout, and what has to come before and after them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loads, stores and atomics: values, bounds, alignment, what was never written, and what accesses cost."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Broken code is caught: barriers, waits, fences, orders and masks of Triton's PTX, removed or weakened."""
 
 from __future__ import annotations

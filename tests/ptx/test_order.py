@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The order of accesses: each wrong program has its finding, and none once it is repaired."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PTX as text: names, scopes, numbers, labels, parameters; and instructions that are refused."""
 
 from __future__ import annotations

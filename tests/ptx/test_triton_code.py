@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What Triton compiles for sm_80 and sm_90, executed: right against fp64, without races or deadlocks."""
 
 from __future__ import annotations

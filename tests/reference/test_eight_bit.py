@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fishers in 8 bits: how far codes are off, and that rounding at random is without bias."""
 
 from __future__ import annotations

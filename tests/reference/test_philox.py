@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The dropout generator is Philox4x32-10 bit by bit, with the documented map from seed, row and column."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The differentiable reference functions, which everything else is measured by, against the fp64 oracles."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Tells ThreadSanitizer when threads of OpenMP start and join: GNU's OpenMP library is not compiled for it, so what was written before a
 // parallel region and is read inside of it would look like a race. Linked in builds for ThreadSanitizer alone, where calls of GOMP_parallel
 // arrive here (-Wl,--wrap). Races inside a region are seen as ever.

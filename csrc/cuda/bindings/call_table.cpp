@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // See call_table.h.
 #include "call_table.h"
 

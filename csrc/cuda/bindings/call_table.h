@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a prepared call of a penalty keeps in device memory: a table of its adapters and of the items of work, for each launch.
 #pragma once
 #include <map>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The device that tensors are on: its stream, its number of multiprocessors, and errors that describe the tensors.
 #include <array>
 #include <map>

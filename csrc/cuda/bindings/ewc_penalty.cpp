@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The ops ewc_penalty and factored_penalty: find the table of an earlier call with the same tensors, or make one.
 //
 // Every training step calls it with the same hundreds of tensors. They are compared in Python's own lists: converting those to C++ vectors

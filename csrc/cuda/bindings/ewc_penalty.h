@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The prepared penalty as Python sees it.
 #pragma once
 #include <torch/csrc/utils/pybind.h>

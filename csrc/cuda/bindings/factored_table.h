@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A prepared call of the penalty of factored Fishers.
 #pragma once
 #include "../factored_penalty.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Samples of a Fisher, from tensors to what the kernels take.
 #pragma once
 #include "../fisher_accumulate.h"

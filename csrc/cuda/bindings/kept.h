@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device memory that outlives a call: where it is allocated, who may still read it, when it is let go (backends/triton/kept.py in Python).
 #pragma once
 #include <functional>

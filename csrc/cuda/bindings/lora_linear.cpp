@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // LoRA linear: the low-rank terms by kernels, the base products by BLAS on top of them.
 #include <algorithm>
 #include <cmath>

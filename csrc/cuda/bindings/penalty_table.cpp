@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Cuts the penalty of all adapters into items of work.
 #include "penalty_table.h"
 

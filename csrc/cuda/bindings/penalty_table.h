@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A prepared call of the EWC penalty: the table of adapters and the items of work in device memory.
 #pragma once
 #include "../ewc_penalty.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // From tensors to what launchers take: pointers, sizes, the current stream. Needs no CUDA header of PyTorch, so that it compiles, and runs on the
 // emulator, against any build of it.
 #pragma once

@@ -1,2 +1,3 @@
+// SPDX-License-Identifier: Apache-2.0
 // Compiled for the CPU.
 #include "../ewc_penalty.cu"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The device layer on the CPU: two blocks run side by side, each thread of a block as a fiber of its own.
 //
 // Threads run until they wait: at a barrier, or at an instruction of a whole warp. The order in which they resume changes from wait to wait,

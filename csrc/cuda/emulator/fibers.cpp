@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Fibers, barriers and asynchronous copies of the emulator.
 #include <sys/mman.h>
 #include <ucontext.h>

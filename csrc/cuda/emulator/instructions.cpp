@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Instructions of a whole warp, on the arguments of its 32 lanes.
 #include <c10/util/Half.h>
 

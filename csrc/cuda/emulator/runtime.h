@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What hosts use of the CUDA runtime, for builds that run on the CPU.
 #pragma once
 #include <cstddef>

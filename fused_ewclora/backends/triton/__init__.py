@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton backend: which calls its kernels serve, why not the others, and the hosts that launch them.
 
 Importing this module does not import Triton.

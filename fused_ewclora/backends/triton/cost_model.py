@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which algorithm of the LoRA linear is expected to be fastest, from bytes and FLOPs.
 
 Eager calls take the time of the GPU or of the host, whichever is longer; a captured graph that of the GPU.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Penalties on Triton: one launch over a table of all adapters, prepared once and kept while pointers stay.
 
 Host work of a step does not grow with a launch per layer: it looks the table up, allocates the loss, the flat

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The penalty of factored Fishers on Triton: the tables of `ewc_penalty`, with a program for each adapter."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Host of the Fisher kernels: which kernel, how many splits, descriptors or pointers."""
 
 from __future__ import annotations

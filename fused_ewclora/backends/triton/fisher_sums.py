@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Host of the sums of factored Fishers: the squares of the Fisher's kernel, summed in registers."""
 
 from __future__ import annotations

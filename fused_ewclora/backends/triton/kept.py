@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Device memory that outlives a call: where it is allocated, who may still read it, when it is let go.
 
 All of it goes through here. It must not come from a private pool of a CUDA graph (torch.compile with

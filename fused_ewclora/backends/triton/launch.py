@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every Triton launch goes through `launch`: it runs the kernel or, for a report, records what would run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA linear on Triton: four ways to put the low-rank term into the base product (see `cost_model`).
 
 Sums are fp32; z, u and the factors are rounded to the dtype of x where they enter a product.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hosts of the passes around the LoRA linear: packing factors, skinny products, adding up partial sums."""
 
 from __future__ import annotations

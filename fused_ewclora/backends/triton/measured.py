@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Configurations measured on this machine: a file per architecture, in the format of the shipped tables."""
 
 from __future__ import annotations

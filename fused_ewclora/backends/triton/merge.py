@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Host of merging and soft thresholding: tensors in groups, one launch for each."""
 
 from __future__ import annotations

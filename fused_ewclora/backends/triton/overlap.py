@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which of the tensors that a call writes may go to one launch: programs of a launch run in any order."""
 
 from __future__ import annotations

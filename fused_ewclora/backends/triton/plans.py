@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plans: launches of a host from C++, without Triton's launcher and without the host.
 
 The second call of a host with arguments of the same kind is watched: allocations, calls of PyTorch and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What decides the machine code of a launch; and compiling it, as Triton's JIT would, without a GPU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which configuration a kernel runs with: tables by architecture family, dtype and padded rank.
 
 A table is JSON, `configs/<family>.json`: a list of entries {kernel, dtypes, rank, config, source}. The first

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the Fisher of an adapter is gathered and kept: dense, in 8 bits, factored, Kronecker, uniform."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Row sums and column sums: d_out + d_in numbers in place of d_out * d_in."""
 
 from __future__ import annotations

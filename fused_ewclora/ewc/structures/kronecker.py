@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kronecker-factored Fishers (K-FAC, arXiv 1503.05671)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The protocol of a structure of the Fisher."""
 
 from __future__ import annotations

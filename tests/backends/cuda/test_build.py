@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nvcc compiles every CUDA kernel, without a GPU, to code that spills nothing and uses the matrix units."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The emulator of the CUDA kernels is built where it can be, and sees the defects it is there to see."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA linear in CUDA: how kernels cut up rows, columns, ranks and adapters does not show."""
 
 from __future__ import annotations

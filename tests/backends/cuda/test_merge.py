@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Merging and thresholding in CUDA: neither how many tensors a launch takes nor how rows are read shows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """EWC penalty in CUDA: neither how kernels read and cut up matrices nor which tables are kept shows."""
 
 from __future__ import annotations

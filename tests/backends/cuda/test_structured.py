@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Structured Fishers in CUDA: how kernels read codes, cut up factors and add up parts does not show."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measured configurations: the search, what it discards, the file they are kept in, and when they count."""
 
 from __future__ import annotations

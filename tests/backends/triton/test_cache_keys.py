@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The keys by which Triton finds machine code on disk."""
 
 from __future__ import annotations

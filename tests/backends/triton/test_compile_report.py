@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every Triton kernel in every shipped configuration compiles, without a GPU, to code that spills nothing."""
 
 from __future__ import annotations

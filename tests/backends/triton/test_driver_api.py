@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What csrc/driver declares of the CUDA driver, against the cuda.h that comes with Triton."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The stand-in for the CUDA driver: what it reads from machine code, what it notes, refuses and fails
 with."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fisher accumulation on Triton: neither how kernels cut up tokens and samples nor how they read shows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is particular to Triton's kernels, in its interpreter and on GPUs alike: tiles, descriptors and
 pointers, groups of adapters, unwritten memory, the order of sums."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plans hand the CUDA driver what Triton's own launcher hands it, and a GPU would compute the right thing
 from it."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A CUDA driver that is missing, old, or fails: Triton's own launcher instead, with a reason, or a clear
 error."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The machine model on fixed counts: what is known of the kernels, and how resources overlap.
 
 Counts of the first tests are those of earlier kernels, executed instruction by instruction; the ranges are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A plan serves the calls that a host would treat alike, and no other call."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loops of machine code, from small texts in the form of nvdisasm."""
 
 from __future__ import annotations

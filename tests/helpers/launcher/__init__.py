@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Launches without a GPU: what a launcher hands the CUDA driver, noted by a stand-in for the driver.
 
 `stub` builds and controls the stand-in (csrc/driver/stub.h), `triton_launcher` sends launches through

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls that go through plans: hosts of Triton, as `ptx.cases` has them, and what users call, with
 autograd."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares what plans hand the CUDA driver with what Triton's own launcher hands it, for the calls of the
 compile report, and executes it on the PTX machine.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What two launchers hand over, made comparable: pointers into memory of a call become places in buffers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m launcher.cubins FOLDER: machine code of one launch for each architecture, and what Triton says
 of it."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Executes what the driver was handed: the PTX machine runs each launch that arrives at the stand-in."""
 
 from __future__ import annotations

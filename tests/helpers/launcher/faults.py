@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m launcher.faults: what plans say when the CUDA driver is missing, old, or fails, as JSON by
 name."""
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Preloaded into a test's process: knows the memory that PyTorch allocates on the CPU, and keeps it while it is told to, so that no address is
 // used for two things.
 #include <cstdint>

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory that PyTorch allocates on the CPU, seen from below (memory.cpp): nothing observes the calls that
 allocate it, so that they take the way that they take for users."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m launcher.mutations: plans that are broken on purpose, as JSON: whether the comparison finds
 each right."""
 

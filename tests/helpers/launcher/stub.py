@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds and controls the stand-in for the CUDA driver: csrc/driver/stub.h."""
 
 from __future__ import annotations

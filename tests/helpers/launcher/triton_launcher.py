@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton's own launcher, its C code included, on the stand-in for the driver, with tensors of the CPU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m launcher.variations: calls that differ from the one that a plan was made for, as JSON by name:
 whether the plan served them, and how that differs from what Triton's launcher would have handed over."""
 

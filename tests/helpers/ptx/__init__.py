@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A machine that executes PTX on the CPU and checks what kernels for GPUs do.
 
 `text` takes PTX apart, `machine` runs a grid of it and returns findings and costs, `launches` runs what

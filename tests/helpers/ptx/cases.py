@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls that the machine executes: every op by every algorithm, at small ragged shapes, against fp64.
 
 The kinds are those of the compile report's workloads, so that every configuration in use is compiled as a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Changes of PTX that break it: instructions dropped, weakened or mistaken."""
 
 from __future__ import annotations

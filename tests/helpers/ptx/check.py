@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Executes every kernel, configuration family and algorithm on the machine, and prints a table.
 
 python -m ptx.check [--arch sm_90 ...] [--kernel NAME ...] [--dtype bfloat16 ...] [--rank 10 ...] [--seeds 1]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small calls of every op of csrc/cuda that the machine executes, against fp64: those of benchmarks/gpu."""
 
 from __future__ import annotations

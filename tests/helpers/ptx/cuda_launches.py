@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs what nvcc compiles: launches of the CUDA kernels' hosts, compiled to PTX, executed by the machine.
 
 The emulator's build of the hosts serves CPU tensors; it hands its launches over instead of running fibers.

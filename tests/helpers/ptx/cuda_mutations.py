@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Broken code of csrc/cuda that has to be caught: nvcc's PTX with something removed or weakened, and what the
 machine has to say about it."""
 

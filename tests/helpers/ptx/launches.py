@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs what Triton compiles: launches of hosts, compiled ahead of time, executed by the machine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Executes kernels on the CPU as PTX: memory that they may touch, launches, what was wrong, what it cost.
 
 The machine itself is C++ (machine/), compiled once per state of its sources into build/ptx.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Broken code that has to be caught: what Triton made, with something removed or weakened, and what the
 machine has to say about it.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands of this folder in a process of their own: Triton reads TRITON_INTERPRET once."""
 
 from __future__ import annotations

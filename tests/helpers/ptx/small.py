@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small programs: a kernel around a few lines of PTX, and numbers as the bit patterns of its registers."""
 
 from __future__ import annotations

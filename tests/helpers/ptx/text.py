@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PTX as text, taken apart into kernels: parameters, registers, instructions with operands, targets."""
 
 from __future__ import annotations

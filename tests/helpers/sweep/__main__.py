@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m sweep [--update] [NAME ...]: all architectures, or those whose names hold one of these.
 
 All of them together write docs/architectures.jsonl and docs/architectures.md. Exit status: 1

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an architecture of the sweep is: how to build it small, its inputs, and the loss of its task."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checks of one architecture, and the record that they give."""
 
 from __future__ import annotations

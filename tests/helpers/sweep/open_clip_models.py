@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Towers of open_clip under a head."""
 
 from __future__ import annotations

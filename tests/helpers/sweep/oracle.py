@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is right: a dense copy of the model with W + B diag(s) A in plain PyTorch, one sample at a time."""
 
 from __future__ import annotations

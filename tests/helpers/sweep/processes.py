@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checks of many architectures, in processes of one thread each."""
 
 from __future__ import annotations

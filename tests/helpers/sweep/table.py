@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/architectures.md, from the records of the sweep. Imports no model library."""
 
 from __future__ import annotations

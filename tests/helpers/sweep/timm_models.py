@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Architectures of timm, with few and narrow blocks, for small images."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Architectures of torchvision and of torch.nn itself."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Architectures of transformers, made from small configurations."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mistakes that type checkers have to find: in every line that says so, and in no other."""
 
 # pyright: strict

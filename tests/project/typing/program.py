@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A program of a user; type checkers in strict mode find nothing in it. It is checked and never run."""
 
 # pyright: strict

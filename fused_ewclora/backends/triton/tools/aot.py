@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiling a noted launch ahead of time, without a GPU, exactly as Triton's JIT would for its arguments.
 
 A launch becomes a `Specialisation`, plain data that crosses process boundaries, and that becomes `Resources`.

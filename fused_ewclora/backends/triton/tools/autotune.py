@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measuring configurations: FUSED_EWCLORA_AUTOTUNE=1, or `python -m fused_ewclora autotune`.
 
 A configuration is tuned on the representative workloads that look it up, never on a caller's tensors: hosts

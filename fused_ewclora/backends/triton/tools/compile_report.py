@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every Triton kernel costs in every shipped configuration, compiled ahead of time and without a GPU.
 
 Hosts are called with meta tensors for the representative workloads, their launches are noted instead of run,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From loops of machine code and the work of a launch to the counts that the machine model takes.
 
 The main loop runs as often as the launch says; other loops are counted once for every time that code reaches

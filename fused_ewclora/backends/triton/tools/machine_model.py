@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Predicts the time of a kernel from counts of its compiled code: a model, not a measurement.
 
 A kernel takes as long as the resource that it uses most, of the multiprocessor that has most blocks, or as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA twins of the kernels that targets name: their machine code by nvcc, and what they have to do.
 
 nvcc is not needed to read it: the files come from a build (`cuobjdump -xelf all` takes them out of the

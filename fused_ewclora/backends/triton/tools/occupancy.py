@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many thread blocks share a multiprocessor, from the resources that a compiled kernel states.
 
 Limits are those of the CUDA programming guide (table of compute capabilities) and of AMD's CDNA3 instruction

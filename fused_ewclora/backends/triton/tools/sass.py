@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads machine code of NVIDIA GPUs, as `nvdisasm` prints it, into loops with their instructions.
 
 A function becomes a tree of natural loops (a back edge whose target dominates its source, so that code that a

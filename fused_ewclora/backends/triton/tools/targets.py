@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the kernels aim at on one H200, and what the machine model predicts for them as they are now.
 
 A target is a ratio to a floor: the time of the kernel over that of the bytes or products that it cannot do

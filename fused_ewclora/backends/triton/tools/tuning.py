@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measuring the configurations of the Triton kernels on this machine's GPU, as a command."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a noted launch has to do: bytes, trips of its main loop, and the least time that the work could take.
 
 Kernels are known by name and read by the names of their arguments; the sizes come from the noted launch, the

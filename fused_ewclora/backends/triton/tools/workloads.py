@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Representative calls of every op: what the compile report compiles and autotuning times.
 
 A workload builds the arguments of its op (its schema without `backend`) on any device; on "meta" they hold no

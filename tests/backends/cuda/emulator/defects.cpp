@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Kernels with a defect each, and the same without it: `defects NAME` prints what the emulator says of the launch, then what the kernel left.
 #include <cstdio>
 #include <cstring>

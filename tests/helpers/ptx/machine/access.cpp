@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Memory: bounds, alignment, what was never written, and the order of accesses.
 #include <algorithm>
 #include <cstdio>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Asynchronous copies: cp.async of a lane, bulk copies of tensor tiles, and the barriers (mbarrier) that these complete.
 #include <algorithm>
 #include <cstring>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One instruction of one warp: registers, arithmetic, control flow. Arithmetic is a function of bit patterns.
 #include <algorithm>
 #include <cmath>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Blocks and warps: who runs next, where lanes part and meet, block barriers, and the end.
 #include "machine.h"
 

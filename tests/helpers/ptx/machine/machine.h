@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The machine: a grid of blocks of warps of 32 lanes that execute a Program, one instruction of one warp at a time, in
 // an order chosen at random, with every access to memory checked.
 #pragma once

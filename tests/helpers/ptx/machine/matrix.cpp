@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Matrix instructions: products of a warp and of a warp group, and the loads and stores that go with them.
 // Products are exact, sums are in double and rounded once: hardware adds in an order of its own, with error of the same size.
 #include <algorithm>

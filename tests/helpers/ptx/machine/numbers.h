@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Numbers as bit patterns: what PTX registers hold.
 #pragma once
 #include <bit>

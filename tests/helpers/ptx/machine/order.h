@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What happens before what. Agents are the warps of the grid and one copy engine per block. A warp has a clock
 // that advances at every synchronisation; a View says up to which clock of every agent its accesses are visible.
 #pragma once

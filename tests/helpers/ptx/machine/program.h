@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A kernel as instructions with fields: what the text of an instruction says, decoded once.
 #pragma once
 #include <cstdint>
