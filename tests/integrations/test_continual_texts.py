@@ -209,7 +209,8 @@ def test_published_methods_learn(kind: str, root: Path) -> None:
         assert all(math.isfinite(row["loss"]) for row in record["tasks"])
         adapted = 12 if kind == "t5" else 4  # q and v of self- and cross-attention
         assert record["tasks"][0]["adapter_parameters"] >= adapted * 2 * 8 * 8
-        assert (record["tasks"][1]["penalty"] > 0) == (run.kind == "EWCLoRA")
+        penalised = run.kind in ("EWCLoRA", "OLoRA", "NLoRA")
+        assert (record["tasks"][1]["penalty"] > 0) == penalised
 
 
 def test_bad_models(root: Path, tmp_path: Path) -> None:
