@@ -35,12 +35,18 @@ class ContinualMetrics:
         plasticity_cil   mean_i D_i, class-incremental
         plasticity_til   mean_i D_i, task-aware
 
-    Raises `ArgumentError` for NaN, entries outside `[0, scale]`, rows of the wrong length and missing data.
+    Args:
+        test_sizes: n_i, the number of test samples of each task, integers >= 1; further tasks are refused.
+        scale: the value of a perfect score, finite and > 0.
 
-    Example::
+    Raises:
+        ArgumentError: for sizes or a scale out of range; from the methods, for NaN, entries outside
+            `[0, scale]`, rows of the wrong length and missing data.
 
-        m = ContinualMetrics.from_matrix([[0.9], [0.6, 0.8]], test_sizes=[100, 300])
-        m.bwt(), m.A_last("sample_weighted")    # (-0.3, 0.75)
+    Examples:
+        >>> m = metrics.ContinualMetrics.from_matrix([[0.9], [0.6, 0.8]], test_sizes=[100, 300])
+        >>> round(m.bwt(), 4), round(m.A_last("sample_weighted"), 4)
+        (-0.3, 0.75)
     """
 
     def __init__(self, test_sizes: Sequence[int], scale: float = 1.0) -> None:
@@ -63,7 +69,20 @@ class ContinualMetrics:
         task_aware: Iterable[Sequence[float]] | None = None,
         scale: float = 1.0,
     ) -> ContinualMetrics:
-        """Build from rows of `t + 1` entries, or from square matrices, whose entries `i > t` are ignored."""
+        """Metrics of rows of `t + 1` entries, or of square matrices, whose entries `i > t` are ignored.
+
+        Args:
+            class_incremental: a[t][i] in [0, scale], one row per task that was trained.
+            test_sizes: as in the class.
+            task_aware: the same with the task known, as many rows; None where it was not measured.
+            scale: as in the class.
+
+        Returns:
+            The object with all rows added.
+
+        Raises:
+            ArgumentError: as `add`, and for another number of task-aware rows.
+        """
         metrics = cls(test_sizes, scale)
         rows = [list(row)[: t + 1] for t, row in enumerate(class_incremental)]
         aware = None if task_aware is None else [list(row)[: t + 1] for t, row in enumerate(task_aware)]
@@ -76,7 +95,16 @@ class ContinualMetrics:
         return metrics
 
     def add(self, class_incremental: Sequence[float], task_aware: Sequence[float] | None = None) -> None:
-        """Append the accuracies after one more task `t`: entry `i` belongs to task `i`, `i = 0 .. t`."""
+        """Append the accuracies after one more task `t`.
+
+        Args:
+            class_incremental: `t + 1` accuracies in [0, scale]; entry `i` belongs to task `i`, `i = 0 .. t`.
+            task_aware: the same with the task known; given for every task or for none.
+
+        Raises:
+            ArgumentError: for a row of another length, NaN, an entry out of range, task-aware accuracies of
+                some tasks only, and a task beyond `test_sizes`; nothing is added then.
+        """
         t = self.tasks_seen
         if t == len(self.test_sizes):
             raise ArgumentError(f"class_incremental: all {t} tasks of test_sizes already have a row")
@@ -113,7 +141,17 @@ class ContinualMetrics:
         return bool(self._rows["task_aware"])
 
     def matrix(self, protocol: Protocol = "class_incremental") -> np.ndarray:
-        """Accuracies `[T, T]` in fp64, NaN above the diagonal (for tasks that were not trained yet)."""
+        """The accuracies as an array.
+
+        Args:
+            protocol: "class_incremental" or "task_aware", the matrix that is used.
+
+        Returns:
+            a `[T, T]` in fp64, NaN above the diagonal (for tasks that were not trained yet).
+
+        Raises:
+            ArgumentError: where the matrix is missing or empty.
+        """
         rows = self._get(protocol)
         out = np.full((len(rows), len(rows)), np.nan)
         for t, row in enumerate(rows):
@@ -133,7 +171,19 @@ class ContinualMetrics:
     def A(
         self, t: int, average: Average = "sample_weighted", protocol: Protocol = "class_incremental"
     ) -> float:
-        """Accuracy over the tasks seen after task `t` (0-based)."""
+        """Accuracy over the tasks seen after task `t`.
+
+        Args:
+            t: the task, from 0.
+            average: "sample_weighted", every test sample weighing the same, or "task_mean", every task.
+            protocol: "class_incremental" or "task_aware", the matrix that is used.
+
+        Returns:
+            A_t, in the unit of the accuracies.
+
+        Raises:
+            ArgumentError: for a task that was not added, an unknown average, and where the matrix is missing.
+        """
         rows = self._get(protocol)
         if average not in AVERAGES:
             raise ArgumentError(f"average: expected one of {AVERAGES}, got {average!r}")
@@ -145,34 +195,107 @@ class ContinualMetrics:
     def curve(
         self, average: Average = "sample_weighted", protocol: Protocol = "class_incremental"
     ) -> list[float]:
-        """`[A_1, .., A_T]`."""
+        """`A` after every task.
+
+        Args:
+            average: "sample_weighted", every test sample weighing the same, or "task_mean", every task.
+            protocol: "class_incremental" or "task_aware", the matrix that is used.
+
+        Returns:
+            `[A_1, .., A_T]`.
+
+        Raises:
+            ArgumentError: for an unknown average, and where the matrix is missing or empty.
+        """
         return [self.A(t, average, protocol) for t in range(len(self._get(protocol)))]
 
     def A_last(self, average: Average = "sample_weighted", protocol: Protocol = "class_incremental") -> float:
-        """`A_T`, the accuracy after the last task."""
+        """`A_T`, the accuracy after the last task.
+
+        Args:
+            average: "sample_weighted", every test sample weighing the same, or "task_mean", every task.
+            protocol: "class_incremental" or "task_aware", the matrix that is used.
+
+        Returns:
+            A_T, in the unit of the accuracies.
+
+        Raises:
+            ArgumentError: for an unknown average, and where the matrix is missing or empty.
+        """
         return self.curve(average, protocol)[-1]
 
     def A_avg(self, average: Average = "sample_weighted", protocol: Protocol = "class_incremental") -> float:
-        """Mean of `A_1 .. A_T` (also called average incremental accuracy)."""
+        """Mean of `A_1 .. A_T` (also called average incremental accuracy).
+
+        Args:
+            average: "sample_weighted", every test sample weighing the same, or "task_mean", every task.
+            protocol: "class_incremental" or "task_aware", the matrix that is used.
+
+        Returns:
+            The mean, in the unit of the accuracies.
+
+        Raises:
+            ArgumentError: for an unknown average, and where the matrix is missing or empty.
+        """
         return float(np.mean(self.curve(average, protocol)))
 
     def bwt(self, protocol: Protocol = "class_incremental") -> float:
-        """Backward transfer `mean_{i<T}(a[T][i] - a[i][i])`; negative when earlier tasks were forgotten."""
+        """Backward transfer `mean_{i<T}(a[T][i] - a[i][i])` (Lopez-Paz & Ranzato 2017).
+
+        Args:
+            protocol: "class_incremental" or "task_aware", the matrix that is used.
+
+        Returns:
+            The transfer, in the unit of the accuracies; negative when earlier tasks were forgotten.
+
+        Raises:
+            ArgumentError: where the matrix is missing or has fewer than 2 tasks.
+        """
         rows = self._get(protocol, minimum=2)
         return float(np.mean([rows[-1][i] - rows[i][i] for i in range(len(rows) - 1)]))
 
     def forgetting_max(self, protocol: Protocol = "class_incremental") -> float:
-        """`mean_{i<T}(max_{t<T} a[t][i] - a[T][i])`: the drop from the best accuracy before the last task."""
+        """Forgetting `mean_{i<T}(max_{t<T} a[t][i] - a[T][i])` (Chaudhry et al. 2018).
+
+        Args:
+            protocol: "class_incremental" or "task_aware", the matrix that is used.
+
+        Returns:
+            The mean drop from the best accuracy before the last task, in the unit of the accuracies.
+
+        Raises:
+            ArgumentError: where the matrix is missing or has fewer than 2 tasks.
+        """
         rows = self._get(protocol, minimum=2)
         last = len(rows) - 1
         return float(np.mean([max(rows[t][i] for t in range(i, last)) - rows[last][i] for i in range(last)]))
 
     def stability(self, protocol: Protocol = "class_incremental") -> float:
-        """`scale - forgetting_max`: the perfect score minus the forgetting."""
+        """`scale - forgetting_max`: the perfect score minus the forgetting.
+
+        Args:
+            protocol: "class_incremental" or "task_aware", the matrix that is used.
+
+        Returns:
+            The stability, in the unit of the accuracies.
+
+        Raises:
+            ArgumentError: where the matrix is missing or has fewer than 2 tasks.
+        """
         return self.scale - self.forgetting_max(protocol)
 
     def stability_ratio(self, protocol: Protocol = "class_incremental") -> float:
-        """`mean_{i<T}(a[T][i] / a[i][i])`; raises `ArgumentError` when some `a[i][i]` is 0."""
+        """The share of accuracy that is left, `mean_{i<T}(a[T][i] / a[i][i])`.
+
+        Args:
+            protocol: "class_incremental" or "task_aware", the matrix that is used.
+
+        Returns:
+            The mean ratio, without a unit; 1 where the accuracies are still those right after training.
+
+        Raises:
+            ArgumentError: as `bwt`, and when some `a[i][i]` with i < T is 0.
+        """
         rows = self._get(protocol, minimum=2)
         for i in range(len(rows) - 1):
             if rows[i][i] == 0.0:
@@ -180,18 +303,39 @@ class ContinualMetrics:
         return float(np.mean([rows[-1][i] / rows[i][i] for i in range(len(rows) - 1)]))
 
     def plasticity_cil(self) -> float:
-        """Mean class-incremental accuracy on each task right after learning it."""
+        """Mean class-incremental accuracy on each task right after learning it, `mean_i a[i][i]`.
+
+        Returns:
+            The mean, in the unit of the accuracies.
+
+        Raises:
+            ArgumentError: where the matrix is missing or empty.
+        """
         return self._diagonal_mean("class_incremental")
 
     def plasticity_til(self) -> float:
-        """Mean task-aware accuracy on each task right after learning it."""
+        """Mean task-aware accuracy on each task right after learning it, `mean_i a[i][i]`.
+
+        Returns:
+            The mean, in the unit of the accuracies.
+
+        Raises:
+            ArgumentError: where the matrix is missing or empty.
+        """
         return self._diagonal_mean("task_aware")
 
     def _diagonal_mean(self, protocol: str) -> float:
         return float(np.mean([row[-1] for row in self._get(protocol)]))
 
     def summary(self) -> dict[str, dict[str, float | None]]:
-        """Every metric by protocol and name; `None` where undefined (one task, or an accuracy of 0)."""
+        """Every metric of every protocol that was given.
+
+        Returns:
+            {protocol: {name of the metric: value}}, None where undefined (one task, or an accuracy of 0).
+
+        Raises:
+            ArgumentError: before the first task.
+        """
         out: dict[str, dict[str, float | None]] = {}
         for protocol in PROTOCOLS[: 1 + self.has_task_aware]:
             rows = self._get(protocol)
@@ -224,12 +368,18 @@ class TransferMetrics:
         zero_shot            mean_i b[0][i]
         zero_shot_transfer   mean_{i>1} b[0][i], what transfer would be if nothing were learned or lost
 
-    Raises `ArgumentError` for rows of the wrong number or length, and entries outside `[0, scale]`.
+    Args:
+        rows: b, `T + 1` rows of `T` accuracies in [0, scale].
+        scale: the value of a perfect score, finite and > 0.
 
-    Example::
+    Raises:
+        ArgumentError: for rows of the wrong number or length, entries outside `[0, scale]`, and a scale out
+            of range.
 
-        m = TransferMetrics([[0.5, 0.6], [0.9, 0.4], [0.7, 0.8]])
-        m.transfer(), m.average(), m.last()    # (0.4, 0.7, 0.75)
+    Examples:
+        >>> m = metrics.TransferMetrics([[0.5, 0.6], [0.9, 0.4], [0.7, 0.8]])
+        >>> [round(value, 4) for value in (m.transfer(), m.average(), m.last())]
+        [0.4, 0.7, 0.75]
     """
 
     def __init__(self, rows: Iterable[Sequence[float]], scale: float = 1.0) -> None:
@@ -258,35 +408,70 @@ class TransferMetrics:
         return self._matrix.copy()
 
     def transfers(self) -> list[float]:
-        """For every task but the first, the mean accuracy on it after each of the tasks before it."""
+        """The transfer to every task but the first.
+
+        Returns:
+            For each of the tasks `2 .. T` the mean accuracy on it after each of the tasks before it; empty for one
+            task.
+        """
         return [float(self._matrix[1 : i + 1, i].mean()) for i in range(1, self._matrix.shape[1])]
 
     def transfer(self) -> float:
-        """The mean of `transfers`; raises `ArgumentError` where there is only one task."""
+        """The mean of `transfers`: the accuracy on tasks that are still to come.
+
+        Returns:
+            The mean, in the unit of the accuracies.
+
+        Raises:
+            ArgumentError: where there is only one task.
+        """
         if not (values := self.transfers()):
             raise ArgumentError("rows: transfer needs at least 2 tasks, got 1")
         return float(np.mean(values))
 
     def average(self) -> float:
-        """The mean accuracy on all tasks after each of them."""
+        """The mean accuracy on all tasks after each of them.
+
+        Returns:
+            The mean of all rows but row 0, in the unit of the accuracies.
+        """
         return float(self._matrix[1:].mean())
 
     def last(self) -> float:
-        """The mean accuracy on all tasks after the last one."""
+        """The mean accuracy on all tasks after the last one.
+
+        Returns:
+            The mean of the last row, in the unit of the accuracies.
+        """
         return float(self._matrix[-1].mean())
 
     def zero_shot(self) -> float:
-        """The mean accuracy on all tasks before the first one."""
+        """The mean accuracy on all tasks before the first one.
+
+        Returns:
+            The mean of row 0, in the unit of the accuracies.
+        """
         return float(self._matrix[0].mean())
 
     def zero_shot_transfer(self) -> float:
-        """`zero_shot` without the first task, to compare `transfer` with; raises as that does."""
+        """`zero_shot` without the first task, to compare `transfer` with.
+
+        Returns:
+            The mean, in the unit of the accuracies.
+
+        Raises:
+            ArgumentError: where there is only one task.
+        """
         if self._matrix.shape[1] < 2:
             raise ArgumentError("rows: zero_shot_transfer needs at least 2 tasks, got 1")
         return float(self._matrix[0, 1:].mean())
 
     def summary(self) -> dict[str, float | None]:
-        """Every metric by name; `None` where one task is too few."""
+        """Every metric by name.
+
+        Returns:
+            {name of the metric: value}, None where one task is too few.
+        """
         several = self._matrix.shape[1] > 1
         return {
             "transfer": self.transfer() if several else None,
