@@ -10,7 +10,15 @@ from types import FrameType
 
 
 class EWCLoRAError(ValueError):
-    """Base class of every error that this library raises on purpose."""
+    """Base class of every error that this library raises on purpose.
+
+    Examples:
+        >>> try:
+        ...     fe.LoRAConfig(r=0)
+        ... except fe.EWCLoRAError as error:
+        ...     print(error)
+        r: expected an integer >= 1, got 0
+    """
 
 
 class ArgumentError(EWCLoRAError):
@@ -18,7 +26,15 @@ class ArgumentError(EWCLoRAError):
 
 
 class DtypeError(EWCLoRAError, TypeError):
-    """An argument has a wrong type or dtype."""
+    """An argument has a wrong type or dtype; a `TypeError` too.
+
+    Examples:
+        >>> try:
+        ...     fe.LoRAConfig(r="8")
+        ... except TypeError as error:
+        ...     print(error)
+        r: expected an integer, got '8'
+    """
 
 
 class BackendError(EWCLoRAError):
@@ -46,11 +62,17 @@ class NotExactlyRepresentable(EWCLoRAError):
 
 
 class IntegrationError(EWCLoRAError, ImportError):
-    """An optional library is not installed, or its version is not supported."""
+    """An optional library is not installed, or its version is not supported; an `ImportError` too."""
 
 
 class EWCLoRAWarning(UserWarning):
-    """A likely mistake in training that no error would show; told once, with its remedy."""
+    """A likely mistake in training that no error would show; told once, with its remedy.
+
+    Examples:
+        >>> import warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", fe.EWCLoRAWarning)  # it stops a run like an error
+    """
 
 
 # Frames of these packages stand between the user's line and a warning.
@@ -58,8 +80,20 @@ _INNER = ("fused_ewclora", "torch", "contextlib", "transformers", "accelerate", 
 
 
 def warn(message: str) -> None:
-    """Shows an `EWCLoRAWarning` at the line, outside of this library and of training loops, that led to
-    it."""
+    """Shows an `EWCLoRAWarning` at the line, outside of this library and of training loops, that led to it.
+
+    Args:
+        message: what is likely wrong, and the remedy.
+
+    Examples:
+        >>> import warnings
+        >>> from fused_ewclora.errors import warn
+        >>> with warnings.catch_warnings(record=True) as told:
+        ...     warnings.simplefilter("always")
+        ...     warn("optimizer: it does not hold the adapters; make it after inject")
+        >>> told[0].category is fe.EWCLoRAWarning
+        True
+    """
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and _is_inner(frame):
         level, frame = level + 1, frame.f_back
