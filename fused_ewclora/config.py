@@ -33,7 +33,24 @@ def _names(value: object, name: str) -> tuple[str, ...]:
 
 
 def segment_names(value: object, name: str) -> tuple[str, ...]:
-    """Check distinct names that can be part of the name of a parameter; returns them as a tuple."""
+    """Checks distinct names that can be part of the name of a parameter.
+
+    Args:
+        value: what is checked.
+        name: the name of the argument, for the message.
+
+    Returns:
+        The names, as a tuple.
+
+    Raises:
+        ArgumentError: for no names, repeated ones, and other characters than letters, digits and underscores.
+        DtypeError: for anything but a sequence.
+
+    Examples:
+        >>> from fused_ewclora.config import segment_names
+        >>> segment_names(["q", "v"], "slices")
+        ('q', 'v')
+    """
     names = _names(value, name)
     for n in names:
         if not re.fullmatch(r"\w+", n):
@@ -42,7 +59,24 @@ def segment_names(value: object, name: str) -> tuple[str, ...]:
 
 
 def positive(value: object, name: str) -> int:
-    """Check an integer >= 1; returns it."""
+    """Checks an integer >= 1.
+
+    Args:
+        value: what is checked.
+        name: the name of the argument, for the message.
+
+    Returns:
+        The integer.
+
+    Raises:
+        ArgumentError: for a smaller one.
+        DtypeError: for another type, also a bool.
+
+    Examples:
+        >>> from fused_ewclora.config import positive
+        >>> positive(8, "r")
+        8
+    """
     if isinstance(value, bool) or not isinstance(value, int):
         raise DtypeError(f"{name}: expected an integer, got {value!r}")
     if value < 1:
@@ -51,7 +85,24 @@ def positive(value: object, name: str) -> int:
 
 
 def finite(value: object, name: str) -> float:
-    """Check a number that is neither NaN nor infinite; returns it."""
+    """Checks a number that is finite in fp32.
+
+    Args:
+        value: what is checked.
+        name: the name of the argument, for the message.
+
+    Returns:
+        The number.
+
+    Raises:
+        ArgumentError: for NaN, infinities, what is infinite in fp32, and integers beyond 64 bits.
+        DtypeError: for another type, also a bool.
+
+    Examples:
+        >>> from fused_ewclora.config import finite
+        >>> finite(0.5, "lora_alpha")
+        0.5
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise DtypeError(f"{name}: expected a number, got {value!r}")
     if isinstance(value, int) and abs(value) > 2**63:  # it may be too large for a float
@@ -67,7 +118,24 @@ def finite(value: object, name: str) -> float:
 
 
 def probability(value: object, name: str) -> float:
-    """Check a number in [0, 1]; returns it."""
+    """Checks a number in [0, 1].
+
+    Args:
+        value: what is checked.
+        name: the name of the argument, for the message.
+
+    Returns:
+        The number.
+
+    Raises:
+        ArgumentError: for a number outside of it.
+        DtypeError: for another type.
+
+    Examples:
+        >>> from fused_ewclora.config import probability
+        >>> probability(0.1, "lora_dropout")
+        0.1
+    """
     number = finite(value, name)
     if not 0.0 <= number <= 1.0:
         raise ArgumentError(f"{name}: expected a probability in [0, 1], got {number}")
@@ -75,7 +143,18 @@ def probability(value: object, name: str) -> float:
 
 
 def checked_merge(value: object) -> None:
-    """Check a value of quantised_merge."""
+    """Checks a value of `quantised_merge` (of `LoRAConfig`).
+
+    Args:
+        value: "requantise", "residual" or None.
+
+    Raises:
+        ArgumentError: for any other value.
+
+    Examples:
+        >>> from fused_ewclora.config import checked_merge
+        >>> checked_merge("residual")
+    """
     if value is not None and value not in QUANTISED_MERGES:
         raise ArgumentError(f"quantised_merge: expected one of {QUANTISED_MERGES} or None, got {value!r}")
 
@@ -278,16 +357,45 @@ class LoRAConfig:
 
 
 def matches(targets: Targets, name: str) -> bool:
-    """Whether `targets` select a name, by PEFT's rules: a string must match the whole dotted name as a
-    regular expression; a list holds names or dotted suffixes of names."""
+    """Whether `targets` select a name, by PEFT's rules.
+
+    Args:
+        targets: a string is a regular expression that must match the whole dotted name; a list holds names or
+            dotted suffixes of names.
+        name: the dotted name of a module.
+
+    Returns:
+        Whether the name is selected.
+
+    Examples:
+        >>> from fused_ewclora.config import matches
+        >>> matches(["attn.qkv"], "blocks.0.attn.qkv"), matches(r"blocks\\.1\\..*", "blocks.0.attn.qkv")
+        (True, False)
+    """
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def checked_targets(value: Targets | None, name: str) -> Targets | None:
-    """Names, or a regular expression, as `matches` takes them; raises errors that name the argument."""
-    """Names, or a regular expression, as `matches` takes them; raises `ArgumentError` naming the argument."""
+    """Checks names, or a regular expression, as `matches` takes them.
+
+    Args:
+        value: what is checked.
+        name: the name of the argument, for the message.
+
+    Returns:
+        A tuple of the names, the expression, or None for None.
+
+    Raises:
+        ArgumentError: for no names, repeated ones, and an expression that does not compile.
+        DtypeError: for another type.
+
+    Examples:
+        >>> from fused_ewclora.config import checked_targets
+        >>> checked_targets(["qkv", "proj"], "target_modules")
+        ('qkv', 'proj')
+    """
     if value is None:
         return None
     if not isinstance(value, str):
