@@ -28,11 +28,32 @@ Task = TypeVar("Task", bound=PartialFisher)
 
 @torch.no_grad()
 def reduced(task: Task, described: Mapping[str, Any], group: dist.ProcessGroup | None = None) -> Task:
-    """The sum over all processes of `group`, in new buffers, with one all-reduce of all Fishers, flattened.
+    """The Fisher of a task summed over all processes, with one all-reduce of all Fishers, flattened.
 
-    described: what must be the same in every process; otherwise `TargetError` is raised in all. The sum over
-    samples does not depend on which process has seen which; mode "batch" is the average over the batches that
-    the processes have seen.
+    The sum over samples does not depend on which process has seen which; mode "batch" is the average over the
+    batches that the processes have seen. Every process of the group must call this.
+
+    Args:
+        task: a dataclass with the sums of this process: buffers, tensors by name on one device and in one
+            dtype; samples, their number; and batch_size. It is left as it is.
+        described: what must be the same in every process, by name.
+        group: the processes; None is all of torch.distributed.
+
+    Returns:
+        A copy of `task` with new buffers and the number of samples summed over the processes, and the largest
+        of their batch sizes.
+
+    Raises:
+        FisherError: without an initialised process group, and for buffers on several devices or in several
+            dtypes.
+        TargetError: in every process, when `described` differs; the message names the entry.
+
+    Examples:
+        >>> from fused_ewclora.distributed import reduced
+        >>> from fused_ewclora.ewc.state import TaskFisher
+        >>> task = TaskFisher({"fc": torch.ones(6, 8)}, samples=4, batch_size=4, labels=("empirical",))
+        >>> if torch.distributed.is_initialized():
+        ...     task = reduced(task, {"fisher_mode": "sample"})
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise FisherError("reduce_fisher_: expected torch.distributed.init_process_group to have been called")
