@@ -125,7 +125,21 @@ def _defined_in(parent: nn.Module) -> tuple[str, str] | None:
 
 @register_layout
 def layout_of(parent: nn.Module, child: str) -> QKVLayout | None:
-    """The layout of the packed projection that is `child` of a timm attention; None for anything else."""
+    """The layout of a packed projection of a timm attention; a rule of `register_layout`.
+
+    Args:
+        parent: a module, such as an attention of timm.
+        child: the dotted name of the projection below it.
+
+    Returns:
+        The layout; None where `child` is no packed projection that is known, or no `nn.Linear`.
+
+    Examples:
+        >>> import timm
+        >>> attention = timm.create_model("vit_tiny_patch16_224").blocks[0].attn
+        >>> fe.integrations.timm.layout_of(attention, "qkv").sizes
+        (192, 192, 192)
+    """
     known = _KNOWN.get(_defined_in(parent) or ("", ""))
     if known is None or child not in (known[0], known[0].replace(".linear", ".c")):  # .c is that of timm 0.6
         return None
@@ -135,7 +149,22 @@ def layout_of(parent: nn.Module, child: str) -> QKVLayout | None:
 
 @register_call
 def bypass_settings(parent: nn.Module, child: str) -> Mapping[str, Any] | None:
-    """The attributes that make a timm attention call its packed projection; None if it does so already."""
+    """The attributes that make a timm attention call its packed projection; a rule of `register_call`.
+
+    Args:
+        parent: a module, such as an attention of timm.
+        child: the name of the projection below it.
+
+    Returns:
+        The attributes and their values; None where the parent calls the projection already, or nothing makes
+        it do so.
+
+    Examples:
+        >>> import timm
+        >>> attention = timm.create_model("beitv2_base_patch16_224").blocks[0].attn
+        >>> fe.integrations.timm.bypass_settings(attention, "qkv")
+        {'qkv_bias_separate': True}
+    """
     if child != "qkv" or not _bypasses(parent):
         return None
     return {"qkv_bias_separate": True} if hasattr(parent, "qkv_bias_separate") else None
@@ -148,7 +177,21 @@ def _bypasses(parent: nn.Module) -> bool:
 
 @register_refusal
 def bypassed_for_good(parent: nn.Module, child: str) -> str | None:
-    """Why `child` of a timm attention before 1.0.8 is not adaptable: nothing makes the attention call it."""
+    """Why a packed projection of timm before 1.0.8 is not adaptable: nothing makes the attention call it.
+
+    Args:
+        parent: a module, such as an attention of timm.
+        child: the name of the projection below it.
+
+    Returns:
+        The reason, or None where the projection is adaptable.
+
+    Examples:
+        >>> import timm
+        >>> attention = timm.create_model("vit_tiny_patch16_224").blocks[0].attn
+        >>> fe.integrations.timm.bypassed_for_good(attention, "qkv") is None
+        True
+    """
     if child != "qkv" or not _bypasses(parent) or hasattr(parent, "qkv_bias_separate"):
         return None
     return (
@@ -158,11 +201,18 @@ def bypassed_for_good(parent: nn.Module, child: str) -> str | None:
 
 
 def targets(model: nn.Module) -> Report:
-    """A table of the packed projections of a timm model whose layout is known; rows are data.
+    """A table of the packed projections of a timm model whose layout is known. Nothing is changed.
 
-    `QKVLayout(row["segments"], row["sizes"], row["interleave"])` is the layout of a row; `notes` says which
-    attribute `inject` sets on a parent that would bypass the layer. Nothing is changed.
+    Args:
+        model: a model of timm, or one that contains its modules.
 
-        >>> print(targets(timm.create_model("beitv2_base_patch16_224")))
+    Returns:
+        A report; `QKVLayout(row["segments"], row["sizes"], row["interleave"])` is the layout of a row of its
+        `rows`, and `row["notes"]` says which attribute `inject` sets on a parent that would bypass
+        the layer.
+
+    Examples:
+        >>> import timm
+        >>> print(fe.integrations.timm.targets(timm.create_model("beitv2_base_patch16_224")))
     """
     return packed_projections("timm", model, layout_of, bypass_settings)
