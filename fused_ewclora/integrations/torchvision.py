@@ -47,19 +47,48 @@ LARGEST_SCALE = math.log(100.0)  # of the cosine attention (Swin V2, arXiv 2111.
 class CallingWindowAttention(ShiftedWindowAttention):
     """torchvision's `ShiftedWindowAttention` that calls `qkv` and `proj`, with samples first.
 
-    x `[N, height, width, channels]`, as the result. `fused_ewclora.inject` gives this class to attentions.
+    `fused_ewclora.inject` gives this class to attentions; it has the arguments of torchvision's.
+    x `[N, height, width, channels]`, as the result.
+
+    Examples:
+        >>> import torchvision
+        >>> swin = torchvision.models.swin_t()
+        >>> print(fe.inject(swin, fe.LoRAConfig(target_modules=["qkv"])))
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """The output of torchvision's class, from the layers instead of their weights."""
+        """The output of torchvision's class, from the layers instead of their weights.
+
+        Args:
+            x: `[N, height, width, channels]`.
+
+        Returns:
+            The output, in the shape of x.
+        """
         return _in_windows(self, x, self.window_size, _shifts(self, x), self.get_relative_position_bias())
 
 
 class CallingWindowAttentionV2(ShiftedWindowAttentionV2):
-    """torchvision's `ShiftedWindowAttentionV2` (cosine attention) that calls `qkv` and `proj`."""
+    """torchvision's `ShiftedWindowAttentionV2` (cosine attention) that calls `qkv` and `proj`.
+
+    `fused_ewclora.inject` gives this class to attentions; it has the arguments of torchvision's.
+    x `[N, height, width, channels]`, as the result.
+
+    Examples:
+        >>> import torchvision
+        >>> swin = torchvision.models.swin_v2_t()
+        >>> print(fe.inject(swin, fe.LoRAConfig(target_modules=["qkv"])))
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        """The output of torchvision's class, from the layers instead of their weights."""
+        """The output of torchvision's class, from the layers instead of their weights.
+
+        Args:
+            x: `[N, height, width, channels]`.
+
+        Returns:
+            The output, in the shape of x.
+        """
         bias = self.get_relative_position_bias()
         return _in_windows(self, x, self.window_size, _shifts(self, x), bias, self.logit_scale)
 
@@ -67,11 +96,24 @@ class CallingWindowAttentionV2(ShiftedWindowAttentionV2):
 class CallingWindowAttention3d(ShiftedWindowAttention3d):
     """torchvision's `ShiftedWindowAttention3d` (Video Swin) that calls `qkv` and `proj`.
 
+    `fused_ewclora.inject` gives this class to attentions; it has the arguments of torchvision's.
     x `[N, frames, height, width, channels]`, as the result.
+
+    Examples:
+        >>> import torchvision
+        >>> swin = torchvision.models.video.swin3d_t()
+        >>> print(fe.inject(swin, fe.LoRAConfig(target_modules=["qkv"])))
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """The output of torchvision's class, from the layers instead of their weights."""
+        """The output of torchvision's class, from the layers instead of their weights.
+
+        Args:
+            x: `[N, frames, height, width, channels]`.
+
+        Returns:
+            The output, in the shape of x.
+        """
         sizes = x.shape[1:-1]
         window = [min(w, size) for w, size in zip(self.window_size, sizes, strict=True)]
         shift = [
@@ -183,8 +225,22 @@ def _defined_in(parent: nn.Module) -> type | None:
 
 @register_layout
 def layout_of(parent: nn.Module, child: str) -> QKVLayout | None:
-    """The layout of the packed projection that is `child` of a torchvision attention; None for anything
-    else."""
+    """The layout of a packed projection of a torchvision attention; a rule of `register_layout`.
+
+    Args:
+        parent: a module, such as an attention of torchvision.
+        child: the name of the projection below it.
+
+    Returns:
+        The layout, q, k and v in thirds; None where `child` is no packed projection that is known, or no
+        `nn.Linear`.
+
+    Examples:
+        >>> import torchvision
+        >>> attention = torchvision.models.swin_t().features[1][0].attn
+        >>> fe.integrations.torchvision.layout_of(attention, "qkv").sizes
+        (96, 96, 96)
+    """
     if _PACKED.get(_defined_in(parent) or nn.Module) != child:
         return None
     projection = parent.get_submodule(child)
@@ -195,14 +251,44 @@ def layout_of(parent: nn.Module, child: str) -> QKVLayout | None:
 
 @register_call
 def bypass_settings(parent: nn.Module, child: str) -> Mapping[str, Any] | None:
-    """The class that makes a Swin attention call its layers; None for anything else."""
+    """The class that makes a Swin attention call its layers; a rule of `register_call`.
+
+    Args:
+        parent: a module, such as an attention of torchvision.
+        child: the name of the layer below it.
+
+    Returns:
+        The class, as the setting of the class of the parent; None for anything but `qkv` and `proj` of a Swin
+        attention.
+
+    Examples:
+        >>> import torchvision
+        >>> attention = torchvision.models.swin_t().features[1][0].attn
+        >>> settings = fe.integrations.torchvision.bypass_settings(attention, "qkv")
+        >>> list(settings.values()) == [fe.integrations.torchvision.CallingWindowAttention]
+        True
+    """
     calling = _CALLING.get(type(parent))
     return {CLASS: calling} if calling is not None and child in ("qkv", "proj") else None
 
 
 @register_refusal
 def unknown_window_attention(parent: nn.Module, child: str) -> str | None:
-    """Why a subclass of a Swin attention that inherits its forward is not adaptable."""
+    """Why a subclass of a Swin attention that inherits its forward is not adaptable.
+
+    Args:
+        parent: a module, such as an attention of torchvision.
+        child: the name of the layer below it.
+
+    Returns:
+        The reason, or None where the layer is adaptable.
+
+    Examples:
+        >>> import torchvision
+        >>> attention = torchvision.models.swin_t().features[1][0].attn
+        >>> fe.integrations.torchvision.unknown_window_attention(attention, "qkv") is None
+        True
+    """
     owner = _defined_in(parent)
     if child not in ("qkv", "proj") or owner not in _CALLING or type(parent) in _CALLING:
         return None
@@ -217,7 +303,21 @@ _AUXILIARY = ("aux1", "aux2", "AuxLogits")
 
 @register_heads
 def heads(model: nn.Module) -> Iterator[nn.Module]:
-    """The layers of a torchvision model that give the scores of the classes."""
+    """The layers of a torchvision model that give the scores of the classes; a rule of `register_heads`.
+
+    Args:
+        model: a model.
+
+    Yields:
+        The last linear layer or convolution of each classifier, also of auxiliary ones; nothing for a model
+        whose class is not torchvision's.
+
+    Examples:
+        >>> import torchvision
+        >>> resnet = torchvision.models.resnet18()
+        >>> list(fe.integrations.torchvision.heads(resnet)) == [resnet.fc]
+        True
+    """
     if not type(model).__module__.startswith("torchvision.models."):
         return
     for name in (*_CLASSIFIERS, *_AUXILIARY):
@@ -227,11 +327,18 @@ def heads(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def targets(model: nn.Module) -> Report:
-    """A table of the packed projections of a torchvision model whose layout is known; rows are data.
+    """A table of the packed projections of a torchvision model whose layout is known. Nothing is changed.
 
-    `QKVLayout(row["segments"], row["sizes"], row["interleave"])` is the layout of a row; `notes` says which
-    class `inject` gives to a parent that would bypass the layer. Nothing is changed.
+    Args:
+        model: a model of torchvision, or one that contains its modules.
 
-        >>> print(targets(torchvision.models.swin_t()))
+    Returns:
+        A report; `QKVLayout(row["segments"], row["sizes"], row["interleave"])` is the layout of a row of its
+        `rows`, and `row["notes"]` says which class `inject` gives to a parent that would bypass the
+        layer.
+
+    Examples:
+        >>> import torchvision
+        >>> print(fe.integrations.torchvision.targets(torchvision.models.swin_t()))
     """
     return packed_projections("torchvision", model, layout_of, bypass_settings)
