@@ -411,8 +411,8 @@ class TransferMetrics:
         """The transfer to every task but the first.
 
         Returns:
-            For each of the tasks `2 .. T` the mean accuracy on it after each of the tasks before it; empty for one
-            task.
+            For each of the tasks `2 .. T` the mean accuracy on it after each task before it; empty for
+            one task.
         """
         return [float(self._matrix[1 : i + 1, i].mean()) for i in range(1, self._matrix.shape[1])]
 
