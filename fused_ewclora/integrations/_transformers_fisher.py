@@ -14,17 +14,33 @@ from ..ewc.estimation import IGNORED
 
 
 def next_tokens(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    """Logits `[N, T, V]` and next tokens `[N, T]` of a causal language model; a `forward` for
-    `EWC.estimate_fisher`.
+    """Logits and next tokens of a causal language model; a `forward` for `EWC.estimate_fisher`.
 
     The model's own loss is a mean over the tokens of a batch. Long samples have more weight in it, and the
     gradient of a sample depends on the other samples. With the targets of this function the loss is
     -log p(y_n | x_n), summed over tokens and averaged over samples, as the Fisher is defined, and
     labels="sampled" draws each token from the logits that predict it. The last position, labels of -100, and
     positions that attention_mask hides (which would predict the first token after padding on the left) are
-    ignored. Raises `ArgumentError` unless the batch is a mapping with "labels" `[N, T]`.
+    ignored.
 
-        >>> ewc.estimate_fisher(loader, forward=next_tokens)
+    Args:
+        model: a causal language model; it is called with everything of the batch but the labels.
+        batch: a mapping with "labels" `[N, T]`, int64, and the arguments of the model.
+
+    Returns:
+        The logits `[N, T, V]` and the next tokens `[N, T]`, -100 where they are ignored.
+
+    Raises:
+        ArgumentError: for any other batch.
+
+    Examples:
+        >>> import transformers
+        >>> gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2))
+        >>> _ = fe.inject(gpt2, fe.LoRAConfig(target_modules=["c_attn"], slices=("q", "v")))
+        >>> ewc = fe.EWC(gpt2)
+        >>> tokens = torch.randint(50257, (4, 16))
+        >>> batches = [{"input_ids": tokens, "labels": tokens}]
+        >>> ewc.estimate_fisher(batches, forward=fe.integrations.transformers.next_tokens)
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor) or labels.dim() != 2:

@@ -24,7 +24,10 @@ class LoRAConv1D(AdaptedLinear, Conv1D):
     Shapes, dtypes and names of the adapters are those of `LoRALinear`: lora_A `[r, in_features]`, lora_B
     `[rows, r]`, where the rows are columns of the weight. `fused_ewclora.inject` creates these layers.
 
-        >>> inject(gpt2, LoRAConfig(target_modules=["c_attn"], slices=("q", "v")))
+    Examples:
+        >>> import transformers
+        >>> gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2))
+        >>> print(fe.inject(gpt2, fe.LoRAConfig(target_modules=["c_attn"], slices=("q", "v"))))
     """
 
     plain = Conv1D
@@ -32,7 +35,14 @@ class LoRAConv1D(AdaptedLinear, Conv1D):
 
     @staticmethod
     def features(module: Any) -> tuple[int, int]:
-        """(in_features, out_features), which Conv1D calls nx and nf."""
+        """The sizes of a layer, which Conv1D calls nx and nf.
+
+        Args:
+            module: a `Conv1D`, with adapters or without.
+
+        Returns:
+            (in_features, out_features).
+        """
         return module.nx, module.nf
 
     @property
@@ -46,7 +56,14 @@ class LoRAConv1D(AdaptedLinear, Conv1D):
         return int(self.nf)  # type: ignore[arg-type]
 
     def base_forward(self, x: Tensor) -> Tensor:
-        """The output of Conv1D, without adapters."""
+        """The output of Conv1D, without adapters.
+
+        Args:
+            x: `[..., in_features]`, in the dtype of the weight.
+
+        Returns:
+            y `[..., out_features]`.
+        """
         return Conv1D.forward(self, x)
 
     def extra_repr(self) -> str:
@@ -60,21 +77,43 @@ class LoRAFalconLinear(AdaptedLinear, FalconLinear):
     """Falcon's own `nn.Linear`, which adds its bias after the product has been rounded, with adapters.
 
     With adapters the bias is added before rounding, as everywhere else; without, Falcon's order is kept.
+    `fused_ewclora.inject` creates these layers.
 
-        >>> inject(falcon, LoRAConfig(target_modules=["query_key_value"], slices=("q", "v")))
+    Examples:
+        >>> import transformers
+        >>> sizes = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=2)
+        >>> falcon = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes))
+        >>> settings = fe.LoRAConfig(target_modules=["query_key_value"], slices=("q", "v"))
+        >>> print(fe.inject(falcon, settings))
     """
 
     plain = FalconLinear
 
     def base_forward(self, x: Tensor) -> Tensor:
-        """The output of FalconLinear, without adapters."""
+        """The output of FalconLinear, without adapters.
+
+        Args:
+            x: `[..., in_features]`, in the dtype of the weight.
+
+        Returns:
+            y `[..., out_features]`.
+        """
         return FalconLinear.forward(self, x)
 
 
 @register_heads
 def heads(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a transformers model that are not part of its base model: classifiers and language model
-    heads. A few models (CLIP, SigLIP) have no base model; their classifiers are found by the usual names."""
+    """The modules of a transformers model that are not part of its base model; a rule of `register_heads`.
+
+    These are classifiers and language model heads. A few models (CLIP, SigLIP) have no base model; their
+    classifiers are found by the usual names.
+
+    Args:
+        model: a model.
+
+    Yields:
+        Its heads; nothing unless it is a `PreTrainedModel`.
+    """
     if not isinstance(model, PreTrainedModel):
         return
     base = model.base_model

@@ -166,13 +166,20 @@ def layout_of(parent: nn.Module, child: str) -> QKVLayout | None:
 
 
 def targets(model: nn.Module) -> Report:
-    """A table of the packed projections of a transformers model whose layout is known; rows are data.
+    """A table of the packed projections of a transformers model whose layout is known. Nothing is changed.
 
-    `QKVLayout(row["segments"], row["sizes"], row["interleave"])` is the layout of a row. `inject` uses these
-    layouts, so that `slices` work without a `layout`. Nothing is changed.
+    Args:
+        model: a model of transformers, or one that contains its modules.
 
-        >>> print(targets(model))
-        >>> inject(model, LoRAConfig(target_modules=["query_key_value"], slices=("q", "v")))
+    Returns:
+        A report; `QKVLayout(row["segments"], row["sizes"], row["interleave"])` is the layout of a row of its
+        `rows`, which `inject` uses, so that `slices` work without a `layout`.
+
+    Examples:
+        >>> import transformers
+        >>> gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2))
+        >>> print(fe.integrations.transformers.targets(gpt2))
+        >>> print(fe.inject(gpt2, fe.LoRAConfig(target_modules=["c_attn"], slices=("q", "v"))))
     """
     return packed_projections("transformers", model, _sized)
 

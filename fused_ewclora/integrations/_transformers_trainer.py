@@ -42,17 +42,32 @@ class EWCCallback(TrainerCallback):
     and injected in the same way. ewc_lambda and gamma are not restored but set by the script, like the
     learning rate.
 
-    resume_from_checkpoint: True looks for that state in args.resume_from_checkpoint and in the checkpoints of
-    args.output_dir; a path names the folder of a checkpoint elsewhere, from which Trainer resumes too; False
-    leaves `ewc` as it is.
+    Args:
+        ewc: the `EWC` of the model that the Trainer trains.
+        resume_from_checkpoint: True looks for that state in args.resume_from_checkpoint and in the
+            checkpoints of args.output_dir; a path names the folder of a checkpoint elsewhere, from which
+            Trainer resumes too; False leaves `ewc` as it is.
 
-    Raises `TargetError` at the start of training when the model is not that of `ewc`, `IntegrationError`
-    under DeepSpeed, FSDP and optimizers that step inside backward, which keep gradients outside of `.grad`,
-    and `CheckpointError` when training is resumed and the state is missing or does not match; `ewc` is
-    unchanged then.
+    Raises:
+        TargetError: when `ewc` is no `EWC`; at the start of training, when the model is not that of `ewc`.
+        ArgumentError: when resume_from_checkpoint is neither a path nor a bool.
+        IntegrationError: at the start of training, under DeepSpeed, FSDP and optimizers that step inside
+            backward, which keep gradients outside of `.grad`.
+        CheckpointError: when training is resumed and the state is missing or does not match; `ewc` is
+            unchanged then.
 
-        >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[EWCCallback(ewc)])
-        >>> trainer.train(); ewc.end_task(trainer.get_train_dataloader())
+    Examples:
+        >>> import transformers
+        >>> sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+        >>> bert = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, **sizes))
+        >>> _ = fe.inject(bert, fe.LoRAConfig(target_modules=["query", "value"]))
+        >>> ewc = fe.EWC(bert, ewc_lambda=100.0)
+        >>> data = [{"input_ids": torch.randint(50, (8,)), "labels": i % 2} for i in range(16)]
+        >>> args = transformers.TrainingArguments(output_dir="run", report_to="none", use_cpu=True)
+        >>> callback = fe.integrations.transformers.EWCCallback(ewc)
+        >>> trainer = transformers.Trainer(bert, args, train_dataset=data, callbacks=[callback])
+        >>> _ = trainer.train()
+        >>> ewc.end_task(trainer.get_train_dataloader())
     """
 
     def __init__(self, ewc: EWC, resume_from_checkpoint: Source = True) -> None:
