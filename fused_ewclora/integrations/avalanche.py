@@ -42,7 +42,8 @@ class EWCLoRAPlugin(SupervisedPlugin):  # type: ignore[misc, unused-ignore]
     with known task boundaries, over that of the original experience) with the model in eval mode and the
     criterion of the strategy. It then resets the optimizer state of the adapters; the state of heads is kept.
     Task labels are passed to multi-task models as in Avalanche. `strategy.loss`, and therefore Avalanche's
-    loss metrics, include the penalty.
+    loss metrics, include the penalty. `avalanche.checkpointing.save_checkpoint` saves the plugin with its
+    strategy. An `EWCLoRAWarning` tells once of Avalanche's own `EWCPlugin` beside this one.
 
     Args:
         ewc: the `EWC` of the model that the strategy trains; None creates one with `ewc_options` before the
@@ -53,14 +54,19 @@ class EWCLoRAPlugin(SupervisedPlugin):  # type: ignore[misc, unused-ignore]
             fisher_mode "batch" the Fisher depends on it.
         transforms: "eval" or "train", the group of the dataset's transformations in the Fisher pass.
         reset_optimizer: False leaves the state of the optimizer as it is.
-        ewc_options: the arguments of `EWC` other than the model, such as ewc_lambda.
+        **ewc_options: the arguments of `EWC` other than the model, such as ewc_lambda.
 
-    `avalanche.checkpointing.save_checkpoint` saves the plugin with its strategy. Raises `ArgumentError` for
-    invalid arguments. Before anything is trained, raises `TargetError` for a model without adapters or one
-    whose adapted layers have been replaced, and `ArgumentError` for a second plugin or another model; warns
-    once of Avalanche's own `EWCPlugin` beside this one.
+    Raises:
+        ArgumentError: for invalid arguments; before anything is trained, for a second plugin or another
+            model.
+        TargetError: before anything is trained, for a model without adapters or one whose adapted layers have
+            been replaced.
 
-        >>> plugin = EWCLoRAPlugin(ewc_lambda=1e7, fisher_mode="batch")
+    Examples:
+        >>> from avalanche.training.supervised import Naive
+        >>> _ = fe.inject(model, config)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> plugin = fe.integrations.avalanche.EWCLoRAPlugin(ewc_lambda=1e7, fisher_mode="batch")
         >>> strategy = Naive(model=model, optimizer=optimizer, plugins=[plugin])
     """
 
@@ -122,7 +128,7 @@ class EWCLoRAPlugin(SupervisedPlugin):  # type: ignore[misc, unused-ignore]
             )
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
-        """strategy.loss <- strategy.loss + P."""
+        """Adds the penalty P to `strategy.loss`."""
         if self._controller.history or self._controller.ewc_lambda is None:  # which penalty() tells
             strategy.loss = strategy.loss + self._controller.penalty()
 
