@@ -26,8 +26,13 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "c_proj")
 class CallingAttentionPool2d(nn.Module):
     """`AttentionPool2d` of CLIP's ResNets that calls its four layers, with samples first.
 
-    x `[N, channels, height, width]` -> `[N, output_dim]`. `fused_ewclora.inject` gives this class to the
-    attentions.
+    x `[N, channels, height, width]`, the result `[N, output_dim]`. `fused_ewclora.inject` gives this class to
+    the attentions.
+
+    Examples:
+        >>> import open_clip
+        >>> clip = open_clip.create_model("RN50")
+        >>> print(fe.inject(clip, fe.LoRAConfig(target_modules=["attnpool.q_proj", "attnpool.v_proj"])))
     """
 
     q_proj: nn.Module
@@ -38,7 +43,14 @@ class CallingAttentionPool2d(nn.Module):
     num_heads: int
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the mean of all places attends to, the output of the library's class."""
+        """What the mean of all places attends to, the output of the library's class.
+
+        Args:
+            x: `[N, channels, height, width]`.
+
+        Returns:
+            The pooled features `[N, output_dim]`.
+        """
         places = x.flatten(2).transpose(1, 2)
         tokens = torch.cat([places.mean(1, keepdim=True), places], 1)
         tokens = tokens + self.positional_embedding.to(x.dtype)
@@ -54,7 +66,23 @@ class CallingAttentionPool2d(nn.Module):
 
 @register_call
 def bypass_settings(parent: nn.Module, child: str) -> Mapping[str, Any] | None:
-    """The class that makes a pooling attention call its layers; None for anything else."""
+    """The class that makes a pooling attention call its layers; a rule of `register_call`.
+
+    Args:
+        parent: a module, such as the `attnpool` of a ResNet.
+        child: the name of the layer below it.
+
+    Returns:
+        The class, as the setting of the class of the parent; None for anything but the four layers of a
+        pooling attention.
+
+    Examples:
+        >>> import open_clip
+        >>> pool = open_clip.create_model("RN50").visual.attnpool
+        >>> settings = fe.integrations.open_clip.bypass_settings(pool, "q_proj")
+        >>> list(settings.values()) == [fe.integrations.open_clip.CallingAttentionPool2d]
+        True
+    """
     kind = type(parent)
     if child not in PROJECTIONS or (kind.__module__, kind.__qualname__) not in _POOLS:
         return None
