@@ -34,17 +34,25 @@ __all__ = ["accelerate_", "attach_ewc", "restore_"]
 
 
 def accelerate_(peft_model: nn.Module) -> Report:
-    """Run PEFT's LoRA linears and convolutions on the fused op, in place; returns a table of the layers, with
-    the reasons for those that stay as they are.
+    """Runs PEFT's LoRA linears and convolutions on the fused op, in place.
 
-    peft_model: a `PeftModel`, or any model that contains layers of PEFT. Outputs and gradients equal those of
-    PEFT up to rounding; dropout has the same distribution but uses other random numbers. Keys of the
-    state_dict, files, and merging, switching and deleting of adapters are those of PEFT. A second call
-    includes layers that were added since; `restore_` undoes it. Raises `TargetError` for a model without
-    layers of PEFT.
+    Outputs and gradients equal those of PEFT up to rounding; dropout has the same distribution but uses other
+    random numbers. Keys of the state_dict, files, and merging, switching and deleting of adapters are those
+    of PEFT. A second call includes layers that were added since; `restore_` undoes it.
 
-        >>> peft_model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q", "v"]))
-        >>> print(accelerate_(peft_model))
+    Args:
+        peft_model: a `PeftModel`, or any model that contains layers of PEFT.
+
+    Returns:
+        A table of the layers, with the reasons for those that stay as they are.
+
+    Raises:
+        TargetError: for a model without layers of PEFT.
+
+    Examples:
+        >>> import peft
+        >>> peft_model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["fc"]))
+        >>> print(fe.integrations.peft.accelerate_(peft_model))
     """
     layers = dict(_tuner_layers(peft_model))
     if not layers:
@@ -62,11 +70,26 @@ def accelerate_(peft_model: nn.Module) -> Report:
 
 
 def restore_(peft_model: nn.Module) -> int:
-    """Undo `accelerate_` and `attach_ewc`: all layers run PEFT's own forward again; returns their number.
+    """Undoes `accelerate_` and `attach_ewc`: all layers run PEFT's own forward again.
 
     Base weights that an EWC has consolidated stay as they are; an EWC of `attach_ewc` ends.
 
-        >>> restore_(peft_model)
+    Args:
+        peft_model: the model.
+
+    Returns:
+        The number of layers that were restored.
+
+    Raises:
+        TargetError: for quantised layers with a residual, which PEFT's forward would leave out; nothing is
+            changed then.
+
+    Examples:
+        >>> import peft
+        >>> peft_model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["fc"]))
+        >>> _ = fe.integrations.peft.accelerate_(peft_model)
+        >>> fe.integrations.peft.restore_(peft_model)
+        1
     """
     layers = [module for module in peft_model.modules() if isinstance(module, FusedPeft)]
     check_without_residuals("restore_", layers)
@@ -81,18 +104,31 @@ def attach_ewc(
     quantised_merge: QuantisedMerge | None = None,
     **ewc_kwargs: Unpack[EWCOptions],
 ) -> EWC:
-    """An EWC over the LoRA layers of a PEFT model, which run on the fused op from then on.
+    """Makes an EWC over the LoRA layers of a PEFT model, which run on the fused op from then on.
 
     Fishers have the module names of the plain model. Consolidation adds scaling B A to the base weights and
     initialises the adapter anew. After that PEFT's adapter file alone no longer describes the model: save it
     with `fe.save_pretrained(path, peft_model, ewc)`, or as a plain model after
     `peft_model.merge_and_unload()`. The model must have exactly one adapter, because consolidation would
-    change what other adapters compute. quantised_merge is that of `LoRAConfig`, for base layers with
-    quantised weights. ewc_kwargs are the arguments of `fe.EWC`. Raises `TargetError` for
-    several adapters, merged ones, or layers that the fused op does not serve, and the errors of `fe.EWC`; the
-    model is unchanged then.
+    change what other adapters compute.
 
-        >>> ewc = attach_ewc(peft_model, ewc_lambda=1e7, fisher_mode="batch")
+    Args:
+        peft_model: a `PeftModel`, or any model that contains layers of PEFT.
+        quantised_merge: as in `LoRAConfig`, for base layers with quantised weights.
+        **ewc_kwargs: the arguments of `fe.EWC` other than the model.
+
+    Returns:
+        The EWC.
+
+    Raises:
+        TargetError: for several adapters, merged ones, or layers that the fused op does not serve.
+        ArgumentError: for an unknown quantised_merge.
+        EWCLoRAError: the errors of `fe.EWC`; the model is unchanged then, as after the others.
+
+    Examples:
+        >>> import peft
+        >>> peft_model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["fc"]))
+        >>> ewc = fe.integrations.peft.attach_ewc(peft_model, ewc_lambda=1e7, fisher_mode="batch")
     """
     checked_merge(quantised_merge)
     before = {module for module in peft_model.modules() if isinstance(module, FusedPeft)}
