@@ -40,29 +40,55 @@ STAIRS = 50  # levels of kappa in the official code (lambda_num)
 
 
 class CoDyRA(Method):
-    """Delta W = B diag(w) A with one trained gate w per rank (`lora_scale`), made sparse by a proximal step
-    after each step of the optimizer (docs/mathematics.md, section 6):
+    """`Delta W = B diag(w) A` with one trained gate w per rank (`lora_scale`), made sparse by the proximal
+    step `w <- sign(w) max(|w| - kappa, 0)` after each step of the optimizer (CoDyRA, arXiv 2412.01004;
+    docs/mathematics.md, section 6).
 
-        w <- sign(w) max(|w| - kappa, 0)
+    `after_step` makes the proximal step. At the end of a task `W <- W + B diag(w) A`, and A, B and w start
+    anew at full rank. Adapters are those of `inject`, not sharded.
 
-    At the end of a task W <- W + B diag(w) A, and A, B and w start anew at full rank.
+    Args:
+        model: as in `Method`.
+        config: as in `Method`.
+        kappa_max: kappa at the last step of a task.
+        dense_fraction: share of a task's steps, in [0, 1], during which kappa is 0; then it rises linearly to
+            kappa_max.
+        gate_init: "ones", or "normal", the official N(0, 1), which by itself decides about half of the
+            selection.
+        threshold: "soft", as in the paper, or "dead_zone", as in the official code, where gates below 2 kappa
+            vanish.
+        schedule: "linear", as in the paper, or "staircase", as in the official code: 50 levels of kappa of
+            equal length from the first step after the dense ones.
+        generator: draws new gates, then new A; None is the default generator.
+        ewc_lambda: adds the EWC penalty of EWC-LoRA on B diag(w) A, with gradients for w; this combination is
+            ours, in no paper. None: no penalty, and `end_task` does not look at its loader.
+        gamma: as in `EWC`, like the two that follow.
+        fisher_mode: as there.
+        fisher_dtype: as there.
+        labels: as in `EWCLoRA`.
+        group: as in `Method`.
+        fisher: as in `EWC`.
 
-    kappa_max, dense_fraction: kappa is 0 during the first dense_fraction of a task's steps, then rises
-    linearly to kappa_max at the last one.
-    gate_init: "ones", or "normal", the official N(0, 1), which by itself decides about half of the selection.
-    threshold, schedule: "soft" and "linear" as in the paper. The official code has "dead_zone", where gates
-    below 2 kappa vanish, and "staircase", 50 levels of kappa of equal length from the first step after the
-    dense ones.
-    generator: draws new gates, then new A. group: as in `Method`.
-    ewc_lambda: adds the EWC penalty of EWC-LoRA on B diag(w) A, with gradients for w; gamma, fisher_mode,
-    fisher_dtype and fisher are those of `EWC`, labels the policy of its Fisher. This combination is ours, in
-    no paper. None: no penalty, and `end_task` does not look at its loader.
+    Raises:
+        ArgumentError: for values out of range, before anything is changed.
+        TargetError: for adapters that have gates or another method already, before anything is changed.
+        EWCLoRAError: the errors of `Method` and of `EWC`.
 
-    Adapters are those of `inject`, not sharded. Raises `ArgumentError` for values out of range, and
-    `TargetError` for adapters that have gates or another method already, before anything is changed.
-
-        >>> method = CoDyRA(model, LoRAConfig(r=16, target_modules=["qkv"]), kappa_max=5e-3)
-        >>> method.after_step(step, total_steps); method.compact_(optimizer); print(method.report())
+    Examples:
+        >>> method = methods.CoDyRA(model, config, kappa_max=0.1)
+        >>> for task in range(2):
+        ...     method.begin_task(task)
+        ...     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        ...     for step, (inputs, labels) in enumerate(loader):
+        ...         optimizer.zero_grad()
+        ...         criterion(model(inputs), labels).backward()
+        ...         optimizer.step()
+        ...         if task == 1:
+        ...             _ = method.gates()["fc"].data.copy_(torch.tensor([1.0, 0.05]))  # as if learned
+        ...         method.after_step(step, total_steps=len(loader))
+        ...     method.end_task(loader)
+        >>> method.report().summary["tasks"]  # ranks that survived each
+        [2, 1]
     """
 
     def __init__(
@@ -113,15 +139,36 @@ class CoDyRA(Method):
                 gate.copy_(value)
 
     def gates(self) -> dict[str, nn.Parameter]:
-        """w `[ranks]` by module name, with ".k" etc. for slices; fewer ranks than r after `compact_`."""
+        """The gates.
+
+        Returns:
+            w `[ranks]` by module name, with ".k" etc. for slices; fewer ranks than r after `compact_`.
+        """
         return {adapter.key: adapter.gate for adapter in self._adapters}
 
     def penalty(self) -> Tensor:
-        """(lambda/2) sum F (B diag(w) A)^2 with ewc_lambda, from the second task on; else 0."""
+        """The penalty `(lambda/2) sum F (B diag(w) A)^2`, with an ewc_lambda.
+
+        Returns:
+            0-d and differentiable; 0 during the first task and without an ewc_lambda.
+        """
         return super().penalty() if self.ewc is None else self.ewc.penalty()
 
     def kappa(self, step: int, total_steps: int) -> float:
-        """The shrinkage after step number `step` of `total_steps`, counted from 0."""
+        """The shrinkage after a step.
+
+        Args:
+            step: the number of the step within the task, counted from 0.
+            total_steps: how many steps the task has.
+
+        Returns:
+            kappa, from 0 to kappa_max.
+
+        Examples:
+            >>> method = methods.CoDyRA(model, config, kappa_max=0.5)
+            >>> [method.kappa(step, total_steps=4) for step in range(4)]
+            [0.0, 0.0, 0.25, 0.5]
+        """
         dense = self.dense_fraction * total_steps
         if self.schedule == "linear":
             return self.kappa_max * (max(step + 1 - dense, 0.0) / (total_steps - dense or math.inf))
@@ -133,17 +180,35 @@ class CoDyRA(Method):
 
     @torch.no_grad()
     def compact_(self, optimizer: Optimizer | None = None) -> int:
-        """Removes the ranks whose gate is exactly 0 from A, B, w and their gradients; returns how many.
+        """Removes the ranks whose gate is exactly 0 from A, B, w and their gradients.
 
         The model computes the same and goes on training without them. A removed rank does not come back
         before the next task, which starts at full rank; without `compact_`, the gradient of its gate might
-        make it nonzero again. Parameters are replaced: optimizer gets the new ones with its state (momentum,
-        moments) cut accordingly; with None make one afterwards. Of several processes each must call this, and
-        make its DistributedDataParallel afterwards. Raises `TargetError` for merged or sharded layers and
-        when processes differ in what survives, and `ArgumentError` for an optimizer that does not hold the
-        adapters or whose state has another shape (Adafactor, LBFGS); nothing is changed then.
+        make it nonzero again. Of several processes each must call this, and make its DistributedDataParallel
+        afterwards.
 
-            >>> removed = method.compact_(optimizer)
+        Args:
+            optimizer: gets the new parameters, with its state (momentum, moments) cut accordingly; with None
+                make one afterwards, because parameters are replaced.
+
+        Returns:
+            How many ranks were removed.
+
+        Raises:
+            TargetError: for merged or sharded layers and when processes differ in what survives; nothing is
+                changed then.
+            ArgumentError: for an optimizer that does not hold the adapters or whose state has another shape
+                (Adafactor, LBFGS); nothing is changed then.
+
+        Examples:
+            >>> method = methods.CoDyRA(model, config)
+            >>> method.begin_task(0)
+            >>> optimizer = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
+            >>> _ = method.gates()["fc"].data.copy_(torch.tensor([1.0, 0.0]))  # as if learned
+            >>> method.compact_(optimizer)
+            1
+            >>> model.fc.lora_A.shape
+            torch.Size([1, 8])
         """
         for name, layer in self.layers.items():
             if layer.merged:
@@ -156,13 +221,28 @@ class CoDyRA(Method):
         return prune_(self._adapters, optimizer)
 
     def survivors(self) -> dict[str, int]:
-        """How many gates are not 0 now, by the names of `gates`."""
+        """How many gates are not 0 now.
+
+        Returns:
+            The counts by the names of `gates`.
+        """
         return {key: int(gate.detach().count_nonzero()) for key, gate in self.gates().items()}
 
     def report(self) -> Report:
-        """Surviving ranks per adapter, at the end of every task and now; printable.
+        """Surviving ranks per adapter, at the end of every task and now.
 
-        >>> print(method.report())
+        Returns:
+            A printable table.
+
+        Examples:
+            >>> method = methods.CoDyRA(model, config)
+            >>> method.begin_task(0)
+            >>> _ = method.gates()["fc"].data.copy_(torch.tensor([1.0, 0.0]))  # as if learned
+            >>> method.end_task(loader)
+            >>> print(method.report())
+            Surviving ranks
+              adapter  r  task 0  now
+              fc       2  1       2
         """
         now = self.survivors()
         rows: list[dict[str, Any]] = []
@@ -222,10 +302,14 @@ class CoDyRA(Method):
             placement.reset_adapters(change, generator)
 
     def state_dict(self) -> dict[str, Any]:
-        """{"tensors": the Fishers, "config": counts of tasks and ranks}, between tasks. Weights, adapters and
-        gates are in the model's own state_dict.
+        """What `load_state_dict` needs to go on, between tasks. Weights, adapters and gates are in the
+        model's own state_dict.
 
-        >>> torch.save([model.state_dict(), method.state_dict()], "task3.pt")
+        Returns:
+            {"tensors": the Fishers, "config": counts of tasks and ranks}.
+
+        Raises:
+            ArgumentError: during a task.
         """
         ewc = None if self.ewc is None else self.ewc.state_dict()
         tensors = {} if ewc is None else ewc["tensors"]
@@ -235,12 +319,29 @@ class CoDyRA(Method):
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Takes over a `state_dict()` of a CoDyRA on the same adapters, which may be freshly injected;
-        nothing changes unless all of it fits.
+        nothing changes unless all of it fits. Load the model's own state_dict as well.
 
-        Load the model's own state_dict as well. Raises `ArgumentError` during a task, `CheckpointError` or
-        `FisherError` naming what does not fit.
+        Args:
+            saved: what `state_dict` returned, also from a file.
 
-            >>> model.load_state_dict(state); method.load_state_dict(method_state)
+        Raises:
+            ArgumentError: during a task.
+            CheckpointError: naming what does not fit.
+            FisherError: naming what does not fit of the Fishers.
+
+        Examples:
+            >>> import copy
+            >>> fresh = copy.deepcopy(model)
+            >>> method = methods.CoDyRA(model, config)
+            >>> method.begin_task(0)
+            >>> method.end_task(loader)
+            >>> torch.save([model.state_dict(), method.state_dict()], "task0.pt")
+            >>> weights, state = torch.load("task0.pt", weights_only=True)
+            >>> later = methods.CoDyRA(fresh, config)
+            >>> _ = fresh.load_state_dict(weights)
+            >>> later.load_state_dict(state)
+            >>> later.tasks
+            1
         """
         tensors, config = parse(self, saved)
         survivors = self._checked(config.get("survivors"), config["tasks"])

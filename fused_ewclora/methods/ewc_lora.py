@@ -25,12 +25,39 @@ if TYPE_CHECKING:
 
 
 class EWCLoRA(Method):
-    """`EWC` behind the protocol of `Method`; `ewc` is the controller.
+    """`EWC` behind the protocol of `Method`: sequential LoRA under the penalty
+    `(lambda/2) sum F (B diag(s) A)^2` (EWC-LoRA, arXiv 2602.17559; docs/mathematics.md, sections 2 to 4).
 
-    hyperparameters are those of `EWC` (ewc_lambda, gamma, fisher_mode, ...); labels is the policy of its
-    Fisher, group that of `Method`: F is that of the data of all its processes. Errors are those of both.
+    `ewc` is the controller. `end_task` estimates the Fisher of the task's data with its loss_fn, and folds
+    the adapters into the weights.
 
-        >>> method = EWCLoRA(model, LoRAConfig(r=10, target_modules=["qkv"]), ewc_lambda=1e7)
+    Args:
+        model: as in `Method`.
+        config: as in `Method`.
+        labels: the policy of the Fisher's labels, "empirical", "sampled" or "exact", as in
+            `EWC.estimate_fisher`.
+        group: as in `Method`; F is that of the data of all its processes.
+        **hyperparameters: all arguments of `EWC` but the model (ewc_lambda, gamma, fisher_mode, ...).
+
+    Raises:
+        EWCLoRAError: the errors of `Method` and of `EWC`.
+
+    Examples:
+        >>> method = methods.EWCLoRA(model, config, ewc_lambda=100.0)
+        >>> penalties = []
+        >>> for task in range(2):
+        ...     method.begin_task(task)
+        ...     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        ...     for inputs, labels in loader:
+        ...         optimizer.zero_grad()
+        ...         (criterion(model(inputs), labels) + method.penalty()).backward()
+        ...         optimizer.step()
+        ...     penalties.append(float(method.penalty()))
+        ...     method.end_task(loader, criterion)
+        >>> penalties[0], penalties[1] > 0.0
+        (0.0, True)
+        >>> method.ewc.fishers["fc"].shape
+        torch.Size([6, 8])
     """
 
     def __init__(
@@ -47,19 +74,35 @@ class EWCLoRA(Method):
         self.labels = labels
 
     def penalty(self) -> Tensor:
-        """(lambda/2) sum F (B diag(s) A)^2, 0 during the first task unless there is a prior."""
+        """The penalty `(lambda/2) sum F (B diag(s) A)^2`.
+
+        Returns:
+            0-d and differentiable; 0 during the first task, unless there is a prior.
+        """
         return self.ewc.penalty()
 
     def estimate_prior(self, loader: Loader, loss_fn: Loss | None = None) -> None:
-        """Before the first task, estimates F of the pretrained weights on the data of `loader` (each process
-        on its share), so that the first task is penalised as well (`EWC.consolidate_prior`).
+        """Before the first task, estimates F of the pretrained weights, so that the first task is penalised
+        as well (`EWC.consolidate_prior`).
 
         With update="fixed" that F is all there is, the ablation of the paper with a precomputed Fisher, and
-        no task has a pass of its own. The head that the labels belong to is the caller's. Raises
-        `ArgumentError` once a task has begun, and the errors of `EWC.estimate_fisher` and
-        `EWC.consolidate_prior`; nothing has changed then.
+        no task has a pass of its own. The head that the labels belong to is the caller's.
 
-            >>> method.estimate_prior(proxy_loader, criterion); method.begin_task(0)
+        Args:
+            loader: of the batches that F is estimated on; each process has its share.
+            loss_fn: as in `EWC.estimate_fisher`.
+
+        Raises:
+            ArgumentError: once a task has begun.
+            EWCLoRAError: the errors of `EWC.estimate_fisher` and `EWC.consolidate_prior`; nothing has changed
+                then.
+
+        Examples:
+            >>> method = methods.EWCLoRA(model, config, ewc_lambda=100.0)
+            >>> method.estimate_prior(loader, criterion)
+            >>> method.begin_task(0)
+            >>> list(method.ewc.fishers)
+            ['fc']
         """
         if self._running or self.tasks:
             raise ArgumentError("estimate_prior: expected to be called before the first task begins")
@@ -69,22 +112,41 @@ class EWCLoRA(Method):
         end_task(self.ewc, loader, loss_fn, self.labels, self.group)
 
     def state_dict(self) -> dict[str, Any]:
-        """{"tensors": the Fishers, "config": counts of tasks and how the Fishers were made}, between tasks.
-        Weights and adapters are in the model's own state_dict.
+        """What `load_state_dict` needs to go on, between tasks. Weights and adapters are in the model's own
+        state_dict. Tensors are not copied.
 
-        >>> torch.save([model.state_dict(), method.state_dict()], "task3.pt")
+        Returns:
+            {"tensors": the Fishers, "config": counts of tasks and how the Fishers were made}.
+
+        Raises:
+            ArgumentError: during a task.
         """
         ewc = self.ewc.state_dict()
         return dump(self, ewc["tensors"], ewc=ewc["config"])
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Takes over a `state_dict()` of an EWCLoRA with the same settings and adapters, which may be freshly
-        injected; nothing changes unless all of it fits.
+        injected; nothing changes unless all of it fits. Load the model's own state_dict as well.
 
-        Load the model's own state_dict as well. Raises `ArgumentError` during a task, `CheckpointError` or
-        `FisherError` naming what does not fit.
+        Args:
+            saved: what `state_dict` returned, also from a file.
 
-            >>> model.load_state_dict(state); method.load_state_dict(method_state)
+        Raises:
+            ArgumentError: during a task.
+            CheckpointError: naming what does not fit.
+            FisherError: naming what does not fit of the Fishers.
+
+        Examples:
+            >>> method = methods.EWCLoRA(model, config, ewc_lambda=100.0)
+            >>> method.begin_task(0)
+            >>> method.end_task(loader, criterion)
+            >>> torch.save([model.state_dict(), method.state_dict()], "task0.pt")
+            >>> weights, state = torch.load("task0.pt", weights_only=True)
+            >>> _ = model.load_state_dict(weights)
+            >>> later = methods.EWCLoRA(model, ewc_lambda=100.0)
+            >>> later.load_state_dict(state)
+            >>> later.tasks
+            1
         """
         tensors, config = parse(self, saved)
         state = self.ewc.parse_state({"tensors": tensors, "config": config.get("ewc")})

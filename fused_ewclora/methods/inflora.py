@@ -26,30 +26,51 @@ if TYPE_CHECKING:
 
 
 class InfLoRA(Projected):
-    """y = x (W + B A)^T with A `[r, d_in]` frozen: the r strongest directions of the task's inputs outside of
-    the subspace that earlier tasks used; only B is trained (docs/mathematics.md, section 7).
+    """`y = x (W + B A)^T` with A `[r, d_in]` frozen, the r strongest directions of the task's inputs outside
+    of the subspace that earlier tasks used; only B is trained (InfLoRA, arXiv 2404.00228;
+    docs/mathematics.md, section 7).
 
-        method.begin_task(t)
-        method.prepare(loader)        # one pass over the task's data, before training
-        ...                           # as with every method
-        method.end_task(loader)       # a second pass: what the task used becomes part of the subspace
+    `prepare` makes one pass over the task's data, before training, and `end_task` a second one: what the task
+    used becomes part of the subspace. At the end of a task `W <- W + B A` and B starts at 0. The subspace is
+    that of DualGPM, one per layer in `subspaces`: it holds the share epsilon of the energy of every task's
+    inputs, rising linearly over tasks as in the official code,
+    `epsilon + (epsilon_last - epsilon) t / total_tasks`. Every row of the inputs counts, padding included.
 
-    At the end of a task W <- W + B A and B starts at 0. The subspace is that of DualGPM, one per layer: it
-    holds the share epsilon of the energy of every task's inputs, rising linearly over tasks as in the
-    official code, epsilon + (epsilon_last - epsilon) t / total_tasks. total_tasks None: it stays at epsilon.
+    Args:
+        model: as in `Method`.
+        config: as in `Method`.
+        epsilon: share of the energy of the first task's inputs that the subspace holds, in [0, 1].
+        epsilon_last: what the share rises towards, in [0, 1].
+        total_tasks: how many tasks there will be; None keeps the share at epsilon.
+        variant: "paper", or "official": the covariance in place of the inputs in every decomposition and
+            energy (so that energies are squared), rows of A of norm 1 / sqrt 3, one direction fewer after the
+            first task. Both start from an exactly projected basis, and rows of A for which no direction is
+            left are 0, where official ones are arbitrary.
+        forward: forward(model, batch) -> (output, targets), of the passes over data, as in
+            `EWC.estimate_fisher`.
+        max_batches: how many batches a pass uses, in each process; None uses all.
+        group: as in `Method`; the inputs are those of all its processes.
 
-    variant: "paper", or "official": the covariance in place of the inputs in every decomposition and energy
-    (so that energies are squared), rows of A of norm 1 / sqrt 3, one direction fewer after the first task.
-    Both start from an exactly projected basis, and rows of A for which no direction is left are 0, where
-    official ones are arbitrary.
-    forward, max_batches: of the passes over data, as in `EWC.estimate_fisher`. Every row of the inputs
-    counts, padding included. group: as in `Method`; the inputs are those of all its processes, max_batches
-    those of each.
+    Raises:
+        ArgumentError: for values out of range, before anything is changed.
+        TargetError: for adapters of another method, before anything is changed.
+        EWCLoRAError: the errors of `Method`.
 
-    Raises `ArgumentError` for values out of range and `TargetError` for adapters of another method, before
-    anything is changed.
-
-        >>> method = InfLoRA(model, LoRAConfig(r=10, target_modules=["qkv"]), epsilon=0.95, total_tasks=10)
+    Examples:
+        >>> method = methods.InfLoRA(model, config, epsilon=0.95)
+        >>> first, second = torch.eye(8)[:4], torch.randn(4, 8)
+        >>> for task, inputs in enumerate([first, second]):
+        ...     batches = [(inputs, y[:4])]
+        ...     before = model(first)
+        ...     method.begin_task(task)
+        ...     method.prepare(batches)
+        ...     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        ...     optimizer.zero_grad()
+        ...     criterion(model(inputs), y[:4]).backward()
+        ...     optimizer.step()
+        ...     method.end_task(batches)
+        >>> torch.allclose(model(first), before, atol=1e-5)  # the second task did not change it
+        True
     """
 
     def __init__(
@@ -81,7 +102,19 @@ class InfLoRA(Projected):
         }
 
     def threshold(self, task: int) -> float:
-        """The share of the energy of task number `task`, counted from 0, that the subspace must hold."""
+        """The share of the energy of a task's inputs that the subspace must hold.
+
+        Args:
+            task: its number, counted from 0.
+
+        Returns:
+            The share, in [0, 1].
+
+        Examples:
+            >>> method = methods.InfLoRA(model, config, epsilon=0.5, epsilon_last=1.0, total_tasks=10)
+            >>> method.threshold(0), method.threshold(5)
+            (0.5, 0.75)
+        """
         if self.total_tasks is None:
             return self.epsilon
         progress = min(task / self.total_tasks, 1.0)
@@ -89,13 +122,26 @@ class InfLoRA(Projected):
 
     @torch.no_grad()
     def prepare(self, loader: Loader, loss_fn: Loss | None = None, *, progress: bool | None = None) -> None:
-        """Chooses A for the task that has begun, from one pass over its data in eval mode; there is no loss.
+        """Chooses A for the task that has begun, from one pass over its data in eval mode.
 
-        Adapters of a packed projection share their input and so their A. Raises `ArgumentError` outside of a
-        task, for a B that is not 0 any more, an empty loader or inputs that are not finite, `TargetError` for
-        merged layers and those that never run; nothing is changed then.
+        Adapters of a packed projection share their input and so their A.
 
-            >>> method.begin_task(0); method.prepare(loader)
+        Args:
+            loader: of the batches of the task.
+            loss_fn: not used, there is no loss.
+            progress: as in `end_task`.
+
+        Raises:
+            ArgumentError: outside of a task, for a B that is not 0 any more, an empty loader or inputs that
+                are not finite; nothing is changed then.
+            TargetError: for merged layers and those that never run; nothing is changed then.
+
+        Examples:
+            >>> method = methods.InfLoRA(model, config)
+            >>> method.begin_task(0)
+            >>> method.prepare(loader)
+            >>> torch.allclose(model.fc.lora_A @ model.fc.lora_A.T, torch.eye(2), atol=1e-5)
+            True
         """
         self._check_untrained()
         with showing(progress):

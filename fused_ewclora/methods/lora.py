@@ -13,12 +13,34 @@ from .method import Loader, Loss, Method
 
 
 class LoRA(Method):
-    """The baseline without protection: W <- W + B diag(s) A after each task, A and B start anew.
+    """The baseline without protection: `W <- W + B diag(s) A` after each task, and A and B start anew.
 
-    Errors are those of `Method`. `end_task` raises `TargetError` for merged or tied weights and
-    `ArgumentError` for a sum that is not finite; nothing is changed then.
+    `end_task` looks at no data. It raises `TargetError` for merged or tied weights and `ArgumentError` for a
+    sum that is not finite; nothing is changed then.
 
-        >>> method = LoRA(model, LoRAConfig(r=10, target_modules=["qkv"]))
+    Args:
+        model: as in `Method`.
+        config: as in `Method`.
+        group: as in `Method`.
+
+    Raises:
+        EWCLoRAError: the errors of `Method`.
+
+    Examples:
+        >>> method = methods.LoRA(model, config)
+        >>> for task in range(2):
+        ...     method.begin_task(task)
+        ...     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        ...     for inputs, labels in loader:
+        ...         optimizer.zero_grad()
+        ...         criterion(model(inputs), labels).backward()
+        ...         optimizer.step()
+        ...     learned = model(x)
+        ...     method.end_task(loader)
+        >>> torch.allclose(model(x), learned, atol=1e-6)
+        True
+        >>> model.fc.lora_B.any()  # folded into the weight
+        tensor(False)
     """
 
     def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
@@ -27,14 +49,26 @@ class LoRA(Method):
             placement.reset_adapters(change, self._drawing())
 
     def state_dict(self) -> dict[str, Any]:
-        """{"tensors": {}, "config": counts of tasks}, between tasks. Weights and adapters are in the model's
-        own state_dict."""
+        """What `load_state_dict` needs to go on, between tasks. Weights and adapters are in the model's own
+        state_dict.
+
+        Returns:
+            {"tensors": {}, "config": counts of tasks}.
+
+        Raises:
+            ArgumentError: during a task.
+        """
         return dump(self, {})
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Takes over a `state_dict()` of a LoRA on the same layers; load the model's own as well.
 
-        Raises `ArgumentError` during a task and `CheckpointError` naming what does not fit.
+        Args:
+            saved: what `state_dict` returned, also from a file.
+
+        Raises:
+            ArgumentError: during a task.
+            CheckpointError: naming what does not fit.
         """
         _, config = parse(self, saved)
         take_over(self, config)

@@ -27,31 +27,43 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 class Method:
-    """A sequence of tasks on the adapters of a model:
-
-        method = LoRA(model, LoRAConfig(r=10, target_modules=["qkv"]))
-        for t, loader in enumerate(loaders):
-            method.begin_task(t)
-            method.prepare(loader, criterion)  # for methods that look at the data first; others do nothing
-            optimizer = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
-            for step, (x, y) in enumerate(loader):
-                optimizer.zero_grad()
-                (criterion(model(x), y) + method.penalty()).backward()
-                optimizer.step()
-                method.after_step(step, total_steps)
-            method.end_task(loader, criterion)
-        method.export()
+    """The protocol of all methods: a sequence of tasks on the adapters of a model.
 
     Make the optimizer after `begin_task`, because a method may replace parameters there. Heads and other
-    trained parameters are the caller's.
+    trained parameters are the caller's. `layers` are the adapted layers by name, and `tasks` is the number of
+    tasks that have ended.
 
-    model: plain, and then injected with `config`; or injected already, with config None. Raises the errors of
-    `inject`, and `ArgumentError` for tasks out of order.
+    Every process of a group calls `begin_task`, `prepare` and `end_task`: what these learn from data is a sum
+    over processes, what they draw is the same in all, and an error in one is raised in all.
 
-    group: the processes that train this model together, each with its share of the data of every task; None
-    is all of torch.distributed, where that is initialised. Every process calls `begin_task`, `prepare` and
-    `end_task`: what these learn from data is a sum over processes, what they draw is the same in all, and an
-    error in one is raised in all. Processes that train models of their own need a group each.
+    Args:
+        model: plain, and then injected with `config`; or injected already, with config None.
+        config: the `LoRAConfig` of the injection, or None.
+        group: the processes that train this model together, each with its share of the data of every task;
+            None is all of torch.distributed, where that is initialised. Processes that train models of their
+            own need a group each.
+
+    Raises:
+        ArgumentError: for a plain model without a config.
+        TargetError: for adapters of convolutions that PEFT manages.
+        EWCLoRAError: the errors of `inject`.
+
+    Examples:
+        >>> method = methods.LoRA(model, config)  # or another method
+        >>> for task in range(2):
+        ...     method.begin_task(task)
+        ...     method.prepare(loader, criterion)  # for methods that look at the data first
+        ...     optimizer = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
+        ...     for step, (inputs, labels) in enumerate(loader):
+        ...         optimizer.zero_grad()
+        ...         (criterion(model(inputs), labels) + method.penalty()).backward()
+        ...         optimizer.step()
+        ...         method.after_step(step, total_steps=len(loader))
+        ...     method.end_task(loader, criterion)
+        >>> method.tasks
+        2
+        >>> type(method.export().fc)
+        <class 'torch.nn.modules.linear.Linear'>
     """
 
     # Whether the end of a task makes other adapters of those that an optimizer holds.
@@ -88,7 +100,14 @@ class Method:
         return f"{type(self).__name__}({', '.join(settings)}{'; ' if settings else ''}{counts})"
 
     def begin_task(self, task: int) -> None:
-        """Prepare for task number `task`, counted from 0; tasks come in order, each ended before the next."""
+        """Begins a task; tasks come in order, each ended before the next.
+
+        Args:
+            task: its number, counted from 0.
+
+        Raises:
+            ArgumentError: while a task is running, and for another number than the next.
+        """
         if self._running:
             raise ArgumentError(f"begin_task: task {self.tasks} has not ended; call end_task first")
         if isinstance(task, bool) or task != self.tasks:
@@ -97,27 +116,50 @@ class Method:
         self._running = True
 
     def prepare(self, loader: Loader, loss_fn: Loss | None = None, *, progress: bool | None = None) -> None:
-        """Look at the data of the task that has begun, before it is trained on; most methods do not. loss_fn
-        serves methods that need gradients; progress as in `end_task`."""
+        """Looks at the data of the task that has begun, before it is trained on; most methods do not.
+
+        Args:
+            loader: of the batches of the task.
+            loss_fn: loss_fn(output, y), for methods that need gradients.
+            progress: as in `end_task`.
+        """
 
     def penalty(self) -> Tensor:
-        """What the method adds to the loss, 0-d and differentiable; 0 for methods without a penalty."""
+        """What the method adds to the loss.
+
+        Returns:
+            0-d and differentiable; 0 for methods without a penalty.
+        """
         layer = next(iter(self.layers.values()))
         leaf = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         return torch.zeros((), device=layer.weight.device, requires_grad=leaf)
 
     def after_step(self, step: int, total_steps: int) -> None:
-        """Call it after every step of the optimizer; step counts from 0 within a task of total_steps."""
+        """What the method does after every step of the optimizer; call it there.
+
+        Args:
+            step: the number of the step within the task, counted from 0.
+            total_steps: how many steps the task has.
+
+        Raises:
+            ArgumentError: for a step that is not below total_steps.
+        """
         if not 0 <= step < total_steps:
             raise ArgumentError(f"step: expected 0 <= step < total_steps, got {step} of {total_steps}")
         self._after_step(step, total_steps)
 
     def end_task(self, loader: Loader, loss_fn: Loss | None = None, *, progress: bool | None = None) -> None:
-        """Consolidate what the task has learned; loader and loss_fn serve methods that look at its data, with
-        a bar on stderr where progress is True, or None on a terminal after a second.
+        """Ends the task: consolidates what it has learned.
 
-        Raises `ArgumentError` before `begin_task`, and what the consolidation raises; the task can then be
-        ended again.
+        Args:
+            loader: of the batches of the task, for methods that look at its data.
+            loss_fn: loss_fn(output, y), for methods that need gradients.
+            progress: whether a bar on stderr shows the passes over data; None shows it on a terminal after a
+                second.
+
+        Raises:
+            ArgumentError: before `begin_task`.
+            EWCLoRAError: what the consolidation raises; the task can then be ended again.
         """
         if not self._running:
             raise ArgumentError("end_task: no task is running; call begin_task first")
@@ -133,13 +175,23 @@ class Method:
         self._running = False
 
     def kept_tensors(self) -> Iterator[Tensor]:
-        """What the method itself keeps from step to step, beside model and adapters: Fishers, anchors,
-        subspaces."""
+        """What the method itself keeps from step to step, beside model and adapters.
+
+        Yields:
+            The tensors: Fishers, anchors, subspaces.
+        """
         if (ewc := getattr(self, "ewc", None)) is not None:
             yield from ewc.state_dict()["tensors"].values()
 
     def export(self) -> nn.Module:
-        """The end of training: everything learned is folded into plain layers, in place."""
+        """The end of training: everything learned is folded into plain layers, in place.
+
+        Returns:
+            The model.
+
+        Raises:
+            ArgumentError: while a task is running.
+        """
         if self._running:
             raise ArgumentError(f"export: task {self.tasks} has not ended; call end_task first")
         eject(self.model, merge=True)
@@ -147,11 +199,19 @@ class Method:
 
     def state_dict(self) -> dict[str, Any]:
         """What the method itself remembers, for `load_state_dict` of a freshly built one; weights, heads and
-        optimizers are the caller's."""
+        optimizers are the caller's.
+
+        Returns:
+            Tensors and plain values in dictionaries.
+        """
         raise NotImplementedError
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Takes over a `state_dict()`, before the model's own state_dict is loaded: ranks may change."""
+        """Takes over a `state_dict()`, before the model's own state_dict is loaded: ranks may change.
+
+        Args:
+            saved: what `state_dict` returned, also from a file.
+        """
         raise NotImplementedError
 
     def _drawing(self, generator: torch.Generator | None = None) -> torch.Generator | None:

@@ -38,42 +38,66 @@ Ranks = int | Sequence[int] | Callable[[int], int]
 
 
 class SDLoRA(Method):
-    """y = x W0^T + bias + sum_k alpha_k x (B_k A_k)^T / n_k over the tasks so far, in one call of the LoRA
-    linear: the directions of earlier tasks are frozen, all alpha_k and the current A, B are trained.
+    """`y = x W0^T + bias + sum_k alpha_k x (B_k A_k)^T / n_k` over the tasks so far: the directions of
+    earlier tasks are frozen, all alpha_k and the current A and B are trained (SD-LoRA, arXiv 2501.13198;
+    docs/mathematics.md, section 5).
 
-    Between tasks nothing is folded in, W0 stays; `export` folds the whole sum in. docs/mathematics.md,
-    section 5, has the formulas.
+    The sum is computed in one call of the LoRA linear. Between tasks nothing is folded in, W0 stays; `export`
+    folds the whole sum in.
+
+    `begin_task` and `end_task` replace parameters: make the optimizer, and DistributedDataParallel, anew for
+    each task. `end_task` needs data only for `ewc_lambda`. Checkpoints are made of `state_dict()`.
 
     Args:
-        normalization: "product", n_k = ||B_k A_k||_F also of the current direction, or "factors", n_k =
-            ||B_k||_F ||A_k||_F with the current direction as it is (the official code). While B is 0, as at
-            the start of a task, "product" leaves the current direction as it is, too; the first step of the
-            optimizer gives it its length, alpha.
+        model: as in `Method`.
+        config: as in `Method`, without lora_alpha.
+        normalization: "product", `n_k = ||B_k A_k||_F` also of the current direction, or "factors",
+            `n_k = ||B_k||_F ||A_k||_F` with the current direction as it is (the official code). While B is 0,
+            as at the start of a task, "product" leaves the current direction as it is, too; the first step of
+            the optimizer gives it its length, alpha.
         magnitudes: "per_adapter", every adapter (each slice of a packed projection is one) has an alpha per
             task of its own, or "shared", all of them have one per task, as in paper and official code: one
             parameter, which gets the sum of their gradients. With "factors" it needs `reset_alphas`.
         alpha_init: magnitude of a new direction, 1 in the paper, 0.8 in the official code.
         reset_alphas: put all magnitudes back to alpha_init at the start of a task, as the official code does;
             the model jumps there. Otherwise it computes the same before and after.
-        ranks: of the direction of task t, as a function of t or as a list, whose last entry serves all later
-            tasks; (10, 10, 10, 10, 8, 8, 8, 8, 6) is the paper's SD-LoRA-RR. None keeps the adapters' own.
+        ranks: of the direction of task t, as a function of t, as a list, whose last entry serves all later
+            tasks, or as one number; (10, 10, 10, 10, 8, 8, 8, 8, 6) is the paper's SD-LoRA-RR. None keeps the
+            adapters' own.
         kd_threshold: SD-LoRA-KD; a new direction whose squared distance from the span of the earlier ones is
             at most this share of its squared length (9e-4 in the paper) is dropped after its task, and its
             coefficients are folded into their magnitudes. Decided per adapter, or with shared magnitudes for
             the network, whose adapters then count as one matrix. None keeps every direction.
             Refused with `reset_alphas`, which would overwrite the folded coefficients.
         generator: source of each new A; None is the default generator.
+        ewc_lambda: not of the paper: adds the penalty `(lambda/2) sum F (Delta - Delta_0)^2` of EWC-LoRA,
+            where Delta is what the adapters add and Delta_0 what they added when the last task ended; `ewc`
+            is the controller. None adds no penalty.
+        labels: as in `EWCLoRA`.
         group: as in `Method`.
-        ewc_lambda: not of the paper: adds the penalty (lambda/2) sum F (Delta - Delta_0)^2 of EWC-LoRA, where
-            Delta is what the adapters add and Delta_0 what they added when the last task ended. labels and
-            the other keywords are those of `EWCLoRA`, without merge_mode; `ewc` is the controller.
+        **ewc: gamma, fisher_mode, fisher_dtype, check_finite, update and fisher of `EWC`, beside an
+            ewc_lambda.
 
-    `begin_task` and `end_task` replace parameters: make the optimizer, and DistributedDataParallel, anew for
-    each task. `end_task` needs data only for `ewc_lambda`. Checkpoints are made of `state_dict()`. Raises the
-    errors of `Method`; `ArgumentError` for bad values and for adapters with scales of their own (lora_alpha);
-    `TargetError` for adapters that another method composes, that PEFT manages or that are sharded.
+    Raises:
+        ArgumentError: for bad values and for adapters with scales of their own (lora_alpha).
+        TargetError: for adapters that another method composes, that PEFT manages or that are sharded.
+        EWCLoRAError: the errors of `Method`.
 
-        >>> method = SDLoRA(model, LoRAConfig(r=10, target_modules=["qkv"]), ranks=(10, 8, 6))
+    Examples:
+        >>> method = methods.SDLoRA(model, config, ranks=(2, 1))
+        >>> pretrained = model.fc.weight.clone()
+        >>> for task in range(2):
+        ...     method.begin_task(task)
+        ...     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        ...     for inputs, labels in loader:
+        ...         optimizer.zero_grad()
+        ...         criterion(model(inputs), labels).backward()
+        ...         optimizer.step()
+        ...     method.end_task(loader)
+        >>> torch.equal(model.fc.weight, pretrained)
+        True
+        >>> method.report().rows[0]["ranks"]
+        (2, 1)
     """
 
     def __init__(
@@ -130,13 +154,33 @@ class SDLoRA(Method):
                 Directions.first(lora_a, lora_b, self.alpha_init).put(layer, piece)
 
     def penalty(self) -> Tensor:
-        """0-d; (lambda/2) sum F (Delta - Delta_0)^2 with ewc_lambda, from the second task on, else 0."""
+        """The penalty `(lambda/2) sum F (Delta - Delta_0)^2`, with an ewc_lambda.
+
+        Returns:
+            0-d and differentiable; 0 during the first task and without an ewc_lambda.
+        """
         return super().penalty() if self.ewc is None else self.ewc.penalty()
 
     def report(self) -> Report:
-        """Per adapter: the tasks whose directions it holds, their ranks and alphas, and for every task that
-        has ended the residual: the share of its direction's squared length outside of the span of the earlier
-        ones, 0 for a direction that stayed zero. With shared magnitudes it is that of the whole network."""
+        """The directions that each adapter holds.
+
+        Returns:
+            A printable table with a row per adapter: the tasks whose directions it holds, their ranks and
+            alphas, and for every task that has ended the residual: the share of its direction's squared
+            length outside of the span of the earlier ones, 0 for a direction that stayed zero. With shared
+            magnitudes it is that of the whole network.
+
+        Examples:
+            >>> method = methods.SDLoRA(model, config)
+            >>> method.begin_task(0)
+            >>> _ = nn.init.ones_(model.fc.lora_B)  # in place of training
+            >>> method.end_task(loader)
+            >>> report = method.report()
+            >>> report.rows[0]["tasks"], report.rows[0]["residuals"]
+            ((0,), (1.0,))
+            >>> report.summary
+            {'directions': 1, 'dropped': 0}
+        """
         rows = [
             {
                 "name": key,
@@ -154,11 +198,11 @@ class SDLoRA(Method):
         return Report("SD-LoRA directions", rows, notes, {"directions": kept, "dropped": dropped})
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs to go on, in a task or between tasks: tensors by name, plain
-        values, and the state of `ewc`. Weights, heads and optimizers are the caller's. Tensors are not
-        copied.
+        """All that `load_state_dict` needs to go on, in a task or between tasks. Weights, heads and
+        optimizers are the caller's. Tensors are not copied.
 
-            >>> torch.save({"method": method.state_dict(), "head": model.head.state_dict()}, "task3.pt")
+        Returns:
+            Tensors by name, plain values, and the state of `ewc`.
         """
         settings = {
             "normalization": self.normalization,
@@ -173,8 +217,27 @@ class SDLoRA(Method):
         """Takes over a `state_dict()`, also in a freshly built model; parameters are replaced, so make the
         optimizer afterwards.
 
-        Raises `CheckpointError` or `FisherError` when other base weights, adapters or settings are found than
-        were saved; nothing was loaded then.
+        Args:
+            saved: what `state_dict` returned, also from a file.
+
+        Raises:
+            CheckpointError: for other base weights, adapters or settings than were saved; nothing was loaded
+                then.
+            FisherError: for Fishers that do not fit; nothing was loaded then.
+
+        Examples:
+            >>> import copy
+            >>> fresh = copy.deepcopy(model)
+            >>> method = methods.SDLoRA(model, config)
+            >>> method.begin_task(0)
+            >>> method.end_task(loader)
+            >>> torch.save({"method": method.state_dict(), "head": model.head.state_dict()}, "task0.pt")
+            >>> saved = torch.load("task0.pt", weights_only=True)
+            >>> later = methods.SDLoRA(fresh, config)
+            >>> later.load_state_dict(saved["method"])
+            >>> _ = fresh.head.load_state_dict(saved["head"])
+            >>> later.tasks
+            1
         """
         check_ready(self.layers, "load_state_dict")
         parsed = parse(saved, self._adapters(), self.normalization, self.magnitudes)
