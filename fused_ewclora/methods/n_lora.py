@@ -27,7 +27,8 @@ VARIANTS: tuple[Variant, ...] = ("paper", "official")
 
 class NLoRA(Stacked):
     """N-LoRA: every task adds `B_t A_t` to the sum, whose earlier terms are frozen, under an l1 norm that
-    makes its elements small, so that few are large in two tasks (docs/mathematics.md, section 13).
+    makes its elements small, so that few are large in two tasks (arXiv 2410.10179;
+    docs/mathematics.md, section 13).
 
     The loss, summed over adapters:
 
