@@ -38,40 +38,53 @@ SCALES = (0.5, 1.5)  # of the uniform distribution that block weights are drawn 
 
 
 class CLLoRA(Method):
-    """Layers that are shared have y = x (W + B A)^T, A frozen with random orthonormal rows and B trained in
-    every task; the others have y = x (W + w_t B_t A_t)^T with A_t, B_t and the block weight w_t of each task.
-    Nothing is folded into W (docs/mathematics.md, section 7).
+    """CL-LoRA: adapters that all tasks share, and adapters of each task with block weights (arXiv 2505.24816;
+    docs/mathematics.md, section 7).
 
-        method.begin_task(t)
-        for step, (x, y) in enumerate(loader):
-            optimizer.zero_grad()
-            if t > 0:
-                method.distillation(x, early_exit).backward()
-                method.reassign_()
-                # optimizer.step(); optimizer.zero_grad()   as the official code does, two steps per batch
-            (criterion(model(x), y) + method.penalty()).backward()
-            optimizer.step()
-            method.after_step(step, total_steps)
-        method.end_task(loader)
-        with method.task(k):          # the model of task k, one forward pass for each
-            features = model(x)
+    Layers that are shared have `y = x (W + B A)^T`, A frozen with random orthonormal rows and B trained in
+    every task. The others have `y = x (W + w_t B_t A_t)^T` with A_t, B_t and the block weight w_t of each
+    task. Nothing is folded into W. From the second task on, each batch has a backward pass of `distillation`,
+    then `reassign_`, before the backward pass of the task's loss; the official code also takes a step of
+    the optimizer in between, two steps per batch. `task` runs the model of one task.
 
     The caller's are: which layers are shared (the first blocks), the early exit, the heads, and what is made
     of the features of all tasks. The authors give each task a cosine head on the features of `task(k)`, whose
     rows are at last the class means of these, and take the class with the highest cosine of all tasks.
-    Outside of a task and of `task(k)` the model runs as of the last task that has ended.
+    Outside of a task and of `task(k)` the model runs as of the last task that has ended. Make the optimizer,
+    and DistributedDataParallel, anew for each task, because what a layer has grows.
 
-    shared: names of the shared layers as `target_modules` of LoRAConfig: names, suffixes or a regular
-    expression. kd_weight, temperature: of `distillation`. orthogonality: of `penalty`. variant: "paper", or
-    "official", whose distillation also has the gradient of the head through the teacher's logits.
-    generator: draws A and block weights. group: as in `Method`.
+    Args:
+        model: a plain model, which is injected with `config`, or one with injected adapters.
+        config: of the adapters to inject; None for a model that has them.
+        shared: names of the shared layers as `target_modules` of LoRAConfig: names, suffixes or a regular
+            expression, such as `r"blocks\\.[0-5]\\..*"`.
+        kd_weight: weight of `distillation`, at least 0.
+        temperature: of the logits of `distillation`, above 0.
+        orthogonality: weight of `penalty`, at least 0.
+        variant: "paper", or "official", whose distillation also has the gradient of the head through the
+            teacher's logits.
+        generator: draws A and block weights; None is the default generator.
+        group: the processes that train this model together, as in `Method`.
 
-    Make the optimizer, and DistributedDataParallel, anew for each task, because what a layer has grows.
-    Raises `ArgumentError` for bad values, ranks above the width and adapters that are trained already,
-    `TargetError` for those that have scales, another method or another library, or are sharded.
+    Raises:
+        ArgumentError: for bad values, ranks above the width and adapters that are trained already.
+        TargetError: for adapters that have scales, another method or another library, or are sharded.
 
-        >>> method = CLLoRA(model, LoRAConfig(r=8, target_modules=["qkv"], slices=("q", "v")),
-        ...     shared=r"blocks\\.[0-5]\\..*")
+    Examples:
+        >>> config = fe.LoRAConfig(r=2, target_modules=["fc", "head"])
+        >>> method = methods.CLLoRA(model, config, shared="fc")
+        >>> for task in range(2):
+        ...     method.begin_task(task)
+        ...     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        ...     optimizer.zero_grad()
+        ...     if task > 0:
+        ...         method.distillation(x, model.fc).backward()  # the early exit runs the shared layers
+        ...         method.reassign_()
+        ...     (criterion(model(x), y) + method.penalty()).backward()
+        ...     optimizer.step()
+        ...     method.end_task(loader)
+        >>> with method.task(0):
+        ...     logits = model(x)
     """
 
     def __init__(
@@ -141,9 +154,25 @@ class CLLoRA(Method):
 
     @contextmanager
     def task(self, task: int) -> Iterator[None]:
-        """Inside, the model runs with the adapters of a task that has ended, or of the one that runs.
+        """A context in which the model runs with the adapters of a task that has ended, or of the one that
+        runs.
 
-        >>> with method.task(0): features = model(x)
+        Args:
+            task: its number, from 0.
+
+        Yields:
+            None.
+
+        Raises:
+            ArgumentError: for a number of no such task.
+            TargetError: for adapters that are merged into the base weights.
+
+        Examples:
+            >>> config = fe.LoRAConfig(r=2, target_modules=["fc", "head"])
+            >>> method = methods.CLLoRA(model, config, shared="fc")
+            >>> method.begin_task(0)
+            >>> with method.task(0):
+            ...     logits = model(x)
         """
         ended = self.tasks + int(self._running)
         if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < ended:
@@ -154,13 +183,27 @@ class CLLoRA(Method):
 
     def distillation(self, x: Any, early_exit: Callable[[Any], Tensor]) -> Tensor:
         """kd_weight times the cross entropy of softened logits, of `early_exit(x)` `[N, C]` with the shared
-        adapters as they are against those of the end of the last task; 0 during the first task.
+        adapters as they are against those of the end of the last task.
 
-        early_exit runs the shared layers alone and gives their features to the head that is trained; it is
-        the caller's, as are the gradients of that head where several processes train. Call `backward` on the
-        result, then `reassign_`. Raises `ArgumentError` outside of a task.
+        Call `backward` on the result, then `reassign_`.
 
-            >>> method.distillation(x, lambda x: head(norm(model.blocks[:6](embed(x)))[:, 0])).backward()
+        Args:
+            x: what early_exit takes, a batch.
+            early_exit: runs the shared layers alone and gives their features to the head that is trained; it
+                is the caller's, as are the gradients of that head where several processes train.
+
+        Returns:
+            A 0-d tensor, differentiable; 0 during the first task.
+
+        Raises:
+            ArgumentError: outside of a task.
+
+        Examples:
+            >>> config = fe.LoRAConfig(r=2, target_modules=["fc", "head"])
+            >>> method = methods.CLLoRA(model, config, shared="fc")
+            >>> method.begin_task(0)
+            >>> float(method.distillation(x, model.fc))
+            0.0
         """
         if not self._running:
             raise ArgumentError("distillation: no task is running; call begin_task first")
@@ -176,12 +219,13 @@ class CLLoRA(Method):
     @torch.no_grad()
     def reassign_(self) -> None:
         """Multiplies row i of the gradient of every shared B by ||row i of B of the last task|| over the mean
-        of these; to be called once after the backward pass of `distillation`, before other gradients are
-        added. Over several processes it takes the mean of these gradients first.
+        of these.
 
-        Raises `ArgumentError` without a distillation and where its gradient did not reach a shared adapter.
+        It is to be called once after the backward pass of `distillation`, before other gradients are added.
+        Over several processes it takes the mean of these gradients first.
 
-            >>> method.distillation(x, early_exit).backward(); method.reassign_()
+        Raises:
+            ArgumentError: without a distillation and where its gradient did not reach a shared adapter.
         """
         if not self._distilled:
             raise ArgumentError("reassign_: expected gradients of a distillation; call it and backward first")
@@ -213,16 +257,22 @@ class CLLoRA(Method):
         return found
 
     def block_weights(self) -> dict[str, Tensor]:
-        """w of every adapter of the task that runs, or ran last, 0-d, by module name, with ".k" etc. for
-        slices."""
+        """The block weight w of every adapter of the task that runs, or ran last.
+
+        Returns:
+            0-d tensors by module name, with ".k" etc. for slices.
+        """
         table = {
             ref.key: own_tensors(ref.layer)[ref.piece.scale_name] for ref in adapter_refs(self._specific)
         }
         return {key: scale for key, scale in table.items() if scale is not None}
 
     def penalty(self) -> Tensor:
-        """orthogonality times the mean over earlier tasks of |cos(w_t, w_k)|, w all block weights of a task;
-        0 during the first task, 0-d."""
+        """orthogonality times the mean over earlier tasks of |cos(w_t, w_k)|, w all block weights of a task.
+
+        Returns:
+            A 0-d tensor, differentiable; 0 during the first task.
+        """
         if not self._running or self.tasks == 0 or not self._specific:
             return super().penalty()
         now = torch.stack([weight.to(torch.float64) for weight in self.block_weights().values()])
@@ -234,9 +284,10 @@ class CLLoRA(Method):
         )
 
     def report(self) -> Report:
-        """Per adapter: whether it is shared, and its block weights by task; printable.
+        """Says per adapter whether it is shared, and lists its block weights by task.
 
-        >>> print(method.report())
+        Returns:
+            A printable `Report`.
         """
         rows: list[dict[str, Any]] = [
             {"adapter": ref.key, "r": ref.piece.r, "shared": True, "weights": ()}
@@ -249,11 +300,22 @@ class CLLoRA(Method):
         return Report("CL-LoRA adapters", rows, summary=totals)
 
     def export(self, task: int | None = None) -> nn.Module:
-        """The model of one task as plain layers, in place.
+        """The model of one task as plain layers, in place. Several tasks have a model each: give the task,
+        and export others from copies of the method.
 
-        Several tasks have a model each: give the task, and export others from copies of the method. Raises
-        `ArgumentError` without it where there are several, and during a task.
+        Args:
+            task: its number, from 0; None where there is one.
 
+        Returns:
+            The model.
+
+        Raises:
+            ArgumentError: without a task where there are several, and during a task.
+
+        Examples:
+            >>> import copy
+            >>> config = fe.LoRAConfig(r=2, target_modules=["fc", "head"])
+            >>> method = methods.CLLoRA(model, config, shared="fc")
             >>> models = [copy.deepcopy(method).export(k) for k in range(method.tasks)]
         """
         if self._running:
@@ -313,10 +375,15 @@ class CLLoRA(Method):
         self._distilled = False
 
     def state_dict(self) -> dict[str, Any]:
-        """{"tensors": all adapters, "config": counts of tasks}, between tasks. Weights and heads are the
-        caller's.
+        """The state of the method between tasks. Weights and heads are the caller's.
 
-        >>> torch.save([method.state_dict(), model.state_dict()], "task3.pt")
+        Returns:
+            {"tensors": all adapters, "config": counts of tasks}.
+
+        Examples:
+            >>> config = fe.LoRAConfig(r=2, target_modules=["fc", "head"])
+            >>> method = methods.CLLoRA(model, config, shared="fc")
+            >>> torch.save([method.state_dict(), model.state_dict()], "task0.pt")
         """
         tensors = dump_tensors(self._shared, self._specific)
         return dump(self, tensors, variant=self.variant, shared=list(self._shared))
@@ -325,10 +392,18 @@ class CLLoRA(Method):
         """Takes over a `state_dict()` of a CLLoRA with the same shared layers, which may be freshly injected;
         parameters are replaced, so load the model's own state_dict, and make the optimizer, afterwards.
 
-        Raises `ArgumentError` during a task and `CheckpointError` naming what does not fit; nothing was
-        loaded then.
+        Args:
+            saved: what `state_dict` returned, also from a file.
 
-            >>> method.load_state_dict(method_state); model.load_state_dict(state)
+        Raises:
+            ArgumentError: during a task.
+            CheckpointError: naming what does not fit; nothing was loaded then.
+
+        Examples:
+            >>> config = fe.LoRAConfig(r=2, target_modules=["fc", "head"])
+            >>> method = methods.CLLoRA(model, config, shared="fc")
+            >>> saved = method.state_dict()
+            >>> method.load_state_dict(saved)
         """
         tensors, config = parse(self, saved)
         expected = {"variant": self.variant, "shared": list(self._shared)}

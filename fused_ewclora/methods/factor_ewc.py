@@ -44,25 +44,47 @@ class FactorState:
 
 
 class FactorEWC(Method):
-    """One adapter that all tasks train on, under the penalty
+    """EWC on the factors of one adapter that all tasks train on, the ablation that EWC-LoRA is compared with
+    (arXiv 2602.17559; docs/mathematics.md, section 14).
+
+    The penalty is
 
         P = (lambda/2) [sum F_A (A - A*)^2 + sum F_B (B - B*)^2],
 
     where A* and B* are the values after the last task and F_A, F_B the diagonal Fishers of lora_A and lora_B
-    themselves, each regardless of the other: F <- gamma F + F_task.
+    themselves, each regardless of the other: `F <- gamma F + F_task`. That of `EWCLoRA` is of the product B
+    A.
 
-    It is the ablation that EWC-LoRA is compared with, whose F is that of the product B A
-    (docs/mathematics.md, section 14). The paper does not say how its separate F_A and F_B go with merging;
-    this is the reading in which they have a meaning. Between tasks nothing is folded into the base weights
-    and A and B are not drawn anew, because A* and B* would belong to other parameters; `export` folds them
-    in. ewc_lambda has the unit of that of `EWCLoRA`, but the two penalties leave out different cross terms.
+    The paper does not say how its separate F_A and F_B go with merging; this is the reading in which they
+    have a meaning. Between tasks nothing is folded into the base weights and A and B are not drawn anew,
+    because A* and B* would belong to other parameters; `export` folds them in.
 
-    fisher_mode, gamma: as in `EWC`; labels, group: as in `EWCLoRA`. Raises `ArgumentError` for values out of
-    range and `TargetError` for sharded parameters, adapters of another method and a lora_scale that is
-    trained, which the penalty does not hold, before anything is changed; `end_task` also raises the errors of
-    `EWC.estimate_fisher`, and nothing has changed then.
+    Args:
+        model: a plain model, which is injected with `config`, or one with injected adapters.
+        config: of the adapters to inject; None for a model that has them.
+        ewc_lambda: strength of the penalty, in the unit of that of `EWCLoRA`, but the two penalties leave out
+            different cross terms.
+        gamma: decay of the Fishers of earlier tasks, as in `EWC`.
+        fisher_mode: "sample" or "batch", as in `EWC`.
+        labels: of the Fishers, as in `EWCLoRA`.
+        group: the processes that train this model together, as in `EWCLoRA`.
 
-        >>> method = FactorEWC(model, LoRAConfig(r=10, target_modules=["qkv"]), ewc_lambda=100.0)
+    Raises:
+        ArgumentError: for values out of range.
+        TargetError: for sharded parameters, adapters of another method and a lora_scale that is trained,
+            which the penalty does not hold, before anything is changed.
+        FisherError: from `end_task`, which raises the errors of `EWC.estimate_fisher`; nothing has changed
+            then.
+
+    Examples:
+        >>> method = methods.FactorEWC(model, config, ewc_lambda=100.0)
+        >>> method.begin_task(0)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> (criterion(model(x), y) + method.penalty()).backward()
+        >>> optimizer.step()
+        >>> method.end_task(loader, criterion)
+        >>> list(method.fishers)
+        ['fc:A', 'fc:B']
     """
 
     starts_anew: ClassVar[bool] = False
@@ -108,7 +130,11 @@ class FactorEWC(Method):
         _check_layers(self.layers)
 
     def penalty(self) -> Tensor:
-        """P, 0-d and differentiable, in fp32 (fp64 for fp64); 0 during the first task."""
+        """The penalty P, in fp32 (fp64 for fp64).
+
+        Returns:
+            A 0-d tensor, differentiable; 0 during the first task.
+        """
         if not self._state.fishers:
             return super().penalty()
         self._follow()
@@ -192,10 +218,14 @@ class FactorEWC(Method):
         yield from (*self.fishers.values(), *self.anchors.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """{"tensors": Fishers and anchors, "config": how they were made}, between tasks. Weights and adapters
-        are in the model's own state_dict.
+        """The state of the method between tasks. Weights and adapters are in the model's own state_dict.
 
-        >>> torch.save([model.state_dict(), method.state_dict()], "task3.pt")
+        Returns:
+            {"tensors": Fishers and anchors, "config": how they were made}.
+
+        Examples:
+            >>> method = methods.FactorEWC(model, config, ewc_lambda=100.0)
+            >>> torch.save([model.state_dict(), method.state_dict()], "task0.pt")
         """
         state = self._state
         tensors = {
@@ -208,12 +238,20 @@ class FactorEWC(Method):
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Takes over a `state_dict()` of a FactorEWC with the same fisher_mode and adapters, which may be
-        freshly injected; nothing changes unless all of it fits.
+        freshly injected; nothing changes unless all of it fits. Load the model's own state_dict as well.
 
-        Load the model's own state_dict as well. Raises `ArgumentError` during a task and `CheckpointError`
-        naming what does not fit.
+        Args:
+            saved: what `state_dict` returned, also from a file.
 
-            >>> model.load_state_dict(state); method.load_state_dict(method_state)
+        Raises:
+            ArgumentError: during a task.
+            CheckpointError: naming what does not fit.
+
+        Examples:
+            >>> method = methods.FactorEWC(model, config, ewc_lambda=100.0)
+            >>> saved = method.state_dict()
+            >>> later = methods.FactorEWC(model, ewc_lambda=100.0)
+            >>> later.load_state_dict(saved)
         """
         tensors, config = parse(self, saved)
         if config.get("fisher_mode") != self.fisher_mode:

@@ -38,33 +38,49 @@ if TYPE_CHECKING:
 
 
 class KeepLoRA(Projected):
-    """y = x (W + B A)^T with A `[r, d_in]` frozen: the r leading right singular directions of the mean
-    gradient of W over the task's data, outside of a subspace that holds the principal directions of the
-    pretrained weight and the features of earlier tasks; only B is trained (docs/mathematics.md, section 7).
+    """KeepLoRA, `y = x (W + B A)^T` with a frozen A `[r, d_in]` of gradient directions outside of what is
+    protected (arXiv 2601.19659; docs/mathematics.md, section 7).
 
-        method.begin_task(t)
-        method.prepare(loader, criterion)  # one pass with gradients over the task's data, before training
-        ...                                # as with every method
-        method.end_task(loader)            # a pass over the features of the task, which join the subspace
+    A holds the r leading right singular directions of the mean gradient of W over the task's data, outside of
+    a subspace that holds the principal directions of the pretrained weight and the features of earlier tasks.
+    Only B is trained. `prepare` makes one pass with gradients over the task's data before training, and
+    `end_task` one pass over the features of the task, which join the subspace. At the end of a task `W <- W +
+    B A`, and B starts at 0. Every adapter, each slice of a packed projection, has a subspace of its own, in
+    `subspaces`.
 
-    At the end of a task W <- W + B A and B starts at 0. Every adapter, each slice of a packed projection, has
-    a subspace of its own.
+    Args:
+        model: a plain model, which is injected with `config`, or one with injected adapters.
+        config: of the adapters to inject; None for a model that has them.
+        epsilon_w: share, in [0, 1], of the squared singular values of the pretrained weight that its
+            principal directions hold, which are chosen before the first task; 0 protects none of them.
+        epsilon_f: share, in [0, 1], of the energy of every task's features that the subspace holds when the
+            task has ended.
+        variant: "paper", or "official", the authors' code for CLIP: left singular vectors of the weight,
+            which therefore has to be square, and one of them fewer; the features of a task are the sum of its
+            batches, row by row, which need one size; B starts at `G A^T`, G the mean gradient, and W at `W -
+            B A`, so that the model starts as it was, but weight decay pulls it elsewhere. Its singular
+            directions are approximate, these are not. Both take gradients in eval mode, of means over
+            samples.
+        forward: calls the model on a batch in passes over data, as in `EWC.estimate_fisher`. Every row of the
+            inputs is a feature, padding included.
+        max_batches: of a pass over data, as in `EWC.estimate_fisher`.
+        group: the processes that train this model together, as in `Method`. Gradients and features are those
+            of all of them.
 
-    epsilon_w: the share of the squared singular values of the pretrained weight that its principal directions
-    hold, chosen before the first task; 0 protects none of them. epsilon_f: the share of the energy of every
-    task's features that the subspace holds when the task has ended.
-    variant: "paper", or "official", the authors' code for CLIP: left singular vectors of the weight, which
-    therefore has to be square, and one of them fewer; the features of a task are the sum of its batches, row
-    by row, which need one size; B starts at G A^T, G the mean gradient, and W at W - B A, so that the model
-    starts as it was, but weight decay pulls it elsewhere. Its singular directions are approximate, these are
-    not. Both take gradients in eval mode, of means over samples.
-    forward, max_batches: of the passes over data, as in `EWC.estimate_fisher`. Every row of the inputs is a
-    feature, padding included. group: as in `Method`; gradients and features are those of all its processes.
+    Raises:
+        ArgumentError: for values out of range.
+        TargetError: for adapters of another method and weights of another shape. Nothing is changed then.
 
-    Raises `ArgumentError` for values out of range and `TargetError` for adapters of another method and
-    weights of another shape, before anything is changed.
-
-        >>> method = KeepLoRA(model, LoRAConfig(r=16, target_modules=["qkv"]), epsilon_w=0.85, epsilon_f=0.99)
+    Examples:
+        >>> method = methods.KeepLoRA(model, config, epsilon_w=0.5, epsilon_f=0.9)
+        >>> method.begin_task(0)
+        >>> method.prepare(loader, criterion)  # before training
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> criterion(model(x), y).backward()
+        >>> optimizer.step()
+        >>> method.end_task(loader)
+        >>> list(method.subspaces)
+        ['fc']
     """
 
     def __init__(
@@ -109,12 +125,20 @@ class KeepLoRA(Projected):
         """Chooses A for the task that has begun, from the gradients of one pass over its data in eval mode;
         the first task also chooses the principal directions of the weights.
 
-        loader and loss_fn are those of `EWC.estimate_fisher`; None for loss_fn is -log p(y). Raises
-        `ArgumentError` outside of a task and for a B that is not 0 any more, `TargetError` for merged or
-        sharded layers and those that never run, and `FisherError` as `EWC.estimate_fisher` does; nothing is
-        changed then.
+        Args:
+            loader: batches of the task, as in `EWC.estimate_fisher`.
+            loss_fn: as in `EWC.estimate_fisher`; None is -log p(y).
+            progress: as in `end_task`.
 
-            >>> method.begin_task(0); method.prepare(loader, torch.nn.functional.cross_entropy)
+        Raises:
+            ArgumentError: outside of a task, for a B that is not 0 any more and without any sample.
+            TargetError: for merged or sharded layers and those that never run.
+            FisherError: as `EWC.estimate_fisher` does. Nothing is changed after any of these errors.
+
+        Examples:
+            >>> method = methods.KeepLoRA(model, config)
+            >>> method.begin_task(0)
+            >>> method.prepare(loader, criterion)
         """
         self._check_untrained()
         if names := sharded(self.layers):
@@ -193,9 +217,15 @@ class KeepLoRA(Projected):
         warn_of_rounding("prepare", self.layers)
 
     def report(self) -> Report:
-        """Per adapter: how many directions its inputs have, and how many of them are protected; printable.
+        """Says per adapter how many directions its inputs have, and how many of them are protected.
 
-        >>> print(method.report())
+        Returns:
+            A printable `Report`, without rows before the first `prepare`.
+
+        Examples:
+            >>> method = methods.KeepLoRA(model, config)
+            >>> method.report().summary
+            {'directions': 0, 'protected': 0}
         """
         ranks = {key: (used.basis.shape[0], used.rank) for key, used in self.subspaces.items()}
         rows = [{"adapter": key, "directions": d, "protected": k} for key, (d, k) in ranks.items()]

@@ -26,23 +26,45 @@ VARIANTS: tuple[Variant, ...] = ("paper", "official")
 
 
 class NLoRA(Stacked):
-    """Every task adds B_t A_t to the sum, whose earlier terms are frozen, under an l1 norm that makes its
-    elements small, so that few are large in two tasks (docs/mathematics.md, section 13):
+    """N-LoRA: every task adds `B_t A_t` to the sum, whose earlier terms are frozen, under an l1 norm that
+    makes its elements small, so that few are large in two tasks (arXiv 2410.10179;
+    docs/mathematics.md, section 13).
+
+    The loss, summed over adapters:
 
         loss + lambda_1 sum |s B_t A_t|         variant "paper", without forming B A
         loss + lambda_1 sum |A_t B_t|           variant "official", the code of the authors
 
-    summed over adapters. The official product is `[r, r]`, of the factors in the other order, and exists for
-    square weights alone; its lambda_1 (0.4 for T5, 0.46 for LLaMA) says nothing about the other variant.
-    generator: source of each new A; None is the default generator. group: as in `Method`.
-
     `end_task` replaces parameters and needs no data: make the optimizer, and DistributedDataParallel, anew
-    for each task. Raises the errors of `Method`; `ArgumentError` for bad values, `TargetError` for adapters
-    that another method composes, that have learned scales, that PEFT manages or that are sharded, and for
-    weights that are not square under "official", before anything is changed; from `end_task` also
-    `ArgumentError` for factors that are not finite.
+    for each task.
 
-        >>> method = NLoRA(model, LoRAConfig(r=8, target_modules=["q", "v"]), lambda_1=1e-5)
+    Args:
+        model: a plain model, which is injected with `config`, or one with injected adapters.
+        config: of the adapters to inject; None for a model that has them.
+        lambda_1: strength of the norm.
+        variant: "paper", or "official", whose product is `[r, r]`, of the factors in the other order, and
+            exists for square weights alone; its lambda_1 (0.4 for T5, 0.46 for LLaMA) says nothing about the
+            other variant.
+        generator: source of each new A; None is the default generator.
+        group: the processes that train this model together, as in `Method`.
+
+    Raises:
+        ArgumentError: for bad values, and from `end_task` for factors that are not finite; and as `Method`
+            does.
+        TargetError: for adapters that another method composes, that have learned scales, that PEFT manages or
+            that are sharded, and for weights that are not square under "official", before anything is
+            changed.
+
+    Examples:
+        >>> method = methods.NLoRA(model, config, lambda_1=1e-3)
+        >>> for task in range(2):
+        ...     method.begin_task(task)
+        ...     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        ...     (criterion(model(x), y) + method.penalty()).backward()
+        ...     optimizer.step()
+        ...     method.end_task(loader)
+        >>> method.tasks
+        2
     """
 
     def __init__(
@@ -70,7 +92,11 @@ class NLoRA(Stacked):
                     )
 
     def penalty(self) -> Tensor:
-        """0-d; lambda_1 times the norm above, in fp32 (fp64 for fp64) whatever autocast says."""
+        """lambda_1 times the norm above, in fp32 (fp64 for fp64) whatever autocast says.
+
+        Returns:
+            A 0-d tensor.
+        """
         zero = super().penalty()
         if self.lambda_1 == 0.0:
             return zero
@@ -93,12 +119,21 @@ class NLoRA(Stacked):
             yield self.lambda_1 * (now.lora_A.to(wide) @ now.lora_B.to(wide)).abs().sum()
 
     def report(self, threshold: float = 1e-3) -> Report:
-        """Per adapter, for every task that has ended: the share of the elements of B_t A_t that are not 0
-        (densities), and of A_t inside of the span of earlier A (overlaps, as of `OLoRA`); the mean over pairs
-        of tasks of the share of elements that are not 0 in both (collisions).
+        """Says per adapter how sparse every task's product is, and how much of it tasks share.
 
-        threshold: elements of at most this share of the largest of B_t A_t count as 0. With 0 the shares are
-        those of the paper, which training without a proximal step leaves near 1.
+        The shares are, for every task that has ended, that of the elements of B_t A_t that are not 0
+        (densities) and that of A_t inside of the span of earlier A (overlaps, as of `OLoRA`), and the mean
+        over pairs of tasks of the share of elements that are not 0 in both (collisions).
+
+        Args:
+            threshold: elements of at most this share, in [0, 1], of the largest of B_t A_t count as 0. With 0
+                the shares are those of the paper, which training without a proximal step leaves near 1.
+
+        Returns:
+            A printable `Report`, with the mean collisions in its summary.
+
+        Raises:
+            ArgumentError: for a threshold out of range.
         """
         threshold = number("threshold", threshold, 0.0, 1.0)
         rows: list[dict[str, Any]] = []

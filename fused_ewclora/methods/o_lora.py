@@ -22,22 +22,44 @@ VARIANTS: tuple[Variant, ...] = ("paper", "official")
 
 
 class OLoRA(Stacked):
-    """Every task adds B_t A_t to the sum, whose earlier terms are frozen, and A_t is kept orthogonal to the
-    rows of all earlier A (docs/mathematics.md, section 12). Not the initialisation of the name "olora".
+    """O-LoRA: every task adds `B_t A_t` to the sum, whose earlier terms are frozen, with A_t kept orthogonal
+    to the rows of all earlier A (arXiv 2310.14152; docs/mathematics.md, section 12).
+
+    It is not the initialisation of the name "olora". The loss, summed over adapters, in which the A_i have no
+    part of the scale s:
 
         loss + lambda_1 sum_{i<t} sum (A_i A_t^T)^2         variant "paper"
         loss + lambda_1 sum_{i<t} sum |A_i A_t^T|           variant "official", the code of the authors
         ... + lambda_2 (||A_t||_F + ||B_t||_F)              of that code, where lambda_2 is 0
 
-    summed over adapters; A_i have no part of s. lambda_1: 0.5 in the scripts of the authors.
-    generator: source of each new A; None is the default generator. group: as in `Method`.
-
     `end_task` replaces parameters and needs no data: make the optimizer, and DistributedDataParallel, anew
-    for each task. Raises the errors of `Method`; `ArgumentError` for bad values, `TargetError` for adapters
-    that another method composes, that have learned scales, that PEFT manages or that are sharded, before
-    anything is changed; from `end_task` also `ArgumentError` for factors that are not finite.
+    for each task.
 
-        >>> method = OLoRA(model, LoRAConfig(r=8, lora_alpha=32, target_modules=["q", "v"]), lambda_1=0.5)
+    Args:
+        model: a plain model, which is injected with `config`, or one with injected adapters.
+        config: of the adapters to inject; None for a model that has them.
+        lambda_1: strength of the orthogonality; 0.5 in the scripts of the authors.
+        lambda_2: strength of the norms.
+        variant: "paper" or "official", as above.
+        generator: source of each new A; None is the default generator.
+        group: the processes that train this model together, as in `Method`.
+
+    Raises:
+        ArgumentError: for bad values, and from `end_task` for factors that are not finite; and as `Method`
+            does.
+        TargetError: for adapters that another method composes, that have learned scales, that PEFT manages or
+            that are sharded, before anything is changed.
+
+    Examples:
+        >>> method = methods.OLoRA(model, config, lambda_1=0.5)
+        >>> for task in range(2):
+        ...     method.begin_task(task)
+        ...     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        ...     (criterion(model(x), y) + method.penalty()).backward()
+        ...     optimizer.step()
+        ...     method.end_task(loader)
+        >>> method.tasks
+        2
     """
 
     def __init__(
@@ -57,7 +79,11 @@ class OLoRA(Stacked):
         super().__init__(model, config, generator=generator, group=group)
 
     def penalty(self) -> Tensor:
-        """0-d; the terms above, in fp32 (fp64 for fp64) whatever autocast says."""
+        """The terms above for all adapters, in fp32 (fp64 for fp64) whatever autocast says.
+
+        Returns:
+            A 0-d tensor.
+        """
         zero = super().penalty()
         with torch.autocast(zero.device.type, enabled=False):
             terms = [term.to(zero.device) for term in self._terms()]
@@ -77,8 +103,13 @@ class OLoRA(Stacked):
         return terms
 
     def report(self) -> Report:
-        """Per adapter, for every task that has ended: the share of the squared length of A_t inside of the
-        span of earlier A, 0 if it is orthogonal to them, 1 if it has nothing of its own."""
+        """Says per adapter, for every task that has ended, how far A_t overlaps earlier tasks: the share of
+        its squared length inside of the span of earlier A, 0 if it is orthogonal to them, 1 if it has nothing
+        of its own.
+
+        Returns:
+            A printable `Report`, with the mean over later tasks in its summary.
+        """
         rows: list[dict[str, Any]] = [
             {"name": key, "rank": now.lora_past_A.shape[0], "overlaps": overlaps(now.tasks())}
             for key, _, _, now in self._all()

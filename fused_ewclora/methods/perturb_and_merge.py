@@ -32,29 +32,50 @@ if TYPE_CHECKING:
 
 
 class PerturbAndMerge(Method):
-    """A task trains D = B diag(s) A beside W; at its end W <- W + a D with
+    """P&M: a task trains `D = B diag(s) A` beside W under perturbations along D, and at its end `W <- W + a
+    D` with the coefficient a that costs all tasks the least (arXiv 2505.22389; docs/mathematics.md, section
+    4.2).
+
+    The coefficient is
 
         a = - sum_{i<=t} <F_i (W - W_i), D> / sum_{i<=t} <F_i D, D>,   within [0, 1]
 
-    where F_i is the Fisher of task i at W_i, the W + D with which its training ended (docs/mathematics.md,
-    section 4.2). a minimises what the losses of all tasks so far have risen by since their own W_i, to second
-    order with diagonal Hessians. It is 1 in the first task, and where no F_i sees D.
+    where F_i is the Fisher of task i at W_i, the W + D with which its training ended. It minimises what the
+    losses of all tasks so far have risen by since their own W_i, to second order with diagonal Hessians. It
+    is 1 in the first task, and where no F_i sees D.
 
-    In training the layers compute with W + (1 + e) D, e drawn anew for every step from 0, epsilon, -epsilon:
-    the mean of that loss is the loss plus a multiple of <H D, D>. In eval mode there is no perturbation.
-    `after_step` draws the next one; a CUDA graph keeps that of its capture. epsilon 0: merging alone.
-
-    epsilon: size of the perturbations. probabilities: of 0, epsilon and -epsilon.
-    per_module: a coefficient for every adapter, its sums over that adapter, instead of one for all.
-    labels: of the Fishers, as in `EWC.estimate_fisher`. fisher_dtype: of their sum, as in `EWC`. generator:
-    source of the perturbations and of each new A. group: as in `Method`; all its processes perturb alike.
+    In training the layers compute with `W + (1 + e) D`, e drawn anew for every step from 0, epsilon and
+    -epsilon: the mean of that loss is the loss plus a multiple of <H D, D>. In eval mode there is no
+    perturbation. `after_step` draws the next one; a CUDA graph keeps that of its capture.
 
     Besides the sum of all F_i one more matrix of that size is kept, however many tasks there are. Heads are
-    the caller's and are not merged. `ewc` is the controller of the Fishers; there is no penalty. Raises the
-    errors of `Method` and `EWC`, `ArgumentError` for bad values and `TargetError` for adapters of another
-    method or library, with learned scales, and sharded ones.
+    the caller's and are not merged. `ewc` is the controller of the Fishers; there is no penalty.
 
-        >>> method = PerturbAndMerge(model, LoRAConfig(r=10, target_modules=["qkv"]))
+    Args:
+        model: a plain model, which is injected with `config`, or one with injected adapters.
+        config: of the adapters to inject; None for a model that has them.
+        epsilon: size of the perturbations, at least 0; 0 is merging alone.
+        probabilities: three, with the sum 1, of 0, epsilon and -epsilon.
+        per_module: a coefficient for every adapter, its sums over that adapter, instead of one for all.
+        labels: of the Fishers, as in `EWC.estimate_fisher`.
+        fisher_dtype: of the sum of the Fishers, as in `EWC`.
+        generator: source of the perturbations and of each new A; None is the default generator.
+        group: the processes that train this model together, as in `Method`. All of them perturb alike.
+
+    Raises:
+        ArgumentError: for bad values; and as `Method` and `EWC` do.
+        TargetError: for adapters of another method or library, with learned scales, and sharded ones.
+
+    Examples:
+        >>> method = methods.PerturbAndMerge(model, config)
+        >>> method.begin_task(0)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> criterion(model(x), y).backward()
+        >>> optimizer.step()
+        >>> method.after_step(0, 1)
+        >>> method.end_task(loader, criterion)
+        >>> method.coefficients
+        ({'fc': 1.0},)
     """
 
     def __init__(
@@ -93,7 +114,7 @@ class PerturbAndMerge(Method):
 
     @property
     def coefficients(self) -> tuple[dict[str, float], ...]:
-        """a of every task that has ended, by adapter."""
+        """The coefficient a of every task that has ended, by adapter."""
         return tuple(found.merged for found in self._coefficients)
 
     def kept_tensors(self) -> Iterator[Tensor]:
@@ -102,8 +123,12 @@ class PerturbAndMerge(Method):
         yield from self._curvature.gradients.values()
 
     def report(self) -> Report:
-        """a of every task that has ended, by adapter; `solutions` in the summary are those of all adapters
-        together before they were limited to [0, 1]."""
+        """Lists the coefficient a of every task that has ended, by adapter.
+
+        Returns:
+            A printable `Report`; `solutions` in its summary are those of all adapters together before they
+            were limited to [0, 1].
+        """
         rows = [
             {"adapter": key} | {f"task {t}": found.merged[key] for t, found in enumerate(self._coefficients)}
             for key in self._curvature.names()
@@ -158,10 +183,15 @@ class PerturbAndMerge(Method):
         return found, self._curvature.after(old, sums, samples, found.merged)
 
     def state_dict(self) -> dict[str, Any]:
-        """{"tensors": the Fishers and what the next coefficient depends on, "config": counts and
-        coefficients}, between tasks. Weights and adapters are in the model's own state_dict.
+        """The state of the method between tasks. Weights and adapters are in the model's own state_dict.
 
-        >>> torch.save([model.state_dict(), method.state_dict()], "task3.pt")
+        Returns:
+            {"tensors": the Fishers and what the next coefficient depends on, "config": counts and
+            coefficients}.
+
+        Examples:
+            >>> method = methods.PerturbAndMerge(model, config)
+            >>> torch.save([model.state_dict(), method.state_dict()], "task0.pt")
         """
         ewc = self.ewc.state_dict()
         tensors = {**ewc["tensors"], **self._curvature.named()}
@@ -170,12 +200,20 @@ class PerturbAndMerge(Method):
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Takes over a `state_dict()` of a PerturbAndMerge on the same adapters, which may be freshly
-        injected; nothing changes unless all of it fits.
+        injected; nothing changes unless all of it fits. Load the model's own state_dict as well.
 
-        Load the model's own state_dict as well. Raises `ArgumentError` during a task and `CheckpointError` or
-        `FisherError` naming what does not fit.
+        Args:
+            saved: what `state_dict` returned, also from a file.
 
-            >>> model.load_state_dict(state); method.load_state_dict(method_state)
+        Raises:
+            ArgumentError: during a task.
+            CheckpointError: naming what does not fit.
+            FisherError: naming what does not fit in the state of the Fishers.
+
+        Examples:
+            >>> method = methods.PerturbAndMerge(model, config)
+            >>> saved = method.state_dict()
+            >>> method.load_state_dict(saved)
         """
         tensors, config = parse(self, saved)
         curvature, rest = self._curvature.parsed(tensors, config["tasks"])
