@@ -202,7 +202,7 @@ class CLLoRA(Method):
             >>> config = fe.LoRAConfig(r=2, target_modules=["fc", "head"])
             >>> method = methods.CLLoRA(model, config, shared="fc")
             >>> method.begin_task(0)
-            >>> float(method.distillation(x, model.fc))
+            >>> float(method.distillation(x, model.fc).detach())
             0.0
         """
         if not self._running:

@@ -52,7 +52,7 @@ class EWCLoRA(Method):
         ...         optimizer.zero_grad()
         ...         (criterion(model(inputs), labels) + method.penalty()).backward()
         ...         optimizer.step()
-        ...     penalties.append(float(method.penalty()))
+        ...     penalties.append(method.penalty().item())
         ...     method.end_task(loader, criterion)
         >>> penalties[0], penalties[1] > 0.0
         (0.0, True)

@@ -15,7 +15,7 @@ import torch
 
 import fused_ewclora as fe
 
-MODULES = ("", "functional", "fishers", "profiling", "metrics", "config", "errors")
+MODULES = ("", "functional", "fishers", "profiling", "methods", "metrics", "config", "errors")
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 # What layers and Fishers of one's own implement; their members are described in a sentence each.
 PROTOCOLS = ("AdaptedLinear", "LoRAPart", "Part", "Structure", "Geometry")
