@@ -142,8 +142,8 @@ def cpu_extension():
             *sources("eager/*.h"),
             *sources("penalty/*.h"),
         ],
-        # No -march: files choose instruction sets by pragmas. No -std: PyTorch adds the one it needs.
-        extra_compile_args=["-Wall", "-fvisibility=hidden", *compiled],
+        # No -march: files choose instruction sets by pragmas. PyTorch 2.9 would add C++17.
+        extra_compile_args=["-std=c++20", "-Wall", "-fvisibility=hidden", *compiled],
         extra_link_args=[*linked, *sanitized],
     )
 
