@@ -94,6 +94,7 @@ class Composed(Method):
 
         >>> with method.pretrained(): features = model.forward_features(x)
         """
+        self._check_not_exported("pretrained")
         before = self._mean.tasks, self._mean.current
         self._mean.tasks, self._mean.current = (), False
         try:
@@ -117,6 +118,7 @@ class Composed(Method):
 
             >>> method.begin_task(0); method.prepare(loader)
         """
+        self._check_not_exported("prepare")
         if not self._running:
             raise ArgumentError("prepare: no task is running; call begin_task first")
         if self._prepared:
@@ -135,6 +137,7 @@ class Composed(Method):
         that was not prepared."""
         if not self._running:
             return super().penalty()
+        self._check_not_exported("penalty")
         self._check_prepared("penalty")
         value = self._ewc.penalty()
         return value if self._constant is None else value - self._constant
@@ -147,6 +150,7 @@ class Composed(Method):
 
         >>> loss.backward(); method.decoupled_step_(scheduler.get_last_lr()[0] / lr); optimizer.step()
         """
+        self._check_not_exported("decoupled_step_")
         number("rate", rate, 0.0, float("inf"))
         if clip_grad is not None:
             number("clip_grad", clip_grad, 0.0, float("inf"))
@@ -170,6 +174,7 @@ class Composed(Method):
 
             >>> method.compose(range(1, method.tasks))  # without what the first task has learned
         """
+        self._check_not_exported("compose")
         if self._running:
             raise ArgumentError(f"compose: task {self.tasks} has not ended; call end_task first")
         chosen = tuple(range(self.tasks)) if tasks is None else tuple(sorted(tasks))
@@ -182,6 +187,7 @@ class Composed(Method):
 
     def report(self) -> Report:
         """The length ||D_k|| of every task's vector, by adapter."""
+        self._check_not_exported("report")
         rows = [
             {"adapter": key, "r": piece.r}
             | {f"task {k}": norm for k, norm in enumerate(now.norms(piece.scaling))}
@@ -196,6 +202,7 @@ class Composed(Method):
 
         >>> torch.save({"method": method.state_dict(), "head": model.head.state_dict()}, "task3.pt")
         """
+        self._check_not_exported("state_dict")
         ewc = self._ewc.state_dict()
         tensors = dict(ewc["tensors"])
         for key, _, _, now in self._vectors():

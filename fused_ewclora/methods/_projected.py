@@ -117,6 +117,7 @@ class Projected(Method):
     def _check_untrained(self) -> None:
         """Raises `ArgumentError` outside of a task and for a B that is not 0 any more, `TargetError` for
         merged layers; an error in one process is raised in all."""
+        self._check_not_exported("prepare")
         if not self._running:
             raise ArgumentError("prepare: no task is running; call begin_task first")
         in_all(self._check_own_untrained, self.group)

@@ -67,6 +67,7 @@ class Stacked(Method):
 
         >>> torch.save([model.state_dict(), method.state_dict()], "task3.pt")
         """
+        self._check_not_exported("state_dict")
         tensors = {
             f"{key}.{name}": getattr(now, name).detach() for key, _, _, now in self._all() for name in PAST
         }
@@ -82,6 +83,7 @@ class Stacked(Method):
 
             >>> method.load_state_dict(method_state); model.load_state_dict(state)
         """
+        self._check_not_exported("load_state_dict")
         check_ready(self.layers, "load_state_dict")
         tensors, config = parse(self, saved)
         loaded = [
