@@ -15,10 +15,10 @@ import torch
 
 import fused_ewclora as fe
 
-MODULES = ("", "functional", "fishers", "profiling", "methods", "metrics", "config", "errors")
+MODULES = ("", "functional", "fishers", "structures", "profiling", "methods", "metrics", "config", "errors")
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 # What layers and Fishers of one's own implement; their members are described in a sentence each.
-PROTOCOLS = ("AdaptedLinear", "LoRAPart", "Part", "Structure", "Geometry")
+PROTOCOLS = ("AdaptedLinear", "LoRAPart", "Part", "Structure", "Sums", "Geometry")
 OF_OTHERS = ("extra_repr",)
 
 
@@ -113,7 +113,7 @@ def lacks(value: Any, text: str, example: bool = True) -> list[str]:
 
 
 # Layers that `inject` makes have the arguments of the class of PyTorch; tables and errors are named alone.
-WITHOUT_SECTIONS = ("LoRAConv1d", "LoRAConv2d", "AdaptedLinear", "LoRAPart", "Structure")
+WITHOUT_SECTIONS = ("LoRAConv1d", "LoRAConv2d", "AdaptedLinear", "LoRAPart", "structures.Sums")
 
 
 def needs_sections(name: str, value: Any, inherited: bool) -> bool:
