@@ -35,13 +35,22 @@ def public(module: Any) -> Iterator[tuple[str, Any]]:
 
 
 def members(value: Any) -> Iterator[tuple[str, Any, bool]]:
-    """Public members that a class defines itself: name, function or property, whether a base class has it."""
-    for name, member in vars(value).items():
-        member = getattr(member, "__func__", member)
-        if name.startswith("_") or name in OF_OTHERS:
-            continue
-        if inspect.isfunction(member) or isinstance(member, property):
-            yield name, member, any(name in vars(base) for base in value.__mro__[1:])
+    """Public members that a class defines itself or has of a base that is not public: name, function or
+    property, whether a further base class has it."""
+    seen: set[str] = set()
+    for owner in (value, *filter(hidden, value.__mro__[1:])):
+        for name, member in vars(owner).items():
+            member = getattr(member, "__func__", member)
+            if name.startswith("_") or name in OF_OTHERS or name in seen:
+                continue
+            seen.add(name)
+            if inspect.isfunction(member) or isinstance(member, property):
+                yield name, member, any(name in vars(base) for base in owner.__mro__[1:])
+
+
+def hidden(kind: type) -> bool:
+    """Whether a class is of a module of ours that is not public."""
+    return kind.__module__.startswith("fused_ewclora.") and kind.__module__.rpartition(".")[2].startswith("_")
 
 
 def described() -> dict[str, tuple[Any, bool]]:
@@ -55,7 +64,8 @@ def described() -> dict[str, tuple[Any, bool]]:
                 continue  # a second name of it
             found[dotted] = value, False
             for inner, member, inherited in members(value) if inspect.isclass(value) else ():
-                found[f"{dotted}.{inner}"] = member, inherited or name in PROTOCOLS
+                if not any(member is known for known, _ in found.values()):
+                    found[f"{dotted}.{inner}"] = member, inherited or name in PROTOCOLS
     return found
 
 
