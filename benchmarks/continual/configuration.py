@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -19,28 +18,33 @@ import fused_ewclora as fe
 from fused_ewclora import methods
 from fused_ewclora.errors import ArgumentError
 
+from . import protocols
+from .dotted import named
+
 FOLDER = Path(__file__).parent / "configurations"
 METHODS: dict[str, type[methods.Method]] = {
     name: getattr(methods, name) for name in methods.__all__ if name != "Method"
 }
 OPTIMIZERS = ("adam", "adamw", "sgd")
-SCHEDULES = ("constant", "cosine", "multistep")
-LATER = ("evaluate_before_end", "first_lr", "first_head_lr")
+SCHEDULES = ("constant", "cosine", "multistep", "one-cycle")
+LATER = ("evaluate_before_end", "first_lr", "first_head_lr", "epochs_by_task", "passes_drop_last")
 _KEYS = {"name", "about", "problem", "adapters", "training", "seeds", "methods"}
-_OPTIONAL = {"quick", "development"}
-_OF_METHOD = {"options", "adapters", "training", "seeds", "grid"}
+_OPTIONAL = {"protocol", "quick", "development"}
+_OF_METHOD = {"options", "adapters", "training", "protocol", "seeds", "grid"}
 
 
 @dataclass(frozen=True)
 class Training:
     """How one task is trained.
 
-    lr is the rate of the adapters, head_lr that of the newest head. iterations, if set, is the number of
-    steps of a task of any size, instead of epochs. schedule: "cosine" to 0 and "multistep" (times decay at
-    each of milestones) change rates after every epoch; "cosine" after every step where iterations are set.
-    fisher_batch_size is that of the passes over the data after a task; None: batch_size. Accuracies are taken
-    after the task has ended, or before, with the adapters not yet merged (evaluate_before_end). first_lr and
-    first_head_lr, if set, are the rates of the first task.
+    lr is the rate of the adapters, head_lr that of the newest head; first_lr and first_head_lr, if set, are
+    those of the first task. epochs_by_task, if set, has the epochs of every task. iterations, if set, is the
+    number of steps of a task of any size, instead of epochs. schedule: "cosine" to 0 and "multistep" (times
+    decay at each of milestones) change rates after every epoch; "cosine" after every step where iterations
+    are set, and "one-cycle", the OneCycleLR of PyTorch up to lr and head_lr, always. fisher_batch_size is
+    that of the passes over the data before and after a task; None: batch_size; passes_drop_last leaves out
+    their last batch where it is smaller. Accuracies are taken after the task has ended, or before, with the
+    adapters not yet merged (evaluate_before_end).
     """
 
     lr: float
@@ -61,14 +65,23 @@ class Training:
     evaluate_before_end: bool = False
     first_lr: float | None = None
     first_head_lr: float | None = None
+    epochs_by_task: tuple[int, ...] = ()
+    passes_drop_last: bool = False
+
+    @property
+    def rates_by_step(self) -> bool:
+        """Whether rates change after every step, not after every epoch."""
+        return self.iterations is not None or self.schedule == "one-cycle"
 
     def of_task(self, number: int) -> Training:
         """How task `number`, counted from 0, is trained."""
-        if number:
-            return self
-        lr = self.lr if self.first_lr is None else self.first_lr
-        head_lr = self.head_lr if self.first_head_lr is None else self.first_head_lr
-        return replace(self, lr=lr, head_lr=head_lr)
+        lr, head_lr, epochs = self.lr, self.head_lr, self.epochs
+        if number == 0:
+            lr = lr if self.first_lr is None else self.first_lr
+            head_lr = head_lr if self.first_head_lr is None else self.first_head_lr
+        if self.epochs_by_task:
+            epochs = self.epochs_by_task[number]
+        return replace(self, lr=lr, head_lr=head_lr, epochs=epochs)
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,7 @@ class Run:
     adapters: dict[str, Any] | list[dict[str, Any]]
     training: Training
     options: dict[str, Any] = field(default_factory=dict)
+    protocol: dict[str, Any] = field(default_factory=dict)  # of `protocols.make`; empty: that of the kind
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as JSON would return them."""
@@ -96,6 +110,8 @@ class Run:
         for name in LATER:
             if not decisive["training"][name]:
                 del decisive["training"][name]
+        if not decisive["protocol"]:
+            del decisive["protocol"]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
     def lora_configs(self) -> list[fe.LoRAConfig]:
@@ -112,7 +128,8 @@ class Configuration:
     keywords of its loader), "adapters" (keywords of `LoRAConfig`, and "segments", those of a packed
     projection whose layout is not registered; or a list of such objects for different layers), "training"
     (`Training`), "seeds", and "methods": a list of {"name", "kind", and optionally "options" of the method,
-    "adapters", "training", "seeds", which override those of the file}. A kind is one of `METHODS` or the
+    "adapters", "training", "protocol", "seeds", which override those of the file}. "protocol", optional, is
+    what a run does beside the calls of every method (`protocols.make`). A kind is one of `METHODS` or the
     dotted path "package.module:Class" of another `Method`; that of a problem is one of `problems.KINDS` or
     the path of a function. "quick", optional, defines a short version: the same keys with the changed values,
     and "methods", a list of names. "development", optional, is a list of seeds, on which every method is run
@@ -124,15 +141,6 @@ class Configuration:
     about: str
     runs: tuple[Run, ...]
     methods: tuple[str, ...]  # as the file names them
-
-
-def named(path: str, what: str) -> Any:
-    """The object with a dotted path "package.module:name"; raises `ArgumentError` that begins with `what`."""
-    module, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ArgumentError(f"{what}: {path!r} cannot be imported: {error}") from error
 
 
 def method_class(kind: str) -> type[methods.Method]:
@@ -154,15 +162,19 @@ def check_options(kind: str, options: Any) -> None:
     They are tried on the smallest model; what a method demands of its layers shows on the real one.
     """
     _mapping(options, "options", set(), set(options) if isinstance(options, Mapping) else set())
-    method, model = method_class(kind), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    method, tried = method_class(kind), [options]
     if "shared" in options:  # the names of layers
-        options = {**options, "shared": ["0"]}
-    try:
-        method(model, fe.LoRAConfig(r=1, target_modules=["0", "1"]), **options)
-    except TypeError as error:
-        raise ArgumentError(f"options: {error}") from error
-    except fe.TargetError:
-        pass
+        tried = [{**options, "shared": ["0"]}]
+    if isinstance(shares := options.get("epsilon_w"), Mapping):  # by names of layers
+        tried = [{**options, "epsilon_w": share} for share in shares.values()]
+    for values in tried:
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        try:
+            method(model, fe.LoRAConfig(r=1, target_modules=["0", "1"]), **values)
+        except TypeError as error:
+            raise ArgumentError(f"options: {error}") from error
+        except fe.TargetError:
+            pass
 
 
 def available() -> list[str]:
@@ -212,6 +224,8 @@ def parse(data: Any, quick: bool = False, develop: bool = False) -> Configuratio
         where = f"methods: {entry['name']}"
         try:
             check_options(entry["kind"], entry.get("options", {}))
+            protocol = _overridden_protocol(data.get("protocol", {}), entry.get("protocol", {}))
+            protocols.make(entry["kind"], protocol)
         except ArgumentError as error:
             raise ArgumentError(f"{where}: {error}") from error
         for seed in entry.get("seeds", data["seeds"]):
@@ -224,6 +238,7 @@ def parse(data: Any, quick: bool = False, develop: bool = False) -> Configuratio
                 adapters=_overridden(data["adapters"], entry.get("adapters", {})),
                 training=_training({**data["training"], **entry.get("training", {})}, where),
                 options=entry.get("options", {}),
+                protocol=protocol,
             )
             run.lora_configs()  # raises for wrong values before the first run
             runs.append(run)
@@ -254,7 +269,7 @@ def _check_grid(data: Mapping[str, Any], entry: Mapping[str, Any]) -> None:
     grid = _mapping(entry.get("grid", {}), where, set(), set(entry.get("grid", {})))
     for key, values in grid.items():
         part, _, name = key.partition(".")
-        if part not in ("training", "options", "adapters") or not name:
+        if part not in ("training", "options", "adapters", "protocol") or not name:
             raise ArgumentError(f"{where}: expected keys like training.lr or options.ewc_lambda, got {key!r}")
         if not isinstance(values, list) or not values:
             raise ArgumentError(f"{where}: {key}: expected a list of values, got {values!r}")
@@ -330,6 +345,13 @@ def _overridden(adapters: Any, changes: Any) -> Any:
     return changes or adapters
 
 
+def _overridden_protocol(protocol: Any, changes: Any) -> dict[str, Any]:
+    """That of the file with the changes of a method; another kind takes its place."""
+    protocol = _mapping(protocol, "protocol", set(), set(protocol))
+    changes = _mapping(changes, "protocol", set(), set(changes))
+    return changes if "kind" in changes else {**protocol, **changes}
+
+
 def _mapping(value: Any, where: str, required: set[str], optional: set[str]) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ArgumentError(f"{where}: expected an object, got {value!r}")
@@ -360,6 +382,9 @@ def _training(values: dict[str, Any], where: str) -> Training:
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if not whole and not (optional and value is None):
             raise ArgumentError(f"{where}: training: {name}: expected an integer >= 1, got {value!r}")
+    for value in training.epochs_by_task:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ArgumentError(f"{where}: training: epochs_by_task: expected integers >= 1, got {value!r}")
     for name in ("lr", "head_lr", "first_lr", "first_head_lr"):
         value = getattr(training, name)
         if value is None and name.startswith("first_"):

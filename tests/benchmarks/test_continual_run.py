@@ -12,75 +12,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from continual_clusters import CPU, METHODS, Backbone, Interrupted, a_run, examples, problem
+from torch import Tensor
 
 import fused_ewclora as fe
 from benchmarks.continual.configuration import Run, Training
 from benchmarks.continual.learner import Heads
-from benchmarks.continual.run import State, evaluate, execute, first, make_optimizer, make_schedule
-from benchmarks.continual.stream import Arrays, Problem, Stream, Task, loader, split_classes
+from benchmarks.continual.protocols import Protocol
+from benchmarks.continual.run import State, evaluate, execute, first, learn, make_optimizer, make_schedule
+from benchmarks.continual.stream import Arrays, Stream, Task, loader, split_classes
 from fused_ewclora.demo.formats import DataError
 from fused_ewclora.metrics import ContinualMetrics
-
-CPU = torch.device("cpu")
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "LoRA": ("LoRA", {}),
-    "EWC-LoRA": ("EWCLoRA", {"ewc_lambda": 50.0}),
-    "EWC-LoRA, factors": ("EWCLoRA", {"ewc_lambda": 50.0, "merge_mode": "factors", "fisher_mode": "batch"}),
-    "SD-LoRA-RR": ("SDLoRA", {"ranks": [3, 2, 1]}),
-    "SD-LoRA-KD": ("SDLoRA", {"kd_threshold": 0.9}),
-    "EWC + SD-LoRA": ("SDLoRA", {"ewc_lambda": 50.0}),
-    "CoDyRA": ("CoDyRA", {"kappa_max": 0.05, "gate_init": "normal"}),
-    "EWC + CoDyRA": ("CoDyRA", {"kappa_max": 0.05, "ewc_lambda": 50.0}),
-    "InfLoRA": ("InfLoRA", {"epsilon": 0.5}),
-}
-
-
-class Backbone(nn.Module):
-    """Of a pair (features, shift), so that inputs of several tensors are exercised."""
-
-    dim = 10
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(6, 12), nn.Linear(12, self.dim)
-
-    def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
-        x, shift = inputs
-        return self.down(F.gelu(self.up(x + shift)))
-
-
-def examples(classes: int, each: int, seed: int) -> Arrays:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(classes).repeat(each)
-    centres = 2.0 * torch.randn(classes, 6, generator=generator)
-    x = centres[labels] + 0.1 * torch.randn(len(labels), 6, generator=generator)
-    return Arrays((x, torch.zeros_like(x)), labels)
-
-
-def problem(sizes: tuple[int, ...] = (2, 3, 2), each: int = 9) -> Problem:
-    tasks = []
-    for number, classes in enumerate(sizes):
-        names = tuple(f"{number}.{k}" for k in range(classes))
-        data = examples(classes, each + number, number)
-        tasks.append(Task(names, data, data))
-    torch.manual_seed(1)
-    return Problem(Stream("clusters", tuple(tasks)), Backbone(), {"made": "for tests"})
-
-
-def a_run(method: str = "EWC-LoRA", **changes: Any) -> Run:
-    kind, options = METHODS[method]
-    settings: dict[str, Any] = {
-        "training": Training(lr=5e-3, head_lr=5e-2, epochs=3, batch_size=8),
-        "problem": {"kind": "clusters", "tasks": 3},
-        "adapters": {"r": 3, "target_modules": ["up", "down"]},
-        "options": options,
-    }
-    return Run("clusters", method, kind, 5, **{**settings, **changes})
-
-
-class Interrupted(Exception):
-    pass
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -258,6 +200,59 @@ def test_rates_follow_the_schedule() -> None:
             schedule.optimizer.step()
             schedule.step()
         assert schedule.get_last_lr() == pytest.approx([0.0, 0.0])
+
+
+def test_one_cycle() -> None:
+    """Rates rise to those of the configuration and fall again, after every step."""
+    training = replace(a_run().training, schedule="one-cycle", epochs=2)
+    rates: list[float] = []
+
+    class Watched(Protocol):
+        def backward(self, x: Any, y: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+            rates.append(rate)
+            return super().backward(x, y, rate)
+
+    state = State(a_run("LoRA", training=training), problem(), CPU)
+    state.protocol = Watched()
+    state.protocol.attach(state.model, state.method)
+    steps = learn(state, 0)[0]["steps"]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=steps)
+    expected = []
+    for _ in range(steps):
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx(expected) and max(rates) > 0.9 and rates[0] < 0.05
+
+
+def test_epochs_of_tasks() -> None:
+    """Every task has its own number of epochs, where the configuration gives one."""
+    training = replace(a_run().training, epochs_by_task=(1, 3, 2))
+    steps = [task["steps"] for task in execute(a_run("LoRA", training=training), problem(), CPU)["tasks"]]
+    each = [-(-len(task.train) // 8) for task in problem().stream.tasks]  # type: ignore[arg-type]
+    assert steps == [each[0], 3 * each[1], 2 * each[2]]
+    short = replace(training, epochs_by_task=(1, 3))
+    with pytest.raises(fe.ArgumentError, match="epochs_by_task: expected one for each of 3 tasks, got 2"):
+        State(a_run("LoRA", training=short), problem(), CPU)
+
+
+def test_passes_without_last_batch() -> None:
+    """Passes over the data leave a smaller last batch out, where the configuration says so; training does
+    not."""
+    sizes: list[list[int]] = []
+
+    class Watched(Protocol):
+        def after_task(self, number: int, batches: Any, device: torch.device) -> None:
+            sizes.append([len(y) for _, y in batches])
+
+    for drop in (False, True):
+        training = replace(a_run().training, passes_drop_last=drop)
+        state = State(a_run("LoRA", training=training), problem(), CPU)
+        state.protocol = Watched()
+        state.protocol.attach(state.model, state.method)
+        assert learn(state, 0)[0]["steps"] == 9  # 18 examples, 3 epochs
+    assert sizes == [[8, 8, 2], [8, 8]]
 
 
 def test_penalty_schedule_used() -> None:
