@@ -234,6 +234,10 @@ def test_published_methods_learn(name: str, root: Path) -> None:
         state = State(run, problem, CPU)
         found = {ref.key.split("resblocks.0.")[1] for ref in adapter_refs(state.method.layers)}
         assert found == places
+        if "ewc_lambda" in run.options:
+            other = replace(run, options={**run.options, "fisher_mode": "sample"})
+            with pytest.raises(fe.ArgumentError, match=rf"text tower.*\({len(places)} such adapters"):
+                State(other, problem, CPU)
         if run.kind == "CoDyRA":
             gates = state.method.gates()  # type: ignore[attr-defined]
             assert len(gates) == 2 * len(places) and all(gate.shape == (16,) for gate in gates.values())
