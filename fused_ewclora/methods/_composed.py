@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config import LoRAConfig
 from ..distributed.processes import sharded
 from ..distributed.transaction import Transaction, canonical_name
-from ..errors import ArgumentError, CheckpointError, EWCLoRAError, TargetError
+from ..errors import ArgumentError, CheckpointError, TargetError
 from ..ewc.placement import check_ready
 from ..ewc.settings import number, one_of
 from ..ewc.structures import Structure, structure_of
@@ -22,23 +22,21 @@ from ..ewc.structures.dense import Dense
 from ..fishers import Fisher
 from ..functional import ewc_penalty
 from ..layers.adapted import AdaptedLinear
-from ..layers.inject import adapters, eject
+from ..layers.inject import adapters
 from ..layers.slices import AdapterSlice, fisher_key, same_weights
 from ..literals import Labels, StructureName, Variant
 from ..progress import showing
 from ..report import Report
 from ._directions import fresh_a
-from ._gates import check_ungated
 from ._pretrained import PretrainedFisher
 from ._resume import dump, parse, take_over
 from ._shares import estimate, in_all
+from ._start import check_plain_adapters, ejected_on_error
 from ._vectors import STORED, Mean, Vectors, parsed
-from .method import Loader, Loss, Method
+from .method import VARIANTS, Loader, Loss, Method
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-VARIANTS: tuple[Variant, ...] = ("paper", "official")
 
 
 class Composed(Method):
@@ -62,17 +60,12 @@ class Composed(Method):
         self.generator = generator
         if variant == "official" and type(structure_of(fisher, fisher_dtype)) is not Dense:
             raise ArgumentError(f"fisher: expected 'dense' for variant 'official', got {fisher!r}")
-        before = bool(adapters(model))
-        check_ungated(adapters(model))
-        super().__init__(model, config, group=group)
-        try:
+        check_plain_adapters(adapters(model))
+        with ejected_on_error(model):  # a dtype may not go with the layers
+            super().__init__(model, config, group=group)
             self._ewc = PretrainedFisher(
                 model, 0.0, update="convex", fisher=fisher, fisher_dtype=fisher_dtype
             )
-        except EWCLoRAError:  # a dtype that does not go with the layers
-            if not before:
-                eject(model, merge=False)
-            raise
         self._mean = Mean(self.mean_of_past)
         self._prepared = False
         self._constant: Tensor | None = None  # of the penalty, which the square of `changes` has too much
@@ -303,10 +296,8 @@ class Composed(Method):
             >>> fresh.head.load_state_dict(saved["head"])
             <All keys matched successfully>
         """
-        tensors, config = parse(self, saved)
+        tensors, config = parse(self, saved, variant=self.variant)
         check_ready(self.layers, "load_state_dict")
-        if config.get("variant") != self.variant:
-            raise CheckpointError(f"state: variant: expected {self.variant!r}, got {config.get('variant')!r}")
         prints = config.get("fingerprints")
         for name, layer in self._named():
             kept = prints.get(name) if isinstance(prints, Mapping) else None

@@ -16,6 +16,7 @@ from ..layers.adapted import AdaptedLinear
 from ..layers.from_peft import no_adapters
 from ..layers.inject import adapters, eject, inject
 from ..layers.watch import TrainingWatch
+from ..literals import Variant
 from ..progress import showing
 from ._shares import drawing
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 Loader = Iterable[Any]
 Loss = Callable[[Any, Any], Tensor]
+VARIANTS: tuple[Variant, ...] = ("paper", "official")
 
 
 class Method:

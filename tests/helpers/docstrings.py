@@ -10,6 +10,10 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+
+import fused_ewclora as fe
+
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 # What layers and Fishers of one's own implement; their members are described in a sentence each.
 PROTOCOLS = ("AdaptedLinear", "LoRAPart", "Part", "Structure", "Sums", "Geometry")
@@ -79,6 +83,12 @@ def run(name: str, text: str, names: dict[str, Any]) -> dict[str, Any]:
     result = doctest.DocTestRunner(optionflags=OPTIONS).run(example, out=report.append, clear_globs=False)
     assert result.failed == 0, "".join(report)
     return example.globs
+
+
+def first_names() -> dict[str, Any]:
+    """The names of the example in the docstring of the package, with which all others begin."""
+    torch.set_num_threads(1)
+    return run("fused_ewclora", fe.__doc__ or "", {})
 
 
 def section(text: str, title: str) -> str | None:
