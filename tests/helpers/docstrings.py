@@ -107,7 +107,9 @@ def lacks(value: Any, text: str, example: bool = True) -> list[str]:
         p.name for p in signature.parameters.values()
         if p.name not in ("self", "cls") and p.kind is not kinds.VAR_KEYWORD
     ]  # fmt: skip
-    listed = section(text, "(?:Args|Attributes)") or ""
+    # The page of a named tuple has no constructor for Args to belong to.
+    title = "Attributes" if hasattr(value, "_fields") else "(?:Args|Attributes)"
+    listed = section(text, title) or ""
     missing = [name for name in arguments if not re.search(rf"^ {{4}}(\*\*)?{name}: ", listed, re.MULTILINE)]
     returns = signature.return_annotation not in ("None", None, inspect.Signature.empty)
     if returns and not inspect.isclass(value) and not (section(text, "Returns") or section(text, "Yields")):
