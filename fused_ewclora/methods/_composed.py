@@ -139,11 +139,11 @@ class Composed(Method):
         value = self._ewc.penalty()
         return value if self._constant is None else value - self._constant
 
-    def decoupled_step_(self, rate: float = 1.0, clip_grad: float | None = 100.0) -> None:
+    def decoupled_step_(self, rate: float = 1.0, clip_grad: float | None = 100.0) -> Tensor:
         """The official code's use of the penalty, in place of adding it to the loss: called between backward
         and the step of the optimizer, it moves A and B by -rate times the gradient of the penalty, of which
         that of each matrix is clipped to the norm clip_grad. `.grad` stays as it is. The official rate is the
-        present learning rate divided by the first one.
+        present learning rate divided by the first one. Returns the penalty before the step, 0-d.
 
         >>> loss.backward(); method.decoupled_step_(scheduler.get_last_lr()[0] / lr); optimizer.step()
         """
@@ -152,7 +152,8 @@ class Composed(Method):
             number("clip_grad", clip_grad, 0.0, float("inf"))
         trained = [p for *_, now in self._vectors() for p in (now.lora_A, now.lora_B)]
         with torch.enable_grad():
-            gradients = torch.autograd.grad(self.penalty(), trained, allow_unused=True)
+            penalty = self.penalty()
+            gradients = torch.autograd.grad(penalty, trained, allow_unused=True)
         with torch.no_grad():
             for parameter, gradient in zip(trained, gradients, strict=True):
                 if gradient is None:
@@ -160,6 +161,7 @@ class Composed(Method):
                 if clip_grad is not None:
                     gradient = gradient * (clip_grad / (gradient.norm() + 1e-6)).clamp(max=1.0)
                 parameter.add_(gradient, alpha=-rate)
+        return penalty.detach()
 
     def compose(self, tasks: Iterable[int] | None = None) -> None:
         """From now until the next task the model computes with W0 plus the mean of the task vectors of these
