@@ -153,7 +153,7 @@ def learn(state: State, number: int, loggers: Loggers | None = None) -> tuple[di
     )
     method.begin_task(number)
     prepare_seconds = timed(lambda: protocol.before_task(number, passes, device), device)
-    prepare_seconds += timed(lambda: method.prepare(passes, model.loss), device)
+    prepare_seconds += timed(lambda: protocol.prepare(passes), device)
     optimizer = make_optimizer(model, training)
     steps = training.iterations or training.epochs * len(batches)
     schedule = make_schedule(optimizer, training, steps)
@@ -192,7 +192,7 @@ def learn(state: State, number: int, loggers: Loggers | None = None) -> tuple[di
         "end_seconds": end_seconds,
         "adapter_parameters": held,
         "trained_parameters": trained,
-        "state_bytes": accounting.state_bytes(method),
+        "state_bytes": accounting.state_bytes(method, protocol.kept_tensors()),
         "loss": loss.item(),
         "penalty": penalty.item(),
     }
