@@ -26,7 +26,7 @@ METHODS: dict[str, type[methods.Method]] = {
     name: getattr(methods, name) for name in methods.__all__ if name != "Method"
 }
 OPTIMIZERS = ("adam", "adamw", "sgd")
-SCHEDULES = ("constant", "cosine", "multistep")
+SCHEDULES = ("constant", "cosine", "quarter_cosine", "multistep")
 LATER = ("evaluate_before_end", "first_lr", "first_head_lr")
 _KEYS = {"name", "about", "problem", "adapters", "training", "seeds", "methods"}
 _OPTIONAL = {"protocol", "quick", "development"}
@@ -38,8 +38,9 @@ class Training:
     """How one task is trained.
 
     lr is the rate of the adapters, head_lr that of the newest head. iterations, if set, is the number of
-    steps of a task of any size, instead of epochs. schedule: "cosine" to 0 and "multistep" (times decay at
-    each of milestones) change rates after every epoch; "cosine" after every step where iterations are set.
+    steps of a task of any size, instead of epochs. schedule: "cosine" to 0, "quarter_cosine", the first
+    quarter of a cosine, to 0.016, and "multistep" (times decay at each of milestones) change rates after
+    every epoch; cosines after every step where iterations are set.
     fisher_batch_size is that of the passes over the data after a task; None: batch_size. Accuracies are taken
     after the task has ended, or before, with the adapters not yet merged (evaluate_before_end). first_lr and
     first_head_lr, if set, are the rates of the first task.

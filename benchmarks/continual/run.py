@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import statistics
 import time
@@ -31,6 +32,7 @@ from .loggers import Loggers
 from .stream import Problem, Task, loader, size
 
 Progress = Callable[[str], None]
+QUARTER = 0.99 * math.pi / 2  # the angle of the last rate of "quarter_cosine", as in the code of CODA-Prompt
 
 
 @dataclass
@@ -230,8 +232,11 @@ def make_optimizer(model: Learner, training: Training) -> torch.optim.Optimizer:
 def make_schedule(optimizer: torch.optim.Optimizer, training: Training, steps: int) -> LRScheduler:
     """Stepped after every epoch, or after every one of `steps` steps where a task has a number of
     iterations."""
+    length = steps if training.iterations else training.epochs
     if training.schedule == "cosine":
-        return CosineAnnealingLR(optimizer, steps if training.iterations else training.epochs)
+        return CosineAnnealingLR(optimizer, length)
+    if training.schedule == "quarter_cosine":
+        return LambdaLR(optimizer, lambda now: math.cos(QUARTER * now / max(length - 1, 1)))
     if training.schedule == "multistep":
         return MultiStepLR(optimizer, list(training.milestones), training.decay)
     return LambdaLR(optimizer, lambda _: 1.0)
