@@ -181,7 +181,7 @@ def test_iel_ita(name: str) -> None:
             run,
             {
                 "lr": 3e-4, "head_lr": 3e-4, "epochs": official["epochs"], "batch_size": 8 * 16,
-                "optimizer": "adamw", "weight_decay": 0.0, "schedule": "quarter_cosine",
+                "optimizer": "adamw", "weight_decay": 0.0, "schedule": "quarter-cosine",
                 "evaluate_before_end": False,
             },
         )  # fmt: skip
@@ -201,18 +201,29 @@ def test_iel_ita(name: str) -> None:
         assert {key: run.problem[key] for key in expected} == expected
 
 
-def test_keep_lora() -> None:
-    """KeepLoRA's code, keeplora_order1: both shares of weights, that of features, all images."""
-    expected = {"lr": 1e-3, "epochs": 10, "batch_size": 64, "optimizer": "adamw", "weight_decay": 0.01}
-    found = runs("keeplora-mtil")
+@pytest.mark.parametrize(
+    ("name", "order", "epochs"),
+    [
+        ("keeplora-mtil", "mtil-1", (10,) * 10 + (5,)),
+        ("keeplora-mtil-2", "mtil-2", (5, 2, 5, 5, 5, 5, 10, 10, 10, 10, 10)),
+    ],
+)
+def test_keep_lora(name: str, order: str, epochs: tuple[int, ...]) -> None:
+    """KeepLoRA's code, keeplora_order1 and 2: shares of weights by tower, that of features, all images."""
+    expected = {
+        "lr": 1e-3, "epochs_by_task": epochs, "batch_size": 64, "optimizer": "adamw", "weight_decay": 0.01,
+        "schedule": "one-cycle", "passes_drop_last": True,
+    }  # fmt: skip
+    found = runs(name)
     for run in found.values():
         check_training(run, {**expected, "iterations": None, "evaluate_before_end": False})
         packed, others = run.lora_configs()
         assert (packed.r, packed.slices, others.r, run.seed) == (16, ("q", "k", "v"), 16, 42)
-        problem = {"datasets": "mtil-1", "shots": None, "rivals": "own", "text_loss": False}
+        problem = {"datasets": order, "shots": None, "rivals": "own", "text_loss": False}
         assert {key: run.problem[key] for key in problem} == problem
-    shares = [(run.options["epsilon_w"], run.options["epsilon_f"]) for run in found.values() if run.options]
-    assert shares == [(0.85, 0.99), (0.2, 0.99)]
+    shared = {"epsilon_w": {".*visual.*": 0.85, ".*": 0.2}, "epsilon_f": 0.99}
+    assert found["KeepLoRA"].options == {**shared, "variant": "official"}
+    assert found["KeepLoRA, paper"].options == {**shared, "variant": "paper"}
 
 
 @pytest.mark.parametrize(
@@ -239,7 +250,16 @@ def test_orthogonal_sparse(name: str, method: str, lambda_1: float, epochs: int,
 def test_every_file_checked() -> None:
     """Every published configuration can be read, and names its paper."""
     names = [name.partition("/")[2] for name in configuration.available() if name.startswith("published/")]
-    checked = {*EWC_SETS, *SD_SETS, *PM_SETS, *TUNED, "codyra-cifar100", "codyra-imagenet-r", "keeplora-mtil"}
+    checked = {
+        *EWC_SETS,
+        *SD_SETS,
+        *PM_SETS,
+        *TUNED,
+        "codyra-cifar100",
+        "codyra-imagenet-r",
+        "keeplora-mtil",
+        "keeplora-mtil-2",
+    }
     assert checked | {"o-lora-t5-large", "n-lora-t5-large"} <= set(names)
     for name in names:
         about = configuration.load(configuration.find(f"published/{name}")).about
