@@ -161,8 +161,14 @@ def problem_table(groups: Sequence[Group]) -> list[str]:
     )]  # fmt: skip
     names = list(dict.fromkeys(name for record in records for name in record["facts"]))
     rows += [[name, _distinct(records, lambda r, name=name: _value(r["facts"].get(name)))] for name in names]
-    options = [[entry.name, f"`{entry.kind}`", _settings(entry.options) or DASH] for entry in groups]
+    options = [[entry.name, f"`{entry.kind}`", _options(entry)] for entry in groups]
     return [*table(["", ""], rows), *table(["method", "class", "options"], options)]
+
+
+def _options(entry: Group) -> str:
+    """Those of a method, and its protocol."""
+    protocol = f"protocol: {_settings(entry.protocol)}" if entry.protocol else ""
+    return "; ".join(filter(None, (_settings(entry.options), protocol))) or DASH
 
 
 def machine_table(records: Sequence[Record]) -> list[str]:
