@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,9 @@ import fused_ewclora as fe
 from fused_ewclora import methods
 from fused_ewclora.errors import ArgumentError
 
+from . import protocols
+from .dotted import named
+
 FOLDER = Path(__file__).parent / "configurations"
 METHODS: dict[str, type[methods.Method]] = {
     name: getattr(methods, name) for name in methods.__all__ if name != "Method"
@@ -27,8 +29,8 @@ OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "multistep")
 LATER = ("evaluate_before_end", "first_lr", "first_head_lr")
 _KEYS = {"name", "about", "problem", "adapters", "training", "seeds", "methods"}
-_OPTIONAL = {"quick", "development"}
-_OF_METHOD = {"options", "adapters", "training", "seeds", "grid"}
+_OPTIONAL = {"protocol", "quick", "development"}
+_OF_METHOD = {"options", "adapters", "training", "protocol", "seeds", "grid"}
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Run:
     adapters: dict[str, Any] | list[dict[str, Any]]
     training: Training
     options: dict[str, Any] = field(default_factory=dict)
+    protocol: dict[str, Any] = field(default_factory=dict)  # of `protocols.make`; empty: that of the kind
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as JSON would return them."""
@@ -96,6 +99,8 @@ class Run:
         for name in LATER:
             if not decisive["training"][name]:
                 del decisive["training"][name]
+        if not decisive["protocol"]:
+            del decisive["protocol"]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
     def lora_configs(self) -> list[fe.LoRAConfig]:
@@ -112,7 +117,8 @@ class Configuration:
     keywords of its loader), "adapters" (keywords of `LoRAConfig`, and "segments", those of a packed
     projection whose layout is not registered; or a list of such objects for different layers), "training"
     (`Training`), "seeds", and "methods": a list of {"name", "kind", and optionally "options" of the method,
-    "adapters", "training", "seeds", which override those of the file}. A kind is one of `METHODS` or the
+    "adapters", "training", "protocol", "seeds", which override those of the file}. "protocol", optional, is
+    what a run does beside the calls of every method (`protocols.make`). A kind is one of `METHODS` or the
     dotted path "package.module:Class" of another `Method`; that of a problem is one of `problems.KINDS` or
     the path of a function. "quick", optional, defines a short version: the same keys with the changed values,
     and "methods", a list of names. "development", optional, is a list of seeds, on which every method is run
@@ -124,15 +130,6 @@ class Configuration:
     about: str
     runs: tuple[Run, ...]
     methods: tuple[str, ...]  # as the file names them
-
-
-def named(path: str, what: str) -> Any:
-    """The object with a dotted path "package.module:name"; raises `ArgumentError` that begins with `what`."""
-    module, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ArgumentError(f"{what}: {path!r} cannot be imported: {error}") from error
 
 
 def method_class(kind: str) -> type[methods.Method]:
@@ -212,6 +209,8 @@ def parse(data: Any, quick: bool = False, develop: bool = False) -> Configuratio
         where = f"methods: {entry['name']}"
         try:
             check_options(entry["kind"], entry.get("options", {}))
+            protocol = _overridden_protocol(data.get("protocol", {}), entry.get("protocol", {}))
+            protocols.make(entry["kind"], protocol)
         except ArgumentError as error:
             raise ArgumentError(f"{where}: {error}") from error
         for seed in entry.get("seeds", data["seeds"]):
@@ -224,6 +223,7 @@ def parse(data: Any, quick: bool = False, develop: bool = False) -> Configuratio
                 adapters=_overridden(data["adapters"], entry.get("adapters", {})),
                 training=_training({**data["training"], **entry.get("training", {})}, where),
                 options=entry.get("options", {}),
+                protocol=protocol,
             )
             run.lora_configs()  # raises for wrong values before the first run
             runs.append(run)
@@ -254,7 +254,7 @@ def _check_grid(data: Mapping[str, Any], entry: Mapping[str, Any]) -> None:
     grid = _mapping(entry.get("grid", {}), where, set(), set(entry.get("grid", {})))
     for key, values in grid.items():
         part, _, name = key.partition(".")
-        if part not in ("training", "options", "adapters") or not name:
+        if part not in ("training", "options", "adapters", "protocol") or not name:
             raise ArgumentError(f"{where}: expected keys like training.lr or options.ewc_lambda, got {key!r}")
         if not isinstance(values, list) or not values:
             raise ArgumentError(f"{where}: {key}: expected a list of values, got {values!r}")
@@ -328,6 +328,13 @@ def _overridden(adapters: Any, changes: Any) -> Any:
     if isinstance(adapters, Mapping) and isinstance(changes, Mapping):
         return {**adapters, **changes}
     return changes or adapters
+
+
+def _overridden_protocol(protocol: Any, changes: Any) -> dict[str, Any]:
+    """That of the file with the changes of a method; another kind takes its place."""
+    protocol = _mapping(protocol, "protocol", set(), set(protocol))
+    changes = _mapping(changes, "protocol", set(), set(changes))
+    return changes if "kind" in changes else {**protocol, **changes}
 
 
 def _mapping(value: Any, where: str, required: set[str], optional: set[str]) -> dict[str, Any]:

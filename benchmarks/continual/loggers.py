@@ -11,7 +11,8 @@ from typing import Any
 
 from fused_ewclora.errors import ArgumentError
 
-from .configuration import Run, named
+from .configuration import Run
+from .dotted import named
 
 
 class Logger:

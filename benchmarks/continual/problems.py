@@ -11,7 +11,7 @@ from typing import Any
 
 from fused_ewclora.demo.formats import DataError
 
-from .configuration import named
+from .dotted import named
 from .stream import Problem
 
 # kind -> module with `load(root, seed, device, **settings) -> Problem`

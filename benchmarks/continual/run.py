@@ -24,9 +24,9 @@ from fused_ewclora.ewc.estimation import to_device
 from fused_ewclora.methods import Method
 from fused_ewclora.metrics import ContinualMetrics, TransferMetrics
 
-from . import accounting
+from . import accounting, protocols
 from .configuration import Run, Training, method_class
-from .learner import Heads, Learner, Scores
+from .learner import Learner, Scores
 from .loggers import Loggers
 from .stream import Problem, Task, loader, size
 
@@ -53,13 +53,14 @@ class State:
         self.order = torch.Generator().manual_seed(run.seed)  # of the examples
         self.run, self.device, self.results = run, device, Results()
         self.tasks = problem.stream.tasks
+        self.protocol = protocols.make(run.kind, run.protocol)
         # Heads are added later, so that configurations may target every linear layer.
-        self.model: Learner = (problem.learner or Heads)(copy.deepcopy(problem.backbone)).to(device)  # type: ignore[arg-type]
+        learner = problem.learner or self.protocol.learner
+        self.model: Learner = learner(copy.deepcopy(problem.backbone)).to(device)
         for config in run.lora_configs():
             fe.inject(self.model, config)
         self.method: Method = method_class(run.kind)(self.model, None, **run.options)
-        if isinstance(self.model, Heads) and isinstance(self.method, fe.methods.CLLoRA):
-            self.model.of_task = self.method.task
+        self.protocol.attach(self.model, self.method)
 
     def save(self, file: Path) -> None:
         """Writes the state between tasks. An interruption leaves the old file or the new one."""
@@ -68,6 +69,7 @@ class State:
             "results": asdict(self.results),
             "model": self.model.state_dict(),
             "method": self.method.state_dict(),
+            "protocol": self.protocol.state_dict(),
             "order": self.order.get_state(),
             "random": torch.get_rng_state(),
         }
@@ -90,6 +92,7 @@ class State:
             self.model.begin_task(task)
         self.method.load_state_dict(held["method"])  # first: ranks may change
         self.model.load_state_dict(held["model"])
+        self.protocol.load_state_dict(held.get("protocol", {}))
         self.order.set_state(held["order"])
         torch.set_rng_state(held["random"])
         if "random_cuda" in held:
@@ -140,7 +143,7 @@ def learn(state: State, number: int, loggers: Loggers | None = None) -> tuple[di
     """Trains one task and ends it; returns its times and the sizes of the method's state afterwards, and the
     accuracies, which are those before the end of the task where the configuration asks for it."""
     training, device = state.run.training.of_task(number), state.device
-    method, model, task = state.method, state.model, state.tasks[number]
+    method, model, task, protocol = state.method, state.model, state.tasks[number], state.protocol
     model.begin_task(task)
     batches = loader(task.train, training.batch_size, state.order, training.workers)
     # The passes over all examples before and after training; the methods move batches themselves. Shuffled,
@@ -149,7 +152,8 @@ def learn(state: State, number: int, loggers: Loggers | None = None) -> tuple[di
         task.train, training.fisher_batch_size or training.batch_size, state.order, training.workers
     )
     method.begin_task(number)
-    prepare_seconds = timed(lambda: method.prepare(passes, model.loss), device)
+    prepare_seconds = timed(lambda: protocol.before_task(number, passes, device), device)
+    prepare_seconds += timed(lambda: method.prepare(passes, model.loss), device)
     optimizer = make_optimizer(model, training)
     steps = training.iterations or training.epochs * len(batches)
     schedule = make_schedule(optimizer, training, steps)
@@ -160,8 +164,7 @@ def learn(state: State, number: int, loggers: Loggers | None = None) -> tuple[di
         start = time.perf_counter()
         x, y = to_device(inputs, device), labels.to(device)
         optimizer.zero_grad()
-        loss, penalty = model.loss(model(x), y), method.penalty()
-        (loss + penalty).backward()
+        loss, penalty = protocol.backward(x, y, optimizer.param_groups[0]["lr"] / training.lr)
         optimizer.step()
         method.after_step(step, steps)
         if training.iterations or (step + 1) % len(batches) == 0:
@@ -177,6 +180,7 @@ def learn(state: State, number: int, loggers: Loggers | None = None) -> tuple[di
     if training.evaluate_before_end:
         scores = evaluate(model, state.tasks, number + 1, training, device)
     end_seconds = timed(lambda: method.end_task(passes, model.loss), device)
+    end_seconds += timed(lambda: protocol.after_task(number, passes, device), device)
     check_finite(model, f"{state.run.method}, task {number}")
     if not training.evaluate_before_end:
         scores = evaluate(model, state.tasks, number + 1, training, device)

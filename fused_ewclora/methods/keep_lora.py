@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..config import LoRAConfig
+from ..config import LoRAConfig, checked_targets, matches
 from ..distributed.processes import check_same, several, sharded
-from ..distributed.transaction import Transaction
-from ..errors import ArgumentError, TargetError
+from ..distributed.transaction import Transaction, canonical_name
+from ..errors import ArgumentError, EWCLoRAError, TargetError
 from ..ewc.estimation import Forward, default_forward
 from ..ewc.gradients import gradient_sums
 from ..ewc.placement import LocalPlacement
@@ -52,7 +52,9 @@ class KeepLoRA(Projected):
         model: a plain model, which is injected with `config`, or one with injected adapters.
         config: of the adapters to inject; None for a model that has them.
         epsilon_w: share, in [0, 1], of the squared singular values of the pretrained weight that its
-            principal directions hold, which are chosen before the first task; 0 protects none of them.
+            principal directions hold, which are chosen before the first task; 0 protects none of them. Or the
+            shares of different layers by regular expressions for their whole names, of which the first that
+            matches counts: the authors' code takes 0.85 in the image tower of CLIP and 0.2 in the text tower.
         epsilon_f: share, in [0, 1], of the energy of every task's features that the subspace holds when the
             task has ended.
         variant: "paper", or "official", the authors' code for CLIP: left singular vectors of the weight,
@@ -68,7 +70,7 @@ class KeepLoRA(Projected):
             of all of them.
 
     Raises:
-        ArgumentError: for values out of range.
+        ArgumentError: for values out of range, and expressions that match no layer or leave one out.
         TargetError: for adapters of another method and weights of another shape. Nothing is changed then.
 
     Examples:
@@ -88,14 +90,14 @@ class KeepLoRA(Projected):
         model: nn.Module,
         config: LoRAConfig | None = None,
         *,
-        epsilon_w: float = 0.85,
+        epsilon_w: float | Mapping[str, float] = 0.85,
         epsilon_f: float = 0.99,
         variant: Variant = "paper",
         forward: Forward = default_forward,
         max_batches: int | None = None,
         group: ProcessGroup | None = None,
     ) -> None:
-        self.epsilon_w = number("epsilon_w", epsilon_w, 0.0, 1.0)
+        self.epsilon_w = _checked_shares(epsilon_w)
         self.epsilon_f = number("epsilon_f", epsilon_f, 0.0, 1.0)
         before = adapters(model)
         super().__init__(
@@ -103,7 +105,8 @@ class KeepLoRA(Projected):
         )
         try:
             self._check_square()
-        except TargetError:
+            self._shares = _by_adapter(self.epsilon_w, self.layers)
+        except EWCLoRAError:
             if not before:
                 eject(model, merge=False)
             raise
@@ -193,7 +196,8 @@ class KeepLoRA(Projected):
         """The principal directions of the rows of the base weight."""
         weight = take_rows(ref.layer.base_weight, ref.piece.rows).double()
         squares = weight.T @ weight if self.variant == "paper" else weight @ weight.T
-        return self._extended(Subspace.empty(ref.layer.in_features, weight.device), squares, self.epsilon_w)
+        empty = Subspace.empty(ref.layer.in_features, weight.device)
+        return self._extended(empty, squares, self._shares[ref.key])
 
     def _extended(self, used: Subspace, squares: Tensor, epsilon: float) -> Subspace:
         if epsilon == 0.0:  # not left to rounding
@@ -265,3 +269,31 @@ class KeepLoRA(Projected):
         subspaces = self._same_subspaces(subspaces)
         self._fold()
         self.subspaces = subspaces
+
+
+def _checked_shares(value: float | Mapping[str, float]) -> float | dict[str, float]:
+    if not isinstance(value, Mapping):
+        return number("epsilon_w", value, 0.0, 1.0)
+    for pattern in value:
+        if not isinstance(pattern, str):
+            raise ArgumentError(f"epsilon_w: expected regular expressions as keys, got {pattern!r}")
+        checked_targets(pattern, "epsilon_w")
+    return {key: number(f"epsilon_w[{key!r}]", share, 0.0, 1.0) for key, share in value.items()}
+
+
+def _by_adapter(shares: float | dict[str, float], layers: Mapping[str, AdaptedLinear]) -> dict[str, float]:
+    """The share of every adapter by its key."""
+    if not isinstance(shares, dict):
+        return {ref.key: shares for ref in adapter_refs(layers)}
+    found = {name: [key for key in shares if matches(key, canonical_name(name))] for name in layers}
+    if missed := [name for name, keys in found.items() if not keys]:
+        raise ArgumentError(
+            f"epsilon_w: expected a share for every layer, none of {list(shares)} matches {missed[0]}"
+        )
+    if unused := [key for key in shares if not any(key in keys for keys in found.values())]:
+        raise ArgumentError(f"epsilon_w: {unused[0]!r} matches none of the layers {list(layers)[:3]} ...")
+    return {
+        ref.key: shares[found[name][0]]
+        for name, layer in layers.items()
+        for ref in adapter_refs({name: layer})
+    }

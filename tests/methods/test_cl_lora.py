@@ -297,28 +297,3 @@ def test_refused(tmp_path):
         CLLoRA(method.model, shared="qkv")
     with pytest.raises(fe.CheckpointError, match=r"state_dict\(\) of CLLoRA"):
         fe.save_pretrained(tmp_path / "saved", method.model)
-
-
-def test_no_temporary():
-    """A step of training allocates nothing of the size of a weight."""
-    model = nn.Sequential(nn.Linear(192, 192), nn.Tanh(), nn.Linear(192, 192))
-    method = CLLoRA(model, fe.LoRAConfig(r=2, target_modules=["0", "2"]), shared=["0"])
-    x, y = torch.randn(16, 192), torch.randint(192, (16,))
-    method.begin_task(0)
-    method.end_task([])
-    method.begin_task(1)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        method.distillation(x, model[0]).backward()
-        method.reassign_()
-        (F.cross_entropy(model(x), y) + method.penalty()).backward()
-        optimizer.step()
-        method.after_step(0, 1)
-
-    step()
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        step()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    assert events and max(event.nbytes() for event in events) <= 4 * x.nbytes < model[0].weight.nbytes

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -145,6 +147,35 @@ def test_literal_three_tasks(variant, epsilon_w, epsilon_f):
     assert type(method.export().fc) is nn.Linear
 
 
+def test_shares_by_layer():
+    """Each layer's principal directions hold the share of the first expression that matches its name."""
+    shares = {"qkv": 0.2, "[qf].*": 0.6}
+    mixed = KeepLoRA(fresh(), epsilon_w=shares)
+    alone = {share: KeepLoRA(fresh(), epsilon_w=share) for share in (0.2, 0.6)}
+    x, y = data(8)
+    for method in (mixed, *alone.values()):
+        method.begin_task(0)
+        method.prepare(batches(x, y, 4), F.cross_entropy)
+    ranks = set()
+    for key, used in mixed.subspaces.items():
+        own, other = (0.6, 0.2) if key == "fc" else (0.2, 0.6)
+        assert torch.equal(used.basis, alone[own].subspaces[key].basis)
+        assert used.rank != alone[other].subspaces[key].rank
+        ranks.add(key)
+    assert ranks == set(KEYS)
+    for bad, message in (
+        ({"qkv": 0.2}, "epsilon_w: expected a share for every layer, none of .* matches fc"),
+        ({**shares, "head": 0.1}, "epsilon_w: 'head' matches none of the layers"),
+        ({"qkv": 0.2, ".*": 1.5}, r"epsilon_w\['.\*'\]: expected"),
+        ({"(": 0.2}, "epsilon_w"),
+        ({0: 0.2}, "epsilon_w: expected regular expressions as keys, got 0"),
+    ):
+        model = nn.Sequential(OrderedDict(qkv=nn.Linear(4, 4), fc=nn.Linear(4, 4)))
+        with pytest.raises(fe.ArgumentError, match=message):
+            KeepLoRA(model, fe.LoRAConfig(r=2, target_modules=["qkv", "fc"]), epsilon_w=bad)
+        assert type(model.fc) is nn.Linear
+
+
 def test_old_inputs_protected():
     """With epsilon_f 1 later updates are 0 on the inputs of the first task, and A is off the weight's own
     directions."""
@@ -278,24 +309,6 @@ def test_refused():
             with pytest.raises(fe.ArgumentError, match=message):
                 method.end_task(loader)
         assert_same(before, snapshot(method.model))
-
-
-def test_no_temporary():
-    """A step of training allocates nothing of the size of a weight."""
-    model = nn.Sequential(nn.Linear(192, 192), nn.Tanh(), nn.Linear(192, 192))
-    method = KeepLoRA(model, fe.LoRAConfig(r=2, target_modules=["0", "2"]), epsilon_w=0.3)
-    x, y = torch.randn(16, 192), torch.randint(192, (16,))
-    method.begin_task(0)
-    method.prepare([(x, y)])
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    F.cross_entropy(model(x), y).backward()
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        optimizer.zero_grad()
-        (F.cross_entropy(model(x), y) + method.penalty()).backward()
-        optimizer.step()
-        method.after_step(0, 1)
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    assert events and max(event.nbytes() for event in events) <= 4 * x.nbytes < model[0].weight.nbytes
 
 
 def test_weight_not_finite():
