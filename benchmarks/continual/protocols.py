@@ -39,6 +39,10 @@ class Protocol:
         """Between `begin_task` and `prepare` of the method; `batches` are those of `prepare`, shuffled anew
         in every pass."""
 
+    def before_steps(self, optimizer: torch.optim.Optimizer, examples: Loader) -> None:
+        """Before the first step of a task, with the optimizer that takes them; `examples` are all training
+        examples of the task prepared as those for testing, in batches that are not shuffled."""
+
     def backward(self, x: Any, y: Tensor, rate: float) -> tuple[Tensor, Tensor]:
         """Gives the trained parameters the gradients of a step; they have none before. Returns its loss and
         its penalty, 0-d.
@@ -74,7 +78,9 @@ class ModelPerTask(Protocol):
         model.of_task = method.task
 
 
-PROTOCOLS: dict[str, type[Protocol]] = {"plain": Protocol, "model-per-task": ModelPerTask}
+PROTOCOLS: dict[str, type[Protocol] | str] = {  # or where it is
+    "plain": Protocol, "model-per-task": ModelPerTask, "cl-lora": f"{__package__}.cl_lora:SharedDistillation",
+}  # fmt: skip
 # Of methods whose runs need one: used where a configuration names none.
 OF_METHODS = {"CLLoRA": "model-per-task"}
 
@@ -84,10 +90,9 @@ def make(method_kind: str, protocol: Mapping[str, Any]) -> Protocol:
     and its keywords, or that of the kind of method; raises `ArgumentError` for anything else."""
     options = dict(protocol)
     kind = options.pop("kind", OF_METHODS.get(method_kind, "plain") if not options else None)
-    if isinstance(kind, str) and ":" in kind:
-        found = named(kind, "protocol: kind")
-    else:
-        found = PROTOCOLS.get(kind) if isinstance(kind, str) else None
+    found = PROTOCOLS.get(kind, kind) if isinstance(kind, str) else None
+    if isinstance(found, str) and ":" in found:
+        found = named(found, "protocol: kind")
     if not (isinstance(found, type) and issubclass(found, Protocol)):
         known = f'{", ".join(PROTOCOLS)} or "package.module:Class"'
         raise ArgumentError(f"protocol: kind: expected one of {known}, got {kind!r}")
