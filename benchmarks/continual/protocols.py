@@ -78,9 +78,12 @@ class ModelPerTask(Protocol):
         model.of_task = method.task
 
 
-PROTOCOLS: dict[str, type[Protocol] | str] = {  # or where it is
-    "plain": Protocol, "model-per-task": ModelPerTask, "cl-lora": f"{__package__}.cl_lora:SharedDistillation",
-}  # fmt: skip
+# kind -> "module:Class"
+PROTOCOLS = {
+    "plain": "protocols:Protocol",
+    "model-per-task": "protocols:ModelPerTask",
+    "cl-lora": "cl_lora:SharedDistillation",
+}
 # Of methods whose runs need one: used where a configuration names none.
 OF_METHODS = {"CLLoRA": "model-per-task"}
 
@@ -90,9 +93,10 @@ def make(method_kind: str, protocol: Mapping[str, Any]) -> Protocol:
     and its keywords, or that of the kind of method; raises `ArgumentError` for anything else."""
     options = dict(protocol)
     kind = options.pop("kind", OF_METHODS.get(method_kind, "plain") if not options else None)
-    found = PROTOCOLS.get(kind, kind) if isinstance(kind, str) else None
-    if isinstance(found, str) and ":" in found:
-        found = named(found, "protocol: kind")
+    if isinstance(kind, str) and kind in PROTOCOLS:
+        found = named(f"{__package__}.{PROTOCOLS[kind]}", "protocol: kind")
+    else:
+        found = named(kind, "protocol: kind") if isinstance(kind, str) and ":" in kind else None
     if not (isinstance(found, type) and issubclass(found, Protocol)):
         known = f'{", ".join(PROTOCOLS)} or "package.module:Class"'
         raise ArgumentError(f"protocol: kind: expected one of {known}, got {kind!r}")

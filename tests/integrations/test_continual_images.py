@@ -69,7 +69,7 @@ def different(names: list[str]) -> dict[str, set[str]]:
             options = {key: value for key, value in run.options.items() if key != "total_tasks"}
             adapters = [{**group, "r": 0} for group in groups(run)]
             training = (run.training.optimizer, run.training.schedule, run.training.iterations)
-            key = json.dumps([run.kind, options, adapters, training])
+            key = json.dumps([run.kind, options, adapters, training, run.protocol])
             if key not in known:
                 known.add(key)
                 methods[name].add(run.method)
@@ -82,7 +82,7 @@ def test_published_methods_learn(name: str, learned: set[str], tmp_path: Path) -
     loaded = configuration.load(configuration.find(name))
     assert loaded.name == name.removeprefix("published/")
     settings = loaded.runs[0].problem
-    WRITERS[settings["dataset"]](tmp_path)
+    WRITERS.get(settings["dataset"], write_split("vtab"))(tmp_path)
     torch.set_num_threads(1)
     problem = problems.load(settings | TINY, tmp_path, loaded.runs[0].seed, "cpu")
     for run in loaded.runs:
@@ -107,7 +107,7 @@ def test_published_methods_learn(name: str, learned: set[str], tmp_path: Path) -
 def test_every_protocol_configured() -> None:
     """Every published protocol has a configuration."""
     sets = {configuration.load(configuration.find(name)).runs[0].problem["dataset"] for name in PUBLISHED}
-    assert sets == set(image_sets.READERS) and len(PUBLISHED) == 17
+    assert sets == {*image_sets.READERS, "folder:vtab"} and len(PUBLISHED) == 21
 
 
 @pytest.mark.parametrize("dataset", WRITERS)
