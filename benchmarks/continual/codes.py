@@ -77,7 +77,7 @@ def learned(run: Run, problem: Problem) -> Stream:
 
 
 def _train(state: State, number: int, task: Task) -> None:
-    training = state.run.training
+    training = state.run.training.of_task(number)
     state.model.add_head(len(task.classes))
     batches = loader(task.train, training.batch_size, state.order)
     state.method.begin_task(number)
@@ -89,7 +89,7 @@ def _train(state: State, number: int, task: Task) -> None:
         optimizer.zero_grad()
         (F.cross_entropy(state.model(x), y) + state.method.penalty()).backward()
         optimizer.step()
-        if training.iterations or (step + 1) % len(batches) == 0:
+        if training.rates_by_step or (step + 1) % len(batches) == 0:
             schedule.step()
 
 

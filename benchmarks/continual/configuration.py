@@ -26,8 +26,8 @@ METHODS: dict[str, type[methods.Method]] = {
     name: getattr(methods, name) for name in methods.__all__ if name != "Method"
 }
 OPTIMIZERS = ("adam", "adamw", "sgd")
-SCHEDULES = ("constant", "cosine", "multistep")
-LATER = ("evaluate_before_end", "first_lr", "first_head_lr")
+SCHEDULES = ("constant", "cosine", "multistep", "one-cycle")
+LATER = ("evaluate_before_end", "first_lr", "first_head_lr", "epochs_by_task", "passes_drop_last")
 _KEYS = {"name", "about", "problem", "adapters", "training", "seeds", "methods"}
 _OPTIONAL = {"protocol", "quick", "development"}
 _OF_METHOD = {"options", "adapters", "training", "protocol", "seeds", "grid"}
@@ -37,12 +37,14 @@ _OF_METHOD = {"options", "adapters", "training", "protocol", "seeds", "grid"}
 class Training:
     """How one task is trained.
 
-    lr is the rate of the adapters, head_lr that of the newest head. iterations, if set, is the number of
-    steps of a task of any size, instead of epochs. schedule: "cosine" to 0 and "multistep" (times decay at
-    each of milestones) change rates after every epoch; "cosine" after every step where iterations are set.
-    fisher_batch_size is that of the passes over the data after a task; None: batch_size. Accuracies are taken
-    after the task has ended, or before, with the adapters not yet merged (evaluate_before_end). first_lr and
-    first_head_lr, if set, are the rates of the first task.
+    lr is the rate of the adapters, head_lr that of the newest head; first_lr and first_head_lr, if set, are
+    those of the first task. epochs_by_task, if set, has the epochs of every task. iterations, if set, is the
+    number of steps of a task of any size, instead of epochs. schedule: "cosine" to 0 and "multistep" (times
+    decay at each of milestones) change rates after every epoch; "cosine" after every step where iterations
+    are set, and "one-cycle", the OneCycleLR of PyTorch up to lr and head_lr, always. fisher_batch_size is
+    that of the passes over the data before and after a task; None: batch_size; passes_drop_last leaves out
+    their last batch where it is smaller. Accuracies are taken after the task has ended, or before, with the
+    adapters not yet merged (evaluate_before_end).
     """
 
     lr: float
@@ -63,14 +65,23 @@ class Training:
     evaluate_before_end: bool = False
     first_lr: float | None = None
     first_head_lr: float | None = None
+    epochs_by_task: tuple[int, ...] = ()
+    passes_drop_last: bool = False
+
+    @property
+    def rates_by_step(self) -> bool:
+        """Whether rates change after every step, not after every epoch."""
+        return self.iterations is not None or self.schedule == "one-cycle"
 
     def of_task(self, number: int) -> Training:
         """How task `number`, counted from 0, is trained."""
-        if number:
-            return self
-        lr = self.lr if self.first_lr is None else self.first_lr
-        head_lr = self.head_lr if self.first_head_lr is None else self.first_head_lr
-        return replace(self, lr=lr, head_lr=head_lr)
+        lr, head_lr, epochs = self.lr, self.head_lr, self.epochs
+        if number == 0:
+            lr = lr if self.first_lr is None else self.first_lr
+            head_lr = head_lr if self.first_head_lr is None else self.first_head_lr
+        if self.epochs_by_task:
+            epochs = self.epochs_by_task[number]
+        return replace(self, lr=lr, head_lr=head_lr, epochs=epochs)
 
 
 @dataclass(frozen=True)
@@ -151,15 +162,19 @@ def check_options(kind: str, options: Any) -> None:
     They are tried on the smallest model; what a method demands of its layers shows on the real one.
     """
     _mapping(options, "options", set(), set(options) if isinstance(options, Mapping) else set())
-    method, model = method_class(kind), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    method, tried = method_class(kind), [options]
     if "shared" in options:  # the names of layers
-        options = {**options, "shared": ["0"]}
-    try:
-        method(model, fe.LoRAConfig(r=1, target_modules=["0", "1"]), **options)
-    except TypeError as error:
-        raise ArgumentError(f"options: {error}") from error
-    except fe.TargetError:
-        pass
+        tried = [{**options, "shared": ["0"]}]
+    if isinstance(shares := options.get("epsilon_w"), Mapping):  # by names of layers
+        tried = [{**options, "epsilon_w": share} for share in shares.values()]
+    for values in tried:
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        try:
+            method(model, fe.LoRAConfig(r=1, target_modules=["0", "1"]), **values)
+        except TypeError as error:
+            raise ArgumentError(f"options: {error}") from error
+        except fe.TargetError:
+            pass
 
 
 def available() -> list[str]:
@@ -367,6 +382,9 @@ def _training(values: dict[str, Any], where: str) -> Training:
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if not whole and not (optional and value is None):
             raise ArgumentError(f"{where}: training: {name}: expected an integer >= 1, got {value!r}")
+    for value in training.epochs_by_task:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ArgumentError(f"{where}: training: epochs_by_task: expected integers >= 1, got {value!r}")
     for name in ("lr", "head_lr", "first_lr", "first_head_lr"):
         value = getattr(training, name)
         if value is None and name.startswith("first_"):

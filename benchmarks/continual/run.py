@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, MultiStepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, MultiStepLR, OneCycleLR
 from torch.utils.data import DataLoader
 
 import fused_ewclora as fe
@@ -53,6 +53,10 @@ class State:
         self.order = torch.Generator().manual_seed(run.seed)  # of the examples
         self.run, self.device, self.results = run, device, Results()
         self.tasks = problem.stream.tasks
+        if (count := len(run.training.epochs_by_task)) not in (0, len(self.tasks)):
+            raise fe.ArgumentError(
+                f"training: epochs_by_task: expected one for each of {len(self.tasks)} tasks, got {count}"
+            )
         self.protocol = protocols.make(run.kind, run.protocol)
         # Heads are added later, so that configurations may target every linear layer.
         learner = problem.learner or self.protocol.learner
@@ -149,7 +153,11 @@ def learn(state: State, number: int, loggers: Loggers | None = None) -> tuple[di
     # The passes over all examples before and after training; the methods move batches themselves. Shuffled,
     # as in the official codes: the Fisher of batches of a single class would be several times too large.
     passes = loader(
-        task.train, training.fisher_batch_size or training.batch_size, state.order, training.workers
+        task.train,
+        training.fisher_batch_size or training.batch_size,
+        state.order,
+        training.workers,
+        training.passes_drop_last,
     )
     method.begin_task(number)
     prepare_seconds = timed(lambda: protocol.before_task(number, passes, device), device)
@@ -169,7 +177,7 @@ def learn(state: State, number: int, loggers: Loggers | None = None) -> tuple[di
         loss, penalty = protocol.backward(x, y, optimizer.param_groups[0]["lr"] / training.lr)
         optimizer.step()
         method.after_step(step, steps)
-        if training.iterations or (step + 1) % len(batches) == 0:
+        if training.rates_by_step or (step + 1) % len(batches) == 0:
             schedule.step()
         _finished(device)
         step_seconds.append(time.perf_counter() - start)
@@ -230,10 +238,11 @@ def make_optimizer(model: Learner, training: Training) -> torch.optim.Optimizer:
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, training: Training, steps: int) -> LRScheduler:
-    """Stepped after every epoch, or after every one of `steps` steps where a task has a number of
-    iterations."""
+    """Stepped after every epoch, or after every one of `steps` steps (`Training.rates_by_step`)."""
     if training.schedule == "cosine":
         return CosineAnnealingLR(optimizer, steps if training.iterations else training.epochs)
+    if training.schedule == "one-cycle":
+        return OneCycleLR(optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps)
     if training.schedule == "multistep":
         return MultiStepLR(optimizer, list(training.milestones), training.decay)
     return LambdaLR(optimizer, lambda _: 1.0)

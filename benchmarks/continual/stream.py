@@ -103,13 +103,25 @@ def size(data: Dataset[Any]) -> int:
 
 
 def loader(
-    data: Dataset[Any], batch_size: int, generator: torch.Generator | None = None, workers: int = 0
+    data: Dataset[Any],
+    batch_size: int,
+    generator: torch.Generator | None = None,
+    workers: int = 0,
+    drop_last: bool = False,
 ) -> DataLoader[Any]:
-    """Batches (inputs, labels), shuffled if a generator is given; the last one may be smaller."""
+    """Batches (inputs, labels), shuffled if a generator is given; the last one may be smaller, unless such a
+    one is dropped."""
     order = SequentialSampler(data) if generator is None else RandomSampler(data, generator=generator)  # type: ignore[arg-type]
     if isinstance(data, Arrays):
-        return DataLoader(data, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)
-    return DataLoader(data, batch_size, sampler=order, num_workers=workers, persistent_workers=workers > 0)
+        return DataLoader(data, sampler=BatchSampler(order, batch_size, drop_last=drop_last), batch_size=None)
+    return DataLoader(
+        data,
+        batch_size,
+        sampler=order,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        drop_last=drop_last,
+    )
 
 
 def split_classes(classes: Sequence[str], tasks: int | Sequence[int]) -> Iterator[tuple[str, ...]]:

@@ -199,18 +199,29 @@ def test_cl_lora(name: str) -> None:
     assert set(code.options) == {"shared", "variant"} and code.options["variant"] == "official"
 
 
-def test_keep_lora() -> None:
-    """KeepLoRA's code, keeplora_order1: both shares of weights, that of features, all images."""
-    expected = {"lr": 1e-3, "epochs": 10, "batch_size": 64, "optimizer": "adamw", "weight_decay": 0.01}
-    found = runs("keeplora-mtil")
+@pytest.mark.parametrize(
+    ("name", "order", "epochs"),
+    [
+        ("keeplora-mtil", "mtil-1", (10,) * 10 + (5,)),
+        ("keeplora-mtil-2", "mtil-2", (5, 2, 5, 5, 5, 5, 10, 10, 10, 10, 10)),
+    ],
+)
+def test_keep_lora(name: str, order: str, epochs: tuple[int, ...]) -> None:
+    """KeepLoRA's code, keeplora_order1 and 2: shares of weights by tower, that of features, all images."""
+    expected = {
+        "lr": 1e-3, "epochs_by_task": epochs, "batch_size": 64, "optimizer": "adamw", "weight_decay": 0.01,
+        "schedule": "one-cycle", "passes_drop_last": True,
+    }  # fmt: skip
+    found = runs(name)
     for run in found.values():
         check_training(run, {**expected, "iterations": None, "evaluate_before_end": False})
         packed, others = run.lora_configs()
         assert (packed.r, packed.slices, others.r, run.seed) == (16, ("q", "k", "v"), 16, 42)
-        problem = {"datasets": "mtil-1", "shots": None, "rivals": "own", "text_loss": False}
+        problem = {"datasets": order, "shots": None, "rivals": "own", "text_loss": False}
         assert {key: run.problem[key] for key in problem} == problem
-    shares = [(run.options["epsilon_w"], run.options["epsilon_f"]) for run in found.values() if run.options]
-    assert shares == [(0.85, 0.99), (0.2, 0.99)]
+    shared = {"epsilon_w": {".*visual.*": 0.85, ".*": 0.2}, "epsilon_f": 0.99}
+    assert found["KeepLoRA"].options == {**shared, "variant": "official"}
+    assert found["KeepLoRA, paper"].options == {**shared, "variant": "paper"}
 
 
 @pytest.mark.parametrize(
@@ -245,6 +256,7 @@ def test_every_file_checked() -> None:
         "codyra-cifar100",
         "codyra-imagenet-r",
         "keeplora-mtil",
+        "keeplora-mtil-2",
     }
     assert checked | {"o-lora-t5-large", "n-lora-t5-large"} <= set(names)
     for name in names:

@@ -18,7 +18,8 @@ from torch import Tensor
 import fused_ewclora as fe
 from benchmarks.continual.configuration import Run, Training
 from benchmarks.continual.learner import Heads
-from benchmarks.continual.run import State, evaluate, execute, first, make_optimizer, make_schedule
+from benchmarks.continual.protocols import Protocol
+from benchmarks.continual.run import State, evaluate, execute, first, learn, make_optimizer, make_schedule
 from benchmarks.continual.stream import Arrays, Stream, Task, loader, split_classes
 from fused_ewclora.demo.formats import DataError
 from fused_ewclora.metrics import ContinualMetrics
@@ -199,6 +200,59 @@ def test_rates_follow_the_schedule() -> None:
             schedule.optimizer.step()
             schedule.step()
         assert schedule.get_last_lr() == pytest.approx([0.0, 0.0])
+
+
+def test_one_cycle() -> None:
+    """Rates rise to those of the configuration and fall again, after every step."""
+    training = replace(a_run().training, schedule="one-cycle", epochs=2)
+    rates: list[float] = []
+
+    class Watched(Protocol):
+        def backward(self, x: Any, y: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+            rates.append(rate)
+            return super().backward(x, y, rate)
+
+    state = State(a_run("LoRA", training=training), problem(), CPU)
+    state.protocol = Watched()
+    state.protocol.attach(state.model, state.method)
+    steps = learn(state, 0)[0]["steps"]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=steps)
+    expected = []
+    for _ in range(steps):
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx(expected) and max(rates) > 0.9 and rates[0] < 0.05
+
+
+def test_epochs_of_tasks() -> None:
+    """Every task has its own number of epochs, where the configuration gives one."""
+    training = replace(a_run().training, epochs_by_task=(1, 3, 2))
+    steps = [task["steps"] for task in execute(a_run("LoRA", training=training), problem(), CPU)["tasks"]]
+    each = [-(-len(task.train) // 8) for task in problem().stream.tasks]  # type: ignore[arg-type]
+    assert steps == [each[0], 3 * each[1], 2 * each[2]]
+    short = replace(training, epochs_by_task=(1, 3))
+    with pytest.raises(fe.ArgumentError, match="epochs_by_task: expected one for each of 3 tasks, got 2"):
+        State(a_run("LoRA", training=short), problem(), CPU)
+
+
+def test_passes_without_last_batch() -> None:
+    """Passes over the data leave a smaller last batch out, where the configuration says so; training does
+    not."""
+    sizes: list[list[int]] = []
+
+    class Watched(Protocol):
+        def after_task(self, number: int, batches: Any, device: torch.device) -> None:
+            sizes.append([len(y) for _, y in batches])
+
+    for drop in (False, True):
+        training = replace(a_run().training, passes_drop_last=drop)
+        state = State(a_run("LoRA", training=training), problem(), CPU)
+        state.protocol = Watched()
+        state.protocol.attach(state.model, state.method)
+        assert learn(state, 0)[0]["steps"] == 9  # 18 examples, 3 epochs
+    assert sizes == [[8, 8, 2], [8, 8]]
 
 
 def test_penalty_schedule_used() -> None:
