@@ -19,7 +19,9 @@ from hypothesis import HealthCheck, settings
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # for benchmarks/, which is not installed under that name
     sys.path.append(str(ROOT))
-if not (ROOT / "benchmarks").exists():  # a source distribution has benchmarks/ and kernels/ inside the package
+if not (
+    ROOT / "benchmarks"
+).exists():  # a source distribution has benchmarks/ and kernels/ inside the package
     sys.path.append(str(ROOT / "fused_ewclora"))
 
 # Triton reads it when it is imported. Without a GPU its kernels run in its interpreter, here and in the

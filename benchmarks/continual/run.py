@@ -168,6 +168,8 @@ def learn(state: State, number: int, loggers: Loggers | None = None) -> tuple[di
     optimizer = make_optimizer(model, training)
     steps = training.iterations or training.epochs * len(batches)
     schedule = make_schedule(optimizer, training, steps)
+    examples = task.train if task.train_as_test is None else task.train_as_test
+    protocol.before_steps(optimizer, loader(examples, training.test_batch_size, workers=training.workers))
     step_seconds: list[float] = []
     loss = penalty = torch.zeros(())
     model.train()
