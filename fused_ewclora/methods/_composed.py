@@ -165,7 +165,7 @@ class Composed(Method):
         value = self._ewc.penalty()
         return value if self._constant is None else value - self._constant
 
-    def decoupled_step_(self, rate: float = 1.0, clip_grad: float | None = 100.0) -> None:
+    def decoupled_step_(self, rate: float = 1.0, clip_grad: float | None = 100.0) -> Tensor:
         """The official code's use of the penalty, in place of adding it to the loss: called between backward
         and the step of the optimizer, it moves A and B by -rate times the gradient of the penalty. `.grad`
         stays as it is.
@@ -175,6 +175,9 @@ class Composed(Method):
                 the first one.
             clip_grad: the largest norm of the gradient of each A and each B, which longer ones are shortened
                 to; None leaves them as they are.
+
+        Returns:
+            The penalty before the step, 0-d.
 
         Raises:
             ArgumentError: for values out of range and in a task that was not prepared.
@@ -186,7 +189,7 @@ class Composed(Method):
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             >>> scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=2)
             >>> criterion(model(x), y).backward()
-            >>> method.decoupled_step_(scheduler.get_last_lr()[0] / 0.1)
+            >>> penalty = method.decoupled_step_(scheduler.get_last_lr()[0] / 0.1)
             >>> optimizer.step()
         """
         self._check_not_exported("decoupled_step_")
@@ -195,7 +198,8 @@ class Composed(Method):
             number("clip_grad", clip_grad, 0.0, float("inf"))
         trained = [p for *_, now in self._vectors() for p in (now.lora_A, now.lora_B)]
         with torch.enable_grad():
-            gradients = torch.autograd.grad(self.penalty(), trained, allow_unused=True)
+            penalty = self.penalty()
+            gradients = torch.autograd.grad(penalty, trained, allow_unused=True)
         with torch.no_grad():
             for parameter, gradient in zip(trained, gradients, strict=True):
                 if gradient is None:
@@ -203,6 +207,7 @@ class Composed(Method):
                 if clip_grad is not None:
                     gradient = gradient * (clip_grad / (gradient.norm() + 1e-6)).clamp(max=1.0)
                 parameter.add_(gradient, alpha=-rate)
+        return penalty.detach()
 
     def compose(self, tasks: Iterable[int] | None = None) -> None:
         """From now until the next task the model computes with W0 plus the mean of the task vectors of these

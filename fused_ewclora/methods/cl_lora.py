@@ -142,6 +142,15 @@ class CLLoRA(Method):
                     f"{ref.key}: expected a lora_B of 0, got a trained one, whose A would be drawn anew"
                 )
 
+    @property
+    def shared_layers(self) -> tuple[str, ...]:
+        """Names of the layers whose adapters all tasks share.
+
+        Returns:
+            Some of the names in `layers`.
+        """
+        return tuple(self._shared)
+
     def _check_unmerged(self) -> None:
         if merged := [name for name, layer in self.layers.items() if layer.merged]:
             raise TargetError(f"{merged[0]}: its adapter is merged into the base weight; call unmerge(model)")

@@ -78,7 +78,8 @@ def test_literal_three_tasks(kind, variant, decoupled):
             loss, expected = F.cross_entropy(model(x), y), F.cross_entropy(dense.logits(x), y)
             if decoupled:
                 loss.backward()
-                method.decoupled_step_(0.5, clip_grad=0.1)
+                returned = method.decoupled_step_(0.5, clip_grad=0.1)
+                torch.testing.assert_close(returned, dense.penalty().detach(), rtol=1e-9, atol=1e-12)
                 expected.backward()
                 gradients = torch.autograd.grad(dense.penalty(), matrices, allow_unused=True)
                 with torch.no_grad():
