@@ -229,6 +229,16 @@ def test_runs_and_targets(tmp_path: Path):
     assert slow in rows(text, "SD-LoRA")
 
 
+def test_protocol_among_options(tmp_path: Path):
+    """A protocol is named with the options of its method."""
+    record = run("CL-LoRA", kind="CLLoRA", options={"shared": "a"})
+    record["run"]["protocol"] = {"kind": "cl-lora", "separate_step": True}
+    text = page.generate(folder(tmp_path / "results", [run(), record]))
+    options = "shared a, protocol (kind cl-lora, separate_step yes)"
+    assert ["CL-LoRA", "`CLLoRA`", options] in rows(text, "CL-LoRA")
+    assert ["LoRA", "`LoRA`", page.DASH] in rows(text, "LoRA")
+
+
 def rows_of_targets(text: str) -> list[list[str]]:
     section = text.split("## Targets")[1].split("##")[0]
     lines = [line for line in section.splitlines() if line.startswith("| ")][1:]
