@@ -239,11 +239,6 @@ def _distinct(records: Sequence[Record], value: Any) -> str:
     return "; ".join(dict.fromkeys(value(record) for record in records))
 
 
-def _options(entry: Group) -> str:
-    """Of the method, and of its protocol where it has one."""
-    return _settings({**entry.options, "protocol": entry.records[0]["run"].get("protocol", {})})
-
-
 def _settings(values: dict[str, Any] | list[dict[str, Any]]) -> str:
     if isinstance(values, list):
         return " + ".join(f"({_settings(one)})" for one in values)

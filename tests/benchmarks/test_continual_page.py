@@ -231,9 +231,11 @@ def test_runs_and_targets(tmp_path: Path):
 
 def test_protocol_shown(tmp_path: Path):
     """The protocol of a method stands beside its options."""
-    tuned = changed(run("ITA", kind="ITA", options={"alpha": 5.0}), "run.protocol", {"kind": "tuned-heads"})
+    tuned = changed(
+        run("ITA", kind="ITA", options={"alpha": 5.0}), "run.protocol", {"kind": "tuned-heads", "clip": True}
+    )
     text = page.generate(folder(tmp_path / "results", [run(), tuned]))
-    assert ["ITA", "`ITA`", "alpha 5; protocol: kind tuned-heads"] in rows(text, "ITA")
+    assert ["ITA", "`ITA`", "alpha 5; protocol: kind tuned-heads, clip yes"] in rows(text, "ITA")
     assert ["LoRA", "`LoRA`", "–"] in rows(text, "LoRA")
 
 
