@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -39,6 +39,10 @@ class Protocol:
         """Between `begin_task` and `prepare` of the method; `batches` are those of `prepare`, shuffled anew
         in every pass."""
 
+    def prepare(self, batches: Loader) -> None:
+        """Calls `prepare` of the method, after `before_task`."""
+        self.method.prepare(batches, self.model.loss)
+
     def before_steps(self, optimizer: torch.optim.Optimizer, examples: Loader) -> None:
         """Before the first step of a task, with the optimizer that takes them; `examples` are all training
         examples of the task prepared as those for testing, in batches that are not shuffled."""
@@ -55,6 +59,10 @@ class Protocol:
 
     def after_task(self, number: int, batches: Loader, device: torch.device) -> None:
         """After `end_task` of the method, with the batches of it."""
+
+    def kept_tensors(self) -> Iterable[Tensor]:
+        """What it holds from step to step beside the state of the method; counted in a run's record."""
+        return ()
 
     def state_dict(self) -> dict[str, Any]:
         """What it remembers from task to task: tensors and plain values in containers."""
@@ -82,6 +90,7 @@ class ModelPerTask(Protocol):
 PROTOCOLS = {
     "plain": "protocols:Protocol",
     "model-per-task": "protocols:ModelPerTask",
+    "tuned-heads": "tuned_heads:TunedHeads",  # IEL, ITA
     "cl-lora": "cl_lora:SharedDistillation",
 }
 # Of methods whose runs need one: used where a configuration names none.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from continual_records import cost, ewc, run
+from continual_records import changed, cost, ewc, run
 from PIL import Image
 
 from benchmarks.continual import configuration, page, pictures, recorded
@@ -229,14 +229,12 @@ def test_runs_and_targets(tmp_path: Path):
     assert slow in rows(text, "SD-LoRA")
 
 
-def test_protocol_among_options(tmp_path: Path):
-    """A protocol is named with the options of its method."""
-    record = run("CL-LoRA", kind="CLLoRA", options={"shared": "a"})
-    record["run"]["protocol"] = {"kind": "cl-lora", "separate_step": True}
-    text = page.generate(folder(tmp_path / "results", [run(), record]))
-    options = "shared a, protocol (kind cl-lora, separate_step yes)"
-    assert ["CL-LoRA", "`CLLoRA`", options] in rows(text, "CL-LoRA")
-    assert ["LoRA", "`LoRA`", page.DASH] in rows(text, "LoRA")
+def test_protocol_shown(tmp_path: Path):
+    """The protocol of a method stands beside its options."""
+    tuned = changed(run("ITA", kind="ITA", options={"alpha": 5.0}), "run.protocol", {"kind": "tuned-heads"})
+    text = page.generate(folder(tmp_path / "results", [run(), tuned]))
+    assert ["ITA", "`ITA`", "alpha 5; protocol: kind tuned-heads"] in rows(text, "ITA")
+    assert ["LoRA", "`LoRA`", "–"] in rows(text, "LoRA")
 
 
 def rows_of_targets(text: str) -> list[list[str]]:

@@ -16,8 +16,9 @@ from fused_ewclora.methods import CLLoRA
 
 # Of the official codes: low-rank-cl, configs/{baseline,ewclora,inflora,sdlora}/*.json; SD-Lora-CL,
 # exps/*.json, with SGD of momentum 0.9 in models/sdlora.py; CoDyRA, models/codyra.py and scripts; KeepLoRA,
-# MTIL/configs; O-LoRA and N-LoRA, scripts/order_1.sh; CL-LoRA, exps/*.json and models/cllora.py. Of P&M a
-# summary of the paper.
+# MTIL/configs; O-LoRA and N-LoRA, scripts/order_1.sh; IEL and ITA, mammoth's models/config/second_order.yaml,
+# datasets/configs and scripts/reproduce.json; CL-LoRA, exps/*.json and models/cllora.py. Of P&M a summary of
+# the paper.
 EWC = {
     "lr": 5e-4, "head_lr": 5e-3, "batch_size": 128, "optimizer": "adam", "schedule": "cosine",
     "weight_decay": 0.0,
@@ -171,6 +172,47 @@ def test_perturb_and_merge(name: str) -> None:
     assert found["P&M, merging alone"].options == {"epsilon": 0.0}
 
 
+TUNED: dict[str, dict[str, Any]] = {  # epochs, of them of tuning, and by method strength and weights of heads
+    "iel-ita-cifar100": {
+        "tasks": 10, "epochs": 20, "pretuning": 3, "IEL": (20.0, 0.1, 0.001), "ITA": (0.02, 0.025, 0.001),
+    },
+    "iel-ita-imagenet-r": {  # the strengths of CIFAR-100
+        "tasks": 10, "epochs": 50, "pretuning": 3, "IEL": (20.0, 0.1, 0.001), "ITA": (0.02, 0.025, 0.001),
+    },
+    "ita-cropdiseases": {"tasks": 7, "epochs": 5, "pretuning": 1, "ITA": (5.0, 0.1, 0.01)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_iel_ita(name: str) -> None:
+    """The code of IEL and ITA, mammoth's second_order: its configurations and, for the protocol, defaults."""
+    official, found = TUNED[name], runs(name)
+    assert set(found) == {"IEL", "ITA"} & set(official)
+    for method, run in found.items():
+        check_training(
+            run,
+            {
+                "lr": 3e-4, "head_lr": 3e-4, "epochs": official["epochs"], "batch_size": 8 * 16,
+                "optimizer": "adamw", "weight_decay": 0.0, "schedule": "quarter-cosine",
+                "evaluate_before_end": False,
+            },
+        )  # fmt: skip
+        strength, of_head, plain = official[method]
+        assert run.options == {"beta" if method == "IEL" else "alpha": strength, "variant": "official"}
+        assert run.protocol == {
+            "kind": "tuned-heads", "num_epochs_pretuning": official["pretuning"],
+            "learning_rate_pretuning": 0.01, "num_samples_align_pretuning": 256,
+            "batch_size_align_pretuning": 128, "num_epochs_align_pretuning": 10, "lr_align_pretuning": 0.01,
+            "n_components": 5, "clip_grad": 100.0, "req_weight_cls": of_head,
+            "simple_reg_weight_cls": plain,
+        }  # fmt: skip
+        packed, others = run.lora_configs()
+        assert (packed.r, packed.slices, packed.lora_alpha, others.r) == (3 * 16, None, None, 16)
+        expected = {"tasks": official["tasks"], "shuffle": False, "train_interpolation": "bicubic"}
+        expected |= {"model": "vit_base_patch16_224.augreg_in21k", "interpolation": "bicubic"}
+        assert {key: run.problem[key] for key in expected} == expected
+
+
 @pytest.mark.parametrize("name", CL_SETS)
 def test_cl_lora(name: str) -> None:
     """CL-LoRA's code: one rate, adapters of q and v, six shared blocks, its protocol."""
@@ -252,6 +294,7 @@ def test_every_file_checked() -> None:
         *EWC_SETS,
         *SD_SETS,
         *PM_SETS,
+        *TUNED,
         *CL_SETS,
         "codyra-cifar100",
         "codyra-imagenet-r",
