@@ -161,7 +161,7 @@ def problem_table(groups: Sequence[Group]) -> list[str]:
     )]  # fmt: skip
     names = list(dict.fromkeys(name for record in records for name in record["facts"]))
     rows += [[name, _distinct(records, lambda r, name=name: _value(r["facts"].get(name)))] for name in names]
-    options = [[entry.name, f"`{entry.kind}`", _options(entry) or DASH] for entry in groups]
+    options = [[entry.name, f"`{entry.kind}`", _options(entry)] for entry in groups]
     return [*table(["", ""], rows), *table(["method", "class", "options"], options)]
 
 
