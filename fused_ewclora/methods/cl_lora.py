@@ -331,8 +331,11 @@ class CLLoRA(Method):
             return self.model
         return super().export()
 
+    def _keeps(self, layer: AdaptedLinear, name: str) -> bool:
+        shared = isinstance(layer.composer, parts.Shared)
+        return super()._keeps(layer, name) or (shared and name.startswith("lora_A"))
+
     def _begin(self) -> None:
-        self._check_unmerged()
         generator = self._drawing(self.generator)
         self._choice.task, self._distilled = None, False
         with torch.no_grad():
