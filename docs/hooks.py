@@ -22,7 +22,7 @@ PAGES = {
 NOTEBOOKS = ("two_tasks.ipynb",)  # of examples/
 PACKAGE = "fused_ewclora"
 MODULES = (  # beside the package itself, whose names come from elsewhere
-    "functional", "methods", "metrics", "profiling", "fishers", "config", "errors",
+    "functional", "methods", "metrics", "profiling", "fishers", "structures", "config", "errors",
     *(f"integrations.{name}" for name in
       ("avalanche", "peft", "timm", "torchvision", "transformers", "open_clip")),
 )  # fmt: skip

@@ -64,6 +64,7 @@ class State:
         for config in run.lora_configs():
             fe.inject(self.model, config)
         self.method: Method = method_class(run.kind)(self.model, None, **run.options)
+        self.model.check_method(self.method)
         self.protocol.attach(self.model, self.method)
 
     def save(self, file: Path) -> None:

@@ -17,7 +17,8 @@ FORMAT = 1
 
 
 def between_tasks(method: Method, what: str) -> None:
-    """Raises `ArgumentError` during a task, when adapters may have any rank."""
+    """Raises `ArgumentError` during a task, when adapters may have any rank, and after `export`."""
+    method._check_not_exported(what)
     if method._running:
         raise ArgumentError(f"{what}: task {method.tasks} has not ended; call end_task first")
 

@@ -62,11 +62,20 @@ class Stacked(Method):
             layer.composer = Sum(type(self).__name__)
 
     def state_dict(self) -> dict[str, Any]:
-        """{"tensors": the factors of earlier tasks, "config": the rest}, between tasks. Weights and all
-        factors are in the model's own state_dict. Tensors are not copied.
+        """The state of the method between tasks. Weights and all factors are in the model's own state_dict.
+        Tensors are not copied.
 
-        >>> torch.save([model.state_dict(), method.state_dict()], "task3.pt")
+        Returns:
+            {"tensors": the factors of earlier tasks, "config": counts of tasks}.
+
+        Raises:
+            ArgumentError: during a task.
+
+        Examples:
+            >>> method = methods.OLoRA(model, config)
+            >>> torch.save([model.state_dict(), method.state_dict()], "task0.pt")
         """
+        self._check_not_exported("state_dict")
         tensors = {
             f"{key}.{name}": getattr(now, name).detach() for key, _, _, now in self._all() for name in PAST
         }
@@ -77,11 +86,32 @@ class Stacked(Method):
         nothing changes unless all of it fits.
 
         Load the model's own state_dict afterwards: its parameters have the ranks of all tasks then. They are
-        replaced, so make the optimizer after both. Raises `ArgumentError` during a task, `TargetError` for
-        merged layers and `CheckpointError` naming what does not fit.
+        replaced, so make the optimizer after both.
 
-            >>> method.load_state_dict(method_state); model.load_state_dict(state)
+        Args:
+            saved: what `state_dict` returned, also from a file.
+
+        Raises:
+            ArgumentError: during a task.
+            TargetError: for merged layers.
+            CheckpointError: naming what does not fit.
+
+        Examples:
+            >>> import copy
+            >>> fresh = copy.deepcopy(model)
+            >>> method = methods.OLoRA(model, config)
+            >>> for task in range(2):
+            ...     method.begin_task(task)
+            ...     _ = nn.init.ones_(model.fc.lora_B)  # in place of training
+            ...     method.end_task(loader)
+            >>> torch.save([model.state_dict(), method.state_dict()], "task1.pt")
+            >>> weights, state = torch.load("task1.pt", weights_only=True)
+            >>> later = methods.OLoRA(fresh, config)
+            >>> later.load_state_dict(state)
+            >>> fresh.load_state_dict(weights)
+            <All keys matched successfully>
         """
+        self._check_not_exported("load_state_dict")
         check_ready(self.layers, "load_state_dict")
         tensors, config = parse(self, saved)
         loaded = [

@@ -174,6 +174,7 @@ class CLLoRA(Method):
             >>> with method.task(0):
             ...     logits = model(x)
         """
+        self._check_not_exported("task")
         ended = self.tasks + int(self._running)
         if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < ended:
             raise ArgumentError(f"task: expected one of the {ended} tasks so far, from 0, got {task!r}")
@@ -205,6 +206,7 @@ class CLLoRA(Method):
             >>> float(method.distillation(x, model.fc).detach())
             0.0
         """
+        self._check_not_exported("distillation")
         if not self._running:
             raise ArgumentError("distillation: no task is running; call begin_task first")
         if self.tasks == 0:
@@ -227,6 +229,7 @@ class CLLoRA(Method):
         Raises:
             ArgumentError: without a distillation and where its gradient did not reach a shared adapter.
         """
+        self._check_not_exported("reassign_")
         if not self._distilled:
             raise ArgumentError("reassign_: expected gradients of a distillation; call it and backward first")
         refs = adapter_refs(self._shared)
@@ -262,6 +265,7 @@ class CLLoRA(Method):
         Returns:
             0-d tensors by module name, with ".k" etc. for slices.
         """
+        self._check_not_exported("block_weights")
         table = {
             ref.key: own_tensors(ref.layer)[ref.piece.scale_name] for ref in adapter_refs(self._specific)
         }
@@ -289,6 +293,7 @@ class CLLoRA(Method):
         Returns:
             A printable `Report`.
         """
+        self._check_not_exported("report")
         rows: list[dict[str, Any]] = [
             {"adapter": ref.key, "r": ref.piece.r, "shared": True, "weights": ()}
             for ref in adapter_refs(self._shared)
@@ -310,7 +315,7 @@ class CLLoRA(Method):
             The model.
 
         Raises:
-            ArgumentError: without a task where there are several, and during a task.
+            ArgumentError: without a task where there are several, during a task, and for a second time.
 
         Examples:
             >>> import copy
@@ -318,18 +323,16 @@ class CLLoRA(Method):
             >>> method = methods.CLLoRA(model, config, shared="fc")
             >>> models = [copy.deepcopy(method).export(k) for k in range(method.tasks)]
         """
-        if self._running:
-            raise ArgumentError(f"export: task {self.tasks} has not ended; call end_task first")
+        self._check_exportable()
         if task is None and self.tasks > 1 and self._specific:
             raise ArgumentError(
                 f"task: expected one of the {self.tasks} tasks, each of which has adapters of its own, so "
                 "that no single plain model computes all of them; copy.deepcopy(method).export(task) for each"
             )
-        if self.tasks:
-            with self.task(self.tasks - 1 if task is None else task):
-                eject(self.model, merge=True)
-            return self.model
-        return super().export()
+        if not self.tasks:
+            return super().export()
+        with self.task(self.tasks - 1 if task is None else task):
+            return super().export()
 
     def _keeps(self, layer: AdaptedLinear, name: str) -> bool:
         shared = isinstance(layer.composer, parts.Shared)
@@ -388,6 +391,7 @@ class CLLoRA(Method):
             >>> method = methods.CLLoRA(model, config, shared="fc")
             >>> torch.save([method.state_dict(), model.state_dict()], "task0.pt")
         """
+        self._check_not_exported("state_dict")
         tensors = dump_tensors(self._shared, self._specific)
         return dump(self, tensors, variant=self.variant, shared=list(self._shared))
 

@@ -144,6 +144,7 @@ class CoDyRA(Method):
         Returns:
             w `[ranks]` by module name, with ".k" etc. for slices; fewer ranks than r after `compact_`.
         """
+        self._check_not_exported("gates")
         return {adapter.key: adapter.gate for adapter in self._adapters}
 
     def penalty(self) -> Tensor:
@@ -152,7 +153,10 @@ class CoDyRA(Method):
         Returns:
             0-d and differentiable; 0 during the first task and without an ewc_lambda.
         """
-        return super().penalty() if self.ewc is None else self.ewc.penalty()
+        if self.ewc is None:
+            return super().penalty()
+        self._check_not_exported("penalty")
+        return self.ewc.penalty()
 
     def kappa(self, step: int, total_steps: int) -> float:
         """The shrinkage after a step.
@@ -210,6 +214,7 @@ class CoDyRA(Method):
             >>> model.fc.lora_A.shape
             torch.Size([1, 8])
         """
+        self._check_not_exported("compact_")
         for name, layer in self.layers.items():
             if layer.merged:
                 raise TargetError(f"{name}: its adapter is merged into the base weight; call unmerge(model)")
@@ -226,6 +231,7 @@ class CoDyRA(Method):
         Returns:
             The counts by the names of `gates`.
         """
+        self._check_not_exported("survivors")
         return {key: int(gate.detach().count_nonzero()) for key, gate in self.gates().items()}
 
     def report(self) -> Report:
@@ -244,6 +250,7 @@ class CoDyRA(Method):
               adapter  r  task 0  now
               fc       2  1       2
         """
+        self._check_not_exported("report")
         now = self.survivors()
         rows: list[dict[str, Any]] = []
         for adapter in self._adapters:

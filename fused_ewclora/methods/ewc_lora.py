@@ -79,6 +79,7 @@ class EWCLoRA(Method):
         Returns:
             0-d and differentiable; 0 during the first task, unless there is a prior.
         """
+        self._check_not_exported("penalty")
         return self.ewc.penalty()
 
     def estimate_prior(self, loader: Loader, loss_fn: Loss | None = None) -> None:
@@ -104,6 +105,7 @@ class EWCLoRA(Method):
             >>> list(method.ewc.fishers)
             ['fc']
         """
+        self._check_not_exported("estimate_prior")
         if self._running or self.tasks:
             raise ArgumentError("estimate_prior: expected to be called before the first task begins")
         estimate_prior(self.ewc, loader, loss_fn, self.labels, self.group)

@@ -137,6 +137,7 @@ class FactorEWC(Method):
         """
         if not self._state.fishers:
             return super().penalty()
+        self._check_not_exported("penalty")
         self._follow()
         total: Tensor | None = None
         for keys in self._by_device().values():

@@ -135,6 +135,7 @@ class NLoRA(Stacked):
         Raises:
             ArgumentError: for a threshold out of range.
         """
+        self._check_not_exported("report")
         threshold = number("threshold", threshold, 0.0, 1.0)
         rows: list[dict[str, Any]] = []
         for key, _, _, now in self._all():

@@ -110,6 +110,7 @@ class OLoRA(Stacked):
         Returns:
             A printable `Report`, with the mean over later tasks in its summary.
         """
+        self._check_not_exported("report")
         rows: list[dict[str, Any]] = [
             {"name": key, "rank": now.lora_past_A.shape[0], "overlaps": overlaps(now.tasks())}
             for key, _, _, now in self._all()

@@ -159,7 +159,10 @@ class SDLoRA(Method):
         Returns:
             0-d and differentiable; 0 during the first task and without an ewc_lambda.
         """
-        return super().penalty() if self.ewc is None else self.ewc.penalty()
+        if self.ewc is None:
+            return super().penalty()
+        self._check_not_exported("penalty")
+        return self.ewc.penalty()
 
     def report(self) -> Report:
         """The directions that each adapter holds.
@@ -181,6 +184,7 @@ class SDLoRA(Method):
             >>> report.summary
             {'directions': 1, 'dropped': 0}
         """
+        self._check_not_exported("report")
         rows = [
             {
                 "name": key,
@@ -204,6 +208,7 @@ class SDLoRA(Method):
         Returns:
             Tensors by name, plain values, and the state of `ewc`.
         """
+        self._check_not_exported("state_dict")
         settings = {
             "normalization": self.normalization,
             "magnitudes": self.magnitudes,
@@ -239,6 +244,7 @@ class SDLoRA(Method):
             >>> later.tasks
             1
         """
+        self._check_not_exported("load_state_dict")
         check_ready(self.layers, "load_state_dict")
         parsed = parse(saved, self._adapters(), self.normalization, self.magnitudes)
         if (saved.get("ewc") is None) != (self.ewc is None):
