@@ -261,7 +261,7 @@ class Method:
             for own, parameter in layer.named_lora_parameters():
                 if parameter.requires_grad and self._keeps(layer, own):
                     raise TargetError(
-                        f"{what}: {name}.{own}: expected requires_grad=False, as {type(self).__name__} has made "
+                        f"{what}: {name}.{own}: expected requires_grad=False, as {type(self).__name__} made "
                         "it, got True; training would change what the method keeps. Leave the requires_grad "
                         "of adapters as it is"
                     )
