@@ -155,8 +155,9 @@ class Composed(Method):
             with self.pretrained(), showing(progress):
                 estimate(self._ewc, loader, loss_fn, self.labels, self.group)
             self._take_in()
-            constant = self._of_past() if self.mean_of_past and self.tasks else None
-        self._ewc.ewc_lambda, self._constant = self._strength(), constant
+        self._ewc.ewc_lambda, self._constant = self._strength(), None
+        if self.mean_of_past and self.tasks:
+            self._constant = self._of_past()
         self._prepared = True
 
     def penalty(self) -> Tensor:
@@ -369,10 +370,10 @@ class Composed(Method):
             (layer, piece, now.ended(fresh_a(layer, now.lora_A, piece.r, generator), piece.scaling))
             for _, layer, piece, now in self._vectors()
         ]
-        with self._ewc.restored_on_error(), parameters_restored_on_error(self.layers):
-            self._take_in_last()
+        with parameters_restored_on_error(self.layers):
             for layer, piece, vectors in ended:
                 vectors.put(layer, piece)
+            self._take_in_last()
         self._mean.tasks, self._mean.current = tuple(range(self.tasks + 1)), False
 
     def _check_finite(self) -> None:

@@ -433,6 +433,7 @@ class CLLoRA(Method):
         tensors, config = parse(self, saved)
         expected = {"variant": self.variant, "shared": list(self._shared)}
         load = parse_tensors(tensors, config, expected, self._shared, self._specific)
-        load()
+        with parameters_restored_on_error(self.layers):
+            load()
         self._choice.task = config["tasks"] - 1 if config["tasks"] else None
         take_over(self, config)
