@@ -25,12 +25,12 @@ def trained_parameters(method: Method) -> int:
     return sum(p.numel() for _, p in _held(method) if p.requires_grad)
 
 
-def state_bytes(method: Method) -> int:
+def state_bytes(method: Method, others: Iterable[Tensor] = ()) -> int:
     """Bytes that the method stores from step to step in addition to the base model: adapters, Fishers and the
-    other state of their controller, subspaces. Each storage counts once, in full; gradients, heads and the
-    state of optimizers do not count."""
+    other state of their controller, subspaces; and `others`. Each storage counts once, in full; gradients,
+    trained heads and the state of optimizers do not count."""
     sizes = {}
-    for tensor in _kept(method):
+    for tensor in (*_kept(method), *others):
         storage = tensor.untyped_storage()
         sizes[tensor.device, storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())

@@ -26,7 +26,7 @@ METHODS: dict[str, type[methods.Method]] = {
     name: getattr(methods, name) for name in methods.__all__ if name != "Method"
 }
 OPTIMIZERS = ("adam", "adamw", "sgd")
-SCHEDULES = ("constant", "cosine", "multistep", "one-cycle")
+SCHEDULES = ("constant", "cosine", "quarter-cosine", "multistep", "one-cycle")
 LATER = ("evaluate_before_end", "first_lr", "first_head_lr", "epochs_by_task", "passes_drop_last")
 _KEYS = {"name", "about", "problem", "adapters", "training", "seeds", "methods"}
 _OPTIONAL = {"protocol", "quick", "development"}
@@ -39,12 +39,12 @@ class Training:
 
     lr is the rate of the adapters, head_lr that of the newest head; first_lr and first_head_lr, if set, are
     those of the first task. epochs_by_task, if set, has the epochs of every task. iterations, if set, is the
-    number of steps of a task of any size, instead of epochs. schedule: "cosine" to 0 and "multistep" (times
-    decay at each of milestones) change rates after every epoch; "cosine" after every step where iterations
-    are set, and "one-cycle", the OneCycleLR of PyTorch up to lr and head_lr, always. fisher_batch_size is
-    that of the passes over the data before and after a task; None: batch_size; passes_drop_last leaves out
-    their last batch where it is smaller. Accuracies are taken after the task has ended, or before, with the
-    adapters not yet merged (evaluate_before_end).
+    number of steps of a task of any size, instead of epochs. schedule: "cosine" to 0, "quarter-cosine",
+    the first quarter of one, to 0.016, and "multistep" (times decay at each of milestones) change rates after
+    every epoch; cosines after every step where iterations are set, and "one-cycle", the OneCycleLR of PyTorch
+    up to lr and head_lr, always. fisher_batch_size is that of the passes over the data before and after a
+    task; None: batch_size; passes_drop_last leaves out their last batch where it is smaller. Accuracies are
+    taken after the task has ended, or before, with the adapters not yet merged (evaluate_before_end).
     """
 
     lr: float

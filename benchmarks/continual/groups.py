@@ -63,6 +63,13 @@ class Group:
         return options
 
     @property
+    def protocol(self) -> dict[str, Any]:
+        """What its runs do beside the calls of every method; empty for that of the kind, and in records from
+        before there were protocols."""
+        protocol: dict[str, Any] = self.records[0]["run"].get("protocol", {})
+        return protocol
+
+    @property
     def ewc_lambda(self) -> float:
         """0 for methods without a penalty."""
         return float(self.options.get("ewc_lambda", 0.0))

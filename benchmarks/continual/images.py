@@ -46,6 +46,7 @@ def load(
     crop_scale: Sequence[float] = (0.08, 1.0),
     crop_fraction: float = 0.875,
     interpolation: str = "bilinear",
+    train_interpolation: str = "bilinear",
     normalize: Any = None,
     split_seed: int = 0,
 ) -> Problem:
@@ -54,9 +55,9 @@ def load(
 
     model, pretrained: see `backbones.make`. shuffle: the order of classes is drawn with the seed, by the
     generator of PyCIL, PILOT and code derived from them, so that equal seeds give equal orders; otherwise it
-    is that of the data set. crop_scale is for training images, crop_fraction and interpolation for test
-    images, normalize for both: see `image_transforms`; None leaves values in 0..1, as the official code of
-    these methods does. split_seed: for sets without a published split. Raises `DataError`.
+    is that of the data set. crop_scale and train_interpolation are for training images, crop_fraction and
+    interpolation for test images, normalize for both: see `image_transforms`; None leaves values in 0..1, as
+    most official codes do. split_seed: for sets without a published split. Raises `DataError`.
 
         >>> load(root, 0, "cuda", dataset="cifar100", model="vit_base_patch16_224.augreg_in21k", tasks=10)
     """
@@ -66,14 +67,13 @@ def load(
     collection = image_sets.read(dataset, root, split_seed)
     backbone = backbones.make(root, model, image_size, pretrained, seed)
     statistics = image_transforms.statistics_of(normalize, backbone.pretrained_config)
-    train = image_transforms.training(image_size, crop_scale, statistics)
+    train = image_transforms.training(image_size, crop_scale, statistics, interpolation=train_interpolation)
     test = image_transforms.testing(image_size, crop_fraction, interpolation, statistics)
     stream_tasks = []
     for names in split_classes(_ordered(collection.classes, seed if shuffle else None), tasks):
         labels = [collection.classes.index(name) for name in names]
-        stream_tasks.append(
-            Task(names, Images(collection.train.of(labels), train), Images(collection.test.of(labels), test))
-        )
+        seen, unseen = collection.train.of(labels), collection.test.of(labels)
+        stream_tasks.append(Task(names, Images(seen, train), Images(unseen, test), Images(seen, test)))
     facts = {
         "description": f"{dataset}, {len(collection.classes)} classes; {model}",
         "train_images": len(collection.train.labels),

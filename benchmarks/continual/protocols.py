@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -39,6 +39,14 @@ class Protocol:
         """Between `begin_task` and `prepare` of the method; `batches` are those of `prepare`, shuffled anew
         in every pass."""
 
+    def prepare(self, batches: Loader) -> None:
+        """Calls `prepare` of the method, after `before_task`."""
+        self.method.prepare(batches, self.model.loss)
+
+    def before_steps(self, optimizer: torch.optim.Optimizer, examples: Loader) -> None:
+        """Before the first step of a task, with the optimizer that takes them; `examples` are all training
+        examples of the task prepared as those for testing, in batches that are not shuffled."""
+
     def backward(self, x: Any, y: Tensor, rate: float) -> tuple[Tensor, Tensor]:
         """Gives the trained parameters the gradients of a step; they have none before. Returns its loss and
         its penalty, 0-d.
@@ -51,6 +59,10 @@ class Protocol:
 
     def after_task(self, number: int, batches: Loader, device: torch.device) -> None:
         """After `end_task` of the method, with the batches of it."""
+
+    def kept_tensors(self) -> Iterable[Tensor]:
+        """What it holds from step to step beside the state of the method; counted in a run's record."""
+        return ()
 
     def state_dict(self) -> dict[str, Any]:
         """What it remembers from task to task: tensors and plain values in containers."""
@@ -74,7 +86,13 @@ class ModelPerTask(Protocol):
         model.of_task = method.task
 
 
-PROTOCOLS: dict[str, type[Protocol]] = {"plain": Protocol, "model-per-task": ModelPerTask}
+# kind -> "module:Class"
+PROTOCOLS = {
+    "plain": "protocols:Protocol",
+    "model-per-task": "protocols:ModelPerTask",
+    "tuned-heads": "tuned_heads:TunedHeads",  # IEL, ITA
+    "cl-lora": "cl_lora:SharedDistillation",
+}
 # Of methods whose runs need one: used where a configuration names none.
 OF_METHODS = {"CLLoRA": "model-per-task"}
 
@@ -84,10 +102,10 @@ def make(method_kind: str, protocol: Mapping[str, Any]) -> Protocol:
     and its keywords, or that of the kind of method; raises `ArgumentError` for anything else."""
     options = dict(protocol)
     kind = options.pop("kind", OF_METHODS.get(method_kind, "plain") if not options else None)
-    if isinstance(kind, str) and ":" in kind:
-        found = named(kind, "protocol: kind")
+    if isinstance(kind, str) and kind in PROTOCOLS:
+        found = named(f"{__package__}.{PROTOCOLS[kind]}", "protocol: kind")
     else:
-        found = PROTOCOLS.get(kind) if isinstance(kind, str) else None
+        found = named(kind, "protocol: kind") if isinstance(kind, str) and ":" in kind else None
     if not (isinstance(found, type) and issubclass(found, Protocol)):
         known = f'{", ".join(PROTOCOLS)} or "package.module:Class"'
         raise ArgumentError(f"protocol: kind: expected one of {known}, got {kind!r}")

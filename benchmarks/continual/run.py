@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import statistics
 import time
@@ -31,6 +32,7 @@ from .loggers import Loggers
 from .stream import Problem, Task, loader, size
 
 Progress = Callable[[str], None]
+QUARTER = 0.99 * math.pi / 2  # the angle of the last rate of "quarter-cosine", as in the code of CODA-Prompt
 
 
 @dataclass
@@ -162,10 +164,12 @@ def learn(state: State, number: int, loggers: Loggers | None = None) -> tuple[di
     )
     method.begin_task(number)
     prepare_seconds = timed(lambda: protocol.before_task(number, passes, device), device)
-    prepare_seconds += timed(lambda: method.prepare(passes, model.loss), device)
+    prepare_seconds += timed(lambda: protocol.prepare(passes), device)
     optimizer = make_optimizer(model, training)
     steps = training.iterations or training.epochs * len(batches)
     schedule = make_schedule(optimizer, training, steps)
+    examples = task.train if task.train_as_test is None else task.train_as_test
+    protocol.before_steps(optimizer, loader(examples, training.test_batch_size, workers=training.workers))
     step_seconds: list[float] = []
     loss = penalty = torch.zeros(())
     model.train()
@@ -201,7 +205,7 @@ def learn(state: State, number: int, loggers: Loggers | None = None) -> tuple[di
         "end_seconds": end_seconds,
         "adapter_parameters": held,
         "trained_parameters": trained,
-        "state_bytes": accounting.state_bytes(method),
+        "state_bytes": accounting.state_bytes(method, protocol.kept_tensors()),
         "loss": loss.item(),
         "penalty": penalty.item(),
     }
@@ -238,8 +242,11 @@ def make_optimizer(model: Learner, training: Training) -> torch.optim.Optimizer:
 
 def make_schedule(optimizer: torch.optim.Optimizer, training: Training, steps: int) -> LRScheduler:
     """Stepped after every epoch, or after every one of `steps` steps (`Training.rates_by_step`)."""
+    length = steps if training.iterations else training.epochs
     if training.schedule == "cosine":
-        return CosineAnnealingLR(optimizer, steps if training.iterations else training.epochs)
+        return CosineAnnealingLR(optimizer, length)
+    if training.schedule == "quarter-cosine":
+        return LambdaLR(optimizer, lambda now: math.cos(QUARTER * now / max(length - 1, 1)))
     if training.schedule == "one-cycle":
         return OneCycleLR(optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps)
     if training.schedule == "multistep":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config import LoRAConfig
 from ..distributed.processes import sharded
 from ..distributed.transaction import Transaction, canonical_name, parameters_restored_on_error
-from ..errors import ArgumentError, CheckpointError, EWCLoRAError, TargetError
+from ..errors import ArgumentError, CheckpointError, TargetError
 from ..ewc.placement import check_ready
 from ..ewc.settings import number, one_of
 from ..ewc.structures import Structure, structure_of
@@ -22,23 +22,21 @@ from ..ewc.structures.dense import Dense
 from ..fishers import Fisher
 from ..functional import ewc_penalty
 from ..layers.adapted import AdaptedLinear
-from ..layers.inject import adapters, eject
+from ..layers.inject import adapters
 from ..layers.slices import AdapterSlice, fisher_key, same_weights
 from ..literals import Labels, StructureName, Variant
 from ..progress import showing
 from ..report import Report
 from ._directions import fresh_a
-from ._gates import check_ungated
 from ._pretrained import PretrainedFisher
 from ._resume import dump, parse, take_over
 from ._shares import estimate, in_all, trained_together
+from ._start import check_plain_adapters, ejected_on_error
 from ._vectors import STORED, Mean, Vectors, parsed
-from .method import Loader, Loss, Method
+from .method import VARIANTS, Loader, Loss, Method
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-VARIANTS: tuple[Variant, ...] = ("paper", "official")
 
 
 class Composed(Method):
@@ -62,17 +60,12 @@ class Composed(Method):
         self.generator = generator
         if variant == "official" and type(structure_of(fisher, fisher_dtype)) is not Dense:
             raise ArgumentError(f"fisher: expected 'dense' for variant 'official', got {fisher!r}")
-        before = bool(adapters(model))
-        check_ungated(adapters(model))
-        super().__init__(model, config, group=group)
-        try:
+        check_plain_adapters(adapters(model))
+        with ejected_on_error(model):  # a dtype may not go with the layers
+            super().__init__(model, config, group=group)
             self._ewc = PretrainedFisher(
                 model, 0.0, update="convex", fisher=fisher, fisher_dtype=fisher_dtype
             )
-        except EWCLoRAError:  # a dtype that does not go with the layers
-            if not before:
-                eject(model, merge=False)
-            raise
         self._mean = Mean(self.mean_of_past)
         self._prepared = False
         self._constant: Tensor | None = None  # of the penalty, which the square of `changes` has too much
@@ -176,7 +169,7 @@ class Composed(Method):
         value = self._ewc.penalty()
         return value if self._constant is None else value - self._constant
 
-    def decoupled_step_(self, rate: float = 1.0, clip_grad: float | None = 100.0) -> None:
+    def decoupled_step_(self, rate: float = 1.0, clip_grad: float | None = 100.0) -> Tensor:
         """The official code's use of the penalty, in place of adding it to the loss: called between backward
         and the step of the optimizer, it moves A and B by -rate times the gradient of the penalty. `.grad`
         stays as it is.
@@ -186,6 +179,9 @@ class Composed(Method):
                 the first one.
             clip_grad: the largest norm of the gradient of each A and each B, which longer ones are shortened
                 to; None leaves them as they are.
+
+        Returns:
+            The penalty before the step, 0-d.
 
         Raises:
             ArgumentError: for values out of range and in a task that was not prepared.
@@ -197,7 +193,7 @@ class Composed(Method):
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             >>> scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=2)
             >>> criterion(model(x), y).backward()
-            >>> method.decoupled_step_(scheduler.get_last_lr()[0] / 0.1)
+            >>> penalty = method.decoupled_step_(scheduler.get_last_lr()[0] / 0.1)
             >>> optimizer.step()
         """
         self._check_not_exported("decoupled_step_")
@@ -206,7 +202,8 @@ class Composed(Method):
             number("clip_grad", clip_grad, 0.0, float("inf"))
         trained = [p for *_, now in self._vectors() for p in (now.lora_A, now.lora_B)]
         with torch.enable_grad():
-            gradients = torch.autograd.grad(self.penalty(), trained, allow_unused=True)
+            penalty = self.penalty()
+            gradients = torch.autograd.grad(penalty, trained, allow_unused=True)
         with torch.no_grad():
             for parameter, gradient in zip(trained, gradients, strict=True):
                 if gradient is None:
@@ -214,6 +211,7 @@ class Composed(Method):
                 if clip_grad is not None:
                     gradient = gradient * (clip_grad / (gradient.norm() + 1e-6)).clamp(max=1.0)
                 parameter.add_(gradient, alpha=-rate)
+        return penalty.detach()
 
     def compose(self, tasks: Iterable[int] | None = None) -> None:
         """From now until the next task the model computes with W0 plus the mean of the task vectors of these
@@ -309,10 +307,8 @@ class Composed(Method):
             >>> fresh.head.load_state_dict(saved["head"])
             <All keys matched successfully>
         """
-        tensors, config = parse(self, saved)
+        tensors, config = parse(self, saved, variant=self.variant)
         check_ready(self.layers, "load_state_dict")
-        if config.get("variant") != self.variant:
-            raise CheckpointError(f"state: variant: expected {self.variant!r}, got {config.get('variant')!r}")
         prints = config.get("fingerprints")
         for name, layer in self._named():
             kept = prints.get(name) if isinstance(prints, Mapping) else None

@@ -25,8 +25,9 @@ from ..literals import Variant
 from ._inputs import input_covariances
 from ._resume import dump, parse, take_over
 from ._shares import folded, in_all
-from ._subspace import VARIANTS, Subspace
-from .method import Loader, Method
+from ._start import check_uncomposed
+from ._subspace import Subspace
+from .method import VARIANTS, Loader, Method
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -51,8 +52,7 @@ class Projected(Method):
         self.variant = one_of("variant", variant, VARIANTS)
         check_max_batches(max_batches)
         self.forward, self.max_batches = forward, max_batches
-        if composed := [name for name, layer in adapters(model).items() if layer.composer is not None]:
-            raise TargetError(f"{composed[0]}: expected plain adapters, found those of another method")
+        check_uncomposed(adapters(model))
         super().__init__(model, config, group=group)
         self._prepared = False
         for layer in self.layers.values():
@@ -119,12 +119,7 @@ class Projected(Method):
             >>> _ = fresh.load_state_dict(weights)
             >>> later.load_state_dict(state)
         """
-        tensors, config = parse(self, saved)
-        if config.get("variant") != self.variant:
-            raise CheckpointError(
-                f"state: variant: it was made with {config.get('variant')!r}, this {type(self).__name__} has "
-                f"{self.variant!r}"
-            )
+        tensors, config = parse(self, saved, variant=self.variant)
         complements = config.get("complements")
         subspaces = {}
         for name, layer in self._owners(config["tasks"]).items():

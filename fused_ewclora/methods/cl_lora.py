@@ -15,28 +15,27 @@ from torch import Tensor, nn
 from ..config import LoRAConfig, checked_targets, matches
 from ..distributed.processes import several, sharded
 from ..distributed.transaction import Transaction, parameters_restored_on_error
-from ..errors import ArgumentError, EWCLoRAError, TargetError
+from ..errors import ArgumentError, TargetError
 from ..ewc.placement import check_ready
 from ..ewc.settings import number, one_of
 from ..layers.adapted import AdaptedLinear
 from ..layers.finite import check_finite
 from ..layers.index import AdapterRef, adapter_refs
-from ..layers.inject import adapters, eject
+from ..layers.inject import adapters
 from ..layers.plain import own_tensors
 from ..literals import Variant
 from ..report import Report
 from . import _task_adapters as parts
 from ._cl_state import dump_tensors, parse_tensors
 from ._cl_terms import distilled, importance, mean_cosine, recomputes
-from ._gates import check_ungated
 from ._resume import dump, parse, take_over
 from ._shares import in_all, trained_together
-from .method import Loader, Loss, Method
+from ._start import check_plain_adapters, ejected_on_error
+from .method import VARIANTS, Loader, Loss, Method
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-VARIANTS: tuple[Variant, ...] = ("paper", "official")
 SCALES = (0.5, 1.5)  # of the uniform distribution that block weights are drawn from
 
 
@@ -109,18 +108,13 @@ class CLLoRA(Method):
             raise ArgumentError(f"temperature: expected a number > 0, got {temperature!r}")
         self.orthogonality = number("orthogonality", orthogonality, 0.0, math.inf)
         self.variant, self.generator = one_of("variant", variant, VARIANTS), generator
-        before = adapters(model)
-        check_ungated(before)
-        super().__init__(model, config, group=group)
-        try:
+        check_plain_adapters(adapters(model))
+        with ejected_on_error(model):
+            super().__init__(model, config, group=group)
             if checked_targets(shared, "shared") is None:
                 raise ArgumentError("shared: expected names or a regular expression, got None")
             self._shared = {name: layer for name, layer in self.layers.items() if matches(shared, name)}
             self._check(shared)
-        except EWCLoRAError:
-            if not before:
-                eject(model, merge=False)
-            raise
         self._specific = {name: layer for name, layer in self.layers.items() if name not in self._shared}
         self._choice = parts.Choice()
         self._distilled = False  # whether gradients of a distillation wait for reassign_
@@ -151,6 +145,15 @@ class CLLoRA(Method):
                 raise ArgumentError(
                     f"{ref.key}: expected a lora_B of 0, got a trained one, whose A would be drawn anew"
                 )
+
+    @property
+    def shared_layers(self) -> tuple[str, ...]:
+        """Names of the layers whose adapters all tasks share.
+
+        Returns:
+            Some of the names in `layers`.
+        """
+        return tuple(self._shared)
 
     @contextmanager
     def task(self, task: int) -> Iterator[None]:
@@ -430,9 +433,8 @@ class CLLoRA(Method):
             >>> saved = method.state_dict()
             >>> method.load_state_dict(saved)
         """
-        tensors, config = parse(self, saved)
-        expected = {"variant": self.variant, "shared": list(self._shared)}
-        load = parse_tensors(tensors, config, expected, self._shared, self._specific)
+        tensors, config = parse(self, saved, variant=self.variant, shared=list(self._shared))
+        load = parse_tensors(tensors, config, self._shared, self._specific)
         with parameters_restored_on_error(self.layers):
             load()
         self._choice.task = config["tasks"] - 1 if config["tasks"] else None

@@ -15,6 +15,7 @@ from ..ewc.controller import EWC
 from ..literals import Labels
 from ._resume import dump, parse, take_over
 from ._shares import end_task, estimate_prior
+from ._start import ejected_on_error
 from .method import Loader, Loss, Method
 
 if TYPE_CHECKING:
@@ -69,8 +70,9 @@ class EWCLoRA(Method):
         group: ProcessGroup | None = None,
         **hyperparameters: Unpack[EWCOptions],
     ) -> None:
-        super().__init__(model, config, group=group)
-        self.ewc = EWC(model, **hyperparameters)
+        with ejected_on_error(model):
+            super().__init__(model, config, group=group)
+            self.ewc = EWC(model, **hyperparameters)
         self.labels = labels
 
     def penalty(self) -> Tensor:

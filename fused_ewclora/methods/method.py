@@ -17,6 +17,7 @@ from ..layers.adapted import AdaptedLinear
 from ..layers.from_peft import no_adapters
 from ..layers.inject import adapters, eject, inject
 from ..layers.watch import TrainingWatch
+from ..literals import Variant
 from ..progress import showing
 from ._shares import drawing
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 Loader = Iterable[Any]
 Loss = Callable[[Any, Any], Tensor]
 KEPT = ("lora_past", "lora_anchor", "lora_teacher")  # how names of what earlier tasks have left begin
+VARIANTS: tuple[Variant, ...] = ("paper", "official")
 
 
 class Method:

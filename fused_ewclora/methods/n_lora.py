@@ -18,11 +18,10 @@ from ..report import Report
 from ._factors import Factors
 from ._overlap import collisions, overlaps
 from ._stacked import Stacked
+from .method import VARIANTS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-VARIANTS: tuple[Variant, ...] = ("paper", "official")
 
 
 class NLoRA(Stacked):

@@ -14,11 +14,10 @@ from ..literals import Variant
 from ..report import Report
 from ._overlap import overlaps
 from ._stacked import Stacked
+from .method import VARIANTS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-VARIANTS: tuple[Variant, ...] = ("paper", "official")
 
 
 class OLoRA(Stacked):

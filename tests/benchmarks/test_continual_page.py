@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from continual_records import cost, ewc, run
+from continual_records import changed, cost, ewc, run
 from PIL import Image
 
 from benchmarks.continual import configuration, page, pictures, recorded
@@ -227,6 +227,14 @@ def test_runs_and_targets(tmp_path: Path):
     assert options in rows(text, "EWC-LoRA 10000")
     slow = ["SD-LoRA", "100 ms", "145 ms", "1.450", "190.73", "276.57", "0.95", "9.54", "46,080", "460,800"]
     assert slow in rows(text, "SD-LoRA")
+
+
+def test_protocol_shown(tmp_path: Path):
+    """The protocol of a method stands beside its options."""
+    tuned = changed(run("ITA", kind="ITA", options={"alpha": 5.0}), "run.protocol", {"kind": "tuned-heads"})
+    text = page.generate(folder(tmp_path / "results", [run(), tuned]))
+    assert ["ITA", "`ITA`", "alpha 5; protocol: kind tuned-heads"] in rows(text, "ITA")
+    assert ["LoRA", "`LoRA`", "–"] in rows(text, "LoRA")
 
 
 def rows_of_targets(text: str) -> list[list[str]]:

@@ -3,17 +3,22 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from typing import Any
 
 import pytest
 
 from benchmarks.continual import configuration
 from benchmarks.continual.configuration import Run
+from fused_ewclora.methods import CLLoRA
 
 # Of the official codes: low-rank-cl, configs/{baseline,ewclora,inflora,sdlora}/*.json; SD-Lora-CL,
 # exps/*.json, with SGD of momentum 0.9 in models/sdlora.py; CoDyRA, models/codyra.py and scripts; KeepLoRA,
-# MTIL/configs; O-LoRA and N-LoRA, scripts/order_1.sh. Of P&M a summary of the paper.
+# MTIL/configs; O-LoRA and N-LoRA, scripts/order_1.sh; IEL and ITA, mammoth's models/config/second_order.yaml,
+# datasets/configs and scripts/reproduce.json; CL-LoRA, exps/*.json and models/cllora.py. Of P&M a summary of
+# the paper.
 EWC = {
     "lr": 5e-4, "head_lr": 5e-3, "batch_size": 128, "optimizer": "adam", "schedule": "cosine",
     "weight_decay": 0.0,
@@ -57,6 +62,14 @@ PM_SETS = {  # tasks, epochs
     "perturb-and-merge-imagenet-r-10": (10, 10),
     "perturb-and-merge-imagenet-r-20": (20, 10),
     "perturb-and-merge-imagenet-a": (10, 10),
+}
+
+IN21K, IN1K = "vit_base_patch16_224.augreg_in21k", "vit_base_patch16_224.augreg_in21k_ft_in1k"  # timm 0.6
+CL_SETS: dict[str, tuple[int, str, int, dict[str, Any]]] = {  # tasks, weights, rank, training
+    "cl-lora-cifar100": (20, IN21K, 8, {"lr": 0.03, "epochs": 30, "batch_size": 64, "weight_decay": 1e-4}),
+    "cl-lora-imagenet-r": (40, IN1K, 10, {"lr": 0.05, "epochs": 20, "batch_size": 32, "weight_decay": 5e-4}),
+    "cl-lora-imagenet-a": (10, IN21K, 10, {"lr": 0.05, "epochs": 25, "batch_size": 32, "weight_decay": 5e-3}),
+    "cl-lora-vtab": (5, IN21K, 10, {"lr": 0.03, "epochs": 45, "batch_size": 32, "weight_decay": 1e-4}),
 }
 
 
@@ -159,6 +172,75 @@ def test_perturb_and_merge(name: str) -> None:
     assert found["P&M, merging alone"].options == {"epsilon": 0.0}
 
 
+TUNED: dict[str, dict[str, Any]] = {  # epochs, of them of tuning, and by method strength and weights of heads
+    "iel-ita-cifar100": {
+        "tasks": 10, "epochs": 20, "pretuning": 3, "IEL": (20.0, 0.1, 0.001), "ITA": (0.02, 0.025, 0.001),
+    },
+    "iel-ita-imagenet-r": {  # the strengths of CIFAR-100
+        "tasks": 10, "epochs": 50, "pretuning": 3, "IEL": (20.0, 0.1, 0.001), "ITA": (0.02, 0.025, 0.001),
+    },
+    "ita-cropdiseases": {"tasks": 7, "epochs": 5, "pretuning": 1, "ITA": (5.0, 0.1, 0.01)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_iel_ita(name: str) -> None:
+    """The code of IEL and ITA, mammoth's second_order: its configurations and, for the protocol, defaults."""
+    official, found = TUNED[name], runs(name)
+    assert set(found) == {"IEL", "ITA"} & set(official)
+    for method, run in found.items():
+        check_training(
+            run,
+            {
+                "lr": 3e-4, "head_lr": 3e-4, "epochs": official["epochs"], "batch_size": 8 * 16,
+                "optimizer": "adamw", "weight_decay": 0.0, "schedule": "quarter-cosine",
+                "evaluate_before_end": False,
+            },
+        )  # fmt: skip
+        strength, of_head, plain = official[method]
+        assert run.options == {"beta" if method == "IEL" else "alpha": strength, "variant": "official"}
+        assert run.protocol == {
+            "kind": "tuned-heads", "num_epochs_pretuning": official["pretuning"],
+            "learning_rate_pretuning": 0.01, "num_samples_align_pretuning": 256,
+            "batch_size_align_pretuning": 128, "num_epochs_align_pretuning": 10, "lr_align_pretuning": 0.01,
+            "n_components": 5, "clip_grad": 100.0, "req_weight_cls": of_head,
+            "simple_reg_weight_cls": plain,
+        }  # fmt: skip
+        packed, others = run.lora_configs()
+        assert (packed.r, packed.slices, packed.lora_alpha, others.r) == (3 * 16, None, None, 16)
+        expected = {"tasks": official["tasks"], "shuffle": False, "train_interpolation": "bicubic"}
+        expected |= {"model": "vit_base_patch16_224.augreg_in21k", "interpolation": "bicubic"}
+        assert {key: run.problem[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", CL_SETS)
+def test_cl_lora(name: str) -> None:
+    """CL-LoRA's code: one rate, adapters of q and v, six shared blocks, its protocol."""
+    tasks, model, rank, training = CL_SETS[name]
+    expected = {
+        **training, "head_lr": training["lr"], "optimizer": "sgd", "momentum": 0.9, "schedule": "cosine",
+        "evaluate_before_end": False, "first_lr": None, "first_head_lr": None,
+    }  # fmt: skip
+    problem = {"model": model, "tasks": tasks, "normalize": None, "crop_scale": [0.05, 1.0]}
+    problem["shuffle"] = name != "cl-lora-vtab"
+    found = runs(name)
+    for run in found.values():
+        check_training(run, expected)
+        (adapters,) = run.lora_configs()
+        assert (adapters.r, adapters.lora_alpha, adapters.slices, run.seed) == (rank, None, ("q", "v"), 1993)
+        assert {key: run.problem[key] for key in problem} == problem
+        shared = re.compile(run.options["shared"])
+        blocks = [f"backbone.network.blocks.{k}.attn.qkv" for k in range(12)]
+        assert [bool(shared.fullmatch(block)) for block in blocks] == [True] * 6 + [False] * 6
+    defaults = inspect.signature(CLLoRA).parameters
+    published = {"kd_weight": 5.0, "temperature": 2.0, "orthogonality": 1e-4}
+    assert {key: defaults[key].default for key in published} == published
+    assert found["CL-LoRA"].protocol == {"kind": "cl-lora"} and set(found["CL-LoRA"].options) == {"shared"}
+    code = found["CL-LoRA, official code"]
+    assert code.protocol == {"kind": "cl-lora", "separate_step": True}
+    assert set(code.options) == {"shared", "variant"} and code.options["variant"] == "official"
+
+
 @pytest.mark.parametrize(
     ("name", "order", "epochs"),
     [
@@ -212,6 +294,8 @@ def test_every_file_checked() -> None:
         *EWC_SETS,
         *SD_SETS,
         *PM_SETS,
+        *TUNED,
+        *CL_SETS,
         "codyra-cifar100",
         "codyra-imagenet-r",
         "keeplora-mtil",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,15 @@ def test_rates_follow_the_schedule() -> None:
             schedule.optimizer.step()
             schedule.step()
         assert schedule.get_last_lr() == pytest.approx([0.0, 0.0])
+    quarter = replace(training, schedule="quarter-cosine")
+    schedule, rates = make_schedule(make_optimizer(model, quarter), quarter, 8), []
+    for _ in range(4):
+        rates.append(schedule.get_last_lr()[0])
+        schedule.optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.1 * math.cos(99 * math.pi * k / (200 * 3)) for k in range(4)])
+    short = replace(quarter, epochs=1)  # one rate, which is the first
+    assert make_schedule(make_optimizer(model, short), short, 8).get_last_lr() == [0.1, 0.2]
 
 
 def test_one_cycle() -> None:

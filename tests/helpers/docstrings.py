@@ -10,6 +10,10 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+
+import fused_ewclora as fe
+
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 # What layers and Fishers of one's own implement; their members are described in a sentence each.
 PROTOCOLS = ("AdaptedLinear", "LoRAPart", "Part", "Structure", "Sums", "Geometry")
@@ -81,6 +85,12 @@ def run(name: str, text: str, names: dict[str, Any]) -> dict[str, Any]:
     return example.globs
 
 
+def first_names() -> dict[str, Any]:
+    """The names of the example in the docstring of the package, with which all others begin."""
+    torch.set_num_threads(1)
+    return run("fused_ewclora", fe.__doc__ or "", {})
+
+
 def section(text: str, title: str) -> str | None:
     """The indented text below a title of a docstring."""
     found = re.search(rf"^{title}:\n((?:[ ]+.*\n?|\n)+)", inspect.cleandoc(text) + "\n", re.MULTILINE)
@@ -97,7 +107,9 @@ def lacks(value: Any, text: str, example: bool = True) -> list[str]:
         p.name for p in signature.parameters.values()
         if p.name not in ("self", "cls") and p.kind is not kinds.VAR_KEYWORD
     ]  # fmt: skip
-    listed = section(text, "(?:Args|Attributes)") or ""
+    # The page of a named tuple has no constructor for Args to belong to.
+    title = "Attributes" if hasattr(value, "_fields") else "(?:Args|Attributes)"
+    listed = section(text, title) or ""
     missing = [name for name in arguments if not re.search(rf"^ {{4}}(\*\*)?{name}: ", listed, re.MULTILINE)]
     returns = signature.return_annotation not in ("None", None, inspect.Signature.empty)
     if returns and not inspect.isclass(value) and not (section(text, "Returns") or section(text, "Yields")):

@@ -69,7 +69,7 @@ def different(names: list[str]) -> dict[str, set[str]]:
             options = {key: value for key, value in run.options.items() if key != "total_tasks"}
             adapters = [{**group, "r": 0} for group in groups(run)]
             training = (run.training.optimizer, run.training.schedule, run.training.iterations)
-            key = json.dumps([run.kind, options, adapters, training])
+            key = json.dumps([run.kind, options, adapters, training, run.protocol])
             if key not in known:
                 known.add(key)
                 methods[name].add(run.method)
@@ -82,7 +82,8 @@ def test_published_methods_learn(name: str, learned: set[str], tmp_path: Path) -
     loaded = configuration.load(configuration.find(name))
     assert loaded.name == name.removeprefix("published/")
     settings = loaded.runs[0].problem
-    WRITERS[settings["dataset"]](tmp_path)
+    write = WRITERS.get(settings["dataset"]) or write_split(settings["dataset"].removeprefix("folder:"))
+    write(tmp_path)
     torch.set_num_threads(1)
     problem = problems.load(settings | TINY, tmp_path, loaded.runs[0].seed, "cpu")
     for run in loaded.runs:
@@ -107,7 +108,8 @@ def test_published_methods_learn(name: str, learned: set[str], tmp_path: Path) -
 def test_every_protocol_configured() -> None:
     """Every published protocol has a configuration."""
     sets = {configuration.load(configuration.find(name)).runs[0].problem["dataset"] for name in PUBLISHED}
-    assert sets == set(image_sets.READERS) and len(PUBLISHED) == 17
+    folders = {"folder:cropdiseases", "folder:vtab"}
+    assert sets == {*image_sets.READERS, *folders} and len(PUBLISHED) == 24
 
 
 @pytest.mark.parametrize("dataset", WRITERS)
@@ -157,6 +159,18 @@ def test_training_redrawn(tmp_path: Path) -> None:
     assert torch.equal(task.test[0][0], task.test[0][0])
     for data in (task.train, task.test):
         assert 0.0 <= data[0][0].min() < 0.5 < data[0][0].max() <= 1.0
+
+
+def test_interpolation_of_training_images(tmp_path: Path) -> None:
+    """Crops of training images are scaled by `train_interpolation`, those of test images are not."""
+    write_split("imagenet-a")(tmp_path)
+    found = []
+    for mode in ("bilinear", "bicubic"):
+        task = load(tmp_path, "imagenet-a", train_interpolation=mode, image_size=48).stream.tasks[0]
+        torch.manual_seed(0)  # the same crop
+        found.append((task.train[0][0], task.test[0][0]))
+    assert torch.equal(found[0][1], found[1][1])
+    assert 0.0 < float((found[0][0] - found[1][0]).abs().mean()) < 0.1
 
 
 def test_normalize_statistics(tmp_path: Path) -> None:
@@ -385,6 +399,7 @@ def test_missing_data(dataset: str, tmp_path: Path) -> None:
         ({"crop_scale": [0.5, 0.1]}, r"crop_scale: .*got \[0\.5, 0\.1\]"),
         ({"crop_fraction": 1.5}, r"crop_fraction: .*got 1\.5"),
         ({"interpolation": "cubic"}, "interpolation: expected bilinear or bicubic, got 'cubic'"),
+        ({"train_interpolation": "cubic"}, "interpolation: expected bilinear or bicubic, got 'cubic'"),
         ({"normalize": {"mean": [0.5], "std": [0.5]}}, "normalize: expected null"),
         ({"normalize": "imagenet"}, "normalize: expected null"),
         ({"tasks": 5}, "tasks: expected at least one class per task"),

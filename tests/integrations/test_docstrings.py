@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from pathlib import Path
 
 import pytest
-import torch
-from docstrings import described, examples, lacks, needs_sections, run
+from docstrings import described, examples, first_names, lacks, needs_sections, run
 from torch import nn
-
-import fused_ewclora as fe
 
 LIBRARIES = (
     "avalanche",
@@ -27,18 +24,11 @@ DESCRIBED = described(f"integrations.{name}" for name in LIBRARIES)
 EXAMPLES = examples(DESCRIBED)
 
 
-@pytest.fixture
-def names(tmp_path, monkeypatch) -> dict[str, Any]:
-    """The names of the example in the docstring of the package, with which all others begin."""
-    monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)
-    return run("fused_ewclora", fe.__doc__ or "", {})
-
-
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_examples_run(name: str, names: dict[str, Any]):
+def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The examples of a public name run and print what they say."""
-    run(name, EXAMPLES[name], names)
+    monkeypatch.chdir(tmp_path)
+    run(name, EXAMPLES[name], first_names())
 
 
 def own_arguments(name: str) -> bool:

@@ -5,31 +5,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from docstrings import described, examples, lacks, needs_sections, run
-
-import fused_ewclora as fe
+from docstrings import described, examples, first_names, lacks, needs_sections, run
 
 MODULES = ("", "functional", "fishers", "structures", "profiling", "methods", "metrics", "config", "errors")
 DESCRIBED = described(MODULES)
 EXAMPLES = examples(DESCRIBED)
 
 
-@pytest.fixture
-def names(tmp_path, monkeypatch) -> dict[str, Any]:
-    """The names of the example in the docstring of the package, with which all others begin."""
-    monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)
-    return run("fused_ewclora", fe.__doc__ or "", {})
-
-
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_examples_run(name: str, names: dict[str, Any]):
+def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The examples of a public name run and print what they say."""
-    run(name, EXAMPLES[name], names)
+    monkeypatch.chdir(tmp_path)
+    run(name, EXAMPLES[name], first_names())
 
 
 @pytest.mark.parametrize(

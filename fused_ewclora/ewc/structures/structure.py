@@ -71,7 +71,7 @@ def _own(value: Tensor) -> Tensor:
 class Weights(NamedTuple):
     """How a task joins what is kept: `old * kept + new * sums / samples`.
 
-    Args:
+    Attributes:
         old: weight of what is kept, gamma.
         new: weight of the mean of the task.
         samples: of the task, by which its sums are divided.
