@@ -5,12 +5,13 @@ wrapped."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import TargetError
 from .processes import assign_
@@ -87,3 +88,16 @@ class Transaction:
                 for target, old in reversed(self._old):
                     target.copy_(old)
         self._old.clear()
+
+
+@contextmanager
+def parameters_restored_on_error(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Modules whose own parameters are replaced in the block have the former ones again when it raises."""
+    before = [(module._parameters, dict(module._parameters)) for module in modules.values()]
+    try:
+        yield
+    except BaseException:
+        for table, parameters in before:
+            table.clear()
+            table.update(parameters)
+        raise

@@ -335,6 +335,13 @@ class AdaptedLinear(nn.Module):
             return self.composer.adapters(self)
         return [FE.Adapter(a, b, self.adapter_scale(s), s.rows) for s, a, b in self.adapter_parameters()]
 
+    def _composed_in_eval(self) -> list[FE.Adapter]:
+        training, self.training = self.training, False
+        try:
+            return self.composed()
+        finally:
+            self.training = training
+
     def adapter_scale(self, adapter: AdapterSlice) -> float | Tensor:
         """The scale of one adapter: its `scaling`, times the parameter `lora_scale` if it exists."""
         learned = (self._former_parameters or self._parameters).get(adapter.scale_name)
@@ -382,7 +389,8 @@ class AdaptedLinear(nn.Module):
     def consolidated_weight(self) -> Tensor:
         """A new tensor W + B diag(s) A, summed in fp32 (fp64 for fp64) and rounded once.
 
-        Rows without an adapter are copied. Raises `TargetError` while merged, when W holds the sum already.
+        Of what the layer computes in eval mode: no perturbation of training is part of a weight. Rows without
+        an adapter are copied. Raises `TargetError` while merged, when W holds the sum already.
         """
         if self.merged:
             raise TargetError(
@@ -390,7 +398,7 @@ class AdaptedLinear(nn.Module):
             )
         weight = self.base_weight.detach().clone()
         entries: list[tuple[Tensor, Tensor, Tensor, Any]] = []
-        for adapter in self.composed():
+        for adapter in self._composed_in_eval():
             first = 0
             for start, stop in adapter.rows:
                 last = first + stop - start

@@ -4,6 +4,8 @@ section 7)."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +21,22 @@ def distilled(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         raise ArgumentError(f"early_exit: expected logits [N, C], got {list(student.shape)}")
     log_p = F.log_softmax(student / temperature, dim=1)
     return -(F.softmax(teacher / temperature, dim=1) * log_p).sum() / student.shape[0]
+
+
+def recomputes(output: Tensor) -> bool:
+    """Whether the backward pass of a tensor goes through reentrant activation checkpoints, which compute
+    their blocks again."""
+    seen: set[Any] = set()
+    waiting: list[Any] = [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+    return False
 
 
 def mean_cosine(now: Tensor, earlier: Tensor) -> Tensor:

@@ -159,7 +159,9 @@ class Curvature:
             if ref.key in old:
                 new.add_(old[ref.key], alpha=a)
             adapter = _adapter(ref)
-            new.mul_((adapter.lora_b * adapter.scale) @ adapter.lora_a)
+            with torch.autocast(new.device.type, enabled=False):
+                lora_a, lora_b = adapter.lora_a.to(new.dtype), adapter.lora_b.to(new.dtype)
+                new.mul_((lora_b * adapter.scale) @ lora_a)
             if ref.key in self.gradients:
                 new.add_(self._gradient(ref))
             gradients[ref.key] = new

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import LoRAConfig
 from ..distributed.processes import sharded
-from ..distributed.transaction import Transaction, canonical_name
+from ..distributed.transaction import Transaction, canonical_name, parameters_restored_on_error
 from ..errors import ArgumentError, CheckpointError, TargetError
 from ..ewc.placement import check_ready
 from ..ewc.settings import number, one_of
@@ -30,7 +30,7 @@ from ..report import Report
 from ._directions import fresh_a
 from ._pretrained import PretrainedFisher
 from ._resume import dump, parse, take_over
-from ._shares import estimate, in_all
+from ._shares import estimate, in_all, trained_together
 from ._start import check_plain_adapters, ejected_on_error
 from ._vectors import STORED, Mean, Vectors, parsed
 from .method import VARIANTS, Loader, Loss, Method
@@ -88,8 +88,12 @@ class Composed(Method):
         Yields:
             None.
 
+        Under activation checkpointing the backward pass of what is computed in it belongs in it too, as it
+        computes parts of the model again.
+
         Raises:
             ArgumentError: after `export`.
+            TargetError: for merged adapters, with which the weights are not W0.
 
         Examples:
             >>> method = methods.ITA(model, config, alpha=0.5)
@@ -98,12 +102,12 @@ class Composed(Method):
             ...     features = model.fc(x)
         """
         self._check_not_exported("pretrained")
-        before = self._mean.tasks, self._mean.current
-        self._mean.tasks, self._mean.current = (), False
+        check_ready(self.layers, "pretrained")
+        before, self._mean.left_out = self._mean.left_out, True
         try:
             yield
         finally:
-            self._mean.tasks, self._mean.current = before
+            self._mean.left_out = before
 
     def kept_tensors(self) -> Iterator[Tensor]:
         """What the method itself keeps from step to step.
@@ -219,6 +223,7 @@ class Composed(Method):
 
         Raises:
             ArgumentError: in a task and for tasks that have not ended.
+            TargetError: for merged adapters, in which nothing else could be composed.
 
         Examples:
             >>> method = methods.ITA(model, config, alpha=0.5)
@@ -234,6 +239,7 @@ class Composed(Method):
         self._check_not_exported("compose")
         if self._running:
             raise ArgumentError(f"compose: task {self.tasks} has not ended; call end_task first")
+        check_ready(self.layers, "compose")
         chosen = tuple(range(self.tasks)) if tasks is None else tuple(sorted(tasks))
         for task in chosen:
             if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < self.tasks:
@@ -315,10 +321,10 @@ class Composed(Method):
         named = {f"{key}.{name}" for key, *_ in self._vectors() for name in STORED}
         own = {name: tensor for name, tensor in tensors.items() if name not in named}
         state = self._ewc.parse_state({"tensors": own, "config": config.get("ewc")})
-        with Transaction() as change:
+        with Transaction() as change, parameters_restored_on_error(self.layers):
+            for layer, piece, now in found:
+                now.put(layer, piece)
             self._ewc.take_over(state, change)
-        for layer, piece, now in found:
-            now.put(layer, piece)
         take_over(self, config)
         self._mean.tasks, self._mean.current = tuple(range(self.tasks)), False
 
@@ -354,14 +360,16 @@ class Composed(Method):
         check_ready(self.layers, "end_task")
         self._check_whole()
         in_all(self._check_finite, self.group)
+        trained_together(self.layers, self.group)
         generator = self._drawing(self.generator)
         ended = [
             (layer, piece, now.ended(fresh_a(layer, now.lora_A, piece.r, generator), piece.scaling))
             for _, layer, piece, now in self._vectors()
         ]
-        self._take_in_last()
-        for layer, piece, vectors in ended:
-            vectors.put(layer, piece)
+        with parameters_restored_on_error(self.layers):
+            for layer, piece, vectors in ended:
+                vectors.put(layer, piece)
+            self._take_in_last()
         self._mean.tasks, self._mean.current = tuple(range(self.tasks + 1)), False
 
     def _check_finite(self) -> None:

@@ -160,6 +160,11 @@ class Projected(Method):
         for name, layer in self.layers.items():
             if layer.merged:
                 raise TargetError(f"{name}: its adapter is merged into the base weight; call unmerge(model)")
+            if not layer.adapters_enabled:
+                raise TargetError(
+                    f"{name}: its adapter is disabled, without which its inputs are others; leave the "
+                    "`disabled` block"
+                )
 
     def _covariances(self, loader: Loader) -> dict[str, Tensor]:
         """Those of the inputs of all processes by layer; an error in one is raised in all."""
@@ -193,6 +198,9 @@ class Projected(Method):
         (complements,) = of_first([torch.tensor(flags, device=first.device)], self.group)
         parts = zip(bases.items(), complements.tolist(), strict=True)
         return {name: Subspace(basis, complement) for (name, basis), complement in parts}
+
+    def _keeps(self, layer: AdaptedLinear, name: str) -> bool:
+        return name.startswith("lora_A")
 
     def _begin(self) -> None:
         self._prepared = False

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..distributed.transaction import canonical_name
 from ..errors import ArgumentError, CheckpointError
+from ..ewc.placement import check_ready
 from .method import Method
 
 FORMAT = 1
@@ -26,6 +27,7 @@ def between_tasks(method: Method, what: str) -> None:
 def dump(method: Method, tensors: Mapping[str, Tensor], **config: Any) -> dict[str, Any]:
     """{"tensors", "config"}: the second holds plain numbers and strings. Tensors are not copied."""
     between_tasks(method, "state_dict")
+    check_ready(method.layers, "state_dict")  # weights that hold adapters would be loaded with these again
     counts = {canonical_name(name): layer.consolidated_tasks for name, layer in method.layers.items()}
     head = {"format": FORMAT, "method": type(method).__name__, "tasks": method.tasks, "layers": counts}
     return {"tensors": dict(tensors), "config": {**head, **config}}

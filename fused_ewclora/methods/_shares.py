@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ..distributed.processes import check_same, common_generator, several, together
+from ..distributed.processes import check_same, common_generator, of_first, several, together
 from ..distributed.transaction import Transaction
-from ..errors import ArgumentError
+from ..errors import ArgumentError, TargetError
 from ..ewc.controller import EWC
 from ..ewc.fold import folding
 from ..ewc.placement import Placement
+from ..layers.adapted import AdaptedLinear
 from ..literals import Labels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Result = TypeVar("Result")
+DRIFT = 1e-3  # of adapters that are trained together on machines which round differently; far below one step
 
 
 def in_all(work: Callable[[], Result], group: ProcessGroup | None) -> Result:
@@ -43,6 +45,32 @@ def agreed(decisions: Mapping[str, Any], group: ProcessGroup | None) -> None:
     differ."""
     if several(group):
         check_same(decisions, group)
+
+
+def trained_together(layers: Mapping[str, AdaptedLinear], group: ProcessGroup | None) -> None:
+    """Raises `TargetError` in every process when the adapters that one of them has trained are others than
+    those of the first, as with a DistributedDataParallel that was made before parameters were replaced."""
+    if not several(group):
+        return
+    device = next(iter(layers.values())).weight.device
+    values = [
+        parameter.detach().flatten().to(device, torch.float32)
+        for layer in layers.values()
+        for _, parameter in layer.named_lora_parameters()
+        if parameter.requires_grad
+    ]
+    own = torch.cat(values)
+    (first,) = of_first([own], group)
+
+    def check() -> None:
+        if own.shape != first.shape or bool((own - first).norm() > DRIFT * first.norm()):
+            raise TargetError(
+                "end_task: expected the same adapters in all processes, got others than those of process 0: "
+                "they were not trained together. Make DistributedDataParallel after begin_task, as the "
+                "optimizer; processes that train models of their own need a group each"
+            )
+
+    in_all(check, group)
 
 
 @contextmanager

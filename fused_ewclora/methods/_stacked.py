@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import LoRAConfig
 from ..distributed.processes import sharded
-from ..distributed.transaction import canonical_name
+from ..distributed.transaction import canonical_name, parameters_restored_on_error
 from ..errors import ArgumentError, CheckpointError, TargetError
 from ..ewc.placement import check_ready
 from ..layers.adapted import AdaptedLinear
@@ -22,7 +22,7 @@ from ..layers.slices import AdapterSlice, fisher_key
 from ._directions import suffix_of
 from ._factors import NAMES, TRAINED, Factors, Sum
 from ._resume import dump, parse, take_over
-from ._shares import in_all
+from ._shares import in_all, trained_together
 from ._start import check_plain_adapters, ejected_on_error
 from .method import Loader, Loss, Method
 
@@ -115,8 +115,9 @@ class Stacked(Method):
             (layer, piece, self._parsed(tensors, key, now, config["tasks"]))
             for key, layer, piece, now in self._all()
         ]
-        for layer, piece, factors in loaded:
-            factors.put(layer, piece)
+        with parameters_restored_on_error(self.layers):
+            for layer, piece, factors in loaded:
+                factors.put(layer, piece)
         take_over(self, config)
 
     @staticmethod
@@ -155,10 +156,12 @@ class Stacked(Method):
 
     def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
         in_all(self._check_ended, self.group)
+        trained_together(self.layers, self.group)
         generator = self._drawing(self.generator)
         ended = [(layer, piece, now.frozen(layer, generator)) for _, layer, piece, now in self._all()]
-        for layer, piece, factors in ended:
-            factors.put(layer, piece)
+        with parameters_restored_on_error(self.layers):
+            for layer, piece, factors in ended:
+                factors.put(layer, piece)
 
     def _check_ended(self) -> None:
         check_ready(self.layers, "end_task")

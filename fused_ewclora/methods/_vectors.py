@@ -128,11 +128,12 @@ class Mean:
         self.mean_of_past = mean_of_past  # whether `changes` are from the mean of the past task vectors
         self.tasks: tuple[int, ...] = ()  # of the past task vectors in the mean
         self.current = False  # whether the current one is in it
+        self.left_out = False  # whether the layers compute without any of them, for a while
 
     def adapters(self, layer: AdaptedLinear) -> list[Adapter]:
         """What the layer adds to its base; nothing when no task vector is chosen."""
         count = len(self.tasks) + self.current
-        if not count:
+        if not count or self.left_out:
             return []
         found = []
         for piece in layer.adapter_slices:

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from ..config import LoRAConfig, checked_targets, matches
 from ..distributed.processes import several, sharded
+from ..distributed.transaction import Transaction, parameters_restored_on_error
 from ..errors import ArgumentError, TargetError
+from ..ewc.placement import check_ready
 from ..ewc.settings import number, one_of
+from ..layers.adapted import AdaptedLinear
 from ..layers.finite import check_finite
 from ..layers.index import AdapterRef, adapter_refs
 from ..layers.inject import adapters
@@ -24,9 +27,9 @@ from ..literals import Variant
 from ..report import Report
 from . import _task_adapters as parts
 from ._cl_state import dump_tensors, parse_tensors
-from ._cl_terms import distilled, importance, mean_cosine
+from ._cl_terms import distilled, importance, mean_cosine, recomputes
 from ._resume import dump, parse, take_over
-from ._shares import in_all
+from ._shares import in_all, trained_together
 from ._start import check_plain_adapters, ejected_on_error
 from .method import VARIANTS, Loader, Loss, Method
 
@@ -115,6 +118,7 @@ class CLLoRA(Method):
         self._specific = {name: layer for name, layer in self.layers.items() if name not in self._shared}
         self._choice = parts.Choice()
         self._distilled = False  # whether gradients of a distillation wait for reassign_
+        self._reassigned = False  # whether the present gradients may have been through reassign_
         for ref in adapter_refs(self._shared):
             lora_a, lora_b = ref.parameters()
             lora_a.requires_grad_(False)
@@ -151,10 +155,6 @@ class CLLoRA(Method):
         """
         return tuple(self._shared)
 
-    def _check_unmerged(self) -> None:
-        if merged := [name for name, layer in self.layers.items() if layer.merged]:
-            raise TargetError(f"{merged[0]}: its adapter is merged into the base weight; call unmerge(model)")
-
     @contextmanager
     def task(self, task: int) -> Iterator[None]:
         """A context in which the model runs with the adapters of a task that has ended, or of the one that
@@ -181,7 +181,7 @@ class CLLoRA(Method):
         ended = self.tasks + int(self._running)
         if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < ended:
             raise ArgumentError(f"task: expected one of the {ended} tasks so far, from 0, got {task!r}")
-        self._check_unmerged()
+        check_ready(self.layers, "task")
         with self._choice.set(None if task == self.tasks else task, False):
             yield
 
@@ -200,7 +200,8 @@ class CLLoRA(Method):
             A 0-d tensor, differentiable; 0 during the first task.
 
         Raises:
-            ArgumentError: outside of a task.
+            ArgumentError: outside of a task, and in variant "official" for an early exit with reentrant
+                activation checkpoints, which would compute the teacher again as the student.
 
         Examples:
             >>> config = fe.LoRAConfig(r=2, target_modules=["fc", "head"])
@@ -217,6 +218,12 @@ class CLLoRA(Method):
         student = early_exit(x)
         with self._choice.set(None, True), torch.set_grad_enabled(self.variant == "official"):
             teacher = early_exit(x)
+        if recomputes(teacher):
+            raise ArgumentError(
+                "early_exit: variant 'official' needs gradients through the teacher's logits, and reentrant "
+                "activation checkpoints would compute the teacher again with the adapters of the student; "
+                "expected one without such checkpoints"
+            )
         loss = self.kd_weight * distilled(student, teacher, self.temperature)
         self._distilled = True
         return loss
@@ -227,12 +234,19 @@ class CLLoRA(Method):
         of these.
 
         It is to be called once after the backward pass of `distillation`, before other gradients are added.
-        Over several processes it takes the mean of these gradients first.
+        Where gradients of several batches are accumulated, the distillations of all of them come first. Over
+        several processes it takes the mean of these gradients first.
 
         Raises:
-            ArgumentError: without a distillation and where its gradient did not reach a shared adapter.
+            ArgumentError: without a distillation, where its gradient did not reach a shared adapter, and a
+                second time before `after_step`.
         """
         self._check_not_exported("reassign_")
+        if self._reassigned:
+            raise ArgumentError(
+                "reassign_: expected one call per step, as another one multiplies what has been multiplied; "
+                "accumulate the distillations of all batches before it, and call after_step after the step"
+            )
         if not self._distilled:
             raise ArgumentError("reassign_: expected gradients of a distillation; call it and backward first")
         refs = adapter_refs(self._shared)
@@ -246,7 +260,7 @@ class CLLoRA(Method):
             self._average(gradients)
         for ref, gradient in zip(refs, gradients, strict=True):
             gradient *= importance(self._teacher(ref))[:, None]
-        self._distilled = False
+        self._distilled, self._reassigned = False, True
 
     def _average(self, gradients: list[Tensor]) -> None:
         """Their means over processes, in one call."""
@@ -275,20 +289,21 @@ class CLLoRA(Method):
         return {key: scale for key, scale in table.items() if scale is not None}
 
     def penalty(self) -> Tensor:
-        """orthogonality times the mean over earlier tasks of |cos(w_t, w_k)|, w all block weights of a task.
+        """orthogonality times the mean over earlier tasks of |cos(w_t, w_k)|, w all block weights of a task,
+        in fp32 (fp64 for fp64).
 
         Returns:
             A 0-d tensor, differentiable; 0 during the first task.
         """
         if not self._running or self.tasks == 0 or not self._specific:
             return super().penalty()
-        now = torch.stack([weight.to(torch.float64) for weight in self.block_weights().values()])
+        weights = list(self.block_weights().values())
+        device, wide = weights[0].device, torch.promote_types(weights[0].dtype, torch.float32)
+        now = torch.stack([weight.to(device, torch.float64) for weight in weights])
         earlier = torch.stack(
             [parts.past(ref.layer, ref.piece)[2].to(now) for ref in adapter_refs(self._specific)], dim=1
         )
-        return (self.orthogonality * mean_cosine(now, earlier)).to(
-            next(iter(self.block_weights().values())).dtype
-        )
+        return (self.orthogonality * mean_cosine(now, earlier)).to(wide)
 
     def report(self) -> Report:
         """Says per adapter whether it is shared, and lists its block weights by task.
@@ -337,10 +352,13 @@ class CLLoRA(Method):
         with self.task(self.tasks - 1 if task is None else task):
             return super().export()
 
+    def _keeps(self, layer: AdaptedLinear, name: str) -> bool:
+        shared = isinstance(layer.composer, parts.Shared)
+        return super()._keeps(layer, name) or (shared and name.startswith("lora_A"))
+
     def _begin(self) -> None:
-        self._check_unmerged()
         generator = self._drawing(self.generator)
-        self._choice.task, self._distilled = None, False
+        self._choice.task, self._distilled, self._reassigned = None, False, False
         with torch.no_grad():
             for ref in adapter_refs(self._shared if self.tasks == 0 else {}):
                 ref.parameters()[0].copy_(parts.orthonormal_rows(ref.parameters()[0], generator))
@@ -361,10 +379,11 @@ class CLLoRA(Method):
     def _after_step(self, step: int, total_steps: int) -> None:
         if self._distilled:
             raise ArgumentError("after_step: expected reassign_ after the backward pass of a distillation")
+        self._reassigned = False
 
     @torch.no_grad()
     def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
-        self._check_unmerged()
+        check_ready(self.layers, "end_task")
         values = {
             f"{name} of {ref.key}": tensor
             for ref in adapter_refs(self.layers)
@@ -372,11 +391,13 @@ class CLLoRA(Method):
         }
         values |= {f"block weight of {key}": weight for key, weight in self.block_weights().items()}
         in_all(lambda: check_finite(values, "end_task", ArgumentError), self.group)
+        trained_together(self.layers, self.group)
         joined = [(ref, parts.with_current(ref.layer, ref.piece)) for ref in adapter_refs(self._specific)]
-        for ref, tensors in joined:
-            parts.put_past(ref.layer, ref.piece, tensors)
-        for ref in adapter_refs(self._shared):
-            self._teacher(ref).copy_(ref.parameters()[1])
+        with parameters_restored_on_error(self.layers), Transaction() as change:
+            for ref in adapter_refs(self._shared):
+                change.copy_(self._teacher(ref), ref.parameters()[1])
+            for ref, tensors in joined:
+                parts.put_past(ref.layer, ref.piece, tensors)
         self._choice.task = self.tasks
         self._distilled = False
 
@@ -414,6 +435,7 @@ class CLLoRA(Method):
         """
         tensors, config = parse(self, saved, variant=self.variant, shared=list(self._shared))
         load = parse_tensors(tensors, config, self._shared, self._specific)
-        load()
+        with parameters_restored_on_error(self.layers):
+            load()
         self._choice.task = config["tasks"] - 1 if config["tasks"] else None
         take_over(self, config)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import LoRAConfig
 from ..distributed.transaction import by_canonical_name
 from ..errors import ArgumentError, TargetError
+from ..ewc.placement import check_ready
 from ..layers.adapted import AdaptedLinear
 from ..layers.from_peft import no_adapters
 from ..layers.inject import adapters, eject, inject
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 Loader = Iterable[Any]
 Loss = Callable[[Any, Any], Tensor]
+KEPT = ("lora_past", "lora_anchor", "lora_teacher")  # how names of what earlier tasks have left begin
 VARIANTS: tuple[Variant, ...] = ("paper", "official")
 
 
@@ -110,12 +112,16 @@ class Method:
         Raises:
             ArgumentError: while a task is running, for another number than the next, and after `export`, as
                 all that follow.
+            TargetError: for merged adapters, and for parameters of adapters that the method keeps as they are
+                and that require gradients.
         """
         self._check_not_exported("begin_task")
         if self._running:
             raise ArgumentError(f"begin_task: task {self.tasks} has not ended; call end_task first")
         if isinstance(task, bool) or task != self.tasks:
             raise ArgumentError(f"task: expected {self.tasks}, the next one, got {task!r}")
+        check_ready(self.layers, "begin_task")
+        self._check_frozen("begin_task")
         self._begin()
         self._running = True
 
@@ -149,10 +155,13 @@ class Method:
 
         Raises:
             ArgumentError: for a step that is not below total_steps.
+            TargetError: in the first step, as `begin_task`.
         """
         self._check_not_exported("after_step")
         if not 0 <= step < total_steps:
             raise ArgumentError(f"step: expected 0 <= step < total_steps, got {step} of {total_steps}")
+        if step == 0:
+            self._check_frozen("after_step")
         self._after_step(step, total_steps)
 
     def end_task(self, loader: Loader, loss_fn: Loss | None = None, *, progress: bool | None = None) -> None:
@@ -171,6 +180,7 @@ class Method:
         self._check_not_exported("end_task")
         if not self._running:
             raise ArgumentError("end_task: no task is running; call begin_task first")
+        self._check_frozen("end_task")
         watch = self.watch if getattr(self, "ewc", None) is None else None  # an EWC has a watch of its own
         if watch is not None:
             watch.note_gradients()
@@ -241,6 +251,22 @@ class Method:
     def _drawing(self, generator: torch.Generator | None = None) -> torch.Generator | None:
         """The source of new parameters, `generator` unless several processes must draw the same."""
         return drawing(generator, next(iter(self.layers.values())).weight.device, self.group)
+
+    def _keeps(self, layer: AdaptedLinear, name: str) -> bool:
+        """Whether a parameter of an adapter stays as it is while a task is trained."""
+        return name.startswith(KEPT)
+
+    def _check_frozen(self, what: str) -> None:
+        """Raises `TargetError` for what is kept but would be trained, as after
+        `parameter.requires_grad_("lora" in name)`."""
+        for name, layer in self.layers.items():
+            for own, parameter in layer.named_lora_parameters():
+                if parameter.requires_grad and self._keeps(layer, own):
+                    raise TargetError(
+                        f"{what}: {name}.{own}: expected requires_grad=False, as {type(self).__name__} made "
+                        "it, got True; training would change what the method keeps. Leave the requires_grad "
+                        "of adapters as it is"
+                    )
 
     def _begin(self) -> None: ...
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..config import LoRAConfig
 from ..distributed.processes import of_first, several, sharded
 from ..distributed.transaction import Transaction
-from ..errors import ArgumentError, TargetError
+from ..errors import ArgumentError, TargetError, warn
 from ..ewc.placement import check_ready
 from ..ewc.settings import number
 from ..layers.inject import adapters
@@ -104,6 +104,7 @@ class PerturbAndMerge(Method):
         self._coefficients: list[Coefficients] = []  # of the tasks that have ended
         self._steps = torch.Generator()  # of the perturbations of a task
         self._scaled = Scaled()
+        self._steps_seen = self._steps_in_eval = 0  # of the running task
         for layer in self.layers.values():
             layer.composer = self._scaled
 
@@ -137,6 +138,7 @@ class PerturbAndMerge(Method):
         device = None if generator is None else generator.device
         seed = torch.randint(2**62, (), generator=generator, device=device)
         self._steps.manual_seed(int(seed))
+        self._steps_seen = self._steps_in_eval = 0
         self._perturb()
 
     def _perturb(self) -> None:
@@ -145,7 +147,26 @@ class PerturbAndMerge(Method):
         self._scaled.perturbation = (0.0, self.epsilon, -self.epsilon)[choice]
 
     def _after_step(self, step: int, total_steps: int) -> None:
+        self._steps_seen += 1
+        self._steps_in_eval += not any(layer.training for layer in self.layers.values())
         self._perturb()
+
+    def _warn_unperturbed(self) -> None:
+        """For a task whose steps were not perturbed as they should have been, which nothing else would
+        show."""
+        if self.epsilon == 0.0 or self.probabilities[0] == 1.0:
+            return
+        adapters = (ref.parameters() for ref in self._curvature.refs)
+        if not self._steps_seen and any(lora_b.grad is not None for _, lora_b in adapters):
+            warn(
+                "end_task: after_step was never called in this task, so that all of its steps had the same "
+                "perturbation; call it after every step of the optimizer"
+            )
+        elif self._steps_seen and self._steps_in_eval == self._steps_seen:
+            warn(
+                "end_task: the adapted layers were in eval mode in every step of this task, where they are "
+                "not perturbed; train in train mode, model.train()"
+            )
 
     def _check_own(self, what: str) -> None:
         if self.ewc.tasks != self.tasks:
@@ -159,6 +180,7 @@ class PerturbAndMerge(Method):
     def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
         check_ready(self.layers, "end_task")
         self._check_own("end_task")
+        self._warn_unperturbed()
         with self.ewc.restored_on_error():
             estimate(self.ewc, loader, loss_fn, self.labels, self.group)
             found, curvature = self._merged()

@@ -211,8 +211,12 @@ class SDLoRA(Method):
 
         Returns:
             Tensors by name, plain values, and the state of `ewc`.
+
+        Raises:
+            TargetError: for merged adapters.
         """
         self._check_not_exported("state_dict")
+        check_ready(self.layers, "state_dict")
         settings = {
             "normalization": self.normalization,
             "magnitudes": self.magnitudes,

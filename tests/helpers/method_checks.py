@@ -334,6 +334,26 @@ def decisions_that_differ_are_an_error_in_all() -> None:
     errors_in_all(directions, call, fe.TargetError, "qkv.k: process 0 has a direction, process 1 has none")
 
 
+def a_wrapper_of_former_parameters_is_an_error_in_all() -> None:
+    """Parameters that were replaced after DDP was made are trained by every process for itself."""
+    for kind, options in (
+        (OLoRA, {}), (IEL, {"beta": 1.0}), (CLLoRA, {"shared": ["qkv"], "orthogonality": 0.0}),
+    ):  # fmt: skip
+        method = kind(at_start(), **options)
+        wrapped = DDP(method.model, find_unused_parameters=True)
+        for task in range(2):
+            method.begin_task(task)
+            method.prepare([mine(*data(SAMPLES))])
+            # The shared adapters of CL-LoRA are not replaced: there nothing is wrapped in the second task.
+            model = method.model if task and kind is CLLoRA else wrapped
+            optimizer = torch.optim.SGD([p for p in method.model.parameters() if p.requires_grad], lr=0.1)
+            F.cross_entropy(model(mine(*data(SAMPLES))[0]), mine(*data(SAMPLES))[1]).backward()
+            optimizer.step()
+            if task == 0:
+                method.end_task([])
+        errors_in_all(method, functools.partial(method.end_task, []), fe.TargetError, "not trained together")
+
+
 def groups_are_apart() -> None:
     """Processes that train models of their own, each in a group of one."""
     torch.manual_seed(0)
@@ -386,6 +406,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "adapters_of_one_process_that_are_not_finite_are_an_error_in_all": (
         adapters_of_one_process_that_are_not_finite_are_an_error_in_all
     ),
+    "a_wrapper_of_former_parameters_is_an_error_in_all": a_wrapper_of_former_parameters_is_an_error_in_all,
     "decisions_that_differ_are_an_error_in_all": decisions_that_differ_are_an_error_in_all,
     "groups_are_apart": groups_are_apart,
 }
