@@ -104,20 +104,23 @@ class Run:
         return containers
 
     def fingerprint(self) -> str:
-        """Equal for runs that must give the same results: names do not count, nor do settings that records
-        from before them cannot have, as long as they are not set."""
-        decisive = {k: v for k, v in self.to_dict().items() if k not in ("suite", "method")}
-        for name in LATER:
-            if not decisive["training"][name]:
-                del decisive["training"][name]
-        if not decisive["protocol"]:
-            del decisive["protocol"]
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+        """Equal for runs that must give the same results."""
+        return hashlib.sha256(json.dumps(decisive(self.to_dict()), sort_keys=True).encode()).hexdigest()[:16]
 
     def lora_configs(self) -> list[fe.LoRAConfig]:
         """The adapters, in the order in which they are injected."""
         groups = self.adapters if isinstance(self.adapters, list) else [self.adapters]
         return [_lora_config(group) for group in groups]
+
+
+def decisive(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run, as `Run.to_dict` or a record has it, decides its results: names do not count, nor do
+    settings that records from before them cannot have, as long as they are not set."""
+    kept = {key: value for key, value in run.items() if key not in ("suite", "method")}
+    kept["training"] = {k: v for k, v in run["training"].items() if v or k not in LATER}
+    if not kept.get("protocol"):
+        kept.pop("protocol", None)
+    return kept
 
 
 @dataclass(frozen=True)

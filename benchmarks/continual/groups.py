@@ -15,6 +15,7 @@ from fused_ewclora.demo.spread import Spread
 from .. import collection
 from ..collection import Record
 from . import recorded
+from .configuration import decisive
 
 KINDS = (  # as tables order them
     "LoRA", "EWCLoRA", "FactorEWC", "SDLoRA", "CoDyRA", "InfLoRA", "KeepLoRA", "OLoRA", "NLoRA", "IEL", "ITA",
@@ -105,14 +106,13 @@ class Group:
 
 def setting(record: Record) -> str:
     """Equal for runs that may be averaged: names and seeds do not count."""
-    left_out = ("suite", "method", "seed")
-    kept = {name: value for name, value in record["run"].items() if name not in left_out}
+    kept = {name: value for name, value in decisive(record["run"]).items() if name != "seed"}
     return json.dumps([kept, len(record["test_sizes"])], sort_keys=True)
 
 
 def basis(group: Group) -> str:
     """Equal for groups whose methods can be compared: the same problem, adapters, training and tasks."""
-    run = group.records[0]["run"]
+    run = decisive(group.records[0]["run"])
     kept = {name: run[name] for name in ("problem", "adapters", "training")}
     return json.dumps([group.suite, kept, group.tasks], sort_keys=True)
 

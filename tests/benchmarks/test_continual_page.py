@@ -276,6 +276,11 @@ def test_equal_rows_told(tmp_path: Path):
     text = page.generate(folder(tmp_path / "results", made(10.5)))
     assert "- SD-LoRA and shared agree for seed 0 and are at most 1.0 points apart for seed 1" in text
     assert "`magnitudes` (its default against shared)." in text
+    later = made(10.5)
+    for record in later[2:]:  # from after there were settings that earlier records lack
+        record["run"]["training"] |= {"epochs_by_task": [], "passes_drop_last": False}
+        record["run"]["protocol"] = {}
+    assert page.generate(folder(tmp_path / "later", later)) == text
     different = [one for one in made(10.5) if one["seed"] == 1]
     assert "Rows that agree" not in page.generate(folder(tmp_path / "results", different))
 
