@@ -27,7 +27,7 @@ EXTENSION := build/.extension
 EXTRAS := .venv/extras
 SITE := .venv/.site
 
-.PHONY: test test-long test-library test-integrations sanitize demo suite sweep ptx-check docs lint typing format bench gpu-check gpu-cache setup clean distclean
+.PHONY: test test-long test-library test-integrations sanitize demo suite sweep ptx-check docs lint typing typing-mypy typing-pyright format bench gpu-check gpu-cache setup clean distclean
 .DELETE_ON_ERROR:
 
 test: test-library test-integrations
@@ -83,10 +83,15 @@ lint: $(REQUIREMENTS)
 	mypy
 	$(if $(CPP),clang-format --dry-run --Werror $(CPP) $(wildcard tests/backends/cuda/emulator/*.cpp tests/helpers/ptx/machine/* tests/helpers/launcher/*.cpp))
 
-# As a user's programs, whose libraries are installed; a minute and more without the cache of an earlier run.
-typing: export PYTHONPATH := $(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH))
-typing: $(REQUIREMENTS) $(EXTRAS)
+# As a user's programs, whose libraries are installed; a minute and more without the cache of an earlier run. Each checker takes one core:
+# `make -j2 typing` runs them side by side.
+typing: typing-mypy typing-pyright
+
+typing-mypy typing-pyright: export PYTHONPATH := $(CURDIR)/$(EXTRAS)$(if $(PYTHONPATH),:$(PYTHONPATH))
+typing-mypy: $(REQUIREMENTS) $(EXTRAS)
 	mypy --strict --config-file tests/project/typing/mypy.ini --cache-dir .mypy_cache/users examples/*.py
+
+typing-pyright: $(REQUIREMENTS) $(EXTRAS)
 	pyright --pythonpath .venv/bin/python examples/*.py
 
 format: $(REQUIREMENTS)

@@ -141,7 +141,7 @@ def _peers(workload: Workload, place: Place, buffers: Sequence[Inputs]) -> Itera
         yield Provider(name, **turns(make, buffers))
 
 
-def _floors(workload: Workload, place: Place) -> Iterator[Provider]:
+def floors(workload: Workload, place: Place) -> Iterator[Provider]:
     """On a CPU, a product with as many FLOPs; on a GPU, the floor is computed from the bytes of F."""
     if not place.gpu:
         d_out, d_in = workload.size("d_out"), workload.size("d_in")
@@ -179,7 +179,7 @@ def build(workload: Workload, place: Place) -> Case:
         providers=[
             *(_ours(workload, entry, buffers) for entry in place.entries(workload.part)),
             *_peers(workload, place, buffers),
-            *_floors(workload, place),
+            *floors(workload, place),
         ],
         truth=truth,
         tolerance=TOLERANCES[workload.precision or "highest"],

@@ -34,6 +34,7 @@ PARTIAL = "partial"  # a test run without failures that ran out of time
 KERNELS = (
     "ops/test_lora_linear.py", "ops/test_ewc_penalty.py", "ops/test_ewc_penalty_grad.py",
     "ops/test_fisher_accumulate.py", "ops/test_structured_penalty.py", "ops/test_fisher_sums.py",
+    "ops/test_l1_penalty.py",
     "ops/test_merge_weights.py", "ops/test_merge_grouped.py",
     "ops/test_dropout.py", "reference/test_philox.py", "ops/test_compile.py", "ops/test_autocast.py",
 )  # fmt: skip

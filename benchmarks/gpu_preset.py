@@ -7,7 +7,17 @@ from collections.abc import Iterator, Sequence
 
 from .shapes import PRECISIONS, REHEARSAL, RELEASE, Model, Sizes
 from .workload import BOTH, LATER, MAIN, OP, SMALL, Workload
-from .workloads import fisher, label_of, linear, merge, penalty, penalty_of_all_linears, step, threshold
+from .workloads import (
+    fisher,
+    l1_penalty,
+    label_of,
+    linear,
+    merge,
+    penalty,
+    penalty_of_all_linears,
+    step,
+    threshold,
+)
 
 SINGLE, HALF = "float32", "bfloat16"
 OP_LAYER = "op layer"  # label of the case that measures the host time of one call of the op
@@ -89,6 +99,10 @@ def _penalties(sizes: Sizes) -> Iterator[Workload]:
     yield from kv(sizes.models, published, SINGLE, PRECISIONS)
     yield from kv([sizes.large], published, SINGLE, ("highest", "high"), LATER)
     yield from kv(sizes.models, published, HALF, PRECISIONS)
+    large = sizes.large
+    for precision in PRECISIONS:
+        label, size = label_of(large, "k,v"), (large.width, large.width)
+        yield l1_penalty(label, size, 2 * large.depth, published, precision, MAIN)
     # Small matrices, so that host time dominates a call of the op; then few or small adapters.
     square = (OP_WIDTH, OP_WIDTH)
     yield penalty(OP_LAYER, square, 2 * sizes.large.depth, published, SINGLE, "high", OP)

@@ -26,6 +26,7 @@ FIELDS: dict[str, tuple[str, ...]] = {  # what the numbers of a shape are; M: ro
     "lora_linear_slices": LAYER,
     "ewc_penalty": MATRICES,
     "structured_penalty": MATRICES,
+    "l1_penalty": MATRICES,
     "fisher_accumulate": SAMPLES,
     "fisher_sums": SAMPLES,
     "merge": MATRICES,
@@ -35,7 +36,7 @@ WORDS: dict[str, tuple[str, ...]] = {  # that may follow the numbers, the first 
     "structured_penalty": (FACTORED, *(kind for kind in STRUCTURES if kind != FACTORED)),
     "fisher_accumulate": ("sample", "batch"),
 }
-ONLY_FP32 = ("structured_penalty", "soft_threshold")
+ONLY_FP32 = ("structured_penalty", "l1_penalty", "soft_threshold")
 
 
 def form(op: str) -> str:
@@ -86,6 +87,7 @@ def workload(op: str, text: str, dtype: str) -> Workload:
         "lora_linear_slices": lambda: workloads.linear(LABEL, one, (two, three), four, kind, slices=True),
         "ewc_penalty": lambda: workloads.penalty(LABEL, dtype=kind, **matrices),
         "structured_penalty": lambda: workloads.structured_penalty(LABEL, kind=str(word), **matrices),
+        "l1_penalty": lambda: workloads.l1_penalty(LABEL, **matrices),
         "fisher_accumulate": lambda: workloads.fisher(LABEL, one, two, (three, four), str(word), kind),
         "fisher_sums": lambda: workloads.fisher_sums(LABEL, one, two, (three, four), kind),
         "merge": lambda: workloads.merge(LABEL, dtype=kind, **matrices),

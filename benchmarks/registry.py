@@ -12,6 +12,7 @@ from .workloads import (
     OF_TORCHVISION,
     fisher,
     fisher_sums,
+    l1_penalty,
     label_of,
     linear,
     merge,
@@ -30,6 +31,7 @@ BATCHES, TEXT_BATCHES = (1, 16, 64, 256), (1, 8)
 RANKS = (4, 10, 16, 30, 64)
 FEW_ROWS = (1, 16, 64, 256, 1024)
 DTYPES = ("float32", "bfloat16")
+EAGER = "eager autograd"
 COMPILED, STACKED, PEFT, BACKPACK, OPACUS = "torch.compile", "stacked bmm", "peft", "backpack", "opacus"
 COMPILED_COMPOSITION = "torch.compile of the composition"
 EXPLICIT, LOOP = "explicit deltaW, eager penalty", "batch size 1"
@@ -39,8 +41,9 @@ DENSE = "dense F, fp32"  # floor of structured Fishers: this library with what t
 
 # Peers of every case of an op; ours and floors are not listed and always run.
 PEERS: dict[str, tuple[str, ...]] = {
-    "ewc_penalty": ("eager autograd", COMPILED, STACKED),
-    "structured_penalty": ("eager autograd", COMPILED),
+    "ewc_penalty": (EAGER, COMPILED, STACKED),
+    "structured_penalty": (EAGER, COMPILED),
+    "l1_penalty": (EAGER, COMPILED, STACKED),
     "fisher_sums": ("einsum", LOOP),
     "fisher_accumulate": ("einsum", "torch.func vmap(grad)", LOOP, BACKPACK, OPACUS),
     "lora_linear": (COMPOSITION, ADDMM, UNSLOTH, COMPILED_COMPOSITION, PEFT),
@@ -79,6 +82,7 @@ def quick() -> Iterator[Workload]:
     yield penalty("ViT-B k,v", (d, d), 4, 10)
     for kind in STRUCTURES:
         yield structured_penalty("ViT-B k,v", (d, d), 4, 10, kind)
+    yield l1_penalty("ViT-B k,v", (d, d), 4, 10)
     yield fisher("ViT-B k", 2, 197, (d, d))
     yield fisher_sums("ViT-B k", 2, 197, (d, d))
     yield linear("ViT-B proj, one image", 197, (d, d), 10)
@@ -98,6 +102,7 @@ def cpu() -> Iterator[Workload]:
     yield penalty("ViT-L k,v", (l, l), 12, 10, "bfloat16")
     for kind in STRUCTURES:
         yield structured_penalty("ViT-L k,v", (l, l), 12, 10, kind)
+    yield l1_penalty("ViT-L k,v", (l, l), 12, 10)
     yield fisher("ViT-B k", 16, 197, (b, b))
     yield fisher("ViT-B k", 16, 197, (b, b), "batch")
     yield fisher("ViT-B fc1", 16, 197, (b, 4 * b))
@@ -154,6 +159,7 @@ def _kv_of_qkv(model: Model) -> Iterator[Workload]:
             if dtype == "float32":
                 for kind in STRUCTURES:
                     yield structured_penalty(label_of(model, "k,v"), (d, d), 2 * model.depth, rank, kind)
+                yield l1_penalty(label_of(model, "k,v"), (d, d), 2 * model.depth, rank)
             for batch in BATCHES:
                 label = label_of(model, "qkv, slices k,v")
                 yield linear(label, batch * model.tokens, (d, 3 * d), rank, dtype, slices=True)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from . import (
@@ -12,6 +12,7 @@ from . import (
     ewc_penalty,
     fisher_accumulate,
     growth,
+    l1_penalty,
     lora_linear,
     merge,
     registry,
@@ -34,20 +35,21 @@ class Suite(NamedTuple):
     share: float = 1.0
 
 
-def _of_registry(module: Any, *of_others: str, **more: Any) -> Suite:
-    """The suite of a module, and of these operations of `structured`."""
-    ops = (*module.OPS, *of_others)
+def _of_registry(module: Any, others: Mapping[str, Any] | None = None, **more: Any) -> Suite:
+    """The suite of a module, and of other operations with the modules that build them."""
+    modules = {**dict.fromkeys(module.OPS, module), **(others or {})}
+    ops = tuple(modules)
 
     def build(workload: Workload, place: Place) -> Case:
-        case: Case = (structured if workload.op in of_others else module).build(workload, place)
+        case: Case = modules[workload.op].build(workload, place)
         return case
 
     return Suite(ops, lambda preset: registry.workloads(ops, preset), build, **more)
 
 
 SUITES: dict[str, Suite] = {
-    "ewc_penalty": _of_registry(ewc_penalty, "structured_penalty"),
-    "fisher_accumulate": _of_registry(fisher_accumulate, "fisher_sums"),
+    "ewc_penalty": _of_registry(ewc_penalty, {"structured_penalty": structured, "l1_penalty": l1_penalty}),
+    "fisher_accumulate": _of_registry(fisher_accumulate, {"fisher_sums": structured}),
     "lora_linear": _of_registry(lora_linear),
     "merge": _of_registry(merge),
     "end_to_end": _of_registry(end_to_end, after=breakdowns.add),

@@ -115,6 +115,13 @@ def _penalty(workload: Workload) -> Work:
     return Work(6.0 * rank * elements, float(workload.torch_dtype.itemsize * elements + 4 * 2 * factors))
 
 
+def _l1(workload: Workload) -> Work:
+    """The products of the penalty, with nothing to read but the factors."""
+    rank, sizes = workload.size("rank"), matrices(workload)
+    elements = sum(d_out * d_in for d_out, d_in in sizes)
+    return Work(6.0 * rank * elements, 4.0 * 2 * rank * sum(d_out + d_in for d_out, d_in in sizes))
+
+
 def _structured(workload: Workload) -> Work:
     """In 8 bits as dense. Otherwise G B and A C, of which those of diagonals are no products, and four
     products of r x r matrices with them; both factors are read once."""
@@ -194,6 +201,7 @@ COSTS: dict[str, Callable[[Workload], Work]] = {
     "lora_linear_slices": lambda workload: _linear(workload, 2, workload.size("d_out") // 3),
     "ewc_penalty": _penalty,
     "structured_penalty": _structured,
+    "l1_penalty": _l1,
     "fisher_accumulate": _fisher,
     "fisher_sums": _sums,
     "merge": _merge,

@@ -57,6 +57,15 @@ def structured_penalty(
     return Workload("structured_penalty", {**workload.shape, "fisher": kind}, workload.dtype, part)
 
 
+def l1_penalty(
+    label: str, sizes: tuple[int, int], adapters: int, rank: int, precision: str | None = None,
+    part: str = WHOLE,
+) -> Workload:  # fmt: skip
+    """The l1 norm of so many products B A, with its gradients; precision as in `penalty`."""
+    workload = penalty(label, sizes, adapters, rank, precision=precision, part=part)
+    return Workload("l1_penalty", workload.shape, "float32", part)
+
+
 def fisher_sums(
     label: str, samples: int, tokens: int, sizes: tuple[int, int], dtype: str = "float32", part: str = WHOLE
 ) -> Workload:

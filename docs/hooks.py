@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import posixpath
 import re
@@ -22,10 +23,35 @@ PAGES = {
 NOTEBOOKS = ("two_tasks.ipynb",)  # of examples/
 PACKAGE = "fused_ewclora"
 MODULES = (  # beside the package itself, whose names come from elsewhere
-    "functional", "methods", "metrics", "profiling", "fishers", "config", "errors",
+    "functional", "methods", "metrics", "profiling", "fishers", "structures", "config", "errors",
     *(f"integrations.{name}" for name in
       ("avalanche", "peft", "timm", "torchvision", "transformers", "open_clip")),
 )  # fmt: skip
+# Classes of which a page lists some members alone, since others are what the library itself uses of them.
+MEMBERS = {
+    "AdaptedLinear": [
+        "base_weight", "dtype", "dropout_p", "adapter_parameters", "named_lora_parameters", "adapter_scale",
+        "composed", "reset_adapters", "consolidated_weight", "merge", "unmerge", "forward",
+    ],
+    "EWC": [
+        "ewc_lambda", "fishers", "tasks", "history", "penalty", "add_penalty_grad_", "accumulate_fisher",
+        "abort_fisher", "estimate_fisher", "reduce_fisher_", "shard_", "convert_fisher_", "consolidate",
+        "consolidate_prior", "end_task", "state_dict", "load_state_dict",
+    ],
+    "LoRAPart": ["owner", "weight", "bias", "forward"],
+    "Part": [],
+}  # fmt: skip
+# What methods have from bases that are not public.
+OF_BASES = [
+    "compose",
+    "decoupled_step_",
+    "fishers",
+    "prepare",
+    "pretrained",
+    "report",
+    "state_dict",
+    "load_state_dict",
+]
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -44,13 +70,18 @@ def on_files(files: Files, config: Any) -> Files:
 
 def references() -> dict[str, str]:
     """Pages of the API: a module each, and what the package exports."""
-    pages = {name: f"# {PACKAGE}.{name}\n\n{_entry(name)}" for name in MODULES}
-    exported = "".join(_entry(name) for name in _exported(ROOT / PACKAGE / "__init__.py"))
+    options = {"methods": {"inherited_members": OF_BASES}}
+    pages = {name: f"# {PACKAGE}.{name}\n\n{_entry(name, options.get(name))}" for name in MODULES}
+    exported = "".join(
+        _entry(name, {"members": MEMBERS[name]} if name in MEMBERS else None)
+        for name in _exported(ROOT / PACKAGE / "__init__.py")
+    )
     return {PACKAGE: f"# {PACKAGE}\n\nWhat `import fused_ewclora as fe` gives.\n\n{exported}", **pages}
 
 
-def _entry(name: str) -> str:
-    return f"::: {PACKAGE}.{name}\n\n"
+def _entry(name: str, options: dict[str, Any] | None = None) -> str:
+    chosen = f"    options: {json.dumps(options)}\n" if options else ""
+    return f"::: {PACKAGE}.{name}\n{chosen}\n"
 
 
 def _exported(path: Path) -> list[str]:

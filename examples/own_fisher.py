@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_ewclora as fe
-from fused_ewclora.ewc.structures import Extent, Parts, Weights
-from fused_ewclora.ops.sums import MarginalSums
+from fused_ewclora.structures import Extent, MarginalSums, Parts, Weights
 
 
 class Rowwise(fe.Structure):
@@ -45,10 +44,7 @@ class Rowwise(fe.Structure):
         self, old: Mapping[str, Tensor] | None, task: Mapping[str, Tensor], weights: Weights, extent: Extent
     ) -> tuple[Parts, float]:
         """The Fisher of all tasks so far, and the relative error of joining them: none."""
-        rows = weights.new * task["rows"] / weights.samples
-        if old is not None and weights.old != 0.0:  # times 0, NaN would stay
-            rows = rows + weights.old * old["rows"]
-        return {"rows": rows}, 0.0
+        return {"rows": weights.joined(None if old is None else old["rows"], task["rows"])}, 0.0
 
     def value(self, parts: Mapping[str, Tensor], columns: int) -> fe.FactoredFisher:
         """What the penalty gets: rows c^T / sum(c) with equal c."""

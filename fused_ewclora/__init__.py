@@ -56,6 +56,7 @@ if TYPE_CHECKING:  # type checkers see these as they are; at run time `__getattr
     from . import methods as methods
     from . import metrics as metrics
     from . import profiling as profiling
+    from . import structures as structures
     from .checkpoints.checkpoint import load_pretrained, save_pretrained
     from .checkpoints.interchange import export_peft, import_peft
     from .diagnostics.fisher_memory import memory
@@ -79,7 +80,7 @@ _LAZY = {
     "import_peft": "checkpoints.interchange",
     "reset_optimizer_state_": "layers.optimizers",
 }
-_LAZY_MODULES = ("methods", "metrics", "profiling")
+_LAZY_MODULES = ("methods", "metrics", "profiling", "structures")
 
 __all__ = [
     "EWC",

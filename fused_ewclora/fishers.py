@@ -25,7 +25,7 @@ class FactoredFisher(NamedTuple):
     The sums are additive over samples, batches, tasks and processes. Of part of the rows, `columns` is that
     of all rows.
 
-    Args:
+    Attributes:
         rows: the row sums `[d_out]`, fp32 (fp64 beside fp64 adapters).
         columns: the column sums `[d_in]`, likewise.
 
@@ -56,7 +56,7 @@ class KroneckerFisher(NamedTuple):
 
     Only the product of the two has a meaning.
 
-    Args:
+    Attributes:
         outputs: `[d_out, d_out]`, symmetric positive semidefinite, fp32 (fp64 beside fp64 adapters).
         inputs: `[d_in, d_in]`, likewise.
 
@@ -83,7 +83,7 @@ class EightBitFisher(NamedTuple):
     where d_in is a multiple of 256. Code c of a block with scale s is `s c^2` (docs/mathematics.md, section
     10).
 
-    Args:
+    Attributes:
         codes: uint8 `[d_out, bytes]`, with the scales.
         columns: d_in.
 

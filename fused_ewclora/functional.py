@@ -489,13 +489,15 @@ def l1_penalty(
         >>> FE.l1_penalty([torch.ones(2, 8)], [torch.ones(4, 2)], l1_lambda=0.5)
         tensor(32.)
     """
+    terms = _penalty.terms("l1_penalty", [], lora_as, lora_bs, scales)
     scales = [1.0] * len(lora_as) if scales is None else scales
-    check.l1_penalty(lora_as, lora_bs, scales)
+    if terms is None:
+        check.l1_penalty(lora_as, lora_bs, scales)
     check.number(l1_lambda, "l1_lambda", lora_as[0].dtype if lora_as else torch.float32)
     if not lora_as:
         return torch.zeros(())
     adapters = Adapters.of(lora_as, lora_bs, scales)
-    return _penalty.penalty("l1_penalty", [], adapters, float(l1_lambda), dispatch.resolve(backend))
+    return _penalty.penalty("l1_penalty", [], adapters, float(l1_lambda), dispatch.resolve(backend), terms)
 
 
 @overload

@@ -72,7 +72,7 @@ class ContinualMetrics:
         """Metrics of rows of `t + 1` entries, or of square matrices, whose entries `i > t` are ignored.
 
         Args:
-            class_incremental: a[t][i] in [0, scale], one row per task that was trained.
+            class_incremental: `a[t][i]` in [0, scale], one row per task that was trained.
             test_sizes: as in the class.
             task_aware: the same with the task known, as many rows; None where it was not measured.
             scale: as in the class.

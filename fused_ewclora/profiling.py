@@ -40,13 +40,23 @@ def _adapters(what: str, tensors: Sequence[Tensor], lora_as: Sequence[Tensor]) -
     return f"{_many(what, tensors)}, rank {max(a.shape[0] for a in lora_as)}"
 
 
+def _products(lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor]) -> str:
+    size, rank = [lora_bs[0].shape[0], lora_as[0].shape[1]], max(a.shape[0] for a in lora_as)
+    return f"adapters {len(lora_as)}, first {size}, {_dtype(lora_as[0])}, rank {rank}"
+
+
+def _samples(x: Tensor, dy: Tensor, squares: str) -> str:
+    return f"x {_size(x)}, dy {_size(dy)}, {_dtype(x)}, {squares}"
+
+
 # What a range says of the arguments of an op.
 _DESCRIBED = schemas.by_name(
     {
         "lora_linear": lambda x, weight, lora_as: "x " + _linear(x, weight, lora_as),
         "lora_linear_backward": lambda dy, weight, lora_as: "dy " + _linear(dy, weight, lora_as),
         "ewc_penalty": lambda fishers, lora_as: _adapters("adapters", fishers, lora_as),
-        "fisher_accumulate_": lambda x, dy, squares: f"x {_size(x)}, dy {_size(dy)}, {_dtype(x)}, {squares}",
+        **dict.fromkeys(("factored_penalty", "kronecker_penalty", "l1_penalty"), _products),
+        **dict.fromkeys(("fisher_accumulate_", "fisher_sums_"), _samples),
         "merge_": lambda weights, lora_as: _adapters("weights", weights, lora_as),
         "soft_threshold_": lambda scales: _many("vectors", scales),
     }

@@ -19,6 +19,8 @@ from hypothesis import HealthCheck, settings
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # for benchmarks/, which is not installed under that name
     sys.path.append(str(ROOT))
+if not (ROOT / "benchmarks").exists():  # a source distribution has it and kernels/ inside the package
+    sys.path.append(str(ROOT / "fused_ewclora"))
 
 # Triton reads it when it is imported. Without a GPU its kernels run in its interpreter, here and in the
 # subprocesses of tests; those about a machine without either take it out of their environment.

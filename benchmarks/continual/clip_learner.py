@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from fused_ewclora.demo.evaluation import PERCENT
 from fused_ewclora.demo.formats import DataError
+from fused_ewclora.errors import ArgumentError
+from fused_ewclora.ewc.controller import EWC
+from fused_ewclora.layers.index import adapter_refs
+from fused_ewclora.methods import Method
 
 from .learner import Batches, Learner, Scores
 from .stream import Task
@@ -56,7 +60,7 @@ class ImageText(Learner):
     earlier tasks have no image in the batch and so no part; text_loss=False leaves it out. It has no share
     for every image, and is no part of -log p(class | image), so that evaluation mode leaves it out as well:
     Fishers are of the first term. Rows of the text tower belong to classes and to no image: Fishers of its
-    adapters are those of mode "batch", and mode "sample" refuses them.
+    adapters are those of mode "batch", and a run with mode "sample" is refused before it begins.
 
     prompts: token rows `[T]` int64 of the prompt of every class of the stream, by the name of the class, as
     tasks have it. rivals: what images are compared with when accuracies on every task are taken, "all"
@@ -83,6 +87,37 @@ class ImageText(Learner):
         """From now on images are compared with the classes of this task."""
         places = self._of(task)
         self._earlier, self._current = self._earlier + len(self._current), places
+
+    def check_method(self, method: Method) -> None:
+        """Refuses Fishers of samples for adapters of the text tower: the features of a prompt depend on
+        them."""
+        if not _estimates_by_sample(method):
+            return
+        if reached := self._of_texts(method):
+            raise ArgumentError(
+                f"{type(method).__name__}: its Fisher is of single images (fisher_mode 'sample'), and rows "
+                f"of the text tower, where {reached[0]} is ({len(reached)} such adapters), belong to "
+                "classes and to no image; expected fisher_mode 'batch', where the method has it, or "
+                "adapters of the image tower alone"
+            )
+
+    def _of_texts(self, method: Method) -> list[str]:
+        """The adapters that the features of a prompt depend on."""
+        refs = adapter_refs(method.layers)
+        composers = {layer: layer.composer for layer in method.layers.values()}
+        try:
+            for layer in composers:  # between tasks some methods leave the current adapters out
+                layer.composer = None
+            with torch.enable_grad():
+                features = self.backbone.encode_text(self.prompts[:1])
+        finally:
+            for layer, composer in composers.items():
+                layer.composer = composer
+        if not features.requires_grad:
+            return []
+        lora_bs = [ref.parameters()[1] for ref in refs]
+        gradients = torch.autograd.grad(features.sum(), lora_bs, allow_unused=True)
+        return [ref.key for ref, gradient in zip(refs, gradients, strict=True) if gradient is not None]
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `[N, K]` of images and the K classes of the current task."""
@@ -141,6 +176,12 @@ def classes_to_images(logits: Tensor, labels: Tensor, earlier: int = 0) -> Tenso
     class the sum over its images of -log softmax over images; the mean over K + earlier classes."""
     targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
     return -(targets * logits.log_softmax(0)).sum() / (logits.shape[1] + earlier)
+
+
+def _estimates_by_sample(method: Method) -> bool:
+    """Whether a method, or an EWC that it has, estimates Fishers of single samples."""
+    held = [method, *(value for value in vars(method).values() if isinstance(value, EWC))]
+    return any(getattr(value, "fisher_mode", None) == "sample" for value in held)
 
 
 def check_options(rivals: Any, text_loss: Any) -> None:

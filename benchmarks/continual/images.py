@@ -72,9 +72,8 @@ def load(
     stream_tasks = []
     for names in split_classes(_ordered(collection.classes, seed if shuffle else None), tasks):
         labels = [collection.classes.index(name) for name in names]
-        stream_tasks.append(
-            Task(names, Images(collection.train.of(labels), train), Images(collection.test.of(labels), test))
-        )
+        seen, unseen = collection.train.of(labels), collection.test.of(labels)
+        stream_tasks.append(Task(names, Images(seen, train), Images(unseen, test), Images(seen, test)))
     facts = {
         "description": f"{dataset}, {len(collection.classes)} classes; {model}",
         "train_images": len(collection.train.labels),

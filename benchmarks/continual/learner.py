@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fused_ewclora.demo.evaluation import accuracies
 from fused_ewclora.demo.vit import Classifier
+from fused_ewclora.methods import Method
 
 from .stream import Task
 
@@ -38,6 +39,10 @@ class Learner(nn.Module):
         """Prepares for the classes of the next task. A resumed run begins all tasks so far anew, and then
         loads the state of the module."""
         raise NotImplementedError
+
+    def check_method(self, method: Method) -> None:
+        """Raises `ArgumentError` for a method that could not end a task of this network. A run calls it
+        before its first task, with the adapters of the method in the backbone."""
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that the current task trains beside the adapters, at the rate `head_lr`."""

@@ -161,7 +161,7 @@ def problem_table(groups: Sequence[Group]) -> list[str]:
     )]  # fmt: skip
     names = list(dict.fromkeys(name for record in records for name in record["facts"]))
     rows += [[name, _distinct(records, lambda r, name=name: _value(r["facts"].get(name)))] for name in names]
-    options = [[entry.name, f"`{entry.kind}`", _options(entry)] for entry in groups]
+    options = [[entry.name, f"`{entry.kind}`", _options(entry) or DASH] for entry in groups]
     return [*table(["", ""], rows), *table(["method", "class", "options"], options)]
 
 
@@ -237,6 +237,11 @@ def _about(suite: str, records: Sequence[Record]) -> list[str]:
 def _distinct(records: Sequence[Record], value: Any) -> str:
     """All values of records, in order of appearance."""
     return "; ".join(dict.fromkeys(value(record) for record in records))
+
+
+def _options(entry: Group) -> str:
+    """Of the method, and of its protocol where it has one."""
+    return _settings({**entry.options, "protocol": entry.records[0]["run"].get("protocol", {})})
 
 
 def _settings(values: dict[str, Any] | list[dict[str, Any]]) -> str:

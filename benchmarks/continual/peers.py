@@ -21,6 +21,7 @@ from fused_ewclora.errors import ArgumentError, CheckpointError
 from fused_ewclora.ewc.estimation import to_device
 from fused_ewclora.ewc.settings import number
 from fused_ewclora.methods import Method
+from fused_ewclora.methods._resume import dump, parse, take_over
 
 from .. import extras
 
@@ -55,17 +56,13 @@ class _Penalised(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """Importances and anchors; A and B are in the model's own state_dict."""
-        if self._running:
-            raise ArgumentError("state_dict: a task is running; call end_task first")
         tensors = {f"importance.{name}": value for name, value in self.importance.items()}
         tensors |= {f"anchor.{name}": value for name, value in self.anchor.items()}
-        return {"tensors": tensors, "config": {"method": type(self).__name__, "tasks": self.tasks}}
+        return dump(self, tensors)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Takes over a `state_dict()`; raises `CheckpointError` for that of another method or model."""
-        tensors, config = saved["tensors"], saved["config"]
-        if config["method"] != type(self).__name__:
-            raise CheckpointError(f"state: expected one of {type(self).__name__}, got {config['method']}")
+        tensors, config = parse(self, saved)
         loaded: dict[str, dict[str, Tensor]] = {"importance": {}, "anchor": {}}
         shapes = {name: parameter.shape for name, parameter in self._trained().items()}
         for key, value in tensors.items():
@@ -74,7 +71,7 @@ class _Penalised(Method):
                 raise CheckpointError(f"state: {name}: expected {shapes.get(name)}, got {value.shape}")
             loaded[part][name] = value.to(self._trained()[name].device)
         self.importance, self.anchor = loaded["importance"], loaded["anchor"]
-        self.tasks = config["tasks"]
+        take_over(self, config)
 
 
 class AvalancheEWC(_Penalised):

@@ -43,6 +43,10 @@ class Protocol:
         """Calls `prepare` of the method, after `before_task`."""
         self.method.prepare(batches, self.model.loss)
 
+    def before_steps(self, optimizer: torch.optim.Optimizer, examples: Loader) -> None:
+        """Before the first step of a task, with the optimizer that takes them; `examples` are all training
+        examples of the task prepared as those for testing, in batches that are not shuffled."""
+
     def backward(self, x: Any, y: Tensor, rate: float) -> tuple[Tensor, Tensor]:
         """Gives the trained parameters the gradients of a step; they have none before. Returns its loss and
         its penalty, 0-d.
@@ -87,6 +91,7 @@ PROTOCOLS = {
     "plain": "protocols:Protocol",
     "model-per-task": "protocols:ModelPerTask",
     "tuned-heads": "tuned_heads:TunedHeads",  # IEL, ITA
+    "cl-lora": "cl_lora:SharedDistillation",
 }
 # Of methods whose runs need one: used where a configuration names none.
 OF_METHODS = {"CLLoRA": "model-per-task"}

@@ -66,6 +66,7 @@ class State:
         for config in run.lora_configs():
             fe.inject(self.model, config)
         self.method: Method = method_class(run.kind)(self.model, None, **run.options)
+        self.model.check_method(self.method)
         self.protocol.attach(self.model, self.method)
 
     def save(self, file: Path) -> None:
@@ -167,6 +168,8 @@ def learn(state: State, number: int, loggers: Loggers | None = None) -> tuple[di
     optimizer = make_optimizer(model, training)
     steps = training.iterations or training.epochs * len(batches)
     schedule = make_schedule(optimizer, training, steps)
+    examples = task.train if task.train_as_test is None else task.train_as_test
+    protocol.before_steps(optimizer, loader(examples, training.test_batch_size, workers=training.workers))
     step_seconds: list[float] = []
     loss = penalty = torch.zeros(())
     model.train()

@@ -42,11 +42,15 @@ class Arrays(Dataset[Any]):
 
 @dataclass(frozen=True)
 class Task:
-    """Training and test examples `(inputs, label)` of some classes; a label is a position in `classes`."""
+    """Training and test examples `(inputs, label)` of some classes; a label is a position in `classes`.
+
+    train_as_test: the training examples prepared as those for testing; None where `train` is that.
+    """
 
     classes: tuple[str, ...]
     train: Dataset[Any]
     test: Dataset[Any]
+    train_as_test: Dataset[Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,18 @@ def penalty(device: str, compute: Callable[..., list[Tensor]], name: str) -> Wor
     return Work(name, [*fishers, *lora_as, *lora_bs], compute, 1e-4)
 
 
+def _l1(inputs: Sequence[Tensor], backend: str) -> list[Tensor]:
+    n = len(inputs) // 2
+    value = FE.l1_penalty(inputs[:n], inputs[n:], [0.5] * n, LAMBDA, backend=backend)
+    return [value, *torch.autograd.grad(value, list(inputs))]
+
+
+def l1(device: str) -> Work:
+    lora_as = [_normal(device, r, n, std=n**-0.5).requires_grad_() for _, n, r in PENALTIES]
+    lora_bs = [_normal(device, m, r, std=0.3).requires_grad_() for m, _, r in PENALTIES]
+    return Work("l1_penalty", [*lora_as, *lora_bs], _l1, 1e-4)
+
+
 def _fisher(inputs: Sequence[Tensor], backend: str, mode: str) -> list[Tensor]:
     start, x, dy = inputs
     fisher = start.clone()
@@ -158,6 +170,7 @@ def works(device: str) -> list[Work]:
         linear(device, BF16, 0.3),
         penalty(device, _penalty, "ewc_penalty"),
         penalty(device, _penalty_grad, "ewc_penalty_grad_"),
+        l1(device),
         fisher(device, "sample", 21),
         fisher(device, "sample", 1),
         fisher(device, "batch", 21),

@@ -122,9 +122,13 @@ struct EWCPenalty : torch::autograd::Function<EWCPenalty> {
     const auto of_kind = [&](size_t kind) { return at::TensorList(all).slice(kind * adapters, adapters).vec(); };
     Optionals scales;
     for (const at::Tensor& s : of_kind(2)) scales.push_back(given(s));
-    const char* const function = operands.op == "ewc_penalty" ? "ewc_penalty_backward" : "kronecker_penalty_backward";
-    return differentiable(function, gradient, operands.fishers, of_kind(0), of_kind(1), scales, operands.scale_factors, operands.ewc_lambda,
-                          operands.needs);
+    return differentiable(function_of(operands.op), gradient, operands.fishers, of_kind(0), of_kind(1), scales, operands.scale_factors,
+                          operands.ewc_lambda, operands.needs);
+  }
+
+  // In fused_ewclora/reference/differentiable.py.
+  static const char* function_of(const std::string& op) {
+    return op == "ewc_penalty" ? "ewc_penalty_backward" : op == "l1_penalty" ? "l1_penalty_backward" : "kronecker_penalty_backward";
   }
 
   // What Python calls: the penalty, differentiable in the tensors of its adapters.

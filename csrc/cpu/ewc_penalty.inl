@@ -72,7 +72,8 @@ inline void penalty_tile(const Fisher& fisher, int64_t rows, int64_t columns, co
                          vfloat& loss) {
   vfloat sums[COLUMNS] = {};
   vfloat* total = sums;
-  expand(sb, r, rows, panel, r, columns, [=](int64_t row, int64_t column, int v, vfloat d, auto extent) __attribute__((always_inline)) {
+  expand(sb, r, rows, panel, r, columns, [=](int64_t row, int64_t column, int v, vfloat found, auto extent) __attribute__((always_inline)) {
+    const vfloat d = inside(found, extent);  // an infinite element of B times the padding of A is no number
     const vfloat value = fisher.times(d, row, column, extent);
     fisher.prefetch(row, column, v);
     total[v] += value * d;

@@ -59,12 +59,19 @@ inline __attribute__((always_inline)) vfloat load(const float* p, Whole) {
 inline __attribute__((always_inline)) void store(float* p, vfloat v, Whole) {
   store(p, v);
 }
+// The lanes inside the matrix; 0 in the others, whatever was computed there.
+inline __attribute__((always_inline)) vfloat inside(vfloat v, Whole) {
+  return v;
+}
 #if FE_VECTOR_BYTES == 64
 inline __attribute__((always_inline)) vfloat load(const float* p, Part part) {
   return (vfloat)_mm512_maskz_loadu_ps(__mmask16((1u << part.n) - 1), p);
 }
 inline __attribute__((always_inline)) void store(float* p, vfloat v, Part part) {
   _mm512_mask_storeu_ps(p, __mmask16((1u << part.n) - 1), (__m512)v);
+}
+inline __attribute__((always_inline)) vfloat inside(vfloat v, Part part) {
+  return (vfloat)_mm512_maskz_mov_ps(__mmask16((1u << part.n) - 1), (__m512)v);
 }
 #else
 inline vfloat load(const float* p, Part part) {
@@ -74,6 +81,10 @@ inline vfloat load(const float* p, Part part) {
 }
 inline void store(float* p, vfloat v, Part part) {
   for (int64_t i = 0; i < part.n; ++i) p[i] = v[i];
+}
+inline vfloat inside(vfloat v, Part part) {
+  for (int64_t i = part.n; i < L; ++i) v[i] = 0.f;
+  return v;
 }
 #endif
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // EWC penalty: loss, dA, dB and ds from one read of F (docs/mathematics.md, section 2).
 //   D = (B s) A;  H = F * D;  loss = lambda/2 sum H * D;  dB = lambda (H A^T) s;  dA = lambda (B s)^T H;  ds = lambda sum_i B (H A^T)
+// The l1 norm of D (section 13) is the same with H = sign(D), loss = lambda sum H * D, and no F.
 //
 // A block walks down a region of rows in strips; each of its warps owns 32 columns. D of a strip comes out of the matrix units in the very
 // layout in which H enters them for H A^T, so H is transposed (in shared memory; bf16: by an instruction) only for (B s)^T H. dA of the
@@ -13,12 +14,20 @@
 namespace fe::cuda {
 namespace {
 
+// 0 where `d` is no number, as torch.sign; the loss is no number then.
+FE_DEVICE float sign(float d) {
+  return d > 0.f ? 1.f : d < 0.f ? -1.f : 0.f;
+}
+
 // A thread block's share, and its sums.
 template <Precision P, int RP, FisherLoads L, bool CHUNKED>
 struct Walk {
   using Layout = PenaltyLayout<P, RP, L>;
   using Reader = Fisher<L, Layout::STAGES>;
   using Strip = float[TILES][4];
+  static constexpr bool L1 = L == FisherLoads::none;
+  // Of H in products: signs are exact in tf32.
+  static constexpr Precision OF_H = L1 && P == Precision::tf32x3 ? Precision::tf32 : P;
   const PenaltyAdapter& p;
   float* shared;
   const int first, stop, column, first_rank;
@@ -56,13 +65,13 @@ struct Walk {
         const auto left = FragmentA<P>::of(v);
         FE_UNROLL for (int n = 0; n < TILES; ++n) {
           FE_UNROLL for (int i = 0; i < 4; ++i) w[i] = a_at(p, start + slot(i), column + place<Reader::V>(n, g));
-          mma<P>(d[n], left, FragmentB<P>::of(w));
+          mma(d[n], left, FragmentB<P>::of(w));
         }
       }
     } else {
       FE_UNROLL for (int step = 0; step < RP / 16; ++step) {
         const auto left = load_left<P>(scaled + SQUARE * step + own);
-        FE_UNROLL for (int n = 0; n < TILES; ++n) mma<P>(d[n], left, a.of_ranks(step, n));
+        FE_UNROLL for (int n = 0; n < TILES; ++n) mma(d[n], left, a.of_ranks(step, n));
       }
     }
   }
@@ -72,14 +81,14 @@ struct Walk {
     float ah[RP / 16][2][4] = {};
     FE_UNROLL for (int step = 0; step < COLUMN_STEPS; ++step) {
       const float (&l)[4] = h[2 * step], (&r)[4] = h[2 * step + 1];
-      FragmentB<P> right[2];
+      FragmentB<OF_H> right[2];
       FE_UNROLL for (int half = 0; half < 2; ++half) {
         const float v[4] = {l[2 * half], l[2 * half + 1], r[2 * half], r[2 * half + 1]};
-        right[half] = FragmentB<P>::of_prepared(v);
+        right[half] = FragmentB<OF_H>::of_prepared(v);
       }
       FE_UNROLL for (int m = 0; m < RP / 16; ++m) {
         const auto left = a.of_columns(m, step);
-        FE_UNROLL for (int half = 0; half < 2; ++half) mma<P>(ah[m][half], left, right[half]);
+        FE_UNROLL for (int half = 0; half < 2; ++half) mma(ah[m][half], left, right[half]);
       }
     }
     part += own;
@@ -99,9 +108,9 @@ struct Walk {
     }
     sync_warp();  // the tile is written again only after the block has synchronised
   }
-  FE_DEVICE FragmentA<P> transposed(const Strip& h, int m) const {
+  FE_DEVICE FragmentA<OF_H> transposed(const Strip& h, int m) const {
     if constexpr (P == Precision::bf16) {
-      FragmentA<P> to;
+      FragmentA<OF_H> to;
       FE_UNROLL for (int i = 0; i < 4; ++i) {
         const float (&from)[4] = h[2 * m + i / 2];
         to.word[i] = transpose_8x8(pack<bf16>(from[i % 2 * 2], from[i % 2 * 2 + 1]));
@@ -113,7 +122,7 @@ struct Walk {
         const Pair two = load_pair(shared + (take ^ (i % 2 * in_strip(0, 4) + m * 2)) + (i % 2 + i / 2 * 8) * PENALTY_COLUMNS);
         v[i] = two.low, v[4 + i] = two.high;
       }
-      return FragmentA<P>::of_prepared(v);
+      return FragmentA<OF_H>::of_prepared(v);
     }
   }
   // The warp's column in row g + 8 half of transposed tile m.
@@ -133,14 +142,14 @@ struct Walk {
       FE_UNROLL for (int n = 0; n < N; ++n) kept[n] = right(n);
       FE_UNROLL for (int m = 0; m < M; ++m) {
         const auto left = transposed(h, m);
-        FE_UNROLL for (int n = 0; n < N; ++n) mma<P>(da[m][n], left, kept[n]);
+        FE_UNROLL for (int n = 0; n < N; ++n) mma(da[m][n], left, kept[n]);
       }
     } else {
-      FragmentA<P> kept[M];
+      FragmentA<OF_H> kept[M];
       FE_UNROLL for (int m = 0; m < M; ++m) kept[m] = transposed(h, m);
       FE_UNROLL for (int n = 0; n < N; ++n) {
         const auto some = right(n);
-        FE_UNROLL for (int m = 0; m < M; ++m) mma<P>(da[m][n], kept[m], some);
+        FE_UNROLL for (int m = 0; m < M; ++m) mma(da[m][n], kept[m], some);
       }
     }
   }
@@ -171,7 +180,7 @@ struct Walk {
     sync_block();
     int buffer = 0;
     for (int left = stop - first; left > 0; left -= ROWS, buffer ^= 1) {
-      Strip h, d = {};
+      Strip h, d = {};  // h: F first
       a.keep_whole();
       fisher.next(h, left);
       rows.advance();
@@ -179,9 +188,9 @@ struct Walk {
       product(stop - left, shared + Layout::SCALED + buffer * ROWS * RP, d);
       FE_UNROLL for (int n = 0; n < TILES; ++n) {
         FE_UNROLL for (int i = 0; i < 4; ++i) {
-          const float product = h[n][i] * d[n][i];
-          value += product * d[n][i];
-          h[n][i] = prepared<P>(product);
+          const float slope = L1 ? sign(d[n][i]) : h[n][i] * d[n][i];
+          value += slope * d[n][i];
+          h[n][i] = prepared<P>(slope);
         }
       }
       if (need_b || need_s) times_a(h, shared + Layout::PARTS + (buffer * Layout::WARPS + warp()) * ROWS * RP);
@@ -250,8 +259,8 @@ FE_DEVICE void finish_s(const Penalty& all, const PenaltyAdapter& p, float* scra
   if (p.scalar && thread() == 0) all.grads[p.grad_s] = sum;
 }
 
-// The loss in fp64: it may be a sum of millions of terms. `scratch`: a double per thread.
-FE_DEVICE void finish_loss(const Penalty& all, double* scratch) {
+// `weight` times lambda times the sum over all items, in fp64: it may have millions of terms. `scratch`: a double per thread.
+FE_DEVICE void finish_loss(const Penalty& all, double weight, double* scratch) {
   double sum = 0.0;
   for (int i = thread(); i < all.n_items; i += threads()) sum += load_shared_by_blocks(all.work + i);
   scratch[thread()] = sum;
@@ -259,7 +268,7 @@ FE_DEVICE void finish_loss(const Penalty& all, double* scratch) {
     sync_block();
     if (thread() < half) scratch[thread()] += scratch[thread() + half];
   }
-  if (thread() == 0) *all.loss = float(0.5 * double(all.lambda) * scratch[0]);
+  if (thread() == 0) *all.loss = float(weight * double(all.lambda) * scratch[0]);
 }
 
 template <Precision P, int RP, FisherLoads L, bool CHUNKED>
@@ -309,7 +318,7 @@ ewc_penalty_kernel(FE_PARAMETER Penalty all) {
   if (last[0]) finish_a<RP>(all, p, item);
   if (last[1]) finish_b<RP>(all, p, item);
   if (last[2]) finish_s<RP>(all, p, scratch);
-  if (last[3]) finish_loss(all, reinterpret_cast<double*>(shared + Layout::PARTS));
+  if (last[3]) finish_loss(all, walk.L1 ? 1.0 : 0.5, reinterpret_cast<double*>(shared + Layout::PARTS));
 }
 
 template <Precision P, int RP, FisherLoads L, bool CHUNKED = false>
@@ -333,8 +342,14 @@ cudaError_t start(const Penalty& penalty, int rp, FisherLoads loads, cudaStream_
       return rp == 16   ? start<P, 16, FisherLoads::codes>(penalty, stream)
              : rp == 32 ? start<P, 32, FisherLoads::codes>(penalty, stream)
                         : start<P, 64, FisherLoads::codes>(penalty, stream);
+    case FisherLoads::none:
+      return rp == 16   ? start<P, 16, FisherLoads::none>(penalty, stream)
+             : rp == 32 ? start<P, 32, FisherLoads::none>(penalty, stream)
+                        : start<P, 64, FisherLoads::none>(penalty, stream);
     case FisherLoads::codes_of_any_rank:
       return start<P, 64, FisherLoads::codes, true>(penalty, stream);
+    case FisherLoads::none_of_any_rank:
+      return start<P, 64, FisherLoads::none, true>(penalty, stream);
     default:
       return start<P, 64, FisherLoads::elements, true>(penalty, stream);
   }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// EWC penalty of all adapters of a model with its gradients: one launch over a table of adapters and a list of items of work.
+// EWC penalty, or l1 norm, of all adapters of a model with its gradients: one launch over a table of adapters and a list of items of work.
 #pragma once
 #include "numbers.h"
 #include "runtime.h"
@@ -8,7 +8,7 @@ namespace fe::cuda {
 
 // One adapter as the kernel finds it in device memory.
 struct PenaltyAdapter {
-  const void *fisher, *lora_a, *lora_b, *scale;  // scale null: `factor` alone
+  const void *fisher, *lora_a, *lora_b, *scale;  // fisher null: of an l1 norm; scale null: `factor` alone
   int64_t fisher_row, fisher_column, a_row, a_column, b_row, b_column, scale_stride;
   int64_t grad_a, grad_b, grad_s;  // places in the flat gradients; grad_s < 0: not asked for
   int64_t part_a, part_b, part_s;  // places in the workspace
@@ -39,8 +39,8 @@ struct Penalty {
 };
 
 // How Fisher matrices are read: 16 bytes at a time, as blocks of 8-bit codes, or element by element with strides of both dimensions and any
-// dtype. The first three are for ranks up to 64, and the others for any.
-enum class FisherLoads : int32_t { f32, bf16, codes, codes_of_any_rank, elements };
+// dtype. `none` are read for the l1 norm. `f32`, `bf16`, `codes` and `none` are for ranks up to 64, and the others for any.
+enum class FisherLoads : int32_t { f32, bf16, codes, codes_of_any_rank, elements, none, none_of_any_rank };
 
 constexpr int PENALTY_ROWS = 16;     // of a strip of a region
 constexpr int PENALTY_COLUMNS = 32;  // of a warp
@@ -66,7 +66,8 @@ constexpr bool penalty_holds_a(int rp) {
 // Strips of F that are on their way to shared memory; 0: one strip, to registers, where other things take the room.
 constexpr int penalty_stages(Precision precision, int rp, FisherLoads loads) {
   const int floats = rp <= 16 ? 1024 : rp <= 32 && precision == Precision::bf16 ? 512 : 0;  // of a warp
-  return loads == FisherLoads::elements ? 0 : floats / (PENALTY_ROWS * PENALTY_COLUMNS) * (loads == FisherLoads::f32 ? 1 : 2);
+  if (loads == FisherLoads::elements || loads == FisherLoads::none) return 0;
+  return floats / (PENALTY_ROWS * PENALTY_COLUMNS) * (loads == FisherLoads::f32 ? 1 : 2);
 }
 
 // Floats of a warp's strip as it comes: of codes a block of 32 in each row, then a word with the scale of each.
@@ -93,7 +94,7 @@ struct PenaltyLayout {
   static constexpr int BYTES = (SCRATCH + 36) * 4;
 };
 
-// Launches all items; adapters have ranks up to `rp` (16, 32, 64), or any rank with rp = 64, `elements` and `codes_of_any_rank`.
+// Launches all items; adapters have ranks up to `rp` (16, 32, 64), or any rank with rp = 64 and loads for any rank.
 cudaError_t launch_ewc_penalty(const Penalty& penalty, int rp, Precision precision, FisherLoads loads, cudaStream_t stream);
 
 }  // namespace fe::cuda

@@ -52,7 +52,7 @@ struct Operands {
     }
   }
   FE_DEVICE void multiply(Product& c) const {
-    FE_UNROLL for (int i = 0; i < DOWN; ++i) FE_UNROLL for (int j = 0; j < ACROSS; ++j) mma<P>(c[i][j], a[i], b[j]);
+    FE_UNROLL for (int i = 0; i < DOWN; ++i) FE_UNROLL for (int j = 0; j < ACROSS; ++j) mma(c[i][j], a[i], b[j]);
   }
 };
 
@@ -81,7 +81,7 @@ struct Operands<T, P, PITCH, SINGLE, false> {
       float v[8];
       FE_UNROLL for (int k = 0; k < 8; ++k) v[k] = operand<SINGLE>(dy[k % 4 * 4 * PITCH + 16 * i + k / 4 * 8]);
       const FragmentA<P> a = FragmentA<P>::of(v);
-      FE_UNROLL for (int j = 0; j < ACROSS; ++j) mma<P>(c[i][j], a, b[j]);
+      FE_UNROLL for (int j = 0; j < ACROSS; ++j) mma(c[i][j], a, b[j]);
     }
   }
 };

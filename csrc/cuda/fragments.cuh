@@ -68,19 +68,20 @@ FE_DEVICE void mma_tf32_16(float (&c)[4], const uint32_t* a, const uint32_t* b) 
   }
 }
 
-template <Precision P>
-FE_DEVICE void mma(float (&c)[4], const FragmentA<P>& a, const FragmentB<P>& b) {
-  if constexpr (FragmentA<P>::HALF) {
+// Of tf32x3, one side may be tf32: numbers that it holds exactly, which have no rest.
+template <Precision P, Precision Q>
+FE_DEVICE void mma(float (&c)[4], const Fragment<P, 8>& a, const Fragment<Q, 4>& b) {
+  static_assert(P == Q || (!Fragment<P, 8>::HALF && !Fragment<Q, 4>::HALF));
+  if constexpr (Fragment<P, 8>::HALF) {
     const uint32_t a16[4] = {a.word[0], a.word[2], a.word[1], a.word[3]};
     if constexpr (P == Precision::bf16)
       mma_bf16(c, a16, b.word);
     else
       mma_f16(c, a16, b.word);
   } else {
-    if constexpr (P == Precision::tf32x3) {  // small terms first
-      mma_tf32_16(c, a.rest, b.word);
-      mma_tf32_16(c, a.word, b.rest);
-    }
+    // Small terms first.
+    if constexpr (P == Precision::tf32x3) mma_tf32_16(c, a.rest, b.word);
+    if constexpr (Q == Precision::tf32x3) mma_tf32_16(c, a.word, b.rest);
     mma_tf32_16(c, a.word, b.word);
   }
 }

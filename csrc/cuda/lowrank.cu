@@ -145,7 +145,7 @@ struct Expand {
       }
       FE_UNROLL for (int tile = 0; tile < EXPAND_TILES; ++tile) {
         const FragmentA<P> a = fragment_of<P, 8>(c_words + ((tile * steps + step) * 32 + lane()) * 2 * FOUR<P>);
-        FE_UNROLL for (int j = 0; j < FRAGMENTS; ++j) mma<P>(sum[tile][j], a, b[j]);
+        FE_UNROLL for (int j = 0; j < FRAGMENTS; ++j) mma(sum[tile][j], a, b[j]);
       }
     }
   }

@@ -145,7 +145,7 @@ struct Walk : WalkShape<P, RB, U, G, WIDE> {
       float sum[S::TILES][4] = {};
       FE_UNROLL for (int step = 0; step < STEPS; ++step) {
         const FragmentB<P> b = fragment_of<P, 4>(words + step * FOUR<P>);
-        FE_UNROLL for (int tile = 0; tile < S::TILES; ++tile) mma<P>(sum[tile], a[tile][step], b);
+        FE_UNROLL for (int tile = 0; tile < S::TILES; ++tile) mma(sum[tile], a[tile][step], b);
       }
       FE_UNROLL for (int tile = 0; tile < S::TILES; ++tile) {
         float* to = partials + warp() * S::PARTIAL + ((tile * S::RANK_TILES + q) * 32 + lane()) * 4;
@@ -185,7 +185,7 @@ struct Walk : WalkShape<P, RB, U, G, WIDE> {
       const FragmentA<P> a[2] = {transposed(tile, 0), transposed(tile, 1)};
       FE_UNROLL for (int q = 0; q < S::RANK_TILES; ++q) {
         const FragmentB<P> b = fragment_of<P, 4>(c_words + ((tile * S::RANK_TILES + q) * 32 + lane()) * FOUR<P>);
-        FE_UNROLL for (int part = 0; part < 2; ++part) mma<P>(sum_g[part][q], a[part], b);
+        FE_UNROLL for (int part = 0; part < 2; ++part) mma(sum_g[part][q], a[part], b);
       }
     }
   }

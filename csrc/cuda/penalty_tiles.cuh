@@ -254,6 +254,15 @@ struct ElementFisher {
   }
 };
 
+// Of an l1 norm, which has none.
+struct NoFisher {
+  static constexpr int V = 2;
+
+  FE_DEVICE NoFisher(const PenaltyAdapter&, int, int, float*) {}
+  FE_DEVICE void start(int) {}
+  FE_DEVICE void next(float (&)[TILES][4], int) {}
+};
+
 template <FisherLoads L, int STAGES>
 struct Fishers {
   using T = std::conditional_t<L == FisherLoads::f32, float, bf16>;
@@ -266,6 +275,10 @@ struct Fishers<FisherLoads::codes, STAGES> {
 template <int STAGES>
 struct Fishers<FisherLoads::elements, STAGES> {
   using Type = ElementFisher;
+};
+template <int STAGES>
+struct Fishers<FisherLoads::none, STAGES> {
+  using Type = NoFisher;
 };
 template <FisherLoads L, int STAGES>
 using Fisher = typename Fishers<L, STAGES>::Type;

@@ -64,11 +64,17 @@ struct Gradients {
 struct Fishers {
   const Sequence& all;
   const Common& common;
-  Py_ssize_t count;  // of adapters
-  enum { DENSE, FACTORED, KRONECKER } kind;
+  Py_ssize_t count;                                     // of adapters
+  enum Kind { NONE, DENSE, FACTORED, KRONECKER } kind;  // none: of an l1 norm
+
+  static Kind kind_of(const std::string& op) {
+    return op == "l1_penalty" ? NONE : op == "ewc_penalty" ? DENSE : op == "factored_penalty" ? FACTORED : KRONECKER;
+  }
+  Py_ssize_t expected() const { return kind == NONE ? 0 : kind == DENSE ? count : 2 * count; }
 
   // Adds those of adapter i, a matrix [d_out, d_in] or a factor of the outputs and one of the inputs; false where they do not fit.
   bool add(Py_ssize_t i, int64_t d_out, int64_t d_in, variable_list& to) const {
+    if (kind == NONE) return true;
     if (kind == DENSE) {
       const at::Tensor* f = plain_tensor(all[i]);
       if (!f || !common.fisher(*f, d_out, d_in)) return false;
@@ -88,14 +94,14 @@ struct Fishers {
 std::shared_ptr<Terms> Terms::of(const std::string& op, const pybind11::handle& fishers, const pybind11::handle& lora_as,
                                  const pybind11::handle& lora_bs, const pybind11::handle& scales) {
   const Sequence fs{fishers.ptr()}, as{lora_as.ptr()}, bs{lora_bs.ptr()}, ss{scales.ptr()};
-  const bool ones = scales.is_none(), dense = op == "ewc_penalty";
+  const bool ones = scales.is_none();
   if (!fs.given() || !alike({as, bs}) || !(ones || alike({as, ss}))) return nullptr;
   const Py_ssize_t count = as.size();
-  if (fs.size() != (dense ? count : 2 * count)) return nullptr;
   const at::Tensor* first = plain_tensor(as[0]);
   if (!first) return nullptr;
   const Common common{first->scalar_type(), first->device()};
-  if (!common.floating()) return nullptr;
+  const Fishers found{fs, common, count, Fishers::kind_of(op)};
+  if (!common.floating() || fs.size() != found.expected()) return nullptr;
 
   auto terms = std::make_shared<Terms>();
   recorded::PenaltyOperands& to = terms->operands;
@@ -107,7 +113,6 @@ std::shared_ptr<Terms> Terms::of(const std::string& op, const pybind11::handle& 
   bs_found.reserve(count);
   to.scale_factors.reserve(count);
   to.needs.assign(3, false);
-  const Fishers found{fs, common, count, dense ? Fishers::DENSE : op == "factored_penalty" ? Fishers::FACTORED : Fishers::KRONECKER};
   for (Py_ssize_t i = 0; i < count; ++i) {
     const at::Tensor *a = plain_tensor(as[i]), *b = plain_tensor(bs[i]);
     if (!a || !b || a->dim() != 2 || b->dim() != 2) return nullptr;

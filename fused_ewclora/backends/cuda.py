@@ -14,7 +14,7 @@ import warnings
 
 import torch
 
-from ..reference import kronecker_penalty, l1_penalty
+from ..reference import kronecker_penalty
 from .candidate import Call, Candidate, forget_choices
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,6 +27,7 @@ _ALGORITHMS = {
     "lora_linear": "CUDA low-rank passes around cuBLAS",
     "lora_linear_backward": "CUDA low-rank passes around cuBLAS",
     "ewc_penalty": "CUDA, one launch, one pass over F",
+    "l1_penalty": "CUDA, one launch, B A in registers",
     "factored_penalty": "CUDA, one launch, rank by rank",
     "fisher_accumulate_": "CUDA, squared in registers",
     "fisher_sums_": "CUDA, squares summed in registers",
@@ -110,9 +111,6 @@ def candidates(op: str) -> tuple[Candidate, ...]:
     if op == "kronecker_penalty":  # products of whole matrices alone
         plain = kronecker_penalty.penalty_and_grads
         return (Candidate("cuda", "plain PyTorch, products by BLAS", _supports, plain),)
-    if op == "l1_penalty":
-        blocks = l1_penalty.penalty_and_grads_in_blocks
-        return (Candidate("cuda", "plain PyTorch, by blocks of rows", _supports, blocks),)
     if op not in _ALGORITHMS:
         return ()
     run = getattr(extension(), op, _missing)

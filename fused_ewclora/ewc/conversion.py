@@ -12,7 +12,7 @@ from ..layers.index import AdapterRef
 from .state import EWCState, by_fisher, flat, numbers_in, stored, wide
 from .structures import Extent, Parts, Structure
 from .structures.dense import Dense
-from .structures.factored import Factored, Uniform
+from .structures.factored import Factored, Uniform, levelled
 
 
 def check_convertible(old: Structure, new: Structure) -> None:
@@ -30,7 +30,7 @@ def _of_one(old: Structure, new: Structure, parts: Parts, extent: Extent) -> Par
     if type(old) is type(new):
         return parts
     if isinstance(new, Uniform) and not isinstance(old, Dense):
-        return new.levelled(parts, extent)
+        return levelled(parts, extent)
     return new.of_dense(_dense(old, parts, extent), extent)
 
 

@@ -27,7 +27,10 @@ class LoRAConv1D(AdaptedLinear, Conv1D):
     Examples:
         >>> import transformers
         >>> gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2))
-        >>> print(fe.inject(gpt2, fe.LoRAConfig(target_modules=["c_attn"], slices=("q", "v"))))
+        >>> _ = fe.inject(gpt2, fe.LoRAConfig(target_modules=["c_attn"], slices=("q", "v")))
+        >>> layer = gpt2.transformer.h[0].attn.c_attn
+        >>> type(layer).__name__, layer.lora_A_q.shape
+        ('LoRAConv1D', torch.Size([8, 768]))
     """
 
     plain = Conv1D
@@ -84,7 +87,9 @@ class LoRAFalconLinear(AdaptedLinear, FalconLinear):
         >>> sizes = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=2)
         >>> falcon = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes))
         >>> settings = fe.LoRAConfig(target_modules=["query_key_value"], slices=("q", "v"))
-        >>> print(fe.inject(falcon, settings))
+        >>> _ = fe.inject(falcon, settings)
+        >>> type(falcon.transformer.h[0].self_attention.query_key_value).__name__
+        'LoRAFalconLinear'
     """
 
     plain = FalconLinear

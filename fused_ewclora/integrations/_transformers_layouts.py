@@ -179,7 +179,13 @@ def targets(model: nn.Module) -> Report:
         >>> import transformers
         >>> gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2))
         >>> print(fe.integrations.transformers.targets(gpt2))
-        >>> print(fe.inject(gpt2, fe.LoRAConfig(target_modules=["c_attn"], slices=("q", "v"))))
+        packed projections (transformers)
+          name                         parent         segments  sizes        interleave  notes
+          transformer.h.0.attn.c_attn  GPT2Attention  q k v     768 768 768  -           -
+          transformer.h.1.attn.c_attn  GPT2Attention  q k v     768 768 768  -           -
+        >>> report = fe.inject(gpt2, fe.LoRAConfig(target_modules=["c_attn"], slices=("q", "v")))
+        >>> report.summary["layers"]
+        2
     """
     return packed_projections("transformers", model, _sized)
 

@@ -63,10 +63,12 @@ class EWCCallback(TrainerCallback):
         >>> _ = fe.inject(bert, fe.LoRAConfig(target_modules=["query", "value"]))
         >>> ewc = fe.EWC(bert, ewc_lambda=100.0)
         >>> data = [{"input_ids": torch.randint(50, (8,)), "labels": i % 2} for i in range(16)]
-        >>> args = transformers.TrainingArguments(output_dir="run", report_to="none", use_cpu=True)
+        >>> quiet = {"report_to": "none", "disable_tqdm": True}
+        >>> args = transformers.TrainingArguments(output_dir="run", use_cpu=True, **quiet)
         >>> callback = fe.integrations.transformers.EWCCallback(ewc)
         >>> trainer = transformers.Trainer(bert, args, train_dataset=data, callbacks=[callback])
-        >>> _ = trainer.train()
+        >>> result = trainer.train()
+        {'train_runtime': ...}
         >>> ewc.end_task(trainer.get_train_dataloader())
     """
 

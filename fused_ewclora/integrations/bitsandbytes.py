@@ -28,7 +28,12 @@ __all__ = ["LoRALinear4bit", "LoRALinear8bitLt", "LoRALinearFP4", "LoRALinearNF4
 class LoRALinear4bit(QuantisedLinear, Linear4bit):
     """`bitsandbytes.nn.Linear4bit` (NF4 or FP4) with adapters, which are those of `LoRALinear`, in fp32.
 
-    >>> inject(model.to("cpu"), LoRAConfig(target_modules=["fc1"], quantised_merge="requantise"))
+    Examples:
+        >>> from bitsandbytes.nn import LinearNF4
+        >>> quantised = nn.Sequential(LinearNF4(64, 64)).to("cpu")  # which quantises it
+        >>> _ = fe.inject(quantised, fe.LoRAConfig(target_modules=["0"], quantised_merge="requantise"))
+        >>> type(quantised[0]).__name__
+        'LoRALinearNF4'
     """
 
     plain = Linear4bit
@@ -56,7 +61,12 @@ class LoRALinear8bitLt(QuantisedLinear, Linear8bitLt):
 
     In eval mode the library quantises inputs too, as it does without adapters.
 
-        >>> inject(model.to("cpu"), LoRAConfig(target_modules=["fc1"], quantised_merge="residual"))
+    Examples:
+        >>> from bitsandbytes.nn import Linear8bitLt
+        >>> quantised = nn.Sequential(Linear8bitLt(64, 64, has_fp16_weights=False)).to("cpu")
+        >>> _ = fe.inject(quantised, fe.LoRAConfig(target_modules=["0"], quantised_merge="residual"))
+        >>> type(quantised[0]).__name__
+        'LoRALinear8bitLt'
     """
 
     plain = Linear8bitLt

@@ -32,7 +32,9 @@ class CallingAttentionPool2d(nn.Module):
     Examples:
         >>> import open_clip
         >>> clip = open_clip.create_model("RN50")
-        >>> print(fe.inject(clip, fe.LoRAConfig(target_modules=["attnpool.q_proj", "attnpool.v_proj"])))
+        >>> _ = fe.inject(clip, fe.LoRAConfig(target_modules=["attnpool.q_proj", "attnpool.v_proj"]))
+        >>> type(clip.visual.attnpool).__name__
+        'CallingAttentionPool2d'
     """
 
     q_proj: nn.Module

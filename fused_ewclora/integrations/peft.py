@@ -53,6 +53,10 @@ def accelerate_(peft_model: nn.Module) -> Report:
         >>> import peft
         >>> peft_model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["fc"]))
         >>> print(fe.integrations.peft.accelerate_(peft_model))
+        PEFT's LoRA layers on the fused op
+          name  base    adapters  r  scaling  why_not_fused
+          fc    Linear  default   2  4        -
+        1 of 1 layers run on the fused op
     """
     layers = dict(_tuner_layers(peft_model))
     if not layers:

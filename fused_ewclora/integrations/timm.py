@@ -213,6 +213,9 @@ def targets(model: nn.Module) -> Report:
 
     Examples:
         >>> import timm
-        >>> print(fe.integrations.timm.targets(timm.create_model("beitv2_base_patch16_224")))
+        >>> report = fe.integrations.timm.targets(timm.create_model("beitv2_base_patch16_224"))
+        >>> first = report.rows[0]
+        >>> first["name"], first["segments"], first["notes"]
+        ('blocks.0.attn.qkv', ('q', 'k', 'v'), 'uses qkv.weight, calls qkv with qkv_bias_separate = True')
     """
     return packed_projections("timm", model, layout_of, bypass_settings)

@@ -20,7 +20,13 @@ class LoRATorchAOLinear(QuantisedLinear, nn.Linear):
     """`nn.Linear` with a weight of torchao (int8, float8, or integers of fewer bits, without quantised
     inputs) and adapters, which are those of `LoRALinear`, in fp32 (fp64 beside fp64).
 
-        >>> inject(model, LoRAConfig(target_modules=["fc1"], quantised_merge="residual"))
+    Examples:
+        >>> from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        >>> quantised = nn.Sequential(nn.Linear(64, 64))
+        >>> quantize_(quantised, Int8WeightOnlyConfig())
+        >>> _ = fe.inject(quantised, fe.LoRAConfig(target_modules=["0"], quantised_merge="residual"))
+        >>> type(quantised[0]).__name__
+        'LoRATorchAOLinear'
     """
 
     plain = nn.Linear

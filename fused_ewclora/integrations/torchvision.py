@@ -53,7 +53,9 @@ class CallingWindowAttention(ShiftedWindowAttention):
     Examples:
         >>> import torchvision
         >>> swin = torchvision.models.swin_t()
-        >>> print(fe.inject(swin, fe.LoRAConfig(target_modules=["qkv"])))
+        >>> _ = fe.inject(swin, fe.LoRAConfig(target_modules=["qkv"]))
+        >>> type(swin.features[1][0].attn).__name__
+        'CallingWindowAttention'
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,7 +79,9 @@ class CallingWindowAttentionV2(ShiftedWindowAttentionV2):
     Examples:
         >>> import torchvision
         >>> swin = torchvision.models.swin_v2_t()
-        >>> print(fe.inject(swin, fe.LoRAConfig(target_modules=["qkv"])))
+        >>> _ = fe.inject(swin, fe.LoRAConfig(target_modules=["qkv"]))
+        >>> type(swin.features[1][0].attn).__name__
+        'CallingWindowAttentionV2'
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,7 +106,9 @@ class CallingWindowAttention3d(ShiftedWindowAttention3d):
     Examples:
         >>> import torchvision
         >>> swin = torchvision.models.video.swin3d_t()
-        >>> print(fe.inject(swin, fe.LoRAConfig(target_modules=["qkv"])))
+        >>> _ = fe.inject(swin, fe.LoRAConfig(target_modules=["qkv"]))
+        >>> type(swin.features[0][0].attn).__name__
+        'CallingWindowAttention3d'
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -339,6 +345,9 @@ def targets(model: nn.Module) -> Report:
 
     Examples:
         >>> import torchvision
-        >>> print(fe.integrations.torchvision.targets(torchvision.models.swin_t()))
+        >>> report = fe.integrations.torchvision.targets(torchvision.models.swin_t())
+        >>> first = report.rows[0]
+        >>> first["name"], first["segments"], first["sizes"]
+        ('features.1.0.attn.qkv', ('q', 'k', 'v'), (96, 96, 96))
     """
     return packed_projections("torchvision", model, layout_of, bypass_settings)

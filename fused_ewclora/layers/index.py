@@ -110,6 +110,7 @@ class OperandLookup:
     """
 
     def __init__(self, refs: Sequence[AdapterRef]) -> None:
+        check_present(refs)
         self._refs = refs
         self._layers = [ref.layer for ref in refs]
         self._a_places, self._b_places = ([ref.locations[i] for ref in refs] for i in (0, 1))

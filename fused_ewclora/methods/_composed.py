@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config import LoRAConfig
 from ..distributed.processes import sharded
 from ..distributed.transaction import Transaction, canonical_name
-from ..errors import ArgumentError, CheckpointError, EWCLoRAError, TargetError
+from ..errors import ArgumentError, CheckpointError, TargetError
 from ..ewc.placement import check_ready
 from ..ewc.settings import number, one_of
 from ..ewc.structures import Structure, structure_of
@@ -22,23 +22,21 @@ from ..ewc.structures.dense import Dense
 from ..fishers import Fisher
 from ..functional import ewc_penalty
 from ..layers.adapted import AdaptedLinear
-from ..layers.inject import adapters, eject
+from ..layers.inject import adapters
 from ..layers.slices import AdapterSlice, fisher_key, same_weights
 from ..literals import Labels, StructureName, Variant
 from ..progress import showing
 from ..report import Report
 from ._directions import fresh_a
-from ._gates import check_ungated
 from ._pretrained import PretrainedFisher
 from ._resume import dump, parse, take_over
 from ._shares import estimate, in_all
+from ._start import check_plain_adapters, ejected_on_error
 from ._vectors import STORED, Mean, Vectors, parsed
-from .method import Loader, Loss, Method
+from .method import VARIANTS, Loader, Loss, Method
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-VARIANTS: tuple[Variant, ...] = ("paper", "official")
 
 
 class Composed(Method):
@@ -62,17 +60,12 @@ class Composed(Method):
         self.generator = generator
         if variant == "official" and type(structure_of(fisher, fisher_dtype)) is not Dense:
             raise ArgumentError(f"fisher: expected 'dense' for variant 'official', got {fisher!r}")
-        before = bool(adapters(model))
-        check_ungated(adapters(model))
-        super().__init__(model, config, group=group)
-        try:
+        check_plain_adapters(adapters(model))
+        with ejected_on_error(model):  # a dtype may not go with the layers
+            super().__init__(model, config, group=group)
             self._ewc = PretrainedFisher(
                 model, 0.0, update="convex", fisher=fisher, fisher_dtype=fisher_dtype
             )
-        except EWCLoRAError:  # a dtype that does not go with the layers
-            if not before:
-                eject(model, merge=False)
-            raise
         self._mean = Mean(self.mean_of_past)
         self._prepared = False
         self._constant: Tensor | None = None  # of the penalty, which the square of `changes` has too much
@@ -89,11 +82,22 @@ class Composed(Method):
 
     @contextmanager
     def pretrained(self) -> Iterator[None]:
-        """Within the block the model computes with W0, without task vectors, as for tuning a new head before
-        `prepare`.
+        """A context in which the model computes with W0, without task vectors, as for tuning a new head
+        before `prepare`.
 
-        >>> with method.pretrained(): features = model.forward_features(x)
+        Yields:
+            None.
+
+        Raises:
+            ArgumentError: after `export`.
+
+        Examples:
+            >>> method = methods.ITA(model, config, alpha=0.5)
+            >>> method.begin_task(0)
+            >>> with method.pretrained():
+            ...     features = model.fc(x)
         """
+        self._check_not_exported("pretrained")
         before = self._mean.tasks, self._mean.current
         self._mean.tasks, self._mean.current = (), False
         try:
@@ -102,7 +106,11 @@ class Composed(Method):
             self._mean.tasks, self._mean.current = before
 
     def kept_tensors(self) -> Iterator[Tensor]:
-        """The Fisher of W0, and a constant of the penalty."""
+        """What the method itself keeps from step to step.
+
+        Yields:
+            The Fisher of W0, and a constant of the penalty.
+        """
         yield from self._ewc.state_dict()["tensors"].values()
         if self._constant is not None:
             yield self._constant
@@ -111,12 +119,23 @@ class Composed(Method):
         """Estimates the Fisher of W0 on the data of the task that has begun, in eval mode, with the present
         head; once in a task, before its first penalty.
 
-        loss_fn is that of `EWC.estimate_fisher`: None is -log p(y), which labels "exact" always take. Raises
-        `ArgumentError` outside of a task and for a second time, and the errors of
-        `EWC.estimate_fisher`; nothing is changed then.
+        Args:
+            loader: of the batches of the task, as in `EWC.estimate_fisher`.
+            loss_fn: as in `EWC.estimate_fisher`; None is -log p(y), which labels "exact" always take.
+            progress: as in `end_task`.
 
-            >>> method.begin_task(0); method.prepare(loader)
+        Raises:
+            ArgumentError: outside of a task and for a second time in one.
+            EWCLoRAError: the errors of `EWC.estimate_fisher`. Nothing is changed after any of these errors.
+
+        Examples:
+            >>> method = methods.ITA(model, config, alpha=0.5)
+            >>> method.begin_task(0)
+            >>> method.prepare(loader)
+            >>> list(method.fishers)
+            ['fc']
         """
+        self._check_not_exported("prepare")
         if not self._running:
             raise ArgumentError("prepare: no task is running; call begin_task first")
         if self._prepared:
@@ -131,22 +150,49 @@ class Composed(Method):
         self._prepared = True
 
     def penalty(self) -> Tensor:
-        """That of the running task, 0-d and differentiable; 0 between tasks. Raises `ArgumentError` in a task
-        that was not prepared."""
+        """The penalty of the running task, as the class gives it.
+
+        Returns:
+            A 0-d tensor, differentiable; 0 between tasks.
+
+        Raises:
+            ArgumentError: in a task that was not prepared.
+        """
         if not self._running:
             return super().penalty()
+        self._check_not_exported("penalty")
         self._check_prepared("penalty")
         value = self._ewc.penalty()
         return value if self._constant is None else value - self._constant
 
     def decoupled_step_(self, rate: float = 1.0, clip_grad: float | None = 100.0) -> Tensor:
         """The official code's use of the penalty, in place of adding it to the loss: called between backward
-        and the step of the optimizer, it moves A and B by -rate times the gradient of the penalty, of which
-        that of each matrix is clipped to the norm clip_grad. `.grad` stays as it is. The official rate is the
-        present learning rate divided by the first one. Returns the penalty before the step, 0-d.
+        and the step of the optimizer, it moves A and B by -rate times the gradient of the penalty. `.grad`
+        stays as it is.
 
-        >>> loss.backward(); method.decoupled_step_(scheduler.get_last_lr()[0] / lr); optimizer.step()
+        Args:
+            rate: factor of the gradient, at least 0; the official one is the present learning rate divided by
+                the first one.
+            clip_grad: the largest norm of the gradient of each A and each B, which longer ones are shortened
+                to; None leaves them as they are.
+
+        Returns:
+            The penalty before the step, 0-d.
+
+        Raises:
+            ArgumentError: for values out of range and in a task that was not prepared.
+
+        Examples:
+            >>> method = methods.ITA(model, config, alpha=0.5, variant="official")
+            >>> method.begin_task(0)
+            >>> method.prepare(loader)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=2)
+            >>> criterion(model(x), y).backward()
+            >>> penalty = method.decoupled_step_(scheduler.get_last_lr()[0] / 0.1)
+            >>> optimizer.step()
         """
+        self._check_not_exported("decoupled_step_")
         number("rate", rate, 0.0, float("inf"))
         if clip_grad is not None:
             number("clip_grad", clip_grad, 0.0, float("inf"))
@@ -165,13 +211,27 @@ class Composed(Method):
 
     def compose(self, tasks: Iterable[int] | None = None) -> None:
         """From now until the next task the model computes with W0 plus the mean of the task vectors of these
-        tasks, None for all that have ended: a few of them specialise it, leaving some out makes it forget
-        them, and none gives W0. `export` exports what is composed.
+        tasks: a few of them specialise it, leaving some out makes it forget them. `export` exports what is
+        composed.
 
-        Raises `ArgumentError` in a task and for tasks that have not ended.
+        Args:
+            tasks: their numbers, from 0, each once; an empty sequence gives W0, None all that have ended.
 
-            >>> method.compose(range(1, method.tasks))  # without what the first task has learned
+        Raises:
+            ArgumentError: in a task and for tasks that have not ended.
+
+        Examples:
+            >>> method = methods.ITA(model, config, alpha=0.5)
+            >>> for task in range(2):
+            ...     method.begin_task(task)
+            ...     method.prepare(loader)
+            ...     _ = nn.init.ones_(model.fc.lora_B)  # in place of training
+            ...     method.end_task(loader)
+            >>> method.compose([1])  # without what the first task has learned
+            >>> print(method.report().notes[0])
+            composed now: the mean of tasks [1]
         """
+        self._check_not_exported("compose")
         if self._running:
             raise ArgumentError(f"compose: task {self.tasks} has not ended; call end_task first")
         chosen = tuple(range(self.tasks)) if tasks is None else tuple(sorted(tasks))
@@ -183,7 +243,12 @@ class Composed(Method):
         self._mean.tasks = chosen
 
     def report(self) -> Report:
-        """The length ||D_k|| of every task's vector, by adapter."""
+        """Says how long every task's vector is, ||D_k||, by adapter, and what is composed.
+
+        Returns:
+            A printable `Report`.
+        """
+        self._check_not_exported("report")
         rows = [
             {"adapter": key, "r": piece.r}
             | {f"task {k}": norm for k, norm in enumerate(now.norms(piece.scaling))}
@@ -193,11 +258,20 @@ class Composed(Method):
         return Report("Lengths of task vectors", rows, notes, {"tasks": self.tasks})
 
     def state_dict(self) -> dict[str, Any]:
-        """{"tensors": factors of all task vectors and the Fisher, "config": the rest}, between tasks. Weights
-        never change; heads and optimizers are the caller's.
+        """The state of the method between tasks. Weights never change; heads and optimizers are the caller's.
 
-        >>> torch.save({"method": method.state_dict(), "head": model.head.state_dict()}, "task3.pt")
+        Returns:
+            {"tensors": factors of all task vectors and the Fisher, "config": counts of tasks and how the
+            Fisher was made}.
+
+        Raises:
+            ArgumentError: during a task.
+
+        Examples:
+            >>> method = methods.ITA(model, config, alpha=0.5)
+            >>> torch.save({"method": method.state_dict(), "head": model.head.state_dict()}, "task0.pt")
         """
+        self._check_not_exported("state_dict")
         ewc = self._ewc.state_dict()
         tensors = dict(ewc["tensors"])
         for key, _, _, now in self._vectors():
@@ -209,15 +283,26 @@ class Composed(Method):
         """Takes over a `state_dict()` of the same kind and variant on the same weights; all tasks are
         composed. Parameters are replaced, so make the optimizer afterwards.
 
-        Raises `ArgumentError` during a task, `CheckpointError` or `FisherError` naming what does not fit;
-        nothing was loaded then.
+        Args:
+            saved: what `state_dict` returned, also from a file.
 
-            >>> method.load_state_dict(saved["method"]); model.head.load_state_dict(saved["head"])
+        Raises:
+            ArgumentError: during a task.
+            CheckpointError: naming what does not fit; nothing was loaded then.
+            FisherError: naming what does not fit of the Fisher; nothing was loaded then.
+
+        Examples:
+            >>> import copy
+            >>> fresh = copy.deepcopy(model)
+            >>> method = methods.ITA(model, config, alpha=0.5)
+            >>> saved = {"method": method.state_dict(), "head": model.head.state_dict()}
+            >>> later = methods.ITA(fresh, config, alpha=0.5)
+            >>> later.load_state_dict(saved["method"])
+            >>> fresh.head.load_state_dict(saved["head"])
+            <All keys matched successfully>
         """
-        tensors, config = parse(self, saved)
+        tensors, config = parse(self, saved, variant=self.variant)
         check_ready(self.layers, "load_state_dict")
-        if config.get("variant") != self.variant:
-            raise CheckpointError(f"state: variant: expected {self.variant!r}, got {config.get('variant')!r}")
         prints = config.get("fingerprints")
         for name, layer in self._named():
             kept = prints.get(name) if isinstance(prints, Mapping) else None

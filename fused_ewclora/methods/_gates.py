@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import ArgumentError, TargetError
+from ..errors import ArgumentError
 from ..functional import Adapter
 from ..layers.adapted import AdaptedLinear, Composer
 from ..layers.slices import AdapterSlice, fisher_key
@@ -56,21 +56,6 @@ class GatedAdapter:
     def along_rank(self) -> tuple[tuple[str, int], ...]:
         """(name, dimension of the rank) of A, B and w."""
         return (self.piece.a_name, 0), (self.piece.b_name, 1), (self.piece.scale_name, 0)
-
-
-def check_ungated(layers: Mapping[str, AdaptedLinear]) -> None:
-    """Raises `TargetError` for layers that scale or compose their adapters already, or do not own them."""
-    for name, layer in layers.items():
-        if layer.composer is not None:
-            raise TargetError(f"{name}: expected plain adapters, found those of another method")
-        for piece in layer.adapter_slices:
-            (table, _), _ = layer.parameter_locations(piece)
-            if table is not layer._parameters:
-                raise TargetError(
-                    f"{name}: expected adapters of fused_ewclora.inject, found another library's"
-                )
-            if piece.scale_name in table:
-                raise TargetError(f"{name}: expected no {piece.scale_name} yet, found one")
 
 
 def add_gates(layers: Mapping[str, AdaptedLinear]) -> list[GatedAdapter]:

@@ -25,8 +25,9 @@ from ..literals import Variant
 from ._inputs import input_covariances
 from ._resume import dump, parse, take_over
 from ._shares import folded, in_all
-from ._subspace import VARIANTS, Subspace
-from .method import Loader, Method
+from ._start import check_uncomposed
+from ._subspace import Subspace
+from .method import VARIANTS, Loader, Method
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -51,8 +52,7 @@ class Projected(Method):
         self.variant = one_of("variant", variant, VARIANTS)
         check_max_batches(max_batches)
         self.forward, self.max_batches = forward, max_batches
-        if composed := [name for name, layer in adapters(model).items() if layer.composer is not None]:
-            raise TargetError(f"{composed[0]}: expected plain adapters, found those of another method")
+        check_uncomposed(adapters(model))
         super().__init__(model, config, group=group)
         self._prepared = False
         for layer in self.layers.values():
@@ -60,20 +60,38 @@ class Projected(Method):
                 lora_a.requires_grad_(False)
 
     def penalty(self) -> Tensor:
-        """0; raises `ArgumentError` in a task that was not prepared."""
+        """There is none; what is protected is out of reach of B.
+
+        Returns:
+            0, a 0-d tensor.
+
+        Raises:
+            ArgumentError: in a task that was not prepared.
+        """
         if self._running:
             self._check_prepared("penalty")
         return super().penalty()
 
     def kept_tensors(self) -> Iterator[Tensor]:
-        """The bases of the subspaces."""
+        """What the method itself keeps from step to step.
+
+        Yields:
+            The bases of the subspaces.
+        """
         yield from (subspace.basis for subspace in self.subspaces.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """{"tensors": bases of the subspaces, "config": the rest}, between tasks. Weights and adapters are in
-        the model's own state_dict.
+        """The state of the method between tasks. Weights and adapters are in the model's own state_dict.
 
-        >>> torch.save([model.state_dict(), method.state_dict()], "task3.pt")
+        Returns:
+            {"tensors": bases of the subspaces, "config": counts of tasks and what the bases span}.
+
+        Raises:
+            ArgumentError: during a task.
+
+        Examples:
+            >>> method = methods.InfLoRA(model, config)
+            >>> torch.save([model.state_dict(), method.state_dict()], "task0.pt")
         """
         named = {canonical_name(name): used for name, used in self.subspaces.items()}
         tensors = {f"subspace.{name}": used.basis for name, used in named.items()}
@@ -82,19 +100,26 @@ class Projected(Method):
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Takes over a `state_dict()` of such a method of the same variant on the same layers, which may be
-        freshly injected; nothing changes unless all of it fits.
+        freshly injected; nothing changes unless all of it fits. Load the model's own state_dict as well.
 
-        Load the model's own state_dict as well. Raises `ArgumentError` during a task and `CheckpointError`
-        naming what does not fit.
+        Args:
+            saved: what `state_dict` returned, also from a file.
 
-            >>> model.load_state_dict(state); method.load_state_dict(method_state)
+        Raises:
+            ArgumentError: during a task.
+            CheckpointError: naming what does not fit.
+
+        Examples:
+            >>> import copy
+            >>> fresh = copy.deepcopy(model)
+            >>> method = methods.InfLoRA(model, config)
+            >>> torch.save([model.state_dict(), method.state_dict()], "task0.pt")
+            >>> weights, state = torch.load("task0.pt", weights_only=True)
+            >>> later = methods.InfLoRA(fresh, config)
+            >>> _ = fresh.load_state_dict(weights)
+            >>> later.load_state_dict(state)
         """
-        tensors, config = parse(self, saved)
-        if config.get("variant") != self.variant:
-            raise CheckpointError(
-                f"state: variant: it was made with {config.get('variant')!r}, this {type(self).__name__} has "
-                f"{self.variant!r}"
-            )
+        tensors, config = parse(self, saved, variant=self.variant)
         complements = config.get("complements")
         subspaces = {}
         for name, layer in self._owners(config["tasks"]).items():
@@ -117,6 +142,7 @@ class Projected(Method):
     def _check_untrained(self) -> None:
         """Raises `ArgumentError` outside of a task and for a B that is not 0 any more, `TargetError` for
         merged layers; an error in one process is raised in all."""
+        self._check_not_exported("prepare")
         if not self._running:
             raise ArgumentError("prepare: no task is running; call begin_task first")
         in_all(self._check_own_untrained, self.group)

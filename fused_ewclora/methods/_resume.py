@@ -17,7 +17,8 @@ FORMAT = 1
 
 
 def between_tasks(method: Method, what: str) -> None:
-    """Raises `ArgumentError` during a task, when adapters may have any rank."""
+    """Raises `ArgumentError` during a task, when adapters may have any rank, and after `export`."""
+    method._check_not_exported(what)
     if method._running:
         raise ArgumentError(f"{what}: task {method.tasks} has not ended; call end_task first")
 
@@ -30,8 +31,9 @@ def dump(method: Method, tensors: Mapping[str, Tensor], **config: Any) -> dict[s
     return {"tensors": dict(tensors), "config": {**head, **config}}
 
 
-def parse(method: Method, saved: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The two parts of what `dump` made for such a method and model; raises `CheckpointError`."""
+def parse(method: Method, saved: Any, **same: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The two parts of what `dump` made for such a method and model, with these settings; raises
+    `CheckpointError`."""
     between_tasks(method, "load_state_dict")
     try:
         tensors, config = dict(saved["tensors"]), dict(saved["config"])
@@ -50,6 +52,12 @@ def parse(method: Method, saved: Any) -> tuple[dict[str, Tensor], dict[str, Any]
     for name, value in (("tasks", config.get("tasks")), *counts.items()):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise CheckpointError(f"state: {name}: expected a number of tasks, got {value!r}")
+    for name, ours_of in same.items():
+        if config.get(name) != ours_of:
+            raise CheckpointError(
+                f"state: {name}: it was made with {config.get(name)!r}, this {type(method).__name__} has "
+                f"{ours_of!r}"
+            )
     return tensors, config
 
 

@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from ..config import LoRAConfig
 from ..distributed.processes import sharded
 from ..distributed.transaction import canonical_name
-from ..errors import ArgumentError, CheckpointError, EWCLoRAError, TargetError
+from ..errors import ArgumentError, CheckpointError, TargetError
 from ..ewc.placement import check_ready
 from ..layers.adapted import AdaptedLinear
 from ..layers.finite import check_finite
-from ..layers.inject import adapters, eject
+from ..layers.inject import adapters
 from ..layers.slices import AdapterSlice, fisher_key
 from ._directions import suffix_of
 from ._factors import NAMES, TRAINED, Factors, Sum
 from ._resume import dump, parse, take_over
 from ._shares import in_all
+from ._start import check_plain_adapters, ejected_on_error
 from .method import Loader, Loss, Method
 
 if TYPE_CHECKING:
@@ -47,14 +48,10 @@ class Stacked(Method):
         generator: torch.Generator | None = None,
         group: ProcessGroup | None = None,
     ) -> None:
-        plain = not adapters(model)
-        super().__init__(model, config, group=group)
-        try:
+        check_plain_adapters(adapters(model))
+        with ejected_on_error(model):
+            super().__init__(model, config, group=group)
             self._check_layers()
-        except EWCLoRAError:
-            if plain:
-                eject(model, merge=False)
-            raise
         self.generator = generator
         for layer in self.layers.values():
             for piece, lora_a, lora_b in layer.adapter_parameters():
@@ -62,11 +59,20 @@ class Stacked(Method):
             layer.composer = Sum(type(self).__name__)
 
     def state_dict(self) -> dict[str, Any]:
-        """{"tensors": the factors of earlier tasks, "config": the rest}, between tasks. Weights and all
-        factors are in the model's own state_dict. Tensors are not copied.
+        """The state of the method between tasks. Weights and all factors are in the model's own state_dict.
+        Tensors are not copied.
 
-        >>> torch.save([model.state_dict(), method.state_dict()], "task3.pt")
+        Returns:
+            {"tensors": the factors of earlier tasks, "config": counts of tasks}.
+
+        Raises:
+            ArgumentError: during a task.
+
+        Examples:
+            >>> method = methods.OLoRA(model, config)
+            >>> torch.save([model.state_dict(), method.state_dict()], "task0.pt")
         """
+        self._check_not_exported("state_dict")
         tensors = {
             f"{key}.{name}": getattr(now, name).detach() for key, _, _, now in self._all() for name in PAST
         }
@@ -77,11 +83,32 @@ class Stacked(Method):
         nothing changes unless all of it fits.
 
         Load the model's own state_dict afterwards: its parameters have the ranks of all tasks then. They are
-        replaced, so make the optimizer after both. Raises `ArgumentError` during a task, `TargetError` for
-        merged layers and `CheckpointError` naming what does not fit.
+        replaced, so make the optimizer after both.
 
-            >>> method.load_state_dict(method_state); model.load_state_dict(state)
+        Args:
+            saved: what `state_dict` returned, also from a file.
+
+        Raises:
+            ArgumentError: during a task.
+            TargetError: for merged layers.
+            CheckpointError: naming what does not fit.
+
+        Examples:
+            >>> import copy
+            >>> fresh = copy.deepcopy(model)
+            >>> method = methods.OLoRA(model, config)
+            >>> for task in range(2):
+            ...     method.begin_task(task)
+            ...     _ = nn.init.ones_(model.fc.lora_B)  # in place of training
+            ...     method.end_task(loader)
+            >>> torch.save([model.state_dict(), method.state_dict()], "task1.pt")
+            >>> weights, state = torch.load("task1.pt", weights_only=True)
+            >>> later = methods.OLoRA(fresh, config)
+            >>> later.load_state_dict(state)
+            >>> fresh.load_state_dict(weights)
+            <All keys matched successfully>
         """
+        self._check_not_exported("load_state_dict")
         check_ready(self.layers, "load_state_dict")
         tensors, config = parse(self, saved)
         loaded = [
@@ -119,21 +146,12 @@ class Stacked(Method):
                 yield fisher_key(canonical_name(name), piece), layer, piece, Factors.of(layer, piece)
 
     def _check_layers(self) -> None:
-        for name, layer in self.layers.items():
-            if layer.composer is not None:
-                raise TargetError(f"{name}: its adapters belong to another method; eject the model first")
-            if type(layer).parameter_locations is not AdaptedLinear.parameter_locations:
-                raise TargetError(f"{name}: expected adapters of fe.inject, got those of another library")
-            if gated := [p.scale_name for p in layer.adapter_slices if p.scale_name in layer._parameters]:
-                raise TargetError(f"{name}: expected adapters without learned scales, got {gated[0]}")
-        self._check_whole()
-
-    def _check_whole(self) -> None:
+        """Raises `TargetError` for layers that the method cannot work on."""
         if names := sharded(self.layers):
             raise TargetError(f"{names[0]}: its parameters are sharded, which stacked factors cannot be")
 
     def _begin(self) -> None:
-        self._check_whole()
+        self._check_layers()
 
     def _end(self, loader: Loader, loss_fn: Loss | None) -> None:
         in_all(self._check_ended, self.group)
@@ -144,7 +162,7 @@ class Stacked(Method):
 
     def _check_ended(self) -> None:
         check_ready(self.layers, "end_task")
-        self._check_whole()
+        self._check_layers()
         current = {
             f"{name}{suffix_of(piece)} of {key}": getattr(now, name)
             for key, _, piece, now in self._all()

@@ -13,10 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..literals import Variant
-
-VARIANTS: tuple[Variant, ...] = ("paper", "official")
-
 
 @dataclass(frozen=True)
 class Subspace:

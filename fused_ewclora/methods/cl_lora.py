@@ -14,26 +14,25 @@ from torch import Tensor, nn
 
 from ..config import LoRAConfig, checked_targets, matches
 from ..distributed.processes import several, sharded
-from ..errors import ArgumentError, EWCLoRAError, TargetError
+from ..errors import ArgumentError, TargetError
 from ..ewc.settings import number, one_of
 from ..layers.finite import check_finite
 from ..layers.index import AdapterRef, adapter_refs
-from ..layers.inject import adapters, eject
+from ..layers.inject import adapters
 from ..layers.plain import own_tensors
 from ..literals import Variant
 from ..report import Report
 from . import _task_adapters as parts
 from ._cl_state import dump_tensors, parse_tensors
 from ._cl_terms import distilled, importance, mean_cosine
-from ._gates import check_ungated
 from ._resume import dump, parse, take_over
 from ._shares import in_all
-from .method import Loader, Loss, Method
+from ._start import check_plain_adapters, ejected_on_error
+from .method import VARIANTS, Loader, Loss, Method
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-VARIANTS: tuple[Variant, ...] = ("paper", "official")
 SCALES = (0.5, 1.5)  # of the uniform distribution that block weights are drawn from
 
 
@@ -106,18 +105,13 @@ class CLLoRA(Method):
             raise ArgumentError(f"temperature: expected a number > 0, got {temperature!r}")
         self.orthogonality = number("orthogonality", orthogonality, 0.0, math.inf)
         self.variant, self.generator = one_of("variant", variant, VARIANTS), generator
-        before = adapters(model)
-        check_ungated(before)
-        super().__init__(model, config, group=group)
-        try:
+        check_plain_adapters(adapters(model))
+        with ejected_on_error(model):
+            super().__init__(model, config, group=group)
             if checked_targets(shared, "shared") is None:
                 raise ArgumentError("shared: expected names or a regular expression, got None")
             self._shared = {name: layer for name, layer in self.layers.items() if matches(shared, name)}
             self._check(shared)
-        except EWCLoRAError:
-            if not before:
-                eject(model, merge=False)
-            raise
         self._specific = {name: layer for name, layer in self.layers.items() if name not in self._shared}
         self._choice = parts.Choice()
         self._distilled = False  # whether gradients of a distillation wait for reassign_
@@ -148,6 +142,15 @@ class CLLoRA(Method):
                     f"{ref.key}: expected a lora_B of 0, got a trained one, whose A would be drawn anew"
                 )
 
+    @property
+    def shared_layers(self) -> tuple[str, ...]:
+        """Names of the layers whose adapters all tasks share.
+
+        Returns:
+            Some of the names in `layers`.
+        """
+        return tuple(self._shared)
+
     def _check_unmerged(self) -> None:
         if merged := [name for name, layer in self.layers.items() if layer.merged]:
             raise TargetError(f"{merged[0]}: its adapter is merged into the base weight; call unmerge(model)")
@@ -174,6 +177,7 @@ class CLLoRA(Method):
             >>> with method.task(0):
             ...     logits = model(x)
         """
+        self._check_not_exported("task")
         ended = self.tasks + int(self._running)
         if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < ended:
             raise ArgumentError(f"task: expected one of the {ended} tasks so far, from 0, got {task!r}")
@@ -205,6 +209,7 @@ class CLLoRA(Method):
             >>> float(method.distillation(x, model.fc).detach())
             0.0
         """
+        self._check_not_exported("distillation")
         if not self._running:
             raise ArgumentError("distillation: no task is running; call begin_task first")
         if self.tasks == 0:
@@ -227,6 +232,7 @@ class CLLoRA(Method):
         Raises:
             ArgumentError: without a distillation and where its gradient did not reach a shared adapter.
         """
+        self._check_not_exported("reassign_")
         if not self._distilled:
             raise ArgumentError("reassign_: expected gradients of a distillation; call it and backward first")
         refs = adapter_refs(self._shared)
@@ -262,6 +268,7 @@ class CLLoRA(Method):
         Returns:
             0-d tensors by module name, with ".k" etc. for slices.
         """
+        self._check_not_exported("block_weights")
         table = {
             ref.key: own_tensors(ref.layer)[ref.piece.scale_name] for ref in adapter_refs(self._specific)
         }
@@ -289,6 +296,7 @@ class CLLoRA(Method):
         Returns:
             A printable `Report`.
         """
+        self._check_not_exported("report")
         rows: list[dict[str, Any]] = [
             {"adapter": ref.key, "r": ref.piece.r, "shared": True, "weights": ()}
             for ref in adapter_refs(self._shared)
@@ -310,7 +318,7 @@ class CLLoRA(Method):
             The model.
 
         Raises:
-            ArgumentError: without a task where there are several, and during a task.
+            ArgumentError: without a task where there are several, during a task, and for a second time.
 
         Examples:
             >>> import copy
@@ -318,18 +326,16 @@ class CLLoRA(Method):
             >>> method = methods.CLLoRA(model, config, shared="fc")
             >>> models = [copy.deepcopy(method).export(k) for k in range(method.tasks)]
         """
-        if self._running:
-            raise ArgumentError(f"export: task {self.tasks} has not ended; call end_task first")
+        self._check_exportable()
         if task is None and self.tasks > 1 and self._specific:
             raise ArgumentError(
                 f"task: expected one of the {self.tasks} tasks, each of which has adapters of its own, so "
                 "that no single plain model computes all of them; copy.deepcopy(method).export(task) for each"
             )
-        if self.tasks:
-            with self.task(self.tasks - 1 if task is None else task):
-                eject(self.model, merge=True)
-            return self.model
-        return super().export()
+        if not self.tasks:
+            return super().export()
+        with self.task(self.tasks - 1 if task is None else task):
+            return super().export()
 
     def _begin(self) -> None:
         self._check_unmerged()
@@ -385,6 +391,7 @@ class CLLoRA(Method):
             >>> method = methods.CLLoRA(model, config, shared="fc")
             >>> torch.save([method.state_dict(), model.state_dict()], "task0.pt")
         """
+        self._check_not_exported("state_dict")
         tensors = dump_tensors(self._shared, self._specific)
         return dump(self, tensors, variant=self.variant, shared=list(self._shared))
 
@@ -405,9 +412,8 @@ class CLLoRA(Method):
             >>> saved = method.state_dict()
             >>> method.load_state_dict(saved)
         """
-        tensors, config = parse(self, saved)
-        expected = {"variant": self.variant, "shared": list(self._shared)}
-        load = parse_tensors(tensors, config, expected, self._shared, self._specific)
+        tensors, config = parse(self, saved, variant=self.variant, shared=list(self._shared))
+        load = parse_tensors(tensors, config, self._shared, self._specific)
         load()
         self._choice.task = config["tasks"] - 1 if config["tasks"] else None
         take_over(self, config)

@@ -15,19 +15,20 @@ from .. import functional as FE
 from ..config import LoRAConfig
 from ..distributed.processes import sharded
 from ..distributed.transaction import Transaction
-from ..errors import ArgumentError, CheckpointError, EWCLoRAError, TargetError
+from ..errors import ArgumentError, CheckpointError, TargetError
 from ..ewc.controller import EWC
 from ..ewc.estimation import check_labels
 from ..ewc.placement import LocalPlacement
 from ..ewc.settings import FISHER_MODES, checked_lambda, number, one_of
 from ..ewc.state import EWCState
 from ..ewc.structures import Structure
-from ..layers.inject import adapters, eject
+from ..layers.inject import adapters
 from ..literals import FisherMode, GateInit, Labels, Schedule, StructureName, Threshold
 from ..report import Report
-from ._gates import add_gates, check_ungated, prune_, whole_ranks
+from ._gates import add_gates, prune_, whole_ranks
 from ._resume import dump, parse, take_over
 from ._shares import agreed, end_task, folded
+from ._start import check_plain_adapters, ejected_on_error
 from .method import Loader, Loss, Method
 
 if TYPE_CHECKING:
@@ -120,18 +121,13 @@ class CoDyRA(Method):
         number("gamma", gamma, 0.0, 1.0)
         if ewc_lambda is not None:
             checked_lambda(ewc_lambda)
-        before = adapters(model)
-        check_ungated(before)
-        super().__init__(model, config, group=group)
+        check_plain_adapters(adapters(model))
         self.ewc: EWC | None = None
-        if ewc_lambda is not None:
-            try:
+        with ejected_on_error(model):  # a Fisher may not go with the layers or the mode
+            super().__init__(model, config, group=group)
+            if ewc_lambda is not None:
                 options = (ewc_lambda, gamma, fisher_mode, fisher_dtype)
                 self.ewc = EWC(model, *options, generator=generator, fisher=fisher)
-            except EWCLoRAError:  # a Fisher that does not go with the layers or the mode
-                if not before:
-                    eject(model, merge=False)
-                raise
         self._adapters = add_gates(self.layers)
         self._survivors: list[dict[str, int]] = []  # per task that has ended
         with torch.no_grad():
@@ -144,6 +140,7 @@ class CoDyRA(Method):
         Returns:
             w `[ranks]` by module name, with ".k" etc. for slices; fewer ranks than r after `compact_`.
         """
+        self._check_not_exported("gates")
         return {adapter.key: adapter.gate for adapter in self._adapters}
 
     def penalty(self) -> Tensor:
@@ -152,7 +149,10 @@ class CoDyRA(Method):
         Returns:
             0-d and differentiable; 0 during the first task and without an ewc_lambda.
         """
-        return super().penalty() if self.ewc is None else self.ewc.penalty()
+        if self.ewc is None:
+            return super().penalty()
+        self._check_not_exported("penalty")
+        return self.ewc.penalty()
 
     def kappa(self, step: int, total_steps: int) -> float:
         """The shrinkage after a step.
@@ -210,6 +210,7 @@ class CoDyRA(Method):
             >>> model.fc.lora_A.shape
             torch.Size([1, 8])
         """
+        self._check_not_exported("compact_")
         for name, layer in self.layers.items():
             if layer.merged:
                 raise TargetError(f"{name}: its adapter is merged into the base weight; call unmerge(model)")
@@ -226,6 +227,7 @@ class CoDyRA(Method):
         Returns:
             The counts by the names of `gates`.
         """
+        self._check_not_exported("survivors")
         return {key: int(gate.detach().count_nonzero()) for key, gate in self.gates().items()}
 
     def report(self) -> Report:
@@ -244,6 +246,7 @@ class CoDyRA(Method):
               adapter  r  task 0  now
               fc       2  1       2
         """
+        self._check_not_exported("report")
         now = self.survivors()
         rows: list[dict[str, Any]] = []
         for adapter in self._adapters:

@@ -15,6 +15,7 @@ from ..ewc.controller import EWC
 from ..literals import Labels
 from ._resume import dump, parse, take_over
 from ._shares import end_task, estimate_prior
+from ._start import ejected_on_error
 from .method import Loader, Loss, Method
 
 if TYPE_CHECKING:
@@ -69,8 +70,9 @@ class EWCLoRA(Method):
         group: ProcessGroup | None = None,
         **hyperparameters: Unpack[EWCOptions],
     ) -> None:
-        super().__init__(model, config, group=group)
-        self.ewc = EWC(model, **hyperparameters)
+        with ejected_on_error(model):
+            super().__init__(model, config, group=group)
+            self.ewc = EWC(model, **hyperparameters)
         self.labels = labels
 
     def penalty(self) -> Tensor:
@@ -79,6 +81,7 @@ class EWCLoRA(Method):
         Returns:
             0-d and differentiable; 0 during the first task, unless there is a prior.
         """
+        self._check_not_exported("penalty")
         return self.ewc.penalty()
 
     def estimate_prior(self, loader: Loader, loss_fn: Loss | None = None) -> None:
@@ -104,6 +107,7 @@ class EWCLoRA(Method):
             >>> list(method.ewc.fishers)
             ['fc']
         """
+        self._check_not_exported("estimate_prior")
         if self._running or self.tasks:
             raise ArgumentError("estimate_prior: expected to be called before the first task begins")
         estimate_prior(self.ewc, loader, loss_fn, self.labels, self.group)

@@ -25,6 +25,7 @@ from ..literals import FisherMode, Labels
 from ._factor_fisher import A, B, FactorPlacement, factor_fisher
 from ._resume import dump, parse, take_over
 from ._shares import in_all
+from ._start import check_uncomposed
 from .method import Loader, Loss, Method
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ class FactorEWC(Method):
         """
         if not self._state.fishers:
             return super().penalty()
+        self._check_not_exported("penalty")
         self._follow()
         total: Tensor | None = None
         for keys in self._by_device().values():
@@ -253,12 +255,7 @@ class FactorEWC(Method):
             >>> later = methods.FactorEWC(model, ewc_lambda=100.0)
             >>> later.load_state_dict(saved)
         """
-        tensors, config = parse(self, saved)
-        if config.get("fisher_mode") != self.fisher_mode:
-            raise CheckpointError(
-                f"state: fisher_mode: it was made with {config.get('fisher_mode')!r}, this FactorEWC has "
-                f"{self.fisher_mode!r}"
-            )
+        tensors, config = parse(self, saved, fisher_mode=self.fisher_mode)
         history = _history(config.get("history"), config["tasks"])
         parameters = self._parameters()
         expected = {f"{kind}.{key}" for kind in (FISHER, ANCHOR) for key in parameters} if history else set()
@@ -279,9 +276,8 @@ def _check_layers(layers: Mapping[str, AdaptedLinear]) -> None:
     """Raises `TargetError` for adapters whose factors are not all that is trained, or not whole."""
     if names := sharded(layers):
         raise TargetError(f"{names[0]}: its parameters are sharded, which FactorEWC cannot use")
+    check_uncomposed(layers)
     for name, layer in layers.items():
-        if layer.composer is not None:
-            raise TargetError(f"{name}: expected plain adapters, found those of another method")
         for piece in layer.adapter_slices:
             scale = layer.adapter_scale(piece)
             if isinstance(scale, Tensor) and scale.requires_grad:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config import LoRAConfig, checked_targets, matches
 from ..distributed.processes import check_same, several, sharded
 from ..distributed.transaction import Transaction, canonical_name
-from ..errors import ArgumentError, EWCLoRAError, TargetError
+from ..errors import ArgumentError, TargetError
 from ..ewc.estimation import Forward, default_forward
 from ..ewc.gradients import gradient_sums
 from ..ewc.placement import LocalPlacement
@@ -22,7 +22,6 @@ from ..ewc.settings import number
 from ..layers.adapted import AdaptedLinear
 from ..layers.finite import check_finite
 from ..layers.index import AdapterRef, adapter_refs, take_rows
-from ..layers.inject import adapters, eject
 from ..layers.quantised import warn_of_rounding
 from ..literals import Variant
 from ..progress import showing
@@ -30,6 +29,7 @@ from ..report import Report
 from ._inputs import input_sums
 from ._projected import Projected
 from ._shares import in_all
+from ._start import ejected_on_error
 from ._subspace import Subspace, directions, extended
 from .method import Loader, Loss
 
@@ -99,17 +99,12 @@ class KeepLoRA(Projected):
     ) -> None:
         self.epsilon_w = _checked_shares(epsilon_w)
         self.epsilon_f = number("epsilon_f", epsilon_f, 0.0, 1.0)
-        before = adapters(model)
-        super().__init__(
-            model, config, variant=variant, forward=forward, max_batches=max_batches, group=group
-        )
-        try:
+        with ejected_on_error(model):
+            super().__init__(
+                model, config, variant=variant, forward=forward, max_batches=max_batches, group=group
+            )
             self._check_square()
             self._shares = _by_adapter(self.epsilon_w, self.layers)
-        except EWCLoRAError:
-            if not before:
-                eject(model, merge=False)
-            raise
         self.subspaces: dict[str, Subspace] = {}  # by adapter; none before the first task is prepared
 
     def _check_square(self) -> None:

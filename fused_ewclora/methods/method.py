@@ -16,6 +16,7 @@ from ..layers.adapted import AdaptedLinear
 from ..layers.from_peft import no_adapters
 from ..layers.inject import adapters, eject, inject
 from ..layers.watch import TrainingWatch
+from ..literals import Variant
 from ..progress import showing
 from ._shares import drawing
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 Loader = Iterable[Any]
 Loss = Callable[[Any, Any], Tensor]
+VARIANTS: tuple[Variant, ...] = ("paper", "official")
 
 
 class Method:
@@ -85,7 +87,7 @@ class Method:
             )
         self.watch = TrainingWatch(self.layers)
         self.tasks = 0  # that have ended
-        self._running = False
+        self._running = self._exported = False
 
     def __repr__(self) -> str:
         settings = [
@@ -106,8 +108,10 @@ class Method:
             task: its number, counted from 0.
 
         Raises:
-            ArgumentError: while a task is running, and for another number than the next.
+            ArgumentError: while a task is running, for another number than the next, and after `export`, as
+                all that follow.
         """
+        self._check_not_exported("begin_task")
         if self._running:
             raise ArgumentError(f"begin_task: task {self.tasks} has not ended; call end_task first")
         if isinstance(task, bool) or task != self.tasks:
@@ -123,6 +127,7 @@ class Method:
             loss_fn: loss_fn(output, y), for methods that need gradients.
             progress: as in `end_task`.
         """
+        self._check_not_exported("prepare")
 
     def penalty(self) -> Tensor:
         """What the method adds to the loss.
@@ -130,6 +135,7 @@ class Method:
         Returns:
             0-d and differentiable; 0 for methods without a penalty.
         """
+        self._check_not_exported("penalty")
         layer = next(iter(self.layers.values()))
         leaf = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         return torch.zeros((), device=layer.weight.device, requires_grad=leaf)
@@ -144,6 +150,7 @@ class Method:
         Raises:
             ArgumentError: for a step that is not below total_steps.
         """
+        self._check_not_exported("after_step")
         if not 0 <= step < total_steps:
             raise ArgumentError(f"step: expected 0 <= step < total_steps, got {step} of {total_steps}")
         self._after_step(step, total_steps)
@@ -161,6 +168,7 @@ class Method:
             ArgumentError: before `begin_task`.
             EWCLoRAError: what the consolidation raises; the task can then be ended again.
         """
+        self._check_not_exported("end_task")
         if not self._running:
             raise ArgumentError("end_task: no task is running; call begin_task first")
         watch = self.watch if getattr(self, "ewc", None) is None else None  # an EWC has a watch of its own
@@ -184,17 +192,19 @@ class Method:
             yield from ewc.state_dict()["tensors"].values()
 
     def export(self) -> nn.Module:
-        """The end of training: everything learned is folded into plain layers, in place.
+        """The end of training: everything learned is folded into plain layers, in place. The method cannot go
+        on afterwards.
 
         Returns:
             The model.
 
         Raises:
-            ArgumentError: while a task is running.
+            ArgumentError: while a task is running, and for a second time.
+            EWCLoRAError: the errors of `eject`; nothing is changed then.
         """
-        if self._running:
-            raise ArgumentError(f"export: task {self.tasks} has not ended; call end_task first")
+        self._check_exportable()
         eject(self.model, merge=True)
+        self._exported = True
         return self.model
 
     def state_dict(self) -> dict[str, Any]:
@@ -213,6 +223,20 @@ class Method:
             saved: what `state_dict` returned, also from a file.
         """
         raise NotImplementedError
+
+    def _check_not_exported(self, what: str) -> None:
+        """Raises `ArgumentError` when the adapters that the method works on are gone. `eject` removes all or
+        none, so that one layer tells."""
+        if self._exported or not isinstance(next(iter(self.layers.values())), AdaptedLinear):
+            raise ArgumentError(
+                f"{what}: the model was exported or ejected already, and its layers have no adapters of this "
+                f"method any more; make a new {type(self).__name__} to train on"
+            )
+
+    def _check_exportable(self) -> None:
+        self._check_not_exported("export")
+        if self._running:
+            raise ArgumentError(f"export: task {self.tasks} has not ended; call end_task first")
 
     def _drawing(self, generator: torch.Generator | None = None) -> torch.Generator | None:
         """The source of new parameters, `generator` unless several processes must draw the same."""

@@ -18,11 +18,10 @@ from ..report import Report
 from ._factors import Factors
 from ._overlap import collisions, overlaps
 from ._stacked import Stacked
+from .method import VARIANTS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-VARIANTS: tuple[Variant, ...] = ("paper", "official")
 
 
 class NLoRA(Stacked):
@@ -135,6 +134,7 @@ class NLoRA(Stacked):
         Raises:
             ArgumentError: for a threshold out of range.
         """
+        self._check_not_exported("report")
         threshold = number("threshold", threshold, 0.0, 1.0)
         rows: list[dict[str, Any]] = []
         for key, _, _, now in self._all():

@@ -14,11 +14,10 @@ from ..literals import Variant
 from ..report import Report
 from ._overlap import overlaps
 from ._stacked import Stacked
+from .method import VARIANTS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-VARIANTS: tuple[Variant, ...] = ("paper", "official")
 
 
 class OLoRA(Stacked):
@@ -110,6 +109,7 @@ class OLoRA(Stacked):
         Returns:
             A printable `Report`, with the mean over later tasks in its summary.
         """
+        self._check_not_exported("report")
         rows: list[dict[str, Any]] = [
             {"name": key, "rank": now.lora_past_A.shape[0], "overlaps": overlaps(now.tasks())}
             for key, _, _, now in self._all()

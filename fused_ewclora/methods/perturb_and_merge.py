@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from ..config import LoRAConfig
 from ..distributed.processes import of_first, several, sharded
 from ..distributed.transaction import Transaction
-from ..errors import ArgumentError, EWCLoRAError, TargetError
+from ..errors import ArgumentError, TargetError
 from ..ewc.placement import check_ready
 from ..ewc.settings import number
-from ..layers.inject import adapters, eject
+from ..layers.inject import adapters
 from ..literals import Labels
 from ..report import Report
 from ._coefficients import Coefficients, Curvature, Scaled, TaskEWC
-from ._gates import check_ungated
 from ._resume import dump, parse, take_over
 from ._shares import estimate, in_all
+from ._start import check_plain_adapters, ejected_on_error
 from .method import Loader, Loss, Method
 
 if TYPE_CHECKING:
@@ -96,15 +96,10 @@ class PerturbAndMerge(Method):
         self.per_module, self.labels, self.generator = bool(per_module), labels, generator
         if not isinstance(fisher_dtype, torch.dtype):
             raise ArgumentError(f"fisher_dtype: expected a torch.dtype, got {fisher_dtype!r}")
-        before = bool(adapters(model))
-        check_ungated(adapters(model))
-        super().__init__(model, config, group=group)
-        try:
+        check_plain_adapters(adapters(model))
+        with ejected_on_error(model):  # a dtype may not go with the layers
+            super().__init__(model, config, group=group)
             self.ewc = TaskEWC(model, fisher_dtype=fisher_dtype, generator=generator)
-        except EWCLoRAError:  # a dtype that does not go with the layers
-            if not before:
-                eject(model, merge=False)
-            raise
         self._curvature = Curvature.of(self.layers)
         self._coefficients: list[Coefficients] = []  # of the tasks that have ended
         self._steps = torch.Generator()  # of the perturbations of a task

@@ -19,6 +19,7 @@ from ..ewc.anchored import AnchoredEWC
 from ..ewc.placement import check_ready
 from ..ewc.settings import number, one_of
 from ..layers.adapted import AdaptedLinear
+from ..layers.inject import adapters
 from ..layers.slices import AdapterSlice, fisher_key
 from ..literals import Labels, Magnitudes, Normalization
 from ..report import Report
@@ -26,6 +27,7 @@ from ._directions import MAGNITUDES, NORMALIZATIONS, Directions, Shared, Stack, 
 from ._freezing import Frozen, freeze, freeze_shared, measure, normalised
 from ._sd_state import Outcome, dump, parse
 from ._shares import agreed, end_task
+from ._start import check_plain_adapters, ejected_on_error
 from .method import Loader, Loss, Method
 
 if TYPE_CHECKING:
@@ -142,10 +144,12 @@ class SDLoRA(Method):
             raise ArgumentError(f"{min(ewc)}: expected an ewc_lambda beside it, got None")
         if config is not None and (config.lora_alpha is not None or config.alpha_pattern):
             raise ArgumentError("lora_alpha: expected None, SD-LoRA learns its scales")
-        super().__init__(model, config, group=group)
-        self._check_layers()
+        check_plain_adapters(adapters(model))
+        with ejected_on_error(model):
+            super().__init__(model, config, group=group)
+            self._check_layers()
+            self.ewc = None if ewc_lambda is None else AnchoredEWC(model, ewc_lambda, **ewc)
         self.generator, self.labels = generator, labels
-        self.ewc = None if ewc_lambda is None else AnchoredEWC(model, ewc_lambda, **ewc)
         self._outcomes: dict[str, list[Outcome]] = {key: [] for key, _, _ in self._adapters()}
         composer = Stack(self.normalization, self._shared())
         for layer in self.layers.values():
@@ -159,7 +163,10 @@ class SDLoRA(Method):
         Returns:
             0-d and differentiable; 0 during the first task and without an ewc_lambda.
         """
-        return super().penalty() if self.ewc is None else self.ewc.penalty()
+        if self.ewc is None:
+            return super().penalty()
+        self._check_not_exported("penalty")
+        return self.ewc.penalty()
 
     def report(self) -> Report:
         """The directions that each adapter holds.
@@ -181,6 +188,7 @@ class SDLoRA(Method):
             >>> report.summary
             {'directions': 1, 'dropped': 0}
         """
+        self._check_not_exported("report")
         rows = [
             {
                 "name": key,
@@ -204,6 +212,7 @@ class SDLoRA(Method):
         Returns:
             Tensors by name, plain values, and the state of `ewc`.
         """
+        self._check_not_exported("state_dict")
         settings = {
             "normalization": self.normalization,
             "magnitudes": self.magnitudes,
@@ -239,6 +248,7 @@ class SDLoRA(Method):
             >>> later.tasks
             1
         """
+        self._check_not_exported("load_state_dict")
         check_ready(self.layers, "load_state_dict")
         parsed = parse(saved, self._adapters(), self.normalization, self.magnitudes)
         if (saved.get("ewc") is None) != (self.ewc is None):
@@ -270,12 +280,8 @@ class SDLoRA(Method):
 
     def _check_layers(self) -> None:
         for name, layer in self.layers.items():
-            if layer.composer is not None:
-                raise TargetError(f"{name}: its adapters belong to another method; eject the model first")
-            if type(layer).parameter_locations is not AdaptedLinear.parameter_locations:
-                raise TargetError(f"{name}: expected adapters of fe.inject, got those of another library")
             for piece in layer.adapter_slices:
-                if piece.scaling != 1.0 or piece.scale_name in layer._parameters:
+                if piece.scaling != 1.0:
                     raise ArgumentError(
                         f"lora_alpha: expected None, SD-LoRA learns its scales; {name} has one"
                     )

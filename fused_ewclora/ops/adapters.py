@@ -17,7 +17,7 @@ Scale = float | Tensor
 class Adapter(NamedTuple):
     """One low-rank adapter of a linear layer.
 
-    Args:
+    Attributes:
         lora_a: A `[r, d_in]`.
         lora_b: B `[rows, r]`.
         scale: s, a float, or a tensor 0-d or `[r]`.

@@ -171,8 +171,7 @@ def penalty(
     if candidate is None and schemas.is_transformed():
         with torch.autocast(device, enabled=False):
             return _DIFFERENTIABLE[op][0](fishers, *adapters, ewc_lambda)
-    # C++ records the penalties of Fishers.
-    recorded = dispatch.recorded_penalty() if candidate is not None and fishers else None
+    recorded = dispatch.recorded_penalty() if candidate is not None else None
     if candidate is None or (recorded is None and any(needs)):
         constants = (adapters.scale_factors, ewc_lambda, backend)
         return PenaltyFunction.apply(op, fishers, *constants, *distinct(tensors))

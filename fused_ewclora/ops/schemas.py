@@ -322,7 +322,7 @@ def penalty_of_plain(
     if device == "cpu" and not backend.startswith("triton"):
         call = Call(device, like.dtype)
     else:
-        work = adapters.lora_as if op == "factored_penalty" else fishers
+        work = adapters.lora_as if op in ("factored_penalty", "l1_penalty") else fishers
         call = _sized(op, like, {"rank": rank, "work": _work(work)})
     args = (fishers, *adapters, ewc_lambda, needs, backend)
     return run(choose(op, backend, call), device, args)

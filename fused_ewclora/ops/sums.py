@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Fisher pass adds to, beside a dense Fisher: sums from which a structured one is made."""
+"""What a Fisher pass adds to: sums over samples from which Fishers are made."""
 
 from __future__ import annotations
 
@@ -16,8 +16,20 @@ from .windows import Windows
 
 @dataclass(slots=True)
 class Term:
-    """x `[N, T, d_in]` and dy of all calls in one forward pass for some rows of a Fisher, `row` the first of
-    them; with `offsets` `[rows, d]`, of sample n the rows from offsets[n] to offsets[n + 1]."""
+    """Inputs and gradients of all calls of a layer in one forward pass, for some rows of its Fisher.
+
+    Args:
+        x: inputs `[N, T, d_in]` or `[N, d_in]`; the windows of a convolution, which are made piece by piece.
+        dy: gradients of the loss with respect to the outputs, likewise with the columns of `rows`.
+        offsets: None, or of packed samples `[N + 1]`: x and dy are `[tokens, d]`, those of sample n from
+            offsets[n] to offsets[n + 1].
+        row: the first of the rows.
+
+    Examples:
+        >>> term = fe.structures.Term(torch.randn(4, 3, 8), torch.randn(4, 3, 2), None, row=4)
+        >>> term.rows
+        slice(4, 6, None)
+    """
 
     x: Tensor | Windows
     dy: Tensor
@@ -29,17 +41,44 @@ class Term:
         """The rows of the Fisher that dy has the columns of."""
         return slice(self.row, self.row + self.dy.shape[-1])
 
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The inputs as tensors, also those of a convolution, of which few samples are made at a time.
+
+        Yields:
+            Pairs (x, dy), which have all tokens of their samples.
+        """
+        if isinstance(self.x, Windows):
+            yield from self.x.pieces(self.dy)
+        else:
+            yield self.x, self.dy
+
 
 class Sums(Protocol):
-    """Sums over the samples of a task, of one adapter."""
+    """Sums over the samples of a task, of one adapter: what `Structure.sums` returns."""
 
     def add(self, term: Term, mode: str, weight: float) -> None:
-        """Adds weight times what the squared gradients of the samples (mode "sample"), their squared sum
-        (mode "batch") or their sum (mode "gradient") give to the sums."""
+        """Adds weight times what the squared gradients of the samples (mode "sample") or their squared sum
+        (mode "batch") give to the sums. It is called in the backward pass, once for every forward pass.
+
+        Args:
+            term: inputs and gradients.
+            mode: the `fisher_mode` of `EWC`.
+            weight: of this term.
+        """
 
 
-class DenseSums:
-    """The squares themselves, `[rows, d_in]`."""
+class DenseSums(Sums):
+    """The squares themselves.
+
+    Args:
+        fisher: `[rows, d_in]`, which they are added to.
+
+    Examples:
+        >>> sums = fe.structures.DenseSums(torch.zeros(2, 8))
+        >>> sums.add(fe.structures.Term(torch.ones(4, 3, 8), torch.ones(4, 3, 2), None), "sample", 1.0)
+        >>> sums.fisher[0, 0]  # of 4 samples, whose gradients are sums over 3 tokens
+        tensor(36.)
+    """
 
     __slots__ = ("fisher",)
 
@@ -56,8 +95,19 @@ class DenseSums:
             schemas.fisher_accumulate_(rows, x, dy, mode, weight, term.offsets, current_backend())
 
 
-class MarginalSums:
-    """Row sums `[rows]` and column sums `[d_in]` of the squares."""
+class MarginalSums(Sums):
+    """Row sums and column sums of the squares, without forming these.
+
+    Args:
+        rows: `[rows]`, which row sums are added to.
+        columns: `[d_in]`, which column sums are added to.
+
+    Examples:
+        >>> sums = fe.structures.MarginalSums(torch.zeros(2), torch.zeros(8))
+        >>> sums.add(fe.structures.Term(torch.ones(4, 3, 8), torch.ones(4, 3, 2), None), "sample", 1.0)
+        >>> sums.rows  # 8 times 36
+        tensor([288., 288.])
+    """
 
     __slots__ = ("columns", "rows")
 
@@ -73,9 +123,21 @@ class MarginalSums:
             schemas.fisher_sums_(rows, self.columns, x, dy, mode, weight, term.offsets, current_backend())
 
 
-class CovarianceSums:
-    """dy^T dy `[rows, rows]`, x^T x `[d_in, d_in]` and the number of rows of x in it `[1]`, over all tokens
-    of all samples with a gradient: padding is none of them."""
+class CovarianceSums(Sums):
+    """dy^T dy, x^T x and their number of tokens, over all tokens of all samples with a gradient: padding is
+    none of them. Mode "sample" alone.
+
+    Args:
+        outputs: `[rows, rows]`, which dy^T dy is added to.
+        inputs: `[d_in, d_in]`, which x^T x is added to.
+        count: `[1]`, which the number of tokens is added to.
+
+    Examples:
+        >>> sums = fe.structures.CovarianceSums(torch.zeros(2, 2), torch.zeros(8, 8), torch.zeros(1))
+        >>> sums.add(fe.structures.Term(torch.ones(4, 3, 8), torch.ones(4, 3, 2), None), "sample", 1.0)
+        >>> sums.count
+        tensor([12.])
+    """
 
     __slots__ = ("count", "inputs", "outputs")
 
@@ -85,7 +147,7 @@ class CovarianceSums:
     def add(self, term: Term, mode: str, weight: float) -> None:
         """As `Sums.add`, mode "sample"."""
         block = self.outputs[term.rows, term.rows]
-        for x, dy in _pieces(term):
+        for x, dy in term.pieces():
             x2, dy2 = (t.reshape(-1, t.shape[-1]).to(block.dtype) for t in (x, dy))
             reached = (dy2 != 0.0).any(1, keepdim=True)
             self.count += reached.sum()
@@ -94,7 +156,7 @@ class CovarianceSums:
             block.addmm_(dy2.T, dy2, alpha=weight)
 
 
-class GradientSums:
+class GradientSums(Sums):
     """The gradients themselves, sum of dy^T x `[rows, d_in]` over all tokens: one product per call, without a
     temporary of that size."""
 
@@ -106,16 +168,9 @@ class GradientSums:
     def add(self, term: Term, mode: str, weight: float) -> None:
         """As `Sums.add`, mode "gradient"."""
         rows = self.gradient[term.rows]
-        for x, dy in _pieces(term):
+        for x, dy in term.pieces():
             x2, dy2 = (t.reshape(-1, t.shape[-1]).to(rows.dtype) for t in (x, dy))
             rows.addmm_(dy2.T, x2, alpha=weight)
-
-
-def _pieces(term: Term) -> Iterator[tuple[Tensor, Tensor]]:
-    if isinstance(term.x, Windows):
-        yield from term.x.pieces(term.dy)
-    else:
-        yield term.x, term.dy
 
 
 def sums_of(fisher: Tensor | Sums) -> Sums:

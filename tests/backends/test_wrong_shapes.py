@@ -59,6 +59,10 @@ def factored() -> dict[str, Any]:
     return {**penalty(), "fishers": [T(4), T(3), T(5), T(5)]}
 
 
+def l1() -> dict[str, Any]:
+    return {"fishers": [], **adapters(), "l1_lambda": 1.0, "needs": [True] * 3}
+
+
 def sums() -> dict[str, Any]:
     samples = fisher()
     samples.pop("fisher")
@@ -90,6 +94,7 @@ GOOD = {
     "ewc_penalty": penalty,
     "ewc_penalty in 8 bits": codes,
     "factored_penalty": factored,
+    "l1_penalty": l1,
     "fisher_sums_": sums,
     "fisher_accumulate_": fisher,
     "fisher_accumulate_ packed": packed,
@@ -187,6 +192,11 @@ TABLE: dict[str, list[Row]] = {
         ("fishers[3]", T(5, dtype=HALF), TypeError, ["float32", "float16"]),
         ("fishers[3]", T(5, dtype=DOUBLE), TypeError, ["float32", "float64"]),
         ("fishers[1]", T(3, device=META), ValueError, ["device", "meta"]),
+        ("needs", [True] * 2, ValueError, ["3", "2"]),
+    ],
+    "l1_penalty": [
+        *ADAPTERS,
+        ("fishers", [T(4, 5), T(3, 5)], ValueError, ["none", "2"]),
         ("needs", [True] * 2, ValueError, ["3", "2"]),
     ],
     "fisher_sums_": [

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from benchmarks.continual.clip_learner import ImageText, Towers, classes_to_imag
 from benchmarks.continual.configuration import Run, Training
 from benchmarks.continual.image_sets import Examples
 from benchmarks.continual.recorded import violations
-from benchmarks.continual.run import execute
+from benchmarks.continual.run import State, execute
 from benchmarks.continual.stream import Arrays, Problem, Stream, Task, loader
 from fused_ewclora.demo.formats import DataError
+from fused_ewclora.errors import ArgumentError
 
 CPU = torch.device("cpu")
 SIZES = (2, 3, 2)
@@ -189,6 +191,32 @@ def a_run() -> tuple[Run, Problem]:
     problem = Problem(Stream("toy", stream), towers, {}, clip.learner_of(prompts(stream), "all", True))
     adapters = [{"r": 2, "target_modules": ["image"]}, {"r": 1, "target_modules": ["text"]}]
     return Run("toy", "LoRA", "LoRA", 0, {}, adapters, Training(lr=0.02, head_lr=0.02, epochs=2)), problem
+
+
+SAMPLES: dict[str, dict[str, Any]] = {
+    "EWCLoRA": {"ewc_lambda": 1.0},
+    "CoDyRA": {"ewc_lambda": 1.0},
+    "SDLoRA": {"ewc_lambda": 1.0},
+    "FactorEWC": {"ewc_lambda": 1.0},
+    "IEL": {"beta": 1.0},
+    "ITA": {"alpha": 1.0},
+    "PerturbAndMerge": {},
+}
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_fishers_of_samples_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose Fishers are of single images, which rows of texts do not belong to, does not begin; it does
+    with adapters of the image tower alone, or in mode batch."""
+    run, problem = a_run()
+    run = replace(run, kind=kind, options=SAMPLES[kind])
+    with monkeypatch.context() as context:
+        context.setattr(Towers, "logits", lambda *_: pytest.fail("something was computed"))
+        with pytest.raises(ArgumentError, match=rf"^{kind}: .*text tower, where backbone\.text is"):
+            execute(run, problem, CPU)
+    State(replace(run, adapters=run.adapters[0]), problem, CPU)  # type: ignore[index]
+    if "ewc_lambda" in SAMPLES[kind]:
+        State(replace(run, options={**SAMPLES[kind], "fisher_mode": "batch"}), problem, CPU)
 
 
 def test_run_resumed(tmp_path: Path) -> None:

@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from typing import Any
 
 import pytest
 
 from benchmarks.continual import configuration
 from benchmarks.continual.configuration import Run
+from fused_ewclora.methods import CLLoRA
 
 # Of the official codes: low-rank-cl, configs/{baseline,ewclora,inflora,sdlora}/*.json; SD-Lora-CL,
 # exps/*.json, with SGD of momentum 0.9 in models/sdlora.py; CoDyRA, models/codyra.py and scripts; KeepLoRA,
 # MTIL/configs; O-LoRA and N-LoRA, scripts/order_1.sh; IEL and ITA, mammoth's models/config/second_order.yaml,
-# datasets/configs and scripts/reproduce.json. Of P&M a summary of the paper.
+# datasets/configs and scripts/reproduce.json; CL-LoRA, exps/*.json and models/cllora.py. Of P&M a summary of
+# the paper.
 EWC = {
     "lr": 5e-4, "head_lr": 5e-3, "batch_size": 128, "optimizer": "adam", "schedule": "cosine",
     "weight_decay": 0.0,
@@ -58,6 +62,14 @@ PM_SETS = {  # tasks, epochs
     "perturb-and-merge-imagenet-r-10": (10, 10),
     "perturb-and-merge-imagenet-r-20": (20, 10),
     "perturb-and-merge-imagenet-a": (10, 10),
+}
+
+IN21K, IN1K = "vit_base_patch16_224.augreg_in21k", "vit_base_patch16_224.augreg_in21k_ft_in1k"  # timm 0.6
+CL_SETS: dict[str, tuple[int, str, int, dict[str, Any]]] = {  # tasks, weights, rank, training
+    "cl-lora-cifar100": (20, IN21K, 8, {"lr": 0.03, "epochs": 30, "batch_size": 64, "weight_decay": 1e-4}),
+    "cl-lora-imagenet-r": (40, IN1K, 10, {"lr": 0.05, "epochs": 20, "batch_size": 32, "weight_decay": 5e-4}),
+    "cl-lora-imagenet-a": (10, IN21K, 10, {"lr": 0.05, "epochs": 25, "batch_size": 32, "weight_decay": 5e-3}),
+    "cl-lora-vtab": (5, IN21K, 10, {"lr": 0.03, "epochs": 45, "batch_size": 32, "weight_decay": 1e-4}),
 }
 
 
@@ -201,6 +213,34 @@ def test_iel_ita(name: str) -> None:
         assert {key: run.problem[key] for key in expected} == expected
 
 
+@pytest.mark.parametrize("name", CL_SETS)
+def test_cl_lora(name: str) -> None:
+    """CL-LoRA's code: one rate, adapters of q and v, six shared blocks, its protocol."""
+    tasks, model, rank, training = CL_SETS[name]
+    expected = {
+        **training, "head_lr": training["lr"], "optimizer": "sgd", "momentum": 0.9, "schedule": "cosine",
+        "evaluate_before_end": False, "first_lr": None, "first_head_lr": None,
+    }  # fmt: skip
+    problem = {"model": model, "tasks": tasks, "normalize": None, "crop_scale": [0.05, 1.0]}
+    problem["shuffle"] = name != "cl-lora-vtab"
+    found = runs(name)
+    for run in found.values():
+        check_training(run, expected)
+        (adapters,) = run.lora_configs()
+        assert (adapters.r, adapters.lora_alpha, adapters.slices, run.seed) == (rank, None, ("q", "v"), 1993)
+        assert {key: run.problem[key] for key in problem} == problem
+        shared = re.compile(run.options["shared"])
+        blocks = [f"backbone.network.blocks.{k}.attn.qkv" for k in range(12)]
+        assert [bool(shared.fullmatch(block)) for block in blocks] == [True] * 6 + [False] * 6
+    defaults = inspect.signature(CLLoRA).parameters
+    published = {"kd_weight": 5.0, "temperature": 2.0, "orthogonality": 1e-4}
+    assert {key: defaults[key].default for key in published} == published
+    assert found["CL-LoRA"].protocol == {"kind": "cl-lora"} and set(found["CL-LoRA"].options) == {"shared"}
+    code = found["CL-LoRA, official code"]
+    assert code.protocol == {"kind": "cl-lora", "separate_step": True}
+    assert set(code.options) == {"shared", "variant"} and code.options["variant"] == "official"
+
+
 @pytest.mark.parametrize(
     ("name", "order", "epochs"),
     [
@@ -255,6 +295,7 @@ def test_every_file_checked() -> None:
         *SD_SETS,
         *PM_SETS,
         *TUNED,
+        *CL_SETS,
         "codyra-cifar100",
         "codyra-imagenet-r",
         "keeplora-mtil",

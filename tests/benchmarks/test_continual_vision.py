@@ -133,7 +133,7 @@ def test_settings_match_loader(quick: bool) -> None:
     settings = {**found.runs[0].problem, **SMALL}
     assert settings.pop("kind") == "vision"
     assert len(vision.load(Path("nowhere"), 0, "cpu", **settings).stream.tasks) == 3
-    assert len(found.runs) == (8 if quick else 6 * 5 + 15 * 3)
+    assert len(found.runs) == (8 if quick else 6 * 5 + 16 * 3)
 
 
 @pytest.mark.parametrize("folder", ["", "dataset-fashion-mnist/usr/share/fashion-mnist"])

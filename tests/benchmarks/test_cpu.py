@@ -46,6 +46,7 @@ def small(op: str) -> Workload:
     return {
         "ewc_penalty": workloads.penalty("m", (6, 4), 2, 3),
         "structured_penalty": workloads.structured_penalty("m", (6, 4), 2, 3, "factored"),
+        "l1_penalty": workloads.l1_penalty("m", (6, 4), 2, 3),
         "fisher_sums": workloads.fisher_sums("m", 3, 5, (6, 4)),
         "fisher_accumulate": workloads.fisher("m", 3, 5, (6, 4)),
         "lora_linear": workloads.linear("m", 7, (6, 4), 2),
@@ -94,6 +95,7 @@ def test_penalty_flops():
     flops = 2 * (product(4, 3, 6) + product(4, 6, 3) + product(3, 4, 6))
     factors = 3 * 6 + 4 * 3
     assert small("ewc_penalty").work == (flops, 2 * (4 * 4 * 6 + 2 * 4 * factors))
+    assert small("l1_penalty").work == (flops, 2 * 2 * 4 * factors)
     half = workloads.penalty("m", (6, 4), 2, 3, "bfloat16")
     assert small("ewc_penalty").work.bytes - half.work.bytes == 2 * 4 * 6 * 2
 

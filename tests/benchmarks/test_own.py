@@ -22,6 +22,7 @@ SHAPES = {
     "lora_linear_slices": "7,6,12,2",
     "ewc_penalty": "3,4,6,2",
     "structured_penalty": "3,4,6,2,kronecker",
+    "l1_penalty": "3,4,6,2",
     "fisher_accumulate": "3,5,6,4,batch",
     "fisher_sums": "3,5,6,4",
     "merge": "3,4,6,2",

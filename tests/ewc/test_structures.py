@@ -5,12 +5,28 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Mapping
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import KEYS, TOKENS, adapted, assert_same, batches, data, fresh, plain, squares, train, whole
+from tiny_models import (
+    KEYS,
+    TOKENS,
+    adapted,
+    assert_same,
+    batches,
+    data,
+    fresh,
+    plain,
+    randomise,
+    squares,
+    train,
+    whole,
+)
+from torch import Tensor
 
+import fused_ewclora as fe
 from fused_ewclora.checkpoints.checkpoint import load_pretrained, save_pretrained
 from fused_ewclora.errors import ArgumentError, DtypeError, FisherError
 from fused_ewclora.ewc.controller import EWC
@@ -340,3 +356,76 @@ def test_own_structure():
     end(model, ewc, 0)
     train(model, ewc, 1)
     assert ewc.penalty().item() > 0.0 and ewc.state_dict()["config"]["fisher"] == "columns"
+
+
+class ColumnSquares:
+    """Sums of one's own: column sums of the squares, from the gradient of every sample."""
+
+    def __init__(self, columns: Tensor) -> None:
+        self.columns = columns
+
+    def add(self, term: fe.structures.Term, mode: str, weight: float) -> None:
+        assert mode == "sample" and term.rows.start == term.row
+        for x, dy in term.pieces():
+            gradients = torch.einsum("nto,nti->noi", dy, x.to(dy.dtype))
+            self.columns.add_(gradients.square().sum((0, 1)), alpha=weight)
+
+
+class Columnwise(fe.Structure):
+    """F[i, j] is the mean of column j of the dense F, written from public names alone."""
+
+    name = "columnwise"
+    modes = ("sample",)
+    by_rows = frozenset({"rows"})
+
+    def sum_shapes(self, extent: fe.structures.Extent) -> dict[str, tuple[int, ...]]:
+        return {"columns": (extent.columns,)}
+
+    def kept_shapes(self, extent: fe.structures.Extent) -> dict[str, tuple[int, ...]]:
+        return {"rows": (extent.count,), "columns": (extent.columns,)}
+
+    def sums(self, parts: Mapping[str, Tensor]) -> fe.structures.Sums:
+        return ColumnSquares(parts["columns"])
+
+    def joined(
+        self,
+        old: Mapping[str, Tensor] | None,
+        task: Mapping[str, Tensor],
+        weights: fe.structures.Weights,
+        extent: fe.structures.Extent,
+    ) -> tuple[fe.structures.Parts, float]:
+        return self.level(weights.joined(old and old["columns"], task["columns"]), extent), 0.0
+
+    def level(self, columns: Tensor, extent: fe.structures.Extent) -> fe.structures.Parts:
+        return {"rows": (columns.sum() / extent.rows).expand(extent.count).clone(), "columns": columns}
+
+    def value(self, parts: Mapping[str, Tensor], columns: int) -> fe.structures.Fisher:
+        return FactoredFisher(parts["rows"], parts["columns"])
+
+    def of_dense(self, fisher: Tensor, extent: fe.structures.Extent) -> fe.structures.Parts:
+        return self.level(fisher.sum(0), extent)
+
+
+def test_structure_from_public_names():
+    """A structure with sums of its own keeps the column means of the dense Fisher, over tasks with a gamma,
+    in a state and in the penalty."""
+    model = adapted()
+    own = EWC(model, 2.0, gamma=0.5, fisher=Columnwise(), fisher_dtype=torch.float64)
+    first, second = end(model, own, 0), end(model, own, 1)
+    dense = {key: 0.5 * first[key] + second[key] for key in KEYS}
+    means = {key: fisher.mean(0).expand_as(fisher) for key, fisher in dense.items()}
+    for key, expected in means.items():
+        torch.testing.assert_close(own.fishers[key].dense(), expected, rtol=1e-9, atol=1e-15)
+    randomise(model)
+    assert own.penalty().item() > 0.0
+    torch.testing.assert_close(own.penalty(), penalty_of(own, means), rtol=1e-9, atol=0.0)
+    other = EWC(model, 2.0, gamma=0.5, fisher=Columnwise(), fisher_dtype=torch.float64)
+    other.load_state_dict(own.state_dict())
+    assert torch.equal(other.penalty(), own.penalty())
+    model = adapted()
+    converted = EWC(model, 2.0, fisher_dtype=torch.float64)
+    exact = end(model, converted, 0)
+    converted.convert_fisher_(Columnwise(), torch.float64)
+    for key, fisher in exact.items():
+        found = converted.fishers[key].dense()
+        torch.testing.assert_close(found, fisher.mean(0).expand_as(fisher), rtol=1e-9, atol=1e-15)

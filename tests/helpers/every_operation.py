@@ -26,6 +26,9 @@ def results(backend: str, dtype: torch.dtype = torch.float32) -> dict[str, Tenso
     penalty = FE.ewc_penalty([fisher], [a], [b], [s], 3.0, backend=backend)
     grads = torch.autograd.grad(penalty, [a, b, s])
     out |= {f"penalty {i}": t.detach() for i, t in enumerate((penalty, *grads))}
+    norm = FE.l1_penalty([a], [b], [s], 3.0, backend=backend)
+    grads = torch.autograd.grad(norm, [a, b, s])
+    out |= {f"l1 norm {i}": t.detach() for i, t in enumerate((norm, *grads))}
     for mode in ("sample", "batch"):
         tokens = (x.detach().view(6, 5, 37), dy.view(6, 5, 45))
         out[mode] = FE.fisher_accumulate_(fisher.clone(), *tokens, mode=mode, weight=0.5, backend=backend)

@@ -108,7 +108,8 @@ def test_published_methods_learn(name: str, learned: set[str], tmp_path: Path) -
 def test_every_protocol_configured() -> None:
     """Every published protocol has a configuration."""
     sets = {configuration.load(configuration.find(name)).runs[0].problem["dataset"] for name in PUBLISHED}
-    assert sets == {*image_sets.READERS, "folder:cropdiseases"} and len(PUBLISHED) == 20
+    folders = {"folder:cropdiseases", "folder:vtab"}
+    assert sets == {*image_sets.READERS, *folders} and len(PUBLISHED) == 24
 
 
 @pytest.mark.parametrize("dataset", WRITERS)

@@ -83,6 +83,30 @@ def test_plain_model_injected():
         LoRA(nn.Sequential(nn.Linear(4, 4)))
 
 
+REFUSED = {
+    "CoDyRA": {"ewc_lambda": 1.0, "fisher": "dense", "fisher_dtype": torch.int8},
+    "EWCLoRA": {"ewc_lambda": 1.0, "gamma": 2.0},
+    "IEL": {"beta": 1.0, "fisher_dtype": torch.int8},
+    "KeepLoRA": {"epsilon_w": {"other": 0.5}},
+    "CLLoRA": {"shared": "other"},
+    "PerturbAndMerge": {"fisher_dtype": torch.int8},
+    "SDLoRA": {"ewc_lambda": 1.0, "gamma": 2.0},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_options_leave_model(name: str):
+    """A plain model stays plain, and what trained trains, when the options are refused."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(fe.EWCLoRAError):
+        getattr(fe.methods, name)(model, fe.LoRAConfig(r=2, target_modules=["0"]), **REFUSED[name])
+    assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
+    injected = adapted()
+    with pytest.raises(fe.EWCLoRAError):
+        getattr(fe.methods, name)(injected, **REFUSED[name])
+    assert len(fe.adapters(injected)) == 2
+
+
 def test_tasks_come_in_order():
     method = LoRA(adapted())
     with pytest.raises(fe.ArgumentError, match="begin_task first"):

@@ -351,7 +351,7 @@ def test_foreign_adapters_refused():
     assert not fe.adapters(plain)
     model = adapted()
     SDLoRA(model)
-    with pytest.raises(fe.TargetError, match="qkv: its adapters belong to another method"):
+    with pytest.raises(fe.TargetError, match="qkv: expected plain adapters, got those of another method"):
         SDLoRA(model)
     with pytest.raises(fe.TargetError, match="shard_"):
         SDLoRA(adapted(), ewc_lambda=1.0).ewc.shard_()

@@ -365,7 +365,7 @@ def test_refusals():
             kind(model, **options)
         assert_same(snapshot(model), before)
         assert model.fc.composer is None
-    with pytest.raises(fe.TargetError, match="qkv: its adapters belong to another method"):
+    with pytest.raises(fe.TargetError, match="qkv: expected plain adapters, got those of another method"):
         NLoRA(OLoRA(adapted()).model, lambda_1=1.0)
     gated = adapted()
     gated.qkv.lora_scale_k = nn.Parameter(torch.ones(2))

@@ -50,6 +50,8 @@ def test_taken(dtype):
     assert found.needs == [True, True, False]
     for of in (list, tuple):
         assert op.terms("ewc_penalty", of(fishers), of(lora_as), of(lora_bs), None).numbers
+    of_norm = op.terms("l1_penalty", [], lora_as, lora_bs, scales)
+    assert of_norm is not None and (of_norm.rank, of_norm.needs) == (3, [True, True, False])
     half = torch.bfloat16 if dtype != torch.float64 else torch.float32
     assert op.terms("ewc_penalty", [f.to(half) for f in fishers], lora_as, lora_bs, scales) is not None
     assert dtype == torch.float64 or op.terms(
@@ -108,6 +110,9 @@ def test_lengths():
     assert op.terms("ewc_penalty", fishers[1:], lora_as, lora_bs, scales) is None
     assert op.terms("ewc_penalty", fishers, lora_as, lora_bs, scales[1:]) is None
     assert op.terms("ewc_penalty", [], [], [], []) is None
+    assert op.terms("l1_penalty", [], [], [], []) is None
+    assert op.terms("l1_penalty", fishers, lora_as, lora_bs, scales) is None
+    assert op.terms("l1_penalty", [], lora_as, lora_bs[1:], scales) is None
     assert op.terms("ewc_penalty", nn.ParameterList(fishers), lora_as, lora_bs, scales) is None
 
 

@@ -128,6 +128,27 @@ def test_beyond_fp32(backend):
     assert value.item() == 0.0 and bool((da == 0).all())
 
 
+@pytest.mark.parametrize("width", [1, 16, 37])
+@pytest.mark.parametrize("factor", ["lora_a", "lora_b"])
+def test_infinite_factor(backend, factor, width):
+    """An infinite element of a factor makes a penalty that is not finite, on CPUs the Inf of the formula with
+    its gradients, whatever columns pad the last vector."""
+    values = Values(3, backend)
+    fisher, a, b = values.full((5, width), 0.5), values.full((2, width), 1.0), values.full((5, 2), 1.0)
+    {"lora_a": a, "lora_b": b}[factor][1, -1] = float("inf")
+    results = {}
+    for name in (backend, "reference"):
+        factors = [a.clone().requires_grad_(), b.clone().requires_grad_()]
+        value = FE.ewc_penalty([fisher], *([factor] for factor in factors), backend=name)
+        results[name] = [value.detach(), *torch.autograd.grad(value, factors)]
+    assert not bool(results[backend][0].isfinite())
+    if backend in ("reference", "cpu"):
+        assert results[backend][0].item() == float("inf")
+        torch.testing.assert_close(
+            results[backend], results["reference"], equal_nan=True, rtol=1e-6, atol=0.0
+        )
+
+
 def test_zero_fisher(backend):
     """A zero Fisher gives exact zeros."""
     case = make(Values(2, backend), BIG[:3], backend, ewc_lambda=1e7)

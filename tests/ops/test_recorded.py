@@ -88,7 +88,12 @@ class Penalty:
         return FE.ewc_penalty(self.fishers, self.a, self.b, self.scales, 3.0, backend="cpu")
 
 
-CASES = [Linear, Penalty]
+class Norm(Penalty):
+    def run(self) -> Tensor:
+        return FE.l1_penalty(self.a, self.b, self.scales, 3.0, backend="cpu")
+
+
+CASES = [Linear, Penalty, Norm]
 
 
 def is_in_python(y: Tensor) -> bool:
@@ -126,10 +131,11 @@ def test_linear_gradients(backend, dtype, dropout_p, bias, wanted):
     same_gradients(case, wanted)
 
 
+@pytest.mark.parametrize("make", [Penalty, Norm])
 @given(wanted=st.lists(st.booleans(), min_size=8, max_size=8).filter(any))
-def test_penalty_gradients(wanted):
+def test_penalty_gradients(make, wanted):
     """Any selection of gradients of a penalty equals that of Python."""
-    same_gradients(Penalty(), wanted)
+    same_gradients(make(), wanted)
 
 
 def same_gradients(case: Linear | Penalty, wanted: list[bool]) -> None:

@@ -205,6 +205,24 @@ def test_readme_lists_integrations():
     assert pages and [page for page in pages if page not in readme] == []
 
 
+def test_members_of_pages():
+    """The members that pages of the API list exist, and all that are promised are among them."""
+    tree = ast.parse((ROOT / "docs/hooks.py").read_text())
+    assigned = {
+        target.id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    listed = ast.literal_eval(assigned["MEMBERS"])
+    for name, members in listed.items():
+        assert [member for member in members if not hasattr(getattr(fe, name), member)] == []
+    assert set(OF_EWC) <= set(listed["EWC"])
+    for member in ast.literal_eval(assigned["OF_BASES"]):
+        assert any(hasattr(getattr(fe.methods, kind), member) for kind in fe.methods.__all__), member
+
+
 @pytest.mark.parametrize(
     ("where", "names"),
     [(functional, FUNCTIONAL), (fe, PACKAGE_NAMES), (fe.EWC, OF_EWC)],

@@ -40,7 +40,7 @@ ROWS = (
     ("functional", "profiling", "distributed"),
     ("layers",),
     ("ewc",),
-    ("checkpoints",),
+    ("checkpoints", "structures"),
     ("integrations", "methods"),
     ("diagnostics",),
     ("demo", "benchmarks"),

@@ -12,7 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import fused_ewclora as fe
 from fused_ewclora import functional as FE
+from fused_ewclora.fishers import FactoredFisher, KroneckerFisher
 from fused_ewclora.ops import dispatch
+from fused_ewclora.ops.schemas import SCHEMAS
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +33,12 @@ def every_op(backend: str) -> None:
     x, w = torch.randn(2, 3, 8), torch.randn(6, 8)
     a, b = torch.randn(2, 8, requires_grad=True), torch.randn(6, 2, requires_grad=True)
     FE.lora_linear(x, w, None, a, b, backend=backend).sum().backward()
-    FE.ewc_penalty([torch.rand(6, 8)], [a], [b], backend=backend)
-    FE.fisher_accumulate_(torch.zeros(6, 8), x, torch.randn(2, 3, 6), backend=backend)
+    sums = FactoredFisher(torch.rand(6), torch.rand(8))
+    for fisher in (torch.rand(6, 8), sums, KroneckerFisher(torch.eye(6), torch.eye(8))):
+        FE.ewc_penalty([fisher], [a], [b], backend=backend)
+    FE.l1_penalty([a], [b], backend=backend)
+    for fisher in (torch.zeros(6, 8), sums):
+        FE.fisher_accumulate_(fisher, x, torch.randn(2, 3, 6), backend=backend)
     FE.merge_([w], [a.detach()], [b.detach()], backend=backend)
     FE.soft_threshold_([torch.randn(4), torch.randn(5)], 0.1, backend=backend)
 
@@ -47,10 +53,15 @@ def test_range_names(backend):
         "fused_ewclora.lora_linear(x [2, 3, 8], W [6, 8], rank 2, float32)",
         "fused_ewclora.lora_linear_backward(dy [2, 3, 6], W [6, 8], rank 2, float32)",
         "fused_ewclora.ewc_penalty(adapters 1, first [6, 8], float32, rank 2)",
+        "fused_ewclora.factored_penalty(adapters 1, first [6, 8], float32, rank 2)",
+        "fused_ewclora.kronecker_penalty(adapters 1, first [6, 8], float32, rank 2)",
+        "fused_ewclora.l1_penalty(adapters 1, first [6, 8], float32, rank 2)",
         "fused_ewclora.fisher_accumulate_(x [2, 3, 8], dy [2, 3, 6], float32, sample)",
+        "fused_ewclora.fisher_sums_(x [2, 3, 8], dy [2, 3, 6], float32, sample)",
         "fused_ewclora.merge_(weights 1, first [6, 8], float32, rank 2)",
         "fused_ewclora.soft_threshold_(vectors 2, first [4], float32)",
     ]
+    assert {name.split(".")[1].split("(")[0] for name in ranges} == set(SCHEMAS)
     for name in ranges:
         op = name.split(".")[1].split("(")[0]
         chosen = dispatch.choose(op, backend, dispatch.Call("cpu", torch.float32))
@@ -79,7 +90,7 @@ def test_blocks_nest():
     with fe.profiling.enable():
         with fe.profiling.enable():
             pass
-        assert len(names(lambda: every_op("reference"))) == 6
+        assert len(names(lambda: every_op("reference"))) == len(SCHEMAS)
 
 
 def test_results_unchanged():
@@ -127,4 +138,6 @@ def test_nvtx_order(monkeypatch):
     monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: pushed.append("end"))
     with fe.profiling.enable(nvtx=True):
         every_op("reference")
-    assert pushed[1::2] == ["end"] * 6 and all(name.startswith("fused_ewclora.") for name in pushed[::2])
+    assert pushed[1::2] == ["end"] * len(SCHEMAS) and all(
+        name.startswith("fused_ewclora.") for name in pushed[::2]
+    )

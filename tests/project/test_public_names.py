@@ -146,6 +146,10 @@ NAMES = {
     "fused_ewclora.reference.philox": "",
     "fused_ewclora.report": "Report",
     "fused_ewclora.slices": "AdapterSlice fingerprint fisher_key plan_slices",
+    "fused_ewclora.structures": """
+        CovarianceSums Dense DenseSums EightBit Extent Factored Fisher Kronecker MarginalSums Parts Structure
+        Sums Term Uniform Weights
+    """,
     "fused_ewclora.tuning": "missing render run",
 }
 

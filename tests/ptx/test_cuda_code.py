@@ -21,6 +21,8 @@ CHOSEN = (
     "ewc_penalty, one",
     "ewc_penalty, F in 8 bits",
     "factored_penalty, fp32",
+    "l1_penalty, highest",
+    "l1_penalty, many, rank 70",
     "fisher_accumulate_, cu_seqlens",
     "fisher_accumulate_, in splits",
     "fisher_accumulate_, T=1",

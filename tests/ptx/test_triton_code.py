@@ -21,6 +21,7 @@ CHOSEN = {
         "fisher_accumulate_ sample, cu_seqlens, in splits, bfloat16",
         "factored_penalty scales, r 10, float32, high",
         "fisher_sums_ sample, cu_seqlens, in splits, bfloat16",
+        "l1_penalty scales, r 10, float32, high",
     ),
     "sm_90": (
         "lora_linear fc1, r 10, bfloat16 by full",
@@ -33,6 +34,7 @@ CHOSEN = {
         "ewc_penalty 8-bit F, r 10, float32, high",
         "ewc_penalty 8-bit F, odd widths, r 10, bfloat16",
         "factored_penalty odd widths, r 10, bfloat16",
+        "l1_penalty odd widths, r 10, float32, highest",
         "fisher_sums_ sample, bfloat16",
         "merge_ scales, r 10, bfloat16",
         "soft_threshold_ gates, bfloat16",

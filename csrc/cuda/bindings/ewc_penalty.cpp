@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ops ewc_penalty and factored_penalty: find the table of an earlier call with the same tensors, or make one.
+// The ops ewc_penalty, l1_penalty and factored_penalty: find the table of an earlier call with the same tensors, or make one.
 //
 // Every training step calls it with the same hundreds of tensors. They are compared in Python's own lists: converting those to C++ vectors
 // would cost more than the launch.
@@ -141,11 +141,13 @@ void bind_ewc_penalty(py::module& m) {
           "Penalty (0-d) and flat gradients, fp32.")
       .def_property_readonly("items", [](const PreparedCall& call) { return call.table.items(); }, "Thread blocks of a launch.");
   m.def("ewc_penalty", &penalty<PenaltyTable>);
+  m.def("l1_penalty", &penalty<L1Table>);
   m.def("factored_penalty", &penalty<FactoredTable>);
   m.def(
       "forget_penalty_tables",
       [] {
         entries<PenaltyTable>().clear();
+        entries<L1Table>().clear();
         entries<FactoredTable>().clear();
         kept::forget();
       },

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Cuts the penalty of all adapters into items of work.
+// Cuts the penalty, or l1 norm, of all adapters into items of work.
 #include "penalty_table.h"
 
 namespace fe::cuda {
@@ -16,10 +16,13 @@ bool coded(const at::Tensor& fisher) {
   return fisher.scalar_type() == at::kByte;
 }
 
-FisherLoads loads_of(const at::Tensor& fisher, int64_t rank) {
-  if (coded(fisher)) return rank > PENALTY_CHUNK ? FisherLoads::codes_of_any_rank : FisherLoads::codes;
-  if (rank > PENALTY_CHUNK || !wide(fisher) || fisher.stride(0) > INT32_MAX) return FisherLoads::elements;
-  switch (dtype_of(fisher)) {
+// `fisher` null: of an l1 norm.
+FisherLoads loads_of(const at::Tensor* fisher, int64_t rank) {
+  const bool chunked = rank > PENALTY_CHUNK;
+  if (fisher == nullptr) return chunked ? FisherLoads::none_of_any_rank : FisherLoads::none;
+  if (coded(*fisher)) return chunked ? FisherLoads::codes_of_any_rank : FisherLoads::codes;
+  if (chunked || !wide(*fisher) || fisher->stride(0) > INT32_MAX) return FisherLoads::elements;
+  switch (dtype_of(*fisher)) {
     case Dtype::f32:
       return FisherLoads::f32;
     case Dtype::bf16:
@@ -34,33 +37,48 @@ const PenaltyArguments& checked(const PenaltyArguments& a) {
   return a;
 }
 
+const PenaltyArguments& checked_l1(const PenaltyArguments& a) {
+  arguments::l1_penalty(DEVICE, a.fishers, a.lora_as, a.lora_bs, a.scales, a.factors, a.needs);
+  return a;
+}
+
+// `fisher` null: of an l1 norm.
+void set_fisher(PenaltyAdapter& p, const at::Tensor* fisher) {
+  static_assert(PENALTY_COLUMNS == arguments::CODES_OF_A_SCALE);
+  if (fisher == nullptr) return;
+  p.fisher = fisher->data_ptr(), p.fisher_row = fisher->stride(0), p.fisher_column = fisher->stride(1);
+  if (coded(*fisher))
+    p.block_scales = int32_t(ceil_div(p.d_in, PENALTY_COLUMNS) * PENALTY_COLUMNS);
+  else
+    p.fisher_dtype = dtype_of(*fisher);
+}
+
 }  // namespace
 
-PenaltyTable::PenaltyTable(const PenaltyArguments& a) : CallTable(checked(a)), precision_(float_precision(Precision::bf16)) {
-  op_ = "ewc_penalty", what_ = std::to_string(a.fishers.size()) + " Fisher matrices, the first " + described(a.fishers[0]);
-  for (size_t i = 0; i < a.fishers.size(); ++i) add(a, i);
+PenaltyTable::PenaltyTable(const PenaltyArguments& a) : PenaltyTable(checked(a), "ewc_penalty") {}
+
+L1Table::L1Table(const PenaltyArguments& a) : PenaltyTable(checked_l1(a), "l1_penalty") {}
+
+PenaltyTable::PenaltyTable(const PenaltyArguments& a, const char* op) : CallTable(a), precision_(float_precision(Precision::bf16)) {
+  op_ = op, what_ = std::to_string(a.lora_as.size()) + " adapters, the first A " + described(a.lora_as[0]);
+  for (size_t i = 0; i < a.lora_as.size(); ++i) add(a, i);
   for (Group& group : groups_) lay_out(group);
 }
 
 void PenaltyTable::add(const PenaltyArguments& a, size_t i) {
-  const at::Tensor &fisher = a.fishers[i], &lora_a = a.lora_as[i], &lora_b = a.lora_bs[i];
+  const at::Tensor *fisher = a.fishers.empty() ? nullptr : &a.fishers[i], &lora_a = a.lora_as[i], &lora_b = a.lora_bs[i];
   const bool scaled = a.scales[i].defined();
   const Scale scale = scale_of(scaled ? std::optional(a.scales[i]) : std::nullopt, a.factors[i]);
   const int64_t d_out = lora_b.size(0), d_in = lora_a.size(1), rank = lora_a.size(0);
-  TORCH_CHECK_VALUE(d_out <= INT32_MAX / 2 && d_in <= INT32_MAX / 2, "ewc_penalty: fishers[", i, "] of ", described(fisher),
-                    " is too large");
+  TORCH_CHECK_VALUE(d_out <= INT32_MAX / 2 && d_in <= INT32_MAX / 2, op_, ": B A of adapter ", i, " of shape [", d_out, ", ", d_in,
+                    "] is too large");
   PenaltyAdapter p{};
-  p.fisher = fisher.data_ptr(), p.lora_a = lora_a.data_ptr(), p.lora_b = lora_b.data_ptr(), p.scale = scale.data;
-  p.fisher_row = fisher.stride(0), p.fisher_column = fisher.stride(1);
+  p.lora_a = lora_a.data_ptr(), p.lora_b = lora_b.data_ptr(), p.scale = scale.data;
   p.a_row = lora_a.stride(0), p.a_column = lora_a.stride(1), p.b_row = lora_b.stride(0), p.b_column = lora_b.stride(1);
   p.scale_stride = scale.stride, p.scale_dtype = scale.dtype, p.factor = scale.factor, p.scalar = scaled && a.scales[i].dim() == 0;
-  static_assert(PENALTY_COLUMNS == arguments::CODES_OF_A_SCALE);
-  if (coded(fisher))
-    p.block_scales = int32_t(ceil_div(d_in, PENALTY_COLUMNS) * PENALTY_COLUMNS);
-  else
-    p.fisher_dtype = dtype_of(fisher);
   p.a_dtype = dtype_of(lora_a), p.b_dtype = dtype_of(lora_b);
   p.d_out = int32_t(d_out), p.d_in = int32_t(d_in), p.rank = int32_t(rank);
+  set_fisher(p, fisher);
   const Places places = next_places(a, i);
   p.grad_a = places.a, p.grad_b = places.b, p.grad_s = places.s;
   if (d_out == 0 || d_in == 0) {  // no item would write its gradients

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A prepared call of the EWC penalty: the table of adapters and the items of work in device memory.
+// A prepared call of the EWC penalty, or of the l1 norm: the table of adapters and the items of work in device memory.
 #pragma once
 #include "../ewc_penalty.h"
 #include "call_table.h"
@@ -11,6 +11,9 @@ class PenaltyTable : public CallTable {
   explicit PenaltyTable(const PenaltyArguments& arguments);
 
   int64_t items() const;
+
+ protected:
+  PenaltyTable(const PenaltyArguments& checked, const char* op);
 
  private:
   // Adapters whose F is read in the same way: one launch.
@@ -28,6 +31,11 @@ class PenaltyTable : public CallTable {
 
   Precision precision_;
   std::vector<Group> groups_;
+};
+
+class L1Table : public PenaltyTable {
+ public:
+  explicit L1Table(const PenaltyArguments& arguments);  // no fishers
 };
 
 }  // namespace fe::cuda

@@ -11,13 +11,19 @@ from torch import Tensor
 
 from ...fishers import EightBitFisher, Fisher
 from ...ops.sums import DenseSums
-from .structure import Extent, Parts, Structure, Weights, added
+from .structure import Extent, Parts, Structure, Weights
 
 CHUNK = 1 << 22  # values that are fp32 at once while codes are made
 
 
 class Dense(Structure):
-    """The squared gradients themselves, `[rows, d_in]` in fp32 or bf16."""
+    """The squared gradients themselves, `[rows, d_in]` in fp32 or bf16.
+
+    Examples:
+        >>> _ = fe.inject(model, config)
+        >>> fe.EWC(model, ewc_lambda=100.0, fisher=fe.structures.Dense()).structure.name
+        'dense'
+    """
 
     name = "dense"
     by_rows = frozenset({""})
@@ -41,7 +47,7 @@ class Dense(Structure):
         extent: Extent,
     ) -> tuple[Parts, float]:
         """Exact."""
-        return {"": added(None if old is None else old[""], task[""], weights)}, 0.0
+        return {"": weights.joined(None if old is None else old[""], task[""])}, 0.0
 
     def value(self, parts: Mapping[str, Tensor], columns: int) -> Fisher:
         """F."""
@@ -58,7 +64,12 @@ class Dense(Structure):
 
 class EightBit(Dense):
     """The same in 8 bits with a scale for every 32 of a row (`fishers.EightBitFisher`). Sums of a task are
-    fp32; what is kept is added up in fp32 and rounded without bias, so that errors of tasks do not add up."""
+    fp32; what is kept is added up in fp32 and rounded without bias, so that errors of tasks do not add up.
+
+    Examples:
+        >>> fe.structures.EightBit().kept_shapes(fe.structures.Extent.whole(6, 256))
+        {'': (6, 272)}
+    """
 
     name = "8bit"
     dtypes = ()
@@ -82,7 +93,7 @@ class EightBit(Dense):
         for first in range(0, extent.count, step):
             rows = slice(first, first + step)
             kept = None if before is None else EightBitFisher(before[rows], extent.columns).dense()
-            total = added(kept, squares[rows].float(), weights)
+            total = weights.joined(kept, squares[rows].float())
             codes[rows] = EightBitFisher.encode(total, weights.tasks, extent.first + first).codes
         return {"": codes}, 0.0
 

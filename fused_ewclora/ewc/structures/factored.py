@@ -10,12 +10,17 @@ from torch import Tensor
 
 from ...fishers import FactoredFisher, Fisher
 from ...ops.sums import MarginalSums
-from .structure import Extent, Parts, Structure, Weights, added
+from .structure import Extent, Parts, Structure, Weights
 
 
 class Factored(Structure):
     """F = r c^T / sum(c) with the row sums r and the column sums c of the dense F, which are exact: they add
-    over samples, batches, tasks and processes (`fishers.FactoredFisher`)."""
+    over samples, batches, tasks and processes (`fishers.FactoredFisher`).
+
+    Examples:
+        >>> fe.structures.Factored().kept_shapes(fe.structures.Extent.whole(6, 8))
+        {'rows': (6,), 'columns': (8,)}
+    """
 
     name = "factored"
     by_rows = frozenset({"rows"})
@@ -39,7 +44,7 @@ class Factored(Structure):
     ) -> tuple[Parts, float]:
         """The sums of the joint F, exactly."""
         return {
-            part: added(None if old is None else old[part], sums, weights) for part, sums in task.items()
+            part: weights.joined(None if old is None else old[part], sums) for part, sums in task.items()
         }, 0.0
 
     def value(self, parts: Mapping[str, Tensor], columns: int) -> Fisher:
@@ -53,7 +58,13 @@ class Factored(Structure):
 
 class Uniform(Factored):
     """F is its own mean everywhere: one number per adapter, which tells what the diagonal is worth. It is
-    kept as a factored one, whose row sums are equal, and whose column sums are."""
+    kept as a factored one, whose row sums are equal, and whose column sums are.
+
+    Examples:
+        >>> structure, extent = fe.structures.Uniform(), fe.structures.Extent.whole(2, 2)
+        >>> structure.of_dense(torch.tensor([[1.0, 3.0], [5.0, 7.0]]), extent)
+        {'rows': tensor([8., 8.]), 'columns': tensor([8., 8.])}
+    """
 
     name = "uniform"
 
@@ -65,14 +76,15 @@ class Uniform(Factored):
         extent: Extent,
     ) -> tuple[Parts, float]:
         """The mean of the joint F, exactly."""
-        return super().joined(old, self.levelled(task, extent), weights, extent)
+        return super().joined(old, levelled(task, extent), weights, extent)
 
     def of_dense(self, fisher: Tensor, extent: Extent) -> Parts:
         """Its mean."""
-        return self.levelled(super().of_dense(fisher, extent), extent)
+        return levelled(super().of_dense(fisher, extent), extent)
 
-    def levelled(self, sums: Mapping[str, Tensor], extent: Extent) -> Parts:
-        """Those of the mean that a Fisher with these sums has."""
-        total = sums["columns"].sum()
-        sizes = {"rows": max(extent.rows, 1), "columns": max(extent.columns, 1)}
-        return {part: torch.ones_like(sums[part]) * (total / size) for part, size in sizes.items()}
+
+def levelled(sums: Mapping[str, Tensor], extent: Extent) -> Parts:
+    """Row and column sums of the mean that a Fisher with these sums has."""
+    total = sums["columns"].sum()
+    sizes = {"rows": max(extent.rows, 1), "columns": max(extent.columns, 1)}
+    return {part: torch.ones_like(sums[part]) * (total / size) for part, size in sizes.items()}

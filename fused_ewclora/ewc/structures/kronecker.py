@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...fishers import Fisher, KroneckerFisher
 from ...ops.sums import CovarianceSums
-from .structure import Extent, Parts, Structure, Weights, added
+from .structure import Extent, Parts, Structure, Weights
 
 
 class Kronecker(Structure):
@@ -20,6 +20,10 @@ class Kronecker(Structure):
 
     A sum over tasks is no such product: what is kept is the nearest one in the Frobenius norm, and its
     relative error is in the record of the task. d_out^2 + d_in^2 numbers: no less than dense ones.
+
+    Examples:
+        >>> fe.structures.Kronecker().kept_shapes(fe.structures.Extent.whole(6, 8))
+        {'outputs': (6, 6), 'inputs': (8, 8)}
     """
 
     name = "kronecker"
@@ -47,7 +51,7 @@ class Kronecker(Structure):
     ) -> tuple[Parts, float]:
         """The nearest product to the sum of two, and its error."""
         tokens = torch.where(task["count"] > 0.0, task["count"], torch.ones_like(task["count"]))
-        outputs = added(None, task["outputs"], weights)
+        outputs = weights.joined(None, task["outputs"])
         new = {"outputs": outputs, "inputs": task["inputs"] / tokens}
         if old is None or weights.old == 0.0:
             return new, 0.0

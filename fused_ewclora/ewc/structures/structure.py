@@ -32,7 +32,18 @@ def split_key(name: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Extent:
-    """Which rows of a Fisher `[rows, columns]` a process holds: `count` of them from `first` on."""
+    """Which rows of a Fisher a process holds: all of them, unless FSDP2 shards the model.
+
+    Args:
+        rows: how many rows the Fisher has, d_out.
+        columns: how many columns, d_in.
+        first: the first row that this process holds.
+        count: how many it holds.
+
+    Examples:
+        >>> fe.structures.Extent.whole(6, 8)
+        Extent(rows=6, columns=8, first=0, count=6)
+    """
 
     rows: int
     columns: int
@@ -41,7 +52,15 @@ class Extent:
 
     @classmethod
     def whole(cls, rows: int, columns: int) -> Extent:
-        """All rows."""
+        """The extent of all rows.
+
+        Args:
+            rows: d_out.
+            columns: d_in.
+
+        Returns:
+            The extent.
+        """
         return cls(rows, columns, 0, rows)
 
 
@@ -50,14 +69,45 @@ def _own(value: Tensor) -> Tensor:
 
 
 class Weights(NamedTuple):
-    """How a task joins what is kept."""
+    """How a task joins what is kept: `old * kept + new * sums / samples`.
+
+    Attributes:
+        old: weight of what is kept, gamma.
+        new: weight of the mean of the task.
+        samples: of the task, by which its sums are divided.
+        tasks: how many came before it.
+        over_rows: sums a tensor over the processes that hold rows of the Fisher; for what a structure makes
+            of parts that are `by_rows`.
+
+    Examples:
+        >>> weights = fe.structures.Weights(old=0.5, new=1.0, samples=4, tasks=1)
+        >>> weights.joined(torch.tensor([2.0]), torch.tensor([8.0]))
+        tensor([3.])
+    """
 
     old: float
     new: float
-    samples: int  # of the task, by which its sums are divided
-    tasks: int  # before it
-    # The sum over the processes that hold the rows of a Fisher, for parts by rows.
+    samples: int
+    tasks: int
     over_rows: Callable[[Tensor], Tensor] = _own
+
+    def joined(self, kept: Tensor | None, sums: Tensor) -> Tensor:
+        """`old * kept + new * sums / samples` in the dtype of sums; an old weight of 0 leaves out what is
+        kept, NaN and Inf too.
+
+        Args:
+            kept: a part of what is kept, or None before the first task.
+            sums: those of the task.
+
+        Returns:
+            A new tensor.
+        """
+        fresh = sums / self.samples
+        if self.new != 1.0:
+            fresh.mul_(self.new)
+        if kept is not None and self.old != 0.0:
+            fresh.add_(kept.to(fresh.dtype), alpha=self.old)
+        return fresh
 
 
 class Gathered(Protocol):
@@ -78,15 +128,29 @@ class Structure(ABC):
 
     A Fisher is a few tensors by name, its parts: while a task is gathered, sums over samples; afterwards what
     is kept. Every method is about one adapter and has no state of its own. Subclasses can be given to `EWC`
-    as `fisher`.
+    as `fisher`; what they are written with is in `fused_ewclora.structures`.
+
+    Attributes:
+        name: of the structure, which saved states have, too.
+        quantity: what is gathered, in messages.
+        modes: values of `fisher_mode` of `EWC` that have a meaning.
+        by_rows: parts whose first dimension is that of lora_B.
+        dtypes: that can be kept, beside fp64 layers fp64.
+        codes: parts of uint8, whose bytes are not numbers.
+
+    Examples:
+        >>> _ = fe.inject(model, config)
+        >>> ewc = fe.EWC(model, ewc_lambda=100.0, fisher=fe.structures.Factored())
+        >>> ewc.structure.name
+        'factored'
     """
 
-    name: ClassVar[str]  # in saved states, too
+    name: ClassVar[str]
     quantity: ClassVar[str] = "Fisher"
-    modes: ClassVar[tuple[str, ...]] = FISHER_MODES  # of `EWC` that have a meaning
-    by_rows: ClassVar[frozenset[str]]  # parts whose first dimension is that of lora_B
-    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)  # that can be kept, beside fp64 layers fp64
-    codes: ClassVar[frozenset[str]] = frozenset()  # parts of uint8, whose bytes are not numbers
+    modes: ClassVar[tuple[str, ...]] = FISHER_MODES
+    by_rows: ClassVar[frozenset[str]]
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
+    codes: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def sum_shapes(self, extent: Extent) -> dict[str, tuple[int, ...]]:
@@ -141,13 +205,3 @@ class Structure(ABC):
 def zeros(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> Parts:
     """Tensors of these shapes."""
     return {part: torch.zeros(shape, dtype=dtype, device=device) for part, shape in shapes.items()}
-
-
-def added(old: Tensor | None, task: Tensor, weights: Weights) -> Tensor:
-    """weights.old old + weights.new task / weights.samples in the dtype of task."""
-    fresh = task / weights.samples
-    if weights.new != 1.0:
-        fresh.mul_(weights.new)
-    if old is not None and weights.old != 0.0:
-        fresh.add_(old.to(fresh.dtype), alpha=weights.old)
-    return fresh

@@ -126,7 +126,7 @@ def test_cpu_tensors_refused():
 
 @needs_triton
 @pytest.mark.skipif(device_of("triton") == "cuda", reason="beside a GPU Triton comes first")
-@pytest.mark.parametrize("op", ["lora_linear", "ewc_penalty", "fisher_accumulate_", "merge_"])
+@pytest.mark.parametrize("op", ["lora_linear", "ewc_penalty", "l1_penalty", "fisher_accumulate_", "merge_"])
 def test_auto_skips_interpreter(op):
     """The choice `auto` never takes the interpreter."""
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
@@ -135,7 +135,7 @@ def test_auto_skips_interpreter(op):
 
 @needs_triton
 def test_penalty_rank_fallback():
-    """Ranks for which the penalty has no kernel go to another backend."""
+    """Ranks for which the penalty and the l1 norm have no kernel go to another backend."""
     values = Values(0, "triton")
     fisher, a, b = values.fisher(9, 7), values.normal(129, 7), values.normal(9, 129)
     exact, _ = oracles.ewc_penalty([fisher], [a], [b], [1.0], 2.0)
@@ -146,7 +146,14 @@ def test_penalty_rank_fallback():
     assert "rank 129 > 128" in [reason for name, _, reason in rows if name == "triton"]
     with pytest.raises(BackendError, match="rank 129 > 128"):
         FE.ewc_penalty([fisher], [a], [b], None, 2.0, backend="triton")
-    assert refusal("triton", "ewc_penalty", torch.float32, rank=128) is None
+    truth, _ = oracles.l1_penalty([a], [b], [1.0], 2.0)
+    most, _ = oracles.l1_penalty([a.abs()], [b.abs()], [1.0], 2.0)
+    value = FE.l1_penalty([a], [b], None, 2.0, backend="auto")
+    assert_within(value, truth, sum_bound(most, 2 * 129 + 7, torch.float32), "l1 norm")
+    with pytest.raises(BackendError, match="rank 129 > 128"):
+        FE.l1_penalty([a], [b], None, 2.0, backend="triton")
+    for op in ("ewc_penalty", "l1_penalty"):
+        assert refusal("triton", op, torch.float32, rank=128) is None
 
 
 @needs_triton

@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable())),
 ]
 USERS = ("FE.lora_linear, prologue", "FE.lora_linear_slices", "FE.ewc_penalty", "FE.ewc_penalty_grad_",
-         "FE.fisher_accumulate_", "FE.merge_", "FE.soft_threshold_")  # fmt: skip
+         "FE.fisher_accumulate_", "FE.merge_", "FE.soft_threshold_", "FE.l1_penalty")  # fmt: skip
 # Tensor maps and pointers, dropout, scales, tables of slices and of penalties, splits, odd strides, tuples.
 HOSTS = (
     "lora_linear fc1, r 10, bfloat16 by full", "lora_linear fc1, r 10, bfloat16 by concat",
@@ -38,7 +38,7 @@ HOSTS = (
     "merge_ scales, r 10, bfloat16", "merge_ several layers, r 10, bfloat16",
     "soft_threshold_ gates, bfloat16", "ewc_penalty 8-bit F, r 10, bfloat16",
     "factored_penalty scales, r 10, bfloat16", "fisher_sums_ sample, bfloat16",
-    "fisher_sums_ sample, one token, bfloat16",
+    "fisher_sums_ sample, one token, bfloat16", "l1_penalty scales, r 10, bfloat16",
 )  # fmt: skip
 # What is compared beside sm_90, and what is executed.
 OTHERS = {"sm_80": (*USERS[:4], HOSTS[2], HOSTS[10]), "sm_100": (HOSTS[0], HOSTS[5], HOSTS[7])}

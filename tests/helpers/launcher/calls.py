@@ -130,6 +130,7 @@ def user_calls(dtype: torch.dtype) -> list[UserCall]:
         "lora_linear_slices": (_slices, _call_slices, False),
         "ewc_penalty": (_penalty, _call_penalty, True),
         "ewc_penalty_grad_": (_penalty, _call_penalty_grad, True),
+        "l1_penalty": (_pairs, _call_l1, True),
         "fisher_accumulate_": (_fisher, _call_fisher, False),
         "merge_": (_merge, _call_merge, False),
         "soft_threshold_": (_threshold, _call_threshold, False),
@@ -178,11 +179,17 @@ def _call_slices(given: list[Any], backend: str) -> list[Tensor]:
     return [y, *torch.autograd.grad(y, [x, *(t for pair in pairs for t in pair)], dy)]
 
 
-def _penalty(dtype: torch.dtype) -> list[Any]:
+PENALTIES = ((D_OUT, D_IN), (D_IN, D_OUT - 3), (33, 48))
+
+
+def _pairs(dtype: torch.dtype) -> list[Any]:
     make = _Make(dtype)
-    shapes = [(D_OUT, D_IN), (D_IN, D_OUT - 3), (33, 48)]
-    pairs = [[make(RANK, d_in, trained=True), make(d_out, RANK, trained=True)] for d_out, d_in in shapes]
-    return [[make(*shape).float().abs() for shape in shapes], pairs]
+    return [[make(RANK, d_in, trained=True), make(d_out, RANK, trained=True)] for d_out, d_in in PENALTIES]
+
+
+def _penalty(dtype: torch.dtype) -> list[Any]:
+    make = _Make(torch.float32)
+    return [[make(*shape).abs() for shape in PENALTIES], _pairs(dtype)]
 
 
 def _call_penalty(given: list[Any], backend: str) -> list[Tensor]:
@@ -199,6 +206,12 @@ def _call_penalty_grad(given: list[Any], backend: str) -> list[Tensor]:
         t.grad = None
     loss = FE.ewc_penalty_grad_(fishers, lora_as, lora_bs, ewc_lambda=2.0, grad_scale=0.5, backend=backend)
     return [loss, *(t.grad for t in (*lora_as, *lora_bs) if t.grad is not None)]
+
+
+def _call_l1(given: list[Any], backend: str) -> list[Tensor]:
+    lora_as, lora_bs = zip(*given, strict=True)
+    loss = FE.l1_penalty(lora_as, lora_bs, l1_lambda=2.0, backend=backend)
+    return [loss, *torch.autograd.grad(loss, [*lora_as, *lora_bs])]
 
 
 def _fisher(dtype: torch.dtype) -> list[Any]:

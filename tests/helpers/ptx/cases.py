@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.small_calls import SIGNS
 from fused_ewclora.backends import reference
 from fused_ewclora.backends.candidate import Candidate
 from fused_ewclora.backends.triton import has_penalty
@@ -73,6 +74,8 @@ class Case:
         fine = PRECISIONS[self.workload.precision] if dtype == torch.float32 else TOLERANCES[dtype]
         if self.workload.op.endswith("_penalty"):  # fp32 inside, by the matmul precision
             fine = PRECISIONS[self.workload.precision]
+        if self.workload.op == "l1_penalty":
+            fine += SIGNS[self.workload.precision]
         return fine
 
     def execute(self, session: Session) -> Outcome:
