@@ -17,6 +17,7 @@ from ..collection import Record
 from ..plot import Picture
 from ..report import DASH, IMAGES, VERSIONS, difference, fold, run, table
 from . import configuration, development, equal, pictures, plain, recorded, summary, tradeoff
+from .configuration import decisive
 from .groups import MIB, Group, by_suite, group, newest_costs
 from .targets import verdict
 
@@ -157,7 +158,7 @@ def problem_table(groups: Sequence[Group]) -> list[str]:
         ("training examples", lambda r: ", ".join(map(str, r["train_sizes"]))),
         ("test examples", lambda r: ", ".join(map(str, r["test_sizes"]))),
         ("adapters", lambda r: _settings(r["run"]["adapters"])),
-        ("training", lambda r: _settings(r["run"]["training"])),
+        ("training", lambda r: _settings(decisive(r["run"])["training"])),
     )]  # fmt: skip
     names = list(dict.fromkeys(name for record in records for name in record["facts"]))
     rows += [[name, _distinct(records, lambda r, name=name: _value(r["facts"].get(name)))] for name in names]
