@@ -5,46 +5,17 @@ heads, class means."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_ewclora.demo.formats import DataError
 from fused_ewclora.errors import ArgumentError
-from fused_ewclora.ewc.estimation import to_device
 from fused_ewclora.methods import CLLoRA, Method
-from fused_ewclora.methods.method import Loader
 
-from .learner import Heads, Learner
-from .protocols import ModelPerTask
-from .stream import Task
-
-
-class CosineHead(nn.Module):
-    """Logits sigma cos(x, w_k) of features x `[N, dim]` and a row w_k for every class; sigma starts at 1."""
-
-    def __init__(self, dim: int, classes: int) -> None:
-        super().__init__()
-        bound = dim**-0.5
-        self.weight = nn.Parameter(torch.empty(classes, dim).uniform_(-bound, bound))
-        self.sigma = nn.Parameter(torch.ones(()))
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.sigma * F.normalize(features, dim=1) @ F.normalize(self.weight, dim=1).T
-
-
-class CosineHeads(Heads):
-    """A cosine head per task on the features of the backbone."""
-
-    def begin_task(self, task: Task) -> None:
-        """Adds the head of a task, and freezes those of earlier ones."""
-        self.heads.requires_grad_(False)
-        device = next(self.backbone.parameters()).device
-        self.heads.append(CosineHead(self.backbone.dim, len(task.classes)).to(device))
+from .class_means import ClassMeans
+from .learner import Learner
 
 
 class EarlyExit:
@@ -95,20 +66,18 @@ class EarlyExit:
             setattr(owner, name, blocks)
 
 
-class SharedDistillation(ModelPerTask):
+class SharedDistillation(ClassMeans):
     """What the authors of CL-LoRA do beside the calls of every method.
 
     From the second task on every batch first goes through the early exit behind the shared blocks and the
     head of the task, for the distillation of the method (none where its kd_weight is 0) and the reassignment
-    of its gradient. After a task the rows of its head become the means of the features of its classes, of
-    training examples prepared as those for testing, and sigma becomes 1. An example is tested with the
-    adapters of every task: the class with the highest cosine counts.
+    of its gradient. Class means are those under the adapters of their task, and an example is tested with the
+    adapters of every task.
 
     separate_step: whether the optimizer takes a step for the distillation alone, as in the official code;
     otherwise its gradients are added to those of the loss.
     """
 
-    learner = CosineHeads
     method: CLLoRA
 
     def __init__(self, separate_step: bool = False) -> None:
@@ -119,16 +88,14 @@ class SharedDistillation(ModelPerTask):
     def attach(self, model: Learner, method: Method) -> None:
         """Raises `ArgumentError` for other methods, models without cosine heads, and where there is no exit
         behind the shared layers."""
-        if not isinstance(method, CLLoRA) or not isinstance(model, CosineHeads):
-            raise ArgumentError(
-                "protocol: expected CLLoRA and a problem with a head per task, got "
-                f"{type(method).__name__} and {type(model).__name__}"
-            )
+        if not isinstance(method, CLLoRA):
+            raise ArgumentError(f"protocol: expected the method CLLoRA, got {type(method).__name__}")
         super().attach(model, method)
+        self.model.of_task = method.task
         self.exit = EarlyExit(model, method)
 
-    def before_steps(self, optimizer: torch.optim.Optimizer, examples: Loader) -> None:
-        self.optimizer, self.examples = optimizer, examples
+    def of_task(self, number: int) -> AbstractContextManager[Any]:
+        return self.method.task(number)
 
     def backward(self, x: Any, y: Tensor, rate: float) -> tuple[Tensor, Tensor]:
         if self.method.tasks and self.method.kd_weight:
@@ -142,27 +109,3 @@ class SharedDistillation(ModelPerTask):
         if self.separate_step:
             self.optimizer.step()
             self.optimizer.zero_grad()
-
-    def after_task(self, number: int, batches: Loader, device: torch.device) -> None:
-        """Class means take the place of the rows of the head."""
-        assert isinstance(self.model, CosineHeads)
-        head = self.model.heads[number]
-        assert isinstance(head, CosineHead)
-        self.model.eval()
-        with torch.no_grad(), self.method.task(number):
-            features = ((self.model.backbone(to_device(x, device)), y.to(device)) for x, y in self.examples)
-            head.weight.copy_(class_means(features, len(head.weight)))
-            head.sigma.fill_(1.0)
-
-
-def class_means(batches: Iterable[tuple[Tensor, Tensor]], classes: int) -> Tensor:
-    """`[classes, dim]` in fp64, of features `[N, dim]` and labels `[N]`; raises `DataError` for a class
-    without any."""
-    features, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    of_class = F.one_hot(labels, classes).double()
-    counts = of_class.sum(0)
-    if not bool(counts.all()):
-        raise DataError(
-            f"class means: expected training examples of {classes} classes, got {counts.tolist()}"
-        )
-    return of_class.T @ features.double() / counts[:, None]

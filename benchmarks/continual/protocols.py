@@ -91,6 +91,7 @@ PROTOCOLS = {
     "plain": "protocols:Protocol",
     "model-per-task": "protocols:ModelPerTask",
     "tuned-heads": "tuned_heads:TunedHeads",  # IEL, ITA
+    "class-means": "class_means:ClassMeans",
     "cl-lora": "cl_lora:SharedDistillation",
 }
 # Of methods whose runs need one: used where a configuration names none.

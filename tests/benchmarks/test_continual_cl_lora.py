@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import fused_ewclora as fe
 from benchmarks.continual import protocols
-from benchmarks.continual.cl_lora import CosineHead, CosineHeads, EarlyExit, SharedDistillation, class_means
+from benchmarks.continual.cl_lora import EarlyExit, SharedDistillation
+from benchmarks.continual.class_means import CosineHead, CosineHeads, class_means
 from benchmarks.continual.configuration import Run, Training
 from benchmarks.continual.learner import Heads
 from benchmarks.continual.run import State, execute, learn, make_optimizer
@@ -283,6 +284,24 @@ def test_class_means() -> None:
     assert column == logits.shape[1] == 7
 
 
+def test_class_means_of_other_methods() -> None:
+    """With a method that merges, the head of a task has the means of features of the merged model."""
+    run = replace(a_run(protocol={"kind": "class-means"}), kind="LoRA", options={})
+    state = State(run, problem(), CPU)
+    learn(state, 0)
+    first = state.model.heads[0].weight.detach().clone()
+    learn(state, 1)
+    (x, shift), labels = state.tasks[1].train[:]
+    with torch.no_grad():
+        features = state.model.backbone((x, shift))
+        logits = state.model.all_logits((x, shift))
+    expected = torch.stack([features[labels == k].mean(0) for k in range(3)])
+    torch.testing.assert_close(state.model.heads[1].weight.detach(), expected)
+    assert torch.equal(state.model.heads[0].weight, first)
+    rows = torch.cat([first, expected])
+    torch.testing.assert_close(logits, F.normalize(features, dim=1) @ F.normalize(rows, dim=1).T)
+
+
 def test_class_means_of_images_as_tested() -> None:
     """Where training examples are drawn anew, means are of the examples as they are tested."""
     found = problem((2,))
@@ -326,9 +345,9 @@ def test_resume_identical(separate_step: bool, tmp_path: Path) -> None:
 
 def test_other_models_and_methods_refused() -> None:
     lora = replace(a_run(), kind="LoRA", options={})
-    with pytest.raises(fe.ArgumentError, match=r"protocol: expected CLLoRA and .* got LoRA and CosineHeads"):
+    with pytest.raises(fe.ArgumentError, match="protocol: expected the method CLLoRA, got LoRA"):
         State(lora, problem(), CPU)
-    with pytest.raises(fe.ArgumentError, match="got CLLoRA and Heads"):
+    with pytest.raises(fe.ArgumentError, match="without a learner of its own, for cosine heads, got Heads"):
         State(a_run(), replace(problem(), learner=Heads), CPU)  # type: ignore[arg-type]
     with pytest.raises(fe.ArgumentError, match="separate_step: expected true or false, got 1"):
         protocols.make("CLLoRA", {"kind": "cl-lora", "separate_step": 1})

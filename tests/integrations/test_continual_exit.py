@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import fused_ewclora as fe
 from benchmarks import extras
 from benchmarks.continual import backbones, minilm
-from benchmarks.continual.cl_lora import CosineHeads, EarlyExit
+from benchmarks.continual.cl_lora import EarlyExit
+from benchmarks.continual.class_means import CosineHeads
 from fused_ewclora.methods import CLLoRA
 
 SHARED = 2  # blocks
