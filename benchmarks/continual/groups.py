@@ -28,6 +28,7 @@ FAMILIES = {  # kinds that one picture compares
     "other penalties": ("FactorEWC", "IEL", "ITA", "OLoRA", "NLoRA", "OnlineEWC", "AvalancheEWC"),
     "projections, merging, blocks": ("InfLoRA", "KeepLoRA", "PerturbAndMerge", "CLLoRA"),
 }
+OF_PROTOCOLS = {"class-means": "class means", "cl-lora": "class means"}  # whatever the kind of the method
 MIB = 2.0**20
 SHOWN_DIFFERENCES = 3  # fields in the note that distinguishes settings of one method
 
@@ -111,9 +112,10 @@ def setting(record: Record) -> str:
 
 
 def basis(group: Group) -> str:
-    """Equal for groups whose methods can be compared: the same problem, adapters, training and tasks."""
+    """Equal for groups whose methods can be compared: the same problem, adapters, training, protocol and
+    tasks."""
     run = decisive(group.records[0]["run"])
-    kept = {name: run[name] for name in ("problem", "adapters", "training")}
+    kept = {name: run[name] for name in ("problem", "adapters", "training", "protocol") if name in run}
     return json.dumps([group.suite, kept, group.tasks], sort_keys=True)
 
 
@@ -142,7 +144,11 @@ def group(records: Iterable[Record]) -> list[Group]:
     ]
     suites = list(dict.fromkeys(entry.suite for entry in groups))
     # Runs are recorded as they end, several at a time: their order has no meaning.
-    groups.sort(key=lambda entry: (suites.index(entry.suite), _rank(entry.kind), entry.ewc_lambda))
+    groups.sort(
+        key=lambda entry: (
+            suites.index(entry.suite), _rank(entry.kind), entry.protocol.get("kind", ""), entry.ewc_lambda
+        )
+    )  # fmt: skip
     return list(_noted(groups))
 
 
@@ -157,12 +163,12 @@ def by_suite(groups: Iterable[Group]) -> dict[str, list[Group]]:
 def families(groups: Sequence[Group], most: int) -> list[tuple[str, list[Group]]]:
     """Groups that one picture compares, at most `most` beside plain LoRA, with what they have in common; ""
     where all fit into one."""
-    reference = [entry for entry in groups if entry.kind == REFERENCE][:1]
+    reference = [entry for entry in groups if entry.kind == REFERENCE and not entry.protocol][:1]
     others = [entry for entry in groups if entry not in reference]
     if len(others) <= most:
         return [("", list(groups))]
     found: dict[str, list[Group]] = {}
-    for family in [*FAMILIES, "others"]:
+    for family in [*FAMILIES, *dict.fromkeys(OF_PROTOCOLS.values()), "others"]:
         for entry in others:
             if _family(entry) == family:
                 found.setdefault(family, []).append(entry)
@@ -174,6 +180,8 @@ def families(groups: Sequence[Group], most: int) -> list[tuple[str, list[Group]]
 
 
 def _family(entry: Group) -> str:
+    if (protocol := entry.protocol.get("kind")) in OF_PROTOCOLS:
+        return OF_PROTOCOLS[protocol]
     kind = entry.kind.rpartition(":")[2]  # without the module of a class outside the library
     return next((family for family, kinds in FAMILIES.items() if kind in kinds), "others")
 

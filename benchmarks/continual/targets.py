@@ -59,8 +59,8 @@ def verdict(goal: Goal) -> str:
 
 
 def _comparable(groups: Iterable[Group]) -> list[list[Group]]:
-    """LoRA and EWC-LoRA on the same problem, with the same adapters and training."""
-    return by_basis(entry for entry in groups if entry.kind in ("LoRA", "EWCLoRA"))
+    """LoRA and EWC-LoRA on the same problem, with the same adapters and training and no other protocol."""
+    return by_basis(entry for entry in groups if entry.kind in ("LoRA", "EWCLoRA") and not entry.protocol)
 
 
 def _goals(groups: Sequence[Group], suite: str, chosen: str | None) -> list[Goal]:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from benchmarks.continual import configuration, page, pictures, recorded
 from benchmarks.continual.groups import families, group
+from benchmarks.continual.targets import lines_of_lambda
 
 CIL, TIL = "class_incremental", "task_aware"
 
@@ -126,6 +127,19 @@ def test_families():
         "others": ["somewhere:Own"],
     }  # fmt: skip
     assert [name for name, _ in families(made, 10)] == [""]
+
+
+def test_protocols_apart():
+    """Rows with class means share a picture beside plain LoRA, and have no part in targets."""
+    means = {"kind": "class-means"}
+    with_means = [run("LoRA, means", protocol=means), run("EWC, means", kind="EWCLoRA", protocol=means)]
+    with_means.append(run("CL", kind="CLLoRA", protocol={"kind": "cl-lora"}))
+    others = [run(f"method {number}", kind="InfLoRA") for number in range(6)]
+    for records in ([run(), *with_means, *others], [*with_means, *others, run()]):
+        split = {name: [one.method for one in members] for name, members in families(group(records), 7)}
+        assert split["class means"] == ["LoRA", "LoRA, means", "EWC, means", "CL"]
+    assert not lines_of_lambda(group(with_means))
+    assert lines_of_lambda(group([run(), *with_means, run("EWC", kind="EWCLoRA")]))
 
 
 def test_single_lambda():

@@ -25,6 +25,7 @@ def run(
     aware: float = 90.0,
     suite: str = "language",
     options: dict | None = None,
+    protocol: dict | None = None,
     sizes: list[int] | None = None,
     epochs: int = 5,
     time: str = "2026-01-01T00:00:00+00:00",
@@ -42,6 +43,8 @@ def run(
         "problem": {"kind": "language", "tasks": tasks}, "adapters": {"r": 8},
         "training": {"lr": 1e-3, "epochs": epochs}, "options": options or {},
     }  # fmt: skip
+    if protocol:  # records from before there were protocols have none
+        config["protocol"] = protocol
     made = {
         **{name: config[name] for name in ("suite", "method", "kind", "seed")},
         "fingerprint": f"{seed:016x}", "run": config, "facts": {"glosses": 100},
