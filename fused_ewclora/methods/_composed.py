@@ -67,7 +67,7 @@ class Composed(Method):
                 model, 0.0, update="convex", fisher=fisher, fisher_dtype=fisher_dtype
             )
         self._mean = Mean(self.mean_of_past)
-        self._prepared = False
+        self._prepared = self._taken_in = False
         self._constant: Tensor | None = None  # of the penalty, which the square of `changes` has too much
         for layer in self.layers.values():
             for piece, lora_a, lora_b in layer.adapter_parameters():
@@ -144,10 +144,12 @@ class Composed(Method):
             raise ArgumentError("prepare: no task is running; call begin_task first")
         if self._prepared:
             raise ArgumentError(f"prepare: task {self.tasks} has been prepared already, by all of its data")
-        with self._ewc.restored_on_error():
-            with self.pretrained(), showing(progress):
-                estimate(self._ewc, loader, loss_fn, self.labels, self.group)
-            self._take_in()
+        if not self._taken_in:  # in an earlier call, after which there was no memory for what follows
+            with self._ewc.restored_on_error():
+                with self.pretrained(), showing(progress):
+                    estimate(self._ewc, loader, loss_fn, self.labels, self.group)
+                self._take_in()
+            self._taken_in = True
         self._ewc.ewc_lambda, self._constant = self._strength(), None
         if self.mean_of_past and self.tasks:
             self._constant = self._of_past()
@@ -349,7 +351,7 @@ class Composed(Method):
     def _begin(self) -> None:
         self._check_whole()
         self._mean.tasks = tuple(range(self.tasks)) if self.mean_of_past else ()
-        self._mean.current, self._prepared = True, False
+        self._mean.current, self._prepared, self._taken_in = True, False, False
 
     def _after_step(self, step: int, total_steps: int) -> None:
         self._check_prepared("after_step")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tiny_models import KEYS, Tiny, adapted, assert_same, batches, data, fresh, 
 from torch import Tensor, nn
 
 import fused_ewclora as fe
-from fused_ewclora.methods import IEL, ITA
+from fused_ewclora.methods import IEL, ITA, _composed
 from fused_ewclora.methods._composed import Composed
 
 KINDS = {IEL: "beta", ITA: "alpha"}
@@ -219,7 +220,7 @@ def test_bad_state_unchanged():
 
 
 @pytest.mark.parametrize(("kind", "variant"), BOTH)
-def test_failures_unchanged(kind, variant):
+def test_failures_unchanged(kind, variant, monkeypatch):
     """A pass or a task that fails changes nothing and can be repeated."""
     method, other = (made(kind, fresh(), variant=variant) for _ in range(2))
     x, y = data(6, seed=1)
@@ -234,9 +235,16 @@ def test_failures_unchanged(kind, variant):
     for call in (method.penalty, lambda: method.after_step(0, 1), lambda: method.end_task([])):
         with pytest.raises(fe.ArgumentError, match=r"call prepare\(loader\) first"):
             call()
+    if kind is IEL:  # the constant of its penalty needs memory; a second call does not count samples twice
+        with monkeypatch.context() as patched, pytest.raises(MemoryError):
+            patched.setattr(_composed, "ewc_penalty", Mock(side_effect=MemoryError))
+            method.prepare(batches(x, y, 4))
+        with pytest.raises(fe.ArgumentError, match="prepare"):
+            method.penalty()
     for each in (method, other):
         each.prepare(batches(x, y, 4))
         train(each, 1)
+    assert_same(everything(method), everything(other))
     with pytest.raises(fe.ArgumentError, match="task 1 has been prepared already"):
         method.prepare([(x, y)])
     with pytest.raises(fe.ArgumentError, match="compose: task 1 has not ended"):
