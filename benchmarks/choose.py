@@ -32,11 +32,12 @@ ROOT = Path(__file__).resolve().parents[1]
 HOST_NOISE = 0.1  # part of an eager time, a mean over one burst of calls, that may be chance
 PASSES = {"forward": "lora_linear", "backward": "lora_linear_backward"}
 OPS = {
-    "ewc_penalty": "ewc_penalty", "fisher_accumulate": "fisher_accumulate_", "merge": "merge_",
-    "soft_threshold": "soft_threshold_",
+    "ewc_penalty": "ewc_penalty", "l1_penalty": "l1_penalty", "fisher_accumulate": "fisher_accumulate_",
+    "merge": "merge_", "soft_threshold": "soft_threshold_",
 }  # fmt: skip
 FACTORS = {  # of their work; what ops/schemas.py multiplies
     "ewc_penalty": ("adapters", "d_out", "d_in"),
+    "l1_penalty": ("adapters", "rank", "d_in"),
     "fisher_accumulate": ("samples", "tokens", "d_in", "d_out"),
     "merge": ("adapters", "d_out", "d_in"),
     "soft_threshold": ("vectors", "length"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -165,6 +166,12 @@ def check_options(kind: str, options: Any) -> None:
     They are tried on the smallest model; what a method demands of its layers shows on the real one.
     """
     _mapping(options, "options", set(), set(options) if isinstance(options, Mapping) else set())
+    _try_options(kind, json.dumps(options))
+
+
+@functools.cache  # many runs have the same options
+def _try_options(kind: str, written: str) -> None:
+    options = json.loads(written)
     method, tried = method_class(kind), [options]
     if "shared" in options:  # the names of layers
         tried = [{**options, "shared": ["0"]}]

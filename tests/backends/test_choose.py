@@ -193,6 +193,9 @@ def test_work_matches_call():
     for suite in ("ewc_penalty", "fisher_accumulate", "merge", "lora_linear"):
         for one in planned(suite):
             works.setdefault(one.op, choose.work_of({"op": one.op, "shape": one.shape}))
+    sizes = next(one.shape for one in planned("ewc_penalty") if one.op == "l1_penalty")
+    lora_as = [torch.empty(int(sizes["rank"]), int(sizes["d_in"]), device="meta")] * int(sizes["adapters"])
+    assert schemas._SIZES["l1_penalty"](([], lora_as))["work"] == works["l1_penalty"]
     sizes = planned("ewc_penalty")[0].shape
     fishers = [torch.empty(int(sizes["d_out"]), int(sizes["d_in"]), device="meta")] * int(sizes["adapters"])
     lora_as = [torch.empty(10, int(sizes["d_in"]), device="meta")] * len(fishers)
