@@ -138,6 +138,11 @@ def test_protocols_apart():
     for records in ([run(), *with_means, *others], [*with_means, *others, run()]):
         split = {name: [one.method for one in members] for name, members in families(group(records), 7)}
         assert split["class means"] == ["LoRA", "LoRA, means", "EWC, means", "CL"]
+    split = {
+        name: [one.method for one in members] for name, members in families(group(with_means + others), 7)
+    }
+    assert split["class means"] == ["LoRA, means", "EWC, means", "CL"]  # which plain LoRA none of them is
+    assert all("LoRA, means" not in members for name, members in split.items() if name != "class means")
     assert not lines_of_lambda(group(with_means))
     assert lines_of_lambda(group([run(), *with_means, run("EWC", kind="EWCLoRA")]))
 
