@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from continual_clusters import CPU, Interrupted, examples
+from continual_clusters import CPU, Interrupted, examples, interrupted
 from torch import Tensor, nn
 
 import fused_ewclora as fe
@@ -327,13 +327,7 @@ def test_resume_identical(separate_step: bool, tmp_path: Path) -> None:
     """An interrupted run ends with the accuracies, losses and state of one that was not."""
     run, file = a_run(protocol={"kind": "cl-lora", "separate_step": separate_step}), tmp_path / "state.pt"
     whole = execute(run, problem(), CPU)
-
-    def stop(text: str) -> None:
-        if text.startswith("task 2/3"):
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        execute(run, problem(), CPU, file, stop)
+    interrupted(run, problem(), file)
     resumed = execute(run, problem(), CPU, file)
     assert resumed["matrices"] == whole["matrices"] and resumed["report"] == whole["report"]
     for name in ("loss", "penalty", "state_bytes", "trained_parameters"):

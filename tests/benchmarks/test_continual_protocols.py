@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from continual_clusters import CPU, Backbone, Interrupted, a_run, problem
+from continual_clusters import CPU, Backbone, a_run, interrupted, problem
 from torch import Tensor
 
 from benchmarks.continual import configuration, protocols
@@ -93,13 +93,7 @@ def test_state_resumed(tmp_path: Path) -> None:
     run, file = a_run(protocol={"kind": HERE}), tmp_path / "state.pt"
     whole = execute(run, problem(), CPU)
     seen = last_made().seen
-
-    def stop(text: str) -> None:
-        if text.startswith("task 2/3"):
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        execute(run, problem(), CPU, file, stop)
+    interrupted(run, problem(), file)
     before = last_made().seen
     resumed = execute(run, problem(), CPU, file)
     assert last_made().seen == seen > before > 0

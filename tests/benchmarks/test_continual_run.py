@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from continual_clusters import CPU, METHODS, Backbone, Interrupted, a_run, examples, problem
+from continual_clusters import CPU, METHODS, Backbone, a_run, examples, interrupted, problem
 from torch import Tensor
 
 import fused_ewclora as fe
@@ -31,13 +31,7 @@ def test_resume_identical(method: str, tmp_path: Path) -> None:
     """An interrupted run, once resumed, ends as if it had never been interrupted."""
     run, file = a_run(method), tmp_path / "state.pt"
     whole = execute(run, problem(), CPU)
-
-    def stop(text: str) -> None:
-        if text.startswith("task 2/3"):
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        execute(run, problem(), CPU, file, stop)
+    interrupted(run, problem(), file)
     assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
     torch.manual_seed(99)  # whatever else the process has drawn
     said: list[str] = []

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.continual.configuration import Run, Training
+from benchmarks.continual.run import execute
 from benchmarks.continual.stream import Arrays, Problem, Stream, Task
 
 CPU = torch.device("cpu")
@@ -79,3 +82,14 @@ def a_run(method: str = "EWC-LoRA", **changes: Any) -> Run:
 
 class Interrupted(Exception):
     pass
+
+
+def interrupted(run: Run, found: Problem, file: Path) -> None:
+    """The run until the second of its tasks has ended, which leaves its state in the file."""
+
+    def stop(text: str) -> None:
+        if text.startswith("task 2/"):
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        execute(run, found, CPU, file, stop)
