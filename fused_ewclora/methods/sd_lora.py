@@ -26,7 +26,7 @@ from ..report import Report
 from ._directions import MAGNITUDES, NORMALIZATIONS, Directions, Shared, Stack, fresh_a, suffix_of
 from ._freezing import Frozen, freeze, freeze_shared, measure, normalised
 from ._sd_state import Outcome, dump, parse
-from ._shares import agreed, end_task
+from ._shares import agreed, end_task, trained_together
 from ._start import check_plain_adapters, ejected_on_error
 from .method import Loader, Loss, Method
 
@@ -323,6 +323,7 @@ class SDLoRA(Method):
             for (key, layer, piece), frozen in zip(self._adapters(), self._frozen(), strict=True)
         ]
         agreed({key: "a direction" if frozen.kept else "none" for key, *_, frozen, _ in ended}, self.group)
+        trained_together(self.layers, self.group)
         if self.ewc is not None:
             end_task(self.ewc, loader, loss_fn, self.labels, self.group)
         for key, layer, piece, frozen, directions in ended:

@@ -337,7 +337,8 @@ def decisions_that_differ_are_an_error_in_all() -> None:
 def a_wrapper_of_former_parameters_is_an_error_in_all() -> None:
     """Parameters that were replaced after DDP was made are trained by every process for itself."""
     for kind, options in (
-        (OLoRA, {}), (IEL, {"beta": 1.0}), (CLLoRA, {"shared": ["qkv"], "orthogonality": 0.0}),
+        (OLoRA, {}), (IEL, {"beta": 1.0}), (SDLoRA, {}),
+        (CLLoRA, {"shared": ["qkv"], "orthogonality": 0.0}),
     ):  # fmt: skip
         method = kind(at_start(), **options)
         wrapped = DDP(method.model, find_unused_parameters=True)
